@@ -60,6 +60,8 @@ class Depth2:
     """Key/value heads; 1 for channels."""
     scored: tuple[Slab, ...]
     """Level-1 weights whose rows feed level-2 columns one to one: (up, gate), (up,); empty for attention."""
+    locked: str | None
+    """Why no unit can be removed without changing what the others compute, where that is so."""
 
     @property
     def units(self) -> int:
@@ -81,9 +83,9 @@ class Depth2:
         """The ways in which units of this module may leave so that the tensors keep a loadable layout."""
         if self.kind == "channels":
             return ("channels",)
-        return ("groups", "heads") if self.per_group > 1 and self.groups > 1 else (
-            ("groups",) if self.per_group == 1 else ("heads",)
-        )
+        if self.per_group == 1:
+            return ("groups",)
+        return ("groups", "heads") if self.groups > 1 else ("heads",)
 
 
 @dataclass(frozen=True)

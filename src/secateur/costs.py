@@ -1,0 +1,53 @@
+"""What a run costs, counted: floating-point operations, bytes in memory, and the speed of this machine's products.
+
+n calibration tokens, p parameters of a block's matrices, d residual width, a inputs of a level-2 layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from secateur.structure import Block
+
+
+def forward_flops(block: Block, tokens: int) -> float:
+    """One forward of a block: 2 n p. The products inside the attention are left out, as they depend on length."""
+    return 2.0 * tokens * block.parameters
+
+
+def module_flops(inputs: int, width: int, tokens: int) -> float:
+    """Statistics and solve of one module: Gram n a^2, cross moment 2 n a d, factor a^3/3, inverse 2 a^3/3, solve 2 a^2 d."""
+    return tokens * (inputs**2 + 2 * inputs * width) + inputs**3 + 2 * inputs**2 * width
+
+
+def floor_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
+    """What pruning cannot go below: two forwards of the blocks, and each module's statistics and solve once."""
+    total = 0.0
+    for block in blocks:
+        total += 2 * forward_flops(block, tokens)
+        for module in (block.attention, block.feed_forward):
+            total += module_flops(module.units * module.size, width, tokens)
+    return total
+
+
+def product_rate(device: torch.device | str = "cpu", size: int = 1536, repeats: int = 5) -> float:
+    """Floating-point operations per second of a float32 matrix product here, the best of a few."""
+    a = torch.randn(size, size, device=device)
+    best = 0.0
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory_bytes(blocks: list[Block], width: int, tokens: int) -> int:
+    """Peak expected above what Python and its libraries take: a block twice, its largest solve, and the streams."""
+    block = max(blocks, key=lambda b: b.parameters)
+    inputs = max(module.units * module.size for module in (block.attention, block.feed_forward))
+    solve = 4 * inputs * inputs + 4 * inputs * width
+    streams = tokens * (6 * width + inputs)
+    return 4 * (2 * block.parameters + solve + streams)

@@ -1,0 +1,76 @@
+"""Which units go first. One file a criterion: a function from a module's statistics to a score per unit.
+
+`surgeon` is the exception that yields an order in place of scores, since what a unit is worth there depends on
+the units that went before it. To add a criterion, write its file add one line to `SCORES`
+and its name to `secateur.options.CRITERIA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secateur.criteria import l1, l2, random, second_moment, surgeon, wanda
+from secateur.criteria.statistics import Statistics
+from secateur.solve import Elimination, eliminate
+from secateur.structure import Depth2, Pattern
+
+__all__ = ["NEEDS_INPUTS", "Statistics", "error_curve", "pattern_units", "removal_order", "survivors"]
+
+SCORES: dict[str, Callable[[Statistics], Tensor]] = {
+    "second-moment": second_moment.scores,
+    "wanda": wanda.scores,
+    "l1": l1.scores,
+    "l2": l2.scores,
+    "random": random.scores,
+}
+NEEDS_INPUTS = frozenset({"second-moment"})
+"""Criteria that look at the module's own input, not only at the level-2 layer's."""
+
+
+def removal_order(criterion: str, stats: Statistics, pattern: Pattern, stop: int) -> Tensor:
+    """Pattern units in the order in which they leave, until `stop` of them are left.
+
+    With the pattern `groups` a unit is a key/value group; with `heads` it is a query head, one of every group
+    leaves per round, and `stop` counts the heads left in each; with `channels` it is a channel.
+    """
+    if criterion == "surgeon":
+        return surgeon.removal(stats, pattern, stop, prices=False).order
+    return _by_score(SCORES[criterion](stats), stats.module, pattern, stop)
+
+
+def error_curve(criterion: str, stats: Statistics, pattern: Pattern) -> Elimination:
+    """The error after the best refit at every width down to one unit, units leaving in the criterion's order."""
+    if criterion == "surgeon":
+        return surgeon.removal(stats, pattern, 1, prices=True)
+    module = stats.module
+    size = module.size * (module.per_group if pattern == "groups" else 1)
+    order = removal_order(criterion, stats, pattern, 1)
+    return eliminate(stats.normal(), size, groups=module.groups if pattern == "heads" else None, order=order)
+
+
+def survivors(module: Depth2, pattern: Pattern, order: Tensor) -> tuple[int, ...]:
+    """The units (heads or channels) that are left once the pattern units in `order` have gone."""
+    gone = set(order.tolist())
+    if pattern == "groups":
+        return tuple(head for head in range(module.units) if head // module.per_group not in gone)
+    return tuple(unit for unit in range(module.units) if unit not in gone)
+
+
+def pattern_units(module: Depth2, pattern: Pattern) -> int:
+    """How many steps of width the pattern has: groups, heads per group, or channels."""
+    return {"groups": module.groups, "heads": module.per_group, "channels": module.units}[pattern]
+
+
+def _by_score(scores: Tensor, module: Depth2, pattern: Pattern, stop: int) -> Tensor:
+    scores = scores.cpu()
+    if pattern == "channels":
+        return scores.argsort(stable=True)[: module.units - stop]
+    by_group = scores.view(module.groups, module.per_group)
+    if pattern == "groups":
+        return by_group.sum(1).argsort(stable=True)[: module.groups - stop]
+    rounds = by_group.argsort(dim=1, stable=True)[:, : module.per_group - stop]
+    heads = rounds + torch.arange(module.groups)[:, None] * module.per_group
+    return heads.T.reshape(-1)

@@ -1,0 +1,42 @@
+"""Second moment of a unit's contribution to the module's output (Greedy Output Approximation, criterion B).
+
+For y = B act(A x) with uncentred covariance S of x, channel j is worth 1/2 ||B[:, j]||^2 (A_j S A_j').
+A bias of level 1 counts as one more input that is always one.
+
+Gated modules are two such modules, (up, down) and (gate, down); a channel's score is the product of both.
+In attention the probabilities are folded into the input, X^ = softmax(..) X, so that A is the value layer
+and A_j S^ A_j' is the mean square of level-2 input j itself; a head's score is the sum over its inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.criteria.statistics import Statistics
+from secateur.structure import Slab
+
+
+def scores(stats: Statistics) -> Tensor:
+    """Score per unit (units); higher = keep."""
+    half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
+    if stats.module.kind == "heads":
+        return stats.per_unit(half_norm * stats.moments.mean_square_a())
+    result = torch.ones_like(half_norm)
+    for slab in stats.module.scored:
+        result = result * half_norm * _mean_square(stats, slab)
+    return result
+
+
+def _mean_square(stats: Statistics, slab: Slab) -> Tensor:
+    """E[(A_j x + b_j)^2] of one level-1 layer's rows."""
+    assert stats.inputs is not None
+    start, stop = slab.span
+    rows = stats.tensors[slab.name].movedim(slab.axis, 0)[start:stop]
+    count = max(stats.inputs.count, 1)
+    mean_square = ((rows @ stats.inputs.gram()) * rows).sum(1).double() / count
+    bias = stats.tensors.get(slab.name.removesuffix("weight") + "bias")
+    if bias is None:
+        return mean_square
+    b = bias[start:stop].double()
+    return mean_square + 2 * b * (rows.double() @ stats.inputs.mean_a) + b.square()

@@ -1,0 +1,59 @@
+"""What a criterion may look at: the statistics of one module, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.moments import Moments
+from secateur.solve import Normal, normal_equations
+from secateur.structure import Depth2
+from secateur.surgery import inner_weight
+
+
+@dataclass
+class Statistics:
+    """One module's weights and second moments."""
+
+    module: Depth2
+    tensors: Mapping[str, Tensor]
+    """The block's tensors, float32, as the module now computes with them."""
+    weight_ao: Tensor
+    """Level-2 weight, inner axis first, columns scaled by the norm after it where there is one."""
+    moments: Moments
+    """Of the level-2 input, and of its cross moment with the target where there is one."""
+    inputs: Moments | None
+    """Of the module's input; present if the criterion needs it."""
+    ridge: float
+    own_target: bool
+    """The target is what the dense weight yields on these very inputs; there is no cross moment."""
+    seed: int
+
+    def normal(self) -> Normal:
+        """The penalised normal equations of the module's refit."""
+        cross = None if self.own_target else self.moments.cross()
+        return normal_equations(self.moments.gram(), cross, self.moments.energy(), self.weight_ao, self.ridge)
+
+    def per_unit(self, entries_a: Tensor) -> Tensor:
+        """Sum over the level-2 inputs of each unit: a head's channels, or a channel itself."""
+        return entries_a.view(self.module.units, self.module.size).sum(1)
+
+    def unit_sums(self, function: str) -> Tensor:
+        """Sum of `abs` or `square` over all weights of each unit, level 1 and 2.
+
+        What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
+        """
+        total = torch.zeros(self.module.units, dtype=torch.float64, device=self.weight_ao.device)
+        for slab in (*self.module.level1, self.module.level2):
+            if slab.name.endswith(".bias"):
+                continue
+            start, stop = slab.span
+            part = self.tensors[slab.name].movedim(slab.axis, 0)[start:stop].double()
+            sums = getattr(part, function)().reshape(slab.units, -1).sum(1)
+            if slab.unit == "group":
+                sums = (sums / self.module.per_group).repeat_interleave(self.module.per_group)
+            total += sums
+        return total

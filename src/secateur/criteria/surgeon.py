@@ -1,0 +1,19 @@
+"""Structured optimal brain surgeon: remove first what the best refit of the rest makes up best.
+
+Greedy and exact: each removal is priced after all before it, with the remaining level-2 weights refitted.
+The pass gives an order and with it the error at every width (`secateur.solve.eliminate`).
+"""
+
+from __future__ import annotations
+
+from secateur.criteria.statistics import Statistics
+from secateur.solve import Elimination, eliminate
+from secateur.structure import Pattern
+
+
+def removal(stats: Statistics, pattern: Pattern, stop: int, *, prices: bool) -> Elimination:
+    """Eliminate greedily until `stop` units of the pattern are left; see `secateur.criteria.removal_order`."""
+    module = stats.module
+    size = module.size * (module.per_group if pattern == "groups" else 1)
+    groups = module.groups if pattern == "heads" else None
+    return eliminate(stats.normal(), size, stop=stop, groups=groups, prices=prices)

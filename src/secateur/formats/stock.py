@@ -1,0 +1,169 @@
+"""A model of one width throughout, written so that the stock class loads it: what config.json must say.
+
+Config classes differ in how they spell a width and in which head counts they take, and transformers renamed
+the rotary settings between 4.57 and 5. The facts are a table; both spellings are written, so that either
+version builds the same model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from secateur.errors import SecateurError
+from secateur.structure import Width
+
+
+@dataclass(frozen=True)
+class Stock:
+    """How the config class of one model_type spells widths and rotary settings, and the widths it takes."""
+
+    channels: str = "intermediate_size"
+    """The key of the feed-forward width."""
+    heads: Literal["any", "divisors", "dense"] = "any"
+    """Head counts that load: any; divisors of hidden_size; the dense one, which sets the head size."""
+    heir: str | None = None
+    """A model_type with the same forward pass that takes the head counts this one refuses."""
+    fused_longrope: bool = False
+    """LongRoPE factors are checked against hidden_size // heads, whatever head_dim says."""
+    theta: str | None = "rope_theta"
+    """4.57's key of the rotary base; None where positions are learned."""
+    local_theta: str | None = None
+    """4.57's key of the rotary base in sliding-window layers, where rope_parameters is by layer type."""
+    partial: str | None = None
+    """4.57's key of the rotated share of a head."""
+    scaling_type: str = "rope_type"
+    """4.57's name, inside rope_scaling, of the kind of scaling."""
+
+
+STOCK: dict[str, Stock] = {
+    "llama": Stock(heads="divisors", heir="mistral"),
+    "mistral": Stock(),
+    "qwen2": Stock(),
+    "qwen3": Stock(),
+    "gemma2": Stock(heads="divisors"),
+    "gemma3_text": Stock(heads="divisors", local_theta="rope_local_base_freq"),
+    "phi3": Stock(fused_longrope=True, partial="partial_rotary_factor", scaling_type="type"),
+    "olmo2": Stock(scaling_type="type"),
+    "gpt2": Stock(channels="n_inner", heads="dense", theta=None),
+    "opt": Stock(channels="ffn_dim", heads="dense", theta=None),
+    "gpt_neox": Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
+}
+"""The stock classes by model_type."""
+
+_ARCHITECTURE = {"mistral": "MistralForCausalLM"}
+
+
+def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
+    """Why a stock class cannot hold a width, or None when one can.
+
+    Args:
+        config: the dense model's config object.
+        width: the width of every block.
+        dense: the dense width of a block.
+
+    Returns:
+        One clause that ends in what is possible instead.
+    """
+    stock = STOCK.get(config.model_type)
+    if stock is None:
+        return f"no stock layout is known for model_type {config.model_type!r}; write the per-layer format"
+    if min(width.groups, width.per_group, width.channels) < 1:
+        return "a stock class needs at least one head and one channel; keep one of each"
+    if width.heads == dense.heads and width.groups == dense.groups:
+        return None
+    if stock.heads == "dense":
+        return (
+            f"{config.model_type} derives its head size from hidden_size / heads, so a stock class keeps all "
+            f"{dense.heads} heads; prune channels only, or write the per-layer format"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if stock.fused_longrope and rope.get("rope_type") == "longrope":
+        return (
+            f"{config.model_type} ties its LongRoPE factors to hidden_size / heads, so a stock class keeps "
+            f"all {dense.heads} heads; prune channels only, or write the per-layer format"
+        )
+    if stock.heads == "divisors" and config.hidden_size % width.heads:
+        takes = [heads for heads in range(1, dense.heads + 1) if config.hidden_size % heads == 0]
+        refusal = f"{config.model_type} takes head counts that divide hidden_size {config.hidden_size} only"
+        instead = f"keep one of {', '.join(map(str, takes))} heads, or write the per-layer format"
+        if stock.heir is None:
+            return f"{refusal}, not {width.heads}; {instead}"
+        biases = [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]
+        if biases:
+            lacks = " or ".join(biases)
+            return f"{refusal} and {stock.heir}, which takes {width.heads}, has no {lacks}; {instead}"
+    return None
+
+
+def stock_config(
+    raw_config: dict[str, Any], config: Any, *, width: Width, head_dim: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The contents of config.json for a model of one width; see `stock_obstacle` for which widths are legal.
+
+    Args:
+        raw_config: the dense checkpoint's config.json as stored; not changed.
+        config: the config object made from it, which holds the settings that the file leaves to defaults.
+        width: the width of every block; the dense one gives the dense model back.
+        head_dim: entries per head.
+        dtype: of the weights.
+
+    Returns:
+        A JSON-ready dictionary, read alike by transformers 4.57 and 5.
+
+    Raises:
+        SecateurError: no stock layout is known for the model_type.
+    """
+    stock = STOCK.get(config.model_type)
+    if stock is None:
+        raise SecateurError(f"no stock layout is known for model_type {config.model_type!r}")
+    stored = copy.deepcopy(raw_config)
+    # The stock class needs no code of the checkpoint's own, and the files that auto_map names are not copied.
+    stored.pop("auto_map", None)
+    stored[stock.channels] = width.channels
+    if stock.heads != "dense":
+        stored["num_attention_heads"] = width.heads
+        stored["num_key_value_heads"] = width.groups
+        stored["head_dim"] = head_dim
+    stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)
+    stored["dtype"] = stored["torch_dtype"] = str(dtype).removeprefix("torch.")
+    stored.update(_rope(stock, config))
+    if stock.heir is not None and config.hidden_size % width.heads:
+        stored["model_type"] = stock.heir
+        stored["architectures"] = [_ARCHITECTURE[stock.heir]]
+        stored["sliding_window"] = None
+        # Below 5.0, a local Mistral is suspected of a tokenizer fault that the checkpoint does not have.
+        stored["transformers_version"] = transformers.__version__
+    return stored
+
+
+def _rope(stock: Stock, config: Any) -> dict[str, Any]:
+    """The rotary settings in both spellings."""
+    if stock.theta is None:
+        return {}
+    rope = copy.deepcopy(config.rope_parameters)
+    keys: dict[str, Any] = {"rope_parameters": rope}
+    if stock.local_theta is not None:
+        keys[stock.local_theta] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    kind = rope.get("rope_type", "default")
+    keys[stock.theta] = rope["rope_theta"]
+    if stock.partial is not None:
+        keys[stock.partial] = rope.get("partial_rotary_factor", 1.0)
+    # transformers 5 lets rope_scaling win over rope_parameters, so it says the same or nothing at all.
+    elsewhere = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
+    if kind == "longrope":
+        # 4.57 reads it beside rope_scaling only, and Phi-3's class there allows no fourth key inside. It then
+        # overrides a factor that is not the ratio of the two lengths, so what the factor sets is written out.
+        length = keys["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        elsewhere |= {"original_max_position_embeddings"}
+        if (factor := rope.get("factor")) and rope.get("attention_factor") is None:
+            rope["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
+    scaling = {key: value for key, value in rope.items() if key not in elsewhere}
+    keys["rope_scaling"] = None if kind == "default" else {stock.scaling_type: kind, **scaling}
+    return keys

@@ -1,0 +1,29 @@
+"""How long steps tell about their progress: the library is silent, the command line draws bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Watcher(Protocol):
+    """Whoever waits: is handed the items of a long loop and passes them on."""
+
+    def track(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """Yield the items one by one; `what` says what is being done."""
+
+    def note(self, text: str) -> None:
+        """Say one line about a choice that was made."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def track(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """Yield the items one by one."""
+        yield from items
+
+    def note(self, text: str) -> None:
+        """Swallow a line."""

@@ -1,0 +1,76 @@
+"""Choose a module's units and refit what is left, from statistics alone.
+
+`refit` solves level 2 for the error-aware target; `paper` first refits level 1 to the dense level-1 outputs, then
+level 2 to the dense level-2 outputs (Algorithms 1, 3 and 4 of Greedy Output Approximation); `none` leaves the
+weights. `before` refits all units ahead of the choice, so that the criterion sees repaired weights; `after` refits
+the kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.moments import Moments
+from secateur.solve import normal_equations, refit
+from secateur.structure import Depth2
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a module is repaired."""
+
+    method: str = "refit"
+    when: str = "after"
+    ridge: float = 1.0
+    intercept: bool = False
+    """Fit a level-2 bias even where the architecture stores none."""
+
+    @property
+    def before(self) -> bool:
+        """Refit all units ahead of the choice."""
+        return self.method != "none" and self.when in ("before", "both")
+
+    @property
+    def after(self) -> bool:
+        """Refit the kept units."""
+        return self.method != "none" and self.when in ("after", "both")
+
+
+def fit_level2(moments: Moments, old_ao: Tensor, keep: Tensor, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """Best level-2 weights of the kept inputs (k x o), and the intercept (o) if the moments are centred."""
+    normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), old_ao, ridge)
+    weight, _ = refit(normal, keep)
+    return weight, intercept(moments, weight, keep) if moments.centre else None
+
+
+def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
+    """The bias (o) with which the mean output is the mean target."""
+    return (moments.mean_o - moments.mean_a[keep] @ weight_ao.double()).float()
+
+
+def fit_level1(
+    module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float
+) -> dict[str, Tensor]:
+    """Level-1 weights and biases that bring the pruned stream's input to the dense level-1 outputs.
+
+    `inputs` holds the Gram matrix of the module's input in the pruned stream and its cross moment with the input
+    in the dense stream, X_p'X_d: the dense outputs are linear in the latter, so this serves all level-1 layers.
+    """
+    result: dict[str, Tensor] = {}
+    names = dict.fromkeys(slab.name for slab in module.level1 if slab.name.endswith(".weight"))
+    everything = torch.arange(inputs.gram().shape[0], device=inputs.gram().device)
+    for name in names:
+        axis = next(slab.axis for slab in module.level1 if slab.name == name)
+        old = tensors[name].movedim(axis, 1)
+        cross = inputs.cross() @ old
+        weight, _ = refit(normal_equations(inputs.gram(), cross, 0.0, old, ridge), everything)
+        result[name] = weight.movedim(1, axis).contiguous()
+        bias = name.removesuffix("weight") + "bias"
+        if bias in tensors:
+            shift = inputs.mean_o @ old.double() - inputs.mean_a @ weight.double()
+            result[bias] = (tensors[bias].double() + shift).float()
+    return result

@@ -1,0 +1,268 @@
+"""Blocks of a model, filled from disk one at a time and run through transformers' own forward.
+
+The model is built without weights. Its embedding is run once, with the blocks replaced by recorders that keep
+the arguments which the model prepares for each of them (masks, rotary tables); afterwards any block can be
+run on stored activations, alone. Hooks live inside context managers only.
+
+Shapes: b rows of a batch, t positions, d residual width.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from secateur.checkpoint import Checkpoint
+from secateur.errors import SecateurError
+from secateur.families import describe, family_of
+from secateur.structure import Block, Depth2
+from secateur.surgery import assign
+
+BATCH_TOKENS = 2048
+"""Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
+
+
+class Arena:
+    """Room for activations: in memory up to a limit, in temporary files beyond it."""
+
+    def __init__(self, limit: int | None = None):
+        if limit is None:
+            limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        self.limit = limit
+        self.used = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised float32 tensor on the host; it lives as long as the arena."""
+        count = 1
+        for extent in shape:
+            count *= extent
+        if self.used + 4 * count <= self.limit:
+            self.used += 4 * count
+            return torch.empty(shape)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
+        self._files += 1
+        path = os.path.join(self._folder.name, f"{self._files}.f32")
+        return torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
+
+    def release(self, tensor: Tensor) -> None:
+        """Give a tensor's room back; its file, if it has one, goes with the arena."""
+        if not tensor.untyped_storage().filename:
+            self.used -= 4 * tensor.numel()
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class Reached(Exception):
+    """Raised by a hook to end a block's forward once what was wanted has been seen."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block while the model prepares its arguments; passes its input through."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        # Some models read attributes of their layers, such as the attention type.
+        self.__dict__.update(
+            {k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"}
+        )
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.input_btd: Tensor | None = None
+
+    def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.input_btd, self.call = hidden_btd, (args, kwargs)
+        return hidden_btd
+
+
+class BlockStream:
+    """An open checkpoint as a sequence of blocks.
+
+    Attributes:
+        model: the transformers model, without weights.
+        blocks: what each block consists of.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu"):
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.family = family_of(checkpoint.config)
+        with init_empty_weights(include_buffers=False):
+            self.model: nn.Module = AutoModelForCausalLM.from_config(
+                checkpoint.config, dtype=torch.float32
+            ).eval()
+        self.model.requires_grad_(False)
+        checkpoint.check_shapes(self.model)
+        self.layers = self.model.get_submodule(self.family.blocks)
+        self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def stored(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors as stored, by their names inside the block."""
+        return {
+            name: self._read(f"{self.family.blocks}.{index}.{name}") for name in self.blocks[index].shapes
+        }
+
+    def stored_name(self, index: int, name: str) -> str:
+        """What the checkpoint calls a block's tensor."""
+        full = f"{self.family.blocks}.{index}.{name}"
+        resolved = self.checkpoint.resolve(full)
+        if resolved is None:
+            raise SecateurError(f"{self.checkpoint.source}: tensor {full} is missing")
+        return resolved
+
+    def _read(self, name: str) -> Tensor:
+        resolved = self.checkpoint.resolve(name)
+        if resolved is None:
+            raise SecateurError(f"{self.checkpoint.source}: tensor {name} is missing")
+        return self.checkpoint.read(resolved)
+
+    @contextmanager
+    def filled(self, index: int) -> Iterator[nn.Module]:
+        """One block with its weights in float32 on the device; they go on exit."""
+        layer = self.layers.get_submodule(str(index))
+        try:
+            for name, tensor in self.stored(index).items():
+                assign(layer, name, tensor.to(self.device, torch.float32))
+            layer.to(self.device)
+            yield layer
+        finally:
+            for name, shape in self.blocks[index].shapes.items():
+                assign(layer, name, torch.empty(shape, device="meta"))
+            for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
+                assign(layer, name, None)
+
+    def embed(self, rows: Tensor, arena: Arena) -> Tensor:
+        """Input of the first block (rows x t x d, on the host) for token rows (rows x t).
+
+        Also records what the model hands to each block, for `run`.
+        """
+        base = getattr(self.model, self.model.base_model_prefix)
+        parent_name, _, child = self.family.blocks.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        inside = set(dict(self.layers.named_parameters(prefix=self.family.blocks)))
+        outside = [
+            n for n, _ in base.named_parameters(prefix=self.model.base_model_prefix) if n not in inside
+        ]
+        recorders = [_Recorder(layer) for layer in self.layers.children()]
+        result = arena.empty(rows.shape[0], rows.shape[1], self.checkpoint.config.hidden_size)
+        setattr(parent, child, nn.ModuleList(recorders))
+        try:
+            for name in outside:
+                assign(self.model, name, self._read(name).to(self.device, torch.float32))
+            base.to(self.device)
+            # One row first: what it prepares broadcasts over batches of any size.
+            base(rows[:1].to(self.device), use_cache=False)
+            self._calls = [recorder.call for recorder in recorders if recorder.call is not None]
+            for at in batches(rows.shape[0], rows.shape[1]):
+                base(rows[at].to(self.device), use_cache=False)
+                assert recorders[0].input_btd is not None
+                result[at] = recorders[0].input_btd.cpu()
+        finally:
+            setattr(parent, child, self.layers)
+            for name in outside:
+                assign(self.model, name, self.model.get_parameter(name).to("meta"))
+        return result
+
+    def run(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden_btd: Tensor,
+        *,
+        replay: dict[Depth2, Tensor | None] | None = None,
+        watch: dict[str, Callable[[Tensor, Tensor], None]] | None = None,
+        until: str | None = None,
+    ) -> Tensor | None:
+        """Run a filled block on one batch.
+
+        Args:
+            index: which block.
+            layer: the block, from `filled`.
+            hidden_btd: its input, on any device.
+            replay: outputs to use in place of computing a module: (b, t, d), or None for zero.
+            watch: called with a layer's input and output, by the layer's path.
+            until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
+        """
+        args, kwargs = self._calls[index]
+        hidden_btd = hidden_btd.to(self.device)
+        with ExitStack() as stack:
+            for module, value in (replay or {}).items():
+                stack.enter_context(_replayed(layer, module, hidden_btd, value))
+            for path, see in (watch or {}).items():
+                stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
+            try:
+                return layer(hidden_btd, *args, **kwargs)
+            except Reached:
+                return None
+
+
+def batches(rows: int, length: int) -> Iterator[slice]:
+    """Slices of rows of at most `BATCH_TOKENS` tokens each."""
+    step = max(1, BATCH_TOKENS // length)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+@contextmanager
+def _watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: bool) -> Iterator[None]:
+    if stop:
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(args[0], args[0].new_empty(0))
+            raise Reached
+
+        handle = module.register_forward_pre_hook(before)
+    else:
+
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            see(args[0], output)
+
+        handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor | None) -> Iterator[None]:
+    """Let a module return a stored output in place of computing it."""
+    output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (output, None) if module.kind == "heads" else output
+
+    def flat(hidden: Tensor) -> Tensor:
+        # The layers hang in the block itself, which may have folded rows and positions into one axis.
+        return output.reshape(hidden.shape[:-1] + output.shape[-1:])
+
+    def nothing(hidden: Tensor) -> Tensor:
+        return hidden[..., :1]
+
+    changes = {module.path: forward} if module.path else {module.source: nothing, module.sink: flat}
+    targets = [(layer.get_submodule(path), function) for path, function in changes.items()]
+    for target, function in targets:
+        target.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        for target, _ in targets:
+            del target.__dict__["forward"]

@@ -1,0 +1,105 @@
+"""Index tensors by slab: the only place where weights are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.structure import Block, Depth2, Keep, Slab, Width
+
+
+def entries(slab: Slab, keep: Sequence[int]) -> Tensor:
+    """Positions along the slab's axis, offset included, of the kept units."""
+    units = torch.tensor(keep, dtype=torch.long)
+    return (slab.offset + units[:, None] * slab.size + torch.arange(slab.size)).reshape(-1)
+
+
+def inner_weight(module: Depth2, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The level-2 weight with the inner axis first (a x o), a view."""
+    return tensors[module.level2.name].movedim(module.level2.axis, 0)
+
+
+def stored_weight(module: Depth2, weight_ao: Tensor) -> Tensor:
+    """The inverse of `inner_weight`: back to the stored orientation, contiguous."""
+    return weight_ao.movedim(0, module.level2.axis).contiguous()
+
+
+def inner_entries(module: Depth2, keep: Sequence[int]) -> Tensor:
+    """Level-2 input entries of the kept units."""
+    return entries(module.level2, keep)
+
+
+def kept_by_unit(module: Depth2, keep: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """What the kept units mean for each kind of slab: a group stays while one of its heads does."""
+    if module.kind == "channels":
+        return {"channel": tuple(keep)}
+    return {"head": tuple(keep), "group": tuple(sorted({head // module.per_group for head in keep}))}
+
+
+def slice_module(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> dict[str, Tensor]:
+    """The module's tensors with only the kept units, level 2 included."""
+    kept = kept_by_unit(module, keep)
+    result: dict[str, Tensor] = {}
+    slabs: dict[str, list[Slab]] = {}
+    for slab in (*module.level1, module.level2):
+        slabs.setdefault(slab.name, []).append(slab)
+    for name, parts in slabs.items():
+        tensor = tensors[name]
+        # Fused layers are several slabs of one tensor, in order of their offsets.
+        index = torch.cat([entries(slab, kept[slab.unit]) for slab in sorted(parts, key=lambda s: s.offset)])
+        result[name] = tensor.index_select(parts[0].axis, index.to(tensor.device))
+    return result
+
+
+def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """All tensors of a block, sliced to the kept units."""
+    result = dict(tensors)
+    for module in (block.attention, block.feed_forward):
+        result.update(slice_module(module, tensors, keep.units(module.kind)))
+    return result
+
+
+def width_of(block: Block, keep: Keep) -> Width:
+    """The width that a selection amounts to."""
+    groups = len({head // block.attention.per_group for head in keep.heads})
+    return Width(groups, len(keep.heads) // groups if groups else 0, len(keep.channels))
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Set a parameter of a module or of one inside it, whatever its shape was; None takes it away."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+    module.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
+    """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
+    for name, tensor in tensors.items():
+        assign(layer, name, tensor)
+    counts = {
+        "num_heads": width.heads,
+        "num_attention_heads": width.heads,
+        "num_key_value_heads": width.groups,
+        "num_key_value_groups": width.per_group,
+    }
+    for module in layer.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
+            module.out_features, module.in_features = weight.shape
+        elif hasattr(module, "nf") and isinstance(weight, Tensor):
+            module.nx, module.nf = weight.shape
+        if not hasattr(module, "is_causal"):
+            continue
+        # An attention layer: its config is shared by all layers, so it gets one of its own.
+        config = copy.copy(module.config)
+        for name, count in counts.items():
+            if name in vars(config):
+                config.__dict__[name] = count
+            if name in vars(module):
+                setattr(module, name, count)
+        module.config = config
+        if hasattr(module, "split_size"):
+            module.split_size = width.heads * int(module.head_dim)  # type: ignore[arg-type]

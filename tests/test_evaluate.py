@@ -1,0 +1,234 @@
+"""Perplexity against a plain computation, and speed by its bookkeeping: no test depends on timings."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from secateur.errors import SecateurError
+from secateur.evaluate import compare_speed, perplexity, speed
+
+VOCAB = 128
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | config | more))).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, initializer_range=0.3
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def random_rows(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def plain_nll(model: PreTrainedModel, rows: torch.Tensor) -> float:
+    """Row by row, token by token, in float64."""
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            logits = model(input_ids=row[None]).logits[0].double()
+            losses += [float(cross_entropy(logits[i], row[i + 1])) for i in range(len(row) - 1)]
+    return math.fsum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_perplexity_is_that_of_a_plain_computation(build: Callable[[], PreTrainedModel], batch: int) -> None:
+    model, rows = build(), random_rows(7, 12)
+    result = perplexity(model, rows, batch=batch)
+    assert result.nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
+    assert result.nll > 1.05 * math.log(VOCAB) or build is gemma2  # far from uniform, so errors would show
+    assert result.perplexity == pytest.approx(math.exp(result.nll))
+    assert (result.tokens, result.rows, result.length) == (7 * 11, 7, 12)
+
+
+@pytest.mark.parametrize("logits", [1, 3 * VOCAB, 5 * VOCAB + 1])
+def test_pieces_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    module = sys.modules[perplexity.__module__]
+    model, rows = llama(), random_rows(4, 12)
+    monkeypatch.setattr(module, "_LOSS_LOGITS", logits)
+    assert perplexity(model, rows).nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
+    shapes = []
+    monkeypatch.setattr(module, "_FORWARD_LOGITS", 2 * 12 * VOCAB)
+    model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+    assert perplexity(model, rows, batch=8).nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
+    assert shapes[:2] == [2, 2]
+
+
+def test_float32_holds_only_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[perplexity.__module__]
+    monkeypatch.setattr(module, "_LOSS_LOGITS", 4 * VOCAB)
+    seen = []
+
+    def record(piece: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+        seen.append((piece.dtype, piece.numel()))
+        return cross_entropy(piece, target, reduction=reduction)
+
+    monkeypatch.setattr(module, "cross_entropy", record)
+    perplexity(llama().bfloat16(), random_rows(4, 12))
+    assert max(count for _, count in seen) == 4 * VOCAB
+    assert {dtype for dtype, _ in seen} == {torch.float32}
+
+
+def test_progress_and_mode_are_left_right() -> None:
+    model = llama().train()
+    calls = []
+    perplexity(model, random_rows(5, 6), batch=2, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(2, 5), (4, 5), (5, 5)]
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_is_off_while_scoring() -> None:
+    model = llama(attention_dropout=0.5).train()
+    rows = random_rows(3, 12)
+    first = perplexity(model, rows)
+    assert first == perplexity(model, rows)
+    with pytest.raises(FrozenInstanceError):
+        setattr(first, "nll", 0.0)  # noqa: B010
+
+
+def test_a_hopeless_model_gets_infinite_perplexity() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    result = perplexity(model, random_rows(2, 6))
+    assert math.isfinite(result.nll)
+    assert result.perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "message"),
+    [
+        (random_rows(2, 1), 8, "2 rows of 1 tokens leave nothing to score"),
+        (random_rows(0, 4), 8, "0 rows of 4 tokens leave nothing to score"),
+        (random_rows(2, 4), 0, "batch is 0"),
+        (random_rows(2, 4) + VOCAB, 8, f"ids outside the model's {VOCAB}"),
+    ],
+)
+def test_bad_rows_are_named(rows: torch.Tensor, batch: int, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        perplexity(llama(), rows, batch=batch)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(value: float) -> None:
+    model = llama()
+    rows = random_rows(4, 6) % 100
+    rows[2, 0] = 101
+    with torch.no_grad():
+        model.get_input_embeddings().weight[101] = value
+    with pytest.raises(SecateurError, match="loss is nan in rows 2 to 3"):
+        perplexity(model, rows, batch=2)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
+    model = build()
+    lengths, before = (
+        [],
+        GenerationConfig(do_sample=True, temperature=0.5, num_beams=2, eos_token_id=list(range(99))),
+    )
+    model.generation_config = before
+    model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    result = speed(model.train(), prompt=20, new=5, batch=2, repeats=3)
+    # One run to warm up and three that count: the prompt, then one token at a time out of the cache.
+    assert lengths == 4 * [(2, 20), *(5 * [(2, 1)])]
+    assert (result.prompt, result.new, result.batch, result.device) == (20, 5, 2, "cpu")
+    assert result.dtype == "float32"
+    assert len(result.prefill_seconds) == len(result.decode_seconds) == 3
+    assert result.prefill == pytest.approx(2 * 20 / sorted(result.prefill_seconds)[1])
+    assert result.decode == pytest.approx(2 * 5 / sorted(result.decode_seconds)[1])
+    assert min(result.prefill_seconds + result.decode_seconds) > 0
+    assert model.generation_config is before
+    assert model.training
+
+
+def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(float(2**i) for i in range(1000))
+    monkeypatch.setattr(sys.modules[speed.__module__], "perf_counter", lambda: next(ticks))
+    result = speed(llama(), prompt=4, new=2, repeats=1)
+    # Marks of the counted run: start 2^4, first token 2^5, then 2^6 and 2^7.
+    assert result.prefill_seconds == (16.0,)
+    assert result.decode_seconds == (96.0,)
+
+
+def test_models_take_turns() -> None:
+    a, b, order = llama(), llama(num_hidden_layers=1), []
+    for name, model in (("a", a), ("b", b)):
+        model.register_forward_pre_hook(
+            lambda _, __, given, name=name: order.append(name) if given["input_ids"].shape[1] > 1 else None,
+            with_kwargs=True,
+        )
+    result = compare_speed(a, b, prompt=8, new=1, repeats=3)
+    assert order == ["a", "b"] * 4
+    ratios = sorted(x / y for x, y in zip(result.a.prefill_seconds, result.b.prefill_seconds, strict=True))
+    assert result.prefill_ratio == ratios[1]
+    assert result.decode_ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"prompt": 0}, "prompt is 0"),
+        ({"new": 0}, "new is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"prompt": 60, "new": 5}, "prompt of 60 and 5 new tokens exceed the model's 64 positions"),
+    ],
+)
+def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        speed(llama(), **sizes)
+
+
+def test_all_positions_may_be_used() -> None:
+    assert speed(gpt2(), prompt=60, new=4, repeats=1).new == 4
