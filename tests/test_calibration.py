@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
 from secateur import calibration
 from secateur.calibration import (
     begins_with_bos,
@@ -27,31 +27,7 @@ from secateur.calibration import (
 )
 from secateur.errors import SecateurError
 
-VOCAB = 128
-WORDS = 120
-BOS, EOS, UNK, BREAK = 0, 1, 2, 3
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ '\n' }}{% endfor %}"
-
-
-def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
-    """One id a word, `w7` is id 11; a blank line is a token of its own, so that joins can be seen."""
-    words = {"<s>": BOS, "</s>": EOS, "<unk>": UNK, "\n\n": BREAK} | {
-        f"w{i}": 4 + i for i in range(WORDS - 4)
-    }
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=template,
-        model_max_length=16,
-    )
 
 
 def text_of(count: int, start: int = 0) -> str:
@@ -307,15 +283,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "bookcorpus", "some/set:config:column"])
-def test_an_unreachable_data_set_is_told_at_once(
-    hub: Path, monkeypatch: pytest.MonkeyPatch, source: str
-) -> None:
+def test_an_unreachable_data_set_is_told_at_once(hub: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     import datasets
 
     start = time.perf_counter()
-    with pytest.raises(
-        SecateurError, match=f"data set {source} is not in the local cache and .* does not answer"
-    ):
+    with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache and .* does not answer"):
         read_documents(source)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(SecateurError, match="offline mode"):
@@ -397,10 +369,7 @@ def test_local_copy_is_used_without_a_network(hub: Path, tmp_path: Path) -> None
     made.rename(copy)
     for file in copy.glob("parquet-*.arrow"):
         file.rename(
-            copy
-            / file.name.replace("parquet-train", "ptb_text_only-validation").replace(
-                "parquet", "ptb_text_only"
-            )
+            copy / file.name.replace("parquet-train", "ptb_text_only-validation").replace("parquet", "ptb_text_only")
         )
     info = json.loads((copy / "dataset_info.json").read_text())
     info["config_name"] = "default"

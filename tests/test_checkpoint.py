@@ -161,9 +161,7 @@ def test_names_without_the_base_prefix(tmp_path, model_type, prefix, name):
 
 
 def test_names_with_a_prefix_that_the_model_lacks(folder):
-    assert (
-        open_checkpoint(folder).resolve("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
-    )
+    assert open_checkpoint(folder).resolve("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
 
 
 def test_names_that_transformers_5_changed(tmp_path):
@@ -187,18 +185,14 @@ def test_missing_tensors_are_named(folder):
     kept = {name: value for name, value in stored.items() if "up_proj" not in name and "norm" not in name}
     save_file(kept, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(
-        SecateurError, match=r"missing from the weights: model\.layers\.0\.mlp.* and 4 more; "
-    ):
+    with pytest.raises(SecateurError, match=r"missing from the weights: model\.layers\.0\.mlp.* and 4 more; "):
         checkpoint.check_shapes(meta_model(checkpoint))
 
 
 def test_wrong_shapes_are_named(folder):
     edit(folder, intermediate_size=20)
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(
-        SecateurError, match=r"gate_proj.weight is \[24, 16\] where .* \[20, 16\] \(and 5 more\)"
-    ):
+    with pytest.raises(SecateurError, match=r"gate_proj.weight is \[24, 16\] where .* \[20, 16\] \(and 5 more\)"):
         checkpoint.check_shapes(meta_model(checkpoint))
 
 
@@ -210,9 +204,9 @@ def test_tokenizer(folder):
     with pytest.raises(SecateurError, match="the tokenizer does not load"):
         checkpoint.tokenizer()
     words = Tokenizer(WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="<s>"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<s>", chat_template="{{ messages }}"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<s>", chat_template="{{ messages }}").save_pretrained(
+        folder
+    )
     (folder / "notes.txt").write_text("not for copying")
     tokenizer = checkpoint.tokenizer()
     assert tokenizer.eos_token_id == 0
@@ -268,9 +262,7 @@ def keys(**values):
 
 def eight_bit(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
-    save_file(
-        {name: value.to(torch.float8_e4m3fn) for name, value in stored.items()}, folder / "model.safetensors"
-    )
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in stored.items()}, folder / "model.safetensors")
 
 
 def lfs(folder: Path) -> None:

@@ -42,9 +42,7 @@ def llama(**more: Any) -> LlamaForCausalLM:
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, initializer_range=0.3
-    )
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, initializer_range=0.3)
     return GPT2LMHeadModel(config).eval()
 
 
@@ -94,9 +92,7 @@ def test_pieces_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, logits: 
     assert perplexity(model, rows).nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
     shapes = []
     monkeypatch.setattr(module, "_FORWARD_LOGITS", 2 * 12 * VOCAB)
-    model.register_forward_pre_hook(
-        lambda _, __, given: shapes.append(given["input_ids"].shape[0]), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape[0]), with_kwargs=True)
     assert perplexity(model, rows, batch=8).nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
     assert shapes[:2] == [2, 2]
 

@@ -267,9 +267,7 @@ def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
 )
 def test_obstacles(tmp_path, case, keys, width, message):
     config = load({**RAW[case], **keys}, tmp_path)
-    obstacle = stock_obstacle(
-        config, width, EVERY_HEAD if STOCK[config.model_type].heads == "dense" else DENSE
-    )
+    obstacle = stock_obstacle(config, width, EVERY_HEAD if STOCK[config.model_type].heads == "dense" else DENSE)
     if message is None:
         assert obstacle is None
     else:
@@ -280,9 +278,7 @@ def test_obstacles(tmp_path, case, keys, width, message):
 def test_the_refusals_are_real(kind):
     """The table follows the config classes; should a class become lenient, the table can too."""
     with pytest.raises(Exception, match=r"multiple|divisible"):
-        AutoConfig.for_model(
-            kind, **{**SIZES, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8}
-        )
+        AutoConfig.for_model(kind, **{**SIZES, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8})
 
 
 def test_unknown_families(tmp_path):

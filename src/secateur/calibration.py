@@ -85,9 +85,7 @@ _SHORTHANDS = {
 }
 
 
-def check_calibration(
-    source: str, *, samples: int = 1, length: int, max_positions: int | None = None
-) -> None:
+def check_calibration(source: str, *, samples: int = 1, length: int, max_positions: int | None = None) -> None:
     """What can be found wrong without reading a token: to be called before a large model is opened.
 
     Args:
@@ -104,9 +102,7 @@ def check_calibration(
     if length < 2:
         raise SecateurError(f"length is {length}, but a row needs at least 2 tokens")
     if max_positions is not None and length > max_positions:
-        raise SecateurError(
-            f"length is {length}, but the model has {max_positions} positions: take a smaller length"
-        )
+        raise SecateurError(f"length is {length}, but the model has {max_positions} positions: take a smaller length")
     _is_file(source)
 
 
@@ -269,9 +265,7 @@ def _is_file(source: str) -> bool:
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise SecateurError(f"{source} {what}: check the path of the text")
     if suffix not in _EXTENSIONS:
-        raise SecateurError(
-            f"{source} has an unknown extension: text is read from .txt and .jsonl files, or from -"
-        )
+        raise SecateurError(f"{source} has an unknown extension: text is read from .txt and .jsonl files, or from -")
     return True
 
 
@@ -322,30 +316,20 @@ def _jsonl(text: str, source: str, tokenizer: PreTrainedTokenizerBase | None) ->
         try:
             document.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SecateurError(
-                f"{where} holds half of a surrogate pair, which is no character: remove it"
-            ) from error
+            raise SecateurError(f"{where} holds half of a surrogate pair, which is no character: remove it") from error
         yield document
 
 
 def _chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """A conversation as the model was trained to see it."""
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(entry, dict) for entry in messages)
-    ):
+    if not isinstance(messages, list) or not messages or not all(isinstance(entry, dict) for entry in messages):
         raise SecateurError(f"{where}: messages is not a list of objects with role and content")
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise SecateurError(
-            f"{where}: messages need a tokenizer with a chat template; use the key text instead"
-        )
+        raise SecateurError(f"{where}: messages need a tokenizer with a chat template; use the key text instead")
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is a program of the model's author: it may raise anything
-        raise SecateurError(
-            f"{where}: the chat template refuses these messages: {_one_line(error)}"
-        ) from error
+        raise SecateurError(f"{where}: the chat template refuses these messages: {_one_line(error)}") from error
     # Many templates write the token that opens every row anyway.
     return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
 
@@ -359,8 +343,7 @@ def _from_dataset(source: str, split: Split, characters: int) -> list[str]:
     name = next((name for name in wanted if name in splits), None)
     if name is None:
         raise SecateurError(
-            f"data set {source} has no split {' or '.join(wanted)} for {split}: "
-            f"it has {', '.join(map(str, splits))}"
+            f"data set {source} has no split {' or '.join(wanted)} for {split}: it has {', '.join(map(str, splits))}"
         )
     try:
         documents = list(_column(splits[name], dataset.column, source, characters))
@@ -420,9 +403,7 @@ def _open_dataset(dataset: _Dataset, source: str) -> dict[str, Any]:
     return dict(loaded)
 
 
-def _column(
-    rows: Iterable[dict[str, Any]], column: str | None, source: str, characters: int
-) -> Iterator[str]:
+def _column(rows: Iterable[dict[str, Any]], column: str | None, source: str, characters: int) -> Iterator[str]:
     """The texts of one column, until there are enough characters."""
     for row in rows:
         if column is None:
@@ -486,9 +467,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Fa
     return list(encoded["input_ids"])
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase | None, documents: list[str], source: str, vocab_size: int
-) -> torch.Tensor:
+def _ids(tokenizer: PreTrainedTokenizerBase | None, documents: list[str], source: str, vocab_size: int) -> torch.Tensor:
     """All documents as one sequence of ids, int64 [tokens]."""
     if tokenizer is None:
         raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
@@ -524,9 +503,7 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> to
     if tokenizer is None:
         return torch.arange(vocab_size)
     special = set(tokenizer.all_special_ids)
-    special |= {
-        index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
-    }
+    special |= {index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     plain = [index for index in range(min(vocab_size, len(tokenizer))) if index not in special]
     if not plain:
         raise SecateurError("every id of the tokenizer is a special one, so no random ids can be drawn")

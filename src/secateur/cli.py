@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import click
 import typer
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from secateur import __version__
 from secateur.errors import SecateurError
 from secateur.options import Options
+from secateur.structure import Kind
 
 T = TypeVar("T")
 
@@ -64,51 +65,37 @@ def top(
 
 @app.command()
 def prune(
-    model: Annotated[
-        str, typer.Argument(help="A Hugging Face folder, a hub id (owner/name), or a .gguf file.")
-    ],
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id (owner/name), or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
     sparsity: Annotated[float, typer.Option(help="Share of parameters to remove, between 0 and 1.")] = 0.25,
     of: Annotated[
         str, typer.Option(help="What the share counts: the pruned 'blocks', or the whole 'model'.")
     ] = "blocks",
-    blocks: Annotated[
-        str | None, typer.Option(help="Blocks to prune, first:end, such as 4:30. Default: all.")
-    ] = None,
+    blocks: Annotated[str | None, typer.Option(help="Blocks to prune, first:end, such as 4:30. Default: all.")] = None,
     modules: Annotated[str, typer.Option(help="What may go: heads, channels, or both.")] = "heads,channels",
-    widths: Annotated[
-        str, typer.Option(help="'uniform': one width for all blocks; loads everywhere.")
-    ] = "uniform",
+    widths: Annotated[str, typer.Option(help="'uniform': one width for all blocks; loads everywhere.")] = "uniform",
     criterion: Annotated[
         str, typer.Option(help="Which units go: surgeon, second-moment, wanda, l1, l2 or random.")
     ] = "surgeon",
     recovery: Annotated[
         str,
-        typer.Option(
-            help="'refit': level 2 to an error-aware target; 'paper': both levels to dense outputs; 'none'."
-        ),
+        typer.Option(help="'refit': level 2 to an error-aware target; 'paper': both levels to dense outputs; 'none'."),
     ] = "refit",
-    recover: Annotated[
-        str, typer.Option(help="When: 'before' units are chosen, 'after', or 'both'.")
-    ] = "after",
+    recover: Annotated[str, typer.Option(help="When: 'before' units are chosen, 'after', or 'both'.")] = "after",
     ridge: Annotated[float, typer.Option(help="Pull of the refit toward the old weights.")] = Options.ridge,
     intercept: Annotated[
         bool, typer.Option("--intercept", help="Also fit level-2 biases that the model does not have yet.")
     ] = False,
     calibration: Annotated[
         str,
-        typer.Option(
-            help="Text: a .txt or .jsonl file, - for standard input, a data set's name, or 'random' ids."
-        ),
+        typer.Option(help="Text: a .txt or .jsonl file, - for standard input, a data set's name, or 'random' ids."),
     ] = "wikitext2",
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in each row.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the choice of rows, and of the criterion 'random'.")] = 0,
     round_: Annotated[
         int,
-        typer.Option(
-            "--round", help="Round feed-forward widths to multiples: 32 for CPUs, 64 or 128 for GPUs."
-        ),
+        typer.Option("--round", help="Round feed-forward widths to multiples: 32 for CPUs, 64 or 128 for GPUs."),
     ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[
@@ -131,7 +118,7 @@ def prune(
         sparsity=sparsity,
         of=of,
         blocks=blocks,
-        modules=tuple(part.strip() for part in modules.split(",") if part.strip()),  # type: ignore[arg-type]
+        modules=cast("tuple[Kind, ...]", tuple(part.strip() for part in modules.split(",") if part.strip())),
         widths=widths,
         criterion=criterion,
         recovery=recovery,
@@ -148,8 +135,6 @@ def prune(
     from secateur.report.tables import prune_table
     from secateur.steps.prune import prune as run
 
-    with log.status("Opening the model"):
-        pass
     summary = run(
         model,
         out,
@@ -211,9 +196,7 @@ def evaluate(
 
 def _writable(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise SecateurError(
-            f"{path}: cannot be written; its folder must exist and it must not be a folder itself"
-        )
+        raise SecateurError(f"{path}: cannot be written; its folder must exist and it must not be a folder itself")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ def forward_flops(block: Block, tokens: int) -> float:
 
 
 def module_flops(inputs: int, width: int, tokens: int) -> float:
-    """Statistics and solve of one module: Gram n a^2, cross moment 2 n a d, factor a^3/3, inverse 2 a^3/3, solve 2 a^2 d."""
+    """Gram n a^2, cross moment 2 n a d, factor a^3/3, inverse 2 a^3/3 and solve 2 a^2 d of one module."""
     return tokens * (inputs**2 + 2 * inputs * width) + inputs**3 + 2 * inputs**2 * width
 
 

@@ -60,9 +60,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA,
     "olmo2": replace(GEMMA, heads_locked="its query and key norms run across all heads"),
     "phi3": replace(LLAMA, fused="qkv_proj", gate=None, fused_gate="gate_up_proj"),
-    "opt": Family(
-        blocks="model.decoder.layers", output="out_proj", feed_forward=None, up="fc1", gate=None, down="fc2"
-    ),
+    "opt": Family(blocks="model.decoder.layers", output="out_proj", feed_forward=None, up="fc1", gate=None, down="fc2"),
     "gpt2": Family(
         blocks="transformer.h",
         attention="attn",
@@ -115,9 +113,7 @@ def describe(config: Any, layer: nn.Module) -> Block:
     return Block(_attention(config, family, layer), _feed_forward(family, layer), parameters, shapes)
 
 
-def _slabs(
-    layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0
-) -> tuple[Slab, ...]:
+def _slabs(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
     """Weight and, if there is one, bias of a level-1 layer."""
     linear = layer.get_submodule(path)
     # Conv1D stores its weight input first, Linear output first.
@@ -170,8 +166,8 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
     prefix = "" if family.feed_forward is None else f"{family.feed_forward}."
     sink = prefix + family.down
-    down = layer.get_submodule(sink)
-    channels = down.weight.shape[0 if isinstance(down, Conv1D) else 1]  # type: ignore[union-attr,index]
+    down: Any = layer.get_submodule(sink)
+    channels = int(down.weight.shape[0 if isinstance(down, Conv1D) else 1])
     if family.fused_gate is not None:
         source = prefix + family.fused_gate
         level1 = _slabs(layer, source, "channel", channels, 1)

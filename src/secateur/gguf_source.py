@@ -89,9 +89,7 @@ def _check(file: Path) -> None:
     if count > 1:
         raise SecateurError(f"{file}: one of {count} parts; merge them with llama-gguf-split --merge first")
     # The list spells some names with an underscore that files spell with a hyphen.
-    if architecture.replace("-", "_") not in (
-        name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES
-    ):
+    if architecture.replace("-", "_") not in (name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES):
         raise SecateurError(
             f"{file}: transformers cannot read the architecture {architecture!r} from GGUF; "
             "use the checkpoint that it was made from"

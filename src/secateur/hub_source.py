@@ -67,9 +67,7 @@ def hub_folder(repo: str, revision: str | None) -> Path:
         # The hub's own progress bars show: this is what takes long.
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
-        raise SecateurError(
-            f"{repo}: gated; accept its terms on the hub and log in with `hf auth login`"
-        ) from error
+        raise SecateurError(f"{repo}: gated; accept its terms on the hub and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise SecateurError(
             f"{repo}: no such folder and no such model on the hub; check the name, or log in if it is private"
@@ -109,9 +107,7 @@ def choose_files(repo: str, names: list[str]) -> list[str]:
 def _cached(repo: str, revision: str | None) -> Path | None:
     """The snapshot in the local cache, if its config and weights are all there."""
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"])
-        )
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except (HfHubHTTPError, OSError, ValueError):
         return None
     return folder if (folder / "config.json").is_file() and has_weights(folder) else None

@@ -18,13 +18,13 @@ PANEL = 256
 """Smallest panel of the symmetric product; below it, the saving is less than the calls cost."""
 
 
-def add_gram(gram_aa: Tensor, x_na: Tensor) -> None:
-    """Add X'X to the upper panels of `gram_aa`; about 0.6 of the flops of the full product."""
+def add_gram(gram_aa: Tensor, x_na: Tensor, weight: float = 1.0) -> None:
+    """Add weight * X'X to the upper panels of `gram_aa`; about 0.6 of the flops of the full product."""
     a = gram_aa.shape[0]
     panel = max(PANEL, -(-a // 6))
     for start in range(0, a, panel):
         stop = min(start + panel, a)
-        gram_aa[start:stop, start:].addmm_(x_na[:, start:stop].T, x_na[:, start:])
+        gram_aa[start:stop, start:].addmm_(x_na[:, start:stop].T, x_na[:, start:], alpha=weight)
 
 
 class Moments:
@@ -33,11 +33,9 @@ class Moments:
     With `centre`, rows are shifted by the first batch's mean, so that centring at the end does not cancel.
     """
 
-    def __init__(
-        self, inputs: int, targets: int = 0, *, centre: bool = False, device: str | torch.device = "cpu"
-    ):
+    def __init__(self, inputs: int, targets: int = 0, *, centre: bool = False, device: str | torch.device = "cpu"):
         self.centre = centre
-        self.count = 0
+        self.count = 0.0
         self._gram_aa = torch.zeros(inputs, inputs, device=device)
         self._cross_ao = torch.zeros(inputs, targets, device=device)
         self._sum_a = torch.zeros(inputs, dtype=torch.float64, device=device)
@@ -46,8 +44,11 @@ class Moments:
         self._origin_a: Tensor | None = None
         self._origin_o: Tensor | None = None
 
-    def update(self, x_na: Tensor, t_no: Tensor | None = None) -> None:
-        """Add rows: inputs (n x a) and, if the cross moment is wanted, their targets (n x o)."""
+    def update(self, x_na: Tensor, t_no: Tensor | None = None, weight: float = 1.0) -> None:
+        """Add rows: inputs (n x a) and, if the cross moment is wanted, their targets (n x o).
+
+        `weight` is what each of these rows counts, in every sum.
+        """
         for start in range(0, x_na.shape[0], CHUNK):
             x = x_na[start : start + CHUNK].float()
             t = None if t_no is None else t_no[start : start + CHUNK].float()
@@ -57,25 +58,25 @@ class Moments:
                     self._origin_o = None if t is None else t.mean(0)
                 x = x - self._origin_a
                 t = None if t is None or self._origin_o is None else t - self._origin_o
-            self.count += x.shape[0]
-            add_gram(self._gram_aa, x)
-            self._sum_a += x.sum(0)
+            self.count += weight * x.shape[0]
+            add_gram(self._gram_aa, x, weight)
+            self._sum_a += weight * x.sum(0)
             if t is not None:
-                self._cross_ao.addmm_(x.T, t)
-                self._sum_o += t.sum(0)
-                self._energy += torch.linalg.vector_norm(t).double().square()
+                self._cross_ao.addmm_(x.T, t, alpha=weight)
+                self._sum_o += weight * t.sum(0)
+                self._energy += weight * torch.linalg.vector_norm(t).double().square()
 
     @property
     def mean_a(self) -> Tensor:
         """Mean of the inputs, float64."""
         shift = 0.0 if self._origin_a is None else self._origin_a.double()
-        return self._sum_a / max(self.count, 1) + shift
+        return self._sum_a / (self.count or 1.0) + shift
 
     @property
     def mean_o(self) -> Tensor:
         """Mean of the targets, float64."""
         shift = 0.0 if self._origin_o is None else self._origin_o.double()
-        return self._sum_o / max(self.count, 1) + shift
+        return self._sum_o / (self.count or 1.0) + shift
 
     def gram(self) -> Tensor:
         """X'X (a x a), of centred rows where `centre` is set."""
@@ -83,29 +84,27 @@ class Moments:
         gram = upper + upper.triu(1).T
         if self.centre:
             s = self._sum_a
-            gram = gram - (torch.outer(s, s) / max(self.count, 1)).to(gram.dtype)
+            gram = gram - (torch.outer(s, s) / (self.count or 1.0)).to(gram.dtype)
         return gram
 
     def cross(self) -> Tensor:
         """X'T (a x o), of centred rows where `centre` is set."""
         if not self.centre:
             return self._cross_ao
-        return self._cross_ao - (torch.outer(self._sum_a, self._sum_o) / max(self.count, 1)).to(
-            self._cross_ao.dtype
-        )
+        return self._cross_ao - (torch.outer(self._sum_a, self._sum_o) / (self.count or 1.0)).to(self._cross_ao.dtype)
 
     def energy(self) -> float:
         """Sum of the squared targets, of centred ones where `centre` is set."""
-        offset = self._sum_o.square().sum() / max(self.count, 1) if self.centre else 0.0
+        offset = self._sum_o.square().sum() / (self.count or 1.0) if self.centre else 0.0
         return float(self._energy - offset)
 
     def mean_square_a(self) -> Tensor:
         """E[x_j^2] of every input entry (a), of the rows as they are, centred or not; float64."""
-        diagonal = self._gram_aa.diagonal().double() / max(self.count, 1)
+        diagonal = self._gram_aa.diagonal().double() / (self.count or 1.0)
         if self._origin_a is None:
             return diagonal
         o = self._origin_a.double()
-        return diagonal + 2 * o * self._sum_a / max(self.count, 1) + o.square()
+        return diagonal + 2 * o * self._sum_a / (self.count or 1.0) + o.square()
 
     def finite(self) -> bool:
         """Whether no sum is NaN or infinite."""

@@ -38,7 +38,7 @@ class Options:
     recovery: str = "refit"
     recover: str = "after"
     """When the recovery happens: `before` the choice of units, `after` it, or `both`."""
-    ridge: float = 1.0
+    ridge: float = 0.3
     """Pull of the refit toward the old weights, relative to each input's energy."""
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
@@ -52,9 +52,7 @@ class Options:
     """Of the output; that of the input by default."""
 
     def __post_init__(self) -> None:
-        if not (
-            isinstance(self.sparsity, int | float) and math.isfinite(self.sparsity) and 0 < self.sparsity < 1
-        ):
+        if not (isinstance(self.sparsity, int | float) and math.isfinite(self.sparsity) and 0 < self.sparsity < 1):
             raise SecateurError(f"sparsity is {self.sparsity}; it must lie between 0 and 1, for example 0.25")
         for name, value, allowed in (
             ("of", self.of, SHARES),
@@ -69,9 +67,7 @@ class Options:
                 raise SecateurError(f"{name} is '{value}'; it must be one of {choices}")
         wrong = [kind for kind in self.modules if kind not in get_args(Kind)]
         if wrong or not self.modules:
-            raise SecateurError(
-                f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels"
-            )
+            raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 1")
         for name, number, least in (
@@ -84,9 +80,7 @@ class Options:
         if self.seed < 0:
             raise SecateurError(f"seed is {self.seed}; it must be zero or positive")
         if self.intercept and self.recovery == "none":
-            raise SecateurError(
-                "an intercept is part of the refit: leave --intercept out, or use --recovery refit"
-            )
+            raise SecateurError("an intercept is part of the refit: leave --intercept out, or use --recovery refit")
 
     def chosen_blocks(self, count: int) -> range:
         """The block range for a model of `count` blocks."""
@@ -99,7 +93,5 @@ class Options:
         if stop > count or start >= count:
             raise SecateurError(f"blocks is '{self.blocks}', but the model has {count} blocks (0:{count})")
         if start >= stop:
-            raise SecateurError(
-                f"blocks is '{self.blocks}', which is empty or reversed; the end must be larger"
-            )
+            raise SecateurError(f"blocks is '{self.blocks}', which is empty or reversed; the end must be larger")
         return range(start, stop)

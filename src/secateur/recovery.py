@@ -25,7 +25,7 @@ class Recovery:
 
     method: str = "refit"
     when: str = "after"
-    ridge: float = 1.0
+    ridge: float = 0.3
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
 
@@ -52,9 +52,7 @@ def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
     return (moments.mean_o - moments.mean_a[keep] @ weight_ao.double()).float()
 
 
-def fit_level1(
-    module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float
-) -> dict[str, Tensor]:
+def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float) -> dict[str, Tensor]:
     """Level-1 weights and biases that bring the pruned stream's input to the dense level-1 outputs.
 
     `inputs` holds the Gram matrix of the module's input in the pruned stream and its cross moment with the input

@@ -50,9 +50,7 @@ class Normal:
         return float(self.energy + linear - square)
 
 
-def normal_equations(
-    gram_aa: Tensor, cross_ao: Tensor | None, energy: float, old_ao: Tensor, ridge: float
-) -> Normal:
+def normal_equations(gram_aa: Tensor, cross_ao: Tensor | None, energy: float, old_ao: Tensor, ridge: float) -> Normal:
     """Set up the penalised system of one layer.
 
     Args:
@@ -106,9 +104,7 @@ def factorise(matrix_aa: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(matrix_aa + jitter * torch.diag_embed(matrix_aa.diagonal()))
         jitter *= 10
         if jitter > 1:
-            raise FloatingPointError(
-                "the normal equations are not positive definite; are activations finite?"
-            )
+            raise FloatingPointError("the normal equations are not positive definite; are activations finite?")
     return factor
 
 
@@ -145,9 +141,7 @@ def eliminate(
     """
     units = normal.scale_a.shape[0] // size
     # Not cholesky_inverse: fewer flops, but it was seen to run 30 times slower beside other busy processes.
-    identity = torch.eye(
-        normal.matrix_aa.shape[0], dtype=normal.matrix_aa.dtype, device=normal.matrix_aa.device
-    )
+    identity = torch.eye(normal.matrix_aa.shape[0], dtype=normal.matrix_aa.dtype, device=normal.matrix_aa.device)
     inverse = torch.cholesky_solve(identity, factorise(normal.matrix_aa))
     state = _State(normal, inverse, size)
     removed: list[Tensor] = []
@@ -200,19 +194,11 @@ class _State:
         count, size = len(self.units), self.size
         weight = self.weight.view(count, size, -1)
         if size == 1:
-            cost = weight.square().sum((1, 2)) / self.inverse.diagonal().clamp_min(
-                torch.finfo(weight.dtype).tiny
-            )
+            cost = weight.square().sum((1, 2)) / self.inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny)
         else:
-            blocks = (
-                self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-            )
+            blocks = self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
             blocks[~self.alive] = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
-            cost = (
-                torch.linalg.solve_triangular(factorise_each(blocks), weight, upper=False)
-                .square()
-                .sum((1, 2))
-            )
+            cost = torch.linalg.solve_triangular(factorise_each(blocks), weight, upper=False).square().sum((1, 2))
         return cost.masked_fill(~self.alive, float("inf"))
 
     def cheapest(self, step: int) -> Tensor:
@@ -244,9 +230,7 @@ class _State:
         """The cheapest unit of every group."""
         costs = self.costs()
         owner = self.units // per_group
-        return torch.stack(
-            [costs.masked_fill(owner != group, float("inf")).argmin() for group in range(groups)]
-        )
+        return torch.stack([costs.masked_fill(owner != group, float("inf")).argmin() for group in range(groups)])
 
     def remove(self, positions: Tensor, prices: bool) -> tuple[Tensor, Tensor]:
         """Take units out in this order; the rise of the minimum and the running change of the error, each."""

@@ -9,9 +9,7 @@ Shapes: b rows of a batch, t positions, d residual width.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,52 +18,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from secateur.activations import Activations, Arena, Rows
 from secateur.checkpoint import Checkpoint
 from secateur.errors import SecateurError
 from secateur.families import describe, family_of
 from secateur.structure import Block, Depth2
 from secateur.surgery import assign
-
-BATCH_TOKENS = 2048
-"""Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
-
-
-class Arena:
-    """Room for activations: in memory up to a limit, in temporary files beyond it."""
-
-    def __init__(self, limit: int | None = None):
-        if limit is None:
-            limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-        self.limit = limit
-        self.used = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
-
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialised float32 tensor on the host; it lives as long as the arena."""
-        count = 1
-        for extent in shape:
-            count *= extent
-        if self.used + 4 * count <= self.limit:
-            self.used += 4 * count
-            return torch.empty(shape)
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
-        self._files += 1
-        path = os.path.join(self._folder.name, f"{self._files}.f32")
-        return torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
-
-    def release(self, tensor: Tensor) -> None:
-        """Give a tensor's room back; its file, if it has one, goes with the arena."""
-        if not tensor.untyped_storage().filename:
-            self.used -= 4 * tensor.numel()
-
-    def __enter__(self) -> Arena:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
 
 
 class Reached(Exception):
@@ -78,11 +36,9 @@ class _Recorder(nn.Module):
     def __init__(self, original: nn.Module):
         super().__init__()
         # Some models read attributes of their layers, such as the attention type.
-        self.__dict__.update(
-            {k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"}
-        )
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.input_btd: Tensor | None = None
+        self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"})
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.input_btd = torch.empty(0)
 
     def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.input_btd, self.call = hidden_btd, (args, kwargs)
@@ -102,23 +58,20 @@ class BlockStream:
         self.device = torch.device(device)
         self.family = family_of(checkpoint.config)
         with init_empty_weights(include_buffers=False):
-            self.model: nn.Module = AutoModelForCausalLM.from_config(
-                checkpoint.config, dtype=torch.float32
-            ).eval()
+            self.model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32).eval()
         self.model.requires_grad_(False)
         checkpoint.check_shapes(self.model)
         self.layers = self.model.get_submodule(self.family.blocks)
         self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.width: int = checkpoint.config.hidden_size
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """A block's tensors as stored, by their names inside the block."""
-        return {
-            name: self._read(f"{self.family.blocks}.{index}.{name}") for name in self.blocks[index].shapes
-        }
+        return {name: self._read(f"{self.family.blocks}.{index}.{name}") for name in self.blocks[index].shapes}
 
     def stored_name(self, index: int, name: str) -> str:
         """What the checkpoint calls a block's tensor."""
@@ -149,32 +102,32 @@ class BlockStream:
             for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
                 assign(layer, name, None)
 
-    def embed(self, rows: Tensor, arena: Arena) -> Tensor:
-        """Input of the first block (rows x t x d, on the host) for token rows (rows x t).
+    def embed(self, rows: Rows, arena: Arena) -> Activations:
+        """Input of the first block, for token rows.
 
-        Also records what the model hands to each block, for `run`.
+        Also records what the model hands to each block for each group of rows, for `run`.
         """
-        base = getattr(self.model, self.model.base_model_prefix)
+        prefix = self.model.base_model_prefix
+        base = self.model.get_submodule(prefix)
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
-        inside = set(dict(self.layers.named_parameters(prefix=self.family.blocks)))
-        outside = [
-            n for n, _ in base.named_parameters(prefix=self.model.base_model_prefix) if n not in inside
-        ]
+        inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
+        outside = [name for name, _ in base.named_parameters(prefix=prefix) if name not in inside]
         recorders = [_Recorder(layer) for layer in self.layers.children()]
-        result = arena.empty(rows.shape[0], rows.shape[1], self.checkpoint.config.hidden_size)
+        result = arena.empty(rows, self.width)
         setattr(parent, child, nn.ModuleList(recorders))
         try:
             for name in outside:
                 assign(self.model, name, self._read(name).to(self.device, torch.float32))
             base.to(self.device)
-            # One row first: what it prepares broadcasts over batches of any size.
-            base(rows[:1].to(self.device), use_cache=False)
-            self._calls = [recorder.call for recorder in recorders if recorder.call is not None]
-            for at in batches(rows.shape[0], rows.shape[1]):
-                base(rows[at].to(self.device), use_cache=False)
-                assert recorders[0].input_btd is not None
-                result[at] = recorders[0].input_btd.cpu()
+            self._calls = []
+            for group in rows.groups:
+                # One row: what the model prepares for it broadcasts over batches of any size.
+                base(group[:1].to(self.device), use_cache=False)
+                self._calls.append([recorder.call for recorder in recorders])
+            for at in rows.batches():
+                base(rows.ids(at).to(self.device), use_cache=False)
+                result[at] = recorders[0].input_btd
         finally:
             setattr(parent, child, self.layers)
             for name in outside:
@@ -186,9 +139,10 @@ class BlockStream:
         index: int,
         layer: nn.Module,
         hidden_btd: Tensor,
+        group: int,
         *,
-        replay: dict[Depth2, Tensor | None] | None = None,
-        watch: dict[str, Callable[[Tensor, Tensor], None]] | None = None,
+        replay: Mapping[Depth2, Tensor | None] | None = None,
+        watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
         until: str | None = None,
     ) -> Tensor | None:
         """Run a filled block on one batch.
@@ -197,11 +151,12 @@ class BlockStream:
             index: which block.
             layer: the block, from `filled`.
             hidden_btd: its input, on any device.
+            group: which group of rows the batch belongs to.
             replay: outputs to use in place of computing a module: (b, t, d), or None for zero.
             watch: called with a layer's input and output, by the layer's path.
             until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
         """
-        args, kwargs = self._calls[index]
+        args, kwargs = self._calls[group][index]
         hidden_btd = hidden_btd.to(self.device)
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
@@ -212,13 +167,6 @@ class BlockStream:
                 return layer(hidden_btd, *args, **kwargs)
             except Reached:
                 return None
-
-
-def batches(rows: int, length: int) -> Iterator[slice]:
-    """Slices of rows of at most `BATCH_TOKENS` tokens each."""
-    step = max(1, BATCH_TOKENS // length)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> Non
         "num_key_value_heads": width.groups,
         "num_key_value_groups": width.per_group,
     }
+    module: Any
     for module in layer.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
@@ -102,4 +104,4 @@ def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> Non
                 setattr(module, name, count)
         module.config = config
         if hasattr(module, "split_size"):
-            module.split_size = width.heads * int(module.head_dim)  # type: ignore[arg-type]
+            module.split_size = width.heads * int(module.head_dim)

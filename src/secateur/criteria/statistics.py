@@ -11,7 +11,6 @@ from torch import Tensor
 from secateur.moments import Moments
 from secateur.solve import Normal, normal_equations
 from secateur.structure import Depth2
-from secateur.surgery import inner_weight
 
 
 @dataclass

@@ -113,9 +113,7 @@ def evaluate(
     where = pick_device(device)
     names = [model] if against is None else [model, against]
     checkpoints = [
-        open_checkpoint(
-            name, revision=revision if name == model else None, trust_remote_code=trust_remote_code
-        )
+        open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
         for name in names
     ]
     # All texts are read before a model is loaded: mistakes come first.

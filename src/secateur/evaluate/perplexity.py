@@ -68,14 +68,10 @@ def perplexity(
     if batch < 1:
         raise SecateurError(f"batch is {batch}, but at least 1 is needed")
     if count < 1 or length < 2:
-        raise SecateurError(
-            f"{count} rows of {length} tokens leave nothing to score: a row needs at least 2 tokens"
-        )
+        raise SecateurError(f"{count} rows of {length} tokens leave nothing to score: a row needs at least 2 tokens")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
-        raise SecateurError(
-            f"the rows hold ids outside the model's {vocabulary}: wrong tokenizer for this model"
-        )
+        raise SecateurError(f"the rows hold ids outside the model's {vocabulary}: wrong tokenizer for this model")
     batch = max(1, min(batch, _FORWARD_LOGITS // (length * vocabulary)))
     training = model.training
     model.eval()

@@ -56,9 +56,7 @@ class SpeedComparison:
     decode_ratio: float
 
 
-def speed(
-    model: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3
-) -> Speed:
+def speed(model: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3) -> Speed:
     """Measure one model.
 
     Args:
@@ -120,9 +118,7 @@ def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int,
     return [_speed(model, run, prompt, new, batch) for model, run in zip(models, runs, strict=True)]
 
 
-def _speed(
-    model: PreTrainedModel, run: list[tuple[float, float]], prompt: int, new: int, batch: int
-) -> Speed:
+def _speed(model: PreTrainedModel, run: list[tuple[float, float]], prompt: int, new: int, batch: int) -> Speed:
     prefills, decodes = zip(*run, strict=True)
     return Speed(
         prefill=batch * prompt / median(prefills),
@@ -180,9 +176,7 @@ def _greedy(model: PreTrainedModel, new: int) -> Iterator[None]:
     from transformers import GenerationConfig
 
     before, training = model.generation_config, model.training
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0
-    )
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
     model.eval()
     try:
         yield

@@ -114,9 +114,7 @@ class OutputFolder:
         free = shutil.disk_usage(self.path.parent).free
         if self.expected_bytes and free < self.expected_bytes + _SPARE:
             need, have = self.expected_bytes / 1e9, free / 1e9
-            raise SecateurError(
-                f"{self.path}: {need:.2f} GB are needed and {have:.2f} GB are free; make room"
-            )
+            raise SecateurError(f"{self.path}: {need:.2f} GB are needed and {have:.2f} GB are free; make room")
 
     def _make_partial(self) -> Path:
         """The hidden folder. Not mkdtemp, whose folders nobody else may read."""

@@ -40,15 +40,11 @@ def prune_table(summary: Summary, out: Path | None) -> RenderableType:
     begin = "rows begin with BOS" if summary.bos else "rows begin without BOS, as the tokenizer adds none"
     lines.append(f"Calibrated on {summary.tokens:,} tokens; {begin}.")
     if summary.dry:
-        lines.append(
-            f"About {summary.seconds:,.0f} s and {summary.peak_bytes / 1e9:.2f} GB beside the libraries' own."
-        )
+        lines.append(f"About {summary.seconds:,.0f} s and {summary.peak_bytes / 1e9:.2f} GB beside the libraries' own.")
         if out is None:
             lines.append("Nothing was written (dry run).")
     else:
-        lines.append(
-            f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}"
-        )
+        lines.append(f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}")
     return Group(*lines)
 
 
@@ -63,15 +59,9 @@ def eval_table(result: Evaluation) -> RenderableType:
         table.add_column("ratio", justify="right")
     for label, values, form in result.rows():
         cells = [form.format(value) for value in values]
-        ratio = (
-            [f"{values[0] / values[1]:.3f}"] if len(values) == 2 and values[1] else [""] * (len(names) - 1)
-        )
+        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 and values[1] else [""] * (len(names) - 1)
         table.add_row(label, *cells, *ratio)
-    begin = (
-        "rows begin with BOS"
-        if result.models[0].bos
-        else "rows begin without BOS, as the tokenizer adds none"
-    )
+    begin = "rows begin with BOS" if result.models[0].bos else "rows begin without BOS, as the tokenizer adds none"
     lines: list[RenderableType] = [table]
     for text in result.models[0].texts:
         lines.append(f"{text.source}: {text.tokens:,} tokens scored in rows of {text.length}; {begin}.")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
-from secateur.structure import Block, Kind, Width
 from secateur.steps.survey import Survey
+from secateur.structure import Block, Kind, Width
 
 TOLERANCE = 0.005
 """A plan within half a point of the wanted sparsity is on target."""
@@ -24,7 +24,7 @@ class Plan:
     of: str
     """What the share counts: `blocks`, the pruned ones, or `model`."""
     error: float | None
-    """Summed error of the pruned modules, each over its residual stream's energy; None if nothing was weighed."""
+    """Share of its own output that each pruned module loses, summed; None if nothing was weighed."""
     note: str | None = None
     """Said when the wanted share could not be had to within half a point."""
 
@@ -94,9 +94,7 @@ def candidates(
     plans: list[Plan] = []
     obstacles: list[str] = []
     for groups, per_group in _attention_widths(block, kinds):
-        for channels in _channel_widths(
-            block, groups, per_group, sparsity * counted / len(chosen), kinds, multiple
-        ):
+        for channels in _channel_widths(block, groups, per_group, sparsity * counted / len(chosen), kinds, multiple):
             width = Width(groups, per_group, channels)
             if width == block.width:
                 continue
@@ -161,7 +159,7 @@ def _channel_widths(
 
 
 def _error(survey: Survey, block: Block, width: Width) -> float:
-    """Summed error over energy of all surveyed modules at one width."""
+    """Share of its output that each surveyed module loses at one width, summed."""
     total = 0.0
     for curve in survey.curves:
         gone = _gone(block, curve.kind, curve.pattern, width)

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 import secateur
+from secateur.activations import Rows
 from secateur.calibration import begins_with_bos, calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.costs import floor_flops, memory_bytes, product_rate
@@ -110,14 +111,15 @@ def prune(
         "obstacle": lambda width: obstacle(stream, chosen, width, intercept=options.intercept),
     }
     possible = candidates(stream.blocks, **wishes)
-    tokenizer, rows = _calibrate(stream, options)
+    tokenizer, text = _calibrate(stream, options)
     bos = begins_with_bos(tokenizer)
+    rows = Rows.of(text) if bos else Rows.of(text).with_openings()
     if dry_run:
         return _summary(stream, possible[0], dtype, bos, rows, time.perf_counter() - start, dry=True)
 
     found = None
     if len(possible) > 1:
-        few = rows[: max(1, len(rows) // SURVEY_SHARE)]
+        few = text[: max(1, len(text) // SURVEY_SHARE)]
         found = survey(
             stream,
             few,
@@ -199,7 +201,7 @@ def _summary(
     decided: Plan,
     dtype: torch.dtype,
     bos: bool,
-    rows: Tensor,
+    rows: Rows,
     seconds: float,
     dry: bool = False,
 ) -> Summary:
@@ -214,8 +216,8 @@ def _summary(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     hidden = stream.checkpoint.config.hidden_size
     if dry:
-        seconds = 1.5 * floor_flops(stream.blocks, hidden, rows.numel()) / product_rate(stream.device)
-        peak = memory_bytes(stream.blocks, hidden, rows.numel())
+        seconds = 1.5 * floor_flops(stream.blocks, hidden, rows.tokens) / product_rate(stream.device)
+        peak = memory_bytes(stream.blocks, hidden, rows.tokens)
     elif stream.device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(stream.device))
     return Summary(
@@ -229,7 +231,7 @@ def _summary(
         of=decided.of,
         note=decided.note,
         bos=bos,
-        tokens=rows.numel(),
+        tokens=rows.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
         dry=dry,
@@ -237,7 +239,7 @@ def _summary(
 
 
 def _record(
-    stream: BlockStream, options: Options, decided: Plan, done: list[FittedBlock], rows: Tensor, bos: bool
+    stream: BlockStream, options: Options, decided: Plan, done: list[FittedBlock], rows: Rows, bos: bool
 ) -> dict[str, Any]:
     """What was kept where and why: secateur.json."""
     dense = stream.blocks[min(decided.widths)].width
@@ -247,7 +249,11 @@ def _record(
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
         "options": asdict(options),
-        "calibration": {"rows": rows.shape[0], "length": rows.shape[1], "begins_with_bos": bos},
+        "calibration": {
+            "groups": [list(group.shape) for group in rows.groups],
+            "weights": list(rows.weights),
+            "begins_with_bos": bos,
+        },
         "sparsity": {
             "of": decided.of,
             "wanted": decided.wanted,

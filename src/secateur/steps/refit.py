@@ -9,23 +9,25 @@ Shapes: n tokens, a level-2 input entries, d residual width; rows x t x d for st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.activations import Activations, Arena, Batch, Rows
 from secateur.criteria import NEEDS_INPUTS, Statistics, removal_order, survivors
 from secateur.errors import SecateurError
 from secateur.moments import Moments
-from secateur.steps.plan import Plan
 from secateur.progress import Silent, Watcher
 from secateur.recovery import Recovery, fit_level1, fit_level2
 from secateur.solve import residual
-from secateur.stream import Arena, BlockStream, batches
+from secateur.steps.plan import Plan
+from secateur.steps.survey import module_seed
+from secateur.stream import BlockStream
 from secateur.structure import KINDS, Depth2, Keep, Kind, Pattern, Width
 from secateur.surgery import assign, inner_entries, inner_weight, stored_weight
-from secateur.steps.survey import module_seed
 from secateur.targets import PostNorm
 
 
@@ -65,7 +67,7 @@ class Method:
 def refit(
     stream: BlockStream,
     plan: Plan,
-    rows: Tensor,
+    rows: Tensor | Rows,
     *,
     method: Method | None = None,
     dtype: torch.dtype | None = None,
@@ -77,7 +79,7 @@ def refit(
     Args:
         stream: an open model.
         plan: widths of the blocks to prune.
-        rows: calibration tokens (rows x length).
+        rows: calibration tokens (rows x length), or several groups of them.
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         arena_limit: bytes of activations to hold in memory before files are used.
@@ -89,18 +91,19 @@ def refit(
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype
     watcher = watcher or Silent()
+    rows = Rows.of(rows)
     with Arena(arena_limit) as arena:
         dense = stream.embed(rows, arena)
-        pruned = arena.empty(*dense.shape)
+        pruned = arena.empty(rows, stream.width)
         pruned.copy_(dense)
         for index in watcher.track(range(max(plan.widths) + 1), "Prune"):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
                     for hidden in (dense, pruned):
-                        for at in batches(*rows.shape):
-                            hidden[at] = _run(stream, index, layer, hidden[at])
+                        for at in rows.batches():
+                            hidden[at] = _run(stream, index, layer, hidden, at)
                     continue
-                work = _BlockWork(stream, index, layer, method, dtype, arena)
+                work = _BlockWork(stream, index, layer, method, dtype, rows, arena)
                 work.run_dense(dense)
                 kept, reports = {}, []
                 for kind in KINDS:
@@ -121,55 +124,52 @@ class _BlockWork:
         layer: nn.Module,
         method: Method,
         dtype: torch.dtype,
+        rows: Rows,
         arena: Arena,
     ):
         self.stream, self.index, self.layer, self.method = stream, index, layer, method
-        self.dtype, self.arena = dtype, arena
+        self.dtype, self.rows, self.arena = dtype, rows, arena
         self.block = stream.blocks[index]
         self.tensors: dict[str, Tensor] = dict(layer.named_parameters())
         self.changed: dict[str, Tensor] = {}
         """Tensors with new values, full width, float32."""
-        self.goal: dict[Kind, Tensor] = {}
+        self.goal: dict[Kind, Activations] = {}
         """Dense residual stream after each module."""
-        self.output: dict[Kind, Tensor] = {}
+        self.output: dict[Kind, Activations] = {}
         """Level-2 outputs: the dense model's at first, the pruned model's once a module is done."""
-        self.input: dict[Kind, Tensor] = {}
+        self.input: dict[Kind, Activations] = {}
         """Dense module inputs, for the refit of level 1."""
         # Where the residual stream itself is normalised (OPT-350m), the error so far cannot be repaired.
         additive = getattr(stream.checkpoint.config, "do_layer_norm_before", True)
         self.error_aware = additive and method.recovery.method != "paper"
 
-    def run_dense(self, dense: Tensor) -> None:
+    def run_dense(self, dense: Activations) -> None:
         """Advance the dense stream in place, keeping what the modules are fitted to."""
         attention, feed_forward = self.block.attention, self.block.feed_forward
         for kind in KINDS:
-            self.goal[kind] = self.arena.empty(*dense.shape)
-            self.output[kind] = self.arena.empty(*dense.shape)
+            self.goal[kind] = self.arena.empty(self.rows, self.stream.width)
+            self.output[kind] = self.arena.empty(self.rows, self.stream.width)
             if self.method.recovery.method == "paper":
-                self.input[kind] = self.arena.empty(*dense.shape)
-        for at in batches(*dense.shape[:2]):
-
-            def keep(kind: Kind, at: slice = at, *, store: dict[Kind, Tensor], input_: bool) -> object:
-                def see(x: Tensor, z: Tensor) -> None:
-                    store[kind][at] = (x if input_ else z).view(dense[at].shape).cpu()
-
-                return see
-
-            watch = {m.sink: keep(m.kind, store=self.output, input_=False) for m in (attention, feed_forward)}
+                self.input[kind] = self.arena.empty(self.rows, self.stream.width)
+        for at in self.rows.batches():
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+            watch = {m.sink: _keep_both(seen, m.sink) for m in (attention, feed_forward)}
             if self.input:
-                watch |= {
-                    m.source: keep(m.kind, store=self.input, input_=True) for m in (attention, feed_forward)
-                }
-            after = _run(self.stream, self.index, self.layer, dense[at], watch=watch)
+                watch |= {m.source: _keep_both(seen, m.source) for m in (attention, feed_forward)}
+            after = _run(self.stream, self.index, self.layer, dense, at, watch=watch)
+            for module in (attention, feed_forward):
+                self.output[module.kind][at] = seen[module.sink][1]
+                if self.input:
+                    self.input[module.kind][at] = seen[module.source][0]
             replay = {attention: self.output["heads"][at], feed_forward: None}
-            self.goal["heads"][at] = _run(self.stream, self.index, self.layer, dense[at], replay=replay)
+            self.goal["heads"][at] = _run(self.stream, self.index, self.layer, dense, at, replay=replay)
             self.goal["channels"][at] = after
             dense[at] = after
 
-    def prune_module(self, kind: Kind, pruned: Tensor, width: Width) -> tuple[tuple[int, ...], ModuleReport]:
+    def prune_module(self, kind: Kind, pruned: Activations, width: Width) -> tuple[tuple[int, ...], ModuleReport]:
         """Choose the module's units, refit it, and put the pruned stream's output in place of the dense one."""
         module, recovery = self.block.module(kind), self.method.recovery
-        norm = PostNorm(self.layer, module, pruned.shape[-1], self.stream.device)
+        norm = PostNorm(self.layer, module, self.stream.width, self.stream.device)
         if recovery.method == "paper" and recovery.before:
             self._refit_level1(module, pruned)
         x, moments, inputs = self._collect(module, norm, pruned)
@@ -202,55 +202,57 @@ class _BlockWork:
         self._store(module, norm, old, fitted, bias, kept)
         self._advance(module, x, kept)
         self.arena.release(x)
-        energy = float(self.goal[kind].square().sum(dtype=torch.float64))
+        energy = self.goal[kind].energy(self.rows)
         return keep, ModuleReport(kind, len(keep), module.units, error / moments.count, error / energy)
 
     def _collect(
-        self, module: Depth2, norm: PostNorm, pruned: Tensor
-    ) -> tuple[Tensor, Moments, Moments | None]:
+        self, module: Depth2, norm: PostNorm, pruned: Activations
+    ) -> tuple[Activations, Moments, Moments | None]:
         """Run the pruned stream up to the module's level 2: its input, stored, and the moments with the target."""
         entries = module.units * module.size
-        x = self.arena.empty(*pruned.shape[:2], entries)
+        x = self.arena.empty(self.rows, entries)
         device = self.stream.device
-        moments = Moments(entries, pruned.shape[-1], centre=self._fits_bias(module), device=device)
+        moments = Moments(entries, self.stream.width, centre=self._fits_bias(module), device=device)
         inputs = None
         if self.method.criterion in NEEDS_INPUTS and module.kind == "channels":
-            inputs = Moments(pruned.shape[-1], device=device)
-        for at in batches(*pruned.shape[:2]):
+            inputs = Moments(self.stream.width, device=device)
+        for at in self.rows.batches():
             seen: dict[str, Tensor] = {}
-            watch = {module.sink: lambda value, _, seen=seen: seen.update(sink=value)}
+            watch = {module.sink: _keep(seen, "sink")}
             if inputs is not None:
-                watch[module.source] = lambda value, _, seen=seen: seen.update(source=value)
+                watch[module.source] = _keep(seen, "source")
             self.stream.run(
                 self.index,
                 self.layer,
                 pruned[at],
+                at.group,
                 replay=self._done(module, at),
                 watch=watch,
                 until=module.sink,
             )
             target = self._target(module, norm, pruned, at)
             rows = seen["sink"].reshape(-1, entries)
-            x[at] = rows.view(x[at].shape).cpu()
+            x[at] = rows
             scale = norm.inverse_rms(self.output[module.kind][at].to(device))
-            moments.update(
-                rows if scale is None else rows * scale.reshape(-1, 1), target.reshape(-1, target.shape[-1])
-            )
+            if scale is not None:
+                rows = rows * scale.reshape(-1, 1)
+            target = target.reshape(-1, self.stream.width)
+            moments.update(rows, target, at.weight)
             if inputs is not None:
-                inputs.update(seen["source"].reshape(-1, pruned.shape[-1]))
+                inputs.update(seen["source"].reshape(-1, self.stream.width), weight=at.weight)
         if not moments.finite():
             what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
             raise SecateurError(f"block {self.index}: the {what} module gives NaN or infinite activations")
         return x, moments, inputs
 
-    def _target(self, module: Depth2, norm: PostNorm, pruned: Tensor, at: slice) -> Tensor:
+    def _target(self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch) -> Tensor:
         """What the module should add to the residual stream."""
         if self.error_aware:
             without = self._done(module, at) | {module: None}
             if module is self.block.attention:
                 without[self.block.feed_forward] = None
-            base = _run(self.stream, self.index, self.layer, pruned[at], replay=without)
-            target = (self.goal[module.kind][at] - base).to(self.stream.device)
+            base = _run(self.stream, self.index, self.layer, pruned, at, replay=without)
+            target = self.goal[module.kind][at].to(self.stream.device) - base
         else:
             z = self.output[module.kind][at].to(self.stream.device)
             target = z if norm.norm is None else norm.norm(z)
@@ -258,7 +260,7 @@ class _BlockWork:
             target = target - self.tensors[module.bias]
         return target
 
-    def _done(self, module: Depth2, at: slice) -> dict[Depth2, Tensor | None]:
+    def _done(self, module: Depth2, at: Batch) -> dict[Depth2, Tensor | None]:
         """Outputs of the block's modules before this one, in the pruned stream."""
         attention = self.block.attention
         return {} if module is attention else {attention: self.output["heads"][at]}
@@ -274,21 +276,19 @@ class _BlockWork:
             return tuple(range(module.units))
         return survivors(module, pattern, removal_order(self.method.criterion, stats, pattern, stop))
 
-    def _refit_level1(self, module: Depth2, pruned: Tensor) -> None:
+    def _refit_level1(self, module: Depth2, pruned: Activations) -> None:
         """Level 1 to the dense level-1 outputs, all rows: each is a regression of its own, whatever is kept."""
         biased = any(slab.name.endswith(".bias") for slab in module.level1)
-        width = pruned.shape[-1]
+        width = self.stream.width
         inputs = Moments(width, width, centre=biased, device=self.stream.device)
-        for at in batches(*pruned.shape[:2]):
-
-            def see(x: Tensor, _: Tensor, at: slice = at) -> None:
-                dense = self.input[module.kind][at].to(x.device)
-                inputs.update(x.reshape(-1, width), dense.reshape(-1, width))
-
-            replay, watch = self._done(module, at), {module.source: see}
+        for at in self.rows.batches():
+            seen: dict[str, Tensor] = {}
+            replay, watch = self._done(module, at), {module.source: _keep(seen, "source")}
             self.stream.run(
-                self.index, self.layer, pruned[at], replay=replay, watch=watch, until=module.source
+                self.index, self.layer, pruned[at], at.group, replay=replay, watch=watch, until=module.source
             )
+            dense = self.input[module.kind][at].to(self.stream.device)
+            inputs.update(seen["source"].reshape(-1, width), dense.reshape(-1, width), at.weight)
         self._change(fit_level1(module, self.tensors, inputs, self.method.recovery.ridge))
 
     def _fits_bias(self, module: Depth2) -> bool:
@@ -314,27 +314,37 @@ class _BlockWork:
         for name, tensor in rounded.items():
             assign(self.layer, name, tensor)
 
-    def _advance(self, module: Depth2, x: Tensor, kept: Tensor) -> None:
+    def _advance(self, module: Depth2, x: Activations, kept: Tensor) -> None:
         """Level-2 outputs of the pruned module, from its stored inputs."""
         weight = inner_weight(module, self.tensors)[kept].contiguous()
         bias = self.tensors.get(module.bias or f"{module.sink}.bias")
-        for at in batches(*x.shape[:2]):
+        for at in self.rows.batches():
             y = x[at].to(weight.device)[..., kept] @ weight
-            self.output[module.kind][at] = (y if bias is None else y + bias).cpu()
+            self.output[module.kind][at] = y if bias is None else y + bias
 
-    def run_pruned(self, pruned: Tensor) -> None:
+    def run_pruned(self, pruned: Activations) -> None:
         """Advance the pruned stream in place, and give the block's activations back."""
-        for at in batches(*pruned.shape[:2]):
+        for at in self.rows.batches():
             replay = {m: self.output[m.kind][at] for m in (self.block.attention, self.block.feed_forward)}
-            pruned[at] = _run(self.stream, self.index, self.layer, pruned[at], replay=replay)
+            pruned[at] = _run(self.stream, self.index, self.layer, pruned, at, replay=replay)
         for tensor in (*self.goal.values(), *self.output.values(), *self.input.values()):
             self.arena.release(tensor)
 
 
-def _run(stream: BlockStream, index: int, layer: nn.Module, hidden: Tensor, **how: object) -> Tensor:
-    """Run a block to its end; the result is on the host."""
-    result = stream.run(index, layer, hidden, **how)  # type: ignore[arg-type]
+def _run(stream: BlockStream, index: int, layer: nn.Module, hidden: Activations, at: Batch, **how: Any) -> Tensor:
+    """Run a block to its end on one batch."""
+    result = stream.run(index, layer, hidden[at], at.group, **how)
     assert result is not None
     if not bool(torch.isfinite(result.sum())):
         raise SecateurError(f"block {index}: NaN or infinite activations in the residual stream")
-    return result.cpu()
+    return result
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Tensor], None]:
+    """A watch that notes a layer's input."""
+    return lambda x, _: seen.update({name: x})
+
+
+def _keep_both(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[[Tensor, Tensor], None]:
+    """A watch that notes a layer's input and output."""
+    return lambda x, z: seen.update({name: (x, z)})

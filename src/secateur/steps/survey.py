@@ -2,20 +2,24 @@
 
 A plan is made from these curves. They are measured on the dense stream, where each module's target is its
 own dense output, so that the Gram matrix of the level-2 input is the only statistic that most criteria need.
+Each token's error counts relative to its own residual stream: otherwise the few tokens with massive activations,
+ten thousand times the energy of the rest, would be all that a price sees.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.activations import Arena, Rows
 from secateur.criteria import NEEDS_INPUTS, Statistics, error_curve
 from secateur.errors import SecateurError
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
-from secateur.stream import Arena, BlockStream, batches
+from secateur.stream import BlockStream
 from secateur.structure import Kind, Pattern
 from secateur.surgery import inner_weight
 from secateur.targets import PostNorm
@@ -29,9 +33,10 @@ class Curve:
     kind: Kind
     pattern: Pattern
     errors: tuple[float, ...]
-    """||XW - T||^2 over all calibration tokens after 0, 1, 2, ... pattern units have gone, in residual units."""
+    """||xW - t||^2 / ||residual stream after the block||^2, the mean over tokens, once 0, 1, 2, ... pattern units
+    have gone."""
     energy: float
-    """||residual stream after the module||^2 over the same tokens."""
+    """||t||^2 on the same scale: the error if the whole module went."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,12 @@ class Survey:
 
 def survey(
     stream: BlockStream,
-    rows: Tensor,
+    rows: Tensor | Rows,
     *,
     blocks: range | None = None,
     kinds: tuple[Kind, ...] = ("heads", "channels"),
     criterion: str = "surgeon",
-    ridge: float = 1.0,
+    ridge: float = 0.3,
     seed: int = 0,
     watcher: Watcher | None = None,
 ) -> Survey:
@@ -70,26 +75,26 @@ def survey(
     blocks = blocks if blocks is not None else range(len(stream))
     watcher = watcher or Silent()
     curves: list[Curve] = []
+    rows = Rows.of(rows)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(blocks.stop), "Survey"):
             with stream.filled(index) as layer:
                 if index not in blocks:
-                    for at in batches(*rows.shape):
-                        hidden[at] = _finite(stream.run(index, layer, hidden[at]), index)
+                    for at in rows.batches():
+                        hidden[at] = _finite(stream.run(index, layer, hidden[at], at.group), index)
                     continue
                 tensors = dict(layer.named_parameters())
                 collectors = [
-                    _Collector(
-                        stream, index, layer, kind, inputs=criterion in NEEDS_INPUTS and kind == "channels"
-                    )
+                    _Collector(stream, index, layer, kind, inputs=criterion in NEEDS_INPUTS and kind == "channels")
                     for kind in kinds
                     if stream.blocks[index].module(kind).locked is None
                 ]
-                for at in batches(*rows.shape):
+                for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
-                    hidden[at] = _finite(stream.run(index, layer, hidden[at], watch=watch), index)
-                energy = float(hidden.square().sum(dtype=torch.float64))
+                    hidden[at] = after = _finite(stream.run(index, layer, hidden[at], at.group, watch=watch), index)
+                    for collector in collectors:
+                        collector.update(after, at.weight)
                 for collector in collectors:
                     module = collector.module
                     stats = Statistics(
@@ -102,11 +107,20 @@ def survey(
                         own_target=True,
                         seed=module_seed(seed, index, module.kind),
                     )
+                    energy = stats.normal().energy
                     for pattern in module.patterns:
                         found = error_curve(criterion, stats, pattern)
                         rounds = found.errors[:: module.groups] if pattern == "heads" else found.errors
-                        curves.append(Curve(index, module.kind, pattern, tuple(rounds.tolist()), energy))
-    return Survey(criterion, ridge, rows.numel(), tuple(curves))
+                        curves.append(
+                            Curve(
+                                index,
+                                module.kind,
+                                pattern,
+                                tuple((rounds / collector.moments.count).tolist()),
+                                energy / collector.moments.count,
+                            )
+                        )
+    return Survey(criterion, ridge, rows.tokens, tuple(curves))
 
 
 def module_seed(seed: int, index: int, kind: Kind) -> int:
@@ -123,28 +137,32 @@ class _Collector:
         self.norm = PostNorm(layer, self.module, width, stream.device)
         self.moments = Moments(self.module.units * self.module.size, device=stream.device)
         self.inputs = Moments(width, device=stream.device) if inputs else None
+        self.sink = self.source = torch.empty(0)
 
-    def watches(self) -> dict[str, object]:
+    def watches(self) -> dict[str, Any]:
         """What to watch, by layer path."""
-        result: dict[str, object] = {self.module.sink: self._sink}
+        result: dict[str, Any] = {self.module.sink: self._sink}
         if self.inputs is not None:
             result[self.module.source] = self._source
         return result
 
     def _sink(self, x: Tensor, z: Tensor) -> None:
         scale = self.norm.inverse_rms(z)
-        x = x if scale is None else x * scale
-        self.moments.update(x.reshape(-1, x.shape[-1]))
+        self.sink = x if scale is None else x * scale
 
     def _source(self, x: Tensor, _: Tensor) -> None:
-        assert self.inputs is not None
-        self.inputs.update(x.reshape(-1, x.shape[-1]))
+        self.source = x
+
+    def update(self, after: Tensor, weight: float) -> None:
+        """Add what the last run has shown; `after` is the residual stream after the block (b, t, d)."""
+        norms = torch.linalg.vector_norm(after.reshape(-1, after.shape[-1]), dim=1, keepdim=True)
+        self.moments.update(self.sink.reshape(-1, self.sink.shape[-1]) / norms.clamp_min(1e-6), weight=weight)
+        if self.inputs is not None:
+            self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=weight)
 
 
 def _finite(hidden: Tensor | None, index: int) -> Tensor:
     assert hidden is not None
     if not bool(torch.isfinite(hidden.sum())):
-        raise SecateurError(
-            f"block {index} of the dense model gives NaN or infinite activations; is it intact?"
-        )
-    return hidden.cpu()
+        raise SecateurError(f"block {index} of the dense model gives NaN or infinite activations; is it intact?")
+    return hidden

@@ -1,0 +1,137 @@
+"""Token rows and the activations they give: in groups of equal length, cut into batches, in memory or in files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BATCH_TOKENS = 2048
+"""Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
+
+OPENING_WEIGHT = 0.01
+"""What a one-token row counts: enough to be fitted, given its massive activation; 0.001 and 0.05 measured worse."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of one group; indexes `Activations`."""
+
+    group: int
+    rows: slice
+    weight: float
+    """What each of its tokens counts in sums."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Calibration tokens: groups of rows (each rows x length), and what a token of each group counts."""
+
+    groups: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rows: Tensor | Rows) -> Rows:
+        """One group of weight one, unless it is `Rows` already."""
+        return rows if isinstance(rows, Rows) else cls((rows,), (1.0,))
+
+    def with_openings(self) -> Rows:
+        """These rows, and each distinct token of theirs once more as a row of its own.
+
+        Where rows do not begin with BOS, any token may come first, and there it must raise the massive activation
+        that later positions attend to. A first position sees nothing but itself, so one token is enough to show it;
+        the rows alone show one first token each, and a model fitted to these lost the others.
+        """
+        first = torch.unique(torch.cat([group.flatten() for group in self.groups]))
+        return Rows((*self.groups, first[:, None]), (*self.weights, OPENING_WEIGHT))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are run."""
+        return sum(group.numel() for group in self.groups)
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches of at most `BATCH_TOKENS` tokens, group by group."""
+        for index, (group, weight) in enumerate(zip(self.groups, self.weights, strict=True)):
+            step = max(1, BATCH_TOKENS // group.shape[1])
+            for start in range(0, group.shape[0], step):
+                yield Batch(index, slice(start, min(start + step, group.shape[0])), weight)
+
+    def ids(self, at: Batch) -> Tensor:
+        """Token ids of a batch (b x t)."""
+        return self.groups[at.group][at.rows]
+
+
+class Activations:
+    """One vector for each token of some `Rows`, on the host; read and written by the batch (b x t x width)."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+
+    def __getitem__(self, at: Batch) -> Tensor:
+        return self.parts[at.group][at.rows]
+
+    def __setitem__(self, at: Batch, values: Tensor) -> None:
+        part = self.parts[at.group][at.rows]
+        part.copy_(values.reshape(part.shape))
+
+    def copy_(self, other: Activations) -> None:
+        """Take over another's values."""
+        for part, source in zip(self.parts, other.parts, strict=True):
+            part.copy_(source)
+
+    def energy(self, rows: Rows) -> float:
+        """Sum of the squared norms, each token counted by its weight."""
+        norms = ((at.weight, torch.linalg.vector_norm(self[at])) for at in rows.batches())
+        return sum(weight * float(norm) ** 2 for weight, norm in norms)
+
+
+class Arena:
+    """Room for activations: in memory up to a limit, in temporary files beyond it."""
+
+    def __init__(self, limit: int | None = None):
+        """Start empty; the default limit in bytes is a quarter of the machine's memory."""
+        if limit is None:
+            limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        self.limit = limit
+        self.used = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def empty(self, rows: Rows, width: int) -> Activations:
+        """Uninitialised float32 activations of some rows."""
+        return Activations([self._empty((*group.shape, width)) for group in rows.groups])
+
+    def release(self, activations: Activations) -> None:
+        """Give their room back; they must not be used any more."""
+        for part in activations.parts:
+            file = part.untyped_storage().filename
+            if file:
+                os.unlink(file)
+            else:
+                self.used -= part.numel() * part.element_size()
+        activations.parts = []
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        count = 1
+        for extent in shape:
+            count *= extent
+        if self.used + 4 * count <= self.limit:
+            self.used += 4 * count
+            return torch.empty(shape)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
+        self._files += 1
+        path = os.path.join(self._folder.name, f"{self._files}.f32")
+        return torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()

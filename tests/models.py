@@ -1,0 +1,186 @@
+"""Tiny random models, one row a case: every family, and the variants that its config allows.
+
+Weights are drawn so that activations are of order one, biases are not zero and norm weights not one: a slab that
+is forgotten, swapped or shifted then shows in the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from secateur.families import describe, family_of
+from secateur.quiet import quiet
+from secateur.structure import Block, Keep, Kind, Pattern
+from secateur.surgery import narrow, slice_block, width_of
+
+VOCAB = 128
+WORDS = 120
+"""What the tokenizer knows; embeddings are often longer."""
+BOS, EOS, UNK, BREAK = 0, 1, 2, 3
+POSITIONS = 64
+LENGTH = 24
+"""Of a test row; longer than every sliding window here."""
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 7}
+
+
+def _config(model_type: str, *without: str, **keys: Any) -> Callable[[], Any]:
+    sizes = {key: value for key, value in SIZES.items() if key not in without}
+    return lambda: AutoConfig.for_model(model_type, **copy.deepcopy(sizes | keys))
+
+
+GROUPED = {"num_key_value_heads": 3}
+TRIPLES = {"num_key_value_heads": 2}
+GEMMA = {**TRIPLES, **WINDOWED, "head_dim": 12, "query_pre_attn_scalar": 10}
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 48}
+
+ROWS: dict[str, Callable[[], Any]] = {
+    "llama": _config("llama", **GROUPED),
+    "mistral": _config("mistral", **GROUPED, head_dim=10, sliding_window=None),
+    "qwen2": _config("qwen2", **TRIPLES),
+    "qwen3": _config("qwen3", **GROUPED, head_dim=16),
+    "gemma2": _config("gemma2", **GEMMA),
+    "gemma3_text": _config("gemma3_text", **GEMMA),
+    "olmo2": _config("olmo2", **GROUPED),
+    "phi3": _config("phi3", **GROUPED, partial_rotary_factor=0.5),
+    "opt": _config("opt", "intermediate_size", **OPT),
+    "gpt2": _config("gpt2", "intermediate_size", n_inner=96),
+    "gpt_neox": _config("gpt_neox", rotary_pct=0.5, intermediate_size=96),
+    "llama biased": _config("llama", **TRIPLES, attention_bias=True, mlp_bias=True),
+    "llama tied": _config("llama", **GROUPED, tie_word_embeddings=True),
+    "llama one group": _config("llama", num_key_value_heads=1),
+    "llama every head": _config("llama", num_key_value_heads=6, head_dim=12),
+    "mistral window": _config("mistral", **TRIPLES, sliding_window=5),
+    "qwen2 window": _config("qwen2", **GROUPED, sliding_window=6, use_sliding_window=True, max_window_layers=1),
+    "qwen3 biased": _config("qwen3", **TRIPLES, head_dim=16, attention_bias=True, tie_word_embeddings=True),
+    "gemma2 every head": _config("gemma2", **(GEMMA | {"num_key_value_heads": 6}), tie_word_embeddings=False),
+    "gemma3 biased": _config("gemma3_text", **GEMMA, attention_bias=True),
+    "phi3 wide": _config("phi3", **TRIPLES, head_dim=10, sliding_window=8),
+    "opt after": _config("opt", "intermediate_size", **(OPT | {"word_embed_proj_dim": 32}), do_layer_norm_before=False),
+    "gpt2 scaled": _config("gpt2", scale_attn_by_inverse_layer_idx=True),
+    "gpt_neox serial": _config("gpt_neox", intermediate_size=80, use_parallel_residual=False, tie_word_embeddings=True),
+}
+"""Name of a case → its config. The first word is the family's model type, or its beginning."""
+
+
+@cache
+def config_of(name: str) -> Any:
+    """The config of a row; not to be changed."""
+    return ROWS[name]()
+
+
+def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
+    """The model of a row, float32, with weights that only the seed decides."""
+    with quiet():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config_of(name)), **load).float().eval()
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
+    for path, value in model.named_parameters():
+        noise = torch.randn(value.shape, generator=generator)
+        if value.dim() == 1:
+            # Norms hold ones, or zeros where they add one themselves; biases hold zeros.
+            value.add_(0.3 * noise)
+        elif "embed" in path or "wte" in path or "wpe" in path:
+            # Gemma scales its embeddings up.
+            value.copy_(noise * (value.shape[1] ** -0.5 if name.startswith("gemma") else 1.0))
+        else:
+            value.copy_(noise * value.shape[0 if path in transposed else 1] ** -0.5)
+    return model
+
+
+def token_rows(count: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
+    """Random token ids, special ones left out."""
+    return torch.randint(4, WORDS, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest deviation over the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
+    """One id a word, `w7` is id 11; a blank line is a token of its own, so that joins can be seen."""
+    words = {"<s>": BOS, "</s>": EOS, "<unk>": UNK, "\n\n": BREAK} | {f"w{i}": 4 + i for i in range(WORDS - 4)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=template,
+        model_max_length=16,
+    )
+
+
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A row's checkpoint with a tokenizer."""
+    with quiet():
+        build(name).to(dtype).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    return list(model.get_submodule(family_of(model.config).blocks))
+
+
+def blocks_of(model: Any) -> list[Block]:
+    return [describe(model.config, layer) for layer in layers_of(model)]
+
+
+def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Pattern) -> Keep:
+    """Units that differ from block to block and are no run: two thirds of the channels, part of the heads."""
+    generator = torch.Generator().manual_seed(index)
+    attention, channels = block.attention, block.feed_forward.units
+    heads = list(range(attention.units))
+    if "heads" in kinds and pattern == "groups":
+        gone = index % attention.groups
+        heads = [head for head in heads if head // attention.per_group != gone]
+    elif "heads" in kinds:
+        picks = [torch.randperm(attention.per_group, generator=generator)[1:] for _ in range(attention.groups)]
+        heads = [group * attention.per_group + int(head) for group, pick in enumerate(picks) for head in pick]
+    kept = torch.randperm(channels, generator=generator)[: channels * 2 // 3 if "channels" in kinds else channels]
+    return Keep(tuple(sorted(heads)), tuple(sorted(kept.tolist())))
+
+
+def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
+    """A copy of a dense model with some blocks cut down in memory."""
+    small = copy.deepcopy(model)
+    for index, keep in keeps.items():
+        layer = layers_of(small)[index]
+        block = describe(model.config, layer)
+        tensors = dict(layer.named_parameters()) | (changed or {}).get(index, {})
+        narrow(layer, slice_block(block, tensors, keep), width_of(block, keep))
+    return small
