@@ -144,11 +144,16 @@ def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrained
     )
 
 
+def begins(name: str) -> bool:
+    """Whether the tokenizer of a row's checkpoint puts BOS in front."""
+    return " " in name
+
+
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A row's checkpoint with a tokenizer."""
+    """A row's checkpoint with a tokenizer; the variants' begins texts with BOS, the families' does not."""
     with quiet():
         build(name).to(dtype).save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
+        make_tokenizer(bos=begins(name)).save_pretrained(folder)
     return folder
 
 

@@ -386,7 +386,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub_source, "snapshot_download", snapshot)
     monkeypatch.setattr(hub_source, "list_repo_files", listing)
-    monkeypatch.setattr(hub_source, "_out_of_reach", lambda: state.reach)
+    monkeypatch.setattr(hub_source, "out_of_reach", lambda: state.reach)
     return state
 
 
@@ -463,12 +463,12 @@ def test_the_hub_is_asked_briefly(monkeypatch):
 
     monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
     monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=head))
-    assert hub_source._out_of_reach() == f"{hub_source.constants.ENDPOINT} does not answer"
+    assert hub_source.out_of_reach() == f"{hub_source.constants.ENDPOINT} does not answer"
     assert asked == [(hub_source.constants.ENDPOINT, 3.0)]
     monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
-    assert hub_source._out_of_reach() is None
+    assert hub_source.out_of_reach() is None
     monkeypatch.setattr(hub_source, "is_offline_mode", lambda: True)
-    assert hub_source._out_of_reach() == "HF_HUB_OFFLINE is set"
+    assert hub_source.out_of_reach() == "HF_HUB_OFFLINE is set"
 
 
 def write_gguf(file: Path, architecture: str = "llama", *, parts: int = 1) -> None:

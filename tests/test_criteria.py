@@ -337,7 +337,7 @@ def test_every_width_of_every_pattern(criterion, name):
                 kept = survivors(module, pattern, order)
                 each = {"groups": module.per_group, "heads": module.groups, "channels": 1}[pattern]
                 assert len(kept) == stop * each
-            curve = error_curve(criterion, stats, pattern)
+            curve = error_curve(criterion, stats, pattern, 1)
             assert len(curve.errors) == (units - 1) * a_round + 1
             assert torch.equal(curve.order, removal_order(criterion, stats, pattern, 1))
             # The dense module yields its own output: no error yet, and all of it is at stake.
@@ -349,8 +349,8 @@ def test_every_width_of_every_pattern(criterion, name):
 def test_surgeon_is_the_elimination():
     stats, _, inner, _ = statistics("llama", "heads")
     assert stats.module.size == 8
-    found = error_curve("surgeon", stats, "groups")
-    expected = eliminate(stats.normal(), 16)
+    found = error_curve("surgeon", stats, "groups", 1)
+    expected = eliminate(stats.normal, 16)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.errors, expected.errors)
     target = inner.double() @ stats.weight_ao.double()
@@ -363,5 +363,5 @@ def test_surgeon_is_the_elimination():
 def test_surgeon_errors_are_lowest():
     """On its own terms the greedy order beats chance."""
     stats = statistics("llama", "channels")[0]
-    surgeon, chance = error_curve("surgeon", stats, "channels"), error_curve("random", stats, "channels")
+    surgeon, chance = (error_curve(name, stats, "channels", 1) for name in ("surgeon", "random"))
     assert float(surgeon.errors[20]) < float(chance.errors[20])

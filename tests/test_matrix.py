@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models import (
     ROWS,
     VOCAB,
+    begins,
     blocks_of,
     build,
     config_of,
@@ -34,6 +35,7 @@ from models import (
     some_keep,
     token_rows,
 )
+from secateur.activations import Rows
 from secateur.calibration import calibration_rows
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
@@ -330,7 +332,11 @@ def rounded_model(name: str, dtype: torch.dtype) -> Any:
 def test_reloaded_equals_memory(pruned, job):
     record = pruned.record(job)
     stream = stream_of(pruned.model(job))
-    rows = calibration_rows(make_tokenizer(), pruned.source(job), samples=SAMPLES, length=ROW, seed=0, vocab_size=VOCAB)
+    bos = begins(job.name)
+    draw = {"samples": SAMPLES, "length": ROW, "seed": 0, "vocab_size": VOCAB}
+    text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
+    rows = Rows.of(text) if bos else Rows.of(text).with_openings()
+    assert record["calibration"]["begins_with_bos"] == bos
     model = rounded_model(job.name, job.dtype)
     for block, said in zip(refit(stream, recorded_plan(record), rows), record["blocks"], strict=True):
         assert list(block.keep.heads) == said["heads"]
@@ -443,7 +449,7 @@ IN_MEMORY = {
     "blocks": ("llama", Width(2, 2, 50), range(1, 3), False),
     "first blocks": ("phi3", Width(3, 1, 50), range(2), False),
     "intercept": ("llama", Width(2, 2, 50), range(3), True),
-    "intercept heads": ("gemma3_text", Width(2, 2, 50), range(3), True),
+    "intercept heads": ("qwen3", Width(2, 2, 50), range(3), True),
 }
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 BATCH_TOKENS = 2048
 """Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
 
+OPENING_SHARE = 8
+LEAST_OPENINGS = 256
+"""One-token rows are at most one in eight tokens, but no fewer than these."""
 OPENING_WEIGHT = 0.01
 """What a one-token row counts: enough to be fitted, given its massive activation; 0.001 and 0.05 measured worse."""
 
@@ -40,13 +43,15 @@ class Rows:
         return rows if isinstance(rows, Rows) else cls((rows,), (1.0,))
 
     def with_openings(self) -> Rows:
-        """These rows, and each distinct token of theirs once more as a row of its own.
+        """These rows, and their most frequent tokens once more, each as a row of its own.
 
         Where rows do not begin with BOS, any token may come first, and there it must raise the massive activation
         that later positions attend to. A first position sees nothing but itself, so one token is enough to show it;
         the rows alone show one first token each, and a model fitted to these lost the others.
         """
-        first = torch.unique(torch.cat([group.flatten() for group in self.groups]))
+        ids, counts = torch.unique(torch.cat([group.flatten() for group in self.groups]), return_counts=True)
+        most = max(LEAST_OPENINGS, self.tokens // OPENING_SHARE)
+        first = ids[counts.argsort(descending=True, stable=True)[:most]]
         return Rows((*self.groups, first[:, None]), (*self.weights, OPENING_WEIGHT))
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, get_session, is_offline_mode, list_repo_files, snapshot_download
@@ -57,7 +59,7 @@ def hub_folder(repo: str, revision: str | None) -> Path:
     cached = _cached(repo, revision)
     if cached is not None and any((cached / name).is_file() for name in TOKENIZER):
         return cached
-    obstacle = _out_of_reach()
+    obstacle = out_of_reach()
     if obstacle is not None:
         if cached is not None:
             return cached
@@ -113,13 +115,20 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     return folder if (folder / "config.json").is_file() and has_weights(folder) else None
 
 
-def _out_of_reach() -> str | None:
+def out_of_reach() -> str | None:
     """Why the hub cannot be asked, or None; asked once and briefly, as the client retries at length."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-    except Exception:
+    answered = threading.Event()
+
+    def ask() -> None:
         # The client's exceptions have changed their home between releases; any of them means no answer.
-        return f"{constants.ENDPOINT} does not answer"
-    return None
+        with suppress(Exception):
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            answered.set()
+
+    # In a thread, since looking up a name has no time limit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * _PATIENCE)
+    return None if answered.is_set() else f"{constants.ENDPOINT} does not answer"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +18,9 @@ class Watcher(Protocol):
     def note(self, text: str) -> None:
         """Say one line about a choice that was made."""
 
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Show that a step of unknown length is under way; nothing is left of it."""
+
 
 class Silent:
     """Says nothing."""
@@ -27,3 +31,7 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Swallow a line."""
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Show nothing."""
+        return nullcontext()

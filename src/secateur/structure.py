@@ -101,6 +101,10 @@ class Width:
         """Query heads."""
         return self.groups * self.per_group
 
+    def along(self, pattern: Pattern) -> int:
+        """How many units are kept as a pattern counts them: groups, heads in each, or channels."""
+        return {"groups": self.groups, "heads": self.per_group, "channels": self.channels}[pattern]
+
 
 @dataclass(frozen=True)
 class Keep:

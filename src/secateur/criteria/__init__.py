@@ -41,14 +41,14 @@ def removal_order(criterion: str, stats: Statistics, pattern: Pattern, stop: int
     return _by_score(SCORES[criterion](stats), stats.module, pattern, stop)
 
 
-def error_curve(criterion: str, stats: Statistics, pattern: Pattern) -> Elimination:
-    """The error after the best refit at every width down to one unit, units leaving in the criterion's order."""
+def error_curve(criterion: str, stats: Statistics, pattern: Pattern, stop: int) -> Elimination:
+    """The error after the best refit at every width down to `stop`, units leaving in the criterion's order."""
     if criterion == "surgeon":
-        return surgeon.removal(stats, pattern, 1, prices=True)
+        return surgeon.removal(stats, pattern, stop, prices=True)
     module = stats.module
     size = module.size * (module.per_group if pattern == "groups" else 1)
-    order = removal_order(criterion, stats, pattern, 1)
-    return eliminate(stats.normal(), size, groups=module.groups if pattern == "heads" else None, order=order)
+    order = removal_order(criterion, stats, pattern, stop)
+    return eliminate(stats.normal, size, stop=stop, groups=module.groups if pattern == "heads" else None, order=order)
 
 
 def survivors(module: Depth2, pattern: Pattern, order: Tensor) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Statistics:
     """The target is what the dense weight yields on these very inputs; there is no cross moment."""
     seed: int
 
+    @cached_property
     def normal(self) -> Normal:
         """The penalised normal equations of the module's refit."""
         cross = None if self.own_target else self.moments.cross()

@@ -16,4 +16,4 @@ def removal(stats: Statistics, pattern: Pattern, stop: int, *, prices: bool) -> 
     module = stats.module
     size = module.size * (module.per_group if pattern == "groups" else 1)
     groups = module.groups if pattern == "heads" else None
-    return eliminate(stats.normal(), size, stop=stop, groups=groups, prices=prices)
+    return eliminate(stats.normal, size, stop=stop, groups=groups, prices=prices)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from secateur.calibration import begins_with_bos, consecutive_rows
+from secateur.calibration import consecutive_rows
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.errors import SecateurError
 from secateur.evaluate.perplexity import perplexity

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import secateur
 from secateur.activations import Rows
-from secateur.calibration import begins_with_bos, calibration_rows, check_calibration
+from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.costs import floor_flops, memory_bytes, product_rate
 from secateur.errors import SecateurError
@@ -30,6 +30,7 @@ from secateur.steps.survey import survey
 from secateur.steps.write import obstacle, output_folder, write
 from secateur.stream import BlockStream
 from secateur.structure import Width
+from secateur.tokens import begins_with_bos
 
 SURVEY_SHARE = 4
 """One calibration row in so many is enough to weigh heads against channels."""
@@ -91,13 +92,14 @@ def prune(
     options = options or Options(**settings)
     watcher = watcher or Silent()
     where = pick_device(device)
-    check_calibration(options.calibration, samples=options.samples, length=options.length, max_positions=None)
+    check_calibration(options.calibration, samples=options.samples, length=options.length)
     wanted_dtype = getattr(torch, options.dtype) if options.dtype else None
-    checkpoint = open_checkpoint(
-        model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted_dtype or torch.bfloat16
-    )
-    dtype = wanted_dtype or checkpoint.dtype
-    stream = BlockStream(checkpoint, device=where)
+    with watcher.busy(f"Opening {model}"):
+        checkpoint = open_checkpoint(
+            model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted_dtype or torch.bfloat16
+        )
+        dtype = wanted_dtype or checkpoint.dtype
+        stream = BlockStream(checkpoint, device=where)
     chosen = options.chosen_blocks(len(stream))
     output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
 
@@ -111,11 +113,21 @@ def prune(
         "obstacle": lambda width: obstacle(stream, chosen, width, intercept=options.intercept),
     }
     possible = candidates(stream.blocks, **wishes)
-    tokenizer, text = _calibrate(stream, options)
+    with watcher.busy(f"Reading {options.calibration}"):
+        tokenizer, text = _calibrate(stream, options)
     bos = begins_with_bos(tokenizer)
     rows = Rows.of(text) if bos else Rows.of(text).with_openings()
+    watcher.note(
+        f"Opened {Path(checkpoint.source).name}: {checkpoint.config.model_type}, {len(stream)} blocks, "
+        f"{wishes['model_parameters'] / 1e6:,.1f} M parameters, {str(checkpoint.dtype).removeprefix('torch.')}"
+    )
+    watcher.note(
+        f"Calibrating on {options.samples} rows of {options.length} tokens, computing on {where}; "
+        f"the output is {str(dtype).removeprefix('torch.')}"
+    )
     if dry_run:
-        return _summary(stream, possible[0], dtype, bos, rows, time.perf_counter() - start, dry=True)
+        with watcher.busy("Measuring this machine"):
+            return _summary(stream, possible[0], dtype, bos, rows, time.perf_counter() - start, dry=True)
 
     found = None
     if len(possible) > 1:
@@ -124,6 +136,7 @@ def prune(
             stream,
             few,
             blocks=chosen,
+            least=_least(possible),
             kinds=options.modules,
             criterion=options.criterion,
             ridge=options.ridge,
@@ -131,6 +144,7 @@ def prune(
             watcher=watcher,
         )
     decided = plan(stream.blocks, survey=found, **wishes)
+    watcher.note(_choice(stream.blocks[chosen.start].width, decided, len(possible)))
     method = Method(
         options.criterion,
         Recovery(options.recovery, options.recover, options.ridge, options.intercept),
@@ -181,6 +195,12 @@ def parameters(stream: BlockStream) -> int:
     return total
 
 
+def _least(plans: list[Plan]) -> Width:
+    """The narrowest width of all plans, each way of counting taken alone."""
+    widths = [width for option in plans for width in option.widths.values()]
+    return Width(*(min(getattr(w, name) for w in widths) for name in ("groups", "per_group", "channels")))
+
+
 def _calibrate(stream: BlockStream, options: Options) -> tuple[Any, Tensor]:
     config = stream.checkpoint.config
     tokenizer = stream.checkpoint.tokenizer()
@@ -194,6 +214,16 @@ def _calibrate(stream: BlockStream, options: Options) -> tuple[Any, Tensor]:
         max_positions=getattr(config, "max_position_embeddings", None),
     )
     return tokenizer, rows
+
+
+def _choice(dense: Width, decided: Plan, count: int) -> str:
+    """Which width was chosen and why, in one line."""
+    width = next(iter(decided.widths.values()))
+    why = f"the least error of {count} splits between heads and channels" if count > 1 else "the nearest to the target"
+    return (
+        f"Keeping {width.heads} of {dense.heads} query heads in {width.groups} of {dense.groups} groups, "
+        f"{width.channels:,} of {dense.channels:,} channels: {why}, {decided.sparsity:.1%} goes"
+    )
 
 
 def _summary(

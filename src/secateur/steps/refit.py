@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.activations import Activations, Arena, Batch, Rows
-from secateur.criteria import NEEDS_INPUTS, Statistics, removal_order, survivors
+from secateur.criteria import NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
 from secateur.errors import SecateurError
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
@@ -195,7 +195,8 @@ class _BlockWork:
             self.arena.release(x)
             x, moments, _ = self._collect(module, norm, pruned)
         if recovery.after:
-            fitted, bias = fit_level2(moments, old, kept, recovery.ridge)
+            system = stats.normal if moments is stats.moments and not recovery.before else None
+            fitted, bias = fit_level2(moments, old, kept, recovery.ridge, system)
         else:
             fitted = weight[kept]
         error = residual(moments, fitted, kept)
@@ -268,11 +269,10 @@ class _BlockWork:
     def _choose(self, stats: Statistics, width: Width) -> tuple[int, ...]:
         module = stats.module
         pattern: Pattern = "channels"
-        stop = width.channels
         if module.kind == "heads":
-            by_groups = width.groups < module.groups
-            pattern, stop = ("groups", width.groups) if by_groups else ("heads", width.per_group)
-        if stop == {"groups": module.groups, "heads": module.per_group, "channels": module.units}[pattern]:
+            pattern = "groups" if width.groups < module.groups else "heads"
+        stop = width.along(pattern)
+        if stop == pattern_units(module, pattern):
             return tuple(range(module.units))
         return survivors(module, pattern, removal_order(self.method.criterion, stats, pattern, stop))
 

@@ -20,7 +20,7 @@ from secateur.errors import SecateurError
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
 from secateur.stream import BlockStream
-from secateur.structure import Kind, Pattern
+from secateur.structure import Kind, Pattern, Width
 from secateur.surgery import inner_weight
 from secateur.targets import PostNorm
 
@@ -54,6 +54,7 @@ def survey(
     rows: Tensor | Rows,
     *,
     blocks: range | None = None,
+    least: Width = Width(1, 1, 1),
     kinds: tuple[Kind, ...] = ("heads", "channels"),
     criterion: str = "surgeon",
     ridge: float = 0.3,
@@ -66,6 +67,7 @@ def survey(
         stream: an open model.
         rows: calibration tokens (rows x length).
         blocks: which blocks; all by default.
+        least: the narrowest width of interest; curves end there.
         kinds: which modules.
         criterion: the order in which units leave.
         ridge: of the refit that the error assumes.
@@ -96,31 +98,29 @@ def survey(
                     for collector in collectors:
                         collector.update(after, at.weight)
                 for collector in collectors:
-                    module = collector.module
                     stats = Statistics(
-                        module=module,
+                        module=collector.module,
                         tensors=tensors,
-                        weight_ao=collector.norm.scale(inner_weight(module, tensors)),
+                        weight_ao=collector.norm.scale(inner_weight(collector.module, tensors)),
                         moments=collector.moments,
                         inputs=collector.inputs,
                         ridge=ridge,
                         own_target=True,
-                        seed=module_seed(seed, index, module.kind),
+                        seed=module_seed(seed, index, collector.module.kind),
                     )
-                    energy = stats.normal().energy
-                    for pattern in module.patterns:
-                        found = error_curve(criterion, stats, pattern)
-                        rounds = found.errors[:: module.groups] if pattern == "heads" else found.errors
-                        curves.append(
-                            Curve(
-                                index,
-                                module.kind,
-                                pattern,
-                                tuple((rounds / collector.moments.count).tolist()),
-                                energy / collector.moments.count,
-                            )
-                        )
+                    curves += _curves(index, criterion, stats, least)
     return Survey(criterion, ridge, rows.tokens, tuple(curves))
+
+
+def _curves(index: int, criterion: str, stats: Statistics, least: Width) -> list[Curve]:
+    """One module's curves, one for each way in which its units may leave together."""
+    module, count = stats.module, stats.moments.count
+    curves = []
+    for pattern in module.patterns:
+        errors = error_curve(criterion, stats, pattern, least.along(pattern)).errors
+        rounds = errors[:: module.groups] if pattern == "heads" else errors
+        curves.append(Curve(index, module.kind, pattern, tuple((rounds / count).tolist()), stats.normal.energy / count))
+    return curves
 
 
 def module_seed(seed: int, index: int, kind: Kind) -> int:
