@@ -30,7 +30,8 @@ SHARE = 0.7
 """Of the articles, in order, that may be calibrated on; the others are for evaluation."""
 SHORTEST = 200
 """Characters of an article worth keeping: many hold a title and nothing else."""
-QUESTION = "What is gravity?"
+QUESTION = "Who was Marie Curie?"
+OPENING_WORDS = 25
 NEW_TOKENS = 40
 
 console = Console(highlight=False)
@@ -58,11 +59,16 @@ def main() -> None:
     secateur(f"eval {PRUNED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --speed --json {FIGURES}")
 
     heading("4. What the two write")
-    console.print(f"[bold]{QUESTION}[/bold]  ({NEW_TOKENS} tokens, the likeliest one each time; plain transformers)")
+    console.print(f"{NEW_TOKENS} tokens, the likeliest one each time, from plain transformers.")
     from secateur import open_checkpoint
 
-    for name, folder in (("dense", open_checkpoint(MODEL).path), ("pruned", PRUNED)):
-        console.print(Panel(Text(continuation(folder)), title=name, title_align="left"))
+    opening = " ".join(HELD_OUT.read_text(encoding="utf-8").split()[:OPENING_WORDS])
+    dense, pruned = answers(open_checkpoint(MODEL).path, opening), answers(PRUNED, opening)
+    prompts = (f"A question, through the chat template: {QUESTION}", f"An article it has not seen: {opening}")
+    for prompt, before, after in zip(prompts, dense, pruned, strict=True):
+        console.print(Text(f"\n{prompt}", style="bold"))
+        console.print(Panel(Text(before), title="dense", title_align="left"))
+        console.print(Panel(Text(after), title="pruned", title_align="left"))
     console.print(f"Everything is in {OUT}; {PRUNED} opens in any tool that reads Hugging Face folders.")
     console.print(f"{time.perf_counter() - start:.0f} seconds in all.")
 
@@ -111,8 +117,8 @@ def secateur(command: str) -> None:
         sys.exit(result.returncode)
 
 
-def continuation(folder: Path) -> str:
-    """What a model answers, greedily, by transformers alone."""
+def answers(folder: Path, opening: str) -> list[str]:
+    """How a model answers the question and goes on with the opening, by transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -120,12 +126,16 @@ def continuation(folder: Path) -> str:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    chat = [{"role": "user", "content": QUESTION}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    length = prompt["input_ids"].shape[1]
-    with torch.inference_mode():
-        tokens = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS)
-    return str(tokenizer.decode(tokens[0, length:], skip_special_tokens=True)).strip()
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    texts = []
+    for prompt in (chat, tokenizer(opening, return_tensors="pt")):
+        with torch.inference_mode():
+            tokens = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS)
+        new = tokens[0, prompt["input_ids"].shape[1] :]
+        texts.append(str(tokenizer.decode(new, skip_special_tokens=True)).strip())
+    return texts
 
 
 if __name__ == "__main__":

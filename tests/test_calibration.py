@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
-from secateur import calibration
-from secateur.calibration import (
-    begins_with_bos,
-    calibration_rows,
-    check_calibration,
-    consecutive_rows,
-    read_documents,
-)
+from secateur import hub_source, texts
+from secateur.calibration import calibration_rows, check_calibration, consecutive_rows
 from secateur.errors import SecateurError
+from secateur.texts import read_documents
+from secateur.tokens import begins_with_bos
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ '\n' }}{% endfor %}"
 
@@ -142,7 +139,9 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path: Path) -> None:
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
-    assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).shape == (4, 5)
+    for _ in range(2):  # two models may be scored on it
+        assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).shape == (4, 5)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(SecateurError, match="standard input is empty"):
         read_documents("-")
 
@@ -278,55 +277,35 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(calibration, "_answers", lambda host, port: False)
+    monkeypatch.setattr(texts, "out_of_reach", lambda: "it does not answer")
     return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "bookcorpus", "some/set:config:column"])
-def test_an_unreachable_data_set_is_told_at_once(hub: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    import datasets
-
+def test_an_unreachable_data_set_is_told_at_once(hub: Path, source: str) -> None:
     start = time.perf_counter()
-    with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache and .* does not answer"):
-        read_documents(source)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SecateurError, match="offline mode"):
+    with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache, and it does not answer"):
         read_documents(source)
     assert time.perf_counter() - start < 10
 
 
 def test_a_host_that_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_CONNECT_SECONDS", 0.1)
-
+    """Looking up a name may take longer than any time limit of the client."""
     release = threading.Event()
 
-    def silent(address: tuple[str, int], timeout: float) -> None:
+    def silent(url: str, timeout: float) -> None:
         release.wait(20)
         raise TimeoutError
 
-    monkeypatch.setattr(calibration.socket, "create_connection", silent)
+    monkeypatch.setattr(hub_source, "_PATIENCE", 0.1)
+    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=silent))
     start = time.perf_counter()
-    assert not calibration._answers("nowhere.invalid", 443)
+    obstacle = hub_source.out_of_reach()
+    assert obstacle is not None
+    assert "does not answer" in obstacle
     assert time.perf_counter() - start < 10
     release.set()
-
-
-@pytest.mark.parametrize(
-    ("environment", "address"),
-    [({}, ("hub.invalid", 8443)), ({"https_proxy": "http://proxy.invalid:3128"}, ("proxy.invalid", 3128))],
-)
-def test_the_probe_goes_where_requests_go(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], address: tuple[str, int]
-) -> None:
-    from huggingface_hub import constants
-
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid:8443")
-    assert calibration._hub_address() == address
 
 
 def parquet_folder(folder: Path, **columns: list[str]) -> str:
@@ -386,7 +365,7 @@ def test_too_many_parts_and_no_held_out_text(hub: Path) -> None:
         read_documents("bookcorpus", split="evaluation")
 
 
-def test_importing_loads_neither_datasets_nor_transformers() -> None:
-    code = "import sys, secateur.calibration; print({'datasets', 'transformers'} & set(sys.modules))"
+def test_importing_does_not_load_datasets() -> None:
+    code = "import sys, secateur.calibration; print('datasets' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert output.stdout.strip() == "set()"
+    assert output.stdout.strip() == "False"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import shutil
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
@@ -22,8 +28,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from conftest import CheckpointFolder
 from secateur.errors import SecateurError
-from secateur.evaluate import compare_speed, perplexity, speed
+from secateur.evaluate import compare, compare_speed, perplexity, speed
+from secateur.evaluate.compare import evaluate
+from secateur.progress import Silent
 
 VOCAB = 128
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -113,10 +122,15 @@ def test_float32_holds_only_small_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_progress_and_mode_are_left_right() -> None:
-    model = llama().train()
-    calls = []
-    perplexity(model, random_rows(5, 6), batch=2, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    model, seen = llama().train(), []
+
+    class Watcher(Silent):
+        def track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+            seen.append((what, list(items)))
+            return iter(seen[0][1])
+
+    perplexity(model, random_rows(5, 6), batch=2, watcher=Watcher(), what="text")
+    assert seen == [("text", [0, 2, 4])]
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -228,3 +242,80 @@ def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
 
 def test_all_positions_may_be_used() -> None:
     assert speed(gpt2(), prompt=60, new=4, repeats=1).new == 4
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{i * i % 100}" for i in range(400)))
+    return str(path)
+
+
+def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: CheckpointFolder, text: str) -> None:
+    folder = checkpoint_folder("llama")
+    (score,) = evaluate(str(folder), texts=[text], length=20, tokens=100).models
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = torch.tensor([4 + i * i % 100 for i in range(100)]).view(5, 20)
+    (found,) = score.texts
+    assert found.perplexity == pytest.approx(math.exp(plain_nll(model, rows)), rel=1e-5)
+    assert (found.source, found.tokens, found.rows, found.length) == (text, 95, 5, 20)
+    assert score.parameters == sum(p.numel() for p in model.parameters())
+    assert score.bytes == 4 * score.parameters
+    assert not score.bos
+
+
+def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointFolder, text: str) -> None:
+    small, dense = str(checkpoint_folder("llama tied")), str(checkpoint_folder("llama biased"))
+    result = evaluate(small, against=dense, texts=[text, text], length=20, speed=True)
+    figures = {figure.label: figure for figure in result.figures()}
+    first, second = result.models
+    assert [model.name for model in result.models] == [small, dense]
+    assert set(figures) == {
+        *("parameters", "bytes at equal dtype", "perplexity words.txt", "prefill tokens/s", "decoding tokens/s")
+    }
+    assert figures["parameters"].values == [first.parameters, second.parameters]
+    assert figures["parameters"].ratio == first.parameters / second.parameters < 1
+    assert figures["perplexity words.txt"].values == [m.texts[0].perplexity for m in result.models]
+    assert first.speed is not None
+    assert second.speed is not None
+    turns = zip(second.speed.prefill_seconds, first.speed.prefill_seconds, strict=True)
+    assert figures["prefill tokens/s"].ratio == sorted(b / a for b, a in turns)[1]
+    assert figures["prefill tokens/s"].values == [first.speed.prefill, second.speed.prefill]
+    assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][0]["tokens"] == second.texts[0].tokens
+
+
+def test_only_one_model_is_in_memory_unless_two_take_turns(
+    checkpoint_folder: CheckpointFolder, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def load(*given: Any) -> Any:
+        gc.collect()
+        assert not any(model() is not None for model in alive)
+        model = dense_load(*given)
+        alive.append(weakref.ref(model))
+        return model
+
+    dense_load = compare.load
+    monkeypatch.setattr(compare, "load", load)
+    folder = str(checkpoint_folder("llama"))
+    result = evaluate(folder, against=folder, texts=[text], length=20)
+    assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0]
+
+
+def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+    from secateur.report.tables import eval_table
+
+    folder = checkpoint_folder("llama")
+    table, lines = eval_table(evaluate(str(folder), texts=[text], length=20))
+    assert [column.header for column in table.columns] == ["", folder.name]
+    assert lines == [
+        "words.txt: 380 tokens scored in 20 rows of 20; rows begin without BOS, as the tokenizer adds none."
+    ]
+    other = tmp_path / "other" / folder.name
+    shutil.copytree(folder, other)
+    table, lines = eval_table(evaluate(str(folder), against=str(other), texts=[]))
+    assert [column.header for column in table.columns] == ["", str(folder), str(other), "ratio"]
+    assert lines == []
+    assert compare.short("owner/name") == "owner/name"
+    assert compare.short("Salesforce/wikitext:wikitext-2-raw-v1") == "Salesforce/wikitext:wikitext-2-raw-v1"

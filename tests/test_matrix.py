@@ -49,7 +49,7 @@ from secateur.steps.slice import slice
 from secateur.steps.write import write
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Block, Keep, Kind, Pattern, Width
-from secateur.surgery import assign, inner_entries, narrow, width_of
+from secateur.surgery import assign, inner_entries, width_of
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""
@@ -337,15 +337,19 @@ def test_reloaded_equals_memory(pruned, job):
     text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
     rows = Rows.of(text) if bos else Rows.of(text).with_openings()
     assert record["calibration"]["begins_with_bos"] == bos
-    model = rounded_model(job.name, job.dtype)
-    for block, said in zip(refit(stream, recorded_plan(record), rows), record["blocks"], strict=True):
+    full = rounded_model(job.name, job.dtype)
+    found = list(refit(stream, recorded_plan(record), rows))
+    for block, said in zip(found, record["blocks"], strict=True):
         assert list(block.keep.heads) == said["heads"]
         assert list(block.keep.channels) == said["channels"]
-        tensors = {name: tensor.float() for name, tensor in slice(stream, block).items()}
-        narrow(layers_of(model)[block.index], tensors, recorded_plan(record).widths[block.index])
+    model = narrowed(full, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
+    for block in found:
+        tensors, wanted = slice(stream, block), dict(layers_of(model)[block.index].named_parameters())
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensor.float(), wanted[name]) for name, tensor in tensors.items())
     logits, infos = pruned.reloaded
     assert relative(logits[str(job)], logits_of(model, pruned.ids)) < TOLERANCE
-    assert relative(logits[str(job)], logits_of(rounded_model(job.name, job.dtype), pruned.ids)) > 100 * TOLERANCE
+    assert relative(logits[str(job)], logits_of(full, pruned.ids)) > 100 * TOLERANCE
     info = infos[str(job)]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert info[kind] == [], kind

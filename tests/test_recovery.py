@@ -174,7 +174,7 @@ def test_before_changes_what_the_criterion_sees(checkpoint_folder, monkeypatch, 
     original = refit_step.removal_order
 
     def spy(criterion: str, stats: Any, *rest: Any) -> Tensor:
-        seen_.append((stats.module.kind, stats.tensors[stats.module.level2.name], stats.tensors))
+        seen_.append((stats.module.kind, stats.tensors[stats.module.level2.name], dict(stats.tensors)))
         return original(criterion, stats, *rest)
 
     monkeypatch.setattr(refit_step, "removal_order", spy)

@@ -109,7 +109,8 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
     moments = Moments(case.x.shape[1], case.t.shape[1], centre=intercept)
     for x, t in zip(case.x.float().split(5), case.t.float().split(5), strict=True):
         moments.update(x, t)
-    weight, bias = fit_level2(moments, case.old.float(), keep, ridge)
+    normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), ridge)
+    weight, bias = fit_level2(moments, normal, keep)
     assert (bias is not None) == intercept
     seen = case.centred() if intercept else case
     wanted = seen.minimiser(ridge, keep)
@@ -117,8 +118,31 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
     assert_near(weight * scale, wanted * scale, 1e-3)
     if bias is not None:
         assert_near(bias, case.t.mean(0) - case.x.mean(0)[keep] @ wanted, 5e-3)
-    error = residual(moments, weight, keep)
+    error = residual(normal, weight, keep)
     assert error == pytest.approx(seen.error(ridge, keep), rel=1e-3, abs=1e-5 * seen.energy)
+
+
+@given(data=st.data(), case=layers(), ridge=st.sampled_from((1e-3, 0.3, 1.0)))
+@settings(max_examples=40, deadline=None)
+def test_residual_of_any_weights(data: st.DataObject, case: Layer, ridge: float) -> None:
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
+    weight = 1.3 * case.old[keep] - 0.2
+    error = float((case.x[:, keep] @ weight - case.t).square().sum())
+    assert residual(case.normal(ridge), weight, keep) == pytest.approx(error, rel=1e-4, abs=1e-5 * case.energy)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_gram_matrix_may_be_given_away(ridge, own):
+    case = layer(12, 40, 6, 3)
+    gram, energy = case.gram.float(), case.energy
+    cross = None if own else (case.x.T @ case.t).float()
+    copied = normal_equations(gram, cross, energy, case.old.float(), ridge)
+    assert torch.equal(gram, case.gram.float())
+    given_away = normal_equations(gram, cross, energy, case.old.float(), ridge, overwrite=True)
+    for one, two in ((copied.matrix_aa, given_away.matrix_aa), (copied.right_ao, given_away.right_ao)):
+        assert torch.equal(one, two)
+    assert copied.energy == given_away.energy
 
 
 def test_the_intercept_is_worth_having():
@@ -129,7 +153,8 @@ def test_the_intercept_is_worth_having():
     for centre in (False, True):
         moments = Moments(5, 3, centre=centre)
         moments.update(case.x.float(), case.t.float())
-        weight, bias = fit_level2(moments, case.old.float(), keep, 0.3)
+        normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), 0.3)
+        weight, bias = fit_level2(moments, normal, keep)
         output = case.x.float() @ weight + (0 if bias is None else bias)
         found[centre] = float((output - case.t).square().sum())
     assert found[True] < 0.5 * found[False]
@@ -349,6 +374,36 @@ def test_within_a_step_prices_are_updated():
         prices = cheapest(case, 1e-3, left, 1, left)
         assert prices[unit] <= min(prices.values()) * 1.005
         left.remove(unit)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_is_greedy_among_its_candidates(seed):
+    """Strongly tied inputs, ten a step: each choice is the cheapest of the step's pool, after those before it."""
+    case, ridge, step = layer(seed, 900, 320, 5), 0.03, 10
+    shared = layer(seed + 100, 900, 40, 1).x
+    case.x = shared[:, torch.arange(320) % 40] + 0.2 * case.x
+    case.t = case.x @ case.old
+    found = eliminate(case.normal(ridge), 1, stop=320 - 6 * step)
+    left = list(range(320))
+    matrix = case.gram + ridge * torch.diag(case.gram.diagonal())
+    right = case.x.T @ case.t + ridge * case.gram.diagonal()[:, None] * case.old
+
+    def prices() -> dict[int, float]:
+        inverse = torch.linalg.inv(matrix[left][:, left])
+        cost = (inverse @ right[left]).square().sum(1) / inverse.diagonal()
+        return dict(zip(left, cost.tolist(), strict=True))
+
+    overtaken = 0
+    for chosen in found.order.view(-1, step).tolist():
+        before = prices()
+        pool = sorted(before, key=before.__getitem__)[: 2 * step]
+        overtaken += set(chosen) != set(pool[:step])
+        for unit in chosen:
+            now = prices()
+            assert unit in pool
+            assert now[unit] <= 1.01 * min(now[candidate] for candidate in pool if candidate in now)
+            left.remove(unit)
+    assert overtaken >= 3
 
 
 def test_prices_are_left_out_on_request():

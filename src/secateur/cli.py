@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,18 +21,26 @@ from secateur.errors import SecateurError
 from secateur.options import Options
 from secateur.structure import Kind
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 T = TypeVar("T")
 
 app = typer.Typer(
     name="secateur",
     help="Prune a pretrained language model in one shot: fewer attention heads, narrower feed-forward layers, "
     "an ordinary checkpoint out. No retraining, no backward pass, one block in memory at a time.",
-    no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-log = Console(stderr=True, highlight=False)
+log = Console(stderr=True, highlight=False, markup=False)
+
+# Newer typers carry a click of their own; its base class of mistakes is reached through what both export.
+_Mistake: type[Exception] = typer.BadParameter.__mro__[2]
+
+_INTERRUPTED = 130
+"""The exit code of shells for Ctrl-C."""
 
 
 class Bars:
@@ -40,7 +49,7 @@ class Bars:
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         """Draw one bar for a loop."""
         columns = (
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -50,65 +59,169 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Print one line about a choice."""
-        log.print(text)
+        log.print(text, soft_wrap=True)
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Turn a spinner, on a terminal only."""
+        return log.status(f"{what} ...")
 
 
 @app.callback(invoke_without_command=True)
 def top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Top level: only `--version`."""
     if version:
         typer.echo(f"secateur {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
-@app.command()
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a hub id (owner/name), or a .gguf file.", show_default=False
+    ),
+]
+_Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.", rich_help_panel="Computing"
+    ),
+]
+_Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of a hub id.", show_default="the main branch", rich_help_panel="Computing"
+    ),
+]
+_Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let code that comes with the checkpoint run, where transformers does not know the model.",
+        rich_help_panel="Computing",
+    ),
+]
+
+
+@app.command(no_args_is_help=False)
 def prune(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id (owner/name), or a .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
-    sparsity: Annotated[float, typer.Option(help="Share of parameters to remove, between 0 and 1.")] = 0.25,
+    model: _Model,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The folder to write; it appears complete or not at all.", show_default=False
+        ),
+    ],
+    sparsity: Annotated[
+        float, typer.Option(help="Share of the parameters to remove, between 0 and 1.", rich_help_panel="Target")
+    ] = Options.sparsity,
     of: Annotated[
-        str, typer.Option(help="What the share counts: the pruned 'blocks', or the whole 'model'.")
-    ] = "blocks",
-    blocks: Annotated[str | None, typer.Option(help="Blocks to prune, first:end, such as 4:30. Default: all.")] = None,
-    modules: Annotated[str, typer.Option(help="What may go: heads, channels, or both.")] = "heads,channels",
-    widths: Annotated[str, typer.Option(help="'uniform': one width for all blocks; loads everywhere.")] = "uniform",
+        str,
+        typer.Option(help="What that share counts: the pruned blocks, or the whole model.", rich_help_panel="Target"),
+    ] = Options.of,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks to prune, first:end with the end left out, such as 4:30.",
+            show_default="all",
+            rich_help_panel="Target",
+        ),
+    ] = None,
+    modules: Annotated[
+        str,
+        typer.Option(
+            help="What may go: heads, channels, or both; the split that costs least is taken.",
+            rich_help_panel="Target",
+        ),
+    ] = "heads,channels",
+    widths: Annotated[
+        str, typer.Option(help="uniform: one width for all blocks, which loads everywhere.", rich_help_panel="Target")
+    ] = Options.widths,
+    round_: Annotated[
+        int,
+        typer.Option(
+            "--round",
+            help="Feed-forward widths are multiples of this, for fast kernels: 32 on CPUs, 64 or 128 on GPUs.",
+            rich_help_panel="Target",
+        ),
+    ] = Options.multiple,
     criterion: Annotated[
-        str, typer.Option(help="Which units go: surgeon, second-moment, wanda, l1, l2 or random.")
-    ] = "surgeon",
+        str,
+        typer.Option(
+            help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
+            "second-moment, wanda: by activations; l1, l2: by weights alone; random.",
+            rich_help_panel="Method",
+        ),
+    ] = Options.criterion,
     recovery: Annotated[
         str,
-        typer.Option(help="'refit': level 2 to an error-aware target; 'paper': both levels to dense outputs; 'none'."),
-    ] = "refit",
-    recover: Annotated[str, typer.Option(help="When: 'before' units are chosen, 'after', or 'both'.")] = "after",
-    ridge: Annotated[float, typer.Option(help="Pull of the refit toward the old weights.")] = Options.ridge,
+        typer.Option(
+            help="How the rest makes up for them. refit: the output layers, aiming at what the dense model gives "
+            "and so repairing earlier blocks' errors; paper: both layers of a module, to their dense outputs; "
+            "none: weights are only cut.",
+            rich_help_panel="Method",
+        ),
+    ] = Options.recovery,
+    recover: Annotated[
+        str,
+        typer.Option(help="When that happens: before units are chosen, after, or both.", rich_help_panel="Method"),
+    ] = Options.recover,
+    ridge: Annotated[
+        float,
+        typer.Option(
+            help="Pull of the refit toward the old weights; less follows the calibration text more closely.",
+            rich_help_panel="Method",
+        ),
+    ] = Options.ridge,
     intercept: Annotated[
-        bool, typer.Option("--intercept", help="Also fit level-2 biases that the model does not have yet.")
+        bool,
+        typer.Option(
+            "--intercept",
+            help="Fit a bias in output layers that have none. Stock classes without such biases (Llama, Mistral, "
+            "Qwen, Gemma, ...) cannot hold the result. Biases that exist are always fitted.",
+            rich_help_panel="Method",
+        ),
     ] = False,
     calibration: Annotated[
         str,
-        typer.Option(help="Text: a .txt or .jsonl file, - for standard input, a data set's name, or 'random' ids."),
-    ] = "wikitext2",
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens in each row.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the choice of rows, and of the criterion 'random'.")] = 0,
-    round_: Annotated[
-        int,
-        typer.Option("--round", help="Round feed-forward widths to multiples: 32 for CPUs, 64 or 128 for GPUs."),
-    ] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+        typer.Option(
+            help="Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, "
+            "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or random.",
+            rich_help_panel="Calibration",
+        ),
+    ] = Options.calibration,
+    samples: Annotated[
+        int, typer.Option(help="Rows drawn from it at random.", rich_help_panel="Calibration")
+    ] = Options.samples,
+    length: Annotated[int, typer.Option(help="Tokens in each row.", rich_help_panel="Calibration")] = Options.length,
+    seed: Annotated[
+        int, typer.Option(help="Decides the rows, and the criterion random.", rich_help_panel="Calibration")
+    ] = Options.seed,
+    device: _Device = "auto",
+    revision: _Revision = None,
+    trust_remote_code: _Trust = False,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the output: float32, bfloat16, float16. Default: as the input.")
+        str | None,
+        typer.Option(
+            help="Of the weights written: float32, bfloat16 or float16.",
+            show_default="as in MODEL; bfloat16 from .gguf",
+            rich_help_panel="Output",
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own code run.")
-    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes, memory and time expected, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print sizes, memory and time to expect, and write nothing.", rich_help_panel="Output"
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at OUT.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUT where it is a model folder already.", rich_help_panel="Output"),
+    ] = False,
 ) -> None:
     """Prune MODEL and write a smaller ordinary checkpoint to OUT.
 
@@ -118,7 +231,7 @@ def prune(
         sparsity=sparsity,
         of=of,
         blocks=blocks,
-        modules=cast("tuple[Kind, ...]", tuple(part.strip() for part in modules.split(",") if part.strip())),
+        modules=cast("tuple[Kind, ...]", tuple(part.strip() for part in modules.split(","))),
         widths=widths,
         criterion=criterion,
         recovery=recovery,
@@ -132,8 +245,10 @@ def prune(
         multiple=round_,
         dtype=dtype,
     )
-    from secateur.report.tables import prune_table
-    from secateur.steps.prune import prune as run
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.tables import prune_table
+        from secateur.steps.prune import prune as run
 
     summary = run(
         model,
@@ -144,36 +259,72 @@ def prune(
         trust_remote_code=trust_remote_code,
         dry_run=dry_run,
         overwrite=overwrite,
-        watcher=Bars(),
+        watcher=bars,
     )
-    Console(highlight=False).print(prune_table(summary, None if dry_run else out))
+    _show(*prune_table(summary, out))
 
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.")],
+    model: _Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="A second model, usually the dense one, printed beside with the ratio of MODEL to it.",
+            show_default="none",
+            rich_help_panel="What to measure",
+        ),
+    ] = None,
     perplexity: Annotated[
         list[str] | None,
-        typer.Option(help="Text to score: a .txt or .jsonl file, or a data set's name. May be repeated."),
+        typer.Option(
+            help="Text to score: a .txt or .jsonl file, - for standard input, or a data set (wikitext2, c4, ptb or "
+            "name:config:column). May be given several times.",
+            show_default="none",
+            rich_help_panel="What to measure",
+        ),
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in each row.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens to use from the start of each text; 0 for all.")] = 8192,
-    speed: Annotated[bool, typer.Option("--speed", help="Measure tokens/s of prefill and decoding.")] = False,
-    against: Annotated[str | None, typer.Option(help="A dense model to print beside, with ratios.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="To compute in: float32, bfloat16 or float16.")] = "float32",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own code run.")
+    length: Annotated[
+        int, typer.Option(help="Tokens in each row; rows are scored alone.", rich_help_panel="What to measure")
+    ] = 128,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Tokens to use from the start of each text; 0 for all.", rich_help_panel="What to measure"),
+    ] = 8192,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Measure tokens/s of prefill and decoding; two models take turns, so that a busy machine does not "
+            "spoil their ratio.",
+            rich_help_panel="What to measure",
+        ),
     ] = False,
+    device: _Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: float32, bfloat16 or float16.", rich_help_panel="Computing")
+    ] = "float32",
+    revision: _Revision = None,
+    trust_remote_code: _Trust = False,
+    json_: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Also write the figures to this file.", show_default="none", rich_help_panel="Output"
+        ),
+    ] = None,
 ) -> None:
-    """Measure MODEL: perplexity of texts, and speed; with --against, side by side with another model.
+    """Measure MODEL: its size, the perplexity of texts, speed; with --against, side by side with another.
 
     Example: secateur eval ./SmolLM2-pruned --perplexity wiki.txt --against ./SmolLM2-135M --speed
     """
-    from secateur.evaluate.compare import evaluate as run
-    from secateur.report.tables import eval_table
+    if tokens < 0:
+        raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for the whole text")
+    if json_ is not None:
+        _check_file(json_)
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.evaluate.compare import evaluate as run
+        from secateur.report.tables import eval_table
 
     result = run(
         model,
@@ -186,17 +337,29 @@ def evaluate(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        watcher=Bars(),
-        check=lambda: _writable(json_),
+        watcher=bars,
     )
     if json_ is not None:
         json_.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-    Console(highlight=False).print(eval_table(result))
+    _show(*eval_table(result))
 
 
-def _writable(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise SecateurError(f"{path}: cannot be written; its folder must exist and it must not be a folder itself")
+def _check_file(path: Path) -> None:
+    """See that a file can be written, before the work."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise SecateurError(f"{path}: a folder is there; name a file for the figures")
+    if not folder.is_dir():
+        raise SecateurError(f"{path}: the folder {folder} does not exist; create it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise SecateurError(f"{path}: cannot be written; choose another place")
+
+
+def _show(table: Table, lines: list[str]) -> None:
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def main() -> None:
@@ -206,17 +369,20 @@ def main() -> None:
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code: Any = app(standalone_mode=False)
+        code: Any = app(prog_name="secateur", standalone_mode=False)
     except SecateurError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(error.format_message())
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except _Mistake as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "secateur")
+        _fail(f"{error.format_message().rstrip('.')}; see {where} --help")  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; check the path and its permissions")
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
         log.print("interrupted: nothing was written")
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

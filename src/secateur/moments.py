@@ -20,11 +20,15 @@ PANEL = 256
 
 def add_gram(gram_aa: Tensor, x_na: Tensor, weight: float = 1.0) -> None:
     """Add weight * X'X to the upper panels of `gram_aa`; about 0.6 of the flops of the full product."""
-    a = gram_aa.shape[0]
-    panel = max(PANEL, -(-a // 6))
+    a, panel = gram_aa.shape[0], panel_width(gram_aa.shape[0])
     for start in range(0, a, panel):
         stop = min(start + panel, a)
         gram_aa[start:stop, start:].addmm_(x_na[:, start:stop].T, x_na[:, start:], alpha=weight)
+
+
+def panel_width(a: int) -> int:
+    """Rows of one panel."""
+    return max(PANEL, -(-a // 6))
 
 
 class Moments:
@@ -41,6 +45,7 @@ class Moments:
         self._sum_a = torch.zeros(inputs, dtype=torch.float64, device=device)
         self._sum_o = torch.zeros(targets, dtype=torch.float64, device=device)
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
+        self._diagonal_a: Tensor | None = None
         self._origin_a: Tensor | None = None
         self._origin_o: Tensor | None = None
 
@@ -80,12 +85,30 @@ class Moments:
 
     def gram(self) -> Tensor:
         """X'X (a x a), of centred rows where `centre` is set."""
-        upper = self._gram_aa.triu()
-        gram = upper + upper.triu(1).T
-        if self.centre:
-            s = self._sum_a
-            gram = gram - (torch.outer(s, s) / (self.count or 1.0)).to(gram.dtype)
-        return gram
+        return self._whole(self._gram_aa.clone())
+
+    def take_gram(self) -> Tensor:
+        """The same, without a copy: the sums go to the caller, and the Gram matrix cannot be asked for again."""
+        gram, self._gram_aa = self._gram_aa, self._gram_aa.new_zeros(0, 0)
+        self._diagonal_a = gram.diagonal().clone()
+        return self._whole(gram)
+
+    def _whole(self, gram_aa: Tensor) -> Tensor:
+        """Fill in the lower triangle and centre, in place."""
+        a, panel = gram_aa.shape[0], panel_width(gram_aa.shape[0])
+        for start in range(0, a, panel):
+            stop = min(start + panel, a)
+            gram_aa[stop:, start:stop] = gram_aa[start:stop, stop:].T
+            block = gram_aa[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+        for start in range(0, a if self.centre else 0, panel):
+            stop = min(start + panel, a)
+            outer = torch.outer(self._sum_a[start:stop], self._sum_a) / (self.count or 1.0)
+            gram_aa[start:stop] -= outer.to(gram_aa.dtype)
+        return gram_aa
+
+    def _diagonal(self) -> Tensor:
+        return self._gram_aa.diagonal() if self._diagonal_a is None else self._diagonal_a
 
     def cross(self) -> Tensor:
         """X'T (a x o), of centred rows where `centre` is set."""
@@ -100,7 +123,7 @@ class Moments:
 
     def mean_square_a(self) -> Tensor:
         """E[x_j^2] of every input entry (a), of the rows as they are, centred or not; float64."""
-        diagonal = self._gram_aa.diagonal().double() / (self.count or 1.0)
+        diagonal = self._diagonal().double() / (self.count or 1.0)
         if self._origin_a is None:
             return diagonal
         o = self._origin_a.double()
@@ -108,5 +131,5 @@ class Moments:
 
     def finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
-        sums = (self._gram_aa.diagonal(), self._sum_a, self._sum_o, self._energy)
+        sums = (self._diagonal(), self._sum_a, self._sum_o, self._energy)
         return all(bool(torch.isfinite(value).all()) for value in sums)

@@ -66,10 +66,10 @@ class Options:
                 choices = ", ".join(str(choice) for choice in allowed if choice)
                 raise SecateurError(f"{name} is '{value}'; it must be one of {choices}")
         wrong = [kind for kind in self.modules if kind not in get_args(Kind)]
-        if wrong or not self.modules:
+        if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 1")
+            raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 0.3")
         for name, number, least in (
             ("samples", self.samples, 1),
             ("length", self.length, 2),
@@ -77,8 +77,10 @@ class Options:
         ):
             if number < least:
                 raise SecateurError(f"{name} is {number}; it must be at least {least}")
-        if self.seed < 0:
-            raise SecateurError(f"seed is {self.seed}; it must be zero or positive")
+        if not 0 <= self.seed < 2**32:
+            raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
+        if self.blocks is not None and re.fullmatch("[0-9]*:[0-9]*", self.blocks) is None:
+            raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
         if self.intercept and self.recovery == "none":
             raise SecateurError("an intercept is part of the refit: leave --intercept out, or use --recovery refit")
 
@@ -86,10 +88,8 @@ class Options:
         """The block range for a model of `count` blocks."""
         if self.blocks is None:
             return range(count)
-        match = re.fullmatch(r"(\d*):(\d*)", self.blocks)
-        if match is None:
-            raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:{count}")
-        start, stop = int(match[1] or 0), int(match[2] or count)
+        first, _, last = self.blocks.partition(":")
+        start, stop = int(first or 0), int(last or count)
         if stop > count or start >= count:
             raise SecateurError(f"blocks is '{self.blocks}', but the model has {count} blocks (0:{count})")
         if start >= stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,11 @@ class Watcher(Protocol):
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Show that a step of unknown length is under way; nothing is left of it."""
+
+
+def reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[Any]:
+    """`busy` for what lies on disk; a download draws bars of its own, which a spinner would hide."""
+    return watcher.busy(f"{what} {source}") if Path(source).expanduser().exists() else nullcontext()
 
 
 class Silent:

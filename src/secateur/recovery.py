@@ -40,14 +40,8 @@ class Recovery:
         return self.method != "none" and self.when in ("after", "both")
 
 
-def fit_level2(
-    moments: Moments, old_ao: Tensor, keep: Tensor, ridge: float, normal: Normal | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Best level-2 weights of the kept inputs (k x o), and the intercept (o) if the moments are centred.
-
-    `normal` is the penalised system, where it has been set up already.
-    """
-    normal = normal or normal_equations(moments.gram(), moments.cross(), moments.energy(), old_ao, ridge)
+def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Best level-2 weights of the kept inputs (k x o), and the intercept (o) if the moments are centred."""
     weight, _ = refit(normal, keep)
     return weight, intercept(moments, weight, keep) if moments.centre else None
 

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.moments import Moments
-
 FLOAT32_RIDGE = 0.03
 """Below this ridge the condition number asks for float64."""
 STEP = 64
@@ -40,6 +38,9 @@ class Normal:
     """D^-1 C + penalty * D W_old."""
     scale_a: Tensor
     penalty_a: Tensor
+    dead_a: Tensor
+    """Inputs that are always zero: they cost nothing to remove, and keep their old weights where they stay."""
+    old_ao: Tensor
     energy: float
     """||T||^2, of centred rows with an intercept."""
 
@@ -50,7 +51,15 @@ class Normal:
         return float(self.energy + linear - square)
 
 
-def normal_equations(gram_aa: Tensor, cross_ao: Tensor | None, energy: float, old_ao: Tensor, ridge: float) -> Normal:
+def normal_equations(
+    gram_aa: Tensor,
+    cross_ao: Tensor | None,
+    energy: float,
+    old_ao: Tensor,
+    ridge: float,
+    *,
+    overwrite: bool = False,
+) -> Normal:
     """Set up the penalised system of one layer.
 
     Args:
@@ -59,41 +68,41 @@ def normal_equations(gram_aa: Tensor, cross_ao: Tensor | None, energy: float, ol
         energy: ||T||^2; not used where `cross_ao` is None.
         old_ao: the dense weight, inner axis first.
         ridge: strength of the pull to the old weights, relative to each input's own energy.
+        overwrite: use the memory of `gram_aa` for the result.
     """
     dtype = torch.float32 if ridge >= FLOAT32_RIDGE else torch.float64
-    matrix = gram_aa.to(dtype, copy=True)
+    matrix = gram_aa.to(dtype, copy=not overwrite)
     old = old_ao.to(dtype)
     diagonal = matrix.diagonal().clone()
     dead = diagonal <= diagonal.mean() * torch.finfo(torch.float32).eps
     scale = torch.where(dead, torch.ones_like(diagonal), diagonal).sqrt()
-    # An input that is always zero keeps its old weights: any value fits, that one does no harm elsewhere.
     penalty = torch.where(dead, torch.ones_like(diagonal), torch.full_like(diagonal, ridge))
     matrix /= scale[:, None]
     matrix /= scale[None, :]
-    scaled_old = scale[:, None] * old
+    scaled_old = (scale[:, None] * old).masked_fill(dead[:, None], 0.0)
     if cross_ao is None:
         cross = matrix @ scaled_old
         energy = float((cross * scaled_old).sum(dtype=torch.float64))
     else:
         cross = cross_ao.to(dtype) / scale[:, None]
     matrix.diagonal().add_(penalty)
-    return Normal(matrix, cross, cross + penalty[:, None] * scaled_old, scale, penalty, energy)
+    return Normal(matrix, cross, cross + penalty[:, None] * scaled_old, scale, penalty, dead, old, energy)
 
 
 def refit(normal: Normal, keep: Tensor) -> tuple[Tensor, float]:
     """Best weights of the kept inputs (len(keep) x o) and ||XW - T||^2, the penalty left out."""
-    weight = torch.cholesky_solve(normal.right_ao[keep], factorise(normal.matrix_aa[keep][:, keep]))
+    weight = torch.cholesky_solve(normal.right_ao[keep], factorise(normal.matrix_aa[:, keep][keep]))
     full = torch.zeros_like(normal.right_ao)
     full[keep] = weight
-    return (weight / normal.scale_a[keep, None]).float(), normal.error(full)
+    fitted = torch.where(normal.dead_a[keep, None], normal.old_ao[keep], weight / normal.scale_a[keep, None])
+    return fitted.float(), normal.error(full)
 
 
-def residual(moments: Moments, weight_ao: Tensor, keep: Tensor) -> float:
-    """||X_K W - T||^2 of any weights, also of ones that no refit gave."""
-    gram = moments.gram()[keep][:, keep].double()
-    weight = weight_ao.double()
-    quadratic = (weight * (gram @ weight)).sum()
-    return float(moments.energy() - 2 * (weight * moments.cross()[keep].double()).sum() + quadratic)
+def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
+    """||X_K W - T||^2 of any weights of the kept inputs, also of ones that no refit gave."""
+    scaled = normal.scale_a[keep, None] * weight_ao.to(normal.scale_a.dtype)
+    product = normal.matrix_aa[:, keep][keep] @ scaled - normal.penalty_a[keep, None] * scaled
+    return float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(dtype=torch.float64))
 
 
 def factorise(matrix_aa: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class BlockStream:
         """One block with its weights in float32 on the device; they go on exit."""
         layer = self.layers.get_submodule(str(index))
         try:
-            for name, tensor in self.stored(index).items():
-                assign(layer, name, tensor.to(self.device, torch.float32))
+            for name in self.blocks[index].shapes:
+                assign(layer, name, self._read(f"{self.family.blocks}.{index}.{name}").to(self.device, torch.float32))
             layer.to(self.device)
             yield layer
         finally:
@@ -167,6 +167,23 @@ class BlockStream:
                 return layer(hidden_btd, *args, **kwargs)
             except Reached:
                 return None
+
+    def trouble(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int) -> SecateurError:
+        """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""
+        block = self.blocks[index]
+        broken = {"the norms": True, "the input": not _finite(hidden_btd)}
+        names = {block.feed_forward: "the feed-forward module", block.attention: "the attention module"}
+
+        def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
+            return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})
+
+        self.run(index, layer, hidden_btd, group, watch={m.sink: watcher(name) for m, name in names.items()})
+        where = next(name for name in ("the input", *reversed(names.values()), "the norms") if broken[name])
+        return SecateurError(f"block {index}: {where} gives NaN or infinite activations; are the weights intact?")
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values.sum()))
 
 
 @contextmanager

@@ -34,9 +34,10 @@ class Statistics:
 
     @cached_property
     def normal(self) -> Normal:
-        """The penalised normal equations of the module's refit."""
+        """The penalised normal equations of the module's refit; takes the Gram matrix over from the moments."""
         cross = None if self.own_target else self.moments.cross()
-        return normal_equations(self.moments.gram(), cross, self.moments.energy(), self.weight_ao, self.ridge)
+        gram, energy = self.moments.take_gram(), self.moments.energy()
+        return normal_equations(gram, cross, energy, self.weight_ao, self.ridge, overwrite=True)
 
     def per_unit(self, entries_a: Tensor) -> Tensor:
         """Sum over the level-2 inputs of each unit: a head's channels, or a channel itself."""

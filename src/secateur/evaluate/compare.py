@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from secateur.calibration import consecutive_rows
+from secateur.calibration import check_calibration, consecutive_rows
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.errors import SecateurError
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.speed import Speed, compare_speed
 from secateur.evaluate.speed import speed as measure_speed
 from secateur.options import DTYPES
-from secateur.progress import Silent, Watcher
+from secateur.progress import Silent, Watcher, reading
 from secateur.quiet import quiet
+from secateur.texts import RANDOM
+from secateur.tokens import begins_with_bos
+
+PROMPT, NEW = 512, 32
+"""Tokens read and written when speed is measured, where the model has positions for them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class TextScore:
     source: str
     perplexity: float
     tokens: int
+    """Scored ones: all but the first of each row."""
+    rows: int
     length: int
 
 
@@ -38,10 +44,20 @@ class ModelScore:
     name: str
     parameters: int
     bytes: int
+    """Of the parameters, at the dtype in which the first model is stored."""
     bos: bool
-    texts: list[TextScore] = field(default_factory=list)
-    prefill: float | None = None
-    decode: float | None = None
+    """Whether rows begin with BOS."""
+    texts: list[TextScore]
+    speed: Speed | None = None
+
+
+class Figure(NamedTuple):
+    """One row of the table: a value for each model, and the first one's over the second's."""
+
+    label: str
+    values: list[float]
+    ratio: float | None
+    form: str
 
 
 @dataclass
@@ -49,25 +65,39 @@ class Evaluation:
     """One model, or the model and what it is held against."""
 
     models: list[ModelScore]
+    speed_ratios: tuple[float, float] | None = None
+    """Prefill and decoding of the first model over the second's, from runs in turns."""
 
-    def rows(self) -> list[tuple[str, list[float], str]]:
-        """Label, one value a model, and format of each row of a table."""
-        models = self.models
-        rows: list[tuple[str, list[float], str]] = [
-            ("parameters", [m.parameters for m in models], "{:,}"),
-            ("bytes at equal dtype", [m.bytes for m in models], "{:,}"),
+    def figures(self) -> list[Figure]:
+        """What was measured."""
+        first = self.models[0]
+        figures = [
+            self._figure("parameters", [m.parameters for m in self.models], "{:,}"),
+            self._figure("bytes at equal dtype", [m.bytes for m in self.models], "{:,}"),
         ]
-        for index, text in enumerate(models[0].texts):
-            rows.append((f"perplexity {text.source}", [m.texts[index].perplexity for m in models], "{:.3f}"))
-        for label, name in (("prefill tokens/s", "prefill"), ("decoding tokens/s", "decode")):
-            values = [getattr(m, name) for m in models]
-            if values[0] is not None:
-                rows.append((label, values, "{:,.1f}"))
-        return rows
+        for index, text in enumerate(first.texts):
+            values = [m.texts[index].perplexity for m in self.models]
+            figures.append(self._figure(f"perplexity {short(text.source)}", values, "{:,.3f}"))
+        if first.speed is not None:
+            speeds = [m.speed for m in self.models if m.speed is not None]
+            prefill, decode = self.speed_ratios or (None, None)
+            figures.append(Figure("prefill tokens/s", [s.prefill for s in speeds], prefill, "{:,.1f}"))
+            figures.append(Figure("decoding tokens/s", [s.decode for s in speeds], decode, "{:,.1f}"))
+        return figures
+
+    @staticmethod
+    def _figure(label: str, values: list[float], form: str) -> Figure:
+        return Figure(label, values, values[0] / values[1] if len(values) == 2 else None, form)
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return asdict(self)
+
+
+def short(source: str) -> str:
+    """A name for a table: the last part of a path; hub ids and data sets stay as they are."""
+    path = Path(source).expanduser()
+    return path.absolute().name if path.exists() else source
 
 
 def evaluate(
@@ -83,7 +113,6 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
-    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Measure a model, and another beside it.
 
@@ -93,52 +122,61 @@ def evaluate(
         texts: files or data sets to score.
         length: tokens in a row.
         tokens: tokens from the start of each text; None for all.
-        speed: measure prefill and decoding; two models are measured in turn, so that their ratio holds.
+        speed: measure prefill and decoding; two models are measured in turns, so that their ratio holds.
         device: where to compute.
         dtype: what to compute in.
         revision: of a hub id.
         trust_remote_code: let the checkpoints' own code run.
         watcher: told about progress.
-        check: run first of all; raises if the result could not be kept.
 
     Raises:
         SecateurError: for anything that cannot be read or measured, before long work.
     """
     from secateur.steps.prune import pick_device
 
-    check()
     watcher = watcher or Silent()
     if dtype not in DTYPES:
         raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
     where = pick_device(device)
+    for text in texts:
+        if text == RANDOM:
+            raise SecateurError("random ids cannot be scored; name a text file or a data set")
+        check_calibration(text, length=length)
     names = [model] if against is None else [model, against]
-    checkpoints = [
-        open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
-        for name in names
-    ]
+    checkpoints = []
+    for name in names:
+        with reading(watcher, "Opening", name):
+            checkpoints.append(
+                open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
+            )
     # All texts are read before a model is loaded: mistakes come first.
-    rows = [[_rows(checkpoint, text, length, tokens) for text in texts] for checkpoint in checkpoints]
+    tokenizers = [checkpoint.tokenizer() if texts else None for checkpoint in checkpoints]
+    rows: list[list[torch.Tensor]] = []
+    for checkpoint, tokenizer in zip(checkpoints, tokenizers, strict=True):
+        rows.append([])
+        for text in texts:
+            with reading(watcher, "Reading", text):
+                rows[-1].append(_rows(checkpoint, tokenizer, text, length, tokens))
     scores: list[ModelScore] = []
     loaded: list[Any] = []
-    for checkpoint, batches in zip(checkpoints, rows, strict=True):
-        network = load(checkpoint, getattr(torch, dtype), where)
-        loaded.append(network)
+    for checkpoint, tokenizer, batches in zip(checkpoints, tokenizers, rows, strict=True):
+        with watcher.busy(f"Loading {checkpoint.source}"):
+            network = load(checkpoint, getattr(torch, dtype), where)
         count = sum(p.numel() for p in network.parameters())
-        score = ModelScore(
-            checkpoint.source,
-            count,
-            count * checkpoints[0].dtype.itemsize,
-            begins_with_bos(checkpoint.tokenizer()),
-        )
+        scored = []
         for text, ids in zip(texts, batches, strict=True):
-            result = perplexity(network, ids, watcher=watcher, what=Path(checkpoint.source).name)
-            score.texts.append(TextScore(text, result.perplexity, result.tokens, result.length))
-        scores.append(score)
-    if speed:
-        found = _speeds(loaded)
-        for score, value in zip(scores, found, strict=True):
-            score.prefill, score.decode = value.prefill, value.decode
-    return Evaluation(scores)
+            found = perplexity(network, ids, watcher=watcher, what=f"{short(checkpoint.source)} on {short(text)}")
+            scored.append(TextScore(text, found.perplexity, found.tokens, found.rows, found.length))
+        bos = tokenizer is not None and begins_with_bos(tokenizer)
+        scores.append(ModelScore(checkpoint.source, count, count * checkpoints[0].dtype.itemsize, bos, scored))
+        # Two models stay in memory only where they are run in turns.
+        if speed:
+            loaded.append(network)
+        del network
+    if not speed:
+        return Evaluation(scores)
+    with watcher.busy("Measuring speed"):
+        return Evaluation(scores, _speeds(loaded, scores))
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
@@ -150,9 +188,9 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> An
     return network.eval().to(device)
 
 
-def _rows(checkpoint: Checkpoint, text: str, length: int, tokens: int | None) -> torch.Tensor:
+def _rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
     return consecutive_rows(
-        checkpoint.tokenizer(),
+        tokenizer,
         text,
         length=length,
         tokens=tokens,
@@ -161,8 +199,15 @@ def _rows(checkpoint: Checkpoint, text: str, length: int, tokens: int | None) ->
     )
 
 
-def _speeds(networks: list[Any]) -> list[Speed]:
+def _speeds(networks: list[Any], scores: list[ModelScore]) -> tuple[float, float] | None:
+    """Put each model's speed into its scores; two of them also give the first one's ratios to the second."""
+    positions = min(getattr(n.config, "max_position_embeddings", None) or PROMPT + NEW for n in networks)
+    new = min(NEW, max(1, positions // 4))
+    prompt = min(PROMPT, positions - new)
     if len(networks) == 1:
-        return [measure_speed(networks[0])]
-    both = compare_speed(networks[0], networks[1])
-    return [both.a, both.b]
+        scores[0].speed = measure_speed(networks[0], prompt=prompt, new=new)
+        return None
+    # The ratios are those of the second one given over the first.
+    both = compare_speed(networks[1], networks[0], prompt=prompt, new=new)
+    scores[1].speed, scores[0].speed = both.a, both.b
+    return both.prefill_ratio, both.decode_ratio

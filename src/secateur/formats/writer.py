@@ -10,19 +10,36 @@ import errno
 import json
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.weights import INDEX, SINGLE
 
-SHARD_BYTES = 2 * 10**9
-"""Default limit of a shard, and so of the memory that pending tensors take."""
+SHARD_BYTES = 5 * 10**9
+"""Default limit of a shard."""
+
+HEADER_BYTES = 2**20
+"""Default room for a shard's header: some thousand tensors."""
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 _SPARE = 16 * 2**20
 """Room kept beside the expected bytes, for configs and the tokenizer."""
@@ -151,76 +168,96 @@ class OutputFolder:
 
 
 class ShardWriter:
-    """Tensors into safetensors shards of a limited size, with an index where there is more than one.
+    """Tensors into safetensors shards, each written to disk as it comes; an index where there is more than one shard.
 
-    A tensor must not change between `add` and the writing of its shard.
+    The format puts a header before the data. Room for it is reserved at the start of a file and padded with spaces,
+    as the format allows, once all that it must say is known.
     """
 
-    def __init__(self, folder: Path, *, limit_bytes: int = SHARD_BYTES):
+    def __init__(self, folder: Path, *, header_bytes: int = HEADER_BYTES, limit_bytes: int = SHARD_BYTES):
         """Start without files.
 
         Args:
             folder: an existing folder.
+            header_bytes: room to reserve in each shard, see `header_room`.
             limit_bytes: the most that a shard holds; a larger tensor gets a shard of its own.
         """
         self.folder = folder
+        self.header_bytes = header_bytes
         self.limit_bytes = limit_bytes
         self.total_bytes = 0
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
-        self._names: set[str] = set()
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._size = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; writes a shard when the pending ones and this one exceed the limit.
+        """Write a tensor, into a new shard if it does not fit into this one.
 
         Raises:
             ValueError: the name was there already.
         """
-        if name in self._names:
+        if any(name in shard for shard in self._shards):
             raise ValueError(f"{name} was added twice")
         size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.limit_bytes:
-            self._flush()
-        tensor = tensor.detach().cpu().contiguous()
-        # A slice would keep the whole storage alive, and a shared one is refused by the format.
-        if tensor.untyped_storage().nbytes() != size or any(
-            tensor.data_ptr() == other.data_ptr() for other in self._pending.values() if size
-        ):
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        self._names.add(name)
-        self._pending[name] = tensor
-        self._pending_bytes += size
+        if self._file is None or (self._size and self._size + size > self.limit_bytes):
+            self._finish_shard()
+            self._shards.append({})
+            self._file = self._path(len(self._shards)).open("wb")
+            self._file.write(b" " * (8 + self.header_bytes))
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._append(data)
+        self._shards[-1][name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._size, self._size + size],
+        }
+        self._size += size
         self.total_bytes += size
 
     def close(self) -> None:
-        """Write what is pending and give the shards their final names.
+        """Finish the last shard and give all their final names.
 
         Raises:
             ValueError: nothing was added.
         """
-        if not self._names:
+        if not self._shards:
             raise ValueError("no tensor was added")
-        if self._pending:
-            self._flush()
+        self._finish_shard()
         count = len(self._shards)
         if count == 1:
-            self._shards[0][0].rename(self.folder / SINGLE)
+            self._path(1).rename(self.folder / SINGLE)
             return
         weight_map = {}
-        for number, (file, names) in enumerate(self._shards, start=1):
+        for number, names in enumerate(self._shards, start=1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            file.rename(self.folder / final)
+            self._path(number).rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _flush(self) -> None:
-        """Write the pending tensors as one shard."""
-        file = self.folder / f".shard-{len(self._shards) + 1:05d}.partial"
-        save_file(self._pending, file, metadata={"format": "pt"})
-        self._shards.append((file, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
+    def _path(self, number: int) -> Path:
+        return self.folder / f".shard-{number:05d}.partial"
+
+    def _append(self, data: Tensor) -> None:
+        assert self._file is not None
+        self._file.write(data.numpy().data)
+
+    def _finish_shard(self) -> None:
+        """Fill in the reserved header and close the file."""
+        if self._file is None:
+            return
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1]}, separators=(",", ":")).encode()
+        if len(header) > self.header_bytes:
+            raise ValueError(f"the header takes {len(header)} bytes, and {self.header_bytes} were reserved")
+        with self._file as file:
+            file.seek(0)
+            file.write(self.header_bytes.to_bytes(8, "little") + header)
+        self._file, self._size = None, 0
+
+
+def header_room(names: Iterable[str]) -> int:
+    """Bytes that a safetensors header of these tensors takes at the most, a multiple of 8."""
+    return 64 + sum(len(json.dumps(name)) + 128 for name in names) // 8 * 8
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -13,56 +12,65 @@ if TYPE_CHECKING:
     from secateur.steps.prune import Summary
 
 
-def prune_table(summary: Summary, out: Path | None) -> RenderableType:
-    """Before and after, and what the run took."""
+def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
+    """Before and after, and below it what the run took."""
     table = Table(title="Expected" if summary.dry else "Pruned", title_justify="left")
     for name in ("", "before", "after", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-
-    def row(name: str, pair: tuple[float, float], shown: tuple[str, str]) -> None:
-        table.add_row(name, *shown, f"{pair[1] / pair[0]:.3f}")
-
+        table.add_column(name, justify="right" if name else "left")
     dense, width = summary.dense, summary.width
-    row("parameters", summary.parameters, tuple(f"{p / 1e6:,.2f} M" for p in summary.parameters))  # type: ignore[arg-type]
-    row("weights on disk", summary.bytes, tuple(f"{b / 1e6:,.1f} MB" for b in summary.bytes))  # type: ignore[arg-type]
-    row("cache per token", summary.cache_bytes, tuple(f"{b:,} B" for b in summary.cache_bytes))  # type: ignore[arg-type]
-    row("query heads", (dense.heads, width.heads), (str(dense.heads), str(width.heads)))
-    row("key/value heads", (dense.groups, width.groups), (str(dense.groups), str(width.groups)))
-    row("channels", (dense.channels, width.channels), (str(dense.channels), str(width.channels)))
-    lines: list[RenderableType] = [table]
-    lines.append(
-        f"{summary.sparsity:.2%} of the {summary.of}' parameters go, in {summary.blocks} blocks of one width."
-        if summary.of == "blocks"
-        else f"{summary.sparsity:.2%} of the model's parameters go, in {summary.blocks} blocks of one width."
-    )
+    figures: list[tuple[str, tuple[int, int], float, str]] = [
+        ("parameters", summary.parameters, 1e6, "{:,.2f} M"),
+        ("weights on disk", summary.bytes, 1e6, "{:,.2f} MB"),
+        ("cache per token", summary.cache_bytes, 1, "{:,.0f} B"),
+        ("query heads", (dense.heads, width.heads), 1, "{:,.0f}"),
+        ("key/value heads", (dense.groups, width.groups), 1, "{:,.0f}"),
+        ("channels", (dense.channels, width.channels), 1, "{:,.0f}"),
+    ]
+    for label, (before, after), unit, form in figures:
+        table.add_row(label, form.format(before / unit), form.format(after / unit), f"{after / before:.3f}")
+    whose = "the pruned blocks'" if summary.of == "blocks" else "the model's"
+    lines = [f"{summary.sparsity:.2%} of {whose} parameters go, in {summary.blocks} blocks of one width."]
     if summary.note:
         lines.append(f"Note: {summary.note}.")
-    begin = "rows begin with BOS" if summary.bos else "rows begin without BOS, as the tokenizer adds none"
-    lines.append(f"Calibrated on {summary.tokens:,} tokens; {begin}.")
     if summary.dry:
         lines.append(f"About {summary.seconds:,.0f} s and {summary.peak_bytes / 1e9:.2f} GB beside the libraries' own.")
-        if out is None:
-            lines.append("Nothing was written (dry run).")
+        lines.append(f"Nothing was written to {out} (dry run).")
     else:
+        lines.append(f"Calibrated on {summary.tokens:,} tokens; {_begin(summary.bos)}.")
         lines.append(f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}")
-    return Group(*lines)
+    return table, lines
 
 
-def eval_table(result: Evaluation) -> RenderableType:
-    """One model's figures, or two side by side with their ratios."""
+def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
+    """One model's figures, or two side by side with their ratios, and below them how they were measured."""
+    from secateur.evaluate.compare import short
+
+    first = result.models[0]
+    names = [short(model.name) for model in result.models]
+    if len(set(names)) < len(names):
+        names = [model.name for model in result.models]
     table = Table(title="Evaluation", title_justify="left")
-    names = [model.name for model in result.models]
     table.add_column("")
-    for name in names:
+    for name in (*names, "ratio")[: 3 if len(names) == 2 else 1]:
         table.add_column(name, justify="right", overflow="fold")
-    if len(names) == 2:
-        table.add_column("ratio", justify="right")
-    for label, values, form in result.rows():
-        cells = [form.format(value) for value in values]
-        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 and values[1] else [""] * (len(names) - 1)
-        table.add_row(label, *cells, *ratio)
-    begin = "rows begin with BOS" if result.models[0].bos else "rows begin without BOS, as the tokenizer adds none"
-    lines: list[RenderableType] = [table]
-    for text in result.models[0].texts:
-        lines.append(f"{text.source}: {text.tokens:,} tokens scored in rows of {text.length}; {begin}.")
-    return Group(*lines)
+    for figure in result.figures():
+        ratio = [] if figure.ratio is None else [f"{figure.ratio:.3f}"]
+        table.add_row(figure.label, *map(figure.form.format, figure.values), *ratio)
+    lines = []
+    for text in first.texts:
+        lines.append(
+            f"{short(text.source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; "
+            f"{_begin(first.bos)}."
+        )
+    if first.speed is not None:
+        speed = first.speed
+        lines.append(
+            f"Speed: a prompt of {speed.prompt}, then {speed.new} new tokens, {speed.dtype} on {speed.device}, "
+            f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; medians over {len(speed.prefill_seconds)} runs"
+            + (", ratios of runs that took turns." if len(names) == 2 else ".")
+        )
+    return table, lines
+
+
+def _begin(bos: bool) -> str:
+    return "rows begin with BOS" if bos else "rows begin without BOS, as the tokenizer adds none"

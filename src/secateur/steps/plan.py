@@ -91,35 +91,37 @@ def candidates(
     """Every split between heads and channels that meets the target, best match first; one needs no survey."""
     block = blocks[chosen.start]
     counted = model_parameters if of == "model" and model_parameters else block.parameters * len(chosen)
+
+    def share(width: Width) -> float:
+        return (block.parameters - block.kept_parameters(width)) * len(chosen) / counted
+
+    full = block.feed_forward.units
+    fewest = min(multiple, full) if "channels" in kinds else full
     plans: list[Plan] = []
     obstacles: list[str] = []
+    most = 0.0
     for groups, per_group in _attention_widths(block, kinds):
+        narrowest = Width(groups, per_group, fewest)
+        if narrowest == block.width:
+            continue
+        reason = obstacle(narrowest)
+        if reason is not None:
+            obstacles.append(reason)
+            continue
+        most = max(most, share(narrowest))
         for channels in _channel_widths(block, groups, per_group, sparsity * counted / len(chosen), kinds, multiple):
             width = Width(groups, per_group, channels)
-            if width == block.width:
-                continue
-            reason = obstacle(width)
-            if reason is not None:
-                obstacles.append(reason)
-                continue
-            removed = (block.parameters - block.kept_parameters(width)) * len(chosen)
-            plans.append(Plan(dict.fromkeys(chosen, width), removed / counted, sparsity, of, None))
-    if not plans:
-        if obstacles:
-            raise SecateurError(f"no width of the stock format removes {sparsity:.1%}: {obstacles[0]}")
-        raise SecateurError(f"a sparsity of {sparsity:.1%} leaves nothing to remove in these modules")
-    plans.sort(key=lambda p: abs(p.sparsity - sparsity))
-    least = Width(
-        1 if "heads" in kinds and not block.attention.locked else block.attention.groups,
-        1 if "heads" in kinds and not block.attention.locked else block.attention.per_group,
-        1 if "channels" in kinds else block.feed_forward.units,
-    )
-    most = (block.parameters - block.kept_parameters(least)) * len(chosen) / counted
-    if sparsity > most:
+            if width != block.width:
+                plans.append(Plan(dict.fromkeys(chosen, width), share(width), sparsity, of, None))
+    if not most:
+        raise SecateurError(_nothing(block, kinds, multiple, obstacles))
+    if sparsity > most + TOLERANCE:
         raise SecateurError(
             f"a sparsity of {sparsity:.1%} of the {of} is more than the modules hold: at most {most:.1%} can go"
             + (" (only heads or only channels were asked for)" if len(kinds) == 1 else "")
+            + (f"; {obstacles[0]}" if obstacles and len(kinds) > 1 else "")
         )
+    plans.sort(key=lambda p: abs(p.sparsity - sparsity))
     near = [p for p in plans if abs(p.sparsity - sparsity) <= TOLERANCE]
     if near:
         return near
@@ -127,6 +129,17 @@ def candidates(
     why = "the widths that the format and the rounding allow"
     note = f"{closest.sparsity:.1%} goes in place of {sparsity:.1%}: it is the nearest among {why}"
     return [Plan(closest.widths, closest.sparsity, sparsity, of, None, note)]
+
+
+def _nothing(block: Block, kinds: tuple[Kind, ...], multiple: int, obstacles: list[str]) -> str:
+    """Why no width is left at all."""
+    if obstacles:
+        return f"the stock format cannot hold this: {obstacles[0]}"
+    if "channels" in kinds and multiple >= block.feed_forward.units:
+        return f"round is {multiple}, but the model has {block.feed_forward.units:,} channels; take a smaller one"
+    if block.attention.locked:
+        return f"heads cannot be removed exactly, as {block.attention.locked}; prune channels"
+    return "one head and one channel are all that there is; nothing can go"
 
 
 def _attention_widths(block: Block, kinds: tuple[Kind, ...]) -> list[tuple[int, int]]:
@@ -152,7 +165,7 @@ def _channel_widths(
     narrow = block.kept_parameters(Width(groups, per_group, 0))
     each = (block.kept_parameters(Width(groups, per_group, full)) - narrow) / full
     ideal = (block.parameters - remove - narrow) / each
-    below = int(ideal // multiple) * multiple
+    below = max(0, int(ideal // multiple) * multiple)
     return [c for c in dict.fromkeys((below, below + multiple)) if 0 < c <= full] + (
         [full] if below < full < below + multiple else []
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from secateur.checkpoint import open_checkpoint
 from secateur.costs import floor_flops, memory_bytes, product_rate
 from secateur.errors import SecateurError
 from secateur.families import head_dim
+from secateur.formats.writer import OutputFolder
 from secateur.options import Options
-from secateur.progress import Silent, Watcher
+from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.plan import Plan, candidates, plan
 from secateur.steps.refit import FittedBlock, Method, refit
@@ -93,8 +95,10 @@ def prune(
     watcher = watcher or Silent()
     where = pick_device(device)
     check_calibration(options.calibration, samples=options.samples, length=options.length)
+    # Once more with the sizes below; here before anything is downloaded or dequantised.
+    OutputFolder(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None).check()
     wanted_dtype = getattr(torch, options.dtype) if options.dtype else None
-    with watcher.busy(f"Opening {model}"):
+    with reading(watcher, "Opening", str(model)):
         checkpoint = open_checkpoint(
             model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted_dtype or torch.bfloat16
         )
@@ -113,12 +117,12 @@ def prune(
         "obstacle": lambda width: obstacle(stream, chosen, width, intercept=options.intercept),
     }
     possible = candidates(stream.blocks, **wishes)
-    with watcher.busy(f"Reading {options.calibration}"):
+    with reading(watcher, "Reading", options.calibration):
         tokenizer, text = _calibrate(stream, options)
     bos = begins_with_bos(tokenizer)
     rows = Rows.of(text) if bos else Rows.of(text).with_openings()
     watcher.note(
-        f"Opened {Path(checkpoint.source).name}: {checkpoint.config.model_type}, {len(stream)} blocks, "
+        f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
         f"{wishes['model_parameters'] / 1e6:,.1f} M parameters, {str(checkpoint.dtype).removeprefix('torch.')}"
     )
     watcher.note(
@@ -126,6 +130,8 @@ def prune(
         f"the output is {str(dtype).removeprefix('torch.')}"
     )
     if dry_run:
+        if len(possible) > 1:
+            watcher.note(f"Shown is the first of {len(possible)} splits between heads and channels; a run weighs them")
         with watcher.busy("Measuring this machine"):
             return _summary(stream, possible[0], dtype, bos, rows, time.perf_counter() - start, dry=True)
 
@@ -164,7 +170,9 @@ def prune(
         "secateur.json": lambda: _record(stream, options, decided, done, rows, bos),
         "timings.json": lambda: {"seconds": summary().seconds, "peak_bytes": summary().peak_bytes},
     }
-    write(stream, out, decided, sliced(), dtype=dtype, overwrite=overwrite, records=records)
+    # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
+    with closing(sliced()) as blocks:
+        write(stream, out, decided, blocks, dtype=dtype, overwrite=overwrite, records=records)
     return summary()
 
 

@@ -111,7 +111,10 @@ def refit(
                     reports.append(report)
                 work.run_pruned(pruned)
                 keep = Keep(kept["heads"], kept["channels"])
-            yield FittedBlock(index, keep, work.changed, tuple(reports))
+                fitted = FittedBlock(index, keep, work.changed, tuple(reports))
+                # The dense weights must not stay in memory while the caller works on the block.
+                del work, layer
+            yield fitted
 
 
 class _BlockWork:
@@ -174,37 +177,42 @@ class _BlockWork:
             self._refit_level1(module, pruned)
         x, moments, inputs = self._collect(module, norm, pruned)
         old = norm.scale(inner_weight(module, self.tensors))
-        everything = torch.arange(old.shape[0], device=old.device)
+        stats = self._statistics(module, old, moments, inputs)
         weight, bias = old, None
         if recovery.before:
-            weight, bias = fit_level2(moments, old, everything, recovery.ridge)
-        stats = Statistics(
-            module=module,
-            tensors=self.tensors | {module.level2.name: stored_weight(module, norm.unscale(weight))},
-            weight_ao=weight,
-            moments=moments,
-            inputs=inputs,
-            ridge=recovery.ridge,
-            own_target=False,
-            seed=module_seed(self.method.seed, self.index, kind),
-        )
+            everything = torch.arange(old.shape[0], device=old.device)
+            weight, bias = fit_level2(moments, stats.normal, everything)
+            stats.weight_ao = weight
+            stats.tensors = self.tensors | {module.level2.name: stored_weight(module, norm.unscale(weight))}
         keep = self._choose(stats, width)
         kept = inner_entries(module, keep).to(old.device)
         if recovery.method == "paper" and not recovery.before:
             self._refit_level1(module, pruned)
             self.arena.release(x)
             x, moments, _ = self._collect(module, norm, pruned)
+            stats = self._statistics(module, old, moments, None)
         if recovery.after:
-            system = stats.normal if moments is stats.moments and not recovery.before else None
-            fitted, bias = fit_level2(moments, old, kept, recovery.ridge, system)
+            fitted, bias = fit_level2(moments, stats.normal, kept)
         else:
             fitted = weight[kept]
-        error = residual(moments, fitted, kept)
+        error = residual(stats.normal, fitted, kept)
         self._store(module, norm, old, fitted, bias, kept)
         self._advance(module, x, kept)
         self.arena.release(x)
         energy = self.goal[kind].energy(self.rows)
         return keep, ModuleReport(kind, len(keep), module.units, error / moments.count, error / energy)
+
+    def _statistics(self, module: Depth2, old: Tensor, moments: Moments, inputs: Moments | None) -> Statistics:
+        return Statistics(
+            module=module,
+            tensors=self.tensors,
+            weight_ao=old,
+            moments=moments,
+            inputs=inputs,
+            ridge=self.method.recovery.ridge,
+            own_target=False,
+            seed=module_seed(self.method.seed, self.index, module.kind),
+        )
 
     def _collect(
         self, module: Depth2, norm: PostNorm, pruned: Activations
@@ -237,6 +245,8 @@ class _BlockWork:
             scale = norm.inverse_rms(self.output[module.kind][at].to(device))
             if scale is not None:
                 rows = rows * scale.reshape(-1, 1)
+            if module.bias is not None and not self._fits_bias(module):
+                target = target - norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale)
             target = target.reshape(-1, self.stream.width)
             moments.update(rows, target, at.weight)
             if inputs is not None:
@@ -257,8 +267,6 @@ class _BlockWork:
         else:
             z = self.output[module.kind][at].to(self.stream.device)
             target = z if norm.norm is None else norm.norm(z)
-        if module.bias is not None and not self._fits_bias(module):
-            target = target - self.tensors[module.bias]
         return target
 
     def _done(self, module: Depth2, at: Batch) -> dict[Depth2, Tensor | None]:
@@ -293,7 +301,9 @@ class _BlockWork:
 
     def _fits_bias(self, module: Depth2) -> bool:
         recovery = self.method.recovery
-        return recovery.method != "none" and (module.bias is not None or recovery.intercept)
+        # Behind a norm, what is constant in the residual stream is no bias of level 2: a stored one stays as it is.
+        possible = module.post_norm is None and (module.bias is not None or recovery.intercept)
+        return recovery.method != "none" and possible
 
     def _store(
         self, module: Depth2, norm: PostNorm, old: Tensor, fitted: Tensor, bias: Tensor | None, kept: Tensor
@@ -336,7 +346,7 @@ def _run(stream: BlockStream, index: int, layer: nn.Module, hidden: Activations,
     result = stream.run(index, layer, hidden[at], at.group, **how)
     assert result is not None
     if not bool(torch.isfinite(result.sum())):
-        raise SecateurError(f"block {index}: NaN or infinite activations in the residual stream")
+        raise stream.trouble(index, layer, hidden[at], at.group)
     return result
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from secateur.activations import Arena, Rows
 from secateur.criteria import NEEDS_INPUTS, Statistics, error_curve
-from secateur.errors import SecateurError
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
 from secateur.stream import BlockStream
@@ -84,7 +83,7 @@ def survey(
             with stream.filled(index) as layer:
                 if index not in blocks:
                     for at in rows.batches():
-                        hidden[at] = _finite(stream.run(index, layer, hidden[at], at.group), index)
+                        hidden[at] = _advance(stream, index, layer, hidden[at], at.group)
                     continue
                 tensors = dict(layer.named_parameters())
                 collectors = [
@@ -94,7 +93,7 @@ def survey(
                 ]
                 for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
-                    hidden[at] = after = _finite(stream.run(index, layer, hidden[at], at.group, watch=watch), index)
+                    hidden[at] = after = _advance(stream, index, layer, hidden[at], at.group, watch=watch)
                     for collector in collectors:
                         collector.update(after, at.weight)
                 for collector in collectors:
@@ -161,8 +160,11 @@ class _Collector:
             self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=weight)
 
 
-def _finite(hidden: Tensor | None, index: int) -> Tensor:
-    assert hidden is not None
-    if not bool(torch.isfinite(hidden.sum())):
-        raise SecateurError(f"block {index} of the dense model gives NaN or infinite activations; is it intact?")
-    return hidden
+def _advance(
+    stream: BlockStream, index: int, layer: torch.nn.Module, hidden_btd: Tensor, group: int, **how: Any
+) -> Tensor:
+    after = stream.run(index, layer, hidden_btd, group, **how)
+    assert after is not None
+    if not bool(torch.isfinite(after.sum())):
+        raise stream.trouble(index, layer, hidden_btd, group)
+    return after

@@ -14,13 +14,10 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.families import head_dim
 from secateur.formats.stock import stock_config, stock_obstacle
-from secateur.formats.writer import OutputFolder, ShardWriter
+from secateur.formats.writer import OutputFolder, ShardWriter, header_room
 from secateur.steps.plan import Plan
 from secateur.stream import BlockStream
 from secateur.structure import Width
-
-SHARD_BYTES = 256 * 2**20
-"""Pending tensors wait in memory, so shards are kept small."""
 
 
 def obstacle(stream: BlockStream, blocks: range, width: Width, *, intercept: bool = False) -> str | None:
@@ -35,7 +32,10 @@ def obstacle(stream: BlockStream, blocks: range, width: Width, *, intercept: boo
     if reason is None and intercept:
         biased = all(m.bias for m in (stream.blocks[0].attention, stream.blocks[0].feed_forward))
         if not biased:
-            return f"the stock class of {config.model_type} has no level-2 biases; leave the intercept out"
+            return (
+                f"--intercept rules out the stock format here, as the stock class of {config.model_type} has "
+                "no level-2 biases; leave the intercept out"
+            )
     return reason
 
 
@@ -98,7 +98,7 @@ def write(
         dtype=dtype,
     )
     with output_folder(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
-        writer = ShardWriter(folder, limit_bytes=SHARD_BYTES)
+        writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside]))
         for name, info in checkpoint.tensors.items():
             if name not in inside and name not in checkpoint.ignorable:
                 tensor = checkpoint.read(name)

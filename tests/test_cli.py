@@ -1,0 +1,643 @@
+"""The command line: each mistake is one line and exit code 2 before any work, each option does what its help says."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import CheckpointFolder
+from models import POSITIONS, WORDS, make_tokenizer
+from secateur import cli
+from secateur.formats import writer
+from secateur.quiet import quiet
+from secateur.steps import prune as steps
+
+TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
+SMALL = ["--calibration", "text.txt", "--samples", "4", "--length", "16"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def place(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a tiny Llama and a text."""
+    shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """`secateur` with some arguments, inside this process."""
+    monkeypatch.setattr(cli, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
+    monkeypatch.setenv("COLUMNS", "120")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert isinstance(end.value.code, int)
+        return Result(end.value.code, *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes long must not be reached."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise AssertionError("a mistake was found after long work")
+
+    for name in ("survey", "refit", "write"):
+        monkeypatch.setattr(steps, name, reached)
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """Every file below a folder with its size."""
+    return sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*"))
+
+
+def refused(result: Result, message: str) -> None:
+    assert result.code == 2, result
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    assert message in result.err
+
+
+def config(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def replaced(name: str) -> Callable[[Path, CheckpointFolder], None]:
+    """Another row of the matrix in place of the Llama."""
+
+    def apply(folder: Path, rows: CheckpointFolder) -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(rows(name), folder)
+
+    return apply
+
+
+def other_family(model_type: str, **keys: Any) -> Callable[[Path, CheckpointFolder], None]:
+    """A model of a family that transformers knows and secateur does not."""
+
+    def apply(folder: Path, _: CheckpointFolder) -> None:
+        from transformers import AutoConfig
+
+        sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "n_layer": 1, "n_head": 2} | keys
+        with quiet():
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+
+    return apply
+
+
+def truncated(folder: Path, _: CheckpointFolder) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def no_tokenizer(folder: Path, _: CheckpointFolder) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
+    "no config": (lambda f, _: (f / "config.json").unlink(), "model: no config.json; name a folder"),
+    "broken config": (
+        lambda f, _: (f / "config.json").write_text('{"model_type": '),
+        "config.json: not valid JSON at line 1 column",
+    ),
+    "truncated": (truncated, "model.safetensors: truncated or damaged"),
+    "other shape": (
+        lambda f, _: config(f, intermediate_size=80),
+        "model.layers.0.mlp.gate_proj.weight is [72, 48] where config.json makes it [80, 48] (and 8 more); find the",
+    ),
+    "fewer tensors": (lambda f, _: config(f, num_hidden_layers=4), "tensors missing from the weights: model.layers.3."),
+    "only .bin": (
+        lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "only pickled weights (.bin), which are not opened as they can run code; use a revision with safetensors",
+    ),
+    "no tokenizer": (no_tokenizer, "model: no tokenizer files; copy the model's into the folder"),
+    "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
+    "bloom": (other_family("bloom"), "model type 'bloom' is not supported; supported are gemma2,"),
+    "mamba": (other_family("mamba"), "a new one needs an entry in secateur/families.py"),
+    "no such model type": (lambda f, _: config(f, model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
+    "t5": (lambda f, _: (f / "config.json").write_text('{"model_type": "t5"}'), "t5 is an encoder-decoder model"),
+    "vision": (lambda f, _: config(f, vision_config={"hidden_size": 8}), "is a multimodal model (vision_config)"),
+    "gptq": (lambda f, _: config(f, quantization_config={"quant_method": "gptq"}), "quantised weights (gptq)"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_wrong_model(case: str, place: Path, run: Run, no_work: None, checkpoint_folder: CheckpointFolder) -> None:
+    change, message = MODELS[case]
+    change(place / "model", checkpoint_folder)
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL), message)
+    assert listing(place) == before
+
+
+OPTIONS: list[tuple[str, str]] = [
+    ("--sparsity 0", "sparsity is 0.0; it must lie between 0 and 1, for example 0.25"),
+    ("--sparsity 1", "sparsity is 1.0; it must lie between"),
+    ("--sparsity 1.5", "sparsity is 1.5; it must lie between"),
+    ("--sparsity=-1", "sparsity is -1.0; it must lie between"),
+    ("--sparsity nan", "sparsity is nan; it must lie between"),
+    ("--sparsity inf", "sparsity is inf; it must lie between"),
+    ("--sparsity abc", "--sparsity"),
+    ("--sparsity 0.99", "99.0% of the blocks is more than the modules hold: at most"),
+    ("--sparsity 0.9 --modules channels", "(only heads or only channels were asked for)"),
+    ("--sparsity 0.5 --modules heads", "more than the modules hold: at most 26.5% can go (only heads"),
+    ("--sparsity 0.9 --of model", "90.0% of the model is more than the modules hold: at most"),
+    ("--of layers", "of is 'layers'; it must be one of blocks, model"),
+    ("--modules nonsense", "modules is 'nonsense'; give heads, channels or heads,channels"),
+    ("--modules heads,heads", "give heads, channels or heads,channels"),
+    ("--modules heads,", "give heads, channels or heads,channels"),
+    ("--blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
+    ("--blocks 7:", "but the model has 3 blocks (0:3)"),
+    ("--blocks 2:1", "blocks is '2:1', which is empty or reversed; the end must be larger"),
+    ("--blocks 1:1", "empty or reversed"),
+    ("--blocks=-1:2", "blocks is '-1:2'; write first:end, for example 4:30"),
+    ("--blocks some", "blocks is 'some'; write first:end"),
+    ("--blocks 0:2", "a stock class has one width for all 3 blocks, and only 0:2 are to be pruned; leave the block"),
+    ("--samples 0", "samples is 0; it must be at least 1"),
+    ("--samples -3", "samples is -3; it must be at least 1"),
+    ("--samples many", "--samples"),
+    ("--length 1", "length is 1; it must be at least 2"),
+    (f"--length {POSITIONS + 1}", f"length is {POSITIONS + 1}, but the model has {POSITIONS} positions: take a smal"),
+    ("--samples 4000", "text.txt: text too short for the samples, it has 1,500 tokens, but 4000 x 16 need 64,000"),
+    ("--seed -1", "seed is -1; it must lie between 0 and"),
+    ("--seed 99999999999", "it must lie between 0 and"),
+    ("--ridge -1", "ridge is -1.0; it must be zero or positive, for example 0.3"),
+    ("--round 0", "round is 0; it must be at least 1"),
+    ("--round 96 --modules channels", "round is 96, but the model has 72 channels; take a smaller one"),
+    ("--criterion best", "criterion is 'best'; it must be one of surgeon, second-moment, wanda, l1, l2, random"),
+    ("--recovery all", "recovery is 'all'; it must be one of refit, paper, none"),
+    ("--recover later", "recover is 'later'; it must be one of after, before, both"),
+    ("--widths free", "widths is 'free'; it must be one of uniform"),
+    ("--dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+    ("--intercept --recovery none", "an intercept is part of the refit: leave --intercept out, or use"),
+    (
+        "--intercept",
+        "--intercept rules out the stock format here, as the stock class of llama has no level-2 biases; leave",
+    ),
+    ("--device nonsense", "device 'nonsense' is not available here; use --device auto or cpu"),
+    ("--device meta", "device 'meta' computes nothing; use --device auto or cpu"),
+    ("--revision main", "model: a local path has no revision 'main'; leave it out"),
+    ("--calibration missing.txt", "missing.txt does not exist: check the path of the text"),
+    ("--calibration model/model.safetensors", "has an unknown extension: text is read from .txt and .jsonl files"),
+    ("--frobnicate", "--frobnicate"),
+    ("--sparsity", "--sparsity"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[row[0] for row in OPTIONS])
+def test_a_wrong_option(options: str, message: str, place: Path, run: Run, no_work: None) -> None:
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL, *options.split()), message)
+    assert listing(place) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without the device")
+def test_an_absent_device(place: Path, run: Run, no_work: None) -> None:
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL, "--device", "cuda"), "device 'cuda' is not available here; use")
+    refused(run("eval", "model", "--device", "cuda:7"), "device 'cuda:7' is not available here; use")
+    assert listing(place) == before
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty.txt": (b"", "empty.txt is empty: give some text"),
+    "blank.txt": (b"\n \n", "blank.txt holds no text: give some"),
+    "short.txt": (b"w1 w2", "short.txt: text too short for the samples, it has 2 tokens, but 4 x 16 need 64"),
+    "binary.txt": (b"MZ\x90\0\3", "binary.txt is not text: a NUL at byte 3; give UTF-8 text"),
+    "latin.txt": (b"caf\xe9 w1", "latin.txt is not UTF-8: invalid byte at 3; convert it to UTF-8"),
+    "bad.jsonl": (b'{"text": "w1"}\n\n{"text": ', "bad.jsonl line 3 is not JSON"),
+    "key.jsonl": (b'{"content": "w1"}', "key.jsonl line 1 has neither text nor messages: add one of these keys"),
+    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "w1"}]}', "line 1: messages need a tokenizer with a"),
+    "table.csv": (b"a,b", "table.csv has an unknown extension"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_text(name: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.evaluate import compare
+
+    data, message = FILES[name]
+    Path(name).write_bytes(data)
+    monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL, "--calibration", name), message)
+    refused(run("eval", "model", "--length", "16", "--perplexity", name), message.replace("4 x 16 need 64", "1 x 16"))
+    assert listing(place) == before
+
+
+def test_a_wrong_output(place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "full").mkdir()
+    (place / "full" / "thesis.tex").write_text("years of work")
+    (place / "link").symlink_to("model")
+    before = listing(place)
+    for out, options, message in [
+        ("full", [], "full: exists and is not empty; choose another name, or overwrite it"),
+        ("full", ["--overwrite"], "full: not overwritten, as it does not look like a model folder"),
+        ("model", ["--overwrite"], "model: this is the model's own folder, which would be lost or mixed up"),
+        ("link", ["--overwrite"], "model: this is the model's own folder"),
+        ("model/inner", [], "model/inner: this is inside or around the model's own folder"),
+        ("text.txt", [], "text.txt: a file is there; choose another name"),
+        ("missing/out", [], "missing does not exist; create it first"),
+    ]:
+        refused(run("prune", "model", out, *SMALL, *options), message)
+
+    def forbidden(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:  # root may write anywhere, so the system's answer is given here
+        patch.setattr(Path, "mkdir", forbidden)
+        refused(run("prune", "model", "out", *SMALL), "(Permission denied); choose another place")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    refused(run("prune", "model", "out", *SMALL), "GB are free; make room")
+    assert listing(place) == before
+
+
+ARGUMENTS = [
+    ("prune", "Missing argument 'MODEL'; see secateur prune --help"),
+    ("prune model", "Missing argument 'OUT'; see secateur prune --help"),
+    ("prune model out more", "more"),
+    ("prun model out", "No such command 'prun'"),
+    ("--frobnicate", "--frobnicate"),
+    ("prune nowhere/at/all out", "nowhere/at/all: does not exist; name a folder, a .gguf file or a hub id"),
+    ("prune text.txt out", "text.txt: a file, but no .gguf; name the model's folder"),
+    ("eval", "Missing argument 'MODEL'; see secateur eval --help"),
+    ("eval nowhere/at/all", "nowhere/at/all: does not exist"),
+    ("eval model --against nowhere/at/all", "nowhere/at/all: does not exist"),
+    ("eval model --perplexity missing.txt", "missing.txt does not exist: check the path of the text"),
+    ("eval model --perplexity random", "random ids cannot be scored; name a text file or a data set"),
+    ("eval model --perplexity text.txt --length 1", "length is 1; it must be at least 2"),
+    ("eval model --perplexity text.txt --length 65", "length is 65, but the model has 64 positions"),
+    ("eval model --perplexity text.txt --length 16 --tokens 15", "does not fill one row of length 16: take more"),
+    ("eval model --tokens -1", "tokens is -1; it must be positive, or 0 for the whole text"),
+    ("eval model --json missing/figures.json", "missing does not exist; create it first"),
+    ("eval model --json model", "model: a folder is there; name a file for the figures"),
+    ("eval model --dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[row[0] for row in ARGUMENTS])
+def test_wrong_arguments(
+    arguments: str, message: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.evaluate import compare
+
+    monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
+    before = listing(place)
+    refused(run(*arguments.split()), message)
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
+def test_heads_that_a_stock_class_cannot_lose(
+    name: str, run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
+) -> None:
+    model, before = str(checkpoint_folder(name)), listing(place)
+    for options in (["--modules", "heads"], ["--modules", "heads", "--sparsity", "0.9"]):
+        result = run("prune", model, "out", *SMALL, *options)
+        refused(result, f"{name} derives its head size from hidden_size / heads")
+        assert "prune channels only" in result.err
+    refused(run("prune", model, "out", *SMALL, "--sparsity", "0.9"), "more than the modules hold: at most")
+    assert listing(place) == before
+
+
+def test_heads_that_no_format_can_lose_and_intercepts(
+    run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
+) -> None:
+    model, before = str(checkpoint_folder("olmo2")), listing(place)
+    refused(run("prune", model, "out", *SMALL, "--modules", "heads"), "norms run across all heads; prune channels")
+    model = str(checkpoint_folder("mistral"))
+    refused(run("prune", model, "out", *SMALL, "--intercept"), "as the stock class of mistral has no level-2 biases")
+    assert listing(place) == before
+
+
+def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id, and the default data set: told at once, not after minutes of retries."""
+    import datasets
+
+    from secateur import hub_source
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub_source.constants, "ENDPOINT", "http://127.0.0.1:9")
+    before, start = listing(place), time.perf_counter()
+    result = run("prune", "owner/name", "out", *SMALL)
+    refused(result, "owner/name: no such folder, not in the cache, and http://127.0.0.1:9 does not answer; name a")
+    result = run("prune", "model", "out", "--length", "64")
+    refused(result, "data set wikitext2 is not in the local cache, and http://127.0.0.1:9 does not answer: give a")
+    assert time.perf_counter() - start < 15
+    assert listing(place) == before
+
+
+def test_a_mistake_in_a_real_process(place: Path) -> None:
+    command = [sys.executable, "-m", "secateur.cli", "prune", "model", "out", "--sparsity", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused(Result(result.returncode, result.stdout, result.stderr), "sparsity is 2.0; it must lie between 0 and 1")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "module"), [("self_attn.v_proj", "attention"), ("mlp.gate_proj", "feed-forward"), ("embed", "")]
+)
+def test_damaged_weights_are_located(tensor: str, module: str, place: Path, run: Run) -> None:
+    file = place / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = f"model.layers.1.{tensor}.weight" if module else "model.embed_tokens.weight"
+    weights[name][:, 3] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    before = listing(place)
+    for options in ([], ["--modules", "channels"]):  # found by the survey, and by the first block that is pruned
+        result = run("prune", "model", "out", *SMALL, *options)
+        assert result.code == 2
+        assert result.err.count("error: ") == 1
+        last = result.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "NaN or infinite activations" in last
+        assert f"block {1 if module else 0}" in last
+        assert module in last
+    assert listing(place) == before
+
+
+@pytest.fixture
+def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Lets the work end with an exception once a block is through."""
+    refit = steps.refit
+
+    def arrange(error: BaseException) -> None:
+        def one(*given: Any, **more: Any) -> Iterator[Any]:
+            yield next(refit(*given, **more))
+            raise error
+
+        monkeypatch.setattr(steps, "refit", one)
+
+    return arrange
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_interrupts_leave_nothing_behind(
+    there: bool, place: Path, run: Run, after_one_block: Callable[[BaseException], None]
+) -> None:
+    if there:
+        shutil.copytree(place / "model", place / "out")
+    before = listing(place)
+    after_one_block(KeyboardInterrupt())
+    result = run("prune", "model", "out", *SMALL, *(["--overwrite"] if there else []))
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "interrupted: nothing was written"
+    assert listing(place) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = writer.ShardWriter.add
+
+    def full(shards: writer.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        if "layers.1." in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(shards, name, tensor)
+
+    before = listing(place)
+    monkeypatch.setattr(writer.ShardWriter, "add", full)
+    result = run("prune", "model", "out", *SMALL)
+    assert result.code == 2
+    assert "out: the disk is full; make room and run again" in result.err.splitlines()[-1]
+    assert listing(place) == before
+    gc.collect()
+    assert capsys.readouterr() == ("", "")  # no bar is drawn late
+
+
+def test_files_that_may_not_be_read(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
+    from secateur import checkpoint
+
+    def forbidden(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(checkpoint, "list_tensors", forbidden)
+    refused(run("prune", "model", "out", *SMALL), "model/model.safetensors: Permission denied; check the path")
+
+
+def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> None:
+    result = run("prune", "model", "out", *SMALL)
+    assert result.code == 0
+    notes = result.err.splitlines()
+    assert notes[0] == "Opened model: llama, 3 blocks, 0.1 M parameters, float32"
+    assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
+    assert [line.split()[0] for line in notes[2:]] == ["Survey", "Keeping", "Prune"]
+    assert "of 6 query heads in" in notes[3]
+    assert "the least error of" in notes[3]
+    for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):
+        assert words in result.out
+    assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
+    assert "Written to out" in result.out
+    assert "Note:" not in result.out
+    assert {"config.json", "model.safetensors", "secateur.json", "timings.json", "tokenizer.json"} <= {
+        file.name for file in (place / "out").iterdir()
+    }
+    # Nothing hidden is left beside it.
+    assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
+
+
+def kept(place: Path, name: str = "out") -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((place / name / "secateur.json").read_text())
+    return record
+
+
+def test_a_dry_run_writes_nothing(place: Path, run: Run, no_work: None) -> None:
+    before = listing(place)
+    result = run("prune", "model", "out", *SMALL, "--dry-run")
+    assert result.code == 0
+    assert "Expected" in result.out
+    for words in ("parameters", "weights on disk", "cache per token", " s and ", " GB beside", "Nothing was written"):
+        assert words in result.out
+    assert listing(place) == before
+
+
+def test_rounding_and_the_share_of_the_whole_model(place: Path, run: Run) -> None:
+    assert run("prune", "model", "rounded", *SMALL, "--round", "8").code == 0
+    assert kept(place, "rounded")["blocks"][0]["width"]["channels"] % 8 == 0
+    assert run("prune", "model", "whole", *SMALL, "--of", "model", "--modules", "channels").code == 0
+    sizes = [
+        sum(t.numel() for t in load_file(place / name / "model.safetensors").values()) for name in ("model", "whole")
+    ]
+    assert sizes[1] / sizes[0] == pytest.approx(0.75, abs=0.005)
+    assert kept(place, "whole")["sparsity"]["of"] == "model"
+
+
+def test_a_target_that_widths_cannot_meet_is_said(place: Path, run: Run) -> None:
+    result = run("prune", "model", "out", *SMALL, "--modules", "heads", "--sparsity", "0.2")
+    assert result.code == 0
+    record = kept(place)["sparsity"]
+    assert abs(record["reached"] - record["wanted"]) > 0.005
+    assert record["note"] in result.out
+    assert "Note: " in result.out
+    assert "in place of 20.0%" in " ".join(result.out.split())
+
+
+def test_other_dtypes(place: Path, run: Run) -> None:
+    assert run("prune", "model", "half", *SMALL, "--dtype", "bfloat16").code == 0
+    assert {t.dtype for t in load_file(place / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert run("prune", "half", "again", *SMALL, "--sparsity", "0.1", "--dtype", "float32").code == 0
+    assert {t.dtype for t in load_file(place / "again" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_overwriting(place: Path, run: Run) -> None:
+    assert run("prune", "model", "out", *SMALL, "--criterion", "l1").code == 0
+    refused(run("prune", "model", "out", *SMALL), "exists and is not empty")
+    assert kept(place)["options"]["criterion"] == "l1"
+    assert run("prune", "model", "out", *SMALL, "--criterion", "l2", "--overwrite").code == 0
+    assert kept(place)["options"]["criterion"] == "l2"
+    assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
+
+
+def test_sources_of_calibration_text(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words out of a file, a pipe and .jsonl give the same model."""
+    lines = [json.dumps({"text": TEXT}), ""]
+    (place / "text.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    weights = []
+    for name, source in (("a", "text.txt"), ("b", "text.jsonl"), ("c", "-"), ("d", "random")):
+        assert run("prune", "model", name, *SMALL, "--calibration", source, "--modules", "channels").code == 0
+        weights.append((place / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2] != weights[3]
+
+
+def test_eval_side_by_side(place: Path, run: Run) -> None:
+    assert run("prune", "model", "out", *SMALL, "--modules", "channels").code == 0
+    result = run(
+        *("eval", "out", "--against", "model", "--perplexity", "text.txt", "--perplexity", str(place / "text.txt")),
+        *("--length", "16", "--tokens", "640", "--speed", "--json", "figures.json"),
+    )
+    assert result.code == 0, result.err
+    figures = json.loads((place / "figures.json").read_text())
+    small, dense = figures["models"]
+    rows = {
+        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
+        for line in result.out.splitlines()
+        if "│" in line
+    }
+    assert rows["parameters"][:2] == [f"{small['parameters']:,}", f"{dense['parameters']:,}"]
+    assert float(rows["parameters"][2]) == pytest.approx(small["parameters"] / dense["parameters"], abs=6e-4)
+    scores = [model["texts"][0] for model in (small, dense)]
+    assert rows["perplexity text.txt"][:2] == [f"{score['perplexity']:,.3f}" for score in scores]
+    assert float(rows["perplexity text.txt"][2]) == pytest.approx(
+        scores[0]["perplexity"] / scores[1]["perplexity"], abs=6e-4
+    )
+    assert small["texts"][0]["tokens"] == 40 * 15
+    assert {"prefill tokens/s", "decoding tokens/s"} < set(rows)
+    assert rows["prefill tokens/s"][2] == f"{figures['speed_ratios'][0]:.3f}"
+    assert result.out.count("text.txt: 600 tokens scored in 40 rows of 16; rows begin without BOS") == 2
+    assert "Speed: a prompt of 48, then 16 new tokens" in result.out
+
+
+def test_eval_of_two_models_on_one_pipe(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    result = run("eval", "model", "--against", "model", "--perplexity", "-", "--length", "16", "--tokens", "64")
+    assert result.code == 0
+    assert "1.000" in next(line for line in result.out.splitlines() if "perplexity" in line)
+
+
+def test_eval_with_nothing_to_do_prints_sizes(place: Path, run: Run) -> None:
+    no_tokenizer(place / "model", lambda _: place)
+    result = run("eval", "model")
+    assert result.code == 0
+    assert "64,464" in result.out
+    assert "perplexity" not in result.out
+    assert "tokens/s" not in result.out
+
+
+def test_bos_is_said(place: Path, run: Run) -> None:
+    make_tokenizer(bos=True).save_pretrained(place / "model")
+    assert "rows begin with BOS." in run("prune", "model", "out", *SMALL, "--modules", "channels").out
+    assert kept(place)["calibration"]["begins_with_bos"]
+    assert "rows begin with BOS." in run("eval", "out", "--perplexity", "text.txt", "--length", "16").out
+
+
+def test_version_and_help(run: Run) -> None:
+    import secateur
+
+    assert run("--version") == (0, f"secateur {secateur.__version__}\n", "")
+    for arguments in ([], ["--help"], ["-h"]):
+        result = run(*arguments)
+        assert result.code == 0
+        assert "prune" in result.out
+        assert "eval" in result.out
+    text = run("prune", "--help").out
+    target, method = "sparsity of blocks modules widths round", "criterion recovery recover ridge intercept"
+    other = "calibration samples length seed device revision trust-remote-code dtype dry-run overwrite"
+    for option in f"{target} {method} {other}".split():
+        assert f"--{option} " in text
+    for panel in ("Target", "Method", "Calibration", "Output"):
+        assert f" {panel} " in text
+    text = run("eval", "--help").out
+    options = "perplexity length tokens speed against json device dtype revision trust-remote-code"
+    for option in options.split():
+        assert f"--{option} " in text
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import sys; sys.argv = ['secateur', 'prune', '--help']\n"
+        "from secateur.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_polite_kill_cleans_up(place: Path) -> None:
+    """SIGTERM in the middle of the work, in a real process."""
+    code = (
+        "import os, signal, sys\n"
+        "from secateur import cli\n"
+        "from secateur.steps import prune as steps\n"
+        "refit = steps.refit\n"
+        "def one(*given, **more):\n"
+        "    yield next(refit(*given, **more))\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+        "steps.refit = one\n"
+        "sys.argv = ['secateur', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    before = listing(place)
+    arguments = ["prune", "model", "out", *SMALL]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == "interrupted: nothing was written"
+    assert listing(place) == before
