@@ -27,13 +27,13 @@ from secateur import (
     survey,
 )
 from secateur.activations import Rows
-from secateur.calibration import begins_with_bos
 from secateur.evaluate import perplexity
 from secateur.evaluate.compare import load
 from secateur.options import CRITERIA
 from secateur.recovery import Recovery
 from secateur.steps.refit import Method
 from secateur.surgery import narrow
+from secateur.tokens import begins_with_bos
 
 GRID = [(criterion, recovery, "after") for criterion in CRITERIA for recovery in ("refit", "none")]
 GRID += [("second-moment", "paper", "after"), ("second-moment", "paper", "both"), ("second-moment", "paper", "before")]

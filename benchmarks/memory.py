@@ -18,8 +18,8 @@ import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 path, depth = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
-    num_key_value_heads=8, num_hidden_layers=depth, max_position_embeddings=256, torch_dtype="float32")
+config = LlamaConfig(vocab_size=512, hidden_size=1280, intermediate_size=3456, num_attention_heads=20,
+    num_key_value_heads=10, num_hidden_layers=depth, max_position_embeddings=256, torch_dtype="float32")
 LlamaForCausalLM(config).save_pretrained(path)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -41,7 +41,7 @@ def peak(command: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", default="4,40")
-    parser.add_argument("--samples", default="16")
+    parser.add_argument("--samples", default="8")
     arguments = parser.parse_args()
     idle = peak([sys.executable, "-c", "import secateur.steps.prune"])
     print(f"libraries alone: {idle / 1e6:.0f} MB")

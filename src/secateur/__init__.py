@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from secateur.activations import Rows
     from secateur.calibration import calibration_rows, consecutive_rows
     from secateur.checkpoint import open_checkpoint
     from secateur.errors import SecateurError
@@ -34,6 +35,7 @@ _HOMES = {
     "write": "secateur.steps.write",
     "open_checkpoint": "secateur.checkpoint",
     "BlockStream": "secateur.stream",
+    "Rows": "secateur.activations",
     "calibration_rows": "secateur.calibration",
     "consecutive_rows": "secateur.calibration",
     "perplexity": "secateur.evaluate",
@@ -42,7 +44,7 @@ _HOMES = {
     "SecateurError": "secateur.errors",
 }
 
-__all__ = ["BlockStream", "Options", "SecateurError", "calibration_rows", "consecutive_rows"]
+__all__ = ["BlockStream", "Options", "Rows", "SecateurError", "calibration_rows", "consecutive_rows"]
 __all__ += ["open_checkpoint", "perplexity", "plan", "prune", "refit", "slice", "speed", "survey", "write"]
 
 

@@ -1,7 +1,7 @@
 """Which units go first. One file a criterion: a function from a module's statistics to a score per unit.
 
 `surgeon` is the exception that yields an order in place of scores, since what a unit is worth there depends on
-the units that went before it. To add a criterion, write its file add one line to `SCORES`
+the units that went before it. To add a criterion, write its file and add one line to `SCORES`
 and its name to `secateur.options.CRITERIA`.
 """
 
