@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.calibration import check_calibration, consecutive_rows
 from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.device import pick_device
 from secateur.errors import SecateurError
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.speed import Speed, compare_speed
@@ -132,8 +133,6 @@ def evaluate(
     Raises:
         SecateurError: for anything that cannot be read or measured, before long work.
     """
-    from secateur.steps.prune import pick_device
-
     watcher = watcher or Silent()
     if dtype not in DTYPES:
         raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")

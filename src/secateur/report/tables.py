@@ -9,7 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from secateur.evaluate.compare import Evaluation
-    from secateur.steps.prune import Summary
+    from secateur.steps.summary import Summary
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
