@@ -105,8 +105,8 @@ def main() -> None:
 
 def put(path: Path, lines: list[str]) -> None:
     """Replace what stands between the markers."""
-    marked = re.compile(r"(<!-- criteria -->\n).*?(\n<!-- /criteria -->)", re.DOTALL)
-    table = "\n".join(lines)
+    marked = re.compile(r"(<!-- criteria -->\n).*?(<!-- /criteria -->)", re.DOTALL)
+    table = "\n".join(lines) + "\n"
     path.write_text(marked.sub(lambda m: m[1] + table + m[2], path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -109,10 +109,15 @@ def candidates(
             obstacles.append(reason)
             continue
         most = max(most, share(narrowest))
-        for channels in _channel_widths(block, groups, per_group, sparsity * counted / len(chosen), kinds, multiple):
-            width = Width(groups, per_group, channels)
-            if width != block.width:
-                plans.append(Plan(dict.fromkeys(chosen, width), share(width), sparsity, of, None))
+        wanted = sparsity * counted / len(chosen)
+        widths = [
+            Width(groups, per_group, c) for c in _channel_widths(block, groups, per_group, wanted, kinds, multiple)
+        ]
+        # One width for each way of cutting the attention: the neighbours differ by a channel or a rounding step.
+        near_by = [width for width in widths if width != block.width]
+        if near_by:
+            width = min(near_by, key=lambda w: abs(share(w) - sparsity))
+            plans.append(Plan(dict.fromkeys(chosen, width), share(width), sparsity, of, None))
     if not most:
         raise SecateurError(_nothing(block, kinds, multiple, obstacles))
     if sparsity > most + TOLERANCE:
