@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -122,9 +123,7 @@ class Arena:
         activations.parts = []
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        count = 1
-        for extent in shape:
-            count *= extent
+        count = math.prod(shape)
         if self.used + 4 * count <= self.limit:
             self.used += 4 * count
             return torch.empty(shape)

@@ -71,21 +71,23 @@ class BlockStream:
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """A block's tensors as stored, by their names inside the block."""
-        return {name: self._read(f"{self.family.blocks}.{index}.{name}") for name in self.blocks[index].shapes}
+        return {name: self._read_block(index, name) for name in self.blocks[index].shapes}
 
     def stored_name(self, index: int, name: str) -> str:
         """What the checkpoint calls a block's tensor."""
-        full = f"{self.family.blocks}.{index}.{name}"
-        resolved = self.checkpoint.resolve(full)
-        if resolved is None:
-            raise SecateurError(f"{self.checkpoint.source}: tensor {full} is missing")
-        return resolved
+        return self._resolve(f"{self.family.blocks}.{index}.{name}")
 
-    def _read(self, name: str) -> Tensor:
+    def _resolve(self, name: str) -> str:
         resolved = self.checkpoint.resolve(name)
         if resolved is None:
             raise SecateurError(f"{self.checkpoint.source}: tensor {name} is missing")
-        return self.checkpoint.read(resolved)
+        return resolved
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(self._resolve(name))
+
+    def _read_block(self, index: int, name: str) -> Tensor:
+        return self.checkpoint.read(self.stored_name(index, name))
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
@@ -93,7 +95,7 @@ class BlockStream:
         layer = self.layers.get_submodule(str(index))
         try:
             for name in self.blocks[index].shapes:
-                assign(layer, name, self._read(f"{self.family.blocks}.{index}.{name}").to(self.device, torch.float32))
+                assign(layer, name, self._read_block(index, name).to(self.device, torch.float32))
             layer.to(self.device)
             yield layer
         finally:
@@ -167,6 +169,18 @@ class BlockStream:
                 return layer(hidden_btd, *args, **kwargs)
             except Reached:
                 return None
+
+    def run_through(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int, **how: Any) -> Tensor:
+        """`run` to the block's end, on values that must be finite.
+
+        Raises:
+            SecateurError: they are not; with the block and the module.
+        """
+        after = self.run(index, layer, hidden_btd, group, **how)
+        assert after is not None
+        if not _finite(after):
+            raise self.trouble(index, layer, hidden_btd, group)
+        return after
 
     def trouble(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int) -> SecateurError:
         """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""

@@ -7,6 +7,7 @@ attention, channels from the feed-forward. A `Slab` says which part of a stored 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,8 +146,6 @@ class Block:
         for module in (self.attention, self.feed_forward):
             for slab in (*module.level1, module.level2):
                 shape = self.shapes[slab.name]
-                across = 1
-                for axis, extent in enumerate(shape):
-                    across *= 1 if axis == slab.axis else extent
+                across = math.prod(shape) // shape[slab.axis]
                 total -= (slab.units - counts[slab.unit]) * slab.size * across
         return total

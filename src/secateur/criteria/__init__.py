@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.criteria import l1, l2, random, second_moment, surgeon, wanda
 from secateur.criteria.statistics import Statistics
-from secateur.solve import Elimination, eliminate
+from secateur.solve import Elimination
 from secateur.structure import Depth2, Pattern
 
 __all__ = ["NEEDS_INPUTS", "Statistics", "error_curve", "pattern_units", "removal_order", "survivors"]
@@ -43,12 +43,8 @@ def removal_order(criterion: str, stats: Statistics, pattern: Pattern, stop: int
 
 def error_curve(criterion: str, stats: Statistics, pattern: Pattern, stop: int) -> Elimination:
     """The error after the best refit at every width down to `stop`, units leaving in the criterion's order."""
-    if criterion == "surgeon":
-        return surgeon.removal(stats, pattern, stop, prices=True)
-    module = stats.module
-    size = module.size * (module.per_group if pattern == "groups" else 1)
-    order = removal_order(criterion, stats, pattern, stop)
-    return eliminate(stats.normal, size, stop=stop, groups=module.groups if pattern == "heads" else None, order=order)
+    order = None if criterion == "surgeon" else removal_order(criterion, stats, pattern, stop)
+    return surgeon.removal(stats, pattern, stop, order=order, prices=True)
 
 
 def survivors(module: Depth2, pattern: Pattern, order: Tensor) -> tuple[int, ...]:

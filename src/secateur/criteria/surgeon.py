@@ -6,14 +6,21 @@ The pass gives an order and with it the error at every width (`secateur.solve.el
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from secateur.criteria.statistics import Statistics
 from secateur.solve import Elimination, eliminate
 from secateur.structure import Pattern
 
 
-def removal(stats: Statistics, pattern: Pattern, stop: int, *, prices: bool) -> Elimination:
-    """Eliminate greedily until `stop` units of the pattern are left; see `secateur.criteria.removal_order`."""
+def removal(
+    stats: Statistics, pattern: Pattern, stop: int, *, order: Tensor | None = None, prices: bool
+) -> Elimination:
+    """Eliminate until `stop` units of the pattern are left, greedily or in a given order.
+
+    `secateur.criteria.removal_order` says what units and `stop` are.
+    """
     module = stats.module
     size = module.size * (module.per_group if pattern == "groups" else 1)
     groups = module.groups if pattern == "heads" else None
-    return eliminate(stats.normal, size, stop=stop, groups=groups, prices=prices)
+    return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, prices=prices)

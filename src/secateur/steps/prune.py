@@ -21,7 +21,7 @@ from secateur.recovery import Recovery
 from secateur.steps.plan import Plan, candidates, plan
 from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.slice import slice
-from secateur.steps.summary import Summary, parameters, record, summarise
+from secateur.steps.summary import Summary, parameters, record, summarise, timings
 from secateur.steps.survey import survey
 from secateur.steps.write import obstacle, output_folder, write
 from secateur.stream import BlockStream
@@ -139,7 +139,7 @@ def prune(
 
     records = {
         "secateur.json": lambda: record(stream, options, decided, done, rows, bos),
-        "timings.json": lambda: {"seconds": summary().seconds, "peak_bytes": summary().peak_bytes},
+        "timings.json": lambda: timings(summary()),
     }
     # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
     with closing(sliced()) as blocks:

@@ -101,7 +101,7 @@ def refit(
                 if index not in plan.widths:
                     for hidden in (dense, pruned):
                         for at in rows.batches():
-                            hidden[at] = _run(stream, index, layer, hidden, at)
+                            hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                     continue
                 work = _BlockWork(stream, index, layer, method, dtype, rows, arena)
                 work.run_dense(dense)
@@ -146,6 +146,9 @@ class _BlockWork:
         additive = getattr(stream.checkpoint.config, "do_layer_norm_before", True)
         self.error_aware = additive and method.recovery.method != "paper"
 
+    def _run(self, hidden: Activations, at: Batch, **how: Any) -> Tensor:
+        return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **how)
+
     def run_dense(self, dense: Activations) -> None:
         """Advance the dense stream in place, keeping what the modules are fitted to."""
         attention, feed_forward = self.block.attention, self.block.feed_forward
@@ -159,13 +162,13 @@ class _BlockWork:
             watch = {m.sink: _keep_both(seen, m.sink) for m in (attention, feed_forward)}
             if self.input:
                 watch |= {m.source: _keep_both(seen, m.source) for m in (attention, feed_forward)}
-            after = _run(self.stream, self.index, self.layer, dense, at, watch=watch)
+            after = self._run(dense, at, watch=watch)
             for module in (attention, feed_forward):
                 self.output[module.kind][at] = seen[module.sink][1]
                 if self.input:
                     self.input[module.kind][at] = seen[module.source][0]
             replay = {attention: self.output["heads"][at], feed_forward: None}
-            self.goal["heads"][at] = _run(self.stream, self.index, self.layer, dense, at, replay=replay)
+            self.goal["heads"][at] = self._run(dense, at, replay=replay)
             self.goal["channels"][at] = after
             dense[at] = after
 
@@ -262,7 +265,7 @@ class _BlockWork:
             without = self._done(module, at) | {module: None}
             if module is self.block.attention:
                 without[self.block.feed_forward] = None
-            base = _run(self.stream, self.index, self.layer, pruned, at, replay=without)
+            base = self._run(pruned, at, replay=without)
             target = self.goal[module.kind][at].to(self.stream.device) - base
         else:
             z = self.output[module.kind][at].to(self.stream.device)
@@ -336,18 +339,9 @@ class _BlockWork:
         """Advance the pruned stream in place, and give the block's activations back."""
         for at in self.rows.batches():
             replay = {m: self.output[m.kind][at] for m in (self.block.attention, self.block.feed_forward)}
-            pruned[at] = _run(self.stream, self.index, self.layer, pruned, at, replay=replay)
+            pruned[at] = self._run(pruned, at, replay=replay)
         for tensor in (*self.goal.values(), *self.output.values(), *self.input.values()):
             self.arena.release(tensor)
-
-
-def _run(stream: BlockStream, index: int, layer: nn.Module, hidden: Activations, at: Batch, **how: Any) -> Tensor:
-    """Run a block to its end on one batch."""
-    result = stream.run(index, layer, hidden[at], at.group, **how)
-    assert result is not None
-    if not bool(torch.isfinite(result.sum())):
-        raise stream.trouble(index, layer, hidden[at], at.group)
-    return result
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Tensor], None]:

@@ -47,14 +47,7 @@ class Summary:
 def parameters(stream: BlockStream) -> int:
     """Parameters of the whole model as stored: tied ones once."""
     checkpoint = stream.checkpoint
-    total = 0
-    for name, info in checkpoint.tensors.items():
-        if name not in checkpoint.ignorable:
-            count = 1
-            for extent in info.shape:
-                count *= extent
-            total += count
-    return total
+    return sum(info.entries for name, info in checkpoint.tensors.items() if name not in checkpoint.ignorable)
 
 
 def summarise(
@@ -98,6 +91,11 @@ def summarise(
         peak_bytes=peak,
         dry=dry,
     )
+
+
+def timings(summary: Summary) -> dict[str, float]:
+    """What differs from run to run: timings.json."""
+    return {"seconds": summary.seconds, "peak_bytes": summary.peak_bytes}
 
 
 def record(

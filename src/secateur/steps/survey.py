@@ -83,7 +83,7 @@ def survey(
             with stream.filled(index) as layer:
                 if index not in blocks:
                     for at in rows.batches():
-                        hidden[at] = _advance(stream, index, layer, hidden[at], at.group)
+                        hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                     continue
                 tensors = dict(layer.named_parameters())
                 collectors = [
@@ -93,7 +93,7 @@ def survey(
                 ]
                 for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
-                    hidden[at] = after = _advance(stream, index, layer, hidden[at], at.group, watch=watch)
+                    hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
                     for collector in collectors:
                         collector.update(after, at.weight)
                 for collector in collectors:
@@ -132,10 +132,9 @@ class _Collector:
 
     def __init__(self, stream: BlockStream, index: int, layer: torch.nn.Module, kind: Kind, *, inputs: bool):
         self.module = stream.blocks[index].module(kind)
-        width = stream.checkpoint.config.hidden_size
-        self.norm = PostNorm(layer, self.module, width, stream.device)
+        self.norm = PostNorm(layer, self.module, stream.width, stream.device)
         self.moments = Moments(self.module.units * self.module.size, device=stream.device)
-        self.inputs = Moments(width, device=stream.device) if inputs else None
+        self.inputs = Moments(stream.width, device=stream.device) if inputs else None
         self.sink = self.source = torch.empty(0)
 
     def watches(self) -> dict[str, Any]:
@@ -158,13 +157,3 @@ class _Collector:
         self.moments.update(self.sink.reshape(-1, self.sink.shape[-1]) / norms.clamp_min(1e-6), weight=weight)
         if self.inputs is not None:
             self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=weight)
-
-
-def _advance(
-    stream: BlockStream, index: int, layer: torch.nn.Module, hidden_btd: Tensor, group: int, **how: Any
-) -> Tensor:
-    after = stream.run(index, layer, hidden_btd, group, **how)
-    assert after is not None
-    if not bool(torch.isfinite(after.sum())):
-        raise stream.trouble(index, layer, hidden_btd, group)
-    return after
