@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.checkpoint import open_checkpoint
     from secateur.errors import SecateurError
     from secateur.evaluate import perplexity, speed
+    from secateur.formats.per_layer import register
     from secateur.options import Options
     from secateur.steps.plan import plan
     from secateur.steps.prune import prune
@@ -40,12 +41,13 @@ _HOMES = {
     "consecutive_rows": "secateur.calibration",
     "perplexity": "secateur.evaluate",
     "speed": "secateur.evaluate",
+    "register": "secateur.formats.per_layer",
     "Options": "secateur.options",
     "SecateurError": "secateur.errors",
 }
 
 __all__ = ["BlockStream", "Options", "Rows", "SecateurError", "calibration_rows", "consecutive_rows"]
-__all__ += ["open_checkpoint", "perplexity", "plan", "prune", "refit", "slice", "speed", "survey", "write"]
+__all__ += ["open_checkpoint", "perplexity", "plan", "prune", "refit", "register", "slice", "speed", "survey", "write"]
 
 
 def __getattr__(name: str) -> Any:

@@ -94,7 +94,9 @@ class Checkpoint:
         """What the causal language model calls its base model, with a dot; empty if that is unknown."""
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             return ""
-        base = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].base_model_prefix
+        stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        # `secateur.register` puts its own class behind the stock one.
+        base = (stock[0] if isinstance(stock, tuple) else stock).base_model_prefix
         return f"{base}." if base else ""
 
     @cached_property
@@ -124,8 +126,14 @@ class Checkpoint:
             Stored names that the model has no place for, `ignorable` ones aside. transformers drops them too.
 
         Raises:
-            SecateurError: tensors are missing (tied ones may be) or have another shape.
+            SecateurError: tensors are missing (tied ones may be) or have another shape, or widths differ from block
+                to block, which the stock model does not show.
         """
+        if self.raw_config.get("per_layer_config"):
+            raise SecateurError(
+                f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
+                "but not pruned again; prune the dense model"
+            )
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         missing, wrong, used = [], [], set()
         for name, tensor in model.state_dict().items():

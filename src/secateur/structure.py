@@ -8,6 +8,7 @@ attention, channels from the feed-forward. A `Slab` says which part of a stored 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,11 +140,21 @@ class Block:
         """The dense width."""
         return Width(self.attention.groups, self.attention.per_group, self.feed_forward.units)
 
+    def emptied(self, module: Depth2, names: Iterable[str]) -> list[str]:
+        """Which tensors go with the module's last unit: all inside it but the level-2 bias, which is still added."""
+        slabs = {slab.name for slab in (*module.level1, module.level2)}
+        inside = f"{module.path}." if module.path else None
+        bias = module.bias or f"{module.sink}.bias"
+        return [n for n in names if n != bias and (n in slabs or (inside is not None and n.startswith(inside)))]
+
     def kept_parameters(self, width: Width) -> int:
         """Parameters of the block at a width; exact, from the stored shapes."""
         counts: dict[Unit, int] = {"head": width.heads, "group": width.groups, "channel": width.channels}
         total = self.parameters
         for module in (self.attention, self.feed_forward):
+            if not counts[module.level2.unit]:
+                total -= sum(math.prod(self.shapes[name]) for name in self.emptied(module, self.shapes))
+                continue
             for slab in (*module.level1, module.level2):
                 shape = self.shapes[slab.name]
                 across = math.prod(shape) // shape[slab.axis]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.modeling_secateur import resize
 from secateur.structure import Block, Depth2, Keep, Slab, Width
 
 
@@ -56,10 +55,15 @@ def slice_module(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[i
 
 
 def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
-    """All tensors of a block, sliced to the kept units."""
+    """All tensors of a block, sliced to the kept units; of a module without units only the level-2 bias is left."""
     result = dict(tensors)
     for module in (block.attention, block.feed_forward):
-        result.update(slice_module(module, tensors, keep.units(module.kind)))
+        kept = keep.units(module.kind)
+        if kept:
+            result.update(slice_module(module, tensors, kept))
+        else:
+            for name in block.emptied(module, tensors):
+                del result[name]
     return result
 
 
@@ -78,30 +82,6 @@ def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
 
 def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
     """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
+    resize(layer, width.heads, width.groups, width.channels)
     for name, tensor in tensors.items():
         assign(layer, name, tensor)
-    counts = {
-        "num_heads": width.heads,
-        "num_attention_heads": width.heads,
-        "num_key_value_heads": width.groups,
-        "num_key_value_groups": width.per_group,
-    }
-    module: Any
-    for module in layer.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
-            module.out_features, module.in_features = weight.shape
-        elif hasattr(module, "nf") and isinstance(weight, Tensor):
-            module.nx, module.nf = weight.shape
-        if not hasattr(module, "is_causal"):
-            continue
-        # An attention layer: its config is shared by all layers, so it gets one of its own.
-        config = copy.copy(module.config)
-        for name, count in counts.items():
-            if name in vars(config):
-                config.__dict__[name] = count
-            if name in vars(module):
-                setattr(module, name, count)
-        module.config = config
-        if hasattr(module, "split_size"):
-            module.split_size = width.heads * int(module.head_dim)

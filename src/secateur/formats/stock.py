@@ -75,24 +75,24 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         kind = config.model_type
         return f"no stock layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
     if min(width.groups, width.per_group, width.channels) < 1:
-        return "a stock class needs at least one head and one channel; keep one of each"
+        return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
     if stock.heads == "dense":
         return (
             f"{config.model_type} derives its head size from hidden_size / heads, so a stock class keeps all "
-            f"{dense.heads} heads; prune channels only"
+            f"{dense.heads} heads; prune channels only, or take --format hf"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
         return (
             f"{config.model_type} ties its LongRoPE factors to hidden_size / heads, so a stock class keeps "
-            f"all {dense.heads} heads; prune channels only"
+            f"all {dense.heads} heads; prune channels only, or take --format hf"
         )
     if stock.heads == "divisors" and config.hidden_size % width.heads:
         takes = [heads for heads in range(1, dense.heads + 1) if config.hidden_size % heads == 0]
         refusal = f"{config.model_type} takes head counts that divide hidden_size {config.hidden_size} only"
-        instead = f"keep one of {', '.join(map(str, takes))} heads"
+        instead = f"keep one of {', '.join(map(str, takes))} heads, or take --format hf"
         if stock.heir is None:
             return f"{refusal}, not {width.heads}; {instead}"
         biases = [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]

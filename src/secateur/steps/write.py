@@ -1,4 +1,4 @@
-"""Write a pruned model as an ordinary checkpoint, block by block as blocks come, whole or not at all."""
+"""Write a pruned model as a checkpoint that transformers loads, block by block, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,27 +6,38 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.families import head_dim
+from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.formats.writer import OutputFolder, ShardWriter, header_room
 from secateur.steps.plan import Plan
 from secateur.stream import BlockStream
-from secateur.structure import Width
+from secateur.structure import Depth2, Width
+
+Format = Literal["stock", "hf"]
+"""The stock class with one width for all blocks, or a width for each block and a modeling file beside the weights."""
 
 
-def obstacle(stream: BlockStream, blocks: range, width: Width, *, intercept: bool = False) -> str | None:
-    """Why a model with these blocks at this width cannot be written, or None; costs nothing."""
+def obstacle(
+    stream: BlockStream, blocks: range, width: Width, *, format: Format = "stock", intercept: bool = False
+) -> str | None:
+    """Why a model with these blocks at this width cannot be written, or None; costs nothing.
+
+    In the format `hf` blocks do not bind each other: ask for every width on its own.
+    """
     config, dense = stream.checkpoint.config, stream.blocks[0].width
+    if format == "hf":
+        return per_layer_obstacle(config, stream.blocks[blocks.start], width)
     if len(blocks) < len(stream) and width != dense:
         return (
             f"a stock class has one width for all {len(stream)} blocks, and only {blocks.start}:{blocks.stop} are "
-            "to be pruned; leave the block range out"
+            "to be pruned; leave the block range out, or take --format hf"
         )
     reason = stock_obstacle(config, width, dense)
     if reason is None and intercept:
@@ -34,7 +45,7 @@ def obstacle(stream: BlockStream, blocks: range, width: Width, *, intercept: boo
         if not biased:
             return (
                 f"--intercept rules out the stock format here, as the stock class of {config.model_type} has "
-                "no level-2 biases; leave the intercept out"
+                "no level-2 biases; leave the intercept out, or take --format hf"
             )
     return reason
 
@@ -58,17 +69,19 @@ def write(
     plan: Plan,
     blocks: Iterable[tuple[int, dict[str, Tensor]]],
     *,
+    format: Format = "stock",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     records: dict[str, Any] | None = None,
 ) -> int:
-    """Write a checkpoint that stock transformers loads.
+    """Write a checkpoint that transformers loads.
 
     Args:
         stream: the open dense model; all that is not in a pruned block is copied from it.
         out: the folder.
-        plan: one width for every block.
+        plan: widths of the pruned blocks; for the stock format one for every block.
         blocks: pruned blocks' tensors by their names inside the block, in order; consumed one by one.
+        format: `stock`, or `hf` for widths that differ from block to block.
         dtype: of the weights; the checkpoint's by default.
         overwrite: replace a model folder that is there.
         records: JSON files to add, name to contents; contents may be callables, called once the blocks are done.
@@ -81,39 +94,68 @@ def write(
     """
     checkpoint = stream.checkpoint
     dtype = dtype or checkpoint.dtype
-    widths = set(plan.widths.values())
-    if len(widths) != 1:
-        raise SecateurError("the stock format needs one width for all blocks")
-    width = widths.pop()
-    chosen = range(min(plan.widths), max(plan.widths) + 1)
-    reason = obstacle(stream, chosen, width)
-    if reason is not None:
-        raise SecateurError(reason)
-    inside = {stream.stored_name(i, name) for i, block in enumerate(stream.blocks) for name in block.shapes}
-    config = stock_config(
-        checkpoint.raw_config,
-        checkpoint.config,
-        width=width,
-        head_dim=head_dim(checkpoint.config),
-        dtype=dtype,
-    )
+    _check(stream, plan, format)
+    inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
+    # A refit may add biases to the output layers.
+    possible = {_stored_name(stream, i, f"{module.sink}.bias") for i in plan.widths for module in _modules(stream, i)}
+    biases: dict[int, tuple[bool, bool]] = {}
     with output_folder(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
-        writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside]))
+        writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
         for name, info in checkpoint.tensors.items():
             if name not in inside and name not in checkpoint.ignorable:
                 tensor = checkpoint.read(name)
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
+            attention, feed_forward = (not m.bias and f"{m.sink}.bias" in tensors for m in _modules(stream, index))
+            biases[index] = (attention, feed_forward)
             for name, tensor in tensors.items():
-                writer.add(stream.stored_name(index, name), tensor)
+                writer.add(_stored_name(stream, index, name), tensor)
         writer.close()
-        _write_json(folder / "config.json", config)
+        _write_json(folder / "config.json", _config(stream, plan, format, biases, dtype))
+        if format == "hf":
+            shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
         for file in checkpoint.files:
             copy = shutil.copytree if file.is_dir() else shutil.copyfile
             copy(file, folder / file.name)
         for file_name, record in (records or {}).items():
             _write_json(folder / file_name, record() if callable(record) else record)
         return writer.total_bytes
+
+
+def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
+    """Refuse what the format cannot hold."""
+    if format == "stock" and len(set(plan.widths.values())) != 1:
+        raise SecateurError("the stock format needs one width for all blocks; take --format hf")
+    every = range(min(plan.widths), max(plan.widths) + 1)
+    for index, width in plan.widths.items():
+        blocks = every if format == "stock" else range(index, index + 1)
+        reason = obstacle(stream, blocks, width, format=format)
+        if reason is not None:
+            raise SecateurError(reason)
+
+
+def _config(
+    stream: BlockStream, plan: Plan, format: Format, biases: dict[int, tuple[bool, bool]], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The contents of config.json."""
+    raw, config = stream.checkpoint.raw_config, stream.checkpoint.config
+    width, dim = next(iter(plan.widths.values())), head_dim(config)
+    if format == "stock":
+        return stock_config(raw, config, width=width, head_dim=dim, dtype=dtype)
+    dense = stream.blocks[0].width
+    return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
+
+
+def _modules(stream: BlockStream, index: int) -> tuple[Depth2, Depth2]:
+    return stream.blocks[index].attention, stream.blocks[index].feed_forward
+
+
+def _stored_name(stream: BlockStream, index: int, name: str) -> str:
+    """What the output calls a block's tensor; one that the checkpoint lacks is named after its weight."""
+    if name in stream.blocks[index].shapes:
+        return stream.stored_name(index, name)
+    layer, _, leaf = name.rpartition(".")
+    return stream.stored_name(index, f"{layer}.weight").removesuffix("weight") + leaf
 
 
 def _write_json(path: Path, contents: Any) -> None:

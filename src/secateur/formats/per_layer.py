@@ -1,0 +1,165 @@
+"""Widths that differ from block to block, in one safetensors folder: what config.json must say, and who loads it.
+
+The folder carries `modeling_secateur.py`, which builds stock layers of those widths, so that transformers loads it
+with trust_remote_code and without this library. Here the same classes are at hand, and no code of a folder runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from secateur import modeling_secateur
+from secateur.formats.stock import STOCK, Stock, stock_config
+from secateur.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
+from secateur.quiet import quiet
+from secateur.structure import Block, Width
+
+MODELING_FILE = Path(modeling_secateur.__file__)
+"""The file that goes beside the weights."""
+
+HEADS, GROUPS = "num_attention_heads", "num_key_value_heads"
+BIASES = (ATTENTION_BIAS, FEED_FORWARD_BIAS)
+
+
+def per_layer_obstacle(config: Any, block: Block, width: Width) -> str | None:
+    """Why a block of this width cannot be written, or None when it can; blocks do not bind each other.
+
+    Args:
+        config: the dense model's config object.
+        block: the dense block.
+        width: zero heads and zero channels are legal.
+
+    Returns:
+        One clause that ends in what is possible instead.
+    """
+    kind = config.model_type
+    if kind not in STOCK:
+        return f"no layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
+    if block.attention.locked and width.heads not in (0, block.width.heads):
+        return f"{kind} keeps all {block.width.heads} heads of a block or none, as {block.attention.locked}"
+    return None
+
+
+def per_layer_config(
+    raw_config: dict[str, Any],
+    config: Any,
+    *,
+    widths: Mapping[int, Width],
+    dense: Width,
+    biases: Mapping[int, tuple[bool, bool]],
+    head_dim: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The contents of config.json for a model whose blocks have widths of their own.
+
+    Args:
+        raw_config: the dense checkpoint's config.json as stored; not changed.
+        config: the config object made from it.
+        widths: of the pruned blocks; the others are dense.
+        dense: the dense width of a block; the global values.
+        biases: blocks whose output layers (attention, feed-forward) got a bias that the stock class lacks.
+        head_dim: entries per head.
+        dtype: of the weights.
+
+    Returns:
+        A JSON-ready dictionary, read alike by transformers 4.57 and 5.
+    """
+    stock = STOCK[config.model_type]
+    stored = stock_config(raw_config, config, width=dense, head_dim=head_dim, dtype=dtype)
+    # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
+    stored["head_dim"] = head_dim
+    classes = _stock_classes(type(config))
+    stored["architectures"] = [PREFIX + classes[AutoModelForCausalLM].__name__]
+    stored["auto_map"] = {
+        auto.__name__: f"{MODELING_FILE.stem}.{PREFIX}{found.__name__}" for auto, found in classes.items()
+    }
+    if not any(_clashes(width, dense) for width in widths.values()):
+        # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
+        # width that no layer has, it fails.
+        stored[stock.channels] = dense.channels + 1
+    everywhere = _keys(stock, dense, (False, False)) | {stock.channels: stored[stock.channels]}
+    layers: dict[str, dict[str, Any]] = {}
+    for index in range(config.num_hidden_layers):
+        own = _keys(stock, widths.get(index, dense), biases.get(index, (False, False)))
+        layers[str(index)] = {key: value for key, value in own.items() if value != everywhere[key]}
+    stored["per_layer_config"] = {index: own for index, own in layers.items() if own}
+    # A key that only some layers have must have a value for the others.
+    stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
+    # Else transformers 5 refuses to read the global value of what a layer overrides.
+    stored["allow_global_per_layer_attribute_access"] = True
+    return stored
+
+
+def is_per_layer(config: Any) -> bool:
+    """Whether a config object comes from a folder of this format."""
+    return any(name.startswith(PREFIX) for name in config.architectures or ())
+
+
+def model_class(config: Any) -> Any:
+    """The class to call `from_pretrained` of: transformers' AutoModelForCausalLM, or ours for a folder of this format.
+
+    No code of the folder runs, and nothing is registered.
+    """
+    if not is_per_layer(config):
+        return AutoModelForCausalLM
+    return getattr(modeling_secateur, PREFIX + _stock_classes(type(config))[AutoModelForCausalLM].__name__)
+
+
+def register() -> None:
+    """Let AutoModelForCausalLM load folders of this format without trust_remote_code, in this process.
+
+    Dense models keep their stock classes: `architectures` in config.json decides.
+    """
+    for kind in STOCK:
+        stock = _stock_classes(CONFIG_MAPPING[kind])[AutoModelForCausalLM]
+        ours = getattr(modeling_secateur, PREFIX + stock.__name__)
+        AutoModelForCausalLM.register(CONFIG_MAPPING[kind], (stock, ours), exist_ok=True)
+
+
+def widths_of(config: Any) -> list[Width]:
+    """The width of every block of a folder of ours, of this format or the stock one.
+
+    Args:
+        config: the config object, or the contents of config.json.
+    """
+    # transformers warns of every global value that is read where layers override it.
+    with quiet():
+        if isinstance(config, Mapping):
+            config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        key = STOCK[config.model_type].channels
+        heads, groups = config.num_attention_heads, getattr(config, GROUPS, None)
+        channels = getattr(config, key) or 4 * config.hidden_size
+    widths = []
+    for index in range(config.num_hidden_layers):
+        own = overrides(config, index)
+        kept = own.get(HEADS, heads)
+        shared = own.get(GROUPS, groups or kept)
+        widths.append(Width(shared, kept // shared if kept else 0, own.get(key, channels)))
+    return widths
+
+
+def _keys(stock: Stock, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
+    """How a config spells the width of one layer."""
+    grouped = {GROUPS: width.groups} if stock.heads != "dense" else {}
+    return {HEADS: width.heads, **grouped, stock.channels: width.channels, **dict(zip(BIASES, biases, strict=True))}
+
+
+def _clashes(width: Width, dense: Width) -> bool:
+    """Whether some tensor that is stored has another shape than in the dense block."""
+    narrow_heads = width.heads > 0 and (width.heads, width.groups) != (dense.heads, dense.groups)
+    return narrow_heads or width.channels not in (0, dense.channels)
+
+
+def _stock_classes(config_class: type) -> dict[Any, Any]:
+    """The stock classes for a config class, by the Auto class that finds them."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    # Once `register` has run, the stock class is the first of two.
+    causal = causal[0] if isinstance(causal, tuple) else causal
+    return {AutoModel: MODEL_MAPPING[config_class], AutoModelForCausalLM: causal}

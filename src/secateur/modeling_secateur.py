@@ -1,0 +1,214 @@
+"""Stock transformers models whose layers differ in width. This file comes with the weights and needs nothing else.
+
+config.json is that of the dense model, and `per_layer_config` says where a layer differs: in query heads
+(`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels (`intermediate_size`,
+`n_inner` or `ffn_dim`), and in biases that only its output layers have. The stock class builds the dense layers,
+then each is cut down to its width; on the meta device, where `from_pretrained` builds, that costs nothing.
+A layer without heads or channels adds nothing but the bias of its output layer.
+
+`SecateurLlamaForCausalLM` is transformers' `LlamaForCausalLM` built this way, and so on for every such name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import Cache
+
+PREFIX = "Secateur"
+"""Of class names: what follows is the name of a class in transformers."""
+
+ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_output_bias"
+"""Keys of `per_layer_config`: the output layer has a bias, although the stock class gives it none."""
+
+CHANNELS = ("ffn_dim", "n_inner", "intermediate_size")
+"""Keys of the feed-forward width; a config has one of them."""
+
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h")
+"""The layers whose inputs are heads or channels; of the others these are the outputs."""
+
+FUSED_HEADS = ("c_attn", "query_key_value")
+"""Queries, keys and values in one layer, as many of each."""
+
+
+class PerLayer(nn.Module):
+    """Goes before a stock model class: its layers get the widths that the config gives each of them."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # Every stock decoder keeps its layers in one list.
+        lists = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
+        layers = next(found for found in lists if len(found) == config.num_hidden_layers)
+        for index, layer in enumerate(layers):
+            own = overrides(config, index)
+            if own:
+                heads = own.get("num_attention_heads", config.num_attention_heads)
+                groups = own.get("num_key_value_heads", getattr(config, "num_key_value_heads", None) or heads)
+                channels = next(own.get(key, getattr(config, key)) for key in CHANNELS if hasattr(config, key))
+                biases = (own.get(ATTENTION_BIAS, False), own.get(FEED_FORWARD_BIAS, False))
+                resize(layer, heads, groups, channels, biases)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Make a class when it is first asked for."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if stock is None:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    # `_auto_class` makes save_pretrained copy this file.
+    auto = "AutoModel" if name.endswith("Model") and not name.endswith("LMHeadModel") else "AutoModelForCausalLM"
+    globals()[name] = type(name, (PerLayer, stock), {"__module__": __name__, "_auto_class": auto})
+    share_renames(stock.__name__, name)
+    return globals()[name]
+
+
+def share_renames(stock: str, ours: str) -> None:
+    """Let a class read and write tensors under the names that its stock class gives them in checkpoints.
+
+    transformers 5 keeps them by class name (GPT-NeoX's `embed_out` is its `lm_head`), and not for other people's.
+    """
+    try:
+        from transformers import conversion_mapping as renames
+    except ImportError:  # transformers 4 renames nothing
+        return
+    found = renames.get_checkpoint_conversion_mapping(stock)
+    if found:
+        renames.register_checkpoint_conversion_mapping(ours, found, overwrite=True)
+
+
+def overrides(config: Any, index: int) -> dict[str, Any]:
+    """In what one layer differs from the rest of the config."""
+    # transformers 5.15 and newer parse `per_layer_config`; older ones keep the JSON, whose keys are strings.
+    spec = vars(config).get("_heterogeneity_spec")
+    stored = vars(config).get("per_layer_config", {}) if spec is None else spec.per_layer_overrides
+    return next((own for key, own in stored.items() if int(key) == index), {})
+
+
+def resize(
+    layer: nn.Module, heads: int, groups: int, channels: int, biases: tuple[bool, bool] = (False, False)
+) -> None:
+    """Cut one stock decoder layer down, in place.
+
+    Args:
+        layer: with the dense widths; values that stay are the first ones, so weights are loaded afterwards.
+        heads: query heads; 0 takes the attention away.
+        groups: key/value heads.
+        channels: feed-forward width; 0 takes the feed-forward away.
+        biases: whether the attention's and the feed-forward's output layers get a bias that they do not have yet.
+    """
+    name = next(name for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
+    attention: Any = getattr(layer, name)
+    if heads:
+        dim = getattr(attention, "head_dim", None) or attention.head_size
+        sizes = {"k_proj": groups * dim, "v_proj": groups * dim, "qkv_proj": (heads + 2 * groups) * dim}
+        sizes |= dict.fromkeys(FUSED_HEADS, 3 * heads * dim)
+        for child, linear in projections(attention):
+            narrow(linear, child in OUTPUTS, sizes.get(child, heads * dim), biases[0])
+        counts = {"num_attention_heads": heads, "num_key_value_heads": groups}
+        counts |= {"num_heads": heads, "num_key_value_groups": heads // groups, "split_size": heads * dim}
+        for key, count in counts.items():
+            if hasattr(attention, key):
+                setattr(attention, key, count)
+        attention.config = LayerConfig(attention.config, counts)
+    else:
+        setattr(layer, name, NoHeads(attention, biases[0]))
+    # OPT's two feed-forward layers hang in the decoder layer itself.
+    mlp: Any = getattr(layer, "mlp", layer)
+    if channels:
+        for child, linear in projections(mlp):
+            narrow(linear, child in OUTPUTS, channels * (2 if child == "gate_up_proj" else 1), biases[1])
+    elif mlp is layer:
+        layer.fc1, layer.fc2 = nn.Identity(), Constant(layer.fc2, biases[1])
+    else:
+        layer.mlp = NoChannels(mlp, biases[1])
+
+
+def projections(module: nn.Module) -> list[tuple[str, Any]]:
+    """The weight matrices that hang in a module itself: Linear, or GPT-2's Conv1D."""
+    return [(name, child) for name, child in module.named_children() if hasattr(child, "nf") or is_linear(child)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear."""
+    return isinstance(module, nn.Linear)
+
+
+def narrow(linear: Any, output: bool, size: int, biased: bool) -> None:
+    """Keep the first `size` inputs of an output layer, or the first `size` outputs of another one."""
+    # Linear stores outputs first, Conv1D inputs first.
+    axis = int(output) if is_linear(linear) else int(not output)
+    linear.weight = nn.Parameter(linear.weight.detach().narrow(axis, 0, size).clone())
+    if linear.bias is not None and not output:
+        linear.bias = nn.Parameter(linear.bias.detach()[:size].clone())
+    elif linear.bias is None and output and biased:
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[1 - axis]))
+    if is_linear(linear):
+        linear.out_features, linear.in_features = linear.weight.shape
+    else:
+        linear.nx, linear.nf = linear.weight.shape
+
+
+class LayerConfig:
+    """The model's config as one attention sees it: its own head counts, all else live.
+
+    A copy would miss it when the attention implementation of the model is changed.
+    """
+
+    def __init__(self, config: Any, counts: dict[str, int]):
+        self.__dict__.update(counts, whole=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if "whole" not in self.__dict__:  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
+class Constant(nn.Module):
+    """What is left of an output layer without inputs: its bias, or zeros."""
+
+    def __init__(self, linear: Any, biased: bool):
+        super().__init__()
+        width = linear.weight.shape[0] if is_linear(linear) else linear.weight.shape[1]
+        has_bias = biased or linear.bias is not None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(linear.weight.new_zeros(width)) if has_bias else None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same for every token; the argument has the shape of the result."""
+        zeros = torch.zeros_like(hidden_states)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+class NoChannels(nn.Module):
+    """A feed-forward without channels."""
+
+    def __init__(self, mlp: nn.Module, biased: bool):
+        super().__init__()
+        self.output = next(name for name, _ in projections(mlp) if name in OUTPUTS)
+        # The stock name, so that the bias is stored under it.
+        self.add_module(self.output, Constant(getattr(mlp, self.output), biased))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The bias of the output layer."""
+        return getattr(self, self.output)(hidden_states)
+
+
+class NoHeads(NoChannels):
+    """An attention without heads."""
+
+    def __init__(self, attention: Any, biased: bool):
+        super().__init__(attention, biased)
+        # Decoder layers read some from outside, such as `is_sliding`.
+        plain = {key: value for key, value in vars(attention).items() if not key.startswith("_")}
+        self.__dict__.update(plain, output=self.output)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """The bias of the output layer, and no attention weights."""
+        # Transformers reads the length of the text from any layer's cache: this one notes one number a token.
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, Cache):
+                note = hidden_states.new_zeros(*hidden_states.shape[:2], 1).unsqueeze(1)
+                cache.update(note, note, self.layer_idx, {"cache_position": kwargs.get("cache_position")})
+        return super().forward(hidden_states), None
