@@ -9,17 +9,22 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from secateur.errors import SecateurError
 from secateur.quiet import first_line, quiet
 
-_LAYOUT = "1"
+_LAYOUT = "2"
 """Part of the cache key; to be raised when the conversion changes."""
+
+_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
+"""Values of tokenizer.ggml.pre whose split into single digits transformers does not rebuild from a GGUF file."""
 
 
 def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
@@ -103,6 +108,7 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            _split_digits(tokenizer, file)
     except Exception as error:
         reason = first_line(error)
         raise SecateurError(
@@ -115,3 +121,11 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any, file: Path) -> None:
+    """Let numbers fall into single digits where the file says so: other splits give ids unseen in training."""
+    pre = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in _SINGLE_DIGITS:
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)

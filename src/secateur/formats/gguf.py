@@ -1,0 +1,127 @@
+"""A GGUF file for llama.cpp: metadata, tokenizer and tensors, written from start to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFWriter, RopeScalingType
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from secateur.formats.gguf_architectures import TYPES, Architecture, Model
+from secateur.formats.gguf_tensors import Entry, laid_out
+from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
+from secateur.progress import Watcher
+
+
+def write_gguf(
+    path: Path,
+    model: Model,
+    architecture: Architecture,
+    tensors: Sequence[Entry],
+    words: Vocabulary,
+    *,
+    type: str,
+    name: str,
+    watcher: Watcher,
+) -> None:
+    """Write a file from start to end.
+
+    Args:
+        path: does not exist yet.
+        model: the stored model.
+        architecture: from `choose`.
+        tensors: from `entries`.
+        words: the tokenizer.
+        type: a name in `TYPES`.
+        name: of the model, for people.
+        watcher: told about progress.
+    """
+    writer = GGUFWriter(None, architecture.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(TYPES[type].file)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(len(words.tokens))
+    _add_sizes(writer, model, architecture, type)
+    _add_rope(writer, model)
+    add_vocabulary(writer, words)
+    for entry in tensors:
+        writer.add_tensor_info(entry.name, entry.tensor.shape, np.dtype(np.float32), entry.bytes, entry.type)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in watcher.track(tensors, "Writing"):
+            writer.write_tensor_data(entry.data())
+    finally:
+        writer.close()
+
+
+def context_length(model: Model, architecture: Architecture) -> int:
+    """Positions over which llama.cpp computes what the model does: a window that it does not apply ends them."""
+    longest = int(model.config.max_position_embeddings)
+    return longest if architecture.windows or model.window is None else min(longest, model.window)
+
+
+def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, type: str) -> None:
+    config, widths = model.config, laid_out(model, architecture, type)
+    writer.add_context_length(context_length(model, architecture))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(widths))
+    counts = {
+        writer.add_head_count: [width.heads for width in widths],
+        writer.add_head_count_kv: [width.groups for width in widths],
+        writer.add_feed_forward_length: [width.channels for width in widths],
+    }
+    for add, values in counts.items():
+        add(values if architecture.per_layer else values[0])
+    writer.add_key_length(model.dim)
+    writer.add_value_length(model.dim)
+    epsilon = float(getattr(config, model.source.epsilon))
+    {"rms": writer.add_layer_norm_rms_eps, "layer": writer.add_layer_norm_eps}[architecture.epsilon](epsilon)
+    if architecture.name == "gptneox":
+        writer.add_parallel_residual(config.use_parallel_residual)
+    if architecture.name == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if getattr(config, "final_logit_softcapping", None):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture.windows and model.window is not None:
+        writer.add_sliding_window(model.window)
+        writer.add_sliding_window_pattern(model.period)
+    elif architecture.name == "gemma2":
+        # Its graph has windows always.
+        writer.add_sliding_window(config.max_position_embeddings)
+
+
+def _add_rope(writer: GGUFWriter, model: Model) -> None:
+    rope, kind = model.rope, model.kind
+    if not rope:
+        return
+    writer.add_rope_dimension_count(model.rotated)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    around = model.config.rope_parameters.get("sliding_attention")
+    if around is not None:
+        writer.add_rope_freq_base_swa(around["rope_theta"])
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind not in ("yarn", "longrope"):
+        return
+    factor = float(ROPE_INIT_FUNCTIONS[kind](model.config, torch.device("cpu"), seq_len=1)[1])
+    writer.add_rope_scaling_type(RopeScalingType(kind))
+    writer.add_rope_scaling_orig_ctx_len(
+        rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+    )
+    if kind == "yarn":
+        writer.add_rope_scaling_factor(rope["factor"])
+        # llama.cpp multiplies by this formula, and by the factor of the file.
+        factor /= 0.1 * math.log(rope["factor"]) + 1
+        for key in ("beta_fast", "beta_slow"):
+            if rope.get(key) is not None:
+                getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
+    writer.add_rope_scaling_attn_factors(factor)

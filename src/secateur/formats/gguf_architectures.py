@@ -1,0 +1,376 @@
+"""Which of llama.cpp's architectures computes a model, and what keeps the others from it.
+
+llama.cpp has one graph an architecture, which looks for widths, biases and norms in its own places. What the graphs
+compute is a table, and a model takes the first one on its list that computes the same. Two of them read heads and
+channels from arrays, one number a block: they carry models whose blocks differ in width. The table holds from release
+b8840 of llama.cpp; releases before it refuse biased query layers that are not as wide as the residual stream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import gguf
+from gguf import GGMLQuantizationType
+
+from secateur.checkpoint import Checkpoint
+from secateur.errors import SecateurError
+from secateur.families import Family, family_of, head_dim
+from secateur.structure import Width
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a type of file stores weights."""
+
+    matrices: GGMLQuantizationType
+    ends: GGMLQuantizationType
+    """Of the embedding and the output matrix, which suffer most."""
+    file: int
+    """llama.cpp's number of it."""
+
+    @property
+    def multiple(self) -> int:
+        """What a row must be a multiple of."""
+        return int(gguf.GGML_QUANT_SIZES[self.matrices][0])
+
+
+_T, _F = GGMLQuantizationType, gguf.LlamaFileType
+
+TYPES: dict[str, Storage] = {
+    "f32": Storage(_T.F32, _T.F32, _F.ALL_F32),
+    "f16": Storage(_T.F16, _T.F16, _F.MOSTLY_F16),
+    "bf16": Storage(_T.BF16, _T.BF16, _F.MOSTLY_BF16),
+    "q8_0": Storage(_T.Q8_0, _T.Q8_0, _F.MOSTLY_Q8_0),
+    "q4_0": Storage(_T.Q4_0, _T.Q8_0, _F.MOSTLY_Q4_0),
+}
+"""By the name that a person gives."""
+
+_SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
+QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+_ALL = QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one of llama.cpp's graphs computes and where it looks for it, as far as ours differ in that."""
+
+    name: str
+    biases: frozenset[str]
+    """Layers whose bias is added where there is one."""
+    needs_biases: bool = False
+    """All of these biases must be there."""
+    per_layer: bool = False
+    """Heads and channels are read block by block."""
+    headless: bool = False
+    """Blocks without heads are skipped over; elsewhere they keep one head that adds nothing."""
+    square: bool = False
+    """Query rows are as many as the residual stream is wide."""
+    pairs: bool = False
+    """Consecutive entries of a head rotate together, not entries half a head apart."""
+    head_norms: bool = False
+    """Queries and keys of every head are normed."""
+    fused_qkv: bool = False
+    fused_gate: bool = False
+    """One tensor for the gate's rows, then the up layer's."""
+    scalings: frozenset[str] = _SCALINGS
+    """Kinds of rotary scaling."""
+    partial: bool = False
+    """A part of a head may stay unrotated."""
+    windows: bool = False
+    """Layers may have sliding windows; elsewhere every layer sees everything."""
+    output: Literal["either", "tied", "stored"] = "either"
+    """The output matrix: the embedding where none is stored, always the embedding, or always stored."""
+    activation: Literal["silu", "gelu"] = "silu"
+    epsilon: Literal["rms", "layer"] = "rms"
+
+
+_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"})
+_GEMMA = Architecture(
+    "gemma3",
+    QKV,
+    head_norms=True,
+    windows=True,
+    scalings=frozenset({"default", "dynamic", "linear"}),
+    activation="gelu",
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        _LLAMA,
+        replace(_LLAMA, name="deci", per_layer=True, headless=True),
+        Architecture("qwen2", QKV, square=True),
+        Architecture("qwen3", QKV, head_norms=True),
+        Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
+        Architecture(
+            "phi3",
+            QKV,
+            square=True,
+            fused_qkv=True,
+            fused_gate=True,
+            partial=True,
+            scalings=_SCALINGS | {"longrope"},
+        ),
+        Architecture("olmo2", frozenset(), square=True, output="stored"),
+        replace(_GEMMA, name="gemma2", head_norms=False, output="tied"),
+        _GEMMA,
+        Architecture(
+            "gpt2",
+            _ALL - {"ffn_gate"},
+            needs_biases=True,
+            square=True,
+            fused_qkv=True,
+            activation="gelu",
+            epsilon="layer",
+        ),
+        Architecture(
+            "gptneox",
+            _ALL - {"ffn_gate"},
+            needs_biases=True,
+            square=True,
+            fused_qkv=True,
+            partial=True,
+            output="stored",
+            activation="gelu",
+            epsilon="layer",
+        ),
+    )
+}
+"""By llama.cpp's name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How models of one model_type store and name what differs between them."""
+
+    architectures: tuple[str, ...]
+    """llama.cpp's, the best known first."""
+    activation: str = "hidden_act"
+    epsilon: str = "rms_norm_eps"
+    """Keys of the config."""
+    transposed: bool = False
+    """Matrices inside blocks are stored input first."""
+    shifted: bool = False
+    """Norms are stored less one."""
+
+
+SOURCES: dict[str, Source] = {
+    "llama": Source(("llama", "deci")),
+    "mistral": Source(("llama", "deci")),
+    "qwen2": Source(("qwen2", "llama", "deci")),
+    "qwen3": Source(("qwen3", "openelm")),
+    "phi3": Source(("phi3", "llama", "deci")),
+    "olmo2": Source(("olmo2",)),
+    "gemma2": Source(("gemma2",), activation="hidden_activation", shifted=True),
+    "gemma3_text": Source(("gemma3",), activation="hidden_activation", shifted=True),
+    "gpt2": Source(("gpt2",), activation="activation_function", epsilon="layer_norm_epsilon", transposed=True),
+    "gpt_neox": Source(("gptneox",), epsilon="layer_norm_eps"),
+}
+"""By model_type. OPT is missing: llama.cpp has no such graph."""
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+}
+"""transformers' name → llama.cpp's; it has one gelu, and the exact one differs from it by less than 0.001."""
+
+
+@dataclass
+class Model:
+    """A stored model, as far as the choice of an architecture asks."""
+
+    checkpoint: Checkpoint
+    widths: list[Width]
+    added_biases: frozenset[str] = frozenset()
+    """Of layers that will get one, where the model is still to be pruned."""
+    family: Family = field(init=False)
+    source: Source = field(init=False)
+    inside: list[dict[str, str]] = field(init=False)
+    """By block: name inside the block → stored name."""
+    outside: list[str] = field(init=False)
+    """Stored names of the other tensors."""
+
+    def __post_init__(self) -> None:
+        config = self.checkpoint.config
+        source = SOURCES.get(config.model_type)
+        if source is None:
+            raise SecateurError(
+                f"{self.checkpoint.source}: llama.cpp has no architecture for {config.model_type}; "
+                "keep the safetensors folder"
+            )
+        self.source, self.family = source, family_of(config)
+        self.inside, self.outside = [{} for _ in self.widths], []
+        in_block = re.compile(rf"(?:.*\.)?{self.family.blocks.rpartition('.')[2]}\.(\d+)\.(.+)")
+        for stored in self.checkpoint.tensors:
+            if stored in self.checkpoint.ignorable:
+                continue
+            if match := in_block.fullmatch(stored):
+                self.inside[int(match[1])][match[2]] = stored
+            else:
+                self.outside.append(stored)
+
+    @property
+    def config(self) -> Any:
+        """The config object."""
+        return self.checkpoint.config
+
+    @property
+    def dim(self) -> int:
+        """Entries per head."""
+        return head_dim(self.config)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """Rotary settings of layers without a window; empty where positions are learned."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        return rope.get("full_attention", rope)
+
+    @property
+    def kind(self) -> str:
+        """The kind of rotary scaling."""
+        return self.rope.get("rope_type", "default")
+
+    @property
+    def rotated(self) -> int:
+        """Rotated entries of a head."""
+        return int(self.dim * self.rope.get("partial_rotary_factor", 1.0))
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a layer with a sliding window sees; None where no layer has one."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        return None if kinds and "sliding_attention" not in kinds else window
+
+    @property
+    def period(self) -> int | None:
+        """Every how many blocks one sees everything; 0 for never, None where there is no such number."""
+        kinds = [kind == "sliding_attention" for kind in self.config.layer_types]
+        count = len(kinds)
+        return next((p for p in range(count + 1) if kinds == [not p or i % p < p - 1 for i in range(count)]), None)
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """llama.cpp's names of the layers that pruning cuts → names inside a block; fused ones appear again."""
+        family = self.family
+        feed = "" if family.feed_forward is None else f"{family.feed_forward}."
+        qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
+        names = {f"attn_{letter}": f"{family.attention}.{name}" for letter, name in zip("qkv", qkv, strict=True)}
+        names["attn_output"] = f"{family.attention}.{family.output}"
+        gate = family.fused_gate or family.gate
+        if gate is not None:
+            names["ffn_gate"] = feed + gate
+        names["ffn_up"] = feed + (family.fused_gate or family.up)
+        names["ffn_down"] = feed + family.down
+        return names
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """Layers with a bias in some block."""
+        named = {layer: f"{name}.bias" for layer, name in self.layers.items()}
+        return self.added_biases | {
+            layer for layer, name in named.items() if any(name in block for block in self.inside)
+        }
+
+
+def filled(channels: int, type: str) -> int:
+    """Channels of whole rows. llama.cpp's graphs leave a block without any before its attention has been added."""
+    multiple = TYPES[type].multiple
+    return max(1, -(-channels // multiple)) * multiple
+
+
+def choose(model: Model, type: str) -> Architecture:
+    """The first architecture that computes the model.
+
+    Raises:
+        SecateurError: there is none; with what each one lacks and what would fit.
+    """
+    check_type(type)
+    reasons = []
+    for name in model.source.architectures:
+        reason = _obstacle(model, ARCHITECTURES[name], type)
+        if reason is None:
+            return ARCHITECTURES[name]
+        reasons.append(f"{name} {reason}")
+    raise SecateurError(
+        f"{model.checkpoint.source}: no architecture of llama.cpp holds this model: {'; '.join(reasons)}"
+    )
+
+
+def check_type(type: str) -> None:
+    """See that a type can be written.
+
+    Raises:
+        SecateurError: it cannot; with the way to llama.cpp's others.
+    """
+    if type in TYPES:
+        return
+    known = ", ".join(TYPES)
+    if re.fullmatch(r"i?q\d_.+", type.lower()):
+        raise SecateurError(
+            f"type {type} is made by llama.cpp's own llama-quantize from a file of type f16 or bf16; its K-quants take "
+            f"rows that 256 divides, so prune with --round 256 (types here: {known})"
+        )
+    raise SecateurError(f"no type {type!r}; choose one of {known}")
+
+
+def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None:
+    """What an architecture lacks for a model, as the rest of a sentence that begins with its name."""
+    config, hidden = model.config, model.config.hidden_size
+    widths = [replace(width, channels=filled(width.channels, type)) for width in model.widths]
+    around = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    activation = getattr(config, model.source.activation)
+    extra = model.biases - architecture.biases
+    tied = bool(config.tie_word_embeddings)
+    if len(set(widths)) > 1 and not architecture.per_layer:
+        return "has one width for all blocks, so prune with uniform widths"
+    if architecture.square and widths[0].heads * model.dim != hidden:
+        return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
+    if _ACTIVATIONS.get(activation) != architecture.activation:
+        return f"computes {architecture.activation}, not {activation}"
+    if extra:
+        return f"has no place for the biases of {', '.join(sorted(extra))}"
+    if model.kind not in architecture.scalings:
+        return f"does not know {model.kind} rotary scaling"
+    if model.kind == "yarn" and model.rope.get("truncate") is False:
+        return "rounds the limits of yarn, which this model does not (truncate)"
+    if around.get("rope_type", "default") != "default":
+        return "does not scale the rotation of layers with a window"
+    if model.rotated != model.dim and not architecture.partial:
+        return f"rotates whole heads, and here {model.rotated} of {model.dim} entries are"
+    if architecture.windows and model.window is not None and model.period is None:
+        return "has windows at regular intervals only"
+    if architecture.output == "tied" and not tied:
+        return "has the embedding for its output matrix, and this model has another one (tie_word_embeddings)"
+    if architecture.name == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
+        return "caps logits, which this model does not"
+    if architecture.name != "gemma2" and getattr(config, "attn_logit_softcapping", None):
+        return "does not cap attention logits, which this model does"
+    return None
+
+
+def gguf_obstacle(
+    checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, intercept: bool = False
+) -> str | None:
+    """Why no GGUF file can hold a model at some widths, or None; reads no weights.
+
+    Args:
+        checkpoint: the model, pruned or not.
+        widths: of every block, in order.
+        type: a name in `TYPES`.
+        intercept: whether the output layers of both modules get biases.
+    """
+    added = frozenset({"attn_output", "ffn_down"}) if intercept else frozenset[str]()
+    try:
+        choose(Model(checkpoint, list(widths), added), type)
+    except SecateurError as error:
+        return str(error).removeprefix(f"{checkpoint.source}: ")
+    return None

@@ -1,0 +1,314 @@
+"""The tensors of a GGUF file: described first and made when they are written, so that one is in memory at a time.
+
+Letters of shapes: d residual width, h entries per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+from torch.nn import functional
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from secateur.errors import SecateurError
+from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, Storage, filled
+from secateur.structure import Width
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor to be made when it is written; its shape is known before."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> Lazy:
+        """The tensor after a change; what shape that gives is tried on a tensor without data."""
+        shape = change(torch.empty(self.shape, device="meta")).shape
+        return Lazy(tuple(shape), lambda: change(self.make()))
+
+    def rows(self, start: int, stop: int) -> Lazy:
+        """Some of the rows."""
+        return self.then(lambda tensor: tensor[start:stop])
+
+    @staticmethod
+    def stack(parts: Sequence[Lazy]) -> Lazy:
+        """Rows of several, one after the other."""
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        return Lazy(shape, lambda: torch.cat([part.make() for part in parts]))
+
+    @staticmethod
+    def full(shape: tuple[int, ...], value: float) -> Lazy:
+        """The same number everywhere."""
+        return Lazy(shape, lambda: torch.full(shape, value))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file."""
+
+    name: str
+    tensor: Lazy
+    type: GGMLQuantizationType
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return int(np.prod(self.tensor.shape)) // block * size
+
+    def data(self) -> np.ndarray[Any, Any]:
+        """The bytes to write.
+
+        Raises:
+            SecateurError: a weight is too large for the type.
+        """
+        values = self.tensor.make().to(torch.float32).contiguous().numpy()
+        with np.errstate(over="ignore"):
+            data: np.ndarray[Any, Any] = gguf.quants.quantize(values, self.type)
+        if self.type == GGMLQuantizationType.F16 and not np.isfinite(data).all():
+            raise SecateurError(f"tensor {self.name} has weights beyond what f16 holds; use bf16 or f32")
+        return data
+
+
+def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]:
+    """The widths in the file: channels fill up rows, and a block that cannot be empty has units that add nothing."""
+    return [
+        replace(
+            width,
+            groups=width.groups or int(not _headless(model, architecture, index)),
+            per_group=width.per_group or int(not _headless(model, architecture, index)),
+            channels=filled(width.channels, type),
+        )
+        for index, width in enumerate(model.widths)
+    ]
+
+
+def _headless(model: Model, architecture: Architecture, index: int) -> bool:
+    """Whether a block without heads stays so; the first one tells llama.cpp how large heads are."""
+    return architecture.headless and index > 0 and f"{model.layers['attn_output']}.bias" not in model.inside[index]
+
+
+def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
+    """Every tensor of the file, in its order.
+
+    Raises:
+        SecateurError: a stored tensor is missing, has another shape than the config says, or has no place.
+    """
+    storage = TYPES[type]
+    named = dict(_whole(model, architecture))
+    for index, width in enumerate(laid_out(model, architecture, type)):
+        named |= {f"blk.{index}.{name}": lazy for name, lazy in _block(model, architecture, index, width).items()}
+    return [Entry(name, lazy, _type(name, lazy.shape, storage)) for name, lazy in named.items()]
+
+
+def _type(name: str, shape: tuple[int, ...], storage: Storage) -> GGMLQuantizationType:
+    """The type of one tensor: vectors stay as they are, rows that do not divide fall back on f16."""
+    if len(shape) == 1 or name == "position_embd.weight":
+        return GGMLQuantizationType.F32
+    if shape[-1] % storage.multiple:
+        return GGMLQuantizationType.F16
+    return storage.ends if name in ("token_embd.weight", "output.weight") else storage.matrices
+
+
+@lru_cache
+def _names(architecture: str, blocks: int) -> Any:
+    """The gguf package's map from transformers' names to llama.cpp's."""
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, blocks)
+
+
+def _renamed(model: Model, architecture: Architecture, stored: str) -> str:
+    """llama.cpp's name of a tensor."""
+    names = _names(architecture.name, len(model.widths))
+    found = names.get_name(stored, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise SecateurError(
+            f"{model.checkpoint.source}: GGUF has no place for tensor {stored}; "
+            "remove it if the model does not need it, or keep the safetensors folder"
+        )
+    return str(found)
+
+
+def _stored(model: Model, name: str) -> Lazy:
+    return Lazy(model.checkpoint.tensors[name].shape, partial(model.checkpoint.read, name))
+
+
+def _whole(model: Model, architecture: Architecture) -> Iterator[tuple[str, Lazy]]:
+    """Tensors that belong to no block."""
+    tied = bool(model.config.tie_word_embeddings)
+    found: dict[str, Lazy] = {}
+    for stored in model.outside:
+        name = _renamed(model, architecture, stored)
+        lazy = _stored(model, stored)
+        found[name] = _shifted(lazy) if model.source.shifted and name.startswith("output_norm") else lazy
+    for name in ("token_embd.weight", "output_norm.weight", *(() if tied else ("output.weight",))):
+        if name not in found:
+            raise SecateurError(f"{model.checkpoint.source}: no tensor for {name} among the weights; restore it")
+    if tied:
+        found.pop("output.weight", None)
+        if architecture.output == "stored":
+            found["output.weight"] = found["token_embd.weight"]
+    yield from found.items()
+    yield from _rope_factors(model)
+
+
+def _rope_factors(model: Model) -> Iterator[tuple[str, Lazy]]:
+    """By how much each frequency is divided, where that is not a formula of llama.cpp's."""
+    if model.kind == "longrope":
+        for length in ("long", "short"):
+            factors = torch.tensor(model.rope[f"{length}_factor"], dtype=torch.float32)
+            yield f"rope_factors_{length}.weight", Lazy(tuple(factors.shape), partial(torch.clone, factors))
+    if model.kind == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+        plain = model.rope["rope_theta"] ** -(torch.arange(0, model.dim, 2, dtype=torch.float32) / model.dim)
+        yield "rope_freqs.weight", Lazy(tuple(scaled.shape), lambda: plain / scaled)
+
+
+def _block(model: Model, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
+    """The tensors of a block by llama.cpp's names inside a block, at the width that it has in the file."""
+    parts = _parts(model, index)
+    layers = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
+    for name, stored in model.inside[index].items():
+        if name not in layers:
+            norm = _stored(model, stored)
+            renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{name}")
+            parts[renamed.removeprefix(f"blk.{index}.")] = _shifted(norm) if model.source.shifted else norm
+    if model.widths[index].heads:
+        _rescale(parts, _score_ratio(model, architecture, index))
+    elif width.heads:
+        parts |= _idle_head(model, architecture)
+    else:
+        parts = {name: lazy for name, lazy in parts.items() if not name.startswith("attn_")}
+    _fill(parts, width.channels, model)
+    if architecture.needs_biases:
+        for layer in model.layers:
+            parts.setdefault(f"{layer}.bias", Lazy.full(parts[f"{layer}.weight"].shape[:1], 0.0))
+    if architecture.pairs:
+        for layer in ("attn_q", "attn_k"):
+            for leaf in ("weight", "bias"):
+                if f"{layer}.{leaf}" in parts:
+                    parts[f"{layer}.{leaf}"] = parts[f"{layer}.{leaf}"].then(partial(_in_pairs, dim=model.dim))
+    if architecture.fused_qkv:
+        _fuse(parts, ("attn_q", "attn_k", "attn_v"), "attn_qkv")
+    if architecture.fused_gate:
+        _fuse(parts, ("ffn_gate", "ffn_up"), "ffn_up")
+    return parts
+
+
+def _parts(model: Model, index: int) -> dict[str, Lazy]:
+    """The layers that pruning cuts, one by one where they are stored fused, as outputs x inputs.
+
+    Raises:
+        SecateurError: one is missing, or has another shape than the width in the config.
+    """
+    width, family, hidden, dim = model.widths[index], model.family, model.config.hidden_size, model.dim
+    rows, shared, channels = width.heads * dim, width.groups * dim, width.channels
+    shapes = {
+        "attn_q": (rows, hidden),
+        "attn_k": (shared, hidden),
+        "attn_v": (shared, hidden),
+        "attn_output": (hidden, rows),
+        "ffn_gate": (channels, hidden),
+        "ffn_up": (channels, hidden),
+        "ffn_down": (hidden, channels),
+    }
+    starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
+    parts: dict[str, Lazy] = {}
+    for layer, name in model.layers.items():
+        for leaf in ("weight", "bias"):
+            shape = shapes[layer][: 2 if leaf == "weight" else 1]
+            stored = model.inside[index].get(f"{name}.{leaf}")
+            if stored is None:
+                if leaf == "weight" and 0 not in shape:
+                    raise SecateurError(f"{model.checkpoint.source}: block {index} has no {name}.weight; restore it")
+                continue
+            lazy = _stored(model, stored)
+            if model.source.transposed and leaf == "weight":
+                lazy = lazy.then(torch.t)
+            if family.fused and family.interleaved and layer in QKV:
+                lazy = lazy.then(partial(_every_third, at="qkv".index(layer[-1]), dim=dim))
+            elif (family.fused and layer in QKV) or (family.fused_gate and layer in ("ffn_gate", "ffn_up")):
+                lazy = lazy.rows(starts[layer], starts[layer] + shape[0])
+            if lazy.shape != shape:
+                raise SecateurError(
+                    f"{model.checkpoint.source}: {stored} gives {list(lazy.shape)} for {layer} where config.json makes "
+                    f"it {list(shape)}; find the config.json of these weights"
+                )
+            parts[f"{layer}.{leaf}"] = lazy
+    return parts
+
+
+def _every_third(fused: Tensor, at: int, dim: int) -> Tensor:
+    """The rows of queries, keys or values, where these three of each head lie together."""
+    return fused.unflatten(0, (-1, 3, dim))[:, at].flatten(0, 1)
+
+
+def _in_pairs(rows: Tensor, dim: int) -> Tensor:
+    """Rows of each head reordered, so that entries which rotate together are neighbours."""
+    return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _shifted(norm: Lazy) -> Lazy:
+    """The factors of a norm that adds one to what it stores."""
+    return norm.then(lambda values: values.float() + 1)
+
+
+def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:
+    """The model's scale of attention scores over llama.cpp's."""
+    config = model.config
+    if architecture.windows:
+        # It tells Gemma's 27B models by their depth, and takes their scale from the width per head.
+        deepest = {"gemma2": 46, "gemma3": 62}[architecture.name] == len(model.widths)
+        assumed = config.hidden_size // model.widths[0].heads if deepest else model.dim
+        return float((assumed / config.query_pre_attn_scalar) ** 0.5)
+    if architecture.name == "gpt2":
+        ratio = 1.0 if config.scale_attn_weights else model.dim**0.5
+        return ratio / (index + 1) if config.scale_attn_by_inverse_layer_idx else ratio
+    return 1.0
+
+
+def _rescale(parts: dict[str, Lazy], ratio: float) -> None:
+    """Multiply queries, where they were last multiplied by a weight."""
+    normed = "attn_q_norm.weight" in parts
+    for name in ("attn_q_norm.weight",) if normed else ("attn_q.weight", "attn_q.bias"):
+        if name in parts and ratio != 1:
+            parts[name] = parts[name].then(lambda values: values.float() * ratio)
+
+
+def _idle_head(model: Model, architecture: Architecture) -> dict[str, Lazy]:
+    """A head whose output is multiplied by zero."""
+    hidden, dim = model.config.hidden_size, model.dim
+    parts = {f"attn_{letter}.weight": Lazy.full((dim, hidden), 0.0) for letter in "qkv"}
+    parts["attn_output.weight"] = Lazy.full((hidden, dim), 0.0)
+    if architecture.head_norms:
+        parts |= {f"attn_{letter}_norm.weight": Lazy.full((dim,), 1.0) for letter in "qk"}
+    return parts
+
+
+def _fill(parts: dict[str, Lazy], channels: int, model: Model) -> None:
+    """Add channels that give zero and are multiplied by zero."""
+    hidden, present = model.config.hidden_size, [layer for layer in model.layers if layer.startswith("ffn_")]
+    for layer in present:
+        down = layer == "ffn_down"
+        lazy = parts.get(f"{layer}.weight", Lazy.full((hidden, 0) if down else (0, hidden), 0.0))
+        extra = channels - lazy.shape[1 if down else 0]
+        parts[f"{layer}.weight"] = lazy.then(partial(functional.pad, pad=(0, extra) if down else (0, 0, 0, extra)))
+        if not down and f"{layer}.bias" in parts:
+            parts[f"{layer}.bias"] = parts[f"{layer}.bias"].then(partial(functional.pad, pad=(0, extra)))
+
+
+def _fuse(parts: dict[str, Lazy], layers: tuple[str, ...], name: str) -> None:
+    """Stack the rows of several layers into one."""
+    for leaf in ("weight", "bias"):
+        found = [parts.pop(f"{layer}.{leaf}") for layer in layers if f"{layer}.{leaf}" in parts]
+        if found:
+            parts[f"{name}.{leaf}"] = Lazy.stack(found)
