@@ -291,6 +291,27 @@ def evaluate(
         int,
         typer.Option(help="Tokens to use from the start of each text; 0 for all.", rich_help_panel="What to measure"),
     ] = 8192,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Multiple-choice tasks of lm-eval to answer zero-shot, such as boolq,piqa,hellaswag,winogrande,"
+            "arc_easy,arc_challenge,openbookqa. Needs secateur[tasks]; the data come from the hub.",
+            show_default="none",
+            rich_help_panel="What to measure",
+        ),
+    ] = "",
+    limit: Annotated[
+        int,
+        typer.Option(help="Items from the start of each task; 0 for all.", rich_help_panel="What to measure"),
+    ] = 0,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with task files (.yaml) of your own, in lm-eval's form, which can read local data.",
+            show_default="none",
+            rich_help_panel="What to measure",
+        ),
+    ] = None,
     speed: Annotated[
         bool,
         typer.Option(
@@ -313,12 +334,14 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure MODEL: its size, the perplexity of texts, speed; with --against, side by side with another.
+    """Measure MODEL: size, perplexity of texts, accuracy on tasks, speed; --against puts another beside it.
 
     Example: secateur eval ./SmolLM2-pruned --perplexity wiki.txt --against ./SmolLM2-135M --speed
     """
     if tokens < 0:
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for the whole text")
+    if limit < 0:
+        raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     if json_ is not None:
         _check_file(json_)
     bars = Bars()
@@ -332,6 +355,9 @@ def evaluate(
         texts=perplexity or [],
         length=length,
         tokens=tokens or None,
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        limit=limit or None,
+        task_path=task_path,
         speed=speed,
         device=device,
         dtype=dtype,

@@ -1,6 +1,23 @@
-"""How good and how fast a model is: perplexity and speed, dense or pruned alike."""
+"""How good and how fast a model is: perplexity, tasks and speed, dense or pruned alike."""
 
+from secateur.evaluate.likelihood import Likelihood, log_likelihoods
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.speed import Speed, SpeedComparison, compare_speed, speed
+from secateur.evaluate.tasks import Accuracy, Kept, TaskResult, kept, open_tasks, zero_shot
 
-__all__ = ["Perplexity", "Speed", "SpeedComparison", "compare_speed", "perplexity", "speed"]
+__all__ = [
+    "Accuracy",
+    "Kept",
+    "Likelihood",
+    "Perplexity",
+    "Speed",
+    "SpeedComparison",
+    "TaskResult",
+    "compare_speed",
+    "kept",
+    "log_likelihoods",
+    "open_tasks",
+    "perplexity",
+    "speed",
+    "zero_shot",
+]

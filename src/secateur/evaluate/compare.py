@@ -1,13 +1,13 @@
-"""Evaluate one model, or two side by side: sizes, perplexity of texts, speed."""
+"""Evaluate one model, or two side by side: sizes, perplexity of texts, accuracy on tasks, speed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from secateur.calibration import check_calibration, consecutive_rows
 from secateur.checkpoint import Checkpoint, open_checkpoint
@@ -16,6 +16,8 @@ from secateur.errors import SecateurError
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.speed import Speed, compare_speed
 from secateur.evaluate.speed import speed as measure_speed
+from secateur.evaluate.tasks import Kept, TaskResult, kept, open_tasks, zero_shot
+from secateur.formats.per_layer import model_class
 from secateur.options import DTYPES
 from secateur.progress import Silent, Watcher, reading
 from secateur.quiet import quiet
@@ -49,6 +51,7 @@ class ModelScore:
     bos: bool
     """Whether rows begin with BOS."""
     texts: list[TextScore]
+    tasks: list[TaskResult]
     speed: Speed | None = None
 
 
@@ -59,6 +62,10 @@ class Figure(NamedTuple):
     values: list[float]
     ratio: float | None
     form: str
+    errors: tuple[float | None, ...] = ()
+    """Standard errors of the values, where they are known."""
+    interval: tuple[float, float] | None = None
+    """95 % of the ratio, where it is known."""
 
 
 @dataclass
@@ -79,6 +86,14 @@ class Evaluation:
         for index, text in enumerate(first.texts):
             values = [m.texts[index].perplexity for m in self.models]
             figures.append(self._figure(f"perplexity {short(text.source)}", values, "{:,.3f}"))
+        left = self.kept()
+        for index, task in enumerate(first.tasks):
+            for metric in task.accuracies():
+                scores = [m.tasks[index].accuracies()[metric] for m in self.models]
+                label, errors = f"{task.name} {metric}", tuple(score.standard_error for score in scores)
+                part = left.get(label)
+                ratio, interval = (part.ratio, part.interval) if part is not None else (None, None)
+                figures.append(Figure(label, [s.value for s in scores], ratio, "{:.3f}", errors, interval))
         if first.speed is not None:
             speeds = [m.speed for m in self.models if m.speed is not None]
             prefill, decode = self.speed_ratios or (None, None)
@@ -90,9 +105,25 @@ class Evaluation:
     def _figure(label: str, values: list[float], form: str) -> Figure:
         return Figure(label, values, values[0] / values[1] if len(values) == 2 else None, form)
 
+    def kept(self) -> dict[str, Kept]:
+        """By task and metric, how much of the second model's accuracy the first one keeps; empty for one model."""
+        if len(self.models) < 2:
+            return {}
+        found = {
+            f"{first.name} {metric}": kept(accuracy, second.accuracies()[metric])
+            for first, second in zip(self.models[0].tasks, self.models[1].tasks, strict=True)
+            for metric, accuracy in first.accuracies().items()
+        }
+        return {label: part for label, part in found.items() if part is not None}
+
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return asdict(self)
+        """For a JSON file; outcomes of a task's items are one string of 0 and 1."""
+        result = asdict(self)
+        for model in result["models"]:
+            for task in model["tasks"]:
+                for metric in filter(None, (task["acc"], task["acc_norm"])):
+                    metric["outcomes"] = "".join(map(str, metric["outcomes"]))
+        return result | {"kept": {label: asdict(part) for label, part in self.kept().items()}}
 
 
 def short(source: str) -> str:
@@ -108,6 +139,9 @@ def evaluate(
     texts: list[str],
     length: int = 128,
     tokens: int | None = 8192,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    task_path: str | Path | None = None,
     speed: bool = False,
     device: str = "auto",
     dtype: str = "float32",
@@ -123,6 +157,9 @@ def evaluate(
         texts: files or data sets to score.
         length: tokens in a row.
         tokens: tokens from the start of each text; None for all.
+        tasks: names of lm-eval's multiple-choice tasks, or of those in `task_path`; scored zero-shot.
+        limit: items from the start of each task; None for all.
+        task_path: a folder with task files of one's own.
         speed: measure prefill and decoding; two models are measured in turns, so that their ratio holds.
         device: where to compute.
         dtype: what to compute in.
@@ -148,8 +185,9 @@ def evaluate(
             checkpoints.append(
                 open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
             )
-    # All texts are read before a model is loaded: mistakes come first.
-    tokenizers = [checkpoint.tokenizer() if texts else None for checkpoint in checkpoints]
+    # All texts and tasks are read before a model is loaded: mistakes come first.
+    opened = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
+    tokenizers = [checkpoint.tokenizer() if texts or opened else None for checkpoint in checkpoints]
     rows: list[list[torch.Tensor]] = []
     for checkpoint, tokenizer in zip(checkpoints, tokenizers, strict=True):
         rows.append([])
@@ -166,8 +204,10 @@ def evaluate(
         for text, ids in zip(texts, batches, strict=True):
             found = perplexity(network, ids, watcher=watcher, what=f"{short(checkpoint.source)} on {short(text)}")
             scored.append(TextScore(text, found.perplexity, found.tokens, found.rows, found.length))
+        answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{short(checkpoint.source)} on")
         bos = tokenizer is not None and begins_with_bos(tokenizer)
-        scores.append(ModelScore(checkpoint.source, count, count * checkpoints[0].dtype.itemsize, bos, scored))
+        size = count * checkpoints[0].dtype.itemsize
+        scores.append(ModelScore(checkpoint.source, count, size, bos, scored, answered))
         # Two models stay in memory only where they are run in turns.
         if speed:
             loaded.append(network)
@@ -181,7 +221,7 @@ def evaluate(
 def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """The whole model through transformers, for evaluation only."""
     with quiet():
-        network = AutoModelForCausalLM.from_pretrained(
+        network = model_class(checkpoint.config).from_pretrained(
             checkpoint.path, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
         )
     return network.eval().to(device)

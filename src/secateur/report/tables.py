@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from secateur.evaluate.compare import Evaluation
+    from secateur.evaluate.compare import Evaluation, Figure
     from secateur.steps.summary import Summary
 
 
@@ -54,14 +54,17 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
     for name in (*names, "ratio")[: 3 if len(names) == 2 else 1]:
         table.add_column(name, justify="right", overflow="fold")
     for figure in result.figures():
-        ratio = [] if figure.ratio is None else [f"{figure.ratio:.3f}"]
-        table.add_row(figure.label, *map(figure.form.format, figure.values), *ratio)
+        table.add_row(figure.label, *_values(figure), *_ratio(figure))
     lines = []
     for text in first.texts:
         lines.append(
             f"{short(text.source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; "
             f"{_begin(first.bos)}."
         )
+    if first.tasks:
+        items = ", ".join(f"{task.name} {task.items:,} items" for task in first.tasks)
+        how = "; share kept with its 95 % interval, paired by item" if len(names) == 2 else ""
+        lines.append(f"Zero-shot: {items}; ± one standard error{how}.")
     if first.speed is not None:
         speed = first.speed
         lines.append(
@@ -70,6 +73,25 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
             + (", ratios of runs that took turns." if len(names) == 2 else ".")
         )
     return table, lines
+
+
+def _values(figure: Figure) -> list[str]:
+    """Each value as text, with its standard error where that is known."""
+    values = [figure.form.format(value) for value in figure.values]
+    errors = ["" if error is None else f" ± {figure.form.format(error)}" for error in figure.errors]
+    return [value + error for value, error in zip(values, errors, strict=True)] if errors else values
+
+
+def _ratio(figure: Figure) -> list[str]:
+    """The ratio as text, as a share with its interval where there is one; nothing for one model."""
+    if figure.ratio is None:
+        return []
+    if not figure.errors:
+        return [f"{figure.ratio:.3f}"]
+    if figure.interval is None:
+        return [f"{figure.ratio:.1%}"]
+    low, high = figure.interval
+    return [f"{figure.ratio:.1%} ({100 * low:.1f} to {100 * high:.1f})"]
 
 
 def _begin(bos: bool) -> str:
