@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from llama_cpp_py_sync import _cffi_bindings as bindings
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -35,7 +36,6 @@ from secateur.steps.export import Exported, export
 from secateur.structure import Keep
 from secateur.surgery import width_of
 
-bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings", reason="needs the llama-cpp-py-sync wheel")
 ffi, lib = bindings.get_ffi(), bindings.get_lib()
 log: list[str] = []
 

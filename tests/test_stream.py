@@ -336,3 +336,21 @@ def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
 def test_every_kind_has_a_module(stream):
     for block in stream.blocks:
         assert [block.module(kind).kind for kind in KINDS] == list(KINDS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_head_gives_the_logits_of_the_model(checkpoint_folder, name):
+    model, ids = build(name), token_rows(3, 17)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+    stream, rows = BlockStream(open_checkpoint(checkpoint_folder(name))), Rows.of(ids)
+    with Arena() as arena:
+        hidden = stream.embed(rows, arena)
+        for index in range(len(stream)):
+            with stream.filled(index) as layer:
+                for at in rows.batches():
+                    hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
+        with stream.head() as head:
+            assert relative(head(ids, hidden.parts[0], 1), wanted) < TOLERANCE
+            assert relative(head(ids, hidden.parts[0], 3), wanted[:, 2::3]) < TOLERANCE
+    assert on_meta(stream.model)

@@ -117,8 +117,29 @@ def prune(
         ),
     ],
     sparsity: Annotated[
-        float, typer.Option(help="Share of the parameters to remove, between 0 and 1.", rich_help_panel="Target")
-    ] = Options.sparsity,
+        float | None,
+        typer.Option(
+            help="Share of the parameters to remove, between 0 and 1.", show_default="0.25", rich_help_panel="Target"
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a share, the most that the result may take: params=100M, params=80%, bytes=60MB, kv=50%, "
+            "prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (the smallest model within that loss).",
+            show_default="none",
+            rich_help_panel="Target",
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of both, a file with the exact heads and channels to keep: what secateur plan writes, or "
+            "the secateur.json of an earlier run.",
+            show_default="none",
+            rich_help_panel="Target",
+        ),
+    ] = None,
     of: Annotated[
         str,
         typer.Option(help="What that share counts: the pruned blocks, or the whole model.", rich_help_panel="Target"),
@@ -139,7 +160,13 @@ def prune(
         ),
     ] = "heads,channels",
     widths: Annotated[
-        str, typer.Option(help="uniform: one width for all blocks, which loads everywhere.", rich_help_panel="Target")
+        str,
+        typer.Option(
+            help="adaptive: each module the width at which the whole model loses least; uniform: one width for all "
+            "blocks, which the stock class holds; or a JSON file with the share that goes for ranges of blocks, like "
+            '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
+            rich_help_panel="Target",
+        ),
     ] = Options.widths,
     round_: Annotated[
         int,
@@ -153,7 +180,7 @@ def prune(
         str,
         typer.Option(
             help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
-            "second-moment, wanda: by activations; l1, l2: by weights alone; random.",
+            "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random.",
             rich_help_panel="Method",
         ),
     ] = Options.criterion,
@@ -162,7 +189,7 @@ def prune(
         typer.Option(
             help="How the rest makes up for them. refit: the output layers, aiming at what the dense model gives "
             "and so repairing earlier blocks' errors; paper: both layers of a module, to their dense outputs; "
-            "none: weights are only cut.",
+            "bias: no weight changes, but what the removed units gave on average is added; none: weights are only cut.",
             rich_help_panel="Method",
         ),
     ] = Options.recovery,
@@ -212,6 +239,29 @@ def prune(
             rich_help_panel="Output",
         ),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="hf: a width for each block, transformers loads it with trust_remote_code=True; stock: one width, the "
+            "family's own class; gguf: one file for llama.cpp.",
+            show_default="hf; stock with --widths uniform",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    type_: Annotated[
+        str,
+        typer.Option(
+            "--type", help="Of the tensors in a GGUF file: f32, f16, bf16, q8_0, q4_0.", rich_help_panel="Output"
+        ),
+    ] = Options.type,
+    survey: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the survey in this file: read if it is there, written otherwise. One survey serves every size.",
+            show_default="none",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -229,9 +279,11 @@ def prune(
     """
     options = Options(
         sparsity=sparsity,
+        target=target,
+        plan=plan,
         of=of,
         blocks=blocks,
-        modules=cast("tuple[Kind, ...]", tuple(part.strip() for part in modules.split(","))),
+        modules=_kinds(modules),
         widths=widths,
         criterion=criterion,
         recovery=recovery,
@@ -244,7 +296,11 @@ def prune(
         seed=seed,
         multiple=round_,
         dtype=dtype,
+        format=format,
+        type=type_,
     )
+    if survey is not None and not survey.exists():
+        _check_file(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.report.tables import prune_table
@@ -259,9 +315,216 @@ def prune(
         trust_remote_code=trust_remote_code,
         dry_run=dry_run,
         overwrite=overwrite,
+        survey_file=survey,
         watcher=bars,
     )
     _show(*prune_table(summary, out))
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that secateur prune wrote.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The folder, or the .gguf file, to write.", show_default=False),
+    ],
+    format: Annotated[
+        str,
+        typer.Option(help="gguf: one file for llama.cpp; hf: a folder whose config spells every block's width."),
+    ] = "gguf",
+    type_: Annotated[str, typer.Option("--type", help="Of the tensors in a GGUF file: f32, f16, bf16, q8_0, q4_0.")] = (
+        Options.type
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+) -> None:
+    """Convert a pruned model in DIR to another format.
+
+    Example: secateur export ./SmolLM2-pruned SmolLM2-pruned.gguf --type q8_0
+    """
+    if format not in ("gguf", "hf"):
+        raise SecateurError(f"format is '{format}'; it must be gguf or hf")
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.steps.export import export as run
+
+    done = run(folder, out, format=cast("Any", format), type=type_, overwrite=overwrite, watcher=bars)
+    typer.echo(f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}")
+
+
+@app.command()
+def plan(
+    model: _Model,
+    sparsity: Annotated[
+        float | None, typer.Option(help="See secateur prune.", show_default="0.25", rich_help_panel="Target")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = None,
+    plan_: Annotated[
+        str | None,
+        typer.Option("--plan", help="Check and draw this plan in place of making one.", rich_help_panel="Target"),
+    ] = None,
+    of: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.of,
+    blocks: Annotated[str | None, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = None,
+    modules: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = "heads,channels",
+    widths: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.widths,
+    round_: Annotated[
+        int, typer.Option("--round", help="See secateur prune.", rich_help_panel="Target")
+    ] = Options.multiple,
+    criterion: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Method")] = Options.criterion,
+    ridge: Annotated[float, typer.Option(help="See secateur prune.", rich_help_panel="Method")] = Options.ridge,
+    calibration: Annotated[
+        str, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")
+    ] = Options.calibration,
+    samples: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.samples,
+    length: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.length,
+    seed: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.seed,
+    device: _Device = "auto",
+    revision: _Revision = None,
+    trust_remote_code: _Trust = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help="The format that is to hold it; see secateur prune.", rich_help_panel="Output"),
+    ] = None,
+    type_: Annotated[str, typer.Option("--type", help="See secateur prune.", rich_help_panel="Output")] = Options.type,
+    survey: Annotated[Path | None, typer.Option(help="See secateur prune.", rich_help_panel="Output")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the plan to this JSON file: edit it, then give it to secateur prune --plan.",
+            show_default="none",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+) -> None:
+    """Choose widths for MODEL, or check a plan, and show them block by block; no model is written.
+
+    Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
+    """
+    options = Options(
+        sparsity=sparsity,
+        target=target,
+        plan=plan_,
+        of=of,
+        blocks=blocks,
+        modules=_kinds(modules),
+        widths=widths,
+        criterion=criterion,
+        ridge=ridge,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        multiple=round_,
+        format=format,
+        type=type_,
+    )
+    for file in (out, survey):
+        if file is not None and not (file == survey and file.exists()):
+            _check_file(file)
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.tables import plan_table
+        from secateur.steps.propose import propose
+
+    proposal = propose(
+        model,
+        options,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        survey_file=survey,
+        watcher=bars,
+    )
+    if out is not None:
+        out.write_text(json.dumps(proposal.as_dict(), indent=2) + "\n", encoding="utf-8")
+    _show(*plan_table(proposal, out))
+
+
+@app.command()
+def sizes(
+    model: _Model,
+    out: Annotated[
+        Path, typer.Option(help="The folder that gets a model for each size, a table and a plot.", show_default=False)
+    ],
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of the parameters to remove, with commas.", rich_help_panel="Target")
+    ] = "0.1,0.2,0.3,0.5",
+    of: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.of,
+    widths: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.widths,
+    round_: Annotated[
+        int, typer.Option("--round", help="See secateur prune.", rich_help_panel="Target")
+    ] = Options.multiple,
+    calibration: Annotated[
+        str, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")
+    ] = Options.calibration,
+    samples: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.samples,
+    length: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.length,
+    seed: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.seed,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to score each size on; may be given several times.",
+            show_default="none",
+            rich_help_panel="What to measure",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of each text; 0 for all.", rich_help_panel="What to measure")
+    ] = 8192,
+    device: _Device = "auto",
+    revision: _Revision = None,
+    trust_remote_code: _Trust = False,
+    format: Annotated[
+        str | None, typer.Option(help="hf or stock; see secateur prune.", rich_help_panel="Output")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="See secateur prune.", rich_help_panel="Output")] = None,
+    survey: Annotated[Path | None, typer.Option(help="See secateur prune.", rich_help_panel="Output")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace models that are there.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Prune MODEL to several sizes from one survey, and plot perplexity against size.
+
+    Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
+    """
+    shares = _shares(sparsities)
+    if format == "gguf":
+        raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
+    options = [
+        Options(
+            sparsity=share,
+            of=of,
+            widths=widths,
+            multiple=round_,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            format=format,
+            dtype=dtype,
+        )
+        for share in shares
+    ]
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.tables import sizes_table
+        from secateur.steps.sizes import sizes as run
+
+    results = run(
+        model,
+        out,
+        options,
+        texts=perplexity or [],
+        tokens=tokens or None,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        survey_file=survey,
+        overwrite=overwrite,
+        watcher=bars,
+    )
+    _show(*sizes_table(results, out))
 
 
 @app.command(name="eval")
@@ -368,6 +631,21 @@ def evaluate(
     if json_ is not None:
         json_.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
     _show(*eval_table(result))
+
+
+def _kinds(text: str) -> tuple[Kind, ...]:
+    return cast("tuple[Kind, ...]", tuple(part.strip() for part in text.split(",")))
+
+
+def _shares(text: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SecateurError(f"sparsities is '{text}'; write numbers with commas, for example .1,.25,.5") from None
+    if len(set(shares)) < len(shares):
+        raise SecateurError(f"sparsities is '{text}', where one is there twice")
+    return sorted(shares)
 
 
 def _check_file(path: Path) -> None:

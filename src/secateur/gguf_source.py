@@ -44,7 +44,7 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
         start = stream.read(2**20)
     if start[:4] != b"GGUF":
         raise SecateurError(f"{file}: not a GGUF file (it starts with {start[:4]!r}); download it again")
-    folder = _cache() / f"{file.stem}-{_key(file, start, dtype)}"
+    folder = cache_folder() / f"{file.stem}-{_key(file, start, dtype)}"
     if folder.is_dir():
         return folder
     _check(file)
@@ -68,8 +68,8 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def _cache() -> Path:
-    """Where dequantised models are kept."""
+def cache_folder() -> Path:
+    """Where dequantised models are kept, and whatever else is worth keeping from run to run."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "secateur"
 

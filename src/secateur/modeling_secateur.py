@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "Secateur"
 """Of class names: what follows is the name of a class in transformers."""
@@ -202,7 +203,7 @@ class NoHeads(NoChannels):
         super().__init__(attention, biased)
         # Decoder layers read some from outside, such as `is_sliding`.
         plain = {key: value for key, value in vars(attention).items() if not key.startswith("_")}
-        self.__dict__.update(plain, output=self.output)
+        self.__dict__.update(plain, output=self.output, heads=0)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         """The bias of the output layer, and no attention weights."""
@@ -211,4 +212,7 @@ class NoHeads(NoChannels):
             if isinstance(cache, Cache):
                 note = hidden_states.new_zeros(*hidden_states.shape[:2], 1).unsqueeze(1)
                 cache.update(note, note, self.layer_idx, {"cache_position": kwargs.get("cache_position")})
+        if self.heads:  # Never: vLLM refuses a model with a layer in whose source it does not find this call.
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+            attend(self, hidden_states, hidden_states, hidden_states, None)
         return super().forward(hidden_states), None

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
+from secateur.budget import Target, parse_target
 from secateur.errors import SecateurError
 from secateur.structure import KINDS, Kind
 
-CRITERIA = ("surgeon", "second-moment", "wanda", "l1", "l2", "random")
-RECOVERIES = ("refit", "paper", "none")
+CRITERIA = ("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random")
+RECOVERIES = ("refit", "paper", "bias", "none")
 WHEN = ("after", "before", "both")
 SHARES = ("blocks", "model")
-WIDTHS = ("uniform",)
+WIDTHS = ("adaptive", "uniform")
+FORMATS = ("hf", "stock", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,15 +28,20 @@ class Options:
     Raises `SecateurError` for a value that makes no sense whatever the model.
     """
 
-    sparsity: float = 0.25
-    """Share of parameters to remove."""
+    sparsity: float | None = None
+    """Share of parameters to remove; a quarter where there is neither a target nor a plan."""
+    target: str | None = None
+    """In place of a share, the most that the result may take: `params=80%`, `bytes=60MB`, `prefill=1.5x`, ..."""
+    plan: str | None = None
+    """In place of both, a file with the exact units to keep."""
     of: str = "blocks"
     """What the share counts: the pruned `blocks`, or the whole `model`."""
     blocks: str | None = None
     """Which blocks, `first:end` with the end left out; all by default."""
     modules: tuple[Kind, ...] = KINDS
     """Which units may go: `heads`, `channels`."""
-    widths: str = "uniform"
+    widths: str = "adaptive"
+    """`adaptive`, each module its own; `uniform`, one for all blocks; or a file with ratios for block ranges."""
     criterion: str = "surgeon"
     recovery: str = "refit"
     recover: str = "after"
@@ -50,13 +58,19 @@ class Options:
     """Feed-forward widths are rounded to it (`--round`)."""
     dtype: str | None = None
     """Of the output; that of the input by default."""
+    format: str | None = None
+    """`hf`, a width per block; `stock`, one width and the stock class; `gguf`. By default the first that holds it."""
+    type: str = "f16"
+    """Of the tensors in a GGUF file."""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.sparsity, int | float) and math.isfinite(self.sparsity) and 0 < self.sparsity < 1):
-            raise SecateurError(f"sparsity is {self.sparsity}; it must lie between 0 and 1, for example 0.25")
+        share = self.sparsity
+        if share is not None and not (isinstance(share, int | float) and math.isfinite(share) and 0 < share < 1):
+            raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
+        self._check_target()
         for name, value, allowed in (
             ("of", self.of, SHARES),
-            ("widths", self.widths, WIDTHS),
+            ("format", self.format, (None, *FORMATS)),
             ("criterion", self.criterion, CRITERIA),
             ("recovery", self.recovery, RECOVERIES),
             ("recover", self.recover, WHEN),
@@ -81,8 +95,40 @@ class Options:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.blocks is not None and re.fullmatch("[0-9]*:[0-9]*", self.blocks) is None:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
-        if self.intercept and self.recovery == "none":
+        if self.intercept and self.recovery in ("bias", "none"):
             raise SecateurError("an intercept is part of the refit: leave --intercept out, or use --recovery refit")
+
+    def _check_target(self) -> None:
+        """One thing alone may say how much goes."""
+        said = {
+            "--sparsity": self.sparsity,
+            "--target": self.target,
+            "--plan": self.plan,
+            "--widths with a file": None if self.widths in WIDTHS else self.widths,
+        }
+        names = [name for name, value in said.items() if value is not None]
+        if len(names) > 1:
+            raise SecateurError(f"{names[0]} and {names[1]} both say how much goes; leave one of them out")
+        for name, path in (("plan", self.plan), ("widths", self.widths)):
+            if path is not None and path not in WIDTHS and not Path(path).is_file():
+                known = " (or adaptive, uniform)" if name == "widths" else ""
+                raise SecateurError(f"{name} is '{path}', where there is no file{known}")
+        if self.target is not None:
+            parse_target(self.target)
+        if self.format == "stock" and self.widths == "adaptive" and self.plan is None:
+            raise SecateurError(
+                "the stock format holds one width for all blocks: take --widths uniform, or --format hf"
+            )
+
+    @property
+    def adds_biases(self) -> bool:
+        """Level-2 layers get a bias, also where the architecture has none."""
+        return self.intercept or self.recovery == "bias"
+
+    @property
+    def goal(self) -> float | Target:
+        """What to reach."""
+        return parse_target(self.target) if self.target is not None else (self.sparsity or 0.25)
 
     def chosen_blocks(self, count: int) -> range:
         """The block range for a model of `count` blocks."""

@@ -1,9 +1,9 @@
 """Choose a module's units and refit what is left, from statistics alone.
 
 `refit` solves level 2 for the error-aware target; `paper` first refits level 1 to the dense level-1 outputs, then
-level 2 to the dense level-2 outputs (Algorithms 1, 3 and 4 of Greedy Output Approximation); `none` leaves the
-weights. `before` refits all units ahead of the choice, so that the criterion sees repaired weights; `after` refits
-the kept ones.
+level 2 to the dense level-2 outputs (Algorithms 1, 3 and 4 of Greedy Output Approximation). `before` refits all units
+ahead of the choice, so that the criterion sees repaired weights; `after` refits the kept ones. `bias` leaves the
+weights and adds to the level-2 bias what the removed units gave on average (FLAP); `none` leaves everything.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ class Recovery:
     """Fit a level-2 bias even where the architecture stores none."""
 
     @property
+    def fits(self) -> bool:
+        """Weights get new values."""
+        return self.method in ("refit", "paper")
+
+    @property
     def before(self) -> bool:
         """Refit all units ahead of the choice."""
-        return self.method != "none" and self.when in ("before", "both")
+        return self.fits and self.when in ("before", "both")
 
     @property
     def after(self) -> bool:
         """Refit the kept units."""
-        return self.method != "none" and self.when in ("after", "both")
+        return self.fits and self.when in ("after", "both")
 
 
 def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -49,6 +54,18 @@ def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> tuple[Tensor, 
 def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
     """The bias (o) with which the mean output is the mean target."""
     return (moments.mean_o - moments.mean_a[keep] @ weight_ao.double()).float()
+
+
+def compensation(moments: Moments, weight_ao: Tensor, keep: Tensor, bias_o: Tensor | None) -> Tensor:
+    """The bias (o) with which the kept inputs give the mean output of all inputs, weights unchanged.
+
+    Inputs are those that the moments were taken of. In `steps/refit.py` that is the pruned stream, so that the mean
+    is right where the module will stand; FLAP itself takes its means from the dense model.
+    """
+    gone = torch.ones(weight_ao.shape[0], dtype=torch.bool, device=weight_ao.device)
+    gone[keep] = False
+    shift = moments.mean_a[gone] @ weight_ao[gone].double()
+    return (shift if bias_o is None else bias_o.double() + shift).float()
 
 
 def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float) -> dict[str, Tensor]:

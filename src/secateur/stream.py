@@ -31,7 +31,7 @@ class Reached(Exception):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block while the model prepares its arguments; passes its input through."""
+    """Stands in for a block while the model prepares its arguments; passes its input through, or `instead`."""
 
     def __init__(self, original: nn.Module):
         super().__init__()
@@ -39,10 +39,11 @@ class _Recorder(nn.Module):
         self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"})
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.input_btd = torch.empty(0)
+        self.instead: Tensor | None = None
 
     def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.input_btd, self.call = hidden_btd, (args, kwargs)
-        return hidden_btd
+        return hidden_btd if self.instead is None else self.instead
 
 
 class BlockStream:
@@ -109,18 +110,10 @@ class BlockStream:
 
         Also records what the model hands to each block for each group of rows, for `run`.
         """
-        prefix = self.model.base_model_prefix
-        base = self.model.get_submodule(prefix)
-        parent_name, _, child = self.family.blocks.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
-        outside = [name for name, _ in base.named_parameters(prefix=prefix) if name not in inside]
+        base = self.model.get_submodule(self.model.base_model_prefix)
         recorders = [_Recorder(layer) for layer in self.layers.children()]
         result = arena.empty(rows, self.width)
-        setattr(parent, child, nn.ModuleList(recorders))
-        try:
-            for name in outside:
-                assign(self.model, name, self._read(name).to(self.device, torch.float32))
+        with self._around(base, recorders):
             base.to(self.device)
             self._calls = []
             for group in rows.groups:
@@ -130,11 +123,51 @@ class BlockStream:
             for at in rows.batches():
                 base(rows.ids(at).to(self.device), use_cache=False)
                 result[at] = recorders[0].input_btd
+        return result
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor, int], Tensor]]:
+        """A function from the stream behind the last block to logits: the model's own final norm and output layer.
+
+        It takes token ids (b x t), their activations (b x t x d) and a stride, and returns the logits (b x t' x v)
+        at positions stride - 1, 2 * stride - 1, ...
+        """
+        recorders = [_Recorder(layer) for layer in self.layers.children()]
+        with self._around(self.model, recorders):
+
+            def logits(ids: Tensor, hidden_btd: Tensor, stride: int = 1) -> Tensor:
+                recorders[-1].instead = hidden_btd.to(self.device)
+                wanted = torch.arange(stride - 1, ids.shape[1], stride, device=self.device)
+                output = self.model(ids.to(self.device), use_cache=False, logits_to_keep=wanted)
+                return output.logits
+
+            yield logits
+
+    @contextmanager
+    def _around(self, part: nn.Module, recorders: list[_Recorder]) -> Iterator[None]:
+        """The weights of a part of the model outside its blocks, filled, with recorders for the blocks."""
+        parent_name, _, child = self.family.blocks.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
+        prefix = "" if part is self.model else self.model.base_model_prefix
+        names = [name for name, _ in part.named_parameters(prefix=prefix, remove_duplicate=False)]
+        outside = [name for name in names if name not in inside]
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        setattr(parent, child, nn.ModuleList(recorders))
+        try:
+            # Those that are tied to another one last, so that they can share its memory.
+            for name in sorted(outside, key=lambda name: self.checkpoint.resolve(name) is None):
+                if self.checkpoint.resolve(name) is None and name in tied:
+                    value = self.model.get_parameter(tied[name]).data
+                else:
+                    value = self._read(name).to(self.device, torch.float32)
+                assign(self.model, name, value)
+            part.to(self.device)
+            yield
         finally:
             setattr(parent, child, self.layers)
             for name in outside:
                 assign(self.model, name, self.model.get_parameter(name).to("meta"))
-        return result
 
     def run(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.criteria import l1, l2, random, second_moment, surgeon, wanda
+from secateur.criteria import flap, l1, l2, random, second_moment, surgeon, wanda
 from secateur.criteria.statistics import Statistics
 from secateur.solve import Elimination
 from secateur.structure import Depth2, Pattern
@@ -22,6 +22,9 @@ __all__ = ["NEEDS_INPUTS", "Statistics", "error_curve", "pattern_units", "remova
 SCORES: dict[str, Callable[[Statistics], Tensor]] = {
     "second-moment": second_moment.scores,
     "wanda": wanda.scores,
+    "flap-wifv": flap.wifv,
+    "flap-ifv": flap.ifv,
+    "flap-wifn": flap.wifn,
     "l1": l1.scores,
     "l2": l2.scores,
     "random": random.scores,

@@ -104,10 +104,15 @@ def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
         SecateurError: a stored tensor is missing, has another shape than the config says, or has no place.
     """
     storage = TYPES[type]
-    named = dict(_whole(model, architecture))
-    for index, width in enumerate(laid_out(model, architecture, type)):
-        named |= {f"blk.{index}.{name}": lazy for name, lazy in _block(model, architecture, index, width).items()}
-    return [Entry(name, lazy, _type(name, lazy.shape, storage)) for name, lazy in named.items()]
+    whole = [Entry(name, lazy, _type(name, lazy.shape, storage)) for name, lazy in _whole(model, architecture)]
+    return whole + [e for index in range(len(model.widths)) for e in block_entries(model, architecture, index, type)]
+
+
+def block_entries(model: Model, architecture: Architecture, index: int, type: str) -> list[Entry]:
+    """The tensors of one block; raises what `entries` does."""
+    width = laid_out(model, architecture, type)[index]
+    named = _block(model, architecture, index, width).items()
+    return [Entry(f"blk.{index}.{name}", lazy, _type(name, lazy.shape, TYPES[type])) for name, lazy in named]
 
 
 def _type(name: str, shape: tuple[int, ...], storage: Storage) -> GGMLQuantizationType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from secateur.evaluate.compare import Evaluation, Figure
+    from secateur.steps.propose import Proposal
+    from secateur.steps.sizes import Size
     from secateur.steps.summary import Summary
+    from secateur.structure import Width
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -17,19 +22,20 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     table = Table(title="Expected" if summary.dry else "Pruned", title_justify="left")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left")
-    dense, width = summary.dense, summary.width
+    dense, now = summary.dense, summary.now()
     figures: list[tuple[str, tuple[int, int], float, str]] = [
         ("parameters", summary.parameters, 1e6, "{:,.2f} M"),
         ("weights on disk", summary.bytes, 1e6, "{:,.2f} MB"),
         ("cache per token", summary.cache_bytes, 1, "{:,.0f} B"),
-        ("query heads", (dense.heads, width.heads), 1, "{:,.0f}"),
-        ("key/value heads", (dense.groups, width.groups), 1, "{:,.0f}"),
-        ("channels", (dense.channels, width.channels), 1, "{:,.0f}"),
+        ("query heads", (sum(w.heads for w in dense), sum(w.heads for w in now)), 1, "{:,.0f}"),
+        ("key/value heads", (sum(w.groups for w in dense), sum(w.groups for w in now)), 1, "{:,.0f}"),
+        ("channels", (sum(w.channels for w in dense), sum(w.channels for w in now)), 1, "{:,.0f}"),
     ]
     for label, (before, after), unit, form in figures:
         table.add_row(label, form.format(before / unit), form.format(after / unit), f"{after / before:.3f}")
     whose = "the pruned blocks'" if summary.of == "blocks" else "the model's"
-    lines = [f"{summary.sparsity:.2%} of {whose} parameters go, in {summary.blocks} blocks of one width."]
+    lines = [f"{summary.sparsity:.2%} of {whose} parameters go, {_where(summary)}."]
+    lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
         lines.append(f"Note: {summary.note}.")
     if summary.dry:
@@ -38,7 +44,95 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     else:
         lines.append(f"Calibrated on {summary.tokens:,} tokens; {_begin(summary.bos)}.")
         lines.append(f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}")
+        lines.append(_loads(summary, out))
     return table, lines
+
+
+def _where(summary: Summary) -> str:
+    """Over which blocks the loss is spread."""
+    count = len(summary.widths)
+    if not summary.uniform:
+        return f"in {count} blocks of their own widths"
+    width = next(iter(summary.widths.values()))
+    return (
+        f"in {count} blocks of {width.heads} query heads, {width.groups} key/value heads, {width.channels:,} channels"
+    )
+
+
+def _loads(summary: Summary, out: Path) -> str:
+    """How the result is opened."""
+    if summary.format == "gguf":
+        return f"Run it: llama-cli -m {out}"
+    extra = ", trust_remote_code=True" if summary.format == "hf" else ""
+    return f'Load it: AutoModelForCausalLM.from_pretrained("{out}"{extra})'
+
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def profile(dense: list[Width], now: list[Width]) -> list[str]:
+    """Two lines, one character a block: the share of heads and of channels that stays."""
+
+    def line(label: str, shares: list[float]) -> str:
+        # The lowest bar means that something is left; a blank, that nothing is.
+        marks = "".join(BARS[math.ceil(share * 8)] for share in shares)
+        return f"{label:<9}|{marks}| block 0 to {len(dense) - 1}, full height: as before"
+
+    return [
+        line("heads", [a.heads / b.heads for a, b in zip(now, dense, strict=True)]),
+        line("channels", [a.channels / b.channels for a, b in zip(now, dense, strict=True)]),
+    ]
+
+
+def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
+    """A plan block by block, and below it what it amounts to."""
+    decided = proposal.plan
+    table = Table(title="Plan", title_justify="left")
+    for name in ("block", "query heads", "key/value heads", "channels"):
+        table.add_column(name, justify="right")
+    table.add_column("stays")
+    for index, dense in enumerate(proposal.dense):
+        width = decided.widths.get(index, dense)
+        table.add_row(
+            str(index),
+            f"{width.heads}/{dense.heads}",
+            f"{width.groups}/{dense.groups}",
+            f"{width.channels:,}/{dense.channels:,}",
+            f"{_bar(width.heads / dense.heads, 8)} {_bar(width.channels / dense.channels, 16)}",
+        )
+    before, after = proposal.parameters
+    whose = "the pruned blocks'" if decided.of == "blocks" else "the model's"
+    lines = [
+        f"{decided.sparsity:.2%} of {whose} parameters go: {before / 1e6:,.2f} M to {after / 1e6:,.2f} M in the model."
+    ]
+    if decided.price is not None:
+        lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
+    if decided.note:
+        lines.append(f"Note: {decided.note}.")
+    if out is not None:
+        lines.append(f"Written to {out}; prune with --plan {out}")
+    return table, lines
+
+
+def _bar(share: float, length: int) -> str:
+    full = round(share * length)
+    return "█" * full + "·" * (length - full)
+
+
+def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
+    """One row a size, the dense model first."""
+    dense = sizes[0]
+    table = Table(title="Sizes", title_justify="left")
+    table.add_column("model", overflow="fold")
+    for name in ("goes", "parameters", "MB", *(Path(text).stem for text in dense.perplexity)):
+        table.add_column(name, justify="right")
+    for size in sizes:
+        ratios = [f"{value:.2f} ({value / dense.perplexity[text]:.2f}x)" for text, value in size.perplexity.items()]
+        table.add_row(
+            size.folder, f"{size.sparsity:.1%}", f"{size.parameters / 1e6:,.2f} M", f"{size.bytes / 1e6:,.1f}", *ratios
+        )
+    what = "sizes.json and sizes.png are" if dense.perplexity else "sizes.json is"
+    return table, [f"{what} in {out}"]
 
 
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:

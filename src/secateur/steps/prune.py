@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import math
+import secrets
+import shutil
 import time
+from collections.abc import Generator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.activations import Rows
+from secateur.activations import Activations, Rows
+from secateur.budget import Target
 from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.device import pick_device
+from secateur.errors import SecateurError
+from secateur.formats.gguf_architectures import check_type
+from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.writer import OutputFolder
+from secateur.meters import byte_meter, parameter_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
-from secateur.steps.plan import Plan, candidates, plan
+from secateur.steps.decide import Request, decide, needs_survey, quick, request, surveyed
+from secateur.steps.export import export
+from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.search import HELD_OUT, mean_loss
 from secateur.steps.slice import slice
-from secateur.steps.summary import Summary, parameters, record, summarise, timings
-from secateur.steps.survey import survey
-from secateur.steps.write import obstacle, output_folder, write
+from secateur.steps.summary import Summary, record, summarise, timings
+from secateur.steps.write import output_folder, write
 from secateur.stream import BlockStream
-from secateur.structure import Width
 from secateur.tokens import begins_with_bos
-
-SURVEY_SHARE = 4
-"""One calibration row in so many is enough to weigh heads against channels."""
 
 
 def prune(
@@ -42,6 +50,7 @@ def prune(
     trust_remote_code: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
+    survey_file: Path | None = None,
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Summary:
@@ -49,13 +58,14 @@ def prune(
 
     Args:
         model: a folder, a .gguf file or a hub id.
-        out: the folder to write; it appears whole or not at all.
+        out: the folder, or the .gguf file, to write; it appears whole or not at all.
         options: what to do; or give any of its fields by name (`sparsity=0.25`, `criterion="wanda"`, ...).
         device: where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         revision: of a hub id.
         trust_remote_code: let the checkpoint's own code run.
         dry_run: say what would come out and what it would take, and stop.
-        overwrite: replace a model folder at `out`.
+        overwrite: replace a model that is at `out`.
+        survey_file: where the survey is kept: read if it is there, written otherwise.
         watcher: told about progress.
 
     Raises:
@@ -64,115 +74,234 @@ def prune(
     start = time.perf_counter()
     options = options or Options(**settings)
     watcher = watcher or Silent()
+    job = open_job(
+        model,
+        options,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        out=Path(out),
+        overwrite=overwrite,
+        watcher=watcher,
+    )
+    if dry_run:
+        return _expected(job, watcher, start)
+    found = surveyed(job.request, job.text, watcher, survey_file) if needs_survey(job.request) else None
+    decided = decide(job.request, found, lambda one: job.loss(one, watcher))
+    watcher.note(_choice(job.stream, decided))
+    return finish(job, decided, Path(out), overwrite=overwrite, start=start, watcher=watcher)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An open model, the request checked against it, and the calibration rows."""
+
+    stream: BlockStream
+    options: Options
+    dtype: torch.dtype
+    """Of the weights to write."""
+    request: Request
+    text: Tensor
+    """Calibration rows (rows x length)."""
+    held_out: Tensor | None
+    """Other rows of the same text, where a loss is to be measured."""
+    bos: bool
+
+    @property
+    def rows(self) -> Rows:
+        """What the refit runs on."""
+        return Rows.of(self.text) if self.bos else Rows.of(self.text).with_openings()
+
+    @property
+    def method(self) -> Method:
+        """How units are chosen and what is done about the loss."""
+        options = self.options
+        recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept)
+        return Method(options.criterion, recovery, options.seed)
+
+    def loss(self, decided: Plan, watcher: Watcher) -> float:
+        """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
+        assert self.held_out is not None
+        rows = self.rows
+        rows = Rows((*rows.groups, self.held_out), (*rows.weights, 0.0))
+        group = len(rows.groups) - 1
+        losses: list[float] = []
+
+        def judge(dense: Activations, pruned: Activations) -> None:
+            losses.extend(mean_loss(self.stream, rows, group, hidden) for hidden in (dense, pruned))
+
+        blocks = refit(self.stream, decided, rows, method=self.method, dtype=self.dtype, watcher=watcher, judge=judge)
+        with closing(blocks):
+            for _ in blocks:
+                pass
+        ratio = math.exp(losses[1] - losses[0])
+        watcher.note(
+            f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {len(self.held_out)} rows left out"
+        )
+        return ratio
+
+
+def open_job(
+    model: str | Path,
+    options: Options,
+    *,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    out: Path | None,
+    overwrite: bool,
+    watcher: Watcher,
+) -> Job:
+    """Open the model and the text, and find everything that is wrong with the request.
+
+    Raises:
+        SecateurError: see `prune`.
+    """
     where = pick_device(device)
     check_calibration(options.calibration, samples=options.samples, length=options.length)
-    # Once more with the sizes below; here before anything is downloaded or dequantised.
-    OutputFolder(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None).check()
-    wanted_dtype = getattr(torch, options.dtype) if options.dtype else None
+    if out is not None:
+        # Once more with the sizes below; here before anything is downloaded or dequantised.
+        _check_out(out, options, Path(model) if Path(model).is_dir() else None, overwrite)
+    wanted = getattr(torch, options.dtype) if options.dtype else None
     with reading(watcher, "Opening", str(model)):
         checkpoint = open_checkpoint(
-            model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted_dtype or torch.bfloat16
+            model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted or torch.bfloat16
         )
-        dtype = wanted_dtype or checkpoint.dtype
+        dtype = wanted or checkpoint.dtype
         stream = BlockStream(checkpoint, device=where)
-    chosen = options.chosen_blocks(len(stream))
-    output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
-
-    wishes: dict[str, Any] = {
-        "sparsity": options.sparsity,
-        "chosen": chosen,
-        "of": options.of,
-        "kinds": options.modules,
-        "multiple": options.multiple,
-        "model_parameters": parameters(stream),
-        "obstacle": lambda width: obstacle(stream, chosen, width, intercept=options.intercept),
-    }
-    possible = candidates(stream.blocks, **wishes)
+    if out is not None and options.format != "gguf":
+        output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
+    asked = request(stream, options, dtype, watcher)
+    quick(asked)
     with reading(watcher, "Reading", options.calibration):
-        tokenizer, text = _calibrate(stream, options)
-    bos = begins_with_bos(tokenizer)
-    rows = Rows.of(text) if bos else Rows.of(text).with_openings()
+        tokenizer = checkpoint.tokenizer()
+        if options.format == "gguf":
+            vocabulary(tokenizer, checkpoint.config.vocab_size)
+        searched = isinstance(options.goal, Target) and options.goal.quantity == "ppl"
+        rows = calibration_rows(
+            tokenizer,
+            options.calibration,
+            samples=options.samples + HELD_OUT * searched,
+            length=options.length,
+            seed=options.seed,
+            vocab_size=checkpoint.config.vocab_size,
+            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+        )
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
-        f"{wishes['model_parameters'] / 1e6:,.1f} M parameters, {str(checkpoint.dtype).removeprefix('torch.')}"
+        f"{parameter_meter(stream).dense / 1e6:,.1f} M parameters, {_name(checkpoint.dtype)}"
     )
     watcher.note(
         f"Calibrating on {options.samples} rows of {options.length} tokens, computing on {where}; "
-        f"the output is {str(dtype).removeprefix('torch.')}"
+        f"the output is {options.type if options.format == 'gguf' else _name(dtype)}"
     )
-    if dry_run:
-        if len(possible) > 1:
-            watcher.note(f"Shown is the first of {len(possible)} splits between heads and channels; a run weighs them")
-        with watcher.busy("Measuring this machine"):
-            return summarise(stream, possible[0], dtype, bos, rows, time.perf_counter() - start, dry=True)
+    text, held_out = rows[: options.samples], rows[options.samples :] if searched else None
+    return Job(stream, options, dtype, asked, text, held_out, begins_with_bos(tokenizer))
 
-    found = None
-    if len(possible) > 1:
-        few = text[: max(1, len(text) // SURVEY_SHARE)]
-        found = survey(
-            stream,
-            few,
-            blocks=chosen,
-            least=_least(possible),
-            kinds=options.modules,
-            criterion=options.criterion,
-            ridge=options.ridge,
-            seed=options.seed,
-            watcher=watcher,
-        )
-    decided = plan(stream.blocks, survey=found, **wishes)
-    watcher.note(_choice(stream.blocks[chosen.start].width, decided, len(possible)))
-    method = Method(
-        options.criterion,
-        Recovery(options.recovery, options.recover, options.ridge, options.intercept),
-        options.seed,
-    )
+
+def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float, watcher: Watcher) -> Summary:
+    """Carry a plan out and write the result."""
+    stream, dtype, rows = job.stream, job.dtype, job.rows
     done: list[FittedBlock] = []
 
-    def sliced() -> Any:
-        for block in refit(stream, decided, rows, method=method, dtype=dtype, watcher=watcher):
+    def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
+        for block in refit(stream, decided, rows, method=job.method, dtype=dtype, watcher=watcher):
             done.append(FittedBlock(block.index, block.keep, {}, block.reports))
             yield block.index, slice(stream, block, dtype=dtype)
 
-    def summary() -> Summary:
-        return summarise(stream, decided, dtype, bos, rows, time.perf_counter() - start)
-
     records = {
-        "secateur.json": lambda: record(stream, options, decided, done, rows, bos),
-        "timings.json": lambda: timings(summary()),
+        "secateur.json": lambda: record(stream, job.options, decided, done, rows, job.bos),
+        "timings.json": lambda: timings(_summary(job, decided, start)),
     }
-    # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
-    with closing(sliced()) as blocks:
-        write(stream, out, decided, blocks, dtype=dtype, overwrite=overwrite, records=records)
-    return summary()
+    file = job.options.format == "gguf"
+    folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if file else out
+    try:
+        # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
+        with closing(sliced()) as blocks:
+            write(
+                stream,
+                folder,
+                decided,
+                blocks,
+                format=job.request.format,
+                dtype=dtype,
+                overwrite=overwrite and not file,
+                records=records,
+            )
+        if file:
+            export(folder, out, format="gguf", type=job.options.type, overwrite=overwrite, watcher=watcher)
+    finally:
+        if file:
+            shutil.rmtree(folder, ignore_errors=True)
+    return _summary(job, decided, start)
 
 
-def _least(plans: list[Plan]) -> Width:
-    """The narrowest width of all plans, each way of counting taken alone."""
-    widths = [width for option in plans for width in option.widths.values()]
-    return Width(*(min(getattr(w, name) for w in widths) for name in ("groups", "per_group", "channels")))
+def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output that cannot be written, or that its name belies."""
+    if options.format != "gguf":
+        if out.suffix == ".gguf":
+            raise SecateurError(f"{out}: a folder is to be written; add --format gguf, or name a folder")
+        OutputFolder(out, overwrite=overwrite, source=source).check()
+        return
+    check_type(options.type)
+    if out.suffix != ".gguf":
+        raise SecateurError(f"{out}: --format gguf writes a file; let its name end in .gguf")
+    if out.is_dir():
+        raise SecateurError(f"{out}: a folder is there; name another file")
+    if out.exists() and not overwrite:
+        raise SecateurError(f"{out}: exists already; add --overwrite to replace it")
+    # The folder that comes first lies beside the file.
+    OutputFolder(out.with_name(f".{out.name}.folder")).check()
 
 
-def _calibrate(stream: BlockStream, options: Options) -> tuple[Any, Tensor]:
-    config = stream.checkpoint.config
-    tokenizer = stream.checkpoint.tokenizer()
-    rows = calibration_rows(
-        tokenizer,
-        options.calibration,
-        samples=options.samples,
-        length=options.length,
-        seed=options.seed,
-        vocab_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
+def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
+    """What would come out; where widths are still to be chosen, of one width for all blocks."""
+    possible = quick(job.request)
+    if not possible:
+        assert job.request.wish is not None
+        if isinstance(job.request.wish.goal, Target) and job.request.wish.goal.quantity == "ppl":
+            raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
+        possible = uniform_plans(job.request.wish)
+    if needs_survey(job.request):
+        watcher.note("Shown is one width for all blocks; a run measures where cuts cost least")
+    with watcher.busy("Measuring this machine"):
+        return _summary(job, possible[0], start, dry=True)
+
+
+def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Summary:
+    gguf_type = job.options.type if job.options.format == "gguf" else None
+    return summarise(
+        job.stream,
+        decided,
+        job.rows,
+        format="gguf" if gguf_type else job.request.format,
+        taken=byte_meter(job.stream, job.dtype, gguf_type),
+        dtype=job.dtype,
+        bos=job.bos,
+        seconds=time.perf_counter() - start,
+        dry=dry,
     )
-    return tokenizer, rows
 
 
-def _choice(dense: Width, decided: Plan, count: int) -> str:
-    """Which width was chosen and why, in one line."""
-    width = next(iter(decided.widths.values()))
-    why = f"the least error of {count} splits between heads and channels" if count > 1 else "the nearest to the target"
-    return (
-        f"Keeping {width.heads} of {dense.heads} query heads in {width.groups} of {dense.groups} groups, "
-        f"{width.channels:,} of {dense.channels:,} channels: {why}, {decided.sparsity:.1%} goes"
-    )
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _choice(stream: BlockStream, decided: Plan) -> str:
+    """Which widths were chosen, in one line."""
+    dense = [stream.blocks[index].width for index in decided.widths]
+    price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token before the refit"
+    if decided.uniform:
+        width = next(iter(decided.widths.values()))
+        what = (
+            f"{width.heads} of {dense[0].heads} query heads in {width.groups} of {dense[0].groups} groups, "
+            f"{width.channels:,} of {dense[0].channels:,} channels in every block"
+        )
+    else:
+        kept = list(decided.widths.values())
+        what = (
+            f"{sum(w.heads for w in kept)} of {sum(w.heads for w in dense)} query heads and "
+            f"{sum(w.channels for w in kept):,} of {sum(w.channels for w in dense):,} channels, "
+            f"{min(w.channels for w in kept):,} to {max(w.channels for w in kept):,} a block"
+        )
+    return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"

@@ -9,7 +9,7 @@ Shapes: n tokens, a level-2 input entries, d residual width; rows x t x d for st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from secateur.criteria import NEEDS_INPUTS, Statistics, pattern_units, removal_o
 from secateur.errors import SecateurError
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
-from secateur.recovery import Recovery, fit_level1, fit_level2
+from secateur.recovery import Recovery, compensation, fit_level1, fit_level2, intercept
 from secateur.solve import residual
 from secateur.steps.plan import Plan
 from secateur.steps.survey import module_seed
@@ -73,17 +73,20 @@ def refit(
     dtype: torch.dtype | None = None,
     arena_limit: int | None = None,
     watcher: Watcher | None = None,
-) -> Iterator[FittedBlock]:
+    judge: Callable[[Activations, Activations], None] | None = None,
+) -> Generator[FittedBlock, None, None]:
     """Prune and refit the plan's blocks in order, each seeing what the pruned ones before it produce.
 
     Args:
         stream: an open model.
         plan: widths of the blocks to prune.
-        rows: calibration tokens (rows x length), or several groups of them.
+        rows: calibration tokens (rows x length), or several groups of them; groups of weight zero only run along.
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         arena_limit: bytes of activations to hold in memory before files are used.
         watcher: told about progress.
+        judge: called at the end with the dense and the pruned stream behind the last block; blocks behind the plan's
+            last one are then run as well.
 
     Raises:
         SecateurError: where activations are NaN or infinite, with the block and the module.
@@ -96,7 +99,8 @@ def refit(
         dense = stream.embed(rows, arena)
         pruned = arena.empty(rows, stream.width)
         pruned.copy_(dense)
-        for index in watcher.track(range(max(plan.widths) + 1), "Prune"):
+        stop = max(plan.widths) + 1 if judge is None else len(stream)
+        for index in watcher.track(range(stop), "Prune"):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
                     for hidden in (dense, pruned):
@@ -107,7 +111,8 @@ def refit(
                 work.run_dense(dense)
                 kept, reports = {}, []
                 for kind in KINDS:
-                    kept[kind], report = work.prune_module(kind, pruned, plan.widths[index])
+                    given = plan.keeps[index].units(kind) if plan.keeps else None
+                    kept[kind], report = work.prune_module(kind, pruned, plan.widths[index], given)
                     reports.append(report)
                 work.run_pruned(pruned)
                 keep = Keep(kept["heads"], kept["channels"])
@@ -115,6 +120,8 @@ def refit(
                 # The dense weights must not stay in memory while the caller works on the block.
                 del work, layer
             yield fitted
+        if judge is not None:
+            judge(dense, pruned)
 
 
 class _BlockWork:
@@ -172,8 +179,10 @@ class _BlockWork:
             self.goal["channels"][at] = after
             dense[at] = after
 
-    def prune_module(self, kind: Kind, pruned: Activations, width: Width) -> tuple[tuple[int, ...], ModuleReport]:
-        """Choose the module's units, refit it, and put the pruned stream's output in place of the dense one."""
+    def prune_module(
+        self, kind: Kind, pruned: Activations, width: Width, given: tuple[int, ...] | None
+    ) -> tuple[tuple[int, ...], ModuleReport]:
+        """Choose the module's units unless they are given, refit it, and put the pruned stream's output in place."""
         module, recovery = self.block.module(kind), self.method.recovery
         norm = PostNorm(self.layer, module, self.stream.width, self.stream.device)
         if recovery.method == "paper" and recovery.before:
@@ -187,7 +196,7 @@ class _BlockWork:
             weight, bias = fit_level2(moments, stats.normal, everything)
             stats.weight_ao = weight
             stats.tensors = self.tensors | {module.level2.name: stored_weight(module, norm.unscale(weight))}
-        keep = self._choose(stats, width)
+        keep = self._choose(stats, width) if given is None else given
         kept = inner_entries(module, keep).to(old.device)
         if recovery.method == "paper" and not recovery.before:
             self._refit_level1(module, pruned)
@@ -199,6 +208,10 @@ class _BlockWork:
         else:
             fitted = weight[kept]
         error = residual(stats.normal, fitted, kept)
+        if recovery.method == "bias" and self._fits_bias(module):
+            bias = compensation(moments, old, kept, self.tensors.get(module.bias or ""))
+            # Centred moments leave the mean out of the error.
+            error += moments.count * float((intercept(moments, fitted, kept) - bias).double().square().sum())
         self._store(module, norm, old, fitted, bias, kept)
         self._advance(module, x, kept)
         self.arena.release(x)
@@ -251,8 +264,9 @@ class _BlockWork:
             if module.bias is not None and not self._fits_bias(module):
                 target = target - norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale)
             target = target.reshape(-1, self.stream.width)
-            moments.update(rows, target, at.weight)
-            if inputs is not None:
+            if at.weight:
+                moments.update(rows, target, at.weight)
+            if at.weight and inputs is not None:
                 inputs.update(seen["source"].reshape(-1, self.stream.width), weight=at.weight)
         if not moments.finite():
             what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
@@ -283,6 +297,8 @@ class _BlockWork:
         if module.kind == "heads":
             pattern = "groups" if width.groups < module.groups else "heads"
         stop = width.along(pattern)
+        if stop == 0:
+            return ()
         if stop == pattern_units(module, pattern):
             return tuple(range(module.units))
         return survivors(module, pattern, removal_order(self.method.criterion, stats, pattern, stop))
@@ -305,8 +321,8 @@ class _BlockWork:
     def _fits_bias(self, module: Depth2) -> bool:
         recovery = self.method.recovery
         # Behind a norm, what is constant in the residual stream is no bias of level 2: a stored one stays as it is.
-        possible = module.post_norm is None and (module.bias is not None or recovery.intercept)
-        return recovery.method != "none" and possible
+        wanted = module.bias is not None or recovery.intercept or recovery.method == "bias"
+        return recovery.method != "none" and module.post_norm is None and wanted
 
     def _store(
         self, module: Depth2, norm: PostNorm, old: Tensor, fitted: Tensor, bias: Tensor | None, kept: Tensor

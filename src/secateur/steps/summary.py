@@ -13,7 +13,8 @@ import transformers
 import secateur
 from secateur.activations import Rows
 from secateur.costs import floor_flops, memory_bytes, product_rate
-from secateur.families import head_dim
+from secateur.fingerprint import fingerprint
+from secateur.meters import Meter, cache_meter, parameter_meter
 from secateur.options import Options
 from secateur.steps.plan import Plan
 from secateur.steps.refit import FittedBlock
@@ -27,12 +28,14 @@ class Summary:
 
     parameters: tuple[int, int]
     bytes: tuple[int, int]
-    """Of the weights, both at the output's dtype."""
+    """Of the weights, both in the output's format and type."""
     cache_bytes: tuple[int, int]
     """Keys and values of one token in all blocks, at the output's dtype."""
-    dense: Width
-    width: Width
-    blocks: int
+    dense: tuple[Width, ...]
+    """The dense width of every block."""
+    widths: dict[int, Width]
+    """The width of every pruned block."""
+    format: str
     sparsity: float
     of: str
     note: str | None
@@ -43,31 +46,33 @@ class Summary:
     """Peak resident memory of the process; on a dry run the expected peak above the libraries' own."""
     dry: bool
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the pruned blocks have one width."""
+        return len(set(self.widths.values())) == 1
 
-def parameters(stream: BlockStream) -> int:
-    """Parameters of the whole model as stored: tied ones once."""
-    checkpoint = stream.checkpoint
-    return sum(info.entries for name, info in checkpoint.tensors.items() if name not in checkpoint.ignorable)
+    def now(self) -> list[Width]:
+        """The width of every block after pruning."""
+        return [self.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
 
 def summarise(
     stream: BlockStream,
     decided: Plan,
+    rows: Rows,
+    *,
+    format: str,
+    taken: Meter,
     dtype: torch.dtype,
     bos: bool,
-    rows: Rows,
     seconds: float,
     dry: bool = False,
 ) -> Summary:
-    """Count sizes before and after; on a dry run, also estimate time and memory."""
-    block, width = stream.blocks[min(decided.widths)], decided.widths[min(decided.widths)]
-    before = parameters(stream)
-    after = before - sum(
-        stream.blocks[i].parameters - stream.blocks[i].kept_parameters(w) for i, w in decided.widths.items()
-    )
-    entry = 2 * head_dim(stream.checkpoint.config) * dtype.itemsize
-    dense_cache = sum(b.attention.groups for b in stream.blocks) * entry
-    less = sum(block.attention.groups - w.groups for w in decided.widths.values()) * entry
+    """Count sizes before and after; on a dry run, also estimate time and memory.
+
+    `taken` counts bytes; `format`, `dtype` and `bos` are only handed on.
+    """
+    counted, cached = parameter_meter(stream), cache_meter(stream, dtype)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     hidden = stream.checkpoint.config.hidden_size
     if dry:
@@ -75,13 +80,17 @@ def summarise(
         peak = memory_bytes(stream.blocks, hidden, rows.tokens)
     elif stream.device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(stream.device))
+
+    def before_and_after(meter: Meter) -> tuple[int, int]:
+        return round(meter.dense), round(meter.total(decided.widths))
+
     return Summary(
-        parameters=(before, after),
-        bytes=(before * dtype.itemsize, after * dtype.itemsize),
-        cache_bytes=(dense_cache, dense_cache - less),
-        dense=block.width,
-        width=width,
-        blocks=len(decided.widths),
+        parameters=before_and_after(counted),
+        bytes=before_and_after(taken),
+        cache_bytes=before_and_after(cached),
+        dense=tuple(block.width for block in stream.blocks),
+        widths=decided.widths,
+        format=format,
         sparsity=decided.sparsity,
         of=decided.of,
         note=decided.note,
@@ -108,6 +117,7 @@ def record(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
+        "fingerprint": fingerprint(stream.checkpoint),
         "options": asdict(options),
         "calibration": {
             "groups": [list(group.shape) for group in rows.groups],
@@ -120,6 +130,7 @@ def record(
             "reached": decided.sparsity,
             "note": decided.note,
         },
+        "price": decided.price,
         "dense_width": asdict(dense),
         "blocks": [
             {

@@ -1,57 +1,41 @@
-"""One pass over the dense model: the error of every module at every width, under one criterion.
+"""One pass over the dense model: the error of every module at every width, and what errors cost at the output.
 
-A plan is made from these curves. They are measured on the dense stream, where each module's target is its
-own dense output, so that the Gram matrix of the level-2 input is the only statistic that most criteria need.
+A plan is made from the two (`secateur.prices`). Errors are measured on the dense stream, where each module's target
+is its own dense output, so that the Gram matrix of the level-2 input is the only statistic that most criteria need.
 Each token's error counts relative to its own residual stream: otherwise the few tokens with massive activations,
-ten thousand times the energy of the rest, would be all that a price sees.
+ten thousand times the energy of the rest, would be all that a curve sees. The cost is the divergence of the logits
+where a module alone is cut to a few widths (`secateur.steps.probes`), on rows that the errors were not measured on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.activations import Arena, Rows
-from secateur.criteria import NEEDS_INPUTS, Statistics, error_curve
+from secateur.criteria import NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
+from secateur.curves import Curve, Survey
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
+from secateur.solve import refit
+from secateur.steps.probes import Cut, Probes
 from secateur.stream import BlockStream
-from secateur.structure import Kind, Pattern, Width
-from secateur.surgery import inner_weight
+from secateur.structure import Kind, Width
+from secateur.surgery import inner_entries, inner_weight
 from secateur.targets import PostNorm
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One module's error against width."""
-
-    block: int
-    kind: Kind
-    pattern: Pattern
-    errors: tuple[float, ...]
-    """||xW - t||^2 / ||residual stream after the block||^2, the mean over tokens, once 0, 1, 2, ... pattern units
-    have gone."""
-    energy: float
-    """||t||^2 on the same scale: the error if the whole module went."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """All curves of a model."""
-
-    criterion: str
-    ridge: float
-    tokens: int
-    curves: tuple[Curve, ...]
+PROBED = (0.25, 0.6)
+"""Shares of a module's units whose removal is probed, beside the removal of all."""
 
 
 def survey(
     stream: BlockStream,
     rows: Tensor | Rows,
     *,
+    probe_rows: Tensor | None = None,
     blocks: range | None = None,
     least: Width = Width(1, 1, 1),
     kinds: tuple[Kind, ...] = ("heads", "channels"),
@@ -65,6 +49,7 @@ def survey(
     Args:
         stream: an open model.
         rows: calibration tokens (rows x length).
+        probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         blocks: which blocks; all by default.
         least: the narrowest width of interest; curves end there.
         kinds: which modules.
@@ -76,11 +61,16 @@ def survey(
     blocks = blocks if blocks is not None else range(len(stream))
     watcher = watcher or Silent()
     curves: list[Curve] = []
-    rows = Rows.of(rows)
+    fitted = Rows.of(rows)
+    rows = fitted if probe_rows is None else Rows((*fitted.groups, probe_rows), (*fitted.weights, 0.0))
+    probed = len(fitted.groups)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
-        for index in watcher.track(range(blocks.stop), "Survey"):
+        probes = None if probe_rows is None else Probes(stream, rows, probed, arena)
+        for index in watcher.track(range(blocks.stop if probes is None else len(stream)), "Survey"):
             with stream.filled(index) as layer:
+                if probes is not None:
+                    probes.advance(index, layer)
                 if index not in blocks:
                     for at in rows.batches():
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
@@ -91,35 +81,58 @@ def survey(
                     for kind in kinds
                     if stream.blocks[index].module(kind).locked is None
                 ]
+                before = None if probes is None else hidden.parts[probed].clone()
                 for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
                     hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
                     for collector in collectors:
                         collector.update(after, at.weight)
                 for collector in collectors:
+                    module = collector.module
                     stats = Statistics(
-                        module=collector.module,
+                        module=module,
                         tensors=tensors,
-                        weight_ao=collector.norm.scale(inner_weight(collector.module, tensors)),
+                        weight_ao=collector.norm.scale(inner_weight(module, tensors)),
                         moments=collector.moments,
                         inputs=collector.inputs,
                         ridge=ridge,
                         own_target=True,
-                        seed=module_seed(seed, index, collector.module.kind),
+                        seed=module_seed(seed, index, module.kind),
                     )
-                    curves += _curves(index, criterion, stats, least)
-    return Survey(criterion, ridge, rows.tokens, tuple(curves))
+                    found, cuts = _measure(index, criterion, stats, least)
+                    curves += found
+                    if probes is not None and before is not None:
+                        x = torch.cat(collector.seen)
+                        for cut in cuts:
+                            probes.begin(layer, before, collector.output(x, cut, tensors), cut)
+        prices = () if probes is None else tuple(probes.finish(hidden.parts[probed], watcher))
+    return Survey(criterion, ridge, fitted.tokens, tuple(curves), prices)
 
 
-def _curves(index: int, criterion: str, stats: Statistics, least: Width) -> list[Curve]:
-    """One module's curves, one for each way in which its units may leave together."""
+def _measure(index: int, criterion: str, stats: Statistics, least: Width) -> tuple[list[Curve], list[Cut]]:
+    """One module's curves, one for each way in which its units may leave together, and the cuts to be probed."""
     module, count = stats.module, stats.moments.count
-    curves = []
+    curves: list[Curve] = []
+    cuts: list[Cut] = []
     for pattern in module.patterns:
-        errors = error_curve(criterion, stats, pattern, least.along(pattern)).errors
-        rounds = errors[:: module.groups] if pattern == "heads" else errors
-        curves.append(Curve(index, module.kind, pattern, tuple((rounds / count).tolist()), stats.normal.energy / count))
-    return curves
+        found = error_curve(criterion, stats, pattern, least.along(pattern))
+        together = module.groups if pattern == "heads" else 1
+        errors = (found.errors[::together] / count).tolist()
+        energy = stats.normal.energy / count
+        curves.append(Curve(index, module.kind, pattern, tuple(errors), energy))
+        # One way is enough: what an error costs depends little on which units made it.
+        if pattern != module.patterns[-1]:
+            continue
+        units = pattern_units(module, pattern)
+        for gone in dict.fromkeys(round(units * share) for share in PROBED):
+            if 0 < gone < len(errors):
+                kept = inner_entries(module, survivors(module, pattern, found.order[: gone * together]))
+                kept = kept.to(stats.weight_ao.device)
+                weight, _ = refit(stats.normal, kept)
+                cuts.append(Cut(index, module, errors[gone] - errors[0], kept, weight))
+        none = torch.empty(0, dtype=torch.long, device=stats.weight_ao.device)
+        cuts.append(Cut(index, module, energy, none, stats.weight_ao[none]))
+    return curves, cuts
 
 
 def module_seed(seed: int, index: int, kind: Kind) -> int:
@@ -136,6 +149,9 @@ class _Collector:
         self.moments = Moments(self.module.units * self.module.size, device=stream.device)
         self.inputs = Moments(stream.width, device=stream.device) if inputs else None
         self.sink = self.source = torch.empty(0)
+        self.scale: Tensor | None = None
+        self.seen: list[Tensor] = []
+        """Level-2 inputs of the rows to be probed (b x t x a)."""
 
     def watches(self) -> dict[str, Any]:
         """What to watch, by layer path."""
@@ -145,15 +161,23 @@ class _Collector:
         return result
 
     def _sink(self, x: Tensor, z: Tensor) -> None:
-        scale = self.norm.inverse_rms(z)
-        self.sink = x if scale is None else x * scale
+        self.sink, self.scale = x, self.norm.inverse_rms(z)
 
     def _source(self, x: Tensor, _: Tensor) -> None:
         self.source = x
 
     def update(self, after: Tensor, weight: float) -> None:
         """Add what the last run has shown; `after` is the residual stream after the block (b, t, d)."""
+        if not weight:
+            self.seen.append(self.sink.reshape(*after.shape[:-1], -1))
+            return
         norms = torch.linalg.vector_norm(after.reshape(-1, after.shape[-1]), dim=1, keepdim=True)
-        self.moments.update(self.sink.reshape(-1, self.sink.shape[-1]) / norms.clamp_min(1e-6), weight=weight)
+        rows = (self.sink if self.scale is None else self.sink * self.scale).reshape(len(norms), -1)
+        self.moments.update(rows / norms.clamp_min(1e-6), weight=weight)
         if self.inputs is not None:
             self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=weight)
+
+    def output(self, x: Tensor, cut: Cut, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What level 2 yields at a cut, from the level-2 inputs x (b x t x a)."""
+        z = x[..., cut.kept] @ self.norm.unscale(cut.weight_ao)
+        return z + tensors[self.module.bias] if self.module.bias else z

@@ -44,8 +44,8 @@ def obstacle(
         biased = all(m.bias for m in (stream.blocks[0].attention, stream.blocks[0].feed_forward))
         if not biased:
             return (
-                f"--intercept rules out the stock format here, as the stock class of {config.model_type} has "
-                "no level-2 biases; leave the intercept out, or take --format hf"
+                f"the stock class of {config.model_type} has no level-2 biases, which --intercept and --recovery bias "
+                "add; leave them out, or take --format hf"
             )
     return reason
 

@@ -1,0 +1,214 @@
+"""From what a person asks for to a plan: read one, or survey the model and choose widths."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.budget import Target
+from secateur.curves import Survey, load_survey, save_survey
+from secateur.errors import SecateurError
+from secateur.fingerprint import fingerprint
+from secateur.formats.gguf_architectures import gguf_obstacle
+from secateur.meters import Meter, meter_of, parameter_meter
+from secateur.options import WIDTHS, Options
+from secateur.plan_file import read_plan, read_ratios
+from secateur.progress import Watcher
+from secateur.steps.plan import Plan, Wish, plan, uniform_plans
+from secateur.steps.search import smallest_within
+from secateur.steps.survey import survey
+from secateur.steps.write import Format, obstacle
+from secateur.stream import BlockStream
+from secateur.structure import Width
+
+SURVEY_SHARE = 4
+"""One calibration row in so many is enough for the error curves."""
+PROBE_TOKENS = 512
+"""Tokens on which the price of errors is measured."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `decide` needs, all of it checked against the model and none of it slow."""
+
+    stream: BlockStream
+    options: Options
+    chosen: range
+    format: Format
+    """Of the folder; a GGUF file is made from an `hf` one."""
+    parameters: Meter
+    wish: Wish | None
+    """None where the plan is given."""
+    given: Plan | None
+
+
+def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: Watcher) -> Request:
+    """Check what is asked for against the model.
+
+    Raises:
+        SecateurError: a plan that does not belong to the model, a target that no plan can meet, or a format that
+            cannot hold what is asked for.
+    """
+    chosen = options.chosen_blocks(len(stream))
+    format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
+
+    def held(width: Width) -> str | None:
+        reason = obstacle(stream, chosen, width, format=format, intercept=options.adds_biases)
+        if reason is None and options.format == "gguf":
+            # Blocks that the plan leaves alone stay dense; otherwise all may come out alike.
+            others = [stream.blocks[0].width] * (len(stream) - 1)
+            widths = [width, *others] if options.widths != "uniform" else [width] * len(stream)
+            reason = gguf_obstacle(stream.checkpoint, widths, options.type, intercept=options.adds_biases)
+        return reason
+
+    parameters = parameter_meter(stream)
+    wish = Wish(
+        blocks=stream.blocks,
+        chosen=chosen,
+        parameters=parameters,
+        goal=options.goal,
+        meter=parameters,
+        of=options.of,
+        kinds=options.modules,
+        multiple=options.multiple,
+        obstacle=held,
+    )
+    given = _given(stream, options, wish)
+    if given is not None:
+        for width in set(given.widths.values()):
+            if (reason := held(width)) is not None:
+                raise SecateurError(f"{options.plan or options.widths}: the format cannot hold this: {reason}")
+        return Request(stream, options, chosen, format, parameters, None, given)
+    if isinstance(options.goal, Target) and options.goal.quantity != "ppl":
+        gguf_type = options.type if options.format == "gguf" else None
+        meter = meter_of(options.goal, stream, dtype=dtype, gguf_type=gguf_type, device=stream.device, watcher=watcher)
+        wish = replace(wish, meter=meter)
+    return Request(stream, options, chosen, format, parameters, wish, None)
+
+
+def _stock_by_default(options: Options) -> bool:
+    return options.format is None and options.widths == "uniform" and options.plan is None
+
+
+def _given(stream: BlockStream, options: Options, wish: Wish) -> Plan | None:
+    """The plan that a file spells out."""
+    if options.plan is not None:
+        widths, keeps = read_plan(Path(options.plan), stream.blocks, fingerprint(stream.checkpoint))
+        reached = wish.sparsity(widths)
+        return Plan(widths, reached, reached, wish.of, keeps=keeps)
+    if options.widths in WIDTHS:
+        return None
+    widths = read_ratios(Path(options.widths), stream.blocks, options.multiple)
+    reached = wish.sparsity(widths)
+    return Plan(widths, reached, reached, wish.of)
+
+
+def quick(asked: Request) -> list[Plan]:
+    """What can be said without a survey: the given plan, or uniform ones near the target."""
+    if asked.given is not None:
+        return [asked.given]
+    assert asked.wish is not None
+    if isinstance(asked.wish.goal, Target) and asked.wish.goal.quantity == "ppl":
+        return []
+    return uniform_plans(asked.wish) if asked.options.widths == "uniform" else []
+
+
+def needs_survey(asked: Request) -> bool:
+    """Whether there is anything to weigh."""
+    if asked.given is not None:
+        return False
+    return asked.options.widths == "adaptive" or len(quick(asked)) != 1
+
+
+def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None) -> Survey:
+    """The survey of a request: read from a file where there is one, and written there otherwise.
+
+    Args:
+        asked: the request.
+        text: calibration rows (rows x length); a part of them is used.
+        watcher: told about progress.
+        file: where the survey is kept.
+
+    Raises:
+        SecateurError: the file holds a survey of another model, or with other options.
+    """
+    stream, options = asked.stream, asked.options
+    few, probe_rows = survey_rows(text)
+    wanted = survey_key(asked, text)
+    if file is not None and file.exists():
+        return load_survey(file, wanted)
+    found = survey(
+        stream,
+        few,
+        probe_rows=probe_rows,
+        blocks=asked.chosen,
+        kinds=options.modules,
+        criterion=options.criterion,
+        ridge=options.ridge,
+        seed=options.seed,
+        watcher=watcher,
+    )
+    found = replace(found, asked=wanted)
+    if file is not None:
+        save_survey(found, file)
+    return found
+
+
+def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows for the error curves, and other ones for the probes; the same ones where there are too few."""
+    few = text[: max(1, len(text) // SURVEY_SHARE)]
+    count = max(1, PROBE_TOKENS // text.shape[1])
+    rest = text[len(few) : len(few) + count]
+    return few, rest if len(rest) else few
+
+
+def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
+    """What a survey depends on."""
+    options = asked.options
+    used = torch.cat([rows.flatten() for rows in survey_rows(text)])
+    return {
+        "fingerprint": fingerprint(asked.stream.checkpoint),
+        "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
+        "modules": ",".join(options.modules),
+        "criterion": options.criterion,
+        "ridge": options.ridge,
+        "calibration": hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def decide(asked: Request, found: Survey | None, loss: Callable[[Plan], float] | None = None) -> Plan:
+    """The plan.
+
+    Args:
+        asked: the request.
+        found: the survey, where one is needed.
+        loss: perplexity over dense under a plan, as it is measured; for a target of that kind.
+
+    Raises:
+        SecateurError: no plan meets the target.
+    """
+    if asked.given is not None:
+        return asked.given
+    assert asked.wish is not None
+    goal = asked.wish.goal
+    if isinstance(goal, Target) and goal.quantity == "ppl":
+        assert found is not None
+        assert loss is not None
+        return smallest_within(asked.wish, asked.options.widths, found, goal.value, loss)
+    return _checked(asked, plan(asked.wish, asked.options.widths, found))
+
+
+def _checked(asked: Request, decided: Plan) -> Plan:
+    """Some formats bind blocks to each other: the last word is on the whole plan."""
+    if asked.options.format == "gguf":
+        widths = [decided.widths.get(i, block.width) for i, block in enumerate(asked.stream.blocks)]
+        reason = gguf_obstacle(asked.stream.checkpoint, widths, asked.options.type, intercept=asked.options.adds_biases)
+        if reason is not None:
+            raise SecateurError(f"the GGUF format cannot hold this plan: {reason}")
+    return decided

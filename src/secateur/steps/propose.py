@@ -1,0 +1,90 @@
+"""`secateur plan`: the widths that `prune` would choose, or a plan that a person wrote, checked and priced."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.fingerprint import fingerprint
+from secateur.options import Options
+from secateur.progress import Watcher
+from secateur.steps.decide import decide, needs_survey, surveyed
+from secateur.steps.plan import Plan
+from secateur.steps.prune import open_job
+from secateur.structure import Keep, Width
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan with what it belongs to."""
+
+    model: str
+    fingerprint: str
+    dense: tuple[Width, ...]
+    """The dense width of every block."""
+    plan: Plan
+    parameters: tuple[float, float]
+    """Of the whole model, before and after."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `secateur prune --plan` reads."""
+        return {
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "sparsity": {"of": self.plan.of, "reached": self.plan.sparsity},
+            "price": self.plan.price,
+            "blocks": [
+                {"block": index, "width": asdict(width), **_units(self.plan.keeps, index)}
+                for index, width in self.plan.widths.items()
+            ],
+        }
+
+
+def _units(keeps: dict[int, Keep] | None, index: int) -> dict[str, list[int]]:
+    """Exact units, where the plan has them; otherwise they are chosen while pruning."""
+    if keeps is None:
+        return {}
+    return {"heads": list(keeps[index].heads), "channels": list(keeps[index].channels)}
+
+
+def propose(
+    model: str | Path,
+    options: Options,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    survey_file: Path | None = None,
+    watcher: Watcher,
+) -> Proposal:
+    """Make or read a plan, and write nothing but the survey.
+
+    Raises:
+        SecateurError: as `prune` does.
+    """
+    if options.target is not None and options.target.startswith("ppl"):
+        raise SecateurError(
+            "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
+        )
+    job = open_job(
+        model,
+        options,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        out=None,
+        overwrite=False,
+        watcher=watcher,
+    )
+    found = surveyed(job.request, job.text, watcher, survey_file) if needs_survey(job.request) else None
+    decided = decide(job.request, found)
+    stream, counted = job.stream, job.request.parameters
+    return Proposal(
+        model=stream.checkpoint.source,
+        fingerprint=fingerprint(stream.checkpoint),
+        dense=tuple(block.width for block in stream.blocks),
+        plan=decided,
+        parameters=(counted.dense, counted.total(decided.widths)),
+    )

@@ -1,0 +1,121 @@
+"""`secateur sizes`: several sizes of one model from one survey, and what each costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.evaluate.compare import evaluate
+from secateur.options import Options
+from secateur.progress import Watcher
+from secateur.report.plots import plot_sizes
+from secateur.steps.decide import decide, needs_survey, request, surveyed
+from secateur.steps.prune import finish, open_job
+
+TABLE, PLOT = "sizes.json", "sizes.png"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model."""
+
+    folder: str
+    sparsity: float
+    parameters: int
+    bytes: int
+    perplexity: dict[str, float]
+    """By text."""
+
+
+def sizes(
+    model: str | Path,
+    out: Path,
+    options: list[Options],
+    *,
+    texts: list[str],
+    tokens: int | None,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    survey_file: Path | None,
+    overwrite: bool,
+    watcher: Watcher,
+) -> list[Size]:
+    """Prune to each size and score it; the dense model comes first in the result.
+
+    Args:
+        model: see `prune`.
+        out: the folder for the models, `sizes.json` and `sizes.png`; a model in it appears whole or not at all.
+        options: one for each size, alike in all that a survey depends on.
+        texts: to measure the perplexity of.
+        tokens: of each text; all of them by default.
+        device: see `prune`.
+        revision: see `prune`.
+        trust_remote_code: see `prune`.
+        survey_file: where the survey is kept; by default in `out`.
+        overwrite: replace models that are there.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: as `prune` does, before the first model is written.
+    """
+    if out.exists() and not out.is_dir():
+        raise SecateurError(f"{out}: a file is there; name a folder")
+    folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
+    for folder in folders:
+        if folder.exists() and not overwrite:
+            raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        job = open_job(
+            model,
+            options[0],
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            out=folders[0],
+            overwrite=overwrite,
+            watcher=watcher,
+        )
+    except BaseException:
+        if new:
+            out.rmdir()
+        raise
+    jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
+    weighed = [one for one in jobs if needs_survey(one.request)]
+    found = None
+    if weighed:
+        found = surveyed(weighed[0].request, job.text, watcher, survey_file or out / "survey.json")
+    plans = [decide(one.request, found) for one in jobs]
+    results: list[Size] = []
+    for one, decided, folder in zip(jobs, plans, folders, strict=True):
+        watcher.note(f"{decided.sparsity:.1%} goes: {folder}")
+        summary = finish(one, decided, folder, overwrite=overwrite, start=time.perf_counter(), watcher=watcher)
+        if not results:
+            results.append(Size(str(model), 0.0, summary.parameters[0], summary.bytes[0], {}))
+        results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
+    if texts:
+        results = [replace(one, perplexity=_score(one.folder, texts, tokens, job, watcher)) for one in results]
+    (out / TABLE).write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
+    if texts:
+        plot_sizes(results, out / PLOT)
+    return results
+
+
+def _score(folder: str, texts: list[str], tokens: int | None, job: Any, watcher: Watcher) -> dict[str, float]:
+    """Perplexity of each text, in rows as long as those of the calibration."""
+    result = evaluate(
+        folder,
+        texts=texts,
+        length=job.options.length,
+        tokens=tokens,
+        device=str(job.stream.device),
+        trust_remote_code=job.stream.checkpoint.trust_remote_code,
+        watcher=watcher,
+    )
+    return {text.source: text.perplexity for text in result.models[0].texts}
