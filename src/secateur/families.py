@@ -37,6 +37,10 @@ class Family:
     down: str = "down_proj"
     fused_gate: str | None = None
     """One layer that holds the gate's rows, then the up layer's."""
+    final_norm: str = "model.norm"
+    """The norm between the last block and the output layer, by its name in the whole model."""
+    norm_offset: bool = False
+    """Norms store their gain less one."""
     norm_after_attention: str | None = None
     norm_after_feed_forward: str | None = None
     """Norms between level 2 and the residual stream."""
@@ -45,11 +49,12 @@ class Family:
 
 
 LLAMA = Family()
-GEMMA = replace(
+POST_NORMS = replace(
     LLAMA,
     norm_after_attention="post_attention_layernorm",
     norm_after_feed_forward="post_feedforward_layernorm",
 )
+GEMMA = replace(POST_NORMS, norm_offset=True)
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -58,11 +63,20 @@ FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "olmo2": replace(GEMMA, heads_locked="its query and key norms run across all heads"),
+    "olmo2": replace(POST_NORMS, heads_locked="its query and key norms run across all heads"),
     "phi3": replace(LLAMA, fused="qkv_proj", gate=None, fused_gate="gate_up_proj"),
-    "opt": Family(blocks="model.decoder.layers", output="out_proj", feed_forward=None, up="fc1", gate=None, down="fc2"),
+    "opt": Family(
+        blocks="model.decoder.layers",
+        output="out_proj",
+        feed_forward=None,
+        up="fc1",
+        gate=None,
+        down="fc2",
+        final_norm="model.decoder.final_layer_norm",
+    ),
     "gpt2": Family(
         blocks="transformer.h",
+        final_norm="transformer.ln_f",
         attention="attn",
         fused="c_attn",
         output="c_proj",
@@ -72,6 +86,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
         attention="attention",
         fused="query_key_value",
         interleaved=True,

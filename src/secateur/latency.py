@@ -49,6 +49,9 @@ ROUNDS = 5
 SETTLED = 0.01
 """Standard error of a settled median, relative to it."""
 
+_FLUSH = 2**28
+"""Bytes beyond which no processor's caches hold anything of what was before."""
+
 _LAYOUT = 1
 """Part of the cache key; to be raised when the way of measuring changes."""
 
@@ -147,15 +150,14 @@ def medians(cases: Sequence[Case], timer: Timer) -> list[float]:
     for case in cases:
         # The first run of a shape prepares kernels and is no measurement.
         timer(case)
-    spent, order, dice = 0.0, list(range(len(cases))), random.Random(0)
+    start, order, dice = perf_counter(), list(range(len(cases))), random.Random(0)
     while True:
-        # Whatever comes behind a large run finds the processor's caches empty.
+        # Whatever comes behind a large run is slower.
         dice.shuffle(order)
         for at in order:
             taken[at].append(timer(cases[at]))
-        spent += sum(own[-1] for own in taken)
         middles = [median(own) for own in taken]
-        if spent > SECONDS or (len(taken[0]) >= ROUNDS and _settled(taken, middles)):
+        if perf_counter() - start > SECONDS or (len(taken[0]) >= ROUNDS and _settled(taken, middles)):
             return middles
 
 
@@ -211,6 +213,14 @@ def _measure(
     length = _length(model.config)
     prefill, decode = _calls(model, layers[0], length)
 
+    groups, per_group = _head_grids(block)
+    channels = grid(full.channels, POINTS)
+
+    def cut(width: Width) -> nn.Module:
+        layer = copy.deepcopy(layers[0])
+        resize(layer, width.heads, width.groups, width.channels)
+        return layer
+
     def layer_case(layer: nn.Module) -> Case:
         if kind == "prefill":
             return lambda: prefill.ready(layer, DynamicCache(config=model.config))
@@ -218,19 +228,30 @@ def _measure(
         prefill.ready(layer, cache)()
         return lambda: decode.ready(layer, _again(cache))
 
-    groups, per_group = _head_grids(block)
-    channels = grid(full.channels, POINTS)
+    def cold(case: Case) -> Case:
+        if kind == "prefill" or device.type != "cpu":
+            return case
+
+        def ready() -> Callable[[], object]:
+            others.sum()
+            small()()
+            return case()
+
+        return ready
+
+    # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the others.
+    # A small layer then brings back what belongs to no weight.
+    others = torch.ones(min(_FLUSH, _bytes(stream, dtype)) // 4, dtype=torch.float32, device=device)
+    small = layer_case(cut(Width(groups[1], per_group[-1], channels[1])))
     along_groups = [Width(count, full.per_group, 0) for count in groups[1:]]
     along_heads = [Width(full.groups, count, 0) for count in per_group[1:]]
     nothing = Width(0, 0, 0)
     cases: dict[Width | None, Case] = {}
     for width in (nothing, *along_groups, *along_heads, *(Width(0, 0, count) for count in channels[1:])):
-        layer = copy.deepcopy(layers[0])
-        resize(layer, width.heads, width.groups, width.channels)
-        cases[width] = layer_case(layer)
+        cases[width] = cold(layer_case(cut(width)))
     # What is left of the model is timed around the layer without anything.
     resize(layers[0], 0, 0, 0)
-    cases[None] = _model_case(model, kind, length)
+    cases[None] = cold(_model_case(model, kind, length))
     seconds = dict(zip(cases, medians(list(cases.values()), timer), strict=True))
 
     rest = seconds[nothing]
@@ -244,6 +265,11 @@ def _measure(
         rest=rest,
         outside=max(0.0, seconds[None] - rest),
     )
+
+
+def _bytes(stream: BlockStream, dtype: torch.dtype) -> int:
+    """Of all weights."""
+    return sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
 
 
 def _head_grids(block: Block) -> tuple[list[int], list[int]]:

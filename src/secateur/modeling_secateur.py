@@ -199,6 +199,8 @@ class NoChannels(nn.Module):
 class NoHeads(NoChannels):
     """An attention without heads."""
 
+    config: Any
+
     def __init__(self, attention: Any, biased: bool):
         super().__init__(attention, biased)
         # Decoder layers read some from outside, such as `is_sliding`.

@@ -78,13 +78,20 @@ class BlockStream:
         """What the checkpoint calls a block's tensor."""
         return self._resolve(f"{self.family.blocks}.{index}.{name}")
 
+    @property
+    def final_norm(self) -> list[str]:
+        """Names in the model of the weight and bias of the norm before the output layer; some models have none."""
+        names = (f"{self.family.final_norm}.{leaf}" for leaf in ("weight", "bias"))
+        return [name for name in names if self.checkpoint.resolve(name) is not None]
+
     def _resolve(self, name: str) -> str:
         resolved = self.checkpoint.resolve(name)
         if resolved is None:
             raise SecateurError(f"{self.checkpoint.source}: tensor {name} is missing")
         return resolved
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """A tensor as stored, by its name in the model."""
         return self.checkpoint.read(self._resolve(name))
 
     def _read_block(self, index: int, name: str) -> Tensor:
@@ -144,6 +151,18 @@ class BlockStream:
             yield logits
 
     @contextmanager
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values for tensors that `head` has filled."""
+        before = {name: self.model.get_parameter(name).data for name in tensors}
+        try:
+            for name, tensor in tensors.items():
+                assign(self.model, name, tensor.to(self.device, torch.float32))
+            yield
+        finally:
+            for name, tensor in before.items():
+                assign(self.model, name, tensor)
+
+    @contextmanager
     def _around(self, part: nn.Module, recorders: list[_Recorder]) -> Iterator[None]:
         """The weights of a part of the model outside its blocks, filled, with recorders for the blocks."""
         parent_name, _, child = self.family.blocks.rpartition(".")
@@ -160,7 +179,7 @@ class BlockStream:
                 if self.checkpoint.resolve(name) is None and name in tied:
                     value = self.model.get_parameter(tied[name]).data
                 else:
-                    value = self._read(name).to(self.device, torch.float32)
+                    value = self.read(name).to(self.device, torch.float32)
                 assign(self.model, name, value)
             part.to(self.device)
             yield

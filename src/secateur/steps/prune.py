@@ -6,7 +6,7 @@ import math
 import secrets
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,13 @@ from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.search import HELD_OUT, mean_loss
 from secateur.steps.slice import slice
 from secateur.steps.summary import Summary, record, summarise, timings
+from secateur.steps.temper import scaled, temper
 from secateur.steps.write import output_folder, write
 from secateur.stream import BlockStream
 from secateur.tokens import begins_with_bos
+
+UNSEEN_SHARE = 16
+"""One calibration row in so many is not fitted to."""
 
 
 def prune(
@@ -108,9 +112,18 @@ class Job:
     bos: bool
 
     @property
+    def unseen(self) -> Tensor:
+        """Rows that the refit only runs along, to fit the last norm on; none where nothing is refitted."""
+        count = len(self.text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
+        return self.text[len(self.text) - count :]
+
+    @property
     def rows(self) -> Rows:
-        """What the refit runs on."""
-        return Rows.of(self.text) if self.bos else Rows.of(self.text).with_openings()
+        """What the refit runs on; rows of weight zero only run along."""
+        fitted = Rows.of(self.text[: len(self.text) - len(self.unseen)])
+        fitted = fitted if self.bos else fitted.with_openings()
+        others = [rows for rows in (self.unseen, self.held_out) if rows is not None and len(rows)]
+        return Rows((*fitted.groups, *others), (*fitted.weights, *[0.0] * len(others)))
 
     @property
     def method(self) -> Method:
@@ -121,24 +134,36 @@ class Job:
 
     def loss(self, decided: Plan, watcher: Watcher) -> float:
         """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
-        assert self.held_out is not None
-        rows = self.rows
-        rows = Rows((*rows.groups, self.held_out), (*rows.weights, 0.0))
+        rows, losses = self.rows, list[float]()
         group = len(rows.groups) - 1
-        losses: list[float] = []
 
         def judge(dense: Activations, pruned: Activations) -> None:
-            losses.extend(mean_loss(self.stream, rows, group, hidden) for hidden in (dense, pruned))
+            norm = scaled(self.stream, self.scale(rows, dense, pruned))
+            losses.append(mean_loss(self.stream, rows, group, dense))
+            losses.append(mean_loss(self.stream, rows, group, pruned, norm))
 
-        blocks = refit(self.stream, decided, rows, method=self.method, dtype=self.dtype, watcher=watcher, judge=judge)
-        with closing(blocks):
-            for _ in blocks:
-                pass
+        for _ in self.refit(decided, rows, watcher, judge):
+            pass
         ratio = math.exp(losses[1] - losses[0])
-        watcher.note(
-            f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {len(self.held_out)} rows left out"
-        )
+        watcher.note(f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {HELD_OUT} other rows")
         return ratio
+
+    def refit(
+        self,
+        decided: Plan,
+        rows: Rows,
+        watcher: Watcher,
+        judge: Callable[[Activations, Activations], None] | None,
+    ) -> Generator[FittedBlock, None, None]:
+        """Carry a plan out, block by block."""
+        return refit(self.stream, decided, rows, method=self.method, dtype=self.dtype, watcher=watcher, judge=judge)
+
+    def scale(self, rows: Rows, dense: Activations, pruned: Activations) -> float:
+        """Of the last norm, fitted on the unseen rows; 1 where there are none."""
+        if not len(self.unseen):
+            return 1.0
+        group = next(at for at, weight in enumerate(rows.weights) if not weight)
+        return temper(self.stream, rows, group, dense, pruned)
 
 
 def open_job(
@@ -203,14 +228,21 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     """Carry a plan out and write the result."""
     stream, dtype, rows = job.stream, job.dtype, job.rows
     done: list[FittedBlock] = []
+    scales: list[float] = []
+
+    def judge(dense: Activations, pruned: Activations) -> None:
+        scales.append(job.scale(rows, dense, pruned))
 
     def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
-        for block in refit(stream, decided, rows, method=job.method, dtype=dtype, watcher=watcher):
+        for block in job.refit(decided, rows, watcher, judge if len(job.unseen) else None):
             done.append(FittedBlock(block.index, block.keep, {}, block.reports))
             yield block.index, slice(stream, block, dtype=dtype)
 
+    def norm() -> dict[str, Tensor]:
+        return scaled(stream, scales[0]) if scales else {}
+
     records = {
-        "secateur.json": lambda: record(stream, job.options, decided, done, rows, job.bos),
+        "secateur.json": lambda: record(stream, job.options, decided, done, rows, job.bos, *scales),
         "timings.json": lambda: timings(_summary(job, decided, start)),
     }
     file = job.options.format == "gguf"
@@ -227,6 +259,7 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
                 dtype=dtype,
                 overwrite=overwrite and not file,
                 records=records,
+                late=norm,
             )
         if file:
             export(folder, out, format="gguf", type=job.options.type, overwrite=overwrite, watcher=watcher)

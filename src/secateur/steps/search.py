@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -81,11 +81,16 @@ def _priced_at(wish: Wish, widths: str, survey: Survey, price: float) -> Plan:
     return best if best is not None else plan(replace(wish, goal=0.01, meter=wish.parameters), widths, survey)
 
 
-def mean_loss(stream: BlockStream, rows: Rows, group: int, hidden: Activations) -> float:
-    """Negative log-likelihood, in nats per token, of one group's rows from the stream behind the last block."""
+def mean_loss(
+    stream: BlockStream, rows: Rows, group: int, hidden: Activations, norm: Mapping[str, Tensor] | None = None
+) -> float:
+    """Negative log-likelihood, in nats per token, of one group's rows from the stream behind the last block.
+
+    `norm` are other values for the final norm, by their names in the model.
+    """
     ids = rows.groups[group]
     total, count = 0.0, 0
-    with stream.head() as head:
+    with stream.head() as head, stream.replaced(norm or {}):
         for row in range(len(ids)):
             at = slice(row, row + 1)
             logits = head(ids[at], hidden.parts[group][at], 1)[:, :-1]

@@ -108,7 +108,13 @@ def timings(summary: Summary) -> dict[str, float]:
 
 
 def record(
-    stream: BlockStream, options: Options, decided: Plan, done: list[FittedBlock], rows: Rows, bos: bool
+    stream: BlockStream,
+    options: Options,
+    decided: Plan,
+    done: list[FittedBlock],
+    rows: Rows,
+    bos: bool,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
     """What was kept where and why: secateur.json."""
     dense = stream.blocks[min(decided.widths)].width
@@ -131,6 +137,7 @@ def record(
             "note": decided.note,
         },
         "price": decided.price,
+        "final_norm_scale": scale,
         "dense_width": asdict(dense),
         "blocks": [
             {

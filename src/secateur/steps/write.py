@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ def write(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     records: dict[str, Any] | None = None,
+    late: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> int:
     """Write a checkpoint that transformers loads.
 
@@ -85,6 +86,7 @@ def write(
         dtype: of the weights; the checkpoint's by default.
         overwrite: replace a model folder that is there.
         records: JSON files to add, name to contents; contents may be callables, called once the blocks are done.
+        late: other values for the final norm, by their names in the model; asked for once the blocks are done.
 
     Returns:
         Bytes of the weights.
@@ -96,13 +98,14 @@ def write(
     dtype = dtype or checkpoint.dtype
     _check(stream, plan, format)
     inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
+    last = {str(stream.checkpoint.resolve(name)): name for name in stream.final_norm}
     # A refit may add biases to the output layers.
     possible = {_stored_name(stream, i, f"{module.sink}.bias") for i in plan.widths for module in _modules(stream, i)}
     biases: dict[int, tuple[bool, bool]] = {}
     with output_folder(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
         writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
         for name, info in checkpoint.tensors.items():
-            if name not in inside and name not in checkpoint.ignorable:
+            if name not in inside and name not in last and name not in checkpoint.ignorable:
                 tensor = checkpoint.read(name)
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
@@ -110,6 +113,9 @@ def write(
             biases[index] = (attention, feed_forward)
             for name, tensor in tensors.items():
                 writer.add(_stored_name(stream, index, name), tensor)
+        changed = late() if late else {}
+        for stored, name in last.items():
+            writer.add(stored, changed.get(name, checkpoint.read(stored)).to(dtype))
         writer.close()
         _write_json(folder / "config.json", _config(stream, plan, format, biases, dtype))
         if format == "hf":

@@ -1,0 +1,54 @@
+"""Which pruned models vLLM computes. It loads nothing of vLLM: what is known was seen in version 0.32, on one CPU.
+
+A folder of the stock format runs in vLLM's class for the family, and one with widths block by block, given
+`--trust-remote-code`, in vLLM's transformers backend: it builds the folder's own class and gives each layer an
+attention of that layer's head counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from secateur.families import head_dim
+from secateur.structure import Width
+
+OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
+
+
+def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> str | None:
+    """Why vLLM does not compute a model, or None when it does.
+
+    On CPUs vLLM also wants head sizes of 32, 64, 80 and some larger ones; the dense model meets the same.
+
+    Args:
+        config: the config object of the dense model, or of the folder.
+        widths: of every block.
+        per_layer: the folder gives each block its width (`--format hf`), else it is of the stock format.
+
+    Returns:
+        One clause that ends in what is possible instead.
+    """
+    kind = config.model_type
+    if not per_layer:
+        return _stock_obstacle(config, widths[0]) if kind == "qwen2" else None
+    if kind == "gpt2":
+        return (
+            "its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and the class "
+            "reshapes what vLLM's attention returns to one row; prune channels only, in the stock format"
+        )
+    if not any(width.heads for width in widths):
+        return "its attention divides by the largest head count of all blocks; keep a head in one of them"
+    return None
+
+
+def _stock_obstacle(config: Any, width: Width) -> str | None:
+    """vLLM's own Qwen2 class does not read all that transformers' does."""
+    if config.hidden_size // width.heads != head_dim(config):
+        return (
+            f"its class for qwen2 derives the head size from hidden_size / heads, which {width.heads} heads of "
+            f"{head_dim(config)} do not give; {OTHERWISE}"
+        )
+    if len(set(config.layer_types)) > 1 and config.max_window_layers != config.num_hidden_layers:
+        return f"its class for qwen2 has a sliding window in all blocks or none; {OTHERWISE}"
+    return None

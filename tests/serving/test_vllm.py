@@ -1,0 +1,230 @@
+"""Pruned folders in vLLM: it scores and continues prompts as transformers does, and fails where we say so.
+
+vLLM brings a torch and a transformers of its own, so it is run apart from the other tests: `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import GEMMA, GROUPED, ROWS, TRIPLES, _config, blocks_of, build, relative, token_rows
+from secateur.checkpoint import open_checkpoint
+from secateur.formats.per_layer import model_class, widths_of
+from secateur.formats.vllm import vllm_obstacle
+from secateur.quiet import quiet
+from secateur.steps.plan import Plan
+from secateur.steps.refit import FittedBlock
+from secateur.steps.slice import slice
+from secateur.steps.write import write
+from secateur.stream import BlockStream
+from secateur.structure import Block, Keep, Width
+
+# In this process, on one thread, with a small cache.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
+"""Largest deviation of a log-likelihood over the largest one, by what vLLM computes in; transformers is in float32."""
+BLOCKS, PROMPT, NEW = 3, 24, 12
+
+# vLLM's attention takes no head smaller than 32 on a CPU. For Qwen2 and others that is hidden size / heads.
+HEAD = {"head_dim": 32}
+WIDE = {"hidden_size": 192}
+ROWS |= {
+    "llama": _config("llama", **GROUPED, **HEAD),
+    "llama every head": _config("llama", num_key_value_heads=6, **HEAD),
+    "mistral window": _config("mistral", **TRIPLES, **HEAD, sliding_window=5),
+    "qwen2": _config("qwen2", **TRIPLES, **WIDE),
+    "qwen2 window": _config("qwen2", **GROUPED, **WIDE, sliding_window=6, use_sliding_window=True, max_window_layers=1),
+    "qwen3": _config("qwen3", **GROUPED, **HEAD),
+    "gemma2": _config("gemma2", **(GEMMA | HEAD)),
+    "gemma3_text": _config("gemma3_text", **(GEMMA | HEAD)),
+    "phi3": _config("phi3", **GROUPED, **WIDE, partial_rotary_factor=0.5),
+    "olmo2": _config("olmo2", **GROUPED, **WIDE),
+    "opt": _config("opt", "intermediate_size", **WIDE, ffn_dim=96, word_embed_proj_dim=192),
+    "gpt2": _config("gpt2", "intermediate_size", **WIDE, n_inner=96),
+    "gpt_neox": _config("gpt_neox", **WIDE, rotary_pct=0.5, intermediate_size=96),
+}
+
+PLANS: dict[str, Callable[[Width], list[Width]]] = {
+    "channels": lambda full: [Width(full.groups, full.per_group, channels) for channels in (40, 66, 7)],
+    "groups": lambda full: [Width(groups, full.per_group, full.channels) for groups in (full.groups - 1, 1)],
+    "heads": lambda full: [Width(full.groups, full.per_group - 1, full.channels)],
+    "gone": lambda full: [Width(0, 0, 24), Width(full.groups, full.per_group, 0), Width(1, 1, 66)],
+    "empty": lambda full: [Width(0, 0, 0)],
+}
+"""Widths of the first blocks, by the dense width; the others stay dense."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder and how vLLM is asked to run it."""
+
+    row: str
+    plan: str | Width
+    """A plan block by block, or the width of every block in the stock format."""
+    intercept: bool = False
+    dtype: str = "float32"
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        width = self.plan if isinstance(self.plan, str) else f"stock {self.plan.groups}x{self.plan.per_group}"
+        more = ["intercept"] * self.intercept + [self.dtype] * (self.dtype != "float32") + [v for _, v in self.options]
+        return " ".join([self.row, width, *more])
+
+
+BACKEND = (("model_impl", "transformers"),)
+SERVED = [
+    *(Case("llama", plan) for plan in PLANS),
+    Case("llama", "gone", intercept=True),
+    Case("llama", "gone", dtype="bfloat16"),
+    *(Case(row, "gone") for row in ("mistral window", "qwen2", "qwen2 window", "qwen3", "gemma2", "gemma3_text")),
+    *(Case(row, "gone") for row in ("phi3", "olmo2", "opt", "gpt_neox")),
+    Case("llama", Width(2, 2, 40)),
+    Case("llama every head", Width(5, 1, 40)),
+    Case("qwen2", Width(2, 2, 40), options=BACKEND),
+    Case("qwen2 window", Width(3, 2, 40), options=BACKEND),
+    Case("qwen3", Width(3, 1, 40)),
+    Case("phi3", Width(2, 2, 40)),
+    Case("gpt2", Width(6, 1, 40)),
+]
+REFUSED = {
+    Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
+    Case("qwen2", Width(2, 2, 40)): "exceeds dimension size",
+    Case("qwen2 window", Width(3, 2, 40)): "Sliding window for some but all layers is not supported",
+}
+"""With what vLLM says."""
+
+
+def widths_by_block(case: Case, block: Block) -> dict[int, Width]:
+    if isinstance(case.plan, Width):
+        return dict.fromkeys(range(BLOCKS), case.plan)
+    full = block.width
+    widths = dict(enumerate(PLANS[case.plan](full)))
+    if block.attention.locked:
+        return {i: Width(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
+    return widths
+
+
+def last_units(block: Block, width: Width) -> Keep:
+    """Any will do: here it does not matter which are kept, only how many."""
+    full = block.width
+    groups = range(full.groups - width.groups, full.groups)
+    heads = [full.per_group * (group + 1) - 1 - head for group in groups for head in range(width.per_group)]
+    return Keep(tuple(sorted(heads)), tuple(range(full.channels - width.channels, full.channels)))
+
+
+def write_case(case: Case, source: Path, folder: Path) -> None:
+    """Prune a row's checkpoint to the widths of a case."""
+    stream = BlockStream(open_checkpoint(source))
+    block = blocks_of(build(case.row))[0]
+    widths = widths_by_block(case, block)
+    noise = torch.randn(stream.checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    sinks = [f"{module.sink}.bias" for module in (block.attention, block.feed_forward)] if case.intercept else []
+    changed = dict.fromkeys(sinks, 0.3 * noise)
+    fitted = (FittedBlock(i, last_units(block, width), changed, ()) for i, width in widths.items())
+    tensors = ((found.index, slice(stream, found)) for found in fitted)
+    write(
+        stream,
+        folder,
+        Plan(widths, 0.0, 0.0, "blocks", None),
+        tensors,
+        format="hf" if isinstance(case.plan, str) else "stock",
+    )
+
+
+@dataclass(frozen=True)
+class Expected:
+    folder: Path
+    ids: Tensor
+    """Prompts and how transformers goes on."""
+    scores: Tensor
+    """Log-likelihoods of all tokens but the first."""
+
+
+def expect(folder: Path) -> Expected:
+    """What transformers computes; eager attention is the one that caps Gemma 2's logits."""
+    with quiet(), torch.no_grad():
+        config = open_checkpoint(folder).config
+        model = model_class(config).from_pretrained(folder, attn_implementation="eager").eval()
+        how = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 2}
+        ids = model.generate(token_rows(2, PROMPT), do_sample=False, **how)
+        scores = model(ids, use_cache=False).logits.log_softmax(-1)
+    return Expected(folder, ids, scores[:, :-1].gather(-1, ids[:, 1:, None])[..., 0])
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Expected]:
+    """All of it comes first: vLLM changes transformers' classes once it has built a model of them."""
+    place, found = tmp_path_factory.mktemp("served"), {}
+    for index, case in enumerate((*SERVED, *REFUSED)):
+        folder = place / f"model{index}"
+        write_case(case, checkpoint_folder(case.row), folder)
+        found[case] = expect(folder)
+    return found
+
+
+@contextmanager
+def opened(case: Case, folder: Path) -> Iterator[Any]:
+    """A model in vLLM."""
+    from vllm import LLM
+
+    how = {"trust_remote_code": isinstance(case.plan, str), "max_model_len": 64, **dict(case.options)}
+    yield LLM(str(folder), dtype=case.dtype, enforce_eager=True, **how)
+    gc.collect()
+
+
+def scored(model: Any, ids: Tensor) -> Tensor:
+    """Log-likelihoods of all tokens but the first."""
+    rows = model.generate(prompts(ids), sampling(1), use_tqdm=False)
+    pairs = [zip(row.prompt_logprobs[1:], own[1:], strict=True) for row, own in zip(rows, ids.tolist(), strict=True)]
+    return torch.tensor([[entry[token].logprob for entry, token in pair] for pair in pairs])
+
+
+def continued(model: Any, ids: Tensor) -> list[list[int]]:
+    """The most likely tokens that follow."""
+    return [list(row.outputs[0].token_ids) for row in model.generate(prompts(ids), sampling(NEW), use_tqdm=False)]
+
+
+def prompts(ids: Tensor) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": row} for row in ids.tolist()]
+
+
+def sampling(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0, ignore_eos=True)
+
+
+def obstacle_of(case: Case, folder: Path) -> str | None:
+    config = open_checkpoint(folder).config
+    return vllm_obstacle(config, widths_of(config), per_layer=isinstance(case.plan, str))
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_served(expected: dict[Case, Expected], case: Case) -> None:
+    meant = expected[case]
+    assert obstacle_of(case, meant.folder) is None or case.options
+    with opened(case, meant.folder) as model:
+        assert relative(scored(model, meant.ids), meant.scores) < TOLERANCE[case.dtype]
+        if case.dtype == "float32":
+            assert continued(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
+
+
+@pytest.mark.parametrize(("case", "message"), REFUSED.items(), ids=str)
+def test_refused(expected: dict[Case, Expected], case: Case, message: str) -> None:
+    """If one of these runs, an obstacle is out of date."""
+    folder = expected[case].folder
+    assert obstacle_of(case, folder)
+    with pytest.raises((ValueError, RuntimeError, AssertionError), match=message), opened(case, folder) as model:
+        scored(model, expected[case].ids)
