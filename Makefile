@@ -61,6 +61,6 @@ $(VLLM_VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip install $(VLLM) -e . pytest || \
-		PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) $(VLLM_VENV)/bin/python -m pip install $(VLLM) -e . pytest
+		$(VLLM_VENV)/bin/python -m pip install --extra-index-url $(TORCH_INDEX) $(VLLM) -e . pytest
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
 	@touch $@

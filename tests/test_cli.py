@@ -174,9 +174,10 @@ OPTIONS: list[tuple[str, str]] = [
     ("--sparsity nan", "sparsity is nan; it must lie between"),
     ("--sparsity inf", "sparsity is inf; it must lie between"),
     ("--sparsity abc", "--sparsity"),
-    ("--sparsity 0.99", "99.0% of the blocks is more than the modules hold: at most"),
+    ("--sparsity 0.995", "99.5% of the blocks is more than the modules hold: at most 99.4% can go"),
+    ("--sparsity 0.99 --widths uniform", "99.0% of the blocks is more than the modules hold: at most"),
     ("--sparsity 0.9 --modules channels", "(only heads or only channels were asked for)"),
-    ("--sparsity 0.5 --modules heads", "more than the modules hold: at most 26.5% can go (only heads"),
+    ("--sparsity 0.5 --modules heads --widths uniform", "more than the modules hold: at most 26.5% can go (only heads"),
     ("--sparsity 0.9 --of model", "90.0% of the model is more than the modules hold: at most"),
     ("--of layers", "of is 'layers'; it must be one of blocks, model"),
     ("--modules nonsense", "modules is 'nonsense'; give heads, channels or heads,channels"),
@@ -188,7 +189,10 @@ OPTIONS: list[tuple[str, str]] = [
     ("--blocks 1:1", "empty or reversed"),
     ("--blocks=-1:2", "blocks is '-1:2'; write first:end, for example 4:30"),
     ("--blocks some", "blocks is 'some'; write first:end"),
-    ("--blocks 0:2", "a stock class has one width for all 3 blocks, and only 0:2 are to be pruned; leave the block"),
+    (
+        "--blocks 0:2 --widths uniform",
+        "a stock class has one width for all 3 blocks, and only 0:2 are to be pruned; leave the block",
+    ),
     ("--samples 0", "samples is 0; it must be at least 1"),
     ("--samples -3", "samples is -3; it must be at least 1"),
     ("--samples many", "--samples"),
@@ -199,16 +203,19 @@ OPTIONS: list[tuple[str, str]] = [
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must be zero or positive, for example 0.3"),
     ("--round 0", "round is 0; it must be at least 1"),
-    ("--round 96 --modules channels", "round is 96, but the model has 72 channels; take a smaller one"),
-    ("--criterion best", "criterion is 'best'; it must be one of surgeon, second-moment, wanda, l1, l2, random"),
-    ("--recovery all", "recovery is 'all'; it must be one of refit, paper, none"),
+    ("--round 96 --modules channels --widths uniform", "round is 96, but the model has 72 channels; take a smaller one"),
+    (
+        "--criterion best",
+        "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random",
+    ),
+    ("--recovery all", "recovery is 'all'; it must be one of refit, paper, bias, none"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
-    ("--widths free", "widths is 'free'; it must be one of uniform"),
+    ("--widths free", "widths is 'free', where there is no file (or adaptive, uniform)"),
     ("--dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
     ("--intercept --recovery none", "an intercept is part of the refit: leave --intercept out, or use"),
     (
-        "--intercept",
-        "--intercept rules out the stock format here, as the stock class of llama has no level-2 biases; leave",
+        "--intercept --widths uniform",
+        "the stock class of llama has no level-2 biases, which --intercept and --recovery bias add; leave them out",
     ),
     ("--device nonsense", "device 'nonsense' is not available here; use --device auto or cpu"),
     ("--device meta", "device 'meta' computes nothing; use --device auto or cpu"),
@@ -329,10 +336,11 @@ def test_heads_that_a_stock_class_cannot_lose(
 ) -> None:
     model, before = str(checkpoint_folder(name)), listing(place)
     for options in (["--modules", "heads"], ["--modules", "heads", "--sparsity", "0.9"]):
-        result = run("prune", model, "out", *SMALL, *options)
+        result = run("prune", model, "out", *SMALL, "--widths", "uniform", *options)
         refused(result, f"{name} derives its head size from hidden_size / heads")
         assert "prune channels only" in result.err
-    refused(run("prune", model, "out", *SMALL, "--sparsity", "0.9"), "more than the modules hold: at most")
+    result = run("prune", model, "out", *SMALL, "--widths", "uniform", "--sparsity", "0.9")
+    refused(result, "more than the modules hold: at most")
     assert listing(place) == before
 
 
@@ -340,9 +348,10 @@ def test_heads_that_no_format_can_lose_and_intercepts(
     run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
 ) -> None:
     model, before = str(checkpoint_folder("olmo2")), listing(place)
-    refused(run("prune", model, "out", *SMALL, "--modules", "heads"), "norms run across all heads; prune channels")
+    uniform = [*SMALL, "--widths", "uniform"]
+    refused(run("prune", model, "out", *uniform, "--modules", "heads"), "norms run across all heads; prune channels")
     model = str(checkpoint_folder("mistral"))
-    refused(run("prune", model, "out", *SMALL, "--intercept"), "as the stock class of mistral has no level-2 biases")
+    refused(run("prune", model, "out", *uniform, "--intercept"), "the stock class of mistral has no level-2 biases")
     assert listing(place) == before
 
 
@@ -457,9 +466,9 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     notes = result.err.splitlines()
     assert notes[0] == "Opened model: llama, 3 blocks, 0.1 M parameters, float32"
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
-    assert [line.split()[0] for line in notes[2:]] == ["Survey", "Keeping", "Prune"]
-    assert "of 6 query heads in" in notes[3]
-    assert "the least error of" in notes[3]
+    assert [line.split()[0] for line in notes[2:]] == ["Survey", "Price", "Keeping", "Prune"]
+    assert "of 18 query heads and" in notes[4]
+    assert "nats per token before the refit" in notes[4]
     for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):
         assert words in result.out
     assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
@@ -511,7 +520,10 @@ def test_a_target_that_widths_cannot_meet_is_said(place: Path, run: Run) -> None
 def test_other_dtypes(place: Path, run: Run) -> None:
     assert run("prune", "model", "half", *SMALL, "--dtype", "bfloat16").code == 0
     assert {t.dtype for t in load_file(place / "half" / "model.safetensors").values()} == {torch.bfloat16}
-    assert run("prune", "half", "again", *SMALL, "--sparsity", "0.1", "--dtype", "float32").code == 0
+    again = ["--sparsity", "0.1", "--dtype", "float32"]
+    refused(run("prune", "half", "again", *SMALL, *again), "can be evaluated but not pruned again; prune the dense")
+    assert run("prune", "model", "half", *SMALL, "--dtype", "bfloat16", "--widths", "uniform", "--overwrite").code == 0
+    assert run("prune", "half", "again", *SMALL, *again).code == 0
     assert {t.dtype for t in load_file(place / "again" / "model.safetensors").values()} == {torch.float32}
 
 

@@ -160,3 +160,20 @@ def test_nothing_yet():
     assert not empty.gram().any()
     assert not empty.mean_a.any()
     assert empty.energy() == 0
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_factors_for_single_rows_are_rows_of_that_weight(centre):
+    torch.manual_seed(0)
+    x, t, factors = torch.randn(7, 5), torch.randn(7, 3), torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0, 1.0, 2.0])
+    weighted, repeated = (Moments(5, 3, centre=centre) for _ in range(2))
+    weighted.update(x, t, 0.5, factors)
+    times = factors.long()
+    repeated.update(x.repeat_interleave(times, 0), t.repeat_interleave(times, 0), 0.5)
+    assert weighted.count == pytest.approx(repeated.count)
+    for name in ("gram", "cross", "energy"):
+        assert torch.allclose(
+            torch.as_tensor(getattr(weighted, name)()), torch.as_tensor(getattr(repeated, name)()), atol=1e-5
+        )
+    assert torch.allclose(weighted.mean_a, repeated.mean_a, atol=1e-6)
+    assert torch.allclose(weighted.mean_o, repeated.mean_o, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(
         # What OPT-350m's config says: the residual stream is no plain sum, so each module aims at its own output.
         stream.checkpoint.config.do_layer_norm_before = False
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
-    method = Method(criterion, Recovery(**({"ridge": RIDGE} | recovery)))
+    method = Method(criterion, Recovery(**({"ridge": RIDGE, "usual": math.inf} | recovery)))
     return list(refit(stream, plan, IDS, method=method))
 
 
@@ -260,14 +261,33 @@ def test_both_kinds_of_rows_count_by_weight(checkpoint_folder):
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3, "blocks", None)
     first, second = IDS[:8], IDS[8:]
-    weighted = list(refit(stream, plan, Rows((first, second), (1.0, 2.0))))
-    repeated = list(refit(stream, plan, torch.cat([first, second, second])))
+    method = Method(recovery=Recovery(usual=math.inf))
+    weighted = list(refit(stream, plan, Rows((first, second), (1.0, 2.0)), method=method))
+    repeated = list(refit(stream, plan, torch.cat([first, second, second]), method=method))
     for one, two in zip(weighted, repeated, strict=True):
         assert one.keep == two.keep
         for name in one.changed:
             assert relative(one.changed[name], two.changed[name]) < 1e-3
         for mine, other in zip(one.reports, two.reports, strict=True):
             assert mine.relative == pytest.approx(other.relative, rel=1e-2)
+
+
+def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
+    """The first feed-forward by hand: what its tokens inherit is what the pruned attention left undone."""
+    found = run(checkpoint_folder("llama"), "llama", usual=2.0)
+    dense, module = build("llama").double(), blocks_of(build("llama"))[0].feed_forward
+    pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
+    missing = seen(dense, 0, "self_attn.o_proj")[1] - seen(pruned, 0, "self_attn.o_proj")[1]
+    inherited = missing.square().sum(1)
+    root = (1 / (1 + inherited / (2.0 * inherited.median()))).sqrt()[:, None]
+    # The narrow model's level-2 input holds the kept channels only.
+    x, target = seen(pruned, 0, module.sink)[0], seen(dense, 0, module.sink)[1] + missing
+    kept = torch.tensor(found[0].keep.channels)
+    old = matrix(layers_of(dense)[0], module.sink)[kept]
+    best, _ = least_squares(x * root, target * root, old, intercept=False)
+    assert relative(found[0].changed[module.level2.name].double().T[kept], best) < 1e-4
+    plain, _ = least_squares(x, target, old, intercept=False)
+    assert relative(plain, best) > 1e-2
 
 
 def test_later_blocks_see_rounded_weights(checkpoint_folder):

@@ -99,6 +99,24 @@ def adaptive(
     return result, least
 
 
+def narrowest(
+    blocks: Sequence[Block],
+    chosen: range,
+    meter: Meter,
+    *,
+    kinds: Sequence[Kind],
+    multiple: int,
+    obstacle: Obstacle,
+) -> float:
+    """The least that the model can take where each module has its own width; see `adaptive`."""
+    total = meter.dense
+    for index in chosen:
+        for kind in kinds:
+            sizes = [meter.module(index, kind, w) for w in module_widths(blocks[index], kind, multiple, obstacle)]
+            total += min(sizes) - sizes[0]
+    return total
+
+
 def merge(width: Width, kind: Kind, other: Width) -> Width:
     """A width with one module's part taken from another one."""
     if kind == "heads":

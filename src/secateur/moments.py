@@ -49,26 +49,33 @@ class Moments:
         self._origin_a: Tensor | None = None
         self._origin_o: Tensor | None = None
 
-    def update(self, x_na: Tensor, t_no: Tensor | None = None, weight: float = 1.0) -> None:
+    def update(
+        self, x_na: Tensor, t_no: Tensor | None = None, weight: float = 1.0, weights_n: Tensor | None = None
+    ) -> None:
         """Add rows: inputs (n x a) and, if the cross moment is wanted, their targets (n x o).
 
-        `weight` is what each of these rows counts, in every sum.
+        `weight` is what each of these rows counts, in every sum; `weights_n` are factors for the single rows.
         """
         for start in range(0, x_na.shape[0], CHUNK):
             x = x_na[start : start + CHUNK].float()
             t = None if t_no is None else t_no[start : start + CHUNK].float()
+            w = x.new_ones(x.shape[0]) if weights_n is None else weights_n[start : start + CHUNK].float()
             if self.centre:
                 if self._origin_a is None:
                     self._origin_a = x.mean(0)
                     self._origin_o = None if t is None else t.mean(0)
                 x = x - self._origin_a
                 t = None if t is None or self._origin_o is None else t - self._origin_o
-            self.count += weight * x.shape[0]
+            self.count += weight * float(w.sum(dtype=torch.float64))
+            self._sum_a += weight * (w @ x)
+            if t is not None:
+                self._sum_o += weight * (w @ t)
+            if weights_n is not None:
+                root = w.sqrt()[:, None]
+                x, t = x * root, None if t is None else t * root
             add_gram(self._gram_aa, x, weight)
-            self._sum_a += weight * x.sum(0)
             if t is not None:
                 self._cross_ao.addmm_(x.T, t, alpha=weight)
-                self._sum_o += weight * t.sum(0)
                 self._energy += weight * torch.linalg.vector_norm(t).double().square()
 
     @property

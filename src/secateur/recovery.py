@@ -28,6 +28,8 @@ class Recovery:
     ridge: float = 0.3
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
+    usual: float = 1.0
+    """A token counts half where the squared error that it inherits is so many times the median; infinite: all alike."""
 
     @property
     def fits(self) -> bool:

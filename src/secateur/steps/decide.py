@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from secateur.meters import Meter, meter_of, parameter_meter
 from secateur.options import WIDTHS, Options
 from secateur.plan_file import read_plan, read_ratios
 from secateur.progress import Watcher
-from secateur.steps.plan import Plan, Wish, plan, uniform_plans
+from secateur.steps.plan import Plan, Wish, check_reach, plan, uniform_plans
 from secateur.steps.search import smallest_within
 from secateur.steps.survey import survey
 from secateur.steps.write import Format, obstacle
@@ -58,6 +59,7 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
     chosen = options.chosen_blocks(len(stream))
     format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
 
+    @cache
     def held(width: Width) -> str | None:
         reason = obstacle(stream, chosen, width, format=format, intercept=options.adds_biases)
         if reason is None and options.format == "gguf":
@@ -84,6 +86,10 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
         for width in set(given.widths.values()):
             if (reason := held(width)) is not None:
                 raise SecateurError(f"{options.plan or options.widths}: the format cannot hold this: {reason}")
+        if format == "stock" and len({given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)}) > 1:
+            raise SecateurError(
+                f"{options.plan or options.widths}: the stock format holds one width for all blocks; take --format hf"
+            )
         return Request(stream, options, chosen, format, parameters, None, given)
     if isinstance(options.goal, Target) and options.goal.quantity != "ppl":
         gguf_type = options.type if options.format == "gguf" else None
@@ -110,13 +116,20 @@ def _given(stream: BlockStream, options: Options, wish: Wish) -> Plan | None:
 
 
 def quick(asked: Request) -> list[Plan]:
-    """What can be said without a survey: the given plan, or uniform ones near the target."""
+    """What can be said without a survey: the given plan, or uniform ones near the target.
+
+    Raises:
+        SecateurError: no plan can meet the target.
+    """
     if asked.given is not None:
         return [asked.given]
     assert asked.wish is not None
     if isinstance(asked.wish.goal, Target) and asked.wish.goal.quantity == "ppl":
         return []
-    return uniform_plans(asked.wish) if asked.options.widths == "uniform" else []
+    if asked.options.widths == "uniform":
+        return uniform_plans(asked.wish)
+    check_reach(asked.wish)
+    return []
 
 
 def needs_survey(asked: Request) -> bool:
@@ -158,6 +171,12 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
     if file is not None:
         save_survey(found, file)
     return found
+
+
+def check_survey(asked: Request, text: Tensor, file: Path | None) -> None:
+    """See that a survey that is there belongs to the request; see `surveyed`."""
+    if file is not None and file.exists() and needs_survey(asked):
+        load_survey(file, survey_key(asked, text))
 
 
 def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from secateur.allocation import Obstacle, adaptive, uniform
+from secateur.allocation import Obstacle, adaptive, merge, narrowest, uniform
 from secateur.budget import Target
 from secateur.curves import Survey
 from secateur.errors import SecateurError
@@ -152,6 +152,24 @@ def uniform_plans(wish: Wish) -> list[Plan]:
     plans = [wish.plan(dict.fromkeys(wish.chosen, width)) for width, _ in found]
     near = [one for one in plans if one.note is None]
     return near or plans[:1]
+
+
+def check_reach(wish: Wish) -> None:
+    """See that adaptive widths can meet the target, before anything is measured.
+
+    Raises:
+        SecateurError: they cannot; it says what they can.
+    """
+    least = narrowest(
+        wish.blocks, wish.chosen, wish.meter, kinds=wish.kinds, multiple=wish.multiple, obstacle=wish.obstacle
+    )
+    dense = wish.blocks[wish.chosen.start].width
+    reasons = list(filter(None, (wish.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in wish.kinds)))
+    if reasons and least == wish.meter.dense:
+        raise SecateurError(f"the format cannot hold this: {reasons[0]}")
+    # Sums in another order are rounded otherwise.
+    if least > wish.budget + 1e-9 * wish.meter.dense:
+        raise _out_of_reach(wish, least, reasons)
 
 
 def _out_of_reach(wish: Wish, least: float, reasons: list[str]) -> SecateurError:

@@ -76,6 +76,7 @@ def propose(
         trust_remote_code=trust_remote_code,
         out=None,
         overwrite=False,
+        survey_file=survey_file,
         watcher=watcher,
     )
     found = surveyed(job.request, job.text, watcher, survey_file) if needs_survey(job.request) else None

@@ -28,7 +28,7 @@ from secateur.meters import byte_meter, parameter_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
-from secateur.steps.decide import Request, decide, needs_survey, quick, request, surveyed
+from secateur.steps.decide import Request, check_survey, decide, needs_survey, quick, request, surveyed
 from secateur.steps.export import export
 from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
@@ -86,6 +86,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         out=Path(out),
         overwrite=overwrite,
+        survey_file=survey_file,
         watcher=watcher,
     )
     if dry_run:
@@ -175,6 +176,7 @@ def open_job(
     trust_remote_code: bool,
     out: Path | None,
     overwrite: bool,
+    survey_file: Path | None = None,
     watcher: Watcher,
 ) -> Job:
     """Open the model and the text, and find everything that is wrong with the request.
@@ -212,6 +214,8 @@ def open_job(
             vocab_size=checkpoint.config.vocab_size,
             max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
         )
+    text, held_out = rows[: options.samples], rows[options.samples :] if searched else None
+    check_survey(asked, text, survey_file)
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
         f"{parameter_meter(stream).dense / 1e6:,.1f} M parameters, {_name(checkpoint.dtype)}"
@@ -220,7 +224,6 @@ def open_job(
         f"Calibrating on {options.samples} rows of {options.length} tokens, computing on {where}; "
         f"the output is {options.type if options.format == 'gguf' else _name(dtype)}"
     )
-    text, held_out = rows[: options.samples], rows[options.samples :] if searched else None
     return Job(stream, options, dtype, asked, text, held_out, begins_with_bos(tokenizer))
 
 

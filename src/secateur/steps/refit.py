@@ -9,6 +9,7 @@ Shapes: n tokens, a level-2 input entries, d residual width; rows x t x d for st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ from secateur.stream import BlockStream
 from secateur.structure import KINDS, Depth2, Keep, Kind, Pattern, Width
 from secateur.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.targets import PostNorm
+
+ROUNDING = 1e-6
+"""Errors below this share of a target's energy are none."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ class _BlockWork:
                 target = target - norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale)
             target = target.reshape(-1, self.stream.width)
             if at.weight:
-                moments.update(rows, target, at.weight)
+                moments.update(rows, target, at.weight, self._weights(module, norm, target, at))
             if at.weight and inputs is not None:
                 inputs.update(seen["source"].reshape(-1, self.stream.width), weight=at.weight)
         if not moments.finite():
@@ -285,6 +289,22 @@ class _BlockWork:
             z = self.output[module.kind][at].to(self.stream.device)
             target = z if norm.norm is None else norm.norm(z)
         return target
+
+    def _weights(self, module: Depth2, norm: PostNorm, target: Tensor, at: Batch) -> Tensor | None:
+        """What single tokens count (n): less where the stream already errs by much more than is usual.
+
+        Errors have heavy tails. A few tokens whose massive activation was missed carry an error that no later module
+        can mend; in plain least squares they are most of what every one of those modules is fitted to.
+        """
+        usual = self.method.recovery.usual
+        if not self.error_aware or usual == math.inf:
+            return None
+        own = self.output[module.kind][at].to(target.device)
+        own = own if norm.norm is None else norm.norm(own)
+        inherited = (target - own.reshape(target.shape)).square().sum(1)
+        # Where nothing is inherited, what is left is rounding.
+        least = ROUNDING * target.square().sum(1).mean()
+        return 1 / (1 + inherited / (usual * inherited.median()).clamp_min(least))
 
     def _done(self, module: Depth2, at: Batch) -> dict[Depth2, Tensor | None]:
         """Outputs of the block's modules before this one, in the pruned stream."""

@@ -56,7 +56,7 @@ def smallest_within(wish: Wish, widths: str, survey: Survey, ratio: float, loss:
         factor = max(math.log(found) / (tried.price or 1e-6), factor / 4)
     if best is None:
         raise SecateurError(
-            f"target ppl={ratio:g}x: the best of {TRIES} plans came to {lowest:.2f}x; ask for more than that, or "
+            f"target ppl={ratio:g}x: the best plan that was tried came to {lowest:.3f}x; ask for more than that, or "
             "calibrate on more text"
         )
     return best

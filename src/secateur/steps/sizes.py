@@ -13,7 +13,7 @@ from secateur.evaluate.compare import evaluate
 from secateur.options import Options
 from secateur.progress import Watcher
 from secateur.report.plots import plot_sizes
-from secateur.steps.decide import decide, needs_survey, request, surveyed
+from secateur.steps.decide import decide, needs_survey, quick, request, surveyed
 from secateur.steps.prune import finish, open_job
 
 TABLE, PLOT = "sizes.json", "sizes.png"
@@ -69,7 +69,7 @@ def sizes(
     for folder in folders:
         if folder.exists() and not overwrite:
             raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
-    new = not out.exists()
+    survey_file, new = survey_file or out / "survey.json", not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         job = open_job(
@@ -80,17 +80,20 @@ def sizes(
             trust_remote_code=trust_remote_code,
             out=folders[0],
             overwrite=overwrite,
+            survey_file=survey_file,
             watcher=watcher,
         )
+        jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
+        for one in jobs:
+            quick(one.request)
     except BaseException:
         if new:
             out.rmdir()
         raise
-    jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
     weighed = [one for one in jobs if needs_survey(one.request)]
     found = None
     if weighed:
-        found = surveyed(weighed[0].request, job.text, watcher, survey_file or out / "survey.json")
+        found = surveyed(weighed[0].request, job.text, watcher, survey_file)
     plans = [decide(one.request, found) for one in jobs]
     results: list[Size] = []
     for one, decided, folder in zip(jobs, plans, folders, strict=True):

@@ -79,7 +79,6 @@ def survey(
                 collectors = [
                     _Collector(stream, index, layer, kind, inputs=criterion in NEEDS_INPUTS and kind == "channels")
                     for kind in kinds
-                    if stream.blocks[index].module(kind).locked is None
                 ]
                 before = None if probes is None else hidden.parts[probed].clone()
                 for at in rows.batches():
@@ -114,6 +113,12 @@ def _measure(index: int, criterion: str, stats: Statistics, least: Width) -> tup
     module, count = stats.module, stats.moments.count
     curves: list[Curve] = []
     cuts: list[Cut] = []
+    none = torch.empty(0, dtype=torch.long, device=stats.weight_ao.device)
+    if module.locked:
+        # All or nothing.
+        energy = stats.normal.energy / count
+        curves = [Curve(index, module.kind, pattern, (0.0,), energy) for pattern in module.patterns]
+        return curves, [Cut(index, module, energy, none, stats.weight_ao[none])]
     for pattern in module.patterns:
         found = error_curve(criterion, stats, pattern, least.along(pattern))
         together = module.groups if pattern == "heads" else 1
@@ -130,7 +135,6 @@ def _measure(index: int, criterion: str, stats: Statistics, least: Width) -> tup
                 kept = kept.to(stats.weight_ao.device)
                 weight, _ = refit(stats.normal, kept)
                 cuts.append(Cut(index, module, errors[gone] - errors[0], kept, weight))
-        none = torch.empty(0, dtype=torch.long, device=stats.weight_ao.device)
         cuts.append(Cut(index, module, energy, none, stats.weight_ao[none]))
     return curves, cuts
 

@@ -1,0 +1,168 @@
+"""Our pruned models beside the peers': one model, several sizes, perplexity over dense on texts of two sources.
+
+    python benchmarks/quality.py MODEL --calibration a.txt --evaluate b.txt --evaluate c.txt --out docs/results.md
+
+Every row of the table is scored at the same rows of tokens, and printed as it comes; with --out, the table replaces
+the one between the markers `<!-- quality NAME -->` and `<!-- /quality NAME -->` of that file, so that partial results
+stay. Ours goes the whole way, from the checkpoint to a written folder and back; peers are held in
+memory in float32 (`benchmarks/peers.py` says what each does).
+"""
+
+import argparse
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from peers import PEERS
+from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint, prune
+from secateur.activations import Rows
+from secateur.evaluate import perplexity
+from secateur.evaluate.compare import load
+from secateur.tokens import begins_with_bos
+
+OURS = {"secateur": "adaptive", "secateur, uniform": "uniform"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluate", action="append", required=True)
+    parser.add_argument("--samples", type=int, default=Options.samples)
+    parser.add_argument("--length", type=int, default=Options.length, help="of the calibration rows")
+    parser.add_argument("--row", type=int, default=128, help="length of the scored rows")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--sparsities", default="0.1,0.25,0.375,0.5")
+    parser.add_argument("--methods", default=",".join([*OURS, *PEERS]).replace("secateur, uniform", "secateur uniform"))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    names = [Path(source).stem for source in arguments.evaluate]
+    methods = [name.replace("secateur uniform", "secateur, uniform") for name in arguments.methods.split(",")]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    stream = BlockStream(open_checkpoint(arguments.model))
+    score = scorer(arguments, stream)
+    name = Path(arguments.model).stem
+    table = Table(arguments, name, names, score(load(stream.checkpoint, torch.float32, torch.device("cpu"))))
+    with tempfile.TemporaryDirectory() as folder:
+        for sparsity in map(float, arguments.sparsities.split(",")):
+            for method in methods:
+                start = time.perf_counter()
+                try:
+                    found = [one(arguments, stream, score, method, sparsity, seed, Path(folder)) for seed in seeds]
+                except ImportError as error:
+                    print(f"{method}: not installed ({error})", flush=True)
+                    continue
+                seconds = (time.perf_counter() - start) / len(seeds)
+                table.add(sparsity, method, found, seconds)
+
+
+def one(
+    arguments: argparse.Namespace,
+    stream: BlockStream,
+    score: Callable[[torch.nn.Module], list[float]],
+    method: str,
+    sparsity: float,
+    seed: int,
+    folder: Path,
+) -> tuple[float, list[float]]:
+    """Share of the blocks' parameters that one run removes, and its perplexities."""
+    if method in OURS:
+        out = folder / "pruned"
+        summary = prune(
+            arguments.model,
+            out,
+            sparsity=sparsity,
+            widths=OURS[method],
+            calibration=arguments.calibration,
+            samples=arguments.samples,
+            length=arguments.length,
+            seed=seed,
+            overwrite=True,
+            survey_file=folder / f"survey-{seed}.json",
+        )
+        network = load(open_checkpoint(str(out)), torch.float32, torch.device("cpu"))
+        return summary.sparsity, score(network)
+    tokenizer = stream.checkpoint.tokenizer()
+    rows = Rows.of(
+        calibration_rows(
+            tokenizer,
+            arguments.calibration,
+            samples=arguments.samples,
+            length=arguments.length,
+            seed=seed,
+            vocab_size=stream.checkpoint.config.vocab_size,
+        )
+    )
+    peer = PEERS[method](stream, rows if begins_with_bos(tokenizer) else rows.with_openings(), sparsity)
+    kept = peer.kept_parameters / sum(block.parameters for block in stream.blocks)
+    return 1 - kept, score(peer.network)
+
+
+def scorer(arguments: argparse.Namespace, stream: BlockStream) -> Callable[[torch.nn.Module], list[float]]:
+    """A function from a network to its perplexity on each text."""
+    tokenizer = stream.checkpoint.tokenizer()
+    texts = [
+        consecutive_rows(
+            tokenizer,
+            source,
+            length=arguments.row,
+            tokens=arguments.tokens,
+            vocab_size=stream.checkpoint.config.vocab_size,
+        )
+        for source in arguments.evaluate
+    ]
+    return lambda network: [perplexity(network, ids).perplexity for ids in texts]
+
+
+class Table:
+    """Rows as they come, on the terminal and in the file."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str, texts: list[str], dense: list[float]):
+        self.out, self.dense = arguments.out, dense
+        self.name = f"{name} {Path(arguments.calibration).stem} {arguments.row}"
+        said = ", ".join(f"{text} {value:.2f}" for text, value in zip(texts, dense, strict=True))
+        self.lines = [
+            f"{name}, calibrated on {arguments.samples} x {arguments.length} tokens of "
+            f"{Path(arguments.calibration).name}, {arguments.tokens:,} tokens of each text in rows of "
+            f"{arguments.row}, seeds {arguments.seeds}; torch "
+            f"{torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads. Dense: {said}",
+            "",
+            "| goes | method | removed | " + " | ".join(f"{text}, over dense" for text in texts) + " | seconds |",
+            "|---|---|---|" + "---|" * (len(texts) + 1),
+        ]
+        print("\n".join(self.lines), flush=True)
+
+    def add(self, sparsity: float, method: str, found: list[tuple[float, list[float]]], seconds: float) -> None:
+        """One method at one size, over all seeds."""
+        removed = statistics.mean(share for share, _ in found)
+        cells = []
+        for at, dense in enumerate(self.dense):
+            ratios = [values[at] / dense for _, values in found]
+            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+            cells.append(f"{statistics.mean(ratios):.2f}{spread}")
+        self.lines.append(f"| {sparsity:.1%} | {method} | {removed:.1%} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        print(self.lines[-1], flush=True)
+        if self.out:
+            put(self.out, f"quality {self.name}", self.lines)
+
+
+def put(path: Path, name: str, lines: list[str]) -> None:
+    """Replace what stands between the markers, or add both at the end."""
+    text = path.read_text(encoding="utf-8")
+    opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if opening not in text:
+        text = f"{text.rstrip()}\n\n{opening}{closing}\n"
+    marked = re.compile(f"({re.escape(opening)}).*?({re.escape(closing)})", re.DOTALL)
+    table = "\n".join(lines) + "\n"
+    path.write_text(marked.sub(lambda match: match[1] + table + match[2], text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
