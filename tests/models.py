@@ -7,7 +7,8 @@ is forgotten, swapped or shifted then shows in the logits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.families import describe, family_of
 from secateur.quiet import quiet
 from secateur.structure import Block, Keep, Kind, Pattern
-from secateur.surgery import narrow, slice_block, width_of
+from secateur.surgery import inner_entries, narrow, slice_block, width_of
 
 VOCAB = 128
 WORDS = 120
@@ -189,3 +190,24 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
         tensors = dict(layer.named_parameters()) | (changed or {}).get(index, {})
         narrow(layer, slice_block(block, tensors, keep), width_of(block, keep))
     return small
+
+
+@contextmanager
+def masked(model: nn.Module, keeps: dict[int, Keep]) -> Iterator[None]:
+    """Silence removed units: their entries of the level-2 input become zero."""
+    handles = []
+    for index, keep in keeps.items():
+        layer, block = layers_of(model)[index], blocks_of(model)[index]
+        for module in (block.attention, block.feed_forward):
+            mask = torch.zeros(module.units * module.size)
+            mask[inner_entries(module, keep.units(module.kind))] = 1
+
+            def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
+                return (args[0] * mask,)
+
+            handles.append(layer.get_submodule(module.sink).register_forward_pre_hook(before))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

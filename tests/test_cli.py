@@ -203,7 +203,10 @@ OPTIONS: list[tuple[str, str]] = [
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must be zero or positive, for example 0.3"),
     ("--round 0", "round is 0; it must be at least 1"),
-    ("--round 96 --modules channels --widths uniform", "round is 96, but the model has 72 channels; take a smaller one"),
+    (
+        "--round 96 --modules channels --widths uniform",
+        "round is 96, but the model has 72 channels; take a smaller one",
+    ),
     (
         "--criterion best",
         "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random",

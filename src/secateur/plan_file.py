@@ -34,9 +34,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise SecateurError(f"{path}: no plan: it needs a list 'blocks', each with block, heads and channels")
     if raw.get("fingerprint", fingerprint) != fingerprint:
-        raise SecateurError(
-            f"{path}: a plan for another model; remove its fingerprint to use it all the same"
-        )
+        raise SecateurError(f"{path}: a plan for another model; remove its fingerprint to use it all the same")
     widths: dict[int, Width] = {}
     keeps: dict[int, Keep] = {}
     for entry in entries:

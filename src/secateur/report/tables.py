@@ -45,6 +45,8 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         lines.append(f"Calibrated on {summary.tokens:,} tokens; {_begin(summary.bos)}.")
         lines.append(f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}")
         lines.append(_loads(summary, out))
+        if summary.vllm is not None:
+            lines.append(f"vLLM does not serve it: {summary.vllm}.")
     return table, lines
 
 

@@ -40,8 +40,8 @@ from secateur.steps.write import output_folder, write
 from secateur.stream import BlockStream
 from secateur.tokens import begins_with_bos
 
-UNSEEN_SHARE = 16
-"""One calibration row in so many is not fitted to."""
+UNSEEN_SHARE = 32
+"""One calibration row in so many is left out of the refit, for the scale of the final norm."""
 
 
 def prune(
@@ -114,7 +114,7 @@ class Job:
 
     @property
     def unseen(self) -> Tensor:
-        """Rows that the refit only runs along, to fit the last norm on; none where nothing is refitted."""
+        """Rows that the refit only runs along, to fit the final norm on; none where nothing is refitted, or few."""
         count = len(self.text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
         return self.text[len(self.text) - count :]
 
@@ -160,11 +160,10 @@ class Job:
         return refit(self.stream, decided, rows, method=self.method, dtype=self.dtype, watcher=watcher, judge=judge)
 
     def scale(self, rows: Rows, dense: Activations, pruned: Activations) -> float:
-        """Of the last norm, fitted on the unseen rows; 1 where there are none."""
+        """Of the final norm, fitted on the unseen rows; 1 where there are none."""
         if not len(self.unseen):
             return 1.0
-        group = next(at for at, weight in enumerate(rows.weights) if not weight)
-        return temper(self.stream, rows, group, dense, pruned)
+        return temper(self.stream, rows, rows.weights.index(0.0), dense, pruned)
 
 
 def open_job(

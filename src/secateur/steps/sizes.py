@@ -74,11 +74,11 @@ def sizes(
     try:
         job = open_job(
             model,
-            options[0],
+            options[-1],
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            out=folders[0],
+            out=folders[-1],
             overwrite=overwrite,
             survey_file=survey_file,
             watcher=watcher,

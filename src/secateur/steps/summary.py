@@ -14,6 +14,7 @@ import secateur
 from secateur.activations import Rows
 from secateur.costs import floor_flops, memory_bytes, product_rate
 from secateur.fingerprint import fingerprint
+from secateur.formats.vllm import vllm_obstacle
 from secateur.meters import Meter, cache_meter, parameter_meter
 from secateur.options import Options
 from secateur.steps.plan import Plan
@@ -39,6 +40,8 @@ class Summary:
     sparsity: float
     of: str
     note: str | None
+    vllm: str | None
+    """Why vLLM does not serve it; None where it does, or where it is no folder."""
     bos: bool
     tokens: int
     seconds: float
@@ -84,6 +87,7 @@ def summarise(
     def before_and_after(meter: Meter) -> tuple[int, int]:
         return round(meter.dense), round(meter.total(decided.widths))
 
+    every = [decided.widths.get(index, block.width) for index, block in enumerate(stream.blocks)]
     return Summary(
         parameters=before_and_after(counted),
         bytes=before_and_after(taken),
@@ -94,8 +98,9 @@ def summarise(
         sparsity=decided.sparsity,
         of=decided.of,
         note=decided.note,
+        vllm=None if format == "gguf" else vllm_obstacle(stream.checkpoint.config, every, per_layer=format == "hf"),
         bos=bos,
-        tokens=rows.groups[0].numel(),
+        tokens=sum(ids.numel() for ids, weight in zip(rows.groups, rows.weights, strict=True) if weight == 1),
         seconds=seconds,
         peak_bytes=peak,
         dry=dry,

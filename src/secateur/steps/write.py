@@ -130,9 +130,9 @@ def write(
 
 def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
     """Refuse what the format cannot hold."""
-    if format == "stock" and len(set(plan.widths.values())) != 1:
-        raise SecateurError("the stock format needs one width for all blocks; take --format hf")
     every = range(min(plan.widths), max(plan.widths) + 1)
+    if format == "stock" and (len(set(plan.widths.values())) != 1 or len(plan.widths) < len(every)):
+        raise SecateurError("the stock format needs one width for all blocks; take --format hf")
     for index, width in plan.widths.items():
         blocks = every if format == "stock" else range(index, index + 1)
         reason = obstacle(stream, blocks, width, format=format)
