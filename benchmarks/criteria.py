@@ -29,8 +29,11 @@ from secateur import (
 from secateur.activations import Rows
 from secateur.evaluate import perplexity
 from secateur.evaluate.compare import load
+from secateur.meters import parameter_meter
 from secateur.options import CRITERIA
 from secateur.recovery import Recovery
+from secateur.steps.decide import survey_rows
+from secateur.steps.plan import Wish
 from secateur.steps.refit import Method
 from secateur.surgery import narrow
 from secateur.tokens import begins_with_bos
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=Options.samples)
     parser.add_argument("--length", type=int, default=Options.length)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--sparsity", type=float, default=Options.sparsity)
+    parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--ridge", type=float, default=Options.ridge)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -71,8 +74,11 @@ def main() -> None:
     ]
     network = load(checkpoint, torch.float32, torch.device("cpu"))
     dense = [perplexity(network, ids).perplexity for ids in texts]
-    found = survey(stream, text[: max(1, len(text) // 4)], ridge=arguments.ridge)
-    decided = plan(stream.blocks, sparsity=arguments.sparsity, survey=found)
+    few, probe_rows = survey_rows(text)
+    found = survey(stream, few, probe_rows=probe_rows, ridge=arguments.ridge)
+    counted = parameter_meter(stream)
+    wish = Wish(stream.blocks, range(len(stream)), parameters=counted, goal=arguments.sparsity, meter=counted)
+    decided = plan(wish, "uniform", found)
     width = decided.widths[0]
     names = [Path(source).stem for source in arguments.evaluate]
     lines = [

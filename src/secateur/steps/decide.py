@@ -28,10 +28,9 @@ from secateur.steps.write import Format, obstacle
 from secateur.stream import BlockStream
 from secateur.structure import Width
 
-SURVEY_SHARE = 4
-"""One calibration row in so many is enough for the error curves."""
 PROBE_TOKENS = 512
-"""Tokens on which the price of errors is measured."""
+"""Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
+would be that of the fit and not of the cut, and the more so the more inputs a module has."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +179,9 @@ def check_survey(asked: Request, text: Tensor, file: Path | None) -> None:
 
 
 def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows for the error curves, and other ones for the probes; the same ones where there are too few."""
-    few = text[: max(1, len(text) // SURVEY_SHARE)]
-    count = max(1, PROBE_TOKENS // text.shape[1])
-    rest = text[len(few) : len(few) + count]
-    return few, rest if len(rest) else few
+    """The rows for the error curves, and the last few for the probes; the same ones where there is only one."""
+    count = min(max(1, PROBE_TOKENS // text.shape[1]), len(text) // 2)
+    return (text, text) if not count else (text[:-count], text[-count:])
 
 
 def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
