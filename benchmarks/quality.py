@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--sparsities", default="0.1,0.25,0.375,0.5")
     parser.add_argument("--methods", default=",".join([*OURS, *PEERS]).replace("secateur, uniform", "secateur uniform"))
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--surveys", type=Path, help="a folder that keeps our surveys for a later run")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     names = [Path(source).stem for source in arguments.evaluate]
@@ -85,7 +86,7 @@ def one(
             length=arguments.length,
             seed=seed,
             overwrite=True,
-            survey_file=folder / f"survey-{seed}.json",
+            survey_file=(arguments.surveys or folder) / f"survey-{seed}.json",
         )
         network = load(open_checkpoint(str(out)), torch.float32, torch.device("cpu"))
         return summary.sparsity, score(network)

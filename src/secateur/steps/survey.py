@@ -27,7 +27,7 @@ from secateur.structure import Kind, Width
 from secateur.surgery import inner_entries, inner_weight
 from secateur.targets import PostNorm
 
-PROBED = (0.4,)
+PROBED = (0.25, 0.6)
 """Shares of a module's units whose removal is probed, beside the removal of all."""
 
 
