@@ -69,7 +69,7 @@ def main() -> None:
         console.print(Text(f"\n{prompt}", style="bold"))
         console.print(Panel(Text(before), title="dense", title_align="left"))
         console.print(Panel(Text(after), title="pruned", title_align="left"))
-    console.print(f"Everything is in {OUT}; {PRUNED} opens in any tool that reads Hugging Face folders.")
+    console.print(f"Everything is in {OUT}; {PRUNED} opens in transformers with trust_remote_code=True.")
     console.print(f"{time.perf_counter() - start:.0f} seconds in all.")
 
 

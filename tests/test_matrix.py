@@ -172,7 +172,7 @@ def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
 
 
 def settings(**more: Any) -> dict[str, Any]:
-    """One width for all blocks, in the stock format; test_adaptive.py has widths of their own."""
+    """One width for all blocks, in the stock format; test_per_layer.py has widths of their own."""
     small = {"samples": SAMPLES, "length": ROW, "calibration": "random", "device": "cpu"}
     return small | {"sparsity": 0.25, "widths": "uniform"} | more
 

@@ -138,7 +138,7 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
         assert curve.energy == pytest.approx(float(plain.target.square().sum()) / plain.tokens, rel=1e-4)
         for gone in sorted({0, 1, units // 2, units - 1}):
             wanted = plain.error(inner_entries(plain.module, plain.kept(pattern, gone)))
-            assert curve.errors[gone] == pytest.approx(wanted, rel=1e-3, abs=1e-6 * curve.energy), (pattern, gone)
+            assert curve.errors[gone] == pytest.approx(wanted, rel=1e-3, abs=1e-5 * curve.energy), (pattern, gone)
         assert 0 < curve.errors[-1] < curve.energy
 
 
@@ -201,8 +201,8 @@ def test_a_partial_probe_is_the_refitted_model(checkpoint_folder: CheckpointFold
         assign(layers_of(changed)[INDEX], plain.module.level2.name, stored)
         keep = Keep(kept, full.channels) if kind == "heads" else Keep(tuple(range(width.heads)), kept)
         wanted = divergence(name, {INDEX: keep}, changed)
-        assert probe.divergence == pytest.approx(wanted, rel=1e-2, abs=1e-5)
-        assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.02 * wanted, "the refit does not show"
+        assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
+        assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
 
 
 def test_rows_without_weight_change_no_curve(checkpoint_folder: CheckpointFolder) -> None:

@@ -113,7 +113,9 @@ def prune(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="The folder to write; it appears complete or not at all.", show_default=False
+            metavar="OUT",
+            help="The folder or .gguf file to write; it appears whole or not at all.",
+            show_default=False,
         ),
     ],
     sparsity: Annotated[
@@ -134,8 +136,8 @@ def prune(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="In place of both, a file with the exact heads and channels to keep: what secateur plan writes, or "
-            "the secateur.json of an earlier run.",
+            help="In place of both, a file with each block's width, as secateur plan writes it, or with the exact "
+            "heads and channels to keep, as in the secateur.json of an earlier run.",
             show_default="none",
             rich_help_panel="Target",
         ),
@@ -155,7 +157,7 @@ def prune(
     modules: Annotated[
         str,
         typer.Option(
-            help="What may go: heads, channels, or both; the split that costs least is taken.",
+            help="What may go: heads, channels, or both.",
             rich_help_panel="Target",
         ),
     ] = "heads,channels",
@@ -208,8 +210,8 @@ def prune(
         bool,
         typer.Option(
             "--intercept",
-            help="Fit a bias in output layers that have none. Stock classes without such biases (Llama, Mistral, "
-            "Qwen, Gemma, ...) cannot hold the result. Biases that exist are always fitted.",
+            help="Fit a bias in output layers that have none; only --format hf holds it where the family's own class "
+            "has no such biases (Llama, Mistral, Qwen, Gemma, ...). Biases that exist are always fitted.",
             rich_help_panel="Method",
         ),
     ] = False,
@@ -273,7 +275,7 @@ def prune(
         typer.Option("--overwrite", help="Replace OUT where it is a model folder already.", rich_help_panel="Output"),
     ] = False,
 ) -> None:
-    """Prune MODEL and write a smaller ordinary checkpoint to OUT.
+    """Prune MODEL and write a smaller checkpoint to OUT.
 
     Example: secateur prune ./SmolLM2-135M ./SmolLM2-pruned --sparsity 0.25 --calibration text.txt
     """
@@ -558,7 +560,7 @@ def evaluate(
         str,
         typer.Option(
             help="Multiple-choice tasks of lm-eval to answer zero-shot, such as boolq,piqa,hellaswag,winogrande,"
-            "arc_easy,arc_challenge,openbookqa. Needs secateur[tasks]; the data come from the hub.",
+            "arc_easy,arc_challenge,openbookqa. Needs secateur\\[tasks]; the data come from the hub.",
             show_default="none",
             rich_help_panel="What to measure",
         ),

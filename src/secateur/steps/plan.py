@@ -84,8 +84,9 @@ class Wish:
             return Plan(widths, reached, reached, self.of, price)
         note = None
         if abs(reached - self.goal) > TOLERANCE:
-            why = "the widths that the format and the rounding allow"
-            note = f"{reached:.1%} goes in place of {self.goal:.1%}: it is the nearest among {why}"
+            best = "it is the nearest" if len(set(widths.values())) == 1 else "that costs least"
+            among = "among the widths that the format and the rounding allow"
+            note = f"{reached:.1%} goes in place of {self.goal:.1%}: {best} {among}"
         return Plan(widths, reached, self.goal, self.of, price, note)
 
 

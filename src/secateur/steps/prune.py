@@ -325,7 +325,7 @@ def _name(dtype: torch.dtype) -> str:
 def _choice(stream: BlockStream, decided: Plan) -> str:
     """Which widths were chosen, in one line."""
     dense = [stream.blocks[index].width for index in decided.widths]
-    price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token before the refit"
+    price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token, module by module"
     if decided.uniform:
         width = next(iter(decided.widths.values()))
         what = (
