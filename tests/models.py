@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -143,6 +143,15 @@ def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrained
         chat_template=template,
         model_max_length=16,
     )
+
+
+def make_letters() -> PreTrainedTokenizerFast:
+    """One id a byte, of those that the tiny vocabulary has room for: what a GGUF file can hold."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:WORDS]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {"<s>": WORDS, "</s>": 121}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def begins(name: str) -> bool:

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CheckpointFolder
-from models import POSITIONS, WORDS, make_tokenizer
+from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
 from secateur.formats import writer
 from secateur.quiet import quiet
+from secateur.steps import propose, sizes
 from secateur.steps import prune as steps
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
@@ -75,8 +76,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    for name in ("surveyed", "refit", "write"):
-        monkeypatch.setattr(steps, name, reached)
+    for module in (steps, propose, sizes):
+        for name in ("surveyed", "refit", "write", "finish"):
+            monkeypatch.setattr(module, name, reached, raising=False)
 
 
 def listing(folder: Path) -> list[tuple[str, int]]:
@@ -227,6 +229,33 @@ OPTIONS: list[tuple[str, str]] = [
     ("--calibration model/model.safetensors", "has an unknown extension: text is read from .txt and .jsonl files"),
     ("--frobnicate", "--frobnicate"),
     ("--sparsity", "--sparsity"),
+    ("--target params=1", "target params=1 is out of reach: the least is"),
+    ("--target params=1 --widths uniform", "or let more go"),
+    ("--target bytes=1kB", "ask for bytes=50500, or let more go"),
+    ("--target kv=50% --modules channels", "what may be pruned here changes nothing of it; let other modules go too"),
+    ("--target params=2G", "the dense model takes no more than"),
+    (
+        "--target params=80pounds",
+        "target 'params=80pounds': no unit 'pounds' (there are K, M, G, B, %); write for exam",
+    ),
+    ("--target weight=3", "target 'weight=3': write one of params, bytes, kv, prefill, decode, ppl, then ="),
+    ("--target prefill=2", "prefill is a ratio ending in x; write for example prefill=1.5x"),
+    ("--target ppl=0.9x", "it is how much the perplexity may grow, over the dense one and must be above 1x"),
+    ("--target ppl=1.2x --dry-run", "the size for a target of perplexity is found by pruning; leave out --dry-run"),
+    ("--sparsity 0.2 --target params=80%", "--sparsity and --target both say how much goes; leave one of them out"),
+    ("--target params=80% --plan text.txt", "--target and --plan both say how much goes"),
+    ("--sparsity 0.2 --plan text.txt", "--sparsity and --plan both say how much goes"),
+    ("--plan text.txt --widths text.txt", "--plan and --widths with a file both say how much goes"),
+    ("--plan missing.json", "plan is 'missing.json', where there is no file"),
+    ("--plan text.txt", "text.txt: not readable as JSON"),
+    ("--plan model/config.json", "model/config.json: no plan: it needs a list 'blocks'"),
+    ("--widths text.txt", "text.txt: not readable as JSON"),
+    ("--widths model/config.json", "is no range of blocks; write first:end within 0:3"),
+    ("--format stock", "the stock format holds one width for all blocks: take --widths uniform, or --format hf"),
+    ("--format onnx", "format is 'onnx'; it must be one of hf, stock, gguf"),
+    ("--format gguf", "out: --format gguf writes a file; let its name end in .gguf"),
+    ("--survey missing/survey.json", "missing does not exist; create it first"),
+    ("--survey text.txt", "text.txt: not a survey of secateur's; name another file, or delete it"),
 ]
 
 
@@ -306,6 +335,32 @@ ARGUMENTS = [
     ("--frobnicate", "--frobnicate"),
     ("prune nowhere/at/all out", "nowhere/at/all: does not exist; name a folder, a .gguf file or a hub id"),
     ("prune text.txt out", "text.txt: a file, but no .gguf; name the model's folder"),
+    ("prune model out.gguf", "out.gguf: a folder is to be written; add --format gguf, or name a folder"),
+    ("prune model missing/out.gguf --format gguf", "missing does not exist; create it first"),
+    ("prune model out.gguf --format gguf --type q3_k", "q3_k"),
+    ("plan", "Missing argument 'MODEL'; see secateur plan --help"),
+    ("plan nowhere/at/all", "nowhere/at/all: does not exist"),
+    ("plan model --sparsity 0.2 --target params=80%", "--sparsity and --target both say how much goes"),
+    ("plan model --target params=1", "target params=1 is out of reach: the least is"),
+    ("plan model --target ppl=1.2x", "found by pruning: use secateur prune; its secateur.json is a plan"),
+    ("plan model --plan text.txt", "text.txt: not readable as JSON"),
+    ("plan model --out missing/plan.json", "missing does not exist; create it first"),
+    ("plan model --out model", "model: a folder is there; name a file"),
+    ("sizes model", "Missing option '--out'; see secateur sizes --help"),
+    ("sizes nowhere/at/all --out sizes", "nowhere/at/all: does not exist"),
+    ("sizes model --out sizes --sparsities .1,x", "sparsities is '.1,x'; write numbers with commas, for example .1,"),
+    ("sizes model --out sizes --sparsities .1,,.2", "write numbers with commas"),
+    ("sizes model --out sizes --sparsities .1,.2,.1", "sparsities is '.1,.2,.1', where one is there twice"),
+    ("sizes model --out sizes --sparsities .1,2", "sparsity is 2.0; it must lie between 0 and 1"),
+    ("sizes model --out sizes --sparsities .1,.999", "99.9% of the blocks is more than the modules hold: at most"),
+    ("sizes model --out text.txt", "text.txt: a file is there; name a folder"),
+    ("sizes model --out sizes --format gguf", "sizes writes folders; take --format hf, then secateur export each"),
+    ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
+    ("export", "Missing argument 'DIR'; see secateur export --help"),
+    ("export model out.gguf", "model: not a folder that secateur's prune wrote (config.json with secateur.json beside"),
+    ("export nowhere out.gguf", "nowhere: not a folder that secateur's prune wrote"),
+    ("export model out.gguf --format onnx", "format is 'onnx'; it must be gguf or hf"),
+    ("export model out", "out: a GGUF file ends in .gguf; name it so"),
     ("eval", "Missing argument 'MODEL'; see secateur eval --help"),
     ("eval nowhere/at/all", "nowhere/at/all: does not exist"),
     ("eval model --against nowhere/at/all", "nowhere/at/all: does not exist"),
@@ -330,6 +385,59 @@ def test_wrong_arguments(
     monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
     before = listing(place)
     refused(run(*arguments.split()), message)
+    assert listing(place) == before
+
+
+@pytest.fixture
+def made(place: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Folders, plans and surveys of other runs."""
+    small: dict[str, Any] = {"samples": 4, "length": 16, "calibration": str(place / "text.txt")}
+    survey = place / "survey.json"
+    steps.prune(place / "model", place / "adaptive", survey_file=survey, **small)
+    steps.prune(place / "model", place / "uniform", widths="uniform", criterion="l1", **small)
+    shutil.copytree(checkpoint_folder("mistral"), place / "mistral")
+    shutil.copytree(checkpoint_folder("gpt2"), place / "gpt2")
+    steps.prune(place / "gpt2", place / "gpt2-adaptive", **small)
+    (place / "first.json").write_text('{"0:2": 0.3}')
+    plan = kept(place, "uniform")
+    (place / "holes.json").write_text(json.dumps({"blocks": [plan["blocks"][0], plan["blocks"][2]]}))
+
+
+WRONG_FILES = [
+    ("prune mistral out --plan adaptive/secateur.json", "a plan for another model; remove its fingerprint to use it"),
+    ("prune gpt2 out --plan adaptive/secateur.json", "a plan for another model"),
+    ("plan mistral --plan adaptive/secateur.json", "a plan for another model"),
+    ("prune mistral out --survey survey.json", "survey.json: a survey of other weights; name another file to make"),
+    ("plan mistral --survey survey.json", "survey.json: a survey of other weights"),
+    ("sizes mistral --out sizes --survey survey.json", "survey.json: a survey of other weights"),
+    ("prune model out --survey survey.json --criterion l2", "a survey with criterion surgeon, where l2 is asked for"),
+    ("prune model out --survey adaptive/secateur.json", "not a survey of secateur's"),
+    (
+        "prune model out --plan adaptive/secateur.json --format stock",
+        "holds one width for all blocks; take --format hf",
+    ),
+    ("prune model out --plan holes.json --format stock", "holds one width for all blocks; take --format hf"),
+    ("prune model out --widths first.json --format stock", "holds one width for all blocks; take --format hf"),
+    ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output holds byte-level BPE and"),
+    ("prune gpt2 out.gguf --format gguf", "gpt2 has one width for all blocks, so prune with uniform widths"),
+    ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "gpt2 has one width for all blocks"),
+    ("prune adaptive out", "can be evaluated but not pruned again; prune the dense model"),
+    ("plan adaptive", "can be evaluated but not pruned again; prune the dense model"),
+    ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output holds"),
+    ("export gpt2-adaptive out.gguf", "gpt2 has one width for all blocks, so prune with uniform widths"),
+    ("export adaptive out --format hf", "adaptive: its config gives each block its width already; copy the folder"),
+    ("export uniform model --format hf", "model: exists and is not empty; choose another name"),
+    ("export mistral out.gguf", "mistral: not a folder that secateur's prune wrote"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_FILES, ids=[row[0] for row in WRONG_FILES])
+def test_files_that_do_not_belong(
+    arguments: str, message: str, place: Path, run: Run, made: None, no_work: None
+) -> None:
+    before = listing(place)
+    small = [] if arguments.startswith("export") else SMALL
+    refused(run(*arguments.split(), *small), message)
     assert listing(place) == before
 
 
@@ -471,7 +579,7 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
     assert [line.split()[0] for line in notes[2:]] == ["Survey", "Price", "Keeping", "Prune"]
     assert "of 18 query heads and" in notes[4]
-    assert "nats per token before the refit" in notes[4]
+    assert "nats per token, module by module" in notes[4]
     for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):
         assert words in result.out
     assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
@@ -551,6 +659,74 @@ def test_sources_of_calibration_text(place: Path, run: Run, monkeypatch: pytest.
     assert weights[0] == weights[1] == weights[2] != weights[3]
 
 
+def test_plan_shows_what_prune_does(place: Path, run: Run) -> None:
+    before = listing(place)
+    result = run("plan", "model", *SMALL, "--sparsity", "0.4")
+    assert result.code == 0, result.err
+    assert listing(place) == before
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if "│" in line]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    assert "40." in result.out.partition("% of the pruned blocks' parameters go")[0][-6:]
+    assert "Expected to cost" in result.out
+    result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
+    assert "Written to plan.json; prune with --plan plan.json" in result.out
+    assert run("prune", "model", "planned", *SMALL, "--plan", "plan.json").code == 0
+    assert run("prune", "model", "direct", *SMALL, "--sparsity", "0.4", "--survey", "survey.json").code == 0
+    written = [(place / name / "model.safetensors").read_bytes() for name in ("planned", "direct")]
+    assert written[0] == written[1]
+    for row, block in zip(rows, kept(place, "direct")["blocks"], strict=True):
+        heads, groups, channels = (int(cell.split("/")[0]) for cell in row[1:4])
+        assert (heads, channels) == (len(block["heads"]), len(block["channels"]))
+        assert groups == block["width"]["groups"]
+    drawn = run("plan", "model", *SMALL, "--plan", "direct/secateur.json")
+    assert [line for line in drawn.out.splitlines() if "│" in line] == [
+        line for line in result.out.splitlines() if "│" in line
+    ]
+
+
+def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
+    arguments = ["sizes", "model", "--out", "sizes", *SMALL, "--sparsities", ".5,.2", "--perplexity", "text.txt"]
+    result = run(*arguments)
+    assert result.code == 0, result.err
+    assert "sizes.json and sizes.png are in sizes" in result.out
+    shares = [line.split("│")[2].strip() for line in result.out.splitlines() if line.count("│") > 4]
+    assert [float(share[:-1]) for share in shares] == pytest.approx([0, 20, 50], abs=1)
+    names = {"sparsity-0.2", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}
+    assert {file.name for file in (place / "sizes").iterdir()} == names
+    before = listing(place)
+    refused(run(*arguments), "sizes/sparsity-0.2: exists already; add --overwrite to replace it")
+    assert listing(place) == before
+    assert run(*arguments, "--overwrite").code == 0
+
+
+def test_export_spells_widths_out(place: Path, run: Run) -> None:
+    assert run("prune", "model", "stock", *SMALL, "--widths", "uniform").code == 0
+    result = run("export", "stock", "own", "--format", "hf")
+    assert result.code == 0, result.err
+    assert result.out.startswith("0.")
+    assert "computed by SecateurLlamaForCausalLM. Written to " in result.out
+    pair = [(place / name / "model.safetensors").read_bytes() for name in ("stock", "own")]
+    assert pair[0] == pair[1]
+    assert "per_layer_config" in json.loads((place / "own" / "config.json").read_text())
+    refused(run("export", "stock", "own", "--format", "hf"), "own: exists and is not empty")
+    assert run("export", "stock", "own", "--format", "hf", "--overwrite").code == 0
+
+
+def test_gguf_out_of_the_command(place: Path, run: Run) -> None:
+    """In one step, or by way of a folder; the weights are the same."""
+    make_letters().save_pretrained(place / "model")
+    (place / "text.txt").write_text("A plan of widths, block by block. " * 40)
+    result = run("prune", "model", "out.gguf", *SMALL, "--format", "gguf")
+    assert result.code == 0, result.err
+    assert "Run it: llama-cli -m out.gguf" in result.out
+    assert run("prune", "model", "folder", *SMALL).code == 0
+    assert "computed by " in run("export", "folder", "again.gguf").out
+    assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out.gguf", "folder", "again.gguf"}
+    # The names inside differ, as they are the files'.
+    sizes = [(place / name).stat().st_size for name in ("out.gguf", "again.gguf")]
+    assert abs(sizes[0] - sizes[1]) < 64
+
+
 def test_eval_side_by_side(place: Path, run: Run) -> None:
     assert run("prune", "model", "out", *SMALL, "--modules", "channels").code == 0
     result = run(
@@ -609,11 +785,13 @@ def test_version_and_help(run: Run) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         result = run(*arguments)
         assert result.code == 0
-        assert "prune" in result.out
-        assert "eval" in result.out
+        for command in ("prune", "export", "plan", "sizes", "eval"):
+            assert command in result.out
     text = run("prune", "--help").out
-    target, method = "sparsity of blocks modules widths round", "criterion recovery recover ridge intercept"
-    other = "calibration samples length seed device revision trust-remote-code dtype dry-run overwrite"
+    target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
+    other = (
+        "calibration samples length seed device revision trust-remote-code dtype format type survey dry-run overwrite"
+    )
     for option in f"{target} {method} {other}".split():
         assert f"--{option} " in text
     for panel in ("Target", "Method", "Calibration", "Output"):

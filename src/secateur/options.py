@@ -126,6 +126,11 @@ class Options:
         return self.intercept or self.recovery == "bias"
 
     @property
+    def gives_widths(self) -> bool:
+        """A file says how wide each block is to be."""
+        return self.plan is not None or self.widths not in WIDTHS
+
+    @property
     def goal(self) -> float | Target:
         """What to reach."""
         return parse_target(self.target) if self.target is not None else (self.sparsity or 0.25)

@@ -61,7 +61,7 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
     @cache
     def held(width: Width) -> str | None:
         reason = obstacle(stream, chosen, width, format=format, intercept=options.adds_biases)
-        if reason is None and options.format == "gguf":
+        if reason is None and options.format == "gguf" and not options.gives_widths:
             # Blocks that the plan leaves alone stay dense; otherwise all may come out alike.
             others = [stream.blocks[0].width] * (len(stream) - 1)
             widths = [width, *others] if options.widths != "uniform" else [width] * len(stream)
@@ -89,7 +89,9 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
             raise SecateurError(
                 f"{options.plan or options.widths}: the stock format holds one width for all blocks; take --format hf"
             )
-        return Request(stream, options, chosen, format, parameters, None, given)
+        asked = Request(stream, options, chosen, format, parameters, None, given)
+        _checked(asked, given)
+        return asked
     if isinstance(options.goal, Target) and options.goal.quantity != "ppl":
         gguf_type = options.type if options.format == "gguf" else None
         meter = meter_of(options.goal, stream, dtype=dtype, gguf_type=gguf_type, device=stream.device, watcher=watcher)

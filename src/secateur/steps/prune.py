@@ -78,6 +78,8 @@ def prune(
     start = time.perf_counter()
     options = options or Options(**settings)
     watcher = watcher or Silent()
+    if dry_run and isinstance(options.goal, Target) and options.goal.quantity == "ppl":
+        raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
     job = open_job(
         model,
         options,
@@ -294,8 +296,6 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     possible = quick(job.request)
     if not possible:
         assert job.request.wish is not None
-        if isinstance(job.request.wish.goal, Target) and job.request.wish.goal.quantity == "ppl":
-            raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
         possible = uniform_plans(job.request.wish)
     if needs_survey(job.request):
         watcher.note("Shown is one width for all blocks; a run measures where cuts cost least")
