@@ -255,6 +255,11 @@ def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: lis
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
     common = {"device": "cpu", "revision": None, "trust_remote_code": False, "watcher": Silent()}
     options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
+    wrong = [Options(sparsity=0.999, **SMALL), *options]
+    with pytest.raises(SecateurError, match=r"99\.9% of the blocks is more than the modules hold"):
+        sizes(model, out, wrong, texts=[], tokens=None, survey_file=None, overwrite=False, **common)
+    assert not out.exists()
+    assert not surveys
     found = sizes(model, out, options, texts=[str(text)], tokens=256, survey_file=None, overwrite=False, **common)
     assert len(surveys) == 1
     names = {"sparsity-0.1", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}

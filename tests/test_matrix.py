@@ -455,6 +455,14 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     assert not (tmp_path / "five").exists()
 
 
+def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
+    width = Width(2, 2, 50)
+    refused = Plan({0: width, 2: width}, 0.2, 0.2, "blocks")
+    with pytest.raises(SecateurError, match="needs one width for all blocks; take --format hf"):
+        write(stream_of(checkpoint_folder("llama")), tmp_path / "out", refused, iter(()))
+    assert not (tmp_path / "out").exists()
+
+
 IN_MEMORY = {
     **{f"{name} heads": (name, Width(4, 1, 96), range(3), False) for name in ("gpt2", "opt", "gpt_neox")},
     **{f"{name} heads": (name, Width(4, 1, 60), range(3), False) for name in ("opt after", "gpt_neox serial")},

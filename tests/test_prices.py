@@ -68,6 +68,10 @@ def test_a_part_may_cost_more_than_the_whole() -> None:
     found = Prices(survey([CURVE], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
     assert price(found, 5) == pytest.approx(0.08, rel=1e-6)
     assert price(found, 72) == 0.02
+    # Also where no width has the error of the dearest probe.
+    few = channels([0.0, 1e-4, 0.02])
+    found = Prices(survey([few], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
+    assert price(found, 2) == pytest.approx(0.08, rel=1e-6)
 
 
 def test_without_probes_the_price_is_the_share_of_the_output() -> None:
