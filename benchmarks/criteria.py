@@ -9,7 +9,6 @@ of units and the repair. Each row is printed as it comes; with --out, the table 
 
 import argparse
 import platform
-import re
 import time
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from secateur.steps.plan import Wish
 from secateur.steps.refit import Method
 from secateur.surgery import narrow
 from secateur.tokens import begins_with_bos
+from tables import put
 
 GRID = [(criterion, recovery, "after") for criterion in CRITERIA for recovery in ("refit", "none")]
 GRID += [("second-moment", "paper", "after"), ("second-moment", "paper", "both"), ("second-moment", "paper", "before")]
@@ -106,14 +106,7 @@ def main() -> None:
         lines.append(f"| {criterion} | {label} | " + " | ".join(f"{r:.2f}" for r in ratios) + f" | {seconds:.0f} |")
         print(lines[-1], flush=True)
         if arguments.out:
-            put(arguments.out, lines)
-
-
-def put(path: Path, lines: list[str]) -> None:
-    """Replace what stands between the markers."""
-    marked = re.compile(r"(<!-- criteria -->\n).*?(<!-- /criteria -->)", re.DOTALL)
-    table = "\n".join(lines) + "\n"
-    path.write_text(marked.sub(lambda m: m[1] + table + m[2], path.read_text(encoding="utf-8")), encoding="utf-8")
+            put(arguments.out, "criteria", lines)
 
 
 if __name__ == "__main__":

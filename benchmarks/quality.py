@@ -10,7 +10,6 @@ memory in float32 (`benchmarks/peers.py` says what each does).
 
 import argparse
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from secateur.activations import Rows
 from secateur.evaluate import perplexity
 from secateur.evaluate.compare import load
 from secateur.tokens import begins_with_bos
+from tables import put
 
 OURS = {"secateur": "adaptive", "secateur, uniform": "uniform"}
 
@@ -152,17 +152,6 @@ class Table:
         print(self.lines[-1], flush=True)
         if self.out:
             put(self.out, f"quality {self.name}", self.lines)
-
-
-def put(path: Path, name: str, lines: list[str]) -> None:
-    """Replace what stands between the markers, or add both at the end."""
-    text = path.read_text(encoding="utf-8")
-    opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if opening not in text:
-        text = f"{text.rstrip()}\n\n{opening}{closing}\n"
-    marked = re.compile(f"({re.escape(opening)}).*?({re.escape(closing)})", re.DOTALL)
-    table = "\n".join(lines) + "\n"
-    path.write_text(marked.sub(lambda match: match[1] + table + match[2], text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from conftest import CheckpointFolder
 from models import blocks_of, build
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
-from secateur.fingerprint import fingerprint
 from secateur.options import Options
 from secateur.plan_file import read_plan, read_ratios
 from secateur.progress import Silent
@@ -207,7 +206,7 @@ def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder)
 def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model, wishes = checkpoint_folder("mistral"), {"sparsity": 0.4, **SMALL}
     found = propose(model, Options(**wishes), watcher=Silent())
-    assert found.fingerprint == fingerprint(open_checkpoint(model))
+    assert found.fingerprint == open_checkpoint(model).fingerprint
     (tmp_path / "plan.json").write_text(json.dumps(found.as_dict()))
     prune(model, tmp_path / "direct", **wishes)
     prune(model, tmp_path / "planned", **SMALL, plan=str(tmp_path / "plan.json"))
@@ -237,10 +236,10 @@ def test_the_print_tells_weights_apart(tmp_path: Path, checkpoint_folder: Checkp
 
     folder = checkpoint_folder("llama")
     shutil.copytree(folder, tmp_path / "copy")
-    first = fingerprint(open_checkpoint(folder))
-    assert fingerprint(open_checkpoint(tmp_path / "copy")) == first
+    first = open_checkpoint(folder).fingerprint
+    assert open_checkpoint(tmp_path / "copy").fingerprint == first
     tensors = load_file(tmp_path / "copy" / "model.safetensors")
     tensors["model.norm.weight"] += 1e-3
     save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
-    assert fingerprint(open_checkpoint(tmp_path / "copy")) != first
-    assert len({fingerprint(open_checkpoint(checkpoint_folder(name))) for name in ("llama", "mistral", "gpt2")}) == 3
+    assert open_checkpoint(tmp_path / "copy").fingerprint != first
+    assert len({open_checkpoint(checkpoint_folder(name)).fingerprint for name in ("llama", "mistral", "gpt2")}) == 3

@@ -65,7 +65,7 @@ def adaptive(
     kinds: Sequence[Kind],
     multiple: int,
     obstacle: Obstacle,
-) -> tuple[dict[int, Width] | None, float]:
+) -> dict[int, Width] | None:
     """The widths that cost least within a budget.
 
     Args:
@@ -79,7 +79,7 @@ def adaptive(
         obstacle: see `Obstacle`.
 
     Returns:
-        The widths of the chosen blocks, None if nothing is small enough; and the least that the model can take.
+        The widths of the chosen blocks, or None if nothing is small enough.
     """
     modules = [(index, kind) for index in chosen for kind in kinds]
     options = [module_widths(blocks[index], kind, multiple, obstacle) for index, kind in modules]
@@ -89,14 +89,13 @@ def adaptive(
         costs.append(np.array([prices.of(index, module, width) for width in widths]))
         sizes.append(np.array([float(meter.module(index, kind, width)) for width in widths]))
     elsewhere = meter.dense - sum(float(size[0]) for size in sizes)
-    least = elsewhere + sum(float(size.min()) for size in sizes)
     best = choose(costs, sizes, budget - elsewhere)
     if best is None:
-        return None, least
+        return None
     result = {index: blocks[index].width for index in chosen}
     for (index, kind), widths, option in zip(modules, options, best.options, strict=True):
         result[index] = merge(result[index], kind, widths[option])
-    return result, least
+    return result
 
 
 def narrowest(

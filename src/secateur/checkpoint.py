@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.
 
 _ALIASES = {"lm_head.": "embed_out."}
 """What transformers 5 calls a tensor → what checkpoints call it, where the two differ (GPT-NeoX)."""
+
+_SAMPLE = 4096
+"""Bytes of each tensor that the fingerprint reads."""
 
 _COPIED = (
     "tokenizer*",
@@ -103,6 +107,21 @@ class Checkpoint:
     def ignorable(self) -> frozenset[str]:
         """Stored buffers that a model computes anew; they are not written again."""
         return frozenset(name for name in self.tensors if _BUFFERS.search(name))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells these weights from others, whatever the folder is called.
+
+        A hash of every tensor's name, shape, dtype and middle bytes: fine-tuning changes all tensors, and reading a
+        whole model takes long.
+        """
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name}|{info.shape}|{info.dtype}|".encode())
+            with info.file.open("rb") as file:
+                file.seek(info.offset + max(0, (info.bytes - _SAMPLE) // 2))
+                digest.update(file.read(min(_SAMPLE, info.bytes)))
+        return digest.hexdigest()[:32]
 
     @property
     def bytes(self) -> int:

@@ -107,6 +107,114 @@ _Trust = Annotated[
 ]
 
 
+_Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the parameters to remove, between 0 and 1.", show_default="0.25", rich_help_panel="Target"
+    ),
+]
+_Target = Annotated[
+    str | None,
+    typer.Option(
+        help="In place of a share, the most that the result may take: params=100M, params=80%, bytes=60MB, kv=50%, "
+        "prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (the smallest model within that loss).",
+        show_default="none",
+        rich_help_panel="Target",
+    ),
+]
+_Of = Annotated[
+    str,
+    typer.Option(help="What that share counts: the pruned blocks, or the whole model.", rich_help_panel="Target"),
+]
+_Blocks = Annotated[
+    str | None,
+    typer.Option(
+        help="Blocks to prune, first:end with the end left out, such as 4:30.",
+        show_default="all",
+        rich_help_panel="Target",
+    ),
+]
+_Modules = Annotated[
+    str,
+    typer.Option(
+        help="What may go: heads, channels, or both.",
+        rich_help_panel="Target",
+    ),
+]
+_Widths = Annotated[
+    str,
+    typer.Option(
+        help="adaptive: each module the width at which the whole model loses least; uniform: one width for all "
+        "blocks, which the stock class holds; or a JSON file with the share that goes for ranges of blocks, like "
+        '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
+        rich_help_panel="Target",
+    ),
+]
+_Round = Annotated[
+    int,
+    typer.Option(
+        "--round",
+        help="Feed-forward widths are multiples of this, for fast kernels: 32 on CPUs, 64 or 128 on GPUs.",
+        rich_help_panel="Target",
+    ),
+]
+_Criterion = Annotated[
+    str,
+    typer.Option(
+        help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
+        "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random.",
+        rich_help_panel="Method",
+    ),
+]
+_Ridge = Annotated[
+    float,
+    typer.Option(
+        help="Pull of the refit toward the old weights; less follows the calibration text more closely.",
+        rich_help_panel="Method",
+    ),
+]
+_Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, "
+        "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or random.",
+        rich_help_panel="Calibration",
+    ),
+]
+_Samples = Annotated[int, typer.Option(help="Rows drawn from it at random.", rich_help_panel="Calibration")]
+_Length = Annotated[int, typer.Option(help="Tokens in each row.", rich_help_panel="Calibration")]
+_Seed = Annotated[int, typer.Option(help="Decides the rows, and the criterion random.", rich_help_panel="Calibration")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weights written: float32, bfloat16 or float16.",
+        show_default="as in MODEL; bfloat16 from .gguf",
+        rich_help_panel="Output",
+    ),
+]
+_Type = Annotated[
+    str,
+    typer.Option("--type", help="Of the tensors in a GGUF file: f32, f16, bf16, q8_0, q4_0.", rich_help_panel="Output"),
+]
+_Survey = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep the survey in this file: read if it is there, written otherwise. One survey serves every size.",
+        show_default="none",
+        rich_help_panel="Output",
+    ),
+]
+_Format = Annotated[
+    str | None,
+    typer.Option(
+        help="hf: a width for each block, transformers loads it with trust_remote_code=True; stock: one width, the "
+        "family's own class; gguf: one file for llama.cpp.",
+        show_default="hf; stock with --widths uniform",
+        rich_help_panel="Output",
+    ),
+]
+
+
 @app.command(no_args_is_help=False)
 def prune(
     model: _Model,
@@ -118,21 +226,8 @@ def prune(
             show_default=False,
         ),
     ],
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the parameters to remove, between 0 and 1.", show_default="0.25", rich_help_panel="Target"
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of a share, the most that the result may take: params=100M, params=80%, bytes=60MB, kv=50%, "
-            "prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (the smallest model within that loss).",
-            show_default="none",
-            rich_help_panel="Target",
-        ),
-    ] = None,
+    sparsity: _Sparsity = None,
+    target: _Target = None,
     plan: Annotated[
         str | None,
         typer.Option(
@@ -142,50 +237,12 @@ def prune(
             rich_help_panel="Target",
         ),
     ] = None,
-    of: Annotated[
-        str,
-        typer.Option(help="What that share counts: the pruned blocks, or the whole model.", rich_help_panel="Target"),
-    ] = Options.of,
-    blocks: Annotated[
-        str | None,
-        typer.Option(
-            help="Blocks to prune, first:end with the end left out, such as 4:30.",
-            show_default="all",
-            rich_help_panel="Target",
-        ),
-    ] = None,
-    modules: Annotated[
-        str,
-        typer.Option(
-            help="What may go: heads, channels, or both.",
-            rich_help_panel="Target",
-        ),
-    ] = "heads,channels",
-    widths: Annotated[
-        str,
-        typer.Option(
-            help="adaptive: each module the width at which the whole model loses least; uniform: one width for all "
-            "blocks, which the stock class holds; or a JSON file with the share that goes for ranges of blocks, like "
-            '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
-            rich_help_panel="Target",
-        ),
-    ] = Options.widths,
-    round_: Annotated[
-        int,
-        typer.Option(
-            "--round",
-            help="Feed-forward widths are multiples of this, for fast kernels: 32 on CPUs, 64 or 128 on GPUs.",
-            rich_help_panel="Target",
-        ),
-    ] = Options.multiple,
-    criterion: Annotated[
-        str,
-        typer.Option(
-            help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
-            "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random.",
-            rich_help_panel="Method",
-        ),
-    ] = Options.criterion,
+    of: _Of = Options.of,
+    blocks: _Blocks = None,
+    modules: _Modules = "heads,channels",
+    widths: _Widths = Options.widths,
+    round_: _Round = Options.multiple,
+    criterion: _Criterion = Options.criterion,
     recovery: Annotated[
         str,
         typer.Option(
@@ -199,13 +256,7 @@ def prune(
         str,
         typer.Option(help="When that happens: before units are chosen, after, or both.", rich_help_panel="Method"),
     ] = Options.recover,
-    ridge: Annotated[
-        float,
-        typer.Option(
-            help="Pull of the refit toward the old weights; less follows the calibration text more closely.",
-            rich_help_panel="Method",
-        ),
-    ] = Options.ridge,
+    ridge: _Ridge = Options.ridge,
     intercept: Annotated[
         bool,
         typer.Option(
@@ -215,55 +266,17 @@ def prune(
             rich_help_panel="Method",
         ),
     ] = False,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, "
-            "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or random.",
-            rich_help_panel="Calibration",
-        ),
-    ] = Options.calibration,
-    samples: Annotated[
-        int, typer.Option(help="Rows drawn from it at random.", rich_help_panel="Calibration")
-    ] = Options.samples,
-    length: Annotated[int, typer.Option(help="Tokens in each row.", rich_help_panel="Calibration")] = Options.length,
-    seed: Annotated[
-        int, typer.Option(help="Decides the rows, and the criterion random.", rich_help_panel="Calibration")
-    ] = Options.seed,
+    calibration: _Calibration = Options.calibration,
+    samples: _Samples = Options.samples,
+    length: _Length = Options.length,
+    seed: _Seed = Options.seed,
     device: _Device = "auto",
     revision: _Revision = None,
     trust_remote_code: _Trust = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the weights written: float32, bfloat16 or float16.",
-            show_default="as in MODEL; bfloat16 from .gguf",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="hf: a width for each block, transformers loads it with trust_remote_code=True; stock: one width, the "
-            "family's own class; gguf: one file for llama.cpp.",
-            show_default="hf; stock with --widths uniform",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    type_: Annotated[
-        str,
-        typer.Option(
-            "--type", help="Of the tensors in a GGUF file: f32, f16, bf16, q8_0, q4_0.", rich_help_panel="Output"
-        ),
-    ] = Options.type,
-    survey: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep the survey in this file: read if it is there, written otherwise. One survey serves every size.",
-            show_default="none",
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    dtype: _Dtype = None,
+    format: _Format = None,
+    type_: _Type = Options.type,
+    survey: _Survey = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -358,38 +371,29 @@ def export(
 @app.command()
 def plan(
     model: _Model,
-    sparsity: Annotated[
-        float | None, typer.Option(help="See secateur prune.", show_default="0.25", rich_help_panel="Target")
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = None,
+    sparsity: _Sparsity = None,
+    target: _Target = None,
     plan_: Annotated[
         str | None,
         typer.Option("--plan", help="Check and draw this plan in place of making one.", rich_help_panel="Target"),
     ] = None,
-    of: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.of,
-    blocks: Annotated[str | None, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = None,
-    modules: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = "heads,channels",
-    widths: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.widths,
-    round_: Annotated[
-        int, typer.Option("--round", help="See secateur prune.", rich_help_panel="Target")
-    ] = Options.multiple,
-    criterion: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Method")] = Options.criterion,
-    ridge: Annotated[float, typer.Option(help="See secateur prune.", rich_help_panel="Method")] = Options.ridge,
-    calibration: Annotated[
-        str, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")
-    ] = Options.calibration,
-    samples: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.samples,
-    length: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.length,
-    seed: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.seed,
+    of: _Of = Options.of,
+    blocks: _Blocks = None,
+    modules: _Modules = "heads,channels",
+    widths: _Widths = Options.widths,
+    round_: _Round = Options.multiple,
+    criterion: _Criterion = Options.criterion,
+    ridge: _Ridge = Options.ridge,
+    calibration: _Calibration = Options.calibration,
+    samples: _Samples = Options.samples,
+    length: _Length = Options.length,
+    seed: _Seed = Options.seed,
     device: _Device = "auto",
     revision: _Revision = None,
     trust_remote_code: _Trust = False,
-    format: Annotated[
-        str | None,
-        typer.Option(help="The format that is to hold it; see secateur prune.", rich_help_panel="Output"),
-    ] = None,
-    type_: Annotated[str, typer.Option("--type", help="See secateur prune.", rich_help_panel="Output")] = Options.type,
-    survey: Annotated[Path | None, typer.Option(help="See secateur prune.", rich_help_panel="Output")] = None,
+    format: _Format = None,
+    type_: _Type = Options.type,
+    survey: _Survey = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -452,17 +456,13 @@ def sizes(
     sparsities: Annotated[
         str, typer.Option(help="Shares of the parameters to remove, with commas.", rich_help_panel="Target")
     ] = "0.1,0.2,0.3,0.5",
-    of: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.of,
-    widths: Annotated[str, typer.Option(help="See secateur prune.", rich_help_panel="Target")] = Options.widths,
-    round_: Annotated[
-        int, typer.Option("--round", help="See secateur prune.", rich_help_panel="Target")
-    ] = Options.multiple,
-    calibration: Annotated[
-        str, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")
-    ] = Options.calibration,
-    samples: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.samples,
-    length: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.length,
-    seed: Annotated[int, typer.Option(help="See secateur prune.", rich_help_panel="Calibration")] = Options.seed,
+    of: _Of = Options.of,
+    widths: _Widths = Options.widths,
+    round_: _Round = Options.multiple,
+    calibration: _Calibration = Options.calibration,
+    samples: _Samples = Options.samples,
+    length: _Length = Options.length,
+    seed: _Seed = Options.seed,
     perplexity: Annotated[
         list[str] | None,
         typer.Option(
@@ -480,8 +480,8 @@ def sizes(
     format: Annotated[
         str | None, typer.Option(help="hf or stock; see secateur prune.", rich_help_panel="Output")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="See secateur prune.", rich_help_panel="Output")] = None,
-    survey: Annotated[Path | None, typer.Option(help="See secateur prune.", rich_help_panel="Output")] = None,
+    dtype: _Dtype = None,
+    survey: _Survey = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace models that are there.", rich_help_panel="Output")
     ] = False,

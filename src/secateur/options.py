@@ -131,6 +131,11 @@ class Options:
         return self.plan is not None or self.widths not in WIDTHS
 
     @property
+    def searches(self) -> bool:
+        """The target is a perplexity: the size that meets it is found by pruning."""
+        return isinstance(self.goal, Target) and self.goal.quantity == "ppl"
+
+    @property
     def goal(self) -> float | Target:
         """What to reach."""
         return parse_target(self.target) if self.target is not None else (self.sparsity or 0.25)

@@ -121,7 +121,6 @@ class BlockStream:
         recorders = [_Recorder(layer) for layer in self.layers.children()]
         result = arena.empty(rows, self.width)
         with self._around(base, recorders):
-            base.to(self.device)
             self._calls = []
             for group in rows.groups:
                 # One row: what the model prepares for it broadcasts over batches of any size.

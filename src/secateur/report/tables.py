@@ -33,8 +33,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     ]
     for label, (before, after), unit, form in figures:
         table.add_row(label, form.format(before / unit), form.format(after / unit), f"{after / before:.3f}")
-    whose = "the pruned blocks'" if summary.of == "blocks" else "the model's"
-    lines = [f"{summary.sparsity:.2%} of {whose} parameters go, {_where(summary)}."]
+    lines = [f"{_goes(summary.sparsity, summary.of)}, {_where(summary)}."]
     lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
         lines.append(f"Note: {summary.note}.")
@@ -48,6 +47,12 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         if summary.vllm is not None:
             lines.append(f"vLLM does not serve it: {summary.vllm}.")
     return table, lines
+
+
+def _goes(sparsity: float, of: str) -> str:
+    """The share that goes, and of what."""
+    whose = "the pruned blocks'" if of == "blocks" else "the model's"
+    return f"{sparsity:.2%} of {whose} parameters go"
 
 
 def _where(summary: Summary) -> str:
@@ -103,10 +108,8 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
             f"{_bar(width.heads / dense.heads, 8)} {_bar(width.channels / dense.channels, 16)}",
         )
     before, after = proposal.parameters
-    whose = "the pruned blocks'" if decided.of == "blocks" else "the model's"
-    lines = [
-        f"{decided.sparsity:.2%} of {whose} parameters go: {before / 1e6:,.2f} M to {after / 1e6:,.2f} M in the model."
-    ]
+    goes = _goes(decided.sparsity, decided.of)
+    lines = [f"{goes}: {before / 1e6:,.2f} M to {after / 1e6:,.2f} M in the model."]
     if decided.price is not None:
         lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
     if decided.note:

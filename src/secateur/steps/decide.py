@@ -15,7 +15,6 @@ from torch import Tensor
 from secateur.budget import Target
 from secateur.curves import Survey, load_survey, save_survey
 from secateur.errors import SecateurError
-from secateur.fingerprint import fingerprint
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.meters import Meter, meter_of, parameter_meter
 from secateur.options import WIDTHS, Options
@@ -46,6 +45,13 @@ class Request:
     wish: Wish | None
     """None where the plan is given."""
     given: Plan | None
+    possible: tuple[Plan, ...]
+    """What can be had without a survey: the given plan, or uniform ones near the target; none for adaptive widths."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether there is anything for a survey to decide."""
+        return len(self.possible) != 1
 
 
 def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: Watcher) -> Request:
@@ -89,14 +95,24 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
             raise SecateurError(
                 f"{options.plan or options.widths}: the stock format holds one width for all blocks; take --format hf"
             )
-        asked = Request(stream, options, chosen, format, parameters, None, given)
+        asked = Request(stream, options, chosen, format, parameters, None, given, (given,))
         _checked(asked, given)
         return asked
-    if isinstance(options.goal, Target) and options.goal.quantity != "ppl":
+    if isinstance(options.goal, Target) and not options.searches:
         gguf_type = options.type if options.format == "gguf" else None
         meter = meter_of(options.goal, stream, dtype=dtype, gguf_type=gguf_type, device=stream.device, watcher=watcher)
         wish = replace(wish, meter=meter)
-    return Request(stream, options, chosen, format, parameters, wish, None)
+    return Request(stream, options, chosen, format, parameters, wish, None, _unsurveyed(wish, options))
+
+
+def _unsurveyed(wish: Wish, options: Options) -> tuple[Plan, ...]:
+    """The plans that need no survey; of adaptive widths only that they can meet the target."""
+    if options.searches:
+        return ()
+    if options.widths == "uniform":
+        return tuple(uniform_plans(wish))
+    check_reach(wish)
+    return ()
 
 
 def _stock_by_default(options: Options) -> bool:
@@ -106,7 +122,7 @@ def _stock_by_default(options: Options) -> bool:
 def _given(stream: BlockStream, options: Options, wish: Wish) -> Plan | None:
     """The plan that a file spells out."""
     if options.plan is not None:
-        widths, keeps = read_plan(Path(options.plan), stream.blocks, fingerprint(stream.checkpoint))
+        widths, keeps = read_plan(Path(options.plan), stream.blocks, stream.checkpoint.fingerprint)
         reached = wish.sparsity(widths)
         return Plan(widths, reached, reached, wish.of, keeps=keeps)
     if options.widths in WIDTHS:
@@ -116,32 +132,8 @@ def _given(stream: BlockStream, options: Options, wish: Wish) -> Plan | None:
     return Plan(widths, reached, reached, wish.of)
 
 
-def quick(asked: Request) -> list[Plan]:
-    """What can be said without a survey: the given plan, or uniform ones near the target.
-
-    Raises:
-        SecateurError: no plan can meet the target.
-    """
-    if asked.given is not None:
-        return [asked.given]
-    assert asked.wish is not None
-    if isinstance(asked.wish.goal, Target) and asked.wish.goal.quantity == "ppl":
-        return []
-    if asked.options.widths == "uniform":
-        return uniform_plans(asked.wish)
-    check_reach(asked.wish)
-    return []
-
-
-def needs_survey(asked: Request) -> bool:
-    """Whether there is anything to weigh."""
-    if asked.given is not None:
-        return False
-    return asked.options.widths == "adaptive" or len(quick(asked)) != 1
-
-
-def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None) -> Survey:
-    """The survey of a request: read from a file where there is one, and written there otherwise.
+def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None) -> Survey | None:
+    """The survey of a request, None if it needs none: read from a file where there is one, else written there.
 
     Args:
         asked: the request.
@@ -152,6 +144,8 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
     Raises:
         SecateurError: the file holds a survey of another model, or with other options.
     """
+    if not asked.weighs:
+        return None
     stream, options = asked.stream, asked.options
     few, probe_rows = survey_rows(text)
     wanted = survey_key(asked, text)
@@ -176,7 +170,7 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
 
 def check_survey(asked: Request, text: Tensor, file: Path | None) -> None:
     """See that a survey that is there belongs to the request; see `surveyed`."""
-    if file is not None and file.exists() and needs_survey(asked):
+    if file is not None and file.exists() and asked.weighs:
         load_survey(file, survey_key(asked, text))
 
 
@@ -191,7 +185,7 @@ def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
     options = asked.options
     used = torch.cat([rows.flatten() for rows in survey_rows(text)])
     return {
-        "fingerprint": fingerprint(asked.stream.checkpoint),
+        "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
         "modules": ",".join(options.modules),
         "criterion": options.criterion,
@@ -215,7 +209,7 @@ def decide(asked: Request, found: Survey | None, loss: Callable[[Plan], float] |
         return asked.given
     assert asked.wish is not None
     goal = asked.wish.goal
-    if isinstance(goal, Target) and goal.quantity == "ppl":
+    if isinstance(goal, Target) and asked.options.searches:
         assert found is not None
         assert loss is not None
         return smallest_within(asked.wish, asked.options.widths, found, goal.value, loss)

@@ -77,7 +77,7 @@ def export(
         return _to_folder(source, out, overwrite, watcher)
     path = Path(out).expanduser().resolve()
     check_type(type)
-    _check_target(path, overwrite)
+    check_file(path, overwrite)
     return _to_file(source, path, type, overwrite, watcher)
 
 
@@ -159,7 +159,7 @@ def _is_record(file: Path) -> bool:
     return isinstance(record, dict) and "secateur" in record
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_file(path: Path, overwrite: bool) -> None:
     """Everything that can be said of the file without writing."""
     if path.suffix != ".gguf":
         raise SecateurError(f"{path}: a GGUF file ends in .gguf; name it so")
@@ -183,7 +183,7 @@ def _whole_file(path: Path, overwrite: bool, expected_bytes: int) -> Iterator[Pa
         try:
             yield partial
             # What has come to be there since the start is no more ours to replace than before.
-            _check_target(path, overwrite)
+            check_file(path, overwrite)
             partial.replace(path)
         except OSError as error:
             if is_disk_full(error):

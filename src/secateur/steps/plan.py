@@ -73,6 +73,13 @@ class Wish:
             return budget_of(self.goal, self.meter)
         return self.meter.dense - self.goal * self.counted
 
+    @property
+    def least(self) -> float:
+        """The least that the model can take with adaptive widths, in the meter's unit."""
+        return narrowest(
+            self.blocks, self.chosen, self.meter, kinds=self.kinds, multiple=self.multiple, obstacle=self.obstacle
+        )
+
     def sparsity(self, widths: dict[int, Width]) -> float:
         """Share of the counted parameters that goes at some widths."""
         return (self.parameters.dense - self.parameters.total(widths)) / self.counted
@@ -111,7 +118,7 @@ def plan(wish: Wish, widths: str = "adaptive", survey: Survey | None = None) -> 
     if survey is None:
         raise ValueError("adaptive widths need a survey")
     prices = Prices(survey)
-    found, least = adaptive(
+    found = adaptive(
         wish.blocks,
         wish.chosen,
         prices,
@@ -122,7 +129,7 @@ def plan(wish: Wish, widths: str = "adaptive", survey: Survey | None = None) -> 
         obstacle=wish.obstacle,
     )
     if found is None:
-        raise _out_of_reach(wish, least, [])
+        raise _out_of_reach(wish, wish.least, [])
     return wish.plan(found, prices.total(wish.blocks, found))
 
 
@@ -161,9 +168,7 @@ def check_reach(wish: Wish) -> None:
     Raises:
         SecateurError: they cannot; it says what they can.
     """
-    least = narrowest(
-        wish.blocks, wish.chosen, wish.meter, kinds=wish.kinds, multiple=wish.multiple, obstacle=wish.obstacle
-    )
+    least = wish.least
     dense = wish.blocks[wish.chosen.start].width
     reasons = list(filter(None, (wish.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in wish.kinds)))
     if reasons and least == wish.meter.dense:

@@ -9,6 +9,7 @@ Shapes: b rows, t positions, d residual width, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,14 +85,19 @@ class Probes:
             # Row by row: the logits of one row are as large as the stream's batches.
             for row in watcher.track(range(len(ids)), "Price"):
                 at = slice(row, row + 1)
-                wanted = torch.log_softmax(head(ids[at], dense[at], STRIDE), -1)
-                shares = wanted.exp()
+                divergence = divergence_from(head(ids[at], dense[at], STRIDE))
                 for number, hidden in enumerate(self.hidden):
-                    got = torch.log_softmax(head(ids[at], hidden.parts[0][at], STRIDE), -1)
-                    totals[number] += float((shares * (wanted - got)).sum(-1).mean())
+                    totals[number] += divergence(head(ids[at], hidden.parts[0][at], STRIDE))
         for hidden in self.hidden:
             self.arena.release(hidden)
         return [
             replace(probe, divergence=max(total / len(ids), 0.0))
             for probe, total in zip(self.begun, totals, strict=True)
         ]
+
+
+def divergence_from(dense: Tensor) -> Callable[[Tensor], float]:
+    """KL(dense || other), the mean over positions, as a function of the other logits (b x t x v); nats per token."""
+    wanted = torch.log_softmax(dense, -1)
+    shares = wanted.exp()
+    return lambda other: float((shares * (wanted - torch.log_softmax(other, -1))).sum(-1).mean())

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.fingerprint import fingerprint
 from secateur.options import Options
 from secateur.progress import Watcher
-from secateur.steps.decide import decide, needs_survey, surveyed
+from secateur.steps.decide import decide, surveyed
 from secateur.steps.plan import Plan
 from secateur.steps.prune import open_job
 from secateur.structure import Keep, Width
@@ -64,7 +63,7 @@ def propose(
     Raises:
         SecateurError: as `prune` does.
     """
-    if options.target is not None and options.target.startswith("ppl"):
+    if options.searches:
         raise SecateurError(
             "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
         )
@@ -79,12 +78,12 @@ def propose(
         survey_file=survey_file,
         watcher=watcher,
     )
-    found = surveyed(job.request, job.text, watcher, survey_file) if needs_survey(job.request) else None
+    found = surveyed(job.request, job.text, watcher, survey_file)
     decided = decide(job.request, found)
     stream, counted = job.stream, job.request.parameters
     return Proposal(
         model=stream.checkpoint.source,
-        fingerprint=fingerprint(stream.checkpoint),
+        fingerprint=stream.checkpoint.fingerprint,
         dense=tuple(block.width for block in stream.blocks),
         plan=decided,
         parameters=(counted.dense, counted.total(decided.widths)),

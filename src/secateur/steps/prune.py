@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from secateur.activations import Activations, Rows
-from secateur.budget import Target
 from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.device import pick_device
@@ -28,8 +28,8 @@ from secateur.meters import byte_meter, parameter_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
-from secateur.steps.decide import Request, check_survey, decide, needs_survey, quick, request, surveyed
-from secateur.steps.export import export
+from secateur.steps.decide import Request, check_survey, decide, request, surveyed
+from secateur.steps.export import check_file, export
 from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.search import HELD_OUT, mean_loss
@@ -78,7 +78,7 @@ def prune(
     start = time.perf_counter()
     options = options or Options(**settings)
     watcher = watcher or Silent()
-    if dry_run and isinstance(options.goal, Target) and options.goal.quantity == "ppl":
+    if dry_run and options.searches:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
     job = open_job(
         model,
@@ -93,7 +93,7 @@ def prune(
     )
     if dry_run:
         return _expected(job, watcher, start)
-    found = surveyed(job.request, job.text, watcher, survey_file) if needs_survey(job.request) else None
+    found = surveyed(job.request, job.text, watcher, survey_file)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
     return finish(job, decided, Path(out), overwrite=overwrite, start=start, watcher=watcher)
@@ -120,7 +120,7 @@ class Job:
         count = len(self.text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
         return self.text[len(self.text) - count :]
 
-    @property
+    @cached_property
     def rows(self) -> Rows:
         """What the refit runs on; rows of weight zero only run along."""
         fitted = Rows.of(self.text[: len(self.text) - len(self.unseen)])
@@ -200,22 +200,20 @@ def open_job(
     if out is not None and options.format != "gguf":
         output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
     asked = request(stream, options, dtype, watcher)
-    quick(asked)
     with reading(watcher, "Reading", options.calibration):
         tokenizer = checkpoint.tokenizer()
         if options.format == "gguf":
             vocabulary(tokenizer, checkpoint.config.vocab_size)
-        searched = isinstance(options.goal, Target) and options.goal.quantity == "ppl"
         rows = calibration_rows(
             tokenizer,
             options.calibration,
-            samples=options.samples + HELD_OUT * searched,
+            samples=options.samples + HELD_OUT * options.searches,
             length=options.length,
             seed=options.seed,
             vocab_size=checkpoint.config.vocab_size,
             max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
         )
-    text, held_out = rows[: options.samples], rows[options.samples :] if searched else None
+    text, held_out = rows[: options.samples], rows[options.samples :] if options.searches else None
     check_survey(asked, text, survey_file)
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
@@ -283,21 +281,18 @@ def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool
     check_type(options.type)
     if out.suffix != ".gguf":
         raise SecateurError(f"{out}: --format gguf writes a file; let its name end in .gguf")
-    if out.is_dir():
-        raise SecateurError(f"{out}: a folder is there; name another file")
-    if out.exists() and not overwrite:
-        raise SecateurError(f"{out}: exists already; add --overwrite to replace it")
+    check_file(out, overwrite)
     # The folder that comes first lies beside the file.
     OutputFolder(out.with_name(f".{out.name}.folder")).check()
 
 
 def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     """What would come out; where widths are still to be chosen, of one width for all blocks."""
-    possible = quick(job.request)
+    possible = list(job.request.possible)
     if not possible:
         assert job.request.wish is not None
         possible = uniform_plans(job.request.wish)
-    if needs_survey(job.request):
+    if job.request.weighs:
         watcher.note("Shown is one width for all blocks; a run measures where cuts cost least")
     with watcher.busy("Measuring this machine"):
         return _summary(job, possible[0], start, dry=True)

@@ -13,7 +13,7 @@ from secateur.evaluate.compare import evaluate
 from secateur.options import Options
 from secateur.progress import Watcher
 from secateur.report.plots import plot_sizes
-from secateur.steps.decide import decide, needs_survey, quick, request, surveyed
+from secateur.steps.decide import decide, request, surveyed
 from secateur.steps.prune import finish, open_job
 
 TABLE, PLOT = "sizes.json", "sizes.png"
@@ -84,16 +84,12 @@ def sizes(
             watcher=watcher,
         )
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
-        for one in jobs:
-            quick(one.request)
     except BaseException:
         if new:
             out.rmdir()
         raise
-    weighed = [one for one in jobs if needs_survey(one.request)]
-    found = None
-    if weighed:
-        found = surveyed(weighed[0].request, job.text, watcher, survey_file)
+    weighing = next((one for one in jobs if one.request.weighs), job)
+    found = surveyed(weighing.request, job.text, watcher, survey_file)
     plans = [decide(one.request, found) for one in jobs]
     results: list[Size] = []
     for one, decided, folder in zip(jobs, plans, folders, strict=True):

@@ -13,7 +13,6 @@ import transformers
 import secateur
 from secateur.activations import Rows
 from secateur.costs import floor_flops, memory_bytes, product_rate
-from secateur.fingerprint import fingerprint
 from secateur.formats.vllm import vllm_obstacle
 from secateur.meters import Meter, cache_meter, parameter_meter
 from secateur.options import Options
@@ -128,7 +127,7 @@ def record(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
-        "fingerprint": fingerprint(stream.checkpoint),
+        "fingerprint": stream.checkpoint.fingerprint,
         "options": asdict(options),
         "calibration": {
             "groups": [list(group.shape) for group in rows.groups],

@@ -23,7 +23,7 @@ from secateur.progress import Silent, Watcher
 from secateur.solve import refit
 from secateur.steps.probes import Cut, Probes
 from secateur.stream import BlockStream
-from secateur.structure import Kind, Width
+from secateur.structure import Kind
 from secateur.surgery import inner_entries, inner_weight
 from secateur.targets import PostNorm
 
@@ -37,7 +37,6 @@ def survey(
     *,
     probe_rows: Tensor | None = None,
     blocks: range | None = None,
-    least: Width = Width(1, 1, 1),
     kinds: tuple[Kind, ...] = ("heads", "channels"),
     criterion: str = "surgeon",
     ridge: float = 0.3,
@@ -51,7 +50,6 @@ def survey(
         rows: calibration tokens (rows x length).
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         blocks: which blocks; all by default.
-        least: the narrowest width of interest; curves end there.
         kinds: which modules.
         criterion: the order in which units leave.
         ridge: of the refit that the error assumes.
@@ -98,7 +96,7 @@ def survey(
                         own_target=True,
                         seed=module_seed(seed, index, module.kind),
                     )
-                    found, cuts = _measure(index, criterion, stats, least)
+                    found, cuts = _measure(index, criterion, stats)
                     curves += found
                     if probes is not None and before is not None:
                         x = torch.cat(collector.seen)
@@ -108,7 +106,7 @@ def survey(
     return Survey(criterion, ridge, fitted.tokens, tuple(curves), prices)
 
 
-def _measure(index: int, criterion: str, stats: Statistics, least: Width) -> tuple[list[Curve], list[Cut]]:
+def _measure(index: int, criterion: str, stats: Statistics) -> tuple[list[Curve], list[Cut]]:
     """One module's curves, one for each way in which its units may leave together, and the cuts to be probed."""
     module, count = stats.module, stats.moments.count
     curves: list[Curve] = []
@@ -120,7 +118,7 @@ def _measure(index: int, criterion: str, stats: Statistics, least: Width) -> tup
         curves = [Curve(index, module.kind, pattern, (0.0,), energy) for pattern in module.patterns]
         return curves, [Cut(index, module, energy, none, stats.weight_ao[none])]
     for pattern in module.patterns:
-        found = error_curve(criterion, stats, pattern, least.along(pattern))
+        found = error_curve(criterion, stats, pattern, 1)
         together = module.groups if pattern == "heads" else 1
         errors = (found.errors[::together] / count).tolist()
         energy = stats.normal.energy / count

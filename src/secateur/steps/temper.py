@@ -9,11 +9,10 @@ too sure of, and make the pruned one differ from it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from secateur.activations import Activations, Rows
-from secateur.steps.probes import STRIDE
+from secateur.steps.probes import STRIDE, divergence_from
 from secateur.stream import BlockStream
 
 SCALES = tuple(0.05 * step for step in range(12, 22))
@@ -47,23 +46,23 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     if not stream.final_norm:
         return 1.0
     ids = rows.groups[group]
-    totals = torch.zeros(len(SCALES), dtype=torch.float64)
+    norms = [scaled(stream, scale) for scale in SCALES]
+    totals = [0.0] * len(SCALES)
     with stream.head() as head:
         for row in range(len(ids)):
             at = slice(row, row + 1)
-            wanted = torch.log_softmax(head(ids[at], dense.parts[group][at], STRIDE), -1)
-            for number, scale in enumerate(SCALES):
-                with stream.replaced(scaled(stream, scale)):
-                    got = torch.log_softmax(head(ids[at], pruned.parts[group][at], STRIDE), -1)
-                totals[number] += (wanted.exp() * (wanted - got)).sum(-1).mean().double().cpu()
+            divergence = divergence_from(head(ids[at], dense.parts[group][at], STRIDE))
+            for number, norm in enumerate(norms):
+                with stream.replaced(norm):
+                    totals[number] += divergence(head(ids[at], pruned.parts[group][at], STRIDE))
     return _minimum(totals)
 
 
-def _minimum(totals: Tensor) -> float:
+def _minimum(totals: list[float]) -> float:
     """Where the values over `SCALES` are least, between the grid's points."""
-    best = int(totals.argmin())
+    best = totals.index(min(totals))
     if best in (0, len(SCALES) - 1):
         return SCALES[best]
-    left, middle, right = (float(totals[best + step]) for step in (-1, 0, 1))
+    left, middle, right = (totals[best + step] for step in (-1, 0, 1))
     bend = left - 2 * middle + right
     return SCALES[best] + (SCALES[1] - SCALES[0]) * (0.5 * (left - right) / bend if bend > 0 else 0.0)
