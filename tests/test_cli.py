@@ -577,9 +577,9 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     notes = result.err.splitlines()
     assert notes[0] == "Opened model: llama, 3 blocks, 0.1 M parameters, float32"
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
-    assert [line.split()[0] for line in notes[2:]] == ["Survey", "Price", "Keeping", "Prune"]
-    assert "of 18 query heads and" in notes[4]
-    assert "nats per token, module by module" in notes[4]
+    assert [line.split()[0] for line in notes[2:]] == ["Rewrite", "Draw", "Survey", "Price", "Keeping", "Prune"]
+    assert "of 18 query heads and" in notes[6]
+    assert "nats per token, module by module" in notes[6]
     for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):
         assert words in result.out
     assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
@@ -789,10 +789,8 @@ def test_version_and_help(run: Run) -> None:
             assert command in result.out
     text = run("prune", "--help").out
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
-    other = (
-        "calibration samples length seed device revision trust-remote-code dtype format type survey dry-run overwrite"
-    )
-    for option in f"{target} {method} {other}".split():
+    rows, other = "calibration samples rewrites length seed", "device revision trust-remote-code dtype format type"
+    for option in f"{target} {method} {rows} {other} survey dry-run overwrite".split():
         assert f"--{option} " in text
     for panel in ("Target", "Method", "Calibration", "Output"):
         assert f" {panel} " in text

@@ -46,6 +46,7 @@ from secateur.recovery import Recovery
 from secateur.steps.plan import Plan
 from secateur.steps.prune import prune
 from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.rewrite import rewritten
 from secateur.steps.slice import slice
 from secateur.steps.temper import scaled
 from secateur.steps.write import write
@@ -309,14 +310,15 @@ def recorded_plan(record: dict[str, Any]) -> Plan:
     return Plan(widths, record["sparsity"]["reached"], record["sparsity"]["wanted"], "blocks", None)
 
 
-def recorded_rows(record: dict[str, Any], text: Tensor) -> Rows:
+def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> Rows:
     """Calibration rows in the groups that the run made of them."""
     said = record["calibration"]
-    groups = list(text.split([rows for rows, length in said["groups"] if length == ROW]))
-    if not said["begins_with_bos"]:
-        groups.append(Rows.of(text).with_openings().groups[-1])
+    rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
+    groups = rows.groups
+    if record["options"]["recovery"] == "refit":
+        groups = (*groups, rewritten(stream, text))
     assert [list(group.shape) for group in groups] == said["groups"]
-    return Rows(tuple(groups), tuple(said["weights"]))
+    return Rows(groups, tuple(said["weights"]))
 
 
 def stream_of(folder: Path) -> BlockStream:
@@ -340,7 +342,7 @@ def test_reloaded_equals_memory(pruned, job):
     text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
     assert record["calibration"]["begins_with_bos"] == bos
     full = rounded_model(job.name, job.dtype)
-    found = list(refit(stream, recorded_plan(record), recorded_rows(record, text)))
+    found = list(refit(stream, recorded_plan(record), recorded_rows(record, stream, text)))
     for block, said in zip(found, record["blocks"], strict=True):
         assert list(block.keep.heads) == said["heads"]
         assert list(block.keep.channels) == said["channels"]

@@ -182,6 +182,13 @@ _Calibration = Annotated[
     ),
 ]
 _Samples = Annotated[int, typer.Option(help="Rows drawn from it at random.", rich_help_panel="Calibration")]
+_Rewrites = Annotated[
+    int,
+    typer.Option(
+        help="For the refit, add so many copies of the rows in which the model writes half of the tokens anew.",
+        rich_help_panel="Calibration",
+    ),
+]
 _Length = Annotated[int, typer.Option(help="Tokens in each row.", rich_help_panel="Calibration")]
 _Seed = Annotated[int, typer.Option(help="Decides the rows, and the criterion random.", rich_help_panel="Calibration")]
 _Dtype = Annotated[
@@ -268,6 +275,7 @@ def prune(
     ] = False,
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
+    rewrites: _Rewrites = Options.rewrites,
     length: _Length = Options.length,
     seed: _Seed = Options.seed,
     device: _Device = "auto",
@@ -307,6 +315,7 @@ def prune(
         intercept=intercept,
         calibration=calibration,
         samples=samples,
+        rewrites=rewrites,
         length=length,
         seed=seed,
         multiple=round_,
@@ -461,6 +470,7 @@ def sizes(
     round_: _Round = Options.multiple,
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
+    rewrites: _Rewrites = Options.rewrites,
     length: _Length = Options.length,
     seed: _Seed = Options.seed,
     perplexity: Annotated[
@@ -501,6 +511,7 @@ def sizes(
             multiple=round_,
             calibration=calibration,
             samples=samples,
+            rewrites=rewrites,
             length=length,
             seed=seed,
             format=format,

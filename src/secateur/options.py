@@ -52,6 +52,8 @@ class Options:
     """Fit a level-2 bias even where the architecture stores none."""
     calibration: str = "wikitext2"
     samples: int = 128
+    rewrites: int = 1
+    """Copies of the samples in which the dense model writes half of the tokens anew, for the refit."""
     length: int = 128
     seed: int = 0
     multiple: int = 1
@@ -86,6 +88,7 @@ class Options:
             raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 0.3")
         for name, number, least in (
             ("samples", self.samples, 1),
+            ("rewrites", self.rewrites, 0),
             ("length", self.length, 2),
             ("round", self.multiple, 1),
         ):

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from secateur.steps.decide import Request, check_survey, decide, request, survey
 from secateur.steps.export import check_file, export
 from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.rewrite import rewritten
 from secateur.steps.search import HELD_OUT, mean_loss
 from secateur.steps.slice import slice
 from secateur.steps.summary import Summary, record, summarise, timings
@@ -93,6 +94,7 @@ def prune(
     )
     if dry_run:
         return _expected(job, watcher, start)
+    job = job.with_rewritten(watcher)
     found = surveyed(job.request, job.text, watcher, survey_file)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
@@ -113,6 +115,25 @@ class Job:
     held_out: Tensor | None
     """Other rows of the same text, where a loss is to be measured."""
     bos: bool
+    more: Tensor | None = None
+    """Rows that the dense model has partly written (rows x length): see `rewritten`."""
+
+    def with_rewritten(self, watcher: Watcher) -> Job:
+        """The same job with more rows, where the recovery gains by them."""
+        copies, seed = self.copies, self.options.seed
+        if not copies:
+            return self
+        return replace(self, more=rewritten(self.stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
+
+    @property
+    def copies(self) -> int:
+        """How often each row of the refit is rewritten."""
+        return self.options.rewrites if self.method.recovery.method == "refit" else 0
+
+    @property
+    def fitted(self) -> Tensor:
+        """The rows of the text that the refit is fitted to."""
+        return self.text[: len(self.text) - len(self.unseen)]
 
     @property
     def unseen(self) -> Tensor:
@@ -123,8 +144,10 @@ class Job:
     @cached_property
     def rows(self) -> Rows:
         """What the refit runs on; rows of weight zero only run along."""
-        fitted = Rows.of(self.text[: len(self.text) - len(self.unseen)])
+        fitted = Rows.of(self.fitted)
         fitted = fitted if self.bos else fitted.with_openings()
+        if self.more is not None:
+            fitted = Rows((*fitted.groups, self.more), (*fitted.weights, 1.0))
         others = [rows for rows in (self.unseen, self.held_out) if rows is not None and len(rows)]
         return Rows((*fitted.groups, *others), (*fitted.weights, *[0.0] * len(others)))
 
@@ -292,6 +315,8 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     if not possible:
         assert job.request.wish is not None
         possible = uniform_plans(job.request.wish)
+    # As many rows as a run has; what is in them changes nothing here.
+    job = replace(job, more=job.fitted.repeat(job.copies, 1))
     if job.request.weighs:
         watcher.note("Shown is one width for all blocks; a run measures where cuts cost least")
     with watcher.busy("Measuring this machine"):

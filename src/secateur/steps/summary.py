@@ -99,7 +99,7 @@ def summarise(
         note=decided.note,
         vllm=None if format == "gguf" else vllm_obstacle(stream.checkpoint.config, every, per_layer=format == "hf"),
         bos=bos,
-        tokens=sum(ids.numel() for ids, weight in zip(rows.groups, rows.weights, strict=True) if weight == 1),
+        tokens=rows.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
         dry=dry,

@@ -1,0 +1,56 @@
+"""More calibration rows than were drawn from the text: the same rows, in which the dense model has written tokens anew.
+
+A refit has as many unknowns as a module keeps inputs, and few tokens to find them from. Rows that the model finds
+likely are as good to it as the text's, and cost no text: one pass of the dense model gives a distribution for every
+position, and a part of the tokens is drawn anew from these. Each draw sees what the text said before it, so that
+no position waits for another and each block is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.activations import Arena, Rows
+from secateur.progress import Silent, Watcher
+from secateur.stream import BlockStream
+
+SHARE = 0.5
+"""Of the tokens that are drawn anew; more of them leave less of what neighbours have to do with each other."""
+
+
+def rewritten(
+    stream: BlockStream, text: Tensor, *, copies: int = 1, seed: int = 0, watcher: Watcher | None = None
+) -> Tensor:
+    """Rows that the dense model has partly written.
+
+    Args:
+        stream: an open model.
+        text: token ids (rows x length).
+        copies: how often each row is rewritten, each time with draws of its own.
+        seed: of the draws.
+        watcher: told about progress.
+
+    Returns:
+        Token ids (copies * rows x length); first tokens stay.
+    """
+    watcher = watcher or Silent()
+    rows = Rows.of(text)
+    generator = torch.Generator().manual_seed(seed)
+    result = text.repeat(copies, 1)
+    with Arena() as arena:
+        hidden = stream.embed(rows, arena)
+        for index in watcher.track(range(len(stream)), "Rewrite"):
+            with stream.filled(index) as layer:
+                for at in rows.batches():
+                    hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
+        with stream.head() as head:
+            # Row by row: the logits of a batch would be larger than its stream by the vocabulary over the width.
+            for row in watcher.track(range(len(text)), "Draw"):
+                one = slice(row, row + 1)
+                shares = head(text[one], hidden.parts[0][one], 1)[0, :-1].softmax(-1).cpu()
+                for copy in result[row :: len(text)]:
+                    drawn = torch.multinomial(shares, 1, generator=generator)[:, 0]
+                    anew = torch.rand(len(drawn), generator=generator) < SHARE
+                    copy[1:] = torch.where(anew, drawn, copy[1:])
+    return result
