@@ -89,6 +89,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "negative": (one(channels=[-1]), "block 0, channels: -1 does not exist"),
     "no list": (one(heads=3), "block 0, heads: must be a list of indices to keep"),
     "fractions": (one(channels=[0.5]), "block 0, channels: must be a list of indices to keep"),
+    "a width of booleans": (
+        {"blocks": [{"block": 0, "width": {"groups": True, "per_group": True, "channels": 4}}]},
+        "block 0: list the heads and channels to keep",
+    ),
     "booleans": (one(heads=[True, False]), "block 0, heads: must be a list of indices to keep"),
     "ragged groups": (
         one(heads=[0, 1, 2]),

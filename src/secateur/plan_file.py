@@ -39,7 +39,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     keeps: dict[int, Keep] = {}
     for entry in entries:
         index = entry.get("block")
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(blocks):
+        if type(index) is not int or not 0 <= index < len(blocks):
             raise SecateurError(f"{path}: block {index} does not exist; the model has blocks 0 to {len(blocks) - 1}")
         if index in widths:
             raise SecateurError(f"{path}: block {index} is there twice")
@@ -60,7 +60,7 @@ def _width(path: Path, index: int, block: Block, given: Any) -> Width:
     """A width spelled as counts."""
     names = ("groups", "per_group", "channels")
     where = f"{path}: block {index}"
-    whole = isinstance(given, dict) and all(isinstance(given.get(name), int) for name in names)
+    whole = isinstance(given, dict) and all(type(given.get(name)) is int for name in names)
     if not whole or set(given) != set(names):
         raise SecateurError(f"{where}: list the heads and channels to keep, or give a width of {', '.join(names)}")
     width, dense = Width(**given), block.width
@@ -81,7 +81,7 @@ def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tup
     if listed is None:
         return tuple(range(count))
     where = f"{path}: block {index}, {kind}"
-    if not isinstance(listed, list) or not all(isinstance(unit, int) and not isinstance(unit, bool) for unit in listed):
+    if not isinstance(listed, list) or not all(type(unit) is int for unit in listed):
         raise SecateurError(f"{where}: must be a list of indices to keep")
     wrong = [unit for unit in listed if not 0 <= unit < count]
     if wrong:

@@ -15,8 +15,8 @@ from secateur.errors import SecateurError
 from secateur.steps.plan import Plan, Wish, plan
 from secateur.stream import BlockStream
 
-TRIES = 5
-"""Most prunings; each is measured whole."""
+TRIES, MOST = 5, 10
+"""Prunings after which the best one is taken, and after which none is found; each is measured whole."""
 CLOSE = 0.97
 """A loss between this share of the allowed one and all of it ends the search."""
 HELD_OUT = 16
@@ -42,7 +42,9 @@ def smallest_within(wish: Wish, widths: str, survey: Survey, ratio: float, loss:
     best: Plan | None = None
     tried: Plan | None = None
     lowest = math.inf
-    for _ in range(TRIES):
+    for attempt in range(MOST):
+        if attempt >= TRIES and best is not None:
+            break
         last, tried = tried, _priced_at(wish, widths, survey, allowed * (1 + CLOSE) / 2 / factor)
         if last is not None and tried.widths == last.widths:
             break
