@@ -124,8 +124,15 @@ def test_adaptive_says_what_it_is(wishes: Wishes) -> None:
     assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
     assert (found.wanted, found.of, found.note, found.keeps) == (0.4, "blocks", None, None)
     assert not found.uniform
-    with pytest.raises(ValueError, match="need a survey"):
-        plan(wish, "adaptive")
+
+
+def test_widths_without_a_survey_are_even_and_on_target(wishes: Wishes) -> None:
+    wish = wishes(0.4)
+    found = plan(wish, "adaptive")
+    assert found.price is None
+    assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
+    channels = [width.channels for width in found.widths.values()]
+    assert max(channels) - min(channels) <= 2
 
 
 def test_a_target_is_its_own_wish(wishes: Wishes) -> None:

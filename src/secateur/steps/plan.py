@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from secateur.allocation import Obstacle, adaptive, merge, narrowest, uniform
 from secateur.budget import Target
-from secateur.curves import Survey
+from secateur.criteria import pattern_units
+from secateur.curves import Curve, Survey
 from secateur.errors import SecateurError
 from secateur.meters import Meter, budget_of, unreachable
 from secateur.prices import Prices
@@ -103,7 +104,8 @@ def plan(wish: Wish, widths: str = "adaptive", survey: Survey | None = None) -> 
     Args:
         wish: target and limits.
         widths: `adaptive`, each module its own; or `uniform`, one width for all chosen blocks.
-        survey: error curves and probes; a uniform plan without one is the nearest to the target.
+        survey: error curves and probes; without one, a uniform plan is the nearest to the target, and adaptive widths
+            are as even as they can be.
 
     Raises:
         SecateurError: for a target that the modules cannot meet, with the nearest that they can.
@@ -115,9 +117,7 @@ def plan(wish: Wish, widths: str = "adaptive", survey: Survey | None = None) -> 
         prices = Prices(survey)
         costs = [prices.total(wish.blocks, one.widths) for one in possible]
         return replace(possible[costs.index(min(costs))], price=min(costs))
-    if survey is None:
-        raise ValueError("adaptive widths need a survey")
-    prices = Prices(survey)
+    prices = Prices(survey or _even(wish))
     found = adaptive(
         wish.blocks,
         wish.chosen,
@@ -130,7 +130,19 @@ def plan(wish: Wish, widths: str = "adaptive", survey: Survey | None = None) -> 
     )
     if found is None:
         raise _out_of_reach(wish, wish.least, [])
-    return wish.plan(found, prices.total(wish.blocks, found))
+    return wish.plan(found, prices.total(wish.blocks, found) if survey else None)
+
+
+def _even(wish: Wish) -> Survey:
+    """Stands in for a survey: the square of the share of its units that goes is what a module costs."""
+    curves = [
+        Curve(index, module.kind, pattern, tuple((gone / units) ** 2 for gone in range(units)), 1.0)
+        for index in wish.chosen
+        for module in (wish.blocks[index].attention, wish.blocks[index].feed_forward)
+        for pattern in module.patterns
+        for units in [pattern_units(module, pattern)]
+    ]
+    return Survey("none", 0.0, 0, tuple(curves))
 
 
 def uniform_plans(wish: Wish) -> list[Plan]:

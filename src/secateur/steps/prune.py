@@ -30,7 +30,7 @@ from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, request, surveyed
 from secateur.steps.export import check_file, export
-from secateur.steps.plan import Plan, uniform_plans
+from secateur.steps.plan import Plan, plan
 from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.rewrite import rewritten
 from secateur.steps.search import HELD_OUT, mean_loss
@@ -310,17 +310,16 @@ def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool
 
 
 def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
-    """What would come out; where widths are still to be chosen, of one width for all blocks."""
-    possible = list(job.request.possible)
-    if not possible:
-        assert job.request.wish is not None
-        possible = uniform_plans(job.request.wish)
+    """What would come out and what it would take."""
+    if job.request.weighs:
+        watcher.note("Shown are even widths; a run measures where cuts cost least")
+    wish = job.request.wish
+    decided = job.request.given if wish is None else plan(wish, job.options.widths)
+    assert decided is not None
     # As many rows as a run has; what is in them changes nothing here.
     job = replace(job, more=job.fitted.repeat(job.copies, 1))
-    if job.request.weighs:
-        watcher.note("Shown is one width for all blocks; a run measures where cuts cost least")
     with watcher.busy("Measuring this machine"):
-        return _summary(job, possible[0], start, dry=True)
+        return _summary(job, decided, start, dry=True)
 
 
 def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Summary:
