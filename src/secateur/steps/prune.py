@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.activations import Activations, Rows
 from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
+from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
 from secateur.errors import SecateurError
 from secateur.formats.gguf_architectures import check_type
@@ -30,6 +31,7 @@ from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, request, surveyed
 from secateur.steps.export import check_file, export
+from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.search import HELD_OUT, mean_loss
@@ -113,6 +115,8 @@ class Job:
     held_out: Tensor | None
     """Other rows of the same text, where a loss is to be measured."""
     bos: bool
+    scores: UnitScores = field(default_factory=dict)
+    """Of a criterion that needs gradients: filled by the first refit, for all others."""
 
     @property
     def unseen(self) -> Tensor:
@@ -159,7 +163,12 @@ class Job:
         judge: Callable[[Activations, Activations], None] | None,
     ) -> Generator[FittedBlock, None, None]:
         """Carry a plan out, block by block."""
-        return refit(self.stream, decided, rows, method=self.method, dtype=self.dtype, watcher=watcher, judge=judge)
+        method, criterion = self.method, self.options.criterion
+        if criterion in NEEDS_GRADIENTS and not decided.keeps:
+            if not self.scores:
+                self.scores.update(gradient_scores(self.stream, rows, criterion, watcher=watcher))
+            method = replace(method, scores=self.scores)
+        return refit(self.stream, decided, rows, method=method, dtype=self.dtype, watcher=watcher, judge=judge)
 
     def scale(self, rows: Rows, dense: Activations, pruned: Activations) -> float:
         """Of the final norm, fitted on the unseen rows; 1 where there are none."""
