@@ -211,7 +211,7 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     (
         "--criterion best",
-        "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random",
+        "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random, llm-pruner-",
     ),
     ("--recovery all", "recovery is 'all'; it must be one of refit, paper, bias, none"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
@@ -785,7 +785,7 @@ def test_version_and_help(run: Run) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         result = run(*arguments)
         assert result.code == 0
-        for command in ("prune", "export", "plan", "sizes", "eval"):
+        for command in ("prune", "export", "retrain", "plan", "sizes", "eval"):
             assert command in result.out
     text = run("prune", "--help").out
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"

@@ -103,9 +103,8 @@ def refit(
     watcher = watcher or Silent()
     rows = Rows.of(rows)
     if method.criterion in NEEDS_GRADIENTS and method.scores is None and not plan.keeps:
-        blocks = range(min(plan.widths), max(plan.widths) + 1)
-        limits = {"arena_limit": arena_limit, "watcher": watcher}
-        method = replace(method, scores=gradient_scores(stream, rows, method.criterion, blocks=blocks, **limits))
+        scores = gradient_scores(stream, rows, method.criterion, arena_limit=arena_limit, watcher=watcher)
+        method = replace(method, scores=scores)
     with Arena(arena_limit) as arena:
         dense = stream.embed(rows, arena)
         pruned = arena.empty(rows, stream.width)
