@@ -361,6 +361,9 @@ ARGUMENTS = [
     ("export nowhere out.gguf", "nowhere: not a folder that secateur's prune wrote"),
     ("export model out.gguf --format onnx", "format is 'onnx'; it must be gguf or hf"),
     ("export model out", "out: a GGUF file ends in .gguf; name it so"),
+    ("retrain model out --calibration text.txt", "model: not a folder that secateur's prune wrote"),
+    ("retrain model out --rank 0", "rank is 0; it must be at least 1"),
+    ("retrain model out --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     ("eval", "Missing argument 'MODEL'; see secateur eval --help"),
     ("eval nowhere/at/all", "nowhere/at/all: does not exist"),
     ("eval model --against nowhere/at/all", "nowhere/at/all: does not exist"),
@@ -697,6 +700,17 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     refused(run(*arguments), "sizes/sparsity-0.2: exists already; add --overwrite to replace it")
     assert listing(place) == before
     assert run(*arguments, "--overwrite").code == 0
+
+
+def test_retrain(place: Path, run: Run) -> None:
+    assert run("prune", "model", "pruned", *SMALL).code == 0
+    result = run("retrain", "pruned", "out", *SMALL, "--epochs", "1", "--batch", "2", "--device", "cpu")
+    assert result.code == 0
+    assert result.out.count("\n") == 1
+    assert result.out.startswith("Perplexity on rows not trained on: ")
+    assert "Retrain" in result.err
+    assert "2/2" in result.err
+    assert kept(place)["retrained"][0]["steps"] == 2
 
 
 def test_export_spells_widths_out(place: Path, run: Run) -> None:

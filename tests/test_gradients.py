@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, layers_of, relative, token_rows
+from models import ROWS, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
 from secateur import activations
 from secateur.activations import Rows
+from secateur.calibration import calibration_rows
 from secateur.checkpoint import open_checkpoint
+from secateur.costs import gradient_bytes, memory_bytes
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.criteria.llm_pruner import FROM_GRADIENTS, scored_weights
 from secateur.errors import SecateurError
+from secateur.progress import Silent
 from secateur.steps.gradients import gradient_scores, gradients
 from secateur.steps.plan import Plan
 from secateur.steps.prune import prune
@@ -247,18 +251,64 @@ def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
         assert blocks[1].keep.heads == tuple(head for head in range(6) if head // 2 != gone)
 
 
+SETTINGS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "sparsity": 0.3}
+
+
+class Bars(Silent):
+    """Notes what bars are drawn."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+
+    def track(self, items: Any, what: str) -> Any:
+        self.drawn.append(what)
+        yield from items
+
+
 @pytest.mark.parametrize("criterion", sorted(NEEDS_GRADIENTS))
-@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
-def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, widths: str) -> None:
-    summary = prune(
-        checkpoint_folder("llama"),
-        tmp_path / "out",
-        criterion=criterion,
-        widths=widths,
-        sparsity=0.3,
-        calibration="random",
-        samples=12,
-        length=16,
-        device="cpu",
-    )
-    assert summary.parameters[1] < summary.parameters[0]
+def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str) -> None:
+    """With one width for all blocks, the units of the highest scores on the rows that are fitted to."""
+    bars = Bars()
+    model = checkpoint_folder("llama")
+    prune(model, tmp_path / "out", criterion=criterion, widths="uniform", watcher=bars, **SETTINGS)
+    rows = calibration_rows(make_tokenizer(), "random", samples=12, length=16, seed=0, vocab_size=VOCAB)
+    scores = gradient_scores(opened(model), rows, criterion)
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    for block in record["blocks"]:
+        kept = scores[block["block"], "channels"].topk(block["width"]["channels"]).indices.tolist()
+        assert block["channels"] == sorted(kept)
+    assert bars.drawn.count("Gradients") == 1 + bars.drawn.count("Survey")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
+@pytest.mark.parametrize("criterion", sorted(NEEDS_GRADIENTS))
+def test_widths_of_their_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, name: str) -> None:
+    summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
+    assert 0.3 <= summary.sparsity < 0.305
+    assert not summary.uniform
+
+
+def test_a_search_takes_gradients_once(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """One pass for the survey, one for all the prunings."""
+    bars, wishes = Bars(), SETTINGS | {"sparsity": None, "target": "ppl=1.5x", "samples": 24}
+    prune(checkpoint_folder("llama"), tmp_path / "out", criterion="llm-pruner-element1", watcher=bars, **wishes)
+    assert bars.drawn.count("Gradients") == 2
+    assert bars.drawn.count("Prune") > 1
+
+
+def test_a_plan_of_units_needs_no_gradients(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    model, bars, wishes = checkpoint_folder("llama"), Bars(), SETTINGS | {"sparsity": None}
+    prune(model, tmp_path / "out", criterion="l1", **SETTINGS)
+    plan = str(tmp_path / "out" / "secateur.json")
+    prune(model, tmp_path / "again", criterion="llm-pruner-vector", plan=plan, watcher=bars, **wishes)
+    assert "Gradients" not in bars.drawn
+
+
+def test_what_a_dry_run_expects(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Every block's input is kept, which takes most where tokens are many and the model is deep."""
+    model, wishes = checkpoint_folder("llama"), SETTINGS | {"dry_run": True}
+    plain, costly = (prune(model, tmp_path / "out", criterion=c, **wishes) for c in ("l1", "llm-pruner-vector"))
+    assert costly.peak_bytes >= plain.peak_bytes
+    deep, tokens = [blocks_of(build("llama"))[0]] * 40, 100_000
+    assert memory_bytes(deep, 48, tokens) < gradient_bytes(deep, 48, tokens)
+    assert gradient_bytes(deep, 48, tokens) - gradient_bytes(deep[:39], 48, tokens) == 4 * 48 * tokens

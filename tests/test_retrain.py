@@ -18,6 +18,7 @@ from conftest import CheckpointFolder
 from models import logits_of, relative, token_rows
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
+from secateur.evaluate import compare
 from secateur.evaluate.compare import load
 from secateur.steps import retrain as steps
 from secateur.steps.prune import prune
@@ -104,7 +105,7 @@ def test_reloaded_equals_memory(
     """In a process that does not know this library."""
     folder, out = pruned(checkpoint_folder("llama"), tmp_path / "pruned", widths, dtype=dtype), tmp_path / "out"
     kept: list[Any] = []
-    monkeypatch.setattr(steps, "load", lambda *given: kept.append(load(*given)) or kept[0])
+    monkeypatch.setattr(compare, "load", lambda *given: kept.append(load(*given)) or kept[0])
     retrain(folder, out, calibration=str(text), **SMALL)
     ids = token_rows()
     arguments = [str(out), json.dumps(ids.tolist()), str(tmp_path / "logits.safetensors")]

@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.activations import Activations, Rows
 from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
+from secateur.costs import floor_flops, gradient_bytes, gradient_flops
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
 from secateur.errors import SecateurError
@@ -304,7 +305,13 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     if job.request.weighs:
         watcher.note("Shown is one width for all blocks; a run measures where cuts cost least")
     with watcher.busy("Measuring this machine"):
-        return _summary(job, possible[0], start, dry=True)
+        summary = _summary(job, possible[0], start, dry=True)
+    if job.options.criterion not in NEEDS_GRADIENTS or possible[0].keeps:
+        return summary
+    blocks, width, tokens = job.stream.blocks, job.stream.width, job.rows.tokens
+    peak = max(summary.peak_bytes, gradient_bytes(blocks, width, tokens))
+    longer = 1 + gradient_flops(blocks, tokens) / floor_flops(blocks, width, tokens)
+    return replace(summary, seconds=summary.seconds * longer, peak_bytes=peak)
 
 
 def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Summary:

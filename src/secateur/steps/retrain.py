@@ -26,8 +26,7 @@ from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import Checkpoint
 from secateur.device import pick_device
 from secateur.errors import SecateurError
-from secateur.evaluate import perplexity
-from secateur.evaluate.compare import load
+from secateur.evaluate import compare, perplexity
 from secateur.families import family_of
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.formats.writer import OutputFolder, ShardWriter, header_room
@@ -134,7 +133,7 @@ def retrain(
         )
     fitted, held_out = rows[: training.samples], rows[training.samples :]
     with watcher.busy(f"Loading {folder}"):
-        network = load(checkpoint, torch.float32, where)
+        network = compare.load(checkpoint, torch.float32, where)
     before = perplexity(network, held_out).perplexity
     names = adapted_layers(network)
     with _seeded(training.seed):
