@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,16 @@ def test_files_give_the_same(
 
 
 def test_weights_go_and_need_no_gradients_afterwards(checkpoint_folder: CheckpointFolder) -> None:
-    stream = opened(checkpoint_folder("llama biased"))
-    for _ in gradients(stream, token_rows(2)):
-        pass
+    stream, before = opened(checkpoint_folder("llama biased")), []
+    for block in gradients(stream, token_rows(2), squares=True):
+        filled = {name.split(".")[2] for name, value in stream.model.named_parameters() if not value.is_meta}
+        assert filled == {str(block.index)}
+        # Nothing of the block before is left.
+        assert all(gone() is None for gone in before)
+        tensors = [*block.gradient.values(), *block.square.values(), *block.weights.values()]
+        before = [weakref.ref(tensor) for tensor in tensors]
+        del block, tensors
+    assert len(before) == 3 * 7
     assert all(value.is_meta and not value.requires_grad for value in stream.model.parameters())
 
 

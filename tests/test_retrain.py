@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CheckpointFolder
-from models import logits_of, relative, token_rows
+from models import ROWS, logits_of, relative, token_rows
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
 from secateur.evaluate import compare
@@ -26,7 +26,7 @@ from secateur.steps.retrain import Training, adapted_layers, retrain
 
 SMALL: dict[str, Any] = {"samples": 16, "length": 16, "epochs": 6, "batch": 4, "learning_rate": 5e-3, "device": "cpu"}
 PRUNE: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "sparsity": 0.4, "device": "cpu"}
-CASES = [("llama", "adaptive"), ("llama", "uniform"), ("gpt2", "adaptive"), ("opt", "adaptive"), ("phi3", "adaptive")]
+CASES = [("llama", "uniform"), *((name, "adaptive") for name in list(ROWS)[:11])]
 
 RELOAD = """
 import json, sys

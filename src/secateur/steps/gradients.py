@@ -70,6 +70,8 @@ def gradient_scores(
             module = stream.blocks[block.index].module(kind)
             scores = FROM_GRADIENTS[criterion](module, block.weights, block.gradient, block.square)
             found[block.index, kind] = scores
+        # Else they would stay while the next block's gradients are taken.
+        del block
     return found
 
 
@@ -124,6 +126,8 @@ def gradients(
                 arena.release(inputs.pop(index))
                 if index in blocks:
                     yield found
+                # None of it stays while the next block runs.
+                del found, layer
 
 
 def _predicting(rows: Rows) -> Rows:
