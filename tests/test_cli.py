@@ -211,7 +211,7 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     (
         "--criterion best",
-        "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random",
+        "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random, llm-pruner-",
     ),
     ("--recovery all", "recovery is 'all'; it must be one of refit, paper, bias, none"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
@@ -361,6 +361,9 @@ ARGUMENTS = [
     ("export nowhere out.gguf", "nowhere: not a folder that secateur's prune wrote"),
     ("export model out.gguf --format onnx", "format is 'onnx'; it must be gguf or hf"),
     ("export model out", "out: a GGUF file ends in .gguf; name it so"),
+    ("retrain model out --calibration text.txt", "model: not a folder that secateur's prune wrote"),
+    ("retrain model out --rank 0", "rank is 0; it must be at least 1"),
+    ("retrain model out --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     ("eval", "Missing argument 'MODEL'; see secateur eval --help"),
     ("eval nowhere/at/all", "nowhere/at/all: does not exist"),
     ("eval model --against nowhere/at/all", "nowhere/at/all: does not exist"),
@@ -699,6 +702,17 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     assert run(*arguments, "--overwrite").code == 0
 
 
+def test_retrain(place: Path, run: Run) -> None:
+    assert run("prune", "model", "pruned", *SMALL).code == 0
+    result = run("retrain", "pruned", "out", *SMALL, "--epochs", "1", "--batch", "2", "--device", "cpu")
+    assert result.code == 0
+    assert result.out.count("\n") == 1
+    assert result.out.startswith("Perplexity on rows not trained on: ")
+    assert "Retrain" in result.err
+    assert "2/2" in result.err
+    assert kept(place)["retrained"][0]["steps"] == 2
+
+
 def test_export_spells_widths_out(place: Path, run: Run) -> None:
     assert run("prune", "model", "stock", *SMALL, "--widths", "uniform").code == 0
     result = run("export", "stock", "own", "--format", "hf")
@@ -785,7 +799,7 @@ def test_version_and_help(run: Run) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         result = run(*arguments)
         assert result.code == 0
-        for command in ("prune", "export", "plan", "sizes", "eval"):
+        for command in ("prune", "export", "retrain", "plan", "sizes", "eval"):
             assert command in result.out
     text = run("prune", "--help").out
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"

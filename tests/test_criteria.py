@@ -50,7 +50,9 @@ def statistics(name: str, kind: Kind, *, index: int = 1, seed: int = 0) -> tuple
         moments.update(inner[part : part + 50])
         inputs.update(x[part : part + 50])
     weight = inner_weight(module, tensors)
-    stats = Statistics(module, tensors, weight, moments, inputs, ridge=0.3, own_target=True, seed=seed)
+    # Those that come from gradients, which test_gradients.py has.
+    given = torch.rand(module.units, generator=torch.Generator().manual_seed(1)).double()
+    stats = Statistics(module, tensors, weight, moments, inputs, 0.3, own_target=True, seed=seed, scores=given)
     return stats, x, inner, model
 
 

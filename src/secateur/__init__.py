@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.steps.plan import plan
     from secateur.steps.prune import prune
     from secateur.steps.refit import refit
+    from secateur.steps.retrain import retrain
     from secateur.steps.slice import slice
     from secateur.steps.survey import survey
     from secateur.steps.write import write
@@ -34,6 +35,7 @@ _HOMES = {
     "refit": "secateur.steps.refit",
     "slice": "secateur.steps.slice",
     "write": "secateur.steps.write",
+    "retrain": "secateur.steps.retrain",
     "open_checkpoint": "secateur.checkpoint",
     "BlockStream": "secateur.stream",
     "Rows": "secateur.activations",
@@ -47,7 +49,8 @@ _HOMES = {
 }
 
 __all__ = ["BlockStream", "Options", "Rows", "SecateurError", "calibration_rows", "consecutive_rows"]
-__all__ += ["open_checkpoint", "perplexity", "plan", "prune", "refit", "register", "slice", "speed", "survey", "write"]
+__all__ += ["open_checkpoint", "perplexity", "plan", "prune", "refit", "register", "retrain"]
+__all__ += ["slice", "speed", "survey", "write"]
 
 
 def __getattr__(name: str) -> Any:

@@ -162,7 +162,8 @@ _Criterion = Annotated[
     str,
     typer.Option(
         help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
-        "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random.",
+        "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; llm-pruner-vector, "
+        "llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random.",
         rich_help_panel="Method",
     ),
 ]
@@ -375,6 +376,47 @@ def export(
 
     done = run(folder, out, format=cast("Any", format), type=type_, overwrite=overwrite, watcher=bars)
     typer.echo(f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}")
+
+
+@app.command()
+def retrain(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that secateur prune wrote.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    calibration: Annotated[str, typer.Option(help="Text to train on; see secateur prune.")] = Options.calibration,
+    samples: Annotated[int, typer.Option(help="Rows drawn from it at random.")] = 1024,
+    length: Annotated[int, typer.Option(help="Tokens in each row.")] = 128,
+    epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 2,
+    batch: Annotated[int, typer.Option(help="Rows in a step.")] = 16,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="At the start; it falls to zero.")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Decides the rows, their order and the adapters' start.")] = 0,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one) or cpu.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is a model folder.")] = False,
+) -> None:
+    """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs secateur[lora].
+
+    Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-retrained --calibration text.txt
+    """
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.steps.retrain import Training
+        from secateur.steps.retrain import retrain as run
+
+    training = Training(
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        epochs=epochs,
+        batch=batch,
+        rank=rank,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    done = run(folder, out, training, device=device, overwrite=overwrite, watcher=bars)
+    before, after = done.perplexity
+    typer.echo(f"Perplexity on rows not trained on: {before:.3f} before, {after:.3f} after. Written to {done.path}")
 
 
 @app.command()

@@ -51,3 +51,14 @@ def memory_bytes(blocks: list[Block], width: int, tokens: int) -> int:
     solve = 4 * inputs * inputs + 4 * inputs * width
     streams = tokens * (6 * width + inputs)
     return 4 * (2 * block.parameters + solve + streams)
+
+
+def gradient_flops(blocks: Iterable[Block], tokens: int) -> float:
+    """The backward pass ahead of some criteria: two forwards of the blocks, and twice one for the gradients."""
+    return sum(4 * forward_flops(block, tokens) for block in blocks)
+
+
+def gradient_bytes(blocks: list[Block], width: int, tokens: int) -> int:
+    """Its peak, on the scale of `memory_bytes`: a block, its gradients and their squares, and every block's input."""
+    block = max(blocks, key=lambda b: b.parameters)
+    return 4 * (3 * block.parameters + tokens * width * (len(blocks) + 1))

@@ -12,7 +12,10 @@ from secateur.budget import Target, parse_target
 from secateur.errors import SecateurError
 from secateur.structure import KINDS, Kind
 
-CRITERIA = ("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random")
+CRITERIA: tuple[str, ...] = (
+    *("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random"),
+    *("llm-pruner-vector", "llm-pruner-element1", "llm-pruner-element2"),
+)
 RECOVERIES = ("refit", "paper", "bias", "none")
 WHEN = ("after", "before", "both")
 SHARES = ("blocks", "model")

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.criteria import flap, l1, l2, random, second_moment, surgeon, wanda
+from secateur.criteria import flap, l1, l2, llm_pruner, random, second_moment, surgeon, wanda
 from secateur.criteria.statistics import Statistics
 from secateur.solve import Elimination
 from secateur.structure import Depth2, Pattern
 
-__all__ = ["NEEDS_INPUTS", "Statistics", "error_curve", "pattern_units", "removal_order", "survivors"]
+__all__ = ["NEEDS_GRADIENTS", "NEEDS_INPUTS", "Statistics", "error_curve"]
+__all__ += ["pattern_units", "removal_order", "survivors"]
 
 SCORES: dict[str, Callable[[Statistics], Tensor]] = {
     "second-moment": second_moment.scores,
@@ -28,9 +29,12 @@ SCORES: dict[str, Callable[[Statistics], Tensor]] = {
     "l1": l1.scores,
     "l2": l2.scores,
     "random": random.scores,
+    **dict.fromkeys(llm_pruner.FROM_GRADIENTS, llm_pruner.scores),
 }
 NEEDS_INPUTS = frozenset({"second-moment"})
 """Criteria that look at the module's own input, not only at the level-2 layer's."""
+NEEDS_GRADIENTS = frozenset(llm_pruner.FROM_GRADIENTS)
+"""Criteria whose scores come from a backward pass ahead of pruning."""
 
 
 def removal_order(criterion: str, stats: Statistics, pattern: Pattern, stop: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,8 @@ class Statistics:
     own_target: bool
     """The target is what the dense weight yields on these very inputs; there is no cross moment."""
     seed: int
+    scores: Tensor | None = None
+    """Per unit, from the backward pass over the dense model; present if the criterion needs it."""
 
     @cached_property
     def normal(self) -> Normal:
@@ -48,14 +50,27 @@ class Statistics:
 
         What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
         """
-        total = torch.zeros(self.module.units, dtype=torch.float64, device=self.weight_ao.device)
-        for slab in (*self.module.level1, self.module.level2):
-            if slab.name.endswith(".bias"):
-                continue
-            start, stop = slab.span
-            part = self.tensors[slab.name].movedim(slab.axis, 0)[start:stop].double()
-            sums = getattr(part, function)().reshape(slab.units, -1).sum(1)
-            if slab.unit == "group":
-                sums = (sums / self.module.per_group).repeat_interleave(self.module.per_group)
-            total += sums
-        return total
+        return sum_by_unit(self.module, self.tensors, lambda part: getattr(part, function)().sum(1))
+
+
+def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over all weights of each unit, level 1 and 2, biases left out: (units), float64.
+
+    Args:
+        module: whose units.
+        tensors: a value for each weight, by tensor name.
+        function: from the unit's rows (rows x others) to one value each; rows of level 1, columns of level 2.
+
+    What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
+    """
+    total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.level2.name].device)
+    for slab in (*module.level1, module.level2):
+        if slab.name.endswith(".bias"):
+            continue
+        start, stop = slab.span
+        part = tensors[slab.name].movedim(slab.axis, 0)[start:stop].double()
+        sums = function(part).view(slab.units, -1).sum(1)
+        if slab.unit == "group":
+            sums = (sums / module.per_group).repeat_interleave(module.per_group)
+        total += sums
+    return total

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 from secateur.activations import Activations, Rows
 from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
+from secateur.costs import floor_flops, gradient_bytes, gradient_flops
+from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
 from secateur.errors import SecateurError
 from secateur.formats.gguf_architectures import check_type
@@ -30,6 +32,7 @@ from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, request, surveyed
 from secateur.steps.export import check_file, export
+from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.plan import Plan, plan
 from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.rewrite import rewritten
@@ -117,6 +120,8 @@ class Job:
     bos: bool
     more: Tensor | None = None
     """Rows that the dense model has partly written (rows x length): see `rewritten`."""
+    scores: UnitScores = field(default_factory=dict)
+    """Of a criterion that needs gradients: filled by the first refit, for all others."""
 
     def with_rewritten(self, watcher: Watcher) -> Job:
         """The same job with more rows, where the recovery gains by them."""
@@ -182,7 +187,12 @@ class Job:
         judge: Callable[[Activations, Activations], None] | None,
     ) -> Generator[FittedBlock, None, None]:
         """Carry a plan out, block by block."""
-        return refit(self.stream, decided, rows, method=self.method, dtype=self.dtype, watcher=watcher, judge=judge)
+        method, criterion = self.method, self.options.criterion
+        if criterion in NEEDS_GRADIENTS and not decided.keeps:
+            if not self.scores:
+                self.scores.update(gradient_scores(self.stream, rows, criterion, watcher=watcher))
+            method = replace(method, scores=self.scores)
+        return refit(self.stream, decided, rows, method=method, dtype=self.dtype, watcher=watcher, judge=judge)
 
     def scale(self, rows: Rows, dense: Activations, pruned: Activations) -> float:
         """Of the final norm, fitted on the unseen rows; 1 where there are none."""
@@ -319,7 +329,13 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     # As many rows as a run has; what is in them changes nothing here.
     job = replace(job, more=job.fitted.repeat(job.copies, 1))
     with watcher.busy("Measuring this machine"):
-        return _summary(job, decided, start, dry=True)
+        summary = _summary(job, decided, start, dry=True)
+    if job.options.criterion not in NEEDS_GRADIENTS or decided.keeps:
+        return summary
+    blocks, width, tokens = job.stream.blocks, job.stream.width, job.rows.tokens
+    peak = max(summary.peak_bytes, gradient_bytes(blocks, width, tokens))
+    longer = 1 + gradient_flops(blocks, tokens) / floor_flops(blocks, width, tokens)
+    return replace(summary, seconds=summary.seconds * longer, peak_bytes=peak)
 
 
 def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Summary:

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.activations import Activations, Arena, Batch, Rows
-from secateur.criteria import NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
+from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
 from secateur.errors import SecateurError
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
 from secateur.recovery import Recovery, compensation, fit_level1, fit_level2, intercept
 from secateur.solve import residual
+from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.plan import Plan
 from secateur.steps.survey import module_seed
 from secateur.stream import BlockStream
@@ -66,6 +67,8 @@ class Method:
     criterion: str = "surgeon"
     recovery: Recovery = field(default_factory=Recovery)
     seed: int = 0
+    scores: UnitScores | None = None
+    """Of a criterion that needs gradients; by default `refit` takes them itself."""
 
 
 def refit(
@@ -99,6 +102,9 @@ def refit(
     dtype = dtype or stream.checkpoint.dtype
     watcher = watcher or Silent()
     rows = Rows.of(rows)
+    if method.criterion in NEEDS_GRADIENTS and method.scores is None and not plan.keeps:
+        scores = gradient_scores(stream, rows, method.criterion, arena_limit=arena_limit, watcher=watcher)
+        method = replace(method, scores=scores)
     with Arena(arena_limit) as arena:
         dense = stream.embed(rows, arena)
         pruned = arena.empty(rows, stream.width)
@@ -232,6 +238,7 @@ class _BlockWork:
             ridge=self.method.recovery.ridge,
             own_target=False,
             seed=module_seed(self.method.seed, self.index, module.kind),
+            scores=(self.method.scores or {}).get((self.index, module.kind)),
         )
 
     def _collect(

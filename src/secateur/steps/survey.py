@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from secateur.activations import Arena, Rows
-from secateur.criteria import NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
+from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
 from secateur.curves import Curve, Survey
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
 from secateur.solve import refit
+from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.probes import Cut, Probes
 from secateur.stream import BlockStream
 from secateur.structure import Kind
@@ -62,6 +63,9 @@ def survey(
     fitted = Rows.of(rows)
     rows = fitted if probe_rows is None else Rows((*fitted.groups, probe_rows), (*fitted.weights, 0.0))
     probed = len(fitted.groups)
+    scores: UnitScores = {}
+    if criterion in NEEDS_GRADIENTS:
+        scores = gradient_scores(stream, fitted, criterion, blocks=blocks, watcher=watcher)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         probes = None if probe_rows is None else Probes(stream, rows, probed, arena)
@@ -95,6 +99,7 @@ def survey(
                         ridge=ridge,
                         own_target=True,
                         seed=module_seed(seed, index, module.kind),
+                        scores=scores.get((index, module.kind)),
                     )
                     found, cuts = _measure(index, criterion, stats)
                     curves += found
