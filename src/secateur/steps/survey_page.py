@@ -1,0 +1,125 @@
+"""`secateur survey`: the survey of a model, as the file that `prune` reads and as a page to look at."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from secateur.curves import Survey, save_survey
+from secateur.errors import SecateurError
+from secateur.formats.writer import OutputFolder
+from secateur.options import Options
+from secateur.progress import Watcher
+from secateur.report.page import Distances, page_data, render
+from secateur.steps.decide import surveyed
+from secateur.steps.plan import Plan, Wish, check_reach, plan
+from secateur.steps.prune import open_job
+from secateur.structure import Width
+
+FILE, PAGE = "survey.json", "survey.html"
+SHARES = tuple(percent / 100 for percent in range(10, 65, 5))
+"""For which the page shows a plan."""
+ANY_SHARE = 1e-3
+"""A request needs a share. The survey is the same for all, and a model must not be refused for one that it cannot reach."""
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What was found, for the table."""
+
+    dense: tuple[Width, ...]
+    """The dense width of every block."""
+    plans: dict[float, Plan]
+    """The wanted share → its plan, as far as the modules go."""
+    parameters: dict[float, float]
+    """The wanted share → what the model then has."""
+    line: str
+    """The command that prunes from this survey."""
+
+
+def survey_page(
+    model: str | Path,
+    out: Path,
+    options: Options,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    watcher: Watcher,
+) -> Surveyed:
+    """Survey a model and write what was found; the folder appears complete or not at all.
+
+    Args:
+        model: see `prune`.
+        out: the folder for `survey.json` and `survey.html`.
+        options: what a survey depends on; the rest is as for adaptive widths in the format `hf`.
+        device: see `prune`.
+        revision: see `prune`.
+        trust_remote_code: see `prune`.
+        overwrite: replace a survey that is at `out`.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: as `prune` does, before the survey begins.
+    """
+    folder = OutputFolder(
+        out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
+    )
+    folder.check()
+    job = open_job(
+        model,
+        replace(options, sparsity=ANY_SHARE),
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        out=None,
+        overwrite=False,
+        watcher=watcher,
+    )
+    stream, wish = job.stream, job.request.wish
+    assert wish is not None
+    found = surveyed(job.request, job.text, watcher)
+    assert found is not None
+    plans = _plans(wish, found, watcher.track(SHARES, "Plan"))
+    distances: Distances | None = None
+    counted = job.request.parameters
+    line = prune_line(model, options, out / FILE)
+    facts = {
+        "model": stream.checkpoint.source,
+        "family": stream.checkpoint.config.model_type,
+        "parameters": int(counted.dense),
+        "line": line,
+    }
+    page = render(page_data(found, stream.blocks, plans, facts=facts, distances=distances))
+    with folder as partial:
+        save_survey(found, partial / FILE)
+        (partial / PAGE).write_text(page, encoding="utf-8")
+    parameters = {share: counted.total(one.widths) for share, one in plans.items()}
+    return Surveyed(tuple(block.width for block in stream.blocks), plans, parameters, line)
+
+
+def _plans(wish: Wish, found: Survey, shares: Iterable[float]) -> dict[float, Plan]:
+    """The plan of each share that the modules can reach."""
+    plans: dict[float, Plan] = {}
+    for share in shares:
+        one = replace(wish, goal=share)
+        try:
+            check_reach(one)
+        except SecateurError:
+            continue
+        plans[share] = plan(one, survey=found)
+    return plans
+
+
+def prune_line(model: str | Path, options: Options, file: Path) -> str:
+    """The command that prunes from a survey: what the survey depends on must be said again."""
+    words = ["secateur", "prune", str(model), "OUT", "--sparsity", "0.25", "--survey", str(file)]
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            words += [f"--{field.name}", text]
+    return shlex.join(words)
