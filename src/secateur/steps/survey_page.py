@@ -13,16 +13,23 @@ from secateur.formats.writer import OutputFolder
 from secateur.options import Options
 from secateur.progress import Watcher
 from secateur.report.page import Distances, page_data, render
+from secateur.similarity import head_distances
 from secateur.steps.decide import surveyed
 from secateur.steps.plan import Plan, Wish, check_reach, plan
-from secateur.steps.prune import open_job
+from secateur.steps.prune import Job, open_job
 from secateur.structure import Width
 
 FILE, PAGE = "survey.json", "survey.html"
 SHARES = tuple(percent / 100 for percent in range(10, 65, 5))
 """For which the page shows a plan."""
 ANY_SHARE = 1e-3
-"""A request needs a share. The survey is the same for all, and a model must not be refused for one that it cannot reach."""
+"""A request needs a share. The survey is the same for all, and no model is to be refused for one out of reach."""
+LIKENESS_ROWS = 16
+"""Calibration rows on which heads are compared: the paper's count."""
+
+
+ASKED = ("blocks", "modules", "criterion", "ridge", "calibration", "samples", "length", "seed")
+"""Options that a survey depends on."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,9 @@ def survey_page(
     found = surveyed(job.request, job.text, watcher)
     assert found is not None
     plans = _plans(wish, found, watcher.track(SHARES, "Plan"))
-    distances: Distances | None = None
+    distances = _distances(job, watcher) if "heads" in options.modules else None
     counted = job.request.parameters
-    line = prune_line(model, options, out / FILE)
+    line = _line(model, options, out / FILE, revision, trust_remote_code)
     facts = {
         "model": stream.checkpoint.source,
         "family": stream.checkpoint.config.model_type,
@@ -99,6 +106,16 @@ def survey_page(
         (partial / PAGE).write_text(page, encoding="utf-8")
     parameters = {share: counted.total(one.widths) for share, one in plans.items()}
     return Surveyed(tuple(block.width for block in stream.blocks), plans, parameters, line)
+
+
+def _distances(job: Job, watcher: Watcher) -> Distances | None:
+    """How alike the heads of each surveyed block are; None where their attention cannot be watched."""
+    try:
+        found = head_distances(job.stream, job.text[:LIKENESS_ROWS], blocks=job.request.chosen, watcher=watcher)
+    except SecateurError as error:
+        watcher.note(f"The page says nothing of similar heads: {error}")
+        return None
+    return {index: distances.tolist() for index, distances in found.items()}
 
 
 def _plans(wish: Wish, found: Survey, shares: Iterable[float]) -> dict[float, Plan]:
@@ -114,12 +131,13 @@ def _plans(wish: Wish, found: Survey, shares: Iterable[float]) -> dict[float, Pl
     return plans
 
 
-def prune_line(model: str | Path, options: Options, file: Path) -> str:
+def _line(model: str | Path, options: Options, file: Path, revision: str | None, trust_remote_code: bool) -> str:
     """The command that prunes from a survey: what the survey depends on must be said again."""
     words = ["secateur", "prune", str(model), "OUT", "--sparsity", "0.25", "--survey", str(file)]
     for field in fields(Options):
         value = getattr(options, field.name)
-        if value != field.default:
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            words += [f"--{field.name}", text]
+        if field.name in ASKED and value != field.default:
+            words += [f"--{field.name}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    words += [] if revision is None else ["--revision", revision]
+    words += ["--trust-remote-code"] * trust_remote_code
     return shlex.join(words)
