@@ -159,8 +159,8 @@ def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> 
 
 
 def _share(error: float, curve: Curve) -> float:
-    """Of the module's output energy, what a width loses."""
-    return max(error, 0.0) / curve.energy if curve.energy > 0 else 0.0
+    """Of the module's output energy, what a width loses beyond the dense width's own rounding."""
+    return max(error - curve.errors[0], 0.0) / curve.energy if curve.energy > 0 else 0.0
 
 
 def _thinned(count: int) -> list[int]:

@@ -93,7 +93,9 @@ def survey_page(
     plans = _plans(wish, found, watcher.track(SHARES, "Plan"))
     distances = _distances(job, watcher) if "heads" in options.modules else None
     counted = job.request.parameters
-    line = _line(model, options, out / FILE, revision, trust_remote_code)
+    # A quarter, as `prune` takes where nothing is said, or what comes nearest.
+    share = min(plans, key=lambda one: abs(one - 0.25), default=0.25)
+    line = _line(model, options, share, out / FILE, revision, trust_remote_code)
     facts = {
         "model": stream.checkpoint.source,
         "family": stream.checkpoint.config.model_type,
@@ -131,9 +133,11 @@ def _plans(wish: Wish, found: Survey, shares: Iterable[float]) -> dict[float, Pl
     return plans
 
 
-def _line(model: str | Path, options: Options, file: Path, revision: str | None, trust_remote_code: bool) -> str:
+def _line(
+    model: str | Path, options: Options, share: float, file: Path, revision: str | None, trust_remote_code: bool
+) -> str:
     """The command that prunes from a survey: what the survey depends on must be said again."""
-    words = ["secateur", "prune", str(model), "OUT", "--sparsity", "0.25", "--survey", str(file)]
+    words = ["secateur", "prune", str(model), "OUT", "--sparsity", f"{share:g}", "--survey", str(file)]
     for field in fields(Options):
         value = getattr(options, field.name)
         if field.name in ASKED and value != field.default:
