@@ -41,7 +41,7 @@ demo: $(VENV)/.installed-demo
 
 # The page of `secateur survey` is tested in Chromium: the system's, or Debian's for root, or else playwright's own.
 browser: $(VENV)/.installed-test
-	@command -v chromium chromium-browser google-chrome >/dev/null \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
 		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q \
 			&& apt-get install -y -q --no-install-recommends chromium; } \
 		|| $(BIN)/python -m playwright install chromium \

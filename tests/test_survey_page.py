@@ -307,6 +307,8 @@ class Opened:
 
     def __init__(self, browser: Browser, file: Path, width: int = 1280, scheme: Any = "light"):
         self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        # A busy machine is no failure.
+        self.context.set_default_timeout(180_000)
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
