@@ -16,7 +16,7 @@ VLLM_VENV ?= .venv-vllm
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-vllm lint demo clean
+.PHONY: help test test-vllm lint demo clean browser
 
 help:
 	@echo "make test       run the tests"
@@ -25,7 +25,7 @@ help:
 	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
 	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), out/demo, build, dist, caches"
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest
 
 test-vllm: $(VLLM_VENV)/.installed
@@ -38,6 +38,14 @@ lint: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/demo.py
+
+# The page of `secateur survey` is tested in Chromium: the system's, or Debian's for root, or else playwright's own.
+browser: $(VENV)/.installed-test
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q \
+			&& apt-get install -y -q --no-install-recommends chromium; } \
+		|| $(BIN)/python -m playwright install chromium \
+		|| { echo "The tests open a page in Chromium: install it (on Debian: apt install chromium)" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) out/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

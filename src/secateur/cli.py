@@ -499,6 +499,59 @@ def plan(
 
 
 @app.command()
+def survey(
+    model: _Model,
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; it appears whole or not at all.", rich_help_panel="Output")
+    ] = Path("survey"),
+    blocks: _Blocks = None,
+    modules: _Modules = "heads,channels",
+    criterion: _Criterion = Options.criterion,
+    ridge: _Ridge = Options.ridge,
+    calibration: _Calibration = Options.calibration,
+    samples: _Samples = Options.samples,
+    length: _Length = Options.length,
+    seed: _Seed = Options.seed,
+    device: _Device = "auto",
+    revision: _Revision = None,
+    trust_remote_code: _Trust = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a survey that is there.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Measure what each module of MODEL costs at each width: survey.json for prune, and survey.html to look at.
+
+    Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
+    """
+    options = Options(
+        blocks=blocks,
+        modules=_kinds(modules),
+        criterion=criterion,
+        ridge=ridge,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+    )
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.tables import survey_table
+        from secateur.steps.survey_page import survey_page
+
+    found = survey_page(
+        model,
+        out,
+        options,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        watcher=bars,
+    )
+    _show(*survey_table(found, out))
+
+
+@app.command()
 def sizes(
     model: _Model,
     out: Annotated[

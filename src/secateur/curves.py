@@ -23,6 +23,9 @@ class Curve:
     have gone."""
     energy: float
     """||t||^2 on the same scale: the error if the whole module went."""
+    order: tuple[int, ...] = ()
+    """Units as they leave: key/value groups, query heads (one of every group in turn) or channels. What never leaves
+    alone is not in it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        curves = tuple(Curve(**{**curve, "errors": tuple(curve["errors"])}) for curve in raw.pop("curves"))
+        curves = tuple(
+            Curve(**{**curve, "errors": tuple(curve["errors"]), "order": tuple(curve["order"])})
+            for curve in raw.pop("curves")
+        )
         probes = tuple(Probe(**probe) for probe in raw.pop("probes"))
         survey = Survey(curves=curves, probes=probes, **raw)
         found = dict(survey.asked or {})

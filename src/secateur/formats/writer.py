@@ -10,7 +10,7 @@ import errno
 import json
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.weights import INDEX, SINGLE
+from secateur.weights import INDEX, SINGLE, some
 
 SHARD_BYTES = 5 * 10**9
 """Default limit of a shard."""
@@ -59,6 +59,7 @@ class OutputFolder:
         overwrite: bool = False,
         source: Path | None = None,
         expected_bytes: int = 0,
+        files: Collection[str] | None = None,
     ):
         """Describe the output; nothing is touched before `check` or entering.
 
@@ -67,12 +68,15 @@ class OutputFolder:
             overwrite: replace a model folder that is already there.
             source: the folder of the model being read, which the output must leave alone.
             expected_bytes: what will be written, in bytes, to be compared with the free space.
+            files: the names of all that will be written, where that is no model: a folder that holds nothing else
+                may be replaced, in place of a model folder.
         """
         # Through symbolic links, so that the folder itself is replaced and not a link to it.
         self.path = Path(path).expanduser().resolve()
         self.overwrite = overwrite
         self.source = None if source is None else source.resolve()
         self.expected_bytes = expected_bytes
+        self.files = files
         self._partial: Path | None = None
 
     def check(self) -> None:
@@ -118,7 +122,13 @@ class OutputFolder:
         if path.is_dir() and any(path.iterdir()):
             if not self.overwrite:
                 raise SecateurError(f"{path}: exists and is not empty; choose another name, or overwrite it")
-            if not _is_model(path):
+            if self.files is not None:
+                others = sorted(file.name for file in path.iterdir() if file.name not in self.files)
+                if others:
+                    raise SecateurError(
+                        f"{path}: not overwritten, as it holds other files ({some(others)}); choose another name"
+                    )
+            elif not _is_model(path):
                 raise SecateurError(
                     f"{path}: not overwritten, as it does not look like a model folder "
                     "(no config.json with a model_type); choose another name"

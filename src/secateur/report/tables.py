@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from secateur.steps.propose import Proposal
     from secateur.steps.sizes import Size
     from secateur.steps.summary import Summary
+    from secateur.steps.survey_page import Surveyed
     from secateur.structure import Width
 
 
@@ -122,6 +123,24 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
 def _bar(share: float, length: int) -> str:
     full = round(share * length)
     return "█" * full + "·" * (length - full)
+
+
+def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
+    """One row for each share that the page offers, and below them where everything is."""
+    table = Table(title="What would go", title_justify="left")
+    for name in ("goes", "parameters", "query heads", "channels", "nats per token"):
+        table.add_column(name, justify="right")
+    dense = found.dense
+    for share, decided in found.plans.items():
+        now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
+        table.add_row(
+            f"{decided.sparsity:.1%}",
+            f"{found.parameters[share] / 1e6:,.2f} M",
+            f"{sum(w.heads for w in now):,}/{sum(w.heads for w in dense):,}",
+            f"{sum(w.channels for w in now):,}/{sum(w.channels for w in dense):,}",
+            f"{decided.price or 0.0:.3f}",
+        )
+    return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]
 
 
 def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:

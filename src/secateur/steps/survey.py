@@ -127,7 +127,7 @@ def _measure(index: int, criterion: str, stats: Statistics) -> tuple[list[Curve]
         together = module.groups if pattern == "heads" else 1
         errors = (found.errors[::together] / count).tolist()
         energy = stats.normal.energy / count
-        curves.append(Curve(index, module.kind, pattern, tuple(errors), energy))
+        curves.append(Curve(index, module.kind, pattern, tuple(errors), energy, tuple(found.order.tolist())))
         # One way is enough: what an error costs depends little on which units made it.
         if pattern != module.patterns[-1]:
             continue
