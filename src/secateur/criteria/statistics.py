@@ -31,6 +31,8 @@ class Statistics:
     own_target: bool
     """The target is what the dense weight yields on these very inputs; there is no cross moment."""
     seed: int
+    similar: frozenset[int] = frozenset()
+    """Heads that resemble another one: they leave first."""
 
     @cached_property
     def normal(self) -> Normal:

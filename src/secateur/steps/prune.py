@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from secateur.meters import byte_meter, parameter_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
-from secateur.steps.decide import Request, check_survey, decide, request, surveyed
+from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
 from secateur.steps.export import check_file, export
 from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
@@ -80,6 +80,8 @@ def prune(
     watcher = watcher or Silent()
     if dry_run and options.searches:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
+    if dry_run and options.choice.settles and options.choice.channels is None:
+        raise SecateurError("how many heads are similar is found by running the model; leave out --dry-run")
     job = open_job(
         model,
         options,
@@ -93,6 +95,7 @@ def prune(
     )
     if dry_run:
         return _expected(job, watcher, start)
+    job = replace(job, request=measured(job.request, job.text, watcher))
     found = surveyed(job.request, job.text, watcher, survey_file)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
@@ -133,7 +136,8 @@ class Job:
         """How units are chosen and what is done about the loss."""
         options = self.options
         recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept)
-        return Method(options.criterion, recovery, options.seed)
+        similar = self.request.similar
+        return Method(options.criterion, recovery, options.seed, similar.candidates if similar else {})
 
     def loss(self, decided: Plan, watcher: Watcher) -> float:
         """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
@@ -243,8 +247,12 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     def norm() -> dict[str, Tensor]:
         return scaled(stream, scales[0]) if scales else {}
 
+    similar = job.request.similar
     records = {
-        "secateur.json": lambda: record(stream, job.options, decided, done, rows, job.bos, *scales),
+        "secateur.json": lambda: (
+            record(stream, job.options, decided, done, rows, job.bos, *scales)
+            | ({"similarity": similar.as_dict()} if similar else {})
+        ),
         "timings.json": lambda: timings(_summary(job, decided, start)),
     }
     file = job.options.format == "gguf"
