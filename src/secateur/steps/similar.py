@@ -114,8 +114,8 @@ def settle(wish: Wish, distances: Mapping[int, Tensor], tau: float) -> tuple[Sim
         more = "no other tau finds any" if first is None else f"take more than {_above(first)}"
         count = sum(map(len, found.candidates.values()))
         raise SecateurError(
-            f"tau is {tau:g}, which removes nothing: its {count} similar heads are no whole key/value group, nor one of "
-            f"every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; {more}"
+            f"tau is {tau:g}, which removes nothing: its {count} similar heads are no whole key/value group, nor one "
+            f"of every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; {more}"
         )
     size = wish.parameters.module
     dense, kept = (
