@@ -26,10 +26,10 @@ from secateur import (
     survey,
 )
 from secateur.activations import Rows
+from secateur.choice import CRITERIA
 from secateur.evaluate import perplexity
 from secateur.evaluate.compare import load
 from secateur.meters import parameter_meter
-from secateur.options import CRITERIA
 from secateur.recovery import Recovery
 from secateur.steps.decide import survey_rows
 from secateur.steps.plan import Wish

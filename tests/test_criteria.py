@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, token_rows
+from secateur.choice import CRITERIA, SIMILARITY
 from secateur.criteria import (
     NEEDS_INPUTS,
     SCORES,
@@ -20,7 +21,6 @@ from secateur.criteria import (
     survivors,
 )
 from secateur.moments import Moments
-from secateur.options import CRITERIA
 from secateur.solve import eliminate
 from secateur.structure import Depth2, Kind
 from secateur.surgery import inner_weight
@@ -61,7 +61,7 @@ def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
 
 
 def test_names_agree():
-    assert set(CRITERIA) == {*SCORES, "surgeon"}
+    assert {*CRITERIA, SIMILARITY} == {*SCORES, "surgeon"}
     assert set(SCORES) >= NEEDS_INPUTS
 
 

@@ -18,11 +18,11 @@ from models import ROWS, blocks_of, build, layers_of, logits_of, masked, token_r
 from secateur import activations
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
+from secateur.choice import CRITERIA
 from secateur.criteria import Statistics, pattern_units, removal_order, survivors
 from secateur.curves import Curve, Probe, Survey, load_survey, save_survey
 from secateur.errors import SecateurError
 from secateur.moments import Moments
-from secateur.options import CRITERIA
 from secateur.steps.probes import STRIDE
 from secateur.steps.survey import PROBED, survey
 from secateur.stream import BlockStream

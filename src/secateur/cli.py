@@ -163,7 +163,18 @@ _Criterion = Annotated[
     typer.Option(
         help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
         "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; llm-pruner-vector, "
-        "llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random.",
+        "llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random; "
+        "similarity: heads that attend like another one; similarity+X: these first, the rest by X; or a pair, "
+        "heads=X,channels=Y.",
+        rich_help_panel="Method",
+    ),
+]
+_Tau = Annotated[
+    str | None,
+    typer.Option(
+        help="With similarity: heads whose attention differs by less are similar, in nats of Jensen-Shannon divergence "
+        "(0.19, say); auto: the threshold at which the share --sparsity of the attention goes.",
+        show_default="none",
         rich_help_panel="Method",
     ),
 ]
@@ -251,6 +262,7 @@ def prune(
     widths: _Widths = Options.widths,
     round_: _Round = Options.multiple,
     criterion: _Criterion = Options.criterion,
+    tau: _Tau = None,
     recovery: Annotated[
         str,
         typer.Option(
@@ -310,6 +322,7 @@ def prune(
         modules=_kinds(modules),
         widths=widths,
         criterion=criterion,
+        tau=tau,
         recovery=recovery,
         recover=recover,
         ridge=ridge,
@@ -434,6 +447,7 @@ def plan(
     widths: _Widths = Options.widths,
     round_: _Round = Options.multiple,
     criterion: _Criterion = Options.criterion,
+    tau: _Tau = None,
     ridge: _Ridge = Options.ridge,
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
@@ -467,6 +481,7 @@ def plan(
         modules=_kinds(modules),
         widths=widths,
         criterion=criterion,
+        tau=tau,
         ridge=ridge,
         calibration=calibration,
         samples=samples,

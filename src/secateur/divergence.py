@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,9 +10,6 @@ from torch import Tensor
 Distance = Callable[[Tensor], Tensor]
 """From the probability rows of a module's heads (h x n x k: heads, rows, keys) to the distances of all pairs, summed
 over the rows (h x h, float64, symmetric, zero on the diagonal)."""
-
-LARGEST = math.log(2)
-"""The Jensen-Shannon divergence of two distributions that share nothing, in nats."""
 
 
 def jensen_shannon(probabilities_hnk: Tensor) -> Tensor:

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import get_args
 
 from secateur.budget import Target, parse_target
+from secateur.choice import LARGEST, Choice, parse_choice
 from secateur.errors import SecateurError
 from secateur.structure import KINDS, Kind
 
-CRITERIA: tuple[str, ...] = (
-    *("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random"),
-    *("llm-pruner-vector", "llm-pruner-element1", "llm-pruner-element2"),
-)
 RECOVERIES = ("refit", "paper", "bias", "none")
 WHEN = ("after", "before", "both")
 SHARES = ("blocks", "model")
@@ -46,6 +43,9 @@ class Options:
     widths: str = "adaptive"
     """`adaptive`, each module its own; `uniform`, one for all blocks; or a file with ratios for block ranges."""
     criterion: str = "surgeon"
+    """One for all units, `similarity`, `similarity+X`, or a pair, `heads=X,channels=Y`."""
+    tau: float | str | None = None
+    """With similarity: heads closer than this, in nats, are similar; `auto` finds the one for `sparsity`."""
     recovery: str = "refit"
     recover: str = "after"
     """When the recovery happens: `before` the choice of units, `after` it, or `both`."""
@@ -76,7 +76,6 @@ class Options:
         for name, value, allowed in (
             ("of", self.of, SHARES),
             ("format", self.format, (None, *FORMATS)),
-            ("criterion", self.criterion, CRITERIA),
             ("recovery", self.recovery, RECOVERIES),
             ("recover", self.recover, WHEN),
             ("dtype", self.dtype, (None, *DTYPES)),
@@ -87,6 +86,7 @@ class Options:
         wrong = [kind for kind in self.modules if kind not in get_args(Kind)]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
+        self._check_similarity()
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 0.3")
         for name, number, least in (
@@ -125,6 +125,64 @@ class Options:
             raise SecateurError(
                 "the stock format holds one width for all blocks: take --widths uniform, or --format hf"
             )
+
+    def _check_similarity(self) -> None:
+        """Similarity needs a threshold, which may be all that says how many heads go."""
+        choice = self.choice
+        if not choice.similar:
+            if self.tau is not None:
+                raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
+            return
+        if self.tau is None:
+            raise SecateurError("similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity")
+        if self.tau == "auto":
+            if self.sparsity is None:
+                raise SecateurError("tau auto needs a --sparsity: the share of the attention's parameters to remove")
+        elif not 0 < self.threshold <= LARGEST:
+            raise SecateurError(
+                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST:.4f}, for example 0.19, or auto"
+            )
+        if "heads" not in self.modules:
+            raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
+        if not choice.settles:
+            return
+        alone = choice.channels is None
+        if alone and self.tau != "auto" and (self.sparsity is not None or self.target is not None):
+            said = "--sparsity" if self.sparsity is not None else "--target"
+            raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out, or take --tau auto")
+        if self.gives_widths:
+            said = "--plan" if self.plan is not None else "--widths with a file"
+            raise SecateurError(f"--tau and {said} both say how many heads go; leave one of them out")
+        if self.widths == "uniform" or self.format == "stock":
+            raise SecateurError(
+                "similarity finds as many heads to remove as there are in each block, which the stock format and "
+                "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
+            )
+        if not alone and "channels" not in self.modules:
+            raise SecateurError("channels have a criterion, but --modules leaves them out; take --criterion similarity")
+        if not alone and self.searches:
+            raise SecateurError(
+                "a target of perplexity varies the heads too, whose number tau decides: take --criterion "
+                "similarity+surgeon, or another target"
+            )
+
+    @property
+    def choice(self) -> Choice:
+        """The criterion of each kind of unit."""
+        return parse_choice(self.criterion)
+
+    @property
+    def threshold(self) -> float:
+        """`tau` as a number; NaN where it is none."""
+        try:
+            return float(self.tau or "nan")
+        except ValueError:
+            return math.nan
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Which units may go, as far as a criterion for them is there."""
+        return self.modules if self.choice.channels is not None else ("heads",)
 
     @property
     def adds_biases(self) -> bool:

@@ -70,8 +70,7 @@ def head_distances(
                         use("eager")
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                         continue
-                    parts: list[Tensor] = []
-                    with _watched(layer, stream.blocks[index].attention.path, lambda p: parts.append(distance(p))):
+                    with _watched(layer, stream.blocks[index].attention.path, distance) as parts:
                         use(NAME)
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                     sums += at.weight * torch.stack(parts).sum(0)
@@ -95,11 +94,12 @@ def _implementation(config: Any) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _watched(layer: nn.Module, path: str | None, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Let the attention of a block show its probabilities (h x n x k), a chunk of query rows at a time.
+def _watched(layer: nn.Module, path: str | None, distance: Distance) -> Iterator[list[Tensor]]:
+    """The distances in a block's attention, in parts (each h x h): one for each chunk of query rows that it computes.
 
-    Every row is shown once. In a chunk, the keys behind its last row are left out: they are masked for all its rows.
+    In a chunk, the keys behind its last row are left out: they are masked for all its rows.
     """
+    parts: list[Tensor] = []
     module = layer.get_submodule(path or "")
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
@@ -118,11 +118,11 @@ def _watched(layer: nn.Module, path: str | None, see: Callable[[Tensor], None]) 
                 module, query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], part, **how
             )
             outputs.append(output)
-            see(probabilities.transpose(0, 1).flatten(1, 2))
+            parts.append(distance(probabilities.transpose(0, 1).flatten(1, 2)))
         return torch.cat(outputs, 1), None
 
     ALL_ATTENTION_FUNCTIONS[NAME] = attend
     try:
-        yield
+        yield parts
     finally:
         del ALL_ATTENTION_FUNCTIONS[NAME]

@@ -2,7 +2,7 @@
 
 `surgeon` is the exception that yields an order in place of scores, since what a unit is worth there depends on
 the units that went before it. To add a criterion, write its file and add one line to `SCORES`
-and its name to `secateur.options.CRITERIA`.
+and its name to `secateur.choice.CRITERIA`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.criteria import flap, l1, l2, llm_pruner, random, second_moment, surgeon, wanda
+from secateur.criteria import flap, l1, l2, llm_pruner, random, second_moment, similarity, surgeon, wanda
 from secateur.criteria.statistics import Statistics
 from secateur.solve import Elimination
 from secateur.structure import Depth2, Pattern
@@ -30,6 +30,7 @@ SCORES: dict[str, Callable[[Statistics], Tensor]] = {
     "l2": l2.scores,
     "random": random.scores,
     **dict.fromkeys(llm_pruner.FROM_GRADIENTS, llm_pruner.scores),
+    "similarity": similarity.scores,
 }
 NEEDS_INPUTS = frozenset({"second-moment"})
 """Criteria that look at the module's own input, not only at the level-2 layer's."""
@@ -43,14 +44,15 @@ def removal_order(criterion: str, stats: Statistics, pattern: Pattern, stop: int
     With the pattern `groups` a unit is a key/value group; with `heads` it is a query head, one of every group
     leaves per round, and `stop` counts the heads left in each; with `channels` it is a channel.
     """
-    if criterion == "surgeon":
+    if criterion == "surgeon" and not stats.similar:
         return surgeon.removal(stats, pattern, stop, prices=False).order
-    return _by_score(SCORES[criterion](stats), stats.module, pattern, stop)
+    scores = surgeon.ranks(stats, pattern) if criterion == "surgeon" else SCORES[criterion](stats)
+    return _by_score(similarity.similar_first(scores, stats), stats.module, pattern, stop)
 
 
 def error_curve(criterion: str, stats: Statistics, pattern: Pattern, stop: int) -> Elimination:
     """The error after the best refit at every width down to `stop`, units leaving in the criterion's order."""
-    order = None if criterion == "surgeon" else removal_order(criterion, stats, pattern, stop)
+    order = None if criterion == "surgeon" and not stats.similar else removal_order(criterion, stats, pattern, stop)
     return surgeon.removal(stats, pattern, stop, order=order, prices=True)
 
 

@@ -33,6 +33,8 @@ class Statistics:
     seed: int
     scores: Tensor | None = None
     """Per unit, from the backward pass over the dense model; present if the criterion needs it."""
+    similar: frozenset[int] = frozenset()
+    """Heads that resemble another one: they leave first."""
 
     @cached_property
     def normal(self) -> Normal:

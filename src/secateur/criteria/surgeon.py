@@ -6,6 +6,7 @@ The pass gives an order and with it the error at every width (`secateur.solve.el
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from secateur.criteria.statistics import Statistics
@@ -24,3 +25,13 @@ def removal(
     size = module.size * (module.per_group if pattern == "groups" else 1)
     groups = module.groups if pattern == "heads" else None
     return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, prices=prices)
+
+
+def ranks(stats: Statistics, pattern: Pattern) -> Tensor:
+    """The place of each unit (units) in the order of removal; those that never leave come last."""
+    module = stats.module
+    together = module.per_group if pattern == "groups" else 1
+    result = torch.full((module.units // together,), float(module.units), dtype=torch.float64)
+    order = removal(stats, pattern, 1, prices=False).order.cpu()
+    result[order] = torch.arange(len(order), dtype=torch.float64)
+    return result.repeat_interleave(together)

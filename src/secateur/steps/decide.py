@@ -20,12 +20,14 @@ from secateur.meters import Meter, meter_of, parameter_meter
 from secateur.options import WIDTHS, Options
 from secateur.plan_file import read_plan, read_ratios
 from secateur.progress import Watcher
+from secateur.similarity import head_distances
 from secateur.steps.plan import Plan, Wish, check_reach, plan, uniform_plans
 from secateur.steps.search import smallest_within
+from secateur.steps.similar import Similar, check_heads, find, head_plan, nearest_tau, settle, with_heads_settled
 from secateur.steps.survey import survey
 from secateur.steps.write import Format, obstacle
 from secateur.stream import BlockStream
-from secateur.structure import Width
+from secateur.structure import Kind, Width
 
 PROBE_TOKENS = 512
 """Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
@@ -47,11 +49,21 @@ class Request:
     given: Plan | None
     possible: tuple[Plan, ...]
     """What can be had without a survey: the given plan, or uniform ones near the target; none for adaptive widths."""
+    similar: Similar | None = None
+    """What `measured` has found."""
+    whole: Wish | None = None
+    """The wish about heads and channels, where `wish` is about channels alone, heads being settled."""
 
     @property
     def weighs(self) -> bool:
         """Whether there is anything for a survey to decide."""
         return len(self.possible) != 1
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What a survey is about."""
+        settled = self.options.choice.settles and self.options.choice.channels is not None
+        return ("channels",) if settled else self.options.kinds
 
 
 def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: Watcher) -> Request:
@@ -82,10 +94,12 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
         goal=options.goal,
         meter=parameters,
         of=options.of,
-        kinds=options.modules,
+        kinds=options.kinds,
         multiple=options.multiple,
         obstacle=held,
     )
+    if options.choice.similar:
+        check_heads(wish)
     given = _given(stream, options, wish)
     if given is not None:
         for width in set(given.widths.values()):
@@ -107,7 +121,7 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
 
 def _unsurveyed(wish: Wish, options: Options) -> tuple[Plan, ...]:
     """The plans that need no survey; of adaptive widths only that they can meet the target."""
-    if options.searches:
+    if options.searches or (options.choice.settles and options.choice.channels is None):
         return ()
     if options.widths == "uniform":
         return tuple(uniform_plans(wish))
@@ -130,6 +144,39 @@ def _given(stream: BlockStream, options: Options, wish: Wish) -> Plan | None:
     widths = read_ratios(Path(options.widths), stream.blocks, options.multiple)
     reached = wish.sparsity(widths)
     return Plan(widths, reached, reached, wish.of)
+
+
+def measured(asked: Request, text: Tensor, watcher: Watcher) -> Request:
+    """The request with the similar heads, where its criterion is about them; as it is otherwise.
+
+    Args:
+        asked: the request.
+        text: calibration rows (rows x length).
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: the threshold removes nothing or too much.
+    """
+    options, wish = asked.options, asked.wish
+    if not options.choice.similar or (asked.given is not None and asked.given.keeps is not None):
+        return asked
+    distances = head_distances(asked.stream, text, blocks=asked.chosen, watcher=watcher)
+    tau = options.threshold
+    if options.tau == "auto":
+        assert wish is not None
+        assert options.sparsity is not None
+        tau = nearest_tau(wish, distances, options.sparsity)
+    if not options.choice.settles:
+        found = find(distances, tau)
+        watcher.note(found.said().capitalize())
+        return replace(asked, similar=found)
+    assert wish is not None
+    found, widths = settle(wish, distances, tau)
+    watcher.note(found.said().capitalize())
+    if options.choice.channels is not None:
+        return replace(asked, similar=found, wish=with_heads_settled(wish, widths), whole=wish)
+    given = _checked(asked, head_plan(wish, found, widths))
+    return replace(asked, similar=found, given=given, possible=(given,))
 
 
 def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None) -> Survey | None:
@@ -156,10 +203,11 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
         few,
         probe_rows=probe_rows,
         blocks=asked.chosen,
-        kinds=options.modules,
+        kinds=asked.kinds,
         criterion=options.criterion,
         ridge=options.ridge,
         seed=options.seed,
+        similar=asked.similar.candidates if asked.similar else None,
         watcher=watcher,
     )
     found = replace(found, asked=wanted)
@@ -182,13 +230,18 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
 
 def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
     """What a survey depends on."""
-    options = asked.options
+    options, similar = asked.options, asked.options.choice.similar
     used = torch.cat([rows.flatten() for rows in survey_rows(text)])
     return {
         "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
-        "modules": ",".join(options.modules),
+        "modules": ",".join(asked.kinds),
         "criterion": options.criterion,
+        **(
+            {"tau": f"{options.tau}, {options.sparsity}" if options.tau == "auto" else options.threshold}
+            if similar
+            else {}
+        ),
         "ridge": options.ridge,
         "calibration": hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16],
     }
@@ -213,7 +266,12 @@ def decide(asked: Request, found: Survey | None, loss: Callable[[Plan], float] |
         assert found is not None
         assert loss is not None
         return smallest_within(asked.wish, asked.options.widths, found, goal.value, loss)
-    return _checked(asked, plan(asked.wish, asked.options.widths, found))
+    decided = plan(asked.wish, asked.options.widths, found)
+    if asked.whole is not None:
+        assert asked.similar is not None
+        decided = asked.whole.plan(decided.widths)
+        decided = replace(decided, note="; ".join(filter(None, (decided.note, asked.similar.said()))))
+    return _checked(asked, decided)
 
 
 def _checked(asked: Request, decided: Plan) -> Plan:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.activations import Activations, Arena, Batch, Rows
+from secateur.choice import parse_choice
 from secateur.criteria.llm_pruner import FROM_GRADIENTS, NEEDS_SQUARES, scored_weights
 from secateur.errors import SecateurError
 from secateur.progress import Silent, Watcher
@@ -55,7 +56,7 @@ def gradient_scores(
     Args:
         stream: an open model.
         rows: as for `gradients`.
-        criterion: one of `NEEDS_GRADIENTS`.
+        criterion: one of `NEEDS_GRADIENTS`, or a pair with one of them.
         blocks: which blocks; all by default.
         arena_limit: as for `gradients`.
         watcher: told about progress.
@@ -64,12 +65,13 @@ def gradient_scores(
         SecateurError: as `gradients`.
     """
     found: UnitScores = {}
-    squares = criterion in NEEDS_SQUARES
+    choice = parse_choice(criterion)
+    squares = choice.uses(NEEDS_SQUARES)
     for block in gradients(stream, rows, blocks=blocks, squares=squares, arena_limit=arena_limit, watcher=watcher):
         for kind in KINDS:
-            module = stream.blocks[block.index].module(kind)
-            scores = FROM_GRADIENTS[criterion](module, block.weights, block.gradient, block.square)
-            found[block.index, kind] = scores
+            if (score := FROM_GRADIENTS.get(choice.of(kind))) is not None:
+                module = stream.blocks[block.index].module(kind)
+                found[block.index, kind] = score(module, block.weights, block.gradient, block.square)
         # Else they would stay while the next block's gradients are taken.
         del block
     return found

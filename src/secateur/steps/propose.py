@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.options import Options
 from secateur.progress import Watcher
-from secateur.steps.decide import decide, surveyed
+from secateur.steps.decide import decide, measured, surveyed
 from secateur.steps.plan import Plan
 from secateur.steps.prune import open_job
 from secateur.structure import Keep, Width
@@ -78,6 +78,7 @@ def propose(
         survey_file=survey_file,
         watcher=watcher,
     )
+    job = replace(job, request=measured(job.request, job.text, watcher))
     found = surveyed(job.request, job.text, watcher, survey_file)
     decided = decide(job.request, found)
     stream, counted = job.stream, job.request.parameters

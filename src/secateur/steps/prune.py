@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.activations import Activations, Rows
 from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
+from secateur.choice import parse_choice
 from secateur.costs import floor_flops, gradient_bytes, gradient_flops
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
@@ -30,7 +31,7 @@ from secateur.meters import byte_meter, parameter_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
-from secateur.steps.decide import Request, check_survey, decide, request, surveyed
+from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
 from secateur.steps.export import check_file, export
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.plan import Plan, plan
@@ -84,6 +85,8 @@ def prune(
     watcher = watcher or Silent()
     if dry_run and options.searches:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
+    if dry_run and options.choice.settles and options.choice.channels is None:
+        raise SecateurError("how many heads are similar is found by running the model; leave out --dry-run")
     job = open_job(
         model,
         options,
@@ -98,6 +101,7 @@ def prune(
     if dry_run:
         return _expected(job, watcher, start)
     job = job.with_rewritten(watcher)
+    job = replace(job, request=measured(job.request, job.text, watcher))
     found = surveyed(job.request, job.text, watcher, survey_file)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
@@ -161,7 +165,8 @@ class Job:
         """How units are chosen and what is done about the loss."""
         options = self.options
         recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept)
-        return Method(options.criterion, recovery, options.seed)
+        similar = self.request.similar
+        return Method(options.criterion, recovery, options.seed, similar=similar.candidates if similar else {})
 
     def loss(self, decided: Plan, watcher: Watcher) -> float:
         """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
@@ -188,7 +193,7 @@ class Job:
     ) -> Generator[FittedBlock, None, None]:
         """Carry a plan out, block by block."""
         method, criterion = self.method, self.options.criterion
-        if criterion in NEEDS_GRADIENTS and not decided.keeps:
+        if parse_choice(criterion).uses(NEEDS_GRADIENTS) and not decided.keeps:
             if not self.scores:
                 self.scores.update(gradient_scores(self.stream, rows, criterion, watcher=watcher))
             method = replace(method, scores=self.scores)
@@ -276,8 +281,12 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     def norm() -> dict[str, Tensor]:
         return scaled(stream, scales[0]) if scales else {}
 
+    similar = job.request.similar
     records = {
-        "secateur.json": lambda: record(stream, job.options, decided, done, rows, job.bos, *scales),
+        "secateur.json": lambda: (
+            record(stream, job.options, decided, done, rows, job.bos, *scales)
+            | ({"similarity": similar.as_dict()} if similar else {})
+        ),
         "timings.json": lambda: timings(_summary(job, decided, start)),
     }
     file = job.options.format == "gguf"
@@ -330,7 +339,7 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     job = replace(job, more=job.fitted.repeat(job.copies, 1))
     with watcher.busy("Measuring this machine"):
         summary = _summary(job, decided, start, dry=True)
-    if job.options.criterion not in NEEDS_GRADIENTS or decided.keeps:
+    if not parse_choice(job.options.criterion).uses(NEEDS_GRADIENTS) or decided.keeps:
         return summary
     blocks, width, tokens = job.stream.blocks, job.stream.width, job.rows.tokens
     peak = max(summary.peak_bytes, gradient_bytes(blocks, width, tokens))

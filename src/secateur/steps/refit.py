@@ -10,7 +10,7 @@ Shapes: n tokens, a level-2 input entries, d residual width; rows x t x d for st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.activations import Activations, Arena, Batch, Rows
+from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
 from secateur.errors import SecateurError
 from secateur.moments import Moments
@@ -69,6 +70,12 @@ class Method:
     seed: int = 0
     scores: UnitScores | None = None
     """Of a criterion that needs gradients; by default `refit` takes them itself."""
+    similar: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Heads of each block that resemble another one and leave first."""
+
+    def criterion_of(self, kind: Kind) -> str:
+        """The criterion for one kind of unit."""
+        return parse_choice(self.criterion).of(kind)
 
 
 def refit(
@@ -102,7 +109,7 @@ def refit(
     dtype = dtype or stream.checkpoint.dtype
     watcher = watcher or Silent()
     rows = Rows.of(rows)
-    if method.criterion in NEEDS_GRADIENTS and method.scores is None and not plan.keeps:
+    if parse_choice(method.criterion).uses(NEEDS_GRADIENTS) and method.scores is None and not plan.keeps:
         scores = gradient_scores(stream, rows, method.criterion, arena_limit=arena_limit, watcher=watcher)
         method = replace(method, scores=scores)
     with Arena(arena_limit) as arena:
@@ -239,6 +246,7 @@ class _BlockWork:
             own_target=False,
             seed=module_seed(self.method.seed, self.index, module.kind),
             scores=(self.method.scores or {}).get((self.index, module.kind)),
+            similar=frozenset(self.method.similar.get(self.index, ()) if module.kind == "heads" else ()),
         )
 
     def _collect(
@@ -250,7 +258,7 @@ class _BlockWork:
         device = self.stream.device
         moments = Moments(entries, self.stream.width, centre=self._fits_bias(module), device=device)
         inputs = None
-        if self.method.criterion in NEEDS_INPUTS and module.kind == "channels":
+        if module.kind == "channels" and self.method.criterion_of(module.kind) in NEEDS_INPUTS:
             inputs = Moments(self.stream.width, device=device)
         for at in self.rows.batches():
             seen: dict[str, Tensor] = {}
@@ -328,7 +336,8 @@ class _BlockWork:
             return ()
         if stop == pattern_units(module, pattern):
             return tuple(range(module.units))
-        return survivors(module, pattern, removal_order(self.method.criterion, stats, pattern, stop))
+        criterion = self.method.criterion_of(module.kind)
+        return survivors(module, pattern, removal_order(criterion, stats, pattern, stop))
 
     def _refit_level1(self, module: Depth2, pruned: Activations) -> None:
         """Level 1 to the dense level-1 outputs, all rows: each is a regression of its own, whatever is kept."""

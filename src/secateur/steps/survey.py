@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.activations import Arena, Rows
+from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
 from secateur.curves import Curve, Survey
 from secateur.moments import Moments
@@ -42,6 +43,7 @@ def survey(
     criterion: str = "surgeon",
     ridge: float = 0.3,
     seed: int = 0,
+    similar: Mapping[int, tuple[int, ...]] | None = None,
     watcher: Watcher | None = None,
 ) -> Survey:
     """Measure every module's error at every width.
@@ -52,19 +54,20 @@ def survey(
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         blocks: which blocks; all by default.
         kinds: which modules.
-        criterion: the order in which units leave.
+        criterion: the order in which units leave; see `secateur.choice.parse_choice`.
         ridge: of the refit that the error assumes.
         seed: for the criterion `random`.
+        similar: heads of each block that resemble another one and leave first.
         watcher: told about progress.
     """
     blocks = blocks if blocks is not None else range(len(stream))
-    watcher = watcher or Silent()
+    watcher, choice = watcher or Silent(), parse_choice(criterion)
     curves: list[Curve] = []
     fitted = Rows.of(rows)
     rows = fitted if probe_rows is None else Rows((*fitted.groups, probe_rows), (*fitted.weights, 0.0))
     probed = len(fitted.groups)
     scores: UnitScores = {}
-    if criterion in NEEDS_GRADIENTS:
+    if choice.uses(NEEDS_GRADIENTS):
         scores = gradient_scores(stream, fitted, criterion, blocks=blocks, watcher=watcher)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
@@ -79,7 +82,9 @@ def survey(
                     continue
                 tensors = dict(layer.named_parameters())
                 collectors = [
-                    _Collector(stream, index, layer, kind, inputs=criterion in NEEDS_INPUTS and kind == "channels")
+                    _Collector(
+                        stream, index, layer, kind, inputs=kind == "channels" and choice.of(kind) in NEEDS_INPUTS
+                    )
                     for kind in kinds
                 ]
                 before = None if probes is None else hidden.parts[probed].clone()
@@ -100,8 +105,9 @@ def survey(
                         own_target=True,
                         seed=module_seed(seed, index, module.kind),
                         scores=scores.get((index, module.kind)),
+                        similar=frozenset((similar or {}).get(index, ()) if module.kind == "heads" else ()),
                     )
-                    found, cuts = _measure(index, criterion, stats)
+                    found, cuts = _measure(index, choice.of(module.kind), stats)
                     curves += found
                     if probes is not None and before is not None:
                         x = torch.cat(collector.seen)
