@@ -166,6 +166,15 @@ _Criterion = Annotated[
         rich_help_panel="Method",
     ),
 ]
+_Sigma = Annotated[
+    str | None,
+    typer.Option(
+        help="What second-moment takes for the covariance of a module's inputs: data, that of the calibration; "
+        "identity; or random, that of random token ids.",
+        show_default="data",
+        rich_help_panel="Method",
+    ),
+]
 _Ridge = Annotated[
     float,
     typer.Option(
@@ -177,12 +186,25 @@ _Calibration = Annotated[
     str,
     typer.Option(
         help="Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, "
-        "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or random.",
+        "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or without any data: "
+        "self, what the model itself writes, or random token ids.",
         rich_help_panel="Calibration",
     ),
 ]
 _Samples = Annotated[int, typer.Option(help="Rows drawn from it at random.", rich_help_panel="Calibration")]
 _Length = Annotated[int, typer.Option(help="Tokens in each row.", rich_help_panel="Calibration")]
+_Temperature = Annotated[
+    float,
+    typer.Option(help="At which the model writes, with --calibration self.", rich_help_panel="Calibration"),
+]
+_SaveCalibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep what the model writes in this new .jsonl file; --calibration FILE reads the same rows back.",
+        show_default="none",
+        rich_help_panel="Calibration",
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="Decides the rows, and the criterion random.", rich_help_panel="Calibration")]
 _Dtype = Annotated[
     str | None,
@@ -243,6 +265,7 @@ def prune(
     widths: _Widths = Options.widths,
     round_: _Round = Options.multiple,
     criterion: _Criterion = Options.criterion,
+    sigma: _Sigma = None,
     recovery: Annotated[
         str,
         typer.Option(
@@ -269,6 +292,25 @@ def prune(
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
     length: _Length = Options.length,
+    temperature: _Temperature = Options.temperature,
+    save_calibration: _SaveCalibration = None,
+    refit_calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text of its own for the recovery, like --calibration: that one decides what goes, this one what the "
+            "rest is fitted to.",
+            show_default="that of --calibration",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    refit_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of its own for the recovery; those of --samples then only decide what goes.",
+            show_default="the same rows for both",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
     seed: _Seed = Options.seed,
     device: _Device = "auto",
     revision: _Revision = None,
@@ -301,6 +343,7 @@ def prune(
         modules=_kinds(modules),
         widths=widths,
         criterion=criterion,
+        sigma=sigma,
         recovery=recovery,
         recover=recover,
         ridge=ridge,
@@ -308,6 +351,9 @@ def prune(
         calibration=calibration,
         samples=samples,
         length=length,
+        temperature=temperature,
+        refit_calibration=refit_calibration,
+        refit_samples=refit_samples,
         seed=seed,
         multiple=round_,
         dtype=dtype,
@@ -331,6 +377,7 @@ def prune(
         dry_run=dry_run,
         overwrite=overwrite,
         survey_file=survey,
+        save_calibration=save_calibration,
         watcher=bars,
     )
     _show(*prune_table(summary, out))
@@ -383,10 +430,13 @@ def plan(
     widths: _Widths = Options.widths,
     round_: _Round = Options.multiple,
     criterion: _Criterion = Options.criterion,
+    sigma: _Sigma = None,
     ridge: _Ridge = Options.ridge,
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
     length: _Length = Options.length,
+    temperature: _Temperature = Options.temperature,
+    save_calibration: _SaveCalibration = None,
     seed: _Seed = Options.seed,
     device: _Device = "auto",
     revision: _Revision = None,
@@ -416,10 +466,12 @@ def plan(
         modules=_kinds(modules),
         widths=widths,
         criterion=criterion,
+        sigma=sigma,
         ridge=ridge,
         calibration=calibration,
         samples=samples,
         length=length,
+        temperature=temperature,
         seed=seed,
         multiple=round_,
         format=format,
@@ -440,6 +492,7 @@ def plan(
         revision=revision,
         trust_remote_code=trust_remote_code,
         survey_file=survey,
+        save_calibration=save_calibration,
         watcher=bars,
     )
     if out is not None:
@@ -462,6 +515,7 @@ def sizes(
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
     length: _Length = Options.length,
+    temperature: _Temperature = Options.temperature,
     seed: _Seed = Options.seed,
     perplexity: Annotated[
         list[str] | None,
@@ -502,6 +556,7 @@ def sizes(
             calibration=calibration,
             samples=samples,
             length=length,
+            temperature=temperature,
             seed=seed,
             format=format,
             dtype=dtype,

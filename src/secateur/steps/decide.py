@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.activations import Rows
 from secateur.budget import Target
 from secateur.curves import Survey, load_survey, save_survey
 from secateur.errors import SecateurError
@@ -132,7 +133,9 @@ def _given(stream: BlockStream, options: Options, wish: Wish) -> Plan | None:
     return Plan(widths, reached, reached, wish.of)
 
 
-def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None) -> Survey | None:
+def surveyed(
+    asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None, sigma: Tensor | None = None
+) -> Survey | None:
     """The survey of a request, None if it needs none: read from a file where there is one, else written there.
 
     Args:
@@ -140,6 +143,7 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
         text: calibration rows (rows x length); a part of them is used.
         watcher: told about progress.
         file: where the survey is kept.
+        sigma: other rows (rows x length) by which units are ordered.
 
     Raises:
         SecateurError: the file holds a survey of another model, or with other options.
@@ -153,11 +157,11 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
         return load_survey(file, wanted)
     found = survey(
         stream,
-        few,
+        few if sigma is None else Rows.of(few).scored_by(Rows.of(sigma)),
         probe_rows=probe_rows,
         blocks=asked.chosen,
         kinds=options.modules,
-        criterion=options.criterion,
+        criterion=options.scores,
         ridge=options.ridge,
         seed=options.seed,
         watcher=watcher,
@@ -188,7 +192,7 @@ def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
         "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
         "modules": ",".join(options.modules),
-        "criterion": options.criterion,
+        "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
         "ridge": options.ridge,
         "calibration": hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16],
     }

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from secateur.activations import Activations, Rows
-from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.device import pick_device
 from secateur.errors import SecateurError
@@ -29,6 +28,7 @@ from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, request, surveyed
+from secateur.steps.draw import Drawn, check_sources, check_writing, draw
 from secateur.steps.export import check_file, export
 from secateur.steps.plan import Plan, uniform_plans
 from secateur.steps.refit import FittedBlock, Method, refit
@@ -55,6 +55,7 @@ def prune(
     dry_run: bool = False,
     overwrite: bool = False,
     survey_file: Path | None = None,
+    save_calibration: Path | None = None,
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Summary:
@@ -70,6 +71,7 @@ def prune(
         dry_run: say what would come out and what it would take, and stop.
         overwrite: replace a model that is at `out`.
         survey_file: where the survey is kept: read if it is there, written otherwise.
+        save_calibration: a new .jsonl file for the rows that the model writes, to calibrate on again.
         watcher: told about progress.
 
     Raises:
@@ -89,11 +91,13 @@ def prune(
         out=Path(out),
         overwrite=overwrite,
         survey_file=survey_file,
+        save_calibration=save_calibration,
+        dry=dry_run,
         watcher=watcher,
     )
     if dry_run:
         return _expected(job, watcher, start)
-    found = surveyed(job.request, job.text, watcher, survey_file)
+    found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
     return finish(job, decided, Path(out), overwrite=overwrite, start=start, watcher=watcher)
@@ -108,32 +112,46 @@ class Job:
     dtype: torch.dtype
     """Of the weights to write."""
     request: Request
-    text: Tensor
-    """Calibration rows (rows x length)."""
-    held_out: Tensor | None
-    """Other rows of the same text, where a loss is to be measured."""
+    drawn: Drawn
     bos: bool
+
+    @property
+    def text(self) -> Tensor:
+        """Calibration rows (rows x length)."""
+        return self.drawn.text
 
     @property
     def unseen(self) -> Tensor:
         """Rows that the refit only runs along, to fit the final norm on; none where nothing is refitted, or few."""
-        count = len(self.text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
-        return self.text[len(self.text) - count :]
+        count = len(self._fitted) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
+        return self._fitted[len(self._fitted) - count :]
+
+    @property
+    def _fitted(self) -> Tensor:
+        return self.text if self.drawn.fitted is None else self.drawn.fitted
 
     @cached_property
     def rows(self) -> Rows:
-        """What the refit runs on; rows of weight zero only run along."""
-        fitted = Rows.of(self.text[: len(self.text) - len(self.unseen)])
-        fitted = fitted if self.bos else fitted.with_openings()
-        others = [rows for rows in (self.unseen, self.held_out) if rows is not None and len(rows)]
-        return Rows((*fitted.groups, *others), (*fitted.weights, *[0.0] * len(others)))
+        """What the refit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
+        drawn = self.drawn
+        rows = self._opened(self._fitted[: len(self._fitted) - len(self.unseen)])
+        if len(self.unseen):
+            rows = rows.along(self.unseen)
+        if drawn.sigma is not None:
+            rows = rows.scored_by(Rows.of(drawn.sigma))
+        elif drawn.fitted is not None:
+            rows = rows.scored_by(self._opened(self.text))
+        return rows if drawn.held_out is None else rows.along(drawn.held_out)
+
+    def _opened(self, rows: Tensor) -> Rows:
+        return Rows.of(rows) if self.bos else Rows.of(rows).with_openings()
 
     @property
     def method(self) -> Method:
         """How units are chosen and what is done about the loss."""
         options = self.options
         recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept)
-        return Method(options.criterion, recovery, options.seed)
+        return Method(options.scores, recovery, options.seed)
 
     def loss(self, decided: Plan, watcher: Watcher) -> float:
         """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
@@ -178,6 +196,8 @@ def open_job(
     out: Path | None,
     overwrite: bool,
     survey_file: Path | None = None,
+    save_calibration: Path | None = None,
+    dry: bool = False,
     watcher: Watcher,
 ) -> Job:
     """Open the model and the text, and find everything that is wrong with the request.
@@ -186,7 +206,7 @@ def open_job(
         SecateurError: see `prune`.
     """
     where = pick_device(device)
-    check_calibration(options.calibration, samples=options.samples, length=options.length)
+    check_sources(options, save_calibration)
     if out is not None:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, overwrite)
@@ -200,30 +220,22 @@ def open_job(
     if out is not None and options.format != "gguf":
         output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
     asked = request(stream, options, dtype, watcher)
-    with reading(watcher, "Reading", options.calibration):
-        tokenizer = checkpoint.tokenizer()
-        if options.format == "gguf":
-            vocabulary(tokenizer, checkpoint.config.vocab_size)
-        rows = calibration_rows(
-            tokenizer,
-            options.calibration,
-            samples=options.samples + HELD_OUT * options.searches,
-            length=options.length,
-            seed=options.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
-        )
-    text, held_out = rows[: options.samples], rows[options.samples :] if options.searches else None
-    check_survey(asked, text, survey_file)
+    tokenizer = checkpoint.tokenizer()
+    if options.format == "gguf":
+        vocabulary(tokenizer, checkpoint.config.vocab_size)
+    check_writing(stream, tokenizer, options)
+    drawn = draw(stream, tokenizer, options, save=save_calibration, dry=dry, watcher=watcher)
+    check_survey(asked, drawn.text, survey_file)
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
         f"{parameter_meter(stream).dense / 1e6:,.1f} M parameters, {_name(checkpoint.dtype)}"
     )
     watcher.note(
-        f"Calibrating on {options.samples} rows of {options.length} tokens, computing on {where}; "
+        f"Calibrating on {options.samples} rows of {options.length} tokens"
+        f"{'' if drawn.fitted is None else f', fitting to {len(drawn.fitted):,} others'}, computing on {where}; "
         f"the output is {options.type if options.format == 'gguf' else _name(dtype)}"
     )
-    return Job(stream, options, dtype, asked, text, held_out, begins_with_bos(tokenizer))
+    return Job(stream, options, dtype, asked, drawn, begins_with_bos(tokenizer))
 
 
 def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float, watcher: Watcher) -> Summary:
