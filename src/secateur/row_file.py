@@ -7,6 +7,7 @@ give the same rows again; it does tell whether the ids belong to the tokenizer a
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ def check_new(path: Path) -> None:
         raise SecateurError(f"{path}: calibration rows are JSON lines; let the file's name end in .jsonl")
     if path.exists():
         raise SecateurError(f"{path}: exists already; name another file, or calibrate on this one")
-    if not path.absolute().parent.is_dir():
-        raise SecateurError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise SecateurError(f"{path}: the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise SecateurError(f"{path}: cannot be written; choose another place")
 
 
 def write_rows(path: Path, rows: Tensor, tokenizer: Any) -> None:

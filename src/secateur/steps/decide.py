@@ -172,8 +172,8 @@ def surveyed(
     return found
 
 
-def check_survey(asked: Request, text: Tensor, file: Path | None) -> None:
-    """See that a survey that is there belongs to the request; see `surveyed`."""
+def check_survey(asked: Request, text: Tensor | None, file: Path | None) -> None:
+    """See that a survey that is there belongs to the request, and to the rows once they are known; see `surveyed`."""
     if file is not None and file.exists() and asked.weighs:
         load_survey(file, survey_key(asked, text))
 
@@ -184,18 +184,20 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
     return (text, text) if not count else (text[:-count], text[-count:])
 
 
-def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
-    """What a survey depends on."""
+def survey_key(asked: Request, text: Tensor | None) -> dict[str, Any]:
+    """What a survey depends on; without rows, all but these."""
     options = asked.options
-    used = torch.cat([rows.flatten() for rows in survey_rows(text)])
-    return {
+    key = {
         "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
         "modules": ",".join(options.modules),
         "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
         "ridge": options.ridge,
-        "calibration": hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16],
     }
+    if text is not None:
+        used = torch.cat([rows.flatten() for rows in survey_rows(text)])
+        key["calibration"] = hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16]
+    return key
 
 
 def decide(asked: Request, found: Survey | None, loss: Callable[[Plan], float] | None = None) -> Plan:

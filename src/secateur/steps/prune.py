@@ -224,6 +224,7 @@ def open_job(
     if options.format == "gguf":
         vocabulary(tokenizer, checkpoint.config.vocab_size)
     check_writing(stream, tokenizer, options)
+    check_survey(asked, None, survey_file)
     drawn = draw(stream, tokenizer, options, save=save_calibration, dry=dry, watcher=watcher)
     check_survey(asked, drawn.text, survey_file)
     watcher.note(
