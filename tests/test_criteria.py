@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, token_rows
-from secateur.choice import CRITERIA, SIMILARITY
+from secateur.choice import CRITERIA, IDENTITY, SIMILARITY
 from secateur.criteria import (
     NEEDS_INPUTS,
     SCORES,
@@ -61,7 +61,7 @@ def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
 
 
 def test_names_agree():
-    assert {*CRITERIA, SIMILARITY} == {*SCORES, "surgeon"}
+    assert {*CRITERIA, IDENTITY, SIMILARITY} == {*SCORES, "surgeon"}
     assert set(SCORES) >= NEEDS_INPUTS
 
 

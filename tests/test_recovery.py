@@ -67,13 +67,13 @@ def least_squares(x: Tensor, t: Tensor, old: Tensor, *, intercept: bool) -> tupl
     return weight, mean_t - mean_x @ weight
 
 
-def seen(model: Any, index: int, path: str) -> tuple[Tensor, Tensor]:
+def seen(model: Any, index: int, path: str, ids: Tensor = IDS) -> tuple[Tensor, Tensor]:
     """Input and output of a layer, one row a token."""
     values: list[tuple[Tensor, Tensor]] = []
     layer = layers_of(model)[index].get_submodule(path)
     hook = layer.register_forward_hook(lambda _, args, output: values.append((args[0], output)))
     with torch.no_grad():
-        model(IDS, use_cache=False)
+        model(ids, use_cache=False)
     hook.remove()
     return tuple(value.reshape(-1, value.shape[-1]) for value in values[0])
 

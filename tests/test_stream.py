@@ -258,7 +258,7 @@ def test_activations_by_the_batch():
     second.copy_(first)
     for group, ids in enumerate(rows.groups):
         assert torch.equal(second.parts[group], (ids[..., None] + torch.arange(3)).float())
-    first[Batch(0, slice(0, 1), 1.0)] = torch.zeros(24, 3)
+    first[Batch(0, slice(0, 1), 1.0, 1.0)] = torch.zeros(24, 3)
     assert second.parts[0][0].any()
 
 

@@ -28,7 +28,9 @@ class Batch:
     group: int
     rows: slice
     weight: float
-    """What each of its tokens counts in sums."""
+    """What each of its tokens counts in fits."""
+    score: float
+    """What it counts when units are chosen."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Rows:
 
     groups: tuple[Tensor, ...]
     weights: tuple[float, ...]
+    scores: tuple[float, ...] | None = None
+    """What a token of each group counts when units are chosen, where that is not its weight."""
 
     @classmethod
     def of(cls, rows: Tensor | Rows) -> Rows:
@@ -53,7 +57,19 @@ class Rows:
         ids, counts = torch.unique(torch.cat([group.flatten() for group in self.groups]), return_counts=True)
         most = max(LEAST_OPENINGS, self.tokens // OPENING_SHARE)
         first = ids[counts.argsort(descending=True, stable=True)[:most]]
-        return Rows((*self.groups, first[:, None]), (*self.weights, OPENING_WEIGHT))
+        scores = None if self.scores is None else (*self.scores, OPENING_WEIGHT)
+        return Rows((*self.groups, first[:, None]), (*self.weights, OPENING_WEIGHT), scores)
+
+    def scored_by(self, others: Rows) -> Rows:
+        """These rows for fits, and others behind them by which alone units are chosen."""
+        mine, theirs = (0.0,) * len(self.groups), (0.0,) * len(others.groups)
+        return Rows((*self.groups, *others.groups), (*self.weights, *theirs), (*mine, *others.weights))
+
+    def along(self, *groups: Tensor) -> Rows:
+        """These rows, and groups behind them that count nowhere: they only run along."""
+        nothing = (0.0,) * len(groups)
+        scores = None if self.scores is None else (*self.scores, *nothing)
+        return Rows((*self.groups, *groups), (*self.weights, *nothing), scores)
 
     @property
     def tokens(self) -> int:
@@ -62,10 +78,11 @@ class Rows:
 
     def batches(self) -> Iterator[Batch]:
         """Batches of at most `BATCH_TOKENS` tokens, group by group."""
-        for index, (group, weight) in enumerate(zip(self.groups, self.weights, strict=True)):
+        scores = self.weights if self.scores is None else self.scores
+        for index, (group, weight, score) in enumerate(zip(self.groups, self.weights, scores, strict=True)):
             step = max(1, BATCH_TOKENS // group.shape[1])
             for start in range(0, group.shape[0], step):
-                yield Batch(index, slice(start, min(start + step, group.shape[0])), weight)
+                yield Batch(index, slice(start, min(start + step, group.shape[0])), weight, score)
 
     def ids(self, at: Batch) -> Tensor:
         """Token ids of a batch (b x t)."""

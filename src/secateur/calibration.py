@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.row_file import holds_rows, read_rows
 from secateur.texts import MOST_CHARACTERS, RANDOM, STDIN, Split, is_file, read_documents
 from secateur.tokens import begins_with_bos, encode
 
@@ -53,6 +54,8 @@ def calibration_rows(
     vocab_size: int,
     max_positions: int | None = None,
     split: Split = "calibration",
+    option: str = "samples",
+    taken: int = 0,
 ) -> Tensor:
     """Draw random rows from a source, the same ones for the same seed.
 
@@ -62,13 +65,15 @@ def calibration_rows(
     Args:
         tokenizer: The model's; may be None for `random`.
         source: As for `read_documents`; or `random`, token ids drawn evenly, special ones excepted where a
-            tokenizer tells which they are.
+            tokenizer tells which they are. A file of rows (`secateur.row_file`) gives its first ones as they are.
         samples: Rows.
         length: Tokens in a row, BOS included.
         seed: Of the draw.
         vocab_size: Rows of the model's embedding; every id is below it.
         max_positions: The longest row that the model's positions allow, if there is a limit.
         split: Which part of a data set.
+        option: What a person calls the number of rows, for advice.
+        taken: Rows among them that this number does not count.
 
     Returns:
         Token ids, int64 [samples, length].
@@ -85,10 +90,13 @@ def calibration_rows(
         allowed = _plain_ids(tokenizer, vocab_size)
         picks = torch.randint(len(allowed), (samples, body), generator=generator)
         return _opened(bos, allowed[picks])
+    if tokenizer is not None and holds_rows(source):
+        sizes = {"samples": samples, "length": length, "vocab_size": vocab_size, "taken": taken}
+        return read_rows(source, tokenizer, option=option, **sizes)
     ids = _ids(tokenizer, read_documents(source, tokenizer, split=split), source, vocab_size)
     spare = len(ids) - samples * body
     if spare < 0:
-        raise _too_short(source, len(ids), samples, length, len(bos))
+        raise _too_short(source, len(ids), samples, length, len(bos), option, taken)
     offset = int(torch.randint(min(body, spare + 1), (1,), generator=generator))
     windows = ids[offset : offset + (len(ids) - offset) // body * body].view(-1, body)
     chosen = torch.randperm(len(windows), generator=generator)[:samples]
@@ -178,13 +186,15 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Te
     return torch.tensor(plain, dtype=torch.int64)
 
 
-def _too_short(source: str, found: int, samples: int, length: int, bos: int) -> SecateurError:
+def _too_short(
+    source: str, found: int, samples: int, length: int, bos: int, option: str = "samples", taken: int = 0
+) -> SecateurError:
     """What is missing, and what the text at hand would give."""
     name = "standard input" if source == STDIN else source
     body = length - bos
     fits = []
-    if samples > 1 and found // body:
-        fits.append(f"samples {found // body}")
+    if samples > 1 and found // body > taken:
+        fits.append(f"{option} {found // body - taken}")
     if found // samples + bos >= 2:
         fits.append(f"length {found // samples + bos}")
     advice = f"take {' or '.join(fits)}, or a longer text" if fits else "take a longer text"

@@ -13,6 +13,8 @@ CRITERIA: tuple[str, ...] = (
     *("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random"),
     *("llm-pruner-vector", "llm-pruner-element1", "llm-pruner-element2"),
 )
+IDENTITY = "second-moment-identity"
+"""What second-moment is with Σ = I, which a person writes as an option of its own."""
 SIMILARITY = "similarity"
 """The one that looks at heads in pairs: a threshold says which of them are too many."""
 LARGEST = math.log(2)
@@ -58,7 +60,7 @@ def parse_choice(text: str) -> Choice:
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if set(parts) != set(KINDS) or text.count(",") != 1:
         raise SecateurError(f"criterion is '{text}'; a pair is written heads=X,channels=Y")
-    if parts["channels"] not in CRITERIA:
+    if parts["channels"] not in (*CRITERIA, IDENTITY):
         raise SecateurError(
             f"criterion is '{text}'; that of channels must be one of {', '.join(CRITERIA)}"
             + (": similarity is between heads" if SIMILARITY in parts["channels"] else "")
@@ -70,7 +72,8 @@ def parse_choice(text: str) -> Choice:
 def _heads(name: str, text: str) -> Choice:
     """The part about heads."""
     first, plus, then = name.partition("+")
-    known = first in (*CRITERIA, SIMILARITY) if not plus else first == SIMILARITY and then in CRITERIA
+    scores = (*CRITERIA, IDENTITY)
+    known = first in (*scores, SIMILARITY) if not plus else first == SIMILARITY and then in scores
     if not known:
         raise SecateurError(
             f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or similarity, similarity+X, or "

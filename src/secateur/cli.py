@@ -178,6 +178,15 @@ _Tau = Annotated[
         rich_help_panel="Method",
     ),
 ]
+_Sigma = Annotated[
+    str | None,
+    typer.Option(
+        help="What second-moment takes for the covariance of a module's inputs: data, that of the calibration; "
+        "identity; or random, that of random token ids.",
+        show_default="data",
+        rich_help_panel="Method",
+    ),
+]
 _Ridge = Annotated[
     float,
     typer.Option(
@@ -189,7 +198,8 @@ _Calibration = Annotated[
     str,
     typer.Option(
         help="Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, "
-        "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or random.",
+        "- for standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or without any data: "
+        "self, what the model itself writes, or random token ids.",
         rich_help_panel="Calibration",
     ),
 ]
@@ -202,6 +212,18 @@ _Rewrites = Annotated[
     ),
 ]
 _Length = Annotated[int, typer.Option(help="Tokens in each row.", rich_help_panel="Calibration")]
+_Temperature = Annotated[
+    float,
+    typer.Option(help="At which the model writes, with --calibration self.", rich_help_panel="Calibration"),
+]
+_SaveCalibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep what the model writes in this new .jsonl file; --calibration FILE reads the same rows back.",
+        show_default="none",
+        rich_help_panel="Calibration",
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="Decides the rows, and the criterion random.", rich_help_panel="Calibration")]
 _Dtype = Annotated[
     str | None,
@@ -263,6 +285,7 @@ def prune(
     round_: _Round = Options.multiple,
     criterion: _Criterion = Options.criterion,
     tau: _Tau = None,
+    sigma: _Sigma = None,
     recovery: Annotated[
         str,
         typer.Option(
@@ -290,6 +313,25 @@ def prune(
     samples: _Samples = Options.samples,
     rewrites: _Rewrites = Options.rewrites,
     length: _Length = Options.length,
+    temperature: _Temperature = Options.temperature,
+    save_calibration: _SaveCalibration = None,
+    refit_calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text of its own for the recovery, like --calibration: that one decides what goes, this one what the "
+            "rest is fitted to.",
+            show_default="that of --calibration",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    refit_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of its own for the recovery; those of --samples then only decide what goes.",
+            show_default="the same rows for both",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
     seed: _Seed = Options.seed,
     device: _Device = "auto",
     revision: _Revision = None,
@@ -323,6 +365,7 @@ def prune(
         widths=widths,
         criterion=criterion,
         tau=tau,
+        sigma=sigma,
         recovery=recovery,
         recover=recover,
         ridge=ridge,
@@ -331,6 +374,9 @@ def prune(
         samples=samples,
         rewrites=rewrites,
         length=length,
+        temperature=temperature,
+        refit_calibration=refit_calibration,
+        refit_samples=refit_samples,
         seed=seed,
         multiple=round_,
         dtype=dtype,
@@ -354,6 +400,7 @@ def prune(
         dry_run=dry_run,
         overwrite=overwrite,
         survey_file=survey,
+        save_calibration=save_calibration,
         watcher=bars,
     )
     _show(*prune_table(summary, out))
@@ -448,10 +495,13 @@ def plan(
     round_: _Round = Options.multiple,
     criterion: _Criterion = Options.criterion,
     tau: _Tau = None,
+    sigma: _Sigma = None,
     ridge: _Ridge = Options.ridge,
     calibration: _Calibration = Options.calibration,
     samples: _Samples = Options.samples,
     length: _Length = Options.length,
+    temperature: _Temperature = Options.temperature,
+    save_calibration: _SaveCalibration = None,
     seed: _Seed = Options.seed,
     device: _Device = "auto",
     revision: _Revision = None,
@@ -482,10 +532,12 @@ def plan(
         widths=widths,
         criterion=criterion,
         tau=tau,
+        sigma=sigma,
         ridge=ridge,
         calibration=calibration,
         samples=samples,
         length=length,
+        temperature=temperature,
         seed=seed,
         multiple=round_,
         format=format,
@@ -506,6 +558,7 @@ def plan(
         revision=revision,
         trust_remote_code=trust_remote_code,
         survey_file=survey,
+        save_calibration=save_calibration,
         watcher=bars,
     )
     if out is not None:
@@ -582,6 +635,7 @@ def sizes(
     samples: _Samples = Options.samples,
     rewrites: _Rewrites = Options.rewrites,
     length: _Length = Options.length,
+    temperature: _Temperature = Options.temperature,
     seed: _Seed = Options.seed,
     perplexity: Annotated[
         list[str] | None,
@@ -623,6 +677,7 @@ def sizes(
             samples=samples,
             rewrites=rewrites,
             length=length,
+            temperature=temperature,
             seed=seed,
             format=format,
             dtype=dtype,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from secateur.budget import Target, parse_target
-from secateur.choice import LARGEST, Choice, parse_choice
+from secateur.choice import IDENTITY, LARGEST, Choice, parse_choice
 from secateur.errors import SecateurError
 from secateur.structure import KINDS, Kind
 
@@ -18,6 +18,9 @@ WHEN = ("after", "before", "both")
 SHARES = ("blocks", "model")
 WIDTHS = ("adaptive", "uniform")
 FORMATS = ("hf", "stock", "gguf")
+SIGMAS = ("data", "identity", "random")
+SELF = "self"
+"""The calibration source that is no text: what the model itself writes."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,6 +49,8 @@ class Options:
     """One for all units, `similarity`, `similarity+X`, or a pair, `heads=X,channels=Y`."""
     tau: float | str | None = None
     """With similarity: heads closer than this, in nats, are similar; `auto` finds the one for `sparsity`."""
+    sigma: str | None = None
+    """Where second-moment takes its Σ from: `data`, the calibration rows (the default), `identity` or `random` ids."""
     recovery: str = "refit"
     recover: str = "after"
     """When the recovery happens: `before` the choice of units, `after` it, or `both`."""
@@ -58,6 +63,12 @@ class Options:
     rewrites: int = 1
     """Copies of the samples in which the dense model writes half of the tokens anew, for the refit."""
     length: int = 128
+    refit_calibration: str | None = None
+    """What the recovery is fitted to, where that is not the calibration's text."""
+    refit_samples: int | None = None
+    """Rows of its own for the recovery; it takes those of the calibration where neither is given."""
+    temperature: float = 1.0
+    """At which the model writes, where the source is `self`."""
     seed: int = 0
     multiple: int = 1
     """Feed-forward widths are rounded to it (`--round`)."""
@@ -76,6 +87,7 @@ class Options:
         for name, value, allowed in (
             ("of", self.of, SHARES),
             ("format", self.format, (None, *FORMATS)),
+            ("sigma", self.sigma, (None, *SIGMAS)),
             ("recovery", self.recovery, RECOVERIES),
             ("recover", self.recover, WHEN),
             ("dtype", self.dtype, (None, *DTYPES)),
@@ -93,6 +105,7 @@ class Options:
             ("samples", self.samples, 1),
             ("rewrites", self.rewrites, 0),
             ("length", self.length, 2),
+            ("refit-samples", 1 if self.refit_samples is None else self.refit_samples, 1),
             ("round", self.multiple, 1),
         ):
             if number < least:
@@ -103,6 +116,16 @@ class Options:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
         if self.intercept and self.recovery in ("bias", "none"):
             raise SecateurError("an intercept is part of the refit: leave --intercept out, or use --recovery refit")
+        if self.sigma is not None and not self.choice.uses(("second-moment",)):
+            raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
+        if self.own_refit_rows and self.recovery == "none":
+            raise SecateurError(
+                "with --recovery none nothing is fitted: leave --refit-samples and --refit-calibration out"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise SecateurError(f"temperature is {self.temperature}; it must be positive, for example 1.0")
+        if self.temperature != 1 and SELF not in self.sources:
+            raise SecateurError("temperature is for what the model writes: add --calibration self, or leave it out")
 
     def _check_target(self) -> None:
         """One thing alone may say how much goes."""
@@ -183,6 +206,21 @@ class Options:
     def kinds(self) -> tuple[Kind, ...]:
         """Which units may go, as far as a criterion for them is there."""
         return self.modules if self.choice.channels is not None else ("heads",)
+
+    @property
+    def own_refit_rows(self) -> bool:
+        """The recovery is fitted to other rows than those by which units are chosen."""
+        return self.refit_samples is not None or self.refit_calibration is not None
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """Where the rows for the choice of units, and those for the recovery, come from."""
+        return self.calibration, self.refit_calibration or self.calibration
+
+    @property
+    def scores(self) -> str:
+        """The criterion by its name among those that can be computed."""
+        return self.criterion.replace("second-moment", IDENTITY) if self.sigma == "identity" else self.criterion
 
     @property
     def adds_biases(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 
 from secateur.errors import SecateurError
 from secateur.hub_source import out_of_reach
+from secateur.options import SELF
 from secateur.quiet import first_line
 from secateur.tokens import begins_with_bos
 
@@ -99,6 +100,8 @@ def read_documents(
     """
     if source == RANDOM:
         raise SecateurError("random ids are not text: name a file or a data set")
+    if source == SELF:
+        raise SecateurError("self is what the model writes to prune itself by: name a file or a data set")
     if source == STDIN:
         source = "standard input"
         documents = [_decode(_piped(sys.stdin), source)]
@@ -114,7 +117,7 @@ def read_documents(
 
 def is_file(source: str) -> bool:
     """Whether a source names a file, which then exists; raises where it looks like one but is not."""
-    if source in (RANDOM, STDIN):
+    if source in (RANDOM, SELF, STDIN):
         return False
     path = Path(source).expanduser()
     suffix = path.suffix.lower()

@@ -22,6 +22,7 @@ __all__ += ["pattern_units", "removal_order", "survivors"]
 
 SCORES: dict[str, Callable[[Statistics], Tensor]] = {
     "second-moment": second_moment.scores,
+    "second-moment-identity": second_moment.identity,
     "wanda": wanda.scores,
     "flap-wifv": flap.wifv,
     "flap-ifv": flap.ifv,
@@ -50,9 +51,15 @@ def removal_order(criterion: str, stats: Statistics, pattern: Pattern, stop: int
     return _by_score(similarity.similar_first(scores, stats), stats.module, pattern, stop)
 
 
-def error_curve(criterion: str, stats: Statistics, pattern: Pattern, stop: int) -> Elimination:
-    """The error after the best refit at every width down to `stop`, units leaving in the criterion's order."""
-    order = None if criterion == "surgeon" and not stats.similar else removal_order(criterion, stats, pattern, stop)
+def error_curve(
+    criterion: str, stats: Statistics, pattern: Pattern, stop: int, choice: Statistics | None = None
+) -> Elimination:
+    """The error after the best refit at every width down to `stop`, units leaving in the criterion's order.
+
+    The order comes from the statistics `choice` where there are such, errors always from `stats`.
+    """
+    greedy = criterion == "surgeon" and choice is None and not stats.similar
+    order = None if greedy else removal_order(criterion, choice or stats, pattern, stop)
     return surgeon.removal(stats, pattern, stop, order=order, prices=True)
 
 

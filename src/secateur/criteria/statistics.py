@@ -35,13 +35,16 @@ class Statistics:
     """Per unit, from the backward pass over the dense model; present if the criterion needs it."""
     similar: frozenset[int] = frozenset()
     """Heads that resemble another one: they leave first."""
+    pull_ao: Tensor | None = None
+    """What the refit is pulled to, where that is not `weight_ao`."""
 
     @cached_property
     def normal(self) -> Normal:
         """The penalised normal equations of the module's refit; takes the Gram matrix over from the moments."""
         cross = None if self.own_target else self.moments.cross()
         gram, energy = self.moments.take_gram(), self.moments.energy()
-        return normal_equations(gram, cross, energy, self.weight_ao, self.ridge, overwrite=True)
+        old = self.weight_ao if self.pull_ao is None else self.pull_ao
+        return normal_equations(gram, cross, energy, old, self.ridge, overwrite=True)
 
     def per_unit(self, entries_a: Tensor) -> Tensor:
         """Sum over the level-2 inputs of each unit: a head's channels, or a channel itself."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.activations import Rows
 from secateur.budget import Target
 from secateur.curves import Survey, load_survey, save_survey
 from secateur.errors import SecateurError
@@ -179,7 +180,9 @@ def measured(asked: Request, text: Tensor, watcher: Watcher) -> Request:
     return replace(asked, similar=found, given=given, possible=(given,))
 
 
-def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None) -> Survey | None:
+def surveyed(
+    asked: Request, text: Tensor, watcher: Watcher, file: Path | None = None, sigma: Tensor | None = None
+) -> Survey | None:
     """The survey of a request, None if it needs none: read from a file where there is one, else written there.
 
     Args:
@@ -187,6 +190,7 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
         text: calibration rows (rows x length); a part of them is used.
         watcher: told about progress.
         file: where the survey is kept.
+        sigma: other rows (rows x length) by which units are ordered.
 
     Raises:
         SecateurError: the file holds a survey of another model, or with other options.
@@ -200,11 +204,11 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
         return load_survey(file, wanted)
     found = survey(
         stream,
-        few,
+        few if sigma is None else Rows.of(few).scored_by(Rows.of(sigma)),
         probe_rows=probe_rows,
         blocks=asked.chosen,
         kinds=asked.kinds,
-        criterion=options.criterion,
+        criterion=options.scores,
         ridge=options.ridge,
         seed=options.seed,
         similar=asked.similar.candidates if asked.similar else None,
@@ -216,8 +220,8 @@ def surveyed(asked: Request, text: Tensor, watcher: Watcher, file: Path | None =
     return found
 
 
-def check_survey(asked: Request, text: Tensor, file: Path | None) -> None:
-    """See that a survey that is there belongs to the request; see `surveyed`."""
+def check_survey(asked: Request, text: Tensor | None, file: Path | None) -> None:
+    """See that a survey that is there belongs to the request, and to the rows once they are known; see `surveyed`."""
     if file is not None and file.exists() and asked.weighs:
         load_survey(file, survey_key(asked, text))
 
@@ -228,23 +232,24 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
     return (text, text) if not count else (text[:-count], text[-count:])
 
 
-def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
-    """What a survey depends on."""
-    options, similar = asked.options, asked.options.choice.similar
-    used = torch.cat([rows.flatten() for rows in survey_rows(text)])
-    return {
+def survey_key(asked: Request, text: Tensor | None) -> dict[str, Any]:
+    """What a survey depends on; without rows, all but these."""
+    options = asked.options
+    key: dict[str, Any] = {
         "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
         "modules": ",".join(asked.kinds),
-        "criterion": options.criterion,
-        **(
-            {"tau": f"{options.tau}, {options.sparsity}" if options.tau == "auto" else options.threshold}
-            if similar
-            else {}
-        ),
-        "ridge": options.ridge,
-        "calibration": hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16],
+        "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
     }
+    if options.choice.similar:
+        key["tau"] = f"{options.tau}, {options.sparsity}" if options.tau == "auto" else options.threshold
+    key |= {
+        "ridge": options.ridge,
+    }
+    if text is not None:
+        used = torch.cat([rows.flatten() for rows in survey_rows(text)])
+        key["calibration"] = hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16]
+    return key
 
 
 def decide(asked: Request, found: Survey | None, loss: Callable[[Plan], float] | None = None) -> Plan:

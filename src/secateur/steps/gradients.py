@@ -144,7 +144,7 @@ def _singles(rows: Rows) -> Iterator[Batch]:
     """Batches of one row each."""
     for index, (group, weight) in enumerate(zip(rows.groups, rows.weights, strict=True)):
         for row in range(len(group)):
-            yield Batch(index, slice(row, row + 1), weight)
+            yield Batch(index, slice(row, row + 1), weight, weight)
 
 
 def _predictions(rows: Rows) -> float:

@@ -56,9 +56,10 @@ def propose(
     revision: str | None = None,
     trust_remote_code: bool = False,
     survey_file: Path | None = None,
+    save_calibration: Path | None = None,
     watcher: Watcher,
 ) -> Proposal:
-    """Make or read a plan, and write nothing but the survey.
+    """Make or read a plan, and write nothing but the survey and what the model writes to calibrate on.
 
     Raises:
         SecateurError: as `prune` does.
@@ -76,10 +77,11 @@ def propose(
         out=None,
         overwrite=False,
         survey_file=survey_file,
+        save_calibration=save_calibration,
         watcher=watcher,
     )
     job = replace(job, request=measured(job.request, job.text, watcher))
-    found = surveyed(job.request, job.text, watcher, survey_file)
+    found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
     decided = decide(job.request, found)
     stream, counted = job.stream, job.request.parameters
     return Proposal(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from secateur.activations import Activations, Rows
-from secateur.calibration import calibration_rows, check_calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.choice import parse_choice
 from secateur.costs import floor_flops, gradient_bytes, gradient_flops
@@ -32,6 +31,7 @@ from secateur.options import Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
+from secateur.steps.draw import Drawn, check_sources, check_writing, draw
 from secateur.steps.export import check_file, export
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.plan import Plan, plan
@@ -60,6 +60,7 @@ def prune(
     dry_run: bool = False,
     overwrite: bool = False,
     survey_file: Path | None = None,
+    save_calibration: Path | None = None,
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Summary:
@@ -75,6 +76,7 @@ def prune(
         dry_run: say what would come out and what it would take, and stop.
         overwrite: replace a model that is at `out`.
         survey_file: where the survey is kept: read if it is there, written otherwise.
+        save_calibration: a new .jsonl file for the rows that the model writes, to calibrate on again.
         watcher: told about progress.
 
     Raises:
@@ -96,13 +98,15 @@ def prune(
         out=Path(out),
         overwrite=overwrite,
         survey_file=survey_file,
+        save_calibration=save_calibration,
+        dry=dry_run,
         watcher=watcher,
     )
     if dry_run:
         return _expected(job, watcher, start)
     job = job.with_rewritten(watcher)
     job = replace(job, request=measured(job.request, job.text, watcher))
-    found = surveyed(job.request, job.text, watcher, survey_file)
+    found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
     return finish(job, decided, Path(out), overwrite=overwrite, start=start, watcher=watcher)
@@ -117,10 +121,7 @@ class Job:
     dtype: torch.dtype
     """Of the weights to write."""
     request: Request
-    text: Tensor
-    """Calibration rows (rows x length)."""
-    held_out: Tensor | None
-    """Other rows of the same text, where a loss is to be measured."""
+    drawn: Drawn
     bos: bool
     more: Tensor | None = None
     """Rows that the dense model has partly written (rows x length): see `rewritten`."""
@@ -142,23 +143,39 @@ class Job:
     @property
     def fitted(self) -> Tensor:
         """The rows of the text that the refit is fitted to."""
-        return self.text[: len(self.text) - len(self.unseen)]
+        return self._fitted[: len(self._fitted) - len(self.unseen)]
+
+    @property
+    def text(self) -> Tensor:
+        """Calibration rows (rows x length)."""
+        return self.drawn.text
 
     @property
     def unseen(self) -> Tensor:
         """Rows that the refit only runs along, to fit the final norm on; none where nothing is refitted, or few."""
-        count = len(self.text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
-        return self.text[len(self.text) - count :]
+        count = len(self._fitted) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
+        return self._fitted[len(self._fitted) - count :]
+
+    @property
+    def _fitted(self) -> Tensor:
+        return self.text if self.drawn.fitted is None else self.drawn.fitted
 
     @cached_property
     def rows(self) -> Rows:
-        """What the refit runs on; rows of weight zero only run along."""
-        fitted = Rows.of(self.fitted)
-        fitted = fitted if self.bos else fitted.with_openings()
+        """What the refit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
+        drawn, rows = self.drawn, self._opened(self.fitted)
         if self.more is not None:
-            fitted = Rows((*fitted.groups, self.more), (*fitted.weights, 1.0))
-        others = [rows for rows in (self.unseen, self.held_out) if rows is not None and len(rows)]
-        return Rows((*fitted.groups, *others), (*fitted.weights, *[0.0] * len(others)))
+            rows = Rows((*rows.groups, self.more), (*rows.weights, 1.0))
+        if len(self.unseen):
+            rows = rows.along(self.unseen)
+        if drawn.sigma is not None:
+            rows = rows.scored_by(Rows.of(drawn.sigma))
+        elif drawn.fitted is not None:
+            rows = rows.scored_by(self._opened(self.text))
+        return rows if drawn.held_out is None else rows.along(drawn.held_out)
+
+    def _opened(self, rows: Tensor) -> Rows:
+        return Rows.of(rows) if self.bos else Rows.of(rows).with_openings()
 
     @property
     def method(self) -> Method:
@@ -166,7 +183,7 @@ class Job:
         options = self.options
         recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept)
         similar = self.request.similar
-        return Method(options.criterion, recovery, options.seed, similar=similar.candidates if similar else {})
+        return Method(options.scores, recovery, options.seed, similar=similar.candidates if similar else {})
 
     def loss(self, decided: Plan, watcher: Watcher) -> float:
         """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
@@ -195,7 +212,7 @@ class Job:
         method, criterion = self.method, self.options.criterion
         if parse_choice(criterion).uses(NEEDS_GRADIENTS) and not decided.keeps:
             if not self.scores:
-                self.scores.update(gradient_scores(self.stream, rows, criterion, watcher=watcher))
+                self.scores.update(gradient_scores(self.stream, self.text, criterion, watcher=watcher))
             method = replace(method, scores=self.scores)
         return refit(self.stream, decided, rows, method=method, dtype=self.dtype, watcher=watcher, judge=judge)
 
@@ -216,6 +233,8 @@ def open_job(
     out: Path | None,
     overwrite: bool,
     survey_file: Path | None = None,
+    save_calibration: Path | None = None,
+    dry: bool = False,
     watcher: Watcher,
 ) -> Job:
     """Open the model and the text, and find everything that is wrong with the request.
@@ -224,7 +243,7 @@ def open_job(
         SecateurError: see `prune`.
     """
     where = pick_device(device)
-    check_calibration(options.calibration, samples=options.samples, length=options.length)
+    check_sources(options, save_calibration)
     if out is not None:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, overwrite)
@@ -238,30 +257,23 @@ def open_job(
     if out is not None and options.format != "gguf":
         output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
     asked = request(stream, options, dtype, watcher)
-    with reading(watcher, "Reading", options.calibration):
-        tokenizer = checkpoint.tokenizer()
-        if options.format == "gguf":
-            vocabulary(tokenizer, checkpoint.config.vocab_size)
-        rows = calibration_rows(
-            tokenizer,
-            options.calibration,
-            samples=options.samples + HELD_OUT * options.searches,
-            length=options.length,
-            seed=options.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
-        )
-    text, held_out = rows[: options.samples], rows[options.samples :] if options.searches else None
-    check_survey(asked, text, survey_file)
+    tokenizer = checkpoint.tokenizer()
+    if options.format == "gguf":
+        vocabulary(tokenizer, checkpoint.config.vocab_size)
+    check_writing(stream, tokenizer, options)
+    check_survey(asked, None, survey_file)
+    drawn = draw(stream, tokenizer, options, save=save_calibration, dry=dry, watcher=watcher)
+    check_survey(asked, drawn.text, survey_file)
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
         f"{parameter_meter(stream).dense / 1e6:,.1f} M parameters, {_name(checkpoint.dtype)}"
     )
     watcher.note(
-        f"Calibrating on {options.samples} rows of {options.length} tokens, computing on {where}; "
+        f"Calibrating on {options.samples} rows of {options.length} tokens"
+        f"{'' if drawn.fitted is None else f', fitting to {len(drawn.fitted):,} others'}, computing on {where}; "
         f"the output is {options.type if options.format == 'gguf' else _name(dtype)}"
     )
-    return Job(stream, options, dtype, asked, text, held_out, begins_with_bos(tokenizer))
+    return Job(stream, options, dtype, asked, drawn, begins_with_bos(tokenizer))
 
 
 def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float, watcher: Watcher) -> Summary:

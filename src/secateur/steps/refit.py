@@ -94,7 +94,8 @@ def refit(
     Args:
         stream: an open model.
         plan: widths of the blocks to prune.
-        rows: calibration tokens (rows x length), or several groups of them; groups of weight zero only run along.
+        rows: calibration tokens (rows x length), or several groups of them. Weights are fitted to each group by its
+            weight, and units chosen by its score; groups with neither only run along.
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         arena_limit: bytes of activations to hold in memory before files are used.
@@ -204,21 +205,24 @@ class _BlockWork:
         norm = PostNorm(self.layer, module, self.stream.width, self.stream.device)
         if recovery.method == "paper" and recovery.before:
             self._refit_level1(module, pruned)
-        x, moments, inputs = self._collect(module, norm, pruned)
+        x, moments, scored, inputs = self._collect(module, norm, pruned)
         old = norm.scale(inner_weight(module, self.tensors))
         stats = self._statistics(module, old, moments, inputs)
+        choice = stats if scored is moments else self._statistics(module, old, scored, inputs)
         weight, bias = old, None
         if recovery.before:
             everything = torch.arange(old.shape[0], device=old.device)
             weight, bias = fit_level2(moments, stats.normal, everything)
-            stats.weight_ao = weight
-            stats.tensors = self.tensors | {module.level2.name: stored_weight(module, norm.unscale(weight))}
-        keep = self._choose(stats, width) if given is None else given
+            choice.weight_ao, choice.pull_ao = weight, old
+            choice.tensors = self.tensors | {module.level2.name: stored_weight(module, norm.unscale(weight))}
+        keep = self._choose(choice, width) if given is None else given
+        # Its Gram matrix is as large as the one that is solved next.
+        del choice, scored
         kept = inner_entries(module, keep).to(old.device)
         if recovery.method == "paper" and not recovery.before:
             self._refit_level1(module, pruned)
             self.arena.release(x)
-            x, moments, _ = self._collect(module, norm, pruned)
+            x, moments, _, _ = self._collect(module, norm, pruned)
             stats = self._statistics(module, old, moments, None)
         if recovery.after:
             fitted, bias = fit_level2(moments, stats.normal, kept)
@@ -251,13 +255,19 @@ class _BlockWork:
 
     def _collect(
         self, module: Depth2, norm: PostNorm, pruned: Activations
-    ) -> tuple[Activations, Moments, Moments | None]:
-        """Run the pruned stream up to the module's level 2: its input, stored, and the moments with the target."""
+    ) -> tuple[Activations, Moments, Moments, Moments | None]:
+        """Run the pruned stream up to the module's level 2: its input, stored, and the moments with the target.
+
+        The moments to fit come first, then those to choose units by, which are the same ones unless the rows say
+        otherwise, and for the same purpose those of the module's input.
+        """
         entries = module.units * module.size
         x = self.arena.empty(self.rows, entries)
         device = self.stream.device
         moments = Moments(entries, self.stream.width, centre=self._fits_bias(module), device=device)
-        inputs = None
+        scored, inputs = moments, None
+        if self.rows.scores is not None:
+            scored = Moments(entries, self.stream.width, centre=moments.centre, device=device)
         if module.kind == "channels" and self.method.criterion_of(module.kind) in NEEDS_INPUTS:
             inputs = Moments(self.stream.width, device=device)
         for at in self.rows.batches():
@@ -283,14 +293,16 @@ class _BlockWork:
             if module.bias is not None and not self._fits_bias(module):
                 target = target - norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale)
             target = target.reshape(-1, self.stream.width)
-            if at.weight:
-                moments.update(rows, target, at.weight, self._weights(module, norm, target, at))
-            if at.weight and inputs is not None:
-                inputs.update(seen["source"].reshape(-1, self.stream.width), weight=at.weight)
-        if not moments.finite():
+            # One entry where both are the same.
+            for sums, weight in {scored: at.score, moments: at.weight}.items():
+                if weight:
+                    sums.update(rows, target, weight, self._weights(module, norm, target, at))
+            if at.score and inputs is not None:
+                inputs.update(seen["source"].reshape(-1, self.stream.width), weight=at.score)
+        if not (moments.finite() and scored.finite()):
             what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
             raise SecateurError(f"block {self.index}: the {what} module gives NaN or infinite activations")
-        return x, moments, inputs
+        return x, moments, scored, inputs
 
     def _target(self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch) -> Tensor:
         """What the module should add to the residual stream."""

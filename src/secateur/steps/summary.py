@@ -132,6 +132,7 @@ def record(
         "calibration": {
             "groups": [list(group.shape) for group in rows.groups],
             "weights": list(rows.weights),
+            "scores": list(rows.scores or rows.weights),
             "begins_with_bos": bos,
         },
         "sparsity": {

@@ -10,12 +10,13 @@ where a module alone is cut to a few widths (`secateur.steps.probes`), on rows t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.activations import Arena, Rows
+from secateur.activations import Arena, Batch, Rows
 from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
 from secateur.curves import Curve, Survey
@@ -50,7 +51,7 @@ def survey(
 
     Args:
         stream: an open model.
-        rows: calibration tokens (rows x length).
+        rows: calibration tokens (rows x length); of `Rows`, errors are measured by weight, and units ordered by score.
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         blocks: which blocks; all by default.
         kinds: which modules.
@@ -64,7 +65,7 @@ def survey(
     watcher, choice = watcher or Silent(), parse_choice(criterion)
     curves: list[Curve] = []
     fitted = Rows.of(rows)
-    rows = fitted if probe_rows is None else Rows((*fitted.groups, probe_rows), (*fitted.weights, 0.0))
+    rows = fitted if probe_rows is None else fitted.along(probe_rows)
     probed = len(fitted.groups)
     scores: UnitScores = {}
     if choice.uses(NEEDS_GRADIENTS):
@@ -83,7 +84,12 @@ def survey(
                 tensors = dict(layer.named_parameters())
                 collectors = [
                     _Collector(
-                        stream, index, layer, kind, inputs=kind == "channels" and choice.of(kind) in NEEDS_INPUTS
+                        stream,
+                        index,
+                        layer,
+                        kind,
+                        inputs=kind == "channels" and choice.of(kind) in NEEDS_INPUTS,
+                        apart=rows.scores is not None,
                     )
                     for kind in kinds
                 ]
@@ -92,7 +98,7 @@ def survey(
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
                     hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
                     for collector in collectors:
-                        collector.update(after, at.weight)
+                        collector.update(after, at)
                 for collector in collectors:
                     module = collector.module
                     stats = Statistics(
@@ -107,7 +113,8 @@ def survey(
                         scores=scores.get((index, module.kind)),
                         similar=frozenset((similar or {}).get(index, ()) if module.kind == "heads" else ()),
                     )
-                    found, cuts = _measure(index, choice.of(module.kind), stats)
+                    apart = None if collector.scored is None else replace(stats, moments=collector.scored)
+                    found, cuts = _measure(index, choice.of(module.kind), stats, apart)
                     curves += found
                     if probes is not None and before is not None:
                         x = torch.cat(collector.seen)
@@ -117,8 +124,11 @@ def survey(
     return Survey(criterion, ridge, fitted.tokens, tuple(curves), prices)
 
 
-def _measure(index: int, criterion: str, stats: Statistics) -> tuple[list[Curve], list[Cut]]:
-    """One module's curves, one for each way in which its units may leave together, and the cuts to be probed."""
+def _measure(index: int, criterion: str, stats: Statistics, choice: Statistics | None) -> tuple[list[Curve], list[Cut]]:
+    """One module's curves, one for each way in which its units may leave together, and the cuts to be probed.
+
+    `choice` has the statistics that decide the order in which units leave, where those are others.
+    """
     module, count = stats.module, stats.moments.count
     curves: list[Curve] = []
     cuts: list[Cut] = []
@@ -129,7 +139,7 @@ def _measure(index: int, criterion: str, stats: Statistics) -> tuple[list[Curve]
         curves = [Curve(index, module.kind, pattern, (0.0,), energy) for pattern in module.patterns]
         return curves, [Cut(index, module, energy, none, stats.weight_ao[none])]
     for pattern in module.patterns:
-        found = error_curve(criterion, stats, pattern, 1)
+        found = error_curve(criterion, stats, pattern, 1, choice)
         together = module.groups if pattern == "heads" else 1
         errors = (found.errors[::together] / count).tolist()
         energy = stats.normal.energy / count
@@ -156,10 +166,14 @@ def module_seed(seed: int, index: int, kind: Kind) -> int:
 class _Collector:
     """Sums one module's moments while the dense block runs."""
 
-    def __init__(self, stream: BlockStream, index: int, layer: torch.nn.Module, kind: Kind, *, inputs: bool):
+    def __init__(
+        self, stream: BlockStream, index: int, layer: torch.nn.Module, kind: Kind, *, inputs: bool, apart: bool
+    ):
         self.module = stream.blocks[index].module(kind)
         self.norm = PostNorm(layer, self.module, stream.width, stream.device)
         self.moments = Moments(self.module.units * self.module.size, device=stream.device)
+        self.scored = Moments(self.module.units * self.module.size, device=stream.device) if apart else None
+        """Of the rows that decide the order, where those are others."""
         self.inputs = Moments(stream.width, device=stream.device) if inputs else None
         self.sink = self.source = torch.empty(0)
         self.scale: Tensor | None = None
@@ -179,16 +193,20 @@ class _Collector:
     def _source(self, x: Tensor, _: Tensor) -> None:
         self.source = x
 
-    def update(self, after: Tensor, weight: float) -> None:
+    def update(self, after: Tensor, at: Batch) -> None:
         """Add what the last run has shown; `after` is the residual stream after the block (b, t, d)."""
-        if not weight:
+        if not (at.weight or at.score):
             self.seen.append(self.sink.reshape(*after.shape[:-1], -1))
             return
         norms = torch.linalg.vector_norm(after.reshape(-1, after.shape[-1]), dim=1, keepdim=True)
         rows = (self.sink if self.scale is None else self.sink * self.scale).reshape(len(norms), -1)
-        self.moments.update(rows / norms.clamp_min(1e-6), weight=weight)
-        if self.inputs is not None:
-            self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=weight)
+        rows = rows / norms.clamp_min(1e-6)
+        if at.weight:
+            self.moments.update(rows, weight=at.weight)
+        if at.score and self.scored is not None:
+            self.scored.update(rows, weight=at.score)
+        if at.score and self.inputs is not None:
+            self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=at.score)
 
     def output(self, x: Tensor, cut: Cut, tensors: Mapping[str, Tensor]) -> Tensor:
         """What level 2 yields at a cut, from the level-2 inputs x (b x t x a)."""
