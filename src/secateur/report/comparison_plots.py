@@ -67,7 +67,9 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
         if axis in row.axes:
             others = tuple((name, value) for name, value in row.axes.items() if name != axis)
             by_line.setdefault((row.label, others), []).append(row)
-    for (label, others), members in by_line.items():
+    # Ten colours are told apart best; beyond, lines change their dashes too.
+    styles = ("-", "--", ":")
+    for number, ((label, others), members) in enumerate(by_line.items()):
         points = sorted(
             ((row.axes[axis], spread) for row in members if (spread := row.spread(column.name)) is not None),
             key=lambda point: point[0],
@@ -75,7 +77,9 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
         if points:
             at = [place for place, _ in points]
             name = ", ".join(filter(None, (label, *(f"{key} {value}" for key, value in others))))
-            (line,) = panel.plot(at, [spread.mean for _, spread in points], marker="o", label=name)
+            (line,) = panel.plot(
+                at, [spread.mean for _, spread in points], styles[number // 10 % 3], marker="o", label=name
+            )
             low, high = [s.least for _, s in points], [s.most for _, s in points]
             panel.fill_between(at, low, high, alpha=0.2, color=line.get_color())
             paper = [(row.axes[axis], row.published[column.name]) for row in members if column.name in row.published]
@@ -83,7 +87,7 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
     _dense_line(panel, rows, column)
     if axis == "samples":
         panel.set_xscale("log", base=2)
-    panel.legend(fontsize="small")
+    panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _bars(panel: Axes, rows: Sequence[Row], column: Column) -> None:
@@ -132,7 +136,7 @@ def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Figure, list[
     # Not pyplot: it keeps state, and looks for a screen.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * columns, height * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.5 * columns, height * rows), dpi=150, layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 

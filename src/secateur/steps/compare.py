@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,51 @@ class Judge:
         }
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One run of the comparison, or the scoring of a dense model."""
+
+    subject: Subject
+    run: Run | None
+    """None for the dense model."""
+    job: Job
+    decided_by: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """The name of its result."""
+        return digest(self.decided_by)
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        if self.run is None:
+            return f"{self.subject.name} {DENSE}"
+        seed = self.run.place("seed")
+        return f"{self.subject.name} {self.run.row}" + ("" if seed is None else f", seed {seed}")
+
+    def carried_out(self, judge: Judge, store: RunStore) -> dict[str, Any]:
+        """Scores and sizes; what is pruned is thrown away."""
+        start = time.perf_counter()
+        folder, sparsity = self.subject.checkpoint.path, 0.0
+        parameters = round(parameter_meter(self.job.stream).dense)
+        widths = [block.width for block in self.job.stream.blocks]
+        if self.run is not None:
+            folder = store.scratch / "model"
+            file = store.survey_file(survey_key(self.job.request, self.job.text))
+            summary = carry_out(self.job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
+            sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
+        scores = judge.score(folder, self.subject, self.what)
+        shutil.rmtree(store.scratch / "model", ignore_errors=True)
+        return scores | {
+            "sparsity": sparsity,
+            "parameters": parameters,
+            "heads": sum(width.heads for width in widths),
+            "channels": sum(width.channels for width in widths),
+            "seconds": time.perf_counter() - start,
+        }
+
+
 def compare(
     recipe: Recipe,
     models: Sequence[str],
@@ -138,38 +184,27 @@ def compare(
         # On the disk that the comparison will be on.
         beside = out.absolute().parent / f".{out.name}.scratch"
         output_folder(job.stream, beside, None, overwrite=True, dtype=job.dtype).check()
-    results: dict[str, dict[str, Any]] = {}
     with store:
         planned = [
-            (subject, run, job) for subject in subjects for run, job in ((None, subject.runs[0][1]), *subject.runs)
+            Planned(subject, run, job, judge.decided_by(subject) | ({} if run is None else _decided_by(job)))
+            for subject in subjects
+            for run, job in ((None, subject.runs[0][1]), *subject.runs)
         ]
-        keys = {}
-        for number, (subject, run, job) in enumerate(planned):
-            decided_by = judge.decided_by(subject) | ({} if run is None else _decided_by(job))
-            keys[number] = key = digest(decided_by)
-            found = store.find(key)
-            if found is not None:
-                results[key] = found
-        missing = sum(key not in results for key in keys.values())
-        if missing < len(keys):
-            watcher.note(f"{len(keys) - missing} of {len(keys)} runs are in {out} already")
+        results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
+        if results:
+            watcher.note(f"{sum(one.key in results for one in planned)} of {len(planned)} runs are in {out} already")
 
         def so_far() -> Comparison:
-            return _comparison(recipe, subjects, judge, [results.get(keys[number]) for number in range(len(planned))])
+            return _comparison(recipe, subjects, judge, [results.get(one.key) for one in planned])
 
-        for number, (subject, run, job) in enumerate(planned):
-            key = keys[number]
-            if key in results:
-                continue
-            decided_by = judge.decided_by(subject) | ({} if run is None else _decided_by(job))
-            what = _what(subject, run)
-            watcher.note(f"Run {number + 1} of {len(planned)}: {what}")
-            results[key] = _dense(judge, subject, job) if run is None else _pruned(judge, subject, job, store, what)
-            store.keep(key, decided_by, results[key])
-            done(so_far())
-        found_all = so_far()
-        done(found_all)
-        return found_all
+        for number, one in enumerate(planned, start=1):
+            if one.key not in results:
+                watcher.note(f"Run {number} of {len(planned)}: {one.what}")
+                results[one.key] = one.carried_out(judge, store)
+                store.keep(one.key, one.decided_by, results[one.key])
+                done(so_far())
+        done(so_far())
+        return so_far()
 
 
 def sources(recipe: Recipe, models: Sequence[str]) -> list[tuple[str, str]]:
@@ -258,38 +293,6 @@ def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str
     }
 
 
-def _dense(judge: Judge, subject: Subject, job: Job) -> dict[str, Any]:
-    """Scores and sizes of a model before pruning."""
-    start = time.perf_counter()
-    scores = judge.score(subject.checkpoint.path, subject, f"{subject.name} dense")
-    blocks = job.stream.blocks
-    return scores | {
-        "sparsity": 0.0,
-        "parameters": round(parameter_meter(job.stream).dense),
-        "heads": sum(block.width.heads for block in blocks),
-        "channels": sum(block.width.channels for block in blocks),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def _pruned(judge: Judge, subject: Subject, job: Job, store: RunStore, what: str) -> dict[str, Any]:
-    """Prune, score, and throw the weights away."""
-    start = time.perf_counter()
-    folder = store.scratch / "model"
-    file = store.survey_file(survey_key(job.request, job.text))
-    summary = carry_out(job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
-    scores = judge.score(folder, subject, what)
-    shutil.rmtree(folder)
-    widths = summary.now()
-    return scores | {
-        "sparsity": summary.sparsity,
-        "parameters": summary.parameters[1],
-        "heads": sum(width.heads for width in widths),
-        "channels": sum(width.channels for width in widths),
-        "seconds": time.perf_counter() - start,
-    }
-
-
 def _decided_by(job: Job) -> dict[str, Any]:
     """What decides a pruned model, beside the dense weights."""
     tensors = {field.name: getattr(job, field.name) for field in fields(job)}
@@ -303,14 +306,6 @@ def _decided_by(job: Job) -> dict[str, Any]:
 
 def _hash(rows: Tensor) -> str:
     return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]
-
-
-def _what(subject: Subject, run: Run | None) -> str:
-    """A run in words."""
-    if run is None:
-        return f"{subject.name} {DENSE}"
-    seed = run.place("seed")
-    return f"{subject.name} {run.row}" + ("" if seed is None else f", seed {seed}")
 
 
 def _comparison(

@@ -86,9 +86,8 @@ def _write(title: str, found: dict[str, list[Magnitudes]], out: Path) -> None:
     head = ("model", "block", *PLACES)
     lines = [f"# {title}", "", "Mean absolute activation, over all tokens and dimensions.", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [
-        f"| {model} | {index} | {' | '.join(f'{value:.4g}' for value in values)} |" for model, index, *values in rows
-    ]
+    for model, index, *values in rows:
+        lines.append(f"| {model} | {index} | {' | '.join(f'{value:.4g}' for value in values)} |")
     write_whole(out / "table.md", "\n".join(lines) + "\n")
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([head, *rows])
