@@ -23,6 +23,8 @@ from secateur.recipes import FOLDER, recipe_names
 from secateur.texts import RANDOM
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
+_NO_TEXT = (RANDOM,)
+"""Sources that are no text: another text does not take their place."""
 _SPREAD = "seed"
 """The axis whose values are repetitions of one row and not rows of their own."""
 
@@ -211,12 +213,12 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
             values[field] = [getattr(changes, field)]
     for field, new in values.items():
         if field in raw["grid"]:
-            fixed = [value for value in raw["grid"][field] if field == "calibration" and value == RANDOM]
+            fixed = [value for value in raw["grid"][field] if value in _NO_TEXT]
             raw["grid"][field] = [*new, *fixed]
         for place in (raw["options"], *raw["runs"].values(), *(model["options"] for model in raw["models"].values())):
             if field in raw["grid"]:
                 place.pop(field, None)
-            elif field in place and place[field] != RANDOM:
+            elif field in place and place[field] not in _NO_TEXT:
                 place[field] = new[0]
         if field not in raw["grid"]:
             raw["options"].setdefault(field, new[0])
@@ -237,8 +239,9 @@ def named(text: str, name: str) -> tuple[str, str]:
 
 def _options(given: Mapping[str, Any], where: str) -> Options:
     """Options from a recipe, checked as those of the command line are."""
+    values = _values(given, where)
     try:
-        options = Options(**_values(given, where))
+        options = Options(**values)
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from error
     if options.format == "gguf":
@@ -298,7 +301,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is there twice", key_node.start_mark)
-            seen.add(key)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key}' is there twice", key_node.start_mark)
+                seen.add(key)
         return super().construct_mapping(node, deep)

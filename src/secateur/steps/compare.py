@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,7 @@ from secateur.texts import RANDOM
 DENSE = "dense"
 """The row of a model before pruning."""
 
-_REQUESTED = frozenset(
-    ("sparsity", "plan", "of", "blocks", "modules", "widths", "criterion", "recovery", "recover", "ridge")
-) | {"intercept", "multiple"}
+_REQUESTED = frozenset(("sparsity", "plan", "of", "blocks", "modules", "widths", "ridge", "multiple"))
 """Options of which an open job knows only through its request; jobs that differ in no others share what they opened."""
 
 
@@ -249,25 +247,26 @@ def open_subject(
         check_calibration(run.options.calibration, samples=run.options.samples, length=run.options.length)
     opened: dict[str, Job] = {}
     jobs = []
-    for run in watcher.track(runs, f"Check {name}"):
-        group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
-        try:
-            if group not in opened:
-                opened[group] = open_job(
-                    source,
-                    run.options,
-                    device=device,
-                    revision=None,
-                    trust_remote_code=trust_remote_code,
-                    out=None,
-                    overwrite=False,
-                    watcher=Silent(),
-                )
-            job = opened[group]
-            asked = request(job.stream, run.options, job.dtype, Silent())
-        except SecateurError as error:
-            raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
-        jobs.append((run, replace(job, options=run.options, request=asked)))
+    with reading(watcher, "Checking all runs on", source):
+        for run in runs:
+            group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
+            try:
+                if group not in opened:
+                    opened[group] = open_job(
+                        source,
+                        run.options,
+                        device=device,
+                        revision=None,
+                        trust_remote_code=trust_remote_code,
+                        out=None,
+                        overwrite=False,
+                        watcher=Silent(),
+                    )
+                job = opened[group]
+                asked = request(job.stream, run.options, job.dtype, Silent())
+            except SecateurError as error:
+                raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
+            jobs.append((run, replace(job, options=run.options, request=asked)))
     checkpoint = jobs[0][1].stream.checkpoint
     tokenizer = checkpoint.tokenizer()
     texts = {}
@@ -287,6 +286,7 @@ def open_subject(
 def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
     """The tasks of each column, with their items."""
     limit = recipe.evaluation.limit
+    open_tasks([], limit=limit, task_path=task_path)  # what is wrong with these, also where there are no tasks
     wanted = dict(named(task, task) for task in recipe.evaluation.tasks)
     return {
         column: open_tasks([task], limit=limit, task_path=task_path, watcher=watcher) for column, task in wanted.items()
@@ -295,10 +295,9 @@ def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str
 
 def _decided_by(job: Job) -> dict[str, Any]:
     """What decides a pruned model, beside the dense weights."""
-    tensors = {field.name: getattr(job, field.name) for field in fields(job)}
     return {
         "options": asdict(job.options),
-        "rows": {name: _hash(value) for name, value in tensors.items() if isinstance(value, Tensor)},
+        "rows": [_hash(rows) for rows in (job.text, *job.rows.groups)],
         # The contents of a file with a plan or ratios.
         "given": repr(job.request.given),
     }
