@@ -7,7 +7,10 @@ text comes from is `secateur.texts`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _JOIN = "\n\n"
+_seen: ContextVar[dict[Any, Tensor] | None] = ContextVar("_seen", default=None)
+"""Ids of sources that were tokenised already, inside `tokenised_once`."""
 
 
 def check_calibration(source: str, *, samples: int = 1, length: int, max_positions: int | None = None) -> None:
@@ -93,7 +98,7 @@ def calibration_rows(
     if tokenizer is not None and holds_rows(source):
         sizes = {"samples": samples, "length": length, "vocab_size": vocab_size, "taken": taken}
         return read_rows(source, tokenizer, option=option, **sizes)
-    ids = _ids(tokenizer, read_documents(source, tokenizer, split=split), source, vocab_size)
+    ids = _ids(tokenizer, source, split, MOST_CHARACTERS, vocab_size)
     spare = len(ids) - samples * body
     if spare < 0:
         raise _too_short(source, len(ids), samples, length, len(bos), option, taken)
@@ -139,8 +144,7 @@ def consecutive_rows(
     body = length - len(bos)
     # Sixteen characters a token are ample in every script; the floor covers a text of unusual words.
     characters = MOST_CHARACTERS if tokens is None else min(MOST_CHARACTERS, max(16 * tokens, 1_000_000))
-    documents = read_documents(source, tokenizer, split=split, characters=characters)
-    ids = _ids(tokenizer, documents, source, vocab_size)
+    ids = _ids(tokenizer, source, split, characters, vocab_size)
     rows = len(ids) // body if tokens is None else min(len(ids) // body, tokens // length)
     if rows == 0:
         raise _too_short(source, len(ids), 1, length, len(bos))
@@ -157,11 +161,30 @@ def _opened(bos: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase | None, documents: list[str], source: str, vocab_size: int) -> Tensor:
-    """All documents as one sequence of ids, int64 [tokens]."""
+@contextmanager
+def tokenised_once() -> Iterator[None]:
+    """Inside, a source is read and tokenised once for each model that rows are made for."""
+    token = _seen.set({})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase | None, source: str, split: Split, characters: int, vocab_size: int
+) -> Tensor:
+    """All documents of a source as one sequence of ids, int64 [tokens]."""
     if tokenizer is None:
         raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
-    return _checked(encode(tokenizer, _JOIN.join(documents)), vocab_size)
+    seen, key = _seen.get(), (tokenizer.name_or_path, source, split, characters, vocab_size)
+    if seen is not None and key in seen:
+        return seen[key]
+    documents = read_documents(source, tokenizer, split=split, characters=characters)
+    ids = _checked(encode(tokenizer, _JOIN.join(documents)), vocab_size)
+    if seen is not None:
+        seen[key] = ids
+    return ids
 
 
 def _checked(ids: list[int], vocab_size: int) -> Tensor:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from secateur import __version__
 from secateur.errors import SecateurError
 from secateur.options import Options
+from secateur.recipes import recipe_names
 from secateur.structure import Kind
 
 if TYPE_CHECKING:
@@ -809,6 +810,165 @@ def evaluate(
     if json_ is not None:
         json_.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
     _show(*eval_table(result))
+
+
+@app.command()
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL]... RECIPE",
+            help="A recipe: a .yaml file, or by name one that comes with secateur: " + ", ".join(recipe_names()) + ". "
+            "In front of it the models to run it on, by default the recipe's own.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder for tables and plots. Finished runs stay in it: the same command goes on from there.",
+            show_default=False,
+        ),
+    ],
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibrate on this text, see secateur prune; random ids stay random.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Score this text. NAME=TEXT puts it into the column NAME, beside what is published for that. May be "
+            "given several times.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Score these tasks of lm-eval, with commas; or NAME=TASK; none for no tasks.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Items from the start of each task; 0 for all.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to score of each text; 0 for all.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration rows; several with commas where the recipe has an axis of them.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in each row, of calibration and scoring.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks to prune, such as 4:30.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Seeds, with commas; each run is made with every one.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(help="A folder with task files (.yaml) of your own, in lm-eval's form.", show_default="none"),
+    ] = None,
+    device: _Device = "auto",
+    trust_remote_code: _Trust = False,
+) -> None:
+    """Carry out a recipe: prune a model in many ways under one protocol, and put the scores into a table and plots.
+
+    The paper's figures stand beside where the model is the paper's, which its folder's name tells. Only scores are
+    kept, no pruned models.
+
+    Example: secateur compare ./SmolLM2-135M table1 --out table1 --calibration a.txt --perplexity b.txt --tasks none
+    """
+    from secateur.recipe import Changes, changed, read_recipe
+
+    *models, name = what
+    changes = Changes(
+        calibration=calibration,
+        perplexity=tuple(perplexity) if perplexity else None,
+        tasks=None if tasks is None else _listed("" if tasks == "none" else tasks),
+        limit=limit,
+        tokens=tokens,
+        samples=_whole("samples", samples),
+        length=length,
+        blocks=blocks,
+        seeds=_whole("seeds", seeds),
+    )
+    recipe = changed(read_recipe(name), changes)
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.comparison import compare_table, write_tables
+        from secateur.report.comparison_plots import plot_comparison
+        from secateur.steps.compare import compare as run
+        from secateur.steps.compare_activations import compare_activations
+
+    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "watcher": bars}
+    try:
+        if recipe.kind == "activations":
+            compare_activations(recipe, models, out, **how)
+            typer.echo(f"table.md, table.csv, table.json and activations.png are in {out}")
+            return
+        found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
+    except KeyboardInterrupt:
+        log.print(f"interrupted: finished runs are in {out}; the same command goes on from there")
+        sys.exit(_INTERRUPTED)
+    plot_comparison(found, out)
+    _show(*compare_table(found, out))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _whole(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers between commas."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SecateurError(f"{name} is '{text}'; write whole numbers with commas, for example 0,1,2") from None
+    if len(set(numbers)) < len(numbers):
+        raise SecateurError(f"{name} is '{text}', where one is there twice")
+    return numbers
 
 
 def _kinds(text: str) -> tuple[Kind, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.structure import Kind, Pattern
+from secateur.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Survey:
 
 def save_survey(survey: Survey, path: Path) -> None:
     """Write survey.json."""
-    path.write_text(json.dumps(asdict(survey)) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(asdict(survey)) + "\n")
 
 
 def load_survey(path: Path, asked: dict[str, Any]) -> Survey:

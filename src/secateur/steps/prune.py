@@ -104,12 +104,7 @@ def prune(
     )
     if dry_run:
         return _expected(job, watcher, start)
-    job = job.with_rewritten(watcher)
-    job = replace(job, request=measured(job.request, job.text, watcher))
-    found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
-    decided = decide(job.request, found, lambda one: job.loss(one, watcher))
-    watcher.note(_choice(job.stream, decided))
-    return finish(job, decided, Path(out), overwrite=overwrite, start=start, watcher=watcher)
+    return carry_out(job, Path(out), survey_file=survey_file, overwrite=overwrite, start=start, watcher=watcher)
 
 
 @dataclass(frozen=True)
@@ -274,6 +269,18 @@ def open_job(
         f"the output is {options.type if options.format == 'gguf' else _name(dtype)}"
     )
     return Job(stream, options, dtype, asked, drawn, begins_with_bos(tokenizer))
+
+
+def carry_out(
+    job: Job, out: Path, *, survey_file: Path | None, overwrite: bool, start: float, watcher: Watcher
+) -> Summary:
+    """All that `prune` does with an open job."""
+    job = job.with_rewritten(watcher)
+    job = replace(job, request=measured(job.request, job.text, watcher))
+    found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
+    decided = decide(job.request, found, lambda one: job.loss(one, watcher))
+    watcher.note(_choice(job.stream, decided))
+    return finish(job, decided, out, overwrite=overwrite, start=start, watcher=watcher)
 
 
 def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float, watcher: Watcher) -> Summary:

@@ -1,0 +1,12 @@
+"""Recipes that come with the package: one for each table and figure of the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def recipe_names() -> list[str]:
+    """Their names, without `.yaml`."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))

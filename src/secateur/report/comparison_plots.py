@@ -1,0 +1,146 @@
+"""Plots of a comparison: lines over an axis with numbers, bars otherwise, each with the spread over seeds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.comparison import AVERAGE, Column, Comparison, Row
+from secateur.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from secateur.steps.magnitudes import Magnitudes
+
+
+def plot_comparison(found: Comparison, out: Path) -> None:
+    """Write a plot for every axis with several numbers, or one with bars where there is none.
+
+    Each has one panel a model and column: the perplexity of every text, and the accuracy over all tasks. Lines and bars
+    are means over seeds, bands and whiskers reach from the least to the most; the paper's figures are crosses.
+    """
+    columns = [column for column in found.columns if column.kind == "perplexity"]
+    accuracies = [column for column in found.columns if column.kind == "accuracy"]
+    columns += [column for column in accuracies if column.name == AVERAGE or len(accuracies) == 1]
+    models = list(dict.fromkeys(row.model for row in found.rows))
+    axes = list(dict.fromkeys(axis for row in found.rows for axis in row.axes))
+    drawn = [axis for axis in axes if len(_numbers(found.rows, axis)) > 1]
+    for axis in drawn:
+        figure, panels = _panels(len(models), len(columns))
+        for (model, column), panel in zip(_pairs(models, columns), panels, strict=True):
+            _lines(panel, [row for row in found.rows if row.model == model], column, axis)
+            _label(panel, model, column, axis)
+        _save(figure, out / f"{axis}.png")
+    if not drawn:
+        height = 0.3 * max(sum(row.model == model for row in found.rows) for model in models)
+        figure, panels = _panels(len(models), len(columns), height=max(3.0, height))
+        for (model, column), panel in zip(_pairs(models, columns), panels, strict=True):
+            _bars(panel, [row for row in found.rows if row.model == model], column)
+            _label(panel, model, column, None)
+        _save(figure, out / "rows.png")
+
+
+def plot_magnitudes(found: dict[str, list[Magnitudes]], path: Path) -> None:
+    """Mean absolute activations against depth, one line a model and a panel for each place in the block."""
+    titles = {"stream": "residual stream", "heads": "into the attention's output", "channels": "into the down layer"}
+    figure, panels = _panels(1, len(titles))
+    for (place, title), panel in zip(titles.items(), panels, strict=True):
+        for model, blocks in found.items():
+            panel.plot(range(len(blocks)), [getattr(block, place) for block in blocks], marker="o", label=model)
+        panel.set_title(title)
+        panel.set_xlabel("block")
+        panel.set_ylabel("mean |activation|")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    _save(figure, path)
+
+
+def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
+    """One line for all rows that differ in nothing but their place on the axis."""
+    by_line: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if axis in row.axes:
+            others = tuple((name, value) for name, value in row.axes.items() if name != axis)
+            by_line.setdefault((row.label, others), []).append(row)
+    # Ten colours are told apart best; beyond, lines change their dashes too.
+    styles = ("-", "--", ":")
+    for number, ((label, others), members) in enumerate(by_line.items()):
+        points = sorted(
+            ((row.axes[axis], spread) for row in members if (spread := row.spread(column.name)) is not None),
+            key=lambda point: point[0],
+        )
+        if points:
+            at = [place for place, _ in points]
+            name = ", ".join(filter(None, (label, *(f"{key} {value}" for key, value in others))))
+            (line,) = panel.plot(
+                at, [spread.mean for _, spread in points], styles[number // 10 % 3], marker="o", label=name
+            )
+            low, high = [s.least for _, s in points], [s.most for _, s in points]
+            panel.fill_between(at, low, high, alpha=0.2, color=line.get_color())
+            paper = [(row.axes[axis], row.published[column.name]) for row in members if column.name in row.published]
+            panel.plot(*zip(*paper, strict=True), "x", color=line.get_color()) if paper else None
+    _dense_line(panel, rows, column)
+    if axis == "samples":
+        panel.set_xscale("log", base=2)
+    panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _bars(panel: Axes, rows: Sequence[Row], column: Column) -> None:
+    """One bar a row, the first on top."""
+    for place, row in enumerate(rows):
+        spread = row.spread(column.name)
+        if spread is not None:
+            whiskers = [[spread.mean - spread.least], [spread.most - spread.mean]]
+            panel.barh(place, spread.mean, xerr=whiskers, capsize=2, color="C0")
+        if column.name in row.published:
+            panel.plot(row.published[column.name], place, "x", color="black")
+    panel.set_yticks(range(len(rows)), [row.name for row in rows])
+    panel.invert_yaxis()
+    if column.kind == "perplexity":
+        panel.set_xscale("log")
+
+
+def _dense_line(panel: Axes, rows: Sequence[Row], column: Column) -> None:
+    spread = rows[0].spread(column.name)
+    if spread is not None:
+        panel.axhline(spread.mean, linestyle="--", color="gray", label=rows[0].name)
+
+
+def _label(panel: Axes, model: str, column: Column, axis: str | None) -> None:
+    what = f"perplexity, {column.name}" if column.kind == "perplexity" else f"accuracy in %, {column.name}"
+    panel.set_title(model)
+    panel.set_xlabel(what if axis is None else axis)
+    if axis is not None:
+        panel.set_ylabel(what)
+        if column.kind == "perplexity":
+            panel.set_yscale("log")
+    panel.grid(alpha=0.3)
+
+
+def _numbers(rows: Sequence[Row], axis: str) -> set[float]:
+    """The numbers on an axis."""
+    values = {row.axes.get(axis) for row in rows} - {None}
+    return {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _pairs(models: Sequence[str], columns: Sequence[Column]) -> list[tuple[str, Column]]:
+    return [(model, column) for model in models for column in columns]
+
+
+def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Figure, list[Any]]:
+    # Not pyplot: it keeps state, and looks for a screen.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * columns, height * rows), dpi=150, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    write_whole(path, file.getvalue())

@@ -1,0 +1,16 @@
+"""A small file that appears whole or not at all, whenever the process ends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Write beside the target and put it in place; what was there is replaced."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,336 @@
+"""Comparisons: figures are those of prune and eval by hand, work is shared, and a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from conftest import CheckpointFolder
+from models import build, layers_of, token_rows
+from secateur import calibration
+from secateur.checkpoint import open_checkpoint
+from secateur.evaluate.compare import evaluate
+from secateur.recipes import recipe_names
+from secateur.run_store import RunStore
+from secateur.steps import compare as compare_step
+from secateur.steps import decide
+from secateur.steps.magnitudes import magnitudes
+from secateur.steps.prune import prune
+from secateur.stream import BlockStream
+from test_cli import TEXT, Run, listing, place, refused, run  # noqa: F401
+from test_tasks import ITEMS, NORM, YAML
+
+GRID: dict[str, Any] = {
+    "title": "Small",
+    "options": {"calibration": "text.txt", "samples": 4, "length": 16, "format": "hf", "recovery": "none"},
+    "runs": {"wanda": {"criterion": "wanda"}, "L2": {"criterion": "l2", "widths": "uniform"}},
+    "grid": {"sparsity": [0.2, 0.4], "seed": [0, 1]},
+    "evaluation": {"perplexity": ["held.txt"], "tokens": 160},
+}
+
+
+@pytest.fixture
+def grid(place: Path) -> Path:  # noqa: F811
+    """The working folder with a recipe and a text to score."""
+    (place / "held.txt").write_text(" ".join(reversed(TEXT.split())))
+    (place / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
+    return place
+
+
+@pytest.fixture
+def prunings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The options of each pruning."""
+    made: list[Any] = []
+    carry_out = compare_step.carry_out
+
+    def counted(job: Any, *given: Any, **more: Any) -> Any:
+        made.append(job.options)
+        return carry_out(job, *given, **more)
+
+    monkeypatch.setattr(compare_step, "carry_out", counted)
+    return made
+
+
+def tables(out: Path) -> tuple[str, str, Any, bytes]:
+    """All that must not vary; seconds do."""
+    found = json.loads((out / "table.json").read_text())
+    for row in found["rows"]:
+        del row["seconds"]
+    plot = (out / "sparsity.png").read_bytes()
+    return (out / "table.md").read_text(), (out / "table.csv").read_text(), found, plot
+
+
+def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # noqa: F811
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    found = json.loads((grid / "out" / "table.json").read_text())
+    rows = {row["row"]: row for row in found["rows"]}
+    assert list(rows) == ["dense", *(f"{label}, sparsity {share}" for label in ("wanda", "L2") for share in (0.2, 0.4))]
+
+    def score(folder: str) -> float:
+        result = evaluate(folder, texts=["held.txt"], length=16, tokens=160)
+        return result.models[0].texts[0].perplexity
+
+    assert rows["dense"]["figures"]["held.txt"]["values"] == [score("model")]
+    for label, options in GRID["runs"].items():
+        values = []
+        for seed in (0, 1):
+            folder = f"by-hand-{label}-{seed}"
+            summary = prune("model", folder, sparsity=0.4, seed=seed, **GRID["options"], **options)
+            values.append(score(folder))
+        row = rows[f"{label}, sparsity 0.4"]
+        figures = row["figures"]["held.txt"]
+        assert figures["values"] == values
+        assert (figures["least"], figures["most"]) == (min(values), max(values))
+        assert figures["mean"] == pytest.approx(sum(values) / 2)
+        assert row["sparsity"] == pytest.approx(summary.sparsity, abs=0.02)
+        assert len(row["seconds"]) == 2
+    with (grid / "out" / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == list(rows)
+    assert float(lines[-1]["held.txt most"]) == rows["L2, sparsity 0.4"]["figures"]["held.txt"]["most"]
+    assert "seconds" not in lines[0]
+    # No weights stay, and nothing lies around.
+    assert {file.name for file in (grid / "out").iterdir()} == {
+        *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", ".lock")
+    }
+
+
+def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:  # noqa: F811
+    (grid / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
+    (grid / "mine.yaml").write_text(YAML.format(name="mine", **write) + NORM)
+    (grid / "other.yaml").write_text(YAML.format(name="other", **write))
+    asked = ["--tasks", "piqa=mine,other", "--task-path", ".", "--limit", "20", "--seeds", "0"]
+    assert run("compare", "model", "grid.yaml", "--out", "out", *asked).code == 0
+    found = json.loads((grid / "out" / "table.json").read_text())
+    figures = found["rows"][0]["figures"]
+    by_hand = evaluate("model", texts=[], tasks=["mine", "other"], limit=20, task_path=grid).models[0].tasks
+    assert by_hand[0].acc_norm is not None
+    assert figures["piqa"]["mean"] == 100 * by_hand[0].acc_norm.value
+    assert figures["other"]["mean"] == 100 * by_hand[1].acc.value
+    assert figures["average"]["mean"] == pytest.approx((figures["piqa"]["mean"] + figures["other"]["mean"]) / 2)
+
+
+def test_what_runs_have_in_common_is_made_once(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    surveys, reads = [], []
+    survey, read = decide.survey, calibration.read_documents
+    monkeypatch.setattr(decide, "survey", lambda *a, **k: surveys.append(k["criterion"]) or survey(*a, **k))
+    monkeypatch.setattr(calibration, "read_documents", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    # One for each criterion and seed, whatever the sparsity.
+    assert sorted(surveys) == ["l2", "l2", "wanda", "wanda"]
+    assert sorted(reads) == ["held.txt", "text.txt"]
+
+
+def test_only_what_is_missing_is_made(grid: Path, run: Run, prunings: list[Any]) -> None:  # noqa: F811
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    before = tables(grid / "out")
+    assert len(prunings) == 8
+    result = run("compare", "model", "grid.yaml", "--out", "out")
+    assert (result.code, len(prunings)) == (0, 8)
+    assert "9 of 9 runs are in out already" in result.err
+    for file in (grid / "out" / "runs").iterdir():
+        if json.loads(file.read_text())["decided_by"].get("options", {}).get("sparsity") == 0.4:
+            file.unlink()
+    shutil.rmtree(grid / "out" / "surveys")
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert [options.sparsity for options in prunings[8:]] == [0.4] * 4
+    assert tables(grid / "out") == before
+    # One more point of the grid is all that is new; another text makes all runs others.
+    (grid / "grid.yaml").write_text(
+        yaml.safe_dump(GRID | {"grid": {"sparsity": [0.2, 0.4], "seed": [0, 1, 2]}}, sort_keys=False)
+    )
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert [options.seed for options in prunings[12:]] == [2] * 4
+    (grid / "text.txt").write_text(TEXT[::-1].replace("w", " w"))
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert len(prunings) == 16 + 12
+
+
+def test_an_interrupt_leaves_what_is_finished(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
+    with monkeypatch.context() as patch:
+        carry_out, made = compare_step.carry_out, []
+
+        def until(*given: Any, **more: Any) -> Any:
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            made.append(1)
+            return carry_out(*given, **more)
+
+        patch.setattr(compare_step, "carry_out", until)
+        result = run("compare", "model", "grid.yaml", "--out", "out")
+    assert result.code == 130
+    last = result.err.splitlines()[-1]
+    assert last == "interrupted: finished runs are in out; the same command goes on from there"
+    assert "So far 4 of 9 runs." in (grid / "out" / "table.md").read_text()
+    assert not (grid / "out" / ".scratch").exists()
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert tables(grid / "out") == tables(grid / "whole")
+
+
+def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "secateur.cli", "compare", "model", "grid.yaml", "--out", "out"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while len(list((grid / "out" / "runs").glob("*.json"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    kept = {file: file.read_bytes() for file in (grid / "out" / "runs").glob("*.json")}
+    assert 2 <= len(kept) < 9
+    subprocess.run(command, check=True, capture_output=True)
+    assert {file: file.read_bytes() for file in kept} == kept
+    subprocess.run([*command[:-1], "whole"], check=True, capture_output=True)
+    assert tables(grid / "out") == tables(grid / "whole")
+    assert not (grid / "out" / ".scratch").exists()
+
+
+def test_two_at_once_are_refused(grid: Path, run: Run) -> None:  # noqa: F811
+    with RunStore(grid / "out"):
+        before = listing(grid)
+        refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: another secateur compare works there; wait")
+        assert listing(grid) == before
+
+
+@pytest.mark.parametrize(("row", "paper"), [("llama", "LLaMA-7B"), ("gpt2", "GPT-2")])
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs(
+    name: str,
+    row: str,
+    paper: str,
+    grid: Path,
+    run: Run,  # noqa: F811
+    checkpoint_folder: CheckpointFolder,
+) -> None:
+    folder = {"LLaMA-7B": "llama-7b", "GPT-2": "gpt2"}[paper]
+    shutil.copytree(checkpoint_folder(row), grid / folder)
+    small = ["--calibration", "text.txt", "--samples", "2,4" if name.startswith("figure4") else "4"]
+    small += ["--length", "16", "--tokens", "64", "--seeds", "0", "--blocks", "0:3", "--tasks", "none"]
+    small += ["--perplexity", "wikitext2=held.txt", "--perplexity", "ptb=text.txt"]
+    result = run("compare", folder, name, "--out", "out", *small)
+    assert result.code == 0, result.err
+    found = json.loads((grid / "out" / "table.json").read_text())
+    if name == "figure5":
+        assert len(found["models"][paper]) == 3
+        assert (grid / "out" / "activations.png").stat().st_size > 10_000
+        return
+    measured = [row for row in found["rows"] if row["figures"]["ptb"].get("mean") is not None]
+    assert len(measured) == found["planned"] == found["finished"]
+    assert all(0 < row["sparsity"] < 1 for row in measured[1:])
+    recipe = yaml.safe_load((Path(compare_step.__file__).parents[1] / "recipes" / f"{name}.yaml").read_text())
+    published = recipe["models"].get(paper, {}).get("published", {})
+    assert {row["row"]: row["figures"]["ptb"]["published"] for row in found["rows"] if row["row"] in published} == {
+        row: figures["ptb"] for row, figures in published.items()
+    }
+    assert (grid / "out" / ("samples.png" if name.startswith("figure4") else "rows.png")).exists() or name == "table2"
+
+
+WRONG = [
+    ("compare", "Missing argument '[MODEL]... RECIPE'; see secateur compare --help"),
+    ("compare model grid.yaml", "Missing option '--out'; see secateur compare --help"),
+    ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure4a"),
+    ("compare grid.yaml --out out", "the recipe names no model of its own; give one in front of it"),
+    ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
+    ("compare model model grid.yaml --out out", "model model is there twice; leave one out"),
+    ("compare model grid.yaml --out text.txt", "text.txt: a file is there; name a folder"),
+    ("compare model grid.yaml --out model", "model: holds other files and no comparison; name a new folder"),
+    ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
+    ("compare model grid.yaml --out out --seeds 0,x", "seeds is '0,x'; write whole numbers with commas, for example"),
+    ("compare model grid.yaml --out out --seeds 0,0", "seeds is '0,0', where one is there twice"),
+    ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
+    ("compare model grid.yaml --out out --samples 0", "runs.wanda: samples is 0; it must be at least 1"),
+    ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
+    ("compare model grid.yaml --out out --samples 999", "text.txt: text too short for the samples, it has 1,500 tok"),
+    ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: take a smaller"),
+    ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
+    ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
+    ("compare model grid.yaml --out out --perplexity gone.txt", "gone.txt does not exist: check the path of the text"),
+    ("compare model grid.yaml --out out --perplexity random", "random ids cannot be scored; name a text file or"),
+    ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
+    ("compare model grid.yaml --out out --tokens=-5", "tokens is -5"),
+    ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
+    ("compare model grid.yaml --out out --tasks piqaa", "task 'piqaa' does not exist in lm-eval; near it: "),
+    ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
+    ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
+    ("compare model wide.yaml --out out", "model, L1, sparsity 0.999: a sparsity of 99.9% of the blocks is more than"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
+def test_mistakes_come_before_work(
+    arguments: str,
+    message: str,
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reached(*_: Any, **__: Any) -> None:
+        raise AssertionError("a mistake was found after long work")
+
+    monkeypatch.setattr(compare_step, "carry_out", reached)
+    monkeypatch.setattr(compare_step, "load", reached)
+    wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
+    (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
+    before = listing(grid)
+    refused(run(*arguments.split()), message)
+    assert listing(grid) == before
+
+
+def test_a_task_out_of_reach_is_named_early(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from secateur.evaluate import tasks
+
+    monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(grid / "cache"))
+    before = listing(grid)
+    result = run("compare", "model", "grid.yaml", "--out", "out", "--tasks", "piqa")
+    refused(result, "from the hub, which is not reachable (it is a test); give --task-path")
+    assert listing(grid) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "gemma2"])
+def test_magnitudes_are_those_of_the_whole_model(name: str, checkpoint_folder: CheckpointFolder) -> None:
+    model, ids = build(name), token_rows(5)
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    expected: list[dict[str, float]] = [{} for _ in stream.blocks]
+    for index, (layer, block) in enumerate(zip(layers_of(model), stream.blocks, strict=True)):
+        places = {"stream": layer, "heads": block.attention.sink, "channels": block.feed_forward.sink}
+        for place_, where in places.items():
+            target = layer.get_submodule(where) if isinstance(where, str) else where
+
+            def see(_: Any, args: Any, given: Any, at: int = index, what: str = place_) -> None:
+                x = args[0] if args else given["hidden_states"]
+                expected[at][what] = float(x.double().abs().mean())
+
+            target.register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    found = magnitudes(stream, ids)
+    for one, plain in zip(found, expected, strict=True):
+        assert vars(one) == pytest.approx(plain, rel=1e-4)
