@@ -168,9 +168,9 @@ def test_mistakes_in_a_file(rows_file: Path, line: str, sizes: tuple[int, int], 
 
 
 def test_advice_counts_the_rows_that_can_be_chosen(rows_file: Path) -> None:
-    with pytest.raises(SecateurError, match="it has 6 rows, not 12; take refit-samples 2$"):
+    with pytest.raises(SecateurError, match=r"it has 6 rows, not 12; take refit-samples 2$"):
         read(rows_file, 12, 10, option="refit-samples", taken=4)
-    with pytest.raises(SecateurError, match="it has 6 rows, not 12; take a longer file$"):
+    with pytest.raises(SecateurError, match=r"it has 6 rows, not 12; take a longer file$"):
         read(rows_file, 12, 10, option="refit-samples", taken=8)
 
 
@@ -217,7 +217,7 @@ def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path
     memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=200_000))
     monkeypatch.setattr(self_calibration, "psutil", memory)
     monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
-    with pytest.raises(SecateurError, match="the whole model must be in memory, .* GB are free; calibrate on a text"):
+    with pytest.raises(SecateurError, match=r"the whole model must be in memory, .* GB are free; calibrate on a text"):
         prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", **SIZE)
 
 
@@ -226,7 +226,7 @@ def test_damaged_weights_are_said(checkpoint_folder: CheckpointFolder, tmp_path:
     model.lm_head.weight[0] = torch.nan
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(SecateurError, match="could not write its own text .*; calibrate on a text, or on random"):
+    with pytest.raises(SecateurError, match=r"could not write its own text .*; calibrate on a text, or on random"):
         written(tmp_path / "model")
 
 
