@@ -254,6 +254,29 @@ OPTIONS: list[tuple[str, str]] = [
     ("--format stock", "the stock format holds one width for all blocks: take --widths uniform, or --format hf"),
     ("--format onnx", "format is 'onnx'; it must be one of hf, stock, gguf"),
     ("--format gguf", "out: --format gguf writes a file; let its name end in .gguf"),
+    ("--sigma identity", "sigma is part of second-moment, not of surgeon: leave one of them out"),
+    ("--sigma data --criterion wanda", "sigma is part of second-moment, not of wanda: leave one of them out"),
+    ("--sigma some --criterion second-moment", "sigma is 'some'; it must be one of data, identity, random"),
+    ("--refit-samples 0", "refit-samples is 0; it must be at least 1"),
+    (
+        "--refit-samples 4000",
+        "text.txt: text too short for the samples, it has 1,500 tokens, but 4004 x 16 need 64,064",
+    ),
+    ("--refit-samples 4000", "take refit-samples 89, or a longer text"),
+    ("--refit-calibration missing.txt", "missing.txt does not exist: check the path of the text"),
+    (
+        "--refit-samples 8 --recovery none",
+        "with --recovery none nothing is fitted: leave --refit-samples and --refit-calib",
+    ),
+    ("--temperature 0 --calibration self", "temperature is 0.0; it must be positive, for example 1.0"),
+    ("--temperature 0.5", "temperature is for what the model writes: add --calibration self, or leave it out"),
+    ("--save-calibration rows.jsonl", "--save-calibration keeps what the model writes: add --calibration self or"),
+    (
+        "--calibration self --save-calibration rows.txt",
+        "rows.txt: calibration rows are JSON lines; let the file's name",
+    ),
+    ("--calibration self --save-calibration no/rows.jsonl", "no does not exist; create it first"),
+    ("--calibration self --length 65", "length is 65, but the model has 64 positions: take a smaller length"),
     ("--survey missing/survey.json", "missing does not exist; create it first"),
     ("--survey text.txt", "text.txt: not a survey of secateur's; name another file, or delete it"),
 ]
@@ -803,8 +826,9 @@ def test_version_and_help(run: Run) -> None:
             assert command in result.out
     text = run("prune", "--help").out
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
-    rows, other = "calibration samples rewrites length seed", "device revision trust-remote-code dtype format type"
-    for option in f"{target} {method} {rows} {other} survey dry-run overwrite".split():
+    rows = "calibration samples rewrites length temperature save-calibration refit-calibration refit-samples sigma seed"
+    other = "device revision trust-remote-code dtype format type survey dry-run overwrite"
+    for option in f"{target} {method} {rows} {other}".split():
         assert f"--{option} " in text
     for panel in ("Target", "Method", "Calibration", "Output"):
         assert f" {panel} " in text

@@ -150,6 +150,8 @@ def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, 
         drawn(folder, calibration=text, refit_samples=9)
     assert "\n" not in str(error.value)
     assert drawn(folder, calibration=text, refit_samples=8).fitted is not None
+    with pytest.raises(SecateurError, match="but 16 x 16 need 256; take refit-samples 4 or"):
+        drawn(folder, calibration=text, samples=8, refit_calibration=text)
     with pytest.raises(SecateurError, match="but 13 x 16 need 208; take refit-samples 12 or"):
         drawn(folder, calibration="random", refit_calibration=text, refit_samples=13)
     with pytest.raises(SecateurError, match="but 40 x 16 need 640; take samples 12 or"):

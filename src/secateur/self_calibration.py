@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from secateur.calibration import check_calibration
 from secateur.checkpoint import Checkpoint
 from secateur.errors import SecateurError
+from secateur.options import SELF
 from secateur.progress import Silent, Watcher
 from secateur.quiet import first_line, quiet
 from secateur.tokens import begins_with_bos
@@ -62,9 +64,10 @@ def check_self(
         device: Where to compute.
 
     Raises:
-        SecateurError: No token opens a text, or the model does not fit into memory.
+        SecateurError: No token opens a text, rows are too long, or the model does not fit into memory.
     """
     opening(checkpoint, tokenizer)
+    check_calibration(SELF, length=length, max_positions=getattr(checkpoint.config, "max_position_embeddings", None))
     needed = SPARE * (checkpoint.bytes + _batch(length) * (length + 1) * cache_bytes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:

@@ -82,13 +82,17 @@ def draw(
     """
     held, apart = HELD_OUT * options.searches, options.refit_samples or options.samples
     own = options.own_refit_rows
-    source, other = options.sources[0], options.sources[-1]
+    source, other = options.sources
     together = apart if own and other == source else 0
 
-    def rows(source: str, count: int, option: str) -> Tensor:
-        return _rows(stream, tokenizer, options, source, count, option, save, dry, watcher)
+    def rows(source: str, count: int, option: str, taken: int = 0) -> Tensor:
+        return _rows(stream, tokenizer, options, source, count, option, taken, save, dry, watcher)
 
-    first = rows(source, options.samples + held + together, "refit-samples" if together else "samples")
+    choose = options.samples + held
+    if together:
+        first = rows(source, choose + together, "refit-samples", choose)
+    else:
+        first = rows(source, choose, "samples", held)
     text, held_out, fitted = first.split([options.samples, held, together])
     if own and not together:
         fitted = rows(other, apart, "refit-samples" if options.refit_samples else "samples")
@@ -103,11 +107,12 @@ def _rows(
     source: str,
     count: int,
     option: str,
+    taken: int,
     save: Path | None,
     dry: bool,
     watcher: Watcher,
 ) -> Tensor:
-    """Rows of one source; `option` is what a person calls their number, or that of the last ones."""
+    """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
     checkpoint: Checkpoint = stream.checkpoint
     if source == SELF and not dry:
         rows = self_rows(
@@ -123,6 +128,8 @@ def _rows(
         if save is not None:
             write_rows(save, rows, tokenizer)
         return rows
+    if source == SELF:
+        watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
     with reading(watcher, "Reading", source):
         return calibration_rows(
             tokenizer,
@@ -133,5 +140,5 @@ def _rows(
             vocab_size=checkpoint.config.vocab_size,
             max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
             option=option,
-            taken=count - (options.refit_samples or count) if option == "refit-samples" else 0,
+            taken=taken,
         )
