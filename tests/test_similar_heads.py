@@ -443,12 +443,12 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
     def run(**how: Any) -> Any:
         return propose(folder, Options(sparsity=0.3, **how, **SMALL), survey_file=file, watcher=Silent())
 
-    run(criterion="similarity+l1", tau=0.4)
-    run(criterion="similarity+l1", tau=0.4)
+    run(criterion="similarity+l1", tau=0.18)
+    run(criterion="similarity+l1", tau=0.18)
     for how, message in (
         ({"criterion": "heads=l1,channels=l1"}, "a survey with criterion similarity+l1"),
-        ({"criterion": "similarity+l1", "tau": 0.2}, "a survey with tau 0.4, where 0.2 is asked for"),
-        ({"criterion": "similarity+l1", "tau": "auto"}, "a survey with tau 0.4"),
+        ({"criterion": "similarity+l1", "tau": 0.16}, "a survey with tau 0.18, where 0.16 is asked for"),
+        ({"criterion": "similarity+l1", "tau": "auto"}, "a survey with tau 0.18"),
     ):
         assert message in raised(lambda how=how: run(**how))
 
