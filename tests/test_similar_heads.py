@@ -337,8 +337,8 @@ def test_every_family(tmp_path: Path, checkpoint_folder: CheckpointFolder, name:
 def calibration(stream: BlockStream) -> Tensor:
     from secateur.calibration import calibration_rows
 
-    vocabulary = stream.checkpoint.config.vocab_size
-    return calibration_rows(None, "random", samples=30, length=24, seed=0, vocab_size=vocabulary)
+    tokenizer, vocabulary = stream.checkpoint.tokenizer(), stream.checkpoint.config.vocab_size
+    return calibration_rows(tokenizer, "random", samples=30, length=24, seed=0, vocab_size=vocabulary)
 
 
 def test_the_tau_that_was_found_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
