@@ -213,6 +213,12 @@ OPTIONS: list[tuple[str, str]] = [
         "--criterion best",
         "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random, llm-pruner-",
     ),
+    ("--criterion similarity", "similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity"),
+    ("--criterion similarity --tau 0.9", "tau is 0.9; it must be above 0 and at most ln 2 = 0.6931, for example 0.19"),
+    ("--criterion similarity --tau 0.2 --dry-run", "found by running the model; leave out --dry-run"),
+    ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both say how much goes"),
+    ("--criterion heads=l1", "criterion is 'heads=l1'; a pair is written heads=X,channels=Y"),
+    ("--tau 0.2", "tau is about similar heads: leave --tau out, or take --criterion similarity"),
     ("--recovery all", "recovery is 'all'; it must be one of refit, paper, bias, none"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
     ("--widths free", "widths is 'free', where there is no file (or adaptive, uniform)"),
@@ -673,6 +679,20 @@ def test_overwriting(place: Path, run: Run) -> None:
     assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
 
 
+def test_similar_heads(place: Path, run: Run) -> None:
+    arguments = [*SMALL, "--criterion", "similarity", "--tau"]
+    result = run("prune", "model", "out", *arguments, "auto", "--sparsity", "0.3")
+    assert result.code == 0, result
+    found = kept(place)["similarity"]
+    assert 0 < found["tau"] < 0.7
+    assert f"Note: tau {found['tau']:.4g} finds " in result.out
+    assert "of the attention's parameters" in " ".join(result.out.split())
+    result = run("plan", "model", *arguments, str(found["tau"]), "--out", "plan.json")
+    assert result.code == 0, result
+    written = json.loads((place / "plan.json").read_text())["blocks"]
+    assert [block["heads"] for block in written] == [block["heads"] for block in kept(place)["blocks"]]
+
+
 def test_sources_of_calibration_text(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same words out of a file, a pipe and .jsonl give the same model."""
     lines = [json.dumps({"text": TEXT}), ""]
@@ -828,7 +848,7 @@ def test_version_and_help(run: Run) -> None:
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
     rows = "calibration samples rewrites length temperature save-calibration refit-calibration refit-samples sigma seed"
     other = "device revision trust-remote-code dtype format type survey dry-run overwrite"
-    for option in f"{target} {method} {rows} {other}".split():
+    for option in f"{target} {method} tau {rows} {other}".split():
         assert f"--{option} " in text
     for panel in ("Target", "Method", "Calibration", "Output"):
         assert f" {panel} " in text

@@ -37,6 +37,11 @@ class Choice:
         """Similarity alone decides about heads, their number included."""
         return self.heads == SIMILARITY
 
+    @property
+    def alone(self) -> bool:
+        """Nothing but similar heads goes."""
+        return self.settles and self.channels is None
+
     def of(self, kind: Kind) -> str:
         """The criterion for one kind."""
         return self.heads if kind == "heads" or self.channels is None else self.channels

@@ -169,8 +169,7 @@ class Options:
             raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
         if not choice.settles:
             return
-        alone = choice.channels is None
-        if alone and self.tau != "auto" and (self.sparsity is not None or self.target is not None):
+        if choice.alone and self.tau != "auto" and (self.sparsity is not None or self.target is not None):
             said = "--sparsity" if self.sparsity is not None else "--target"
             raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out, or take --tau auto")
         if self.gives_widths:
@@ -181,9 +180,9 @@ class Options:
                 "similarity finds as many heads to remove as there are in each block, which the stock format and "
                 "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
             )
-        if not alone and "channels" not in self.modules:
+        if not choice.alone and "channels" not in self.modules:
             raise SecateurError("channels have a criterion, but --modules leaves them out; take --criterion similarity")
-        if not alone and self.searches:
+        if not choice.alone and self.searches:
             raise SecateurError(
                 "a target of perplexity varies the heads too, whose number tau decides: take --criterion "
                 "similarity+surgeon, or another target"

@@ -58,13 +58,13 @@ class Request:
     @property
     def weighs(self) -> bool:
         """Whether there is anything for a survey to decide."""
-        return len(self.possible) != 1
+        return len(self.possible) != 1 and not self.options.choice.alone
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What a survey is about."""
-        settled = self.options.choice.settles and self.options.choice.channels is not None
-        return ("channels",) if settled else self.options.kinds
+        choice = self.options.choice
+        return ("channels",) if choice.settles and not choice.alone else self.options.kinds
 
 
 def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: Watcher) -> Request:
@@ -122,7 +122,7 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
 
 def _unsurveyed(wish: Wish, options: Options) -> tuple[Plan, ...]:
     """The plans that need no survey; of adaptive widths only that they can meet the target."""
-    if options.searches or (options.choice.settles and options.choice.channels is None):
+    if options.searches or options.choice.alone:
         return ()
     if options.widths == "uniform":
         return tuple(uniform_plans(wish))
@@ -174,7 +174,7 @@ def measured(asked: Request, text: Tensor, watcher: Watcher) -> Request:
     assert wish is not None
     found, widths = settle(wish, distances, tau)
     watcher.note(found.said().capitalize())
-    if options.choice.channels is not None:
+    if not options.choice.alone:
         return replace(asked, similar=found, wish=with_heads_settled(wish, widths), whole=wish)
     given = _checked(asked, head_plan(wish, found, widths))
     return replace(asked, similar=found, given=given, possible=(given,))
