@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import CheckpointFolder
 from models import build, layers_of, token_rows
 from secateur import calibration
 from secateur.checkpoint import open_checkpoint
+from secateur.comparison import Spread
 from secateur.evaluate.compare import evaluate
 from secateur.recipes import recipe_names
 from secateur.run_store import RunStore
@@ -69,6 +72,13 @@ def tables(out: Path) -> tuple[str, str, Any, bytes]:
         del row["seconds"]
     plot = (out / "sparsity.png").read_bytes()
     return (out / "table.md").read_text(), (out / "table.csv").read_text(), found, plot
+
+
+@given(st.floats(1e-3, 1e12), st.integers(1, 12))
+def test_a_mean_lies_within_its_spread(value: float, count: int) -> None:
+    spread = Spread((value,) * count)
+    assert spread.least == spread.mean == spread.most
+    assert Spread((1.0, 2.0, 6.0)).mean == 3.0
 
 
 def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # noqa: F811

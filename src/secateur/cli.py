@@ -910,12 +910,13 @@ def compare(
     device: _Device = "auto",
     trust_remote_code: _Trust = False,
 ) -> None:
-    """Carry out a recipe: prune a model in many ways under one protocol, and put the scores into a table and plots.
+    """Carry out a recipe: prune models in many ways under one protocol, and put the scores into a table and plots.
 
-    The paper's figures stand beside where the model is the paper's, which its folder's name tells. Only scores are
-    kept, no pruned models.
+    Where the model is the paper's, by the name of its folder or hub id, the paper's figures stand beside.
 
-    Example: secateur compare ./SmolLM2-135M table1 --out table1 --calibration a.txt --perplexity b.txt --tasks none
+    Only scores are kept. A run that is finished is not made again, however the last command ended.
+
+    Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """
     from secateur.recipe import Changes, changed, read_recipe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 AVERAGE = "average"
@@ -27,8 +28,8 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Of all values."""
-        return sum(self.values) / len(self.values)
+        """Of all values; never outside them, as a rounded sum of equal values may be."""
+        return min(max(fmean(self.values), self.least), self.most)
 
     @property
     def least(self) -> float:
