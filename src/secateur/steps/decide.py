@@ -230,18 +230,16 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
 
 def survey_key(asked: Request, text: Tensor) -> dict[str, Any]:
     """What a survey depends on."""
-    options, similar = asked.options, asked.options.choice.similar
+    options, choice = asked.options, asked.options.choice
+    tau = f"auto for {options.sparsity}" if options.tau == "auto" else options.threshold
     used = torch.cat([rows.flatten() for rows in survey_rows(text)])
     return {
         "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
         "modules": ",".join(asked.kinds),
         "criterion": options.criterion,
-        **(
-            {"tau": f"{options.tau}, {options.sparsity}" if options.tau == "auto" else options.threshold}
-            if similar
-            else {}
-        ),
+        # Where tau settles how many heads go, the survey is about channels alone.
+        **({"tau": tau} if choice.similar and not choice.settles else {}),
         "ridge": options.ridge,
         "calibration": hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16],
     }
