@@ -234,18 +234,17 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
 
 def survey_key(asked: Request, text: Tensor | None) -> dict[str, Any]:
     """What a survey depends on; without rows, all but these."""
-    options = asked.options
+    options, choice = asked.options, asked.options.choice
     key: dict[str, Any] = {
         "fingerprint": asked.stream.checkpoint.fingerprint,
         "blocks": f"{asked.chosen.start}:{asked.chosen.stop}",
         "modules": ",".join(asked.kinds),
         "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
-    }
-    if options.choice.similar:
-        key["tau"] = f"{options.tau}, {options.sparsity}" if options.tau == "auto" else options.threshold
-    key |= {
         "ridge": options.ridge,
     }
+    if choice.similar and not choice.settles:
+        # Where tau settles how many heads go, the survey is about channels alone.
+        key["tau"] = f"auto for {options.sparsity}" if options.tau == "auto" else options.threshold
     if text is not None:
         used = torch.cat([rows.flatten() for rows in survey_rows(text)])
         key["calibration"] = hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16]
