@@ -23,6 +23,7 @@ from models import build, layers_of, token_rows
 from secateur import calibration
 from secateur.checkpoint import open_checkpoint
 from secateur.comparison import Spread
+from secateur.errors import SecateurError
 from secateur.evaluate.compare import evaluate
 from secateur.recipes import recipe_names
 from secateur.run_store import RunStore
@@ -196,6 +197,28 @@ def test_an_interrupt_leaves_what_is_finished(
     assert not (grid / "out" / ".scratch").exists()
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     assert tables(grid / "out") == tables(grid / "whole")
+
+
+def test_a_run_that_fails_stops_no_other(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    carry_out = compare_step.carry_out
+
+    def refuse(job: Any, *given: Any, **more: Any) -> Any:
+        if job.options.criterion == "wanda" and job.options.seed:
+            raise SecateurError("nothing goes")
+        return carry_out(job, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_step, "carry_out", refuse)
+        result = run("compare", "model", "grid.yaml", "--out", "out")
+    assert result.code == 2
+    last = result.err.splitlines()[-1]
+    assert last == "error: 2 of 9 runs failed; the first, model wanda, sparsity 0.2, seed 1: nothing goes"
+    assert "So far 7 of 9 runs." in (grid / "out" / "table.md").read_text()
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
 
 
 def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:  # noqa: F811

@@ -952,6 +952,8 @@ def compare(
         sys.exit(_INTERRUPTED)
     plot_comparison(found, out)
     _show(*compare_table(found, out))
+    if found.failed:
+        raise SecateurError(f"{len(found.failed)} of {found.planned} runs failed; the first, {found.failed[0]}")
 
 
 def _listed(text: str) -> tuple[str, ...]:

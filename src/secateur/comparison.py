@@ -73,6 +73,8 @@ class Comparison:
     rows: tuple[Row, ...]
     planned: int
     """Runs in all, the dense models counted."""
+    failed: tuple[str, ...] = ()
+    """What went wrong in runs that could not be carried out."""
 
     @property
     def finished(self) -> int:

@@ -1,4 +1,4 @@
-"""Plots of a comparison: lines over an axis with numbers, bars otherwise, each with the spread over seeds."""
+"""Plots of a comparison: lines over an axis with numbers, a dot a row otherwise, each with the spread over seeds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from secateur.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from secateur.steps.magnitudes import Magnitudes
 
 
 def plot_comparison(found: Comparison, out: Path) -> None:
-    """Write a plot for every axis with several numbers, or one with bars where there is none.
+    """Write a plot for every axis with several numbers, or one with a dot for each row where there is none.
 
-    Each has one panel a model and column: the perplexity of every text, and the accuracy over all tasks. Lines and bars
+    Each has one panel a model and column: the perplexity of every text, and the accuracy over all tasks. Lines and dots
     are means over seeds, bands and whiskers reach from the least to the most; the paper's figures are crosses.
     """
     columns = [column for column in found.columns if column.kind == "perplexity"]
@@ -39,7 +40,7 @@ def plot_comparison(found: Comparison, out: Path) -> None:
         height = 0.3 * max(sum(row.model == model for row in found.rows) for model in models)
         figure, panels = _panels(len(models), len(columns), height=max(3.0, height))
         for (model, column), panel in zip(_pairs(models, columns), panels, strict=True):
-            _bars(panel, [row for row in found.rows if row.model == model], column)
+            _dots(panel, [row for row in found.rows if row.model == model], column)
             _label(panel, model, column, None)
         _save(figure, out / "rows.png")
 
@@ -55,6 +56,7 @@ def plot_magnitudes(found: dict[str, list[Magnitudes]], path: Path) -> None:
         panel.set_xlabel("block")
         panel.set_ylabel("mean |activation|")
         panel.set_yscale("log")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0].legend()
     _save(figure, path)
@@ -86,23 +88,27 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
             panel.plot(*zip(*paper, strict=True), "x", color=line.get_color()) if paper else None
     _dense_line(panel, rows, column)
     if axis == "samples":
-        panel.set_xscale("log", base=2)
+        panel.set_xscale("log")
+        panel.minorticks_off()
+    places = sorted({row.axes[axis] for row in rows if axis in row.axes})
+    panel.set_xticks(places, [f"{place:g}" for place in places])
     panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _bars(panel: Axes, rows: Sequence[Row], column: Column) -> None:
-    """One bar a row, the first on top."""
+def _dots(panel: Axes, rows: Sequence[Row], column: Column) -> None:
+    """One dot a row, the first on top: a bar would need a zero, which a log scale has not."""
     for place, row in enumerate(rows):
         spread = row.spread(column.name)
         if spread is not None:
             whiskers = [[spread.mean - spread.least], [spread.most - spread.mean]]
-            panel.barh(place, spread.mean, xerr=whiskers, capsize=2, color="C0")
+            panel.errorbar(spread.mean, place, xerr=whiskers, fmt="o", capsize=2, color="C0")
         if column.name in row.published:
             panel.plot(row.published[column.name], place, "x", color="black")
     panel.set_yticks(range(len(rows)), [row.name for row in rows])
     panel.invert_yaxis()
     if column.kind == "perplexity":
         panel.set_xscale("log")
+        _plain(panel.xaxis)
 
 
 def _dense_line(panel: Axes, rows: Sequence[Row], column: Column) -> None:
@@ -119,7 +125,16 @@ def _label(panel: Axes, model: str, column: Column, axis: str | None) -> None:
         panel.set_ylabel(what)
         if column.kind == "perplexity":
             panel.set_yscale("log")
+            _plain(panel.yaxis)
     panel.grid(alpha=0.3)
+
+
+def _plain(axis: Axis) -> None:
+    """Numbers in place of powers on a log scale, fewer of them the longer it is."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def _numbers(rows: Sequence[Row], axis: str) -> set[float]:

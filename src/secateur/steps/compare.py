@@ -164,8 +164,11 @@ def compare(
         done: called with what there is after each run, and where nothing was left to do.
         watcher: told about progress.
 
+    Returns:
+        All that is finished. A run that turns out impossible is left out, and named in `failed`.
+
     Raises:
-        SecateurError: for anything wrong with a run, a model, a text or a task, before the first run.
+        SecateurError: for anything wrong with a run, a model, a text or a task that can be seen before the first run.
     """
     watcher = watcher or Silent()
     where = pick_device(device)
@@ -188,19 +191,28 @@ def compare(
             for subject in subjects
             for run, job in ((None, subject.runs[0][1]), *subject.runs)
         ]
+        failed: list[str] = []
         results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
         if results:
             watcher.note(f"{sum(one.key in results for one in planned)} of {len(planned)} runs are in {out} already")
 
         def so_far() -> Comparison:
-            return _comparison(recipe, subjects, judge, [results.get(one.key) for one in planned])
+            found = _comparison(recipe, subjects, judge, [results.get(one.key) for one in planned])
+            return replace(found, failed=tuple(failed))
 
         for number, one in enumerate(planned, start=1):
-            if one.key not in results:
-                watcher.note(f"Run {number} of {len(planned)}: {one.what}")
+            if one.key in results:
+                continue
+            watcher.note(f"Run {number} of {len(planned)}: {one.what}")
+            try:
                 results[one.key] = one.carried_out(judge, store)
-                store.keep(one.key, one.decided_by, results[one.key])
-                done(so_far())
+            except SecateurError as error:
+                # Found by running alone; it says nothing about the other runs.
+                failed.append(f"{one.what}: {error}")
+                watcher.note(failed[-1])
+                continue
+            store.keep(one.key, one.decided_by, results[one.key])
+            done(so_far())
         done(so_far())
         return so_far()
 
