@@ -456,7 +456,7 @@ def retrain(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one) or cpu.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is a model folder.")] = False,
 ) -> None:
-    """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs secateur[lora].
+    """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs the extra `lora`.
 
     Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-retrained --calibration text.txt
     """
