@@ -316,7 +316,7 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
     groups = rows.groups
     if record["options"]["recovery"] == "refit":
-        groups = (*groups, rewritten(stream, text))
+        groups = (*groups, rewritten(stream, text, copies=record["options"]["rewrites"]))
     assert [list(group.shape) for group in groups] == said["groups"]
     return Rows(groups, tuple(said["weights"]))
 

@@ -60,7 +60,7 @@ class Options:
     """Fit a level-2 bias even where the architecture stores none."""
     calibration: str = "wikitext2"
     samples: int = 128
-    rewrites: int = 1
+    rewrites: int = 2
     """Copies of the samples in which the dense model writes half of the tokens anew, for the refit."""
     length: int = 128
     refit_calibration: str | None = None
