@@ -609,7 +609,7 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     notes = result.err.splitlines()
     assert notes[0] == "Opened model: llama, 3 blocks, 0.1 M parameters, float32"
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
-    assert [line.split()[0] for line in notes[2:]] == ["Rewrite", "Draw", "Survey", "Price", "Keeping", "Prune"]
+    assert [line.split()[0] for line in notes[2:]] == ["Survey", "Price", "Rewrite", "Draw", "Keeping", "Prune"]
     assert "of 18 query heads and" in notes[6]
     assert "nats per token, module by module" in notes[6]
     for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):

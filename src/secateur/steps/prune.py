@@ -275,9 +275,9 @@ def carry_out(
     job: Job, out: Path, *, survey_file: Path | None, overwrite: bool, start: float, watcher: Watcher
 ) -> Summary:
     """All that `prune` does with an open job."""
-    job = job.with_rewritten(watcher)
     job = replace(job, request=measured(job.request, job.text, watcher))
     found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
+    job = job.with_rewritten(watcher)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
     return finish(job, decided, out, overwrite=overwrite, start=start, watcher=watcher)
