@@ -287,8 +287,8 @@ def _options(given: Mapping[str, Any], where: str) -> Options:
 def _training(given: Mapping[str, Any], options: Options, label: str) -> Training:
     """How a run's result is retrained, checked."""
     where = f"retrain.{label}"
-    own = {"calibration": options.calibration, "length": options.length, "seed": options.seed}
-    values = own | _values(given, where, Training)
+    values: dict[str, Any] = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
+    values |= _values(given, where, Training)
     try:
         return Training(**values)
     except SecateurError as error:
