@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shutil
 import signal
@@ -26,11 +27,14 @@ from secateur.comparison import Spread
 from secateur.errors import SecateurError
 from secateur.evaluate.compare import evaluate
 from secateur.recipes import recipe_names
+from secateur.report import comparison_plots
 from secateur.run_store import RunStore
+from secateur.similarity import head_distances
 from secateur.steps import compare as compare_step
-from secateur.steps import decide
+from secateur.steps import compare_heads, decide, draw
 from secateur.steps.magnitudes import magnitudes
 from secateur.steps.prune import prune
+from secateur.steps.retrain import retrain
 from secateur.stream import BlockStream
 from test_cli import TEXT, Run, listing, place, refused, run  # noqa: F401
 from test_tasks import ITEMS, NORM, YAML
@@ -113,7 +117,7 @@ def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # n
     assert "seconds" not in lines[0]
     # No weights stay, and nothing lies around.
     assert {file.name for file in (grid / "out").iterdir()} == {
-        *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", ".lock")
+        *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", "texts", ".lock")
     }
 
 
@@ -260,7 +264,8 @@ def test_every_recipe_runs(
 ) -> None:
     folder = {"LLaMA-7B": "llama-7b", "GPT-2": "gpt2"}[paper]
     shutil.copytree(checkpoint_folder(row), grid / folder)
-    small = ["--calibration", "text.txt", "--samples", "2,4" if name.startswith("figure4") else "4"]
+    small = ["--calibration", "text.txt", "--samples", "2,4" if name == "figure4a" else "4"]
+    small += ["--refit-samples", "2,4" if name == "figure4b" else "4"]
     small += ["--length", "16", "--tokens", "64", "--seeds", "0", "--blocks", "0:3", "--tasks", "none"]
     small += ["--perplexity", "wikitext2=held.txt", "--perplexity", "ptb=text.txt"]
     result = run("compare", folder, name, "--out", "out", *small)
@@ -270,6 +275,10 @@ def test_every_recipe_runs(
         assert len(found["models"][paper]) == 3
         assert (grid / "out" / "activations.png").stat().st_size > 10_000
         return
+    if name == "figure3":
+        assert list(found["models"][paper]) == ["0", "1", "2"]
+        assert (grid / "out" / "graph.png").stat().st_size > 10_000
+        return
     measured = [row for row in found["rows"] if row["figures"]["ptb"].get("mean") is not None]
     assert len(measured) == found["planned"] == found["finished"]
     assert all(0 < row["sparsity"] < 1 for row in measured[1:])
@@ -278,13 +287,132 @@ def test_every_recipe_runs(
     assert {row["row"]: row["figures"]["ptb"]["published"] for row in found["rows"] if row["row"] in published} == {
         row: figures["ptb"] for row, figures in published.items()
     }
-    assert (grid / "out" / ("samples.png" if name.startswith("figure4") else "rows.png")).exists() or name == "table2"
+    plot = {"figure4a": "samples", "figure4b": "refit_samples", "table2": "sparsity"}.get(name, "rows")
+    assert (grid / "out" / f"{plot}.png").exists()
+
+
+def small(folder: Path, **fields: Any) -> list[str]:
+    """The arguments for a recipe of one run, half of whose fields are as in `GRID`."""
+    recipe = GRID | {"grid": {"seed": [0, 1]}} | fields
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return ["compare", "model", "small.yaml", "--out", "out"]
+
+
+def values(row: str) -> list[float]:
+    found = json.loads(Path("out/table.json").read_text())
+    figures: list[float] = next(one for one in found["rows"] if one["row"] == row)["figures"]["held.txt"]["values"]
+    return figures
+
+
+def score(folder: str) -> float:
+    return evaluate(folder, texts=["held.txt"], length=16, tokens=160).models[0].texts[0].perplexity
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"calibration": "self", "temperature": 0.7},
+        {"recovery": "paper", "calibration": "self", "refit_samples": 3},
+        {"recovery": "paper", "refit_calibration": "self"},
+    ],
+)
+def test_what_a_model_writes_is_kept(
+    own: dict[str, Any],
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = []
+    self_rows = draw.self_rows
+    monkeypatch.setattr(draw, "self_rows", lambda *a, **k: written.append(k["seed"]) or self_rows(*a, **k))
+    command = small(grid, runs={"a": {"criterion": "wanda", **own}, "b": {"criterion": "l2", **own}})
+    assert run(*command).code == 0
+    # Once for each seed, whatever the criterion.
+    assert written == [0, 1]
+    kept = {file: file.read_bytes() for file in (grid / "out" / "texts").iterdir()}
+    assert [data.count(b"\n") for data in kept.values()] == [7 if "refit_samples" in own else 4] * 2
+    for file in list((grid / "out" / "runs").iterdir())[::2]:
+        file.unlink()
+    before = values("a")
+    assert run(*command).code == 0
+    assert (written, values("a")) == ([0, 1], before)
+    assert {file: file.read_bytes() for file in kept} == kept
+    summaries = [
+        prune("model", f"hand{seed}", **GRID["options"] | own, criterion="wanda", seed=seed) for seed in (0, 1)
+    ]
+    assert [score(f"hand{seed}") for seed in (0, 1)] == before
+    assert all(summary.sparsity > 0 for summary in summaries)
+
+
+def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:  # noqa: F811
+    training = {"samples": 6, "epochs": 1, "batch": 3, "learning_rate": 0.01}
+    runs = {"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}
+    command = small(grid, runs=runs, retrain={"LoRA": training})
+    assert run(*command).code == 0
+    for seed in (0, 1):
+        prune("model", f"hand{seed}", **GRID["options"], criterion="l2", seed=seed)
+        retrain(f"hand{seed}", f"more{seed}", calibration="text.txt", length=16, seed=seed, device="cpu", **training)
+    assert values("L2") == [score("hand0"), score("hand1")]
+    assert values("LoRA") == [score("more0"), score("more1")]
+    assert "LoRA: LoRA on 6 rows of 16 tokens of text.txt, 1 epochs." in (grid / "out" / "table.md").read_text()
+    # Another training makes another result, and of that row alone.
+    small(
+        grid, runs={"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}, retrain={"LoRA": training | {"batch": 2}}
+    )
+    result = run(*command)
+    assert "3 of 5 runs are in out already" in result.err
+    assert values("LoRA") != [score("more0"), score("more1")]
+
+
+def test_retraining_without_peft_is_named_early(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    command = small(grid, retrain={"L2": {"samples": 6}})
+    before = listing(grid)
+    refused(run(*command), 'LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
+    assert listing(grid) == before
+
+
+def test_graphs_join_the_heads_that_are_alike(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(grid / "model", grid / "other")
+    figures: list[Any] = []
+    monkeypatch.setattr(comparison_plots, "_save", lambda figure, path: figures.append((figure, path)))
+    heads = {"title": "Heads", "kind": "graph", "tau": 0.15}
+    heads["options"] = {"calibration": "text.txt", "samples": 4, "length": 16, "blocks": "1:3"}
+    (grid / "heads.yaml").write_text(yaml.safe_dump(heads))
+    assert run("compare", "model", "other", "heads.yaml", "--out", "out").code == 0
+    stream = BlockStream(open_checkpoint(grid / "model"))
+    rows = calibration.calibration_rows(
+        stream.checkpoint.tokenizer(), "text.txt", samples=4, length=16, seed=0, vocab_size=128
+    )
+    expected = head_distances(stream, rows, blocks=range(1, 3))
+    found = json.loads((grid / "out" / "table.json").read_text())
+    assert found["tau"] == 0.15
+    assert found["models"] == {
+        name: {str(block): matrix.tolist() for block, matrix in expected.items()} for name in ("model", "other")
+    }
+    ((figure, path),) = figures
+    assert path == Path("out/graph.png")
+    edges = [int((matrix < 0.15).triu(1).sum()) for matrix in expected.values()]
+    assert 0 < min(edges) < 15
+    assert [len(panel.lines) for panel in figure.axes] == edges * 2
+    # Measured models stay.
+    monkeypatch.setattr(compare_heads, "head_distances", None)
+    assert run("compare", "model", "other", "heads.yaml", "--out", "out").code == 0
 
 
 WRONG = [
     ("compare", "Missing argument '[MODEL]... RECIPE'; see secateur compare --help"),
     ("compare model grid.yaml", "Missing option '--out'; see secateur compare --help"),
-    ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure4a"),
+    ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure3"),
     ("compare grid.yaml --out out", "the recipe names no model of its own; give one in front of it"),
     ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
     ("compare model model grid.yaml --out out", "model model is there twice; leave one out"),
@@ -296,6 +424,12 @@ WRONG = [
     ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
     ("compare model grid.yaml --out out --samples 0", "runs.wanda: samples is 0; it must be at least 1"),
     ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
+    ("compare model grid.yaml --out out --refit-samples 2,4", "refit-samples is 2, 4, but the recipe has no axis for"),
+    ("compare model grid.yaml --out out --refit-samples x", "refit-samples is 'x'; write whole numbers with commas"),
+    ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
+    ("compare model lora.yaml --out out --refit-samples 99", "text.txt: text too short for the samples, it has 1,500"),
+    ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
+    ("compare model grid.yaml --out out --perplexity self", "what a model writes itself cannot be scored; name a text"),
     ("compare model grid.yaml --out out --samples 999", "text.txt: text too short for the samples, it has 1,500 tok"),
     ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: take a smaller"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
@@ -327,6 +461,7 @@ def test_mistakes_come_before_work(
     monkeypatch.setattr(compare_step, "load", reached)
     wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
     (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
+    (grid / "lora.yaml").write_text(yaml.safe_dump(GRID | {"retrain": {"wanda": {}}}))
     before = listing(grid)
     refused(run(*arguments.split()), message)
     assert listing(grid) == before

@@ -14,6 +14,7 @@ from secateur.errors import SecateurError
 from secateur.options import Options
 from secateur.recipe import Changes, Recipe, changed, expand, named, read_recipe
 from secateur.recipes import recipe_names
+from secateur.training import Training
 
 SMALL: dict[str, Any] = {
     "title": "small",
@@ -65,6 +66,33 @@ def test_changes_replace_an_option_wherever_it_stands() -> None:
     assert changed(small(), Changes()) == small()
 
 
+def test_rows_of_the_refits_own_change_where_there_are_such() -> None:
+    runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
+    retrain: dict[str, dict[str, Any]] = {"b": {"samples": 512, "calibration": "other.txt"}}
+    recipe = small(runs=runs, retrain={}, grid={})
+    found = expand(changed(recipe, Changes(refit_samples=(3,), calibration="random")), None)
+    assert [run.options.refit_samples for run in found] == [3, None, None]
+    assert [run.options.calibration for run in found] == ["random", "random", "self"]
+    recipe = recipe.model_copy(update={"retrain": retrain})
+    wanted = Changes(refit_samples=(3,), calibration="ptb", length=9)
+    training = expand(changed(recipe, wanted), None)[1].training
+    assert training == Training(calibration="ptb", samples=3, length=9)
+    axis = recipe.model_copy(update={"runs": {"c": {}}, "retrain": {}, "grid": {"refit_samples": [8, 16]}})
+    found = expand(changed(axis, Changes(refit_samples=(2, 3))), None)
+    assert [(run.row, run.options.refit_samples) for run in found] == [
+        ("c, refit_samples 2", 2),
+        ("c, refit_samples 3", 3),
+    ]
+
+
+def test_a_retraining_is_about_the_runs_own_text_and_seed() -> None:
+    recipe = small(retrain={"a": {"rank": 4}}, options={"calibration": "ptb"})
+    found = expand(recipe, None)
+    assert [run.training for run in found if run.label == "b"] == [None] * 4
+    wanted = [Training(calibration="ptb", length=length, rank=4, seed=seed) for length in (8, 16) for seed in (0, 1)]
+    assert [run.training for run in found if run.label == "a"] == wanted
+
+
 def test_changes_of_an_axis_and_of_the_evaluation() -> None:
     recipe = small(grid={"samples": [8, 16], "calibration": ["wikitext2", "random"]})
     found = expand(changed(recipe.model_copy(update={"runs": {}}), Changes(samples=(2, 3), calibration="x.txt")), None)
@@ -104,7 +132,7 @@ def test_those_of_the_package_are_sound(name: str) -> None:
 
 
 def test_the_papers_tables_and_figures_are_there() -> None:
-    wanted = {"table1", "table2", "table3", "table4", "table5", "table6", "figure4a", "figure4b", "figure5"}
+    wanted = {"table1", "table2", "table3", "table4", "table5", "table6", "figure3", "figure4a", "figure4b", "figure5"}
     assert wanted <= set(recipe_names())
 
 
@@ -134,6 +162,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"models": {"Big": {"id": "x", "options": {"lenght": 8}}}}, "models.Big.options.lenght: no such option"),
     ({"models": {"Big": {}}}, "models.Big.id: missing; a recipe needs it"),
     ({"models": {"Big": {"id": "x", "published": {"a": {"ptb": "low"}}}}}, "models.Big.published.a.ptb: input should"),
+    ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
+    ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, samples, length, epochs"),
+    ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
+    ({"retrain": {"a": {"rank": 0}}}, "retrain.a: rank is 0; it must be at least 1"),
+    ({"retrain": {"b": {}}}, "retrain.b: random ids teach nothing; name a text file or a data set"),
+    ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: a retraining reads its text: name a"),
+    ({"tau": 0.2}, "tau: it belongs to the kind graph; to prune with it, give it to a run"),
+    ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
+    ({"kind": "graph", "tau": 0.7, "runs": {}, "grid": {}}, "tau is 0.7; a recipe of the kind graph needs one above"),
+    ({"kind": "graph", "tau": 0.2, "runs": {}}, "grid: a recipe of the kind graph prunes nothing; leave this out"),
     ({"kind": "activations"}, "runs: a recipe of the kind activations prunes nothing; leave this out"),
 ]
 
@@ -168,5 +206,5 @@ def test_a_file_that_is_no_recipe(text: bytes, message: str, tmp_path: Path) -> 
 
 
 def test_a_recipe_that_does_not_exist() -> None:
-    with pytest.raises(SecateurError, match=r"recipe 'table9' does not exist; name a \.yaml file or one of figure4a"):
+    with pytest.raises(SecateurError, match=r"recipe 'table9' does not exist; name a \.yaml file or one of figure3"):
         read_recipe("table9")

@@ -22,7 +22,8 @@ from secateur.evaluate import compare
 from secateur.evaluate.compare import load
 from secateur.steps import retrain as steps
 from secateur.steps.prune import prune
-from secateur.steps.retrain import Training, adapted_layers, retrain
+from secateur.steps.retrain import adapted_layers, retrain
+from secateur.training import Training
 
 SMALL: dict[str, Any] = {"samples": 16, "length": 16, "epochs": 6, "batch": 4, "learning_rate": 5e-3, "device": "cpu"}
 PRUNE: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "sparsity": 0.4, "device": "cpu"}

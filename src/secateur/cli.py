@@ -462,8 +462,8 @@ def retrain(
     """
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
-        from secateur.steps.retrain import Training
         from secateur.steps.retrain import retrain as run
+        from secateur.training import Training
 
     training = Training(
         calibration=calibration,
@@ -833,7 +833,7 @@ def compare(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibrate on this text, see secateur prune; random ids stay random.",
+            help="Calibrate on this text, see secateur prune; random ids, and what the model writes, stay.",
             show_default="as in the recipe",
             rich_help_panel="In place of the recipe's",
         ),
@@ -875,6 +875,15 @@ def compare(
         str | None,
         typer.Option(
             help="Calibration rows; several with commas where the recipe has an axis of them.",
+            show_default="as in the recipe",
+            rich_help_panel="In place of the recipe's",
+        ),
+    ] = None,
+    refit_samples: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of its own for the recovery, in runs that have such, and rows to retrain on; several with "
+            "commas where the recipe has an axis of them.",
             show_default="as in the recipe",
             rich_help_panel="In place of the recipe's",
         ),
@@ -928,6 +937,7 @@ def compare(
         limit=limit,
         tokens=tokens,
         samples=_whole("samples", samples),
+        refit_samples=_whole("refit-samples", refit_samples),
         length=length,
         blocks=blocks,
         seeds=_whole("seeds", seeds),
@@ -939,12 +949,17 @@ def compare(
         from secateur.report.comparison_plots import plot_comparison
         from secateur.steps.compare import compare as run
         from secateur.steps.compare_activations import compare_activations
+        from secateur.steps.compare_heads import compare_heads
 
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "watcher": bars}
     try:
         if recipe.kind == "activations":
             compare_activations(recipe, models, out, **how)
             typer.echo(f"table.md, table.csv, table.json and activations.png are in {out}")
+            return
+        if recipe.kind == "graph":
+            compare_heads(recipe, models, out, **how)
+            typer.echo(f"table.json and graph.png are in {out}")
             return
         found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
     except KeyboardInterrupt:

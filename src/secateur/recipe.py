@@ -17,13 +17,15 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from secateur.choice import LARGEST
 from secateur.errors import SecateurError
-from secateur.options import Options
+from secateur.options import SELF, Options
 from secateur.recipes import FOLDER, recipe_names
 from secateur.texts import RANDOM
+from secateur.training import Training
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
-_NO_TEXT = (RANDOM,)
+_NO_TEXT = (RANDOM, SELF)
 """Sources that are no text: another text does not take their place."""
 _SPREAD = "seed"
 """The axis whose values are repetitions of one row and not rows of their own."""
@@ -65,8 +67,8 @@ class Recipe(_Strict):
     """What `secateur compare` carries out; see the fields of the files in `recipes/`."""
 
     title: str
-    kind: Literal["grid", "activations"] = "grid"
-    """`grid` prunes and scores; `activations` measures mean activations block by block."""
+    kind: Literal["grid", "activations", "graph"] = "grid"
+    """`grid` prunes and scores; the others measure dense models, block by block: mean activations, similar heads."""
     models: dict[str, PaperModel] = {}
     options: dict[str, Any] = {}
     """Of every run."""
@@ -74,7 +76,11 @@ class Recipe(_Strict):
     """Row, then what sets it apart."""
     grid: dict[str, list[Any]] = {}
     """Option, then its values; values of `seed` become the spread of a row."""
+    retrain: dict[str, dict[str, Any]] = {}
+    """Row, then how its results are retrained: fields of `Training`; see `Run.training`."""
     evaluation: Evaluation = Evaluation()
+    tau: float | None = None
+    """Of the kind `graph`: heads closer than this, in nats, are joined."""
 
     def model_of(self, source: str) -> tuple[str, PaperModel] | None:
         """The paper's model that a folder or hub id names, if it is one."""
@@ -93,6 +99,8 @@ class Run:
     axes: tuple[tuple[str, Any], ...]
     """Its place in the grid."""
     options: Options
+    training: Training | None = None
+    """Of what comes out: on the run's calibration, length and seed, where the recipe does not say otherwise."""
 
     @property
     def row(self) -> str:
@@ -114,6 +122,8 @@ class Changes:
     limit: int | None = None
     tokens: int | None = None
     samples: tuple[int, ...] | None = None
+    refit_samples: tuple[int, ...] | None = None
+    """Of retraining too."""
     length: int | None = None
     blocks: str | None = None
     seeds: tuple[int, ...] | None = None
@@ -164,10 +174,18 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
     shared = recipe.options | (recipe.models[model].options if model is not None else {})
     _values(recipe.options, "options")
     _values(shared, f"models.{model}.options")
-    if recipe.kind == "activations":
-        for place in ("runs", "grid"):
+    if recipe.kind != "grid":
+        for place in ("runs", "grid", "retrain"):
             if getattr(recipe, place):
-                raise SecateurError(f"{place}: a recipe of the kind activations prunes nothing; leave this out")
+                raise SecateurError(f"{place}: a recipe of the kind {recipe.kind} prunes nothing; leave this out")
+    if recipe.kind == "graph":
+        if recipe.tau is None or not 0 < recipe.tau <= LARGEST:
+            raise SecateurError(
+                f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST:.4f}"
+            )
+    elif recipe.tau is not None:
+        raise SecateurError("tau: it belongs to the kind graph; to prune with it, give it to a run")
+    if recipe.kind != "grid":
         return [Run("", (), _options(shared, "options"))]
     if not (recipe.runs or recipe.grid):
         raise SecateurError("nothing to run; give runs, a grid, or both")
@@ -180,6 +198,9 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
             raise SecateurError(f"grid.{axis}: a value is there twice; leave one out")
         for index, value in enumerate(values):
             _values({axis: value}, f"grid.{axis}.{index}")
+    for label in recipe.retrain:
+        if label not in recipe.runs:
+            raise SecateurError(f"retrain.{label}: no such run; there are {_some(recipe.runs)}")
     found = []
     for label, own in (recipe.runs or {"": {}}).items():
         both = sorted(set(own) & set(recipe.grid))
@@ -187,14 +208,17 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
             raise SecateurError(f"runs.{label}.{both[0]}: the grid gives it too; leave one of them out")
         for point in itertools.product(*recipe.grid.values()):
             axes = tuple(zip(recipe.grid, point, strict=True))
-            found.append(Run(label, axes, _options(shared | own | dict(axes), f"runs.{label}" if label else "grid")))
+            options = _options(shared | own | dict(axes), f"runs.{label}" if label else "grid")
+            training = _training(recipe.retrain[label], options, label) if label in recipe.retrain else None
+            found.append(Run(label, axes, options, training))
     return found
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
     """The recipe with other texts, sizes and seeds.
 
-    A change replaces an option wherever the recipe gives it. `random` calibration stays, since it is no text.
+    A change replaces an option wherever the recipe gives it. `random` and `self` calibrations stay, since they are no
+    texts. Rows of the refit's own come only to runs that have such.
 
     Raises:
         SecateurError: several numbers of samples where the recipe has no axis for them.
@@ -208,6 +232,14 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         if len(changes.samples) > 1 and "samples" not in recipe.grid:
             raise SecateurError(f"samples is {_some(changes.samples)}, but the recipe has no axis for it; give one")
         values["samples"] = list(changes.samples)
+    if changes.refit_samples is not None:
+        if len(changes.refit_samples) > 1 and "refit_samples" not in recipe.grid:
+            raise SecateurError(
+                f"refit-samples is {_some(changes.refit_samples)}, but the recipe has no axis for it; give one"
+            )
+        values["refit_samples"] = list(changes.refit_samples)
+        for training in raw["retrain"].values():
+            training["samples"] = changes.refit_samples[0]
     for field in ("calibration", "length", "blocks"):
         if getattr(changes, field) is not None:
             values[field] = [getattr(changes, field)]
@@ -215,12 +247,15 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         if field in raw["grid"]:
             fixed = [value for value in raw["grid"][field] if value in _NO_TEXT]
             raw["grid"][field] = [*new, *fixed]
+        for training in raw["retrain"].values():
+            if field in ("calibration", "length") and field in training:
+                training[field] = new[0]
         for place in (raw["options"], *raw["runs"].values(), *(model["options"] for model in raw["models"].values())):
             if field in raw["grid"]:
                 place.pop(field, None)
             elif field in place and place[field] not in _NO_TEXT:
                 place[field] = new[0]
-        if field not in raw["grid"]:
+        if field not in raw["grid"] and field != "refit_samples":
             raw["options"].setdefault(field, new[0])
     if changes.length is not None:
         raw["evaluation"]["length"] = None
@@ -249,14 +284,25 @@ def _options(given: Mapping[str, Any], where: str) -> Options:
     return options
 
 
-def _values(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _training(given: Mapping[str, Any], options: Options, label: str) -> Training:
+    """How a run's result is retrained, checked."""
+    where = f"retrain.{label}"
+    values: dict[str, Any] = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
+    values |= _values(given, where, Training)
+    try:
+        return Training(**values)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
+
+
+def _values(given: Mapping[str, Any], where: str, owner: type = Options) -> dict[str, Any]:
     """Values of options by name, each of the type of its field."""
-    result = {}
+    result, kinds = {}, _adapters(owner)
     for name, value in given.items():
-        kind = _adapters().get(name)
+        kind = kinds.get(name)
         place = where if where.startswith("grid.") else f"{where}.{name}"
         if kind is None:
-            raise SecateurError(f"{place}: no such option; there are {_some(_adapters())}")
+            raise SecateurError(f"{place}: no such option; there are {_some(kinds)}")
         if name == "modules":
             value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
         try:
@@ -268,10 +314,10 @@ def _values(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 @cache
-def _adapters() -> dict[str, TypeAdapter[Any]]:
+def _adapters(owner: type) -> dict[str, TypeAdapter[Any]]:
     """What checks the type of each option."""
-    hints = get_type_hints(Options)
-    return {field.name: TypeAdapter(hints[field.name]) for field in fields(Options)}
+    hints = get_type_hints(owner)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(owner)}
 
 
 def _first(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.whole_file import write_whole
 
-RUNS, SURVEYS, SCRATCH, LOCK = "runs", "surveys", ".scratch", ".lock"
+RUNS, SURVEYS, TEXTS, SCRATCH, LOCK = "runs", "surveys", "texts", ".scratch", ".lock"
 
 
 class RunStore:
@@ -44,7 +45,7 @@ class RunStore:
 
     def __enter__(self) -> RunStore:
         self.check()
-        for name in (RUNS, SURVEYS):
+        for name in (RUNS, SURVEYS, TEXTS):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
@@ -87,6 +88,15 @@ class RunStore:
     def survey_file(self, decided_by: dict[str, Any]) -> Path:
         """Where the survey of some runs is kept."""
         return self.path / SURVEYS / f"{digest(decided_by)}.json"
+
+    def text_file(self, decided_by: dict[str, Any], write: Callable[[Path], object]) -> Path:
+        """Where rows that a model has written are kept: written into a file that `write` is given, if not there yet."""
+        path = self.path / TEXTS / f"{digest(decided_by)}.jsonl"
+        if not path.exists():
+            part = self.scratch / path.name
+            write(part)
+            part.replace(path)
+        return path
 
     def _file(self, key: str) -> Path:
         return self.path / RUNS / f"{key}.json"

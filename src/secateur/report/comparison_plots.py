@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from secateur.steps.magnitudes import Magnitudes
 
@@ -62,6 +64,34 @@ def plot_magnitudes(found: dict[str, list[Magnitudes]], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_graphs(found: dict[str, dict[int, Tensor]], tau: float, path: Path) -> None:
+    """Heads of each block on a circle, joined where they are closer than tau: the paper's figure 3.
+
+    Args:
+        found: of each model, the distances between the heads of its blocks (h x h).
+        tau: in the distances' unit.
+        path: the PNG file.
+    """
+    rows = {model: list(blocks) for model, blocks in found.items()}
+    width = max(map(len, rows.values()))
+    figure, panels = _panels(len(rows), width, height=6)
+    for panel in panels:
+        panel.axis("off")
+        panel.set_aspect("equal")
+    for row, (model, blocks) in enumerate(rows.items()):
+        for block, panel in zip(blocks, panels[row * width :], strict=False):
+            near = (found[model][block] < tau).triu(1)
+            angles = [2 * math.pi * head / len(near) for head in range(len(near))]
+            x, y = [math.cos(angle) for angle in angles], [math.sin(angle) for angle in angles]
+            for i, j in near.nonzero().tolist():
+                panel.plot([x[i], x[j]], [y[i], y[j]], color="C0", linewidth=0.7)
+            panel.scatter(x, y, color="C1", zorder=2)
+            for head in range(len(near)):
+                panel.annotate(str(head), (1.08 * x[head], 1.08 * y[head]), ha="center", va="center")
+            panel.set_title(f"{model}, block {block}: heads closer than {tau:g}")
+    _save(figure, path)
+
+
 def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
     """One line for all rows that differ in nothing but their place on the axis."""
     by_line: dict[tuple[Any, ...], list[Row]] = {}
@@ -87,7 +117,7 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
             paper = [(row.axes[axis], row.published[column.name]) for row in members if column.name in row.published]
             panel.plot(*zip(*paper, strict=True), "x", color=line.get_color()) if paper else None
     _dense_line(panel, rows, column)
-    if axis == "samples":
+    if axis in ("samples", "refit_samples"):
         panel.set_xscale("log")
         panel.minorticks_off()
     places = sorted({row.axes[axis] for row in rows if axis in row.axes})

@@ -29,12 +29,15 @@ from secateur.evaluate.compare import load, short
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.tasks import OpenTask, open_tasks, zero_shot
 from secateur.meters import parameter_meter
-from secateur.options import Options
+from secateur.options import SELF, Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.run_store import RunStore, digest
 from secateur.steps.decide import request, survey_key
+from secateur.steps.draw import check_sources
+from secateur.steps.own_text import with_own_text
 from secateur.steps.prune import Job, carry_out, open_job
+from secateur.steps.retrain import check_retraining, retrain, training_rows
 from secateur.steps.write import output_folder
 from secateur.texts import RANDOM
 
@@ -130,8 +133,13 @@ class Planned:
             file = store.survey_file(survey_key(self.job.request, self.job.text))
             summary = carry_out(self.job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
             sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
+            if self.run.training is not None:
+                pruned, folder = folder, store.scratch / "retrained"
+                device = "cpu" if judge.device.type == "cpu" else "auto"
+                retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=judge.watcher)
         scores = judge.score(folder, self.subject, self.what)
-        shutil.rmtree(store.scratch / "model", ignore_errors=True)
+        for name in ("model", "retrained"):
+            shutil.rmtree(store.scratch / name, ignore_errors=True)
         return scores | {
             "sparsity": sparsity,
             "parameters": parameters,
@@ -186,11 +194,15 @@ def compare(
         beside = out.absolute().parent / f".{out.name}.scratch"
         output_folder(job.stream, beside, None, overwrite=True, dtype=job.dtype).check()
     with store:
-        planned = [
-            Planned(subject, run, job, judge.decided_by(subject) | ({} if run is None else _decided_by(job)))
-            for subject in subjects
-            for run, job in ((None, subject.runs[0][1]), *subject.runs)
-        ]
+        planned = []
+        # What models write is not a matter of checking: it takes long, and is kept.
+        with tokenised_once():
+            for subject in subjects:
+                dense = judge.decided_by(subject)
+                planned.append(Planned(subject, None, subject.runs[0][1], dense))
+                for run, opened in subject.runs:
+                    job = with_own_text(opened, store, watcher)
+                    planned.append(Planned(subject, run, job, dense | _decided_by(run, job)))
         failed: list[str] = []
         results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
         if results:
@@ -252,11 +264,14 @@ def open_subject(
     shared = recipe.options | (known[1].options if known else {})
     length = recipe.evaluation.length or shared.get("length", Options.length)
     for text in columns.values():
-        if text == RANDOM:
-            raise SecateurError("random ids cannot be scored; name a text file or a data set")
+        if text in (RANDOM, SELF):
+            ids = "random ids" if text == RANDOM else "what a model writes itself"
+            raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
     for run in runs:
-        check_calibration(run.options.calibration, samples=run.options.samples, length=run.options.length)
+        check_sources(run.options, None)
+        if run.training is not None:
+            check_retraining(device)
     opened: dict[str, Job] = {}
     jobs = []
     with reading(watcher, "Checking all runs on", source):
@@ -272,10 +287,13 @@ def open_subject(
                         trust_remote_code=trust_remote_code,
                         out=None,
                         overwrite=False,
+                        dry=True,
                         watcher=Silent(),
                     )
                 job = opened[group]
                 asked = request(job.stream, run.options, job.dtype, Silent())
+                if run.training is not None:
+                    training_rows(job.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
             jobs.append((run, replace(job, options=run.options, request=asked)))
@@ -305,13 +323,16 @@ def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str
     }
 
 
-def _decided_by(job: Job) -> dict[str, Any]:
+def _decided_by(run: Run, job: Job) -> dict[str, Any]:
     """What decides a pruned model, beside the dense weights."""
+    rows = None if run.training is None else training_rows(job.stream.checkpoint, run.training, Silent())
     return {
         "options": asdict(job.options),
         "rows": [_hash(rows) for rows in (job.text, *job.rows.groups)],
         # The contents of a file with a plan or ratios.
         "given": repr(job.request.given),
+        "training": run.training and asdict(run.training),
+        "training rows": None if rows is None else _hash(rows),
     }
 
 
@@ -359,6 +380,11 @@ def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tupl
     if judge.tasks:
         counts = ", ".join(f"{name} {sum(len(t.items) for t in tasks):,}" for name, tasks in judge.tasks.items())
         lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
+    trained = {run.label: run.training for subject in subjects for run, _ in subject.runs if run.training is not None}
+    lines += [
+        f"{label}: LoRA on {one.samples:,} rows of {one.length} tokens of {one.calibration}, {one.epochs} epochs."
+        for label, one in trained.items()
+    ]
     seeds = recipe.grid.get("seed")
     if seeds:
         lines.append(f"Mean over the seeds {', '.join(map(str, seeds))}, with the least and the most.")

@@ -8,14 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from secateur.progress import Silent, Watcher
-from secateur.recipe import Recipe, expand
+from secateur.recipe import Recipe
 from secateur.report.comparison_plots import plot_magnitudes
-from secateur.run_store import RunStore, digest
-from secateur.steps.compare import sources
 from secateur.steps.magnitudes import Magnitudes, magnitudes
-from secateur.steps.prune import Job, open_job
+from secateur.steps.measure_dense import measure_each
+from secateur.steps.prune import Job
 from secateur.whole_file import write_whole
 
 PLACES = ("stream", "heads", "channels")
@@ -44,35 +44,22 @@ def compare_activations(
         SecateurError: for anything wrong with a model or the text, before the first is measured.
     """
     watcher = watcher or Silent()
-    store = RunStore(out)
-    store.check()
-    jobs: dict[str, Job] = {}
-    for name, source in sources(recipe, models):
-        known = recipe.model_of(source)
-        (run,) = expand(recipe, None if known is None else known[0])
-        jobs[name] = open_job(
-            source,
-            run.options,
-            device=device,
-            revision=None,
-            trust_remote_code=trust_remote_code,
-            out=None,
-            overwrite=False,
-            watcher=watcher,
-        )
-    found: dict[str, list[Magnitudes]] = {}
-    with store:
-        for name, job in jobs.items():
-            decided_by = {"fingerprint": job.stream.checkpoint.fingerprint, "rows": job.text.tolist()}
-            key = digest(decided_by)
-            result = store.find(key)
-            if result is None:
-                watcher.note(f"Activations of {name}")
-                blocks = magnitudes(job.stream, job.text, watcher=watcher)
-                result = {"blocks": [asdict(block) for block in blocks]}
-                store.keep(key, {"fingerprint": decided_by["fingerprint"]}, result)
-            found[name] = [Magnitudes(**block) for block in result["blocks"]]
-        _write(recipe.title, found, out)
+
+    def measure(job: Job) -> dict[str, Any]:
+        return {"blocks": [asdict(block) for block in magnitudes(job.stream, job.text, watcher=watcher)]}
+
+    results = measure_each(
+        recipe,
+        models,
+        out,
+        measure,
+        what="Activations",
+        device=device,
+        trust_remote_code=trust_remote_code,
+        watcher=watcher,
+    )
+    found = {name: [Magnitudes(**block) for block in result["blocks"]] for name, result in results.items()}
+    _write(recipe.title, found, out)
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import secateur
-from secateur.calibration import calibration_rows, check_calibration
+from secateur.calibration import calibration_rows
 from secateur.checkpoint import Checkpoint
 from secateur.device import pick_device
 from secateur.errors import SecateurError
@@ -33,7 +33,7 @@ from secateur.formats.writer import OutputFolder, ShardWriter, header_room
 from secateur.progress import Silent, Watcher, reading
 from secateur.quiet import quiet
 from secateur.steps.export import RECORD, open_ours
-from secateur.texts import RANDOM
+from secateur.training import Training
 
 HELD_OUT = 16
 """Rows of the same text that are not trained on, to measure perplexity before and after."""
@@ -41,37 +41,6 @@ SCALE = 2
 """The adapters' product counts so many times over its rank: alpha = 2 r, as in LLM-Pruner."""
 DROPOUT = 0.05
 """Share of an adapter's inputs left out in a step, as in LLM-Pruner."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the adapters are trained.
-
-    Raises `SecateurError` for a value that makes no sense whatever the model.
-    """
-
-    calibration: str = "wikitext2"
-    samples: int = 1024
-    """Rows to train on."""
-    length: int = 128
-    epochs: int = 2
-    batch: int = 16
-    """Rows in a step."""
-    rank: int = 8
-    learning_rate: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, number in (("epochs", self.epochs), ("batch", self.batch), ("rank", self.rank)):
-            if number < 1:
-                raise SecateurError(f"{name} is {number}; it must be at least 1")
-        if not 0 < self.learning_rate < 1:
-            raise SecateurError(f"learning rate is {self.learning_rate}; it must lie between 0 and 1, such as 1e-4")
-        if not 0 <= self.seed < 2**32:
-            raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
-        if self.calibration == RANDOM:
-            raise SecateurError("random ids teach nothing; name a text file or a data set")
-        check_calibration(self.calibration, samples=self.samples, length=self.length)
 
 
 @dataclass(frozen=True)
@@ -111,26 +80,15 @@ def retrain(
         SecateurError: peft is missing, the folder is not one of ours, the text is too short, the training diverges, or
             the output cannot be written.
     """
-    _check_peft()
+    check_retraining(device)
     training, watcher = training or Training(**settings), watcher or Silent()
-    if device not in ("auto", "cpu"):
-        raise SecateurError(f"device is '{device}', but the Trainer takes the first GPU itself; use auto or cpu")
     where = pick_device(device)
     source = Path(folder).expanduser()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_ours(source)
     target = OutputFolder(out, overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
-    with reading(watcher, "Reading", training.calibration):
-        rows = calibration_rows(
-            checkpoint.tokenizer(),
-            training.calibration,
-            samples=training.samples + HELD_OUT,
-            length=training.length,
-            seed=training.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
-        )
+    rows = training_rows(checkpoint, training, watcher)
     fitted, held_out = rows[: training.samples], rows[training.samples :]
     with watcher.busy(f"Loading {folder}"):
         network = compare.load(checkpoint, torch.float32, where)
@@ -158,9 +116,35 @@ def adapted_layers(network: Any) -> tuple[str, ...]:
     return tuple(name for name, module in found if isinstance(module, nn.Linear | Conv1D))
 
 
-def _check_peft() -> None:
+def check_retraining(device: str) -> None:
+    """What can be found wrong without a model.
+
+    Raises:
+        SecateurError: peft is missing, or the Trainer does not take the device.
+    """
     if importlib.util.find_spec("peft") is None:
         raise SecateurError('LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
+    if device not in ("auto", "cpu"):
+        raise SecateurError(f"device is '{device}', but the Trainer takes the first GPU itself; use auto or cpu")
+
+
+def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) -> Tensor:
+    """The rows of a training (rows x length); the last `HELD_OUT` are not trained on.
+
+    Raises:
+        SecateurError: the text cannot be read or is too short.
+    """
+    with reading(watcher, "Reading", training.calibration):
+        return calibration_rows(
+            checkpoint.tokenizer(),
+            training.calibration,
+            samples=training.samples + HELD_OUT,
+            length=training.length,
+            seed=training.seed,
+            vocab_size=checkpoint.config.vocab_size,
+            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+            taken=HELD_OUT,
+        )
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""What models write for the runs of a comparison, kept in its folder: a restart reads it in place of writing anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import secateur
+from secateur.options import SELF
+from secateur.progress import Silent, Watcher
+from secateur.run_store import RunStore
+from secateur.steps.draw import draw
+from secateur.steps.prune import Job
+
+_DECIDES = ("calibration", "refit_calibration", "samples", "refit_samples", "length", "temperature", "seed", "searches")
+
+
+def with_own_text(job: Job, store: RunStore, watcher: Watcher) -> Job:
+    """An open job with the rows that its model writes; as it is where it calibrates on a text.
+
+    Args:
+        job: opened dry, so that other rows stand in for what the model writes.
+        store: the folder of the comparison. Rows always come out of its file, also where they were just written.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: the model cannot write, or the file was damaged.
+    """
+    options, stream = job.options, job.stream
+    if SELF not in options.sources:
+        return job
+    tokenizer = stream.checkpoint.tokenizer()
+    file = store.text_file(
+        {
+            "secateur": secateur.__version__,
+            "fingerprint": stream.checkpoint.fingerprint,
+            "device": stream.device.type,
+            **{name: getattr(options, name) for name in _DECIDES},
+        },
+        lambda part: draw(stream, tokenizer, options, save=part, dry=False, watcher=watcher),
+    )
+    choose, refit = (str(file) if source == SELF else source for source in options.sources)
+    kept = replace(
+        options,
+        calibration=choose,
+        refit_calibration=options.refit_calibration and refit,
+        temperature=1.0,
+    )
+    return replace(job, drawn=draw(stream, tokenizer, kept, save=None, dry=False, watcher=Silent()))
