@@ -233,6 +233,15 @@ class BlockStream:
             raise self.trouble(index, layer, hidden_btd, group)
         return after
 
+    def advance(self, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
+        """Run all of `rows` through a filled block; their activations are replaced by those behind it.
+
+        Raises:
+            SecateurError: as `run_through`.
+        """
+        for at in rows.batches():
+            hidden[at] = self.run_through(index, layer, hidden[at], at.group)
+
     def trouble(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int) -> SecateurError:
         """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""
         block = self.blocks[index]

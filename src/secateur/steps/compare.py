@@ -283,10 +283,7 @@ def open_subject(
                         source,
                         run.options,
                         device=device,
-                        revision=None,
                         trust_remote_code=trust_remote_code,
-                        out=None,
-                        overwrite=False,
                         dry=True,
                         watcher=Silent(),
                     )

@@ -22,6 +22,7 @@ from secateur.choice import parse_choice
 from secateur.criteria.llm_pruner import FROM_GRADIENTS, NEEDS_SQUARES, scored_weights
 from secateur.errors import SecateurError
 from secateur.progress import Silent, Watcher
+from secateur.steps.loss import summed_loss
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Kind
 
@@ -159,10 +160,8 @@ def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
         # Row by row: the logits of one row are as large as the stream's batches.
         for at in _singles(rows):
             ids, last = rows.ids(at), hidden[at].to(stream.device).requires_grad_()
-            logits = head(ids, last, 1)[:, :-1]
-            targets = ids[:, 1:].to(logits.device)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            (found,) = torch.autograd.grad(loss * (at.weight / total), last)
+            loss = summed_loss(head, ids, last) * (at.weight / total)
+            (found,) = torch.autograd.grad(loss, last)
             _check(found, "the output layer")
             hidden[at] = found
 

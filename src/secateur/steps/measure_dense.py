@@ -53,10 +53,7 @@ def measure_each(
             source,
             run.options,
             device=device,
-            revision=None,
             trust_remote_code=trust_remote_code,
-            out=None,
-            overwrite=False,
             watcher=watcher,
         )
     found: dict[str, dict[str, Any]] = {}

@@ -74,8 +74,6 @@ def propose(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        out=None,
-        overwrite=False,
         survey_file=survey_file,
         save_calibration=save_calibration,
         watcher=watcher,

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from secateur.activations import Activations, Rows
 from secateur.checkpoint import open_checkpoint
-from secateur.choice import parse_choice
 from secateur.costs import floor_flops, gradient_bytes, gradient_flops
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
@@ -34,10 +33,11 @@ from secateur.steps.decide import Request, check_survey, decide, measured, reque
 from secateur.steps.draw import Drawn, check_sources, check_writing, draw
 from secateur.steps.export import check_file, export
 from secateur.steps.gradients import UnitScores, gradient_scores
+from secateur.steps.loss import mean_loss
 from secateur.steps.plan import Plan, plan
 from secateur.steps.refit import FittedBlock, Method, refit
 from secateur.steps.rewrite import rewritten
-from secateur.steps.search import HELD_OUT, mean_loss
+from secateur.steps.search import HELD_OUT
 from secateur.steps.slice import slice
 from secateur.steps.summary import Summary, record, summarise, timings
 from secateur.steps.temper import scaled, temper
@@ -138,7 +138,7 @@ class Job:
     @property
     def fitted(self) -> Tensor:
         """The rows of the text that the refit is fitted to."""
-        return self._fitted[: len(self._fitted) - len(self.unseen)]
+        return self._refit_text[: len(self._refit_text) - len(self.unseen)]
 
     @property
     def text(self) -> Tensor:
@@ -148,11 +148,11 @@ class Job:
     @property
     def unseen(self) -> Tensor:
         """Rows that the refit only runs along, to fit the final norm on; none where nothing is refitted, or few."""
-        count = len(self._fitted) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
-        return self._fitted[len(self._fitted) - count :]
+        count = len(self._refit_text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
+        return self._refit_text[len(self._refit_text) - count :]
 
     @property
-    def _fitted(self) -> Tensor:
+    def _refit_text(self) -> Tensor:
         return self.text if self.drawn.fitted is None else self.drawn.fitted
 
     @cached_property
@@ -204,10 +204,10 @@ class Job:
         judge: Callable[[Activations, Activations], None] | None,
     ) -> Generator[FittedBlock, None, None]:
         """Carry a plan out, block by block."""
-        method, criterion = self.method, self.options.criterion
-        if parse_choice(criterion).uses(NEEDS_GRADIENTS) and not decided.keeps:
+        method = self.method
+        if self.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
             if not self.scores:
-                self.scores.update(gradient_scores(self.stream, self.text, criterion, watcher=watcher))
+                self.scores.update(gradient_scores(self.stream, self.text, self.options.criterion, watcher=watcher))
             method = replace(method, scores=self.scores)
         return refit(self.stream, decided, rows, method=method, dtype=self.dtype, watcher=watcher, judge=judge)
 
@@ -223,10 +223,10 @@ def open_job(
     options: Options,
     *,
     device: str,
-    revision: str | None,
+    revision: str | None = None,
     trust_remote_code: bool,
-    out: Path | None,
-    overwrite: bool,
+    out: Path | None = None,
+    overwrite: bool = False,
     survey_file: Path | None = None,
     save_calibration: Path | None = None,
     dry: bool = False,
@@ -358,7 +358,7 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     job = replace(job, more=job.fitted.repeat(job.copies, 1))
     with watcher.busy("Measuring this machine"):
         summary = _summary(job, decided, start, dry=True)
-    if not parse_choice(job.options.criterion).uses(NEEDS_GRADIENTS) or decided.keeps:
+    if not job.options.choice.uses(NEEDS_GRADIENTS) or decided.keeps:
         return summary
     blocks, width, tokens = job.stream.blocks, job.stream.width, job.rows.tokens
     peak = max(summary.peak_bytes, gradient_bytes(blocks, width, tokens))

@@ -122,8 +122,7 @@ def refit(
             with stream.filled(index) as layer:
                 if index not in plan.widths:
                     for hidden in (dense, pruned):
-                        for at in rows.batches():
-                            hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
+                        stream.advance(index, layer, rows, hidden)
                     continue
                 work = _BlockWork(stream, index, layer, method, dtype, rows, arena)
                 work.run_dense(dense)

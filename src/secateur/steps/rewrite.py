@@ -42,8 +42,7 @@ def rewritten(
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(len(stream)), "Rewrite"):
             with stream.filled(index) as layer:
-                for at in rows.batches():
-                    hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
+                stream.advance(index, layer, rows, hidden)
         with stream.head() as head:
             # Row by row: the logits of a batch would be larger than its stream by the vocabulary over the width.
             for row in watcher.track(range(len(text)), "Draw"):

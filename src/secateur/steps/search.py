@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from secateur.activations import Activations, Rows
 from secateur.curves import Survey
 from secateur.errors import SecateurError
 from secateur.steps.plan import Plan, Wish, plan
-from secateur.stream import BlockStream
 
 TRIES, MOST = 5, 10
 """Prunings after which the best one is taken, and after which none is found; each is measured whole."""
@@ -81,22 +76,3 @@ def _priced_at(wish: Wish, widths: str, survey: Survey, price: float) -> Plan:
             high = middle
             best = best if best is not None or middle > 0.001 else tried
     return best if best is not None else plan(replace(wish, goal=0.01, meter=wish.parameters), widths, survey)
-
-
-def mean_loss(
-    stream: BlockStream, rows: Rows, group: int, hidden: Activations, norm: Mapping[str, Tensor] | None = None
-) -> float:
-    """Negative log-likelihood, in nats per token, of one group's rows from the stream behind the last block.
-
-    `norm` are other values for the final norm, by their names in the model.
-    """
-    ids = rows.groups[group]
-    total, count = 0.0, 0
-    with stream.head() as head, stream.replaced(norm or {}):
-        for row in range(len(ids)):
-            at = slice(row, row + 1)
-            logits = head(ids[at], hidden.parts[group][at], 1)[:, :-1]
-            targets: Tensor = ids[at, 1:].to(logits.device)
-            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-            count += targets.numel()
-    return total / count

@@ -78,8 +78,7 @@ def survey(
                 if probes is not None:
                     probes.advance(index, layer)
                 if index not in blocks:
-                    for at in rows.batches():
-                        hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
+                    stream.advance(index, layer, rows, hidden)
                     continue
                 tensors = dict(layer.named_parameters())
                 collectors = [

@@ -82,8 +82,6 @@ def survey_page(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        out=None,
-        overwrite=False,
         watcher=watcher,
     )
     stream, wish = job.stream, job.request.wish
