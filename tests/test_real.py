@@ -101,3 +101,18 @@ def test_it_writes_text(pruned: dict[str, Path]) -> None:
     out = network.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert out.shape[1] > ids.shape[1]
     assert tokenizer.decode(out[0]).startswith("The license says that you may")
+
+
+def test_widths_chosen_together(model: Path, text: tuple[Path, Path], tmp_path: Path) -> None:
+    """In a few blocks, so that there are few probes: what is measured pays, and opens without secateur."""
+    some = {"blocks": "6:12", "sparsity": 0.4, "calibration": str(text[0])} | SMALL
+    chosen = prune(model, tmp_path / "adaptive", **some)
+    even = prune(model, tmp_path / "uniform", widths="uniform", format="hf", **some)
+    assert not chosen.uniform and even.uniform
+    for summary in (chosen, even):
+        assert abs(summary.sparsity - 0.4) < 0.005
+    adaptive, uniform = (score(tmp_path / name, text[1]) for name in ("adaptive", "uniform"))
+    assert adaptive < 0.97 * uniform
+    # The code that lies in the folder, and transformers.
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "adaptive", trust_remote_code=True)
+    assert sum(p.numel() for p in network.parameters()) == chosen.parameters[1]
