@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from conftest import CheckpointFolder
 from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
+from secateur.cli import terminal
 from secateur.formats import writer
 from secateur.quiet import quiet
 from secateur.steps import propose, sizes
@@ -54,7 +55,7 @@ def place(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pyte
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """`secateur` with some arguments, inside this process."""
-    monkeypatch.setattr(cli, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
+    monkeypatch.setattr(terminal, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
     monkeypatch.setenv("COLUMNS", "120")
     before = signal.getsignal(signal.SIGTERM)
 
@@ -517,7 +518,7 @@ def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypat
 
 
 def test_a_mistake_in_a_real_process(place: Path) -> None:
-    command = [sys.executable, "-m", "secateur.cli", "prune", "model", "out", "--sparsity", "2"]
+    command = [sys.executable, "-m", "secateur", "prune", "model", "out", "--sparsity", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(Result(result.returncode, result.stdout, result.stderr), "sparsity is 2.0; it must lie between 0 and 1")
 
