@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -843,8 +844,8 @@ def test_version_and_help(run: Run) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         result = run(*arguments)
         assert result.code == 0
-        for command in ("prune", "export", "retrain", "plan", "sizes", "eval"):
-            assert command in result.out
+        commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
+        assert commands == ["prune", "export", "retrain", "plan", "survey", "sizes", "eval", "compare"]
     text = run("prune", "--help").out
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
     rows = "calibration samples rewrites length temperature save-calibration refit-calibration refit-samples sigma seed"
