@@ -50,7 +50,7 @@ def main() -> None:
             model, out = Path(folder) / "model", Path(folder) / "out"
             peak([sys.executable, "-c", MAKE, str(model), depth])
             size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-            command = [sys.executable, "-m", "secateur.cli", "prune", str(model), str(out)]
+            command = [sys.executable, "-m", "secateur", "prune", str(model), str(out)]
             used = peak([*command, "--calibration", "random", "--samples", arguments.samples])
             block = size / int(depth)
             print(

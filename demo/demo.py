@@ -112,7 +112,7 @@ def split(file: Path) -> None:
 def secateur(command: str) -> None:
     """Show a command and run it; it draws its own progress."""
     console.print(f"[bold cyan]$ secateur {command}[/bold cyan]", soft_wrap=True)
-    result = subprocess.run([sys.executable, "-m", "secateur.cli", *command.split()], check=False)
+    result = subprocess.run([sys.executable, "-m", "secateur", *command.split()], check=False)
     if result.returncode:
         sys.exit(result.returncode)
 

@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from conftest import CheckpointFolder
 from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
+from secateur.cli import terminal
 from secateur.formats import writer
 from secateur.quiet import quiet
 from secateur.steps import propose, sizes
@@ -54,7 +56,7 @@ def place(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pyte
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """`secateur` with some arguments, inside this process."""
-    monkeypatch.setattr(cli, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
+    monkeypatch.setattr(terminal, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
     monkeypatch.setenv("COLUMNS", "120")
     before = signal.getsignal(signal.SIGTERM)
 
@@ -517,7 +519,7 @@ def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypat
 
 
 def test_a_mistake_in_a_real_process(place: Path) -> None:
-    command = [sys.executable, "-m", "secateur.cli", "prune", "model", "out", "--sparsity", "2"]
+    command = [sys.executable, "-m", "secateur", "prune", "model", "out", "--sparsity", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(Result(result.returncode, result.stdout, result.stderr), "sparsity is 2.0; it must lie between 0 and 1")
 
@@ -842,8 +844,8 @@ def test_version_and_help(run: Run) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         result = run(*arguments)
         assert result.code == 0
-        for command in ("prune", "export", "retrain", "plan", "sizes", "eval"):
-            assert command in result.out
+        commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
+        assert commands == ["prune", "export", "retrain", "plan", "survey", "sizes", "eval", "compare"]
     text = run("prune", "--help").out
     target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
     rows = "calibration samples rewrites length temperature save-calibration refit-calibration refit-samples sigma seed"

@@ -227,7 +227,7 @@ def test_a_run_that_fails_stops_no_other(
 
 
 def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:  # noqa: F811
-    command = [sys.executable, "-m", "secateur.cli", "compare", "model", "grid.yaml", "--out", "out"]
+    command = [sys.executable, "-m", "secateur", "compare", "model", "grid.yaml", "--out", "out"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(list((grid / "out" / "runs").glob("*.json"))) < 2:

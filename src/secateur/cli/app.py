@@ -1,0 +1,88 @@
+"""All commands in the order of the help, and `main`: one line for every mistake."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from secateur import __version__
+from secateur.cli.compare import compare
+from secateur.cli.evaluate import evaluate
+from secateur.cli.export import export
+from secateur.cli.plan import plan
+from secateur.cli.prune import prune
+from secateur.cli.retrain import retrain
+from secateur.cli.sizes import sizes
+from secateur.cli.survey import survey
+from secateur.cli.terminal import INTERRUPTED, interrupted
+from secateur.errors import SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Prune a pretrained language model in one shot: fewer attention heads, narrower feed-forward layers, "
+    "an ordinary checkpoint out. No retraining, no backward pass, one block in memory at a time.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+app.command()(prune)
+app.command()(export)
+app.command()(retrain)
+app.command()(plan)
+app.command()(survey)
+app.command()(sizes)
+app.command(name="eval")(evaluate)
+app.command()(compare)
+
+# Newer typers carry a click of their own; its base class of mistakes is reached through what both export.
+_Mistake: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Top level: only `--version`."""
+    if version:
+        typer.echo(f"secateur {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command line; mistakes are one line on standard error and exit code 2."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    # A polite kill cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code: Any = app(prog_name="secateur", standalone_mode=False)
+    except SecateurError as error:
+        _fail(str(error))
+    except _Mistake as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "secateur")
+        _fail(f"{error.format_message().rstrip('.')}; see {where} --help")  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; check the path and its permissions")
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        interrupted("nothing was written")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,121 @@
+"""`secateur compare`: a recipe carried out."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli import parameters
+from secateur.cli.terminal import Bars, interrupted, show
+from secateur.cli.values import parse_list, parse_whole_numbers
+from secateur.errors import SecateurError
+from secateur.recipes import recipe_names
+
+_in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
+
+
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL]... RECIPE",
+            help="A recipe: a .yaml file, or by name one that comes with secateur: " + ", ".join(recipe_names()) + ". "
+            "In front of it the models to run it on, by default the recipe's own.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder for tables and plots. Finished runs stay in it: the same command goes on from there.",
+            show_default=False,
+        ),
+    ],
+    calibration: Annotated[
+        str | None,
+        _in_place(help="Calibrate on this text, see secateur prune; random ids, and what the model writes, stay."),
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        _in_place(
+            help="Score this text. NAME=TEXT puts it into the column NAME, beside what is published for that. May be "
+            "given several times."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, _in_place(help="Score these tasks of lm-eval, with commas; or NAME=TASK; none for no tasks.")
+    ] = None,
+    limit: Annotated[int | None, _in_place(help="Items from the start of each task; 0 for all.")] = None,
+    tokens: Annotated[int | None, _in_place(help="Tokens to score of each text; 0 for all.")] = None,
+    samples: Annotated[
+        str | None, _in_place(help="Calibration rows; several with commas where the recipe has an axis of them.")
+    ] = None,
+    refit_samples: Annotated[
+        str | None,
+        _in_place(
+            help="Rows of its own for the recovery, in runs that have such, and rows to retrain on; several with "
+            "commas where the recipe has an axis of them."
+        ),
+    ] = None,
+    length: Annotated[int | None, _in_place(help="Tokens in each row, of calibration and scoring.")] = None,
+    blocks: Annotated[str | None, _in_place(help="Blocks to prune, such as 4:30.")] = None,
+    seeds: Annotated[str | None, _in_place(help="Seeds, with commas; each run is made with every one.")] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(help="A folder with task files (.yaml) of your own, in lm-eval's form.", show_default="none"),
+    ] = None,
+    device: parameters.Device = "auto",
+    trust_remote_code: parameters.TrustRemoteCode = False,
+) -> None:
+    """Carry out a recipe: prune models in many ways under one protocol, and put the scores into a table and plots.
+
+    Where the model is the paper's, by the name of its folder or hub id, the paper's figures stand beside.
+
+    Only scores are kept. A run that is finished is not made again, however the last command ended.
+
+    Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
+    """
+    from secateur.recipe import Changes, changed, read_recipe
+
+    *models, name = what
+    changes = Changes(
+        calibration=calibration,
+        perplexity=tuple(perplexity) if perplexity else None,
+        tasks=None if tasks is None else parse_list("" if tasks == "none" else tasks),
+        limit=limit,
+        tokens=tokens,
+        samples=parse_whole_numbers("samples", samples),
+        refit_samples=parse_whole_numbers("refit-samples", refit_samples),
+        length=length,
+        blocks=blocks,
+        seeds=parse_whole_numbers("seeds", seeds),
+    )
+    recipe = changed(read_recipe(name), changes)
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.comparison import compare_table, write_tables
+        from secateur.report.comparison_plots import plot_comparison
+        from secateur.steps.compare import compare as run
+        from secateur.steps.compare_activations import compare_activations
+        from secateur.steps.compare_heads import compare_heads
+
+    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "watcher": bars}
+    try:
+        if recipe.kind == "activations":
+            compare_activations(recipe, models, out, **how)
+            typer.echo(f"table.md, table.csv, table.json and activations.png are in {out}")
+            return
+        if recipe.kind == "graph":
+            compare_heads(recipe, models, out, **how)
+            typer.echo(f"table.json and graph.png are in {out}")
+            return
+        found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
+    except KeyboardInterrupt:
+        interrupted(f"finished runs are in {out}; the same command goes on from there")
+    plot_comparison(found, out)
+    show(*compare_table(found, out))
+    if found.failed:
+        raise SecateurError(f"{len(found.failed)} of {found.planned} runs failed; the first, {found.failed[0]}")

@@ -1,0 +1,89 @@
+"""`secateur sizes`: several sizes from one survey, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli import panels, parameters
+from secateur.cli.terminal import Bars, show
+from secateur.cli.values import parse_shares
+from secateur.errors import SecateurError
+from secateur.options import Options
+
+
+def sizes(
+    model: parameters.Model,
+    out: Annotated[
+        Path, typer.Option(help="The folder that gets a model for each size, a table and a plot.", show_default=False)
+    ],
+    sparsities: Annotated[
+        str, panels.target(help="Shares of the parameters to remove, with commas.")
+    ] = "0.1,0.2,0.3,0.5",
+    of: parameters.Of = Options.of,
+    widths: parameters.Widths = Options.widths,
+    round_: parameters.Round = Options.multiple,
+    calibration: parameters.Calibration = Options.calibration,
+    samples: parameters.Samples = Options.samples,
+    rewrites: parameters.Rewrites = Options.rewrites,
+    length: parameters.Length = Options.length,
+    temperature: parameters.Temperature = Options.temperature,
+    seed: parameters.Seed = Options.seed,
+    perplexity: Annotated[
+        list[str] | None,
+        panels.measured(help="Text to score each size on; may be given several times.", show_default="none"),
+    ] = None,
+    tokens: Annotated[int, panels.measured(help="Tokens of each text; 0 for all.")] = 8192,
+    device: parameters.Device = "auto",
+    revision: parameters.Revision = None,
+    trust_remote_code: parameters.TrustRemoteCode = False,
+    format: Annotated[str | None, panels.output(help="hf or stock; see secateur prune.")] = None,
+    dtype: parameters.Dtype = None,
+    survey: parameters.Survey = None,
+    overwrite: Annotated[bool, panels.output("--overwrite", help="Replace models that are there.")] = False,
+) -> None:
+    """Prune MODEL to several sizes from one survey, and plot perplexity against size.
+
+    Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
+    """
+    shares = parse_shares(sparsities)
+    if format == "gguf":
+        raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
+    options = [
+        Options(
+            sparsity=share,
+            of=of,
+            widths=widths,
+            multiple=round_,
+            calibration=calibration,
+            samples=samples,
+            rewrites=rewrites,
+            length=length,
+            temperature=temperature,
+            seed=seed,
+            format=format,
+            dtype=dtype,
+        )
+        for share in shares
+    ]
+    bars = Bars()
+    with bars.busy("Loading torch and transformers"):
+        from secateur.report.tables import sizes_table
+        from secateur.steps.sizes import sizes as run
+
+    results = run(
+        model,
+        out,
+        options,
+        texts=perplexity or [],
+        tokens=tokens or None,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        survey_file=survey,
+        overwrite=overwrite,
+        watcher=bars,
+    )
+    show(*sizes_table(results, out))
