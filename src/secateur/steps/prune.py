@@ -124,9 +124,9 @@ class Job:
     """Of a criterion that needs gradients: filled by the first refit, for all others."""
 
     def with_rewritten(self, watcher: Watcher) -> Job:
-        """The same job with more rows, where the recovery gains by them."""
+        """The same job with more rows, where the recovery gains by them and they are not there yet."""
         copies, seed = self.copies, self.options.seed
-        if not copies:
+        if not copies or self.more is not None:
             return self
         return replace(self, more=rewritten(self.stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
 
