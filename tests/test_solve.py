@@ -230,6 +230,32 @@ def test_fewer_rows_than_inputs(seed: int, ridge: float) -> None:
     assert_near(refit(case.normal(ridge), keep)[0] * scale, case.minimiser(ridge, keep) * scale, 2e-3)
 
 
+@given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, size: float, data: st.DataObject) -> None:
+    """Inputs that depend on each other, or fewer rows than inputs; against the pseudo-inverse in float64."""
+    case = layer(seed, 5 if few else 60, 12, 3)
+    if not few:
+        case.x[:, 7] = case.x[:, :6] @ case.old[:6, 0]
+        case.x[:, 2] = -2 * case.x[:, 9]
+    case.x *= size
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 11), min_size=1))))
+    gram = (case.x.float().T @ case.x.float()).double()
+    weight, error = refit(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
+    x, scale = case.x[:, keep], case.gram.diagonal()[keep].sqrt()[:, None]
+    inverse = torch.from_numpy(np.linalg.pinv((x / scale.T).numpy(), rcond=1e-6))
+    wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
+    assert_near(scale * weight, wanted, 1e-3)
+    assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
+
+
+def test_equations_that_are_not_finite_are_refused() -> None:
+    case = layer(1, 40, 6, 3)
+    case.x[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        refit(case.normal(0.3), torch.arange(6))
+
+
 # Elimination.
 
 
