@@ -98,7 +98,7 @@ def refit(normal: Normal, keep: Tensor) -> tuple[Tensor, float]:
     full = torch.zeros_like(normal.right_ao)
     full[keep] = weight
     fitted = torch.where(normal.dead_a[keep, None], normal.old_ao[keep], weight / normal.scale_a[keep, None])
-    return fitted.float(), normal.error(full)
+    return fitted.float(), _not_below_zero(normal.error(full))
 
 
 def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:
@@ -135,8 +135,13 @@ def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
     """||X_K W - T||^2 of any weights of the kept inputs, also of ones that no refit gave."""
     scaled = normal.scale_a[keep, None] * weight_ao.to(normal.scale_a.dtype)
     product = normal.matrix_aa[:, keep][keep] @ scaled - normal.penalty_a[keep, None] * scaled
-    error = float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum())
-    # Rounding can leave a perfect fit just below zero; NaN stays NaN.
+    return _not_below_zero(
+        float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum())
+    )
+
+
+def _not_below_zero(error: float) -> float:
+    """An error as it can be: rounding may leave a perfect fit just below zero; NaN stays NaN."""
     return 0.0 if error < 0 else error
 
 
