@@ -249,6 +249,13 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, siz
     assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
 
 
+def test_nothing_is_kept() -> None:
+    case = layer(1, 40, 6, 3)
+    weight, error = refit(case.normal(0.3), torch.arange(0))
+    assert weight.shape == (0, 3)
+    assert error == pytest.approx(case.energy, rel=1e-5)
+
+
 def test_equations_that_are_not_finite_are_refused() -> None:
     case = layer(1, 40, 6, 3)
     case.x[0, 0] = float("nan")

@@ -122,13 +122,16 @@ def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:
 
 
 def _least_eigenvalue(factor_aa: Tensor) -> float:
-    """The smallest eigenvalue of a matrix from its Cholesky factor, by inverse iteration; never too small."""
+    """The smallest eigenvalue of a matrix from its Cholesky factor, by inverse iteration; never too small.
+
+    Infinite where no input is kept.
+    """
     start = torch.randn(factor_aa.shape[0], 1, dtype=factor_aa.dtype, generator=torch.Generator().manual_seed(0))
     vector, size = start.to(factor_aa.device), 0.0
     for _ in range(4):
         vector = torch.cholesky_solve(vector / torch.linalg.vector_norm(vector), factor_aa)
         size = float(torch.linalg.vector_norm(vector))
-    return 1 / size
+    return 1 / size if size else float("inf")
 
 
 def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
