@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.activations import Activations, Rows
 from secateur.checkpoint import open_checkpoint
+from secateur.counts import counted
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
 from secateur.errors import SecateurError
@@ -261,7 +262,7 @@ def open_job(
     check_survey(asked, drawn.text, survey_file)
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
-        f"{parameter_meter(stream).dense / 1e6:,.1f} M parameters, {_name(checkpoint.dtype)}"
+        f"{counted(parameter_meter(stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
     )
     watcher.note(
         f"Calibrating on {options.samples} rows of {options.length} tokens"
