@@ -407,6 +407,24 @@ def test_rewritten_rows_are_shared_and_kept(
     assert "not rows of secateur's; delete it to have them made again" in result.err
 
 
+def test_gradients_are_taken_once_for_all_sizes(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    scores = prune_step.gradient_scores
+    monkeypatch.setattr(prune_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
+    names = ("llm-pruner-vector", "llm-pruner-element2")
+    runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
+    sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}
+    assert run(*small(grid, runs=runs, grid=sizes)).code == 0
+    assert sorted(taken) == sorted(names)
+    for name in names:
+        prune("model", name, **GRID["options"] | runs[name], sparsity=0.4, seed=0)
+        assert values(f"{name}, sparsity 0.4") == [score(name)]
+
+
 def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:  # noqa: F811
     training = {"samples": 6, "epochs": 1, "batch": 3, "learning_rate": 0.01}
     runs = {"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}
