@@ -609,7 +609,9 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     result = run("prune", "model", "out", *SMALL)
     assert result.code == 0
     notes = result.err.splitlines()
-    assert notes[0] == "Opened model: llama, 3 blocks, 0.1 M parameters, float32"
+    counted = sum(tensor.numel() for tensor in load_file(place / "model" / "model.safetensors").values())
+    assert notes[0] == f"Opened model: llama, 3 blocks, {counted:,} parameters, float32"
+    assert f"{counted:,}" in next(line for line in result.out.splitlines() if "parameters" in line)
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
     assert [line.split()[0] for line in notes[2:]] == ["Survey", "Price", "Rewrite", "Draw", "Keeping", "Prune"]
     assert "of 18 query heads and" in notes[6]

@@ -32,7 +32,8 @@ from secateur.report import comparison_plots
 from secateur.run_store import RunStore
 from secateur.similarity import head_distances
 from secateur.steps import compare as compare_step
-from secateur.steps import compare_heads, decide, draw
+from secateur.steps import compare_heads, decide, draw, own_text
+from secateur.steps import prune as prune_step
 from secateur.steps.magnitudes import magnitudes
 from secateur.steps.prune import prune
 from secateur.steps.retrain import retrain
@@ -356,6 +357,72 @@ def test_what_a_model_writes_is_kept(
     ]
     assert [score(f"hand{seed}") for seed in (0, 1)] == before
     assert all(summary.sparsity > 0 for summary in summaries)
+
+
+def test_rewritten_rows_are_shared_and_kept(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[int, int]] = []
+    for module in (own_text, prune_step):
+        rewritten = module.rewritten
+
+        def counted(*given: Any, rewritten: Any = rewritten, **more: Any) -> Any:
+            drawn.append((more["copies"], more["seed"]))
+            return rewritten(*given, **more)
+
+        monkeypatch.setattr(module, "rewritten", counted)
+    refit = {"recovery": "refit"}
+    runs = {
+        "a": {"criterion": "wanda", **refit},
+        "b": {"criterion": "l2", "ridge": 0.1, **refit},
+        "one copy": {"criterion": "l2", "rewrites": 1, **refit},
+        "fitted to others": {"criterion": "l2", "refit_samples": 3, **refit},
+        "none": {"criterion": "l2"},
+    }
+    command = small(grid, runs=runs)
+    assert run(*command).code == 0
+    # Once for what shares text, copies and seed.
+    assert sorted(drawn) == [(1, 0), (1, 1), (2, 0), (2, 0), (2, 1), (2, 1)]
+    kept = {file: file.read_bytes() for file in (grid / "out" / "texts").iterdir()}
+    assert len(kept) == 6
+    before = {name: values(name) for name in runs}
+    for file in (grid / "out" / "runs").iterdir():
+        file.unlink()
+    assert run(*command).code == 0
+    assert (len(drawn), {name: values(name) for name in runs}) == (6, before)
+    assert {file: file.read_bytes() for file in kept} == kept
+    for name, options in runs.items():
+        for seed in (0, 1):
+            prune("model", f"{name} {seed}", **GRID["options"] | options, seed=seed)
+        assert [score(f"{name} {seed}") for seed in (0, 1)] == before[name]
+    assert len({tuple(figures) for figures in before.values()}) == 5
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:-1])
+    shutil.rmtree(grid / "out" / "runs")
+    (grid / "out" / "runs").mkdir()
+    result = run(*command)
+    assert result.code == 2
+    assert "not rows of secateur's; delete it to have them made again" in result.err
+
+
+def test_gradients_are_taken_once_for_all_sizes(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    scores = prune_step.gradient_scores
+    monkeypatch.setattr(prune_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
+    names = ("llm-pruner-vector", "llm-pruner-element2")
+    runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
+    sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}
+    assert run(*small(grid, runs=runs, grid=sizes)).code == 0
+    assert sorted(taken) == sorted(names)
+    for name in names:
+        prune("model", name, **GRID["options"] | runs[name], sparsity=0.4, seed=0)
+        assert values(f"{name}, sparsity 0.4") == [score(name)]
 
 
 def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:  # noqa: F811

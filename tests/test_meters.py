@@ -26,6 +26,7 @@ from models import ROWS, _config, build, save
 from secateur import latency
 from secateur.budget import parse_target
 from secateur.checkpoint import open_checkpoint
+from secateur.counts import counted
 from secateur.errors import SecateurError
 from secateur.formats.per_layer import model_class
 from secateur.latency import Latency, grid, measured, medians, stopwatch
@@ -442,3 +443,13 @@ def test_meters_by_target(opened, monkeypatch):
     meter = meter_of(parse_target("decode=2x"), stream, **how)
     assert meter.form(0.0123) == "12.3 ms"
     assert meter.dense > 0
+
+
+@given(st.integers(0, 10**12))
+def test_counts_in_words(value: int) -> None:
+    """Below a million all digits, from there on two behind the point."""
+    number, million, rest = counted(value).replace(",", "").partition(" M")
+    assert rest == ""
+    assert bool(million) == (value >= 10**6)
+    assert abs(float(number) * (10**6 if million else 1) - value) <= (5001 if million else 0)
+    assert counted(134_515_008, 1) == "134.5 M"

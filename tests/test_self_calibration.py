@@ -20,7 +20,7 @@ from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
 from secateur.row_file import KEY, holds_rows, write_rows
 from secateur.self_calibration import BATCH_ROWS, opening, self_rows
-from secateur.steps import draw
+from secateur.steps import draw, expect, summary
 from secateur.texts import read_documents
 
 NAMES = ["llama", "llama biased", "llama tied", "gpt2", "gpt2 scaled", "opt", "qwen2", "gemma2", "gpt_neox"]
@@ -198,6 +198,32 @@ def test_a_dry_run_loads_no_model(checkpoint_folder: CheckpointFolder, tmp_path:
     model = checkpoint_folder("llama")
     assert prune(model, tmp_path / "out", calibration="self", save_calibration=file, dry_run=True, **SIZE).dry
     assert not file.exists()
+
+
+def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of the rows that the model writes, and of these alone; at a rate of one operation a second."""
+    monkeypatch.setattr(summary, "product_rate", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
+    model = checkpoint_folder("llama")
+    stored = open_checkpoint(model)
+
+    def expected(**options: Any) -> Any:
+        return prune(model, tmp_path / "out", dry_run=True, **SIZE | {"calibration": "random"} | options)
+
+    parameters = sum(info.entries for info in stored.tensors.values())
+    tokens = SIZE["samples"] * SIZE["length"]
+    assert expected().seconds == expected(refit_samples=3).seconds == 0
+    for options, more in (
+        ({"calibration": "self"}, 0),
+        ({"calibration": "self", "refit_samples": 3}, 3 * SIZE["length"]),
+        ({"refit_calibration": "self"}, 0),
+    ):
+        assert expected(**options).seconds == 1.5 * 2 * parameters * (tokens + more)
+    monkeypatch.setattr(summary, "memory_bytes", lambda *_, **__: 0)
+    # Three blocks of three groups, keys and values of eight float32 each.
+    cache = min(16, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
+    assert expected(calibration="self").peak_bytes == round(1.1 * (stored.bytes + cache))
+    assert expected().peak_bytes == 0
 
 
 def test_a_model_that_cannot_begin(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:

@@ -110,7 +110,7 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
     for x, t in zip(case.x.float().split(5), case.t.float().split(5), strict=True):
         moments.update(x, t)
     normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), ridge)
-    weight, bias = fit_level2(moments, normal, keep)
+    weight, bias, error = fit_level2(moments, normal, keep)
     assert (bias is not None) == intercept
     seen = case.centred() if intercept else case
     wanted = seen.minimiser(ridge, keep)
@@ -118,7 +118,7 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
     assert_near(weight * scale, wanted * scale, 1e-3)
     if bias is not None:
         assert_near(bias, case.t.mean(0) - case.x.mean(0)[keep] @ wanted, 5e-3)
-    error = residual(normal, weight, keep)
+    assert error == pytest.approx(residual(normal, weight, keep), rel=1e-3, abs=1e-5 * seen.energy)
     assert error == pytest.approx(seen.error(ridge, keep), rel=1e-3, abs=1e-5 * seen.energy)
 
 
@@ -154,7 +154,7 @@ def test_the_intercept_is_worth_having():
         moments = Moments(5, 3, centre=centre)
         moments.update(case.x.float(), case.t.float())
         normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), 0.3)
-        weight, bias = fit_level2(moments, normal, keep)
+        weight, bias, _ = fit_level2(moments, normal, keep)
         output = case.x.float() @ weight + (0 if bias is None else bias)
         found[centre] = float((output - case.t).square().sum())
     assert found[True] < 0.5 * found[False]
@@ -228,6 +228,39 @@ def test_fewer_rows_than_inputs(seed: int, ridge: float) -> None:
     keep = torch.arange(12)
     scale = case.gram.diagonal().sqrt()[:, None]
     assert_near(refit(case.normal(ridge), keep)[0] * scale, case.minimiser(ridge, keep) * scale, 2e-3)
+
+
+@given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, size: float, data: st.DataObject) -> None:
+    """Inputs that depend on each other, or fewer rows than inputs; against the pseudo-inverse in float64."""
+    case = layer(seed, 5 if few else 60, 12, 3)
+    if not few:
+        case.x[:, 7] = case.x[:, :6] @ case.old[:6, 0]
+        case.x[:, 2] = -2 * case.x[:, 9]
+    case.x *= size
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 11), min_size=1))))
+    gram = (case.x.float().T @ case.x.float()).double()
+    weight, error = refit(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
+    x, scale = case.x[:, keep], case.gram.diagonal()[keep].sqrt()[:, None]
+    inverse = torch.from_numpy(np.linalg.pinv((x / scale.T).numpy(), rcond=1e-6))
+    wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
+    assert_near(scale * weight, wanted, 1e-3)
+    assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
+
+
+def test_nothing_is_kept() -> None:
+    case = layer(1, 40, 6, 3)
+    weight, error = refit(case.normal(0.3), torch.arange(0))
+    assert weight.shape == (0, 3)
+    assert error == pytest.approx(case.energy, rel=1e-5)
+
+
+def test_equations_that_are_not_finite_are_refused() -> None:
+    case = layer(1, 40, 6, 3)
+    case.x[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        refit(case.normal(0.3), torch.arange(6))
 
 
 # Elimination.

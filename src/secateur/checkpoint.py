@@ -69,10 +69,6 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
 
-    def has(self, name: str) -> bool:
-        """Whether a tensor of that stored name exists."""
-        return name in self.tensors
-
     def read(self, name: str) -> Tensor:
         """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
 

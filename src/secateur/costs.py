@@ -33,22 +33,37 @@ def floor_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
     return total
 
 
-def product_rate(device: torch.device | str = "cpu", size: int = 1536, repeats: int = 5) -> float:
-    """Floating-point operations per second of a float32 matrix product here, the best of a few."""
-    a = torch.randn(size, size, device=device)
+def product_rate(
+    device: torch.device | str = "cpu",
+    size: int = 1536,
+    repeats: int = 5,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Floating-point operations per second of a matrix product here, the best of a few.
+
+    The right factor is square; the left one has `rows`, by default as many as that.
+    """
+    square = torch.randn(size, size, device=device).to(dtype)
+    left = square[: rows or size]
     best = 0.0
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        (left @ square)[0, 0].item()
+        best = max(best, 2 * len(left) * size**2 / (time.perf_counter() - start))
     return best
 
 
-def memory_bytes(blocks: list[Block], width: int, tokens: int) -> int:
-    """Peak expected above what Python and its libraries take: a block twice, its largest solve, and the streams."""
+def memory_bytes(blocks: list[Block], width: int, tokens: int, *, apart: bool = False) -> int:
+    """Peak expected above what Python and its libraries take: a block twice, its largest solve, and the streams.
+
+    Where the rows that choose units stand `apart` from those that are fitted to, each has a Gram matrix and a cross
+    moment. That takes no more operations: a token counts in one of the two.
+    """
     block = max(blocks, key=lambda b: b.parameters)
     inputs = max(module.units * module.size for module in (block.attention, block.feed_forward))
-    solve = 4 * inputs * inputs + 4 * inputs * width
+    solve = (4 + apart) * (inputs * inputs + inputs * width)
     streams = tokens * (6 * width + inputs)
     return 4 * (2 * block.parameters + solve + streams)
 

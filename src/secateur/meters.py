@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from secateur.budget import FASTER, Target
+from secateur.counts import counted
 from secateur.errors import SecateurError
 from secateur.families import head_dim
 from secateur.formats.gguf_architectures import Architecture, Model, choose, filled
@@ -75,7 +76,7 @@ def parameter_meter(stream: BlockStream) -> Meter:
     def module(index: int, kind: Kind, width: Width) -> float:
         return _held(stream.blocks[index], kind, width)
 
-    return Meter(_dense(stream), stored - inside, module, lambda value: f"{value / 1e6:,.1f} M parameters")
+    return Meter(_dense(stream), stored - inside, module, lambda value: f"{counted(value, 1)} parameters")
 
 
 def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = None) -> Meter:

@@ -47,10 +47,10 @@ class Recovery:
         return self.fits and self.when in ("after", "both")
 
 
-def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Best level-2 weights of the kept inputs (k x o), and the intercept (o) if the moments are centred."""
-    weight, _ = refit(normal, keep)
-    return weight, intercept(moments, weight, keep) if moments.centre else None
+def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> tuple[Tensor, Tensor | None, float]:
+    """Best level-2 weights of the kept inputs (k x o), the intercept (o) if the moments are centred, and the error."""
+    weight, error = refit(normal, keep)
+    return weight, intercept(moments, weight, keep) if moments.centre else None, error
 
 
 def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from secateur.errors import SecateurError
 from secateur.whole_file import write_whole
 
@@ -89,9 +91,9 @@ class RunStore:
         """Where the survey of some runs is kept."""
         return self.path / SURVEYS / f"{digest(decided_by)}.json"
 
-    def text_file(self, decided_by: dict[str, Any], write: Callable[[Path], object]) -> Path:
+    def text_file(self, decided_by: dict[str, Any], write: Callable[[Path], object], suffix: str = ".jsonl") -> Path:
         """Where rows that a model has written are kept: written into a file that `write` is given, if not there yet."""
-        path = self.path / TEXTS / f"{digest(decided_by)}.jsonl"
+        path = self.path / TEXTS / f"{digest(decided_by)}{suffix}"
         if not path.exists():
             part = self.scratch / path.name
             write(part)
@@ -105,3 +107,8 @@ class RunStore:
 def digest(decided_by: dict[str, Any]) -> str:
     """A name for what decides a result, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_of(rows: Tensor) -> str:
+    """What tells rows (rows x length) from others, 16 hexadecimal digits."""
+    return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]

@@ -68,13 +68,18 @@ def check_self(
     """
     opening(checkpoint, tokenizer)
     check_calibration(SELF, length=length, max_positions=getattr(checkpoint.config, "max_position_embeddings", None))
-    needed = SPARE * (checkpoint.bytes + _batch(length) * (length + 1) * cache_bytes)
+    needed = writing_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise SecateurError(
             f"{checkpoint.source}: to write its own text, the whole model must be in memory, {needed / 1e9:,.1f} GB, "
             f"but {free / 1e9:,.1f} GB are free; calibrate on a text, or on random"
         )
+
+
+def writing_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:
+    """Memory that writing takes: the whole model in its stored dtype, and keys and values; see `check_self`."""
+    return SPARE * (checkpoint.bytes + rows_at_once(length) * (length + 1) * cache_bytes)
 
 
 def self_rows(
@@ -137,8 +142,8 @@ def self_rows(
         )
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(), quiet():
             torch.manual_seed(seed)
-            for start in watcher.track(range(0, samples, _batch(length)), "Write"):
-                begin = torch.full((min(_batch(length), samples - start), 1), first, device=device)
+            for start in watcher.track(range(0, samples, rows_at_once(length)), "Write"):
+                begin = torch.full((min(rows_at_once(length), samples - start), 1), first, device=device)
                 written = model.generate(begin, attention_mask=torch.ones_like(begin), generation_config=how)
                 rows.append(written[:, 1 - kept :].cpu())
     except (RuntimeError, MemoryError) as error:
@@ -149,7 +154,8 @@ def self_rows(
     return torch.cat(rows)
 
 
-def _batch(length: int) -> int:
+def rows_at_once(length: int) -> int:
+    """Rows of a batch."""
     return max(1, min(BATCH_ROWS, BATCH_TOKENS // length))
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 FLOAT32_RIDGE = 0.03
 """Below this ridge the condition number asks for float64."""
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Times the root of the number of inputs: what rounding makes of an eigenvalue of zero, where diag H is one."""
 STEP = 64
 """Most units removed by one update of the inverse; candidates are twice as many."""
 
@@ -91,19 +93,58 @@ def normal_equations(
 
 def refit(normal: Normal, keep: Tensor) -> tuple[Tensor, float]:
     """Best weights of the kept inputs (len(keep) x o) and ||XW - T||^2, the penalty left out."""
-    weight = torch.cholesky_solve(normal.right_ao[keep], factorise(normal.matrix_aa[:, keep][keep]))
+    old = (normal.scale_a[:, None] * normal.old_ao).masked_fill(normal.dead_a[:, None], 0.0)[keep]
+    weight = _solve(normal.matrix_aa[:, keep][keep], normal.right_ao[keep], old)
     full = torch.zeros_like(normal.right_ao)
     full[keep] = weight
     fitted = torch.where(normal.dead_a[keep, None], normal.old_ao[keep], weight / normal.scale_a[keep, None])
-    return fitted.float(), normal.error(full)
+    return fitted.float(), _not_below_zero(normal.error(full))
+
+
+def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:
+    """The solution of matrix_aa W = right_ao; where it has many, the one nearest to `old_ao`.
+
+    Without a ridge the matrix is singular where inputs depend on each other, as behind a LayerNorm, whose outputs sum
+    to zero up to gain and bias. It is known to float32's precision only, so that eigenvalues below what rounding
+    makes of zero say nothing: in their directions the old weights stay.
+    """
+    floor = ROUNDING * matrix_aa.shape[0] ** 0.5
+    factor, failed = torch.linalg.cholesky_ex(matrix_aa)
+    if not failed and _least_eigenvalue(factor) > floor:
+        return torch.cholesky_solve(right_ao, factor)
+    del factor
+    if not torch.isfinite(matrix_aa.sum()):
+        raise FloatingPointError("the normal equations are NaN or infinite; are activations finite?")
+    values, vectors = torch.linalg.eigh(matrix_aa.double())
+    inverse = torch.where(values > floor, 1 / values, 0.0)
+    gap = (right_ao - matrix_aa @ old_ao).double()
+    return old_ao + (vectors @ (inverse[:, None] * (vectors.T @ gap))).to(old_ao.dtype)
+
+
+def _least_eigenvalue(factor_aa: Tensor) -> float:
+    """The smallest eigenvalue of a matrix from its Cholesky factor, by inverse iteration; never too small.
+
+    Infinite where no input is kept.
+    """
+    start = torch.randn(factor_aa.shape[0], 1, dtype=factor_aa.dtype, generator=torch.Generator().manual_seed(0))
+    vector, size = start.to(factor_aa.device), 0.0
+    for _ in range(4):
+        vector = torch.cholesky_solve(vector / torch.linalg.vector_norm(vector), factor_aa)
+        size = float(torch.linalg.vector_norm(vector))
+    return 1 / size if size else float("inf")
 
 
 def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
     """||X_K W - T||^2 of any weights of the kept inputs, also of ones that no refit gave."""
     scaled = normal.scale_a[keep, None] * weight_ao.to(normal.scale_a.dtype)
     product = normal.matrix_aa[:, keep][keep] @ scaled - normal.penalty_a[keep, None] * scaled
-    error = float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum())
-    # Rounding can leave a perfect fit just below zero; NaN stays NaN.
+    return _not_below_zero(
+        float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum())
+    )
+
+
+def _not_below_zero(error: float) -> float:
+    """An error as it can be: rounding may leave a perfect fit just below zero; NaN stays NaN."""
     return 0.0 if error < 0 else error
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secateur.counts import counted
+
 if TYPE_CHECKING:
     from secateur.steps.sizes import Size
 
@@ -21,7 +23,7 @@ def plot_sizes(sizes: Sequence[Size], path: Path) -> None:
         shares = [size.parameters / sizes[0].parameters for size in sizes]
         axes.plot(shares, [size.perplexity[text] / dense for size in sizes], marker="o", label=Path(text).stem)
     axes.invert_xaxis()
-    axes.set_xlabel(f"parameters over dense ({sizes[0].parameters / 1e6:,.0f} M)")
+    axes.set_xlabel(f"parameters over dense ({counted(sizes[0].parameters, 0)})")
     axes.set_ylabel("perplexity over dense")
     axes.grid(alpha=0.3)
     axes.legend()

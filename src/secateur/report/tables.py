@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+
+from secateur.counts import counted
 
 if TYPE_CHECKING:
     from secateur.evaluate.compare import Evaluation, Figure
@@ -24,16 +26,16 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     dense, now = summary.dense, summary.now()
-    figures: list[tuple[str, tuple[int, int], float, str]] = [
-        ("parameters", summary.parameters, 1e6, "{:,.2f} M"),
-        ("weights on disk", summary.bytes, 1e6, "{:,.2f} MB"),
-        ("cache per token", summary.cache_bytes, 1, "{:,.0f} B"),
-        ("query heads", (sum(w.heads for w in dense), sum(w.heads for w in now)), 1, "{:,.0f}"),
-        ("key/value heads", (sum(w.groups for w in dense), sum(w.groups for w in now)), 1, "{:,.0f}"),
-        ("channels", (sum(w.channels for w in dense), sum(w.channels for w in now)), 1, "{:,.0f}"),
+    figures: list[tuple[str, tuple[int, int], Callable[[int], str]]] = [
+        ("parameters", summary.parameters, counted),
+        ("weights on disk", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
+        ("cache per token", summary.cache_bytes, "{:,} B".format),
+        ("query heads", (sum(w.heads for w in dense), sum(w.heads for w in now)), "{:,}".format),
+        ("key/value heads", (sum(w.groups for w in dense), sum(w.groups for w in now)), "{:,}".format),
+        ("channels", (sum(w.channels for w in dense), sum(w.channels for w in now)), "{:,}".format),
     ]
-    for label, (before, after), unit, form in figures:
-        table.add_row(label, form.format(before / unit), form.format(after / unit), f"{after / before:.3f}")
+    for label, (before, after), form in figures:
+        table.add_row(label, form(before), form(after), f"{after / before:.3f}")
     lines = [f"{_goes(summary.sparsity, summary.of)}, {_where(summary)}."]
     lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
@@ -110,7 +112,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
         )
     before, after = proposal.parameters
     goes = _goes(decided.sparsity, decided.of)
-    lines = [f"{goes}: {before / 1e6:,.2f} M to {after / 1e6:,.2f} M in the model."]
+    lines = [f"{goes}: {counted(before)} to {counted(after)} in the model."]
     if decided.price is not None:
         lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
     if decided.note:
@@ -135,7 +137,7 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
         now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
         table.add_row(
             f"{decided.sparsity:.1%}",
-            f"{found.parameters[share] / 1e6:,.2f} M",
+            counted(found.parameters[share]),
             f"{sum(w.heads for w in now):,}/{sum(w.heads for w in dense):,}",
             f"{sum(w.channels for w in now):,}/{sum(w.channels for w in dense):,}",
             f"{decided.price or 0.0:.3f}",
@@ -153,7 +155,7 @@ def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
     for size in sizes:
         ratios = [f"{value:.2f} ({value / dense.perplexity[text]:.2f}x)" for text, value in size.perplexity.items()]
         table.add_row(
-            size.folder, f"{size.sparsity:.1%}", f"{size.parameters / 1e6:,.2f} M", f"{size.bytes / 1e6:,.1f}", *ratios
+            size.folder, f"{size.sparsity:.1%}", counted(size.parameters), f"{size.bytes / 1e6:,.1f}", *ratios
         )
     what = "sizes.json and sizes.png are" if dense.perplexity else "sizes.json is"
     return table, [f"{what} in {out}"]

@@ -32,10 +32,10 @@ from secateur.meters import parameter_meter
 from secateur.options import SELF, Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recipe import PaperModel, Recipe, Run, expand, named
-from secateur.run_store import RunStore, digest
+from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.decide import request, survey_key
 from secateur.steps.draw import check_sources
-from secateur.steps.own_text import with_own_text
+from secateur.steps.own_text import with_kept_rewrites, with_own_text
 from secateur.steps.prune import Job, carry_out, open_job
 from secateur.steps.retrain import check_retraining, retrain, training_rows
 from secateur.steps.write import output_folder
@@ -94,7 +94,7 @@ class Judge:
             "secateur": secateur.__version__,
             "fingerprint": subject.checkpoint.fingerprint,
             "device": self.device.type,
-            "texts": {column: _hash(rows) for column, rows in subject.texts.items()},
+            "texts": {column: hash_of(rows) for column, rows in subject.texts.items()},
             "tasks": {name: hashlib.sha256(repr(items).encode()).hexdigest()[:16] for name, items in asked.items()},
         }
 
@@ -131,7 +131,8 @@ class Planned:
         if self.run is not None:
             folder = store.scratch / "model"
             file = store.survey_file(survey_key(self.job.request, self.job.text))
-            summary = carry_out(self.job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
+            job = with_kept_rewrites(self.job, store, judge.watcher)
+            summary = carry_out(job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
             sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
             if self.run.training is not None:
                 pruned, folder = folder, store.scratch / "retrained"
@@ -325,16 +326,12 @@ def _decided_by(run: Run, job: Job) -> dict[str, Any]:
     rows = None if run.training is None else training_rows(job.stream.checkpoint, run.training, Silent())
     return {
         "options": asdict(job.options),
-        "rows": [_hash(rows) for rows in (job.text, *job.rows.groups)],
+        "rows": [hash_of(rows) for rows in (job.text, *job.rows.groups)],
         # The contents of a file with a plan or ratios.
         "given": repr(job.request.given),
         "training": run.training and asdict(run.training),
-        "training rows": None if rows is None else _hash(rows),
+        "training rows": None if rows is None else hash_of(rows),
     }
-
-
-def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]
 
 
 def _comparison(

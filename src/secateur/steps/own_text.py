@@ -1,16 +1,26 @@
-"""What models write for the runs of a comparison, kept in its folder: a restart reads it in place of writing anew."""
+"""What models write for the runs of a comparison, kept in its folder: a restart reads it in place of writing anew.
+
+That is whole rows, where the calibration is the model's own text, and the rows of the refit with half of their tokens
+drawn anew. Either kind is written once for all runs that would get the very same rows.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 import secateur
+from secateur.errors import SecateurError
 from secateur.options import SELF
 from secateur.progress import Silent, Watcher
-from secateur.run_store import RunStore
+from secateur.run_store import RunStore, hash_of
 from secateur.steps.draw import draw
 from secateur.steps.prune import Job
+from secateur.steps.rewrite import rewritten
 
+ROWS = "rows"
 _DECIDES = ("calibration", "refit_calibration", "samples", "refit_samples", "length", "temperature", "seed", "searches")
 
 
@@ -46,3 +56,36 @@ def with_own_text(job: Job, store: RunStore, watcher: Watcher) -> Job:
         temperature=1.0,
     )
     return replace(job, drawn=draw(stream, tokenizer, kept, save=None, dry=False, watcher=Silent()))
+
+
+def with_kept_rewrites(job: Job, store: RunStore, watcher: Watcher) -> Job:
+    """An open job with the rewritten rows that its refit takes; as it is where it takes none.
+
+    Args:
+        job: with the text that it calibrates on.
+        store: the folder of the comparison. Rows always come out of its file, also where they were just written.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: the file was damaged.
+    """
+    if not job.copies:
+        return job
+    stream, copies, seed = job.stream, job.copies, job.options.seed
+    # Ids alone: a draw may fall on one that no tokenizer has a text for.
+    file = store.text_file(
+        {
+            "secateur": secateur.__version__,
+            "fingerprint": stream.checkpoint.fingerprint,
+            "device": stream.device.type,
+            "rewritten": hash_of(job.fitted),
+            "copies": copies,
+            "seed": seed,
+        },
+        lambda part: save_file({ROWS: rewritten(stream, job.fitted, copies=copies, seed=seed, watcher=watcher)}, part),
+        suffix=".safetensors",
+    )
+    try:
+        return replace(job, more=load_file(file)[ROWS])
+    except (SafetensorError, KeyError) as error:
+        raise SecateurError(f"{file}: not rows of secateur's; delete it to have them made again") from error

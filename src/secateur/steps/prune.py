@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.activations import Activations, Rows
 from secateur.checkpoint import open_checkpoint
-from secateur.costs import floor_flops, gradient_bytes, gradient_flops
+from secateur.counts import counted
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
 from secateur.errors import SecateurError
@@ -31,6 +31,7 @@ from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
 from secateur.steps.draw import Drawn, check_sources, check_writing, draw
+from secateur.steps.expect import backward, writing
 from secateur.steps.export import check_file, export
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.loss import mean_loss
@@ -124,9 +125,9 @@ class Job:
     """Of a criterion that needs gradients: filled by the first refit, for all others."""
 
     def with_rewritten(self, watcher: Watcher) -> Job:
-        """The same job with more rows, where the recovery gains by them."""
+        """The same job with more rows, where the recovery gains by them and they are not there yet."""
         copies, seed = self.copies, self.options.seed
-        if not copies:
+        if not copies or self.more is not None:
             return self
         return replace(self, more=rewritten(self.stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
 
@@ -261,7 +262,7 @@ def open_job(
     check_survey(asked, drawn.text, survey_file)
     watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
-        f"{parameter_meter(stream).dense / 1e6:,.1f} M parameters, {_name(checkpoint.dtype)}"
+        f"{counted(parameter_meter(stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
     )
     watcher.note(
         f"Calibrating on {options.samples} rows of {options.length} tokens"
@@ -358,12 +359,11 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     job = replace(job, more=job.fitted.repeat(job.copies, 1))
     with watcher.busy("Measuring this machine"):
         summary = _summary(job, decided, start, dry=True)
-    if not job.options.choice.uses(NEEDS_GRADIENTS) or decided.keeps:
-        return summary
-    blocks, width, tokens = job.stream.blocks, job.stream.width, job.rows.tokens
-    peak = max(summary.peak_bytes, gradient_bytes(blocks, width, tokens))
-    longer = 1 + gradient_flops(blocks, tokens) / floor_flops(blocks, width, tokens)
-    return replace(summary, seconds=summary.seconds * longer, peak_bytes=peak)
+        more = [writing(job.stream, job.options, job.drawn)]
+    if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
+        more.append(backward(job.stream, job.rows, summary.seconds))
+    seconds = summary.seconds + sum(longer for longer, _ in more)
+    return replace(summary, seconds=seconds, peak_bytes=max(summary.peak_bytes, *(peak for _, peak in more)))
 
 
 def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Summary:

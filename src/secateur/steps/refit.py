@@ -211,7 +211,7 @@ class _BlockWork:
         weight, bias = old, None
         if recovery.before:
             everything = torch.arange(old.shape[0], device=old.device)
-            weight, bias = fit_level2(moments, stats.normal, everything)
+            weight, bias, _ = fit_level2(moments, stats.normal, everything)
             choice.weight_ao, choice.pull_ao = weight, old
             choice.tensors = self.tensors | {module.level2.name: stored_weight(module, norm.unscale(weight))}
         keep = self._choose(choice, width) if given is None else given
@@ -224,10 +224,10 @@ class _BlockWork:
             x, moments, _, _ = self._collect(module, norm, pruned)
             stats = self._statistics(module, old, moments, None)
         if recovery.after:
-            fitted, bias = fit_level2(moments, stats.normal, kept)
+            fitted, bias, error = fit_level2(moments, stats.normal, kept)
         else:
             fitted = weight[kept]
-        error = residual(stats.normal, fitted, kept)
+            error = residual(stats.normal, fitted, kept)
         if recovery.method == "bias" and self._fits_bias(module):
             bias = compensation(moments, old, kept, self.tensors.get(module.bias or ""))
             # Centred moments leave the mean out of the error.

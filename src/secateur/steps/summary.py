@@ -79,7 +79,7 @@ def summarise(
     hidden = stream.checkpoint.config.hidden_size
     if dry:
         seconds = 1.5 * floor_flops(stream.blocks, hidden, rows.tokens) / product_rate(stream.device)
-        peak = memory_bytes(stream.blocks, hidden, rows.tokens)
+        peak = memory_bytes(stream.blocks, hidden, rows.tokens, apart=rows.scores is not None)
     elif stream.device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(stream.device))
 

@@ -1,0 +1,38 @@
+"""What a dry run expects of the steps that not every run has: writing text, and a backward pass."""
+
+from __future__ import annotations
+
+from secateur.activations import Rows
+from secateur.costs import floor_flops, gradient_bytes, gradient_flops, product_rate
+from secateur.meters import cache_meter, parameter_meter
+from secateur.options import SELF, Options
+from secateur.self_calibration import rows_at_once, writing_bytes
+from secateur.steps.draw import Drawn
+from secateur.stream import BlockStream
+
+WRITING = 4096
+"""Width of the matrix by which speed is measured: larger than the caches, as a model is."""
+
+
+def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float, int]:
+    """Seconds and bytes that the model takes to write its own text; nothing where it calibrates on another.
+
+    A token takes two operations a parameter, at the speed that this machine has with as few rows as are written at
+    once: there, reading the weights sets it.
+    """
+    parts = (drawn.text, drawn.text.new_empty(0) if drawn.fitted is None else drawn.fitted)
+    tokens = sum(rows.numel() for source, rows in zip(options.sources, parts, strict=True) if source == SELF)
+    if not tokens:
+        return 0.0, 0
+    checkpoint, cached = stream.checkpoint, cache_meter(stream, stream.checkpoint.dtype).dense
+    batch = min(rows_at_once(options.length), tokens // options.length)
+    rate = product_rate(stream.device, WRITING, rows=batch, dtype=checkpoint.dtype)
+    seconds = 1.5 * 2 * parameter_meter(stream).dense * tokens / rate
+    return seconds, round(writing_bytes(checkpoint, length=options.length, cache_bytes=cached))
+
+
+def backward(stream: BlockStream, rows: Rows, seconds: float) -> tuple[float, int]:
+    """Seconds and bytes of the gradients, from the seconds of a run without them."""
+    blocks, width, tokens = stream.blocks, stream.width, rows.tokens
+    share = gradient_flops(blocks, tokens) / floor_flops(blocks, width, tokens)
+    return share * seconds, gradient_bytes(blocks, width, tokens)
