@@ -90,6 +90,12 @@ def test_a_mean_lies_within_its_spread(value: float, count: int) -> None:
 
 def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # noqa: F811
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    # A table tells the name of the text, and not where it lay.
+    text = str(grid / "text.txt")
+    assert run("compare", "model", "grid.yaml", "--out", "elsewhere", "--calibration", text, "--seeds", "0").code == 0
+    said = (grid / "elsewhere" / "table.md").read_text()
+    assert "calibration text.txt, samples 4" in said
+    assert str(grid) not in said
     found = json.loads((grid / "out" / "table.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
     assert list(rows) == ["dense", *(f"{label}, sparsity {share}" for label in ("wanda", "L2") for share in (0.2, 0.4))]

@@ -362,7 +362,9 @@ def _comparison(
 
 def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tuple[str, ...]:
     """How it was measured, one sentence a fact."""
-    shared = ", ".join(f"{name} {value}" for name, value in recipe.options.items())
+    # Of a file the name alone: a table is read where the file does not lie.
+    options = {name: short(value) if isinstance(value, str) else value for name, value in recipe.options.items()}
+    shared = ", ".join(f"{name} {value}" for name, value in options.items())
     lines = [f"Options of all runs: {shared}." if shared else "All runs have the default options."]
     for subject in subjects:
         own = {} if subject.paper is None else subject.paper.options
@@ -376,7 +378,8 @@ def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tupl
         lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
     trained = {run.label: run.training for subject in subjects for run, _ in subject.runs if run.training is not None}
     lines += [
-        f"{label}: LoRA on {one.samples:,} rows of {one.length} tokens of {one.calibration}, {one.epochs} epochs."
+        f"{label}: LoRA on {one.samples:,} rows of {one.length} tokens of {short(one.calibration)}, "
+        f"{one.epochs} epochs."
         for label, one in trained.items()
     ]
     seeds = recipe.grid.get("seed")
