@@ -38,8 +38,9 @@ Modules = Annotated[str, panels.target(help="What may go: heads, channels, or bo
 Widths = Annotated[
     str,
     panels.target(
-        help="adaptive: each module the width at which the whole model loses least; uniform: one width for all "
-        "blocks, which the stock class holds; or a JSON file with the share that goes for ranges of blocks, like "
+        help="adaptive (AL-AM): each module the width at which the whole model loses least; uniform (UL-UM): one width "
+        "for all blocks, which the stock class holds; or by hand (ML-MM) a JSON file with the share that goes for "
+        "ranges of blocks, like "
         '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.'
     ),
 ]
@@ -53,10 +54,10 @@ Criterion = Annotated[
     str,
     panels.method(
         help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
-        "second-moment, wanda, flap-wifv, flap-ifv, flap-wifn: by activations; llm-pruner-vector, "
-        "llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random; "
-        "similarity: heads that attend like another one; similarity+X: these first, the rest by X; or a pair, "
-        "heads=X,channels=Y."
+        "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; "
+        "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random; "
+        "similarity (the paper's): heads that attend like another one; similarity+X: these first, the rest by X; "
+        "or a pair, heads=X,channels=Y."
     ),
 ]
 Tau = Annotated[

@@ -44,7 +44,8 @@ def prune(
         panels.method(
             help="How the rest makes up for them. refit: the output layers, aiming at what the dense model gives "
             "and so repairing earlier blocks' errors; paper: both layers of a module, to their dense outputs; "
-            "bias: no weight changes, but what the removed units gave on average is added; none: weights are only cut."
+            "bias (FLAP's): no weight changes, but what the removed units gave on average is added; none: weights are "
+            "only cut."
         ),
     ] = Options.recovery,
     recover: Annotated[
