@@ -384,5 +384,6 @@ def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tupl
     ]
     seeds = recipe.grid.get("seed")
     if seeds:
-        lines.append(f"Mean over the seeds {', '.join(map(str, seeds))}, with the least and the most.")
+        several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the least and the most."
+        lines.append(several if len(seeds) > 1 else f"Seed {seeds[0]}.")
     return tuple(lines)
