@@ -7,7 +7,8 @@ is fitted first, to the whole error so far; the feed-forward then sees what the 
 
 A norm between level 2 and the stream, y = w * z / r, is carried back through: with r taken from the dense pass,
 rows of the level-2 input are divided by r and its weight's columns multiplied by w, after which the same least
-squares applies, with errors measured in the residual stream.
+squares applies, with errors measured in the residual stream. The target is then the module's own dense output alone,
+since the norm couples its outputs.
 """
 
 from __future__ import annotations

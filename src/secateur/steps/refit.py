@@ -167,8 +167,7 @@ class _BlockWork:
         self.input: dict[Kind, Activations] = {}
         """Dense module inputs, for the refit of level 1."""
         # Where the residual stream itself is normalised (OPT-350m), the error so far cannot be repaired.
-        additive = getattr(stream.checkpoint.config, "do_layer_norm_before", True)
-        self.error_aware = additive and method.recovery.method != "paper"
+        self.additive = getattr(stream.checkpoint.config, "do_layer_norm_before", True)
 
     def _run(self, hidden: Activations, at: Batch, **how: Any) -> Tensor:
         return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **how)
@@ -295,7 +294,7 @@ class _BlockWork:
             # One entry where both are the same.
             for sums, weight in {scored: at.score, moments: at.weight}.items():
                 if weight:
-                    sums.update(rows, target, weight, self._weights(module, norm, target, at))
+                    sums.update(rows, target, weight, self._weights(module, target, at))
             if at.score and inputs is not None:
                 inputs.update(seen["source"].reshape(-1, self.stream.width), weight=at.score)
         if not (moments.finite() and scored.finite()):
@@ -303,9 +302,17 @@ class _BlockWork:
             raise SecateurError(f"block {self.index}: the {what} module gives NaN or infinite activations")
         return x, moments, scored, inputs
 
+    def _repairs(self, module: Depth2) -> bool:
+        """Whether the module aims at the error so far as well.
+
+        Not behind a norm: it gives all outputs one scale, and those few in which the stream is huge, and so is its
+        error, would take that scale from all others.
+        """
+        return self.additive and module.post_norm is None and self.method.recovery.method != "paper"
+
     def _target(self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch) -> Tensor:
         """What the module should add to the residual stream."""
-        if self.error_aware:
+        if self._repairs(module):
             without = self._done(module, at) | {module: None}
             if module is self.block.attention:
                 without[self.block.feed_forward] = None
@@ -316,17 +323,16 @@ class _BlockWork:
             target = z if norm.norm is None else norm.norm(z)
         return target
 
-    def _weights(self, module: Depth2, norm: PostNorm, target: Tensor, at: Batch) -> Tensor | None:
+    def _weights(self, module: Depth2, target: Tensor, at: Batch) -> Tensor | None:
         """What single tokens count (n): less where the stream already errs by much more than is usual.
 
         Errors have heavy tails. A few tokens whose massive activation was missed carry an error that no later module
         can mend; in plain least squares they are most of what every one of those modules is fitted to.
         """
         usual = self.method.recovery.usual
-        if not self.error_aware or usual == math.inf:
+        if not self._repairs(module) or usual == math.inf:
             return None
         own = self.output[module.kind][at].to(target.device)
-        own = own if norm.norm is None else norm.norm(own)
         inherited = (target - own.reshape(target.shape)).square().sum(1)
         # Where nothing is inherited, what is left is rounding.
         least = ROUNDING * target.square().sum(1).mean()
