@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -243,6 +243,9 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, siz
     gram = (case.x.float().T @ case.x.float()).double()
     weight, error = refit(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
     x, scale = case.x[:, keep], case.gram.diagonal()[keep].sqrt()[:, None]
+    # Between these, single precision cannot tell a small singular value from none.
+    values = torch.linalg.svdvals(x / scale.T)
+    assume(not bool(((values > 1e-5) & (values < 3e-2)).any()))
     inverse = torch.from_numpy(np.linalg.pinv((x / scale.T).numpy(), rcond=1e-6))
     wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
     assert_near(scale * weight, wanted, 1e-3)
