@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.progress import Watcher
 from secateur.recipe import Recipe, expand
-from secateur.run_store import RunStore, digest
+from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.compare import sources
 from secateur.steps.prune import Job, open_job
 
@@ -63,8 +63,9 @@ def measure_each(
                 "kind": recipe.kind,
                 "fingerprint": job.stream.checkpoint.fingerprint,
                 "blocks": f"{job.request.chosen.start}:{job.request.chosen.stop}",
+                "rows": hash_of(job.text),
             }
-            key = digest(decided_by | {"rows": job.text.tolist()})
+            key = digest(decided_by)
             result = store.find(key)
             if result is None:
                 watcher.note(f"{what} of {name}")
