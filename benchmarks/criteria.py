@@ -1,15 +1,16 @@
-"""Criteria and recoveries side by side: one model, one size, one calibration text, perplexity over dense.
+"""Every criterion with every recovery: one model, one calibration text, perplexity over dense.
 
     python benchmarks/criteria.py MODEL --calibration text.txt --evaluate a.txt --evaluate b.txt --out docs/results.md
 
-All rows have the same width, which the default criterion chose, so that they differ in nothing but the choice
-of units and the repair. Each row is printed as it comes; with --out, the table replaces the one between the markers
-`<!-- criteria -->` and `<!-- /criteria -->` of that file.
+All runs of one size have the same width in every block, which the default criterion chose, so that they differ in
+nothing but the choice of units and the repair. Each is printed as it comes. With --out, a table for each size stands
+between the markers `<!-- criteria SIZE -->` and `<!-- /criteria SIZE -->` of that file; with --keep FILE, runs that are
+finished are not made again.
 """
 
 import argparse
+import json
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -27,20 +28,25 @@ from secateur import (
 )
 from secateur.activations import Rows
 from secateur.choice import CRITERIA
+from secateur.criteria import NEEDS_GRADIENTS
 from secateur.evaluate import perplexity
 from secateur.evaluate.compare import load
 from secateur.meters import parameter_meter
 from secateur.recovery import Recovery
 from secateur.steps.decide import survey_rows
-from secateur.steps.plan import Wish
+from secateur.steps.gradients import UnitScores, gradient_scores
+from secateur.steps.plan import Plan, Wish
 from secateur.steps.refit import Method
-from secateur.surgery import narrow
+from secateur.structure import KINDS, Width
+from secateur.surgery import assign, narrow
 from secateur.tokens import begins_with_bos
 from tables import put
 
-GRID = [(criterion, recovery, "after") for criterion in CRITERIA for recovery in ("refit", "none")]
-GRID += [("second-moment", "paper", "after"), ("second-moment", "paper", "both"), ("second-moment", "paper", "before")]
-GRID += [("surgeon", "paper", "after")]
+RECOVERIES = ("none", "bias", "paper", "refit")
+"""Columns of the table."""
+EARLY = [("second-moment", recovery, when) for recovery in ("paper", "refit") for when in ("before", "both")]
+"""Refits ahead of the choice, for the paper's criterion alone; below the table."""
+GRID = [(criterion, recovery, "after") for criterion in CRITERIA for recovery in RECOVERIES] + EARLY
 
 
 def main() -> None:
@@ -53,60 +59,110 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--ridge", type=float, default=Options.ridge)
+    parser.add_argument("--keep", type=Path, help="a .json file for finished runs")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
-    checkpoint = open_checkpoint(arguments.model)
-    tokenizer, vocabulary = checkpoint.tokenizer(), checkpoint.config.vocab_size
-    stream = BlockStream(checkpoint)
-    text = calibration_rows(
-        tokenizer,
-        arguments.calibration,
-        samples=arguments.samples,
-        length=arguments.length,
-        seed=0,
-        vocab_size=vocabulary,
-    )
-    rows = Rows.of(text) if begins_with_bos(tokenizer) else Rows.of(text).with_openings()
-    texts = [
-        consecutive_rows(tokenizer, source, length=128, tokens=arguments.tokens, vocab_size=vocabulary)
-        for source in arguments.evaluate
-    ]
-    network = load(checkpoint, torch.float32, torch.device("cpu"))
-    dense = [perplexity(network, ids).perplexity for ids in texts]
-    few, probe_rows = survey_rows(text)
-    found = survey(stream, few, probe_rows=probe_rows, ridge=arguments.ridge)
-    counted = parameter_meter(stream)
-    wish = Wish(stream.blocks, range(len(stream)), parameters=counted, goal=arguments.sparsity, meter=counted)
-    decided = plan(wish, "uniform", found)
+    bench = Bench(arguments)
+    kept = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {"runs": {}}
+    decided = bench.plan(arguments.sparsity, kept.get("width"))
     width = decided.widths[0]
+    kept["width"] = [width.groups, width.per_group, width.channels]
     names = [Path(source).stem for source in arguments.evaluate]
-    lines = [
+    said = (
         f"{Path(arguments.model).name}, {arguments.samples} x {arguments.length} tokens of "
         f"{Path(arguments.calibration).name}, {arguments.tokens:,} tokens of each text in rows of 128, ridge "
         f"{arguments.ridge}; every block {width.heads} heads, {width.groups} key/value heads, {width.channels} "
         f"channels ({decided.sparsity:.1%} of the blocks); torch {torch.__version__}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads. Dense: "
-        + ", ".join(f"{n} {p:.2f}" for n, p in zip(names, dense, strict=True)),
-        "",
-        "| criterion | recovery | " + " | ".join(f"{name}, over dense" for name in names) + " | seconds |",
-        "|---|---|" + "---|" * (len(names) + 1),
-    ]
-    print("\n".join(lines), flush=True)
-    layers = network.get_submodule(stream.family.blocks)
+        + ", ".join(f"{name} {value:.2f}" for name, value in zip(names, bench.dense, strict=True))
+        + f". Cells: {' / '.join(names)}, over dense"
+    )
+    print(said, flush=True)
     for criterion, recovery, when in GRID:
-        start = time.perf_counter()
-        method = Method(criterion, Recovery(recovery, when, arguments.ridge))
-        for block in refit(stream, decided, rows, method=method):
-            tensors = {name: tensor.float() for name, tensor in slice(stream, block).items()}
-            narrow(layers[block.index], tensors, width)
-        seconds = time.perf_counter() - start
-        ratios = [perplexity(network, ids).perplexity / base for ids, base in zip(texts, dense, strict=True)]
-        label = recovery if recovery != "paper" else f"paper, {when}"
-        lines.append(f"| {criterion} | {label} | " + " | ".join(f"{r:.2f}" for r in ratios) + f" | {seconds:.0f} |")
-        print(lines[-1], flush=True)
+        run = f"{criterion}, {recovery}, {when}"
+        if run not in kept["runs"]:
+            kept["runs"][run] = bench.ratios(decided, criterion, recovery, when)
+            print(f"{run}: {spelled(kept['runs'][run])}", flush=True)
+        if arguments.keep:
+            arguments.keep.write_text(json.dumps(kept, indent=1))
         if arguments.out:
-            put(arguments.out, "criteria", lines)
+            put(arguments.out, f"criteria {arguments.sparsity:g}", table(said, kept["runs"]))
+
+
+def table(said: str, runs: dict[str, list[float]]) -> list[str]:
+    """The lines of a table, as far as runs are finished."""
+    lines = [said, "", "| criterion | " + " | ".join(RECOVERIES) + " |", "|---" * (len(RECOVERIES) + 1) + "|"]
+    for criterion in CRITERIA:
+        cells = [spelled(runs.get(f"{criterion}, {recovery}, after")) for recovery in RECOVERIES]
+        if any(cells):
+            lines.append(f"| {criterion} | " + " | ".join(cells) + " |")
+    early = [
+        (f"{recovery} {when} the choice" if when == "before" else f"{recovery} before and after it", run)
+        for criterion, recovery, when in EARLY
+        if (run := runs.get(f"{criterion}, {recovery}, {when}"))
+    ]
+    if early:
+        lines += ["", f"{EARLY[0][0]}: " + "; ".join(f"{what} {spelled(run)}" for what, run in early)]
+    return lines
+
+
+def spelled(ratios: list[float] | None) -> str:
+    """Ratios in a cell: three digits, thousands as they are."""
+    return " / ".join(f"{r:.2f}" if r < 10 else f"{r:,.0f}" for r in ratios or [])
+
+
+class Bench:
+    """The model, its calibration rows and the texts to score."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        checkpoint = open_checkpoint(arguments.model)
+        tokenizer, vocabulary = checkpoint.tokenizer(), checkpoint.config.vocab_size
+        self.stream, self.ridge = BlockStream(checkpoint), arguments.ridge
+        self.text = calibration_rows(
+            tokenizer,
+            arguments.calibration,
+            samples=arguments.samples,
+            length=arguments.length,
+            seed=0,
+            vocab_size=vocabulary,
+        )
+        self.rows = Rows.of(self.text) if begins_with_bos(tokenizer) else Rows.of(self.text).with_openings()
+        self.texts = [
+            consecutive_rows(tokenizer, source, length=128, tokens=arguments.tokens, vocab_size=vocabulary)
+            for source in arguments.evaluate
+        ]
+        self.network = load(checkpoint, torch.float32, torch.device("cpu"))
+        self.dense = self._score()
+        self.scores: dict[str, UnitScores] = {}
+
+    def plan(self, sparsity: float, width: list[int] | None) -> Plan:
+        """One width for all blocks: this one (groups, heads in each, channels), or the default criterion's choice."""
+        counted = parameter_meter(self.stream)
+        wish = Wish(self.stream.blocks, range(len(self.stream)), parameters=counted, goal=sparsity, meter=counted)
+        if width:
+            return wish.plan(dict.fromkeys(wish.chosen, Width(*width)))
+        few, probe_rows = survey_rows(self.text)
+        return plan(wish, "uniform", survey(self.stream, few, probe_rows=probe_rows, ridge=self.ridge))
+
+    def ratios(self, decided: Plan, criterion: str, recovery: str, when: str) -> list[float]:
+        """Perplexity over dense of one run on each text."""
+        if criterion in NEEDS_GRADIENTS and criterion not in self.scores:
+            self.scores[criterion] = gradient_scores(self.stream, self.rows, criterion)
+        method = Method(criterion, Recovery(recovery, when, self.ridge), scores=self.scores.get(criterion))
+        layers = self.network.get_submodule(self.stream.family.blocks)
+        for block in refit(self.stream, decided, self.rows, method=method):
+            tensors = {name: tensor.float() for name, tensor in slice(self.stream, block).items()}
+            layer = layers[block.index]
+            for module in (self.stream.blocks[block.index].module(kind) for kind in KINDS):
+                if module.bias is None:
+                    # What the last run may have added.
+                    assign(layer, f"{module.sink}.bias", None)
+            narrow(layer, tensors, decided.widths[block.index])
+        return [value / base for value, base in zip(self._score(), self.dense, strict=True)]
+
+    def _score(self) -> list[float]:
+        return [perplexity(self.network, ids).perplexity for ids in self.texts]
 
 
 if __name__ == "__main__":
