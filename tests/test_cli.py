@@ -206,6 +206,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--seed -1", "seed is -1; it must lie between 0 and"),
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must be zero or positive, for example 0.3"),
+    ("--level1 -1", "level1 is -1; it must be at least 0"),
     ("--round 0", "round is 0; it must be at least 1"),
     (
         "--round 96 --modules channels --widths uniform",
@@ -849,7 +850,8 @@ def test_version_and_help(run: Run) -> None:
         commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
         assert commands == ["prune", "export", "retrain", "plan", "survey", "sizes", "eval", "compare"]
     text = run("prune", "--help").out
-    target, method = "sparsity target plan of blocks modules widths round", "criterion recovery recover ridge intercept"
+    target = "sparsity target plan of blocks modules widths round"
+    method = "criterion recovery recover ridge level1 intercept"
     rows = "calibration samples rewrites length temperature save-calibration refit-calibration refit-samples sigma seed"
     other = "device revision trust-remote-code dtype format type survey dry-run overwrite"
     for option in f"{target} {method} tau {rows} {other}".split():

@@ -125,9 +125,9 @@ class Arena:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
 
-    def empty(self, rows: Rows, width: int) -> Activations:
-        """Uninitialised float32 activations of some rows."""
-        return Activations([self._empty((*group.shape, width)) for group in rows.groups])
+    def empty(self, rows: Rows, width: int, dtype: torch.dtype = torch.float32) -> Activations:
+        """Uninitialised activations of some rows."""
+        return Activations([self._empty((*group.shape, width), dtype) for group in rows.groups])
 
     def release(self, activations: Activations) -> None:
         """Give their room back; they must not be used any more."""
@@ -139,16 +139,16 @@ class Arena:
                 self.used -= part.numel() * part.element_size()
         activations.parts = []
 
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
-        if self.used + 4 * count <= self.limit:
-            self.used += 4 * count
-            return torch.empty(shape)
+        if self.used + dtype.itemsize * count <= self.limit:
+            self.used += dtype.itemsize * count
+            return torch.empty(shape, dtype=dtype)
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
         self._files += 1
-        path = os.path.join(self._folder.name, f"{self._files}.f32")
-        return torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
+        path = os.path.join(self._folder.name, str(self._files))
+        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
 
     def __enter__(self) -> Arena:
         return self

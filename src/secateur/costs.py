@@ -23,6 +23,23 @@ def module_flops(inputs: int, width: int, tokens: int) -> float:
     return tokens * (inputs**2 + 2 * inputs * width) + inputs**3 + 2 * inputs**2 * width
 
 
+def level1_flops(block: Block, width: int, tokens: int, steps: int) -> tuple[float, float]:
+    """Level 1 of the feed-forward fitted along: operations in float32, and those that need not be.
+
+    With m level-1 matrices J and its transpose take m + 1 products of 2 n a d each, one of the two for the right-hand
+    side. In float32 are what the module gives now, and its new inputs with their Gram matrix.
+    """
+    module = block.feed_forward
+    product, matrices = 2.0 * tokens * module.units * width, len(module.scored)
+    exact = (2 * matrices + 1) * product + module_flops(module.units, width, tokens)
+    return exact, (matrices + 1) * product * (2 * steps + 1)
+
+
+def level1_bytes(blocks: Iterable[Block], width: int, tokens: int, itemsize: int) -> int:
+    """What it stores on top of `memory_bytes`: the module's input and a factor for each level-1 matrix."""
+    return max(tokens * (width + len(b.feed_forward.scored) * b.feed_forward.units) * itemsize for b in blocks)
+
+
 def floor_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
     """What pruning cannot go below: two forwards of the blocks, and each module's statistics and solve once."""
     total = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from secateur.errors import SecateurError
@@ -19,3 +21,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "meta":
         raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")
     return device
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """What to multiply in where float32 is not needed: bfloat16 where there are matrix units for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Since torch 2.11 or so; without it, float32 is slower and as good.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32

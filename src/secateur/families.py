@@ -6,10 +6,12 @@ matrices are read off the block itself (on the meta device), so that an entry ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import SecateurError
@@ -115,6 +117,12 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def activation_of(config: Any) -> Callable[[Tensor], Tensor]:
+    """The function between the two levels of the feed-forward."""
+    names = ("hidden_activation", "activation_function", "hidden_act")
+    return ACT2FN[next(value for name in names if (value := getattr(config, name, None)))]
+
+
 def describe(config: Any, layer: nn.Module) -> Block:
     """Lay a block out as its two depth-2 modules.
 
@@ -185,8 +193,9 @@ def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
     channels = int(down.weight.shape[0 if isinstance(down, Conv1D) else 1])
     if family.fused_gate is not None:
         source = prefix + family.fused_gate
-        level1 = _slabs(layer, source, "channel", channels, 1)
-        level1 += _slabs(layer, source, "channel", channels, 1, channels)
+        # Up first, as everywhere, although the gate's rows come first in the tensor.
+        level1 = _slabs(layer, source, "channel", channels, 1, channels)
+        level1 += _slabs(layer, source, "channel", channels, 1)
     else:
         source = prefix + family.up
         level1 = _slabs(layer, source, "channel", channels, 1)

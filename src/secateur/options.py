@@ -56,6 +56,8 @@ class Options:
     """When the recovery happens: `before` the choice of units, `after` it, or `both`."""
     ridge: float = 0.3
     """Pull of the refit toward the old weights, relative to each input's energy."""
+    level1: int = 4
+    """Steps by which `refit` fits level 1 of the feed-forward along; 0 leaves it."""
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
     calibration: str = "wikitext2"
@@ -104,6 +106,7 @@ class Options:
         for name, number, least in (
             ("samples", self.samples, 1),
             ("rewrites", self.rewrites, 0),
+            ("level1", self.level1, 0),
             ("length", self.length, 2),
             ("refit-samples", 1 if self.refit_samples is None else self.refit_samples, 1),
             ("round", self.multiple, 1),

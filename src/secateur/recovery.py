@@ -1,15 +1,17 @@
 """Choose a module's units and refit what is left, from statistics alone.
 
-`refit` solves level 2 for the error-aware target; `paper` first refits level 1 to the dense level-1 outputs, then
-level 2 to the dense level-2 outputs (Algorithms 1, 3 and 4 of Greedy Output Approximation). `before` refits all units
-ahead of the choice, so that the criterion sees repaired weights; `after` refits the kept ones. `bias` leaves the
-weights and adds to the level-2 bias what the removed units gave on average (FLAP); `none` leaves everything.
+`refit` solves level 2 for the error-aware target, and in the feed-forward level 1 along with it (`secateur.level1`);
+`paper` first refits level 1 to the dense level-1 outputs, then level 2 to the dense level-2 outputs (Algorithms 1, 3
+and 4 of Greedy Output Approximation). `before` refits level 2 of all units ahead of the choice, so that the criterion
+sees repaired weights; `after` refits the kept ones. `bias` leaves the weights and adds to the level-2 bias what the
+removed units gave on average (FLAP); `none` leaves everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ class Recovery:
     ridge: float = 0.3
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
+    level1: int = 4
+    """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
     usual: float = 1.0
     """A token counts half where the squared error that it inherits is so many times the median; infinite: all alike."""
 
@@ -35,6 +39,11 @@ class Recovery:
     def fits(self) -> bool:
         """Weights get new values."""
         return self.method in ("refit", "paper")
+
+    @property
+    def fits_level1(self) -> bool:
+        """Level 1 of the feed-forward is fitted along with level 2."""
+        return self.method == "refit" and self.after and self.level1 > 0
 
     @property
     def before(self) -> bool:
@@ -47,10 +56,20 @@ class Recovery:
         return self.fits and self.when in ("after", "both")
 
 
-def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> tuple[Tensor, Tensor | None, float]:
-    """Best level-2 weights of the kept inputs (k x o), the intercept (o) if the moments are centred, and the error."""
+class Fit(NamedTuple):
+    """What least squares found for a level-2 layer."""
+
+    weight_ko: Tensor
+    """Of the kept inputs, in residual units."""
+    bias: Tensor | None
+    error: float
+    """||XW - T||^2, the penalty left out."""
+
+
+def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
+    """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
     weight, error = refit(normal, keep)
-    return weight, intercept(moments, weight, keep) if moments.centre else None, error
+    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
 
 
 def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:

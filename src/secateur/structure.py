@@ -80,6 +80,11 @@ class Depth2:
         """Query heads per key/value head; for channels, all of them."""
         return self.units // self.groups
 
+    def bias_of(self, slab: Slab) -> str | None:
+        """The name of the tensor with the bias of a level-1 weight, if the architecture has one."""
+        name = slab.name.removesuffix("weight") + "bias"
+        return name if any(other.name == name for other in self.level1) else None
+
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The ways in which units of this module may leave so that the tensors keep a loadable layout."""

@@ -80,6 +80,13 @@ Ridge = Annotated[
     float,
     panels.method(help="Pull of the refit toward the old weights; less follows the calibration text more closely."),
 ]
+Level1 = Annotated[
+    int,
+    panels.method(
+        help="Of --recovery refit: steps by which the up and gate layers are fitted along with the output layer; 0 "
+        "leaves them as they are, in about half of the time."
+    ),
+]
 Calibration = Annotated[
     str,
     panels.calibration(

@@ -52,6 +52,7 @@ def prune(
         str, panels.method(help="When that happens: before units are chosen, after, or both.")
     ] = Options.recover,
     ridge: parameters.Ridge = Options.ridge,
+    level1: parameters.Level1 = Options.level1,
     intercept: Annotated[
         bool,
         panels.method(
@@ -114,6 +115,7 @@ def prune(
         recovery=recovery,
         recover=recover,
         ridge=ridge,
+        level1=level1,
         intercept=intercept,
         calibration=calibration,
         samples=samples,

@@ -31,7 +31,7 @@ from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
 from secateur.steps.draw import Drawn, check_sources, check_writing, draw
-from secateur.steps.expect import backward, writing
+from secateur.steps.expect import backward, fitting_level1, writing
 from secateur.steps.export import check_file, export
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.loss import mean_loss
@@ -177,7 +177,7 @@ class Job:
     def method(self) -> Method:
         """How units are chosen and what is done about the loss."""
         options = self.options
-        recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept)
+        recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept, options.level1)
         similar = self.request.similar
         return Method(options.scores, recovery, options.seed, similar=similar.candidates if similar else {})
 
@@ -360,6 +360,8 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     with watcher.busy("Measuring this machine"):
         summary = _summary(job, decided, start, dry=True)
         more = [writing(job.stream, job.options, job.drawn)]
+        if job.method.recovery.fits_level1:
+            more.append(fitting_level1(job.stream, job.rows, job.options.level1))
     if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
         more.append(backward(job.stream, job.rows, summary.seconds))
     seconds = summary.seconds + sum(longer for longer, _ in more)

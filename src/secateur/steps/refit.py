@@ -10,7 +10,7 @@ Shapes: n tokens, a level-2 input entries, d residual width; rows x t x d for st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from secateur.activations import Activations, Arena, Batch, Rows
 from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
+from secateur.device import fast_dtype
 from secateur.errors import SecateurError
+from secateur.families import activation_of
+from secateur.level1 import Part, Tangent, factors, outputs
 from secateur.moments import Moments
 from secateur.progress import Silent, Watcher
-from secateur.recovery import Recovery, compensation, fit_level1, fit_level2, intercept
+from secateur.recovery import Fit, Recovery, compensation, fit_level1, fit_level2, intercept
 from secateur.solve import residual
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.plan import Plan
@@ -223,7 +226,10 @@ class _BlockWork:
             x, moments, _, _ = self._collect(module, norm, pruned)
             stats = self._statistics(module, old, moments, None)
         if recovery.after:
-            fitted, bias, error = fit_level2(moments, stats.normal, kept)
+            fit = fit_level2(moments, stats.normal, kept)
+            if recovery.fits_level1 and module.scored and len(kept):
+                x, fit = self._fit_both(module, norm, pruned, kept, x, fit, ROUNDING * stats.normal.energy)
+            fitted, bias, error = fit
         else:
             fitted = weight[kept]
             error = residual(stats.normal, fitted, kept)
@@ -370,6 +376,81 @@ class _BlockWork:
             dense = self.input[module.kind][at].to(self.stream.device)
             inputs.update(seen["source"].reshape(-1, width), dense.reshape(-1, width), at.weight)
         self._change(fit_level1(module, self.tensors, inputs, self.method.recovery.ridge))
+
+    def _fit_both(
+        self,
+        module: Depth2,
+        norm: PostNorm,
+        pruned: Activations,
+        kept: Tensor,
+        x: Activations,
+        fit: Fit,
+        least: float,
+    ) -> tuple[Activations, Fit]:
+        """Level 1 of the feed-forward fitted along, then level 2 once more; all as it was where that gains nothing.
+
+        Takes and returns the stored level-2 inputs and the fit of level 2. An error up to `least` is rounding.
+        """
+        if fit.error <= least:
+            return x, fit
+        before = {slab.name: self.tensors[slab.name] for slab in module.scored}
+        self._change(self._level1_step(module, norm, pruned, kept, x, fit))
+        old = norm.scale(inner_weight(module, self.tensors))
+        self.arena.release(x)
+        x, moments, _, _ = self._collect(module, norm, pruned)
+        again = fit_level2(moments, self._statistics(module, old, moments, None).normal, kept)
+        if again.error < fit.error:
+            return x, again
+        self._change(before)
+        self.arena.release(x)
+        return self._collect(module, norm, pruned)[0], fit
+
+    def _level1_step(
+        self, module: Depth2, norm: PostNorm, pruned: Activations, kept: Tensor, x: Activations, fit: Fit
+    ) -> dict[str, Tensor]:
+        """New level-1 weights, from one Gauss-Newton step at a fit of level 2."""
+        activation, device, width = activation_of(self.stream.checkpoint.config), self.stream.device, self.stream.width
+        batches = [at for at in self.rows.batches() if at.weight]
+        dtype = fast_dtype(device)
+        source = self.arena.empty(self.rows, width, dtype)
+        stored = [self.arena.empty(self.rows, len(kept), dtype) for _ in module.scored]
+        tangent = Tangent(fit.weight_ko, len(stored), width, sum(self.rows.ids(at).numel() for at in batches))
+        for at in batches:
+            seen: dict[str, Tensor] = {}
+            replay, watch = self._done(module, at), {module.source: _keep(seen, "source")}
+            self.stream.run(
+                self.index, self.layer, pruned[at], at.group, replay=replay, watch=watch, until=module.source
+            )
+            s = seen["source"].reshape(-1, width)
+            target = self._target(module, norm, pruned, at).reshape(-1, width)
+            counts = self._weights(module, target, at)
+            root = at.weight**0.5 * (torch.ones(len(s), device=device) if counts is None else counts.sqrt())[:, None]
+            scale = norm.inverse_rms(self.output[module.kind][at].to(device))
+            scaled = root if scale is None else root * scale.reshape(-1, 1)
+            given = x[at].to(device).reshape(len(s), -1)[:, kept] @ fit.weight_ko
+            stays = fit.bias
+            if stays is None and module.bias is not None:
+                stays = norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale.reshape(-1, 1))
+            residual = target * root - given * scaled - (0 if stays is None else stays * root)
+            found = [f * scaled for f in factors(activation, outputs(module, self.tensors, s, kept))]
+            source[at] = s
+            for room, factor in zip(stored, found, strict=True):
+                room[at] = factor
+            tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), residual.to(dtype), root)
+
+        def parts() -> Iterator[Part]:
+            for at in batches:
+                s = source[at].to(device).reshape(-1, width)
+                yield Part(s, [room[at].to(device).reshape(len(s), -1) for room in stored])
+
+        recovery = self.method.recovery
+        changes = tangent.step(parts, recovery.ridge, recovery.level1)
+        for room in (source, *stored):
+            self.arena.release(room)
+        result = {slab.name: self.tensors[slab.name].clone() for slab in module.scored}
+        for slab, change in zip(module.scored, changes, strict=True):
+            result[slab.name].index_add_(slab.axis, slab.offset + kept, change.movedim(0, slab.axis))
+        return result
 
     def _fits_bias(self, module: Depth2) -> bool:
         recovery = self.method.recovery
