@@ -335,8 +335,10 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
     assert relative(weight[kept], best) < 1e-4
 
 
-def test_both_kinds_of_rows_count_by_weight(checkpoint_folder):
+def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
     """A group of weight two is the same as the group twice."""
+    # In bfloat16, what is stored of a token is rounded with its weight in it.
+    monkeypatch.setattr(refit_step, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3, "blocks", None)
     first, second = IDS[:8], IDS[8:]

@@ -60,7 +60,7 @@ def test_half_of_the_tokens_stay(stream):
 
 @pytest.mark.parametrize(
     ("settings", "rows"),
-    [({}, 12), ({"rewrites": 3}, 18), ({"rewrites": 0}, 0), ({"recovery": "none"}, 0), ({"recovery": "paper"}, 0)],
+    [({}, 6), ({"rewrites": 3}, 18), ({"rewrites": 0}, 0), ({"recovery": "none"}, 0), ({"recovery": "paper"}, 0)],
 )
 def test_the_refit_alone_takes_more_rows(checkpoint_folder, tmp_path, settings, rows):
     prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, **settings)

@@ -56,13 +56,13 @@ class Options:
     """When the recovery happens: `before` the choice of units, `after` it, or `both`."""
     ridge: float = 0.3
     """Pull of the refit toward the old weights, relative to each input's energy."""
-    level1: int = 4
+    level1: int = 8
     """Steps by which `refit` fits level 1 of the feed-forward along; 0 leaves it."""
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
     calibration: str = "wikitext2"
     samples: int = 128
-    rewrites: int = 2
+    rewrites: int = 1
     """Copies of the samples in which the dense model writes half of the tokens anew, for the refit."""
     length: int = 128
     refit_calibration: str | None = None

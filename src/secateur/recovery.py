@@ -30,7 +30,7 @@ class Recovery:
     ridge: float = 0.3
     intercept: bool = False
     """Fit a level-2 bias even where the architecture stores none."""
-    level1: int = 4
+    level1: int = 8
     """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
     usual: float = 1.0
     """A token counts half where the squared error that it inherits is so many times the median; infinite: all alike."""
