@@ -84,7 +84,7 @@ Level1 = Annotated[
     int,
     panels.method(
         help="Of --recovery refit: steps by which the up and gate layers are fitted along with the output layer; 0 "
-        "leaves them as they are, in about half of the time."
+        "leaves them as they are, in about two thirds of the time."
     ),
 ]
 Calibration = Annotated[
