@@ -212,15 +212,11 @@ class BlockWork:
                 watch=watch,
                 until=module.sink,
             )
-            target = self._target(module, norm, pruned, at)
+            target, scale = self._regressed(module, norm, pruned, at)
             rows = seen["sink"].reshape(-1, entries)
             x[at] = rows
-            scale = norm.inverse_rms(self.output[module.kind][at].to(device))
             if scale is not None:
-                rows = rows * scale.reshape(-1, 1)
-            if module.bias is not None and not self._fits_bias(module):
-                target = target - norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale)
-            target = target.reshape(-1, self.stream.width)
+                rows = rows * scale
             # One entry where both are the same.
             for sums, weight in {scored: at.score, moments: at.weight}.items():
                 if weight:
@@ -252,6 +248,24 @@ class BlockWork:
             z = self.output[module.kind][at].to(self.stream.device)
             target = z if norm.norm is None else norm.norm(z)
         return target
+
+    def _regressed(
+        self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """What level 2 alone shall give (n x d), without a bias that stays; and the scale of its input rows (n x 1)."""
+        target = self._target(module, norm, pruned, at).reshape(-1, self.stream.width)
+        scale = norm.inverse_rms(self.output[module.kind][at].to(self.stream.device))
+        scale = None if scale is None else scale.reshape(-1, 1)
+        if module.bias is not None and not self._fits_bias(module):
+            target = target - norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale)
+        return target, scale
+
+    def _source(self, module: Depth2, pruned: Activations, at: Batch) -> Tensor:
+        """The module's input in the pruned stream (n x d)."""
+        seen: dict[str, Tensor] = {}
+        replay, watch = self._done(module, at), {module.source: _keep(seen, "source")}
+        self.stream.run(self.index, self.layer, pruned[at], at.group, replay=replay, watch=watch, until=module.source)
+        return seen["source"].reshape(-1, self.stream.width)
 
     def _weights(self, module: Depth2, target: Tensor, at: Batch) -> Tensor | None:
         """What single tokens count (n): less where the stream already errs by much more than is usual.
@@ -292,13 +306,8 @@ class BlockWork:
         width = self.stream.width
         inputs = Moments(width, width, centre=biased, device=self.stream.device)
         for at in self.rows.batches():
-            seen: dict[str, Tensor] = {}
-            replay, watch = self._done(module, at), {module.source: _keep(seen, "source")}
-            self.stream.run(
-                self.index, self.layer, pruned[at], at.group, replay=replay, watch=watch, until=module.source
-            )
             dense = self.input[module.kind][at].to(self.stream.device)
-            inputs.update(seen["source"].reshape(-1, width), dense.reshape(-1, width), at.weight)
+            inputs.update(self._source(module, pruned, at), dense.reshape(-1, width), at.weight)
         self._change(fit_level1(module, self.tensors, inputs, self.method.recovery.ridge))
 
     def _fit_both(
@@ -340,22 +349,13 @@ class BlockWork:
         stored = [self.arena.empty(self.rows, len(kept), dtype) for _ in module.scored]
         tangent = Tangent(fit.weight_ko, len(stored), width, sum(self.rows.ids(at).numel() for at in batches))
         for at in batches:
-            seen: dict[str, Tensor] = {}
-            replay, watch = self._done(module, at), {module.source: _keep(seen, "source")}
-            self.stream.run(
-                self.index, self.layer, pruned[at], at.group, replay=replay, watch=watch, until=module.source
-            )
-            s = seen["source"].reshape(-1, width)
-            target = self._target(module, norm, pruned, at).reshape(-1, width)
+            s = self._source(module, pruned, at)
+            target, scale = self._regressed(module, norm, pruned, at)
             counts = self._weights(module, target, at)
             root = at.weight**0.5 * (torch.ones(len(s), device=device) if counts is None else counts.sqrt())[:, None]
-            scale = norm.inverse_rms(self.output[module.kind][at].to(device))
-            scaled = root if scale is None else root * scale.reshape(-1, 1)
+            scaled = root if scale is None else root * scale
             given = x[at].to(device).reshape(len(s), -1)[:, kept] @ fit.weight_ko
-            stays = fit.bias
-            if stays is None and module.bias is not None:
-                stays = norm.scale(self.tensors[module.bias]) * (1 if scale is None else scale.reshape(-1, 1))
-            residual = target * root - given * scaled - (0 if stays is None else stays * root)
+            residual = (target if fit.bias is None else target - fit.bias) * root - given * scaled
             found = [f * scaled for f in factors(activation, outputs(module, self.tensors, s, kept))]
             source[at] = s
             for room, factor in zip(stored, found, strict=True):
