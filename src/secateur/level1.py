@@ -50,9 +50,9 @@ def outputs(module: Depth2, tensors: Mapping[str, Tensor], source_nd: Tensor, ke
     """What the module's level-1 matrices, up and then gate, give for the kept channels (n x k each)."""
     found = []
     for slab in module.scored:
-        at, bias = slab.offset + kept, module.bias_of(slab)
+        at, bias = slab.offset + kept, tensors.get(slab.bias)
         output = source_nd @ tensors[slab.name].index_select(slab.axis, at).movedim(slab.axis, 1)
-        found.append(output if bias is None else output + tensors[bias][at])
+        found.append(output if bias is None else output + bias[at])
     return found
 
 

@@ -38,6 +38,11 @@ class Slab:
         """First and one past the last entry along `axis`."""
         return self.offset, self.offset + self.units * self.size
 
+    @property
+    def bias(self) -> str:
+        """The name that the bias of the same layer has, if there is one."""
+        return self.name.removesuffix("weight") + "bias"
+
 
 @dataclass(frozen=True)
 class Depth2:
@@ -79,11 +84,6 @@ class Depth2:
     def per_group(self) -> int:
         """Query heads per key/value head; for channels, all of them."""
         return self.units // self.groups
-
-    def bias_of(self, slab: Slab) -> str | None:
-        """The name of the tensor with the bias of a level-1 weight, if the architecture has one."""
-        name = slab.name.removesuffix("weight") + "bias"
-        return name if any(other.name == name for other in self.level1) else None
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:

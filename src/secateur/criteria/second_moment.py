@@ -40,7 +40,7 @@ def identity(stats: Statistics) -> Tensor:
     for slab in stats.module.scored:
         start, stop = slab.span
         square = stats.tensors[slab.name].movedim(slab.axis, 0)[start:stop].double().square().sum(1)
-        bias = stats.tensors.get(slab.name.removesuffix("weight") + "bias")
+        bias = stats.tensors.get(slab.bias)
         result = result * half_norm * (square if bias is None else square + bias[start:stop].double().square())
     return result
 
@@ -69,7 +69,7 @@ def _mean_square(stats: Statistics, slab: Slab) -> Tensor:
     rows = stats.tensors[slab.name].movedim(slab.axis, 0)[start:stop]
     count = max(stats.inputs.count, 1)
     mean_square = ((rows @ stats.inputs.gram()) * rows).sum(1).double() / count
-    bias = stats.tensors.get(slab.name.removesuffix("weight") + "bias")
+    bias = stats.tensors.get(slab.bias)
     if bias is None:
         return mean_square
     b = bias[start:stop].double()
