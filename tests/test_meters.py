@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import models as tiny
 from models import ROWS, _config, build, save
-from secateur import latency
+from secateur import latency, prune
 from secateur.budget import parse_target
 from secateur.checkpoint import open_checkpoint
 from secateur.counts import counted
@@ -136,6 +136,45 @@ def test_folders(tmp_path, opened, name, seed):
     tensors = open_checkpoint(tmp_path / "out").tensors.values()
     assert parameter_meter(stream).total(widths) == sum(tensor.entries for tensor in tensors)
     assert byte_meter(stream, torch.bfloat16).total(widths) == size == sum(tensor.bytes for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "goal", "file"),
+    [
+        *((name, goal, False) for name in ("llama", "gemma2", "opt") for goal in ("params=80%", "bytes=80%")),
+        ("llama 64", "bytes=80%", True),
+    ],
+)
+def test_added_biases_count(tmp_path, opened, name, goal, file):
+    """Behind a norm there are none to add, and OPT has its own; blocks outside the range get none."""
+    stream = opened(name)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten\n" * 40)
+    out = tmp_path / ("out.gguf" if file else "out")
+    options = {"format": "gguf", "type": "f32", "widths": "uniform"} if file else {"blocks": "1:3"}
+    summary = prune(
+        stream.checkpoint.path,
+        out,
+        target=goal,
+        recovery="bias",
+        criterion="l2",
+        calibration=str(text),
+        samples=4,
+        length=16,
+        **options,
+    )
+    if file:
+        taken = sum(tensor.n_bytes for tensor in GGUFReader(out).tensors)
+    else:
+        tensors = open_checkpoint(out).tensors.values()
+        assert summary.parameters[1] == sum(tensor.entries for tensor in tensors)
+        taken = sum(tensor.bytes for tensor in tensors)
+    assert summary.bytes[1] == taken
+    index = 0 if goal.startswith("params") else 1
+    before, after = (summary.parameters, summary.bytes)[index]
+    assert after <= 0.8 * before
+    added = parameter_meter(stream, biases=True).added
+    assert sum(added) == (2 * len(stream) * stream.width if name.startswith("llama") else 0)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -88,7 +88,7 @@ def adaptive(
         module = blocks[index].module(kind)
         costs.append(np.array([prices.of(index, module, width) for width in widths]))
         sizes.append(np.array([float(meter.module(index, kind, width)) for width in widths]))
-    elsewhere = meter.dense - sum(float(size[0]) for size in sizes)
+    elsewhere = meter.total({index: blocks[index].width for index in chosen}) - sum(float(size[0]) for size in sizes)
     best = choose(costs, sizes, budget - elsewhere)
     if best is None:
         return None
@@ -108,7 +108,7 @@ def narrowest(
     obstacle: Obstacle,
 ) -> float:
     """The least that the model can take where each module has its own width; see `adaptive`."""
-    total = meter.dense
+    total = meter.total({index: blocks[index].width for index in chosen})
     for index in chosen:
         for kind in kinds:
             sizes = [meter.module(index, kind, w) for w in module_widths(blocks[index], kind, multiple, obstacle)]

@@ -35,11 +35,13 @@ class Meter:
     """What the attention (`heads`) or the feed-forward (`channels`) of a block takes at a width; zero is legal."""
     form: Callable[[float], str]
     """A value with its unit, for people."""
+    added: tuple[float, ...] = ()
+    """What the biases that a recovery adds to a block take, for every block; nothing by default."""
 
     def total(self, widths: Mapping[int, Width]) -> float:
-        """What the model takes at some widths; blocks that are absent are dense."""
+        """What the model takes at some widths, with what a recovery adds; blocks that are absent are dense."""
         parts = (self.module(i, kind, widths.get(i, dense)) for i, dense in enumerate(self.widths) for kind in KINDS)
-        return self.fixed + sum(parts)
+        return self.fixed + sum(parts) + (sum(self.added[i] for i in widths) if self.added else 0)
 
     @property
     def dense(self) -> float:
@@ -55,20 +57,24 @@ def meter_of(
     gguf_type: str | None,
     device: torch.device,
     watcher: Watcher,
+    biases: bool = False,
 ) -> Meter:
     """The meter that a target is about; for `ppl` there is none, as it is no sum over modules."""
     if target.quantity == "params":
-        return parameter_meter(stream)
+        return parameter_meter(stream, biases)
     if target.quantity == "bytes":
-        return byte_meter(stream, dtype, gguf_type)
+        return byte_meter(stream, dtype, gguf_type, biases)
     if target.quantity == "kv":
         return cache_meter(stream, dtype)
     assert target.quantity != "ppl"
     return latency_meter(stream, target.quantity, device, dtype, watcher)
 
 
-def parameter_meter(stream: BlockStream) -> Meter:
-    """Parameters of the whole model as stored: tied ones once."""
+def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
+    """Parameters of the whole model as stored: tied ones once.
+
+    With `biases`, level-2 layers of pruned blocks get one where they have none, unless a norm follows.
+    """
     checkpoint = stream.checkpoint
     stored = sum(info.entries for name, info in checkpoint.tensors.items() if name not in checkpoint.ignorable)
     inside = sum(_held(block, kind, block.width) for block in stream.blocks for kind in KINDS)
@@ -76,29 +82,39 @@ def parameter_meter(stream: BlockStream) -> Meter:
     def module(index: int, kind: Kind, width: Width) -> float:
         return _held(stream.blocks[index], kind, width)
 
-    return Meter(_dense(stream), stored - inside, module, lambda value: f"{counted(value, 1)} parameters")
+    return Meter(
+        _dense(stream),
+        stored - inside,
+        module,
+        lambda value: f"{counted(value, 1)} parameters",
+        _added(stream) if biases else (),
+    )
 
 
-def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = None) -> Meter:
+def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = None, biases: bool = False) -> Meter:
     """Bytes of the weights as they will be written, without headers and, in a GGUF file, without the tokenizer.
 
     Args:
         stream: the open dense model.
         dtype: of a safetensors folder.
         gguf_type: the type of a GGUF file, where one is to be made: f32, f16, bf16, q8_0 or q4_0.
+        biases: level-2 layers get one; see `parameter_meter`.
 
     Raises:
         SecateurError: no GGUF file can hold the dense model.
     """
     if gguf_type is not None:
-        return _gguf_meter(stream, gguf_type)
-    checkpoint, counts = stream.checkpoint, parameter_meter(stream)
+        # Vectors are float32 there, whatever the type of the file.
+        added = tuple(value * torch.float32.itemsize for value in _added(stream)) if biases else ()
+        return replace(_gguf_meter(stream, gguf_type), added=added)
+    checkpoint, counts = stream.checkpoint, parameter_meter(stream, biases)
     # What is no floating-point number is copied as it is.
     others = [
         t for n, t in checkpoint.tensors.items() if n not in checkpoint.ignorable and not t.dtype.is_floating_point
     ]
     fixed = counts.fixed * dtype.itemsize + sum(tensor.bytes - tensor.entries * dtype.itemsize for tensor in others)
-    return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, _megabytes)
+    added = tuple(value * dtype.itemsize for value in counts.added)
+    return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, _megabytes, added)
 
 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
@@ -196,6 +212,12 @@ def _nearest(target: Target, dense: float, least: float) -> Target | None:
 
 def _dense(stream: BlockStream) -> tuple[Width, ...]:
     return tuple(block.width for block in stream.blocks)
+
+
+def _added(stream: BlockStream) -> tuple[float, ...]:
+    """Entries of the level-2 biases that each block gets, where a recovery adds them."""
+    new = ([m for m in (b.attention, b.feed_forward) if not m.bias and not m.post_norm] for b in stream.blocks)
+    return tuple(float(len(modules) * stream.width) for modules in new)
 
 
 def _form(block: Block) -> tuple[tuple[str, tuple[int, ...]], ...]:

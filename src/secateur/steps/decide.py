@@ -87,7 +87,7 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
             reason = gguf_obstacle(stream.checkpoint, widths, options.type, intercept=options.adds_biases)
         return reason
 
-    parameters = parameter_meter(stream)
+    parameters = parameter_meter(stream, options.adds_biases)
     wish = Wish(
         blocks=stream.blocks,
         chosen=chosen,
@@ -115,7 +115,15 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
         return asked
     if isinstance(options.goal, Target) and not options.searches:
         gguf_type = options.type if options.format == "gguf" else None
-        meter = meter_of(options.goal, stream, dtype=dtype, gguf_type=gguf_type, device=stream.device, watcher=watcher)
+        meter = meter_of(
+            options.goal,
+            stream,
+            dtype=dtype,
+            gguf_type=gguf_type,
+            device=stream.device,
+            watcher=watcher,
+            biases=options.adds_biases,
+        )
         wish = replace(wish, meter=meter)
     return Request(stream, options, chosen, format, parameters, wish, None, _unsurveyed(wish, options))
 

@@ -183,7 +183,7 @@ def check_reach(wish: Wish) -> None:
     least = wish.least
     dense = wish.blocks[wish.chosen.start].width
     reasons = list(filter(None, (wish.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in wish.kinds)))
-    if reasons and least == wish.meter.dense:
+    if reasons and least >= wish.meter.dense:
         raise SecateurError(f"the format cannot hold this: {reasons[0]}")
     # Sums in another order are rounded otherwise.
     if least > wish.budget + 1e-9 * wish.meter.dense:

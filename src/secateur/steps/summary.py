@@ -14,7 +14,7 @@ import secateur
 from secateur.activations import Rows
 from secateur.costs import floor_flops, memory_bytes, product_rate
 from secateur.formats.vllm import vllm_obstacle
-from secateur.meters import Meter, cache_meter, parameter_meter
+from secateur.meters import Meter, cache_meter
 from secateur.options import Options
 from secateur.steps.plan import Plan
 from secateur.steps.refit import FittedBlock
@@ -64,6 +64,7 @@ def summarise(
     rows: Rows,
     *,
     format: str,
+    parameters: Meter,
     taken: Meter,
     dtype: torch.dtype,
     bos: bool,
@@ -72,9 +73,9 @@ def summarise(
 ) -> Summary:
     """Count sizes before and after; on a dry run, also estimate time and memory.
 
-    `taken` counts bytes; `format`, `dtype` and `bos` are only handed on.
+    `parameters` and `taken`, which counts bytes, measure it; `format`, `dtype` and `bos` are only handed on.
     """
-    counted, cached = parameter_meter(stream), cache_meter(stream, dtype)
+    cached = cache_meter(stream, dtype)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     hidden = stream.checkpoint.config.hidden_size
     if dry:
@@ -88,7 +89,7 @@ def summarise(
 
     every = [decided.widths.get(index, block.width) for index, block in enumerate(stream.blocks)]
     return Summary(
-        parameters=before_and_after(counted),
+        parameters=before_and_after(parameters),
         bytes=before_and_after(taken),
         cache_bytes=before_and_after(cached),
         dense=tuple(block.width for block in stream.blocks),
