@@ -182,21 +182,22 @@ class BlockWork:
         )
 
     def _collect(
-        self, module: Depth2, norm: PostNorm, pruned: Activations
+        self, module: Depth2, norm: PostNorm, pruned: Activations, kept: Tensor | None = None
     ) -> tuple[Activations, Moments, Moments, Moments | None]:
         """Run the pruned stream up to the module's level 2: its input, stored, and the moments with the target.
 
         The moments to fit come first, then those to choose units by, which are the same ones unless the rows say
-        otherwise, and for the same purpose those of the module's input.
+        otherwise, and for the same purpose those of the module's input. With `kept`, units have been chosen: all is
+        about these inputs.
         """
-        entries = module.units * module.size
+        entries = module.units * module.size if kept is None else len(kept)
         x = self.arena.empty(self.rows, entries)
         device = self.stream.device
         moments = Moments(entries, self.stream.width, centre=self._fits_bias(module), device=device)
         scored, inputs = moments, None
-        if self.rows.scores is not None:
+        if self.rows.scores is not None and kept is None:
             scored = Moments(entries, self.stream.width, centre=moments.centre, device=device)
-        if module.kind == "channels" and self.method.criterion_of(module.kind) in NEEDS_INPUTS:
+        if kept is None and module.kind == "channels" and self.method.criterion_of(module.kind) in NEEDS_INPUTS:
             inputs = Moments(self.stream.width, device=device)
         for at in self.rows.batches():
             seen: dict[str, Tensor] = {}
@@ -213,7 +214,9 @@ class BlockWork:
                 until=module.sink,
             )
             target, scale = self._regressed(module, norm, pruned, at)
-            rows = seen["sink"].reshape(-1, entries)
+            rows = seen["sink"].flatten(0, -2)
+            if kept is not None:
+                rows = rows[:, kept]
             x[at] = rows
             if scale is not None:
                 rows = rows * scale
@@ -322,21 +325,23 @@ class BlockWork:
     ) -> tuple[Activations, Fit]:
         """Level 1 of the feed-forward fitted along, then level 2 once more; all as it was where that gains nothing.
 
-        Takes and returns the stored level-2 inputs and the fit of level 2. An error up to `least` is rounding.
+        Takes the stored level-2 inputs and the fit of level 2, and returns those that hold then, the inputs that are
+        kept alone. An error up to `least` is rounding.
         """
         if fit.error <= least:
             return x, fit
         before = {slab.name: self.tensors[slab.name] for slab in module.scored}
         self._change(self._level1_step(module, norm, pruned, kept, x, fit))
-        old = norm.scale(inner_weight(module, self.tensors))
+        old = norm.scale(inner_weight(module, self.tensors))[kept]
         self.arena.release(x)
-        x, moments, _, _ = self._collect(module, norm, pruned)
-        again = fit_level2(moments, self._statistics(module, old, moments, None).normal, kept)
+        x, moments, _, _ = self._collect(module, norm, pruned, kept)
+        everything = torch.arange(len(kept), device=kept.device)
+        again = fit_level2(moments, self._statistics(module, old, moments, None).normal, everything)
         if again.error < fit.error:
             return x, again
         self._change(before)
         self.arena.release(x)
-        return self._collect(module, norm, pruned)[0], fit
+        return self._collect(module, norm, pruned, kept)[0], fit
 
     def _level1_step(
         self, module: Depth2, norm: PostNorm, pruned: Activations, kept: Tensor, x: Activations, fit: Fit
@@ -406,7 +411,9 @@ class BlockWork:
         weight = inner_weight(module, self.tensors)[kept].contiguous()
         bias = self.tensors.get(module.bias or f"{module.sink}.bias")
         for at in self.rows.batches():
-            y = x[at].to(weight.device)[..., kept] @ weight
+            inputs = x[at].to(weight.device)
+            # Where level 1 was fitted along, those that go are not stored any more.
+            y = (inputs if inputs.shape[-1] == len(kept) else inputs[..., kept]) @ weight
             self.output[module.kind][at] = y if bias is None else y + bias
 
     def run_pruned(self, pruned: Activations) -> None:
