@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from models import save
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers share the cores, and so do the processes that tests start.
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
 
 collect_ignore = ["serving"]
 """Needs an environment of its own: `make test-vllm`."""
 
 CheckpointFolder = Callable[[str], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests come first: workers that share the files then end together."""
+    items.sort(key=lambda item: item.path.name != "test_real.py")
 
 
 @pytest.fixture(scope="session")
