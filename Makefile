@@ -26,7 +26,7 @@ help:
 	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), out/demo, build, dist, caches"
 
 test: $(VENV)/.installed-test browser
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving
