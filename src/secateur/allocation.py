@@ -88,11 +88,11 @@ def adaptive(
         module = blocks[index].module(kind)
         costs.append(np.array([prices.of(index, module, width) for width in widths]))
         sizes.append(np.array([float(meter.module(index, kind, width)) for width in widths]))
-    elsewhere = meter.total({index: blocks[index].width for index in chosen}) - sum(float(size[0]) for size in sizes)
+    result = {index: blocks[index].width for index in chosen}
+    elsewhere = meter.total(result) - sum(float(size[0]) for size in sizes)
     best = choose(costs, sizes, budget - elsewhere)
     if best is None:
         return None
-    result = {index: blocks[index].width for index in chosen}
     for (index, kind), widths, option in zip(modules, options, best.options, strict=True):
         result[index] = merge(result[index], kind, widths[option])
     return result

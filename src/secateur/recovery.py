@@ -96,16 +96,15 @@ def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, r
     in the dense stream, X_p'X_d: the dense outputs are linear in the latter, so this serves all level-1 layers.
     """
     result: dict[str, Tensor] = {}
-    names = dict.fromkeys(slab.name for slab in module.level1 if slab.name.endswith(".weight"))
+    # Slabs of one tensor share its axis and its bias.
+    slabs = {slab.name: slab for slab in module.level1 if slab.name.endswith(".weight")}
     everything = torch.arange(inputs.gram().shape[0], device=inputs.gram().device)
-    for name in names:
-        axis = next(slab.axis for slab in module.level1 if slab.name == name)
-        old = tensors[name].movedim(axis, 1)
+    for name, slab in slabs.items():
+        old = tensors[name].movedim(slab.axis, 1)
         cross = inputs.cross() @ old
         weight, _ = refit(normal_equations(inputs.gram(), cross, 0.0, old, ridge), everything)
-        result[name] = weight.movedim(1, axis).contiguous()
-        bias = name.removesuffix("weight") + "bias"
-        if bias in tensors:
+        result[name] = weight.movedim(1, slab.axis).contiguous()
+        if slab.bias in tensors:
             shift = inputs.mean_o @ old.double() - inputs.mean_a @ weight.double()
-            result[bias] = (tensors[bias].double() + shift).float()
+            result[slab.bias] = (tensors[slab.bias].double() + shift).float()
     return result
