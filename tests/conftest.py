@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from models import save
+from models import ROWS, save
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the cores, and so do the processes that tests start.
@@ -26,6 +26,16 @@ CheckpointFolder = Callable[[str], Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model's tests come first: workers that share the files then end together."""
     items.sort(key=lambda item: item.path.name != "test_real.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _more_rows(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models that only one file needs, its `MORE_ROWS`, are rows of the matrix while its tests run."""
+    more = getattr(request.module, "MORE_ROWS", {})
+    ROWS.update(more)
+    yield
+    for name in more:
+        del ROWS[name]
 
 
 @pytest.fixture(scope="session")

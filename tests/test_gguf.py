@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import models as tiny
-from models import LENGTH, ROWS, blocks_of, build, logits_of, narrowed, relative, some_keep
+from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, some_keep
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
 from secateur.families import head_dim
@@ -65,7 +65,7 @@ def row(model_type: str, **keys: Any) -> Any:
     return lambda: AutoConfig.for_model(model_type, **{**tiny.SIZES, **keys})
 
 
-MORE = {
+MORE_ROWS = {
     "qwen3 tied": row("qwen3", **tiny.GROUPED, head_dim=16, tie_word_embeddings=True),
     "llama 64": row("llama", **WIDE, num_attention_heads=4),
     "mistral 64": row("mistral", **WIDE, sliding_window=None),
@@ -83,14 +83,6 @@ MORE = {
     },
 }
 """Models that only these tests need."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rows() -> Iterator[None]:
-    ROWS.update(MORE)
-    yield
-    for name in MORE:
-        del ROWS[name]
 
 
 @ffi.callback("void(enum ggml_log_level, char *, void *)")

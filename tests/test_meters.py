@@ -49,18 +49,10 @@ from secateur.structure import Block, Keep, Width
 from secateur.surgery import slice_block
 
 CPU = torch.device("cpu")
-MORE = {
+MORE_ROWS = {
     "llama 64": _config("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     "qwen3 tied": _config("qwen3", **tiny.GROUPED, head_dim=16, tie_word_embeddings=True),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rows() -> Iterator[None]:
-    ROWS.update(MORE)
-    yield
-    for name in MORE:
-        del ROWS[name]
 
 
 @pytest.fixture(autouse=True)

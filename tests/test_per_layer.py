@@ -59,18 +59,10 @@ LINEAR = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 99.0},
 }
 # Rotary settings whose checks and tables read head counts.
-SCALED = {
+MORE_ROWS = {
     "phi3 longrope": _config("phi3", **GROUPED, **LONG),
     "gemma3 linear": _config("gemma3_text", **GEMMA, rope_parameters=LINEAR),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _more_rows() -> Iterator[None]:
-    ROWS.update(SCALED)
-    yield
-    for name in SCALED:
-        del ROWS[name]
 
 
 @cache
@@ -184,7 +176,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def cases() -> Iterator[Any]:
-    for name in (*ROWS, *SCALED):
+    for name in (*ROWS, *MORE_ROWS):
         for case in ("uneven", "gone", "one block"):
             yield pytest.param(name, case, False, id=f"{name}-{case}")
     for name in ("llama", "mistral window", "qwen2", "qwen3", "phi3", "llama tied"):

@@ -149,10 +149,13 @@ class BlockWork:
             self.arena.release(x)
             x, moments, _, _ = self._collect(module, norm, pruned)
             stats = self._statistics(module, old, moments, None)
+        stay = kept
         if recovery.after:
             fit = fit_level2(moments, stats.normal, kept)
-            if recovery.fits_level1 and module.scored and len(kept):
-                x, fit = self._fit_both(module, norm, pruned, kept, x, fit, ROUNDING * stats.normal.energy)
+            # An error that is rounding alone asks for nothing.
+            if recovery.fits_level1 and module.scored and len(kept) and fit.error > ROUNDING * stats.normal.energy:
+                x, fit = self._fit_both(module, norm, pruned, kept, x, fit)
+                stay = torch.arange(len(kept), device=kept.device)
             fitted, bias, error = fit
         else:
             fitted = weight[kept]
@@ -162,7 +165,7 @@ class BlockWork:
             # Centred moments leave the mean out of the error.
             error += moments.count * float((intercept(moments, fitted, kept) - bias).double().square().sum())
         self._store(module, norm, old, fitted, bias, kept)
-        self._advance(module, x, kept)
+        self._advance(module, x, kept, stay)
         self.arena.release(x)
         energy = self.goal[kind].energy(self.rows)
         return keep, ModuleReport(kind, len(keep), module.units, error / moments.count, error / energy)
@@ -321,15 +324,11 @@ class BlockWork:
         kept: Tensor,
         x: Activations,
         fit: Fit,
-        least: float,
     ) -> tuple[Activations, Fit]:
         """Level 1 of the feed-forward fitted along, then level 2 once more; all as it was where that gains nothing.
 
-        Takes the stored level-2 inputs and the fit of level 2, and returns those that hold then, the inputs that are
-        kept alone. An error up to `least` is rounding.
+        Takes the stored level-2 inputs and the fit of level 2, and returns those that hold then, of kept inputs alone.
         """
-        if fit.error <= least:
-            return x, fit
         before = {slab.name: self.tensors[slab.name] for slab in module.scored}
         self._change(self._level1_step(module, norm, pruned, kept, x, fit))
         old = norm.scale(inner_weight(module, self.tensors))[kept]
@@ -406,14 +405,12 @@ class BlockWork:
         for name, tensor in rounded.items():
             assign(self.layer, name, tensor)
 
-    def _advance(self, module: Depth2, x: Activations, kept: Tensor) -> None:
-        """Level-2 outputs of the pruned module, from its stored inputs."""
+    def _advance(self, module: Depth2, x: Activations, kept: Tensor, stay: Tensor) -> None:
+        """Level-2 outputs of the pruned module, from its stored inputs, of which those at `stay` are the kept ones."""
         weight = inner_weight(module, self.tensors)[kept].contiguous()
         bias = self.tensors.get(module.bias or f"{module.sink}.bias")
         for at in self.rows.batches():
-            inputs = x[at].to(weight.device)
-            # Where level 1 was fitted along, those that go are not stored any more.
-            y = (inputs if inputs.shape[-1] == len(kept) else inputs[..., kept]) @ weight
+            y = x[at].to(weight.device)[..., stay] @ weight
             self.output[module.kind][at] = y if bias is None else y + bias
 
     def run_pruned(self, pruned: Activations) -> None:
