@@ -314,11 +314,12 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     """Calibration rows in the groups that the run made of them."""
     said = record["calibration"]
     rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
-    groups = rows.groups
     if record["options"]["recovery"] == "refit":
-        groups = (*groups, rewritten(stream, text, copies=record["options"]["rewrites"]))
-    assert [list(group.shape) for group in groups] == said["groups"]
-    return Rows(groups, tuple(said["weights"]))
+        rows = rows.with_versions(*rewritten(stream, text, copies=record["options"]["rewrites"]).split(len(text)))
+    assert [list(group.shape) for group in rows.groups] == said["groups"]
+    assert list(rows.weights) == said["weights"]
+    assert list(rows.versions) == said["versions"]
+    return rows
 
 
 def stream_of(folder: Path) -> BlockStream:

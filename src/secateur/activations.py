@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Rows:
     weights: tuple[float, ...]
     scores: tuple[float, ...] | None = None
     """What a token of each group counts when units are chosen, where that is not its weight."""
+    versions: tuple[int, ...] = ()
+    """Groups of which each fit takes one: as many fits are made, and their weights averaged."""
 
     @classmethod
     def of(cls, rows: Tensor | Rows) -> Rows:
@@ -57,19 +59,50 @@ class Rows:
         ids, counts = torch.unique(torch.cat([group.flatten() for group in self.groups]), return_counts=True)
         most = max(LEAST_OPENINGS, self.tokens // OPENING_SHARE)
         first = ids[counts.argsort(descending=True, stable=True)[:most]]
-        scores = None if self.scores is None else (*self.scores, OPENING_WEIGHT)
-        return Rows((*self.groups, first[:, None]), (*self.weights, OPENING_WEIGHT), scores)
+        return self._and((first[:, None],), OPENING_WEIGHT)
+
+    def with_versions(self, *groups: Tensor) -> Rows:
+        """These rows, and groups behind them of which each is fitted to on its own, along with all others."""
+        first = len(self.groups)
+        return replace(self._and(groups, 1.0), versions=(*self.versions, *range(first, first + len(groups))))
 
     def scored_by(self, others: Rows) -> Rows:
         """These rows for fits, and others behind them by which alone units are chosen."""
         mine, theirs = (0.0,) * len(self.groups), (0.0,) * len(others.groups)
-        return Rows((*self.groups, *others.groups), (*self.weights, *theirs), (*mine, *others.weights))
+        groups, weights = (*self.groups, *others.groups), (*self.weights, *theirs)
+        return Rows(groups, weights, (*mine, *others.weights), self.versions)
 
     def along(self, *groups: Tensor) -> Rows:
         """These rows, and groups behind them that count nowhere: they only run along."""
-        nothing = (0.0,) * len(groups)
-        scores = None if self.scores is None else (*self.scores, *nothing)
-        return Rows((*self.groups, *groups), (*self.weights, *nothing), scores)
+        return self._and(groups, 0.0)
+
+    def fits(self) -> tuple[Rows, ...]:
+        """The rows of each fit. The first fit also chooses the units.
+
+        What a fit does without is an empty group there, so that groups keep their places.
+        """
+        result = []
+        for number, own in enumerate(self.versions or (-1,)):
+            others = set(self.versions) - {own}
+            counts = self.weights if number or self.scores is None else map(max, self.weights, self.scores)
+            part = self._only([group for group, count in enumerate(counts) if count and group not in others])
+            result.append(replace(part, scores=None) if number else part)
+        return tuple(result)
+
+    def beside(self) -> Rows:
+        """The groups that count nowhere, all others empty."""
+        counts = map(max, self.weights, self.scores or self.weights)
+        return self._only([group for group, count in enumerate(counts) if not count])
+
+    def _and(self, groups: tuple[Tensor, ...], weight: float) -> Rows:
+        """More groups, which count alike in fits and in the choice of units."""
+        more = (weight,) * len(groups)
+        scores = None if self.scores is None else (*self.scores, *more)
+        return Rows((*self.groups, *groups), (*self.weights, *more), scores, self.versions)
+
+    def _only(self, wanted: Collection[int]) -> Rows:
+        groups = (ids if group in wanted else ids[:0] for group, ids in enumerate(self.groups))
+        return replace(self, groups=tuple(groups), versions=())
 
     @property
     def tokens(self) -> int:

@@ -72,8 +72,10 @@ def product_rate(
     return best
 
 
-def memory_bytes(blocks: list[Block], width: int, tokens: int, *, apart: bool = False) -> int:
+def memory_bytes(blocks: list[Block], width: int, tokens: int, *, others: int = 0, apart: bool = False) -> int:
     """Peak expected above what Python and its libraries take: a block twice, its largest solve, and the streams.
+
+    Of `others`, the tokens of all fits but the one under way, both streams are there and nothing else.
 
     Where the rows that choose units stand `apart` from those that are fitted to, each has a Gram matrix and a cross
     moment. That takes no more operations: a token counts in one of the two.
@@ -81,7 +83,7 @@ def memory_bytes(blocks: list[Block], width: int, tokens: int, *, apart: bool = 
     block = max(blocks, key=lambda b: b.parameters)
     inputs = max(module.units * module.size for module in (block.attention, block.feed_forward))
     solve = (4 + apart) * (inputs * inputs + inputs * width)
-    streams = tokens * (6 * width + inputs)
+    streams = tokens * (6 * width + inputs) + others * 2 * width
     return 4 * (2 * block.parameters + solve + streams)
 
 

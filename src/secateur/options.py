@@ -62,8 +62,9 @@ class Options:
     """Fit a level-2 bias even where the architecture stores none."""
     calibration: str = "wikitext2"
     samples: int = 128
-    rewrites: int = 1
-    """Copies of the samples in which the dense model writes half of the tokens anew, for the refit."""
+    rewrites: int = 2
+    """Copies of the samples in which the dense model writes half of the tokens anew; each joins the samples in a fit
+    of its own, and the fits are averaged."""
     length: int = 128
     refit_calibration: str | None = None
     """What the recovery is fitted to, where that is not the calibration's text."""

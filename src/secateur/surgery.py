@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,14 @@ def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict
     return result
 
 
+def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> Tensor:
+    """The stored level-2 weight with zeros for all units that go: the module then gives what it gives without them."""
+    weight = torch.zeros_like(inner_weight(module, tensors))
+    kept = inner_entries(module, keep).to(weight.device)
+    weight[kept] = inner_weight(module, tensors)[kept]
+    return stored_weight(module, weight)
+
+
 def width_of(block: Block, keep: Keep) -> Width:
     """The width that a selection amounts to."""
     groups = len({head // block.attention.per_group for head in keep.heads})
@@ -78,6 +87,19 @@ def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     owner, _, leaf = name.rpartition(".")
     parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
     module.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+@contextmanager
+def restored(layer: nn.Module) -> Iterator[None]:
+    """On exit, a module's parameters are those that it had."""
+    before = {name: parameter.data for name, parameter in layer.named_parameters()}
+    try:
+        yield
+    finally:
+        for name in dict(layer.named_parameters()).keys() - before.keys():
+            assign(layer, name, None)
+        for name, tensor in before.items():
+            assign(layer, name, tensor)
 
 
 def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:

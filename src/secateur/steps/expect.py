@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 
 from secateur.activations import Rows
-from secateur.costs import (
-    floor_flops,
-    gradient_bytes,
-    gradient_flops,
-    level1_bytes,
-    level1_flops,
-    memory_bytes,
-    product_rate,
-)
+from secateur.costs import gradient_bytes, gradient_flops, level1_bytes, level1_flops, product_rate
 from secateur.device import fast_dtype
 from secateur.meters import cache_meter, parameter_meter
 from secateur.options import SELF, Options
 from secateur.self_calibration import rows_at_once, writing_bytes
 from secateur.steps.draw import Drawn
+from secateur.steps.summary import expected_bytes, expected_flops
 from secateur.stream import BlockStream
 
 WRITING = 4096
@@ -44,18 +37,17 @@ def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float,
 
 def backward(stream: BlockStream, rows: Rows, seconds: float) -> tuple[float, int]:
     """Seconds and bytes of the gradients, from the seconds of a run without them."""
-    blocks, width, tokens = stream.blocks, stream.width, rows.tokens
-    share = gradient_flops(blocks, tokens) / floor_flops(blocks, width, tokens)
-    return share * seconds, gradient_bytes(blocks, width, tokens)
+    share = gradient_flops(stream.blocks, rows.tokens) / expected_flops(stream, rows)
+    return share * seconds, gradient_bytes(stream.blocks, stream.width, rows.tokens)
 
 
 def fitting_level1(stream: BlockStream, rows: Rows, steps: int) -> tuple[float, int]:
     """Seconds and bytes of fitting level 1 of the feed-forward along, the run without it included in the bytes."""
-    tokens, width, dtype = rows.tokens, stream.width, fast_dtype(stream.device)
-    exact, quick = (sum(p) for p in zip(*(level1_flops(b, width, tokens, steps) for b in stream.blocks), strict=True))
+    width, dtype, fits = stream.width, fast_dtype(stream.device), [part.tokens for part in rows.fits()]
+    parts = [level1_flops(block, width, tokens, steps) for tokens in fits for block in stream.blocks]
+    exact, quick = (sum(part) for part in zip(*parts, strict=True))
     rate = product_rate(stream.device)
     seconds = 1.5 * (
         exact / rate + quick / (rate if dtype == torch.float32 else product_rate(stream.device, dtype=dtype))
     )
-    stored = level1_bytes(stream.blocks, width, tokens, dtype.itemsize)
-    return seconds, stored + memory_bytes(stream.blocks, width, tokens, apart=rows.scores is not None)
+    return seconds, level1_bytes(stream.blocks, width, fits[0], dtype.itemsize) + expected_bytes(stream, rows)

@@ -161,7 +161,7 @@ class Job:
         """What the refit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
         drawn, rows = self.drawn, self._opened(self.fitted)
         if self.more is not None:
-            rows = Rows((*rows.groups, self.more), (*rows.weights, 1.0))
+            rows = rows.with_versions(*self.more.split(len(self.fitted)))
         if len(self.unseen):
             rows = rows.along(self.unseen)
         if drawn.sigma is not None:

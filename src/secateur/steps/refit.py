@@ -1,15 +1,18 @@
 """The central loop: block by block, the dense stream sets targets and the pruned stream is fitted to them.
 
-Each block is read once; what is done with its two modules is in `secateur.steps.fit_block`.
+Each block is read once; what is done with its two modules is in `secateur.steps.fit_block`. Where there are several
+versions of the rows, each has a fit of its own from the first block to the last, with streams of its own, and only
+the weights that come out are averaged. Rows that count nowhere follow the averaged model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.activations import Activations, Arena, Rows
 from secateur.choice import parse_choice
@@ -19,7 +22,8 @@ from secateur.steps.fit_block import BlockWork, Method, ModuleReport
 from secateur.steps.gradients import gradient_scores
 from secateur.steps.plan import Plan
 from secateur.stream import BlockStream
-from secateur.structure import KINDS, Keep
+from secateur.structure import KINDS, Keep, Width
+from secateur.surgery import assign, masked_weight, restored
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ def refit(
         stream: an open model.
         plan: widths of the blocks to prune.
         rows: calibration tokens (rows x length), or several groups of them. Weights are fitted to each group by its
-            weight, and units chosen by its score; groups with neither only run along.
+            weight, and units chosen by its score; groups with neither only run along. Where groups are versions,
+            each is fitted to on its own, and the fits are averaged.
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         arena_limit: bytes of activations to hold in memory before files are used.
         watcher: told about progress.
-        judge: called at the end with the dense and the pruned stream behind the last block; blocks behind the plan's
-            last one are then run as well.
+        judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
+            run along; blocks behind the plan's last one are then run as well.
 
     Raises:
         SecateurError: where activations are NaN or infinite, with the block and the module.
@@ -69,28 +74,100 @@ def refit(
         scores = gradient_scores(stream, rows, method.criterion, arena_limit=arena_limit, watcher=watcher)
         method = replace(method, scores=scores)
     with Arena(arena_limit) as arena:
-        dense = stream.embed(rows, arena)
-        pruned = arena.empty(rows, stream.width)
-        pruned.copy_(dense)
+        embedded = stream.embed(rows, arena)
+        fits = [_Streams.of(part, embedded, stream, arena) for part in rows.fits()]
+        beside = [] if judge is None else [_Streams.of(rows.beside(), embedded, stream, arena)]
+        arena.release(embedded)
         stop = max(plan.widths) + 1 if judge is None else len(stream)
         for index in watcher.track(range(stop), "Prune"):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
-                    for hidden in (dense, pruned):
-                        stream.advance(index, layer, rows, hidden)
+                    for one in (*fits, *beside):
+                        stream.advance(index, layer, one.rows, one.dense)
+                        stream.advance(index, layer, one.rows, one.pruned)
                     continue
-                work = BlockWork(stream, index, layer, method, dtype, rows, arena)
-                work.run_dense(dense)
-                kept, reports = {}, []
-                for kind in KINDS:
-                    given = plan.keeps[index].units(kind) if plan.keeps else None
-                    kept[kind], report = work.prune_module(kind, pruned, plan.widths[index], given)
-                    reports.append(report)
-                work.run_pruned(pruned)
-                keep = Keep(kept["heads"], kept["channels"])
-                fitted = FittedBlock(index, keep, work.changed, tuple(reports))
+                found: list[FittedBlock] = []
+                for one in fits:
+                    keep = found[0].keep if found else plan.keeps[index] if plan.keeps else None
+                    with restored(layer):
+                        work = BlockWork(stream, index, layer, method, dtype, one.rows, arena)
+                        found.append(_fit(work, one, plan.widths[index], keep))
+                        del work
+                fitted = _mean(found, layer, dtype)
+                for one in beside:
+                    stream.advance(index, layer, one.rows, one.dense)
+                    with restored(layer):
+                        _put(stream, layer, fitted)
+                        stream.advance(index, layer, one.rows, one.pruned)
                 # The dense weights must not stay in memory while the caller works on the block.
-                del work, layer
+                del layer, found
             yield fitted
         if judge is not None:
-            judge(dense, pruned)
+            judge(beside[0].dense, beside[0].pruned)
+
+
+class _Streams(NamedTuple):
+    """What the dense model, and the model pruned so far, give for the rows of one fit."""
+
+    rows: Rows
+    dense: Activations
+    pruned: Activations
+
+    @classmethod
+    def of(cls, rows: Rows, embedded: Activations, stream: BlockStream, arena: Arena) -> _Streams:
+        """Both streams in front of the first block, from what is embedded of all rows."""
+        result = cls(rows, arena.empty(rows, stream.width), arena.empty(rows, stream.width))
+        for at in rows.batches():
+            result.dense[at] = result.pruned[at] = embedded[at]
+        return result
+
+
+def _fit(work: BlockWork, streams: _Streams, width: Width, keep: Keep | None) -> FittedBlock:
+    """One fit of one block; both streams are then behind it."""
+    work.run_dense(streams.dense)
+    kept, reports = {}, []
+    for kind in KINDS:
+        given = None if keep is None else keep.units(kind)
+        kept[kind], report = work.prune_module(kind, streams.pruned, width, given)
+        reports.append(report)
+    work.run_pruned(streams.pruned)
+    return FittedBlock(work.index, Keep(kept["heads"], kept["channels"]), work.changed, tuple(reports))
+
+
+def _mean(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> FittedBlock:
+    """The mean of several fits of one block, rounded as it will be written.
+
+    Fits to different rows err differently beside what they have in common, and weights so near to each other can be
+    averaged: much of what each took from its own rows cancels.
+    """
+    first, *others = found
+    if not others:
+        return first
+
+    def value(one: FittedBlock, name: str) -> Tensor:
+        # Where one fit had nothing to gain, its weights are the dense ones.
+        return one.changed[name] if name in one.changed else dense.get_parameter(name).data.cpu()
+
+    names = dict.fromkeys(name for one in found for name in one.changed)
+    changed = {
+        name: (sum((value(one, name) for one in others), value(first, name)) / len(found)).to(dtype).float()
+        for name in names
+    }
+    reports = tuple(
+        replace(
+            same[0],
+            error=sum(report.error for report in same) / len(found),
+            relative=sum(report.relative for report in same) / len(found),
+        )
+        for same in zip(*(one.reports for one in found), strict=True)
+    )
+    return FittedBlock(first.index, first.keep, changed, reports)
+
+
+def _put(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> None:
+    """Let a block compute what it will once its units are gone."""
+    for name, tensor in fitted.changed.items():
+        assign(layer, name, tensor.to(stream.device))
+    block, tensors = stream.blocks[fitted.index], dict(layer.named_parameters())
+    for module in (block.attention, block.feed_forward):
+        assign(layer, module.level2.name, masked_weight(module, tensors, fitted.keep.units(module.kind)))

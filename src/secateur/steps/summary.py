@@ -77,10 +77,9 @@ def summarise(
     """
     cached = cache_meter(stream, dtype)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    hidden = stream.checkpoint.config.hidden_size
     if dry:
-        seconds = 1.5 * floor_flops(stream.blocks, hidden, rows.tokens) / product_rate(stream.device)
-        peak = memory_bytes(stream.blocks, hidden, rows.tokens, apart=rows.scores is not None)
+        seconds = 1.5 * expected_flops(stream, rows) / product_rate(stream.device)
+        peak = expected_bytes(stream, rows)
     elif stream.device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(stream.device))
 
@@ -105,6 +104,18 @@ def summarise(
         peak_bytes=peak,
         dry=dry,
     )
+
+
+def expected_flops(stream: BlockStream, rows: Rows) -> float:
+    """What all fits of a run take at least."""
+    return sum(floor_flops(stream.blocks, stream.width, part.tokens) for part in rows.fits())
+
+
+def expected_bytes(stream: BlockStream, rows: Rows) -> int:
+    """Their peak above what Python and its libraries take; the first fit is the largest."""
+    first, *others = (*rows.fits(), rows.beside())
+    apart, resting = rows.scores is not None, sum(part.tokens for part in others)
+    return memory_bytes(stream.blocks, stream.width, first.tokens, others=resting, apart=apart)
 
 
 def timings(summary: Summary) -> dict[str, float]:
@@ -134,6 +145,7 @@ def record(
             "groups": [list(group.shape) for group in rows.groups],
             "weights": list(rows.weights),
             "scores": list(rows.scores or rows.weights),
+            "versions": list(rows.versions),
             "begins_with_bos": bos,
         },
         "sparsity": {
