@@ -55,6 +55,7 @@ def test_half_of_the_tokens_stay(stream):
     assert 0.42 < same < 0.62
     assert not torch.equal(drawn[:8], drawn[8:])
     assert torch.equal(drawn, rewritten(stream, text, copies=2, seed=3))
+    assert torch.equal(drawn[:8], rewritten(stream, text, seed=3)), "another copy changes nothing about the first"
     assert not torch.equal(drawn, rewritten(stream, text, copies=2, seed=4))
 
 

@@ -15,6 +15,7 @@ from secateur.activations import Arena, Rows
 from secateur.progress import Silent, Watcher
 from secateur.stream import BlockStream
 
+APART = 0x9E3779B1
 SHARE = 0.5
 """Of the tokens that are drawn anew; more of them leave less of what neighbours have to do with each other."""
 
@@ -27,7 +28,7 @@ def rewritten(
     Args:
         stream: an open model.
         text: token ids (rows x length).
-        copies: how often each row is rewritten, each time with draws of its own.
+        copies: how often each row is rewritten, each time with draws of its own, which more copies do not change.
         seed: of the draws.
         watcher: told about progress.
 
@@ -36,7 +37,8 @@ def rewritten(
     """
     watcher = watcher or Silent()
     rows = Rows.of(text)
-    generator = torch.Generator().manual_seed(seed)
+    # Seeds have 32 bits; those of further copies lie far from the ones that people take.
+    generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
     result = text.repeat(copies, 1)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
@@ -48,7 +50,7 @@ def rewritten(
             for row in watcher.track(range(len(text)), "Draw"):
                 one = slice(row, row + 1)
                 shares = head(text[one], hidden.parts[0][one], 1)[0, :-1].softmax(-1).cpu()
-                for copy in result[row :: len(text)]:
+                for copy, generator in zip(result[row :: len(text)], generators, strict=True):
                     drawn = torch.multinomial(shares, 1, generator=generator)[:, 0]
                     anew = torch.rand(len(drawn), generator=generator) < SHARE
                     copy[1:] = torch.where(anew, drawn, copy[1:])
