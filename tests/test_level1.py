@@ -20,9 +20,10 @@ from secateur.families import activation_of
 from secateur.level1 import Part, Tangent, factors, outputs
 from secateur.recovery import Recovery
 from secateur.steps import expect, summary
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
 from secateur.steps.prune import prune
-from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.refit import Method, refit
 from secateur.stream import BlockStream
 from test_recovery import WIDTHS
 

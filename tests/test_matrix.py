@@ -43,9 +43,10 @@ from secateur.errors import SecateurError
 from secateur.families import FAMILIES, head_dim
 from secateur.formats.stock import STOCK
 from secateur.recovery import Recovery
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
 from secateur.steps.prune import prune
-from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.refit import Method, refit
 from secateur.steps.rewrite import rewritten
 from secateur.steps.slice import slice
 from secateur.steps.temper import scaled

@@ -38,8 +38,8 @@ from secateur.errors import SecateurError
 from secateur.evaluate.compare import evaluate
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_obstacle, widths_of
 from secateur.quiet import quiet
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
-from secateur.steps.refit import FittedBlock
 from secateur.steps.slice import slice
 from secateur.steps.write import obstacle, write
 from secateur.stream import BlockStream

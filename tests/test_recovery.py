@@ -17,8 +17,9 @@ from secateur.checkpoint import open_checkpoint
 from secateur.families import describe
 from secateur.recovery import Recovery
 from secateur.steps import fit_block
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
-from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.refit import Method, refit
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Depth2, Width
 from secateur.surgery import assign, inner_entries

@@ -22,9 +22,10 @@ from secateur.progress import Silent
 from secateur.recovery import Recovery
 from secateur.steps.draw import Drawn
 from secateur.steps.draw import draw as draw_rows
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
 from secateur.steps.prune import open_job
-from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.refit import Method, refit
 from secateur.stream import BlockStream
 from secateur.structure import Width
 from secateur.surgery import inner_entries

@@ -13,9 +13,10 @@ from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, rel
 from secateur.activations import OPENING_WEIGHT, Activations, Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.steps import expect, summary
+from secateur.steps.fitted import FittedBlock, mean_of
 from secateur.steps.plan import Plan
 from secateur.steps.prune import prune
-from secateur.steps.refit import FittedBlock, _mean, refit
+from secateur.steps.refit import refit
 from secateur.stream import BlockStream
 from secateur.structure import Keep
 from secateur.surgery import assign, masked_weight, restored
@@ -109,8 +110,8 @@ def test_a_fit_that_changed_nothing_counts_with_its_dense_weights():
     layer.weight.data.fill_(3.0)
     keep = Keep((0,), (0,))
     blocks = [FittedBlock(0, keep, {"weight": torch.ones(2, 2)}, ()), FittedBlock(0, keep, {}, ())]
-    assert torch.equal(_mean(blocks, layer, torch.float32).changed["weight"], torch.full((2, 2), 2.0))
-    assert _mean(blocks[:1], layer, torch.float32) is blocks[0]
+    assert torch.equal(mean_of(blocks, layer, torch.float32).changed["weight"], torch.full((2, 2), 2.0))
+    assert mean_of(blocks[:1], layer, torch.float32) is blocks[0]
 
 
 def test_a_block_is_as_it_was_after_a_fit():

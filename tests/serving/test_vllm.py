@@ -22,8 +22,8 @@ from secateur.checkpoint import open_checkpoint
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_obstacle
 from secateur.quiet import quiet
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
-from secateur.steps.refit import FittedBlock
 from secateur.steps.slice import slice
 from secateur.steps.write import write
 from secateur.stream import BlockStream

@@ -33,10 +33,11 @@ from secateur.steps.decide import Request, check_survey, decide, measured, reque
 from secateur.steps.draw import Drawn, check_sources, check_writing, draw
 from secateur.steps.expect import backward, fitting_level1, writing
 from secateur.steps.export import check_file, export
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.loss import mean_loss
 from secateur.steps.plan import Plan, plan
-from secateur.steps.refit import FittedBlock, Method, refit
+from secateur.steps.refit import Method, refit
 from secateur.steps.rewrite import rewritten
 from secateur.steps.search import HELD_OUT
 from secateur.steps.slice import slice

@@ -8,33 +8,23 @@ the weights that come out are averaged. Rows that count nowhere follow the avera
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.activations import Activations, Arena, Rows
 from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.progress import Silent, Watcher
-from secateur.steps.fit_block import BlockWork, Method, ModuleReport
+from secateur.steps.fit_block import BlockWork, Method
+from secateur.steps.fitted import FittedBlock, mean_of, put_in
 from secateur.steps.gradients import gradient_scores
 from secateur.steps.plan import Plan
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Keep, Width
-from secateur.surgery import assign, masked_weight, restored
-
-
-@dataclass(frozen=True)
-class FittedBlock:
-    """One block whose units have been chosen and whose weights have been refitted, not yet cut."""
-
-    index: int
-    keep: Keep
-    changed: dict[str, Tensor]
-    """Tensors with new values at full width, float32, already rounded to the dtype of the output."""
-    reports: tuple[ModuleReport, ...]
+from secateur.surgery import restored
 
 
 def refit(
@@ -93,11 +83,11 @@ def refit(
                         work = BlockWork(stream, index, layer, method, dtype, one.rows, arena)
                         found.append(_fit(work, one, plan.widths[index], keep))
                         del work
-                fitted = _mean(found, layer, dtype)
+                fitted = mean_of(found, layer, dtype)
                 for one in beside:
                     stream.advance(index, layer, one.rows, one.dense)
                     with restored(layer):
-                        _put(stream, layer, fitted)
+                        put_in(stream, layer, fitted)
                         stream.advance(index, layer, one.rows, one.pruned)
                 # The dense weights must not stay in memory while the caller works on the block.
                 del layer, found
@@ -132,42 +122,3 @@ def _fit(work: BlockWork, streams: _Streams, width: Width, keep: Keep | None) ->
         reports.append(report)
     work.run_pruned(streams.pruned)
     return FittedBlock(work.index, Keep(kept["heads"], kept["channels"]), work.changed, tuple(reports))
-
-
-def _mean(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> FittedBlock:
-    """The mean of several fits of one block, rounded as it will be written.
-
-    Fits to different rows err differently beside what they have in common, and weights so near to each other can be
-    averaged: much of what each took from its own rows cancels.
-    """
-    first, *others = found
-    if not others:
-        return first
-
-    def value(one: FittedBlock, name: str) -> Tensor:
-        # Where one fit had nothing to gain, its weights are the dense ones.
-        return one.changed[name] if name in one.changed else dense.get_parameter(name).data.cpu()
-
-    names = dict.fromkeys(name for one in found for name in one.changed)
-    changed = {
-        name: (sum((value(one, name) for one in others), value(first, name)) / len(found)).to(dtype).float()
-        for name in names
-    }
-    reports = tuple(
-        replace(
-            same[0],
-            error=sum(report.error for report in same) / len(found),
-            relative=sum(report.relative for report in same) / len(found),
-        )
-        for same in zip(*(one.reports for one in found), strict=True)
-    )
-    return FittedBlock(first.index, first.keep, changed, reports)
-
-
-def _put(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> None:
-    """Let a block compute what it will once its units are gone."""
-    for name, tensor in fitted.changed.items():
-        assign(layer, name, tensor.to(stream.device))
-    block, tensors = stream.blocks[fitted.index], dict(layer.named_parameters())
-    for module in (block.attention, block.feed_forward):
-        assign(layer, module.level2.name, masked_weight(module, tensors, fitted.keep.units(module.kind)))

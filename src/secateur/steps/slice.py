@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.steps.refit import FittedBlock
+from secateur.steps.fitted import FittedBlock
 from secateur.stream import BlockStream
 from secateur.surgery import slice_block
 

@@ -16,8 +16,8 @@ from secateur.costs import floor_flops, memory_bytes, product_rate
 from secateur.formats.vllm import vllm_obstacle
 from secateur.meters import Meter, cache_meter
 from secateur.options import Options
+from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
-from secateur.steps.refit import FittedBlock
 from secateur.stream import BlockStream
 from secateur.structure import Width
 
