@@ -104,11 +104,8 @@ def test_it_writes_text(pruned: dict[str, Path]) -> None:
 
 
 def test_widths_chosen_together(model: Path, text: tuple[Path, Path], tmp_path: Path) -> None:
-    """In a few blocks, so that there are few probes: differing widths do no harm, and open without secateur.
-
-    What they gain shows with more rows than a test has time for; docs/results.md has it.
-    """
-    some = {"blocks": "6:12", "sparsity": 0.4, "calibration": str(text[0]), "level1": 0} | SMALL
+    """In the first blocks, which differ most in what their widths cost: even ones lose half as much again."""
+    some = {"blocks": "0:6", "sparsity": 0.4, "calibration": str(text[0]), "level1": 0, "rewrites": 1} | SMALL
     some["survey_file"] = tmp_path / "survey.json"
     chosen = prune(model, tmp_path / "adaptive", **some)
     even = prune(model, tmp_path / "uniform", widths="uniform", format="hf", **some)
@@ -117,7 +114,7 @@ def test_widths_chosen_together(model: Path, text: tuple[Path, Path], tmp_path: 
     for summary in (chosen, even):
         assert abs(summary.sparsity - 0.4) < 0.005
     adaptive, uniform = (score(tmp_path / name, text[1]) for name in ("adaptive", "uniform"))
-    assert adaptive < 1.1 * uniform
+    assert adaptive < 0.8 * uniform
     # The code that lies in the folder, and transformers.
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "adaptive", trust_remote_code=True)
     assert sum(p.numel() for p in network.parameters()) == chosen.parameters[1]
