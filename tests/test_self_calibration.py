@@ -20,7 +20,7 @@ from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
 from secateur.row_file import KEY, holds_rows, write_rows
 from secateur.self_calibration import BATCH_ROWS, opening, self_rows
-from secateur.steps import draw, expect, summary
+from secateur.steps import draw, expect
 from secateur.texts import read_documents
 
 NAMES = ["llama", "llama biased", "llama tied", "gpt2", "gpt2 scaled", "opt", "qwen2", "gemma2", "gpt_neox"]
@@ -202,7 +202,7 @@ def test_a_dry_run_loads_no_model(checkpoint_folder: CheckpointFolder, tmp_path:
 
 def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     """Of the rows that the model writes, and of these alone; at a rate of one operation a second."""
-    monkeypatch.setattr(summary, "product_rate", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(expect, "floor_flops", lambda *_: 0.0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
     model = checkpoint_folder("llama")
     stored = open_checkpoint(model)
@@ -219,7 +219,7 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
         ({"refit_calibration": "self"}, 0),
     ):
         assert expected(**options).seconds == 1.5 * 2 * parameters * (tokens + more)
-    monkeypatch.setattr(summary, "memory_bytes", lambda *_, **__: 0)
+    monkeypatch.setattr(expect, "memory_bytes", lambda *_, **__: 0)
     # Three blocks of three groups, keys and values of eight float32 each.
     cache = min(16, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
     assert expected(calibration="self").peak_bytes == round(1.1 * (stored.bytes + cache))

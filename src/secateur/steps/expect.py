@@ -1,21 +1,38 @@
-"""What a dry run expects of the steps that not every run has: writing text, a backward pass, level 1."""
+"""What a dry run expects of each step: seconds, and bytes above what Python and its libraries take."""
 
 from __future__ import annotations
 
 import torch
 
 from secateur.activations import Rows
-from secateur.costs import gradient_bytes, gradient_flops, level1_bytes, level1_flops, product_rate
+from secateur.costs import (
+    floor_flops,
+    gradient_bytes,
+    gradient_flops,
+    level1_bytes,
+    level1_flops,
+    memory_bytes,
+    product_rate,
+)
 from secateur.device import fast_dtype
 from secateur.meters import cache_meter, parameter_meter
 from secateur.options import SELF, Options
 from secateur.self_calibration import rows_at_once, writing_bytes
 from secateur.steps.draw import Drawn
-from secateur.steps.summary import expected_bytes, expected_flops
 from secateur.stream import BlockStream
 
 WRITING = 4096
 """Width of the matrix by which speed is measured: larger than the caches, as a model is."""
+SLACK = 1.5
+"""Seconds over those that the products alone take."""
+
+
+def fits(stream: BlockStream, rows: Rows) -> tuple[float, int]:
+    """Seconds and bytes of all fits without level 1; the first fit is the largest."""
+    first, *others = (*rows.fits(), rows.beside())
+    apart, resting = rows.scores is not None, sum(part.tokens for part in others)
+    peak = memory_bytes(stream.blocks, stream.width, first.tokens, others=resting, apart=apart)
+    return SLACK * _flops(stream, rows) / product_rate(stream.device), peak
 
 
 def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float, int]:
@@ -31,23 +48,28 @@ def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float,
     checkpoint, cached = stream.checkpoint, cache_meter(stream, stream.checkpoint.dtype).dense
     batch = min(rows_at_once(options.length), tokens // options.length)
     rate = product_rate(stream.device, WRITING, rows=batch, dtype=checkpoint.dtype)
-    seconds = 1.5 * 2 * parameter_meter(stream).dense * tokens / rate
+    seconds = SLACK * 2 * parameter_meter(stream).dense * tokens / rate
     return seconds, round(writing_bytes(checkpoint, length=options.length, cache_bytes=cached))
 
 
 def backward(stream: BlockStream, rows: Rows, seconds: float) -> tuple[float, int]:
     """Seconds and bytes of the gradients, from the seconds of a run without them."""
-    share = gradient_flops(stream.blocks, rows.tokens) / expected_flops(stream, rows)
+    share = gradient_flops(stream.blocks, rows.tokens) / _flops(stream, rows)
     return share * seconds, gradient_bytes(stream.blocks, stream.width, rows.tokens)
 
 
 def fitting_level1(stream: BlockStream, rows: Rows, steps: int) -> tuple[float, int]:
     """Seconds and bytes of fitting level 1 of the feed-forward along, the run without it included in the bytes."""
-    width, dtype, fits = stream.width, fast_dtype(stream.device), [part.tokens for part in rows.fits()]
-    parts = [level1_flops(block, width, tokens, steps) for tokens in fits for block in stream.blocks]
+    width, dtype, tokens = stream.width, fast_dtype(stream.device), [part.tokens for part in rows.fits()]
+    parts = [level1_flops(block, width, each, steps) for each in tokens for block in stream.blocks]
     exact, quick = (sum(part) for part in zip(*parts, strict=True))
     rate = product_rate(stream.device)
-    seconds = 1.5 * (
+    seconds = SLACK * (
         exact / rate + quick / (rate if dtype == torch.float32 else product_rate(stream.device, dtype=dtype))
     )
-    return seconds, level1_bytes(stream.blocks, width, fits[0], dtype.itemsize) + expected_bytes(stream, rows)
+    _, without = fits(stream, rows)
+    return seconds, level1_bytes(stream.blocks, width, tokens[0], dtype.itemsize) + without
+
+
+def _flops(stream: BlockStream, rows: Rows) -> float:
+    return sum(floor_flops(stream.blocks, stream.width, part.tokens) for part in rows.fits())

@@ -31,7 +31,7 @@ from secateur.progress import Silent, Watcher, reading
 from secateur.recovery import Recovery
 from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
 from secateur.steps.draw import Drawn, check_sources, check_writing, draw
-from secateur.steps.expect import backward, fitting_level1, writing
+from secateur.steps.expect import backward, fits, fitting_level1, writing
 from secateur.steps.export import check_file, export
 from secateur.steps.fitted import FittedBlock
 from secateur.steps.gradients import UnitScores, gradient_scores
@@ -41,7 +41,7 @@ from secateur.steps.refit import Method, refit
 from secateur.steps.rewrite import rewritten
 from secateur.steps.search import HELD_OUT
 from secateur.steps.slice import slice
-from secateur.steps.summary import Summary, record, summarise, timings
+from secateur.steps.summary import Summary, peak_memory, record, summarise, timings
 from secateur.steps.temper import scaled, temper
 from secateur.steps.write import output_folder, write
 from secateur.stream import BlockStream
@@ -105,7 +105,7 @@ def prune(
         watcher=watcher,
     )
     if dry_run:
-        return _expected(job, watcher, start)
+        return _expected(job, watcher)
     return carry_out(job, Path(out), survey_file=survey_file, overwrite=overwrite, start=start, watcher=watcher)
 
 
@@ -121,7 +121,7 @@ class Job:
     drawn: Drawn
     bos: bool
     more: Tensor | None = None
-    """Rows that the dense model has partly written (rows x length): see `rewritten`."""
+    """What the dense model has partly written (copies x rows x length): see `rewritten`."""
     scores: UnitScores = field(default_factory=dict)
     """Of a criterion that needs gradients: filled by the first refit, for all others."""
 
@@ -162,7 +162,7 @@ class Job:
         """What the refit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
         drawn, rows = self.drawn, self._opened(self.fitted)
         if self.more is not None:
-            rows = rows.with_versions(*self.more.split(len(self.fitted)))
+            rows = rows.with_versions(*self.more)
         if len(self.unseen):
             rows = rows.along(self.unseen)
         if drawn.sigma is not None:
@@ -302,13 +302,16 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     def norm() -> dict[str, Tensor]:
         return scaled(stream, scales[0]) if scales else {}
 
+    def summary() -> Summary:
+        return _summary(job, decided, time.perf_counter() - start, peak_memory(stream.device))
+
     similar = job.request.similar
     records = {
         "secateur.json": lambda: (
             record(stream, job.options, decided, done, rows, job.bos, *scales)
             | ({"similarity": similar.as_dict()} if similar else {})
         ),
-        "timings.json": lambda: timings(_summary(job, decided, start)),
+        "timings.json": lambda: timings(summary()),
     }
     file = job.options.format == "gguf"
     folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if file else out
@@ -331,7 +334,7 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     finally:
         if file:
             shutil.rmtree(folder, ignore_errors=True)
-    return _summary(job, decided, start)
+    return summary()
 
 
 def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:
@@ -349,7 +352,7 @@ def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool
     OutputFolder(out.with_name(f".{out.name}.folder")).check()
 
 
-def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
+def _expected(job: Job, watcher: Watcher) -> Summary:
     """What would come out and what it would take."""
     if job.request.weighs:
         watcher.note("Shown are even widths; a run measures where cuts cost least")
@@ -357,19 +360,18 @@ def _expected(job: Job, watcher: Watcher, start: float) -> Summary:
     decided = job.request.given if wish is None else plan(wish, job.options.widths)
     assert decided is not None
     # As many rows as a run has; what is in them changes nothing here.
-    job = replace(job, more=job.fitted.repeat(job.copies, 1))
+    job = replace(job, more=job.fitted.repeat(job.copies, 1, 1))
     with watcher.busy("Measuring this machine"):
-        summary = _summary(job, decided, start, dry=True)
-        more = [writing(job.stream, job.options, job.drawn)]
+        parts = [fits(job.stream, job.rows), writing(job.stream, job.options, job.drawn)]
         if job.method.recovery.fits_level1:
-            more.append(fitting_level1(job.stream, job.rows, job.options.level1))
+            parts.append(fitting_level1(job.stream, job.rows, job.options.level1))
     if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
-        more.append(backward(job.stream, job.rows, summary.seconds))
-    seconds = summary.seconds + sum(longer for longer, _ in more)
-    return replace(summary, seconds=seconds, peak_bytes=max(summary.peak_bytes, *(peak for _, peak in more)))
+        parts.append(backward(job.stream, job.rows, parts[0][0]))
+    seconds, peaks = zip(*parts, strict=True)
+    return _summary(job, decided, sum(seconds), max(peaks), dry=True)
 
 
-def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Summary:
+def _summary(job: Job, decided: Plan, seconds: float, peak: int, *, dry: bool = False) -> Summary:
     gguf_type = job.options.type if job.options.format == "gguf" else None
     return summarise(
         job.stream,
@@ -380,7 +382,8 @@ def _summary(job: Job, decided: Plan, start: float, *, dry: bool = False) -> Sum
         taken=byte_meter(job.stream, job.dtype, gguf_type, job.options.adds_biases),
         dtype=job.dtype,
         bos=job.bos,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
+        peak_bytes=peak,
         dry=dry,
     )
 

@@ -33,13 +33,13 @@ def rewritten(
         watcher: told about progress.
 
     Returns:
-        Token ids (copies * rows x length); first tokens stay.
+        Token ids (copies x rows x length); first tokens stay.
     """
     watcher = watcher or Silent()
     rows = Rows.of(text)
     # Seeds have 32 bits; those of further copies lie far from the ones that people take.
     generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
-    result = text.repeat(copies, 1)
+    result = text.repeat(copies, 1, 1)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(len(stream)), "Rewrite"):
@@ -50,7 +50,7 @@ def rewritten(
             for row in watcher.track(range(len(text)), "Draw"):
                 one = slice(row, row + 1)
                 shares = head(text[one], hidden.parts[0][one], 1)[0, :-1].softmax(-1).cpu()
-                for copy, generator in zip(result[row :: len(text)], generators, strict=True):
+                for copy, generator in zip(result[:, row], generators, strict=True):
                     drawn = torch.multinomial(shares, 1, generator=generator)[:, 0]
                     anew = torch.rand(len(drawn), generator=generator) < SHARE
                     copy[1:] = torch.where(anew, drawn, copy[1:])

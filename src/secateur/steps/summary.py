@@ -12,7 +12,6 @@ import transformers
 
 import secateur
 from secateur.activations import Rows
-from secateur.costs import floor_flops, memory_bytes, product_rate
 from secateur.formats.vllm import vllm_obstacle
 from secateur.meters import Meter, cache_meter
 from secateur.options import Options
@@ -69,19 +68,14 @@ def summarise(
     dtype: torch.dtype,
     bos: bool,
     seconds: float,
+    peak_bytes: int,
     dry: bool = False,
 ) -> Summary:
-    """Count sizes before and after; on a dry run, also estimate time and memory.
+    """Count sizes before and after.
 
-    `parameters` and `taken`, which counts bytes, measure it; `format`, `dtype` and `bos` are only handed on.
+    `parameters` and `taken`, which counts bytes, measure it; all that follow are only handed on.
     """
     cached = cache_meter(stream, dtype)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    if dry:
-        seconds = 1.5 * expected_flops(stream, rows) / product_rate(stream.device)
-        peak = expected_bytes(stream, rows)
-    elif stream.device.type == "cuda":
-        peak = max(peak, torch.cuda.max_memory_allocated(stream.device))
 
     def before_and_after(meter: Meter) -> tuple[int, int]:
         return round(meter.dense), round(meter.total(decided.widths))
@@ -101,21 +95,15 @@ def summarise(
         bos=bos,
         tokens=rows.groups[0].numel(),
         seconds=seconds,
-        peak_bytes=peak,
+        peak_bytes=peak_bytes,
         dry=dry,
     )
 
 
-def expected_flops(stream: BlockStream, rows: Rows) -> float:
-    """What all fits of a run take at least."""
-    return sum(floor_flops(stream.blocks, stream.width, part.tokens) for part in rows.fits())
-
-
-def expected_bytes(stream: BlockStream, rows: Rows) -> int:
-    """Their peak above what Python and its libraries take; the first fit is the largest."""
-    first, *others = (*rows.fits(), rows.beside())
-    apart, resting = rows.scores is not None, sum(part.tokens for part in others)
-    return memory_bytes(stream.blocks, stream.width, first.tokens, others=resting, apart=apart)
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most, resident or on the device."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return max(resident, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else resident
 
 
 def timings(summary: Summary) -> dict[str, float]:
