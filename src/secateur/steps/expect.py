@@ -28,11 +28,8 @@ SLACK = 1.5
 
 
 def fits(stream: BlockStream, rows: Rows) -> tuple[float, int]:
-    """Seconds and bytes of all fits without level 1; the first fit is the largest."""
-    first, *others = (*rows.fits(), rows.beside())
-    apart, resting = rows.scores is not None, sum(part.tokens for part in others)
-    peak = memory_bytes(stream.blocks, stream.width, first.tokens, others=resting, apart=apart)
-    return SLACK * _flops(stream, rows) / product_rate(stream.device), peak
+    """Seconds and bytes of all fits without level 1."""
+    return SLACK * _flops(stream, rows) / product_rate(stream.device), _bytes(stream, rows)
 
 
 def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float, int]:
@@ -67,9 +64,15 @@ def fitting_level1(stream: BlockStream, rows: Rows, steps: int) -> tuple[float, 
     seconds = SLACK * (
         exact / rate + quick / (rate if dtype == torch.float32 else product_rate(stream.device, dtype=dtype))
     )
-    _, without = fits(stream, rows)
-    return seconds, level1_bytes(stream.blocks, width, tokens[0], dtype.itemsize) + without
+    return seconds, level1_bytes(stream.blocks, width, tokens[0], dtype.itemsize) + _bytes(stream, rows)
 
 
 def _flops(stream: BlockStream, rows: Rows) -> float:
     return sum(floor_flops(stream.blocks, stream.width, part.tokens) for part in rows.fits())
+
+
+def _bytes(stream: BlockStream, rows: Rows) -> int:
+    """Of all fits without level 1, of which the first is the largest."""
+    first, *others = (*rows.fits(), rows.beside())
+    apart, resting = rows.scores is not None, sum(part.tokens for part in others)
+    return memory_bytes(stream.blocks, stream.width, first.tokens, others=resting, apart=apart)
