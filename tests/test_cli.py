@@ -852,9 +852,9 @@ def test_version_and_help(run: Run) -> None:
     text = run("prune", "--help").out
     target = "sparsity target plan of blocks modules widths round"
     method = "criterion recovery recover ridge level1 intercept"
-    rows = "calibration samples rewrites length temperature save-calibration refit-calibration refit-samples sigma seed"
+    rows = "calibration samples fits more length temperature save-calibration refit-calibration refit-samples seed"
     other = "device revision trust-remote-code dtype format type survey dry-run overwrite"
-    for option in f"{target} {method} tau {rows} {other}".split():
+    for option in f"{target} {method} tau sigma {rows} {other}".split():
         assert f"--{option} " in text
     for panel in ("Target", "Method", "Calibration", "Output"):
         assert f" {panel} " in text

@@ -27,6 +27,7 @@ from secateur.checkpoint import open_checkpoint
 from secateur.comparison import Spread
 from secateur.errors import SecateurError
 from secateur.evaluate.compare import evaluate
+from secateur.options import Options
 from secateur.recipes import recipe_names
 from secateur.report import comparison_plots
 from secateur.run_store import RunStore
@@ -35,6 +36,7 @@ from secateur.steps import compare as compare_step
 from secateur.steps import compare_heads, decide, draw, own_text
 from secateur.steps import prune as prune_step
 from secateur.steps.magnitudes import magnitudes
+from secateur.steps.more_rows import more_rows
 from secateur.steps.prune import prune
 from secateur.steps.retrain import retrain
 from secateur.stream import BlockStream
@@ -365,45 +367,46 @@ def test_what_a_model_writes_is_kept(
     assert all(summary.sparsity > 0 for summary in summaries)
 
 
-def test_rewritten_rows_are_shared_and_kept(
+def test_rows_of_the_fits_are_shared_and_kept(
     grid: Path,
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drawn: list[tuple[int, int]] = []
+    drawn: list[tuple[str, int, int]] = []
     for module in (own_text, prune_step):
-        rewritten = module.rewritten
 
-        def counted(*given: Any, rewritten: Any = rewritten, **more: Any) -> Any:
-            drawn.append((more["copies"], more["seed"]))
-            return rewritten(*given, **more)
+        def counted(stream: Any, options: Options, *given: Any, **more: Any) -> Any:
+            drawn.append((options.more, options.fits, options.seed))
+            return more_rows(stream, options, *given, **more)
 
-        monkeypatch.setattr(module, "rewritten", counted)
+        monkeypatch.setattr(module, "more_rows", counted)
     refit = {"recovery": "refit"}
     runs = {
         "a": {"criterion": "wanda", **refit},
         "b": {"criterion": "l2", "ridge": 0.1, **refit},
-        "one copy": {"criterion": "l2", "rewrites": 1, **refit},
+        "one fit": {"criterion": "l2", "fits": 1, **refit},
+        "own text": {"criterion": "l2", "more": "self", **refit},
         "fitted to others": {"criterion": "l2", "refit_samples": 3, **refit},
         "none": {"criterion": "l2"},
     }
     command = small(grid, runs=runs)
     assert run(*command).code == 0
-    # Once for what shares text, copies and seed.
-    assert sorted(drawn) == [(1, 0), (1, 1), (2, 0), (2, 0), (2, 1), (2, 1)]
+    # Once for what shares text, fits and seed.
+    text = [("rewritten", 1, 0), ("rewritten", 1, 1), *2 * [("rewritten", 2, 0)], *2 * [("rewritten", 2, 1)]]
+    assert sorted(drawn) == [*text, ("self", 2, 0), ("self", 2, 1)]
     kept = {file: file.read_bytes() for file in (grid / "out" / "texts").iterdir()}
-    assert len(kept) == 6
+    assert len(kept) == 8
     before = {name: values(name) for name in runs}
     for file in (grid / "out" / "runs").iterdir():
         file.unlink()
     assert run(*command).code == 0
-    assert (len(drawn), {name: values(name) for name in runs}) == (6, before)
+    assert (len(drawn), {name: values(name) for name in runs}) == (8, before)
     assert {file: file.read_bytes() for file in kept} == kept
     for name, options in runs.items():
         for seed in (0, 1):
             prune("model", f"{name} {seed}", **GRID["options"] | options, seed=seed)
         assert [score(f"{name} {seed}") for seed in (0, 1)] == before[name]
-    assert len({tuple(figures) for figures in before.values()}) == 5
+    assert len({tuple(figures) for figures in before.values()}) == 6
     for file in kept:
         file.write_bytes(file.read_bytes()[:-1])
     shutil.rmtree(grid / "out" / "runs")

@@ -316,7 +316,7 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     said = record["calibration"]
     rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
     if record["options"]["recovery"] == "refit":
-        rows = rows.with_versions(*rewritten(stream, text, copies=record["options"]["rewrites"]))
+        rows = rows.with_versions(*rewritten(stream, text, copies=record["options"]["fits"]))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
     assert list(rows.versions) == said["versions"]

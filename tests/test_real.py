@@ -105,7 +105,7 @@ def test_it_writes_text(pruned: dict[str, Path]) -> None:
 
 def test_widths_chosen_together(model: Path, text: tuple[Path, Path], tmp_path: Path) -> None:
     """In the first blocks, which differ most in what their widths cost: even ones lose half as much again."""
-    some = {"blocks": "0:6", "sparsity": 0.4, "calibration": str(text[0]), "level1": 0, "rewrites": 1} | SMALL
+    some = {"blocks": "0:6", "sparsity": 0.4, "calibration": str(text[0]), "level1": 0, "fits": 1} | SMALL
     some["survey_file"] = tmp_path / "survey.json"
     chosen = prune(model, tmp_path / "adaptive", **some)
     even = prune(model, tmp_path / "uniform", widths="uniform", format="hf", **some)

@@ -162,7 +162,7 @@ def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
     text = write_text(tmp_path, 3000)
-    settings = {"samples": 4, "length": 16, "calibration": text, "refit_samples": 64, "sparsity": 0.3, "rewrites": 0}
+    settings = {"samples": 4, "length": 16, "calibration": text, "refit_samples": 64, "sparsity": 0.3, "fits": 0}
     summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
     assert summary.tokens == 62 * 16
     said = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
@@ -196,7 +196,7 @@ def test_held_out_rows_come_last(checkpoint_folder: CheckpointFolder, tmp_path: 
 
 def test_a_dry_run_counts_two_gram_matrices(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     """As many tokens, once in one set of moments and once in two: a channel's Gram matrix and cross moment more."""
-    how: dict[str, Any] = {"length": 16, "sparsity": 0.3, "rewrites": 0, "calibration": "random", "dry_run": True}
+    how: dict[str, Any] = {"length": 16, "sparsity": 0.3, "fits": 0, "calibration": "random", "dry_run": True}
     how |= {"criterion": "second-moment", "recovery": "paper"}
     model = checkpoint_folder("llama biased")
     one = prune(model, tmp_path / "out", samples=64, **how)

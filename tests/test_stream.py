@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import ROWS, blocks_of, build, layers_of, relative, token_rows
+from models import ROWS, blocks_of, build, layers_of, relative, save, token_rows
 from secateur import activations
+from secateur import stream as module_under_test
 from secateur.activations import Activations, Arena, Batch, Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.steps.plan import Plan
@@ -354,3 +355,35 @@ def test_the_head_gives_the_logits_of_the_model(checkpoint_folder, name):
             assert relative(head(ids, hidden.parts[0], 1), wanted) < TOLERANCE
             assert relative(head(ids, hidden.parts[0], 3), wanted[:, 2::3]) < TOLERANCE
     assert on_meta(stream.model)
+
+
+# In bfloat16.
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_quick_products(name, tmp_path, monkeypatch):
+    """Blocks of a bfloat16 checkpoint multiply in bfloat16 where the device gains by it, and nowhere else."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        save(name, folder, dtype)
+        stream, rows = BlockStream(open_checkpoint(folder)), Rows.of(token_rows(4, 24))
+        for fast in (torch.float32, torch.bfloat16):
+            monkeypatch.setattr(module_under_test, "fast_dtype", lambda _, fast=fast: fast)
+            with Arena() as arena:
+                hidden, seen = stream.embed(rows, arena), []
+                watch = {stream.blocks[1].feed_forward.sink: lambda x, _, seen=seen: seen.append(x.dtype)}
+                with stream.quick():
+                    for index in range(2):
+                        with stream.filled(index) as layer:
+                            stream.advance(index, layer, rows, hidden)
+                            if index == 1:
+                                at = next(rows.batches())
+                                stream.run(index, layer, hidden[at], at.group, watch=watch)
+                assert stream.products == torch.float32, "only inside"
+                found[dtype, fast] = hidden.parts[0].clone(), seen[0]
+    exact, half = torch.float32, torch.bfloat16
+    assert torch.equal(found[exact, exact][0], found[exact, half][0])
+    plain, quick = found[half, exact][0], found[half, half][0]
+    assert 1e-5 < relative(quick, plain) < 2e-2
+    assert [dtype for _, dtype in found.values()] == [exact, exact, exact, half]

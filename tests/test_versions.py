@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
+from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, save, token_rows
+from secateur import stream as stream_module
 from secateur.activations import OPENING_WEIGHT, Activations, Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.steps import expect
@@ -21,7 +22,7 @@ from secateur.structure import Keep
 from secateur.surgery import assign, masked_weight, restored
 from test_recovery import WIDTHS
 
-TEXT, ONE, OTHER, BESIDE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
+TEXT, ONE, OTHER, MORE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
 NAMES = [*WIDTHS, "gpt_neox"]
 
 
@@ -36,7 +37,7 @@ def groups_of(rows: Rows) -> list[int]:
 
 
 def test_each_fit_has_its_own_version_and_all_that_they_share():
-    rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(BESIDE)
+    rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(MORE)
     opened = len(rows.groups[1])
     assert rows.versions == (2, 3)
     assert rows.weights == (1.0, OPENING_WEIGHT, 1.0, 1.0, 0.0)
@@ -48,7 +49,7 @@ def test_each_fit_has_its_own_version_and_all_that_they_share():
 
 
 def test_the_first_fit_alone_runs_the_rows_that_choose():
-    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE).scored_by(Rows.of(BESIDE))
+    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(MORE).scored_by(Rows.of(MORE))
     assert rows.versions == (1, 2)
     first, second = rows.fits()
     assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
@@ -85,21 +86,21 @@ def test_the_mean_is_rounded_as_it_will_be_written(checkpoint_folder, dtype):
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (1,)])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
+def test_more_rows_follow_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     seen: dict[str, Tensor] = {}
 
     def judge(dense: Activations, pruned: Activations) -> None:
         seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
 
-    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE)
+    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(MORE)
     found = list(refit(stream, plan_of(name, *blocks), rows, judge=judge))
     model = build(name)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
     for kind, network in (("dense", model), ("pruned", small)):
         last: list[Tensor] = []
         layers_of(network)[-1].register_forward_hook(lambda _, __, z, last=last: last.append(z))
-        logits_of(network, BESIDE)
+        logits_of(network, MORE)
         assert relative(seen[kind], last[0]) < 1e-4
     assert relative(seen["pruned"], seen["dense"]) > 1e-2
 
@@ -140,10 +141,25 @@ def test_a_dry_run_counts_every_fit(checkpoint_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
     how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
     folder = checkpoint_folder("llama")
-    one, two, three = (prune(folder, tmp_path / "out", rewrites=copies, **how) for copies in (1, 2, 3))
+    one, two, three = (prune(folder, tmp_path / "out", fits=copies, **how) for copies in (1, 2, 3))
     assert two.seconds == pytest.approx(2 * one.seconds)
     assert three.seconds == pytest.approx(3 * one.seconds)
     # Two streams of each further fit stay in memory, of the text, its copy and the first positions.
     more = two.peak_bytes - one.peak_bytes
     assert three.peak_bytes - two.peak_bytes == more
     assert more in range(4 * 2 * 48 * 2 * 4 * 16, 4 * 2 * 48 * 3 * 4 * 16 + 1)
+
+
+def test_a_dry_run_knows_the_quick_products(tmp_path, monkeypatch):
+    """At a rate of one operation a second, and of a million in bfloat16, what is left is the statistics and solves."""
+    monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0 if dtype == torch.float32 else 1e6)
+    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
+    save("llama", tmp_path / "model", torch.bfloat16)
+    seconds = {}
+    for fast in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(stream_module, "fast_dtype", lambda _, fast=fast: fast)
+        seconds[fast] = prune(tmp_path / "model", tmp_path / "out", **how).seconds
+    monkeypatch.setattr(expect, "stream_flops", lambda *_: 0.0)
+    solves = prune(tmp_path / "model", tmp_path / "out", **how).seconds
+    assert solves == pytest.approx(seconds[torch.bfloat16], rel=1e-5)
+    assert solves < 0.9 * seconds[torch.float32]

@@ -40,14 +40,20 @@ def level1_bytes(blocks: Iterable[Block], width: int, tokens: int, itemsize: int
     return max(tokens * (width + len(b.feed_forward.scored) * b.feed_forward.units) * itemsize for b in blocks)
 
 
-def floor_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
-    """What pruning cannot go below: two forwards of the blocks, and each module's statistics and solve once."""
-    total = 0.0
-    for block in blocks:
-        total += 2 * forward_flops(block, tokens)
-        for module in (block.attention, block.feed_forward):
-            total += module_flops(module.units * module.size, width, tokens)
-    return total
+def stream_flops(blocks: Iterable[Block], tokens: int) -> float:
+    """The dense and the pruned stream: two forwards of the blocks."""
+    return sum(2 * forward_flops(block, tokens) for block in blocks)
+
+
+def solve_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
+    """Each module's statistics and solve once."""
+    modules = (module for block in blocks for module in (block.attention, block.feed_forward))
+    return sum(module_flops(module.units * module.size, width, tokens) for module in modules)
+
+
+def floor_flops(blocks: list[Block], width: int, tokens: int) -> float:
+    """What a fit cannot go below."""
+    return stream_flops(blocks, tokens) + solve_flops(blocks, width, tokens)
 
 
 def product_rate(

@@ -29,4 +29,5 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Since torch 2.11 or so; without it, float32 is slower and as good.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
+    units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if units else torch.float32

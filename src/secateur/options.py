@@ -21,6 +21,7 @@ FORMATS = ("hf", "stock", "gguf")
 SIGMAS = ("data", "identity", "random")
 SELF = "self"
 """The calibration source that is no text: what the model itself writes."""
+MORE = ("rewritten", SELF)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -62,9 +63,12 @@ class Options:
     """Fit a level-2 bias even where the architecture stores none."""
     calibration: str = "wikitext2"
     samples: int = 128
-    rewrites: int = 2
-    """Copies of the samples in which the dense model writes half of the tokens anew; each joins the samples in a fit
-    of its own, and the fits are averaged."""
+    fits: int = 2
+    """Fits of the recovery, which are averaged. Each takes rows of its own beside the samples, as many as these; with
+    0 there is one fit, to the samples alone."""
+    more: str = "rewritten"
+    """Where these rows come from: `rewritten`, the samples with half of their tokens drawn anew by the dense model, or
+    `self`, what it writes from nothing."""
     length: int = 128
     refit_calibration: str | None = None
     """What the recovery is fitted to, where that is not the calibration's text."""
@@ -94,6 +98,7 @@ class Options:
             ("recovery", self.recovery, RECOVERIES),
             ("recover", self.recover, WHEN),
             ("dtype", self.dtype, (None, *DTYPES)),
+            ("more", self.more, MORE),
         ):
             if value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed if choice)
@@ -106,7 +111,7 @@ class Options:
             raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 0.3")
         for name, number, least in (
             ("samples", self.samples, 1),
-            ("rewrites", self.rewrites, 0),
+            ("fits", self.fits, 0),
             ("level1", self.level1, 0),
             ("length", self.length, 2),
             ("refit-samples", 1 if self.refit_samples is None else self.refit_samples, 1),
@@ -128,7 +133,7 @@ class Options:
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise SecateurError(f"temperature is {self.temperature}; it must be positive, for example 1.0")
-        if self.temperature != 1 and SELF not in self.sources:
+        if self.temperature != 1 and not self.writes:
             raise SecateurError("temperature is for what the model writes: add --calibration self, or leave it out")
 
     def _check_target(self) -> None:
@@ -219,6 +224,16 @@ class Options:
     def sources(self) -> tuple[str, str]:
         """Where the rows for the choice of units, and those for the recovery, come from."""
         return self.calibration, self.refit_calibration or self.calibration
+
+    @property
+    def fits_more(self) -> int:
+        """Fits that take rows of their own beside the samples."""
+        return self.fits if self.recovery == "refit" else 0
+
+    @property
+    def writes(self) -> bool:
+        """The model writes rows token by token, for which all of it must be in memory."""
+        return SELF in self.sources or (self.more == SELF and self.fits_more > 0)
 
     @property
     def scores(self) -> str:

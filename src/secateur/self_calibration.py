@@ -1,4 +1,4 @@
-"""Calibration without data: rows that the model writes itself, sampled from its own distribution.
+"""Rows that the model writes itself, sampled from its own distribution: calibration without data, or beside a text.
 
 The one step that holds a whole model in memory, in its stored dtype: writing token by token, block by block from disk,
 would read the model once a token. It goes before pruning starts.
@@ -26,10 +26,11 @@ from secateur.progress import Silent, Watcher
 from secateur.quiet import first_line, quiet
 from secateur.tokens import begins_with_bos
 
-BATCH_ROWS = 16
+BATCH_ROWS = 32
 """Rows written at once."""
 BATCH_TOKENS = 4096
 """Most tokens of all of these: bounds the key/value cache."""
+INSTEAD = "calibrate on a text, or on random, and take no --more self"
 SPARE = 1.1
 """Memory that must be free, over weights and cache: the libraries' own and one layer's activations."""
 
@@ -46,8 +47,7 @@ def opening(checkpoint: Checkpoint, tokenizer: Any) -> int:
             if ids and 0 <= ids[0] < checkpoint.config.vocab_size:
                 return ids[0]
     raise SecateurError(
-        f"{checkpoint.source}: no BOS or EOS token, from which the model could begin to write; calibrate on a text, "
-        "or on random"
+        f"{checkpoint.source}: no BOS or EOS token, from which the model could begin to write; {INSTEAD}"
     )
 
 
@@ -73,7 +73,7 @@ def check_self(
     if needed > free:
         raise SecateurError(
             f"{checkpoint.source}: to write its own text, the whole model must be in memory, {needed / 1e9:,.1f} GB, "
-            f"but {free / 1e9:,.1f} GB are free; calibrate on a text, or on random"
+            f"but {free / 1e9:,.1f} GB are free; {INSTEAD}"
         )
 
 
@@ -148,8 +148,7 @@ def self_rows(
                 rows.append(written[:, 1 - kept :].cpu())
     except (RuntimeError, MemoryError) as error:
         raise SecateurError(
-            f"{checkpoint.source}: the model could not write its own text ({first_line(error)}); calibrate on a text, "
-            "or on random"
+            f"{checkpoint.source}: the model could not write its own text ({first_line(error)}); {INSTEAD}"
         ) from error
     return torch.cat(rows)
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.activations import Activations, Arena, Rows
 from secateur.checkpoint import Checkpoint
+from secateur.device import fast_dtype
 from secateur.errors import SecateurError
 from secateur.families import describe, family_of
 from secateur.structure import Block, Depth2
@@ -65,6 +66,8 @@ class BlockStream:
         self.layers = self.model.get_submodule(self.family.blocks)
         self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
         self.width: int = checkpoint.config.hidden_size
+        self.products = torch.float32
+        """What blocks multiply in; see `quick`."""
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __len__(self) -> int:
@@ -111,6 +114,23 @@ class BlockStream:
                 assign(layer, name, torch.empty(shape, device="meta"))
             for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
                 assign(layer, name, None)
+
+    @contextmanager
+    def quick(self) -> Iterator[None]:
+        """Let blocks of a bfloat16 checkpoint multiply in bfloat16, as its users do, where this device gains by it.
+
+        What flows between modules, norms included, stays float32.
+        """
+        before, self.products = self.products, self.quick_dtype
+        try:
+            yield
+        finally:
+            self.products = before
+
+    @property
+    def quick_dtype(self) -> torch.dtype:
+        """What blocks multiply in inside `quick`."""
+        return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.
@@ -216,6 +236,8 @@ class BlockStream:
                 stack.enter_context(_replayed(layer, module, hidden_btd, value))
             for path, see in (watch or {}).items():
                 stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
+            if self.products != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.products))
             try:
                 return layer(hidden_btd, *args, **kwargs)
             except Reached:

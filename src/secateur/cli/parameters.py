@@ -96,11 +96,18 @@ Calibration = Annotated[
     ),
 ]
 Samples = Annotated[int, panels.calibration(help="Rows drawn from it at random.")]
-Rewrites = Annotated[
+Fits = Annotated[
     int,
     panels.calibration(
-        help="For the refit, so many copies of the rows in which the model writes half of the tokens anew. Each "
-        "joins the rows in a fit of its own, and the fits are averaged: 1 takes half the time of 2, 3 is better."
+        help="So many refits are averaged, each to the rows and to others beside them: 1 takes half the time of 2, 3 "
+        "is better; 0 is one refit to the rows alone."
+    ),
+]
+More = Annotated[
+    str,
+    panels.calibration(
+        help="What these others are: rewritten, the rows with half of their tokens written anew by the model; or self, "
+        "what it writes from nothing, which serves other kinds of text better but needs it whole in memory."
     ),
 ]
 Length = Annotated[int, panels.calibration(help="Tokens in each row.")]

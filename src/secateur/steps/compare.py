@@ -35,7 +35,7 @@ from secateur.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.decide import request, survey_key
 from secateur.steps.draw import check_sources
-from secateur.steps.own_text import with_kept_rewrites, with_own_text
+from secateur.steps.own_text import with_kept_rows, with_own_text
 from secateur.steps.prune import Job, carry_out, open_job
 from secateur.steps.retrain import check_retraining, retrain, training_rows
 from secateur.steps.write import output_folder
@@ -131,7 +131,7 @@ class Planned:
         if self.run is not None:
             folder = store.scratch / "model"
             file = store.survey_file(survey_key(self.job.request, self.job.text))
-            job = with_kept_rewrites(self.job, store, judge.watcher)
+            job = with_kept_rows(self.job, store, judge.watcher)
             summary = carry_out(job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
             sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
             if self.run.training is not None:

@@ -57,7 +57,7 @@ def check_writing(stream: BlockStream, tokenizer: Any, options: Options) -> None
     Raises:
         SecateurError: see `check_self`.
     """
-    if SELF in options.sources:
+    if options.writes:
         cached = cache_meter(stream, stream.checkpoint.dtype).dense
         check_self(stream.checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=stream.device)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from secateur.activations import Rows
 from secateur.costs import (
-    floor_flops,
     gradient_bytes,
     gradient_flops,
     level1_bytes,
     level1_flops,
     memory_bytes,
     product_rate,
+    solve_flops,
+    stream_flops,
 )
 from secateur.device import fast_dtype
 from secateur.meters import cache_meter, parameter_meter
@@ -29,17 +31,24 @@ SLACK = 1.5
 
 def fits(stream: BlockStream, rows: Rows) -> tuple[float, int]:
     """Seconds and bytes of all fits without level 1."""
-    return SLACK * _flops(stream, rows) / product_rate(stream.device), _bytes(stream, rows)
+    tokens = [part.tokens for part in rows.fits()]
+    streams = sum(stream_flops(stream.blocks, each) for each in tokens)
+    solves = sum(solve_flops(stream.blocks, stream.width, each) for each in tokens)
+    rate = product_rate(stream.device)
+    seconds = SLACK * (streams / _rate(stream, stream.quick_dtype, rate) + solves / rate)
+    return seconds, _bytes(stream, rows)
 
 
-def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float, int]:
-    """Seconds and bytes that the model takes to write its own text; nothing where it calibrates on another.
+def writing(stream: BlockStream, options: Options, drawn: Drawn, more: Tensor | None) -> tuple[float, int]:
+    """Seconds and bytes that the model takes to write its own text; nothing where all rows come from another.
 
     A token takes two operations a parameter, at the speed that this machine has with as few rows as are written at
     once: there, reading the weights sets it.
     """
     parts = (drawn.text, drawn.text.new_empty(0) if drawn.fitted is None else drawn.fitted)
     tokens = sum(rows.numel() for source, rows in zip(options.sources, parts, strict=True) if source == SELF)
+    if options.more == SELF and more is not None:
+        tokens += more.numel()
     if not tokens:
         return 0.0, 0
     checkpoint, cached = stream.checkpoint, cache_meter(stream, stream.checkpoint.dtype).dense
@@ -49,10 +58,10 @@ def writing(stream: BlockStream, options: Options, drawn: Drawn) -> tuple[float,
     return seconds, round(writing_bytes(checkpoint, length=options.length, cache_bytes=cached))
 
 
-def backward(stream: BlockStream, rows: Rows, seconds: float) -> tuple[float, int]:
-    """Seconds and bytes of the gradients, from the seconds of a run without them."""
-    share = gradient_flops(stream.blocks, rows.tokens) / _flops(stream, rows)
-    return share * seconds, gradient_bytes(stream.blocks, stream.width, rows.tokens)
+def backward(stream: BlockStream, rows: Rows) -> tuple[float, int]:
+    """Seconds and bytes of the gradients."""
+    seconds = SLACK * gradient_flops(stream.blocks, rows.tokens) / product_rate(stream.device)
+    return seconds, gradient_bytes(stream.blocks, stream.width, rows.tokens)
 
 
 def fitting_level1(stream: BlockStream, rows: Rows, steps: int) -> tuple[float, int]:
@@ -61,14 +70,13 @@ def fitting_level1(stream: BlockStream, rows: Rows, steps: int) -> tuple[float, 
     parts = [level1_flops(block, width, each, steps) for each in tokens for block in stream.blocks]
     exact, quick = (sum(part) for part in zip(*parts, strict=True))
     rate = product_rate(stream.device)
-    seconds = SLACK * (
-        exact / rate + quick / (rate if dtype == torch.float32 else product_rate(stream.device, dtype=dtype))
-    )
+    seconds = SLACK * (exact / rate + quick / _rate(stream, dtype, rate))
     return seconds, level1_bytes(stream.blocks, width, tokens[0], dtype.itemsize) + _bytes(stream, rows)
 
 
-def _flops(stream: BlockStream, rows: Rows) -> float:
-    return sum(floor_flops(stream.blocks, stream.width, part.tokens) for part in rows.fits())
+def _rate(stream: BlockStream, dtype: torch.dtype, exact: float) -> float:
+    """Of products in a dtype, given that of float32."""
+    return exact if dtype == torch.float32 else product_rate(stream.device, dtype=dtype)
 
 
 def _bytes(stream: BlockStream, rows: Rows) -> int:

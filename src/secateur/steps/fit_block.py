@@ -194,7 +194,7 @@ class BlockWork:
         about these inputs.
         """
         entries = module.units * module.size if kept is None else len(kept)
-        x = self.arena.empty(self.rows, entries)
+        x = self.arena.empty(self.rows, entries, self.stream.products)
         device = self.stream.device
         moments = Moments(entries, self.stream.width, centre=self._fits_bias(module), device=device)
         scored, inputs = moments, None
@@ -358,7 +358,7 @@ class BlockWork:
             counts = self._weights(module, target, at)
             root = at.weight**0.5 * (torch.ones(len(s), device=device) if counts is None else counts.sqrt())[:, None]
             scaled = root if scale is None else root * scale
-            given = x[at].to(device).reshape(len(s), -1)[:, kept] @ fit.weight_ko
+            given = x[at].to(device, torch.float32).reshape(len(s), -1)[:, kept] @ fit.weight_ko
             residual = (target if fit.bias is None else target - fit.bias) * root - given * scaled
             found = [f * scaled for f in factors(activation, outputs(module, self.tensors, s, kept))]
             source[at] = s
@@ -410,7 +410,7 @@ class BlockWork:
         weight = inner_weight(module, self.tensors)[kept].contiguous()
         bias = self.tensors.get(module.bias or f"{module.sink}.bias")
         for at in self.rows.batches():
-            y = x[at].to(weight.device)[..., stay] @ weight
+            y = x[at][..., stay].to(weight.device, torch.float32) @ weight
             self.output[module.kind][at] = y if bias is None else y + bias
 
     def run_pruned(self, pruned: Activations) -> None:

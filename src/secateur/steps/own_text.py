@@ -1,7 +1,7 @@
 """What models write for the runs of a comparison, kept in its folder: a restart reads it in place of writing anew.
 
-That is whole rows, where the calibration is the model's own text, and the rows of the refit with half of their tokens
-drawn anew. Either kind is written once for all runs that would get the very same rows.
+That is the calibration, where it is the model's own text, and the rows that the fits take beside it. Either is written
+once for all runs that would get the very same rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from secateur.options import SELF
 from secateur.progress import Silent, Watcher
 from secateur.run_store import RunStore, hash_of
 from secateur.steps.draw import draw
+from secateur.steps.more_rows import more_rows
 from secateur.steps.prune import Job
-from secateur.steps.rewrite import rewritten
 
 ROWS = "rows"
 _DECIDES = ("calibration", "refit_calibration", "samples", "refit_samples", "length", "temperature", "seed", "searches")
@@ -58,8 +58,8 @@ def with_own_text(job: Job, store: RunStore, watcher: Watcher) -> Job:
     return replace(job, drawn=draw(stream, tokenizer, kept, save=None, dry=False, watcher=Silent()))
 
 
-def with_kept_rewrites(job: Job, store: RunStore, watcher: Watcher) -> Job:
-    """An open job with the rewritten rows that its refit takes; as it is where it takes none.
+def with_kept_rows(job: Job, store: RunStore, watcher: Watcher) -> Job:
+    """An open job with the rows that its fits take beside the text's; as it is where they take none.
 
     Args:
         job: with the text that it calibrates on.
@@ -67,22 +67,24 @@ def with_kept_rewrites(job: Job, store: RunStore, watcher: Watcher) -> Job:
         watcher: told about progress.
 
     Raises:
-        SecateurError: the file was damaged.
+        SecateurError: the model cannot write, or the file was damaged.
     """
-    if not job.copies:
+    options, stream = job.options, job.stream
+    if not options.fits_more:
         return job
-    stream, copies, seed = job.stream, job.copies, job.options.seed
     # Ids alone: a draw may fall on one that no tokenizer has a text for.
     file = store.text_file(
         {
             "secateur": secateur.__version__,
             "fingerprint": stream.checkpoint.fingerprint,
             "device": stream.device.type,
-            "rewritten": hash_of(job.fitted),
-            "copies": copies,
-            "seed": seed,
+            "text": hash_of(job.fitted),
+            "more": options.more,
+            "temperature": options.temperature,
+            "fits": options.fits,
+            "seed": options.seed,
         },
-        lambda part: save_file({ROWS: rewritten(stream, job.fitted, copies=copies, seed=seed, watcher=watcher)}, part),
+        lambda part: save_file({ROWS: more_rows(stream, options, job.fitted, watcher=watcher)}, part),
         suffix=".safetensors",
     )
     try:

@@ -36,9 +36,9 @@ from secateur.steps.export import check_file, export
 from secateur.steps.fitted import FittedBlock
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.loss import mean_loss
+from secateur.steps.more_rows import more_rows
 from secateur.steps.plan import Plan, plan
 from secateur.steps.refit import Method, refit
-from secateur.steps.rewrite import rewritten
 from secateur.steps.search import HELD_OUT
 from secateur.steps.slice import slice
 from secateur.steps.summary import Summary, peak_memory, record, summarise, timings
@@ -121,21 +121,15 @@ class Job:
     drawn: Drawn
     bos: bool
     more: Tensor | None = None
-    """What the dense model has partly written (copies x rows x length): see `rewritten`."""
+    """Rows that each fit takes beside the text's (fits x rows x length)."""
     scores: UnitScores = field(default_factory=dict)
     """Of a criterion that needs gradients: filled by the first refit, for all others."""
 
-    def with_rewritten(self, watcher: Watcher) -> Job:
+    def with_more(self, watcher: Watcher) -> Job:
         """The same job with more rows, where the recovery gains by them and they are not there yet."""
-        copies, seed = self.copies, self.options.seed
-        if not copies or self.more is not None:
+        if not self.options.fits_more or self.more is not None:
             return self
-        return replace(self, more=rewritten(self.stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
-
-    @property
-    def copies(self) -> int:
-        """How often each row of the refit is rewritten."""
-        return self.options.rewrites if self.method.recovery.method == "refit" else 0
+        return replace(self, more=more_rows(self.stream, self.options, self.fitted, watcher=watcher))
 
     @property
     def fitted(self) -> Tensor:
@@ -279,7 +273,7 @@ def carry_out(
     """All that `prune` does with an open job."""
     job = replace(job, request=measured(job.request, job.text, watcher))
     found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
-    job = job.with_rewritten(watcher)
+    job = job.with_more(watcher)
     decided = decide(job.request, found, lambda one: job.loss(one, watcher))
     watcher.note(_choice(job.stream, decided))
     return finish(job, decided, out, overwrite=overwrite, start=start, watcher=watcher)
@@ -360,13 +354,13 @@ def _expected(job: Job, watcher: Watcher) -> Summary:
     decided = job.request.given if wish is None else plan(wish, job.options.widths)
     assert decided is not None
     # As many rows as a run has; what is in them changes nothing here.
-    job = replace(job, more=job.fitted.repeat(job.copies, 1, 1))
+    job = replace(job, more=job.fitted.repeat(job.options.fits_more, 1, 1))
     with watcher.busy("Measuring this machine"):
-        parts = [fits(job.stream, job.rows), writing(job.stream, job.options, job.drawn)]
+        parts = [fits(job.stream, job.rows), writing(job.stream, job.options, job.drawn, job.more)]
         if job.method.recovery.fits_level1:
             parts.append(fitting_level1(job.stream, job.rows, job.options.level1))
     if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
-        parts.append(backward(job.stream, job.rows, parts[0][0]))
+        parts.append(backward(job.stream, job.rows))
     seconds, peaks = zip(*parts, strict=True)
     return _summary(job, decided, sum(seconds), max(peaks), dry=True)
 

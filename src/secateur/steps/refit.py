@@ -63,7 +63,7 @@ def refit(
     if parse_choice(method.criterion).uses(NEEDS_GRADIENTS) and method.scores is None and not plan.keeps:
         scores = gradient_scores(stream, rows, method.criterion, arena_limit=arena_limit, watcher=watcher)
         method = replace(method, scores=scores)
-    with Arena(arena_limit) as arena:
+    with Arena(arena_limit) as arena, stream.quick():
         embedded = stream.embed(rows, arena)
         fits = [_Streams.of(part, embedded, stream, arena) for part in rows.fits()]
         beside = [] if judge is None else [_Streams.of(rows.beside(), embedded, stream, arena)]

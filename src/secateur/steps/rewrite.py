@@ -1,9 +1,8 @@
 """More calibration rows than were drawn from the text: the same rows, in which the dense model has written tokens anew.
 
-A refit has as many unknowns as a module keeps inputs, and few tokens to find them from. Rows that the model finds
-likely are as good to it as the text's, and cost no text: one pass of the dense model gives a distribution for every
-position, and a part of the tokens is drawn anew from these. Each draw sees what the text said before it, so that
-no position waits for another and each block is read once.
+They cost no text: one pass of the dense model gives a distribution for every position, and a part of the tokens is
+drawn anew from these. Each draw sees what the text said before it, so that no position waits for another and each block
+is read once.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def rewritten(
     # Seeds have 32 bits; those of further copies lie far from the ones that people take.
     generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
     result = text.repeat(copies, 1, 1)
-    with Arena() as arena:
+    with Arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(len(stream)), "Rewrite"):
             with stream.filled(index) as layer:

@@ -88,7 +88,7 @@ def sizes(
         if new:
             out.rmdir()
         raise
-    more = job.with_rewritten(watcher).more
+    more = job.with_more(watcher).more
     jobs = [replace(one, more=more) for one in jobs]
     weighing = next((one for one in jobs if one.request.weighs), job)
     found = surveyed(weighing.request, job.text, watcher, survey_file)
