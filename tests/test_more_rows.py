@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +12,19 @@ import pytest
 import torch
 
 from conftest import CheckpointFolder
-from models import token_rows
+from models import make_tokenizer, token_rows
 from secateur import prune, self_calibration
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
+from secateur.meters import cache_meter
 from secateur.options import Options
 from secateur.progress import Silent
-from secateur.self_calibration import self_rows
+from secateur.self_calibration import self_rows, writing_bytes
 from secateur.steps import draw, expect
 from secateur.steps import more_rows as more_step
 from secateur.steps import prune as prune_step
-from secateur.steps.more_rows import more_rows
+from secateur.steps.more_rows import more_rows, settled
 from secateur.steps.rewrite import rewritten
 from secateur.stream import BlockStream
 
@@ -91,10 +93,46 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
     assert seconds(more="self", fits=3, calibration="self") == 4 * one
 
 
+def test_what_is_taken_where_nothing_is_said(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Own text if the model takes half of the memory at most and knows how a text begins, however little is free."""
+    folder = tmp_path / "mute"
+    shutil.copytree(checkpoint_folder("gpt2"), folder)
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
+    monkeypatch.setattr(more_step, "ROOM", 0.5)
+    stream, mute = (BlockStream(open_checkpoint(one)) for one in (checkpoint_folder("gpt2"), folder))
+    needed = int(writing_bytes(stream.checkpoint, length=16, cache_bytes=cache_meter(stream, torch.float32).dense))
+
+    def taken(stream: BlockStream, total: int, **options: Any) -> str | None:
+        machine = SimpleNamespace(available=1, total=total)
+        monkeypatch.setattr(self_calibration, "psutil", SimpleNamespace(virtual_memory=lambda: machine))
+        return settled(Options(length=16, **options), stream).more
+
+    assert taken(stream, 2 * needed + 2) == "self"
+    assert taken(stream, 2 * needed - 2) == "rewritten"
+    assert taken(stream, 2 * needed - 2, more="self") == "self"
+    assert taken(stream, 2 * needed + 2, more="rewritten") == "rewritten"
+    assert taken(mute, 2 * needed + 2) == "rewritten"
+
+
+def test_by_default_the_model_writes(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(more_step, "ROOM", 0.5)
+    for out, options in (("a", {}), ("b", {"more": "self"})):
+        prune(checkpoint_folder("llama"), tmp_path / out, **SIZE, **options)
+    records = [json.loads((tmp_path / out / "secateur.json").read_text()) for out in "ab"]
+    assert records[0]["options"] == records[1]["options"]
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"more": "text"}, "more is 'text'; it must be one of rewritten, self"),
+        ({"more": "text"}, "more is 'text'; it must be one of self, rewritten"),
         ({"fits": -1}, "fits is -1; it must be at least 0"),
         ({"temperature": 2.0}, "temperature is for what the model writes"),
         ({"temperature": 2.0, "more": "self", "recovery": "none"}, "temperature is for what the model writes"),
@@ -107,10 +145,10 @@ def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     """Said before the text is read; no memory is asked for where no row is written."""
-    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000, total=100_000))
     monkeypatch.setattr(self_calibration, "psutil", memory)
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
-    with pytest.raises(SecateurError, match=r"whole model must be in memory, .* and take no --more self"):
+    with pytest.raises(SecateurError, match=r"whole model must be in memory, .* and take --more rewritten"):
         prune(checkpoint_folder("llama"), tmp_path / "out", more="self", **SIZE)
     monkeypatch.undo()
     monkeypatch.setattr(self_calibration, "psutil", memory)

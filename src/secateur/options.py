@@ -21,7 +21,8 @@ FORMATS = ("hf", "stock", "gguf")
 SIGMAS = ("data", "identity", "random")
 SELF = "self"
 """The calibration source that is no text: what the model itself writes."""
-MORE = ("rewritten", SELF)
+REWRITTEN = "rewritten"
+MORE = (SELF, REWRITTEN)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -66,9 +67,9 @@ class Options:
     fits: int = 2
     """Fits of the recovery, which are averaged. Each takes rows of its own beside the samples, as many as these; with
     0 there is one fit, to the samples alone."""
-    more: str = "rewritten"
-    """Where these rows come from: `rewritten`, the samples with half of their tokens drawn anew by the dense model, or
-    `self`, what it writes from nothing."""
+    more: str | None = None
+    """Where these rows come from: `self`, what the dense model writes from nothing, or `rewritten`, the samples with
+    half of their tokens drawn anew by it. By default the first where the whole model fits into half of the memory."""
     length: int = 128
     refit_calibration: str | None = None
     """What the recovery is fitted to, where that is not the calibration's text."""
@@ -98,7 +99,7 @@ class Options:
             ("recovery", self.recovery, RECOVERIES),
             ("recover", self.recover, WHEN),
             ("dtype", self.dtype, (None, *DTYPES)),
-            ("more", self.more, MORE),
+            ("more", self.more, (None, *MORE)),
         ):
             if value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed if choice)
@@ -134,7 +135,9 @@ class Options:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise SecateurError(f"temperature is {self.temperature}; it must be positive, for example 1.0")
         if self.temperature != 1 and not self.writes:
-            raise SecateurError("temperature is for what the model writes: add --calibration self, or leave it out")
+            raise SecateurError(
+                "temperature is for what the model writes: add --more self or --calibration self, or leave it out"
+            )
 
     def _check_target(self) -> None:
         """One thing alone may say how much goes."""

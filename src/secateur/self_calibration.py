@@ -30,7 +30,7 @@ BATCH_ROWS = 32
 """Rows written at once."""
 BATCH_TOKENS = 4096
 """Most tokens of all of these: bounds the key/value cache."""
-INSTEAD = "calibrate on a text, or on random, and take no --more self"
+INSTEAD = "calibrate on a text, or on random, and take --more rewritten"
 SPARE = 1.1
 """Memory that must be free, over weights and cache: the libraries' own and one layer's activations."""
 
@@ -69,12 +69,20 @@ def check_self(
     opening(checkpoint, tokenizer)
     check_calibration(SELF, length=length, max_positions=getattr(checkpoint.config, "max_position_embeddings", None))
     needed = writing_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free, _ = memory(device)
     if needed > free:
         raise SecateurError(
             f"{checkpoint.source}: to write its own text, the whole model must be in memory, {needed / 1e9:,.1f} GB, "
             f"but {free / 1e9:,.1f} GB are free; {INSTEAD}"
         )
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free on a device, and all that it has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    machine = psutil.virtual_memory()
+    return machine.available, machine.total
 
 
 def writing_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:

@@ -104,10 +104,11 @@ Fits = Annotated[
     ),
 ]
 More = Annotated[
-    str,
+    str | None,
     panels.calibration(
-        help="What these others are: rewritten, the rows with half of their tokens written anew by the model; or self, "
-        "what it writes from nothing, which serves other kinds of text better but needs it whole in memory."
+        help="What these others are: self, what the model writes from nothing, whole in memory; or rewritten, the rows "
+        "with half of their tokens written anew, a block in memory at a time.",
+        show_default="self where it takes half of the memory at most",
     ),
 ]
 Length = Annotated[int, panels.calibration(help="Tokens in each row.")]

@@ -35,6 +35,7 @@ from secateur.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.decide import request, survey_key
 from secateur.steps.draw import check_sources
+from secateur.steps.more_rows import settled
 from secateur.steps.own_text import with_kept_rows, with_own_text
 from secateur.steps.prune import Job, carry_out, open_job
 from secateur.steps.retrain import check_retraining, retrain, training_rows
@@ -294,7 +295,7 @@ def open_subject(
                     training_rows(job.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
-            jobs.append((run, replace(job, options=run.options, request=asked)))
+            jobs.append((run, replace(job, options=settled(run.options, job.stream), request=asked)))
     checkpoint = jobs[0][1].stream.checkpoint
     tokenizer = checkpoint.tokenizer()
     texts = {}

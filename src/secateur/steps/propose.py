@@ -70,7 +70,7 @@ def propose(
         )
     job = open_job(
         model,
-        options,
+        replace(options, fits=0),
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,

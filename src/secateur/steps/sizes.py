@@ -14,6 +14,7 @@ from secateur.options import Options
 from secateur.progress import Watcher
 from secateur.report.plots import plot_sizes
 from secateur.steps.decide import decide, request, surveyed
+from secateur.steps.more_rows import settled
 from secateur.steps.prune import finish, open_job
 
 TABLE, PLOT = "sizes.json", "sizes.png"
@@ -83,6 +84,7 @@ def sizes(
             survey_file=survey_file,
             watcher=watcher,
         )
+        options = [settled(one, job.stream) for one in options]
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
     except BaseException:
         if new:

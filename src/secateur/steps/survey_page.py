@@ -78,7 +78,7 @@ def survey_page(
     folder.check()
     job = open_job(
         model,
-        replace(options, sparsity=ANY_SHARE),
+        replace(options, sparsity=ANY_SHARE, fits=0),
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
