@@ -1,9 +1,11 @@
-"""How far `prune` is from what it cannot go below: two forwards of the blocks and each module's solve, once.
+"""How far `prune` is from the products that it cannot do without, and what choosing widths takes beside it.
 
     python benchmarks/floor.py MODEL --calibration text.txt
 
-The floor is counted in floating-point operations and turned into seconds by this machine's float32 matrix
-product, measured in the same process before and after the run, at the better of the two.
+The products are those that a dry run counts: for each fit two forwards of the blocks, each module's statistics and
+solve once, and the steps of level 1; and, where the model writes rows, two operations a parameter and token. They are
+turned into seconds by the speed of this machine's matrix products, measured in the same process before and after the
+run, at the better of the two.
 """
 
 import argparse
@@ -11,9 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from secateur import BlockStream, open_checkpoint, prune
-from secateur.costs import floor_flops, product_rate
+from secateur import prune
 from secateur.options import Options
+from secateur.progress import Silent
+from secateur.steps.expect import SLACK
+from secateur.steps.propose import propose
 
 
 def main() -> None:
@@ -22,30 +26,25 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=Options.samples)
     parser.add_argument("--length", type=int, default=Options.length)
+    parser.add_argument("--fits", type=int, default=Options.fits)
+    parser.add_argument("--level1", type=int, default=Options.level1)
     parser.add_argument("--modules", default="heads,channels")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
+    model = arguments.pop("model")
+    options = Options(modules=tuple(arguments.pop("modules").split(",")), **arguments)
 
-    checkpoint = open_checkpoint(arguments.model)
-    stream = BlockStream(checkpoint)
-    tokens = arguments.samples * arguments.length
-    flops = floor_flops(stream.blocks, stream.width, tokens)
-    before = product_rate()
     with tempfile.TemporaryDirectory() as folder:
+        survey, out = Path(folder) / "survey.json", Path(folder) / "out"
+        before = prune(model, out, options=options, dry_run=True).seconds / SLACK
         start = time.perf_counter()
-        prune(
-            arguments.model,
-            Path(folder) / "out",
-            calibration=arguments.calibration,
-            samples=arguments.samples,
-            length=arguments.length,
-            modules=tuple(arguments.modules.split(",")),
-        )
-        seconds = time.perf_counter() - start
-    rate = max(before, product_rate())
-    print(f"{len(stream)} blocks, n = {tokens} tokens, d = {stream.width}")
-    print("floor = sum over blocks of 2 * 2 n p, and over modules of n a^2 + 2 n a d + a^3/3 + 2 a^3/3 + 2 a^2 d")
-    print(f"      = {flops:.3e} flops; the matrix product reaches {rate / 1e9:.0f} GFLOP/s ({before / 1e9:.0f} before)")
-    print(f"floor {flops / rate:.1f} s, prune {seconds:.1f} s, ratio {seconds / (flops / rate):.2f}")
+        propose(model, options, survey_file=survey, watcher=Silent())
+        choosing = time.perf_counter() - start
+        seconds = prune(model, out, options=options, survey_file=survey).seconds
+        after = prune(model, Path(folder) / "again", options=options, dry_run=True).seconds / SLACK
+    floor = min(before, after)
+    print(f"products {floor:.1f} s ({before:.1f} before the run, {after:.1f} after it)")
+    print(f"prune {seconds:.1f} s, {seconds / floor:.2f} times that")
+    print(f"choosing widths {choosing:.1f} s, {choosing / seconds:.2f} of it")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
 
 def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """Blocks of one model are not alike; the plan costs less than the same share everywhere."""
-    from secateur.steps.prune import open_job
+    from secateur.steps.job import open_job
 
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
     losses = {}

@@ -28,7 +28,7 @@ from secateur import cli
 from secateur.cli import terminal
 from secateur.formats import writer
 from secateur.quiet import quiet
-from secateur.steps import propose, sizes
+from secateur.steps import job, propose, sizes
 from secateur.steps import prune as steps
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
@@ -78,7 +78,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    for module in (steps, propose, sizes):
+    for module in (job, steps, propose, sizes):
         for name in ("surveyed", "refit", "write", "finish"):
             monkeypatch.setattr(module, name, reached, raising=False)
 
@@ -550,14 +550,14 @@ def test_damaged_weights_are_located(tensor: str, module: str, place: Path, run:
 @pytest.fixture
 def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Lets the work end with an exception once a block is through."""
-    refit = steps.refit
+    refit = job.refit
 
     def arrange(error: BaseException) -> None:
         def one(*given: Any, **more: Any) -> Iterator[Any]:
             yield next(refit(*given, **more))
             raise error
 
-        monkeypatch.setattr(steps, "refit", one)
+        monkeypatch.setattr(job, "refit", one)
 
     return arrange
 
@@ -880,13 +880,13 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from secateur import cli\n"
-        "from secateur.steps import prune as steps\n"
-        "refit = steps.refit\n"
+        "from secateur.steps import job\n"
+        "refit = job.refit\n"
         "def one(*given, **more):\n"
         "    yield next(refit(*given, **more))\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    signal.pause()\n"
-        "steps.refit = one\n"
+        "job.refit = one\n"
         "sys.argv = ['secateur', *sys.argv[1:]]\n"
         "cli.main()\n"
     )

@@ -34,7 +34,7 @@ from secateur.run_store import RunStore
 from secateur.similarity import head_distances
 from secateur.steps import compare as compare_step
 from secateur.steps import compare_heads, decide, draw, own_text
-from secateur.steps import prune as prune_step
+from secateur.steps import job as job_step
 from secateur.steps.magnitudes import magnitudes
 from secateur.steps.more_rows import more_rows
 from secateur.steps.prune import prune
@@ -373,7 +373,7 @@ def test_rows_of_the_fits_are_shared_and_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[tuple[str, int, int]] = []
-    for module in (own_text, prune_step):
+    for module in (own_text, job_step):
 
         def counted(stream: Any, options: Options, *given: Any, **more: Any) -> Any:
             drawn.append((options.more, options.fits, options.seed))
@@ -422,8 +422,8 @@ def test_gradients_are_taken_once_for_all_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[str] = []
-    scores = prune_step.gradient_scores
-    monkeypatch.setattr(prune_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
+    scores = job_step.gradient_scores
+    monkeypatch.setattr(job_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
     names = ("llm-pruner-vector", "llm-pruner-element2")
     runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
     sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}

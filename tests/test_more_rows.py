@@ -22,8 +22,8 @@ from secateur.options import Options
 from secateur.progress import Silent
 from secateur.self_calibration import self_rows, writing_bytes
 from secateur.steps import draw, expect
+from secateur.steps import job as job_step
 from secateur.steps import more_rows as more_step
-from secateur.steps import prune as prune_step
 from secateur.steps.more_rows import more_rows, settled
 from secateur.steps.rewrite import rewritten
 from secateur.stream import BlockStream
@@ -56,8 +56,8 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
         given.append(rows)
         return refit(stream, plan, rows, **how)
 
-    refit = prune_step.refit
-    monkeypatch.setattr(prune_step, "refit", noted)
+    refit = job_step.refit
+    monkeypatch.setattr(job_step, "refit", noted)
     model = checkpoint_folder("llama")
     prune(model, tmp_path / "a", more="self", **SIZE)
     stream = BlockStream(open_checkpoint(model))

@@ -23,8 +23,8 @@ from secateur.recovery import Recovery
 from secateur.steps.draw import Drawn
 from secateur.steps.draw import draw as draw_rows
 from secateur.steps.fitted import FittedBlock
+from secateur.steps.job import open_job
 from secateur.steps.plan import Plan
-from secateur.steps.prune import open_job
 from secateur.steps.refit import Method, refit
 from secateur.stream import BlockStream
 from secateur.structure import Width

@@ -21,8 +21,8 @@ from secateur.moments import Moments
 from secateur.options import Options
 from secateur.progress import Silent
 from secateur.recovery import Recovery
+from secateur.steps.job import open_job
 from secateur.steps.plan import Plan
-from secateur.steps.prune import open_job
 from secateur.steps.refit import Method, refit
 from secateur.steps.survey import survey
 from secateur.stream import BlockStream

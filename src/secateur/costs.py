@@ -51,11 +51,6 @@ def solve_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
     return sum(module_flops(module.units * module.size, width, tokens) for module in modules)
 
 
-def floor_flops(blocks: list[Block], width: int, tokens: int) -> float:
-    """What a fit cannot go below."""
-    return stream_flops(blocks, tokens) + solve_flops(blocks, width, tokens)
-
-
 def product_rate(
     device: torch.device | str = "cpu",
     size: int = 1536,

@@ -35,9 +35,10 @@ from secateur.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.decide import request, survey_key
 from secateur.steps.draw import check_sources
+from secateur.steps.job import Job, open_job
 from secateur.steps.more_rows import settled
 from secateur.steps.own_text import with_kept_rows, with_own_text
-from secateur.steps.prune import Job, carry_out, open_job
+from secateur.steps.prune import carry_out
 from secateur.steps.retrain import check_retraining, retrain, training_rows
 from secateur.steps.write import output_folder
 from secateur.texts import RANDOM

@@ -13,9 +13,9 @@ from typing import Any
 from secateur.progress import Silent, Watcher
 from secateur.recipe import Recipe
 from secateur.report.comparison_plots import plot_magnitudes
+from secateur.steps.job import Job
 from secateur.steps.magnitudes import Magnitudes, magnitudes
 from secateur.steps.measure_dense import measure_each
-from secateur.steps.prune import Job
 from secateur.whole_file import write_whole
 
 PLACES = ("stream", "heads", "channels")

@@ -14,8 +14,8 @@ from secateur.progress import Silent, Watcher
 from secateur.recipe import Recipe
 from secateur.report.comparison_plots import plot_graphs
 from secateur.similarity import head_distances
+from secateur.steps.job import Job
 from secateur.steps.measure_dense import measure_each
-from secateur.steps.prune import Job
 from secateur.whole_file import write_whole
 
 

@@ -10,7 +10,7 @@ from secateur.progress import Watcher
 from secateur.recipe import Recipe, expand
 from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.compare import sources
-from secateur.steps.prune import Job, open_job
+from secateur.steps.job import Job, open_job
 
 
 def measure_each(

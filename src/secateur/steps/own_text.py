@@ -17,8 +17,8 @@ from secateur.options import SELF
 from secateur.progress import Silent, Watcher
 from secateur.run_store import RunStore, hash_of
 from secateur.steps.draw import draw
+from secateur.steps.job import Job
 from secateur.steps.more_rows import more_rows
-from secateur.steps.prune import Job
 
 ROWS = "rows"
 _DECIDES = ("calibration", "refit_calibration", "samples", "refit_samples", "length", "temperature", "seed", "searches")

@@ -10,8 +10,8 @@ from secateur.errors import SecateurError
 from secateur.options import Options
 from secateur.progress import Watcher
 from secateur.steps.decide import decide, measured, surveyed
+from secateur.steps.job import open_job
 from secateur.steps.plan import Plan
-from secateur.steps.prune import open_job
 from secateur.structure import Keep, Width
 
 

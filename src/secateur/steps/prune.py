@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from secateur.activations import Activations, Rows
-from secateur.checkpoint import open_checkpoint
-from secateur.counts import counted
+from secateur.activations import Activations
 from secateur.criteria import NEEDS_GRADIENTS
-from secateur.device import pick_device
 from secateur.errors import SecateurError
-from secateur.formats.gguf_architectures import check_type
-from secateur.formats.gguf_tokenizer import vocabulary
-from secateur.formats.writer import OutputFolder
-from secateur.meters import byte_meter, parameter_meter
+from secateur.meters import byte_meter
 from secateur.options import Options
-from secateur.progress import Silent, Watcher, reading
-from secateur.recovery import Recovery
-from secateur.steps.decide import Request, check_survey, decide, measured, request, surveyed
-from secateur.steps.draw import Drawn, check_sources, check_writing, draw
+from secateur.progress import Silent, Watcher
+from secateur.steps.decide import decide, measured, surveyed
 from secateur.steps.expect import backward, fits, fitting_level1, writing
-from secateur.steps.export import check_file, export
+from secateur.steps.export import export
 from secateur.steps.fitted import FittedBlock
-from secateur.steps.gradients import UnitScores, gradient_scores
-from secateur.steps.loss import mean_loss
-from secateur.steps.more_rows import more_rows, settled
+from secateur.steps.job import Job, open_job
 from secateur.steps.plan import Plan, plan
-from secateur.steps.refit import Method, refit
-from secateur.steps.search import HELD_OUT
 from secateur.steps.slice import slice
 from secateur.steps.summary import Summary, peak_memory, record, summarise, timings
-from secateur.steps.temper import scaled, temper
-from secateur.steps.write import output_folder, write
+from secateur.steps.temper import scaled
+from secateur.steps.write import write
 from secateur.stream import BlockStream
-from secateur.tokens import begins_with_bos
-
-UNSEEN_SHARE = 32
-"""One calibration row in so many is left out of the refit, for the scale of the final norm."""
 
 
 def prune(
@@ -107,165 +88,6 @@ def prune(
     if dry_run:
         return _expected(job, watcher)
     return carry_out(job, Path(out), survey_file=survey_file, overwrite=overwrite, start=start, watcher=watcher)
-
-
-@dataclass(frozen=True)
-class Job:
-    """An open model, the request checked against it, and the calibration rows."""
-
-    stream: BlockStream
-    options: Options
-    dtype: torch.dtype
-    """Of the weights to write."""
-    request: Request
-    drawn: Drawn
-    bos: bool
-    more: Tensor | None = None
-    """Rows that each fit takes beside the text's (fits x rows x length)."""
-    scores: UnitScores = field(default_factory=dict)
-    """Of a criterion that needs gradients: filled by the first refit, for all others."""
-
-    def with_more(self, watcher: Watcher) -> Job:
-        """The same job with more rows, where the recovery gains by them and they are not there yet."""
-        if not self.options.fits_more or self.more is not None:
-            return self
-        return replace(self, more=more_rows(self.stream, self.options, self.fitted, watcher=watcher))
-
-    @property
-    def fitted(self) -> Tensor:
-        """The rows of the text that the refit is fitted to."""
-        return self._refit_text[: len(self._refit_text) - len(self.unseen)]
-
-    @property
-    def text(self) -> Tensor:
-        """Calibration rows (rows x length)."""
-        return self.drawn.text
-
-    @property
-    def unseen(self) -> Tensor:
-        """Rows that the refit only runs along, to fit the final norm on; none where nothing is refitted, or few."""
-        count = len(self._refit_text) // UNSEEN_SHARE if self.method.recovery.method == "refit" else 0
-        return self._refit_text[len(self._refit_text) - count :]
-
-    @property
-    def _refit_text(self) -> Tensor:
-        return self.text if self.drawn.fitted is None else self.drawn.fitted
-
-    @cached_property
-    def rows(self) -> Rows:
-        """What the refit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
-        drawn, rows = self.drawn, self._opened(self.fitted)
-        if self.more is not None:
-            rows = rows.with_versions(*self.more)
-        if len(self.unseen):
-            rows = rows.along(self.unseen)
-        if drawn.sigma is not None:
-            rows = rows.scored_by(Rows.of(drawn.sigma))
-        elif drawn.fitted is not None:
-            rows = rows.scored_by(self._opened(self.text))
-        return rows if drawn.held_out is None else rows.along(drawn.held_out)
-
-    def _opened(self, rows: Tensor) -> Rows:
-        return Rows.of(rows) if self.bos else Rows.of(rows).with_openings()
-
-    @property
-    def method(self) -> Method:
-        """How units are chosen and what is done about the loss."""
-        options = self.options
-        recovery = Recovery(options.recovery, options.recover, options.ridge, options.intercept, options.level1)
-        similar = self.request.similar
-        return Method(options.scores, recovery, options.seed, similar=similar.candidates if similar else {})
-
-    def loss(self, decided: Plan, watcher: Watcher) -> float:
-        """Perplexity over dense on the held-out rows, the plan carried out and thrown away."""
-        rows, losses = self.rows, list[float]()
-        group = len(rows.groups) - 1
-
-        def judge(dense: Activations, pruned: Activations) -> None:
-            norm = scaled(self.stream, self.scale(rows, dense, pruned))
-            losses.append(mean_loss(self.stream, rows, group, dense))
-            losses.append(mean_loss(self.stream, rows, group, pruned, norm))
-
-        for _ in self.refit(decided, rows, watcher, judge):
-            pass
-        ratio = math.exp(losses[1] - losses[0])
-        watcher.note(f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {HELD_OUT} other rows")
-        return ratio
-
-    def refit(
-        self,
-        decided: Plan,
-        rows: Rows,
-        watcher: Watcher,
-        judge: Callable[[Activations, Activations], None] | None,
-    ) -> Generator[FittedBlock, None, None]:
-        """Carry a plan out, block by block."""
-        method = self.method
-        if self.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
-            if not self.scores:
-                self.scores.update(gradient_scores(self.stream, self.text, self.options.criterion, watcher=watcher))
-            method = replace(method, scores=self.scores)
-        return refit(self.stream, decided, rows, method=method, dtype=self.dtype, watcher=watcher, judge=judge)
-
-    def scale(self, rows: Rows, dense: Activations, pruned: Activations) -> float:
-        """Of the final norm, fitted on the unseen rows; 1 where there are none."""
-        if not len(self.unseen):
-            return 1.0
-        return temper(self.stream, rows, rows.weights.index(0.0), dense, pruned)
-
-
-def open_job(
-    model: str | Path,
-    options: Options,
-    *,
-    device: str,
-    revision: str | None = None,
-    trust_remote_code: bool,
-    out: Path | None = None,
-    overwrite: bool = False,
-    survey_file: Path | None = None,
-    save_calibration: Path | None = None,
-    dry: bool = False,
-    watcher: Watcher,
-) -> Job:
-    """Open the model and the text, and find everything that is wrong with the request.
-
-    Raises:
-        SecateurError: see `prune`.
-    """
-    where = pick_device(device)
-    check_sources(options, save_calibration)
-    if out is not None:
-        # Once more with the sizes below; here before anything is downloaded or dequantised.
-        _check_out(out, options, Path(model) if Path(model).is_dir() else None, overwrite)
-    wanted = getattr(torch, options.dtype) if options.dtype else None
-    with reading(watcher, "Opening", str(model)):
-        checkpoint = open_checkpoint(
-            model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted or torch.bfloat16
-        )
-        dtype = wanted or checkpoint.dtype
-        stream = BlockStream(checkpoint, device=where)
-    options = settled(options, stream)
-    if out is not None and options.format != "gguf":
-        output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
-    asked = request(stream, options, dtype, watcher)
-    tokenizer = checkpoint.tokenizer()
-    if options.format == "gguf":
-        vocabulary(tokenizer, checkpoint.config.vocab_size)
-    check_writing(stream, tokenizer, options)
-    check_survey(asked, None, survey_file)
-    drawn = draw(stream, tokenizer, options, save=save_calibration, dry=dry, watcher=watcher)
-    check_survey(asked, drawn.text, survey_file)
-    watcher.note(
-        f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
-        f"{counted(parameter_meter(stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
-    )
-    watcher.note(
-        f"Calibrating on {options.samples} rows of {options.length} tokens"
-        f"{'' if drawn.fitted is None else f', fitting to {len(drawn.fitted):,} others'}, computing on {where}; "
-        f"the output is {options.type if options.format == 'gguf' else _name(dtype)}"
-    )
-    return Job(stream, options, dtype, asked, drawn, begins_with_bos(tokenizer))
 
 
 def carry_out(
@@ -332,21 +154,6 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     return summary()
 
 
-def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, or that its name belies."""
-    if options.format != "gguf":
-        if out.suffix == ".gguf":
-            raise SecateurError(f"{out}: a folder is to be written; add --format gguf, or name a folder")
-        OutputFolder(out, overwrite=overwrite, source=source).check()
-        return
-    check_type(options.type)
-    if out.suffix != ".gguf":
-        raise SecateurError(f"{out}: --format gguf writes a file; let its name end in .gguf")
-    check_file(out, overwrite)
-    # The folder that comes first lies beside the file.
-    OutputFolder(out.with_name(f".{out.name}.folder")).check()
-
-
 def _expected(job: Job, watcher: Watcher) -> Summary:
     """What would come out and what it would take."""
     if job.request.weighs:
@@ -381,10 +188,6 @@ def _summary(job: Job, decided: Plan, seconds: float, peak: int, *, dry: bool = 
         peak_bytes=peak,
         dry=dry,
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _choice(stream: BlockStream, decided: Plan) -> str:

@@ -14,8 +14,9 @@ from secateur.options import Options
 from secateur.progress import Watcher
 from secateur.report.plots import plot_sizes
 from secateur.steps.decide import decide, request, surveyed
+from secateur.steps.job import open_job
 from secateur.steps.more_rows import settled
-from secateur.steps.prune import finish, open_job
+from secateur.steps.prune import finish
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 

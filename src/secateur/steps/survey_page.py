@@ -15,8 +15,8 @@ from secateur.progress import Watcher
 from secateur.report.page import Distances, page_data, render
 from secateur.similarity import head_distances
 from secateur.steps.decide import surveyed
+from secateur.steps.job import Job, open_job
 from secateur.steps.plan import Plan, Wish, check_reach, plan
-from secateur.steps.prune import Job, open_job
 from secateur.structure import Width
 
 FILE, PAGE = "survey.json", "survey.html"
