@@ -278,7 +278,7 @@ OPTIONS: list[tuple[str, str]] = [
         "with --recovery none nothing is fitted: leave --refit-samples and --refit-calib",
     ),
     ("--temperature 0 --calibration self", "temperature is 0.0; it must be positive, for example 1.0"),
-    ("--temperature 0.5", "temperature is for what the model writes: add --calibration self, or leave it out"),
+    ("--temperature 0.5", "temperature is for what the model writes: add --more self or --calibration self, or leave"),
     ("--save-calibration rows.jsonl", "--save-calibration keeps what the model writes: add --calibration self or"),
     (
         "--calibration self --save-calibration rows.txt",
