@@ -7,6 +7,8 @@ is forgotten, swapped or shifted then shows in the logits.
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -168,6 +170,17 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     with quiet():
         build(name).to(dtype).save_pretrained(folder)
         make_tokenizer(bos=begins(name)).save_pretrained(folder)
+    return folder
+
+
+def mute(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint in which no token begins or ends a text."""
+    shutil.copytree(checkpoint, folder)
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
     return folder
 
 

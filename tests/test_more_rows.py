@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from conftest import CheckpointFolder
-from models import make_tokenizer, token_rows
+from models import mute, token_rows
 from secateur import prune, self_calibration
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
@@ -97,27 +96,21 @@ def test_what_is_taken_where_nothing_is_said(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Own text if the model takes half of the memory at most and knows how a text begins, however little is free."""
-    folder = tmp_path / "mute"
-    shutil.copytree(checkpoint_folder("gpt2"), folder)
-    tokenizer = make_tokenizer()
-    tokenizer.bos_token = tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
+    folder = mute(checkpoint_folder("gpt2"), tmp_path / "mute")
     monkeypatch.setattr(more_step, "ROOM", 0.5)
-    stream, mute = (BlockStream(open_checkpoint(one)) for one in (checkpoint_folder("gpt2"), folder))
+    stream, silent = (BlockStream(open_checkpoint(one)) for one in (checkpoint_folder("gpt2"), folder))
     needed = int(writing_bytes(stream.checkpoint, length=16, cache_bytes=cache_meter(stream, torch.float32).dense))
 
     def taken(stream: BlockStream, total: int, **options: Any) -> str | None:
         machine = SimpleNamespace(available=1, total=total)
         monkeypatch.setattr(self_calibration, "psutil", SimpleNamespace(virtual_memory=lambda: machine))
-        return settled(Options(length=16, **options), stream).more
+        return settled(Options(length=16, **options), stream, stream.checkpoint.tokenizer()).more
 
     assert taken(stream, 2 * needed + 2) == "self"
     assert taken(stream, 2 * needed - 2) == "rewritten"
     assert taken(stream, 2 * needed - 2, more="self") == "self"
     assert taken(stream, 2 * needed + 2, more="rewritten") == "rewritten"
-    assert taken(mute, 2 * needed + 2) == "rewritten"
+    assert taken(silent, 2 * needed + 2) == "rewritten"
 
 
 def test_by_default_the_model_writes(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:

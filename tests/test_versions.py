@@ -22,7 +22,7 @@ from secateur.structure import Keep
 from secateur.surgery import assign, masked_weight, restored
 from test_recovery import WIDTHS
 
-TEXT, ONE, OTHER, MORE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
+TEXT, ONE, OTHER, BESIDE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
 NAMES = [*WIDTHS, "gpt_neox"]
 
 
@@ -37,7 +37,7 @@ def groups_of(rows: Rows) -> list[int]:
 
 
 def test_each_fit_has_its_own_version_and_all_that_they_share():
-    rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(MORE)
+    rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(BESIDE)
     opened = len(rows.groups[1])
     assert rows.versions == (2, 3)
     assert rows.weights == (1.0, OPENING_WEIGHT, 1.0, 1.0, 0.0)
@@ -49,7 +49,7 @@ def test_each_fit_has_its_own_version_and_all_that_they_share():
 
 
 def test_the_first_fit_alone_runs_the_rows_that_choose():
-    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(MORE).scored_by(Rows.of(MORE))
+    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE).scored_by(Rows.of(BESIDE))
     assert rows.versions == (1, 2)
     first, second = rows.fits()
     assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
@@ -86,21 +86,21 @@ def test_the_mean_is_rounded_as_it_will_be_written(checkpoint_folder, dtype):
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (1,)])
 @pytest.mark.parametrize("name", NAMES)
-def test_more_rows_follow_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
+def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     seen: dict[str, Tensor] = {}
 
     def judge(dense: Activations, pruned: Activations) -> None:
         seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
 
-    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(MORE)
+    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE)
     found = list(refit(stream, plan_of(name, *blocks), rows, judge=judge))
     model = build(name)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
     for kind, network in (("dense", model), ("pruned", small)):
         last: list[Tensor] = []
         layers_of(network)[-1].register_forward_hook(lambda _, __, z, last=last: last.append(z))
-        logits_of(network, MORE)
+        logits_of(network, BESIDE)
         assert relative(seen[kind], last[0]) < 1e-4
     assert relative(seen["pruned"], seen["dense"]) > 1e-2
 

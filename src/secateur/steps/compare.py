@@ -36,7 +36,6 @@ from secateur.run_store import RunStore, digest, hash_of
 from secateur.steps.decide import request, survey_key
 from secateur.steps.draw import check_sources
 from secateur.steps.job import Job, open_job
-from secateur.steps.more_rows import settled
 from secateur.steps.own_text import with_kept_rows, with_own_text
 from secateur.steps.prune import carry_out
 from secateur.steps.retrain import check_retraining, retrain, training_rows
@@ -296,7 +295,7 @@ def open_subject(
                     training_rows(job.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
-            jobs.append((run, replace(job, options=settled(run.options, job.stream), request=asked)))
+            jobs.append((run, replace(job, options=replace(run.options, more=job.options.more), request=asked)))
     checkpoint = jobs[0][1].stream.checkpoint
     tokenizer = checkpoint.tokenizer()
     texts = {}

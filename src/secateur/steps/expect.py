@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,13 +32,21 @@ SLACK = 1.5
 """Seconds over those that the products alone take."""
 
 
-def fits(stream: BlockStream, rows: Rows) -> tuple[float, int]:
+Speed = Callable[[torch.dtype], float]
+"""Operations per second of this device's products in a dtype."""
+
+
+def speed(stream: BlockStream) -> Speed:
+    """The speed in each dtype, measured when it is first asked for."""
+    return cache(lambda dtype: product_rate(stream.device, dtype=dtype))
+
+
+def fits(stream: BlockStream, rows: Rows, rate: Speed) -> tuple[float, int]:
     """Seconds and bytes of all fits without level 1."""
     tokens = [part.tokens for part in rows.fits()]
     streams = sum(stream_flops(stream.blocks, each) for each in tokens)
     solves = sum(solve_flops(stream.blocks, stream.width, each) for each in tokens)
-    rate = product_rate(stream.device)
-    seconds = SLACK * (streams / _rate(stream, stream.quick_dtype, rate) + solves / rate)
+    seconds = SLACK * (streams / rate(stream.quick_dtype) + solves / rate(torch.float32))
     return seconds, _bytes(stream, rows)
 
 
@@ -58,25 +69,19 @@ def writing(stream: BlockStream, options: Options, drawn: Drawn, more: Tensor | 
     return seconds, round(writing_bytes(checkpoint, length=options.length, cache_bytes=cached))
 
 
-def backward(stream: BlockStream, rows: Rows) -> tuple[float, int]:
+def backward(stream: BlockStream, rows: Rows, rate: Speed) -> tuple[float, int]:
     """Seconds and bytes of the gradients."""
-    seconds = SLACK * gradient_flops(stream.blocks, rows.tokens) / product_rate(stream.device)
+    seconds = SLACK * gradient_flops(stream.blocks, rows.tokens) / rate(torch.float32)
     return seconds, gradient_bytes(stream.blocks, stream.width, rows.tokens)
 
 
-def fitting_level1(stream: BlockStream, rows: Rows, steps: int) -> tuple[float, int]:
+def fitting_level1(stream: BlockStream, rows: Rows, steps: int, rate: Speed) -> tuple[float, int]:
     """Seconds and bytes of fitting level 1 of the feed-forward along, the run without it included in the bytes."""
     width, dtype, tokens = stream.width, fast_dtype(stream.device), [part.tokens for part in rows.fits()]
     parts = [level1_flops(block, width, each, steps) for each in tokens for block in stream.blocks]
     exact, quick = (sum(part) for part in zip(*parts, strict=True))
-    rate = product_rate(stream.device)
-    seconds = SLACK * (exact / rate + quick / _rate(stream, dtype, rate))
+    seconds = SLACK * (exact / rate(torch.float32) + quick / rate(dtype))
     return seconds, level1_bytes(stream.blocks, width, tokens[0], dtype.itemsize) + _bytes(stream, rows)
-
-
-def _rate(stream: BlockStream, dtype: torch.dtype, exact: float) -> float:
-    """Of products in a dtype, given that of float32."""
-    return exact if dtype == torch.float32 else product_rate(stream.device, dtype=dtype)
 
 
 def _bytes(stream: BlockStream, rows: Rows) -> int:

@@ -179,11 +179,11 @@ def open_job(
         )
         dtype = wanted or checkpoint.dtype
         stream = BlockStream(checkpoint, device=where)
-    options = settled(options, stream)
+    tokenizer = checkpoint.tokenizer()
+    options = settled(options, stream, tokenizer)
     if out is not None and options.format != "gguf":
         output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
     asked = request(stream, options, dtype, watcher)
-    tokenizer = checkpoint.tokenizer()
     if options.format == "gguf":
         vocabulary(tokenizer, checkpoint.config.vocab_size)
     check_writing(stream, tokenizer, options)

@@ -8,6 +8,7 @@ from nothing (`secateur.self_calibration`), which are of all kinds of text and n
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ ROOM = 0.5
 """Of all memory that there is, what a model may take to write where nobody asked for it."""
 
 
-def settled(options: Options, stream: BlockStream) -> Options:
+def settled(options: Options, stream: BlockStream, tokenizer: Any) -> Options:
     """The options with where more rows come from: from the model itself if it can write and leaves enough memory.
 
     What is free at the moment does not count: the same request gives the same result on the same machine.
@@ -31,12 +32,12 @@ def settled(options: Options, stream: BlockStream) -> Options:
     if options.more is not None:
         return options
     checkpoint, cached = stream.checkpoint, cache_meter(stream, stream.checkpoint.dtype).dense
-    fits = writing_bytes(checkpoint, length=options.length, cache_bytes=cached) <= ROOM * memory(stream.device)[1]
+    writes = writing_bytes(checkpoint, length=options.length, cache_bytes=cached) <= ROOM * memory(stream.device)[1]
     try:
-        opening(checkpoint, checkpoint.tokenizer())
+        opening(checkpoint, tokenizer)
     except SecateurError:
-        fits = False
-    return replace(options, more=SELF if fits else REWRITTEN)
+        writes = False
+    return replace(options, more=SELF if writes else REWRITTEN)
 
 
 def more_rows(stream: BlockStream, options: Options, text: Tensor, *, watcher: Watcher) -> Tensor:

@@ -20,7 +20,7 @@ from secateur.meters import byte_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher
 from secateur.steps.decide import decide, measured, surveyed
-from secateur.steps.expect import backward, fits, fitting_level1, writing
+from secateur.steps.expect import backward, fits, fitting_level1, speed, writing
 from secateur.steps.export import export
 from secateur.steps.fitted import FittedBlock
 from secateur.steps.job import Job, open_job
@@ -164,11 +164,12 @@ def _expected(job: Job, watcher: Watcher) -> Summary:
     # As many rows as a run has; what is in them changes nothing here.
     job = replace(job, more=job.fitted.repeat(job.options.fits_more, 1, 1))
     with watcher.busy("Measuring this machine"):
-        parts = [fits(job.stream, job.rows), writing(job.stream, job.options, job.drawn, job.more)]
+        rate = speed(job.stream)
+        parts = [fits(job.stream, job.rows, rate), writing(job.stream, job.options, job.drawn, job.more)]
         if job.method.recovery.fits_level1:
-            parts.append(fitting_level1(job.stream, job.rows, job.options.level1))
+            parts.append(fitting_level1(job.stream, job.rows, job.options.level1, rate))
     if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
-        parts.append(backward(job.stream, job.rows))
+        parts.append(backward(job.stream, job.rows, rate))
     seconds, peaks = zip(*parts, strict=True)
     return _summary(job, decided, sum(seconds), max(peaks), dry=True)
 

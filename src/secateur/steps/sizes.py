@@ -15,7 +15,6 @@ from secateur.progress import Watcher
 from secateur.report.plots import plot_sizes
 from secateur.steps.decide import decide, request, surveyed
 from secateur.steps.job import open_job
-from secateur.steps.more_rows import settled
 from secateur.steps.prune import finish
 
 TABLE, PLOT = "sizes.json", "sizes.png"
@@ -85,7 +84,7 @@ def sizes(
             survey_file=survey_file,
             watcher=watcher,
         )
-        options = [settled(one, job.stream) for one in options]
+        options = [replace(one, more=job.options.more) for one in options]
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
     except BaseException:
         if new:
