@@ -23,6 +23,7 @@ from secateur.steps.refit import Method, refit
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Depth2, Width
 from secateur.surgery import assign, inner_entries
+from secateur.targets import PostNorm
 
 IDS = token_rows(12, 20, seed=9)
 RIDGE = 0.3
@@ -32,6 +33,7 @@ WIDTHS = {
     "gpt2": Width(4, 1, 60),
     "gemma2": Width(2, 2, 50),
     "gemma3 biased": Width(2, 2, 50),
+    "gemma3_text": Width(2, 2, 50),
     "olmo2": Width(3, 2, 50),
     "opt": Width(4, 1, 60),
     "gpt_neox": Width(4, 1, 60),
@@ -267,17 +269,64 @@ def output_error(name: str, found: list[FittedBlock]) -> float:
     return float((got - wanted).square().sum() / wanted.square().sum())
 
 
+def reading(model: Any, index: int, kind: str) -> Tensor:
+    """Root mean square of the gains of the norms that run after a module, as Gemma names them."""
+    norms = [norm for layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm)]
+    later = [*norms, model.model.norm][2 * index + 1 + (kind == "channels") :]
+    return torch.stack([1 + norm.weight for norm in later]).square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, name):
+    """The first feed-forward by hand: what it inherits is what the pruned attention left undone."""
+    found = run(checkpoint_folder(name), name)
+    dense = build(name).double()
+    described, layer = blocks_of(dense)[0], layers_of(dense)[0]
+    module, first = described.feed_forward, described.attention
+    pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
+    error = seen(dense, 0, first.post_norm)[1] - seen(pruned, 0, first.post_norm)[1]
+    z, (after, own) = seen(dense, 0, module.sink)[1], seen(dense, 0, module.post_norm)
+    assert torch.equal(z, after)
+    able, missing = 0.1 * own.square().sum(0), error.square().sum(0)
+    share = able / (able + missing)
+    assert share.min() < 0.9 * share.max()
+    gain, read = layer.get_submodule(module.post_norm)(torch.ones_like(z[:1])), reading(dense, 0, "channels")
+    divided = 1 / (z.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    kept = torch.tensor(found[0].keep.channels)
+    x, old = seen(pruned, 0, module.sink)[0] * divided, matrix(layer, module.sink)[kept]
+    for repaired in (True, False):
+        target = (own + share * error * repaired) * read
+        best, _ = least_squares(x, target, old * gain * read, intercept=False)
+        off = relative(found[0].changed[module.level2.name].double().T[kept] * gain * read, best)
+        assert off < 1e-4 if repaired else off > 1e-3
+    report, wanted = found[0].reports[1], (own + share * error) * read
+    fitted = x @ (found[0].changed[module.level2.name].double().T[kept] * gain * read)
+    assert report.error == pytest.approx(float((fitted - wanted).square().sum(1).mean()), rel=1e-4)
+    stream = seen(dense, 0, "")[1] * read
+    assert report.relative == pytest.approx(report.error / float(stream.square().sum(1).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
-def test_behind_a_norm_a_module_aims_at_its_own_output(checkpoint_folder, name):
-    """The norm couples the outputs, so that what is missing in some would be paid for by all."""
+def test_behind_a_norm_repairs_help_without_taking_the_scale(checkpoint_folder, name):
     folder = checkpoint_folder(name)
-    found = run(folder, name)
-    own = run(folder, name, own_target=True)
-    for one, two in zip(found, own, strict=True):
-        assert one.keep == two.keep
-        assert one.reports == two.reports
-        assert all(torch.equal(one.changed[key], two.changed[key]) for key in one.changed)
-    assert output_error(name, found) < output_error(name, run(folder, name, method="none"))
+    aware = output_error(name, run(folder, name))
+    own = output_error(name, run(folder, name, own_target=True))
+    assert aware < own < output_error(name, run(folder, name, method="none"))
+
+
+def test_outputs_that_a_norm_mutes_keep_their_weights(checkpoint_folder):
+    """They are part of what the norm divides by, so that they are fitted as well as any other."""
+    model = build("gemma2")
+    layer = layers_of(model)[1]
+    module = blocks_of(model)[1].feed_forward
+    with torch.no_grad():
+        layer.get_submodule(module.post_norm).weight[:3] = -1
+    stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
+    norm = PostNorm(stream, 1, layer, module)
+    z = seen(model, 1, module.sink)[1]
+    assert torch.equal(norm.after(z)[:, :3], torch.zeros(len(z), 3))
+    assert relative(norm.unscale(norm.own(z)), z * norm.inverse_rms(z)) < 1e-6
+    assert norm.own(z)[:, :3].abs().min() > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt", "gpt_neox"])
@@ -300,7 +349,7 @@ def test_reported_errors_are_those_of_the_model(checkpoint_folder, name):
 
 
 def test_errors_behind_a_norm_are_those_of_its_output(checkpoint_folder):
-    found = run(checkpoint_folder("gemma2"), "gemma2")
+    found = run(checkpoint_folder("gemma2"), "gemma2", own_target=True)
     report = found[-1].reports[-1]
     outputs: list[Tensor] = []
     norm = blocks_of(build("gemma2"))[-1].feed_forward.post_norm
@@ -309,7 +358,8 @@ def test_errors_behind_a_norm_are_those_of_its_output(checkpoint_folder):
         layers_of(model)[-1].get_submodule(norm).register_forward_hook(lambda _, __, output: outputs.append(output))
         with torch.no_grad():
             model(IDS, use_cache=False)
-    wanted, got = (output.reshape(-1, output.shape[-1]) for output in outputs)
+    read = reading(build("gemma2"), 2, "channels")
+    wanted, got = (output.reshape(-1, output.shape[-1]) * read for output in outputs)
     # The dense pass's divisor stands in for the pruned one's.
     assert report.error == pytest.approx(float((got - wanted).square().sum(1).mean()), rel=0.3)
 

@@ -86,16 +86,21 @@ class Plain:
         model = dense(name)
         self.layer, self.module = layers_of(model)[INDEX], blocks_of(model)[INDEX].module(kind)
         self.tensors = dict(self.layer.named_parameters())
-        self.gain = torch.ones(1, dtype=torch.float64)
+        self.gain = self.read = torch.ones(1, dtype=torch.float64)
+        if self.module.post_norm:
+            # How strongly later norms read what the module writes.
+            norms = [norm for at in layers_of(model) for norm in (at.input_layernorm, at.pre_feedforward_layernorm)]
+            later = [*norms, model.model.norm][2 * INDEX + 1 + (kind == "channels") :]
+            self.read = torch.stack([1 + norm.weight.double() for norm in later]).square().mean(0).sqrt()
         rows = []
         for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True):
             x, z, after = seen(model, self.module, ids)
             if self.module.post_norm:
                 norm = self.layer.get_submodule(self.module.post_norm)
                 # Gemma adds one to what it stores.
-                self.gain = 1 + norm.weight.double()
+                self.gain = (1 + norm.weight.double()) * self.read
                 x = x / (z.square().mean(1, keepdim=True) + norm.eps).sqrt()
-            rows.append(weight**0.5 * x / after.norm(dim=1, keepdim=True))
+            rows.append(weight**0.5 * x / (after * self.read).norm(dim=1, keepdim=True))
         self.x = torch.cat(rows)
         self.tokens = sum(weight * ids.numel() for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True))
         self.old = inner_weight(self.module, self.tensors).double() * self.gain

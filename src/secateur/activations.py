@@ -140,9 +140,10 @@ class Activations:
         for part, source in zip(self.parts, other.parts, strict=True):
             part.copy_(source)
 
-    def energy(self, rows: Rows) -> float:
-        """Sum of the squared norms, each token counted by its weight."""
-        norms = ((at.weight, torch.linalg.vector_norm(self[at])) for at in rows.batches())
+    def energy(self, rows: Rows, scale: Tensor | None = None) -> float:
+        """Sum of the squared norms, each token counted by its weight, and each entry by a scale (width)."""
+        values = ((at.weight, self[at] if scale is None else self[at] * scale) for at in rows.batches())
+        norms = ((weight, torch.linalg.vector_norm(value)) for weight, value in values)
         return sum(weight * float(norm) ** 2 for weight, norm in norms)
 
 

@@ -46,6 +46,10 @@ class Family:
     norm_after_attention: str | None = None
     norm_after_feed_forward: str | None = None
     """Norms between level 2 and the residual stream."""
+    norm_before_attention: str | None = None
+    norm_before_feed_forward: str | None = None
+    """Norms between the residual stream and level 1; named only where there are norms behind the modules as well, to
+    know how strongly later layers read what a module writes."""
     heads_locked: str | None = None
     """Why heads cannot be removed exactly, where that is so."""
 
@@ -56,7 +60,12 @@ POST_NORMS = replace(
     norm_after_attention="post_attention_layernorm",
     norm_after_feed_forward="post_feedforward_layernorm",
 )
-GEMMA = replace(POST_NORMS, norm_offset=True)
+GEMMA = replace(
+    POST_NORMS,
+    norm_offset=True,
+    norm_before_attention="input_layernorm",
+    norm_before_feed_forward="pre_feedforward_layernorm",
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,

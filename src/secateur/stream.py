@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ class BlockStream:
         """Names in the model of the weight and bias of the norm before the output layer; some models have none."""
         names = (f"{self.family.final_norm}.{leaf}" for leaf in ("weight", "bias"))
         return [name for name in names if self.checkpoint.resolve(name) is not None]
+
+    @cached_property
+    def reading_gains(self) -> Tensor | None:
+        """Gains of the norms in front of the modules, in the order in which they run, and of the final norm.
+
+        (2 * blocks + 1) x d; None where the family names no such norms.
+        """
+        names = (self.family.norm_before_attention, self.family.norm_before_feed_forward)
+        if None in names:
+            return None
+        stored = [self._read_block(index, f"{name}.weight") for index in range(len(self)) for name in names]
+        stored.append(self.read(f"{self.family.final_norm}.weight"))
+        return torch.stack(stored).to(self.device, torch.float32) + self.family.norm_offset
 
     def _resolve(self, name: str) -> str:
         resolved = self.checkpoint.resolve(name)

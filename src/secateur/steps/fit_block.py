@@ -46,7 +46,7 @@ class ModuleReport:
     kept: int
     units: int
     error: float
-    """||XW - T||^2 per token in the residual stream's units, without the penalty."""
+    """||XW - T||^2 per token, without the penalty; in the residual stream's units, or as later layers read it."""
     relative: float
     """The same over the energy of the dense residual stream after the module."""
 
@@ -127,7 +127,8 @@ class BlockWork:
     ) -> tuple[tuple[int, ...], ModuleReport]:
         """Choose the module's units unless they are given, refit it, and put the pruned stream's output in place."""
         module, recovery = self.block.module(kind), self.method.recovery
-        norm = PostNorm(self.layer, module, self.stream.width, self.stream.device)
+        norm = PostNorm(self.stream, self.index, self.layer, module)
+        self._share_repairs(module, norm, pruned)
         if recovery.method == "paper" and recovery.before:
             self._refit_level1(module, pruned)
         x, moments, scored, inputs = self._collect(module, norm, pruned)
@@ -167,7 +168,7 @@ class BlockWork:
         self._store(module, norm, old, fitted, bias, kept)
         self._advance(module, x, kept, stay)
         self.arena.release(x)
-        energy = self.goal[kind].energy(self.rows)
+        energy = self.goal[kind].energy(self.rows, None if norm.read_o is None else norm.read_o.cpu())
         return keep, ModuleReport(kind, len(keep), module.units, error / moments.count, error / energy)
 
     def _statistics(self, module: Depth2, old: Tensor, moments: Moments, inputs: Moments | None) -> Statistics:
@@ -234,26 +235,39 @@ class BlockWork:
             raise SecateurError(f"block {self.index}: the {what} module gives NaN or infinite activations")
         return x, moments, scored, inputs
 
-    def _repairs(self, module: Depth2) -> bool:
-        """Whether the module aims at the error so far as well.
+    @property
+    def _repairs(self) -> bool:
+        """Whether modules aim at the error so far as well."""
+        return self.additive and self.method.recovery.method != "paper"
 
-        Not behind a norm: it gives all outputs one scale, and those few in which the stream is huge, and so is its
-        error, would take that scale from all others.
-        """
-        return self.additive and module.post_norm is None and self.method.recovery.method != "paper"
+    def _missing(self, module: Depth2, pruned: Activations, at: Batch) -> Tensor:
+        """What the pruned stream without the module lacks of the dense stream behind it."""
+        without = self._done(module, at) | {module: None}
+        if module is self.block.attention:
+            without[self.block.feed_forward] = None
+        return self.goal[module.kind][at].to(self.stream.device) - self._run(pruned, at, replay=without)
+
+    def _share_repairs(self, module: Depth2, norm: PostNorm, pruned: Activations) -> None:
+        """Settle what each output behind a norm takes over of the error so far."""
+        if norm.norm is None or not self._repairs:
+            return
+        own, inherited = torch.zeros(2, self.stream.width, dtype=torch.float64, device=self.stream.device)
+        for at in self.rows.batches():
+            after = norm.after(self.output[module.kind][at].to(self.stream.device))
+            error = self._missing(module, pruned, at) - after
+            for total, part in ((own, after), (inherited, error)):
+                total += at.weight * part.square().flatten(0, -2).sum(0)
+        norm.take_over(own, inherited)
 
     def _target(self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch) -> Tensor:
         """What the module should add to the residual stream."""
-        if self._repairs(module):
-            without = self._done(module, at) | {module: None}
-            if module is self.block.attention:
-                without[self.block.feed_forward] = None
-            base = self._run(pruned, at, replay=without)
-            target = self.goal[module.kind][at].to(self.stream.device) - base
-        else:
-            z = self.output[module.kind][at].to(self.stream.device)
-            target = z if norm.norm is None else norm.norm(z)
-        return target
+        if self._repairs and norm.norm is None:
+            return self._missing(module, pruned, at)
+        z = self.output[module.kind][at].to(self.stream.device)
+        if not self._repairs:
+            return norm.own(z)
+        error = self._missing(module, pruned, at) - norm.after(z)
+        return norm.own(z) + norm.read(norm.share_o * error)
 
     def _regressed(
         self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch
@@ -280,7 +294,7 @@ class BlockWork:
         can mend; in plain least squares they are most of what every one of those modules is fitted to.
         """
         usual = self.method.recovery.usual
-        if not self._repairs(module) or usual == math.inf:
+        if not self._repairs or module.post_norm is not None or usual == math.inf:
             return None
         own = self.output[module.kind][at].to(target.device)
         inherited = (target - own.reshape(target.shape)).square().sum(1)

@@ -169,7 +169,7 @@ class _Collector:
         self, stream: BlockStream, index: int, layer: torch.nn.Module, kind: Kind, *, inputs: bool, apart: bool
     ):
         self.module = stream.blocks[index].module(kind)
-        self.norm = PostNorm(layer, self.module, stream.width, stream.device)
+        self.norm = PostNorm(stream, index, layer, self.module)
         self.moments = Moments(self.module.units * self.module.size, device=stream.device)
         self.scored = Moments(self.module.units * self.module.size, device=stream.device) if apart else None
         """Of the rows that decide the order, where those are others."""
@@ -197,7 +197,7 @@ class _Collector:
         if not (at.weight or at.score):
             self.seen.append(self.sink.reshape(*after.shape[:-1], -1))
             return
-        norms = torch.linalg.vector_norm(after.reshape(-1, after.shape[-1]), dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(self.norm.read(after).reshape(-1, after.shape[-1]), dim=1, keepdim=True)
         rows = (self.sink if self.scale is None else self.sink * self.scale).reshape(len(norms), -1)
         rows = rows / norms.clamp_min(1e-6)
         if at.weight:
