@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from models import ROWS, save
-from secateur.steps import more_rows
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the cores, and so do the processes that tests start.
@@ -27,12 +26,6 @@ CheckpointFolder = Callable[[str], Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model's tests come first: workers that share the files then end together."""
     items.sort(key=lambda item: item.path.name != "test_real.py")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _rewritten_rows() -> None:
-    """Unless they say otherwise, tests let rows be rewritten: hundreds of prunings would wait for models to write."""
-    more_rows.ROOM = 0.0
 
 
 @pytest.fixture(scope="module", autouse=True)

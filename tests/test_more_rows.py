@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from conftest import CheckpointFolder
-from models import mute, token_rows
+from models import token_rows
 from secateur import prune, self_calibration
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError
-from secateur.meters import cache_meter
 from secateur.options import Options
 from secateur.progress import Silent
-from secateur.self_calibration import self_rows, writing_bytes
+from secateur.self_calibration import self_rows
 from secateur.steps import draw, expect
 from secateur.steps import job as job_step
 from secateur.steps import more_rows as more_step
-from secateur.steps.more_rows import more_rows, settled
+from secateur.steps.more_rows import more_rows
 from secateur.steps.rewrite import rewritten
 from secateur.stream import BlockStream
 
@@ -92,36 +91,6 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
     assert seconds(more="self", fits=3, calibration="self") == 4 * one
 
 
-def test_what_is_taken_where_nothing_is_said(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Own text if the model takes half of the memory at most and knows how a text begins, however little is free."""
-    folder = mute(checkpoint_folder("gpt2"), tmp_path / "mute")
-    monkeypatch.setattr(more_step, "ROOM", 0.5)
-    stream, silent = (BlockStream(open_checkpoint(one)) for one in (checkpoint_folder("gpt2"), folder))
-    needed = int(writing_bytes(stream.checkpoint, length=16, cache_bytes=cache_meter(stream, torch.float32).dense))
-
-    def taken(stream: BlockStream, total: int, **options: Any) -> str | None:
-        machine = SimpleNamespace(available=1, total=total)
-        monkeypatch.setattr(self_calibration, "psutil", SimpleNamespace(virtual_memory=lambda: machine))
-        return settled(Options(length=16, **options), stream, stream.checkpoint.tokenizer()).more
-
-    assert taken(stream, 2 * needed + 2) == "self"
-    assert taken(stream, 2 * needed - 2) == "rewritten"
-    assert taken(stream, 2 * needed - 2, more="self") == "self"
-    assert taken(stream, 2 * needed + 2, more="rewritten") == "rewritten"
-    assert taken(silent, 2 * needed + 2) == "rewritten"
-
-
-def test_by_default_the_model_writes(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(more_step, "ROOM", 0.5)
-    for out, options in (("a", {}), ("b", {"more": "self"})):
-        prune(checkpoint_folder("llama"), tmp_path / out, **SIZE, **options)
-    records = [json.loads((tmp_path / out / "secateur.json").read_text()) for out in "ab"]
-    assert records[0]["options"] == records[1]["options"]
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -138,7 +107,7 @@ def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     """Said before the text is read; no memory is asked for where no row is written."""
-    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000, total=100_000))
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
     monkeypatch.setattr(self_calibration, "psutil", memory)
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
     with pytest.raises(SecateurError, match=r"whole model must be in memory, .* and take --more rewritten"):

@@ -67,9 +67,9 @@ class Options:
     fits: int = 2
     """Fits of the recovery, which are averaged. Each takes rows of its own beside the samples, as many as these; with
     0 there is one fit, to the samples alone."""
-    more: str | None = None
-    """Where these rows come from: `self`, what the dense model writes from nothing, or `rewritten`, the samples with
-    half of their tokens drawn anew by it. By default the first where the whole model fits into half of the memory."""
+    more: str = REWRITTEN
+    """Where these rows come from: `rewritten`, the samples with half of their tokens drawn anew by the dense model, or
+    `self`, what it writes from nothing, whole in memory."""
     length: int = 128
     refit_calibration: str | None = None
     """What the recovery is fitted to, where that is not the calibration's text."""
@@ -99,7 +99,7 @@ class Options:
             ("recovery", self.recovery, RECOVERIES),
             ("recover", self.recover, WHEN),
             ("dtype", self.dtype, (None, *DTYPES)),
-            ("more", self.more, (None, *MORE)),
+            ("more", self.more, MORE),
         ):
             if value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed if choice)

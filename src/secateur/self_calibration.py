@@ -69,7 +69,7 @@ def check_self(
     opening(checkpoint, tokenizer)
     check_calibration(SELF, length=length, max_positions=getattr(checkpoint.config, "max_position_embeddings", None))
     needed = writing_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
-    free, _ = memory(device)
+    free = free_memory(device)
     if needed > free:
         raise SecateurError(
             f"{checkpoint.source}: to write its own text, the whole model must be in memory, {needed / 1e9:,.1f} GB, "
@@ -77,12 +77,9 @@ def check_self(
         )
 
 
-def memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free on a device, and all that it has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    machine = psutil.virtual_memory()
-    return machine.available, machine.total
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def writing_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:

@@ -104,11 +104,10 @@ Fits = Annotated[
     ),
 ]
 More = Annotated[
-    str | None,
+    str,
     panels.calibration(
-        help="What these others are: self, what the model writes from nothing, whole in memory; or rewritten, the rows "
-        "with half of their tokens written anew, a block in memory at a time.",
-        show_default="self where it takes half of the memory at most",
+        help="What these others are: rewritten, the rows with half of their tokens written anew; or self, what the "
+        "model writes from nothing, whole in memory, which keeps more of the kinds of text that the calibration lacks."
     ),
 ]
 Length = Annotated[int, panels.calibration(help="Tokens in each row.")]

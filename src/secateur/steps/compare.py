@@ -295,7 +295,7 @@ def open_subject(
                     training_rows(job.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
-            jobs.append((run, replace(job, options=replace(run.options, more=job.options.more), request=asked)))
+            jobs.append((run, replace(job, options=run.options, request=asked)))
     checkpoint = jobs[0][1].stream.checkpoint
     tokenizer = checkpoint.tokenizer()
     texts = {}

@@ -30,7 +30,7 @@ from secateur.steps.export import check_file
 from secateur.steps.fitted import FittedBlock
 from secateur.steps.gradients import UnitScores, gradient_scores
 from secateur.steps.loss import mean_loss
-from secateur.steps.more_rows import more_rows, settled
+from secateur.steps.more_rows import more_rows
 from secateur.steps.plan import Plan
 from secateur.steps.refit import Method, refit
 from secateur.steps.search import HELD_OUT
@@ -180,7 +180,6 @@ def open_job(
         dtype = wanted or checkpoint.dtype
         stream = BlockStream(checkpoint, device=where)
     tokenizer = checkpoint.tokenizer()
-    options = settled(options, stream, tokenizer)
     if out is not None and options.format != "gguf":
         output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
     asked = request(stream, options, dtype, watcher)

@@ -7,37 +7,13 @@ from nothing (`secateur.self_calibration`), which are of all kinds of text and n
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from torch import Tensor
 
-from secateur.errors import SecateurError
-from secateur.meters import cache_meter
-from secateur.options import REWRITTEN, SELF, Options
+from secateur.options import SELF, Options
 from secateur.progress import Watcher
-from secateur.self_calibration import memory, opening, self_rows, writing_bytes
+from secateur.self_calibration import self_rows
 from secateur.steps.rewrite import APART, rewritten
 from secateur.stream import BlockStream
-
-ROOM = 0.5
-"""Of all memory that there is, what a model may take to write where nobody asked for it."""
-
-
-def settled(options: Options, stream: BlockStream, tokenizer: Any) -> Options:
-    """The options with where more rows come from: from the model itself if it can write and leaves enough memory.
-
-    What is free at the moment does not count: the same request gives the same result on the same machine.
-    """
-    if options.more is not None:
-        return options
-    checkpoint, cached = stream.checkpoint, cache_meter(stream, stream.checkpoint.dtype).dense
-    writes = writing_bytes(checkpoint, length=options.length, cache_bytes=cached) <= ROOM * memory(stream.device)[1]
-    try:
-        opening(checkpoint, tokenizer)
-    except SecateurError:
-        writes = False
-    return replace(options, more=SELF if writes else REWRITTEN)
 
 
 def more_rows(stream: BlockStream, options: Options, text: Tensor, *, watcher: Watcher) -> Tensor:
@@ -45,7 +21,7 @@ def more_rows(stream: BlockStream, options: Options, text: Tensor, *, watcher: W
 
     Args:
         stream: an open model.
-        options: how many fits, of which kind of rows, which are settled, and the seed.
+        options: how many fits, of which kind of rows, and the seed.
         text: token ids that all fits take (rows x length).
         watcher: told about progress.
 

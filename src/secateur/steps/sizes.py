@@ -84,7 +84,6 @@ def sizes(
             survey_file=survey_file,
             watcher=watcher,
         )
-        options = [replace(one, more=job.options.more) for one in options]
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
     except BaseException:
         if new:
