@@ -7,8 +7,6 @@ is forgotten, swapped or shifted then shows in the logits.
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -173,23 +171,19 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def mute(checkpoint: Path, folder: Path) -> Path:
-    """A copy of a checkpoint in which no token begins or ends a text."""
-    shutil.copytree(checkpoint, folder)
-    tokenizer = make_tokenizer()
-    tokenizer.bos_token = tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
-    return folder
-
-
 def layers_of(model: Any) -> list[nn.Module]:
     return list(model.get_submodule(family_of(model.config).blocks))
 
 
 def blocks_of(model: Any) -> list[Block]:
     return [describe(model.config, layer) for layer in layers_of(model)]
+
+
+def reading(model: Any, index: int, kind: Kind) -> Tensor:
+    """Root mean square of the gains of the norms that run after a module, as Gemma names and stores them (float64)."""
+    norms = [norm for layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm)]
+    later = [*norms, model.model.norm][2 * index + 1 + (kind == "channels") :]
+    return torch.stack([1 + norm.weight.double() for norm in later]).square().mean(0).sqrt()
 
 
 def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Pattern) -> Keep:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import blocks_of, build, layers_of, narrowed, relative, token_rows
+from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.families import describe
@@ -267,13 +267,6 @@ def output_error(name: str, found: list[FittedBlock]) -> float:
             model(IDS, use_cache=False)
     wanted, got = outputs
     return float((got - wanted).square().sum() / wanted.square().sum())
-
-
-def reading(model: Any, index: int, kind: str) -> Tensor:
-    """Root mean square of the gains of the norms that run after a module, as Gemma names them."""
-    norms = [norm for layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm)]
-    later = [*norms, model.model.norm][2 * index + 1 + (kind == "channels") :]
-    return torch.stack([1 + norm.weight for norm in later]).square().mean(0).sqrt()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer, mute, token_rows
+from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer, token_rows
 from secateur import prune, self_calibration
 from secateur.calibration import calibration_rows
 from secateur.checkpoint import open_checkpoint
@@ -228,7 +228,13 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
 
 
 def test_a_model_that_cannot_begin(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    folder = mute(checkpoint_folder("gpt2"), tmp_path / "model")
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("gpt2"), folder)
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
     monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(SecateurError, match="no BOS or EOS token"):
         prune(folder, tmp_path / "out", calibration="self", **SIZE)

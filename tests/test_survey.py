@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, layers_of, logits_of, masked, token_rows
+from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, token_rows
 from secateur import activations
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
@@ -88,10 +88,7 @@ class Plain:
         self.tensors = dict(self.layer.named_parameters())
         self.gain = self.read = torch.ones(1, dtype=torch.float64)
         if self.module.post_norm:
-            # How strongly later norms read what the module writes.
-            norms = [norm for at in layers_of(model) for norm in (at.input_layernorm, at.pre_feedforward_layernorm)]
-            later = [*norms, model.model.norm][2 * INDEX + 1 + (kind == "channels") :]
-            self.read = torch.stack([1 + norm.weight.double() for norm in later]).square().mean(0).sqrt()
+            self.read = reading(model, INDEX, kind)
         rows = []
         for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True):
             x, z, after = seen(model, self.module, ids)

@@ -142,8 +142,8 @@ class Activations:
 
     def energy(self, rows: Rows, scale: Tensor | None = None) -> float:
         """Sum of the squared norms, each token counted by its weight, and each entry by a scale (width)."""
-        values = ((at.weight, self[at] if scale is None else self[at] * scale) for at in rows.batches())
-        norms = ((weight, torch.linalg.vector_norm(value)) for weight, value in values)
+        factor = 1.0 if scale is None else scale.cpu()
+        norms = ((at.weight, torch.linalg.vector_norm(self[at] * factor)) for at in rows.batches())
         return sum(weight * float(norm) ** 2 for weight, norm in norms)
 
 

@@ -2,7 +2,8 @@
 
 The target is error-aware: the dense stream after the module minus what the pruned stream holds without it, so
 that each module also repairs what those before it broke. Sequential, parallel and fused blocks need no cases:
-"without it" is the block's own forward with the module's output replaced by zero.
+"without it" is the block's own forward with the module's output replaced by zero. In a parallel block the attention
+is fitted first, to the whole error so far; the feed-forward then sees what the attention left.
 
 A norm between level 2 and the stream, y = w * z / r, is carried back through: with r taken from the dense pass,
 rows of the level-2 input are divided by r and its weight's columns multiplied by w, after which the same least

@@ -168,7 +168,7 @@ class BlockWork:
         self._store(module, norm, old, fitted, bias, kept)
         self._advance(module, x, kept, stay)
         self.arena.release(x)
-        energy = self.goal[kind].energy(self.rows, None if norm.read_o is None else norm.read_o.cpu())
+        energy = self.goal[kind].energy(self.rows, norm.read_o)
         return keep, ModuleReport(kind, len(keep), module.units, error / moments.count, error / energy)
 
     def _statistics(self, module: Depth2, old: Tensor, moments: Moments, inputs: Moments | None) -> Statistics:
@@ -261,13 +261,13 @@ class BlockWork:
 
     def _target(self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch) -> Tensor:
         """What the module should add to the residual stream."""
-        if self._repairs and norm.norm is None:
-            return self._missing(module, pruned, at)
         z = self.output[module.kind][at].to(self.stream.device)
         if not self._repairs:
             return norm.own(z)
-        error = self._missing(module, pruned, at) - norm.after(z)
-        return norm.own(z) + norm.read(norm.share_o * error)
+        missing = self._missing(module, pruned, at)
+        if norm.norm is None:
+            return missing
+        return norm.own(z) + norm.read(norm.share_o * (missing - norm.after(z)))
 
     def _regressed(
         self, module: Depth2, norm: PostNorm, pruned: Activations, at: Batch
