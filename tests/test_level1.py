@@ -210,8 +210,8 @@ def test_what_needs_no_repair_stays(checkpoint_folder):
 
 def test_a_dry_run_counts_it(checkpoint_folder, tmp_path, monkeypatch):
     """Its products, at one operation a second, and its memory."""
-    for name in ("stream_flops", "solve_flops"):
-        monkeypatch.setattr(expect, name, lambda *_: 0.0)
+    for name in ("stream_flops", "solve_flops", "survey_flops"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0)
     monkeypatch.setattr(expect, "fast_dtype", lambda _: torch.float32)
     how = {"samples": 3, "length": 7, "sparsity": 0.3, "fits": 0, "calibration": "random", "dry_run": True}

@@ -76,8 +76,8 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
 
 def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(more_step, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
-    for name in ("stream_flops", "solve_flops"):
-        monkeypatch.setattr(expect, name, lambda *_: 0.0)
+    for name in ("stream_flops", "solve_flops", "survey_flops"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
     model = checkpoint_folder("llama")
 

@@ -202,8 +202,8 @@ def test_a_dry_run_loads_no_model(checkpoint_folder: CheckpointFolder, tmp_path:
 
 def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     """Of the rows that the model writes, and of these alone; at a rate of one operation a second."""
-    for name in ("stream_flops", "solve_flops"):
-        monkeypatch.setattr(expect, name, lambda *_: 0.0)
+    for name in ("stream_flops", "solve_flops", "survey_flops"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
     model = checkpoint_folder("llama")
     stored = open_checkpoint(model)
@@ -220,7 +220,8 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
         ({"refit_calibration": "self"}, 0),
     ):
         assert expected(**options).seconds == 1.5 * 2 * parameters * (tokens + more)
-    monkeypatch.setattr(expect, "memory_bytes", lambda *_, **__: 0)
+    for name in ("memory_bytes", "survey_bytes"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
     # Three blocks of three groups, keys and values of eight float32 each.
     cache = min(BATCH_ROWS, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
     assert expected(calibration="self").peak_bytes == round(1.1 * (stored.bytes + cache))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, token_rows
@@ -23,7 +24,10 @@ from secateur.criteria import Statistics, pattern_units, removal_order, survivor
 from secateur.curves import Curve, Probe, Survey, load_survey, save_survey
 from secateur.errors import SecateurError
 from secateur.moments import Moments
+from secateur.steps import expect
+from secateur.steps.decide import survey_rows
 from secateur.steps.probes import STRIDE
+from secateur.steps.prune import prune
 from secateur.steps.survey import PROBED, survey
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Depth2, Keep, Kind
@@ -301,3 +305,26 @@ def test_junk_is_no_survey(tmp_path: Path, text: str) -> None:
     (tmp_path / "survey.json").write_text(text)
     with pytest.raises(SecateurError, match="not a survey of secateur's; name another file, or delete it"):
         load_survey(tmp_path / "survey.json", {})
+
+
+def test_a_dry_run_counts_the_survey(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is expected at one operation a second, against the products of a survey; nothing once there is one."""
+    model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
+    how: dict[str, Any] = {"samples": 60, "length": 30, "calibration": "random", "fits": 0, "survey_file": file}
+
+    def expected() -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
+            return prune(model, tmp_path / "dry", dry_run=True, **how).seconds
+
+    first = expected()
+    prune(model, tmp_path / "out", **how)
+    seconds = first - expected()
+    stream, (few, probed) = opened(model), survey_rows(token_rows(60, 30))
+    with FlopCounterMode(display=False) as counter:
+        found = survey(stream, few, probe_rows=probed)
+    # The output layer is left out of what is expected.
+    head = 2 * stream.width * stream.checkpoint.config.vocab_size * (len(found.probes) + 1) * probed.numel() / STRIDE
+    assert 0.7 < seconds / 1.5 / (counter.get_total_flops() - head) < 1.4

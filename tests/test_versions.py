@@ -138,6 +138,8 @@ def test_masked_weights_leave_what_is_kept(name, heads):
 
 
 def test_a_dry_run_counts_every_fit(checkpoint_folder, tmp_path, monkeypatch):
+    for name in ("survey_flops", "survey_bytes"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
     how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
     folder = checkpoint_folder("llama")
@@ -153,6 +155,8 @@ def test_a_dry_run_counts_every_fit(checkpoint_folder, tmp_path, monkeypatch):
 def test_a_dry_run_knows_the_quick_products(tmp_path, monkeypatch):
     """At a rate of one operation a second, and of a million in bfloat16, what is left is the statistics and solves."""
     monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0 if dtype == torch.float32 else 1e6)
+    for name in ("survey_flops", "survey_bytes"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
     how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
     save("llama", tmp_path / "model", torch.bfloat16)
     seconds = {}

@@ -51,6 +51,22 @@ def solve_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
     return sum(module_flops(module.units * module.size, width, tokens) for module in modules)
 
 
+def survey_flops(blocks: list[Block], tokens: int, *, probed: int, probes: int) -> float:
+    """One forward, each module's Gram matrix and inverse, and from each block on `probes` streams of `probed` tokens.
+
+    A stream begins behind one of the block's two modules. The output layer and refits of what is probed are left out.
+    """
+    streams = sum(probes * (number + 0.5) * forward_flops(block, probed) for number, block in enumerate(blocks))
+    inputs = [module.units * module.size for block in blocks for module in (block.attention, block.feed_forward)]
+    return sum(forward_flops(b, tokens + probed) for b in blocks) + sum(tokens * a**2 + a**3 for a in inputs) + streams
+
+
+def survey_bytes(blocks: list[Block], width: int, tokens: int, *, probed: int, probes: int) -> int:
+    """Its peak, on the scale of `memory_bytes`: nothing of a block is stored, but all probes' streams are."""
+    streams = 4 * width * (tokens + probed * (1 + probes * len(blocks)))
+    return memory_bytes(blocks, width, 0) + streams
+
+
 def product_rate(
     device: torch.device | str = "cpu",
     size: int = 1536,

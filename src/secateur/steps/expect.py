@@ -18,12 +18,16 @@ from secateur.costs import (
     product_rate,
     solve_flops,
     stream_flops,
+    survey_bytes,
+    survey_flops,
 )
 from secateur.device import fast_dtype
 from secateur.meters import cache_meter, parameter_meter
 from secateur.options import SELF, Options
 from secateur.self_calibration import rows_at_once, writing_bytes
+from secateur.steps.decide import Request, survey_rows
 from secateur.steps.draw import Drawn
+from secateur.steps.survey import PROBED
 from secateur.stream import BlockStream
 
 WRITING = 4096
@@ -39,6 +43,15 @@ Speed = Callable[[torch.dtype], float]
 def speed(stream: BlockStream) -> Speed:
     """The speed in each dtype, measured when it is first asked for."""
     return cache(lambda dtype: product_rate(stream.device, dtype=dtype))
+
+
+def surveying(asked: Request, text: Tensor, rate: Speed) -> tuple[float, int]:
+    """Seconds and bytes of the survey, each module probed at so many widths and without units."""
+    stream, (few, probed) = asked.stream, survey_rows(text)
+    # Where only some blocks are chosen, fewer streams begin; that is for once too much.
+    how = {"probed": probed.numel(), "probes": len(asked.kinds) * (len(PROBED) + 1)}
+    seconds = SLACK * survey_flops(stream.blocks, few.numel(), **how) / rate(torch.float32)
+    return seconds, survey_bytes(stream.blocks, stream.width, few.numel(), **how)
 
 
 def fits(stream: BlockStream, rows: Rows, rate: Speed) -> tuple[float, int]:

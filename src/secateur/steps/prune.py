@@ -20,7 +20,7 @@ from secateur.meters import byte_meter
 from secateur.options import Options
 from secateur.progress import Silent, Watcher
 from secateur.steps.decide import decide, measured, surveyed
-from secateur.steps.expect import backward, fits, fitting_level1, speed, writing
+from secateur.steps.expect import backward, fits, fitting_level1, speed, surveying, writing
 from secateur.steps.export import export
 from secateur.steps.fitted import FittedBlock
 from secateur.steps.job import Job, open_job
@@ -86,7 +86,7 @@ def prune(
         watcher=watcher,
     )
     if dry_run:
-        return _expected(job, watcher)
+        return _expected(job, watcher, survey_file)
     return carry_out(job, Path(out), survey_file=survey_file, overwrite=overwrite, start=start, watcher=watcher)
 
 
@@ -154,7 +154,7 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
     return summary()
 
 
-def _expected(job: Job, watcher: Watcher) -> Summary:
+def _expected(job: Job, watcher: Watcher, survey_file: Path | None) -> Summary:
     """What would come out and what it would take."""
     if job.request.weighs:
         watcher.note("Shown are even widths; a run measures where cuts cost least")
@@ -168,6 +168,8 @@ def _expected(job: Job, watcher: Watcher) -> Summary:
         parts = [fits(job.stream, job.rows, rate), writing(job.stream, job.options, job.drawn, job.more)]
         if job.method.recovery.fits_level1:
             parts.append(fitting_level1(job.stream, job.rows, job.options.level1, rate))
+    if job.request.weighs and not (survey_file and survey_file.exists()):
+        parts.append(surveying(job.request, job.text, rate))
     if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
         parts.append(backward(job.stream, job.rows, rate))
     seconds, peaks = zip(*parts, strict=True)
