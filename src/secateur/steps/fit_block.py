@@ -131,9 +131,13 @@ class BlockWork:
         self._share_repairs(module, norm, pruned)
         if recovery.method == "paper" and recovery.before:
             self._refit_level1(module, pruned)
-        x, moments, scored, inputs = self._collect(module, norm, pruned)
         old = norm.scale(inner_weight(module, self.tensors))
-        stats = self._statistics(module, old, moments, inputs)
+        only = None
+        if given and recovery.method == "refit" and not recovery.before:
+            # Inputs that go would not be looked at.
+            only = inner_entries(module, given).to(old.device)
+        x, moments, scored, inputs = self._collect(module, norm, pruned, only)
+        stats = self._statistics(module, old if only is None else old[only], moments, inputs)
         choice = stats if scored is moments else self._statistics(module, old, scored, inputs)
         weight, bias = old, None
         if recovery.before:
@@ -150,12 +154,13 @@ class BlockWork:
             self.arena.release(x)
             x, moments, _, _ = self._collect(module, norm, pruned)
             stats = self._statistics(module, old, moments, None)
-        stay = kept
+        # Where the kept entries are among those collected.
+        stay = kept if only is None else torch.arange(len(kept), device=kept.device)
         if recovery.after:
-            fit = fit_level2(moments, stats.normal, kept)
+            fit = fit_level2(moments, stats.normal, stay)
             # An error that is rounding alone asks for nothing.
             if recovery.fits_level1 and module.scored and len(kept) and fit.error > ROUNDING * stats.normal.energy:
-                x, fit = self._fit_both(module, norm, pruned, kept, x, fit)
+                x, fit = self._fit_both(module, norm, pruned, kept, x, stay, fit)
                 stay = torch.arange(len(kept), device=kept.device)
             fitted, bias, error = fit
         else:
@@ -337,14 +342,16 @@ class BlockWork:
         pruned: Activations,
         kept: Tensor,
         x: Activations,
+        stay: Tensor,
         fit: Fit,
     ) -> tuple[Activations, Fit]:
         """Level 1 of the feed-forward fitted along, then level 2 once more; all as it was where that gains nothing.
 
-        Takes the stored level-2 inputs and the fit of level 2, and returns those that hold then, of kept inputs alone.
+        Takes the stored level-2 inputs, the kept ones at `stay`, and the fit of level 2, and returns those that hold
+        then, of kept inputs alone.
         """
         before = {slab.name: self.tensors[slab.name] for slab in module.scored}
-        self._change(self._level1_step(module, norm, pruned, kept, x, fit))
+        self._change(self._level1_step(module, norm, pruned, kept, x, stay, fit))
         old = norm.scale(inner_weight(module, self.tensors))[kept]
         self.arena.release(x)
         x, moments, _, _ = self._collect(module, norm, pruned, kept)
@@ -357,7 +364,7 @@ class BlockWork:
         return self._collect(module, norm, pruned, kept)[0], fit
 
     def _level1_step(
-        self, module: Depth2, norm: PostNorm, pruned: Activations, kept: Tensor, x: Activations, fit: Fit
+        self, module: Depth2, norm: PostNorm, pruned: Activations, kept: Tensor, x: Activations, stay: Tensor, fit: Fit
     ) -> dict[str, Tensor]:
         """New level-1 weights, from one Gauss-Newton step at a fit of level 2."""
         activation, device, width = activation_of(self.stream.checkpoint.config), self.stream.device, self.stream.width
@@ -372,7 +379,7 @@ class BlockWork:
             counts = self._weights(module, target, at)
             root = at.weight**0.5 * (torch.ones(len(s), device=device) if counts is None else counts.sqrt())[:, None]
             scaled = root if scale is None else root * scale
-            given = x[at].to(device, torch.float32).reshape(len(s), -1)[:, kept] @ fit.weight_ko
+            given = x[at].to(device, torch.float32).reshape(len(s), -1)[:, stay] @ fit.weight_ko
             residual = (target if fit.bias is None else target - fit.bias) * root - given * scaled
             found = [f * scaled for f in factors(activation, outputs(module, self.tensors, s, kept))]
             source[at] = s
