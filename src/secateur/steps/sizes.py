@@ -105,7 +105,8 @@ def sizes(
         results = [replace(one, perplexity=_score(one.folder, texts, tokens, job, watcher)) for one in results]
     (out / TABLE).write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
     if texts:
-        plot_sizes(results, out / PLOT)
+        scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
+        plot_sizes([one.parameters for one in results], scored, out / PLOT)
     return results
 
 
