@@ -48,7 +48,7 @@ def speed(stream: BlockStream) -> Speed:
 def surveying(asked: Request, text: Tensor, rate: Speed) -> tuple[float, int]:
     """Seconds and bytes of the survey, each module probed at so many widths and without units."""
     stream, (few, probed) = asked.stream, survey_rows(text)
-    # Where only some blocks are chosen, fewer streams begin; that is for once too much.
+    # An upper bound where only some blocks are chosen: fewer streams begin then.
     how = {"probed": probed.numel(), "probes": len(asked.kinds) * (len(PROBED) + 1)}
     seconds = SLACK * survey_flops(stream.blocks, few.numel(), **how) / rate(torch.float32)
     return seconds, survey_bytes(stream.blocks, stream.width, few.numel(), **how)
