@@ -47,8 +47,7 @@ def stream_flops(blocks: Iterable[Block], tokens: int) -> float:
 
 def solve_flops(blocks: Iterable[Block], width: int, tokens: int) -> float:
     """Each module's statistics and solve once."""
-    modules = (module for block in blocks for module in (block.attention, block.feed_forward))
-    return sum(module_flops(module.units * module.size, width, tokens) for module in modules)
+    return sum(module_flops(inputs, width, tokens) for inputs in _level2_inputs(blocks))
 
 
 def survey_flops(blocks: list[Block], tokens: int, *, probed: int, probes: int) -> float:
@@ -57,8 +56,8 @@ def survey_flops(blocks: list[Block], tokens: int, *, probed: int, probes: int) 
     A stream begins behind one of the block's two modules. The output layer and refits of what is probed are left out.
     """
     streams = sum(probes * (number + 0.5) * forward_flops(block, probed) for number, block in enumerate(blocks))
-    inputs = [module.units * module.size for block in blocks for module in (block.attention, block.feed_forward)]
-    return sum(forward_flops(b, tokens + probed) for b in blocks) + sum(tokens * a**2 + a**3 for a in inputs) + streams
+    grams = sum(tokens * inputs**2 + inputs**3 for inputs in _level2_inputs(blocks))
+    return sum(forward_flops(block, tokens + probed) for block in blocks) + grams + streams
 
 
 def survey_bytes(blocks: list[Block], width: int, tokens: int, *, probed: int, probes: int) -> int:
@@ -98,7 +97,7 @@ def memory_bytes(blocks: list[Block], width: int, tokens: int, *, others: int = 
     moment. That takes no more operations: a token counts in one of the two.
     """
     block = max(blocks, key=lambda b: b.parameters)
-    inputs = max(module.units * module.size for module in (block.attention, block.feed_forward))
+    inputs = max(_level2_inputs([block]))
     solve = (4 + apart) * (inputs * inputs + inputs * width)
     streams = tokens * (6 * width + inputs) + others * 2 * width
     return 4 * (2 * block.parameters + solve + streams)
@@ -113,3 +112,8 @@ def gradient_bytes(blocks: list[Block], width: int, tokens: int) -> int:
     """Its peak, on the scale of `memory_bytes`: a block, its gradients and their squares, and every block's input."""
     block = max(blocks, key=lambda b: b.parameters)
     return 4 * (3 * block.parameters + tokens * width * (len(blocks) + 1))
+
+
+def _level2_inputs(blocks: Iterable[Block]) -> list[int]:
+    """How many inputs each module's level-2 layer has."""
+    return [module.units * module.size for block in blocks for module in (block.attention, block.feed_forward)]
