@@ -15,15 +15,15 @@ from models import blocks_of, build, layers_of, narrowed, reading, relative, tok
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.families import describe
+from secateur.post_norm import PostNorm
 from secateur.recovery import Recovery
-from secateur.steps import fit_block
+from secateur.steps import fit_module
 from secateur.steps.fitted import FittedBlock
 from secateur.steps.plan import Plan
 from secateur.steps.refit import Method, refit
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Depth2, Width
 from secateur.surgery import assign, inner_entries
-from secateur.targets import PostNorm
 
 IDS = token_rows(12, 20, seed=9)
 RIDGE = 0.3
@@ -186,8 +186,8 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
 def test_a_fit_brings_its_error_along(checkpoint_folder, monkeypatch, method, when, times):
     """The residual of any weights takes a product as large as the solve; a minimiser's takes none."""
     taken = []
-    residual = fit_block.residual
-    monkeypatch.setattr(fit_block, "residual", lambda *given: taken.append(1) or residual(*given))
+    residual = fit_module.residual
+    monkeypatch.setattr(fit_module, "residual", lambda *given: taken.append(1) or residual(*given))
     run(checkpoint_folder("llama"), "llama", method=method, when=when)
     assert len(taken) == times
 
@@ -228,13 +228,13 @@ def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_before_changes_what_the_criterion_sees(checkpoint_folder, monkeypatch, method, when):
     seen_: list[tuple[str, Tensor, Tensor]] = []
-    original = fit_block.removal_order
+    original = fit_module.removal_order
 
     def spy(criterion: str, stats: Any, *rest: Any) -> Tensor:
         seen_.append((stats.module.kind, stats.tensors[stats.module.level2.name], dict(stats.tensors)))
         return original(criterion, stats, *rest)
 
-    monkeypatch.setattr(fit_block, "removal_order", spy)
+    monkeypatch.setattr(fit_module, "removal_order", spy)
     run(checkpoint_folder("llama"), "llama", method=method, when=when, criterion="l1")
     blocks, model = blocks_of(build("llama")), build("llama")
     assert len(seen_) == 6
@@ -382,7 +382,7 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
 def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
     """A group of weight two is the same as the group twice."""
     # In bfloat16, what is stored of a token is rounded with its weight in it.
-    monkeypatch.setattr(fit_block, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(fit_module, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3, "blocks", None)
     first, second = IDS[:8], IDS[8:]

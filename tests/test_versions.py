@@ -14,7 +14,7 @@ from secateur.activations import OPENING_WEIGHT, Activations, Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.moments import Moments
 from secateur.recovery import Recovery
-from secateur.steps import expect, fit_block
+from secateur.steps import expect, fit_module
 from secateur.steps.fitted import FittedBlock, mean_of
 from secateur.steps.plan import Plan
 from secateur.steps.prune import prune
@@ -62,7 +62,7 @@ def test_the_first_fit_alone_runs_the_rows_that_choose():
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monkeypatch):
     # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
-    monkeypatch.setattr(fit_block, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(fit_module, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
@@ -144,7 +144,7 @@ def test_masked_weights_leave_what_is_kept(name, heads):
 def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        fit_block, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
+        fit_module, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
     )
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan, alone = plan_of("llama"), Method(recovery=Recovery(level1=0))

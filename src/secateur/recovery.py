@@ -80,8 +80,8 @@ def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
 def compensation(moments: Moments, weight_ao: Tensor, keep: Tensor, bias_o: Tensor | None) -> Tensor:
     """The bias (o) with which the kept inputs give the mean output of all inputs, weights unchanged.
 
-    Inputs are those that the moments were taken of. In `steps/fit_block.py` that is the pruned stream, so that the mean
-    is right where the module will stand; FLAP itself takes its means from the dense model.
+    Inputs are those that the moments were taken of. In `steps/fit_module.py` that is the pruned stream, so that the
+    mean is right where the module will stand; FLAP itself takes its means from the dense model.
     """
     gone = torch.ones(weight_ao.shape[0], dtype=torch.bool, device=weight_ao.device)
     gone[keep] = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from secateur.steps.fit_block import ModuleReport
+from secateur.steps.fit_module import ModuleReport
 from secateur.stream import BlockStream
 from secateur.structure import Keep
 from secateur.surgery import assign, masked_weight

@@ -1,6 +1,6 @@
 """The central loop: block by block, the dense stream sets targets and the pruned stream is fitted to them.
 
-Each block is read once; what is done with its two modules is in `secateur.steps.fit_block`. Where there are several
+Each block is read once; what is done with its two modules is in `secateur.steps.fit_module`. Where there are several
 versions of the rows, each has a fit of its own from the first block to the last, with streams of its own, and only
 the weights that come out are averaged. Rows that count nowhere follow the averaged model.
 """
@@ -19,6 +19,7 @@ from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.progress import Silent, Watcher
 from secateur.steps.fit_block import BlockWork, Method
+from secateur.steps.fit_module import ModuleWork
 from secateur.steps.fitted import FittedBlock, mean_of, put_in
 from secateur.steps.gradients import gradient_scores
 from secateur.steps.plan import Plan
@@ -118,7 +119,7 @@ def _fit(work: BlockWork, streams: _Streams, width: Width, keep: Keep | None) ->
     kept, reports = {}, []
     for kind in KINDS:
         given = None if keep is None else keep.units(kind)
-        kept[kind], report = work.prune_module(kind, streams.pruned, width, given)
+        kept[kind], report = ModuleWork(work, kind, streams.pruned).prune(width, given)
         reports.append(report)
     work.run_pruned(streams.pruned)
     return FittedBlock(work.index, Keep(kept["heads"], kept["channels"]), work.changed, tuple(reports))

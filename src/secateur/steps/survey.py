@@ -21,6 +21,7 @@ from secateur.choice import parse_choice
 from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
 from secateur.curves import Curve, Survey
 from secateur.moments import Moments
+from secateur.post_norm import PostNorm
 from secateur.progress import Silent, Watcher
 from secateur.solve import refit
 from secateur.steps.gradients import UnitScores, gradient_scores
@@ -28,7 +29,6 @@ from secateur.steps.probes import Cut, Probes
 from secateur.stream import BlockStream
 from secateur.structure import Kind
 from secateur.surgery import inner_entries, inner_weight
-from secateur.targets import PostNorm
 
 PROBED = (0.25, 0.6)
 """Shares of a module's units whose removal is probed, beside the removal of all."""

@@ -1,13 +1,7 @@
-"""What a module's refit aims at, and the scale on which its error counts.
+"""A norm between level 2 and the residual stream, carried back through, so that level 2 stays one least squares.
 
-The target is error-aware: the dense stream after the module minus what the pruned stream holds without it, so
-that each module also repairs what those before it broke. Sequential, parallel and fused blocks need no cases:
-"without it" is the block's own forward with the module's output replaced by zero. In a parallel block the attention
-is fitted first, to the whole error so far; the feed-forward then sees what the attention left.
-
-A norm between level 2 and the stream, y = w * z / r, is carried back through: with r taken from the dense pass,
-rows of the level-2 input are divided by r and its weight's columns multiplied by w, after which the same least
-squares applies. Two things differ there:
+Of y = w * z / r, r is taken from the dense pass: rows of the level-2 input are divided by it, and columns of the weight
+multiplied by w. Two things differ from modules without such a norm:
 
 - Models of this kind let a few entries of the stream grow huge, and the norms in front of later modules have small
   gains for them. Which units go is decided by the sum of all outputs' errors, which those few would be most of. So
