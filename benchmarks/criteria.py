@@ -157,7 +157,7 @@ class Bench:
             for module in (self.stream.blocks[block.index].module(kind) for kind in KINDS):
                 if module.bias is None:
                     # What the last run may have added.
-                    assign(layer, f"{module.sink}.bias", None)
+                    assign(layer, module.bias_name, None)
             narrow(layer, tensors, decided.widths[block.index])
         return [value / base for value, base in zip(self._score(), self.dense, strict=True)]
 

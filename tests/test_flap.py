@@ -95,7 +95,7 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name):
             whole = narrowed(dense, keeps, changed)
             wanted, got = (mean_output(m, block.index, module.sink) for m in (whole, pruned))
             assert relative(got, wanted) < 2e-5
-            bias = module.bias or f"{module.sink}.bias"
+            bias = module.bias_name
             keeps[block.index] = Keep(block.keep.heads, tuple(range(described.feed_forward.units)))
             changed[block.index] = {bias: block.changed[bias]}
 
@@ -115,7 +115,7 @@ def test_the_bias_is_the_removed_part_of_the_mean(checkpoint_folder, name):
     for head in set(range(module.units)) - set(found.keep.heads):
         for entry in range(head * module.size, (head + 1) * module.size):
             wanted = wanted + mean[entry] * weight[entry]
-    assert relative(found.changed[module.bias or f"{module.sink}.bias"], wanted.float()) < 1e-5
+    assert relative(found.changed[module.bias_name], wanted.float()) < 1e-5
 
 
 @pytest.mark.parametrize("name", BIASES)
@@ -125,7 +125,7 @@ def test_the_bias_leaves_the_weights(checkpoint_folder, name):
     for block in found:
         described, stored = blocks_of(model)[block.index], dict(layers_of(model)[block.index].named_parameters())
         names = {module.level2.name for module in (described.attention, described.feed_forward)}
-        biases = {module.bias or f"{module.sink}.bias" for module in (described.attention, described.feed_forward)}
+        biases = {module.bias_name for module in (described.attention, described.feed_forward)}
         assert block.changed.keys() == names | biases
         assert all(torch.equal(block.changed[n], stored[n]) for n in names)
 

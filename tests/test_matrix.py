@@ -509,7 +509,7 @@ def test_proven_in_memory_where_no_file_can_hold_it(checkpoint_folder, case):
             assign(layers_of(full)[index], path, tensor)
         if intercept:
             assert {path for path in tensors if path.endswith(".bias")} == {
-                f"{module.sink}.bias" for module in (first_block(name).attention, first_block(name).feed_forward)
+                module.bias_name for module in (first_block(name).attention, first_block(name).feed_forward)
             }
     with masked(full, keeps):
         expected = logits_of(full, ids)

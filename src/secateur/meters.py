@@ -216,7 +216,7 @@ def _dense(stream: BlockStream) -> tuple[Width, ...]:
 
 def _added(stream: BlockStream) -> tuple[float, ...]:
     """Entries of the level-2 biases that each block gets, where a recovery adds them."""
-    new = ([m for m in (b.attention, b.feed_forward) if not m.bias and not m.post_norm] for b in stream.blocks)
+    new = ([m for m in (b.attention, b.feed_forward) if m.free_bias and not m.bias] for b in stream.blocks)
     return tuple(float(len(modules) * stream.width) for modules in new)
 
 

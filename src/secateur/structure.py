@@ -86,6 +86,16 @@ class Depth2:
         return self.units // self.groups
 
     @property
+    def bias_name(self) -> str:
+        """What level 2's bias is called, or would be."""
+        return self.bias or f"{self.sink}.bias"
+
+    @property
+    def free_bias(self) -> bool:
+        """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
+        return self.post_norm is None
+
+    @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The ways in which units of this module may leave so that the tensors keep a loadable layout."""
         if self.kind == "channels":
@@ -149,8 +159,9 @@ class Block:
         """Which tensors go with the module's last unit: all inside it but the level-2 bias, which is still added."""
         slabs = {slab.name for slab in (*module.level1, module.level2)}
         inside = f"{module.path}." if module.path else None
-        bias = module.bias or f"{module.sink}.bias"
-        return [n for n in names if n != bias and (n in slabs or (inside is not None and n.startswith(inside)))]
+        return [
+            n for n in names if n != module.bias_name and (n in slabs or (inside is not None and n.startswith(inside)))
+        ]
 
     def kept_parameters(self, width: Width) -> int:
         """Parameters of the block at a width; exact, from the stored shapes."""

@@ -106,7 +106,7 @@ class ModuleWork:
             fitted = weight[kept]
             error = residual(stats.normal, fitted, kept)
         if recovery.method == "bias" and self.target.fits_bias:
-            bias = compensation(inputs.moments, old, kept, self.work.tensors.get(module.bias or ""))
+            bias = compensation(inputs.moments, old, kept, self.work.tensors.get(module.bias_name))
             # Centred moments leave the mean out of the error.
             error += inputs.moments.count * float(
                 (intercept(inputs.moments, fitted, kept) - bias).double().square().sum()
@@ -257,14 +257,14 @@ class ModuleWork:
         full[kept] = self.norm.unscale(fitted)
         changes = {self.module.level2.name: stored_weight(self.module, full)}
         if bias is not None:
-            changes[self.module.bias or f"{self.module.sink}.bias"] = bias
+            changes[self.module.bias_name] = bias
         self.work.change(changes)
 
     def _advance(self, inputs: Inputs, kept: Tensor) -> None:
         """The module's level-2 outputs, from its stored inputs."""
         module, work, stay = self.module, self.work, inputs.among(kept)
         weight = inner_weight(module, work.tensors)[kept].contiguous()
-        bias = work.tensors.get(module.bias or f"{module.sink}.bias")
+        bias = work.tensors.get(module.bias_name)
         for at in work.rows.batches():
             y = inputs.stored[at][..., stay].to(weight.device, torch.float32) @ weight
             work.output[module.kind][at] = y if bias is None else y + bias

@@ -52,9 +52,9 @@ class ModuleTarget:
         additive = getattr(work.stream.checkpoint.config, "do_layer_norm_before", True)
         self.repairs = additive and recovery.method != "paper"
         """Whether it aims at the error so far as well."""
-        # Behind a norm, what is constant in the residual stream is no bias of level 2: a stored one stays as it is.
         biased = module.bias is not None or recovery.intercept or recovery.method == "bias"
-        self.fits_bias = recovery.method != "none" and module.post_norm is None and biased
+        self.fits_bias = recovery.method != "none" and module.free_bias and biased
+        """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
         self._usual = recovery.usual
         if self.norm.norm is not None and self.repairs:
             self._share_repairs()

@@ -25,7 +25,7 @@ def scaled(stream: BlockStream, scale: float) -> dict[str, Tensor]:
     for name in stream.final_norm:
         stored = stream.read(name)
         # Gemma keeps the gain as its difference from one.
-        shift = 1.0 if stream.family.norm_offset and name.endswith(".weight") else 0.0
+        shift = float(stream.family.norm_offset and name.endswith(".weight"))
         result[name] = ((stored.float() + shift) * scale - shift).to(stored.dtype)
     return result
 

@@ -100,7 +100,7 @@ def write(
     inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
     last = {str(stream.checkpoint.resolve(name)): name for name in stream.final_norm}
     # A refit may add biases to the output layers.
-    possible = {_stored_name(stream, i, f"{module.sink}.bias") for i in plan.widths for module in _modules(stream, i)}
+    possible = {_stored_name(stream, i, module.bias_name) for i in plan.widths for module in _modules(stream, i)}
     biases: dict[int, tuple[bool, bool]] = {}
     with output_folder(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
         writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
@@ -109,7 +109,7 @@ def write(
                 tensor = checkpoint.read(name)
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
-            attention, feed_forward = (not m.bias and f"{m.sink}.bias" in tensors for m in _modules(stream, index))
+            attention, feed_forward = (not m.bias and m.bias_name in tensors for m in _modules(stream, index))
             biases[index] = (attention, feed_forward)
             for name, tensor in tensors.items():
                 writer.add(_stored_name(stream, index, name), tensor)
