@@ -134,6 +134,13 @@ def no_tokenizer(folder: Path, _: CheckpointFolder) -> None:
         file.unlink()
 
 
+def whole_numbers(folder: Path, _: CheckpointFolder) -> None:
+    weights = folder / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(weights)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, weights, {"format": "pt"})
+
+
 MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     "no config": (lambda f, _: (f / "config.json").unlink(), "model: no config.json; name a folder"),
     "broken config": (
@@ -146,6 +153,13 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
         "model.layers.0.mlp.gate_proj.weight is [72, 48] where config.json makes it [80, 48] (and 8 more); find the",
     ),
     "fewer tensors": (lambda f, _: config(f, num_hidden_layers=4), "tensors missing from the weights: model.layers.3."),
+    "no blocks": (lambda f, _: config(f, num_hidden_layers=0), "the model has no blocks; find the config.json"),
+    "no such activation": (
+        lambda f, _: config(f, hidden_act="nope"),
+        "makes no model of config.json (KeyError: 'nope')",
+    ),
+    "nested config": (lambda f, _: (f / "config.json").write_text("[" * 10**6), "nested too deeply for a config"),
+    "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8, whole numbers in place of weights; use an unq"),
     "only .bin": (
         lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "only pickled weights (.bin), which are not opened as they can run code; use a revision with safetensors",
@@ -197,6 +211,8 @@ OPTIONS: list[tuple[str, str]] = [
         "--blocks 0:2 --widths uniform",
         "a stock class has one width for all 3 blocks, and only 0:2 are to be pruned; leave the block",
     ),
+    ("--type q8_0", "type q8_0 is of a GGUF file: add --format gguf, or leave --type out"),
+    ("--format gguf --type Q8_0", "type is 'Q8_0'; write it q8_0"),
     ("--samples 0", "samples is 0; it must be at least 1"),
     ("--samples -3", "samples is -3; it must be at least 1"),
     ("--samples many", "--samples"),
@@ -378,6 +394,9 @@ ARGUMENTS = [
     ("plan model --plan text.txt", "text.txt: not readable as JSON"),
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
     ("plan model --out model", "model: a folder is there; name a file"),
+    ("plan model --out text.txt", "text.txt: exists; choose another name, or add --overwrite to replace it"),
+    ("plan model --out a.json --survey a.json", "a.json: the plan and the survey cannot be one file"),
+    ("survey model --out page --criterion similarity", "a survey orders units by a score: take another criterion"),
     ("sizes model", "Missing option '--out'; see secateur sizes --help"),
     ("sizes nowhere/at/all --out sizes", "nowhere/at/all: does not exist"),
     ("sizes model --out sizes --sparsities .1,x", "sparsities is '.1,x'; write numbers with commas, for example .1,"),
@@ -385,6 +404,14 @@ ARGUMENTS = [
     ("sizes model --out sizes --sparsities .1,.2,.1", "sparsities is '.1,.2,.1', where one is there twice"),
     ("sizes model --out sizes --sparsities .1,2", "sparsity is 2.0; it must lie between 0 and 1"),
     ("sizes model --out sizes --sparsities .1,.999", "99.9% of the blocks is more than the modules hold: at most"),
+    (
+        "sizes model --out sizes --sparsities .25,.25000001",
+        "sparsity-0.25: two sizes would have one name; leave one of",
+    ),
+    ("sizes model --out no/sizes", "no does not exist; create it first"),
+    ("sizes model --out sizes --widths text.txt", "for several sizes it must be one of adaptive, uniform"),
+    ("sizes model --out sizes --tokens -1", "tokens is -1; it must be positive, or 0 for all"),
+    ("sizes model --out sizes --perplexity missing.txt", "missing.txt does not exist: check the path of the text"),
     ("sizes model --out text.txt", "text.txt: a file is there; name a folder"),
     ("sizes model --out sizes --format gguf", "sizes writes folders; take --format hf, then secateur export each"),
     ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
@@ -392,6 +419,10 @@ ARGUMENTS = [
     ("export model out.gguf", "model: not a folder that secateur's prune wrote (config.json with secateur.json beside"),
     ("export nowhere out.gguf", "nowhere: not a folder that secateur's prune wrote"),
     ("export model out.gguf --format onnx", "format is 'onnx'; it must be gguf or hf"),
+    (
+        "export model out --format hf --type q8_0",
+        "type q8_0 is of a GGUF file: leave --type out, or take --format gguf",
+    ),
     ("export model out", "out: a GGUF file ends in .gguf; name it so"),
     ("retrain model out --calibration text.txt", "model: not a folder that secateur's prune wrote"),
     ("retrain model out --rank 0", "rank is 0; it must be at least 1"),
@@ -453,6 +484,9 @@ WRONG_FILES = [
     ),
     ("prune model out --plan holes.json --format stock", "holds one width for all blocks; take --format hf"),
     ("prune model out --widths first.json --format stock", "holds one width for all blocks; take --format hf"),
+    ("prune model out --widths first.json --modules heads", "--modules and --widths with a file both say what goes"),
+    ("prune model out --widths first.json --blocks 0:1", "--blocks and --widths with a file both say what goes; leave"),
+    ("prune model out --plan uniform/secateur.json --round 8", "--round and --plan both say what goes; leave one of"),
     ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output holds byte-level BPE and"),
     ("prune gpt2 out.gguf --format gguf", "gpt2 has one width for all blocks, so prune with uniform widths"),
     ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "gpt2 has one width for all blocks"),
@@ -572,7 +606,7 @@ def test_interrupts_leave_nothing_behind(
     after_one_block(KeyboardInterrupt())
     result = run("prune", "model", "out", *SMALL, *(["--overwrite"] if there else []))
     assert result.code == 130
-    assert result.err.splitlines()[-1] == "interrupted: nothing was written"
+    assert result.err.splitlines()[-1] == "interrupted: nothing is left half-written"
     assert listing(place) == before
 
 
@@ -746,6 +780,9 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     assert {file.name for file in (place / "sizes").iterdir()} == names
     before = listing(place)
     refused(run(*arguments), "sizes/sparsity-0.2: exists already; add --overwrite to replace it")
+    short = run(*arguments, "--overwrite", "--tokens", "5")
+    assert short.code == 2
+    assert short.err.splitlines()[-1].startswith("error: tokens is 5, which does not fill one row of length")
     assert listing(place) == before
     assert run(*arguments, "--overwrite").code == 0
 
@@ -894,5 +931,5 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
     arguments = ["prune", "model", "out", *SMALL]
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert result.returncode == 130
-    assert result.stderr.splitlines()[-1] == "interrupted: nothing was written"
+    assert result.stderr.splitlines()[-1] == "interrupted: nothing is left half-written"
     assert listing(place) == before

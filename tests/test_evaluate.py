@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import shutil
 import sys
 import weakref
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +37,7 @@ from secateur.evaluate.compare import evaluate
 from secateur.progress import Silent
 
 VOCAB = 128
+DOWN = "model.layers.1.mlp.down_proj.weight"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -262,6 +265,31 @@ def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: Checkpoin
     assert score.parameters == sum(p.numel() for p in model.parameters())
     assert score.bytes == 4 * score.parameters
     assert not score.bos
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: {}, "tensors missing from the weights: model.layers.1.mlp.down_proj.weight"),
+        (
+            lambda tensor: {DOWN: tensor[:, 1:].contiguous()},
+            "is [48, 71] where config.json makes it [48, 72]; find the",
+        ),
+    ],
+)
+def test_weights_are_never_drawn_at_random(
+    checkpoint_folder: CheckpointFolder,
+    text: str,
+    tmp_path: Path,
+    change: Callable[[Any], dict[str, Any]],
+    message: str,
+) -> None:
+    folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensor = tensors.pop(DOWN)
+    save_file(tensors | change(tensor), folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SecateurError, match=re.escape(message)):
+        evaluate(str(folder), texts=[text], length=20, tokens=100)
 
 
 def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointFolder, text: str) -> None:

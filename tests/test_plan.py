@@ -276,6 +276,13 @@ def test_the_split_that_costs_least(wishes: Wishes) -> None:
     assert len(places) > 1
 
 
+def test_a_lone_plan_has_its_price(wishes: Wishes) -> None:
+    wish = wishes(0.2, kinds=("heads",))
+    (alone,) = uniform_plans(wish)
+    survey = survey_of(wish.blocks, 0)
+    assert plan(wish, "uniform", survey).price == Prices(survey).total(wish.blocks, alone.widths) > 0
+
+
 def test_the_nearest_where_none_is_near(wishes: Wishes) -> None:
     found = plan(wishes(0.2, kinds=("heads",)), "uniform")
     assert abs(found.sparsity - 0.2) > TOLERANCE

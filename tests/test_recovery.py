@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows
@@ -422,3 +424,16 @@ def test_later_blocks_see_rounded_weights(checkpoint_folder):
     for block in refit(stream, plan, IDS, dtype=torch.bfloat16):
         for tensor in block.changed.values():
             assert torch.equal(tensor, tensor.bfloat16().float())
+
+
+@pytest.mark.parametrize("method", ["refit", "bias", "none"])
+def test_a_block_that_gives_nothing_can_be_pruned(checkpoint_folder, tmp_path, method):
+    folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".0." in name and ("o_proj" in name or "down_proj" in name):
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for block in run(folder, "llama", method=method, usual=1.0):
+        assert all(torch.isfinite(tensor).all() for tensor in block.changed.values())
+        assert all(math.isfinite(report.error) for report in block.reports)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -209,6 +211,15 @@ def test_a_partial_probe_is_the_refitted_model(checkpoint_folder: CheckpointFold
         wanted = divergence(name, {INDEX: keep}, changed)
         assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
         assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
+
+
+def test_a_broken_last_norm_is_found(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SecateurError, match="NaN or infinite logits: the last norm or the output layer is broken"):
+        survey(opened(folder), FITTED, probe_rows=PROBES)
 
 
 def test_rows_without_weight_change_no_curve(checkpoint_folder: CheckpointFolder) -> None:

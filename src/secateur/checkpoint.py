@@ -158,18 +158,27 @@ class Checkpoint:
                     missing.append(name)
                 continue
             used.add(stored)
+            if tensor.is_floating_point() and not self.tensors[stored].dtype.is_floating_point:
+                raise SecateurError(
+                    f"{self.source}: {stored} holds {self.tensors[stored].dtype}, whole numbers in place of weights; "
+                    "use an unquantised checkpoint"
+                )
             if self.tensors[stored].shape != tuple(tensor.shape):
                 found, wanted = list(self.tensors[stored].shape), list(tensor.shape)
                 wrong.append(f"{stored} is {found} where config.json makes it {wanted}")
         if missing:
-            raise SecateurError(
-                f"{self.source}: tensors missing from the weights: {some(missing)}; "
-                "download them again, or check that config.json belongs to them"
-            )
+            raise self.lacking(missing)
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise SecateurError(f"{self.source}: {wrong[0]}{more}; find the config.json of these weights")
         return tuple(name for name in self.tensors if name not in used and name not in self.ignorable)
+
+    def lacking(self, names: list[str]) -> SecateurError:
+        """What is said where weights of the model are not stored."""
+        return SecateurError(
+            f"{self.source}: tensors missing from the weights: {some(names)}; "
+            "download them again, or check that config.json belongs to them"
+        )
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer.

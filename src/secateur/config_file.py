@@ -32,6 +32,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise SecateurError(f"{file}: not valid JSON at {where} ({error.msg}); download it again") from error
+    except RecursionError as error:
+        raise SecateurError(f"{file}: nested too deeply for a config; download it again") from error
     except UnicodeDecodeError as error:
         raise SecateurError(f"{file}: not text, byte {error.start} is no UTF-8; download it again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):

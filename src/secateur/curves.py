@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,10 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
         probes = tuple(Probe(**probe) for probe in raw.pop("probes"))
         survey = Survey(curves=curves, probes=probes, **raw)
         found = dict(survey.asked or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
+        if not probes or not all(math.isfinite(value) for value in figures):
+            raise ValueError
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{path}: not a survey of secateur's; name another file, or delete it") from error
     for name, wanted in asked.items():
         if found.get(name) != wanted:

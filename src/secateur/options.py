@@ -104,6 +104,8 @@ class Options:
             if value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed if choice)
                 raise SecateurError(f"{name} is '{value}'; it must be one of {choices}")
+        if self.type != Options.type and self.format != "gguf":
+            raise SecateurError(f"type {self.type} is of a GGUF file: add --format gguf, or leave --type out")
         wrong = [kind for kind in self.modules if kind not in get_args(Kind)]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
@@ -150,6 +152,12 @@ class Options:
         names = [name for name, value in said.items() if value is not None]
         if len(names) > 1:
             raise SecateurError(f"{names[0]} and {names[1]} both say how much goes; leave one of them out")
+        if self.gives_widths:
+            # A plan says where to cut, and exactly; ratios say where.
+            where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.multiple != 1}
+            both = [name for name, value in where.items() if value and not (name == "--round" and self.plan is None)]
+            if both:
+                raise SecateurError(f"{both[0]} and {names[0]} both say what goes; leave one of them out")
         for name, path in (("plan", self.plan), ("widths", self.widths)):
             if path is not None and path not in WIDTHS and not Path(path).is_file():
                 known = " (or adaptive, uniform)" if name == "widths" else ""

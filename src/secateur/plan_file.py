@@ -149,7 +149,7 @@ def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise SecateurError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(raw, dict):
         raise SecateurError(f"{path}: must be a JSON object, as secateur.json is")

@@ -304,7 +304,8 @@ def _values(given: Mapping[str, Any], where: str, owner: type = Options) -> dict
         if kind is None:
             raise SecateurError(f"{place}: no such option; there are {_some(kinds)}")
         if name == "modules":
-            value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+            listed = value.split(",") if isinstance(value, str) else value
+            value = tuple(listed) if isinstance(listed, list) else listed
         try:
             result[name] = kind.validate_python(value, strict=True)
         except ValidationError as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.texts import is_file
+from secateur.whole_file import write_whole
 
 KEY = "token_ids"
 
@@ -39,9 +40,8 @@ def check_new(path: Path) -> None:
 
 def write_rows(path: Path, rows: Tensor, tokenizer: Any) -> None:
     """Write rows (rows x length), each with its text, special tokens left out."""
-    with path.open("w", encoding="utf-8") as file:
-        for ids in rows.tolist():
-            file.write(json.dumps({"text": _text(tokenizer, ids), KEY: ids}, ensure_ascii=False) + "\n")
+    lines = (json.dumps({"text": _text(tokenizer, ids), KEY: ids}, ensure_ascii=False) for ids in rows.tolist())
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def holds_rows(source: str) -> bool:

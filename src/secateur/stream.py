@@ -24,6 +24,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.device import fast_dtype
 from secateur.errors import SecateurError
 from secateur.families import describe, family_of
+from secateur.quiet import first_line
 from secateur.structure import Block, Depth2
 from secateur.surgery import assign
 
@@ -60,12 +61,20 @@ class BlockStream:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.family = family_of(checkpoint.config)
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32).eval()
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32).eval()
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SecateurError(
+                f"{checkpoint.source}: transformers makes no model of config.json ({reason})"
+            ) from error
         self.model.requires_grad_(False)
         checkpoint.check_shapes(self.model)
         self.layers = self.model.get_submodule(self.family.blocks)
         self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
+        if not self.blocks:
+            raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size
         self.products = torch.float32
         """What blocks multiply in; see `quick`."""

@@ -99,8 +99,8 @@ def index_shards(index: Path) -> dict[str, list[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
-            shards.setdefault(shard, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards.setdefault(str(shard), []).append(name)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{index}: not a safetensors index; download it again") from error
     return shards
 
@@ -131,7 +131,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 raise ValueError(name)
             tensors[name] = info
             ends.append(end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{file}: header broken ({error}); download it again") from error
     if 8 + length + max(ends) != size:
         raise SecateurError(

@@ -75,7 +75,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        interrupted("nothing was written")
+        interrupted("nothing is left half-written")
     sys.exit(code if isinstance(code, int) else 0)
 
 

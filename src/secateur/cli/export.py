@@ -32,6 +32,8 @@ def export(
     """
     if format not in ("gguf", "hf"):
         raise SecateurError(f"format is '{format}'; it must be gguf or hf")
+    if format == "hf" and type_ != Options.type:
+        raise SecateurError(f"type {type_} is of a GGUF file: leave --type out, or take --format gguf")
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.steps.export import export as run

@@ -9,7 +9,9 @@ from typing import Annotated
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_file, parse_kinds
+from secateur.errors import SecateurError
 from secateur.options import Options
+from secateur.whole_file import write_whole
 
 
 def plan(
@@ -47,6 +49,7 @@ def plan(
             show_default="none",
         ),
     ] = None,
+    overwrite: Annotated[bool, panels.output("--overwrite", help="Replace a plan that is there.")] = False,
 ) -> None:
     """Choose widths for MODEL, or check a plan, and show them block by block; no model is written.
 
@@ -73,9 +76,14 @@ def plan(
         format=format,
         type=type_,
     )
-    for file in (out, survey):
-        if file is not None and not (file == survey and file.exists()):
-            check_file(file)
+    if out is not None:
+        check_file(out)
+        if out == survey:
+            raise SecateurError(f"{out}: the plan and the survey cannot be one file; name another one")
+        if out.exists() and not overwrite:
+            raise SecateurError(f"{out}: exists; choose another name, or add --overwrite to replace it")
+    if survey is not None and not survey.exists():
+        check_file(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.report.tables import plan_table
@@ -92,5 +100,5 @@ def plan(
         watcher=bars,
     )
     if out is not None:
-        out.write_text(json.dumps(proposal.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
     show(*plan_table(proposal, out))

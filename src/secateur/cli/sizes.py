@@ -11,7 +11,7 @@ from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import parse_shares
 from secateur.errors import SecateurError
-from secateur.options import Options
+from secateur.options import WIDTHS, Options
 
 
 def sizes(
@@ -23,7 +23,13 @@ def sizes(
         str, panels.target(help="Shares of the parameters to remove, with commas.")
     ] = "0.1,0.2,0.3,0.5",
     of: parameters.Of = Options.of,
-    widths: parameters.Widths = Options.widths,
+    widths: Annotated[
+        str,
+        panels.target(
+            help="adaptive: each module the width at which the whole model loses least; uniform: one width for all "
+            "blocks, which the stock class holds."
+        ),
+    ] = Options.widths,
     round_: parameters.Round = Options.multiple,
     calibration: parameters.Calibration = Options.calibration,
     samples: parameters.Samples = Options.samples,
@@ -51,6 +57,10 @@ def sizes(
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
     shares = parse_shares(sparsities)
+    if tokens < 0:
+        raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
+    if widths not in WIDTHS:
+        raise SecateurError(f"widths is '{widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
     if format == "gguf":
         raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
     options = [

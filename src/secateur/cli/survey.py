@@ -8,6 +8,7 @@ from typing import Annotated
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import parse_kinds
+from secateur.errors import SecateurError
 from secateur.options import Options
 
 
@@ -31,6 +32,10 @@ def survey(
 
     Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
     """
+    if "similarity" in criterion:
+        raise SecateurError(
+            "a survey orders units by a score: take another criterion; its page shows how alike heads are in any case"
+        )
     options = Options(
         blocks=blocks,
         modules=parse_kinds(modules),

@@ -193,7 +193,7 @@ def evaluate(
         rows.append([])
         for text in texts:
             with reading(watcher, "Reading", text):
-                rows[-1].append(_rows(checkpoint, tokenizer, text, length, tokens))
+                rows[-1].append(scored_rows(checkpoint, tokenizer, text, length, tokens))
     scores: list[ModelScore] = []
     loaded: list[Any] = []
     for checkpoint, tokenizer, batches in zip(checkpoints, tokenizers, rows, strict=True):
@@ -219,15 +219,36 @@ def evaluate(
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The whole model through transformers, for evaluation only."""
+    """The whole model through transformers, for evaluation only.
+
+    Raises:
+        SecateurError: weights are missing or of another shape; transformers would draw them at random.
+    """
     with quiet():
-        network = model_class(checkpoint.config).from_pretrained(
-            checkpoint.path, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+        network, found = model_class(checkpoint.config).from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    if found["missing_keys"]:
+        raise checkpoint.lacking(sorted(found["missing_keys"]))
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise SecateurError(
+            f"{checkpoint.source}: {name} is {list(stored)} where config.json makes it {list(wanted)}; find the "
+            "config.json of these weights"
         )
     return network.eval().to(device)
 
 
-def _rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
+def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
+    """The rows of a text that a model is scored on.
+
+    Raises:
+        SecateurError: it cannot be read, or is too short.
+    """
     return consecutive_rows(
         tokenizer,
         text,

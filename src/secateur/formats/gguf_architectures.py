@@ -313,6 +313,8 @@ def check_type(type: str) -> None:
     """
     if type in TYPES:
         return
+    if type.lower() in TYPES:
+        raise SecateurError(f"type is '{type}'; write it {type.lower()}")
     known = ", ".join(TYPES)
     if re.fullmatch(r"i?q\d_.+", type.lower()):
         raise SecateurError(

@@ -23,6 +23,7 @@ from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, per_layer_config, widths_of
 from secateur.formats.writer import OutputFolder, is_disk_full
 from secateur.progress import Silent, Watcher
+from secateur.stream import BlockStream
 from secateur.structure import Width
 from secateur.weights import INDEX
 
@@ -114,11 +115,17 @@ def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher)
     if is_per_layer(config):
         raise SecateurError(f"{folder}: its config gives each block its width already; copy the folder")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    try:
+        dense = Width(**record["dense_width"])
+    except (KeyError, TypeError) as error:
+        raise SecateurError(f"{folder / RECORD}: its dense_width is missing or broken; prune again") from error
+    # Weights that are missing would be missing in the copy.
+    BlockStream(checkpoint)
     stored = per_layer_config(
         checkpoint.raw_config,
         config,
         widths=dict(enumerate(widths_of(config))),
-        dense=Width(**record["dense_width"]),
+        dense=dense,
         biases={},
         head_dim=head_dim(config),
         dtype=checkpoint.dtype,
@@ -154,7 +161,7 @@ def _is_record(file: Path) -> bool:
     """Whether a file is what `prune` writes."""
     try:
         record: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and "secateur" in record
 

@@ -112,7 +112,7 @@ def plan(wish: Wish, widths: str = "adaptive", survey: Survey | None = None) -> 
     """
     if widths == "uniform":
         possible = uniform_plans(wish)
-        if survey is None or len(possible) == 1:
+        if survey is None:
             return possible[0]
         prices = Prices(survey)
         costs = [prices.total(wish.blocks, one.widths) for one in possible]

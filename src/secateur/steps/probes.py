@@ -9,6 +9,7 @@ Shapes: b rows, t positions, d residual width, v vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.activations import BATCH_TOKENS, Activations, Arena, Rows
 from secateur.curves import Probe
+from secateur.errors import SecateurError
 from secateur.progress import Watcher
 from secateur.stream import BlockStream
 from secateur.structure import Depth2
@@ -90,6 +92,9 @@ class Probes:
                     totals[number] += divergence(head(ids[at], hidden.parts[0][at], STRIDE))
         for hidden in self.hidden:
             self.arena.release(hidden)
+        if not math.isfinite(sum(totals)):
+            source = self.stream.checkpoint.source
+            raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
         return [
             replace(probe, divergence=max(total / len(ids), 0.0))
             for probe, total in zip(self.begun, totals, strict=True)

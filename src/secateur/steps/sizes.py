@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration import check_calibration
 from secateur.errors import SecateurError
-from secateur.evaluate.compare import evaluate
+from secateur.evaluate.compare import evaluate, scored_rows
 from secateur.options import Options
-from secateur.progress import Watcher
+from secateur.progress import Watcher, reading
 from secateur.report.plots import plot_sizes
 from secateur.steps.decide import decide, request, surveyed
 from secateur.steps.job import open_job
@@ -70,8 +71,16 @@ def sizes(
     for folder in folders:
         if folder.exists() and not overwrite:
             raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
+    if not out.absolute().parent.is_dir():
+        raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
+    if len(set(folders)) < len(folders):
+        raise SecateurError(
+            f"{', '.join(folder.name for folder in folders)}: two sizes would have one name; leave one of them out"
+        )
+    for text in texts:
+        check_calibration(text, length=options[-1].length)
     survey_file, new = survey_file or out / "survey.json", not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(exist_ok=True)
     try:
         job = open_job(
             model,
@@ -85,6 +94,10 @@ def sizes(
             watcher=watcher,
         )
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
+        checkpoint = job.stream.checkpoint
+        for text in texts:
+            with reading(watcher, "Reading", text):
+                scored_rows(checkpoint, checkpoint.tokenizer(), text, job.options.length, tokens)
     except BaseException:
         if new:
             out.rmdir()

@@ -112,5 +112,5 @@ class ModuleTarget:
             return None
         inherited = (target - z.reshape(target.shape)).square().sum(1)
         # Where nothing is inherited, what is left is rounding.
-        least = ROUNDING * target.square().sum(1).mean()
+        least = (ROUNDING * target.square().sum(1).mean()).clamp_min(torch.finfo(torch.float32).tiny)
         return 1 / (1 + inherited / (self._usual * inherited.median()).clamp_min(least))
