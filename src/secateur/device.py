@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """What to multiply in where float32 is not needed: bfloat16 where there are matrix units for it, else float32."""
+    """What to multiply in where float32 is not needed: bfloat16 where there are instructions for it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Since torch 2.11 or so; without it, float32 is slower and as good.

@@ -38,7 +38,7 @@ class Options:
     target: str | None = None
     """In place of a share, the most that the result may take: `params=80%`, `bytes=60MB`, `prefill=1.5x`, ..."""
     plan: str | None = None
-    """In place of both, a file with the exact units to keep."""
+    """In place of both, a file with each block's width, or the exact units to keep."""
     of: str = "blocks"
     """What the share counts: the pruned `blocks`, or the whole `model`."""
     blocks: str | None = None

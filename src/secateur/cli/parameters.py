@@ -84,7 +84,7 @@ Level1 = Annotated[
     int,
     panels.method(
         help="Of --recovery refit: steps by which the up and gate layers are fitted along with the output layer; 0 "
-        "leaves them as they are, in about two thirds of the time."
+        "leaves them as they are, in a quarter to two thirds of the time, by machine."
     ),
 ]
 Calibration = Annotated[
@@ -99,8 +99,8 @@ Samples = Annotated[int, panels.calibration(help="Rows drawn from it at random."
 Fits = Annotated[
     int,
     panels.calibration(
-        help="So many refits are averaged, each to the rows and to others beside them: 1 takes half the time of 2, 3 "
-        "is better; 0 is one refit to the rows alone."
+        help="So many refits are averaged, each to the rows and to others beside them: 1 takes six tenths of the time "
+        "of 2, 3 is better; 0 is one refit to the rows alone."
     ),
 ]
 More = Annotated[
@@ -111,11 +111,15 @@ More = Annotated[
     ),
 ]
 Length = Annotated[int, panels.calibration(help="Tokens in each row.")]
-Temperature = Annotated[float, panels.calibration(help="At which the model writes, with --calibration self.")]
+Temperature = Annotated[
+    float,
+    panels.calibration(help="At which the model writes, with --calibration, --refit-calibration or --more self."),
+]
 SaveCalibration = Annotated[
     Path | None,
     panels.calibration(
-        help="Keep what the model writes in this new .jsonl file; --calibration FILE reads the same rows back.",
+        help="Keep what the model writes to calibrate on in this new .jsonl file; --calibration FILE reads the same "
+        "rows back.",
         show_default="none",
     ),
 ]

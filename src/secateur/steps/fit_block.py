@@ -3,7 +3,7 @@
 The block's dense forward gives the residual stream after either module. The modules are then pruned in turn
 (`secateur.steps.fit_module`), each on what those before it yield, and the pruned stream advances by their outputs.
 
-Shapes: n tokens, d residual width; rows x t x d for stored activations.
+Shapes: rows x t x d for stored activations, t positions, d residual width.
 """
 
 from __future__ import annotations

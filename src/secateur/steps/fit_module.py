@@ -1,7 +1,7 @@
 """One module of a block: which of its units stay, and how these are refitted.
 
-The pruned stream is run up to the module's level 2, whose moments with the target decide both. The level-2 inputs are
-kept for the length of a module, so that outputs after the refit cost one product.
+The pruned stream is run up to the module's level 2; the moments of its input with the target decide both. These inputs
+are kept for the length of a module, so that outputs after the refit cost one product.
 
 Shapes: n tokens, a level-2 input entries, k of them kept, d residual width; rows x t x d for stored activations.
 """

@@ -4,7 +4,8 @@ The target is error-aware: the dense stream after the module minus what the prun
 each module also repairs what those before it broke. Sequential, parallel and fused blocks need no cases: "without it"
 is the block's own forward with the module's output replaced by zero. In a parallel block the attention is fitted first,
 to the whole error so far; the feed-forward then sees what the attention left. The paper's recovery aims at the module's
-own dense output instead.
+own dense output instead, and behind a norm each output takes over a share of the error so far
+(`secateur.post_norm`).
 
 Shapes: n tokens, d residual width.
 """
@@ -75,7 +76,7 @@ class ModuleTarget:
         return self.work.output[self.module.kind][at].to(self.work.stream.device)
 
     def _target(self, z: Tensor, at: Batch) -> Tensor:
-        """What the module should add to the residual stream."""
+        """What the module should add to the residual stream, in the units in which errors count."""
         if not self.repairs:
             return self.norm.own(z)
         missing = self._missing(at)
@@ -103,7 +104,7 @@ class ModuleTarget:
         self.norm.take_over(own, inherited)
 
     def _counts(self, target: Tensor, z: Tensor) -> Tensor | None:
-        """What tokens count: less where the stream already errs by much more than is usual.
+        """What tokens count: less where the stream already errs by much more than is usual; None behind a norm.
 
         Errors have heavy tails. A few tokens whose massive activation was missed carry an error that no later module
         can mend; in plain least squares they are most of what every one of those modules is fitted to.
