@@ -56,7 +56,7 @@ Criterion = Annotated[
         help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
         "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; "
         "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random; "
-        "similarity (the paper's Algorithm 2): heads that attend like another one; similarity+X (the paper's, too): these "
+        "similarity (the paper's Algorithm 2): heads that attend like another one; similarity+X: these "
         "first, the rest by X; or a pair, heads=X,channels=Y."
     ),
 ]

@@ -43,7 +43,7 @@ def prune(
         str,
         panels.method(
             help="How the rest makes up for them. refit: the output layers, in the feed-forward with up and gate "
-            "layers, aiming at what the dense model gives and so repairing earlier blocks' errors; paper (its Algorithms "
+            "layers, aiming at what the dense model gives and so repairing earlier blocks' errors; paper (Algorithms "
             "1, 3 and 4): both layers of a module, to their dense outputs; bias (FLAP's): no weight changes, but what "
             "the removed units gave on average is added; none: weights are only cut."
         ),
