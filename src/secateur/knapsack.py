@@ -46,16 +46,16 @@ def choose(costs: Sequence[Floats], sizes: Sequence[Floats], budget: float) -> C
     Returns:
         The selection, or None if even the smallest options exceed the budget.
     """
-    if sum(size.min() for size in sizes) > budget:
+    if sum(np.min(size) for size in sizes) > budget:
         return None
     multiplier = _multiplier(costs, sizes, budget)
     known = _repaired(costs, sizes, budget, _cheapest(costs, sizes, multiplier))
     best = sum(cost[o] for cost, o in zip(costs, known, strict=True))
     reduced = [cost + multiplier * size for cost, size in zip(costs, sizes, strict=True)]
-    bound = sum(values.min() for values in reduced) - multiplier * budget
+    bound = sum(np.min(values) for values in reduced) - multiplier * budget
     # A little more than the gap, so that rounding does not drop the known solution itself.
     gap = max(best - bound, 0.0) + 1e-9 * (abs(best) + abs(bound))
-    found, proven = _programme([values - values.min() for values in reduced], sizes, budget, multiplier, gap)
+    found, proven = _programme([values - np.min(values) for values in reduced], sizes, budget, multiplier, gap)
     options = min((known, found) if found else (known,), key=lambda o: _total(costs, o))
     return Choice(tuple(options), _total(costs, options), _total(sizes, options), proven)
 
@@ -69,8 +69,8 @@ def _cheapest(costs: Sequence[Floats], sizes: Sequence[Floats], multiplier: floa
     result = []
     for cost, size in zip(costs, sizes, strict=True):
         values = cost + multiplier * size
-        tied = np.flatnonzero(values <= values.min())
-        result.append(int(tied[size[tied].argmin()]))
+        tied = np.flatnonzero(values <= np.min(values))
+        result.append(int(tied[np.argmin(size[tied])]))
     return result
 
 
@@ -96,14 +96,14 @@ def _multiplier(costs: Sequence[Floats], sizes: Sequence[Floats], budget: float)
 def _repaired(costs: Sequence[Floats], sizes: Sequence[Floats], budget: float, options: list[int]) -> list[int]:
     """Make a selection fit, then spend what is left of the budget, each by the best single changes."""
     if _total(sizes, options) > budget:
-        options = [int(s.argmin()) for s in sizes]
+        options = [int(np.argmin(s)) for s in sizes]
     while True:
         room = budget - _total(sizes, options)
         changes = []
         for module, (cost, own) in enumerate(zip(costs, sizes, strict=True)):
             gain = cost[options[module]] - cost
             gain[own - own[options[module]] > room] = 0.0
-            option = int(gain.argmax())
+            option = int(np.argmax(gain))
             if gain[option] > 0:
                 changes.append((float(gain[option]), module, option))
         for _, module, option in sorted(changes, reverse=True):
@@ -121,7 +121,7 @@ def _programme(
 ) -> tuple[list[int] | None, bool]:
     """Pareto fronts of (reduced cost, size) module by module, cut off at the gap; the options, and if all were kept."""
     open_options = [np.flatnonzero(values <= gap) for values in reduced]
-    least = [float(size[o].min()) for size, o in zip(sizes, open_options, strict=True)]
+    least = [float(np.min(size[o])) for size, o in zip(sizes, open_options, strict=True)]
     front_r, front_s = np.zeros(1), np.zeros(1)
     trail: list[tuple[Integers, Integers]] = []
     whole = True
@@ -146,7 +146,7 @@ def _programme(
         front_r, front_s = r[order], s[order]
         if not len(order):
             return None, whole
-    at = int((front_r - multiplier * front_s).argmin())
+    at = int(np.argmin(front_r - multiplier * front_s))
     chosen = []
     for parents, options in reversed(trail):
         chosen.append(int(options[at]))
