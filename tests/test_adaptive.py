@@ -313,8 +313,8 @@ def test_gguf_of_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> No
     assert summary.uniform
     # The same width for all blocks, spelled out.
     (tmp_path / "ratios.json").write_text('{"0:3": {"channels": 0.25}}')
-    settings["widths"] = str(tmp_path / "ratios.json")
-    assert prune(model, tmp_path / "again.gguf", **settings, **SMALL).uniform
+    ratios = str(tmp_path / "ratios.json")
+    assert prune(model, tmp_path / "again.gguf", format="gguf", widths=ratios, **SMALL).uniform
     assert len(GGUFReader(tmp_path / "out.gguf").tensors) > 30
 
 
