@@ -50,7 +50,7 @@ def pruned(model: Path, text: tuple[Path, Path], tmp_path_factory: pytest.TempPa
     folders = {}
     for recovery in ("refit", "none"):
         folders[recovery] = tmp_path_factory.mktemp("out") / recovery
-        # With one width and channels only there is nothing to weigh, and no survey.
+        # With one width and channels only there is nothing to weigh, and no survey; one fit, for time's sake.
         prune(
             model,
             folders[recovery],
@@ -58,6 +58,7 @@ def pruned(model: Path, text: tuple[Path, Path], tmp_path_factory: pytest.TempPa
             recovery=recovery,
             modules=("channels",),
             widths="uniform",
+            fits=1,
             **SMALL,
         )
     return folders
