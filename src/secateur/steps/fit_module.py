@@ -205,7 +205,7 @@ class ModuleWork:
         work.change(self._level1_step(self._entries(keep), inputs, fit))
         work.arena.release(inputs.stored)
         inputs, _, _ = self._collect(keep)
-        old = self.norm.scale(inner_weight(module, work.tensors))[inputs.entries]
+        old = inputs.weights(self.norm.scale(inner_weight(module, work.tensors)))
         everything = inputs.among(inputs.entries)
         again = fit_level2(inputs.moments, self._statistics(old, inputs.moments).normal, everything)
         if again.error < fit.error:

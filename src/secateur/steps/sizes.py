@@ -95,9 +95,10 @@ def sizes(
         )
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
         checkpoint = job.stream.checkpoint
+        tokenizer = checkpoint.tokenizer() if texts else None
         for text in texts:
             with reading(watcher, "Reading", text):
-                scored_rows(checkpoint, checkpoint.tokenizer(), text, job.options.length, tokens)
+                scored_rows(checkpoint, tokenizer, text, job.options.length, tokens)
     except BaseException:
         if new:
             out.rmdir()
