@@ -454,19 +454,37 @@ def test_wrong_arguments(
     assert listing(place) == before
 
 
-@pytest.fixture
-def made(place: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """Folders, plans and surveys of other runs."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: CheckpointFolder) -> Path:
+    """Folders, plans and surveys of other runs; not to be changed."""
+    place = tmp_path_factory.mktemp("runs")
+    (place / "text.txt").write_text(TEXT)
     small: dict[str, Any] = {"samples": 4, "length": 16, "calibration": str(place / "text.txt")}
-    survey = place / "survey.json"
-    steps.prune(place / "model", place / "adaptive", survey_file=survey, **small)
-    steps.prune(place / "model", place / "uniform", widths="uniform", criterion="l1", **small)
+    survey, llama, gpt2 = place / "survey.json", checkpoint_folder("llama"), checkpoint_folder("gpt2")
+    steps.prune(llama, place / "adaptive", survey_file=survey, **small)
+    steps.prune(llama, place / "uniform", widths="uniform", criterion="l1", **small)
     shutil.copytree(checkpoint_folder("mistral"), place / "mistral")
-    shutil.copytree(checkpoint_folder("gpt2"), place / "gpt2")
-    steps.prune(place / "gpt2", place / "gpt2-adaptive", **small)
+    shutil.copytree(gpt2, place / "gpt2")
+    steps.prune(gpt2, place / "gpt2-adaptive", **small)
     (place / "first.json").write_text('{"0:2": 0.3}')
+    found = json.loads(survey.read_text())
+    damaged = {"no-curve": "curves", "no-probe": "probes", "short": "curves"}
+    for name, key in damaged.items():
+        entries = [dict(entry) for entry in found[key]]
+        if name == "short":
+            entries[-1]["errors"] = entries[-1]["errors"][:-1]
+        else:
+            entries = [entry for entry in entries if (entry["block"], entry["kind"]) != (1, "channels")]
+        (place / f"{name}.json").write_text(json.dumps({**found, key: entries}))
     plan = kept(place, "uniform")
     (place / "holes.json").write_text(json.dumps({"blocks": [plan["blocks"][0], plan["blocks"][2]]}))
+    return place
+
+
+@pytest.fixture
+def made(place: Path, runs: Path) -> None:
+    """What these runs have made, in the working folder."""
+    shutil.copytree(runs, place, dirs_exist_ok=True)
 
 
 WRONG_FILES = [
@@ -478,6 +496,9 @@ WRONG_FILES = [
     ("sizes mistral --out sizes --survey survey.json", "survey.json: a survey of other weights"),
     ("prune model out --survey survey.json --criterion l2", "a survey with criterion surgeon, where l2 is asked for"),
     ("prune model out --survey adaptive/secateur.json", "not a survey of secateur's"),
+    ("prune model out --survey no-curve.json", "no-curve.json: not all of block 1's channels is in this survey; name"),
+    ("plan model --survey no-probe.json", "no-probe.json: not all of block 1's channels is in this survey; name"),
+    ("sizes model --out sizes --survey short.json", "channels is in this survey; name another file, or delete it to"),
     (
         "prune model out --plan adaptive/secateur.json --format stock",
         "holds one width for all blocks; take --format hf",

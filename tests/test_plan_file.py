@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from conftest import CheckpointFolder
 from models import blocks_of, build
@@ -189,22 +191,25 @@ def weights(folder: Path) -> bytes:
 
 
 def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """The same units on the same text are the same bytes, and other text refits the same units."""
+    """The same units on the same text are the same weights to rounding, as sums over the inputs that stay need not
+    round like parts of longer ones; other text refits the same units."""
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL}
     prune(model, tmp_path / "first", **wishes)
     plan = {"plan": str(tmp_path / "first" / "secateur.json")}
     again = prune(model, tmp_path / "again", **SMALL, **plan)
-    assert weights(tmp_path / "again") == weights(tmp_path / "first")
+    first, same = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again"))
+    assert_close(same, first, rtol=1e-4, atol=1e-5)
     config = [(tmp_path / name / "config.json").read_bytes() for name in ("first", "again")]
     assert config[0] == config[1]
     records = [json.loads((tmp_path / name / "secateur.json").read_text()) for name in ("first", "again")]
-    assert records[0]["blocks"] == records[1]["blocks"]
     assert again.sparsity == records[0]["sparsity"]["reached"] >= 0.4
+    units = [[(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] for record in records]
+    assert units[0] == units[1]
     prune(model, tmp_path / "other", **{**SMALL, "seed": 1}, **plan)
-    assert weights(tmp_path / "other") != weights(tmp_path / "first")
-    units = [[(b["heads"], b["channels"]) for b in record["blocks"]] for record in records]
-    other = json.loads((tmp_path / "other" / "secateur.json").read_text())
-    assert [(b["heads"], b["channels"]) for b in other["blocks"]] == units[0]
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert max(float((other[name] - first[name]).abs().max()) for name in first) > 1e-3
+    record = json.loads((tmp_path / "other" / "secateur.json").read_text())
+    assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
 
 
 def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:

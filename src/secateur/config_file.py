@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 from secateur.quiet import first_line, quiet
 
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
@@ -28,14 +29,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise SecateurError(_no_config(folder))
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise SecateurError(f"{file}: not valid JSON at {where} ({error.msg}); download it again") from error
-    except RecursionError as error:
-        raise SecateurError(f"{file}: nested too deeply for a config; download it again") from error
     except UnicodeDecodeError as error:
         raise SecateurError(f"{file}: not text, byte {error.start} is no UTF-8; download it again") from error
+    except ValueError as error:
+        raise SecateurError(f"{file}: {error} for a config; download it again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise SecateurError(f"{file}: no model_type, so this is not a transformers model; check the folder")
     return raw

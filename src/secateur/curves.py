@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 from secateur.structure import Kind, Pattern
 from secateur.whole_file import write_whole
 
@@ -73,7 +74,7 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
         SecateurError: it is no survey, or one of another model or with other options.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
         curves = tuple(
             Curve(**{**curve, "errors": tuple(curve["errors"]), "order": tuple(curve["order"])})
             for curve in raw.pop("curves")
@@ -84,7 +85,7 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
         figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
         if not probes or not all(math.isfinite(value) for value in figures):
             raise ValueError
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{path}: not a survey of secateur's; name another file, or delete it") from error
     for name, wanted in asked.items():
         if found.get(name) != wanted:

@@ -32,6 +32,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from secateur.gguf_source import cache_folder
+from secateur.json_text import parse_json
 from secateur.modeling_secateur import resize
 from secateur.progress import Watcher
 from secateur.quiet import quiet
@@ -392,7 +393,7 @@ def _device_name(device: torch.device) -> str:
 def _read(file: Path, facts: dict[str, Any]) -> Latency | None:
     """A kept table; None if there is none, or one that is broken."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = parse_json(file.read_text(encoding="utf-8"))
         lines = {name: _line(stored[name]) for name in ("groups", "per_group", "channels")}
         table = Latency(**lines, rest=float(stored["rest"]), outside=float(stored["outside"]))
     except (OSError, ValueError, TypeError, KeyError):

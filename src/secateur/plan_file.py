@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from secateur.allocation import attention_widths
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 from secateur.structure import KINDS, Block, Keep, Kind, Width
 from secateur.surgery import width_of
 
@@ -148,8 +148,8 @@ def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        raw = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise SecateurError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(raw, dict):
         raise SecateurError(f"{path}: must be a JSON object, as secateur.json is")

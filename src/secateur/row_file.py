@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 from secateur.texts import is_file
 from secateur.whole_file import write_whole
 
@@ -51,8 +52,8 @@ def holds_rows(source: str) -> bool:
     with Path(source).expanduser().open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
+        row = parse_json(first)
+    except ValueError:
         return False
     return isinstance(row, dict) and KEY in row
 
@@ -90,8 +91,8 @@ def read_rows(
 
 def _row(line: bytes, where: str, tokenizer: Any, length: int, vocab_size: int) -> list[int]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise SecateurError(f"{where} is not JSON ({error}): correct or remove it") from error
     ids, text = (row.get(KEY), row.get("text")) if isinstance(row, dict) else (None, None)
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or not isinstance(text, str):

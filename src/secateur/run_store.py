@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 from secateur.whole_file import write_whole
 
 RUNS, SURVEYS, TEXTS, SCRATCH, LOCK = "runs", "surveys", "texts", ".scratch", ".lock"
@@ -77,7 +78,7 @@ class RunStore:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["result"]
+            found = parse_json(path.read_text(encoding="utf-8"))["result"]
         except (ValueError, KeyError, TypeError) as error:
             raise SecateurError(f"{path}: not a result of secateur's; delete it to have it made again") from error
         return dict(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from codecs import BOM_UTF8
@@ -14,6 +13,7 @@ from typing import Any, Literal, TextIO
 
 from secateur.errors import SecateurError
 from secateur.hub_source import out_of_reach
+from secateur.json_text import parse_json
 from secateur.options import SELF
 from secateur.quiet import first_line
 from secateur.tokens import begins_with_bos
@@ -171,8 +171,8 @@ def _jsonl(text: str, source: str, tokenizer: Any) -> Iterator[str]:
             continue
         where = f"{source} line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise SecateurError(f"{where} is not JSON ({error}): correct or remove it") from error
         if not isinstance(row, dict):
             raise SecateurError(f"{where} is not an object: each line needs the key text or messages")

@@ -6,7 +6,6 @@ Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -96,11 +96,11 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 def index_shards(index: Path) -> dict[str, list[str]]:
     """Shard file → the names of its tensors, from an index file."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
             shards.setdefault(str(shard), []).append(name)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{index}: not a safetensors index; download it again") from error
     return shards
 
@@ -121,7 +121,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise SecateurError(f"{file}: truncated or no safetensors (header broken); download it again")
         text = stream.read(length)
     try:
-        entries: dict[str, dict[str, Any]] = json.loads(text)
+        entries: dict[str, dict[str, Any]] = parse_json(text)
         entries.pop("__metadata__", None)
         tensors, ends = {}, [0]
         for name, entry in entries.items():
@@ -131,7 +131,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 raise ValueError(name)
             tensors[name] = info
             ends.append(end)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{file}: header broken ({error}); download it again") from error
     if 8 + length + max(ends) != size:
         raise SecateurError(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.json_text import parse_json
 from secateur.weights import INDEX, SINGLE, some
 
 SHARD_BYTES = 5 * 10**9
@@ -282,6 +283,6 @@ def is_disk_full(error: BaseException) -> bool:
 def _is_model(folder: Path) -> bool:
     """Whether a folder looks like a model, which overwriting may remove."""
     with contextlib.suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         return isinstance(config, dict) and "model_type" in config
     return False

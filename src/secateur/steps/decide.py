@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.activations import Rows
 from secateur.budget import Target
+from secateur.criteria import pattern_units
 from secateur.curves import Survey, load_survey, save_survey
 from secateur.errors import SecateurError
 from secateur.formats.gguf_architectures import gguf_obstacle
@@ -209,7 +210,7 @@ def surveyed(
     few, probe_rows = survey_rows(text)
     wanted = survey_key(asked, text)
     if file is not None and file.exists():
-        return load_survey(file, wanted)
+        return _read_survey(asked, file, wanted)
     found = survey(
         stream,
         few if sigma is None else Rows.of(few).scored_by(Rows.of(sigma)),
@@ -231,7 +232,24 @@ def surveyed(
 def check_survey(asked: Request, text: Tensor | None, file: Path | None) -> None:
     """See that a survey that is there belongs to the request, and to the rows once they are known; see `surveyed`."""
     if file is not None and file.exists() and asked.weighs:
-        load_survey(file, survey_key(asked, text))
+        _read_survey(asked, file, survey_key(asked, text))
+
+
+def _read_survey(asked: Request, file: Path, wanted: dict[str, Any]) -> Survey:
+    """The survey of a file, which must price every width of every module that is asked for."""
+    found = load_survey(file, wanted)
+    lengths = {(curve.block, curve.kind, curve.pattern): len(curve.errors) for curve in found.curves}
+    whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
+    for index in asked.chosen:
+        for module in map(asked.stream.blocks[index].module, asked.kinds):
+            widths = {pattern: 1 if module.locked else pattern_units(module, pattern) for pattern in module.patterns}
+            here = {pattern: lengths.get((index, module.kind, pattern)) for pattern in module.patterns}
+            if here != widths or (index, module.kind) not in whole:
+                raise SecateurError(
+                    f"{file}: not all of block {index}'s {module.kind} is in this survey; name another file, or delete "
+                    "it to have it made again"
+                )
+    return found
 
 
 def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, per_layer_config, widths_of
 from secateur.formats.writer import OutputFolder, is_disk_full
+from secateur.json_text import parse_json
 from secateur.progress import Silent, Watcher
 from secateur.stream import BlockStream
 from secateur.structure import Width
@@ -114,7 +115,7 @@ def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher)
     config = checkpoint.config
     if is_per_layer(config):
         raise SecateurError(f"{folder}: its config gives each block its width already; copy the folder")
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     try:
         dense = Width(**record["dense_width"])
     except (KeyError, TypeError) as error:
@@ -160,8 +161,8 @@ def open_ours(folder: Path) -> Checkpoint:
 def _is_record(file: Path) -> bool:
     """Whether a file is what `prune` writes."""
     try:
-        record: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record: Any = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return isinstance(record, dict) and "secateur" in record
 

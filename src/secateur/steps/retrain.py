@@ -30,6 +30,7 @@ from secateur.evaluate import compare, perplexity
 from secateur.families import family_of
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.formats.writer import OutputFolder, ShardWriter, header_room
+from secateur.json_text import parse_json
 from secateur.progress import Silent, Watcher, reading
 from secateur.quiet import quiet
 from secateur.steps.export import RECORD, open_ours
@@ -222,7 +223,7 @@ def _note(training: Training, checkpoint: Checkpoint, found: tuple[float, float]
     """secateur.json with what was done in `retrained`, a list, as it can be done again."""
     import peft
 
-    record: dict[str, Any] = json.loads((checkpoint.path / RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = parse_json((checkpoint.path / RECORD).read_text(encoding="utf-8"))
     said = {
         "secateur": secateur.__version__,
         "peft": peft.__version__,
