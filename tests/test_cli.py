@@ -933,6 +933,17 @@ def test_help_is_quick() -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(("out", "left"), [("out", ".out.partial-1a"), ("o.gguf", "..o.gguf.folder.partial-1a")])
+def test_what_a_killed_run_has_left(out: str, left: str, place: Path, run: Run, no_work: None) -> None:
+    """It is named ahead of anything else; another target's is not."""
+    for name in (left, f".other-{left}"):
+        (place / name).mkdir()
+    result = run("prune", "model", out, *SMALL, "--blocks", "9:12", *(["--format", "gguf"] if "." in out else []))
+    assert [line for line in result.err.splitlines() if "partial-" in line] == [
+        f"{left}: left by a run that was killed; delete it, unless another run is writing it now"
+    ]
+
+
 def test_a_polite_kill_cleans_up(place: Path) -> None:
     """SIGTERM in the middle of the work, in a real process."""
     code = (

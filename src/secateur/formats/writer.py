@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import secrets
 import shutil
@@ -176,6 +177,15 @@ class OutputFolder:
             raise
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What runs that were killed have left beside a target, or others are still writing."""
+    name = glob.escape(path.name)
+    # A GGUF file is made from a folder with a hidden name of its own.
+    return [
+        left for pattern in (f".{name}.partial-*", f"..{name}.folder.partial-*") for left in path.parent.glob(pattern)
+    ]
 
 
 class ShardWriter:

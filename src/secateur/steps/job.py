@@ -19,7 +19,7 @@ from secateur.device import pick_device
 from secateur.errors import SecateurError
 from secateur.formats.gguf_architectures import check_type
 from secateur.formats.gguf_tokenizer import vocabulary
-from secateur.formats.writer import OutputFolder
+from secateur.formats.writer import OutputFolder, leftovers
 from secateur.meters import parameter_meter
 from secateur.options import Options
 from secateur.progress import Watcher, reading
@@ -172,6 +172,8 @@ def open_job(
     if out is not None:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, overwrite)
+        for left in leftovers(out):
+            watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
     wanted = getattr(torch, options.dtype) if options.dtype else None
     with reading(watcher, "Opening", str(model)):
         checkpoint = open_checkpoint(
