@@ -127,7 +127,8 @@ class Bench:
             seed=0,
             vocab_size=vocabulary,
         )
-        self.rows = Rows.of(self.text) if begins_with_bos(tokenizer) else Rows.of(self.text).with_openings()
+        self.rows = Rows.of(self.text)
+        self.fitted = self.rows if begins_with_bos(tokenizer) else self.rows.with_openings()
         self.texts = [
             consecutive_rows(tokenizer, source, length=128, tokens=arguments.tokens, vocab_size=vocabulary)
             for source in arguments.evaluate
@@ -151,7 +152,7 @@ class Bench:
             self.scores[criterion] = gradient_scores(self.stream, self.rows, criterion)
         method = Method(criterion, Recovery(recovery, when, self.ridge), scores=self.scores.get(criterion))
         layers = self.network.get_submodule(self.stream.family.blocks)
-        for block in refit(self.stream, decided, self.rows, method=method):
+        for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
             tensors = {name: tensor.float() for name, tensor in slice(self.stream, block).items()}
             layer = layers[block.index]
             for module in (self.stream.blocks[block.index].module(kind) for kind in KINDS):

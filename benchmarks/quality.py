@@ -101,7 +101,10 @@ def one(
             vocab_size=stream.checkpoint.config.vocab_size,
         )
     )
-    peer = PEERS[method](stream, rows if begins_with_bos(tokenizer) else rows.with_openings(), sparsity)
+    # As in the product, openings are there for fits alone.
+    if method == "uniform-obc" and not begins_with_bos(tokenizer):
+        rows = rows.with_openings()
+    peer = PEERS[method](stream, rows, sparsity)
     kept = peer.kept_parameters / sum(block.parameters for block in stream.blocks)
     return 1 - kept, score(peer.network)
 

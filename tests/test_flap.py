@@ -16,10 +16,15 @@ from models import blocks_of, build, layers_of, logits_of, narrowed, relative, t
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
 from secateur.criteria import SCORES
+from secateur.options import Options
+from secateur.progress import Silent
+from secateur.steps.fitted import FittedBlock
+from secateur.steps.job import open_job
+from secateur.steps.plan import Plan
 from secateur.stream import BlockStream
 from secateur.structure import KINDS, Keep, Width
 from test_criteria import MODELS, assert_scores, statistics
-from test_recovery import IDS, output_error, pruned_model, run
+from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
 
 BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
 
@@ -73,19 +78,31 @@ def test_a_constant_input_is_worth_nothing():
 # The bias.
 
 
-def mean_output(model: nn.Module, index: int, path: str) -> Tensor:
+def mean_output(model: nn.Module, index: int, path: str, ids: Tensor) -> Tensor:
     """Of a layer, over the calibration tokens."""
     outputs: list[Tensor] = []
     hook = layers_of(model)[index].get_submodule(path).register_forward_hook(lambda _, __, y: outputs.append(y))
-    logits_of(model, IDS)
+    logits_of(model, ids)
     hook.remove()
     return outputs[0].reshape(-1, outputs[0].shape[-1]).double().mean(0)
 
 
+def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
+    """What `prune` does when it is asked for the bias, and the rows that it calibrates on."""
+    options = Options(sparsity=0.3, criterion="flap-wifv", recovery="bias", samples=64, length=16, calibration="random")
+    job = open_job(folder, options, device="cpu", trust_remote_code=False, watcher=Silent())
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    return list(job.refit(plan, job.rows, Silent(), None)), job.text
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the refit alone", "as prune asks for it"])
 @pytest.mark.parametrize("name", BIASES)
-def test_the_bias_preserves_the_mean_output(checkpoint_folder, name):
+def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
     """Of each module where it stands: behind the pruned modules before it, its own units all there or cut."""
-    found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv")
+    if whole:
+        found, ids = asked(checkpoint_folder(name), name)
+    else:
+        found, ids = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv"), IDS
     dense, pruned = build(name), pruned_model(name, found)
     for block in found:
         described = blocks_of(dense)[block.index]
@@ -93,7 +110,7 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name):
         changed: dict[int, dict[str, Tensor]] = {b.index: b.changed for b in found[: block.index]}
         for module in (described.attention, described.feed_forward):
             whole = narrowed(dense, keeps, changed)
-            wanted, got = (mean_output(m, block.index, module.sink) for m in (whole, pruned))
+            wanted, got = (mean_output(m, block.index, module.sink, ids) for m in (whole, pruned))
             assert relative(got, wanted) < 2e-5
             bias = module.bias_name
             keeps[block.index] = Keep(block.keep.heads, tuple(range(described.feed_forward.units)))

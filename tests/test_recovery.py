@@ -51,7 +51,8 @@ def run(
         # What OPT-350m's config says: the residual stream is no plain sum, so each module aims at its own output.
         stream.checkpoint.config.do_layer_norm_before = False
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
-    method = Method(criterion, Recovery(**({"ridge": RIDGE, "usual": math.inf} | recovery)))
+    alike = {} if recovery.get("method", "refit") != "refit" else {"usual": math.inf}
+    method = Method(criterion, Recovery(**({"ridge": RIDGE} | alike | recovery)))
     return list(refit(stream, plan, IDS, method=method))
 
 

@@ -33,7 +33,8 @@ class Recovery:
     level1: int = 8
     """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
     usual: float = 1.0
-    """A token counts half where the squared error that it inherits is so many times the median; infinite: all alike."""
+    """Of `refit`: a token counts half where the squared error that it inherits is so many times the median; infinite:
+    all alike."""
 
     @property
     def fits(self) -> bool:

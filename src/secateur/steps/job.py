@@ -100,7 +100,8 @@ class Job:
         return rows if drawn.held_out is None else rows.along(drawn.held_out)
 
     def _opened(self, rows: Tensor) -> Rows:
-        return Rows.of(rows) if self.bos else Rows.of(rows).with_openings()
+        # Openings are there for fits; where nothing is fitted, means and scores are those of the text itself.
+        return Rows.of(rows) if self.bos or not self.method.recovery.fits else Rows.of(rows).with_openings()
 
     @property
     def method(self) -> Method:

@@ -56,7 +56,8 @@ class ModuleTarget:
         biased = module.bias is not None or recovery.intercept or recovery.method == "bias"
         self.fits_bias = recovery.method != "none" and module.free_bias and biased
         """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
-        self._usual = recovery.usual
+        # What repairs nothing sees all tokens alike, as the formulas of criteria and of FLAP's bias have it.
+        self._usual = recovery.usual if recovery.method == "refit" else math.inf
         if self.norm.norm is not None and self.repairs:
             self._share_repairs()
 

@@ -15,6 +15,8 @@ from secateur.activations import Activations, Rows
 from secateur.steps.probes import STRIDE, divergence_from
 from secateur.stream import BlockStream
 
+ROUNDING = 1e-6
+"""A divergence below it, in nats per token, says that both models are the same."""
 SCALES = tuple(0.05 * step for step in range(12, 22))
 """What is tried; the best is refined by a parabola through it and its neighbours."""
 
@@ -55,7 +57,8 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
             for number, norm in enumerate(norms):
                 with stream.replaced(norm):
                     totals[number] += divergence(head(ids[at], pruned.parts[group][at], STRIDE))
-    return _minimum(totals)
+    # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
+    return 1.0 if totals[SCALES.index(1.0)] < ROUNDING * len(ids) else _minimum(totals)
 
 
 def _minimum(totals: list[float]) -> float:
