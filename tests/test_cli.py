@@ -242,6 +242,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
     ("--widths free", "widths is 'free', where there is no file (or adaptive, uniform)"),
     ("--dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+    ("--recover both --recovery bias", "with --recovery bias no weights are fitted: leave --recover out, or use"),
     ("--intercept --recovery none", "an intercept is part of the refit: leave --intercept out, or use"),
     (
         "--intercept --widths uniform",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import build, layers_of, token_rows
+from models import build, layers_of, make_tokenizer, token_rows
 from secateur import prune
 from secateur.activations import Rows
 from secateur.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from secateur.moments import Moments
 from secateur.options import Options
 from secateur.progress import Silent
 from secateur.recovery import Recovery
+from secateur.row_file import write_rows
 from secateur.steps.job import open_job
 from secateur.steps.plan import Plan
 from secateur.steps.refit import Method, refit
@@ -202,3 +203,18 @@ def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_
     for other in ("data", "identity"):
         with pytest.raises(SecateurError, match="a survey with criterion second-moment of random ids, where second-mo"):
             prune(model, tmp_path / "c", sigma=other, survey_file=file, **how)
+
+
+def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Rows that are read back are the same for every seed, and still units leave in another order."""
+    model, rows, file = checkpoint_folder("llama"), tmp_path / "rows.jsonl", tmp_path / "survey.json"
+    write_rows(rows, token_rows(4, 16), make_tokenizer())
+    how: dict[str, Any] = {**SMALL, "samples": 4, "calibration": str(rows), "sparsity": 0.3, "recovery": "none"}
+    for number, options in enumerate(({"criterion": "random"}, {"sigma": "random"})):
+        kept = tmp_path / f"{number}.json"
+        prune(model, tmp_path / f"a{number}", survey_file=kept, seed=0, **{**how, **options})
+        with pytest.raises(SecateurError, match="a survey with seed 0, where 1 is asked for"):
+            prune(model, tmp_path / "b", survey_file=kept, seed=1, **{**how, **options})
+    how["criterion"] = "l1"
+    prune(model, tmp_path / "c", survey_file=file, seed=0, **how)
+    prune(model, tmp_path / "d", survey_file=file, seed=1, **how)

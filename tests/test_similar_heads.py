@@ -224,6 +224,13 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
         "leaves each block a single head: the distances between heads go from 0.11 to 0.5; take less than 0.5"
         in message
     )
+    # A chain: only its ends are far apart, and still one head alone would stay.
+    chain = {0: table(3, {(0, 1): 0.1, (1, 2): 0.1}, far=0.3)}
+    message = raised(lambda: find(chain, 0.2))
+    assert message.endswith(
+        "leaves each block a single head: the distances between heads go from 0.1 to 0.3; take a smaller one"
+    )
+    assert find({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
     message = raised(lambda: settle(wish, distances, 0.15))
     assert "its 1 similar heads are no whole key/value group" in message

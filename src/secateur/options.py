@@ -128,6 +128,10 @@ class Options:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
         if self.intercept and self.recovery in ("bias", "none"):
             raise SecateurError("an intercept is part of the refit: leave --intercept out, or use --recovery refit")
+        if self.recover != "after" and self.recovery in ("bias", "none"):
+            raise SecateurError(
+                f"with --recovery {self.recovery} no weights are fitted: leave --recover out, or use --recovery refit"
+            )
         if self.sigma is not None and not self.choice.uses(("second-moment",)):
             raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
         if self.own_refit_rows and self.recovery == "none":

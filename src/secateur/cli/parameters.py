@@ -38,10 +38,10 @@ Modules = Annotated[str, panels.target(help="What may go: heads, channels, or bo
 Widths = Annotated[
     str,
     panels.target(
-        help="adaptive (AL-AM): each module the width at which the whole model loses least; uniform (UL-UM): one width "
-        "for all blocks, which the stock class holds; or by hand (ML-MM) a JSON file with the share that goes for "
-        "ranges of blocks, like "
-        '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.'
+        help="adaptive (AL-AM): each module the width at which the whole model loses least; uniform: one width for all "
+        "blocks, which the stock class holds, its split between heads and channels the one that costs least; or by "
+        "hand (ML-MM) a JSON file with the share that goes for ranges of blocks, like "
+        '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}; {"0:32": 0.25} is UL-UM, one ratio everywhere.'
     ),
 ]
 Round = Annotated[

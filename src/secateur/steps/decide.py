@@ -268,6 +268,8 @@ def survey_key(asked: Request, text: Tensor | None) -> dict[str, Any]:
         "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
         "ridge": options.ridge,
     }
+    if choice.uses(("random",)) or options.sigma == "random":
+        key["seed"] = options.seed
     if choice.similar and not choice.settles:
         # Where tau settles how many heads go, the survey is about channels alone.
         key["tau"] = f"auto for {options.sparsity}" if options.tau == "auto" else options.threshold

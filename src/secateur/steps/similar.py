@@ -48,7 +48,7 @@ class Similar:
         found = sum(map(len, self.candidates.values()))
         what = f"tau {self.tau:.4g} finds {found} similar heads (distances {self.range[0]:.3g} to {self.range[1]:.3g})"
         if self.removed is None:
-            return f"{what}; they go first"
+            return f"{what}; in each module they go first"
         gone = sum(map(len, self.removed.values()))
         which = "all" if gone == found else f"{gone} in whole key/value groups, or as many of every group,"
         return f"{what}; {which} go, {self.share:.1%} of the attention's parameters"
@@ -91,12 +91,13 @@ def find(distances: Mapping[int, Tensor], tau: float) -> Similar:
             f"tau is {tau:g}, which removes nothing: the distances between heads go from {least:.3g} to {largest:.3g}; "
             f"take more than {_above(least)}"
         )
-    if tau > largest:
+    near = {index: candidates(table, tau) for index, table in distances.items()}
+    if all(len(heads) == len(distances[index]) - 1 for index, heads in near.items()):
         raise SecateurError(
             f"tau is {tau:g}, which leaves each block a single head: the distances between heads go from {least:.3g} "
-            f"to {largest:.3g}; take less than {_below(largest)}"
+            f"to {largest:.3g}; take {'a smaller one' if tau <= largest else f'less than {_below(largest)}'}"
         )
-    return Similar(tau, (least, largest), {index: candidates(table, tau) for index, table in distances.items()})
+    return Similar(tau, (least, largest), near)
 
 
 def settle(wish: Wish, distances: Mapping[int, Tensor], tau: float) -> tuple[Similar, dict[int, Width]]:
