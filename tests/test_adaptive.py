@@ -306,7 +306,9 @@ def test_gguf_at_once(tmp_path: Path, letters: Callable[[str], Path], type: str,
 
 def test_gguf_of_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> None:
     model = letters("gpt2")
-    with pytest.raises(SecateurError, match="gpt2 has one width for all blocks, so prune with uniform widths"):
+    with pytest.raises(
+        SecateurError, match="gpt2 has one width for all blocks, so prune all of them with uniform widths"
+    ):
         prune(model, tmp_path / "out.gguf", format="gguf", **SMALL)
     settings: dict[str, Any] = {"format": "gguf", "widths": "uniform", "modules": ("channels",)}
     summary = prune(model, tmp_path / "out.gguf", **settings, **SMALL)

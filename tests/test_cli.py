@@ -415,6 +415,10 @@ ARGUMENTS = [
     ("sizes model --out sizes --perplexity missing.txt", "missing.txt does not exist: check the path of the text"),
     ("sizes model --out text.txt", "text.txt: a file is there; name a folder"),
     ("sizes model --out sizes --format gguf", "sizes writes folders; take --format hf, then secateur export each"),
+    ("sizes model --out sizes --survey missing/survey.json", "missing does not exist; create it first"),
+    ("sizes model --out sizes --survey sizes/sizes.json", "sizes does not exist; create it first"),
+    ("prune model out --survey out", "out: the output and the survey cannot have one name; choose another one"),
+    ("export model out.gguf --format hf", "out.gguf: a folder is to be written; take --format gguf, or name a folder"),
     ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
     ("export", "Missing argument 'DIR'; see secateur export --help"),
     ("export model out.gguf", "model: not a folder that secateur's prune wrote (config.json with secateur.json beside"),
@@ -477,7 +481,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpoint
         else:
             entries = [entry for entry in entries if (entry["block"], entry["kind"]) != (1, "channels")]
         (place / f"{name}.json").write_text(json.dumps({**found, key: entries}))
+    found["curves"][0]["energy"] = float("nan")
+    (place / "energy.json").write_text(json.dumps(found))
     plan = kept(place, "uniform")
+    (place / "typo.json").write_text(json.dumps({"blocks": [{"block": 0, "head": [0, 1], "channels": [1]}]}))
+    (place / "other.json").write_text(
+        json.dumps({"blocks": [{**plan["blocks"][0], "width": {"groups": 3, "per_group": 2, "channels": 7}}]})
+    )
+    shutil.copytree(place / "uniform", place / "wrong")
+    (place / "wrong" / "secateur.json").write_text(
+        json.dumps({**plan, "dense_width": {"groups": 1, "per_group": 1, "channels": 1}})
+    )
     (place / "holes.json").write_text(json.dumps({"blocks": [plan["blocks"][0], plan["blocks"][2]]}))
     return place
 
@@ -504,18 +518,46 @@ WRONG_FILES = [
         "prune model out --plan adaptive/secateur.json --format stock",
         "holds one width for all blocks; take --format hf",
     ),
-    ("prune model out --plan holes.json --format stock", "holds one width for all blocks; take --format hf"),
+    ("prune model out --plan holes.json --format stock", "hf, or the nearest that fits: --widths uniform --sparsity 0"),
     ("prune model out --widths first.json --format stock", "holds one width for all blocks; take --format hf"),
     ("prune model out --widths first.json --modules heads", "--modules and --widths with a file both say what goes"),
     ("prune model out --widths first.json --blocks 0:1", "--blocks and --widths with a file both say what goes; leave"),
+    ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both say how much"),
+    (
+        "prune model out --plan typo.json",
+        "typo.json: block 0: no key 'head' is known; write block, channels,",
+    ),
+    (
+        "prune model out --plan other.json",
+        "other.json: block 0: its width is not that of its heads and channels",
+    ),
+    ("export wrong out --format hf", "secateur.json: its dense_width is missing or broken; prune again"),
+    (
+        "prune model out --survey energy.json",
+        "energy.json: not a survey of secateur's; name another file",
+    ),
     ("prune model out --plan uniform/secateur.json --round 8", "--round and --plan both say what goes; leave one of"),
     ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output holds byte-level BPE and"),
-    ("prune gpt2 out.gguf --format gguf", "gpt2 has one width for all blocks, so prune with uniform widths"),
-    ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "gpt2 has one width for all blocks"),
+    (
+        "prune gpt2 out.gguf --format gguf",
+        "gpt2 has one width for all blocks, so prune all of them with uniform widths",
+    ),
+    ("prune gpt2 out.gguf --format gguf --target ppl=1.1x", "gpt2 has one width for all blocks, so prune all of them"),
+    ("prune gpt2 out.gguf --format gguf --widths uniform --blocks 0:2 --dry-run", "gpt2 has one width for all blocks"),
+    (
+        "prune model out --widths uniform --target ppl=1.1x --blocks 0:1",
+        "and only 0:1 are to be pruned; leave the block",
+    ),
+    ("prune model out --widths uniform --target ppl=1.1x --intercept", "has no level-2 biases, which --intercept and"),
+    (
+        "prune model out --widths uniform --target ppl=1.1x --modules channels --round 128",
+        "round is 128, but the model has 72 channels",
+    ),
+    ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "widths; the nearest that fits: --widths"),
     ("prune adaptive out", "can be evaluated but not pruned again; prune the dense model"),
     ("plan adaptive", "can be evaluated but not pruned again; prune the dense model"),
     ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output holds"),
-    ("export gpt2-adaptive out.gguf", "gpt2 has one width for all blocks, so prune with uniform widths"),
+    ("export gpt2-adaptive out.gguf", "uniform widths; the nearest that fits: prune again with --widths uniform --sp"),
     ("export adaptive out --format hf", "adaptive: its config gives each block its width already; copy the folder"),
     ("export uniform model --format hf", "model: exists and is not empty; choose another name"),
     ("export mistral out.gguf", "mistral: not a folder that secateur's prune wrote"),
@@ -934,13 +976,21 @@ def test_help_is_quick() -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(("out", "left"), [("out", ".out.partial-1a"), ("o.gguf", "..o.gguf.folder.partial-1a")])
+@pytest.mark.parametrize(
+    ("out", "left"),
+    [
+        ("out", ".out.partial-1a"),
+        ("o.gguf", ".o.gguf.partial-1a"),
+        ("o.gguf", ".o.gguf.folder-2b"),
+        ("o.gguf", "..o.gguf.folder-2b.partial-1a"),
+    ],
+)
 def test_what_a_killed_run_has_left(out: str, left: str, place: Path, run: Run, no_work: None) -> None:
     """It is named ahead of anything else; another target's is not."""
     for name in (left, f".other-{left}"):
         (place / name).mkdir()
     result = run("prune", "model", out, *SMALL, "--blocks", "9:12", *(["--format", "gguf"] if "." in out else []))
-    assert [line for line in result.err.splitlines() if "partial-" in line] == [
+    assert [line for line in result.err.splitlines() if "left by" in line] == [
         f"{left}: left by a run that was killed; delete it, unless another run is writing it now"
     ]
 

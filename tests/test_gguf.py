@@ -457,7 +457,7 @@ def test_refused_widths(tmp_path, name):
     keeps = uniform_keeps(name, CHANNELS)
     keeps[1] = Keep(keeps[1].heads, keeps[1].channels[:5])
     write_folder(name, keeps, tmp_path / "folder")
-    with pytest.raises(SecateurError, match="has one width for all blocks, so prune with uniform widths"):
+    with pytest.raises(SecateurError, match="has one width for all blocks, so prune all of them with uniform widths"):
         export(tmp_path / "folder", tmp_path / "m.gguf")
 
 

@@ -153,6 +153,10 @@ def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
     # The nearest multiple; the attention has its own steps.
     path = file({"1:2": {"heads": 0.3, "channels": 0.3}, "2:3": 1})
     assert read_ratios(path, blocks(), 16) == {1: Width(2, 2, 48), 2: Width(0, 0, 0)}
+    # A large multiple does not empty a module.
+    assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == Width(3, 2, 64)
+    large = file({"0:3": {"channels": 0.9}})
+    refused(lambda: read_ratios(large, blocks(), 200), large, "nothing goes")
     assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == Width(3, 2, 32)
 
 

@@ -83,6 +83,7 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
         survey = Survey(curves=curves, probes=probes, **raw)
         found = dict(survey.asked or {})
         figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
+        figures += [curve.energy for curve in curves]
         if not probes or not all(math.isfinite(value) for value in figures):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError) as error:

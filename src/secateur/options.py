@@ -156,6 +156,8 @@ class Options:
         names = [name for name, value in said.items() if value is not None]
         if len(names) > 1:
             raise SecateurError(f"{names[0]} and {names[1]} both say how much goes; leave one of them out")
+        if self.plan is not None and self.widths != Options.widths:
+            raise SecateurError(f"--plan and --widths {self.widths} both say how much goes; leave one of them out")
         if self.gives_widths:
             # A plan says where to cut, and exactly; ratios say where.
             where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.multiple != 1}

@@ -13,6 +13,9 @@ from secateur.json_text import parse_json
 from secateur.structure import KINDS, Block, Keep, Kind, Width
 from secateur.surgery import width_of
 
+KEYS = frozenset({"block", "width", "heads", "channels", "modules"})
+"""What a block's entry may hold; `modules` is what `prune` reports of it."""
+
 
 def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], dict[int, Keep] | None]:
     """Widths, and exact units where the file has them: a secateur.json, or what `secateur plan` writes, edited or not.
@@ -33,7 +36,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     entries = raw.get("blocks")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise SecateurError(f"{path}: no plan: it needs a list 'blocks', each with block, heads and channels")
-    if raw.get("fingerprint", fingerprint) != fingerprint:
+    if raw.get("fingerprint") not in (None, fingerprint):
         raise SecateurError(f"{path}: a plan for another model; remove its fingerprint to use it all the same")
     widths: dict[int, Width] = {}
     keeps: dict[int, Keep] = {}
@@ -43,11 +46,21 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             raise SecateurError(f"{path}: block {index} does not exist; the model has blocks 0 to {len(blocks) - 1}")
         if index in widths:
             raise SecateurError(f"{path}: block {index} is there twice")
+        unknown = sorted(set(entry) - KEYS)
+        if unknown:
+            raise SecateurError(
+                f"{path}: block {index}: no key '{unknown[0]}' is known; write {', '.join(sorted(KEYS))}"
+            )
         if "heads" in entry or "channels" in entry:
             heads, channels = (_units(path, index, blocks[index], kind, entry.get(kind)) for kind in KINDS)
             _check_groups(path, index, blocks[index], heads)
             keeps[index] = Keep(heads, channels)
             widths[index] = width_of(blocks[index], keeps[index])
+            if "width" in entry and _width(path, index, blocks[index], entry["width"]) != widths[index]:
+                raise SecateurError(
+                    f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "
+                    "remove both of these from every block to have units chosen"
+                )
         else:
             widths[index] = _width(path, index, blocks[index], entry.get("width"))
     if keeps and len(keeps) < len(widths):
@@ -142,8 +155,11 @@ def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
     possible = [*attention_widths(block, KINDS), (0, 0)]
     groups, heads = min(possible, key=lambda width: abs(width[0] * width[1] - wanted))
     full = block.feed_forward.units
-    channels = round(full * (1 - ratios.get("channels", 0.0)) / multiple) * multiple
-    return Width(groups, heads, full if ratios.get("channels", 0.0) == 0 else min(full, channels))
+    share = ratios.get("channels", 0.0)
+    # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
+    steps = [full, *range(multiple, full, multiple)] if share < 1 else [0]
+    channels = full if share == 0 else min(steps, key=lambda count: abs(count - full * (1 - share)))
+    return Width(groups, heads, channels)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ Sparsity = Annotated[
 Target = Annotated[
     str | None,
     panels.target(
-        help="In place of a share, the most that the result may take: params=100M, params=80%, bytes=60MB, kv=50%, "
-        "prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (the smallest model within that loss).",
+        help="In place of a share, the most that the result may take: params=100M, params=80%, bytes=60MB (of "
+        "its tensors), kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (the smallest model "
+        "within that loss).",
         show_default="none",
     ),
 ]

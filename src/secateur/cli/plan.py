@@ -39,6 +39,7 @@ def plan(
     device: parameters.Device = "auto",
     revision: parameters.Revision = None,
     trust_remote_code: parameters.TrustRemoteCode = False,
+    dtype: parameters.Dtype = None,
     format: parameters.Format = None,
     type_: parameters.Type = Options.type,
     survey: parameters.Survey = None,
@@ -73,12 +74,13 @@ def plan(
         temperature=temperature,
         seed=seed,
         multiple=round_,
+        dtype=dtype,
         format=format,
         type=type_,
     )
     if out is not None:
         check_file(out)
-        if out == survey:
+        if survey is not None and out.absolute() == survey.absolute():
             raise SecateurError(f"{out}: the plan and the survey cannot be one file; name another one")
         if out.exists() and not overwrite:
             raise SecateurError(f"{out}: exists; choose another name, or add --overwrite to replace it")

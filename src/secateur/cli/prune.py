@@ -10,6 +10,7 @@ import typer
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_file, parse_kinds
+from secateur.errors import SecateurError
 from secateur.options import Options
 
 
@@ -132,6 +133,8 @@ def prune(
         format=format,
         type=type_,
     )
+    if survey is not None and survey.absolute() == out.absolute():
+        raise SecateurError(f"{out}: the output and the survey cannot have one name; choose another one")
     if survey is not None and not survey.exists():
         check_file(survey)
     bars = Bars()

@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import parse_shares
+from secateur.cli.values import check_file, parse_shares
 from secateur.errors import SecateurError
 from secateur.options import WIDTHS, Options
 
@@ -41,7 +41,10 @@ def sizes(
     seed: parameters.Seed = Options.seed,
     perplexity: Annotated[
         list[str] | None,
-        panels.measured(help="Text to score each size on; may be given several times.", show_default="none"),
+        panels.measured(
+            help="Text to score each size on, for the table and the plot; may be given several times.",
+            show_default="none: no plot",
+        ),
     ] = None,
     tokens: Annotated[int, panels.measured(help="Tokens of each text; 0 for all.")] = 8192,
     device: parameters.Device = "auto",
@@ -57,6 +60,8 @@ def sizes(
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
     shares = parse_shares(sparsities)
+    if survey is not None and not survey.exists():
+        check_file(survey)
     if tokens < 0:
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if widths not in WIDTHS:

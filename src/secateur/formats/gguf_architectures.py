@@ -333,7 +333,7 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
     extra = model.biases - architecture.biases
     tied = bool(config.tie_word_embeddings)
     if len(set(widths)) > 1 and not architecture.per_layer:
-        return "has one width for all blocks, so prune with uniform widths"
+        return "has one width for all blocks, so prune all of them with uniform widths"
     if architecture.square and widths[0].heads * model.dim != hidden:
         return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
     if _ACTIVATIONS.get(activation) != architecture.activation:

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from secateur import modeling_secateur
+from secateur.errors import SecateurError
 from secateur.formats.stock import STOCK, Stock, stock_config
 from secateur.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
 from secateur.quiet import quiet
@@ -141,6 +142,8 @@ def widths_of(config: Any) -> list[Width]:
         own = overrides(config, index)
         kept = own.get(HEADS, heads)
         shared = own.get(GROUPS, groups or kept)
+        if kept and not shared:
+            raise SecateurError(f"layer {index} of the config has {kept} heads and no key/value heads; prune again")
         widths.append(Width(shared, kept // shared if kept else 0, own.get(key, channels)))
     return widths
 

@@ -183,9 +183,8 @@ def leftovers(path: Path) -> list[Path]:
     """What runs that were killed have left beside a target, or others are still writing."""
     name = glob.escape(path.name)
     # A GGUF file is made from a folder with a hidden name of its own.
-    return [
-        left for pattern in (f".{name}.partial-*", f"..{name}.folder.partial-*") for left in path.parent.glob(pattern)
-    ]
+    patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*")
+    return [left for pattern in patterns for left in path.parent.glob(pattern)]
 
 
 class ShardWriter:

@@ -157,8 +157,9 @@ def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
         table.add_row(
             size.folder, f"{size.sparsity:.1%}", counted(size.parameters), f"{size.bytes / 1e6:,.1f}", *ratios
         )
-    what = "sizes.json and sizes.png are" if dense.perplexity else "sizes.json is"
-    return table, [f"{what} in {out}"]
+    if dense.perplexity:
+        return table, [f"sizes.json and sizes.png are in {out}"]
+    return table, [f"sizes.json is in {out}; with --perplexity TEXT there is a plot as well"]
 
 
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:

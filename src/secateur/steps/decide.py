@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.activations import Rows
-from secateur.budget import Target
+from secateur.budget import FASTER, Target
 from secateur.criteria import pattern_units
 from secateur.curves import Survey, load_survey, save_survey
 from secateur.errors import SecateurError
@@ -23,7 +23,7 @@ from secateur.options import WIDTHS, Options
 from secateur.plan_file import read_plan, read_ratios
 from secateur.progress import Watcher
 from secateur.similarity import head_distances
-from secateur.steps.plan import Plan, Wish, check_reach, plan, uniform_plans
+from secateur.steps.plan import Plan, Wish, check_reach, nearest_uniform, plan, uniform_plans
 from secateur.steps.search import smallest_within
 from secateur.steps.similar import Similar, check_heads, find, head_plan, nearest_tau, settle, with_heads_settled
 from secateur.steps.survey import survey
@@ -34,6 +34,10 @@ from secateur.structure import Kind, Width
 PROBE_TOKENS = 512
 """Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
 would be that of the fit and not of the cut, and the more so the more inputs a module has."""
+
+
+SOMETHING = 1e-6
+"""A share of the parameters that any cut exceeds."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,16 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
     chosen = options.chosen_blocks(len(stream))
     format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
 
+    biases = _adds_biases(stream, options)
+
     @cache
     def held(width: Width) -> str | None:
-        reason = obstacle(stream, chosen, width, format=format, intercept=options.adds_biases)
+        reason = obstacle(stream, chosen, width, format=format, intercept=biases)
         if reason is None and options.format == "gguf" and not options.gives_widths:
             # Blocks that the plan leaves alone stay dense; otherwise all may come out alike.
-            others = [stream.blocks[0].width] * (len(stream) - 1)
-            widths = [width, *others] if options.widths != "uniform" else [width] * len(stream)
-            reason = gguf_obstacle(stream.checkpoint, widths, options.type, intercept=options.adds_biases)
+            cut = chosen if options.widths == "uniform" else range(chosen.start, chosen.start + 1)
+            widths = [width if index in cut else block.width for index, block in enumerate(stream.blocks)]
+            reason = gguf_obstacle(stream.checkpoint, widths, options.type, intercept=biases)
         return reason
 
     parameters = parameter_meter(stream, options.adds_biases)
@@ -109,12 +115,15 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
                 raise SecateurError(f"{options.plan or options.widths}: the format cannot hold this: {reason}")
         if format == "stock" and len({given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)}) > 1:
             raise SecateurError(
-                f"{options.plan or options.widths}: the stock format holds one width for all blocks; take --format hf"
+                f"{options.plan or options.widths}: the stock format holds one width for all blocks; take --format hf, "
+                f"or the nearest that fits: {nearest_uniform(given.sparsity)}"
             )
         asked = Request(stream, options, chosen, format, parameters, None, given, (given,))
         _checked(asked, given)
         return asked
     if isinstance(options.goal, Target) and not options.searches:
+        if options.format == "gguf" and options.goal.quantity in FASTER:
+            watcher.note("Speed is measured with torch's kernels on this machine; llama.cpp's may gain otherwise")
         gguf_type = options.type if options.format == "gguf" else None
         meter = meter_of(
             options.goal,
@@ -129,13 +138,22 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
     return Request(stream, options, chosen, format, parameters, wish, None, _unsurveyed(wish, options))
 
 
+def _adds_biases(stream: BlockStream, options: Options) -> bool:
+    """Whether some layer gets a bias that it does not have: none does behind a norm."""
+    modules = (module for block in stream.blocks for module in (block.attention, block.feed_forward))
+    return options.adds_biases and any(module.free_bias and module.bias is None for module in modules)
+
+
 def _unsurveyed(wish: Wish, options: Options) -> tuple[Plan, ...]:
     """The plans that need no survey; of adaptive widths only that they can meet the target."""
-    if options.searches or options.choice.alone:
+    if options.choice.alone:
         return ()
+    # How much a loss of perplexity allows is not known yet, but something must be able to go.
+    aim = replace(wish, goal=SOMETHING) if options.searches else wish
     if options.widths == "uniform":
-        return tuple(uniform_plans(wish))
-    check_reach(wish)
+        possible = tuple(uniform_plans(aim))
+        return () if options.searches else possible
+    check_reach(aim)
     return ()
 
 
@@ -297,7 +315,9 @@ def decide(asked: Request, found: Survey | None, loss: Callable[[Plan], float] |
     if isinstance(goal, Target) and asked.options.searches:
         assert found is not None
         assert loss is not None
-        return smallest_within(asked.wish, asked.options.widths, found, goal.value, loss)
+        return smallest_within(
+            asked.wish, asked.options.widths, found, goal.value, lambda tried: loss(_checked(asked, tried))
+        )
     decided = plan(asked.wish, asked.options.widths, found)
     if asked.whole is not None:
         assert asked.similar is not None
@@ -310,7 +330,9 @@ def _checked(asked: Request, decided: Plan) -> Plan:
     """Some formats bind blocks to each other: the last word is on the whole plan."""
     if asked.options.format == "gguf":
         widths = [decided.widths.get(i, block.width) for i, block in enumerate(asked.stream.blocks)]
-        reason = gguf_obstacle(asked.stream.checkpoint, widths, asked.options.type, intercept=asked.options.adds_biases)
+        biases = _adds_biases(asked.stream, asked.options)
+        reason = gguf_obstacle(asked.stream.checkpoint, widths, asked.options.type, intercept=biases)
         if reason is not None:
-            raise SecateurError(f"the GGUF format cannot hold this plan: {reason}")
+            more = "" if decided.uniform else f"; the nearest that fits: {nearest_uniform(decided.sparsity)}"
+            raise SecateurError(f"the GGUF format cannot hold this plan: {reason}{more}")
     return decided

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer, per_layer_co
 from secateur.formats.writer import OutputFolder, is_disk_full
 from secateur.json_text import parse_json
 from secateur.progress import Silent, Watcher
+from secateur.steps.plan import nearest_uniform
 from secateur.stream import BlockStream
 from secateur.structure import Width
 from secateur.weights import INDEX
@@ -76,6 +77,8 @@ def export(
     if format not in get_args(Format):
         raise SecateurError(f"no format {format!r}; choose one of {', '.join(get_args(Format))}")
     if format == "hf":
+        if Path(out).suffix == ".gguf":
+            raise SecateurError(f"{out}: a folder is to be written; take --format gguf, or name a folder")
         return _to_folder(source, out, overwrite, watcher)
     path = Path(out).expanduser().resolve()
     check_type(type)
@@ -88,7 +91,10 @@ def _to_file(folder: Path, path: Path, type: str, overwrite: bool, watcher: Watc
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_ours(folder)
         model = Model(checkpoint, widths_of(checkpoint.config))
-        architecture = choose(model, type)
+        try:
+            architecture = choose(model, type)
+        except SecateurError as error:
+            raise SecateurError(f"{error}{_nearest(folder, model.widths)}") from error
         tensors = entries(model, architecture, type)
         rows = next(entry.tensor.shape[0] for entry in tensors if entry.name == "token_embd.weight")
         try:
@@ -109,6 +115,14 @@ def _to_file(folder: Path, path: Path, type: str, overwrite: bool, watcher: Watc
     return Exported(path, total, architecture.name, context)
 
 
+def _nearest(folder: Path, widths: Sequence[Width]) -> str:
+    """How to come by the nearest plan that every format holds, where it is the widths that differ."""
+    reached = parse_json((folder / RECORD).read_text(encoding="utf-8")).get("sparsity")
+    if len(set(widths)) == 1 or not isinstance(reached, dict) or not isinstance(reached.get("reached"), float):
+        return ""
+    return f"; the nearest that fits: prune again with {nearest_uniform(reached['reached'])}"
+
+
 def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher) -> Exported:
     """The folder with widths block by block; its weights are the same files."""
     checkpoint = open_ours(folder)
@@ -116,16 +130,22 @@ def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher)
     if is_per_layer(config):
         raise SecateurError(f"{folder}: its config gives each block its width already; copy the folder")
     record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+    widths = widths_of(config)
     try:
         dense = Width(**record["dense_width"])
-    except (KeyError, TypeError) as error:
+        # What is left of a block is no more than it was.
+        if not all(
+            dense.groups >= w.groups and dense.per_group >= w.per_group and dense.channels >= w.channels for w in widths
+        ):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
         raise SecateurError(f"{folder / RECORD}: its dense_width is missing or broken; prune again") from error
     # Weights that are missing would be missing in the copy.
     BlockStream(checkpoint)
     stored = per_layer_config(
         checkpoint.raw_config,
         config,
-        widths=dict(enumerate(widths_of(config))),
+        widths=dict(enumerate(widths)),
         dense=dense,
         biases={},
         head_dim=head_dim(config),

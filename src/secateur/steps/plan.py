@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from secateur.allocation import Obstacle, adaptive, merge, narrowest, uniform
@@ -174,6 +175,11 @@ def uniform_plans(wish: Wish) -> list[Plan]:
     return near or plans[:1]
 
 
+def nearest_uniform(sparsity: float) -> str:
+    """How to ask for as much with one width for all blocks, which every format holds."""
+    return f"--widths uniform --sparsity {sparsity:.3g}"
+
+
 def check_reach(wish: Wish) -> None:
     """See that adaptive widths can meet the target, before anything is measured.
 
@@ -183,8 +189,8 @@ def check_reach(wish: Wish) -> None:
     least = wish.least
     dense = wish.blocks[wish.chosen.start].width
     reasons = list(filter(None, (wish.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in wish.kinds)))
-    if reasons and least >= wish.meter.dense:
-        raise SecateurError(f"the format cannot hold this: {reasons[0]}")
+    if least >= wish.meter.dense and (reasons or not isinstance(wish.goal, Target)):
+        raise SecateurError(_nothing(wish, reasons))
     # Sums in another order are rounded otherwise.
     if least > wish.budget + 1e-9 * wish.meter.dense:
         raise _out_of_reach(wish, least, reasons)
@@ -194,7 +200,8 @@ def _out_of_reach(wish: Wish, least: float, reasons: list[str]) -> SecateurError
     """The target is more than the modules hold."""
     if isinstance(wish.goal, Target):
         return unreachable(wish.goal, wish.meter, least)
-    most = (wish.meter.dense - least) / wish.counted
+    # Rounded down, so that it can be had.
+    most = math.floor(1000 * (wish.meter.dense - least) / wish.counted) / 1000
     return SecateurError(
         f"a sparsity of {wish.goal:.1%} of the {wish.of} is more than the modules hold: at most {most:.1%} can go"
         + (" (only heads or only channels were asked for)" if len(wish.kinds) == 1 else "")

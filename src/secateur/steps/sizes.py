@@ -11,12 +11,14 @@ from typing import Any
 from secateur.calibration import check_calibration
 from secateur.errors import SecateurError
 from secateur.evaluate.compare import evaluate, scored_rows
+from secateur.formats.writer import OutputFolder
 from secateur.options import Options
 from secateur.progress import Watcher, reading
 from secateur.report.plots import plot_sizes
 from secateur.steps.decide import decide, request, surveyed
 from secateur.steps.job import open_job
 from secateur.steps.prune import finish
+from secateur.whole_file import write_whole
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 
@@ -80,8 +82,13 @@ def sizes(
     for text in texts:
         check_calibration(text, length=options[-1].length)
     survey_file, new = survey_file or out / "survey.json", not out.exists()
+    if survey_file.absolute() in {(out / name).absolute() for name in (TABLE, PLOT)}:
+        raise SecateurError(f"{survey_file}: that is where the table and the plot go; name the survey otherwise")
     out.mkdir(exist_ok=True)
+    source = Path(model) if Path(model).is_dir() else None
     try:
+        for folder in folders:
+            OutputFolder(folder, overwrite=overwrite, source=source).check()
         job = open_job(
             model,
             options[-1],
@@ -110,18 +117,24 @@ def sizes(
     plans = [decide(one.request, found) for one in jobs]
     results: list[Size] = []
     for one, decided, folder in zip(jobs, plans, folders, strict=True):
-        watcher.note(f"{decided.sparsity:.1%} goes: {folder}")
+        watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
         summary = finish(one, decided, folder, overwrite=overwrite, start=time.perf_counter(), watcher=watcher)
         if not results:
             results.append(Size(str(model), 0.0, summary.parameters[0], summary.bytes[0], {}))
         results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
+        _keep(results, out)
+    # A plot of other models would be taken for one of these.
+    (out / PLOT).unlink(missing_ok=True)
     if texts:
         results = [replace(one, perplexity=_score(one.folder, texts, tokens, job, watcher)) for one in results]
-    (out / TABLE).write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
-    if texts:
+        _keep(results, out)
         scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
         plot_sizes([one.parameters for one in results], scored, out / PLOT)
     return results
+
+
+def _keep(results: list[Size], out: Path) -> None:
+    write_whole(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
 
 
 def _score(folder: str, texts: list[str], tokens: int | None, job: Any, watcher: Watcher) -> dict[str, float]:

@@ -41,7 +41,8 @@ def obstacle(
         )
     reason = stock_obstacle(config, width, dense)
     if reason is None and intercept:
-        biased = all(m.bias for m in (stream.blocks[0].attention, stream.blocks[0].feed_forward))
+        modules = (stream.blocks[0].attention, stream.blocks[0].feed_forward)
+        biased = all(module.bias or not module.free_bias for module in modules)
         if not biased:
             return (
                 f"the stock class of {config.model_type} has no level-2 biases, which --intercept and --recovery bias "
