@@ -842,8 +842,25 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     assert [float(share[:-1]) for share in shares] == pytest.approx([0, 20, 50], abs=1)
     names = {"sparsity-0.2", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}
     assert {file.name for file in (place / "sizes").iterdir()} == names
+    # The same again makes nothing; after a loss only what is missing, to the byte.
+    written = (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes()
+    stamps = [(place / "sizes" / f"sparsity-{share}").stat().st_mtime_ns for share in ("0.2", "0.5")]
+    shutil.rmtree(place / "sizes" / "sparsity-0.2")
+    again = run(*arguments)
+    assert again.code == 0, again.err
+    assert again.out == result.out
+    assert "sizes/sparsity-0.5: made already" in again.err
+    assert (place / "sizes" / "sparsity-0.5").stat().st_mtime_ns == stamps[1]
+    assert (place / "sizes" / "sparsity-0.2").stat().st_mtime_ns > stamps[0]
+    assert (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes() == written
+    refused(run(*arguments, "--seed", "1"), "sizes/sparsity-0.2: exists already; add --overwrite to replace it")
+    (place / "text.txt").write_text(TEXT[::-1])
+    (place / "sizes" / "survey.json").unlink()
+    other = run(*arguments)
+    assert other.code == 2
+    said = "error: sizes/sparsity-0.2: of other weights or another text; add --overwrite to replace it"
+    assert other.err.splitlines()[-1] == said
     before = listing(place)
-    refused(run(*arguments), "sizes/sparsity-0.2: exists already; add --overwrite to replace it")
     short = run(*arguments, "--overwrite", "--tokens", "5")
     assert short.code == 2
     assert short.err.splitlines()[-1].startswith("error: tokens is 5, which does not fill one row of length")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-
+from secateur.digests import digest
 from secateur.errors import SecateurError
 from secateur.json_text import parse_json
 from secateur.whole_file import write_whole
@@ -103,13 +101,3 @@ class RunStore:
 
     def _file(self, key: str) -> Path:
         return self.path / RUNS / f"{key}.json"
-
-
-def digest(decided_by: dict[str, Any]) -> str:
-    """A name for what decides a result, 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def hash_of(rows: Tensor) -> str:
-    """What tells rows (rows x length) from others, 16 hexadecimal digits."""
-    return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]

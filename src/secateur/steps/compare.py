@@ -24,6 +24,7 @@ from secateur.calibration import check_calibration, consecutive_rows, tokenised_
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.comparison import AVERAGE, Column, Comparison, Row
 from secateur.device import pick_device
+from secateur.digests import digest, hash_of
 from secateur.errors import SecateurError
 from secateur.evaluate.compare import load, short
 from secateur.evaluate.perplexity import perplexity
@@ -32,7 +33,7 @@ from secateur.meters import parameter_meter
 from secateur.options import SELF, Options
 from secateur.progress import Silent, Watcher, reading
 from secateur.recipe import PaperModel, Recipe, Run, expand, named
-from secateur.run_store import RunStore, digest, hash_of
+from secateur.run_store import RunStore
 from secateur.steps.decide import request, survey_key
 from secateur.steps.draw import check_sources
 from secateur.steps.job import Job, open_job

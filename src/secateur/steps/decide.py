@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +15,7 @@ from secateur.activations import Rows
 from secateur.budget import FASTER, Target
 from secateur.criteria import pattern_units
 from secateur.curves import Survey, load_survey, save_survey
+from secateur.digests import hash_of
 from secateur.errors import SecateurError
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.meters import Meter, meter_of, parameter_meter
@@ -292,8 +292,7 @@ def survey_key(asked: Request, text: Tensor | None) -> dict[str, Any]:
         # Where tau settles how many heads go, the survey is about channels alone.
         key["tau"] = f"auto for {options.sparsity}" if options.tau == "auto" else options.threshold
     if text is not None:
-        used = torch.cat([rows.flatten() for rows in survey_rows(text)])
-        key["calibration"] = hashlib.sha256(used.numpy().tobytes()).hexdigest()[:16]
+        key["calibration"] = hash_of(text)
     return key
 
 

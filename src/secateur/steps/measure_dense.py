@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.digests import digest, hash_of
 from secateur.progress import Watcher
 from secateur.recipe import Recipe, expand
-from secateur.run_store import RunStore, digest, hash_of
+from secateur.run_store import RunStore
 from secateur.steps.compare import sources
 from secateur.steps.job import Job, open_job
 

@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import secateur
+from secateur.digests import hash_of
 from secateur.errors import SecateurError
 from secateur.options import SELF
 from secateur.progress import Silent, Watcher
-from secateur.run_store import RunStore, hash_of
+from secateur.run_store import RunStore
 from secateur.steps.draw import draw
 from secateur.steps.job import Job
 from secateur.steps.more_rows import more_rows

@@ -120,7 +120,7 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
         return scaled(stream, scales[0]) if scales else {}
 
     def summary() -> Summary:
-        return _summary(job, decided, time.perf_counter() - start, peak_memory(stream.device))
+        return summary_of(job, decided, time.perf_counter() - start, peak_memory(stream.device))
 
     similar = job.request.similar
     records = {
@@ -173,10 +173,11 @@ def _expected(job: Job, watcher: Watcher, survey_file: Path | None) -> Summary:
     if job.options.choice.uses(NEEDS_GRADIENTS) and not decided.keeps:
         parts.append(backward(job.stream, job.rows, rate))
     seconds, peaks = zip(*parts, strict=True)
-    return _summary(job, decided, sum(seconds), max(peaks), dry=True)
+    return summary_of(job, decided, sum(seconds), max(peaks), dry=True)
 
 
-def _summary(job: Job, decided: Plan, seconds: float, peak: int, *, dry: bool = False) -> Summary:
+def summary_of(job: Job, decided: Plan, seconds: float, peak: int, *, dry: bool = False) -> Summary:
+    """What a plan comes to, in figures."""
     gguf_type = job.options.type if job.options.format == "gguf" else None
     return summarise(
         job.stream,

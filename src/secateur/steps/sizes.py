@@ -8,16 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import secateur
 from secateur.calibration import check_calibration
+from secateur.digests import hash_of
 from secateur.errors import SecateurError
 from secateur.evaluate.compare import evaluate, scored_rows
 from secateur.formats.writer import OutputFolder
+from secateur.json_text import parse_json
 from secateur.options import Options
 from secateur.progress import Watcher, reading
 from secateur.report.plots import plot_sizes
 from secateur.steps.decide import decide, request, surveyed
-from secateur.steps.job import open_job
-from secateur.steps.prune import finish
+from secateur.steps.job import Job, open_job
+from secateur.steps.prune import finish, summary_of
 from secateur.whole_file import write_whole
 
 TABLE, PLOT = "sizes.json", "sizes.png"
@@ -61,7 +64,8 @@ def sizes(
         revision: see `prune`.
         trust_remote_code: see `prune`.
         survey_file: where the survey is kept; by default in `out`.
-        overwrite: replace models that are there.
+        overwrite: replace models that are there. Those that this very call has made are taken as they are otherwise, so
+            that it goes on where it was stopped.
         watcher: told about progress.
 
     Raises:
@@ -70,8 +74,8 @@ def sizes(
     if out.exists() and not out.is_dir():
         raise SecateurError(f"{out}: a file is there; name a folder")
     folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
-    for folder in folders:
-        if folder.exists() and not overwrite:
+    for folder, wanted in zip(folders, options, strict=True):
+        if folder.exists() and not overwrite and _made(folder, wanted) is None:
             raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
     if not out.absolute().parent.is_dir():
         raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
@@ -88,15 +92,14 @@ def sizes(
     source = Path(model) if Path(model).is_dir() else None
     try:
         for folder in folders:
-            OutputFolder(folder, overwrite=overwrite, source=source).check()
+            if overwrite or not folder.exists():
+                OutputFolder(folder, overwrite=overwrite, source=source).check()
         job = open_job(
             model,
             options[-1],
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            out=folders[-1],
-            overwrite=overwrite,
             survey_file=survey_file,
             watcher=watcher,
         )
@@ -112,13 +115,21 @@ def sizes(
         raise
     more = job.with_more(watcher).more
     jobs = [replace(one, more=more) for one in jobs]
+    there = [folder for folder in folders if folder.exists() and not overwrite]
+    for one, folder in zip(jobs, folders, strict=True):
+        if folder in there and not _made_from(one, folder):
+            raise SecateurError(f"{folder}: of other weights or another text; add --overwrite to replace it")
     weighing = next((one for one in jobs if one.request.weighs), job)
     found = surveyed(weighing.request, job.text, watcher, survey_file)
     plans = [decide(one.request, found) for one in jobs]
     results: list[Size] = []
     for one, decided, folder in zip(jobs, plans, folders, strict=True):
-        watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
-        summary = finish(one, decided, folder, overwrite=overwrite, start=time.perf_counter(), watcher=watcher)
+        if folder in there:
+            watcher.note(f"{folder}: made already")
+            summary = summary_of(one, decided, 0.0, 0)
+        else:
+            watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
+            summary = finish(one, decided, folder, overwrite=overwrite, start=time.perf_counter(), watcher=watcher)
         if not results:
             results.append(Size(str(model), 0.0, summary.parameters[0], summary.bytes[0], {}))
         results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
@@ -131,6 +142,23 @@ def sizes(
         scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
         plot_sizes([one.parameters for one in results], scored, out / PLOT)
     return results
+
+
+def _made(folder: Path, options: Options) -> dict[str, Any] | None:
+    """The record of a model that was made with these options by this version; None if there is none."""
+    try:
+        record = parse_json((folder / "secateur.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = {"secateur": secateur.__version__, "options": json.loads(json.dumps(asdict(options)))}
+    return record if isinstance(record, dict) and record.items() >= same.items() else None
+
+
+def _made_from(job: Job, folder: Path) -> bool:
+    """Whether a folder is what a job would give."""
+    record, rows = _made(folder, job.options), [hash_of(group) for group in job.rows.groups]
+    weights = job.stream.checkpoint.fingerprint
+    return record is not None and record.get("fingerprint") == weights and record["calibration"].get("rows") == rows
 
 
 def _keep(results: list[Size], out: Path) -> None:

@@ -12,6 +12,7 @@ import transformers
 
 import secateur
 from secateur.activations import Rows
+from secateur.digests import hash_of
 from secateur.formats.vllm import vllm_obstacle
 from secateur.meters import Meter, cache_meter
 from secateur.options import Options
@@ -131,6 +132,7 @@ def record(
         "options": asdict(options),
         "calibration": {
             "groups": [list(group.shape) for group in rows.groups],
+            "rows": [hash_of(group) for group in rows.groups],
             "weights": list(rows.weights),
             "scores": list(rows.scores or rows.weights),
             "versions": list(rows.versions),
