@@ -191,6 +191,23 @@ def test_parameters_are_those_of_the_blocks(opened, data):
     assert meter.total(widths) == meter.dense - fewer
 
 
+def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
+    return dict.fromkeys(range(len(blocks)), Width(0, 0, 40 + seed))
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_biases_of_a_block_without_heads(tmp_path, opened, type):
+    """They go where an idle head is kept for them."""
+    stream, plan = opened("llama 64"), {"0": (2, 1, 40), "1": (0, 0, 72), "2": (2, 2, 0)}
+    names = ("groups", "per_group", "channels")
+    blocks = [{"block": int(index), "width": dict(zip(names, width, strict=True))} for index, width in plan.items()]
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
+    how: Any = {"calibration": "random", "samples": 4, "length": 16, "recovery": "bias", "criterion": "l2"}
+    out = tmp_path / "out.gguf"
+    summary = prune(stream.checkpoint.path, out, plan=str(tmp_path / "plan.json"), format="gguf", type=type, **how)
+    assert summary.bytes[1] == sum(tensor.n_bytes for tensor in GGUFReader(out).tensors)
+
+
 UNEVEN = ["llama", "llama biased", "llama 64", "llama tied", "qwen3 tied", "mistral"]
 UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
 
@@ -198,7 +215,11 @@ UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
 @pytest.mark.parametrize("type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize(
     ("name", "pick"),
-    [*((name, some_widths) for name in UNEVEN), *((name, uniform_widths) for name in UNIFORM)],
+    [
+        *((name, some_widths) for name in UNEVEN),
+        *((name, uniform_widths) for name in UNIFORM),
+        *((name, headless_widths) for name in ("llama", "llama biased", "mistral")),
+    ],
 )
 def test_gguf_files(tmp_path, opened, name, pick, type):
     stream = opened(name)

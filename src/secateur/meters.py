@@ -106,7 +106,7 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = 
     if gguf_type is not None:
         # Vectors are float32 there, whatever the type of the file.
         added = tuple(value * torch.float32.itemsize for value in _added(stream)) if biases else ()
-        return replace(_gguf_meter(stream, gguf_type), added=added)
+        return replace(_gguf_meter(stream, gguf_type, biases), added=added)
     checkpoint, counts = stream.checkpoint, parameter_meter(stream, biases)
     # What is no floating-point number is copied as it is.
     others = [
@@ -242,13 +242,15 @@ def _held(block: Block, kind: Kind, width: Width) -> int:
     return sum(math.prod(shape) for shape in _shapes(block, kind, width).values())
 
 
-def _gguf_meter(stream: BlockStream, type: str) -> Meter:
-    """Bytes of all tensors of a GGUF file; see `byte_meter`."""
+def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
+    """Bytes of all tensors of a GGUF file but added biases; see `byte_meter`."""
     dense, checkpoint = _dense(stream), stream.checkpoint
-    model = Model(checkpoint, list(dense))
+    added = frozenset({"attn_output", "ffn_down"}) if biases else frozenset[str]()
+    model = Model(checkpoint, list(dense), added)
     try:
         # Blocks that differ may need another architecture, which can leave out more of a block without heads.
-        architecture = choose(Model(checkpoint, [*dense[:-1], replace(dense[-1], groups=0, per_group=0)]), type)
+        without = [*dense[:-1], replace(dense[-1], groups=0, per_group=0)]
+        architecture = choose(Model(checkpoint, without, added), type)
     except SecateurError:
         architecture = choose(model, type)
     # The first block is a case of its own: it may have to keep a head.

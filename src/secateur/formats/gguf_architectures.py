@@ -295,7 +295,9 @@ def choose(model: Model, type: str) -> Architecture:
     """
     check_type(type)
     reasons = []
-    for name in model.source.architectures:
+    # An architecture that leaves heads out comes first where there are none, as others keep an idle one.
+    headless = any(not width.heads for width in model.widths)
+    for name in sorted(model.source.architectures, key=lambda name: headless and not ARCHITECTURES[name].headless):
         reason = _obstacle(model, ARCHITECTURES[name], type)
         if reason is None:
             return ARCHITECTURES[name]

@@ -94,7 +94,8 @@ def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]
 
 def _headless(model: Model, architecture: Architecture, index: int) -> bool:
     """Whether a block without heads stays so; the first one tells llama.cpp how large heads are."""
-    return architecture.headless and index > 0 and f"{model.layers['attn_output']}.bias" not in model.inside[index]
+    biased = "attn_output" in model.added_biases or f"{model.layers['attn_output']}.bias" in model.inside[index]
+    return architecture.headless and index > 0 and not biased
 
 
 def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
