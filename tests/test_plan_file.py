@@ -194,6 +194,11 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def test_a_mark_at_the_beginning(file: Callable[[Any], Path]) -> None:
+    path = file("\ufeff" + json.dumps({"0:1": 0.5}))
+    assert read_ratios(path, blocks(), 1) == {0: Width(3, 1, 36)}
+
+
 def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """The same units on the same text are the same weights to rounding, as sums over the inputs that stay need not
     round like parts of longer ones; other text refits the same units."""

@@ -164,7 +164,8 @@ def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = parse_json(path.read_text(encoding="utf-8"))
+        # Some editors begin a file with a mark.
+        raw = parse_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise SecateurError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(raw, dict):

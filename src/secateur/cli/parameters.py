@@ -48,7 +48,9 @@ Widths = Annotated[
 Round = Annotated[
     int,
     panels.target(
-        "--round", help="Feed-forward widths are multiples of this, for fast kernels: 32 on CPUs, 64 or 128 on GPUs."
+        "--round",
+        help="Feed-forward widths that are cut become multiples of this, for fast kernels: 32 on CPUs, 64 or "
+        "128 on GPUs.",
     ),
 ]
 Criterion = Annotated[

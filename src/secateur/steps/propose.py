@@ -1,4 +1,4 @@
-"""`secateur plan`: the widths that `prune` would choose, or a plan that a person wrote, checked and priced."""
+"""`secateur plan`: the widths that `prune` would choose, or a plan that a person wrote, checked."""
 
 from __future__ import annotations
 
