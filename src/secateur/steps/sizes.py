@@ -71,28 +71,16 @@ def sizes(
     Raises:
         SecateurError: as `prune` does, before the first model is written.
     """
-    if out.exists() and not out.is_dir():
-        raise SecateurError(f"{out}: a file is there; name a folder")
-    folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
-    for folder, wanted in zip(folders, options, strict=True):
-        if folder.exists() and not overwrite and _made(folder, wanted) is None:
-            raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
-    if not out.absolute().parent.is_dir():
-        raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
-    if len(set(folders)) < len(folders):
-        raise SecateurError(
-            f"{', '.join(folder.name for folder in folders)}: two sizes would have one name; leave one of them out"
-        )
+    survey_file = survey_file or out / "survey.json"
+    folders = _folders(out, options, survey_file, overwrite)
     for text in texts:
         check_calibration(text, length=options[-1].length)
-    survey_file, new = survey_file or out / "survey.json", not out.exists()
-    if survey_file.absolute() in {(out / name).absolute() for name in (TABLE, PLOT)}:
-        raise SecateurError(f"{survey_file}: that is where the table and the plot go; name the survey otherwise")
+    new = not out.exists()
     out.mkdir(exist_ok=True)
-    source = Path(model) if Path(model).is_dir() else None
     try:
         for folder in folders:
             if overwrite or not folder.exists():
+                source = Path(model) if Path(model).is_dir() else None
                 OutputFolder(folder, overwrite=overwrite, source=source).check()
         job = open_job(
             model,
@@ -104,11 +92,10 @@ def sizes(
             watcher=watcher,
         )
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
-        checkpoint = job.stream.checkpoint
-        tokenizer = checkpoint.tokenizer() if texts else None
+        tokenizer = job.stream.checkpoint.tokenizer()
         for text in texts:
             with reading(watcher, "Reading", text):
-                scored_rows(checkpoint, tokenizer, text, job.options.length, tokens)
+                scored_rows(job.stream.checkpoint, tokenizer, text, job.options.length, tokens)
     except BaseException:
         if new:
             out.rmdir()
@@ -142,6 +129,25 @@ def sizes(
         scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
         plot_sizes([one.parameters for one in results], scored, out / PLOT)
     return results
+
+
+def _folders(out: Path, options: list[Options], survey_file: Path, overwrite: bool) -> list[Path]:
+    """Where each size goes, if nothing else is there."""
+    if out.exists() and not out.is_dir():
+        raise SecateurError(f"{out}: a file is there; name a folder")
+    folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
+    for folder, one in zip(folders, options, strict=True):
+        if folder.exists() and not overwrite and _made(folder, one) is None:
+            raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
+    if not out.absolute().parent.is_dir():
+        raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
+    if len(set(folders)) < len(folders):
+        raise SecateurError(
+            f"{', '.join(folder.name for folder in folders)}: two sizes would have one name; leave one of them out"
+        )
+    if survey_file.absolute() in {(out / name).absolute() for name in (TABLE, PLOT)}:
+        raise SecateurError(f"{survey_file}: that is where the table and the plot go; name the survey otherwise")
+    return folders
 
 
 def _made(folder: Path, options: Options) -> dict[str, Any] | None:
