@@ -188,8 +188,9 @@ def test_the_nearest_threshold(checkpoint_folder: CheckpointFolder, name: str, s
     found, widths = settle(wish, distances, tau)
     assert found.share == pytest.approx(gone(tau), abs=1e-12)
     largest = max(float(table[torch.eye(6) == 0].max()) for table in distances.values())
-    grid = [gone(0.05 + step * (largest - 0.05) / 4000) for step in range(4000)]
-    best = min(abs(one - share) for one in grid if one > 0)
+    grid = [0.05 + step * (largest - 0.05) / 4000 for step in range(4000)]
+    grid = [tau for tau in grid if any(len(candidates(table, tau)) < 5 for table in distances.values())]
+    best = min(abs(one - share) for one in map(gone, grid) if one > 0)
     assert abs(found.share - share) <= best + 1e-12
     assert found.removed is not None
     assert all(widths[i].heads == 6 - len(heads) for i, heads in found.removed.items())
@@ -199,7 +200,14 @@ def test_every_threshold_there_is(checkpoint_folder: CheckpointFolder) -> None:
     wish, distances = wish_of(checkpoint_folder, "gpt2"), some_distances(2)
     cases = list(thresholds(wish, distances))
     values = sorted({float(v) for t in distances.values() for v in t[torch.ones(6, 6).triu(1) > 0]})
-    assert [near for near, _, _ in cases] == values[:-1]
+    # From some distance on, one head is left in either block.
+    everything = [
+        near
+        for near, following in itertools.pairwise(values)
+        if all(len(candidates(table, (near + following) / 2)) == 5 for table in distances.values())
+    ]
+    assert 0 < len(everything) < len(values) / 2
+    assert [near for near, _, _ in cases] == [near for near in values[:-1] if near not in everything]
     for near, tau, share in cases[::5]:
         assert near < tau
         assert settle(wish, distances, tau)[0].share == pytest.approx(share, abs=1e-12)

@@ -92,7 +92,7 @@ def find(distances: Mapping[int, Tensor], tau: float) -> Similar:
             f"take more than {_above(least)}"
         )
     near = {index: candidates(table, tau) for index, table in distances.items()}
-    if all(len(heads) == len(distances[index]) - 1 for index, heads in near.items()):
+    if _leaves_one(near, distances):
         raise SecateurError(
             f"tau is {tau:g}, which leaves each block a single head: the distances between heads go from {least:.3g} "
             f"to {largest:.3g}; take {'a smaller one' if tau <= largest else f'less than {_below(largest)}'}"
@@ -147,20 +147,29 @@ def nearest_tau(wish: Wish, distances: Mapping[int, Tensor], share: float) -> fl
 def thresholds(wish: Wish, distances: Mapping[int, Tensor]) -> Iterator[tuple[float, float, float]]:
     """Every case there is, by ascending tau: the largest distance below it, tau, and the share that goes.
 
-    The share is that of the chosen blocks' attention parameters. Beyond the largest distance all is similar: left out.
+    The share is that of the chosen blocks' attention parameters. What leaves each block a single head, as
+    all beyond the largest distance does, is left out.
     """
     pairs = sorted((value, index) for index, table in distances.items() for value in _values({index: table}))
     total = sum(wish.parameters.module(index, "heads", wish.blocks[index].width) for index in distances)
     gone = dict.fromkeys(distances, 0.0)
+    near = dict.fromkeys(distances, tuple[int, ...]())
     cases = [(value, {index for _, index in same}) for value, same in groupby(pairs, key=lambda pair: pair[0])]
     for (value, changed), (following, _) in pairwise(cases):
         tau = (value + following) / 2
         for index in changed:
             dense = wish.blocks[index].width
-            _, width = loadable(wish, index, candidates(distances[index], tau))
+            near[index] = candidates(distances[index], tau)
+            _, width = loadable(wish, index, near[index])
             taken = (wish.parameters.module(index, "heads", one) for one in (dense, width))
             gone[index] = next(taken) - next(taken)
-        yield value, tau, sum(gone.values()) / total
+        if not _leaves_one(near, distances):
+            yield value, tau, sum(gone.values()) / total
+
+
+def _leaves_one(near: Mapping[int, tuple[int, ...]], distances: Mapping[int, Tensor]) -> bool:
+    """Whether all heads of each block are similar but one, which Algorithm 2 leaves."""
+    return all(len(heads) == len(distances[index]) - 1 for index, heads in near.items())
 
 
 def loadable(wish: Wish, index: int, similar: tuple[int, ...]) -> tuple[tuple[int, ...], Width]:
