@@ -15,7 +15,7 @@ from secateur.budget import FASTER, Target
 from secateur.counts import counted
 from secateur.errors import SecateurError
 from secateur.families import head_dim
-from secateur.formats.gguf_architectures import Architecture, Model, choose, filled
+from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, choose, filled
 from secateur.formats.gguf_tensors import block_entries, entries
 from secateur.latency import Timer, measured
 from secateur.progress import Watcher
@@ -106,7 +106,7 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = 
     if gguf_type is not None:
         # Vectors are float32 there, whatever the type of the file.
         added = tuple(value * torch.float32.itemsize for value in _added(stream)) if biases else ()
-        return replace(_gguf_meter(stream, gguf_type, biases), added=added)
+        return replace(_gguf_meter(stream, gguf_type, any(added)), added=added)
     checkpoint, counts = stream.checkpoint, parameter_meter(stream, biases)
     # What is no floating-point number is copied as it is.
     others = [
@@ -245,7 +245,7 @@ def _held(block: Block, kind: Kind, width: Width) -> int:
 def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     """Bytes of all tensors of a GGUF file but added biases; see `byte_meter`."""
     dense, checkpoint = _dense(stream), stream.checkpoint
-    added = frozenset({"attn_output", "ffn_down"}) if biases else frozenset[str]()
+    added: frozenset[str] = LEVEL2 if biases else frozenset()
     model = Model(checkpoint, list(dense), added)
     try:
         # Blocks that differ may need another architecture, which can leave out more of a block without heads.

@@ -183,6 +183,10 @@ _ACTIVATIONS = {
 """transformers' name → llama.cpp's; it has one gelu, and the exact one differs from it by less than 0.001."""
 
 
+LEVEL2 = frozenset({"attn_output", "ffn_down"})
+"""The output layers of both modules, which an intercept gives biases."""
+
+
 @dataclass
 class Model:
     """A stored model, as far as the choice of an architecture asks."""
@@ -372,9 +376,8 @@ def gguf_obstacle(
         type: a name in `TYPES`.
         intercept: whether the output layers of both modules get biases.
     """
-    added = frozenset({"attn_output", "ffn_down"}) if intercept else frozenset[str]()
     try:
-        choose(Model(checkpoint, list(widths), added), type)
+        choose(Model(checkpoint, list(widths), LEVEL2 if intercept else frozenset()), type)
     except SecateurError as error:
         return str(error).removeprefix(f"{checkpoint.source}: ")
     return None

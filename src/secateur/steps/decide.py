@@ -82,7 +82,8 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
     chosen = options.chosen_blocks(len(stream))
     format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
 
-    biases = _adds_biases(stream, options)
+    parameters = parameter_meter(stream, options.adds_biases)
+    biases = any(parameters.added)
 
     @cache
     def held(width: Width) -> str | None:
@@ -94,7 +95,6 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
             reason = gguf_obstacle(stream.checkpoint, widths, options.type, intercept=biases)
         return reason
 
-    parameters = parameter_meter(stream, options.adds_biases)
     wish = Wish(
         blocks=stream.blocks,
         chosen=chosen,
@@ -136,12 +136,6 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
         )
         wish = replace(wish, meter=meter)
     return Request(stream, options, chosen, format, parameters, wish, None, _unsurveyed(wish, options))
-
-
-def _adds_biases(stream: BlockStream, options: Options) -> bool:
-    """Whether some layer gets a bias that it does not have: none does behind a norm."""
-    modules = (module for block in stream.blocks for module in (block.attention, block.feed_forward))
-    return options.adds_biases and any(module.free_bias and module.bias is None for module in modules)
 
 
 def _unsurveyed(wish: Wish, options: Options) -> tuple[Plan, ...]:
@@ -329,8 +323,8 @@ def _checked(asked: Request, decided: Plan) -> Plan:
     """Some formats bind blocks to each other: the last word is on the whole plan."""
     if asked.options.format == "gguf":
         widths = [decided.widths.get(i, block.width) for i, block in enumerate(asked.stream.blocks)]
-        biases = _adds_biases(asked.stream, asked.options)
-        reason = gguf_obstacle(asked.stream.checkpoint, widths, asked.options.type, intercept=biases)
+        added = any(asked.parameters.added)
+        reason = gguf_obstacle(asked.stream.checkpoint, widths, asked.options.type, intercept=added)
         if reason is not None:
             more = "" if decided.uniform else f"; the nearest that fits: {nearest_uniform(decided.sparsity)}"
             raise SecateurError(f"the GGUF format cannot hold this plan: {reason}{more}")
