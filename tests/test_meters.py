@@ -191,6 +191,13 @@ def test_parameters_are_those_of_the_blocks(opened, data):
     assert meter.total(widths) == meter.dense - fewer
 
 
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_gguf_files_of_models_that_take_no_bias(opened, name):
+    """Behind a norm none is added, so that no graph needs a place for it."""
+    meters = [byte_meter(opened(name), torch.float32, "f16", biases) for biases in (False, True)]
+    assert meters[0].dense == meters[1].dense
+
+
 def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
     return dict.fromkeys(range(len(blocks)), Width(0, 0, 40 + seed))
 
@@ -198,9 +205,8 @@ def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
 @pytest.mark.parametrize("type", ["f16", "q8_0"])
 def test_biases_of_a_block_without_heads(tmp_path, opened, type):
     """They go where an idle head is kept for them."""
-    stream, plan = opened("llama 64"), {"0": (2, 1, 40), "1": (0, 0, 72), "2": (2, 2, 0)}
-    names = ("groups", "per_group", "channels")
-    blocks = [{"block": int(index), "width": dict(zip(names, width, strict=True))} for index, width in plan.items()]
+    stream, widths = opened("llama 64"), (Width(2, 1, 40), Width(0, 0, 72), Width(2, 2, 0))
+    blocks = [{"block": index, "width": asdict(width)} for index, width in enumerate(widths)]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
     how: Any = {"calibration": "random", "samples": 4, "length": 16, "recovery": "bias", "criterion": "l2"}
     out = tmp_path / "out.gguf"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_file, parse_kinds
+from secateur.cli.values import check_file, check_survey, parse_kinds
 from secateur.errors import SecateurError
 from secateur.options import Options
 from secateur.whole_file import write_whole
@@ -84,8 +84,7 @@ def plan(
             raise SecateurError(f"{out}: the plan and the survey cannot be one file; name another one")
         if out.exists() and not overwrite:
             raise SecateurError(f"{out}: exists; choose another name, or add --overwrite to replace it")
-    if survey is not None and not survey.exists():
-        check_file(survey)
+    check_survey(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.report.tables import plan_table

@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_file, parse_kinds
+from secateur.cli.values import check_survey, parse_kinds
 from secateur.errors import SecateurError
 from secateur.options import Options
 
@@ -135,8 +135,7 @@ def prune(
     )
     if survey is not None and survey.absolute() == out.absolute():
         raise SecateurError(f"{out}: the output and the survey cannot have one name; choose another one")
-    if survey is not None and not survey.exists():
-        check_file(survey)
+    check_survey(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.report.tables import prune_table

@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_file, parse_shares
+from secateur.cli.values import check_survey, parse_shares
 from secateur.errors import SecateurError
 from secateur.options import WIDTHS, Options
 
@@ -60,8 +60,7 @@ def sizes(
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
     shares = parse_shares(sparsities)
-    if survey is not None and not survey.exists():
-        check_file(survey)
+    check_survey(survey)
     if tokens < 0:
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if widths not in WIDTHS:

@@ -53,3 +53,9 @@ def check_file(path: Path) -> None:
         raise SecateurError(f"{path}: the folder {folder} does not exist; create it first")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise SecateurError(f"{path}: cannot be written; choose another place")
+
+
+def check_survey(survey: Path | None) -> None:
+    """See that a survey can be written, where there is none to read."""
+    if survey is not None and not survey.exists():
+        check_file(survey)

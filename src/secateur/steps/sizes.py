@@ -78,9 +78,9 @@ def sizes(
     new = not out.exists()
     out.mkdir(exist_ok=True)
     try:
+        source = Path(model) if Path(model).is_dir() else None
         for folder in folders:
             if overwrite or not folder.exists():
-                source = Path(model) if Path(model).is_dir() else None
                 OutputFolder(folder, overwrite=overwrite, source=source).check()
         job = open_job(
             model,
@@ -92,7 +92,7 @@ def sizes(
             watcher=watcher,
         )
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
-        tokenizer = job.stream.checkpoint.tokenizer()
+        tokenizer = job.stream.checkpoint.tokenizer() if texts else None
         for text in texts:
             with reading(watcher, "Reading", text):
                 scored_rows(job.stream.checkpoint, tokenizer, text, job.options.length, tokens)
