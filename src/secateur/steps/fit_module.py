@@ -266,5 +266,5 @@ class ModuleWork:
         weight = inner_weight(module, work.tensors)[kept].contiguous()
         bias = work.tensors.get(module.bias_name)
         for at in work.rows.batches():
-            y = inputs.stored[at][..., stay].to(weight.device, torch.float32) @ weight
+            y = inputs.stored[at].to(weight.device, torch.float32)[..., stay] @ weight
             work.output[module.kind][at] = y if bias is None else y + bias

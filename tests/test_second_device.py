@@ -1,0 +1,105 @@
+"""Everything that takes `--device` stays on the device that it is given, and computes there what the CPU computes.
+
+The device is `second_device.py`: torch's rules of one device an operation hold, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils import backend_registration
+
+from conftest import CheckpointFolder
+from models import token_rows
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices made in Python",
+)
+
+LENGTH = 24
+PRUNE: dict[str, tuple[str, str]] = {
+    "all defaults": ("llama", ""),
+    "a norm behind each module": ("gemma3_text", ""),
+    "layers in one tensor": ("phi3 wide", ""),
+    "biases": ("opt", ""),
+    "no gate": ("gpt2", ""),
+    "modules beside each other": ("gpt_neox", ""),
+    "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper --recover both"),
+    "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
+    "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),
+    "similar heads": ("llama", "--criterion similarity --tau auto"),
+    "random ids for the score": ("llama", "--criterion second-moment --sigma random --recovery none"),
+    "what the model writes": ("llama", "--calibration self --more self"),
+    "rows of its own for the refit": ("llama", "--refit-samples 9 --intercept --recover before"),
+    "a target of perplexity": ("llama", "--target ppl=1.3x"),
+    "without a pull": ("llama", "--ridge 0 --level1 2"),
+}
+"""Name → model, and what is asked beside what all ask."""
+
+
+@pytest.fixture(scope="module")
+def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Where each command line wrote to, and what went wrong; all of them in one process."""
+    place = tmp_path_factory.mktemp("devices")
+    text = place / "text.txt"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 3000)[0].tolist()))
+    common = ["--calibration", str(text), "--samples", "8", "--length", str(LENGTH)]
+    dense = checkpoint_folder("llama")
+    cases: dict[str, list[str]] = {}
+    for number, (name, (model, asked)) in enumerate(PRUNE.items()):
+        cases[name] = ["prune", str(checkpoint_folder(model)), str(place / f"{{device}}-{number}"), *common, *asked.split()]
+    cases["survey"] = ["survey", str(dense), "--out", str(place / "{device}-survey"), *common]
+    cases["eval"] = ["eval", str(place / "cpu-0"), "--against", str(dense), "--perplexity", str(text)]
+    cases["eval"] += ["--trust-remote-code", "--length", str(LENGTH), "--json", str(place / "{device}-eval.json")]
+    cases["target"] = ["prune", str(dense), str(place / "{device}-target"), *common, "--target", "decode=1.01x"]
+    script = Path(__file__).with_name("second_device.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(list(cases.values())), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stderr.splitlines()[-1])
+    return {"place": place} | dict(zip(cases, outcomes, strict=True))
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_prune(carried_out: dict[str, Any], name: str) -> None:
+    assert not carried_out[name], carried_out[name]
+    number = list(PRUNE).index(name)
+    found, wanted = (
+        load_file(carried_out["place"] / f"{device}-{number}" / "model.safetensors") for device in ("second", "cpu")
+    )
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_survey(carried_out: dict[str, Any]) -> None:
+    assert not carried_out["survey"], carried_out["survey"]
+    found, wanted = (
+        json.loads((carried_out["place"] / f"{device}-survey" / "survey.json").read_text())
+        for device in ("second", "cpu")
+    )
+    assert len(found["curves"]) == len(wanted["curves"]) > 0
+    for one, other in zip(found["curves"], wanted["curves"], strict=True):
+        assert one["errors"] == pytest.approx(other["errors"], rel=1e-3, abs=1e-5 * other["energy"])
+
+
+def test_eval(carried_out: dict[str, Any]) -> None:
+    assert not carried_out["eval"], carried_out["eval"]
+    texts = [
+        json.loads((carried_out["place"] / f"{device}-eval.json").read_text()) for device in ("second", "cpu")
+    ]
+    print(texts)
+
+
+def test_latency_is_measured_there(carried_out: dict[str, Any]) -> None:
+    assert not carried_out["target"], carried_out["target"]
+    assert (carried_out["place"] / "second-target" / "config.json").exists()
