@@ -36,14 +36,16 @@ class There(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor) -> There:
-        result = Tensor._make_wrapper_subclass(
-            cls,
-            here.size(),
-            strides=here.stride(),
-            storage_offset=here.storage_offset(),
-            dtype=here.dtype,
-            device=torch.device(NAME, 0),
-        )
+        # Operations run in inference mode would leave views that nothing may be done with outside of it.
+        with torch.inference_mode(False):
+            result = Tensor._make_wrapper_subclass(
+                cls,
+                here.size(),
+                strides=here.stride(),
+                storage_offset=here.storage_offset(),
+                dtype=here.dtype,
+                device=torch.device(NAME, 0),
+            )
         result.here = here
         return result
 

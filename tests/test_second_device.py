@@ -18,6 +18,7 @@ from torch.utils import backend_registration
 
 from conftest import CheckpointFolder
 from models import token_rows
+from test_tasks import ITEMS, YAML
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -29,17 +30,16 @@ PRUNE: dict[str, tuple[str, str]] = {
     "all defaults": ("llama", ""),
     "a norm behind each module": ("gemma3_text", ""),
     "layers in one tensor": ("phi3 wide", ""),
-    "biases": ("opt", ""),
     "no gate": ("gpt2", ""),
     "modules beside each other": ("gpt_neox", ""),
-    "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper --recover both"),
+    "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),
     "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
     "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),
-    "similar heads": ("llama", "--criterion similarity --tau auto"),
+    "similar heads": ("llama", "--criterion similarity --tau auto --sparsity 0.3"),
     "random ids for the score": ("llama", "--criterion second-moment --sigma random --recovery none"),
     "what the model writes": ("llama", "--calibration self --more self"),
     "rows of its own for the refit": ("llama", "--refit-samples 9 --intercept --recover before"),
-    "a target of perplexity": ("llama", "--target ppl=1.3x"),
+    "a target of perplexity": ("llama", "--target ppl=1.3x --fits 0 --level1 0"),
     "without a pull": ("llama", "--ridge 0 --level1 2"),
 }
 """Name → model, and what is asked beside what all ask."""
@@ -55,11 +55,29 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
     dense = checkpoint_folder("llama")
     cases: dict[str, list[str]] = {}
     for number, (name, (model, asked)) in enumerate(PRUNE.items()):
-        cases[name] = ["prune", str(checkpoint_folder(model)), str(place / f"{{device}}-{number}"), *common, *asked.split()]
+        cases[name] = [
+            "prune",
+            str(checkpoint_folder(model)),
+            str(place / f"{{device}}-{number}"),
+            *common,
+            *asked.split(),
+        ]
     cases["survey"] = ["survey", str(dense), "--out", str(place / "{device}-survey"), *common]
-    cases["eval"] = ["eval", str(place / "cpu-0"), "--against", str(dense), "--perplexity", str(text)]
-    cases["eval"] += ["--trust-remote-code", "--length", str(LENGTH), "--json", str(place / "{device}-eval.json")]
-    cases["target"] = ["prune", str(dense), str(place / "{device}-target"), *common, "--target", "decode=1.01x"]
+    (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    task = YAML.format(name="items", output="multiple_choice", file=place / "items.jsonl")
+    (place / "items.yaml").write_text(task)
+    cases["eval"] = ["eval", str(place / "cpu-0"), "--against", str(dense), "--trust-remote-code"]
+    cases["eval"] += [
+        "--perplexity",
+        str(text),
+        "--length",
+        str(LENGTH),
+        "--speed",
+        "--json",
+        f"{place}/{{device}}.json",
+    ]
+    cases["eval"] += ["--tasks", "items", "--task-path", str(place)]
+    cases["latency"] = ["prune", str(dense), str(place / "{device}-fast"), *common, "--target", "decode=1.01x"]
     script = Path(__file__).with_name("second_device.py")
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(list(cases.values())), capture_output=True, text=True
@@ -78,7 +96,9 @@ def test_prune(carried_out: dict[str, Any], name: str) -> None:
     )
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-4)
+        # An intercept that is rounding alone has no size to be relative to.
+        room = 1e-3 * float(value.float().abs().max()) + 1e-6
+        torch.testing.assert_close(found[key], value, atol=room, rtol=0)
 
 
 def test_survey(carried_out: dict[str, Any]) -> None:
@@ -94,12 +114,13 @@ def test_survey(carried_out: dict[str, Any]) -> None:
 
 def test_eval(carried_out: dict[str, Any]) -> None:
     assert not carried_out["eval"], carried_out["eval"]
-    texts = [
-        json.loads((carried_out["place"] / f"{device}-eval.json").read_text()) for device in ("second", "cpu")
-    ]
-    print(texts)
+    found, wanted = (json.loads((carried_out["place"] / f"{device}.json").read_text()) for device in ("second", "cpu"))
+    assert len(found["models"]) == len(wanted["models"]) == 2
+    for one, other in zip(found["models"], wanted["models"], strict=True):
+        assert one["texts"][0]["perplexity"] == pytest.approx(other["texts"][0]["perplexity"], rel=1e-5)
+        assert one["tasks"] == other["tasks"]
+        assert one["speed"]["device"].startswith("second")
 
 
-def test_latency_is_measured_there(carried_out: dict[str, Any]) -> None:
-    assert not carried_out["target"], carried_out["target"]
-    assert (carried_out["place"] / "second-target" / "config.json").exists()
+def test_latency(carried_out: dict[str, Any]) -> None:
+    assert not carried_out["latency"], carried_out["latency"]
