@@ -1,8 +1,8 @@
 """A device beside the CPU that, like a GPU, refuses to mix with it; its tensors are computed on the CPU all the same.
 
-`python second_device.py < CASES`, a JSON list of command lines of secateur with `{device}` where the device goes,
-carries each out on the CPU and on the other device and prints what went wrong, a list as long. That is a process of
-its own since torch knows the device for the rest of it.
+`python second_device.py OUTCOMES < CASES`, a JSON list of command lines of secateur with `{device}` where the device
+goes, carries each out on the CPU and on the other device and writes what went wrong, a list as long. That is a process
+of its own since torch knows the device for the rest of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,14 +84,13 @@ def _here(value: Any) -> Any:
 
 def _check(func: Any, args: Any, kwargs: Any) -> None:
     """Numbers, and indices of one tensor into another, may come from the CPU, as on a GPU; nothing else."""
-    tensors = [
-        value
-        for value in tree_leaves((args[:1], args[2:]) if func in INDEXING else (args, kwargs))
-        if isinstance(value, Tensor) and (value.dim() or isinstance(value, There))
-    ]
-    kinds = {isinstance(value, There) for value in tensors}
-    if func in INDEXING and not isinstance(args[0], There) and any(isinstance(at, There) for at in args[1]):
-        kinds = {True, False}
+    if func in INDEXING:
+        args = (args[0], [at for at in args[1] if isinstance(at, There)], *args[2:])
+    kinds = {
+        isinstance(value, There)
+        for value in tree_leaves((args, kwargs))
+        if isinstance(value, There) or (isinstance(value, Tensor) and value.dim())
+    }
     if len(kinds) > 1 and func not in CROSSING:
         raise RuntimeError(f"{func} is given tensors of both devices")
 
@@ -124,7 +124,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zero = torch.zeros(attn_mask.shape, dtype=query.dtype, device=attn_mask.device)
         attn_mask = zero.masked_fill(~attn_mask, -torch.inf)
-    how["dropout_p"] = how.pop("dropout_p", 0.0)
     return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **how)[0]
 
 
@@ -172,7 +171,7 @@ def main() -> None:
             except Exception:
                 outcome += f"{device}: {traceback.format_exc()}"
         outcomes.append(outcome)
-    json.dump(outcomes, sys.stderr)
+    Path(sys.argv[1]).write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,55 +45,49 @@ PRUNE: dict[str, tuple[str, str]] = {
 """Name → model, and what is asked beside what all ask."""
 
 
+class CarriedOut(NamedTuple):
+    """Command lines, each carried out on both devices."""
+
+    place: Path
+    outcomes: dict[str, str]
+    """What went wrong, by name."""
+
+    def both(self, name: str) -> tuple[Path, Path]:
+        """What one has written on the second device, and on the CPU; it must have ended well."""
+        assert not self.outcomes[name], self.outcomes[name]
+        return self.place / f"second {name}", self.place / f"cpu {name}"
+
+
 @pytest.fixture(scope="module")
-def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Where each command line wrote to, and what went wrong; all of them in one process."""
+def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> CarriedOut:
+    """All of them in one process."""
     place = tmp_path_factory.mktemp("devices")
     text = place / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 3000)[0].tolist()))
-    common = ["--calibration", str(text), "--samples", "8", "--length", str(LENGTH)]
-    dense = checkpoint_folder("llama")
-    cases: dict[str, list[str]] = {}
-    for number, (name, (model, asked)) in enumerate(PRUNE.items()):
-        cases[name] = [
-            "prune",
-            str(checkpoint_folder(model)),
-            str(place / f"{{device}}-{number}"),
-            *common,
-            *asked.split(),
-        ]
-    cases["survey"] = ["survey", str(dense), "--out", str(place / "{device}-survey"), *common]
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     task = YAML.format(name="items", output="multiple_choice", file=place / "items.jsonl")
     (place / "items.yaml").write_text(task)
-    cases["eval"] = ["eval", str(place / "cpu-0"), "--against", str(dense), "--trust-remote-code"]
-    cases["eval"] += [
-        "--perplexity",
-        str(text),
-        "--length",
-        str(LENGTH),
-        "--speed",
-        "--json",
-        f"{place}/{{device}}.json",
-    ]
+    common = ["--calibration", str(text), "--samples", "8", "--length", str(LENGTH)]
+    dense = str(checkpoint_folder("llama"))
+    cases = {
+        name: ["prune", str(checkpoint_folder(model)), str(place / f"{{device}} {name}"), *common, *asked.split()]
+        for name, (model, asked) in PRUNE.items()
+    }
+    cases["survey"] = ["survey", dense, "--out", str(place / "{device} survey"), *common]
+    cases["eval"] = ["eval", str(place / "cpu all defaults"), "--against", dense, "--trust-remote-code", "--speed"]
+    cases["eval"] += ["--perplexity", str(text), "--length", str(LENGTH), "--json", str(place / "{device} eval")]
     cases["eval"] += ["--tasks", "items", "--task-path", str(place)]
-    cases["latency"] = ["prune", str(dense), str(place / "{device}-fast"), *common, "--target", "decode=1.01x"]
-    script = Path(__file__).with_name("second_device.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], input=json.dumps(list(cases.values())), capture_output=True, text=True
-    )
+    cases["latency"] = ["prune", dense, str(place / "{device} latency"), *common, "--target", "decode=1.01x"]
+    script, outcomes = Path(__file__).with_name("second_device.py"), place / "outcomes.json"
+    command = [sys.executable, str(script), str(outcomes)]
+    done = subprocess.run(command, input=json.dumps(list(cases.values())), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stderr.splitlines()[-1])
-    return {"place": place} | dict(zip(cases, outcomes, strict=True))
+    return CarriedOut(place, dict(zip(cases, json.loads(outcomes.read_text()), strict=True)))
 
 
 @pytest.mark.parametrize("name", PRUNE)
-def test_prune(carried_out: dict[str, Any], name: str) -> None:
-    assert not carried_out[name], carried_out[name]
-    number = list(PRUNE).index(name)
-    found, wanted = (
-        load_file(carried_out["place"] / f"{device}-{number}" / "model.safetensors") for device in ("second", "cpu")
-    )
+def test_prune(carried_out: CarriedOut, name: str) -> None:
+    found, wanted = (load_file(path / "model.safetensors") for path in carried_out.both(name))
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         # An intercept that is rounding alone has no size to be relative to.
@@ -101,20 +95,15 @@ def test_prune(carried_out: dict[str, Any], name: str) -> None:
         torch.testing.assert_close(found[key], value, atol=room, rtol=0)
 
 
-def test_survey(carried_out: dict[str, Any]) -> None:
-    assert not carried_out["survey"], carried_out["survey"]
-    found, wanted = (
-        json.loads((carried_out["place"] / f"{device}-survey" / "survey.json").read_text())
-        for device in ("second", "cpu")
-    )
+def test_survey(carried_out: CarriedOut) -> None:
+    found, wanted = (json.loads((path / "survey.json").read_text()) for path in carried_out.both("survey"))
     assert len(found["curves"]) == len(wanted["curves"]) > 0
     for one, other in zip(found["curves"], wanted["curves"], strict=True):
         assert one["errors"] == pytest.approx(other["errors"], rel=1e-3, abs=1e-5 * other["energy"])
 
 
-def test_eval(carried_out: dict[str, Any]) -> None:
-    assert not carried_out["eval"], carried_out["eval"]
-    found, wanted = (json.loads((carried_out["place"] / f"{device}.json").read_text()) for device in ("second", "cpu"))
+def test_eval(carried_out: CarriedOut) -> None:
+    found, wanted = (json.loads(path.read_text()) for path in carried_out.both("eval"))
     assert len(found["models"]) == len(wanted["models"]) == 2
     for one, other in zip(found["models"], wanted["models"], strict=True):
         assert one["texts"][0]["perplexity"] == pytest.approx(other["texts"][0]["perplexity"], rel=1e-5)
@@ -122,5 +111,5 @@ def test_eval(carried_out: dict[str, Any]) -> None:
         assert one["speed"]["device"].startswith("second")
 
 
-def test_latency(carried_out: dict[str, Any]) -> None:
-    assert not carried_out["latency"], carried_out["latency"]
+def test_latency(carried_out: CarriedOut) -> None:
+    assert all((path / "config.json").exists() for path in carried_out.both("latency"))

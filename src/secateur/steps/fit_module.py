@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.activations import Activations
+from secateur.activations import Activations, Batch
 from secateur.criteria import NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
 from secateur.device import fast_dtype
 from secateur.errors import SecateurError
@@ -55,6 +55,13 @@ class Inputs:
     def among(self, kept: Tensor) -> Tensor:
         """Where kept entries lie among those stored."""
         return torch.searchsorted(self.entries, kept)
+
+    def at(self, batch: Batch, stay: Tensor) -> Tensor:
+        """A batch's inputs at some places among those stored (b x t x k), float32, on the device of these indices.
+
+        What is stored lies on the host, which no index of another device takes.
+        """
+        return self.stored[batch].to(stay.device, torch.float32)[..., stay]
 
     def weights(self, old: Tensor) -> Tensor:
         """Rows of a level-2 weight for these entries."""
@@ -229,7 +236,7 @@ class ModuleWork:
             counts = torch.ones(len(s), device=device) if wanted.counts is None else wanted.counts.sqrt()
             root = at.weight**0.5 * counts[:, None]
             scaled = wanted.scaled(root)
-            given = inputs.stored[at].to(device, torch.float32).reshape(len(s), -1)[:, stay] @ fit.weight_ko
+            given = inputs.at(at, stay).reshape(len(s), -1) @ fit.weight_ko
             target = wanted.target if fit.bias is None else wanted.target - fit.bias
             error = target * root - given * scaled
             found = [f * scaled for f in factors(activation, outputs(module, work.tensors, s, kept))]
@@ -266,5 +273,5 @@ class ModuleWork:
         weight = inner_weight(module, work.tensors)[kept].contiguous()
         bias = work.tensors.get(module.bias_name)
         for at in work.rows.batches():
-            y = inputs.stored[at].to(weight.device, torch.float32)[..., stay] @ weight
+            y = inputs.at(at, stay) @ weight
             work.output[module.kind][at] = y if bias is None else y + bias
