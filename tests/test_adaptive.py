@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file
 
 from conftest import CheckpointFolder
 from models import make_letters
@@ -335,8 +336,6 @@ def test_a_plan_that_gguf_cannot_hold(tmp_path: Path, letters: Callable[[str], P
 
 def test_the_final_norm_is_scaled(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """By what the record says; not where weights are only cut."""
-    from safetensors.torch import load_file
-
     model = checkpoint_folder("llama")
     dense = load_file(model / "model.safetensors")["model.norm.weight"]
     for recovery in ("refit", "none"):
@@ -345,3 +344,16 @@ def test_the_final_norm_is_scaled(tmp_path: Path, checkpoint_folder: CheckpointF
         assert (scale == 1) == (recovery == "none")
         written = load_file(tmp_path / recovery / "model.safetensors")["model.norm.weight"]
         torch.testing.assert_close(written, dense * scale)
+
+
+@pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
+@pytest.mark.parametrize("how", [{"intercept": True}, {"recovery": "bias"}], ids=["intercept", "bias"])
+def test_a_bias_that_no_module_takes(
+    name: str, said: int, how: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """Behind a norm none is fitted, and that is said."""
+    watcher = Notes()
+    prune(checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, **how, fits=0, format="hf", watcher=watcher)
+    assert sum(line.startswith("No bias is fitted: this model has a norm behind") for line in watcher.said) == said
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert any("down_proj.bias" in one for one in names) == (not said)

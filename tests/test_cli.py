@@ -235,6 +235,10 @@ OPTIONS: list[tuple[str, str]] = [
     ("--criterion similarity", "similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity"),
     ("--criterion similarity --tau 0.9", "tau is 0.9; it must be above 0 and at most ln 2 = 0.6931, for example 0.19"),
     ("--criterion similarity --tau 0.2 --dry-run", "found by running the model; leave out --dry-run"),
+    (
+        "--criterion heads=similarity,channels=l1 --tau 0.2 --dry-run",
+        "how many heads are similar is found by running the model; leave out --dry-run",
+    ),
     ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both say how much goes"),
     ("--criterion heads=l1", "criterion is 'heads=l1'; a pair is written heads=X,channels=Y"),
     ("--tau 0.2", "tau is about similar heads: leave --tau out, or take --criterion similarity"),
@@ -320,6 +324,22 @@ def test_an_absent_device(place: Path, run: Run, no_work: None) -> None:
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, "--device", "cuda"), "device 'cuda' is not available here; use")
     refused(run("eval", "model", "--device", "cuda:7"), "device 'cuda:7' is not available here; use")
+    assert listing(place) == before
+
+
+def test_a_device_without_float64(place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs."""
+    empty = torch.empty
+
+    def narrow(*size: Any, dtype: torch.dtype = torch.float32, **how: Any) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return empty(*size, dtype=dtype, device="cpu")
+
+    monkeypatch.setattr(torch, "empty", narrow)
+    before = listing(place)
+    message = "device 'mps' has no float64, in which sums are kept here; use --device cpu"
+    refused(run("prune", "model", "out", *SMALL, "--device", "mps"), message)
     assert listing(place) == before
 
 

@@ -18,6 +18,11 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SecateurError(f"device '{name}' is not available here; use --device auto or cpu") from error
+    try:
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError) as error:
+        # Apple's GPUs.
+        raise SecateurError(f"device '{name}' has no float64, in which sums are kept here; use --device cpu") from error
     if device.type == "meta":
         raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")
     return device

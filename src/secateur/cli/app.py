@@ -24,7 +24,7 @@ from secateur.errors import SecateurError
 app = typer.Typer(
     name="secateur",
     help="Prune a pretrained language model in one shot: fewer attention heads, narrower feed-forward layers, "
-    "an ordinary checkpoint out. No retraining, no backward pass, one block in memory at a time.",
+    "an ordinary checkpoint out. By default nothing is trained, and one block is in memory at a time.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli import parameters
+from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, interrupted, show
 from secateur.cli.values import parse_list, parse_whole_numbers
 from secateur.errors import SecateurError
@@ -62,19 +62,28 @@ def compare(
     ] = None,
     length: Annotated[int | None, _in_place(help="Tokens in each row, of calibration and scoring.")] = None,
     blocks: Annotated[str | None, _in_place(help="Blocks to prune, such as 4:30.")] = None,
-    seeds: Annotated[str | None, _in_place(help="Seeds, with commas; each run is made with every one.")] = None,
+    seeds: Annotated[
+        str | None, _in_place(help="Seeds, with commas; each run is made with every one, but for figures 3 and 5.")
+    ] = None,
     task_path: Annotated[
         Path | None,
         typer.Option(help="A folder with task files (.yaml) of your own, in lm-eval's form.", show_default="none"),
     ] = None,
-    device: parameters.Device = "auto",
+    device: Annotated[
+        str,
+        panels.computing(
+            help="Where to compute: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1; auto or cpu where a "
+            "recipe retrains."
+        ),
+    ] = "auto",
     trust_remote_code: parameters.TrustRemoteCode = False,
 ) -> None:
     """Carry out a recipe: prune models in many ways under one protocol, and put the scores into a table and plots.
 
     Where the model is the paper's, by the name of its folder or hub id, the paper's figures stand beside.
 
-    Only scores are kept. A run that is finished is not made again, however the last command ended.
+    Scores, surveys and written texts are kept, no pruned models. A run that is finished is not made again, however the
+    last command ended.
 
     Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """

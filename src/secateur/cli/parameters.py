@@ -25,8 +25,8 @@ Target = Annotated[
     str | None,
     panels.target(
         help="In place of a share, the most that the result may take: params=100M, params=80%, bytes=60MB (of "
-        "its tensors), kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (the smallest model "
-        "within that loss).",
+        "its tensors), kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (of prune "
+        "alone: the smallest model within that loss).",
         show_default="none",
     ),
 ]
@@ -56,8 +56,8 @@ Round = Annotated[
 Criterion = Annotated[
     str,
     panels.method(
-        help="Which units go. surgeon: those that the others replace best (most accurate, slowest); "
-        "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; "
+        help="Which units go. surgeon: those that the others replace best, the most accurate once the rest is "
+        "refitted; second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; "
         "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; l1, l2: by weights alone; random; "
         "similarity (the paper's Algorithm 2): heads that attend like another one; similarity+X: these "
         "first, the rest by X; or a pair, heads=X,channels=Y."
@@ -86,7 +86,7 @@ Ridge = Annotated[
 Level1 = Annotated[
     int,
     panels.method(
-        help="Of --recovery refit: steps by which the up and gate layers are fitted along with the output layer; 0 "
+        help="Of the refit: steps by which the up and gate layers are fitted along with the output layer; 0 "
         "leaves them as they are, in a quarter to two thirds of the time, by machine."
     ),
 ]
@@ -116,7 +116,7 @@ More = Annotated[
 Length = Annotated[int, panels.calibration(help="Tokens in each row.")]
 Temperature = Annotated[
     float,
-    panels.calibration(help="At which the model writes, with --calibration, --refit-calibration or --more self."),
+    panels.calibration(help="At which the model writes, wherever the source of rows is self."),
 ]
 SaveCalibration = Annotated[
     Path | None,
@@ -128,10 +128,11 @@ SaveCalibration = Annotated[
 ]
 Seed = Annotated[int, panels.calibration(help="Decides the rows, and the criterion random.")]
 Device = Annotated[
-    str, panels.computing(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
+    str, panels.computing(help="Where to compute: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1.")
 ]
 Revision = Annotated[
-    str | None, panels.computing(help="Branch, tag or commit of a hub id.", show_default="the main branch")
+    str | None,
+    panels.computing(help="Branch, tag or commit of MODEL, where that is a hub id.", show_default="the main branch"),
 ]
 TrustRemoteCode = Annotated[
     bool,

@@ -58,8 +58,9 @@ def prune(
         bool,
         panels.method(
             "--intercept",
-            help="Fit a bias in output layers that have none; only --format hf holds it where the family's own class "
-            "has no such biases (Llama, Mistral, Qwen, Gemma, ...). Biases that exist are always fitted.",
+            help="Fit a bias in output layers that have none, where no norm lies behind them. --format hf holds it, "
+            "gguf does for llama, mistral, qwen2 and phi3, stock where the family's own class has such biases. Biases "
+            "that exist are fitted along in any case.",
         ),
     ] = False,
     calibration: parameters.Calibration = Options.calibration,
@@ -93,10 +94,10 @@ def prune(
     type_: parameters.Type = Options.type,
     survey: parameters.Survey = None,
     dry_run: Annotated[
-        bool, panels.output("--dry-run", help="Print sizes, memory and time to expect, and write nothing.")
+        bool, panels.output("--dry-run", help="Print sizes, memory and time to expect; OUT is not written.")
     ] = False,
     overwrite: Annotated[
-        bool, panels.output("--overwrite", help="Replace OUT where it is a model folder already.")
+        bool, panels.output("--overwrite", help="Replace OUT where it is a model already, a folder or a .gguf file.")
     ] = False,
 ) -> None:
     """Prune MODEL and write a smaller checkpoint to OUT.

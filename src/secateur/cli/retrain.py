@@ -15,7 +15,9 @@ from secateur.options import Options
 def retrain(
     folder: parameters.PrunedFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
-    calibration: Annotated[str, typer.Option(help="Text to train on; see secateur prune.")] = Options.calibration,
+    calibration: Annotated[
+        str, typer.Option(help="Text to train on: a file, - or a data set; see secateur prune.")
+    ] = Options.calibration,
     samples: Annotated[int, typer.Option(help="Rows drawn from it at random.")] = 1024,
     length: Annotated[int, typer.Option(help="Tokens in each row.")] = 128,
     epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 2,
@@ -23,7 +25,7 @@ def retrain(
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="At the start; it falls to zero.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Decides the rows, their order and the adapters' start.")] = 0,
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one) or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to train: auto (CUDA if there is any) or cpu.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is a model folder.")] = False,
 ) -> None:
     """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs the extra `lora`.

@@ -52,7 +52,12 @@ def sizes(
     trust_remote_code: parameters.TrustRemoteCode = False,
     format: Annotated[str | None, panels.output(help="hf or stock; see secateur prune.")] = None,
     dtype: parameters.Dtype = None,
-    survey: parameters.Survey = None,
+    survey: Annotated[
+        Path | None,
+        panels.output(
+            help="Keep the survey in this file: read if it is there, written otherwise.", show_default="OUT/survey.json"
+        ),
+    ] = None,
     overwrite: Annotated[bool, panels.output("--overwrite", help="Replace models that are there.")] = False,
 ) -> None:
     """Prune MODEL to several sizes from one survey, and plot perplexity against size.

@@ -17,7 +17,9 @@ def survey(
     out: Annotated[Path, panels.output(help="The folder to write; it appears whole or not at all.")] = Path("survey"),
     blocks: parameters.Blocks = None,
     modules: parameters.Modules = "heads,channels",
-    criterion: parameters.Criterion = Options.criterion,
+    criterion: Annotated[
+        str, panels.method(help="What orders the units: any of secateur prune's but similarity; or a pair of them.")
+    ] = Options.criterion,
     ridge: parameters.Ridge = Options.ridge,
     calibration: parameters.Calibration = Options.calibration,
     samples: parameters.Samples = Options.samples,

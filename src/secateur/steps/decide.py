@@ -29,7 +29,7 @@ from secateur.steps.similar import Similar, check_heads, find, head_plan, neares
 from secateur.steps.survey import survey
 from secateur.steps.write import Format, obstacle
 from secateur.stream import BlockStream
-from secateur.structure import Kind, Width
+from secateur.structure import KINDS, Kind, Width
 
 PROBE_TOKENS = 512
 """Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
@@ -84,6 +84,8 @@ def request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: 
 
     parameters = parameter_meter(stream, options.adds_biases)
     biases = any(parameters.added)
+    if options.adds_biases and not any(block.module(kind).free_bias for block in stream.blocks for kind in KINDS):
+        watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
 
     @cache
     def held(width: Width) -> str | None:

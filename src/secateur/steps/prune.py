@@ -70,7 +70,7 @@ def prune(
     watcher = watcher or Silent()
     if dry_run and options.searches:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
-    if dry_run and options.choice.alone:
+    if dry_run and options.choice.settles:
         raise SecateurError("how many heads are similar is found by running the model; leave out --dry-run")
     job = open_job(
         model,
