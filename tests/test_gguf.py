@@ -6,18 +6,20 @@ llama.cpp comes from the `llama-cpp-py-sync` wheel; its C interface is called as
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from llama_cpp_py_sync import _cffi_bindings as bindings
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -30,6 +32,7 @@ from secateur.formats.gguf_architectures import TYPES, gguf_obstacle
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.per_layer import model_class, per_layer_config, widths_of
 from secateur.formats.stock import stock_config
+from secateur.gguf_config import _llama3
 from secateur.gguf_source import gguf_folder
 from secateur.quiet import quiet
 from secateur.steps.export import Exported, export
@@ -361,7 +364,9 @@ def test_scale_of_the_deepest_gemmas(tmp_path, name):
 def vocabulary_file(tokenizer: Any, path: Path) -> Path:
     """A file with no more than a tokenizer."""
     writer = GGUFWriter(path, "llama")
-    add_vocabulary(writer, vocabulary(tokenizer, len(tokenizer) + 3))
+    words = vocabulary(tokenizer, len(tokenizer) + 3)
+    writer.add_name(words.named(path.stem))
+    add_vocabulary(writer, words)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -432,6 +437,109 @@ def test_a_gguf_source(tmp_path, monkeypatch):
     assert torch.equal(run(first.path, IDS), run(second.path, IDS))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokens(first.path, TEXT) == tokens(second.path, TEXT) == tokenizer(TEXT).input_ids
+
+
+READ = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "llama tied", "llama one group"]
+READ += ["llama every head", "mistral", "mistral window", "qwen2 window", "phi3 wide", "gpt2 scaled", "qwen3 tied"]
+READ += [name for name in MORE_ROWS if name.split()[-1] in ("linear", "dynamic", "yarn", "set", "longrope", "llama3")]
+NOT_READ = {
+    "llama biased": "of its 52,608 weights transformers makes a model with 51,792, without its biases; use the checkp",
+    # Written as llama, whose class has no biases.
+    "qwen2 llama3": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the checkp",
+    "qwen2 longrope": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the chec",
+    "mistral 64": "transformers cannot load it (Class validation error",
+    "olmo2": "transformers cannot read the architecture 'olmo2' from GGUF; use the checkpoint that it was made from",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name not in NOT_READ])
+def test_what_is_read_is_what_llama_cpp_computes(tmp_path, monkeypatch, name):
+    """With rotations, windows, scales and caps, which transformers leaves out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(gguf_folder(done.path, torch.float32))
+    ids = tiny.token_rows(1, 60).tolist()[0]
+    # llama.cpp has another gelu.
+    bound = 1e-3 if done.architecture in ("gemma2", "gemma3", "gpt2") else 5e-6
+    assert relative(run(done.path, ids), logits_of(again, torch.tensor([ids]))[0]) < bound
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_cannot_be_read(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    with pytest.raises(SecateurError, match=re.escape(f"m.gguf: {NOT_READ[name]}")):
+        gguf_folder(done.path, torch.float32)
+    assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
+
+
+def test_windows_scales_and_caps_that_are_read(tmp_path, monkeypatch):
+    """Of a Gemma whose settings are nobody's default; caps in the file are those of the config."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keys = {"layer_types": ["full_attention"] * 3, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 7.0}
+    monkeypatch.setitem(tiny.ROWS, "gemma2 odd", row("gemma2", **{**tiny.GEMMA, **keys, "query_pre_attn_scalar": 3}))
+    small = write_folder("gemma2 odd", uniform_keeps("gemma2 odd", CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(gguf_folder(done.path, torch.float32))
+    assert (again.config.final_logit_softcapping, again.config.attn_logit_softcapping) == (5.0, 7.0)
+    assert relative(logits_of(again, torch.tensor([IDS])), logits_of(small, torch.tensor([IDS]))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("factor", "theta", "size", "original"), [(8.0, 5e5, 128, 8192), (32.0, 5e5, 64, 8192), (4.0, 1e4, 128, 2048)]
+)
+def test_the_settings_behind_rotary_factors(factor, theta, size, original):
+    """Of Llama 3.1, Llama 3.2 and another one; factors of no such settings are refused."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
+    share = np.clip((original / wavelengths - 1) / 3, 0, 1)
+    factors = 1 / ((1 - share) / factor + share)
+    assert _llama3(factors.astype(np.float32).astype(float), theta, size) == {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    for wrong in (factors[::-1], np.ones_like(factors), factors[:-1], factors + np.linspace(0, 1, len(factors))):
+        with pytest.raises(SecateurError, match=r"its rotary factors \(rope_freqs\) are none of Llama 3.1's kind"):
+            _llama3(wrong, theta, size)
+
+
+def test_a_name_that_readers_would_take_something_from(tmp_path):
+    """llama.cpp looks for Phi-3's tokens in a file of that name."""
+    write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
+    for name, stored in (("my-Phi-3b", "pruned"), ("mistral", "pruned"), ("mine", "mine")):
+        done = export(tmp_path / "folder", tmp_path / f"{name}.gguf", type="f32")
+        assert GGUFReader(done.path).fields["general.name"].contents() == stored
+        assert run(done.path, IDS).isfinite().all()
+
+
+def test_tokens_that_take_blanks_along(tmp_path):
+    """As Phi-3 has them, they are kept; otherwise refused."""
+    tokenizer = byte_level()
+    plain = [AddedToken(word, special=True) for word in ("<unk>", "<s>", "<|endoftext|>")]
+    strips = [AddedToken(word, special=True, rstrip=True) for word in ("<|user|>", "</s>")]
+    tokenizer.add_tokens([*plain, *strips], special_tokens=True)
+    text = "<s>  the <|user|>  \n the steps</s>  <|endoftext|>  of"
+    file = vocabulary_file(tokenizer, tmp_path / "t.gguf")
+    assert tokens(file, text) == tokenizer(text).input_ids
+    for how in ({"rstrip": True}, {"lstrip": True}, {"single_word": True}):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([AddedToken("<|user|>", special=True, **how)], special_tokens=True)
+        with pytest.raises(SecateurError, match=r"the tokenizer's <\|user\|> takes blanks or words around it along"):
+            vocabulary(tokenizer, len(tokenizer))
+
+
+def test_a_tokenizer_without_merges():
+    tokenizer = byte_level()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    with pytest.raises(SecateurError, match="the tokenizer has no merges, without which llama"):
+        vocabulary(bare, len(bare))
 
 
 REFUSED = {

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from secateur.errors import SecateurError
+from secateur.gguf_config import check_read, complete
 from secateur.quiet import first_line, quiet
 
-_LAYOUT = "2"
+_LAYOUT = "3"
 """Part of the cache key; to be raised when the conversion changes."""
 
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
@@ -103,12 +104,18 @@ def _check(file: Path) -> None:
 
 def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Dequantise into a folder, tokenizer included."""
+    reader = GGUFReader(file)
     try:
         # The progress bar of the dequantisation cannot be switched off otherwise.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            complete(config, reader)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=dtype)
+            check_read(model, reader)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             _split_digits(tokenizer, file)
+    except SecateurError as error:
+        raise SecateurError(f"{file}: {error}; use the checkpoint that it was made from") from error
     except Exception as error:
         reason = first_line(error)
         raise SecateurError(

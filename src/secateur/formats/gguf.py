@@ -43,7 +43,7 @@ def write_gguf(
     """
     writer = GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    writer.add_name(words.named(name))
     writer.add_file_type(TYPES[type].file)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(words.tokens))

@@ -48,6 +48,13 @@ _TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BLANK = "▁"
 
+_NAMES = ("phi-3", "phi3", "jina-v2", "modern-bert", "mistral")
+"""What general.name must not contain: llama.cpp, or transformers, takes such files for models of that name."""
+_STRIPPING = "phi-3"
+"""The name by which llama.cpp drops blanks behind special tokens ..."""
+_NOT_STRIPPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""... but behind these; they and `</s>` must be there."""
+
 _NEVER = -1e9
 """Score of a piece that no merge makes."""
 
@@ -73,6 +80,14 @@ class Vocabulary:
     eos: bool
     """Whether a text is put between them."""
     chat_template: Any
+    strips: bool
+    """Whether blanks behind special tokens are dropped, as Phi-3 has it."""
+
+    def named(self, name: str) -> str:
+        """The name for a file with these words: as wished, where readers take nothing from it."""
+        if self.strips:
+            return _STRIPPING
+        return "pruned" if any(part in name.lower() for part in _NAMES) else name
 
 
 def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -106,6 +121,10 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
             "and SentencePiece BPE, so keep the safetensors folder"
         )
     tokens, types = _tokens(stored, size, byte_level)
+    if byte_level and not model["merges"]:
+        raise SecateurError(
+            "the tokenizer has no merges, without which llama.cpp opens no file; keep the safetensors folder"
+        )
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _TOKENS}
     plain, full = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
@@ -121,6 +140,7 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         bos=begins_with_bos(tokenizer),
         eos=len(full) > len(plain) and full[-1] == special["eos"],
         chat_template=tokenizer.chat_template,
+        strips=_strips(stored, size),
     )
 
 
@@ -203,6 +223,26 @@ def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[s
     if not byte_level and unknown in tokens:
         types[tokens.index(unknown)] = int(TokenType.UNKNOWN)
     return tokens, types
+
+
+def _strips(stored: dict[str, Any], size: int) -> bool:
+    """Whether added tokens swallow the blanks behind them, all that llama.cpp has swallow them in Phi-3.
+
+    Raises:
+        SecateurError: some do otherwise, or look at what is around them, for which GGUF has no place.
+    """
+    added = [token for token in stored["added_tokens"] if token["id"] < size]
+    strips = {token["content"] for token in added if token.get("rstrip")}
+    around = [token["content"] for token in added if token.get("lstrip") or token.get("single_word")]
+    every = {token["content"] for token in added} - _NOT_STRIPPING
+    there = _NOT_STRIPPING | {"</s>"} <= {token["content"] for token in added}
+    if around or (strips and not (there and strips == every)):
+        name = (around or sorted(strips))[0]
+        raise SecateurError(
+            f"the tokenizer's {name} takes blanks or words around it along, which llama.cpp would not; "
+            "keep the safetensors folder"
+        )
+    return bool(strips)
 
 
 def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
