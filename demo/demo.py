@@ -59,7 +59,9 @@ def main() -> None:
     )
 
     heading("3. What it costs and what it brings, on articles it has not seen")
-    secateur(f"eval {PRUNED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --speed --json {FIGURES}")
+    secateur(
+        f"eval {PRUNED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --speed --json {FIGURES} --overwrite"
+    )
 
     heading("4. What the two write")
     console.print(f"{NEW_TOKENS} tokens, the likeliest one each time, from plain transformers.")

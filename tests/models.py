@@ -152,7 +152,8 @@ def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrained
 def make_letters() -> PreTrainedTokenizerFast:
     """One id a byte, of those that the tiny vocabulary has room for: what a GGUF file can hold."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:WORDS]
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {"<s>": WORDS, "</s>": 121}, []))
+    words = {letter: i for i, letter in enumerate(letters)} | {"<s>": WORDS, "</s>": 121, "!!": 122}
+    backend = Tokenizer(models.BPE(words, [("!", "!")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import CheckpointFolder
 from models import make_letters
@@ -357,3 +357,14 @@ def test_a_bias_that_no_module_takes(
     assert sum(line.startswith("No bias is fitted: this model has a norm behind") for line in watcher.said) == said
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert any("down_proj.bias" in one for one in names) == (not said)
+
+
+def test_a_model_of_zeros(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Nothing is lost where nothing is computed."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("llama"), model)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    prune(model, tmp_path / "out", sparsity=0.3, **SMALL, format="hf")
+    modules = [module for block in record(tmp_path / "out")["blocks"] for module in block["modules"]]
+    assert {module["error"] for module in modules} == {0.0}

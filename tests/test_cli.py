@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -58,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """`secateur` with some arguments, inside this process."""
     monkeypatch.setattr(terminal, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
     monkeypatch.setenv("COLUMNS", "120")
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def call(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
@@ -68,7 +69,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Result(end.value.code, *capsys.readouterr())
 
     yield call
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -221,8 +223,11 @@ OPTIONS: list[tuple[str, str]] = [
     ("--samples 4000", "text.txt: text too short for the samples, it has 1,500 tokens, but 4000 x 16 need 64,000"),
     ("--seed -1", "seed is -1; it must lie between 0 and"),
     ("--seed 99999999999", "it must lie between 0 and"),
-    ("--ridge -1", "ridge is -1.0; it must be zero or positive, for example 0.3"),
+    ("--ridge -1", "ridge is -1.0; it must lie between 0 and 1,000,000, for example 0.3"),
     ("--level1 -1", "level1 is -1; it must be at least 0"),
+    ("--fits 65", "fits is 65; it must be at most 64"),
+    ("--ridge 1e39", "ridge is 1e+39; it must lie between 0 and 1,000,000, for example 0.3"),
+    ("--calibration self --temperature 1e300", "temperature is 1e+300; it must lie between 0.01 and 100"),
     ("--round 0", "round is 0; it must be at least 1"),
     (
         "--round 96 --modules channels --widths uniform",
@@ -298,7 +303,7 @@ OPTIONS: list[tuple[str, str]] = [
         "--refit-samples 8 --recovery none",
         "with --recovery none nothing is fitted: leave --refit-samples and --refit-calib",
     ),
-    ("--temperature 0 --calibration self", "temperature is 0.0; it must be positive, for example 1.0"),
+    ("--temperature 0 --calibration self", "temperature is 0.0; it must lie between 0.01 and 100"),
     ("--temperature 0.5", "temperature is for what the model writes: add --more self or --calibration self, or leave"),
     ("--save-calibration rows.jsonl", "--save-calibration keeps what the model writes: add --calibration self or"),
     (
@@ -355,6 +360,22 @@ FILES: dict[str, tuple[bytes, str]] = {
     "table.csv": (b"a,b", "table.csv has an unknown extension"),
 }
 
+NO_TEXTS = {
+    "": "no text is named: give a .txt or .jsonl file, - or a data set",
+    "model": "model is a folder without Parquet files: name a .txt or .jsonl file",
+    "./model": "./model is a folder without Parquet files: name a .txt or .jsonl file",
+    "./pipe": "./pipe is no regular file: give - and pipe its text in",
+    "/dev/null": "/dev/null is no regular file: give - and pipe its text in",
+}
+
+
+@pytest.mark.parametrize("source", NO_TEXTS)
+def test_what_is_no_text(source: str, place: Path, run: Run, no_work: None) -> None:
+    os.mkfifo("pipe")
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL, "--calibration", source), NO_TEXTS[source])
+    assert listing(place) == before
+
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_text(name: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +394,7 @@ def test_a_wrong_output(place: Path, run: Run, no_work: None, monkeypatch: pytes
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")
     (place / "link").symlink_to("model")
+    (place / "here").mkdir()
     before = listing(place)
     for out, options, message in [
         ("full", [], "full: exists and is not empty; choose another name, or overwrite it"),
@@ -385,14 +407,22 @@ def test_a_wrong_output(place: Path, run: Run, no_work: None, monkeypatch: pytes
     ]:
         refused(run("prune", "model", out, *SMALL, *options), message)
 
+    monkeypatch.chdir("here")
+    refused(run("prune", "../model", ".", *SMALL, "--calibration", "random"), "here: this is the folder you are in")
+    monkeypatch.chdir(place)
+
     def forbidden(path: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:  # root may write anywhere, so the system's answer is given here
         patch.setattr(Path, "mkdir", forbidden)
         refused(run("prune", "model", "out", *SMALL), "(Permission denied); choose another place")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda self: self.name == "out")
+        refused(run("prune", "model", "out", *SMALL), "out: this is where a file system is mounted, which cannot be")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    refused(run("prune", "model", "out", *SMALL), "GB are free; make room")
+    refused(run("prune", "model", "out", *SMALL), "MB are needed and 0.0 MB are free; make room")
+    refused(run("prune", "model", "o.gguf", *SMALL, "--format", "gguf"), "MB are needed and 0.0 MB are free; make room")
     assert listing(place) == before
 
 
@@ -416,7 +446,7 @@ ARGUMENTS = [
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
     ("plan model --out model", "model: a folder is there; name a file"),
     ("plan model --out text.txt", "text.txt: exists; choose another name, or add --overwrite to replace it"),
-    ("plan model --out a.json --survey a.json", "a.json: the plan and the survey cannot be one file"),
+    ("plan model --out a.json --survey a.json", "a.json: the survey and the plan cannot have one name"),
     ("survey model --out page --criterion similarity", "a survey orders units by a score: take another criterion"),
     ("sizes model", "Missing option '--out'; see secateur sizes --help"),
     ("sizes nowhere/at/all --out sizes", "nowhere/at/all: does not exist"),
@@ -437,7 +467,23 @@ ARGUMENTS = [
     ("sizes model --out sizes --format gguf", "sizes writes folders; take --format hf, then secateur export each"),
     ("sizes model --out sizes --survey missing/survey.json", "missing does not exist; create it first"),
     ("sizes model --out sizes --survey sizes/sizes.json", "sizes does not exist; create it first"),
-    ("prune model out --survey out", "out: the output and the survey cannot have one name; choose another one"),
+    ("prune model out --survey out", "out: the survey and the output cannot have one name; choose another one"),
+    (
+        "prune model a.jsonl --calibration self --save-calibration a.jsonl",
+        "a.jsonl: the calibration and the output cannot have one name; choose another one",
+    ),
+    (
+        "prune model out --overwrite --survey out/s.json",
+        "out/s.json: lies in out, which is written anew; keep the survey elsewhere",
+    ),
+    (
+        "plan model --calibration self --save-calibration a.jsonl --out a.jsonl",
+        "a.jsonl: the calibration and the plan cannot have one name",
+    ),
+    (
+        "plan model --calibration self --survey a.jsonl --save-calibration a.jsonl",
+        "a.jsonl: the survey and the calibration cannot have one name",
+    ),
     ("export model out.gguf --format hf", "out.gguf: a folder is to be written; take --format gguf, or name a folder"),
     ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
     ("export", "Missing argument 'DIR'; see secateur export --help"),
@@ -463,6 +509,8 @@ ARGUMENTS = [
     ("eval model --tokens -1", "tokens is -1; it must be positive, or 0 for the whole text"),
     ("eval model --json missing/figures.json", "missing does not exist; create it first"),
     ("eval model --json model", "model: a folder is there; name a file for the figures"),
+    ("eval model --json text.txt", "text.txt: exists; choose another name, or add --overwrite to replace it"),
+    ("retrain model out.gguf", "out.gguf: a folder is to be written; name a folder, then secateur export it"),
     ("eval model --dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
 ]
 
@@ -875,7 +923,6 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     assert (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes() == written
     refused(run(*arguments, "--seed", "1"), "sizes/sparsity-0.2: exists already; add --overwrite to replace it")
     (place / "text.txt").write_text(TEXT[::-1])
-    (place / "sizes" / "survey.json").unlink()
     other = run(*arguments)
     assert other.code == 2
     said = "error: sizes/sparsity-0.2: of other weights or another text; add --overwrite to replace it"
@@ -1032,8 +1079,23 @@ def test_what_a_killed_run_has_left(out: str, left: str, place: Path, run: Run, 
     ]
 
 
-def test_a_polite_kill_cleans_up(place: Path) -> None:
-    """SIGTERM in the middle of the work, in a real process."""
+def test_a_full_disk(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found when the figures are written."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = listing(place)
+    result = run("eval", "model", "--json", "figures.json")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == "error: figures.json: No space left on device; make room and run again"
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_polite_kill_cleans_up(place: Path, number: signal.Signals) -> None:
+    """In the middle of the work, in a real process; a terminal that is closed sends SIGHUP."""
     code = (
         "import os, signal, sys\n"
         "from secateur import cli\n"
@@ -1041,7 +1103,7 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
         "refit = job.refit\n"
         "def one(*given, **more):\n"
         "    yield next(refit(*given, **more))\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
         "    signal.pause()\n"
         "job.refit = one\n"
         "sys.argv = ['secateur', *sys.argv[1:]]\n"

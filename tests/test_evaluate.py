@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from conftest import CheckpointFolder
+from models import make_letters
 from secateur.errors import SecateurError
 from secateur.evaluate import compare, compare_speed, perplexity, speed
 from secateur.evaluate.compare import evaluate
@@ -310,6 +311,23 @@ def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointF
     assert figures["prefill tokens/s"].ratio == sorted(b / a for b, a in turns)[1]
     assert figures["prefill tokens/s"].values == [first.speed.prefill, second.speed.prefill]
     assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][0]["tokens"] == second.texts[0].tokens
+
+
+def test_models_that_cut_text_otherwise(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+    """Their perplexities are per token of their own, which is said; with one tokenizer nothing is."""
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    folder, other = str(checkpoint_folder("llama")), tmp_path / "other"
+    evaluate(folder, against=folder, texts=[text], length=20, watcher=Notes())
+    assert said == []
+    shutil.copytree(folder, other)
+    make_letters().save_pretrained(other)
+    evaluate(folder, against=str(other), texts=[text], length=20, watcher=Notes())
+    assert said == ["The two models cut text into different tokens: perplexities, which are per token, do not compare"]
 
 
 def test_only_one_model_is_in_memory_unless_two_take_turns(

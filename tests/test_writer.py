@@ -112,7 +112,7 @@ REFUSALS = {
     "no room": (
         {"expected_bytes": 10**18},
         lambda at: None,
-        r"1000000000.00 GB are needed and [\d.]+ GB are free",
+        r"1,000,000,000,016.8 MB are needed and [\d.,]+ MB are free",
     ),
 }
 

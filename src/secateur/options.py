@@ -23,6 +23,9 @@ SELF = "self"
 """The calibration source that is no text: what the model itself writes."""
 REWRITTEN = "rewritten"
 MORE = (SELF, REWRITTEN)
+MOST_RIDGE = 1_000_000
+"""There, no weight moves; float32 ends far beyond."""
+MOST_FITS = 64
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -110,8 +113,8 @@ class Options:
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
         self._check_similarity()
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise SecateurError(f"ridge is {self.ridge}; it must be zero or positive, for example 0.3")
+        if not 0 <= self.ridge <= MOST_RIDGE:
+            raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MOST_RIDGE:,}, for example 0.3")
         for name, number, least in (
             ("samples", self.samples, 1),
             ("fits", self.fits, 0),
@@ -122,6 +125,8 @@ class Options:
         ):
             if number < least:
                 raise SecateurError(f"{name} is {number}; it must be at least {least}")
+        if self.fits > MOST_FITS:
+            raise SecateurError(f"fits is {self.fits}; it must be at most {MOST_FITS}, each of which takes its time")
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.blocks is not None and re.fullmatch("[0-9]*:[0-9]*", self.blocks) is None:
@@ -138,8 +143,8 @@ class Options:
             raise SecateurError(
                 "with --recovery none nothing is fitted: leave --refit-samples and --refit-calibration out"
             )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise SecateurError(f"temperature is {self.temperature}; it must be positive, for example 1.0")
+        if not 0.01 <= self.temperature <= 100:
+            raise SecateurError(f"temperature is {self.temperature}; it must lie between 0.01 and 100")
         if self.temperature != 1 and not self.writes:
             raise SecateurError(
                 "temperature is for what the model writes: add --more self or --calibration self, or leave it out"

@@ -119,14 +119,21 @@ def is_file(source: str) -> bool:
     """Whether a source names a file, which then exists; raises where it looks like one but is not."""
     if source in (RANDOM, SELF, STDIN):
         return False
+    if not source.strip():
+        raise SecateurError("no text is named: give a .txt or .jsonl file, - or a data set")
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix not in _EXTENSIONS and Path(source.split(":")[0]).expanduser().is_dir():
-        return False  # a folder of Parquet files, perhaps with a config and a column
+        folder = Path(source.split(":")[0]).expanduser()
+        if next(folder.rglob("*.parquet"), None) is None:
+            raise SecateurError(f"{source} is a folder without Parquet files: name a .txt or .jsonl file")
+        return False  # with a config and a column perhaps
     named = suffix in _EXTENSIONS or suffix in _OTHER_FILES or source.startswith((".", "/", "~", "\\"))
     if not (named or path.is_file()):
         return False
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise SecateurError(f"{source} is no regular file: give - and pipe its text in")
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise SecateurError(f"{source} {what}: check the path of the text")
     if suffix not in _EXTENSIONS:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from secateur.errors import SecateurError
+from secateur.quiet import first_line
+
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """Ids of a text of any length; `verbose=False` because rows are cut to the model's length afterwards."""
-    encoded = tokenizer(
-        text,
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    """Ids of a text of any length; `verbose=False` because rows are cut to the model's length afterwards.
+
+    Raises:
+        SecateurError: the tokenizer has no ids for it.
+    """
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+    except Exception as error:  # of the tokenizers library, which has no class of its own for it
+        raise SecateurError(f"the model's tokenizer cannot read this text: {first_line(error)}") from error
     return list(encoded["input_ids"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -61,6 +62,9 @@ def main() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        # A closed terminal; `nohup` has it ignored.
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code: Any = app(prog_name="secateur", standalone_mode=False)
     except SecateurError as error:
@@ -71,7 +75,12 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}; check the path and its permissions")
+        advice = (
+            "make room and run again"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "check the path and its permissions"
+        )
+        _fail(f"{error.filename}: {error.strerror}; {advice}")
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:

@@ -10,6 +10,7 @@ from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_file, parse_list
 from secateur.errors import SecateurError
+from secateur.whole_file import write_whole
 
 
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
     json_: Annotated[
         Path | None, panels.output("--json", help="Also write the figures to this file.", show_default="none")
     ] = None,
+    overwrite: Annotated[bool, panels.output("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Measure MODEL: size, perplexity of texts, accuracy on tasks, speed; --against puts another beside it.
 
@@ -73,6 +75,8 @@ def evaluate(
         raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     if json_ is not None:
         check_file(json_)
+        if json_.exists() and not overwrite:
+            raise SecateurError(f"{json_}: exists; choose another name, or add --overwrite to replace it")
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.evaluate.compare import evaluate as run
@@ -95,5 +99,5 @@ def evaluate(
         watcher=bars,
     )
     if json_ is not None:
-        json_.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(json_, json.dumps(result.as_dict(), indent=2) + "\n")
     show(*eval_table(result))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_file, check_survey, parse_kinds
+from secateur.cli.values import check_apart, check_file, check_survey, parse_kinds
 from secateur.errors import SecateurError
 from secateur.options import Options
 from secateur.whole_file import write_whole
@@ -78,10 +78,9 @@ def plan(
         format=format,
         type=type_,
     )
+    check_apart(survey=survey, calibration=save_calibration, plan=out)
     if out is not None:
         check_file(out)
-        if survey is not None and out.absolute() == survey.absolute():
-            raise SecateurError(f"{out}: the plan and the survey cannot be one file; name another one")
         if out.exists() and not overwrite:
             raise SecateurError(f"{out}: exists; choose another name, or add --overwrite to replace it")
     check_survey(survey)

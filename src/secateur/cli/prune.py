@@ -9,8 +9,7 @@ import typer
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_survey, parse_kinds
-from secateur.errors import SecateurError
+from secateur.cli.values import check_apart, check_survey, parse_kinds
 from secateur.options import Options
 
 
@@ -134,8 +133,7 @@ def prune(
         format=format,
         type=type_,
     )
-    if survey is not None and survey.absolute() == out.absolute():
-        raise SecateurError(f"{out}: the output and the survey cannot have one name; choose another one")
+    check_apart(out, survey=survey, calibration=save_calibration)
     check_survey(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):

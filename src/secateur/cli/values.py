@@ -55,6 +55,27 @@ def check_file(path: Path) -> None:
         raise SecateurError(f"{path}: cannot be written; choose another place")
 
 
+def check_apart(folder: Path | None = None, **files: Path | None) -> None:
+    """See that no two of what is written share a place, nor lie in a folder that is written anew.
+
+    Args:
+        folder: which appears whole, in place of what is there.
+        files: by what they are.
+    """
+    places = {what: path.absolute() for what, path in files.items() if path is not None}
+    if folder is not None:
+        places["output"] = folder.absolute()
+        for what, path in places.items():
+            if places["output"] in path.parents:
+                raise SecateurError(
+                    f"{files[what]}: lies in {folder}, which is written anew; keep the {what} elsewhere"
+                )
+    for what, path in places.items():
+        other = next((name for name, place in places.items() if place == path and name != what), None)
+        if other is not None:
+            raise SecateurError(f"{files[what]}: the {what} and the {other} cannot have one name; choose another one")
+
+
 def check_survey(survey: Path | None) -> None:
     """See that a survey can be written, where there is none to read."""
     if survey is not None and not survey.exists():

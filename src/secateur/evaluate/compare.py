@@ -194,6 +194,8 @@ def evaluate(
         for text in texts:
             with reading(watcher, "Reading", text):
                 rows[-1].append(scored_rows(checkpoint, tokenizer, text, length, tokens))
+    if len(rows) == 2 and any(not torch.equal(a, b) for a, b in zip(*rows, strict=True)):
+        watcher.note("The two models cut text into different tokens: perplexities, which are per token, do not compare")
     scores: list[ModelScore] = []
     loaded: list[Any] = []
     for checkpoint, tokenizer, batches in zip(checkpoints, tokenizers, rows, strict=True):

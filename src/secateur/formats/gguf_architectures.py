@@ -37,6 +37,12 @@ class Storage:
         """What a row must be a multiple of."""
         return int(gguf.GGML_QUANT_SIZES[self.matrices][0])
 
+    @property
+    def bytes(self) -> float:
+        """What a weight takes in a matrix."""
+        entries, size = gguf.GGML_QUANT_SIZES[self.matrices]
+        return float(size / entries)
+
 
 _T, _F = GGMLQuantizationType, gguf.LlamaFileType
 

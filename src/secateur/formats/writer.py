@@ -121,6 +121,9 @@ class OutputFolder:
             raise SecateurError(f"{path}: this is {place}, which would be lost or mixed up; choose another")
         if path.exists() and not path.is_dir():
             raise SecateurError(f"{path}: a file is there; choose another name")
+        if path.is_mount() or path == Path.cwd():
+            what = "the folder you are in" if path == Path.cwd() else "where a file system is mounted"
+            raise SecateurError(f"{path}: this is {what}, which cannot be replaced; name a folder in it, not this one")
         if path.is_dir() and any(path.iterdir()):
             if not self.overwrite:
                 raise SecateurError(f"{path}: exists and is not empty; choose another name, or overwrite it")
@@ -140,10 +143,8 @@ class OutputFolder:
 
     def _check_room(self) -> None:
         """Compare the free space with what will be written."""
-        free = shutil.disk_usage(self.path.parent).free
-        if self.expected_bytes and free < self.expected_bytes + _SPARE:
-            need, have = self.expected_bytes / 1e9, free / 1e9
-            raise SecateurError(f"{self.path}: {need:.2f} GB are needed and {have:.2f} GB are free; make room")
+        if self.expected_bytes:
+            check_room(self.path, self.expected_bytes + _SPARE)
 
     def _make_partial(self) -> Path:
         """The hidden folder. Not mkdtemp, whose folders nobody else may read."""
@@ -278,6 +279,17 @@ class ShardWriter:
 def header_room(names: Iterable[str]) -> int:
     """Bytes that a safetensors header of these tensors takes at the most, a multiple of 8."""
     return 64 + sum(len(json.dumps(name)) + 128 for name in names) // 8 * 8
+
+
+def check_room(path: Path, needed: int) -> None:
+    """See that so many bytes fit beside a path.
+
+    Raises:
+        SecateurError: they do not.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise SecateurError(f"{path}: {needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -262,7 +262,7 @@ def open_subject(
     """
     known = recipe.model_of(source)
     runs = expand(recipe, None if known is None else known[0])
-    columns = dict(named(text, short(text)) for text in recipe.evaluation.perplexity)
+    columns = _columns("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # One length for all runs, also where the calibration's is an axis of the grid.
     shared = recipe.options | (known[1].options if known else {})
     length = recipe.evaluation.length or shared.get("length", Options.length)
@@ -313,11 +313,20 @@ def open_subject(
     return Subject(name, known[1] if known else None, checkpoint, tokenizer, texts, tuple(jobs))
 
 
+def _columns(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """What is scored, by the name of its column."""
+    names = [name for name, _ in sources]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SecateurError(f"two {what} are called {twice}; give them names of their own, NAME={what[:-1].upper()}")
+    return dict(sources)
+
+
 def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
     """The tasks of each column, with their items."""
     limit = recipe.evaluation.limit
     open_tasks([], limit=limit, task_path=task_path)  # what is wrong with these, also where there are no tasks
-    wanted = dict(named(task, task) for task in recipe.evaluation.tasks)
+    wanted = _columns("tasks", [named(task, task) for task in recipe.evaluation.tasks])
     return {
         column: open_tasks([task], limit=limit, task_path=task_path, watcher=watcher) for column, task in wanted.items()
     }

@@ -21,7 +21,7 @@ from secateur.formats.gguf_architectures import Model, check_type, choose
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, per_layer_config, widths_of
-from secateur.formats.writer import OutputFolder, is_disk_full
+from secateur.formats.writer import OutputFolder, check_room, is_disk_full
 from secateur.json_text import parse_json
 from secateur.progress import Silent, Watcher
 from secateur.steps.plan import nearest_uniform
@@ -202,10 +202,7 @@ def check_file(path: Path, overwrite: bool) -> None:
 @contextmanager
 def _whole_file(path: Path, overwrite: bool, expected_bytes: int) -> Iterator[Path]:
     """A hidden name beside the target, which takes the target's name on a clean exit and is removed on any other."""
-    free = shutil.disk_usage(path.parent).free
-    if free < expected_bytes:
-        need, have = expected_bytes / 1e9, free / 1e9
-        raise SecateurError(f"{path}: {need:.2f} GB are needed and {have:.2f} GB are free; make room")
+    check_room(path, expected_bytes)
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     try:
         try:

@@ -122,7 +122,8 @@ class ModuleWork:
         self._advance(inputs, kept)
         self.work.arena.release(inputs.stored)
         energy = self.work.goal[module.kind].energy(self.work.rows, self.norm.read_o)
-        report = ModuleReport(module.kind, len(keep), module.units, error / inputs.moments.count, error / energy)
+        relative = error / energy if energy else 0.0
+        report = ModuleReport(module.kind, len(keep), module.units, error / inputs.moments.count, relative)
         return keep, report
 
     def _entries(self, keep: tuple[int, ...]) -> Tensor:

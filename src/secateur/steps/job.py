@@ -17,7 +17,7 @@ from secateur.counts import counted
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.device import pick_device
 from secateur.errors import SecateurError
-from secateur.formats.gguf_architectures import check_type
+from secateur.formats.gguf_architectures import TYPES, check_type
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.writer import OutputFolder, leftovers
 from secateur.meters import parameter_meter
@@ -183,8 +183,13 @@ def open_job(
         dtype = wanted or checkpoint.dtype
         stream = BlockStream(checkpoint, device=where)
     tokenizer = checkpoint.tokenizer()
-    if out is not None and options.format != "gguf":
-        output_folder(stream, out, None, overwrite=overwrite, dtype=dtype).check()
+    if out is not None:
+        file = options.format == "gguf"
+        folder = output_folder(stream, _beside(out) if file else out, None, overwrite=overwrite, dtype=dtype)
+        if file:
+            # Both are there for a moment.
+            folder.expected_bytes += int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[options.type].bytes)
+        folder.check()
     asked = request(stream, options, dtype, watcher)
     if options.format == "gguf":
         vocabulary(tokenizer, checkpoint.config.vocab_size)
@@ -215,8 +220,12 @@ def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool
     if out.suffix != ".gguf":
         raise SecateurError(f"{out}: --format gguf writes a file; let its name end in .gguf")
     check_file(out, overwrite)
-    # The folder that comes first lies beside the file.
-    OutputFolder(out.with_name(f".{out.name}.folder")).check()
+    OutputFolder(_beside(out)).check()
+
+
+def _beside(file: Path) -> Path:
+    """The folder that comes before a GGUF file lies beside it, like this one."""
+    return file.with_name(f".{file.name}.folder")
 
 
 def _name(dtype: torch.dtype) -> str:

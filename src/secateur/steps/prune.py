@@ -157,7 +157,7 @@ def finish(job: Job, decided: Plan, out: Path, *, overwrite: bool, start: float,
 def _expected(job: Job, watcher: Watcher, survey_file: Path | None) -> Summary:
     """What would come out and what it would take."""
     if job.request.weighs:
-        watcher.note("Shown are even widths; a run measures where cuts cost least")
+        watcher.note("Shown is a plan by size alone; a run measures where cuts cost least")
     wish = job.request.wish
     decided = job.request.given if wish is None else plan(wish, job.options.widths)
     assert decided is not None

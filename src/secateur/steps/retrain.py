@@ -83,6 +83,8 @@ def retrain(
     """
     check_retraining(device)
     training, watcher = training or Training(**settings), watcher or Silent()
+    if Path(out).suffix == ".gguf":
+        raise SecateurError(f"{out}: a folder is to be written; name a folder, then secateur export it")
     where = pick_device(device)
     source = Path(folder).expanduser()
     with watcher.busy(f"Opening {folder}"):

@@ -18,7 +18,7 @@ from secateur.json_text import parse_json
 from secateur.options import Options
 from secateur.progress import Watcher, reading
 from secateur.report.plots import plot_sizes
-from secateur.steps.decide import decide, request, surveyed
+from secateur.steps.decide import check_survey, decide, request, surveyed
 from secateur.steps.job import Job, open_job
 from secateur.steps.prune import finish, summary_of
 from secateur.whole_file import write_whole
@@ -71,6 +71,7 @@ def sizes(
     Raises:
         SecateurError: as `prune` does, before the first model is written.
     """
+    own = survey_file is None
     survey_file = survey_file or out / "survey.json"
     folders = _folders(out, options, survey_file, overwrite)
     for text in texts:
@@ -88,7 +89,7 @@ def sizes(
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            survey_file=survey_file,
+            survey_file=None if own else survey_file,
             watcher=watcher,
         )
         jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
@@ -107,6 +108,12 @@ def sizes(
         if folder in there and not _made_from(one, folder):
             raise SecateurError(f"{folder}: of other weights or another text; add --overwrite to replace it")
     weighing = next((one for one in jobs if one.request.weighs), job)
+    if own:
+        # What this command put there is its own to replace.
+        try:
+            check_survey(weighing.request, job.text, survey_file)
+        except SecateurError:
+            survey_file.unlink()
     found = surveyed(weighing.request, job.text, watcher, survey_file)
     plans = [decide(one.request, found) for one in jobs]
     results: list[Size] = []
