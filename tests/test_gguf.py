@@ -32,7 +32,7 @@ from secateur.formats.gguf_architectures import TYPES, gguf_obstacle
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.per_layer import model_class, per_layer_config, widths_of
 from secateur.formats.stock import stock_config
-from secateur.gguf_config import _llama3
+from secateur.gguf_config import _complete_rotation, _llama3
 from secateur.gguf_source import gguf_folder
 from secateur.quiet import quiet
 from secateur.steps.export import Exported, export
@@ -465,6 +465,26 @@ def test_what_is_read_is_what_llama_cpp_computes(tmp_path, monkeypatch, name):
     # llama.cpp has another gelu, and with depth it shows.
     bound = 5e-3 if "deep" in name else 1e-3 if done.architecture in ("gemma2", "gemma3", "gpt2") else 5e-6
     assert relative(run(done.path, ids), logits_of(again, torch.tensor([ids]))[0]) < bound
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, {}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.dimension_count": 4}, {"partial_rotary_factor": 0.5}),
+    ],
+    ids=["nothing", "none", "an old name", "no kind", "a part of a head"],
+)
+def test_how_a_file_says_rotations(facts, expected):
+    config = tiny.ROWS["llama"]()
+    before = dict(config.rope_parameters)
+    _complete_rotation(config, facts, {})
+    assert config.rope_parameters == before | expected
+    with pytest.raises(SecateurError, match="rotary scaling of the kind other is not known here"):
+        _complete_rotation(config, {"rope.scaling.type": "other"}, {})
 
 
 @pytest.mark.parametrize("name", NOT_READ)

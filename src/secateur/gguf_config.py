@@ -77,8 +77,9 @@ def _complete_rotation(config: Any, facts: dict[str, Any], factors: dict[str, An
     rotated = facts.get("rope.dimension_count", size)
     if rotated != size:
         rope["partial_rotary_factor"] = rotated / size
-    kind = facts.get("rope.scaling.type", "none")
-    factor = float(facts.get("rope.scaling.factor") or 1.0)
+    # Older files have another name for the factor, and name no kind.
+    factor = float(facts.get("rope.scaling.factor") or facts.get("rope.scale_linear") or 1.0)
+    kind = facts.get("rope.scaling.type", "none" if factor == 1 else "linear")
     before = facts.get("rope.scaling.original_context_length")
     if len(factors) == 2:
         longest = config.max_position_embeddings
