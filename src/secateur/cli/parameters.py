@@ -103,7 +103,7 @@ Fits = Annotated[
     int,
     panels.calibration(
         help="So many refits are averaged, each to the rows and to others beside them: 1 takes six tenths of the time "
-        "of 2, 3 is better; 0 is one refit to the rows alone."
+        "of 2, more than 2 bring little; 0 is one refit to the rows alone."
     ),
 ]
 More = Annotated[
