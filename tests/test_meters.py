@@ -16,13 +16,10 @@ import torch
 from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerFast
 
 import models as tiny
-from models import ROWS, _config, build, save
+from models import ROWS, _config, build, make_letters, save
 from secateur import latency, prune
 from secateur.budget import parse_target
 from secateur.checkpoint import open_checkpoint
@@ -67,11 +64,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BlockStr
     @cache
     def stream(name: str) -> BlockStream:
         folder = save(name, tmp_path_factory.mktemp("dense") / name.replace(" ", "-"))
-        letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:120])}
-        backend = Tokenizer(tokenizer_models.BPE(letters | {"<s>": 120, "</s>": 121}, []))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+        make_letters().save_pretrained(folder)
         return BlockStream(open_checkpoint(folder))
 
     return stream
