@@ -113,7 +113,7 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=dtype)
             check_read(model, reader)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            _split_digits(tokenizer, file)
+            _split_digits(tokenizer, reader)
     except SecateurError as error:
         raise SecateurError(f"{file}: {error}; use the checkpoint that it was made from") from error
     except Exception as error:
@@ -130,9 +130,9 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _split_digits(tokenizer: Any, file: Path) -> None:
+def _split_digits(tokenizer: Any, reader: GGUFReader) -> None:
     """Let numbers fall into single digits where the file says so: other splits give ids unseen in training."""
-    pre = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    pre = reader.fields.get("tokenizer.ggml.pre")
     if pre is not None and pre.contents() in _SINGLE_DIGITS:
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)

@@ -123,8 +123,8 @@ def is_file(source: str) -> bool:
         raise SecateurError("no text is named: give a .txt or .jsonl file, - or a data set")
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in _EXTENSIONS and Path(source.split(":")[0]).expanduser().is_dir():
-        folder = Path(source.split(":")[0]).expanduser()
+    folder = Path(source.split(":")[0]).expanduser()
+    if suffix not in _EXTENSIONS and folder.is_dir():
         if next(folder.rglob("*.parquet"), None) is None:
             raise SecateurError(f"{source} is a folder without Parquet files: name a .txt or .jsonl file")
         return False  # with a config and a column perhaps

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_file, parse_list
+from secateur.cli.values import check_new, parse_list
 from secateur.errors import SecateurError
 from secateur.whole_file import write_whole
 
@@ -74,9 +74,7 @@ def evaluate(
     if limit < 0:
         raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     if json_ is not None:
-        check_file(json_)
-        if json_.exists() and not overwrite:
-            raise SecateurError(f"{json_}: exists; choose another name, or add --overwrite to replace it")
+        check_new(json_, overwrite)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.evaluate.compare import evaluate as run

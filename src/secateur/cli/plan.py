@@ -8,8 +8,7 @@ from typing import Annotated
 
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_apart, check_file, check_survey, parse_kinds
-from secateur.errors import SecateurError
+from secateur.cli.values import check_apart, check_new, check_survey, parse_kinds
 from secateur.options import Options
 from secateur.whole_file import write_whole
 
@@ -80,9 +79,7 @@ def plan(
     )
     check_apart(survey=survey, calibration=save_calibration, plan=out)
     if out is not None:
-        check_file(out)
-        if out.exists() and not overwrite:
-            raise SecateurError(f"{out}: exists; choose another name, or add --overwrite to replace it")
+        check_new(out, overwrite)
     check_survey(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):

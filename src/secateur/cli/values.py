@@ -55,6 +55,13 @@ def check_file(path: Path) -> None:
         raise SecateurError(f"{path}: cannot be written; choose another place")
 
 
+def check_new(path: Path, overwrite: bool) -> None:
+    """See that a file can be written, in place of another one only where that is wanted."""
+    check_file(path)
+    if path.exists() and not overwrite:
+        raise SecateurError(f"{path}: exists; choose another name, or add --overwrite to replace it")
+
+
 def check_apart(folder: Path | None = None, **files: Path | None) -> None:
     """See that no two of what is written share a place, nor lie in a folder that is written anew.
 
