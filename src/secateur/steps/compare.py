@@ -246,8 +246,7 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[tuple[str, str]]:
         known = recipe.model_of(source)
         found.append((known[0] if known else short(source), source))
     names = [name for name, _ in found]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := _twice(names)) is not None:
         raise SecateurError(f"model {twice} is there twice; leave one out, or give its folder another name")
     return found
 
@@ -316,10 +315,14 @@ def open_subject(
 def _columns(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
     """What is scored, by the name of its column."""
     names = [name for name, _ in sources]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := _twice(names)) is not None:
         raise SecateurError(f"two {what} are called {twice}; give them names of their own, NAME={what[:-1].upper()}")
     return dict(sources)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """A name that is there more than once."""
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
