@@ -1100,6 +1100,8 @@ def test_a_polite_kill_cleans_up(place: Path, number: signal.Signals) -> None:
         "import os, signal, sys\n"
         "from secateur import cli\n"
         "from secateur.steps import job\n"
+        # Under nohup it is ignored, and stays so.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "refit = job.refit\n"
         "def one(*given, **more):\n"
         "    yield next(refit(*given, **more))\n"
