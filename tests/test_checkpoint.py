@@ -532,7 +532,7 @@ def test_gguf_converted_by_another_process_meanwhile(tmp_path, cache, monkeypatc
     start = file.read_bytes()[: 2**20]
     final = cache / f"tiny-{gguf_source._key(file, start, torch.bfloat16)}"
 
-    def convert(file, folder, dtype):
+    def convert(file, reader, folder, dtype):
         save(folder)
         save(final)
 
@@ -545,7 +545,7 @@ def test_gguf_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch)
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
 
-    def convert(file, folder, dtype):
+    def convert(file, reader, folder, dtype):
         (folder / "model.safetensors").write_bytes(b"some")
         raise OSError(28, "No space left on device")
 

@@ -48,11 +48,11 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     folder = cache_folder() / f"{file.stem}-{_key(file, start, dtype)}"
     if folder.is_dir():
         return folder
-    _check(file)
+    reader = _opened(file)
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
-        _convert(file, partial, dtype)
+        _convert(file, reader, partial, dtype)
         try:
             partial.rename(folder)
         except OSError:
@@ -82,8 +82,8 @@ def _key(file: Path, start: bytes, dtype: torch.dtype) -> str:
     return hashlib.sha256(facts.encode() + start).hexdigest()[:16]
 
 
-def _check(file: Path) -> None:
-    """Refuse what transformers would fail on after a long time, or with a long traceback."""
+def _opened(file: Path) -> GGUFReader:
+    """The file's metadata; refuses what transformers would fail on after a long time, or with a long traceback."""
     try:
         reader = GGUFReader(file)
         architecture = str(reader.fields["general.architecture"].contents())
@@ -100,11 +100,11 @@ def _check(file: Path) -> None:
             f"{file}: transformers cannot read the architecture {architecture!r} from GGUF; "
             "use the checkpoint that it was made from"
         )
+    return reader
 
 
-def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
+def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
     """Dequantise into a folder, tokenizer included."""
-    reader = GGUFReader(file)
     try:
         # The progress bar of the dequantisation cannot be switched off otherwise.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
