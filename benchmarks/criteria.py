@@ -26,20 +26,20 @@ from secateur import (
     slice,
     survey,
 )
-from secateur.activations import Rows
-from secateur.choice import CRITERIA
 from secateur.criteria import NEEDS_GRADIENTS
-from secateur.evaluate import perplexity
-from secateur.evaluate.compare import load
-from secateur.meters import parameter_meter
-from secateur.recovery import Recovery
-from secateur.steps.decide import survey_rows
-from secateur.steps.gradients import UnitScores, gradient_scores
-from secateur.steps.plan import Plan, Wish
-from secateur.steps.refit import Method
-from secateur.structure import KINDS, Width
-from secateur.surgery import assign, narrow
-from secateur.tokens import begins_with_bos
+from secateur.criteria.choice import CRITERIA
+from secateur.fit.loop import Method
+from secateur.fit.recovery import Recovery
+from secateur.measure import perplexity
+from secateur.measure.compare import load
+from secateur.model.activations import Rows
+from secateur.model.structure import KINDS, Width
+from secateur.model.surgery import assign, narrow
+from secateur.model.tokens import begins_with_bos
+from secateur.plan.decide import survey_rows
+from secateur.plan.meters import parameter_meter
+from secateur.plan.plan import Plan, Wish
+from secateur.survey.gradients import UnitScores, gradient_scores
 from tables import put
 
 RECOVERIES = ("none", "bias", "paper", "refit")

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 from secateur import prune
-from secateur.options import Options
-from secateur.progress import Silent
-from secateur.steps.expect import SLACK
-from secateur.steps.propose import propose
+from secateur.base.progress import Silent
+from secateur.commands.dry_run import SLACK
+from secateur.commands.options import Options
+from secateur.commands.plan import propose
 
 
 def main() -> None:

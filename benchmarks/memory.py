@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--depths", default="4,40")
     parser.add_argument("--samples", default="8")
     arguments = parser.parse_args()
-    idle = peak([sys.executable, "-c", "import secateur.steps.prune"])
+    idle = peak([sys.executable, "-c", "import secateur.commands.prune"])
     print(f"libraries alone: {idle / 1e6:.0f} MB")
     for depth in arguments.depths.split(","):
         with tempfile.TemporaryDirectory() as folder:

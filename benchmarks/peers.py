@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.activations import Activations, Arena, Rows
 from secateur.criteria import Statistics, flap, pattern_units, removal_order, survivors
-from secateur.evaluate import perplexity
-from secateur.evaluate.compare import load
-from secateur.moments import Moments
-from secateur.recovery import Recovery
-from secateur.solve import refit as least_squares
-from secateur.steps.plan import Plan
-from secateur.steps.refit import Method, refit
-from secateur.stream import BlockStream
-from secateur.structure import KINDS, Block, Keep, Kind, Pattern, Width
-from secateur.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.measure import perplexity
+from secateur.measure.compare import load
+from secateur.model.activations import Activations, Arena, Rows
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
+from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
+from secateur.numerics.moments import Moments
+from secateur.numerics.solve import refit as least_squares
+from secateur.plan.plan import Plan
 
 OBC_RIDGE = 0.3
 """Of `uniform_obc`, relative to each input's energy."""

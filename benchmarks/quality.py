@@ -20,10 +20,10 @@ import torch
 
 from peers import PEERS
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint, prune
-from secateur.activations import Rows
-from secateur.evaluate import perplexity
-from secateur.evaluate.compare import load
-from secateur.tokens import begins_with_bos
+from secateur.measure import perplexity
+from secateur.measure.compare import load
+from secateur.model.activations import Rows
+from secateur.model.tokens import begins_with_bos
 from tables import put
 
 OURS = {"secateur": "adaptive", "secateur, uniform": "uniform"}

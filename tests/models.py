@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from secateur.families import describe, family_of
-from secateur.quiet import quiet
-from secateur.structure import Block, Keep, Kind, Pattern
-from secateur.surgery import inner_entries, narrow, slice_block, width_of
+from secateur.base.quiet import quiet
+from secateur.model.families import describe, family_of
+from secateur.model.structure import Block, Keep, Kind, Pattern
+from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 
 VOCAB = 128
 WORDS = 120

@@ -12,40 +12,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from secateur.activations import Rows
-    from secateur.calibration import calibration_rows, consecutive_rows
-    from secateur.checkpoint import open_checkpoint
-    from secateur.errors import SecateurError
-    from secateur.evaluate import perplexity, speed
+    from secateur.base.errors import SecateurError
+    from secateur.commands.options import Options
+    from secateur.commands.prune import prune
+    from secateur.compare.retrain import retrain
+    from secateur.fit.loop import refit
     from secateur.formats.per_layer import register
-    from secateur.options import Options
-    from secateur.steps.plan import plan
-    from secateur.steps.prune import prune
-    from secateur.steps.refit import refit
-    from secateur.steps.retrain import retrain
-    from secateur.steps.slice import slice
-    from secateur.steps.survey import survey
-    from secateur.steps.write import write
-    from secateur.stream import BlockStream
+    from secateur.measure import perplexity, speed
+    from secateur.model.activations import Rows
+    from secateur.model.checkpoint import open_checkpoint
+    from secateur.model.stream import BlockStream
+    from secateur.plan.plan import plan
+    from secateur.survey.survey import survey
+    from secateur.text.calibration import calibration_rows, consecutive_rows
+    from secateur.write.slice import slice
+    from secateur.write.write import write
 
 _HOMES = {
-    "prune": "secateur.steps.prune",
-    "survey": "secateur.steps.survey",
-    "plan": "secateur.steps.plan",
-    "refit": "secateur.steps.refit",
-    "slice": "secateur.steps.slice",
-    "write": "secateur.steps.write",
-    "retrain": "secateur.steps.retrain",
-    "open_checkpoint": "secateur.checkpoint",
-    "BlockStream": "secateur.stream",
-    "Rows": "secateur.activations",
-    "calibration_rows": "secateur.calibration",
-    "consecutive_rows": "secateur.calibration",
-    "perplexity": "secateur.evaluate",
-    "speed": "secateur.evaluate",
+    "prune": "secateur.commands.prune",
+    "survey": "secateur.survey.survey",
+    "plan": "secateur.plan.plan",
+    "refit": "secateur.fit.loop",
+    "slice": "secateur.write.slice",
+    "write": "secateur.write.write",
+    "retrain": "secateur.compare.retrain",
+    "open_checkpoint": "secateur.model.checkpoint",
+    "BlockStream": "secateur.model.stream",
+    "Rows": "secateur.model.activations",
+    "calibration_rows": "secateur.text.calibration",
+    "consecutive_rows": "secateur.text.calibration",
+    "perplexity": "secateur.measure",
+    "speed": "secateur.measure",
     "register": "secateur.formats.per_layer",
-    "Options": "secateur.options",
-    "SecateurError": "secateur.errors",
+    "Options": "secateur.commands.options",
+    "SecateurError": "secateur.base.errors",
 }
 
 __all__ = ["BlockStream", "Options", "Rows", "SecateurError", "calibration_rows", "consecutive_rows"]

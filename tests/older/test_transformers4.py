@@ -19,9 +19,9 @@ from torch import Tensor
 
 from conftest import CheckpointFolder
 from models import ROWS, logits_of, relative, token_rows
-from secateur.errors import SecateurError
-from secateur.quiet import quiet
-from secateur.steps.prune import prune
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.commands.prune import prune
 
 IDS = token_rows(2, 20, seed=3)
 SMALL: dict[str, Any] = {"samples": 4, "length": 16, "calibration": "random", "sparsity": 0.4, "fits": 0, "level1": 2}

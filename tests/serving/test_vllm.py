@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from models import GEMMA, GROUPED, ROWS, TRIPLES, _config, blocks_of, build, relative, token_rows
-from secateur.checkpoint import open_checkpoint
+from secateur.base.quiet import quiet
+from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_obstacle
-from secateur.quiet import quiet
-from secateur.steps.fitted import FittedBlock
-from secateur.steps.plan import Plan
-from secateur.steps.slice import slice
-from secateur.steps.write import write
-from secateur.stream import BlockStream
-from secateur.structure import Block, Keep, Width
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Block, Keep, Width
+from secateur.plan.plan import Plan
+from secateur.write.slice import slice
+from secateur.write.write import write
 
 # In this process, on one thread, with a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from secateur import __version__
+from secateur.base.errors import SecateurError
 from secateur.cli.compare import compare
 from secateur.cli.evaluate import evaluate
 from secateur.cli.export import export
@@ -20,7 +21,6 @@ from secateur.cli.retrain import retrain
 from secateur.cli.sizes import sizes
 from secateur.cli.survey import survey
 from secateur.cli.terminal import INTERRUPTED, interrupted
-from secateur.errors import SecateurError
 
 app = typer.Typer(
     name="secateur",

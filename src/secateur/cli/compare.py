@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.base.errors import SecateurError
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, interrupted, show
 from secateur.cli.values import parse_list, parse_whole_numbers
-from secateur.errors import SecateurError
-from secateur.recipes import recipe_names
+from secateur.compare.recipes import recipe_names
 
 _in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
 
@@ -87,7 +87,7 @@ def compare(
 
     Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """
-    from secateur.recipe import Changes, changed, read_recipe
+    from secateur.compare.recipe import Changes, changed, read_recipe
 
     *models, name = what
     changes = Changes(
@@ -105,11 +105,11 @@ def compare(
     recipe = changed(read_recipe(name), changes)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
-        from secateur.report.comparison import compare_table, write_tables
-        from secateur.report.comparison_plots import plot_comparison
-        from secateur.steps.compare import compare as run
-        from secateur.steps.compare_activations import compare_activations
-        from secateur.steps.compare_heads import compare_heads
+        from secateur.compare.activations import compare_activations
+        from secateur.compare.grid import compare as run
+        from secateur.compare.heads import compare_heads
+        from secateur.compare.plots import plot_comparison
+        from secateur.compare.tables import compare_table, write_tables
 
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "watcher": bars}
     try:

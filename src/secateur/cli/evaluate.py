@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+from secateur.base.errors import SecateurError
+from secateur.base.whole_file import write_whole
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_new, parse_list
-from secateur.errors import SecateurError
-from secateur.whole_file import write_whole
 
 
 def evaluate(
@@ -77,7 +77,7 @@ def evaluate(
         check_new(json_, overwrite)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
-        from secateur.evaluate.compare import evaluate as run
+        from secateur.measure.compare import evaluate as run
         from secateur.report.tables import eval_table
 
     result = run(

@@ -7,10 +7,10 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from secateur.base.errors import SecateurError
 from secateur.cli import parameters
 from secateur.cli.terminal import Bars
-from secateur.errors import SecateurError
-from secateur.options import Options
+from secateur.commands.options import Options
 
 
 def export(
@@ -36,7 +36,7 @@ def export(
         raise SecateurError(f"type {type_} is of a GGUF file: leave --type out, or take --format gguf")
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
-        from secateur.steps.export import export as run
+        from secateur.write.export import export as run
 
     done = run(folder, out, format=cast("Any", format), type=type_, overwrite=overwrite, watcher=bars)
     typer.echo(f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}")

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+from secateur.base.whole_file import write_whole
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_apart, check_new, check_survey, parse_kinds
-from secateur.options import Options
-from secateur.whole_file import write_whole
+from secateur.commands.options import Options
 
 
 def plan(
@@ -83,8 +83,8 @@ def plan(
     check_survey(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
+        from secateur.commands.plan import propose
         from secateur.report.tables import plan_table
-        from secateur.steps.propose import propose
 
     proposal = propose(
         model,

@@ -10,7 +10,7 @@ import typer
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_apart, check_survey, parse_kinds
-from secateur.options import Options
+from secateur.commands.options import Options
 
 
 def prune(
@@ -137,8 +137,8 @@ def prune(
     check_survey(survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
+        from secateur.commands.prune import prune as run
         from secateur.report.tables import prune_table
-        from secateur.steps.prune import prune as run
 
     summary = run(
         model,

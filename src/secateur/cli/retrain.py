@@ -9,7 +9,7 @@ import typer
 
 from secateur.cli import parameters
 from secateur.cli.terminal import Bars
-from secateur.options import Options
+from secateur.commands.options import Options
 
 
 def retrain(
@@ -34,8 +34,8 @@ def retrain(
     """
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
-        from secateur.steps.retrain import retrain as run
-        from secateur.training import Training
+        from secateur.compare.retrain import retrain as run
+        from secateur.compare.training import Training
 
     training = Training(
         calibration=calibration,

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from secateur.base.errors import SecateurError
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import check_survey, parse_shares
-from secateur.errors import SecateurError
-from secateur.options import WIDTHS, Options
+from secateur.commands.options import WIDTHS, Options
 
 
 def sizes(
@@ -93,8 +93,8 @@ def sizes(
     ]
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
+        from secateur.commands.sizes import sizes as run
         from secateur.report.tables import sizes_table
-        from secateur.steps.sizes import sizes as run
 
     results = run(
         model,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from secateur.base.errors import SecateurError
 from secateur.cli import panels, parameters
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import parse_kinds
-from secateur.errors import SecateurError
-from secateur.options import Options
+from secateur.commands.options import Options
 
 
 def survey(
@@ -50,8 +50,8 @@ def survey(
     )
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
+        from secateur.commands.survey import survey_page
         from secateur.report.tables import survey_table
-        from secateur.steps.survey_page import survey_page
 
     found = survey_page(
         model,

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import cast
 
-from secateur.errors import SecateurError
-from secateur.structure import Kind
+from secateur.base.errors import SecateurError
+from secateur.model.structure import Kind
 
 
 def parse_list(text: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 `surgeon` is the exception that yields an order in place of scores, since what a unit is worth there depends on
 the units that went before it. To add a criterion, write its file and add one line to `SCORES`
-and its name to `secateur.choice.CRITERIA`.
+and its name to `secateur.criteria.choice.CRITERIA`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from secateur.criteria import flap, l1, l2, llm_pruner, random, second_moment, similarity, surgeon, wanda
 from secateur.criteria.statistics import Statistics
-from secateur.solve import Elimination
-from secateur.structure import Depth2, Pattern
+from secateur.model.structure import Depth2, Pattern
+from secateur.numerics.solve import Elimination
 
 __all__ = ["NEEDS_GRADIENTS", "NEEDS_INPUTS", "Statistics", "error_curve"]
 __all__ += ["pattern_units", "removal_order", "survivors"]

@@ -14,7 +14,7 @@ h is the mean over samples of the squared gradient of a sample's own loss. A sam
 and its loss the mean over its tokens, as in the authors' program; squares of single tokens' gradients, which the
 Fisher matrix proper has, would need a backward pass for every token.
 
-Scores of all modules come from one backward pass over the dense model, ahead of pruning (`secateur.steps.gradients`).
+Scores of all modules come from one backward pass over the dense model, ahead of pruning (`secateur.survey.gradients`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from secateur.criteria.statistics import Statistics, sum_by_unit
-from secateur.structure import Depth2
+from secateur.model.structure import Depth2
 
 Named = Mapping[str, Tensor]
 

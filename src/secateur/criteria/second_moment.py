@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.statistics import Statistics
-from secateur.structure import Slab
+from secateur.model.structure import Slab
 
 
 def scores(stats: Statistics) -> Tensor:

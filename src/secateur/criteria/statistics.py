@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from secateur.moments import Moments
-from secateur.solve import Normal, normal_equations
-from secateur.structure import Depth2
+from secateur.model.structure import Depth2
+from secateur.numerics.moments import Moments
+from secateur.numerics.solve import Normal, normal_equations
 
 
 @dataclass

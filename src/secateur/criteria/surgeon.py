@@ -1,7 +1,7 @@
 """Structured optimal brain surgeon: remove first what the best refit of the rest makes up best.
 
 Greedy and exact: each removal is priced after all before it, with the remaining level-2 weights refitted.
-The pass gives an order and with it the error at every width (`secateur.solve.eliminate`).
+The pass gives an order and with it the error at every width (`secateur.numerics.solve.eliminate`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.statistics import Statistics
-from secateur.solve import Elimination, eliminate
-from secateur.structure import Pattern
+from secateur.model.structure import Pattern
+from secateur.numerics.solve import Elimination, eliminate
 
 
 def removal(

@@ -12,10 +12,10 @@ import torch
 from gguf import GGUFWriter, RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from secateur.base.progress import Watcher
 from secateur.formats.gguf_architectures import TYPES, Architecture, Model
 from secateur.formats.gguf_tensors import Entry, laid_out
 from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
-from secateur.progress import Watcher
 
 
 def write_gguf(

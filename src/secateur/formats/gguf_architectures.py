@@ -16,10 +16,10 @@ from typing import Any, Literal
 import gguf
 from gguf import GGMLQuantizationType
 
-from secateur.checkpoint import Checkpoint
-from secateur.errors import SecateurError
-from secateur.families import Family, family_of, head_dim
-from secateur.structure import Width
+from secateur.base.errors import SecateurError
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.families import Family, family_of, head_dim
+from secateur.model.structure import Width
 
 
 @dataclass(frozen=True)

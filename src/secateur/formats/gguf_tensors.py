@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from secateur.errors import SecateurError
+from secateur.base.errors import SecateurError
 from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, Storage, filled
-from secateur.structure import Width
+from secateur.model.structure import Width
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from secateur.errors import SecateurError
-from secateur.tokens import begins_with_bos, encode
+from secateur.base.errors import SecateurError
+from secateur.model.tokens import begins_with_bos, encode
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -15,12 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from secateur import modeling_secateur
-from secateur.errors import SecateurError
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
 from secateur.formats.stock import STOCK, Stock, stock_config
-from secateur.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
-from secateur.quiet import quiet
-from secateur.structure import Block, Width
+from secateur.model import modeling_secateur
+from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
+from secateur.model.structure import Block, Width
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """The file that goes beside the weights."""

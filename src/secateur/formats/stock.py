@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from secateur.errors import SecateurError
-from secateur.structure import Width
+from secateur.base.errors import SecateurError
+from secateur.model.structure import Width
 
 
 @dataclass(frozen=True)

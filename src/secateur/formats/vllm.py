@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.families import head_dim
-from secateur.structure import Width
+from secateur.model.families import head_dim
+from secateur.model.structure import Width
 
 OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from secateur.criteria import pattern_units
-from secateur.curves import Curve, Survey
-from secateur.prices import Prices
-from secateur.structure import Block, Depth2, Pattern, Width
+from secateur.model.structure import Block, Depth2, Pattern, Width
+from secateur.survey.curves import Curve, Survey
+from secateur.survey.prices import Prices
 
 if TYPE_CHECKING:
-    from secateur.steps.plan import Plan
+    from secateur.plan.plan import Plan
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "{{DATA}}"

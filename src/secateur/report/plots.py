@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from secateur.counts import counted
+from secateur.base.words import counted
 
 
 def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[float]], path: Path) -> None:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from secateur.counts import counted
+from secateur.base.words import counted
 
 if TYPE_CHECKING:
-    from secateur.evaluate.compare import Evaluation, Figure
-    from secateur.steps.propose import Proposal
-    from secateur.steps.sizes import Size
-    from secateur.steps.summary import Summary
-    from secateur.steps.survey_page import Surveyed
-    from secateur.structure import Width
+    from secateur.commands.plan import Proposal
+    from secateur.commands.sizes import Size
+    from secateur.commands.survey import Surveyed
+    from secateur.measure.compare import Evaluation, Figure
+    from secateur.model.structure import Width
+    from secateur.report.summary import Summary
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -164,7 +164,7 @@ def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
 
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
     """One model's figures, or two side by side with their ratios, and below them how they were measured."""
-    from secateur.evaluate.compare import short
+    from secateur.measure.compare import short
 
     first = result.models[0]
     names = [short(model.name) for model in result.models]

@@ -1,0 +1,38 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from secateur.base.errors import SecateurError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; `auto` takes a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SecateurError(f"device '{name}' is not available here; use --device auto or cpu") from error
+    try:
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError) as error:
+        # Apple's GPUs.
+        raise SecateurError(f"device '{name}' has no float64, in which sums are kept here; use --device cpu") from error
+    if device.type == "meta":
+        raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")
+    return device
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """What to multiply in where float32 is not needed: bfloat16 where there are instructions for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Since torch 2.11 or so; without it, float32 is slower and as good.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if units else torch.float32

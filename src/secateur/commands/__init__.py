@@ -1,0 +1,1 @@
+"""One function a command, each built of the same six steps."""

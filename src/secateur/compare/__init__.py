@@ -1,0 +1,1 @@
+"""Recipes, and all that only a comparison needs."""

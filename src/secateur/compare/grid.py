@@ -1,0 +1,403 @@
+"""`secateur compare`: every run of a recipe under one protocol, each pruned as `prune` does, scored and thrown away.
+
+All models, texts, tasks and runs are checked before the first is carried out. What runs have in common is made once:
+token ids of a text, the survey that several widths and recoveries start from, the dense scores. A finished run is a
+small file under a name that what decides it gives, so that a restart does only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import secateur
+from secateur.base.device import pick_device
+from secateur.base.digests import digest, hash_of
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent, Watcher, reading
+from secateur.commands.open import Job, open_job
+from secateur.commands.options import SELF, Options
+from secateur.commands.prune import carry_out
+from secateur.compare.comparison import AVERAGE, Column, Comparison, Row
+from secateur.compare.own_text import with_kept_rows, with_own_text
+from secateur.compare.recipe import PaperModel, Recipe, Run, expand, named
+from secateur.compare.retrain import check_retraining, retrain, training_rows
+from secateur.compare.run_store import RunStore
+from secateur.measure.compare import load, short
+from secateur.measure.perplexity import perplexity
+from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.plan.decide import request, survey_key
+from secateur.plan.meters import parameter_meter
+from secateur.text.calibration import check_calibration, consecutive_rows, tokenised_once
+from secateur.text.documents import RANDOM
+from secateur.text.draw import check_sources
+from secateur.write.write import output_folder
+
+DENSE = "dense"
+"""The row of a model before pruning."""
+
+_REQUESTED = frozenset(("sparsity", "plan", "of", "blocks", "modules", "widths", "ridge", "multiple"))
+"""Options of which an open job knows only through its request; jobs that differ in no others share what they opened."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the comparison, opened and checked."""
+
+    name: str
+    paper: PaperModel | None
+    checkpoint: Checkpoint
+    tokenizer: Any
+    texts: dict[str, Tensor]
+    """Rows to score (rows x length), by column."""
+    runs: tuple[tuple[Run, Job], ...]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores whole models, all in the same way."""
+
+    tasks: dict[str, list[OpenTask]]
+    """By column; a group of tasks is averaged."""
+    device: torch.device
+    watcher: Watcher
+
+    def score(self, folder: str | Path, subject: Subject, what: str) -> dict[str, Any]:
+        """Perplexities and accuracies in percent, by column."""
+        checkpoint = subject.checkpoint
+        if folder != checkpoint.path:
+            checkpoint = open_checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
+        with self.watcher.busy(f"Loading {what}"):
+            network = load(checkpoint, torch.float32, self.device)
+        texts = {
+            column: perplexity(network, rows, watcher=self.watcher, what=f"{what} on {column}").perplexity
+            for column, rows in subject.texts.items()
+        }
+        accuracies = {}
+        for column, tasks in self.tasks.items():
+            found = zero_shot(network, subject.tokenizer, tasks, watcher=self.watcher, what=f"{what} on")
+            accuracies[column] = 100 * sum((one.acc_norm or one.acc).value for one in found) / len(found)
+        return {"perplexity": texts, "accuracy": accuracies}
+
+    def decided_by(self, subject: Subject) -> dict[str, Any]:
+        """What decides the scores of a given model."""
+        asked = {name: [(task.name, task.items) for task in tasks] for name, tasks in self.tasks.items()}
+        return {
+            "secateur": secateur.__version__,
+            "fingerprint": subject.checkpoint.fingerprint,
+            "device": self.device.type,
+            "texts": {column: hash_of(rows) for column, rows in subject.texts.items()},
+            "tasks": {name: hashlib.sha256(repr(items).encode()).hexdigest()[:16] for name, items in asked.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the comparison, or the scoring of a dense model."""
+
+    subject: Subject
+    run: Run | None
+    """None for the dense model."""
+    job: Job
+    decided_by: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """The name of its result."""
+        return digest(self.decided_by)
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        if self.run is None:
+            return f"{self.subject.name} {DENSE}"
+        seed = self.run.place("seed")
+        return f"{self.subject.name} {self.run.row}" + ("" if seed is None else f", seed {seed}")
+
+    def carried_out(self, judge: Judge, store: RunStore) -> dict[str, Any]:
+        """Scores and sizes; what is pruned is thrown away."""
+        start = time.perf_counter()
+        folder, sparsity = self.subject.checkpoint.path, 0.0
+        parameters = round(parameter_meter(self.job.stream).dense)
+        widths = [block.width for block in self.job.stream.blocks]
+        if self.run is not None:
+            folder = store.scratch / "model"
+            file = store.survey_file(survey_key(self.job.request, self.job.text))
+            job = with_kept_rows(self.job, store, judge.watcher)
+            summary = carry_out(job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
+            sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
+            if self.run.training is not None:
+                pruned, folder = folder, store.scratch / "retrained"
+                device = "cpu" if judge.device.type == "cpu" else "auto"
+                retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=judge.watcher)
+        scores = judge.score(folder, self.subject, self.what)
+        for name in ("model", "retrained"):
+            shutil.rmtree(store.scratch / name, ignore_errors=True)
+        return scores | {
+            "sparsity": sparsity,
+            "parameters": parameters,
+            "heads": sum(width.heads for width in widths),
+            "channels": sum(width.channels for width in widths),
+            "seconds": time.perf_counter() - start,
+        }
+
+
+def compare(
+    recipe: Recipe,
+    models: Sequence[str],
+    out: Path,
+    *,
+    task_path: Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    done: Callable[[Comparison], None] = lambda _: None,
+    watcher: Watcher | None = None,
+) -> Comparison:
+    """Carry out a recipe of the kind `grid`.
+
+    Args:
+        recipe: what to run.
+        models: folders, .gguf files or hub ids; the recipe's own where there are none.
+        out: the folder that keeps finished runs; see `RunStore`.
+        task_path: a folder with lm-eval task files of one's own.
+        device: where to compute.
+        trust_remote_code: let the checkpoints' own code run.
+        done: called with what there is after each run, and where nothing was left to do.
+        watcher: told about progress.
+
+    Returns:
+        All that is finished. A run that turns out impossible is left out, and named in `failed`.
+
+    Raises:
+        SecateurError: for anything wrong with a run, a model, a text or a task that can be seen before the first run.
+    """
+    watcher = watcher or Silent()
+    where = pick_device(device)
+    store = RunStore(out)
+    store.check()
+    judge = Judge(_tasks(recipe, task_path, watcher), where, watcher)
+    with tokenised_once():
+        subjects = [
+            open_subject(recipe, name, source, device=device, trust_remote_code=trust_remote_code, watcher=watcher)
+            for name, source in sources(recipe, models)
+        ]
+    for subject in subjects:
+        job = subject.runs[0][1]
+        # On the disk that the comparison will be on.
+        beside = out.absolute().parent / f".{out.name}.scratch"
+        output_folder(job.stream, beside, None, overwrite=True, dtype=job.dtype).check()
+    with store:
+        planned = []
+        # What models write is not a matter of checking: it takes long, and is kept.
+        with tokenised_once():
+            for subject in subjects:
+                dense = judge.decided_by(subject)
+                planned.append(Planned(subject, None, subject.runs[0][1], dense))
+                for run, opened in subject.runs:
+                    job = with_own_text(opened, store, watcher)
+                    planned.append(Planned(subject, run, job, dense | _decided_by(run, job)))
+        failed: list[str] = []
+        results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
+        if results:
+            watcher.note(f"{sum(one.key in results for one in planned)} of {len(planned)} runs are in {out} already")
+
+        def so_far() -> Comparison:
+            found = _comparison(recipe, subjects, judge, [results.get(one.key) for one in planned])
+            return replace(found, failed=tuple(failed))
+
+        for number, one in enumerate(planned, start=1):
+            if one.key in results:
+                continue
+            watcher.note(f"Run {number} of {len(planned)}: {one.what}")
+            try:
+                results[one.key] = one.carried_out(judge, store)
+            except SecateurError as error:
+                # Found by running alone; it says nothing about the other runs.
+                failed.append(f"{one.what}: {error}")
+                watcher.note(failed[-1])
+                continue
+            store.keep(one.key, one.decided_by, results[one.key])
+            done(so_far())
+        done(so_far())
+        return so_far()
+
+
+def sources(recipe: Recipe, models: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and source of every model: those given, or the recipe's own.
+
+    Raises:
+        SecateurError: there is none, or one is there twice.
+    """
+    given = list(models) or [model.id for model in recipe.models.values()]
+    if not given:
+        raise SecateurError("the recipe names no model of its own; give one in front of it")
+    found = []
+    for source in given:
+        known = recipe.model_of(source)
+        found.append((known[0] if known else short(source), source))
+    names = [name for name, _ in found]
+    if (twice := _twice(names)) is not None:
+        raise SecateurError(f"model {twice} is there twice; leave one out, or give its folder another name")
+    return found
+
+
+def open_subject(
+    recipe: Recipe, name: str, source: str, *, device: str, trust_remote_code: bool, watcher: Watcher
+) -> Subject:
+    """Open a model with all runs on it, and find what is wrong with any.
+
+    Raises:
+        SecateurError: see `compare`.
+    """
+    known = recipe.model_of(source)
+    runs = expand(recipe, None if known is None else known[0])
+    columns = _columns("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
+    # One length for all runs, also where the calibration's is an axis of the grid.
+    shared = recipe.options | (known[1].options if known else {})
+    length = recipe.evaluation.length or shared.get("length", Options.length)
+    for text in columns.values():
+        if text in (RANDOM, SELF):
+            ids = "random ids" if text == RANDOM else "what a model writes itself"
+            raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
+        check_calibration(text, length=length)
+    for run in runs:
+        check_sources(run.options, None)
+        if run.training is not None:
+            check_retraining(device)
+    opened: dict[str, Job] = {}
+    jobs = []
+    with reading(watcher, "Checking all runs on", source):
+        for run in runs:
+            group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
+            try:
+                if group not in opened:
+                    opened[group] = open_job(
+                        source,
+                        run.options,
+                        device=device,
+                        trust_remote_code=trust_remote_code,
+                        dry=True,
+                        watcher=Silent(),
+                    )
+                job = opened[group]
+                asked = request(job.stream, run.options, job.dtype, Silent())
+                if run.training is not None:
+                    training_rows(job.stream.checkpoint, run.training, Silent())
+            except SecateurError as error:
+                raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
+            jobs.append((run, replace(job, options=run.options, request=asked)))
+    checkpoint = jobs[0][1].stream.checkpoint
+    tokenizer = checkpoint.tokenizer()
+    texts = {}
+    for column, text in columns.items():
+        with reading(watcher, "Reading", text):
+            texts[column] = consecutive_rows(
+                tokenizer,
+                text,
+                length=length,
+                tokens=recipe.evaluation.tokens,
+                vocab_size=checkpoint.config.vocab_size,
+                max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+            )
+    return Subject(name, known[1] if known else None, checkpoint, tokenizer, texts, tuple(jobs))
+
+
+def _columns(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """What is scored, by the name of its column."""
+    names = [name for name, _ in sources]
+    if (twice := _twice(names)) is not None:
+        raise SecateurError(f"two {what} are called {twice}; give them names of their own, NAME={what[:-1].upper()}")
+    return dict(sources)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """A name that is there more than once."""
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
+    """The tasks of each column, with their items."""
+    limit = recipe.evaluation.limit
+    open_tasks([], limit=limit, task_path=task_path)  # what is wrong with these, also where there are no tasks
+    wanted = _columns("tasks", [named(task, task) for task in recipe.evaluation.tasks])
+    return {
+        column: open_tasks([task], limit=limit, task_path=task_path, watcher=watcher) for column, task in wanted.items()
+    }
+
+
+def _decided_by(run: Run, job: Job) -> dict[str, Any]:
+    """What decides a pruned model, beside the dense weights."""
+    rows = None if run.training is None else training_rows(job.stream.checkpoint, run.training, Silent())
+    return {
+        "options": asdict(job.options),
+        "rows": [hash_of(rows) for rows in (job.text, *job.rows.groups)],
+        # The contents of a file with a plan or ratios.
+        "given": repr(job.request.given),
+        "training": run.training and asdict(run.training),
+        "training rows": None if rows is None else hash_of(rows),
+    }
+
+
+def _comparison(
+    recipe: Recipe, subjects: Sequence[Subject], judge: Judge, results: Sequence[dict[str, Any] | None]
+) -> Comparison:
+    """Rows from the results of all planned runs, None for those to come."""
+    rows: list[Row] = []
+    left = iter(results)
+    for subject in subjects:
+        published = {} if subject.paper is None else subject.paper.published
+        found = next(left)
+        rows.append(Row(subject.name, DENSE, DENSE, {}, (found,) if found else (), published.get(DENSE, {})))
+        by_row: dict[str, tuple[Run, list[dict[str, Any]]]] = {}
+        for run, _ in subject.runs:
+            found = next(left)
+            by_row.setdefault(run.row, (run, []))[1].extend([found] if found else [])
+        for name, (run, made) in by_row.items():
+            axes = {axis: value for axis, value in run.axes if axis != "seed"}
+            rows.append(Row(subject.name, name, run.label, axes, tuple(made), published.get(name, {})))
+        rest = [name for name in published if name not in by_row and name != DENSE]
+        rows += [Row(subject.name, name, name, {}, (), published[name]) for name in rest]
+    texts = list(dict.fromkeys(column for subject in subjects for column in subject.texts))
+    columns = [Column(name, "perplexity") for name in texts] + [Column(name, "accuracy") for name in judge.tasks]
+    if len(judge.tasks) > 1:
+        columns.append(Column(AVERAGE, "accuracy"))
+    return Comparison(recipe.title, _protocol(recipe, subjects, judge), tuple(columns), tuple(rows), len(results))
+
+
+def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tuple[str, ...]:
+    """How it was measured, one sentence a fact."""
+    # Of a file the name alone: a table is read where the file does not lie.
+    options = {name: short(value) if isinstance(value, str) else value for name, value in recipe.options.items()}
+    shared = ", ".join(f"{name} {value}" for name, value in options.items())
+    lines = [f"Options of all runs: {shared}." if shared else "All runs have the default options."]
+    for subject in subjects:
+        own = {} if subject.paper is None else subject.paper.options
+        lines += [f"{subject.name}: {', '.join(f'{name} {value}' for name, value in own.items())}."] if own else []
+        lines += [
+            f"Perplexity of {subject.name} on {column}: {len(rows):,} rows of {rows.shape[1]} tokens."
+            for column, rows in subject.texts.items()
+        ]
+    if judge.tasks:
+        counts = ", ".join(f"{name} {sum(len(t.items) for t in tasks):,}" for name, tasks in judge.tasks.items())
+        lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
+    trained = {run.label: run.training for subject in subjects for run, _ in subject.runs if run.training is not None}
+    lines += [
+        f"{label}: LoRA on {one.samples:,} rows of {one.length} tokens of {short(one.calibration)}, "
+        f"{one.epochs} epochs."
+        for label, one in trained.items()
+    ]
+    seeds = recipe.grid.get("seed")
+    if seeds:
+        several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the least and the most."
+        lines.append(several if len(seeds) > 1 else f"Seed {seeds[0]}.")
+    return tuple(lines)

@@ -1,0 +1,355 @@
+"""Recipes of `secateur compare`: which runs on which models under which protocol, read from YAML and checked.
+
+A recipe's runs are every entry of `runs` at every point of `grid`. Options of a run are fields of `Options` by name;
+where several places give one, the run wins over the model, and the model over what all share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from secateur.base.errors import SecateurError
+from secateur.commands.options import SELF, Options
+from secateur.compare.recipes import FOLDER, recipe_names
+from secateur.compare.training import Training
+from secateur.criteria.choice import LARGEST
+from secateur.text.documents import RANDOM
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
+_NO_TEXT = (RANDOM, SELF)
+"""Sources that are no text: another text does not take their place."""
+_SPREAD = "seed"
+"""The axis whose values are repetitions of one row and not rows of their own."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PaperModel(_Strict):
+    """A model that the paper measured."""
+
+    id: str
+    """On the hub; the default model of the recipe."""
+    also: list[str] = []
+    """Other names of folders and hub ids that hold it."""
+    options: dict[str, Any] = {}
+    """How the paper treats this one, such as the blocks it prunes."""
+    published: dict[str, dict[str, float]] = {}
+    """Row, then column, then the paper's figure."""
+
+
+class Evaluation(_Strict):
+    """What is measured of every model."""
+
+    perplexity: list[str] = []
+    """Texts, as `source` or `column=source`."""
+    length: int | None = None
+    """Tokens in a row; as many as in the calibration rows by default."""
+    tokens: int | None = None
+    """Of each text; all by default."""
+    tasks: list[str] = []
+    """lm-eval's, as `task` or `column=task`."""
+    limit: int | None = None
+    """Items of each task; all by default."""
+
+
+class Recipe(_Strict):
+    """What `secateur compare` carries out; see the fields of the files in `recipes/`."""
+
+    title: str
+    kind: Literal["grid", "activations", "graph"] = "grid"
+    """`grid` prunes and scores; the others measure dense models, block by block: mean activations, similar heads."""
+    models: dict[str, PaperModel] = {}
+    options: dict[str, Any] = {}
+    """Of every run."""
+    runs: dict[str, dict[str, Any]] = {}
+    """Row, then what sets it apart."""
+    grid: dict[str, list[Any]] = {}
+    """Option, then its values; values of `seed` become the spread of a row."""
+    retrain: dict[str, dict[str, Any]] = {}
+    """Row, then how its results are retrained: fields of `Training`; see `Run.training`."""
+    evaluation: Evaluation = Evaluation()
+    tau: float | None = None
+    """Of the kind `graph`: heads closer than this, in nats, are joined."""
+
+    def model_of(self, source: str) -> tuple[str, PaperModel] | None:
+        """The paper's model that a folder or hub id names, if it is one."""
+        wanted = _last(source)
+        for name, model in self.models.items():
+            if wanted in {_last(other) for other in (model.id, *model.also)}:
+                return name, model
+        return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pruned model to be made."""
+
+    label: str
+    axes: tuple[tuple[str, Any], ...]
+    """Its place in the grid."""
+    options: Options
+    training: Training | None = None
+    """Of what comes out: on the run's calibration, length and seed, where the recipe does not say otherwise."""
+
+    @property
+    def row(self) -> str:
+        """The row of the table that it belongs to: all but the seed."""
+        return ", ".join(filter(None, (self.label, *(f"{k} {v}" for k, v in self.axes if k != _SPREAD))))
+
+    def place(self, axis: str) -> Any:
+        """Its value on an axis, None where the grid has no such axis."""
+        return dict(self.axes).get(axis)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the command line puts in place of a recipe's own; None leaves it."""
+
+    calibration: str | None = None
+    perplexity: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    limit: int | None = None
+    tokens: int | None = None
+    samples: tuple[int, ...] | None = None
+    refit_samples: tuple[int, ...] | None = None
+    """Of retraining too."""
+    length: int | None = None
+    blocks: str | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+def read_recipe(name: str) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: a YAML file, or the name of one that comes with the package.
+
+    Raises:
+        SecateurError: it does not exist, is no recipe, or a run of it makes no sense; with the place in the file.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        if name not in recipe_names():
+            raise SecateurError(f"recipe '{name}' does not exist; name a .yaml file or one of {_some(recipe_names())}")
+        path = FOLDER / f"{name}.yaml"
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{path}: not UTF-8; a recipe is a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise SecateurError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); correct it") from error
+    if not isinstance(raw, dict):
+        raise SecateurError(f"{path}: a recipe is a mapping with title, runs, evaluation, ...; see those of secateur")
+    try:
+        recipe = Recipe.model_validate(raw)
+        for entry in (None, *recipe.models):
+            expand(recipe, entry)
+    except ValidationError as error:
+        raise SecateurError(f"{path}: {_first(error)}") from error
+    except SecateurError as error:
+        raise SecateurError(f"{path}: {error}") from error
+    return recipe
+
+
+def expand(recipe: Recipe, model: str | None) -> list[Run]:
+    """Every run of a recipe on one of its own models, or on any other where `model` is None.
+
+    Raises:
+        SecateurError: an option that does not exist or makes no sense, an empty grid, or nothing to run; with the
+            place in the recipe.
+    """
+    shared = recipe.options | (recipe.models[model].options if model is not None else {})
+    _values(recipe.options, "options")
+    _values(shared, f"models.{model}.options")
+    if recipe.kind != "grid":
+        for place in ("runs", "grid", "retrain"):
+            if getattr(recipe, place):
+                raise SecateurError(f"{place}: a recipe of the kind {recipe.kind} prunes nothing; leave this out")
+    if recipe.kind == "graph":
+        if recipe.tau is None or not 0 < recipe.tau <= LARGEST:
+            raise SecateurError(
+                f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST:.4f}"
+            )
+    elif recipe.tau is not None:
+        raise SecateurError("tau: it belongs to the kind graph; to prune with it, give it to a run")
+    if recipe.kind != "grid":
+        return [Run("", (), _options(shared, "options"))]
+    if not (recipe.runs or recipe.grid):
+        raise SecateurError("nothing to run; give runs, a grid, or both")
+    if not (recipe.evaluation.perplexity or recipe.evaluation.tasks):
+        raise SecateurError("evaluation: nothing is measured; give perplexity texts, tasks, or both")
+    for axis, values in recipe.grid.items():
+        if not values:
+            raise SecateurError(f"grid.{axis}: the grid is empty; give at least one value")
+        if any(values.count(value) > 1 for value in values):
+            raise SecateurError(f"grid.{axis}: a value is there twice; leave one out")
+        for index, value in enumerate(values):
+            _values({axis: value}, f"grid.{axis}.{index}")
+    for label in recipe.retrain:
+        if label not in recipe.runs:
+            raise SecateurError(f"retrain.{label}: no such run; there are {_some(recipe.runs)}")
+    found = []
+    for label, own in (recipe.runs or {"": {}}).items():
+        both = sorted(set(own) & set(recipe.grid))
+        if both:
+            raise SecateurError(f"runs.{label}.{both[0]}: the grid gives it too; leave one of them out")
+        for point in itertools.product(*recipe.grid.values()):
+            axes = tuple(zip(recipe.grid, point, strict=True))
+            options = _options(shared | own | dict(axes), f"runs.{label}" if label else "grid")
+            training = _training(recipe.retrain[label], options, label) if label in recipe.retrain else None
+            found.append(Run(label, axes, options, training))
+    return found
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other texts, sizes and seeds.
+
+    A change replaces an option wherever the recipe gives it. `random` and `self` calibrations stay, since they are no
+    texts. Rows of the refit's own come only to runs that have such.
+
+    Raises:
+        SecateurError: several numbers of samples where the recipe has no axis for them.
+    """
+    raw = recipe.model_dump()
+    values: dict[str, list[Any]] = {}
+    if changes.seeds is not None and recipe.kind == "grid":
+        raw["grid"].setdefault("seed", [])
+        values["seed"] = list(changes.seeds)
+    if changes.samples is not None:
+        if len(changes.samples) > 1 and "samples" not in recipe.grid:
+            raise SecateurError(f"samples is {_some(changes.samples)}, but the recipe has no axis for it; give one")
+        values["samples"] = list(changes.samples)
+    if changes.refit_samples is not None:
+        if len(changes.refit_samples) > 1 and "refit_samples" not in recipe.grid:
+            raise SecateurError(
+                f"refit-samples is {_some(changes.refit_samples)}, but the recipe has no axis for it; give one"
+            )
+        values["refit_samples"] = list(changes.refit_samples)
+        for training in raw["retrain"].values():
+            training["samples"] = changes.refit_samples[0]
+    for field in ("calibration", "length", "blocks"):
+        if getattr(changes, field) is not None:
+            values[field] = [getattr(changes, field)]
+    for field, new in values.items():
+        if field in raw["grid"]:
+            fixed = [value for value in raw["grid"][field] if value in _NO_TEXT]
+            raw["grid"][field] = [*new, *fixed]
+        for training in raw["retrain"].values():
+            if field in ("calibration", "length") and field in training:
+                training[field] = new[0]
+        for place in (raw["options"], *raw["runs"].values(), *(model["options"] for model in raw["models"].values())):
+            if field in raw["grid"]:
+                place.pop(field, None)
+            elif field in place and place[field] not in _NO_TEXT:
+                place[field] = new[0]
+        if field not in raw["grid"] and field != "refit_samples":
+            raw["options"].setdefault(field, new[0])
+    if changes.length is not None:
+        raw["evaluation"]["length"] = None
+    for field in ("perplexity", "tasks", "limit", "tokens"):
+        value = getattr(changes, field)
+        if value is not None:
+            raw["evaluation"][field] = list(value) if isinstance(value, tuple) else value or None
+    return Recipe.model_validate(raw)
+
+
+def named(text: str, name: str) -> tuple[str, str]:
+    """`column=source` taken apart; a source alone is called by `name`."""
+    match = _NAMED.fullmatch(text)
+    return (match[1], match[2]) if match and not Path(text).exists() else (name, text)
+
+
+def _options(given: Mapping[str, Any], where: str) -> Options:
+    """Options from a recipe, checked as those of the command line are."""
+    values = _values(given, where)
+    try:
+        options = Options(**values)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
+    if options.format == "gguf":
+        raise SecateurError(f"{where}: runs are scored by transformers; take the format hf or stock")
+    return options
+
+
+def _training(given: Mapping[str, Any], options: Options, label: str) -> Training:
+    """How a run's result is retrained, checked."""
+    where = f"retrain.{label}"
+    values: dict[str, Any] = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
+    values |= _values(given, where, Training)
+    try:
+        return Training(**values)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
+
+
+def _values(given: Mapping[str, Any], where: str, owner: type = Options) -> dict[str, Any]:
+    """Values of options by name, each of the type of its field."""
+    result, kinds = {}, _adapters(owner)
+    for name, value in given.items():
+        kind = kinds.get(name)
+        place = where if where.startswith("grid.") else f"{where}.{name}"
+        if kind is None:
+            raise SecateurError(f"{place}: no such option; there are {_some(kinds)}")
+        if name == "modules":
+            listed = value.split(",") if isinstance(value, str) else value
+            value = tuple(listed) if isinstance(listed, list) else listed
+        try:
+            result[name] = kind.validate_python(value, strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise SecateurError(f"{place} is {value!r}: {problem[0].lower()}{problem[1:]}") from error
+    return result
+
+
+@cache
+def _adapters(owner: type) -> dict[str, TypeAdapter[Any]]:
+    """What checks the type of each option."""
+    hints = get_type_hints(owner)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(owner)}
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that pydantic found, as one line with the place in the recipe."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: no such field in a recipe; correct its name or leave it out"
+    if problem["type"] == "missing":
+        return f"{place}: missing; a recipe needs it"
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def _last(source: str) -> str:
+    """The last part of a path or hub id, in small letters."""
+    return Path(source).expanduser().name.lower()
+
+
+def _some(values: Any) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may be there twice: the first of two runs would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key}' is there twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,103 @@
+"""The folder of a comparison: one small file for each finished run, so that a restart goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from secateur.base.digests import digest
+from secateur.base.errors import SecateurError
+from secateur.base.json_text import parse_json
+from secateur.base.whole_file import write_whole
+
+RUNS, SURVEYS, TEXTS, SCRATCH, LOCK = "runs", "surveys", "texts", ".scratch", ".lock"
+
+
+class RunStore:
+    """Finished runs by what decides them; as a context manager it has the folder to itself.
+
+    Attributes:
+        path: the folder.
+        scratch: where a pruned model may lie until it is scored.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.scratch = path / SCRATCH
+        self._lock: Any = None
+
+    def check(self) -> None:
+        """See that the folder can be used, without touching it.
+
+        Raises:
+            SecateurError: something else is there, or nothing can be.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise SecateurError(f"{self.path}: a file is there; name a folder")
+        if self.path.is_dir() and not (self.path / RUNS).is_dir() and any(self.path.iterdir()):
+            raise SecateurError(f"{self.path}: holds other files and no comparison; name a new folder")
+        if not self.path.absolute().parent.is_dir():
+            raise SecateurError(f"{self.path}: the folder {self.path.absolute().parent} does not exist; create it")
+
+    def __enter__(self) -> RunStore:
+        self.check()
+        for name in (RUNS, SURVEYS, TEXTS):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("w")
+        try:
+            # Given back by the system however the process ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise SecateurError(f"{self.path}: another secateur compare works there; wait, or name another") from error
+        # What a killed process has left.
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._lock.close()
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """What a finished run has given, or None.
+
+        Raises:
+            SecateurError: its file is damaged.
+        """
+        path = self._file(key)
+        if not path.exists():
+            return None
+        try:
+            found = parse_json(path.read_text(encoding="utf-8"))["result"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SecateurError(f"{path}: not a result of secateur's; delete it to have it made again") from error
+        return dict(found)
+
+    def keep(self, key: str, decided_by: dict[str, Any], result: dict[str, Any]) -> None:
+        """Store a result, with what decides it."""
+        contents = {"decided_by": decided_by, "result": result}
+        write_whole(self._file(key), json.dumps(contents, indent=2) + "\n")
+
+    def survey_file(self, decided_by: dict[str, Any]) -> Path:
+        """Where the survey of some runs is kept."""
+        return self.path / SURVEYS / f"{digest(decided_by)}.json"
+
+    def text_file(self, decided_by: dict[str, Any], write: Callable[[Path], object], suffix: str = ".jsonl") -> Path:
+        """Where rows that a model has written are kept: written into a file that `write` is given, if not there yet."""
+        path = self.path / TEXTS / f"{digest(decided_by)}{suffix}"
+        if not path.exists():
+            part = self.scratch / path.name
+            write(part)
+            part.replace(path)
+        return path
+
+    def _file(self, key: str) -> Path:
+        return self.path / RUNS / f"{key}.json"

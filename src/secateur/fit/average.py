@@ -1,0 +1,63 @@
+"""A block as a fit leaves it: the mean of several, and the dense block made to compute the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from secateur.fit.module import ModuleReport
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Keep
+from secateur.model.surgery import assign, masked_weight
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """One block whose units have been chosen and whose weights have been refitted, not yet cut."""
+
+    index: int
+    keep: Keep
+    changed: dict[str, Tensor]
+    """Tensors with new values at full width, float32, already rounded to the dtype of the output."""
+    reports: tuple[ModuleReport, ...]
+
+
+def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> FittedBlock:
+    """The mean of several fits of one block, rounded as it will be written.
+
+    Fits to different rows err differently beside what they have in common, and weights so near to each other can be
+    averaged: much of what each took from its own rows cancels.
+    """
+    first, *others = found
+    if not others:
+        return first
+
+    def value(one: FittedBlock, name: str) -> Tensor:
+        # Where one fit had nothing to gain, its weights are the dense ones.
+        return one.changed[name] if name in one.changed else dense.get_parameter(name).data.cpu()
+
+    names = dict.fromkeys(name for one in found for name in one.changed)
+    changed = {
+        name: (sum((value(one, name) for one in others), value(first, name)) / len(found)).to(dtype).float()
+        for name in names
+    }
+    reports = tuple(
+        replace(
+            same[0],
+            error=sum(report.error for report in same) / len(found),
+            relative=sum(report.relative for report in same) / len(found),
+        )
+        for same in zip(*(one.reports for one in found), strict=True)
+    )
+    return FittedBlock(first.index, first.keep, changed, reports)
+
+
+def put_in(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> None:
+    """Let a block compute what it will once its units are gone."""
+    for name, tensor in fitted.changed.items():
+        assign(layer, name, tensor.to(stream.device))
+    block, tensors = stream.blocks[fitted.index], dict(layer.named_parameters())
+    for module in (block.attention, block.feed_forward):
+        assign(layer, module.level2.name, masked_weight(module, tensors, fitted.keep.units(module.kind)))

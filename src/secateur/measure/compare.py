@@ -1,0 +1,275 @@
+"""Evaluate one model, or two side by side: sizes, perplexity of texts, accuracy on tasks, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from secateur.base.device import pick_device
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.quiet import quiet
+from secateur.commands.options import DTYPES
+from secateur.formats.per_layer import model_class
+from secateur.measure.perplexity import perplexity
+from secateur.measure.speed import Speed, compare_speed
+from secateur.measure.speed import speed as measure_speed
+from secateur.measure.tasks import Kept, TaskResult, kept, open_tasks, zero_shot
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.tokens import begins_with_bos
+from secateur.text.calibration import check_calibration, consecutive_rows
+from secateur.text.documents import RANDOM
+
+PROMPT, NEW = 512, 32
+"""Tokens read and written when speed is measured, where the model has positions for them."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Perplexity of one text."""
+
+    source: str
+    perplexity: float
+    tokens: int
+    """Scored ones: all but the first of each row."""
+    rows: int
+    length: int
+
+
+@dataclass
+class ModelScore:
+    """All figures of one model."""
+
+    name: str
+    parameters: int
+    bytes: int
+    """Of the parameters, at the dtype in which the first model is stored."""
+    bos: bool
+    """Whether rows begin with BOS."""
+    texts: list[TextScore]
+    tasks: list[TaskResult]
+    speed: Speed | None = None
+
+
+class Figure(NamedTuple):
+    """One row of the table: a value for each model, and the first one's over the second's."""
+
+    label: str
+    values: list[float]
+    ratio: float | None
+    form: str
+    errors: tuple[float | None, ...] = ()
+    """Standard errors of the values, where they are known."""
+    interval: tuple[float, float] | None = None
+    """95 % of the ratio, where it is known."""
+
+
+@dataclass
+class Evaluation:
+    """One model, or the model and what it is held against."""
+
+    models: list[ModelScore]
+    speed_ratios: tuple[float, float] | None = None
+    """Prefill and decoding of the first model over the second's, from runs in turns."""
+
+    def figures(self) -> list[Figure]:
+        """What was measured."""
+        first = self.models[0]
+        figures = [
+            self._figure("parameters", [m.parameters for m in self.models], "{:,}"),
+            self._figure("bytes at equal dtype", [m.bytes for m in self.models], "{:,}"),
+        ]
+        for index, text in enumerate(first.texts):
+            values = [m.texts[index].perplexity for m in self.models]
+            figures.append(self._figure(f"perplexity {short(text.source)}", values, "{:,.3f}"))
+        left = self.kept()
+        for index, task in enumerate(first.tasks):
+            for metric in task.accuracies():
+                scores = [m.tasks[index].accuracies()[metric] for m in self.models]
+                label, errors = f"{task.name} {metric}", tuple(score.standard_error for score in scores)
+                part = left.get(label)
+                ratio, interval = (part.ratio, part.interval) if part is not None else (None, None)
+                figures.append(Figure(label, [s.value for s in scores], ratio, "{:.3f}", errors, interval))
+        if first.speed is not None:
+            speeds = [m.speed for m in self.models if m.speed is not None]
+            prefill, decode = self.speed_ratios or (None, None)
+            figures.append(Figure("prefill tokens/s", [s.prefill for s in speeds], prefill, "{:,.1f}"))
+            figures.append(Figure("decoding tokens/s", [s.decode for s in speeds], decode, "{:,.1f}"))
+        return figures
+
+    @staticmethod
+    def _figure(label: str, values: list[float], form: str) -> Figure:
+        return Figure(label, values, values[0] / values[1] if len(values) == 2 else None, form)
+
+    def kept(self) -> dict[str, Kept]:
+        """By task and metric, how much of the second model's accuracy the first one keeps; empty for one model."""
+        if len(self.models) < 2:
+            return {}
+        found = {
+            f"{first.name} {metric}": kept(accuracy, second.accuracies()[metric])
+            for first, second in zip(self.models[0].tasks, self.models[1].tasks, strict=True)
+            for metric, accuracy in first.accuracies().items()
+        }
+        return {label: part for label, part in found.items() if part is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON file; outcomes of a task's items are one string of 0 and 1."""
+        result = asdict(self)
+        for model in result["models"]:
+            for task in model["tasks"]:
+                for metric in filter(None, (task["acc"], task["acc_norm"])):
+                    metric["outcomes"] = "".join(map(str, metric["outcomes"]))
+        return result | {"kept": {label: asdict(part) for label, part in self.kept().items()}}
+
+
+def short(source: str) -> str:
+    """A name for a table: the last part of a path; hub ids and data sets stay as they are."""
+    path = Path(source).expanduser()
+    return path.absolute().name if path.exists() else source
+
+
+def evaluate(
+    model: str,
+    *,
+    against: str | None = None,
+    texts: list[str],
+    length: int = 128,
+    tokens: int | None = 8192,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    speed: bool = False,
+    device: str = "auto",
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+) -> Evaluation:
+    """Measure a model, and another beside it.
+
+    Args:
+        model: a folder, a .gguf file or a hub id.
+        against: another one, to compare with.
+        texts: files or data sets to score.
+        length: tokens in a row.
+        tokens: tokens from the start of each text; None for all.
+        tasks: names of lm-eval's multiple-choice tasks, or of those in `task_path`; scored zero-shot.
+        limit: items from the start of each task; None for all.
+        task_path: a folder with task files of one's own.
+        speed: measure prefill and decoding; two models are measured in turns, so that their ratio holds.
+        device: where to compute.
+        dtype: what to compute in.
+        revision: of a hub id.
+        trust_remote_code: let the checkpoints' own code run.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: for anything that cannot be read or measured, before long work.
+    """
+    watcher = watcher or Silent()
+    if dtype not in DTYPES:
+        raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
+    where = pick_device(device)
+    for text in texts:
+        if text == RANDOM:
+            raise SecateurError("random ids cannot be scored; name a text file or a data set")
+        check_calibration(text, length=length)
+    names = [model] if against is None else [model, against]
+    checkpoints = []
+    for name in names:
+        with reading(watcher, "Opening", name):
+            checkpoints.append(
+                open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
+            )
+    # All texts and tasks are read before a model is loaded: mistakes come first.
+    opened = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
+    tokenizers = [checkpoint.tokenizer() if texts or opened else None for checkpoint in checkpoints]
+    rows: list[list[torch.Tensor]] = []
+    for checkpoint, tokenizer in zip(checkpoints, tokenizers, strict=True):
+        rows.append([])
+        for text in texts:
+            with reading(watcher, "Reading", text):
+                rows[-1].append(scored_rows(checkpoint, tokenizer, text, length, tokens))
+    if len(rows) == 2 and any(not torch.equal(a, b) for a, b in zip(*rows, strict=True)):
+        watcher.note("The two models cut text into different tokens: perplexities, which are per token, do not compare")
+    scores: list[ModelScore] = []
+    loaded: list[Any] = []
+    for checkpoint, tokenizer, batches in zip(checkpoints, tokenizers, rows, strict=True):
+        with watcher.busy(f"Loading {checkpoint.source}"):
+            network = load(checkpoint, getattr(torch, dtype), where)
+        count = sum(p.numel() for p in network.parameters())
+        scored = []
+        for text, ids in zip(texts, batches, strict=True):
+            found = perplexity(network, ids, watcher=watcher, what=f"{short(checkpoint.source)} on {short(text)}")
+            scored.append(TextScore(text, found.perplexity, found.tokens, found.rows, found.length))
+        answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{short(checkpoint.source)} on")
+        bos = tokenizer is not None and begins_with_bos(tokenizer)
+        size = count * checkpoints[0].dtype.itemsize
+        scores.append(ModelScore(checkpoint.source, count, size, bos, scored, answered))
+        # Two models stay in memory only where they are run in turns.
+        if speed:
+            loaded.append(network)
+        del network
+    if not speed:
+        return Evaluation(scores)
+    with watcher.busy("Measuring speed"):
+        return Evaluation(scores, _speeds(loaded, scores))
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The whole model through transformers, for evaluation only.
+
+    Raises:
+        SecateurError: weights are missing or of another shape; transformers would draw them at random.
+    """
+    with quiet():
+        network, found = model_class(checkpoint.config).from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    if found["missing_keys"]:
+        raise checkpoint.lacking(sorted(found["missing_keys"]))
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise SecateurError(
+            f"{checkpoint.source}: {name} is {list(stored)} where config.json makes it {list(wanted)}; find the "
+            "config.json of these weights"
+        )
+    return network.eval().to(device)
+
+
+def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
+    """The rows of a text that a model is scored on.
+
+    Raises:
+        SecateurError: it cannot be read, or is too short.
+    """
+    return consecutive_rows(
+        tokenizer,
+        text,
+        length=length,
+        tokens=tokens,
+        vocab_size=checkpoint.config.vocab_size,
+        max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+    )
+
+
+def _speeds(networks: list[Any], scores: list[ModelScore]) -> tuple[float, float] | None:
+    """Put each model's speed into its scores; two of them also give the first one's ratios to the second."""
+    positions = min(getattr(n.config, "max_position_embeddings", None) or PROMPT + NEW for n in networks)
+    new = min(NEW, max(1, positions // 4))
+    prompt = min(PROMPT, positions - new)
+    if len(networks) == 1:
+        scores[0].speed = measure_speed(networks[0], prompt=prompt, new=new)
+        return None
+    # The ratios are those of the second one given over the first.
+    both = compare_speed(networks[1], networks[0], prompt=prompt, new=new)
+    scores[1].speed, scores[0].speed = both.a, both.b
+    return both.prefill_ratio, both.decode_ratio

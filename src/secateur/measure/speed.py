@@ -1,0 +1,185 @@
+"""How fast a model reads a prompt (prefill) and writes after it (decode).
+
+Both come from one greedy generation with the model's own cache: a clock that generation asks after each
+token marks the end of the prompt and then every step, so no time is the difference of two noisy runs.
+Two models are measured in turns, because a busy machine slows neighbouring runs alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.base.errors import SecateurError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, each from the median of the repeats, and how they were measured."""
+
+    prefill: float
+    """Prompt tokens per second, all rows of the batch together; the first new token is included."""
+    decode: float
+    """New tokens per second behind the first one, all rows of the batch together."""
+    prompt: int
+    new: int
+    """Decode steps."""
+    batch: int
+    prefill_seconds: tuple[float, ...]
+    """One for each repeat, for the whole prompt."""
+    decode_seconds: tuple[float, ...]
+    """One for each repeat, for all decode steps."""
+    device: str
+    dtype: str
+    threads: int
+    """CPU threads of torch."""
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Two models measured in turns; ratios are the median over the turns of b's speed over a's."""
+
+    a: Speed
+    b: Speed
+    prefill_ratio: float
+    decode_ratio: float
+
+
+def speed(model: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3) -> Speed:
+    """Measure one model.
+
+    Args:
+        model: Any causal language model of transformers that can generate.
+        prompt: Tokens of the prompt: random ids, the same in every run.
+        new: Decode steps.
+        batch: Rows generated together.
+        repeats: Measured runs, after one that warms up and is not counted.
+
+    Returns:
+        Speeds in tokens per second.
+
+    Raises:
+        SecateurError: A size below 1, or more tokens than the model has positions.
+    """
+    return _alternate([model], prompt, new, batch, repeats)[0]
+
+
+def compare_speed(
+    a: PreTrainedModel,
+    b: PreTrainedModel,
+    *,
+    prompt: int = 512,
+    new: int = 32,
+    batch: int = 1,
+    repeats: int = 3,
+) -> SpeedComparison:
+    """Measure two models in turns, a b a b, so that their ratio holds on a machine that others use as well.
+
+    Arguments and errors are those of `speed`; `repeats` counts the runs of each model.
+    """
+    first, second = _alternate([a, b], prompt, new, batch, repeats)
+    return SpeedComparison(
+        first,
+        second,
+        median(x / y for x, y in zip(first.prefill_seconds, second.prefill_seconds, strict=True)),
+        median(x / y for x, y in zip(first.decode_seconds, second.decode_seconds, strict=True)),
+    )
+
+
+def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int, repeats: int) -> list[Speed]:
+    for name, value in (("prompt", prompt), ("new", new), ("batch", batch), ("repeats", repeats)):
+        if value < 1:
+            raise SecateurError(f"{name} is {value}, but at least 1 is needed to measure speed")
+    for model in models:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        # The last token is never fed back, so it needs no position.
+        if positions is not None and prompt + new > positions:
+            raise SecateurError(
+                f"a prompt of {prompt} and {new} new tokens exceed the model's {positions} positions: "
+                "measure with a shorter prompt"
+            )
+    runs: list[list[tuple[float, float]]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for model, run in zip(models, runs, strict=True):
+            times = _run(model, prompt, new, batch)
+            if repeat:
+                run.append(times)
+    return [_speed(model, run, prompt, new, batch) for model, run in zip(models, runs, strict=True)]
+
+
+def _speed(model: PreTrainedModel, run: list[tuple[float, float]], prompt: int, new: int, batch: int) -> Speed:
+    prefills, decodes = zip(*run, strict=True)
+    return Speed(
+        prefill=batch * prompt / median(prefills),
+        decode=batch * new / median(decodes),
+        prompt=prompt,
+        new=new,
+        batch=batch,
+        prefill_seconds=prefills,
+        decode_seconds=decodes,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _run(model: PreTrainedModel, prompt: int, new: int, batch: int) -> tuple[float, float]:
+    """Seconds for the prompt and for the `new` steps behind the first token."""
+    from transformers import StoppingCriteriaList
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(_SEED))
+    ids = ids.to(model.device)
+    clock = _Clock(model.device)
+    with _greedy(model, new + 1), torch.inference_mode():
+        clock.mark()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+    start, first, *_, last = clock.marks
+    return first - start, last - first
+
+
+class _Clock:
+    """A stopping criterion that never stops, and notes when each token was ready."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.marks.append(perf_counter())
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.mark()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel, new: int) -> Iterator[None]:
+    """Generate exactly `new` tokens, greedily: a model's own settings may sample or stop early."""
+    from transformers import GenerationConfig
+
+    before, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+        model.train(training)

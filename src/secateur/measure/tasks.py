@@ -1,0 +1,292 @@
+"""Zero-shot accuracy on multiple-choice tasks: questions, prompts and metrics are lm-eval's, the forwards are ours."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent, Watcher
+from secateur.base.quiet import first_line, quiet
+from secateur.measure.likelihood import log_likelihoods
+from secateur.model.hub_source import out_of_reach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FILES = {"arrow", "csv", "json", "parquet", "text"}
+"""What a task file calls its data set where the data are files of one's own."""
+_QUANTILE = 1.959964
+"""Of the normal distribution, for 95 % in the middle."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of items that are right."""
+
+    value: float
+    standard_error: float | None
+    """None for a single item."""
+    outcomes: list[int]
+    """1 for an item that is right, else 0, in the task's order: what two models can be compared by."""
+
+    @classmethod
+    def of(cls, outcomes: list[int]) -> Accuracy:
+        """From at least one item."""
+        count = len(outcomes)
+        value = sum(outcomes) / count
+        return cls(value, math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else None, outcomes)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One model on one task."""
+
+    name: str
+    items: int
+    acc: Accuracy
+    """By the answers' log-likelihood."""
+    acc_norm: Accuracy | None
+    """By log-likelihood over length, as lm-eval defines it; None where the task does not have it."""
+
+    def accuracies(self) -> dict[str, Accuracy]:
+        """Those that there are, by lm-eval's names."""
+        return {"acc": self.acc} if self.acc_norm is None else {"acc": self.acc, "acc_norm": self.acc_norm}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of another model's accuracy is left, from the same items."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+    """95 %; None where nothing is right."""
+
+
+@dataclass(frozen=True)
+class OpenTask:
+    """A task whose items are read, ready for any model."""
+
+    name: str
+    source: Any
+    """lm-eval's task, which turns likelihoods into metrics."""
+    items: list[tuple[Any, list[tuple[str, str]]]]
+    """Each item as lm-eval has it, and what to score for it: questions and answers."""
+
+
+def zero_shot(
+    network: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[str | OpenTask],
+    *,
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    batch_size: int = 4096,
+    watcher: Watcher | None = None,
+    what: str = "Scoring",
+) -> list[TaskResult]:
+    """Accuracy of a model, without examples in the prompt and without a chat template.
+
+    Args:
+        network: A causal language model of transformers, scored on the device and in the dtype it is in.
+        tokenizer: Its tokenizer.
+        tasks: Names, as for `open_tasks`, or tasks that it opened.
+        limit: Items from the start of each named task; None for all.
+        task_path: A folder with task files of one's own.
+        batch_size: Tokens in a forward, at most.
+        watcher: Told about progress.
+        what: What to tell it is being done; the task's name is added.
+
+    Returns:
+        One for each task, in order; a group of tasks gives all its members.
+
+    Raises:
+        SecateurError: As `open_tasks` and `log_likelihoods`.
+    """
+    names = [task for task in tasks if isinstance(task, str)]
+    opened = {task.name: task for task in open_tasks(names, limit=limit, task_path=task_path, watcher=watcher)}
+    opened |= {task.name: task for task in tasks if isinstance(task, OpenTask)}
+    results = []
+    for task in opened.values():
+        pairs = [pair for _, asked in task.items for pair in asked]
+        found = iter(
+            log_likelihoods(
+                network, tokenizer, pairs, batch_size=batch_size, watcher=watcher, what=f"{what} {task.name}"
+            )
+        )
+        metrics = [task.source.process_results(item, [next(found) for _ in asked]) for item, asked in task.items]
+        acc, norm = ([int(m[key]) for m in metrics if key in m] for key in ("acc", "acc_norm"))
+        results.append(TaskResult(task.name, len(metrics), Accuracy.of(acc), Accuracy.of(norm) if norm else None))
+    return results
+
+
+def kept(first: Accuracy, second: Accuracy) -> Kept | None:
+    """The first accuracy over the second, both on the same items; None where the second is 0.
+
+    The interval is the normal one of the ratio's logarithm (delta method). Its variance is that of the mean of
+    `x / mean(x) - y / mean(y)` over the items' outcomes x and y, which is (items that one model alone has right) /
+    (right of the first * right of the second): items on which the models agree cost no precision.
+    """
+    x, y = sum(first.outcomes), sum(second.outcomes)
+    if not y:
+        return None
+    ratio = x / y
+    if not x:
+        return Kept(ratio, None)
+    differ = sum(a != b for a, b in zip(first.outcomes, second.outcomes, strict=True))
+    factor = math.exp(_QUANTILE * math.sqrt(differ / (x * y)))
+    return Kept(ratio, (ratio / factor, ratio * factor))
+
+
+def open_tasks(
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    watcher: Watcher | None = None,
+) -> list[OpenTask]:
+    """Find tasks and read their items, before there is a model.
+
+    Args:
+        names: Of lm-eval's tasks, tags or groups, or of those in `task_path`, which come first.
+        limit: Items from the start of each; None for all.
+        task_path: A folder, searched with those below it for task files (.yaml) in lm-eval's form.
+        watcher: Told about progress.
+
+    Raises:
+        SecateurError: lm-eval is missing, there is no such folder or task, its data cannot be had, or it has no
+            right and wrong answers that could be counted.
+    """
+    if limit is not None and limit < 1:
+        raise SecateurError(f"the limit is {limit}; it must be at least 1 item")
+    if task_path is not None and not Path(task_path).expanduser().is_dir():
+        raise SecateurError(f"{task_path}: no such folder; name one with task files (.yaml)")
+    if not names:
+        return []
+    watcher = watcher or Silent()
+    with watcher.busy("Looking for tasks"), _silence():
+        manager = _manager(names, Path(task_path).expanduser() if task_path is not None else None)
+    opened: dict[str, OpenTask] = {}
+    for name in names:
+        with watcher.busy(f"Opening task {name}"):
+            for task in _load(manager, name):
+                opened[task.task_name] = _open(task, limit)
+    return list(opened.values())
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    """lm-eval's index of tasks, with all the names in it."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SecateurError(
+            f"tasks need lm-eval, which does not import ({first_line(error)}); pip install 'secateur[tasks]'"
+        ) from error
+    if folder is not None:
+        # Its own tasks are thousands of files, which take seconds to read.
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    for name in names:
+        if name not in manager.all_tasks:
+            near = get_close_matches(name, manager.all_tasks, n=5)
+            where = "lm-eval" if folder is None else f"lm-eval and {folder}"
+            raise SecateurError(
+                f"task '{name}' does not exist in {where}; "
+                + (f"near it: {', '.join(near)}" if near else "`lm-eval ls tasks` lists all, --task-path adds others")
+            )
+    return manager
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """lm-eval's tasks of a name, with their data.
+
+    Raises:
+        SecateurError: they cannot be had.
+    """
+    config = manager.task_index[name].cfg or {}
+    path = config.get("dataset_path")
+    local = "custom_dataset" in config or path in _FILES or (path is not None and Path(path).exists())
+    # Asked first: the hub's client would retry for half a minute before it looked at its cache.
+    obstacle = None if local else out_of_reach()
+    try:
+        with _silence(), _offline(obstacle is not None):
+            return list(manager.load(name)["tasks"].values())
+    except Exception as error:  # from a wrong path to a missing package, each has its own class
+        if obstacle is not None:
+            raise SecateurError(
+                f"task {name} needs its data set{f' {path}' if path else ''} from the hub, which is not reachable "
+                f"({obstacle}); give --task-path with a task file that reads local files"
+            ) from error
+        raise SecateurError(f"task {name} does not open: {first_line(error)}") from error
+
+
+def _open(task: Any, limit: int | None) -> OpenTask:
+    """The items of lm-eval's task.
+
+    Raises:
+        SecateurError: they have no right and wrong answers.
+    """
+    name = task.task_name
+    try:
+        with _silence():
+            task.set_config("num_fewshot", 0)
+            task.build_all_requests(limit=limit)
+        items: dict[int, tuple[Any, list[Any]]] = {}
+        for request in sorted(task.instances, key=lambda request: (request.doc_id, request.idx)):
+            items.setdefault(request.doc_id, (request.doc, []))[1].append(request)
+        item, asked = next(iter(items.values()))
+        if any(request.request_type != "loglikelihood" for request in asked):
+            raise SecateurError(f"task {name} is not one of choosing between answers; only those can be scored here")
+        # Some tasks call a share of the probability an accuracy.
+        tried = task.process_results(item, [(-1.0 - rank, False) for rank in range(len(asked))]).get("acc")
+        if tried not in (0, 1):
+            raise SecateurError(f"task {name} does not count right answers (acc); only such tasks can be scored here")
+    except SecateurError:
+        raise
+    except Exception as error:  # task files hold templates and code, which can do anything
+        raise SecateurError(
+            f"task {name}: its items do not give what its file asks for: {first_line(error)}"
+        ) from error
+    return OpenTask(name, task, [(item, [request.args for request in asked]) for item, asked in items.values()])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """None of the bars and notes of lm-eval and datasets, which have no switch of their own."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Make datasets look at its cache alone."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if wanted:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

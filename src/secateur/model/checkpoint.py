@@ -1,0 +1,262 @@
+"""An open checkpoint: a folder, a hub id or a GGUF file, checked before any long work and read lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import first_line, quiet
+from secateur.model.config_file import load_config, read_config
+from secateur.model.gguf_source import gguf_folder
+from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
+from secateur.model.weights import TensorInfo, list_tensors, read_tensor, some
+
+_BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+"""Causal masks and rotary tables, which old checkpoints carry and every model computes anew."""
+
+_ALIASES = {"lm_head.": "embed_out."}
+"""What transformers 5 calls a tensor → what checkpoints call it, where the two differ (GPT-NeoX)."""
+
+_SAMPLE = 4096
+"""Bytes that the fingerprint reads at each of three places of a tensor."""
+
+_COPIED = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+)
+
+
+@dataclass
+class Checkpoint:
+    """A decoder language model on disk.
+
+    Attributes:
+        source: what the person named.
+        path: the folder with the files.
+        config: the transformers config object.
+        raw_config: config.json as stored.
+        dtype: the most common floating dtype of the stored weights, by bytes.
+        tensors: every stored tensor by its stored name.
+        trust_remote_code: whether the checkpoint's own code is needed and may run.
+    """
+
+    source: str
+    path: Path
+    config: Any
+    raw_config: dict[str, Any]
+    dtype: torch.dtype
+    tensors: dict[str, TensorInfo]
+    trust_remote_code: bool = False
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        return read_tensor(self.tensors[name])
+
+    def resolve(self, name: str) -> str | None:
+        """The stored name of a transformers parameter, or None.
+
+        The stored name may lack the base model's prefix (GPT-2's own checkpoints) or carry it where the given
+        one does not.
+        """
+        candidates = [name]
+        if self._prefix:
+            candidates += [name.removeprefix(self._prefix), self._prefix + name]
+        candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
+        return next((candidate for candidate in candidates if candidate in self.tensors), None)
+
+    @cached_property
+    def _prefix(self) -> str:
+        """What the causal language model calls its base model, with a dot; empty if that is unknown."""
+        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return ""
+        stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        # `secateur.register` puts its own class behind the stock one.
+        base = (stock[0] if isinstance(stock, tuple) else stock).base_model_prefix
+        return f"{base}." if base else ""
+
+    @cached_property
+    def ignorable(self) -> frozenset[str]:
+        """Stored buffers that a model computes anew; they are not written again."""
+        return frozenset(name for name in self.tensors if _BUFFERS.search(name))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells these weights from others, whatever the folder is called.
+
+        A hash of every tensor's name, shape, dtype and some bytes at its start, middle and end: fine-tuning changes all
+        tensors, new tokens the end of two, and reading a whole model takes long.
+        """
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name}|{info.shape}|{info.dtype}|".encode())
+            with info.file.open("rb") as file:
+                for part in range(3):
+                    file.seek(info.offset + max(0, info.bytes - _SAMPLE) * part // 2)
+                    digest.update(file.read(min(_SAMPLE, info.bytes)))
+        return digest.hexdigest()[:32]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all stored weights."""
+        return sum(info.bytes for name, info in self.tensors.items() if name not in self.ignorable)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The other files to hand on untouched: tokenizer, chat templates, generation settings."""
+        wanted = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
+        entries = sorted(self.path.iterdir())
+        return tuple(entry for entry in entries if any(fnmatch(entry.name, glob) for glob in wanted))
+
+    def check_shapes(self, model: nn.Module) -> tuple[str, ...]:
+        """Check that the stored tensors are those of the model that the config describes.
+
+        Args:
+            model: the transformers model, on the meta device or not.
+
+        Returns:
+            Stored names that the model has no place for, `ignorable` ones aside. transformers drops them too.
+
+        Raises:
+            SecateurError: tensors are missing (tied ones may be) or have another shape, or widths differ from block
+                to block, which the stock model does not show.
+        """
+        if self.raw_config.get("per_layer_config"):
+            raise SecateurError(
+                f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
+                "but not pruned again; prune the dense model"
+            )
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        missing, wrong, used = [], [], set()
+        for name, tensor in model.state_dict().items():
+            stored = self.resolve(name)
+            if stored is None:
+                if name not in tied:
+                    missing.append(name)
+                continue
+            used.add(stored)
+            if tensor.is_floating_point() and not self.tensors[stored].dtype.is_floating_point:
+                raise SecateurError(
+                    f"{self.source}: {stored} holds {self.tensors[stored].dtype}, whole numbers in place of weights; "
+                    "use an unquantised checkpoint"
+                )
+            if self.tensors[stored].shape != tuple(tensor.shape):
+                found, wanted = list(self.tensors[stored].shape), list(tensor.shape)
+                wrong.append(f"{stored} is {found} where config.json makes it {wanted}")
+        if missing:
+            raise self.lacking(missing)
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise SecateurError(f"{self.source}: {wrong[0]}{more}; find the config.json of these weights")
+        return tuple(name for name in self.tensors if name not in used and name not in self.ignorable)
+
+    def lacking(self, names: list[str]) -> SecateurError:
+        """What is said where weights of the model are not stored."""
+        return SecateurError(
+            f"{self.source}: tensors missing from the weights: {some(names)}; "
+            "download them again, or check that config.json belongs to them"
+        )
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            SecateurError: there is none, or transformers cannot load it.
+        """
+        names = {file.name for file in self.files}
+        if not names.intersection(TOKENIZER) and not any(name.endswith(".tiktoken") for name in names):
+            raise SecateurError(f"{self.source}: no tokenizer files; copy the model's into the folder")
+        try:
+            with quiet():
+                return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            reason = first_line(error)
+            raise SecateurError(f"{self.source}: the tokenizer does not load ({reason})") from error
+
+
+def open_checkpoint(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Checkpoint:
+    """Open a model: a folder, a .gguf file or a hub id. What exists on disk wins over the hub.
+
+    Args:
+        model: path or hub id.
+        revision: of a hub id; a branch, tag or commit.
+        trust_remote_code: let the checkpoint's own code run where transformers does not know the model.
+        dtype: of the weights that a GGUF file is dequantised to; others keep theirs.
+
+    Raises:
+        SecateurError: it does not exist, is broken or incomplete, or no unquantised decoder-only model.
+    """
+    source = str(model)
+    folder = _locate(source, revision, dtype)
+    raw = read_config(folder)
+    config = load_config(folder, raw, trust_remote_code=trust_remote_code)
+    tensors = list_tensors(folder)
+    return Checkpoint(
+        source=source,
+        path=folder,
+        config=config,
+        raw_config=raw,
+        dtype=_common_dtype(source, tensors),
+        tensors=tensors,
+        trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
+    )
+
+
+def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
+    """The folder of a checkpoint."""
+    path = Path(source).expanduser()
+    if path.exists() and revision is not None:
+        raise SecateurError(f"{source}: a local path has no revision {revision!r}; leave it out")
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return gguf_folder(path, dtype)
+        raise SecateurError(f"{source}: a file, but no .gguf; name the model's folder")
+    if not looks_like_id(source):
+        raise SecateurError(f"{source}: does not exist; name a folder, a .gguf file or a hub id (owner/name)")
+    return hub_folder(source, revision)
+
+
+def _common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:
+    """The floating dtype that holds the most bytes."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name, info in tensors.items():
+        if info.dtype.is_floating_point and not _BUFFERS.search(name):
+            sizes[info.dtype] += info.bytes
+    if not sizes:
+        raise SecateurError(f"{source}: no floating-point weights; use an unquantised checkpoint")
+    common = sizes.most_common(1)[0][0]
+    if common.itemsize < 2:
+        raise SecateurError(f"{source}: 8-bit weights ({common}); use an unquantised checkpoint")
+    return common

@@ -1,0 +1,105 @@
+"""A checkpoint's config.json: read, and refused before any long work where the model cannot be pruned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from secateur.base.errors import SecateurError
+from secateur.base.json_text import parse_json
+from secateur.base.quiet import first_line, quiet
+
+_OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
+_QUANTISED = ("quantization_config", "compression_config")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as stored.
+
+    Raises:
+        SecateurError: there is none, it is not JSON, or it does not say what kind of model this is.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SecateurError(_no_config(folder))
+    try:
+        raw = parse_json(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise SecateurError(f"{file}: not valid JSON at {where} ({error.msg}); download it again") from error
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{file}: not text, byte {error.start} is no UTF-8; download it again") from error
+    except ValueError as error:
+        raise SecateurError(f"{file}: {error} for a config; download it again") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise SecateurError(f"{file}: no model_type, so this is not a transformers model; check the folder")
+    return raw
+
+
+def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
+    """The transformers config object of a decoder language model with unquantised weights.
+
+    Stock classes are preferred: the checkpoint's own code runs only where transformers does not know the
+    model_type, and only if it is trusted.
+
+    Raises:
+        SecateurError: the model is of another kind, quantised, or unknown to transformers.
+    """
+    file, kind = folder / "config.json", raw["model_type"]
+    quantised = next((raw[key] for key in _QUANTISED if raw.get(key)), None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise SecateurError(
+            f"{file}: quantised weights ({method}), which transformers cannot dequantise here; "
+            "use an unquantised checkpoint"
+        )
+    for key in _OTHER_SENSES:
+        if raw.get(key):
+            raise SecateurError(
+                f"{file}: {kind} is a multimodal model ({key}); save its language model alone and prune that"
+            )
+    own_code = raw.get("auto_map") or {}
+    known = kind in CONFIG_MAPPING
+    if not known and not own_code:
+        raise SecateurError(
+            f"{file}: transformers {transformers.__version__} does not know model_type {kind!r}; "
+            "upgrade transformers, or check the spelling"
+        )
+    if not known and not trust_remote_code:
+        raise SecateurError(
+            f"{file}: {kind} needs code that comes with the checkpoint (auto_map); "
+            "read that code, then pass trust_remote_code"
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
+    except Exception as error:
+        reason = _reason(error)
+        raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
+    if config.is_encoder_decoder:
+        raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
+        raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """The part of a config error that says what is wrong; the validators put it on the last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else first_line(error)
+
+
+def _no_config(folder: Path) -> str:
+    """What to say of a folder without config.json."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f"{folder}: no config.json, but {ggufs[0].name}; name that file instead of the folder"
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder}: an adapter without its base model; merge it into the base model first"
+    return f"{folder}: no config.json; name a folder saved by transformers"

@@ -1,0 +1,226 @@
+"""Model families as data: which tensors of a block form its two depth-2 modules.
+
+One entry a family. An entry says how the layers are called; sizes, biases and the orientation of stored
+matrices are read off the block itself (on the meta device), so that an entry needs no more than names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from secateur.base.errors import SecateurError
+from secateur.model.structure import Block, Depth2, Slab, Unit
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one architecture's layers, relative to the block except for `blocks`."""
+
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+    values: str = "v_proj"
+    output: str = "o_proj"
+    fused: str | None = None
+    """One layer for queries, keys and values, in place of the three."""
+    interleaved: bool = False
+    """The fused layer holds query, key and value of one head after the other, not all queries first."""
+    feed_forward: str | None = "mlp"
+    """The feed-forward submodule; None where its layers hang in the block itself."""
+    up: str = "up_proj"
+    gate: str | None = "gate_proj"
+    down: str = "down_proj"
+    fused_gate: str | None = None
+    """One layer that holds the gate's rows, then the up layer's."""
+    final_norm: str = "model.norm"
+    """The norm between the last block and the output layer, by its name in the whole model."""
+    norm_offset: bool = False
+    """Norms store their gain less one."""
+    norm_after_attention: str | None = None
+    norm_after_feed_forward: str | None = None
+    """Norms between level 2 and the residual stream."""
+    norm_before_attention: str | None = None
+    norm_before_feed_forward: str | None = None
+    """Norms between the residual stream and level 1; named only where there are norms behind the modules as well, to
+    know how strongly later layers read what a module writes."""
+    heads_locked: str | None = None
+    """Why heads cannot be removed exactly, where that is so."""
+
+
+LLAMA = Family()
+POST_NORMS = replace(
+    LLAMA,
+    norm_after_attention="post_attention_layernorm",
+    norm_after_feed_forward="post_feedforward_layernorm",
+)
+GEMMA = replace(
+    POST_NORMS,
+    norm_offset=True,
+    norm_before_attention="input_layernorm",
+    norm_before_feed_forward="pre_feedforward_layernorm",
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "olmo2": replace(POST_NORMS, heads_locked="its query and key norms run across all heads"),
+    "phi3": replace(LLAMA, fused="qkv_proj", gate=None, fused_gate="gate_up_proj"),
+    "opt": Family(
+        blocks="model.decoder.layers",
+        output="out_proj",
+        feed_forward=None,
+        up="fc1",
+        gate=None,
+        down="fc2",
+        final_norm="model.decoder.final_layer_norm",
+    ),
+    "gpt2": Family(
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention="attn",
+        fused="c_attn",
+        output="c_proj",
+        up="c_fc",
+        gate=None,
+        down="c_proj",
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        fused="query_key_value",
+        interleaved=True,
+        output="dense",
+        up="dense_h_to_4h",
+        gate=None,
+        down="dense_4h_to_h",
+    ),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The entry for a config; `SecateurError` for an architecture that has none."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise SecateurError(
+            f"model type '{config.model_type}' is not supported; supported are {', '.join(sorted(FAMILIES))} "
+            "(a new one needs an entry in secateur/families.py: the names of its blocks, of its query, key, value "
+            "and output layers, and of its up, gate and down layers)"
+        )
+    return family
+
+
+def head_dim(config: Any) -> int:
+    """Entries per attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def activation_of(config: Any) -> Callable[[Tensor], Tensor]:
+    """The function between the two levels of the feed-forward."""
+    names = ("hidden_activation", "activation_function", "hidden_act")
+    return ACT2FN[next(value for name in names if (value := getattr(config, name, None)))]
+
+
+def describe(config: Any, layer: nn.Module) -> Block:
+    """Lay a block out as its two depth-2 modules.
+
+    Args:
+        config: the model's config.
+        layer: one of its blocks, on any device; only names, types and shapes are read.
+    """
+    family = family_of(config)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    parameters = sum(p.numel() for p in layer.parameters())
+    return Block(_attention(config, family, layer), _feed_forward(family, layer), parameters, shapes)
+
+
+def _slabs(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
+    """Weight and, if there is one, bias of a level-1 layer."""
+    linear = layer.get_submodule(path)
+    # Conv1D stores its weight input first, Linear output first.
+    slabs = [Slab(f"{path}.weight", 1 if isinstance(linear, Conv1D) else 0, unit, units, size, offset)]
+    if getattr(linear, "bias", None) is not None:
+        slabs.append(Slab(f"{path}.bias", 0, unit, units, size, offset))
+    return tuple(slabs)
+
+
+def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> tuple[Slab, str | None]:
+    linear = layer.get_submodule(path)
+    slab = Slab(f"{path}.weight", 0 if isinstance(linear, Conv1D) else 1, unit, units, size)
+    return slab, f"{path}.bias" if getattr(linear, "bias", None) is not None else None
+
+
+def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    dim = head_dim(config)
+    path = family.attention
+    if family.fused is None:
+        source = f"{path}.{family.queries}"
+        level1 = _slabs(layer, source, "head", heads, dim)
+        for name in (family.keys, family.values):
+            level1 += _slabs(layer, f"{path}.{name}", "group", groups, dim)
+    elif family.interleaved:
+        source = f"{path}.{family.fused}"
+        level1 = _slabs(layer, source, "head", heads, 3 * dim)
+    else:
+        source = f"{path}.{family.fused}"
+        level1 = _slabs(layer, source, "head", heads, dim)
+        for start in (heads * dim, (heads + groups) * dim):
+            level1 += _slabs(layer, source, "group", groups, dim, start)
+    level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
+    return Depth2(
+        kind="heads",
+        level1=level1,
+        level2=level2,
+        bias=bias,
+        path=path,
+        source=source,
+        sink=f"{path}.{family.output}",
+        post_norm=family.norm_after_attention,
+        groups=groups,
+        scored=(),
+        locked=family.heads_locked,
+    )
+
+
+def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
+    prefix = "" if family.feed_forward is None else f"{family.feed_forward}."
+    sink = prefix + family.down
+    down: Any = layer.get_submodule(sink)
+    channels = int(down.weight.shape[0 if isinstance(down, Conv1D) else 1])
+    if family.fused_gate is not None:
+        source = prefix + family.fused_gate
+        # Up first, as everywhere, although the gate's rows come first in the tensor.
+        level1 = _slabs(layer, source, "channel", channels, 1, channels)
+        level1 += _slabs(layer, source, "channel", channels, 1)
+    else:
+        source = prefix + family.up
+        level1 = _slabs(layer, source, "channel", channels, 1)
+        if family.gate is not None:
+            level1 += _slabs(layer, prefix + family.gate, "channel", channels, 1)
+    level2, bias = _level2(layer, sink, "channel", channels, 1)
+    return Depth2(
+        kind="channels",
+        level1=level1,
+        level2=level2,
+        bias=bias,
+        path=family.feed_forward,
+        source=source,
+        sink=sink,
+        post_norm=family.norm_after_feed_forward,
+        groups=1,
+        scored=tuple(slab for slab in level1 if slab.name.endswith(".weight")),
+        locked=None,
+    )

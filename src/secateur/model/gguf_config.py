@@ -1,0 +1,147 @@
+"""What transformers leaves out of a config that it makes of a GGUF file: rotations, windows, scales, caps.
+
+Left out, these change what the model computes without a word. Here they are read from the file's metadata, and from
+the tensors of rotary factors, as llama.cpp reads them; and what has no place in the config is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+
+from secateur.base.errors import SecateurError
+
+_DEEPEST = {"gemma2": 46, "gemma3": 62}
+"""Blocks of Gemma's 27B models, by which llama.cpp tells them: their scores are scaled otherwise."""
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that are no weights: by how much each frequency is divided."""
+
+
+def complete(config: Any, reader: GGUFReader) -> None:
+    """Put into a config, in place, what transformers has not taken over from a file.
+
+    Raises:
+        SecateurError: for what no config holds.
+    """
+    architecture = str(reader.fields["general.architecture"].contents())
+    start = f"{architecture}."
+    facts = {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
+    factors = {
+        tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in _FACTORS
+    }
+    if "attention.key_length" in facts and hasattr(config, "head_dim"):
+        config.head_dim = facts["attention.key_length"]
+    if architecture == "gpt2":
+        config.n_inner = facts.get("feed_forward_length")
+        config.n_positions = facts.get("context_length", config.n_positions)
+        config.vocab_size = facts.get("vocab_size", config.vocab_size)
+    _complete_rotation(config, facts, factors)
+    if architecture in _DEEPEST:
+        _complete_windows(config, facts)
+        deepest = config.num_hidden_layers == _DEEPEST[architecture]
+        per_head = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = per_head if deepest else config.head_dim
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if key in facts:
+            setattr(config, key, facts[key] or None)
+    if architecture == "phi3" and facts.get("attention.sliding_window"):
+        config.sliding_window = facts["attention.sliding_window"]
+
+
+def check_read(model: Any, reader: GGUFReader) -> None:
+    """See that every weight of a file has become one of the model's, and the other way around.
+
+    Raises:
+        SecateurError: with how many have not.
+    """
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in _FACTORS)
+    read = sum(parameter.numel() for parameter in model.parameters())
+    if stored != read:
+        raise SecateurError(
+            f"of its {stored:,} weights transformers makes a model with {read:,}"
+            + (", without its biases" if any(tensor.name.endswith(".bias") for tensor in reader.tensors) else "")
+        )
+
+
+def _complete_rotation(config: Any, facts: dict[str, Any], factors: dict[str, Any]) -> None:
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
+    around, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
+    if around is not None and "rope.freq_base_swa" in facts:
+        around["rope_theta"] = facts["rope.freq_base_swa"]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = facts.get("rope.dimension_count", size)
+    if rotated != size:
+        rope["partial_rotary_factor"] = rotated / size
+    # Older files have another name for the factor, and name no kind.
+    factor = float(facts.get("rope.scaling.factor") or facts.get("rope.scale_linear") or 1.0)
+    kind = facts.get("rope.scaling.type", "none" if factor == 1 else "linear")
+    before = facts.get("rope.scaling.original_context_length")
+    if len(factors) == 2:
+        longest = config.max_position_embeddings
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": before or longest}
+        rope |= {"factor": longest / rope["original_max_position_embeddings"]}
+        rope |= {f"{name}_factor": factors[f"rope_factors_{name}.weight"].tolist() for name in ("long", "short")}
+        rope["attention_factor"] = float(facts.get("rope.scaling.attn_factor", 1.0))
+    elif factors:
+        rope |= {"rope_type": "llama3"} | _llama3(factors[_FACTORS[0]], rope["rope_theta"], rotated)
+    elif kind == "linear":
+        rope |= {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn":
+        rope |= {"rope_type": "yarn", "factor": factor}
+        rope["original_max_position_embeddings"] = before or config.max_position_embeddings
+        # llama.cpp multiplies by this formula, and by the factor of the file.
+        usual = 0.1 * math.log(factor) + 1
+        rope["attention_factor"] = float(facts.get("rope.scaling.attn_factor", 1.0)) * usual
+        rope |= {
+            f"beta_{end}": float(facts[f"rope.scaling.yarn_beta_{end}"])
+            for end in ("fast", "slow")
+            if f"rope.scaling.yarn_beta_{end}" in facts
+        }
+    elif kind != "none":
+        raise SecateurError(f"rotary scaling of the kind {kind} is not known here")
+
+
+def _llama3(factors: Any, theta: float, rotated: int) -> dict[str, Any]:
+    """The settings behind the factors of Llama 3.1's rotation.
+
+    A frequency is divided by (1 - s) / factor + s, inverted, where s = (original / wavelength - low) / (high - low) is
+    cut off at 0 and 1. Original, low and high may all be multiplied by one number: low is taken for 1. Settings that
+    give these factors again are right, whatever they were.
+    """
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
+    factor = round(float(factors.max()), 5)
+    if len(factors) != len(wavelengths) or factor <= 1:
+        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+    share = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    inside = (share > 1e-4) & (share < 1 - 1e-4)
+    high, original = 4.0, 0
+    if inside.sum() > 1:
+        slope, start = np.polyfit(1 / wavelengths[inside], share[inside], 1)
+        high = round(float(1 - 1 / start), 3)
+        original = round(float(slope * (high - 1)))
+    elif inside.any():
+        original = round(float((wavelengths * (share * (high - 1) + 1))[inside][0]))
+    again = np.clip((original / wavelengths - 1) / (high - 1), 0, 1)
+    if not np.allclose(1 / ((1 - again) / factor + again), factors, rtol=1e-3):
+        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+    return {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _complete_windows(config: Any, facts: dict[str, Any]) -> None:
+    """Which of Gemma's blocks see everything: every so many-th one, none, or those of a list."""
+    pattern = facts.get("attention.sliding_window_pattern")
+    if pattern is None:
+        return
+    blocks = range(config.num_hidden_layers)
+    sliding = pattern if isinstance(pattern, list) else [not pattern or i % pattern < pattern - 1 for i in blocks]
+    config.layer_types = ["sliding_attention" if one else "full_attention" for one in sliding]

@@ -1,0 +1,138 @@
+"""A GGUF file to a folder: dequantised once by transformers and kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import first_line, quiet
+from secateur.model.gguf_config import check_read, complete
+
+_LAYOUT = "3"
+"""Part of the cache key; to be raised when the conversion changes."""
+
+_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
+"""Values of tokenizer.ggml.pre whose split into single digits transformers does not rebuild from a GGUF file."""
+
+
+def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
+    """The folder with a GGUF file's model as safetensors.
+
+    The first call for a file takes as long as dequantising takes and needs memory for the whole model.
+
+    Args:
+        file: an existing .gguf file.
+        dtype: of the weights to write.
+
+    Raises:
+        SecateurError: the file is broken, one of several parts, or of an architecture that transformers does
+            not read from GGUF; or the cache cannot be written.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(2**20)
+    if start[:4] != b"GGUF":
+        raise SecateurError(f"{file}: not a GGUF file (it starts with {start[:4]!r}); download it again")
+    folder = cache_folder() / f"{file.stem}-{_key(file, start, dtype)}"
+    if folder.is_dir():
+        return folder
+    reader = _opened(file)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    try:
+        partial.mkdir(parents=True)
+        _convert(file, reader, partial, dtype)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process has finished first; its folder is as good as this one.
+            if not folder.is_dir():
+                raise
+    except OSError as error:
+        raise SecateurError(
+            f"{partial.parent}: the dequantised model cannot be written ({first_line(error)}); "
+            "make room, or set XDG_CACHE_HOME to another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where dequantised models are kept, and whatever else is worth keeping from run to run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "secateur"
+
+
+def _key(file: Path, start: bytes, dtype: torch.dtype) -> str:
+    """A hash of what tells one file from another without reading it all."""
+    stat = file.stat()
+    facts = f"{_LAYOUT}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}"
+    return hashlib.sha256(facts.encode() + start).hexdigest()[:16]
+
+
+def _opened(file: Path) -> GGUFReader:
+    """The file's metadata; refuses what transformers would fail on after a long time, or with a long traceback."""
+    try:
+        reader = GGUFReader(file)
+        architecture = str(reader.fields["general.architecture"].contents())
+        parts = reader.fields.get("split.count")
+        count = int(parts.contents()) if parts is not None else 1
+    except Exception as error:
+        # The reader maps the file and trips over whatever is missing, in many ways.
+        raise SecateurError(f"{file}: truncated or broken GGUF; download it again") from error
+    if count > 1:
+        raise SecateurError(f"{file}: one of {count} parts; merge them with llama-gguf-split --merge first")
+    # The list spells some names with an underscore that files spell with a hyphen.
+    if architecture.replace("-", "_") not in (name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES):
+        raise SecateurError(
+            f"{file}: transformers cannot read the architecture {architecture!r} from GGUF; "
+            "use the checkpoint that it was made from"
+        )
+    return reader
+
+
+def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
+    """Dequantise into a folder, tokenizer included."""
+    try:
+        # The progress bar of the dequantisation cannot be switched off otherwise.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            complete(config, reader)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=dtype)
+            check_read(model, reader)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            _split_digits(tokenizer, reader)
+    except SecateurError as error:
+        raise SecateurError(f"{file}: {error}; use the checkpoint that it was made from") from error
+    except Exception as error:
+        reason = first_line(error)
+        raise SecateurError(
+            f"{file}: transformers cannot load it ({reason}); use the checkpoint that it was made from"
+        ) from error
+    # The weights are quantised no longer; a model that still says so refuses to be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any, reader: GGUFReader) -> None:
+    """Let numbers fall into single digits where the file says so: other splits give ids unseen in training."""
+    pre = reader.fields.get("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in _SINGLE_DIGITS:
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)

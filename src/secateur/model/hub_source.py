@@ -1,0 +1,134 @@
+"""A hub id to a folder: from the local cache where it is complete, else downloaded, safetensors only."""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import constants, get_session, is_offline_mode, list_repo_files, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import first_line
+from secateur.model.weights import INDEX, SINGLE, has_weights
+
+_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+_PATIENCE = 3.0
+"""Seconds to wait for the hub's first answer."""
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""Files any one of which makes a tokenizer."""
+
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+
+
+def looks_like_id(name: str) -> bool:
+    """Whether a name has the shape of a hub id, `name` or `owner/name`."""
+    return _ID.fullmatch(name) is not None and not name.endswith(".gguf") and ".." not in name
+
+
+def hub_folder(repo: str, revision: str | None) -> Path:
+    """The folder with a hub model's files.
+
+    Args:
+        repo: `owner/name`.
+        revision: a branch, tag or commit; None for the main branch.
+
+    Returns:
+        The snapshot in the local cache. A complete one there is used as it is, without asking the hub.
+
+    Raises:
+        SecateurError: it is in no cache and the hub is out of reach, does not have it, will not give it, or
+            has no safetensors weights for it.
+    """
+    cached = _cached(repo, revision)
+    if cached is not None and any((cached / name).is_file() for name in TOKENIZER):
+        return cached
+    obstacle = out_of_reach()
+    if obstacle is not None:
+        if cached is not None:
+            return cached
+        raise SecateurError(f"{repo}: no such folder, not in the cache, and {obstacle}; name a local folder")
+    try:
+        wanted = choose_files(repo, list_repo_files(repo, revision=revision))
+        # The hub's own progress bars show: this is what takes long.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise SecateurError(f"{repo}: gated; accept its terms on the hub and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise SecateurError(
+            f"{repo}: no such folder and no such model on the hub; check the name, or log in if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SecateurError(f"{repo}: the hub has no revision {revision!r} of it; check the name") from error
+    except SecateurError:
+        raise
+    except Exception as error:
+        # Downloads go through several libraries, each with errors of its own.
+        raise SecateurError(f"{repo}: download failed ({first_line(error)}); try again") from error
+
+
+def choose_files(repo: str, names: list[str]) -> list[str]:
+    """The files of a repository that are worth downloading: one set of weights, the configs, the tokenizer.
+
+    Raises:
+        SecateurError: there are no safetensors weights.
+    """
+    top = [name for name in names if len(PurePosixPath(name).parts) == 1]
+    chosen = [name for name in top if name.endswith(_SUFFIXES)]
+    if SINGLE in top:
+        return [*(name for name in chosen if name != INDEX), SINGLE]
+    if INDEX in top:
+        return [*chosen, *(name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))]
+    ggufs = [name for name in top if name.endswith(".gguf")]
+    if ggufs:
+        raise SecateurError(f"{repo}: only GGUF files, such as {ggufs[0]}; download one and name that file")
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in top):
+        raise SecateurError(
+            f"{repo}: only pickled weights (.bin), which are not opened as they can run code; "
+            "use a revision with safetensors (often refs/pr/...), or convert them with save_pretrained"
+        )
+    raise SecateurError(f"{repo}: no safetensors weights on the hub; use another model or revision")
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot in the local cache, if its config and weights are all there."""
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+    return folder if (folder / "config.json").is_file() and has_weights(folder) else None
+
+
+def out_of_reach() -> str | None:
+    """Why the hub cannot be asked, or None; asked once and briefly, as the client retries at length."""
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    answered = threading.Event()
+
+    def ask() -> None:
+        # The client's exceptions have changed their home between releases; any of them means no answer.
+        with suppress(Exception):
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            answered.set()
+
+    # In a thread, since looking up a name has no time limit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * _PATIENCE)
+    return None if answered.is_set() else f"{constants.ENDPOINT} does not answer"

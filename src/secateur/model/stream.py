@@ -1,0 +1,352 @@
+"""Blocks of a model, filled from disk one at a time and run through transformers' own forward.
+
+The model is built without weights. Its embedding is run once, with the blocks replaced by recorders that keep
+the arguments which the model prepares for each of them (masks, rotary tables); afterwards any block can be
+run on stored activations, alone. Hooks live inside context managers only.
+
+Shapes: b rows of a batch, t positions, d residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from secateur.base.device import fast_dtype
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import first_line
+from secateur.model.activations import Activations, Arena, Rows
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.families import describe, family_of
+from secateur.model.structure import Block, Depth2
+from secateur.model.surgery import assign
+
+
+class Reached(Exception):
+    """Raised by a hook to end a block's forward once what was wanted has been seen."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block while the model prepares its arguments; passes its input through, or `instead`."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        # Some models read attributes of their layers, such as the attention type.
+        self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"})
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.input_btd = torch.empty(0)
+        self.instead: Tensor | None = None
+
+    def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.input_btd, self.call = hidden_btd, (args, kwargs)
+        return hidden_btd if self.instead is None else self.instead
+
+
+class BlockStream:
+    """An open checkpoint as a sequence of blocks.
+
+    Attributes:
+        model: the transformers model, without weights.
+        blocks: what each block consists of.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu"):
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.family = family_of(checkpoint.config)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32).eval()
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SecateurError(
+                f"{checkpoint.source}: transformers makes no model of config.json ({reason})"
+            ) from error
+        self.model.requires_grad_(False)
+        checkpoint.check_shapes(self.model)
+        self.layers = self.model.get_submodule(self.family.blocks)
+        self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
+        if not self.blocks:
+            raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
+        self.width: int = checkpoint.config.hidden_size
+        self.products = torch.float32
+        """What blocks multiply in; see `quick`."""
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def stored(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors as stored, by their names inside the block."""
+        return {name: self._read_block(index, name) for name in self.blocks[index].shapes}
+
+    def stored_name(self, index: int, name: str) -> str:
+        """What the checkpoint calls a block's tensor."""
+        return self._resolve(f"{self.family.blocks}.{index}.{name}")
+
+    @property
+    def final_norm(self) -> list[str]:
+        """Names in the model of the weight and bias of the norm before the output layer; some models have none."""
+        names = (f"{self.family.final_norm}.{leaf}" for leaf in ("weight", "bias"))
+        return [name for name in names if self.checkpoint.resolve(name) is not None]
+
+    @cached_property
+    def reading_gains(self) -> Tensor | None:
+        """Gains of the norms in front of the modules, in the order in which they run, and of the final norm.
+
+        (2 * blocks + 1) x d; None where the family names no such norms.
+        """
+        names = (self.family.norm_before_attention, self.family.norm_before_feed_forward)
+        if None in names:
+            return None
+        stored = [self._read_block(index, f"{name}.weight") for index in range(len(self)) for name in names]
+        stored.append(self.read(f"{self.family.final_norm}.weight"))
+        return torch.stack(stored).to(self.device, torch.float32) + self.family.norm_offset
+
+    def _resolve(self, name: str) -> str:
+        resolved = self.checkpoint.resolve(name)
+        if resolved is None:
+            raise SecateurError(f"{self.checkpoint.source}: tensor {name} is missing")
+        return resolved
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as stored, by its name in the model."""
+        return self.checkpoint.read(self._resolve(name))
+
+    def _read_block(self, index: int, name: str) -> Tensor:
+        return self.checkpoint.read(self.stored_name(index, name))
+
+    @contextmanager
+    def filled(self, index: int) -> Iterator[nn.Module]:
+        """One block with its weights in float32 on the device; they go on exit."""
+        layer = self.layers.get_submodule(str(index))
+        try:
+            for name in self.blocks[index].shapes:
+                assign(layer, name, self._read_block(index, name).to(self.device, torch.float32))
+            layer.to(self.device)
+            yield layer
+        finally:
+            for name, shape in self.blocks[index].shapes.items():
+                assign(layer, name, torch.empty(shape, device="meta"))
+            for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
+                assign(layer, name, None)
+
+    @contextmanager
+    def quick(self) -> Iterator[None]:
+        """Let blocks of a bfloat16 checkpoint multiply in bfloat16, as its users do, where this device gains by it.
+
+        What flows between modules, norms included, stays float32.
+        """
+        before, self.products = self.products, self.quick_dtype
+        try:
+            yield
+        finally:
+            self.products = before
+
+    @property
+    def quick_dtype(self) -> torch.dtype:
+        """What blocks multiply in inside `quick`."""
+        return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
+
+    def embed(self, rows: Rows, arena: Arena) -> Activations:
+        """Input of the first block, for token rows.
+
+        Also records what the model hands to each block for each group of rows, for `run`.
+        """
+        base = self.model.get_submodule(self.model.base_model_prefix)
+        recorders = [_Recorder(layer) for layer in self.layers.children()]
+        result = arena.empty(rows, self.width)
+        with self._around(base, recorders):
+            self._calls = []
+            for group in rows.groups:
+                # One row: what the model prepares for it broadcasts over batches of any size.
+                base(group[:1].to(self.device), use_cache=False)
+                self._calls.append([recorder.call for recorder in recorders])
+            for at in rows.batches():
+                base(rows.ids(at).to(self.device), use_cache=False)
+                result[at] = recorders[0].input_btd
+        return result
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor, int], Tensor]]:
+        """A function from the stream behind the last block to logits: the model's own final norm and output layer.
+
+        It takes token ids (b x t), their activations (b x t x d) and a stride, and returns the logits (b x t' x v)
+        at positions stride - 1, 2 * stride - 1, ...
+        """
+        recorders = [_Recorder(layer) for layer in self.layers.children()]
+        with self._around(self.model, recorders):
+
+            def logits(ids: Tensor, hidden_btd: Tensor, stride: int = 1) -> Tensor:
+                recorders[-1].instead = hidden_btd.to(self.device)
+                wanted = torch.arange(stride - 1, ids.shape[1], stride, device=self.device)
+                output = self.model(ids.to(self.device), use_cache=False, logits_to_keep=wanted)
+                return output.logits
+
+            yield logits
+
+    @contextmanager
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values for tensors that `head` has filled."""
+        before = {name: self.model.get_parameter(name).data for name in tensors}
+        try:
+            for name, tensor in tensors.items():
+                assign(self.model, name, tensor.to(self.device, torch.float32))
+            yield
+        finally:
+            for name, tensor in before.items():
+                assign(self.model, name, tensor)
+
+    @contextmanager
+    def _around(self, part: nn.Module, recorders: list[_Recorder]) -> Iterator[None]:
+        """The weights of a part of the model outside its blocks, filled, with recorders for the blocks."""
+        parent_name, _, child = self.family.blocks.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
+        prefix = "" if part is self.model else self.model.base_model_prefix
+        names = [name for name, _ in part.named_parameters(prefix=prefix, remove_duplicate=False)]
+        outside = [name for name in names if name not in inside]
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        setattr(parent, child, nn.ModuleList(recorders))
+        try:
+            # Those that are tied to another one last, so that they can share its memory.
+            for name in sorted(outside, key=lambda name: self.checkpoint.resolve(name) is None):
+                if self.checkpoint.resolve(name) is None and name in tied:
+                    value = self.model.get_parameter(tied[name]).data
+                else:
+                    value = self.read(name).to(self.device, torch.float32)
+                assign(self.model, name, value)
+            part.to(self.device)
+            yield
+        finally:
+            setattr(parent, child, self.layers)
+            for name in outside:
+                assign(self.model, name, self.model.get_parameter(name).to("meta"))
+
+    def run(
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden_btd: Tensor,
+        group: int,
+        *,
+        replay: Mapping[Depth2, Tensor | None] | None = None,
+        watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
+        until: str | None = None,
+    ) -> Tensor | None:
+        """Run a filled block on one batch.
+
+        Args:
+            index: which block.
+            layer: the block, from `filled`.
+            hidden_btd: its input, on any device.
+            group: which group of rows the batch belongs to.
+            replay: outputs to use in place of computing a module: (b, t, d), or None for zero.
+            watch: called with a layer's input and output, by the layer's path.
+            until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
+        """
+        args, kwargs = self._calls[group][index]
+        hidden_btd = hidden_btd.to(self.device)
+        with ExitStack() as stack:
+            for module, value in (replay or {}).items():
+                stack.enter_context(_replayed(layer, module, hidden_btd, value))
+            for path, see in (watch or {}).items():
+                stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
+            if self.products != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.products))
+            try:
+                return layer(hidden_btd, *args, **kwargs)
+            except Reached:
+                return None
+
+    def run_through(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int, **how: Any) -> Tensor:
+        """`run` to the block's end, on values that must be finite.
+
+        Raises:
+            SecateurError: they are not; with the block and the module.
+        """
+        after = self.run(index, layer, hidden_btd, group, **how)
+        assert after is not None
+        if not _finite(after):
+            raise self.trouble(index, layer, hidden_btd, group)
+        return after
+
+    def advance(self, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
+        """Run all of `rows` through a filled block; their activations are replaced by those behind it.
+
+        Raises:
+            SecateurError: as `run_through`.
+        """
+        for at in rows.batches():
+            hidden[at] = self.run_through(index, layer, hidden[at], at.group)
+
+    def trouble(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int) -> SecateurError:
+        """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""
+        block = self.blocks[index]
+        broken = {"the norms": True, "the input": not _finite(hidden_btd)}
+        names = {block.feed_forward: "the feed-forward module", block.attention: "the attention module"}
+
+        def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
+            return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})
+
+        self.run(index, layer, hidden_btd, group, watch={m.sink: watcher(name) for m, name in names.items()})
+        where = next(name for name in ("the input", *reversed(names.values()), "the norms") if broken[name])
+        return SecateurError(f"block {index}: {where} gives NaN or infinite activations; are the weights intact?")
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values.sum()))
+
+
+@contextmanager
+def _watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: bool) -> Iterator[None]:
+    if stop:
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(args[0], args[0].new_empty(0))
+            raise Reached
+
+        handle = module.register_forward_pre_hook(before)
+    else:
+
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            see(args[0], output)
+
+        handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor | None) -> Iterator[None]:
+    """Let a module return a stored output in place of computing it."""
+    output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (output, None) if module.kind == "heads" else output
+
+    def flat(hidden: Tensor) -> Tensor:
+        # The layers hang in the block itself, which may have folded rows and positions into one axis.
+        return output.reshape(hidden.shape[:-1] + output.shape[-1:])
+
+    def nothing(hidden: Tensor) -> Tensor:
+        return hidden[..., :1]
+
+    changes = {module.path: forward} if module.path else {module.source: nothing, module.sink: flat}
+    targets = [(layer.get_submodule(path), function) for path, function in changes.items()]
+    for target, function in targets:
+        target.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        for target, _ in targets:
+            del target.__dict__["forward"]

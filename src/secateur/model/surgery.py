@@ -1,0 +1,109 @@
+"""Index tensors by slab: the only place where weights are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model.modeling_secateur import resize
+from secateur.model.structure import Block, Depth2, Keep, Slab, Width
+
+
+def entries(slab: Slab, keep: Sequence[int]) -> Tensor:
+    """Positions along the slab's axis, offset included, of the kept units."""
+    units = torch.tensor(keep, dtype=torch.long)
+    return (slab.offset + units[:, None] * slab.size + torch.arange(slab.size)).reshape(-1)
+
+
+def inner_weight(module: Depth2, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The level-2 weight with the inner axis first (a x o), a view."""
+    return tensors[module.level2.name].movedim(module.level2.axis, 0)
+
+
+def stored_weight(module: Depth2, weight_ao: Tensor) -> Tensor:
+    """The inverse of `inner_weight`: back to the stored orientation, contiguous."""
+    return weight_ao.movedim(0, module.level2.axis).contiguous()
+
+
+def inner_entries(module: Depth2, keep: Sequence[int]) -> Tensor:
+    """Level-2 input entries of the kept units."""
+    return entries(module.level2, keep)
+
+
+def kept_by_unit(module: Depth2, keep: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """What the kept units mean for each kind of slab: a group stays while one of its heads does."""
+    if module.kind == "channels":
+        return {"channel": tuple(keep)}
+    return {"head": tuple(keep), "group": tuple(sorted({head // module.per_group for head in keep}))}
+
+
+def slice_module(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> dict[str, Tensor]:
+    """The module's tensors with only the kept units, level 2 included."""
+    kept = kept_by_unit(module, keep)
+    result: dict[str, Tensor] = {}
+    slabs: dict[str, list[Slab]] = {}
+    for slab in (*module.level1, module.level2):
+        slabs.setdefault(slab.name, []).append(slab)
+    for name, parts in slabs.items():
+        tensor = tensors[name]
+        # Fused layers are several slabs of one tensor, in order of their offsets.
+        index = torch.cat([entries(slab, kept[slab.unit]) for slab in sorted(parts, key=lambda s: s.offset)])
+        result[name] = tensor.index_select(parts[0].axis, index.to(tensor.device))
+    return result
+
+
+def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """All tensors of a block, sliced to the kept units; of a module without units only the level-2 bias is left."""
+    result = dict(tensors)
+    for module in (block.attention, block.feed_forward):
+        kept = keep.units(module.kind)
+        if kept:
+            result.update(slice_module(module, tensors, kept))
+        else:
+            for name in block.emptied(module, tensors):
+                del result[name]
+    return result
+
+
+def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> Tensor:
+    """The stored level-2 weight with zeros for all units that go: the module then gives what it gives without them."""
+    weight = torch.zeros_like(inner_weight(module, tensors))
+    kept = inner_entries(module, keep).to(weight.device)
+    weight[kept] = inner_weight(module, tensors)[kept]
+    return stored_weight(module, weight)
+
+
+def width_of(block: Block, keep: Keep) -> Width:
+    """The width that a selection amounts to."""
+    groups = len({head // block.attention.per_group for head in keep.heads})
+    return Width(groups, len(keep.heads) // groups if groups else 0, len(keep.channels))
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Set a parameter of a module or of one inside it, whatever its shape was; None takes it away."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+    module.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+@contextmanager
+def restored(layer: nn.Module) -> Iterator[None]:
+    """On exit, a module's parameters are those that it had."""
+    before = {name: parameter.data for name, parameter in layer.named_parameters()}
+    try:
+        yield
+    finally:
+        for name in dict(layer.named_parameters()).keys() - before.keys():
+            assign(layer, name, None)
+        for name, tensor in before.items():
+            assign(layer, name, tensor)
+
+
+def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
+    """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
+    resize(layer, width.heads, width.groups, width.channels)
+    for name, tensor in tensors.items():
+        assign(layer, name, tensor)

@@ -1,0 +1,40 @@
+"""What a tokenizer makes of a text: its ids, and whether the beginning-of-sequence token (BOS) opens them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import first_line
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """Ids of a text of any length; `verbose=False` because rows are cut to the model's length afterwards.
+
+    Raises:
+        SecateurError: the tokenizer has no ids for it.
+    """
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+    except Exception as error:  # of the tokenizers library, which has no class of its own for it
+        raise SecateurError(f"the model's tokenizer cannot read this text: {first_line(error)}") from error
+    return list(encoded["input_ids"])
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts BOS in front of a text.
+
+    Tried and not looked up: tokenizers keep this in their post-processor, whatever their settings say.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return False
+    plain, full = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
+    return len(full) > len(plain) and full[0] == bos

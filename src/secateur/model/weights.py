@@ -1,0 +1,186 @@
+"""The tensors of a safetensors folder: listed from the headers alone, read one at a time.
+
+A tensor is read into memory of its own and never mapped, so that resident memory is what the caller holds.
+Nothing is unpickled: a folder with only pytorch_model.bin is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.base.errors import SecateurError
+from secateur.base.json_text import parse_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What a header calls a dtype."""
+
+_HEADER_LIMIT = 100_000_000
+"""The format's own limit; a longer header is a broken file."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a stored tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    """The first byte in the file."""
+
+    @property
+    def entries(self) -> int:
+        """The number of entries."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file."""
+        return self.entries * self.dtype.itemsize
+
+
+def list_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a folder, from the headers of its safetensors files.
+
+    Raises:
+        SecateurError: there are no weights, none that can be read without unpickling, or they are incomplete.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        raise SecateurError(_no_weights(folder))
+    shards = index_shards(index)
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise SecateurError(f"{index}: shards missing: {some(missing)}; download them")
+    tensors: dict[str, TensorInfo] = {}
+    for shard, names in shards.items():
+        header = read_header(folder / shard)
+        lacking = [name for name in names if name not in header]
+        if lacking:
+            raise SecateurError(
+                f"{folder / shard}: tensors missing that {INDEX} names: {some(lacking)}; download it again"
+            )
+        tensors.update({name: header[name] for name in names})
+    return tensors
+
+
+def index_shards(index: Path) -> dict[str, list[str]]:
+    """Shard file → the names of its tensors, from an index file."""
+    try:
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            shards.setdefault(str(shard), []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SecateurError(f"{index}: not a safetensors index; download it again") from error
+    return shards
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        SecateurError: the header is broken, or the file is shorter or longer than it says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise SecateurError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
+        if size < 8 or length > _HEADER_LIMIT or 8 + length > size:
+            raise SecateurError(f"{file}: truncated or no safetensors (header broken); download it again")
+        text = stream.read(length)
+    try:
+        entries: dict[str, dict[str, Any]] = parse_json(text)
+        entries.pop("__metadata__", None)
+        tensors, ends = {}, [0]
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            info = TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin)
+            if end - begin != info.bytes or begin < 0:
+                raise ValueError(name)
+            tensors[name] = info
+            ends.append(end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SecateurError(f"{file}: header broken ({error}); download it again") from error
+    if 8 + length + max(ends) != size:
+        raise SecateurError(
+            f"{file}: truncated or damaged, {size:,} bytes where the header says {8 + length + max(ends):,}; "
+            "download it again"
+        )
+    return tensors
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor, in memory of its own on the CPU.
+
+    Raises:
+        SecateurError: the file has become shorter since it was opened.
+    """
+    data = torch.empty(info.bytes, dtype=torch.uint8)
+    view = data.numpy().data
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(info.offset)
+        # One read returns at most 2 GiB on Linux.
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise SecateurError(f"{info.file}: ended early; it has changed since it was opened")
+            view = view[count:]
+    return data.view(info.dtype).view(info.shape)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors weights, with every shard that its index names."""
+    if (folder / SINGLE).is_file():
+        return True
+    index = folder / INDEX
+    return index.is_file() and all((folder / shard).is_file() for shard in index_shards(index))
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first few of a list of names, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_weights(folder: Path) -> str:
+    """What to say of a folder without safetensors weights."""
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+        return (
+            f"{folder}: only pickled weights (.bin), which are not opened as they can run code; "
+            "use a revision with safetensors, or convert them with save_pretrained"
+        )
+    if list(folder.glob("*.safetensors")):
+        return f"{folder}: neither {SINGLE} nor {INDEX}, only other safetensors files; restore the index"
+    return f"{folder}: no weights; {SINGLE} or {INDEX} and its shards are needed"

@@ -1,0 +1,1 @@
+"""Second moments, ridge least squares and elimination, which criteria and fits share."""

@@ -1,0 +1,296 @@
+"""What a plan takes (parameters, bytes, cache, time), as a sum over modules: a knapsack can be solved over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+import torch
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Watcher
+from secateur.base.words import counted
+from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, choose, filled
+from secateur.formats.gguf_tensors import block_entries, entries
+from secateur.model.families import head_dim
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Block, Kind, Width
+from secateur.plan.latency import Timer, measured
+from secateur.plan.target import FASTER, Target
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What each module takes at each width, in one unit; what a model takes is their sum and `fixed`."""
+
+    widths: tuple[Width, ...]
+    """The dense width of every block."""
+    fixed: float
+    """What everything outside the prunable modules takes, norms and output biases included."""
+    module: Callable[[int, Kind, Width], float]
+    """What the attention (`heads`) or the feed-forward (`channels`) of a block takes at a width; zero is legal."""
+    form: Callable[[float], str]
+    """A value with its unit, for people."""
+    added: tuple[float, ...] = ()
+    """What the biases that a recovery adds to a block take, for every block; nothing by default."""
+
+    def total(self, widths: Mapping[int, Width]) -> float:
+        """What the model takes at some widths, with what a recovery adds; blocks that are absent are dense."""
+        parts = (self.module(i, kind, widths.get(i, dense)) for i, dense in enumerate(self.widths) for kind in KINDS)
+        return self.fixed + sum(parts) + (sum(self.added[i] for i in widths) if self.added else 0)
+
+    @property
+    def dense(self) -> float:
+        """What the dense model takes."""
+        return self.total({})
+
+
+def meter_of(
+    target: Target,
+    stream: BlockStream,
+    *,
+    dtype: torch.dtype,
+    gguf_type: str | None,
+    device: torch.device,
+    watcher: Watcher,
+    biases: bool = False,
+) -> Meter:
+    """The meter that a target is about; for `ppl` there is none, as it is no sum over modules."""
+    if target.quantity == "params":
+        return parameter_meter(stream, biases)
+    if target.quantity == "bytes":
+        return byte_meter(stream, dtype, gguf_type, biases)
+    if target.quantity == "kv":
+        return cache_meter(stream, dtype)
+    assert target.quantity != "ppl"
+    return latency_meter(stream, target.quantity, device, dtype, watcher)
+
+
+def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
+    """Parameters of the whole model as stored: tied ones once.
+
+    With `biases`, level-2 layers of pruned blocks get one where they have none, unless a norm follows.
+    """
+    checkpoint = stream.checkpoint
+    stored = sum(info.entries for name, info in checkpoint.tensors.items() if name not in checkpoint.ignorable)
+    inside = sum(_held(block, kind, block.width) for block in stream.blocks for kind in KINDS)
+
+    def module(index: int, kind: Kind, width: Width) -> float:
+        return _held(stream.blocks[index], kind, width)
+
+    return Meter(
+        _dense(stream),
+        stored - inside,
+        module,
+        lambda value: f"{counted(value, 1)} parameters",
+        _added(stream) if biases else (),
+    )
+
+
+def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = None, biases: bool = False) -> Meter:
+    """Bytes of the weights as they will be written, without headers and, in a GGUF file, without the tokenizer.
+
+    Args:
+        stream: the open dense model.
+        dtype: of a safetensors folder.
+        gguf_type: the type of a GGUF file, where one is to be made: f32, f16, bf16, q8_0 or q4_0.
+        biases: level-2 layers get one; see `parameter_meter`.
+
+    Raises:
+        SecateurError: no GGUF file can hold the dense model.
+    """
+    if gguf_type is not None:
+        # Vectors are float32 there, whatever the type of the file.
+        added = tuple(value * torch.float32.itemsize for value in _added(stream)) if biases else ()
+        return replace(_gguf_meter(stream, gguf_type, any(added)), added=added)
+    checkpoint, counts = stream.checkpoint, parameter_meter(stream, biases)
+    # What is no floating-point number is copied as it is.
+    others = [
+        t for n, t in checkpoint.tensors.items() if n not in checkpoint.ignorable and not t.dtype.is_floating_point
+    ]
+    fixed = counts.fixed * dtype.itemsize + sum(tensor.bytes - tensor.entries * dtype.itemsize for tensor in others)
+    added = tuple(value * dtype.itemsize for value in counts.added)
+    return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, _megabytes, added)
+
+
+def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
+    """Bytes of the keys and values of one token in all blocks."""
+    entry = 2 * head_dim(stream.checkpoint.config) * dtype.itemsize
+
+    def module(index: int, kind: Kind, width: Width) -> float:
+        return width.groups * entry if kind == "heads" else 0
+
+    return Meter(_dense(stream), 0, module, lambda value: f"{value:,.0f} B per token")
+
+
+def latency_meter(
+    stream: BlockStream,
+    kind: Literal["prefill", "decode"],
+    device: torch.device,
+    dtype: torch.dtype,
+    watcher: Watcher,
+    timer: Timer | None = None,
+) -> Meter:
+    """Seconds on this machine, measured module by module: of a prompt of 512 tokens, or of one token behind as many.
+
+    Args:
+        stream: the open dense model; only its config and shapes are read.
+        kind: which of the two.
+        device: where the pruned model will run.
+        dtype: in which it will run.
+        watcher: told that measuring goes on, as it takes seconds the first time.
+        timer: in place of the clock.
+    """
+    # One table for all blocks of the same shape; the first one stands for them.
+    first = {_form(block): index for index, block in reversed(list(enumerate(stream.blocks)))}
+    tables = {form: measured(stream, index, kind, device, dtype, watcher, timer) for form, index in first.items()}
+    own = [tables[_form(block)] for block in stream.blocks]
+
+    def module(index: int, kind: Kind, width: Width) -> float:
+        return own[index].module(kind, width)
+
+    fixed = own[0].outside + sum(table.rest for table in own)
+    return Meter(_dense(stream), fixed, module, lambda value: f"{1e3 * value:,.1f} ms")
+
+
+def budget_of(target: Target, meter: Meter) -> float:
+    """The most that a plan may take, in the meter's unit.
+
+    Raises:
+        SecateurError: the dense model takes no more.
+    """
+    dense = meter.dense
+    if target.quantity in FASTER:
+        return dense / target.value
+    if target.relative:
+        return dense * target.value
+    if target.value >= dense:
+        less = Target(target.quantity, 0.8, True)
+        raise SecateurError(
+            f"target {target}: the dense model takes no more than {meter.form(dense)}; ask for less, such as {less}"
+        )
+    return target.value
+
+
+def unreachable(target: Target, meter: Meter, least: float) -> SecateurError:
+    """What to raise where no plan meets a target, with the nearest one that can be met.
+
+    Args:
+        target: the target.
+        meter: its meter.
+        least: the least that any plan takes, in the meter's unit.
+    """
+    dense = meter.dense
+    nearest = _nearest(target, dense, least)
+    if nearest is None:
+        return SecateurError(
+            f"target {target}: what may be pruned here changes nothing of it; let other modules go too"
+        )
+    return SecateurError(
+        f"target {target} is out of reach: the least is {meter.form(least)}, and the dense model takes "
+        f"{meter.form(dense)}; ask for {nearest}, or let more go"
+    )
+
+
+def _nearest(target: Target, dense: float, least: float) -> Target | None:
+    """The closest target that can be met, rounded to figures that people write; None if nothing can be gained."""
+    if target.quantity in FASTER:
+        ratio = math.floor(100 * dense / least) / 100
+        return Target(target.quantity, ratio, True) if ratio > 1 else None
+    if target.relative:
+        share = max(1, math.ceil(1000 * least / dense)) / 1000
+        return Target(target.quantity, share, True) if share < 1 else None
+    step = 10.0 ** (math.floor(math.log10(least)) - 2) if least > 0 else 1.0
+    value = max(1.0, math.ceil(least / step) * step)
+    value = value if value < dense else math.ceil(least)
+    return Target(target.quantity, value, False) if value < dense else None
+
+
+def _dense(stream: BlockStream) -> tuple[Width, ...]:
+    return tuple(block.width for block in stream.blocks)
+
+
+def _added(stream: BlockStream) -> tuple[float, ...]:
+    """Entries of the level-2 biases that each block gets, where a recovery adds them."""
+    new = ([m for m in (b.attention, b.feed_forward) if m.free_bias and not m.bias] for b in stream.blocks)
+    return tuple(float(len(modules) * stream.width) for modules in new)
+
+
+def _form(block: Block) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The shapes of a block, to tell blocks apart."""
+    return tuple(block.shapes.items())
+
+
+def _shapes(block: Block, kind: Kind, width: Width) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's tensors at a width, without the level-2 bias, which stays whatever goes."""
+    module = block.module(kind)
+    counts = {"head": width.heads, "group": width.groups, "channel": width.channels}
+    if not counts[module.level2.unit]:
+        return {}
+    shapes = {name: list(block.shapes[name]) for name in block.emptied(module, block.shapes)}
+    for slab in (*module.level1, module.level2):
+        shapes[slab.name][slab.axis] -= (slab.units - counts[slab.unit]) * slab.size
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _held(block: Block, kind: Kind, width: Width) -> int:
+    """Parameters of a module at a width, without the level-2 bias."""
+    return sum(math.prod(shape) for shape in _shapes(block, kind, width).values())
+
+
+def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
+    """Bytes of all tensors of a GGUF file but added biases; see `byte_meter`."""
+    dense, checkpoint = _dense(stream), stream.checkpoint
+    added: frozenset[str] = LEVEL2 if biases else frozenset()
+    model = Model(checkpoint, list(dense), added)
+    try:
+        # Blocks that differ may need another architecture, which can leave out more of a block without heads.
+        without = [*dense[:-1], replace(dense[-1], groups=0, per_group=0)]
+        architecture = choose(Model(checkpoint, without, added), type)
+    except SecateurError:
+        architecture = choose(model, type)
+    # The first block is a case of its own: it may have to keep a head.
+    first = {_form(block): index for index, block in reversed(list(enumerate(stream.blocks))) if index}
+    at = [first[_form(block)] if index else 0 for index, block in enumerate(stream.blocks)]
+
+    @cache
+    def taken(index: int, kind: Kind, width: Width) -> int:
+        return _gguf_bytes(stream, model, architecture, type, index, kind, width)
+
+    def module(index: int, kind: Kind, width: Width) -> float:
+        full = dense[index]
+        if kind == "heads":
+            kept = replace(width, channels=full.channels) if width.heads else Width(0, 0, full.channels)
+            return taken(at[index], kind, kept)
+        # Rows are filled up, so a few channels fewer may be as large.
+        channels = min(filled(width.channels, type), full.channels) if width.channels else 0
+        return taken(at[index], kind, replace(full, channels=channels))
+
+    whole = sum(entry.bytes for entry in entries(model, architecture, type))
+    inside = sum(module(index, kind, width) for index, width in enumerate(dense) for kind in KINDS)
+    return Meter(dense, whole - inside, module, _megabytes)
+
+
+def _gguf_bytes(
+    stream: BlockStream, model: Model, architecture: Architecture, type: str, index: int, kind: Kind, width: Width
+) -> int:
+    """Bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
+    block, trial = stream.blocks[index], copy(model)
+    before, after = _shapes(block, kind, block.width), _shapes(block, kind, width)
+    names = {name: stream.stored_name(index, name) for name in before}
+    cut = {names[name]: replace(model.checkpoint.tensors[names[name]], shape=shape) for name, shape in after.items()}
+    gone = before.keys() - after.keys()
+    trial.checkpoint = replace(model.checkpoint, tensors=model.checkpoint.tensors | cut)
+    trial.widths = [width if i == index else dense for i, dense in enumerate(model.widths)]
+    kept = {name: stored for name, stored in model.inside[index].items() if name not in gone}
+    trial.inside = [kept if i == index else inside for i, inside in enumerate(model.inside)]
+    prefix = f"blk.{index}.{'attn' if kind == 'heads' else 'ffn'}_"
+    return sum(e.bytes for e in block_entries(trial, architecture, index, type) if e.name.startswith(prefix))
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.1f} MB"

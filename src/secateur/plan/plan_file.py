@@ -1,0 +1,173 @@
+"""Plans that people write or edit: exact units for each block, or ratios for ranges of blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.json_text import parse_json
+from secateur.model.structure import KINDS, Block, Keep, Kind, Width
+from secateur.model.surgery import width_of
+from secateur.plan.allocation import attention_widths
+
+KEYS = frozenset({"block", "width", "heads", "channels", "modules"})
+"""What a block's entry may hold; `modules` is what `prune` reports of it."""
+
+
+def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], dict[int, Keep] | None]:
+    """Widths, and exact units where the file has them: a secateur.json, or what `secateur plan` writes, edited or not.
+
+    Args:
+        path: JSON with `blocks`, each with `block` and either `heads` and `channels`, the units to keep, or `width`.
+            Blocks left out stay dense.
+        blocks: the model's blocks.
+        fingerprint: of the model's weights; compared where the file has one.
+
+    Returns:
+        The width of every block in the file; and its units, or None if the file leaves the choice open.
+
+    Raises:
+        SecateurError: it is no plan, one of another model, or its indices repeat or do not exist.
+    """
+    raw = _read(path)
+    entries = raw.get("blocks")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise SecateurError(f"{path}: no plan: it needs a list 'blocks', each with block, heads and channels")
+    if raw.get("fingerprint") not in (None, fingerprint):
+        raise SecateurError(f"{path}: a plan for another model; remove its fingerprint to use it all the same")
+    widths: dict[int, Width] = {}
+    keeps: dict[int, Keep] = {}
+    for entry in entries:
+        index = entry.get("block")
+        if type(index) is not int or not 0 <= index < len(blocks):
+            raise SecateurError(f"{path}: block {index} does not exist; the model has blocks 0 to {len(blocks) - 1}")
+        if index in widths:
+            raise SecateurError(f"{path}: block {index} is there twice")
+        unknown = sorted(set(entry) - KEYS)
+        if unknown:
+            raise SecateurError(
+                f"{path}: block {index}: no key '{unknown[0]}' is known; write {', '.join(sorted(KEYS))}"
+            )
+        if "heads" in entry or "channels" in entry:
+            heads, channels = (_units(path, index, blocks[index], kind, entry.get(kind)) for kind in KINDS)
+            _check_groups(path, index, blocks[index], heads)
+            keeps[index] = Keep(heads, channels)
+            widths[index] = width_of(blocks[index], keeps[index])
+            if "width" in entry and _width(path, index, blocks[index], entry["width"]) != widths[index]:
+                raise SecateurError(
+                    f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "
+                    "remove both of these from every block to have units chosen"
+                )
+        else:
+            widths[index] = _width(path, index, blocks[index], entry.get("width"))
+    if keeps and len(keeps) < len(widths):
+        bare = next(index for index in widths if index not in keeps)
+        raise SecateurError(f"{path}: block {bare} has no heads and channels, as others have; list them everywhere")
+    return dict(sorted(widths.items())), dict(sorted(keeps.items())) or None
+
+
+def _width(path: Path, index: int, block: Block, given: Any) -> Width:
+    """A width spelled as counts."""
+    names = ("groups", "per_group", "channels")
+    where = f"{path}: block {index}"
+    whole = isinstance(given, dict) and all(type(given.get(name)) is int for name in names)
+    if not whole or set(given) != set(names):
+        raise SecateurError(f"{where}: list the heads and channels to keep, or give a width of {', '.join(names)}")
+    width, dense = Width(**given), block.width
+    if not 0 <= width.channels <= dense.channels:
+        raise SecateurError(f"{where}: {width.channels} channels, where the model has {dense.channels}")
+    possible = [*attention_widths(block, KINDS), (0, 0)]
+    if (width.groups, width.per_group) not in possible:
+        said = ", ".join(f"{groups} x {heads}" for groups, heads in possible)
+        raise SecateurError(
+            f"{where}: {width.groups} groups x {width.per_group} heads cannot be had; possible are {said}"
+        )
+    return width
+
+
+def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tuple[int, ...]:
+    """The kept units of one module, sorted; all of them where the file does not say."""
+    count = block.module(kind).units
+    if listed is None:
+        return tuple(range(count))
+    where = f"{path}: block {index}, {kind}"
+    if not isinstance(listed, list) or not all(type(unit) is int for unit in listed):
+        raise SecateurError(f"{where}: must be a list of indices to keep")
+    wrong = [unit for unit in listed if not 0 <= unit < count]
+    if wrong:
+        raise SecateurError(f"{where}: {wrong[0]} does not exist; the module has 0 to {count - 1}")
+    if len(set(listed)) < len(listed):
+        twice = next(unit for unit in listed if listed.count(unit) > 1)
+        raise SecateurError(f"{where}: {twice} is there twice")
+    locked = block.module(kind).locked
+    if locked is not None and 0 < len(listed) < count:
+        raise SecateurError(f"{where}: single heads cannot be removed exactly, as {locked}; keep all of them")
+    return tuple(sorted(listed))
+
+
+def _check_groups(path: Path, index: int, block: Block, heads: tuple[int, ...]) -> None:
+    """Every key/value group that stays must keep the same number of query heads."""
+    per_group = block.attention.per_group
+    counts = {group: sum(head // per_group == group for head in heads) for group in {h // per_group for h in heads}}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"group {group} keeps {count}" for group, count in sorted(counts.items()))
+        raise SecateurError(
+            f"{path}: block {index}, heads: each key/value group must keep as many as the others, or none ({said})"
+        )
+
+
+def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int, Width]:
+    """Ratios for ranges of blocks: `{"4:20": 0.25, "20:30": {"heads": 0.1, "channels": 0.4}}`, the share that goes.
+
+    Blocks that no range names stay dense. A single ratio counts for both modules.
+
+    Raises:
+        SecateurError: it does not parse, ranges overlap or exceed the model, or nothing goes.
+    """
+    widths: dict[int, Width] = {}
+    for key, ratio in _read(path).items():
+        match = re.fullmatch(r"(\d+):(\d+)", key)
+        first, end = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not first < end <= len(blocks):
+            raise SecateurError(f"{path}: '{key}' is no range of blocks; write first:end within 0:{len(blocks)}")
+        ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(KINDS, ratio)
+        for kind, share in ratios.items():
+            number = isinstance(share, int | float) and not isinstance(share, bool)
+            if kind not in KINDS or not number or not 0 <= share <= 1:
+                raise SecateurError(
+                    f"{path}: {key}: write the share that goes, from 0 to 1, or one each for heads and channels"
+                )
+        for index in range(first, end):
+            if index in widths:
+                raise SecateurError(f"{path}: block {index} is in two ranges")
+            widths[index] = _nearest(blocks[index], ratios, multiple)
+    if all(width == blocks[index].width for index, width in widths.items()):
+        raise SecateurError(f"{path}: nothing goes: no range, or ratios too small to remove a unit")
+    return dict(sorted(widths.items()))
+
+
+def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
+    """The width nearest to the ratios: heads by their number, whole groups first; channels in multiples."""
+    wanted = block.attention.units * (1 - ratios.get("heads", 0.0))
+    possible = [*attention_widths(block, KINDS), (0, 0)]
+    groups, heads = min(possible, key=lambda width: abs(width[0] * width[1] - wanted))
+    full = block.feed_forward.units
+    share = ratios.get("channels", 0.0)
+    # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
+    steps = [full, *range(multiple, full, multiple)] if share < 1 else [0]
+    channels = full if share == 0 else min(steps, key=lambda count: abs(count - full * (1 - share)))
+    return Width(groups, heads, channels)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Some editors begin a file with a mark.
+        raw = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise SecateurError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise SecateurError(f"{path}: must be a JSON object, as secateur.json is")
+    return raw

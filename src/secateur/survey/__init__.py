@@ -1,0 +1,1 @@
+"""What errors cost: curves of every module, probes at the output, prices."""

@@ -1,0 +1,99 @@
+"""What a survey finds, as frozen data, and its file: one survey serves every size of a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.json_text import parse_json
+from secateur.base.whole_file import write_whole
+from secateur.model.structure import Kind, Pattern
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One module's error against width."""
+
+    block: int
+    kind: Kind
+    pattern: Pattern
+    errors: tuple[float, ...]
+    """||xW - t||^2 / ||residual stream after the block||^2, the mean over tokens, once 0, 1, 2, ... pattern units
+    have gone."""
+    energy: float
+    """||t||^2 on the same scale: the error if the whole module went."""
+    order: tuple[int, ...] = ()
+    """Units as they leave: key/value groups, query heads (one of every group in turn) or channels. What never leaves
+    alone is not in it."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one cut of one module costs at the model's output."""
+
+    block: int
+    kind: Kind
+    error: float
+    """What the cut adds to the module's error, on the scale of its `Curve`."""
+    whole: bool
+    """Nothing of the module is left."""
+    divergence: float
+    """KL(dense || pruned) of the logits, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All curves and probes of a model."""
+
+    criterion: str
+    ridge: float
+    tokens: int
+    curves: tuple[Curve, ...]
+    probes: tuple[Probe, ...] = ()
+    asked: dict[str, Any] | None = None
+    """What decides the result besides the code: the weights' fingerprint, and the options that matter."""
+
+
+def save_survey(survey: Survey, path: Path) -> None:
+    """Write survey.json."""
+    write_whole(path, json.dumps(asdict(survey)) + "\n")
+
+
+def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
+    """Read a survey.json.
+
+    Args:
+        path: the file.
+        asked: what the survey must have been made for; see `Survey.asked`.
+
+    Raises:
+        SecateurError: it is no survey, or one of another model or with other options.
+    """
+    try:
+        raw = parse_json(path.read_text(encoding="utf-8"))
+        curves = tuple(
+            Curve(**{**curve, "errors": tuple(curve["errors"]), "order": tuple(curve["order"])})
+            for curve in raw.pop("curves")
+        )
+        probes = tuple(Probe(**probe) for probe in raw.pop("probes"))
+        survey = Survey(curves=curves, probes=probes, **raw)
+        found = dict(survey.asked or {})
+        figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
+        figures += [curve.energy for curve in curves]
+        if not probes or not all(math.isfinite(value) for value in figures):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SecateurError(f"{path}: not a survey of secateur's; name another file, or delete it") from error
+    for name, wanted in asked.items():
+        if found.get(name) != wanted:
+            if name == "fingerprint":
+                raise SecateurError(f"{path}: a survey of other weights; name another file to make a new one")
+            raise SecateurError(
+                f"{path}: a survey with {name} {found.get(name)}, where {wanted} is asked for; ask for the same, or "
+                "name another file to make a new one"
+            )
+    return survey

@@ -1,0 +1,209 @@
+"""Gradients of the loss with respect to a dense model's weights, one block at a time.
+
+The loss is the cross entropy of the next token, the mean over the calibration tokens. A forward pass keeps every
+block's input (in files beyond a limit); the model's own head gives the loss and its gradient at the stream behind the
+last block; then the blocks run once more, last one first, each under autograd, which turns the gradient behind a block
+into that of its weights and of its input. This is what gradient checkpointing computes, with the weights read from disk
+and their gradients used up block by block.
+
+Shapes: b rows, t positions, d residual width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent, Watcher
+from secateur.criteria.choice import parse_choice
+from secateur.criteria.llm_pruner import FROM_GRADIENTS, NEEDS_SQUARES, scored_weights
+from secateur.model.activations import Activations, Arena, Batch, Rows
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Kind
+from secateur.survey.loss import summed_loss
+
+UnitScores = dict[tuple[int, Kind], Tensor]
+"""One score for each unit (units), float64, by block and module."""
+
+
+@dataclass(frozen=True)
+class BlockGradients:
+    """Gradients with respect to the matrices of one block's two modules, by their names inside the block."""
+
+    index: int
+    weights: dict[str, Tensor]
+    """The matrices themselves, float32; they go when the next block is asked for."""
+    gradient: dict[str, Tensor]
+    """Of the loss, in nats per token."""
+    square: dict[str, Tensor]
+    """Mean over rows of the squared gradient of a row's own loss; empty unless asked for."""
+
+
+def gradient_scores(
+    stream: BlockStream,
+    rows: Tensor | Rows,
+    criterion: str,
+    *,
+    blocks: range | None = None,
+    arena_limit: int | None = None,
+    watcher: Watcher | None = None,
+) -> UnitScores:
+    """Scores of a criterion that needs gradients; only these are kept, and no block's gradients.
+
+    Args:
+        stream: an open model.
+        rows: as for `gradients`.
+        criterion: one of `NEEDS_GRADIENTS`, or a pair with one of them.
+        blocks: which blocks; all by default.
+        arena_limit: as for `gradients`.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: as `gradients`.
+    """
+    found: UnitScores = {}
+    choice = parse_choice(criterion)
+    squares = choice.uses(NEEDS_SQUARES)
+    for block in gradients(stream, rows, blocks=blocks, squares=squares, arena_limit=arena_limit, watcher=watcher):
+        for kind in KINDS:
+            if (score := FROM_GRADIENTS.get(choice.of(kind))) is not None:
+                module = stream.blocks[block.index].module(kind)
+                found[block.index, kind] = score(module, block.weights, block.gradient, block.square)
+        # Else they would stay while the next block's gradients are taken.
+        del block
+    return found
+
+
+def gradients(
+    stream: BlockStream,
+    rows: Tensor | Rows,
+    *,
+    blocks: range | None = None,
+    squares: bool = False,
+    arena_limit: int | None = None,
+    watcher: Watcher | None = None,
+) -> Generator[BlockGradients, None, None]:
+    """Yield the gradients of some blocks, last block first.
+
+    Args:
+        stream: an open model.
+        rows: calibration tokens (rows x length), or several groups of them; tokens of a group count by its weight.
+            Groups of weight zero, and those of one token a row, which predict nothing, are left out.
+        blocks: which blocks; all by default.
+        squares: also the squared gradients, for which rows run one by one.
+        arena_limit: bytes of activations to hold in memory before files are used.
+        watcher: told about progress.
+
+    Raises:
+        SecateurError: no row has a token to predict, or activations or gradients are NaN or infinite.
+    """
+    blocks = blocks if blocks is not None else range(len(stream))
+    watcher = watcher or Silent()
+    rows = _predicting(Rows.of(rows))
+    count = len(stream)
+    with Arena(arena_limit) as arena:
+        hidden = stream.embed(rows, arena)
+        inputs: dict[int, Activations] = {}
+        order = [*range(count), *reversed(range(blocks.start, count))]
+        for step, index in enumerate(watcher.track(order, "Gradients")):
+            if step == count:
+                _through_head(stream, rows, hidden)
+            with stream.filled(index) as layer:
+                if step < count:
+                    after = arena.empty(rows, stream.width) if index >= blocks.start else hidden
+                    for at in rows.batches():
+                        after[at] = stream.run_through(index, layer, hidden[at], at.group)
+                    if index >= blocks.start:
+                        inputs[index] = hidden
+                    hidden = after
+                    continue
+                block = stream.blocks[index]
+                wanted = [name for kind in KINDS for name in scored_weights(block.module(kind))]
+                found = _through_block(
+                    stream, index, layer, rows, inputs[index], hidden, wanted if index in blocks else (), squares
+                )
+                arena.release(inputs.pop(index))
+                if index in blocks:
+                    yield found
+                # None of it stays while the next block runs.
+                del found, layer
+
+
+def _predicting(rows: Rows) -> Rows:
+    """The groups in which tokens predict others."""
+    pairs = [(g, w) for g, w in zip(rows.groups, rows.weights, strict=True) if w and len(g) and g.shape[1] > 1]
+    if not pairs:
+        raise SecateurError("gradients need rows of at least two tokens, of which the first predicts the second")
+    return Rows(tuple(group for group, _ in pairs), tuple(weight for _, weight in pairs))
+
+
+def _singles(rows: Rows) -> Iterator[Batch]:
+    """Batches of one row each."""
+    for index, (group, weight) in enumerate(zip(rows.groups, rows.weights, strict=True)):
+        for row in range(len(group)):
+            yield Batch(index, slice(row, row + 1), weight, weight)
+
+
+def _predictions(rows: Rows) -> float:
+    """How many tokens are predicted, each counted by its weight."""
+    return sum(at.weight * (rows.ids(at).shape[1] - 1) for at in _singles(rows))
+
+
+def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
+    """Put the loss's gradient in the place of the stream behind the last block."""
+    total = _predictions(rows)
+    with stream.head() as head, torch.enable_grad():
+        # Row by row: the logits of one row are as large as the stream's batches.
+        for at in _singles(rows):
+            ids, last = rows.ids(at), hidden[at].to(stream.device).requires_grad_()
+            loss = summed_loss(head, ids, last) * (at.weight / total)
+            (found,) = torch.autograd.grad(loss, last)
+            _check(found, "the output layer")
+            hidden[at] = found
+
+
+def _through_block(
+    stream: BlockStream,
+    index: int,
+    layer: nn.Module,
+    rows: Rows,
+    before: Activations,
+    signal: Activations,
+    wanted: Sequence[str],
+    squares: bool,
+) -> BlockGradients:
+    """One block's gradients, from its input and the loss's gradient behind it.
+
+    The gradient at the block's input takes the place of the one behind it.
+    """
+    weights = {name: layer.get_parameter(name).requires_grad_() for name in wanted}
+    gradient = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
+    square = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items() if squares}
+    total, samples = _predictions(rows), sum(at.weight for at in _singles(rows))
+    for at in _singles(rows) if squares and wanted else rows.batches():
+        hidden = before[at].to(stream.device).requires_grad_()
+        with torch.enable_grad():
+            after = stream.run(index, layer, hidden, at.group)
+        assert after is not None
+        first, *others = torch.autograd.grad(after, [hidden, *weights.values()], signal[at].to(stream.device))
+        _check(first, f"block {index}")
+        signal[at] = first
+        # From a row's part of the whole loss to the row's own loss, a mean over its tokens.
+        own = total / (at.weight * (hidden.shape[1] - 1))
+        for name, found in zip(weights, others, strict=True):
+            gradient[name] += found
+            if squares:
+                square[name] += found.mul_(own).square_().mul_(at.weight / samples)
+    for name, weight in weights.items():
+        _check(gradient[name], f"block {index}")
+        weight.requires_grad_(False)
+    return BlockGradients(index, {name: weight.data for name, weight in weights.items()}, gradient, square)
+
+
+def _check(gradient: Tensor, where: str) -> None:
+    if not torch.isfinite(gradient.sum()):
+        raise SecateurError(f"{where}: the backward pass gives NaN or infinite gradients; are the weights intact?")

@@ -1,0 +1,108 @@
+"""What the loss of a module costs at the model's output: streams in which one module alone was pruned.
+
+A probe starts at its module's block, with the module's output as it would be at a probe width; from there on its
+stream runs through the dense model. All probes advance together, so that each block is read once. At the end, the
+Kullback-Leibler divergence of the logits from the dense model's says what that one cut costs, in nats per token.
+
+Shapes: b rows, t positions, d residual width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Watcher
+from secateur.model.activations import BATCH_TOKENS, Activations, Arena, Rows
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Depth2
+from secateur.survey.curves import Probe
+
+STRIDE = 2
+"""The divergence is taken at every second position: the output layer is dear, and neighbours tell the same."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module at a width to be probed."""
+
+    block: int
+    module: Depth2
+    error: float
+    """What the cut adds to the module's error, on the scale of its `Curve`."""
+    kept: Tensor
+    """Level-2 input entries that stay; none if the whole module goes."""
+    weight_ao: Tensor
+    """Their refitted weights, in residual units."""
+
+
+class Probes:
+    """Perturbed streams on their way through the model."""
+
+    def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena):
+        """Prepare for the rows of one group of `rows`; nothing runs yet."""
+        self.stream, self.group, self.arena = stream, group, arena
+        self.rows = Rows((rows.groups[group],), (1.0,))
+        self.begun: list[Probe] = []
+        """One for each stream, its divergence still unknown."""
+        self.hidden: list[Activations] = []
+
+    def advance(self, index: int, layer: nn.Module) -> None:
+        """Run all streams through a filled block."""
+        # Several streams a batch: one alone is too short for fast products.
+        together = max(1, BATCH_TOKENS // self.rows.tokens)
+        for start in range(0, len(self.hidden), together):
+            some = self.hidden[start : start + together]
+            for at in self.rows.batches():
+                after = self.stream.run_through(index, layer, torch.cat([h[at] for h in some]), self.group)
+                for hidden, part in zip(some, after.split(len(self.rows.ids(at))), strict=True):
+                    hidden[at] = part
+
+    def begin(self, layer: nn.Module, dense: Tensor, output: Tensor, cut: Cut) -> None:
+        """Start a stream at a filled block.
+
+        Args:
+            layer: the block.
+            dense: the block's input in the dense model (b x t x d).
+            output: what the level 2 of the module that is cut yields there (b x t x d).
+            cut: which cut it is.
+        """
+        hidden = self.arena.empty(self.rows, self.stream.width)
+        for at in self.rows.batches():
+            replay = {cut.module: output[at.rows]}
+            hidden[at] = self.stream.run_through(cut.block, layer, dense[at.rows], self.group, replay=replay)
+        self.hidden.append(hidden)
+        self.begun.append(Probe(cut.block, cut.module.kind, cut.error, not len(cut.kept), float("nan")))
+
+    def finish(self, dense: Tensor, watcher: Watcher) -> list[Probe]:
+        """The divergences, from the dense stream behind the last block (b x t x d); the streams are given back."""
+        ids = self.rows.groups[0]
+        totals = [0.0] * len(self.hidden)
+        with self.stream.head() as head:
+            # Row by row: the logits of one row are as large as the stream's batches.
+            for row in watcher.track(range(len(ids)), "Price"):
+                at = slice(row, row + 1)
+                divergence = divergence_from(head(ids[at], dense[at], STRIDE))
+                for number, hidden in enumerate(self.hidden):
+                    totals[number] += divergence(head(ids[at], hidden.parts[0][at], STRIDE))
+        for hidden in self.hidden:
+            self.arena.release(hidden)
+        if not math.isfinite(sum(totals)):
+            source = self.stream.checkpoint.source
+            raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
+        return [
+            replace(probe, divergence=max(total / len(ids), 0.0))
+            for probe, total in zip(self.begun, totals, strict=True)
+        ]
+
+
+def divergence_from(dense: Tensor) -> Callable[[Tensor], float]:
+    """KL(dense || other), the mean over positions, as a function of the other logits (b x t x v); nats per token."""
+    wanted = torch.log_softmax(dense, -1)
+    shares = wanted.exp()
+    return lambda other: float((shares * (wanted - torch.log_softmax(other, -1))).sum(-1).mean())

@@ -1,0 +1,1 @@
+"""Where calibration rows come from: files, data sets, the model itself."""

@@ -1,0 +1,227 @@
+"""Texts to rows of token ids: random windows for calibration, consecutive rows for evaluation.
+
+Statistics and perplexities are only comparable when the rows are built alike, so everything that decides what a
+row holds stands here: how documents are joined, where a window may begin, and whether BOS opens a row. Where the
+text comes from is `secateur.text.documents`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from secateur.base.errors import SecateurError
+from secateur.model.tokens import begins_with_bos, encode
+from secateur.text.documents import MOST_CHARACTERS, RANDOM, STDIN, Split, is_file, read_documents
+from secateur.text.row_file import holds_rows, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_JOIN = "\n\n"
+_seen: ContextVar[dict[Any, Tensor] | None] = ContextVar("_seen", default=None)
+"""Ids of sources that were tokenised already, inside `tokenised_once`."""
+
+
+def check_calibration(source: str, *, samples: int = 1, length: int, max_positions: int | None = None) -> None:
+    """What can be found wrong without reading a token: to be called before a large model is opened.
+
+    Args:
+        source: As for `read_documents`, or `random`; a file must exist and have a known extension.
+        samples: Rows wanted, at least 1.
+        length: Tokens in a row, at least 2: a row of one token predicts nothing.
+        max_positions: The longest row that the model's positions allow, if there is a limit.
+
+    Raises:
+        SecateurError: One of these does not hold.
+    """
+    if samples < 1:
+        raise SecateurError(f"samples is {samples}; it must be at least 1")
+    if length < 2:
+        raise SecateurError(f"length is {length}; it must be at least 2")
+    if max_positions is not None and length > max_positions:
+        raise SecateurError(f"length is {length}, but the model has {max_positions} positions: take a smaller length")
+    is_file(source)
+
+
+def calibration_rows(
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocab_size: int,
+    max_positions: int | None = None,
+    split: Split = "calibration",
+    option: str = "samples",
+    taken: int = 0,
+) -> Tensor:
+    """Draw random rows from a source, the same ones for the same seed.
+
+    The text is cut into windows behind a random offset, and windows are drawn without repetition: no token
+    is used twice. A row opens with BOS exactly if the tokenizer would add it.
+
+    Args:
+        tokenizer: The model's; may be None for `random`.
+        source: As for `read_documents`; or `random`, token ids drawn evenly, special ones excepted where a
+            tokenizer tells which they are. A file of rows (`secateur.text.row_file`) gives its first ones as they are.
+        samples: Rows.
+        length: Tokens in a row, BOS included.
+        seed: Of the draw.
+        vocab_size: Rows of the model's embedding; every id is below it.
+        max_positions: The longest row that the model's positions allow, if there is a limit.
+        split: Which part of a data set.
+        option: What a person calls the number of rows, for advice.
+        taken: Rows among them that this number does not count.
+
+    Returns:
+        Token ids, int64 [samples, length].
+
+    Raises:
+        SecateurError: A source that cannot be read or is too short, a size out of range, or ids that the
+            model does not have.
+    """
+    check_calibration(source, samples=samples, length=length, max_positions=max_positions)
+    generator = torch.Generator().manual_seed(seed)
+    bos = _bos(tokenizer, vocab_size)
+    body = length - len(bos)
+    if source == RANDOM:
+        allowed = _plain_ids(tokenizer, vocab_size)
+        picks = torch.randint(len(allowed), (samples, body), generator=generator)
+        return _opened(bos, allowed[picks])
+    if tokenizer is not None and holds_rows(source):
+        sizes = {"samples": samples, "length": length, "vocab_size": vocab_size, "taken": taken}
+        return read_rows(source, tokenizer, option=option, **sizes)
+    ids = _ids(tokenizer, source, split, MOST_CHARACTERS, vocab_size)
+    spare = len(ids) - samples * body
+    if spare < 0:
+        raise _too_short(source, len(ids), samples, length, len(bos), option, taken)
+    offset = int(torch.randint(min(body, spare + 1), (1,), generator=generator))
+    windows = ids[offset : offset + (len(ids) - offset) // body * body].view(-1, body)
+    chosen = torch.randperm(len(windows), generator=generator)[:samples]
+    return _opened(bos, windows[chosen])
+
+
+def consecutive_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    length: int,
+    tokens: int | None,
+    vocab_size: int,
+    max_positions: int | None = None,
+    split: Split = "evaluation",
+) -> Tensor:
+    """Cut the beginning of a source into consecutive rows, as perplexity is usually measured.
+
+    Args:
+        tokenizer: The model's.
+        source: As for `read_documents`.
+        length: Tokens in a row, BOS included where the tokenizer would add it.
+        tokens: Tokens in all rows together; an incomplete last row is dropped. None takes the whole text.
+            A shorter text gives fewer rows.
+        vocab_size: Rows of the model's embedding; every id is below it.
+        max_positions: The longest row that the model's positions allow, if there is a limit.
+        split: Which part of a data set.
+
+    Returns:
+        Token ids, int64 [rows, length], at least one row.
+
+    Raises:
+        SecateurError: A source that cannot be read or does not fill a row, a size out of range, or ids that
+            the model does not have.
+    """
+    check_calibration(source, length=length, max_positions=max_positions)
+    if tokens is not None and tokens < length:
+        raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: take more")
+    bos = _bos(tokenizer, vocab_size)
+    body = length - len(bos)
+    # Sixteen characters a token are ample in every script; the floor covers a text of unusual words.
+    characters = MOST_CHARACTERS if tokens is None else min(MOST_CHARACTERS, max(16 * tokens, 1_000_000))
+    ids = _ids(tokenizer, source, split, characters, vocab_size)
+    rows = len(ids) // body if tokens is None else min(len(ids) // body, tokens // length)
+    if rows == 0:
+        raise _too_short(source, len(ids), 1, length, len(bos))
+    return _opened(bos, ids[: rows * body].view(rows, body))
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
+    """What opens every row, int64: BOS if the tokenizer puts it there, else nothing."""
+    opening = [int(tokenizer.bos_token_id)] if tokenizer is not None and begins_with_bos(tokenizer) else []
+    return _checked(opening, vocab_size)
+
+
+def _opened(bos: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
+
+
+@contextmanager
+def tokenised_once() -> Iterator[None]:
+    """Inside, a source is read and tokenised once for each model that rows are made for."""
+    token = _seen.set({})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase | None, source: str, split: Split, characters: int, vocab_size: int
+) -> Tensor:
+    """All documents of a source as one sequence of ids, int64 [tokens]."""
+    if tokenizer is None:
+        raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
+    seen, key = _seen.get(), (tokenizer.name_or_path, source, split, characters, vocab_size)
+    if seen is not None and key in seen:
+        return seen[key]
+    documents = read_documents(source, tokenizer, split=split, characters=characters)
+    ids = _checked(encode(tokenizer, _JOIN.join(documents)), vocab_size)
+    if seen is not None:
+        seen[key] = ids
+    return ids
+
+
+def _checked(ids: list[int], vocab_size: int) -> Tensor:
+    """Ids that the model has, int64."""
+    if ids and max(ids) >= vocab_size:
+        raise SecateurError(
+            f"the tokenizer gives id {max(ids)}, but the model has {vocab_size} ids: "
+            "take the tokenizer that belongs to the model"
+        )
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
+    """The ids that stand for text, int64; rows that only pad the embedding are untrained and stay out."""
+    if tokenizer is None:
+        return torch.arange(vocab_size)
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    plain = [index for index in range(min(vocab_size, len(tokenizer))) if index not in special]
+    if not plain:
+        raise SecateurError("every id of the tokenizer is a special one, so no random ids can be drawn: use a text")
+    return torch.tensor(plain, dtype=torch.int64)
+
+
+def _too_short(
+    source: str, found: int, samples: int, length: int, bos: int, option: str = "samples", taken: int = 0
+) -> SecateurError:
+    """What is missing, and what the text at hand would give."""
+    name = "standard input" if source == STDIN else source
+    body = length - bos
+    fits = []
+    if samples > 1 and found // body > taken:
+        fits.append(f"{option} {found // body - taken}")
+    if found // samples + bos >= 2:
+        fits.append(f"length {found // samples + bos}")
+    advice = f"take {' or '.join(fits)}, or a longer text" if fits else "take a longer text"
+    return SecateurError(
+        f"{name}: text too short for the samples, it has {found:,} tokens, but {samples} x {length} need "
+        f"{samples * body:,}; {advice}"
+    )

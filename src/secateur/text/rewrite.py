@@ -1,0 +1,56 @@
+"""More calibration rows than were drawn from the text: the same rows, in which the dense model has written tokens anew.
+
+They cost no text: one pass of the dense model gives a distribution for every position, and a part of the tokens is
+drawn anew from these. Each draw sees what the text said before it, so that no position waits for another and each block
+is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.base.progress import Silent, Watcher
+from secateur.model.activations import Arena, Rows
+from secateur.model.stream import BlockStream
+
+APART = 0x9E3779B1
+SHARE = 0.5
+"""Of the tokens that are drawn anew; more of them leave less of what neighbours have to do with each other."""
+
+
+def rewritten(
+    stream: BlockStream, text: Tensor, *, copies: int = 1, seed: int = 0, watcher: Watcher | None = None
+) -> Tensor:
+    """Rows that the dense model has partly written.
+
+    Args:
+        stream: an open model.
+        text: token ids (rows x length).
+        copies: how often each row is rewritten, each time with draws of its own, which more copies do not change.
+        seed: of the draws.
+        watcher: told about progress.
+
+    Returns:
+        Token ids (copies x rows x length); first tokens stay.
+    """
+    watcher = watcher or Silent()
+    rows = Rows.of(text)
+    # Seeds have 32 bits; those of further copies lie far from the ones that people take.
+    generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
+    result = text.repeat(copies, 1, 1)
+    with Arena() as arena, stream.quick():
+        hidden = stream.embed(rows, arena)
+        for index in watcher.track(range(len(stream)), "Rewrite"):
+            with stream.filled(index) as layer:
+                stream.advance(index, layer, rows, hidden)
+        with stream.head() as head:
+            # Row by row: the logits of a batch would be larger than its stream by the vocabulary over the width.
+            for row in watcher.track(range(len(text)), "Draw"):
+                one = slice(row, row + 1)
+                shares = head(text[one], hidden.parts[0][one], 1)[0, :-1].softmax(-1).cpu()
+                for copy, generator in zip(result[:, row], generators, strict=True):
+                    drawn = torch.multinomial(shares, 1, generator=generator)[:, 0]
+                    anew = torch.rand(len(drawn), generator=generator) < SHARE
+                    copy[1:] = torch.where(anew, drawn, copy[1:])
+    return result

@@ -1,0 +1,1 @@
+"""From fitted blocks to a folder or a file, whole or not at all."""

@@ -1,0 +1,169 @@
+"""Write a pruned model as a checkpoint that transformers loads, block by block, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from secateur.base.errors import SecateurError
+from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
+from secateur.formats.stock import stock_config, stock_obstacle
+from secateur.model.families import head_dim
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Depth2, Width
+from secateur.plan.plan import Plan
+from secateur.write.writer import OutputFolder, ShardWriter, header_room
+
+Format = Literal["stock", "hf"]
+"""The stock class with one width for all blocks, or a width for each block and a modeling file beside the weights."""
+
+
+def obstacle(
+    stream: BlockStream, blocks: range, width: Width, *, format: Format = "stock", intercept: bool = False
+) -> str | None:
+    """Why a model with these blocks at this width cannot be written, or None; costs nothing.
+
+    In the format `hf` blocks do not bind each other: ask for every width on its own.
+    """
+    config, dense = stream.checkpoint.config, stream.blocks[0].width
+    if format == "hf":
+        return per_layer_obstacle(config, stream.blocks[blocks.start], width)
+    if len(blocks) < len(stream) and width != dense:
+        return (
+            f"a stock class has one width for all {len(stream)} blocks, and only {blocks.start}:{blocks.stop} are "
+            "to be pruned; leave the block range out, or take --format hf"
+        )
+    reason = stock_obstacle(config, width, dense)
+    if reason is None and intercept:
+        modules = (stream.blocks[0].attention, stream.blocks[0].feed_forward)
+        biased = all(module.bias or not module.free_bias for module in modules)
+        if not biased:
+            return (
+                f"the stock class of {config.model_type} has no level-2 biases, which --intercept and --recovery bias "
+                "add; leave them out, or take --format hf"
+            )
+    return reason
+
+
+def output_folder(
+    stream: BlockStream, out: str | Path, plan: Plan | None, *, overwrite: bool, dtype: torch.dtype
+) -> OutputFolder:
+    """The folder to be; `check` on it finds what would go wrong."""
+    checkpoint = stream.checkpoint
+    removed = sum(
+        stream.blocks[i].parameters - stream.blocks[i].kept_parameters(width)
+        for i, width in (plan.widths if plan else {}).items()
+    )
+    expected = checkpoint.bytes * dtype.itemsize // checkpoint.dtype.itemsize - removed * dtype.itemsize
+    return OutputFolder(out, overwrite=overwrite, source=checkpoint.path, expected_bytes=expected)
+
+
+def write(
+    stream: BlockStream,
+    out: str | Path,
+    plan: Plan,
+    blocks: Iterable[tuple[int, dict[str, Tensor]]],
+    *,
+    format: Format = "stock",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    records: dict[str, Any] | None = None,
+    late: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> int:
+    """Write a checkpoint that transformers loads.
+
+    Args:
+        stream: the open dense model; all that is not in a pruned block is copied from it.
+        out: the folder.
+        plan: widths of the pruned blocks; for the stock format one for every block.
+        blocks: pruned blocks' tensors by their names inside the block, in order; consumed one by one.
+        format: `stock`, or `hf` for widths that differ from block to block.
+        dtype: of the weights; the checkpoint's by default.
+        overwrite: replace a model folder that is there.
+        records: JSON files to add, name to contents; contents may be callables, called once the blocks are done.
+        late: other values for the final norm, by their names in the model; asked for once the blocks are done.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        SecateurError: the format cannot hold the plan, or the folder cannot be written.
+    """
+    checkpoint = stream.checkpoint
+    dtype = dtype or checkpoint.dtype
+    _check(stream, plan, format)
+    inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
+    last = {str(stream.checkpoint.resolve(name)): name for name in stream.final_norm}
+    # A refit may add biases to the output layers.
+    possible = {_stored_name(stream, i, module.bias_name) for i in plan.widths for module in _modules(stream, i)}
+    biases: dict[int, tuple[bool, bool]] = {}
+    with output_folder(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
+        writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
+        for name, info in checkpoint.tensors.items():
+            if name not in inside and name not in last and name not in checkpoint.ignorable:
+                tensor = checkpoint.read(name)
+                writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
+        for index, tensors in blocks:
+            attention, feed_forward = (not m.bias and m.bias_name in tensors for m in _modules(stream, index))
+            biases[index] = (attention, feed_forward)
+            for name, tensor in tensors.items():
+                writer.add(_stored_name(stream, index, name), tensor)
+        changed = late() if late else {}
+        for stored, name in last.items():
+            writer.add(stored, changed.get(name, checkpoint.read(stored)).to(dtype))
+        writer.close()
+        _write_json(folder / "config.json", _config(stream, plan, format, biases, dtype))
+        if format == "hf":
+            shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        for file in checkpoint.files:
+            copy = shutil.copytree if file.is_dir() else shutil.copyfile
+            copy(file, folder / file.name)
+        for file_name, record in (records or {}).items():
+            _write_json(folder / file_name, record() if callable(record) else record)
+        return writer.total_bytes
+
+
+def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
+    """Refuse what the format cannot hold."""
+    every = range(min(plan.widths), max(plan.widths) + 1)
+    if format == "stock" and (len(set(plan.widths.values())) != 1 or len(plan.widths) < len(every)):
+        raise SecateurError("the stock format needs one width for all blocks; take --format hf")
+    for index, width in plan.widths.items():
+        blocks = every if format == "stock" else range(index, index + 1)
+        reason = obstacle(stream, blocks, width, format=format)
+        if reason is not None:
+            raise SecateurError(reason)
+
+
+def _config(
+    stream: BlockStream, plan: Plan, format: Format, biases: dict[int, tuple[bool, bool]], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The contents of config.json."""
+    raw, config = stream.checkpoint.raw_config, stream.checkpoint.config
+    width, dim = next(iter(plan.widths.values())), head_dim(config)
+    if format == "stock":
+        return stock_config(raw, config, width=width, head_dim=dim, dtype=dtype)
+    dense = stream.blocks[0].width
+    return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
+
+
+def _modules(stream: BlockStream, index: int) -> tuple[Depth2, Depth2]:
+    return stream.blocks[index].attention, stream.blocks[index].feed_forward
+
+
+def _stored_name(stream: BlockStream, index: int, name: str) -> str:
+    """What the output calls a block's tensor; one that the checkpoint lacks is named after its weight."""
+    if name in stream.blocks[index].shapes:
+        return stream.stored_name(index, name)
+    layer, _, leaf = name.rpartition(".")
+    return stream.stored_name(index, f"{layer}.weight").removesuffix("weight") + leaf
+
+
+def _write_json(path: Path, contents: Any) -> None:
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,536 @@
+"""Every family and variant × heads, channels, both: cutting units out is the same as silencing them, and what is
+written is what was computed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models import (
+    ROWS,
+    VOCAB,
+    begins,
+    blocks_of,
+    build,
+    config_of,
+    layers_of,
+    logits_of,
+    make_tokenizer,
+    masked,
+    narrowed,
+    relative,
+    save,
+    some_keep,
+    token_rows,
+)
+from secateur.base.errors import SecateurError
+from secateur.commands.prune import prune
+from secateur.fit.average import FittedBlock
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.fit.temper import scaled
+from secateur.formats.stock import STOCK
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.families import FAMILIES, head_dim
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
+from secateur.model.surgery import assign, width_of
+from secateur.plan.plan import Plan
+from secateur.text.calibration import calibration_rows
+from secateur.text.rewrite import rewritten
+from secateur.write.slice import slice
+from secateur.write.write import write
+
+TOLERANCE = 1e-5
+"""Largest deviation of a logit over the largest logit."""
+SAMPLES, ROW = 12, 16
+
+MODULES: dict[str, tuple[Kind, ...]] = {"heads": ("heads",), "channels": ("channels",), "both": KINDS}
+
+
+@cache
+def dense(name: str) -> Any:
+    """A row's model; not to be changed."""
+    return build(name)
+
+
+@cache
+def first_block(name: str) -> Block:
+    return blocks_of(dense(name))[0]
+
+
+def cases() -> Iterator[Any]:
+    for name in ROWS:
+        attention = first_block(name).attention
+        for modules, kinds in MODULES.items():
+            patterns: tuple[Pattern, ...] = ("channels",)
+            if "heads" in kinds:
+                patterns = () if attention.locked else attention.patterns
+            for pattern in patterns:
+                yield pytest.param(name, kinds, pattern, id=f"{name}-{modules}-{pattern}")
+
+
+def keeps_of(name: str, kinds: tuple[Kind, ...], pattern: Pattern) -> dict[int, Keep]:
+    return {i: some_keep(block, i, kinds, pattern) for i, block in enumerate(blocks_of(dense(name)))}
+
+
+def with_another_unit(block: Block, keep: Keep, kind: Kind, pattern: Pattern) -> Keep:
+    """The same widths, but one removed unit stays and a kept one goes in its place."""
+    module, kept = block.module(kind), list(keep.units(kind))
+    gone = [unit for unit in range(module.units) if unit not in kept]
+    if kind == "channels":
+        kept[kept.index(kept[-1])] = gone[0]
+    elif pattern == "groups":
+        size = module.per_group
+        kept = [unit for unit in kept if unit // size != kept[0] // size] + gone
+    else:
+        peers = [unit for unit in kept if unit // module.per_group == gone[0] // module.per_group]
+        kept[kept.index(peers[0])] = gone[0]
+    units = tuple(sorted(kept))
+    return Keep(units, keep.channels) if kind == "heads" else Keep(keep.heads, units)
+
+
+def test_every_family_has_a_row():
+    assert {config_of(name).model_type for name in ROWS} == set(FAMILIES) == set(STOCK)
+    widths = {name: (first_block(name).attention.groups, first_block(name).attention.units) for name in ROWS}
+    grouped = {config_of(name).model_type for name, (groups, heads) in widths.items() if 1 < groups < heads}
+    assert grouped == set(FAMILIES) - {"opt", "gpt2", "gpt_neox"}
+    wide = {config_of(name).model_type for name in ROWS if head_dim(config_of(name)) * 6 != 48}
+    assert wide == {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3"}
+
+
+def test_the_models_are_no_easy_cases():
+    for name in ROWS:
+        for path, value in dense(name).named_parameters():
+            assert value.abs().max() > 0, (name, path)
+            if path.endswith(".bias") or value.dim() == 1:
+                assert value.std() > 0.1, (name, path)
+
+
+@pytest.mark.parametrize(("name", "kinds", "pattern"), list(cases()))
+def test_masked_equals_sliced(name, kinds, pattern):
+    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, pattern)
+    with masked(model, keeps):
+        expected = logits_of(model, ids)
+    assert relative(logits_of(model, ids), expected) > 100 * TOLERANCE
+    small = narrowed(model, keeps)
+    assert relative(logits_of(small, ids), expected) < TOLERANCE
+    for block, layer, keep in zip(blocks_of(model), layers_of(small), keeps.values(), strict=True):
+        kept = sum(value.numel() for value in layer.parameters())
+        assert kept == block.kept_parameters(width_of(block, keep))
+        assert kept < block.parameters
+
+
+@pytest.mark.parametrize(("name", "kinds", "pattern"), list(cases()))
+def test_another_unit_than_planned_is_noticed(name, kinds, pattern):
+    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, pattern)
+    with masked(model, keeps):
+        expected = logits_of(model, ids)
+    for index, kind in enumerate(kinds):
+        wrong = keeps | {index: with_another_unit(first_block(name), keeps[index], kind, pattern)}
+        assert width_of(first_block(name), wrong[index]) == width_of(first_block(name), keeps[index])
+        assert relative(logits_of(narrowed(model, wrong), ids), expected) > 100 * TOLERANCE, kind
+
+
+def with_whole_groups(name: str) -> bool:
+    attention = first_block(name).attention
+    return not attention.locked and "groups" in attention.patterns
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if with_whole_groups(name)])
+def test_groups_leave_with_their_keys_and_values(name):
+    block = first_block(name)
+    keep = some_keep(block, 1, ("heads",), "groups")
+    layer = layers_of(narrowed(dense(name), {0: keep}))[0]
+    for slab in block.attention.level1:
+        rows = dict(layer.named_parameters())[slab.name].shape[slab.axis]
+        before = block.shapes[slab.name][slab.axis]
+        assert rows * block.attention.groups == before * (block.attention.groups - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if first_block(name).attention.locked])
+def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
+    block = first_block(name)
+    with pytest.raises(SecateurError, match="norms run across all heads"):
+        prune(checkpoint_folder(name), tmp_path / "out", **settings(modules=("heads",)))
+    found = prune(checkpoint_folder(name), tmp_path / "out", **settings())
+    for width in found.widths.values():
+        assert (width.groups, width.per_group) == (block.attention.groups, block.attention.per_group)
+        assert width.channels < block.feed_forward.units
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    """One width for all blocks, in the stock format; test_per_layer.py has widths of their own."""
+    small = {"samples": SAMPLES, "length": ROW, "calibration": "random", "device": "cpu"}
+    return small | {"sparsity": 0.25, "widths": "uniform"} | more
+
+
+# What is written, loads.
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of `prune` on a row."""
+
+    name: str
+    modules: tuple[Kind, ...]
+    sparsity: float
+    calibration: str
+    dtype: torch.dtype = torch.float32
+    widths: str = "uniform"
+
+    def __str__(self) -> str:
+        half = "" if self.dtype == torch.float32 else "-half"
+        return f"{self.name}-{'+'.join(self.modules)}" + half + "-adaptive" * (self.widths == "adaptive")
+
+
+def writable_heads(name: str) -> bool:
+    return STOCK[config_of(name).model_type].heads != "dense" and not first_block(name).attention.locked
+
+
+def heads_share(name: str) -> float:
+    """A sparsity that one group, or one head of every group, makes up."""
+    block, width = first_block(name), first_block(name).width
+    if "groups" in block.attention.patterns:
+        smaller = Width(width.groups - 1, width.per_group, width.channels)
+    else:
+        smaller = Width(width.groups, width.per_group - 1, width.channels)
+    return 1 - block.kept_parameters(smaller) / block.parameters
+
+
+def jobs() -> Iterator[Job]:
+    for position, name in enumerate(ROWS):
+        source = "text" if position % 2 else "random"
+        yield Job(name, KINDS if writable_heads(name) else ("channels",), 0.3, source)
+        if writable_heads(name):
+            yield Job(name, ("heads",), heads_share(name), source)
+        # Enough that some modules go as a whole.
+        yield Job(name, KINDS, 0.6, source, widths="adaptive")
+    yield Job("llama", KINDS, 0.3, "text", torch.bfloat16)
+    yield Job("mistral", KINDS, 0.6, "text", torch.bfloat16, widths="adaptive")
+    yield Job("gpt2", ("channels",), 0.2, "random", torch.bfloat16)
+
+
+JOBS = {str(job): job for job in jobs()}
+
+RELOAD = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+ids, out, sources = torch.tensor(json.loads(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
+logits, infos = {}, {}
+for folder in sources:
+    settings = {"output_loading_info": True, "trust_remote_code": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+    with torch.no_grad():
+        logits[folder] = model.eval()(ids, use_cache=False).logits
+    infos[folder] = {key: sorted(map(str, value)) for key, value in info.items()}
+    infos[folder]["class"] = type(model).__name__
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (folder, sources[folder])]
+    infos[folder]["tokens"] = [tokenizer("w1 w7")["input_ids"] for tokenizer in tokenizers]
+save_file(logits, out / "logits.safetensors")
+(out / "infos.json").write_text(json.dumps(infos))
+assert "secateur" not in sys.modules
+"""
+
+
+class Pruned:
+    """All jobs, pruned; then all of them loaded again in one process that does not know this library."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.text = folder / "text.txt"
+        picks = token_rows(1, 600, seed=3)[0] - 4
+        self.text.write_text(" ".join(f"w{int(i)}" for i in picks))
+        self.ids = token_rows()
+
+    def model(self, job: Job) -> Path:
+        path = self.folder / f"{job}.dense".replace(" ", "-")
+        return path if path.exists() else save(job.name, path, job.dtype)
+
+    def source(self, job: Job) -> str:
+        return str(self.text) if job.calibration == "text" else "random"
+
+    def options(self, job: Job) -> dict[str, Any]:
+        wishes = {"modules": job.modules, "sparsity": job.sparsity, "widths": job.widths}
+        return settings(**wishes, calibration=self.source(job))
+
+    @cache  # noqa: B019
+    def out(self, job: Job) -> Path:
+        path = self.folder / str(job).replace(" ", "-")
+        prune(self.model(job), path, **self.options(job))
+        return path
+
+    def record(self, job: Job) -> dict[str, Any]:
+        return json.loads((self.out(job) / "secateur.json").read_text())
+
+    @cached_property
+    def reloaded(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Logits and loading reports by job."""
+        folders = {str(self.out(job)): name for name, job in JOBS.items()}
+        sources = {str(self.out(job)): str(self.model(job)) for job in JOBS.values()}
+        arguments = [json.dumps(self.ids.tolist()), str(self.folder), json.dumps(sources)]
+        command = [sys.executable, "-c", RELOAD, *arguments]
+        # Code that comes with a folder is copied to a cache before it runs.
+        places = os.environ | {"HF_MODULES_CACHE": str(self.folder / "modules")}
+        ended = subprocess.run(command, capture_output=True, text=True, env=places)
+        assert ended.returncode == 0, ended.stderr
+        logits = load_file(self.folder / "logits.safetensors")
+        infos = json.loads((self.folder / "infos.json").read_text())
+        return {folders[path]: value for path, value in logits.items()}, {folders[p]: i for p, i in infos.items()}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    return Pruned(tmp_path_factory.mktemp("pruned"))
+
+
+def recorded_plan(record: dict[str, Any]) -> Plan:
+    widths = {block["block"]: Width(**block["width"]) for block in record["blocks"]}
+    return Plan(widths, record["sparsity"]["reached"], record["sparsity"]["wanted"], "blocks", None)
+
+
+def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> Rows:
+    """Calibration rows in the groups that the run made of them."""
+    said = record["calibration"]
+    rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
+    if record["options"]["recovery"] == "refit":
+        rows = rows.with_versions(*rewritten(stream, text, copies=record["options"]["fits"]))
+    assert [list(group.shape) for group in rows.groups] == said["groups"]
+    assert list(rows.weights) == said["weights"]
+    assert list(rows.versions) == said["versions"]
+    return rows
+
+
+def stream_of(folder: Path) -> BlockStream:
+    return BlockStream(open_checkpoint(folder))
+
+
+def rounded_model(name: str, dtype: torch.dtype) -> Any:
+    """The dense model with weights as a checkpoint of that dtype holds them; rotary tables stay exact."""
+    model = build(name)
+    for value in model.parameters():
+        value.copy_(value.to(dtype))
+    return model
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_reloaded_equals_memory(pruned, job):
+    record = pruned.record(job)
+    stream = stream_of(pruned.model(job))
+    bos = begins(job.name)
+    draw = {"samples": SAMPLES, "length": ROW, "seed": 0, "vocab_size": VOCAB}
+    text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
+    assert record["calibration"]["begins_with_bos"] == bos
+    full = rounded_model(job.name, job.dtype)
+    found = list(refit(stream, recorded_plan(record), recorded_rows(record, stream, text)))
+    for block, said in zip(found, record["blocks"], strict=True):
+        assert list(block.keep.heads) == said["heads"]
+        assert list(block.keep.channels) == said["channels"]
+    model = narrowed(full, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
+    for block in found:
+        tensors, wanted = slice(stream, block), dict(layers_of(model)[block.index].named_parameters())
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensor.float(), wanted[name]) for name, tensor in tensors.items())
+    for path, tensor in scaled(stream, record["final_norm_scale"]).items():
+        assign(model, path, tensor.float())
+    logits, infos = pruned.reloaded
+    assert relative(logits[str(job)], logits_of(model, pruned.ids)) < TOLERANCE
+    assert relative(logits[str(job)], logits_of(full, pruned.ids)) > 100 * TOLERANCE
+    info = infos[str(job)]
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert info[kind] == [], kind
+    assert info["tokens"][0] == info["tokens"][1]
+    dense_class = type(model).__name__
+    if job.widths == "adaptive":
+        assert info["class"] == f"Secateur{dense_class}"
+        return
+    heads = record["blocks"][0]["width"]["groups"] * record["blocks"][0]["width"]["per_group"]
+    assert info["class"] == ("MistralForCausalLM" if dense_class.startswith("Llama") and 48 % heads else dense_class)
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_the_plan_counts_what_the_file_holds(pruned, job):
+    record, blocks = pruned.record(job), blocks_of(dense(job.name))
+    written = load_file(pruned.out(job) / "model.safetensors")
+    stored = load_file(pruned.model(job) / "model.safetensors")
+    assert written.keys() <= stored.keys() if job.widths == "adaptive" else written.keys() == stored.keys()
+    assert {tensor.dtype for tensor in written.values()} == {job.dtype}
+    removed = sum(b.parameters - b.kept_parameters(recorded_plan(record).widths[i]) for i, b in enumerate(blocks))
+    assert removed > 0
+    entries = sum(tensor.numel() for tensor in written.values())
+    assert entries == sum(tensor.numel() for tensor in stored.values()) - removed
+    assert record["sparsity"]["reached"] == pytest.approx(removed / sum(block.parameters for block in blocks))
+    if record["sparsity"]["note"] is None:
+        assert abs(record["sparsity"]["reached"] - job.sparsity) <= 0.005
+    if job.widths == "adaptive":
+        assert record["sparsity"]["reached"] >= job.sparsity
+    if job.modules == ("heads",):
+        assert record["blocks"][0]["width"]["channels"] == blocks[0].width.channels
+        assert len(record["blocks"][0]["heads"]) < blocks[0].width.heads
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (pruned.out(job) / name).read_bytes() == (pruned.model(job) / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_runs_agree_byte_for_byte(tmp_path, checkpoint_folder, name):
+    outs = [tmp_path / "first", tmp_path / "second"]
+    for out in outs:
+        prune(checkpoint_folder(name), out, **settings(modules=("channels",) if name == "gpt2" else KINDS))
+    files = sorted(file.name for file in outs[0].iterdir())
+    assert files == sorted(file.name for file in outs[1].iterdir())
+    assert {"model.safetensors", "config.json", "secateur.json", "timings.json"} <= set(files)
+    for file in files:
+        if file != "timings.json":
+            assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes(), file
+
+
+def test_the_seed_matters(tmp_path, checkpoint_folder):
+    written = []
+    for seed in (0, 1):
+        prune(checkpoint_folder("llama"), tmp_path / str(seed), **settings(seed=seed))
+        written.append((tmp_path / str(seed) / "model.safetensors").read_bytes())
+    assert written[0] != written[1]
+
+
+# What the stock classes cannot hold.
+
+REFUSED = {
+    "gpt2 heads": ("gpt2", {"modules": ("heads",)}, "keeps all 6 heads; prune channels only"),
+    "opt heads": ("opt", {"modules": ("heads",)}, "keeps all 6 heads; prune channels only"),
+    "gpt_neox heads": ("gpt_neox", {"modules": ("heads",)}, "keeps all 6 heads; prune channels only"),
+    "blocks": ("llama", {"blocks": "1:3"}, "one width for all 3 blocks, and only 1:3 are to be pruned"),
+    "gpt2 blocks": ("gpt2", {"blocks": ":2"}, "one width for all 3 blocks, and only 0:2 are to be pruned"),
+    "intercept": ("llama", {"intercept": True}, "no level-2 biases, which --intercept"),
+    "too much": ("llama", {"sparsity": 0.99}, "more than the modules hold"),
+    "too much of heads": ("llama", {"sparsity": 0.5, "modules": ("heads",)}, "only heads or only channels"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_any_work(tmp_path, monkeypatch, checkpoint_folder, case):
+    name, wishes, message = REFUSED[case]
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(BlockStream, "embed", work)
+    folder = checkpoint_folder(name)
+    with pytest.raises(SecateurError, match=message) as caught:
+        prune(folder, tmp_path / "out", **settings(**wishes))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
+    """Five of six heads do not divide 48: `prune` finds another width and says so, `write` refuses that one."""
+    folder, name = checkpoint_folder("gemma2 every head"), "gemma2 every head"
+    block = first_block(name)
+    five = Width(5, 1, block.feed_forward.units)
+    sparsity = 1 - block.kept_parameters(five) / block.parameters
+    found = prune(folder, tmp_path / "out", **settings(modules=("heads",), sparsity=sparsity))
+    assert set(found.widths.values()) == {Width(4, 1, block.feed_forward.units)}
+    assert "in place of" in (found.note or "")
+    stream = stream_of(folder)
+    refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity, "blocks", None)
+    with pytest.raises(SecateurError, match="head counts that divide hidden_size 48 only, not 5"):
+        write(stream, tmp_path / "five", refused, iter(()))
+    assert not (tmp_path / "five").exists()
+
+
+def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
+    width = Width(2, 2, 50)
+    refused = Plan({0: width, 2: width}, 0.2, 0.2, "blocks")
+    with pytest.raises(SecateurError, match="needs one width for all blocks; take --format hf"):
+        write(stream_of(checkpoint_folder("llama")), tmp_path / "out", refused, iter(()))
+    assert not (tmp_path / "out").exists()
+
+
+IN_MEMORY = {
+    **{f"{name} heads": (name, Width(4, 1, 96), range(3), False) for name in ("gpt2", "opt", "gpt_neox")},
+    **{f"{name} heads": (name, Width(4, 1, 60), range(3), False) for name in ("opt after", "gpt_neox serial")},
+    "gemma2 heads": ("gemma2 every head", Width(5, 1, 72), range(3), False),
+    "blocks": ("llama", Width(2, 2, 50), range(1, 3), False),
+    "first blocks": ("phi3", Width(3, 1, 50), range(2), False),
+    "intercept": ("llama", Width(2, 2, 50), range(3), True),
+    "intercept heads": ("qwen3", Width(2, 2, 50), range(3), True),
+    "no attention": ("llama", Width(0, 0, 50), range(3), False),
+    "no channels": ("qwen3 biased", Width(2, 2, 0), range(3), False),
+    "no module": ("llama biased", Width(0, 0, 0), range(1, 2), False),
+    "no attention behind a norm": ("gemma2", Width(0, 0, 50), range(1, 3), False),
+    "no channels behind a norm": ("gemma3_text", Width(2, 2, 0), range(2), False),
+    "no locked attention": ("olmo2", Width(0, 0, 50), range(3), False),
+    "no attention beside": ("gpt_neox", Width(0, 0, 60), range(3), False),
+    "no channels, biases stay": ("gpt2", Width(4, 1, 0), range(3), False),
+    "no module, biases stay": ("opt", Width(0, 0, 0), range(2), False),
+    "no module, fused": ("phi3", Width(0, 0, 0), range(1, 3), False),
+    "no channels, intercept": ("llama", Width(2, 2, 0), range(3), True),
+}
+
+
+def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -> list[FittedBlock]:
+    method = Method(recovery=Recovery(**recovery))
+    rows = token_rows(SAMPLES, ROW, seed=5)
+    return list(refit(stream_of(folder), Plan(widths, 0.2, 0.2, "blocks", None), rows, method=method))
+
+
+@pytest.mark.parametrize("case", IN_MEMORY)
+def test_proven_in_memory_where_no_file_can_hold_it(checkpoint_folder, case):
+    name, width, blocks, intercept = IN_MEMORY[case]
+    found = fitted(name, checkpoint_folder(name), dict.fromkeys(blocks, width), intercept=intercept)
+    assert [block.index for block in found] == list(blocks)
+    keeps = {block.index: block.keep for block in found}
+    changed = {block.index: block.changed for block in found}
+    assert {width_of(first_block(name), keep) for keep in keeps.values()} == {width}
+    full, ids = copy.deepcopy(dense(name)), token_rows()
+    for index, tensors in changed.items():
+        for path, tensor in tensors.items():
+            assign(layers_of(full)[index], path, tensor)
+        if intercept:
+            assert {path for path in tensors if path.endswith(".bias")} == {
+                module.bias_name for module in (first_block(name).attention, first_block(name).feed_forward)
+            }
+    with masked(full, keeps):
+        expected = logits_of(full, ids)
+    small = narrowed(dense(name), keeps, changed)
+    assert relative(logits_of(small, ids), expected) < TOLERANCE
+    # The refit is an improvement on the rows that it saw.
+    rows = token_rows(SAMPLES, ROW, seed=5)
+    wanted = logits_of(dense(name), rows)
+    plain = logits_of(narrowed(dense(name), keeps), rows)
+    before, after = ((found - wanted).square().sum() for found in (plain, logits_of(small, rows)))
+    left = width.heads or width.channels or first_block(name).attention.bias
+    assert after < before if left else after == before
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_refit_of_all_units_is_the_identity(checkpoint_folder, name):
+    found = fitted(name, checkpoint_folder(name), dict.fromkeys(range(3), first_block(name).width), ridge=0.3)
+    model, ids = dense(name), token_rows()
+    for block in found:
+        assert len(block.keep.heads) == first_block(name).width.heads
+        assert len(block.changed) >= 2
+        assert all(abs(report.relative) < 1e-6 for report in block.reports)
+    small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
+    assert relative(logits_of(small, ids), logits_of(model, ids)) < 1e-4

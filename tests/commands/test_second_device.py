@@ -1,0 +1,115 @@
+"""Everything that takes `--device` stays on the device that it is given, and computes there what the CPU computes.
+
+The device is `second_device.py`: torch's rules of one device an operation hold, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_tasks import ITEMS, YAML
+from torch.utils import backend_registration
+
+from conftest import CheckpointFolder
+from models import token_rows
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices made in Python",
+)
+
+LENGTH = 24
+PRUNE: dict[str, tuple[str, str]] = {
+    "all defaults": ("llama", ""),
+    "a norm behind each module": ("gemma3_text", ""),
+    "layers in one tensor": ("phi3 wide", ""),
+    "no gate": ("gpt2", ""),
+    "modules beside each other": ("gpt_neox", ""),
+    "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),
+    "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
+    "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),
+    "similar heads": ("llama", "--criterion similarity --tau auto --sparsity 0.3"),
+    "random ids for the score": ("llama", "--criterion second-moment --sigma random --recovery none"),
+    "what the model writes": ("llama", "--calibration self --more self"),
+    "rows of its own for the refit": ("llama", "--refit-samples 9 --intercept --recover before"),
+    "a target of perplexity": ("llama", "--target ppl=1.3x --fits 0 --level1 0"),
+    "without a pull": ("llama", "--ridge 0 --level1 2"),
+}
+"""Name → model, and what is asked beside what all ask."""
+
+
+class CarriedOut(NamedTuple):
+    """Command lines, each carried out on both devices."""
+
+    place: Path
+    outcomes: dict[str, str]
+    """What went wrong, by name."""
+
+    def both(self, name: str) -> tuple[Path, Path]:
+        """What one has written on the second device, and on the CPU; it must have ended well."""
+        assert not self.outcomes[name], self.outcomes[name]
+        return self.place / f"second {name}", self.place / f"cpu {name}"
+
+
+@pytest.fixture(scope="module")
+def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> CarriedOut:
+    """All of them in one process."""
+    place = tmp_path_factory.mktemp("devices")
+    text = place / "text.txt"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 3000)[0].tolist()))
+    (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    task = YAML.format(name="items", output="multiple_choice", file=place / "items.jsonl")
+    (place / "items.yaml").write_text(task)
+    common = ["--calibration", str(text), "--samples", "8", "--length", str(LENGTH)]
+    dense = str(checkpoint_folder("llama"))
+    cases = {
+        name: ["prune", str(checkpoint_folder(model)), str(place / f"{{device}} {name}"), *common, *asked.split()]
+        for name, (model, asked) in PRUNE.items()
+    }
+    cases["survey"] = ["survey", dense, "--out", str(place / "{device} survey"), *common]
+    cases["eval"] = ["eval", str(place / "cpu all defaults"), "--against", dense, "--trust-remote-code", "--speed"]
+    cases["eval"] += ["--perplexity", str(text), "--length", str(LENGTH), "--json", str(place / "{device} eval")]
+    cases["eval"] += ["--tasks", "items", "--task-path", str(place)]
+    cases["latency"] = ["prune", dense, str(place / "{device} latency"), *common, "--target", "decode=1.01x"]
+    script, outcomes = Path(__file__).parents[1] / "second_device.py", place / "outcomes.json"
+    command = [sys.executable, str(script), str(outcomes)]
+    done = subprocess.run(command, input=json.dumps(list(cases.values())), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return CarriedOut(place, dict(zip(cases, json.loads(outcomes.read_text()), strict=True)))
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_prune(carried_out: CarriedOut, name: str) -> None:
+    found, wanted = (load_file(path / "model.safetensors") for path in carried_out.both(name))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        # An intercept that is rounding alone has no size to be relative to.
+        room = 1e-3 * float(value.float().abs().max()) + 1e-6
+        torch.testing.assert_close(found[key], value, atol=room, rtol=0)
+
+
+def test_survey(carried_out: CarriedOut) -> None:
+    found, wanted = (json.loads((path / "survey.json").read_text()) for path in carried_out.both("survey"))
+    assert len(found["curves"]) == len(wanted["curves"]) > 0
+    for one, other in zip(found["curves"], wanted["curves"], strict=True):
+        assert one["errors"] == pytest.approx(other["errors"], rel=1e-3, abs=1e-5 * other["energy"])
+
+
+def test_eval(carried_out: CarriedOut) -> None:
+    found, wanted = (json.loads(path.read_text()) for path in carried_out.both("eval"))
+    assert len(found["models"]) == len(wanted["models"]) == 2
+    for one, other in zip(found["models"], wanted["models"], strict=True):
+        assert one["texts"][0]["perplexity"] == pytest.approx(other["texts"][0]["perplexity"], rel=1e-5)
+        assert one["tasks"] == other["tasks"]
+        assert one["speed"]["device"].startswith("second")
+
+
+def test_latency(carried_out: CarriedOut) -> None:
+    assert all((path / "config.json").exists() for path in carried_out.both("latency"))

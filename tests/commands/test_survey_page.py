@@ -1,0 +1,479 @@
+"""`secateur survey`: its file against what `prune` makes of it, its page against the file and in a real browser."""
+# ruff: noqa: F811 - pytest finds fixtures of another file by their names.
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, sync_playwright
+from safetensors.torch import load_file
+from test_cli import SMALL, TEXT, Run, listing, place, refused, run  # noqa: F401
+
+from conftest import CheckpointFolder
+from models import blocks_of, build
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands import survey as survey_page
+from secateur.commands.options import Options
+from secateur.commands.survey import survey_page as write_page
+from secateur.model.structure import Block, Width
+from secateur.plan import decide
+from secateur.plan.plan import Plan
+from secateur.report.page import POINTS, UNITS, page_data, render
+from secateur.survey.curves import Curve, Probe, Survey, load_survey
+from secateur.survey.prices import Prices
+
+FACTS = {"model": "m", "family": "llama", "parameters": 1000, "line": "secateur prune m OUT"}
+NASTY = '</script><script>window.broken = 1</script><!-- & "quoted" \\ \u2028 é'
+
+
+class _Scripts(HTMLParser):
+    """The texts of a page's scripts, as a browser would cut them out."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.texts: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.inside = tag == "script"
+        if self.inside:
+            self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.texts[-1] += data
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_Scripts(page).texts[0])
+    return found
+
+
+def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, list[Block]]:
+    """A survey of a model of `count` blocks with whole groups of one head, smooth curves, units leaving backwards."""
+    block = blocks_of(build("llama every head"))[0]
+    attention = replace(block.attention, groups=heads, level2=replace(block.attention.level2, units=heads, unit="head"))
+    feed_forward = replace(block.feed_forward, level2=replace(block.feed_forward.level2, units=channels))
+    wide = replace(block, attention=attention, feed_forward=feed_forward)
+    curves, probes = [], []
+    for index in range(count):
+        for kind, pattern, units in (("heads", "groups", heads), ("channels", "channels", channels)):
+            errors = tuple(((np.arange(units) / units) ** 2 * 0.5).tolist())
+            curves.append(Curve(index, kind, pattern, errors, 0.5, tuple(range(units - 1, 0, -1))))  # type: ignore[arg-type]
+            probes += [Probe(index, kind, 0.1, False, 0.02), Probe(index, kind, 0.5, True, 0.7)]  # type: ignore[arg-type]
+    return Survey("surgeon", 0.3, 2048, tuple(curves), tuple(probes)), [wide] * count
+
+
+# What is drawn.
+
+
+@pytest.mark.parametrize("channels", [1, 2, 72, POINTS, POINTS + 1, 11_008])
+def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
+    survey, blocks = synthetic(channels, 1)
+    heads, wide = page_data(survey, blocks, {}, facts=FACTS)["modules"]
+    prices = Prices(survey)
+    for module, units, errors in ((heads, 32, survey.curves[0].errors), (wide, channels, survey.curves[1].errors)):
+        (curve,) = module["curves"]
+        left = curve["left"]
+        assert len(left) <= POINTS + 1
+        assert left == sorted(set(left), reverse=True)
+        assert (left[0], left[-1]) == (units, 0)
+        assert left[-2] == 1 or units == 1
+        assert curve["lost"] == pytest.approx([errors[units - n] / 0.5 if n else 1.0 for n in left], rel=1e-3)
+        kind = module["kind"]
+        widths = [Width(n, 1 if n else 0, channels) if kind == "heads" else Width(32, 1, n) for n in left]
+        wanted = [prices.of(0, blocks[0].module(kind), width) for width in widths]
+        assert curve["price"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_units_come_in_the_order_in_which_they_leave() -> None:
+    survey, blocks = synthetic(500, 1)
+    heads, wide = page_data(survey, blocks, {}, facts=FACTS)["modules"]
+    assert [score[0] for score in heads["scores"]] == list(range(31, -1, -1))
+    assert [score[1] for score in heads["scores"]] == list(range(1, 33))
+    # All rises together are the whole output, and the whole price.
+    assert sum(score[2] for score in heads["scores"]) == pytest.approx(1.0, rel=1e-3)
+    assert sum(score[3] for score in heads["scores"]) == pytest.approx(0.7, rel=1e-3)
+    assert [score[0] for score in wide["scores"]] == [*range(499, 499 - UNITS // 2, -1), *range(UNITS // 2 - 1, -1, -1)]
+
+
+def test_heads_that_leave_together_share_a_turn() -> None:
+    blocks = blocks_of(build("llama"))[:1]
+    curves = (
+        Curve(0, "heads", "groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
+        Curve(0, "heads", "heads", (0.0, 0.2), 0.5, (1, 2, 5)),
+    )
+    (module,) = page_data(Survey("l1", 0.3, 64, curves), blocks, {}, facts=FACTS)["modules"]
+    assert [curve["left"] for curve in module["curves"]] == [[3, 2, 1, 0], [2, 1, 0]]
+    assert [score[:2] for score in module["scores"]] == [[1, 1], [2, 1], [5, 1], [0, 2], [3, 2], [4, 2]]
+    assert [score[2] for score in module["scores"]] == pytest.approx([0.4] * 3 + [0.6] * 3)
+
+
+def test_a_locked_module_goes_as_a_whole() -> None:
+    blocks = blocks_of(build("olmo2"))[:1]
+    survey = Survey("l1", 0.3, 64, (Curve(0, "heads", "groups", (0.0,), 0.5),))
+    (module,) = page_data(survey, blocks, {}, facts=FACTS)["modules"]
+    assert module["locked"]
+    assert module["scores"] == []
+    assert [curve["left"] for curve in module["curves"]] == [[3, 0]]
+
+
+def test_the_page_of_a_large_model_stays_small() -> None:
+    survey, blocks = synthetic(11_008, 32)
+    plans = {share: Plan({}, share, share, "blocks", 0.1) for share in survey_page.SHARES}
+    distances = {index: np.random.default_rng(index).uniform(size=(32, 32)).tolist() for index in range(32)}
+    page = render(page_data(survey, blocks, plans, facts=FACTS, distances=distances))
+    assert len(page.encode()) < 1_000_000
+
+
+@given(st.dictionaries(st.text(max_size=8), st.one_of(st.text(), st.floats(allow_nan=False, allow_infinity=False))))
+@settings(max_examples=60, deadline=None)
+def test_nothing_in_the_data_ends_the_script(found: dict[str, Any]) -> None:
+    found = {**found, NASTY: NASTY}
+    assert data_of(render(found)) == found
+
+
+# The command.
+
+
+@pytest.fixture
+def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the surveys that are measured."""
+    calls: list[int] = []
+    measure = decide.survey
+
+    def counted(*args: Any, **kwargs: Any) -> Survey:
+        calls.append(1)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(decide, "survey", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--modules", "channels", "--blocks", "1:3"], ["--criterion", "wanda", "--ridge", "0.5", "--seed", "3"]],
+)
+def test_the_file_is_what_prune_reads(options: list[str], place: Path, run: Run, surveyed_once: list[int]) -> None:
+    result = run("survey", "model", *SMALL, *options)
+    assert result.code == 0, result
+    assert sorted(file.name for file in (place / "survey").iterdir()) == ["survey.html", "survey.json"]
+    data = data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))
+    found = load_survey(place / "survey" / "survey.json", {})
+    assert [(m["block"], m["kind"]) for m in data["modules"]] == list(
+        dict.fromkeys((curve.block, curve.kind) for curve in found.curves)
+    )
+    line = next(line for line in result.out.splitlines() if line.startswith("Use it: "))
+    assert data["line"] == line.removeprefix("Use it: ")
+    assert run(*data["line"].split()[1:]).code == 0
+    assert len(surveyed_once) == 1, "the survey was made again"
+    record = json.loads((place / "OUT" / "secateur.json").read_text())
+    shown = next(one for one in data["plans"] if one["share"] == 0.25)
+    for block in record["blocks"]:
+        width = block["width"]
+        assert shown["widths"][block["block"]] == [width["groups"], width["per_group"], width["channels"]]
+    assert shown["reached"] == pytest.approx(record["sparsity"]["reached"], rel=1e-3)
+    kept = sum(tensor.numel() for tensor in load_file(place / "OUT" / "model.safetensors").values())
+    assert data["parameters"] - shown["removed"] == kept
+
+
+def test_curves_know_the_order(place: Path, run: Run, checkpoint_folder: CheckpointFolder) -> None:
+    assert run("survey", "model", *SMALL, "--criterion", "l1").code == 0
+    tensors = load_file(checkpoint_folder("llama") / "model.safetensors")
+    for curve in load_survey(place / "survey" / "survey.json", {}).curves:
+        together = 3 if curve.pattern == "heads" else 1
+        assert len(curve.order) == (len(curve.errors) - 1) * together
+        assert len(set(curve.order)) == len(curve.order)
+        if curve.kind == "channels":
+            mlp = f"model.layers.{curve.block}.mlp"
+            up, gate, down = (tensors[f"{mlp}.{name}_proj.weight"].abs() for name in ("up", "gate", "down"))
+            assert list(curve.order) == (up.sum(1) + gate.sum(1) + down.sum(0)).argsort().tolist()[:-1]
+
+
+def test_shares_out_of_reach_are_left_out(place: Path, run: Run) -> None:
+    result = run("survey", "model", *SMALL, "--modules", "heads")
+    assert result.code == 0, result
+    data = data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))
+    most = max(one["share"] for one in data["plans"])
+    assert [one["share"] for one in data["plans"]] == [share for share in survey_page.SHARES if share <= most]
+    refused(
+        run("prune", "model", "OUT", *SMALL, "--modules", "heads", "--sparsity", f"{most + 0.05}"),
+        "more than the modules hold",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("nowhere/at/all", "nowhere/at/all: does not exist; name a folder"),
+        ("model --out text.txt", "text.txt: a file is there; choose another name"),
+        ("model --out missing/out", "missing does not exist; create it first"),
+        ("model --out model", "model: this is the model's own folder"),
+        ("model --out full", "full: exists and is not empty; choose another name, or overwrite it"),
+        ("model --out full --overwrite", "full: not overwritten, as it holds other files (thesis.tex); choose another"),
+        ("model --out other --overwrite", "other: not overwritten, as it holds other files (config.json,"),
+        ("model --samples 0", "samples is 0; it must be at least 1"),
+        ("model --modules nonsense", "modules is 'nonsense'; give heads, channels or heads,channels"),
+        ("model --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
+        ("model --criterion best", "criterion is 'best'; it must be one of"),
+        ("model --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
+        ("model --sparsity 0.5", "--sparsity"),
+    ],
+)
+def test_a_mistake(options: str, message: str, place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey_page, "surveyed", lambda *_: pytest.fail("a mistake was found after long work"))
+    shutil.copytree(place / "model", place / "other")
+    (place / "full").mkdir()
+    (place / "full" / "thesis.tex").write_text("years of work")
+    before = listing(place)
+    refused(run("survey", *options.split()[:1], *SMALL, *options.split()[1:]), message)
+    assert listing(place) == before
+
+
+def test_a_survey_is_replaced_only_when_asked(place: Path, run: Run) -> None:
+    assert run("survey", "model", *SMALL).code == 0
+    before = (place / "survey" / "survey.json").read_text()
+    other = [*SMALL, "--ridge", "1"]
+    refused(run("survey", "model", *other), "survey: exists and is not empty")
+    assert (place / "survey" / "survey.json").read_text() == before
+    assert run("survey", "model", *other, "--overwrite").code == 0
+    assert (place / "survey" / "survey.json").read_text() != before
+
+
+def test_a_failure_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(survey_page, "save_survey", broken)
+    before = listing(place)
+    with pytest.raises(KeyboardInterrupt):
+        write_page("model", place / "survey", Options(calibration="text.txt", samples=4, length=16), watcher=Silent())
+    assert listing(place) == before
+
+
+def test_without_similarity_the_rest_is_written(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise SecateurError("no attention here")
+
+    monkeypatch.setattr(survey_page, "head_distances", refuses)
+    result = run("survey", "model", *SMALL)
+    assert result.code == 0
+    assert "The page says nothing of similar heads: no attention here" in result.err
+    assert data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))["distances"] is None
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window: the system's, or else the one that playwright has installed."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the tiny Llama, under a name that means harm."""
+    folder = tmp_path_factory.mktemp("page")
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    options = Options(calibration=str(text), samples=6, length=16)
+    write_page(checkpoint_folder("llama"), folder / "survey", options, watcher=Silent())
+    file = folder / "survey" / "survey.html"
+    file.write_text(render({**data_of(file.read_text(encoding="utf-8")), "model": NASTY}), encoding="utf-8")
+    return file
+
+
+class Opened:
+    """A page with what it complained of and what it asked of the network."""
+
+    def __init__(self, browser: Browser, file: Path, width: int = 1280, scheme: Any = "light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        # A busy machine is no failure.
+        self.context.set_default_timeout(180_000)
+        self.page: Page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_fits_and_is_alone(browser: Browser, page_file: Path, width: int, scheme: str) -> None:
+    with Opened(browser, page_file, width, scheme) as opened:
+        page = opened.page
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        # No text is cut off either, outside what scrolls by itself.
+        assert (
+            page.evaluate(
+                """[...document.querySelectorAll('main *, header *')].filter(node => !node.closest('.scroll, pre, nav')
+              && node.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length"""
+            )
+            == 0
+        )
+        ground, text = page.evaluate("(style => [style.backgroundColor, style.color])(getComputedStyle(document.body))")
+        light = sum(map(int, ground[4:-1].split(","))) > sum(map(int, text[4:-1].split(",")))
+        assert light == (scheme == "light")
+        assert page.locator("section:visible").count() == 4
+        assert page.locator("h1").text_content() == NASTY
+        assert page.evaluate("window.broken") is None
+        assert opened.complaints == []
+        assert opened.requests == [page_file.as_uri()]
+
+
+def test_everything_has_a_name(browser: Browser, page_file: Path) -> None:
+    with Opened(browser, page_file) as opened:
+        unnamed = opened.page.evaluate(
+            "[...document.querySelectorAll('input, select')].filter(node => !node.labels.length).map(n => n.id)"
+        )
+        assert unnamed == []
+        silent = opened.page.evaluate(
+            """[...document.querySelectorAll('svg:not([aria-hidden]), button, [role=region], [role=group], section')]
+              .filter(node => !(node.getAttribute('aria-label') || node.getAttribute('aria-labelledby')
+                || node.textContent.trim())).map(node => node.outerHTML.slice(0, 80))"""
+        )
+        assert silent == []
+        for landmark in ("header", "nav", "main", "footer"):
+            assert opened.page.locator(landmark).count() == 1
+        assert opened.page.evaluate(
+            "new Set([...document.querySelectorAll('[id]')].map(n => n.id)).size"
+            " === document.querySelectorAll('[id]').length"
+        )
+
+
+def test_every_control_is_reached_by_tab_and_shows_it(browser: Browser, page_file: Path) -> None:
+    with Opened(browser, page_file) as opened:
+        page = opened.page
+        wanted = page.evaluate(
+            """[...document.querySelectorAll('a, button, input, select, [tabindex="0"]')]
+              .filter(node => node.getClientRects().length).length"""
+        )
+        seen = []
+        for _ in range(wanted):
+            page.keyboard.press("Tab")
+            seen.append(
+                page.evaluate(
+                    """(() => { const node = document.activeElement; node.dataset.seen = '1';
+                  return getComputedStyle(node).outlineStyle; })()"""
+                )
+            )
+        assert page.locator("[data-seen]").count() == wanted
+        assert set(seen) == {"solid"}
+
+
+def test_the_slider_shows_the_plans(browser: Browser, page_file: Path) -> None:
+    plans = data_of(page_file.read_text(encoding="utf-8"))["plans"]
+    with Opened(browser, page_file) as opened:
+        page = opened.page
+        page.focus("#share")
+        page.keyboard.press("Home")
+        for plan in plans:
+            figures = page.locator("#figures dd").all_inner_texts()
+            assert page.locator("#share-value").inner_text() == f"{plan['share']:.0%}".replace("%", " %")
+            assert float(figures[0].removesuffix(" %")) == pytest.approx(100 * plan["reached"], abs=0.0501)
+            kept = sum(width[2] for width in plan["widths"])
+            assert figures[3].split(" / ")[0] == f"{kept:,}"
+            rows = page.locator("#plan-table tbody tr").all_inner_texts()
+            for block, row in enumerate(rows):
+                groups, each, channels = plan["widths"][block]
+                assert row.split()[:4] == [str(block), f"{groups * each}/6", f"{groups}/3", f"{channels}/72"]
+            page.keyboard.press("ArrowRight")
+        assert opened.complaints == []
+
+
+@pytest.mark.parametrize("place_of", ["plan-table", "module-table", "unit-table", "pair-table"])
+def test_tables_are_sorted_by_the_keyboard(browser: Browser, page_file: Path, place_of: str) -> None:
+    with Opened(browser, page_file) as opened:
+        table = opened.page.locator(f"#{place_of} table")
+        heads = table.locator("th")
+
+        def column(index: int) -> list[float]:
+            cells = table.locator(f"tbody td:nth-child({index + 1})").all_inner_texts()
+            words = [cell.replace(",", "").replace(" %", "").split("/")[0] for cell in cells]
+            return [float(word) for word in words if word not in ("query heads", "channels")]
+
+        for index in range(heads.count()):
+            heads.nth(index).locator("button").focus()
+            for _ in range(2):
+                opened.page.keyboard.press("Enter")
+                order = heads.nth(index).get_attribute("aria-sort")
+                assert [heads.nth(i).get_attribute("aria-sort") for i in range(heads.count()) if i != index] == [
+                    "none"
+                ] * (heads.count() - 1)
+                assert column(index) == sorted(column(index), reverse=order == "descending")
+        assert opened.complaints == []
+
+
+def test_a_block_is_chosen_once_for_all_parts(browser: Browser, page_file: Path) -> None:
+    with Opened(browser, page_file) as opened:
+        page = opened.page
+        page.focus("#block")
+        page.keyboard.press("End")
+        assert page.locator("#score-block-value").inner_text() == "2"
+        assert page.locator("#large-title").inner_text().startswith("Block 2: ")
+        page.locator("#tiles button").nth(1).focus()
+        page.keyboard.press("Enter")
+        assert page.locator("#block-value").inner_text() == "1"
+        assert page.locator("#tiles button[aria-pressed=true]").count() == 1
+        assert page.locator("#unit-table caption").inner_text() == "Block 1, query heads"
+        page.locator("#costs-channels svg").focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        assert page.locator("#block-value").inner_text() == "2"
+        assert page.evaluate("document.activeElement.tagName") == "svg"
+        assert page.locator("#costs-channels .read").inner_text().startswith("block 2, at least 100 % of the channels")
+        page.select_option("#score-kind", "channels")
+        assert page.locator("#unit-table tbody tr").count() == 72
+        assert opened.complaints == []
+
+
+def test_edges_follow_tau(browser: Browser, page_file: Path) -> None:
+    upper = data_of(page_file.read_text(encoding="utf-8"))["distances"]
+    with Opened(browser, page_file) as opened:
+        page = opened.page
+        for tau in (0.0, 0.1, 0.3, 0.69):
+            page.locator("#tau").fill(str(tau))
+            assert page.locator("#graph line").count() == sum(distance < tau for distance in upper["0"])
+            every = [distance for one in upper.values() for distance in one]
+            near = sum(distance < tau for distance in every)
+            assert page.locator("#tau-count").inner_text().startswith(f"{near} of {len(every)} pairs")
+
+
+def test_a_page_without_distances_and_plans(browser: Browser, tmp_path: Path) -> None:
+    blocks = blocks_of(build("llama"))
+    survey = Survey("l1", 0.3, 64, (Curve(1, "channels", "channels", (0.0,), 0.5),))
+    (tmp_path / "p.html").write_text(render(page_data(survey, blocks, {}, facts=FACTS)), encoding="utf-8")
+    with Opened(browser, tmp_path / "p.html", 360) as opened:
+        assert opened.complaints == []
+        assert not opened.page.locator("#likeness").is_visible()
+        assert not opened.page.locator("nav a[href='#likeness']").is_visible()
+        assert not opened.page.locator("#share").is_visible()
+        assert "10 %, is more than the surveyed modules hold" in opened.page.locator("#reach").inner_text()

@@ -1,0 +1,604 @@
+"""Comparisons: figures are those of prune and eval by hand, work is shared, and a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_cli import TEXT, Run, listing, place, refused, run  # noqa: F401
+from test_tasks import ITEMS, NORM, YAML
+
+from conftest import CheckpointFolder
+from models import build, layers_of, token_rows
+from secateur.base.errors import SecateurError
+from secateur.commands import open as job_step
+from secateur.commands.options import Options
+from secateur.commands.prune import prune
+from secateur.compare import grid as compare_step
+from secateur.compare import heads as compare_heads
+from secateur.compare import own_text
+from secateur.compare.comparison import Spread
+from secateur.compare.magnitudes import magnitudes
+from secateur.compare.recipes import recipe_names
+from secateur.compare.retrain import retrain
+from secateur.compare.run_store import RunStore
+from secateur.criteria.head_distances import head_distances
+from secateur.measure.compare import evaluate
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.plan import decide
+from secateur.report import comparison_plots
+from secateur.text import calibration, draw
+from secateur.text.more_rows import more_rows
+
+GRID: dict[str, Any] = {
+    "title": "Small",
+    "options": {"calibration": "text.txt", "samples": 4, "length": 16, "format": "hf", "recovery": "none"},
+    "runs": {"wanda": {"criterion": "wanda"}, "L2": {"criterion": "l2", "widths": "uniform"}},
+    "grid": {"sparsity": [0.2, 0.4], "seed": [0, 1]},
+    "evaluation": {"perplexity": ["held.txt"], "tokens": 160},
+}
+
+
+@pytest.fixture
+def grid(place: Path) -> Path:  # noqa: F811
+    """The working folder with a recipe and a text to score."""
+    (place / "held.txt").write_text(" ".join(reversed(TEXT.split())))
+    (place / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
+    return place
+
+
+@pytest.fixture
+def prunings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The options of each pruning."""
+    made: list[Any] = []
+    carry_out = compare_step.carry_out
+
+    def counted(job: Any, *given: Any, **more: Any) -> Any:
+        made.append(job.options)
+        return carry_out(job, *given, **more)
+
+    monkeypatch.setattr(compare_step, "carry_out", counted)
+    return made
+
+
+def tables(out: Path) -> tuple[str, str, Any, bytes]:
+    """All that must not vary; seconds do."""
+    found = json.loads((out / "table.json").read_text())
+    for row in found["rows"]:
+        del row["seconds"]
+    plot = (out / "sparsity.png").read_bytes()
+    return (out / "table.md").read_text(), (out / "table.csv").read_text(), found, plot
+
+
+@given(st.floats(1e-3, 1e12), st.integers(1, 12))
+def test_a_mean_lies_within_its_spread(value: float, count: int) -> None:
+    spread = Spread((value,) * count)
+    assert spread.least == spread.mean == spread.most
+    assert Spread((1.0, 2.0, 6.0)).mean == 3.0
+
+
+def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # noqa: F811
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    # A table tells the name of the text, and not where it lay.
+    text = str(grid / "text.txt")
+    assert run("compare", "model", "grid.yaml", "--out", "elsewhere", "--calibration", text, "--seeds", "0").code == 0
+    said = (grid / "elsewhere" / "table.md").read_text()
+    assert "calibration text.txt, samples 4" in said
+    assert str(grid) not in said
+    found = json.loads((grid / "out" / "table.json").read_text())
+    rows = {row["row"]: row for row in found["rows"]}
+    assert list(rows) == ["dense", *(f"{label}, sparsity {share}" for label in ("wanda", "L2") for share in (0.2, 0.4))]
+
+    def score(folder: str) -> float:
+        result = evaluate(folder, texts=["held.txt"], length=16, tokens=160)
+        return result.models[0].texts[0].perplexity
+
+    assert rows["dense"]["figures"]["held.txt"]["values"] == [score("model")]
+    for label, options in GRID["runs"].items():
+        values = []
+        for seed in (0, 1):
+            folder = f"by-hand-{label}-{seed}"
+            summary = prune("model", folder, sparsity=0.4, seed=seed, **GRID["options"], **options)
+            values.append(score(folder))
+        row = rows[f"{label}, sparsity 0.4"]
+        figures = row["figures"]["held.txt"]
+        assert figures["values"] == values
+        assert (figures["least"], figures["most"]) == (min(values), max(values))
+        assert figures["mean"] == pytest.approx(sum(values) / 2)
+        assert row["sparsity"] == pytest.approx(summary.sparsity, abs=0.02)
+        assert len(row["seconds"]) == 2
+    with (grid / "out" / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == list(rows)
+    assert float(lines[-1]["held.txt most"]) == rows["L2, sparsity 0.4"]["figures"]["held.txt"]["most"]
+    assert "seconds" not in lines[0]
+    # No weights stay, and nothing lies around.
+    assert {file.name for file in (grid / "out").iterdir()} == {
+        *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", "texts", ".lock")
+    }
+
+
+def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:  # noqa: F811
+    (grid / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
+    (grid / "mine.yaml").write_text(YAML.format(name="mine", **write) + NORM)
+    (grid / "other.yaml").write_text(YAML.format(name="other", **write))
+    asked = ["--tasks", "piqa=mine,other", "--task-path", ".", "--limit", "20", "--seeds", "0"]
+    assert run("compare", "model", "grid.yaml", "--out", "out", *asked).code == 0
+    found = json.loads((grid / "out" / "table.json").read_text())
+    figures = found["rows"][0]["figures"]
+    by_hand = evaluate("model", texts=[], tasks=["mine", "other"], limit=20, task_path=grid).models[0].tasks
+    assert by_hand[0].acc_norm is not None
+    assert figures["piqa"]["mean"] == 100 * by_hand[0].acc_norm.value
+    assert figures["other"]["mean"] == 100 * by_hand[1].acc.value
+    assert figures["average"]["mean"] == pytest.approx((figures["piqa"]["mean"] + figures["other"]["mean"]) / 2)
+
+
+def test_what_runs_have_in_common_is_made_once(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    surveys, reads = [], []
+    survey, read = decide.survey, calibration.read_documents
+    monkeypatch.setattr(decide, "survey", lambda *a, **k: surveys.append(k["criterion"]) or survey(*a, **k))
+    monkeypatch.setattr(calibration, "read_documents", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    # One for each criterion and seed, whatever the sparsity.
+    assert sorted(surveys) == ["l2", "l2", "wanda", "wanda"]
+    assert sorted(reads) == ["held.txt", "text.txt"]
+
+
+def test_only_what_is_missing_is_made(grid: Path, run: Run, prunings: list[Any]) -> None:  # noqa: F811
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    before = tables(grid / "out")
+    assert len(prunings) == 8
+    result = run("compare", "model", "grid.yaml", "--out", "out")
+    assert (result.code, len(prunings)) == (0, 8)
+    assert "9 of 9 runs are in out already" in result.err
+    for file in (grid / "out" / "runs").iterdir():
+        if json.loads(file.read_text())["decided_by"].get("options", {}).get("sparsity") == 0.4:
+            file.unlink()
+    shutil.rmtree(grid / "out" / "surveys")
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert [options.sparsity for options in prunings[8:]] == [0.4] * 4
+    assert tables(grid / "out") == before
+    # One more point of the grid is all that is new; another text makes all runs others.
+    (grid / "grid.yaml").write_text(
+        yaml.safe_dump(GRID | {"grid": {"sparsity": [0.2, 0.4], "seed": [0, 1, 2]}}, sort_keys=False)
+    )
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert [options.seed for options in prunings[12:]] == [2] * 4
+    (grid / "text.txt").write_text(TEXT[::-1].replace("w", " w"))
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert len(prunings) == 16 + 12
+
+
+def test_an_interrupt_leaves_what_is_finished(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
+    with monkeypatch.context() as patch:
+        carry_out, made = compare_step.carry_out, []
+
+        def until(*given: Any, **more: Any) -> Any:
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            made.append(1)
+            return carry_out(*given, **more)
+
+        patch.setattr(compare_step, "carry_out", until)
+        result = run("compare", "model", "grid.yaml", "--out", "out")
+    assert result.code == 130
+    last = result.err.splitlines()[-1]
+    assert last == "interrupted: finished runs are in out; the same command goes on from there"
+    assert "So far 4 of 9 runs." in (grid / "out" / "table.md").read_text()
+    assert not (grid / "out" / ".scratch").exists()
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert tables(grid / "out") == tables(grid / "whole")
+
+
+def test_a_run_that_fails_stops_no_other(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    carry_out = compare_step.carry_out
+
+    def refuse(job: Any, *given: Any, **more: Any) -> Any:
+        if job.options.criterion == "wanda" and job.options.seed:
+            raise SecateurError("nothing goes")
+        return carry_out(job, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_step, "carry_out", refuse)
+        result = run("compare", "model", "grid.yaml", "--out", "out")
+    assert result.code == 2
+    last = result.err.splitlines()[-1]
+    assert last == "error: 2 of 9 runs failed; the first, model wanda, sparsity 0.2, seed 1: nothing goes"
+    assert "So far 7 of 9 runs." in (grid / "out" / "table.md").read_text()
+    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+
+
+def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "secateur", "compare", "model", "grid.yaml", "--out", "out"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while len(list((grid / "out" / "runs").glob("*.json"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    kept = {file: file.read_bytes() for file in (grid / "out" / "runs").glob("*.json")}
+    assert 2 <= len(kept) < 9
+    subprocess.run(command, check=True, capture_output=True)
+    assert {file: file.read_bytes() for file in kept} == kept
+    subprocess.run([*command[:-1], "whole"], check=True, capture_output=True)
+    assert tables(grid / "out") == tables(grid / "whole")
+    assert not (grid / "out" / ".scratch").exists()
+
+
+def test_two_at_once_are_refused(grid: Path, run: Run) -> None:  # noqa: F811
+    with RunStore(grid / "out"):
+        before = listing(grid)
+        refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: another secateur compare works there; wait")
+        assert listing(grid) == before
+
+
+def part_heads(folder: Path) -> None:
+    """Let the last two heads of each block attend far more sharply than the others: some are alike, some are not."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        if name.endswith("q_proj.weight"):
+            weight[32:48] *= 6
+        if name.endswith("c_attn.weight"):
+            weight[:, 32:48] *= 6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("row", "paper"), [("llama", "LLaMA-7B"), ("gpt2", "GPT-2")])
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs(
+    name: str,
+    row: str,
+    paper: str,
+    grid: Path,
+    run: Run,  # noqa: F811
+    checkpoint_folder: CheckpointFolder,
+) -> None:
+    folder = {"LLaMA-7B": "llama-7b", "GPT-2": "gpt2"}[paper]
+    shutil.copytree(checkpoint_folder(row), grid / folder)
+    if name == "table3":
+        part_heads(grid / folder)
+    small = ["--calibration", "text.txt", "--samples", "2,4" if name == "figure4a" else "4"]
+    small += ["--refit-samples", "2,4" if name == "figure4b" else "4"]
+    small += ["--length", "16", "--tokens", "64", "--seeds", "0", "--blocks", "0:3", "--tasks", "none"]
+    small += ["--perplexity", "wikitext2=held.txt", "--perplexity", "ptb=text.txt"]
+    result = run("compare", folder, name, "--out", "out", *small)
+    assert result.code == 0, result.err
+    found = json.loads((grid / "out" / "table.json").read_text())
+    if name == "figure5":
+        assert len(found["models"][paper]) == 3
+        assert (grid / "out" / "activations.png").stat().st_size > 10_000
+        return
+    if name == "figure3":
+        assert [list(blocks) for blocks in found["models"].values()] == [["0", "1", "2"]]
+        assert (grid / "out" / "graph.png").stat().st_size > 10_000
+        return
+    measured = [row for row in found["rows"] if row["figures"]["ptb"].get("mean") is not None]
+    assert len(measured) == found["planned"] == found["finished"]
+    assert all(0 < row["sparsity"] < 1 for row in measured[1:])
+    recipe = yaml.safe_load((Path(compare_step.__file__).parent / "recipes" / f"{name}.yaml").read_text())
+    published = recipe["models"].get(paper, {}).get("published", {})
+    assert {row["row"]: row["figures"]["ptb"]["published"] for row in found["rows"] if row["row"] in published} == {
+        row: figures["ptb"] for row, figures in published.items()
+    }
+    plot = {"figure4a": "samples", "figure4b": "refit_samples", "table2": "sparsity"}.get(name, "rows")
+    assert (grid / "out" / f"{plot}.png").exists()
+
+
+def small(folder: Path, **fields: Any) -> list[str]:
+    """The arguments for a recipe of one run, half of whose fields are as in `GRID`."""
+    recipe = GRID | {"grid": {"seed": [0, 1]}} | fields
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return ["compare", "model", "small.yaml", "--out", "out"]
+
+
+def values(row: str) -> list[float]:
+    found = json.loads(Path("out/table.json").read_text())
+    figures: list[float] = next(one for one in found["rows"] if one["row"] == row)["figures"]["held.txt"]["values"]
+    return figures
+
+
+def score(folder: str) -> float:
+    return evaluate(folder, texts=["held.txt"], length=16, tokens=160).models[0].texts[0].perplexity
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"calibration": "self", "temperature": 0.7},
+        {"recovery": "paper", "calibration": "self", "refit_samples": 3},
+        {"recovery": "paper", "refit_calibration": "self"},
+    ],
+)
+def test_what_a_model_writes_is_kept(
+    own: dict[str, Any],
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = []
+    self_rows = draw.self_rows
+    monkeypatch.setattr(draw, "self_rows", lambda *a, **k: written.append(k["seed"]) or self_rows(*a, **k))
+    command = small(grid, runs={"a": {"criterion": "wanda", **own}, "b": {"criterion": "l2", **own}})
+    assert run(*command).code == 0
+    # Once for each seed, whatever the criterion.
+    assert written == [0, 1]
+    kept = {file: file.read_bytes() for file in (grid / "out" / "texts").iterdir()}
+    assert [data.count(b"\n") for data in kept.values()] == [7 if "refit_samples" in own else 4] * 2
+    for file in list((grid / "out" / "runs").iterdir())[::2]:
+        file.unlink()
+    before = values("a")
+    assert run(*command).code == 0
+    assert (written, values("a")) == ([0, 1], before)
+    assert {file: file.read_bytes() for file in kept} == kept
+    summaries = [
+        prune("model", f"hand{seed}", **GRID["options"] | own, criterion="wanda", seed=seed) for seed in (0, 1)
+    ]
+    assert [score(f"hand{seed}") for seed in (0, 1)] == before
+    assert all(summary.sparsity > 0 for summary in summaries)
+
+
+def test_rows_of_the_fits_are_shared_and_kept(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[str, int, int]] = []
+    for module in (own_text, job_step):
+
+        def counted(stream: Any, options: Options, *given: Any, **more: Any) -> Any:
+            drawn.append((options.more, options.fits, options.seed))
+            return more_rows(stream, options, *given, **more)
+
+        monkeypatch.setattr(module, "more_rows", counted)
+    refit = {"recovery": "refit"}
+    runs = {
+        "a": {"criterion": "wanda", **refit},
+        "b": {"criterion": "l2", "ridge": 0.1, **refit},
+        "one fit": {"criterion": "l2", "fits": 1, **refit},
+        "own text": {"criterion": "l2", "more": "self", **refit},
+        "fitted to others": {"criterion": "l2", "refit_samples": 3, **refit},
+        "none": {"criterion": "l2"},
+    }
+    command = small(grid, runs=runs)
+    assert run(*command).code == 0
+    # Once for what shares text, fits and seed.
+    text = [("rewritten", 1, 0), ("rewritten", 1, 1), *2 * [("rewritten", 2, 0)], *2 * [("rewritten", 2, 1)]]
+    assert sorted(drawn) == [*text, ("self", 2, 0), ("self", 2, 1)]
+    kept = {file: file.read_bytes() for file in (grid / "out" / "texts").iterdir()}
+    assert len(kept) == 8
+    before = {name: values(name) for name in runs}
+    for file in (grid / "out" / "runs").iterdir():
+        file.unlink()
+    assert run(*command).code == 0
+    assert (len(drawn), {name: values(name) for name in runs}) == (8, before)
+    assert {file: file.read_bytes() for file in kept} == kept
+    for name, options in runs.items():
+        for seed in (0, 1):
+            prune("model", f"{name} {seed}", **GRID["options"] | options, seed=seed)
+        assert [score(f"{name} {seed}") for seed in (0, 1)] == before[name]
+    assert len({tuple(figures) for figures in before.values()}) == 6
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:-1])
+    shutil.rmtree(grid / "out" / "runs")
+    (grid / "out" / "runs").mkdir()
+    result = run(*command)
+    assert result.code == 2
+    assert "not rows of secateur's; delete it to have them made again" in result.err
+
+
+def test_gradients_are_taken_once_for_all_sizes(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    scores = job_step.gradient_scores
+    monkeypatch.setattr(job_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
+    names = ("llm-pruner-vector", "llm-pruner-element2")
+    runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
+    sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}
+    assert run(*small(grid, runs=runs, grid=sizes)).code == 0
+    assert sorted(taken) == sorted(names)
+    for name in names:
+        prune("model", name, **GRID["options"] | runs[name], sparsity=0.4, seed=0)
+        assert values(f"{name}, sparsity 0.4") == [score(name)]
+
+
+def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:  # noqa: F811
+    training = {"samples": 6, "epochs": 1, "batch": 3, "learning_rate": 0.01}
+    runs = {"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}
+    command = small(grid, runs=runs, retrain={"LoRA": training})
+    assert run(*command).code == 0
+    for seed in (0, 1):
+        prune("model", f"hand{seed}", **GRID["options"], criterion="l2", seed=seed)
+        retrain(f"hand{seed}", f"more{seed}", calibration="text.txt", length=16, seed=seed, device="cpu", **training)
+    assert values("L2") == [score("hand0"), score("hand1")]
+    assert values("LoRA") == [score("more0"), score("more1")]
+    assert "LoRA: LoRA on 6 rows of 16 tokens of text.txt, 1 epochs." in (grid / "out" / "table.md").read_text()
+    # Another training makes another result, and of that row alone.
+    small(
+        grid, runs={"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}, retrain={"LoRA": training | {"batch": 2}}
+    )
+    result = run(*command)
+    assert "3 of 5 runs are in out already" in result.err
+    assert values("LoRA") != [score("more0"), score("more1")]
+
+
+def test_retraining_without_peft_is_named_early(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    command = small(grid, retrain={"L2": {"samples": 6}})
+    before = listing(grid)
+    refused(run(*command), 'LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
+    assert listing(grid) == before
+
+
+def test_graphs_join_the_heads_that_are_alike(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(grid / "model", grid / "other")
+    figures: list[Any] = []
+    monkeypatch.setattr(comparison_plots, "_save", lambda figure, path: figures.append((figure, path)))
+    heads = {"title": "Heads", "kind": "graph", "tau": 0.15}
+    heads["options"] = {"calibration": "text.txt", "samples": 4, "length": 16, "blocks": "1:3"}
+    (grid / "heads.yaml").write_text(yaml.safe_dump(heads))
+    assert run("compare", "model", "other", "heads.yaml", "--out", "out").code == 0
+    stream = BlockStream(open_checkpoint(grid / "model"))
+    rows = calibration.calibration_rows(
+        stream.checkpoint.tokenizer(), "text.txt", samples=4, length=16, seed=0, vocab_size=128
+    )
+    expected = head_distances(stream, rows, blocks=range(1, 3))
+    found = json.loads((grid / "out" / "table.json").read_text())
+    assert found["tau"] == 0.15
+    assert found["models"] == {
+        name: {str(block): matrix.tolist() for block, matrix in expected.items()} for name in ("model", "other")
+    }
+    ((figure, path),) = figures
+    assert path == Path("out/graph.png")
+    edges = [int((matrix < 0.15).triu(1).sum()) for matrix in expected.values()]
+    assert 0 < min(edges) < 15
+    assert [len(panel.lines) for panel in figure.axes] == edges * 2
+    # Measured models stay.
+    monkeypatch.setattr(compare_heads, "head_distances", None)
+    assert run("compare", "model", "other", "heads.yaml", "--out", "out").code == 0
+
+
+WRONG = [
+    ("compare", "Missing argument '[MODEL]... RECIPE'; see secateur compare --help"),
+    ("compare model grid.yaml", "Missing option '--out'; see secateur compare --help"),
+    ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure3"),
+    ("compare grid.yaml --out out", "the recipe names no model of its own; give one in front of it"),
+    ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
+    ("compare model model grid.yaml --out out", "model model is there twice; leave one out"),
+    ("compare model grid.yaml --out text.txt", "text.txt: a file is there; name a folder"),
+    ("compare model grid.yaml --out model", "model: holds other files and no comparison; name a new folder"),
+    ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
+    ("compare model grid.yaml --out out --seeds 0,x", "seeds is '0,x'; write whole numbers with commas, for example"),
+    ("compare model grid.yaml --out out --seeds 0,0", "seeds is '0,0', where one is there twice"),
+    ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
+    ("compare model grid.yaml --out out --samples 0", "runs.wanda: samples is 0; it must be at least 1"),
+    ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
+    ("compare model grid.yaml --out out --refit-samples 2,4", "refit-samples is 2, 4, but the recipe has no axis for"),
+    ("compare model grid.yaml --out out --refit-samples x", "refit-samples is 'x'; write whole numbers with commas"),
+    ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
+    ("compare model lora.yaml --out out --refit-samples 99", "text.txt: text too short for the samples, it has 1,500"),
+    ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
+    ("compare model grid.yaml --out out --perplexity self", "what a model writes itself cannot be scored; name a text"),
+    ("compare model grid.yaml --out out --samples 999", "text.txt: text too short for the samples, it has 1,500 tok"),
+    ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: take a smaller"),
+    ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
+    ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
+    (
+        "compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt",
+        "two texts are called a; give them names of their own, NAME=TEXT",
+    ),
+    (
+        "compare model grid.yaml --out out --tasks a=piqa,a=boolq",
+        "two tasks are called a; give them names of their own",
+    ),
+    ("compare model grid.yaml --out out --perplexity gone.txt", "gone.txt does not exist: check the path of the text"),
+    ("compare model grid.yaml --out out --perplexity random", "random ids cannot be scored; name a text file or"),
+    ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
+    ("compare model grid.yaml --out out --tokens=-5", "tokens is -5"),
+    ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
+    ("compare model grid.yaml --out out --tasks piqaa", "task 'piqaa' does not exist in lm-eval; near it: "),
+    ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
+    ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
+    ("compare model wide.yaml --out out", "model, L1, sparsity 0.999: a sparsity of 99.9% of the blocks is more than"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
+def test_mistakes_come_before_work(
+    arguments: str,
+    message: str,
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reached(*_: Any, **__: Any) -> None:
+        raise AssertionError("a mistake was found after long work")
+
+    monkeypatch.setattr(compare_step, "carry_out", reached)
+    monkeypatch.setattr(compare_step, "load", reached)
+    wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
+    (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
+    (grid / "lora.yaml").write_text(yaml.safe_dump(GRID | {"retrain": {"wanda": {}}}))
+    before = listing(grid)
+    refused(run(*arguments.split()), message)
+    assert listing(grid) == before
+
+
+def test_a_task_out_of_reach_is_named_early(
+    grid: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from secateur.measure import tasks
+
+    monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(grid / "cache"))
+    before = listing(grid)
+    result = run("compare", "model", "grid.yaml", "--out", "out", "--tasks", "piqa")
+    refused(result, "from the hub, which is not reachable (it is a test); give --task-path")
+    assert listing(grid) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "gemma2"])
+def test_magnitudes_are_those_of_the_whole_model(name: str, checkpoint_folder: CheckpointFolder) -> None:
+    model, ids = build(name), token_rows(5)
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    expected: list[dict[str, float]] = [{} for _ in stream.blocks]
+    for index, (layer, block) in enumerate(zip(layers_of(model), stream.blocks, strict=True)):
+        places = {"stream": layer, "heads": block.attention.sink, "channels": block.feed_forward.sink}
+        for place_, where in places.items():
+            target = layer.get_submodule(where) if isinstance(where, str) else where
+
+            def see(_: Any, args: Any, given: Any, at: int = index, what: str = place_) -> None:
+                x = args[0] if args else given["hidden_states"]
+                expected[at][what] = float(x.double().abs().mean())
+
+            target.register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    found = magnitudes(stream, ids)
+    for one, plain in zip(found, expected, strict=True):
+        assert vars(one) == pytest.approx(plain, rel=1e-4)

@@ -1,0 +1,210 @@
+"""Recipes: which runs they name, what the command line changes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from secateur.base.errors import SecateurError
+from secateur.commands.options import Options
+from secateur.compare.comparison import AVERAGE
+from secateur.compare.recipe import Changes, Recipe, changed, expand, named, read_recipe
+from secateur.compare.recipes import recipe_names
+from secateur.compare.training import Training
+
+SMALL: dict[str, Any] = {
+    "title": "small",
+    "models": {"Big": {"id": "owner/Big-7B", "also": ["big"], "options": {"blocks": "1:3", "ridge": 1}}},
+    "options": {"sparsity": 0.25, "ridge": 0.5, "samples": 4},
+    "runs": {"a": {"criterion": "wanda"}, "b": {"criterion": "l2", "ridge": 0.1, "calibration": "random"}},
+    "grid": {"length": [8, 16], "seed": [0, 1]},
+    "evaluation": {"perplexity": ["text.txt"]},
+}
+
+
+def small(**fields: Any) -> Recipe:
+    return Recipe.model_validate(SMALL | fields)
+
+
+def test_runs_are_every_entry_at_every_point() -> None:
+    found = expand(small(), None)
+    assert [(run.row, run.place("seed")) for run in found] == [
+        (f"{label}, length {length}", seed) for label in "ab" for length in (8, 16) for seed in (0, 1)
+    ]
+    assert found[0].options == Options(sparsity=0.25, ridge=0.5, samples=4, criterion="wanda", length=8, seed=0)
+
+
+def test_a_run_wins_over_the_model_and_the_model_over_all() -> None:
+    on_paper, on_other = expand(small(), "Big"), expand(small(), None)
+    assert [on_paper[0].options.ridge, on_paper[-1].options.ridge] == [1, 0.1]
+    assert [on_other[0].options.ridge, on_other[-1].options.ridge] == [0.5, 0.1]
+    assert (on_paper[0].options.blocks, on_other[0].options.blocks) == ("1:3", None)
+
+
+@pytest.mark.parametrize(
+    ("source", "known"),
+    [("owner/Big-7B", True), ("somewhere/big-7b", True), ("./BIG/", True), ("big-70b", False), ("owner", False)],
+)
+def test_the_papers_model_is_known_by_the_last_part_of_its_name(source: str, known: bool) -> None:
+    assert (small().model_of(source) is not None) == known
+
+
+def test_changes_replace_an_option_wherever_it_stands() -> None:
+    wanted = Changes(calibration="mine.txt", samples=(2,), length=12, blocks="0:2", seeds=(7, 8, 9))
+    for model in (None, "Big"):
+        found = expand(changed(small(), wanted), model)
+        assert {run.options.length for run in found} == {12}
+        assert {run.options.samples for run in found} == {2}
+        assert {run.options.seed for run in found} == {7, 8, 9}
+        assert {run.options.blocks for run in found} == {"0:2"}
+        # What is no text stays what it is.
+        assert [run.options.calibration for run in found] == ["mine.txt"] * 3 + ["random"] * 3
+    assert changed(small(), Changes()) == small()
+
+
+def test_rows_of_the_refits_own_change_where_there_are_such() -> None:
+    runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
+    retrain: dict[str, dict[str, Any]] = {"b": {"samples": 512, "calibration": "other.txt"}}
+    recipe = small(runs=runs, retrain={}, grid={})
+    found = expand(changed(recipe, Changes(refit_samples=(3,), calibration="random")), None)
+    assert [run.options.refit_samples for run in found] == [3, None, None]
+    assert [run.options.calibration for run in found] == ["random", "random", "self"]
+    recipe = recipe.model_copy(update={"retrain": retrain})
+    wanted = Changes(refit_samples=(3,), calibration="ptb", length=9)
+    training = expand(changed(recipe, wanted), None)[1].training
+    assert training == Training(calibration="ptb", samples=3, length=9)
+    axis = recipe.model_copy(update={"runs": {"c": {}}, "retrain": {}, "grid": {"refit_samples": [8, 16]}})
+    found = expand(changed(axis, Changes(refit_samples=(2, 3))), None)
+    assert [(run.row, run.options.refit_samples) for run in found] == [
+        ("c, refit_samples 2", 2),
+        ("c, refit_samples 3", 3),
+    ]
+
+
+def test_a_retraining_is_about_the_runs_own_text_and_seed() -> None:
+    recipe = small(retrain={"a": {"rank": 4}}, options={"calibration": "ptb"})
+    found = expand(recipe, None)
+    assert [run.training for run in found if run.label == "b"] == [None] * 4
+    wanted = [Training(calibration="ptb", length=length, rank=4, seed=seed) for length in (8, 16) for seed in (0, 1)]
+    assert [run.training for run in found if run.label == "a"] == wanted
+
+
+def test_changes_of_an_axis_and_of_the_evaluation() -> None:
+    recipe = small(grid={"samples": [8, 16], "calibration": ["wikitext2", "random"]})
+    found = expand(changed(recipe.model_copy(update={"runs": {}}), Changes(samples=(2, 3), calibration="x.txt")), None)
+    assert [(run.options.samples, run.options.calibration) for run in found] == [
+        (2, "x.txt"),
+        (2, "random"),
+        (3, "x.txt"),
+        (3, "random"),
+    ]
+    judged = changed(recipe, Changes(perplexity=("a.txt",), tasks=("t",), limit=5, tokens=0)).evaluation
+    assert (judged.perplexity, judged.tasks, judged.limit, judged.tokens) == (["a.txt"], ["t"], 5, None)
+    with pytest.raises(SecateurError, match="samples is 2, 3, but the recipe has no axis for it; give one"):
+        changed(small(), Changes(samples=(2, 3)))
+
+
+def test_a_column_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named("ptb=data/a.txt", "x") == ("ptb", "data/a.txt")
+    assert named("data/a.txt", "a.txt") == ("a.txt", "data/a.txt")
+    assert named("data/a=b.txt", "x") == ("x", "data/a=b.txt")
+    (tmp_path / "a=b.txt").write_text("")
+    assert named("a=b.txt", "x") == ("x", "a=b.txt")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_those_of_the_package_are_sound(name: str) -> None:
+    recipe = read_recipe(name)
+    judged = {*recipe.evaluation.perplexity, *recipe.evaluation.tasks, AVERAGE}
+    for label, model in recipe.models.items():
+        rows = [run.row for run in expand(recipe, label)]
+        assert recipe.model_of(model.id) == (label, model)
+        for row, figures in model.published.items():
+            assert set(figures) <= judged, row
+        if model.published:
+            assert "dense" in model.published
+            assert set(rows) & set(model.published)
+
+
+def test_the_papers_tables_and_figures_are_there() -> None:
+    wanted = {"table1", "table2", "table3", "table4", "table5", "table6", "figure3", "figure4a", "figure4b", "figure5"}
+    assert wanted <= set(recipe_names())
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"title": None}, "title: input should be a valid string, not None"),
+    ({"criteria": ["l1"]}, "criteria: no such field in a recipe; correct its name or leave it out"),
+    ({"evaluation": {"perplexty": ["a"]}}, "evaluation.perplexty: no such field in a recipe"),
+    ({"evaluation": {}}, "evaluation: nothing is measured; give perplexity texts, tasks, or both"),
+    ({"evaluation": {"perplexity": "a.txt"}}, "evaluation.perplexity: input should be a valid list, not 'a.txt'"),
+    ({"kind": "graph of heads"}, "kind: input should be"),
+    ({"runs": {}, "grid": {}}, "nothing to run; give runs, a grid, or both"),
+    ({"grid": {"seed": []}}, "grid.seed: the grid is empty; give at least one value"),
+    ({"grid": {"seed": [1, 1]}}, "grid.seed: a value is there twice; leave one out"),
+    ({"grid": {"seed": ["one"]}}, "grid.seed.0 is 'one': input should be a valid integer"),
+    ({"grid": {"sparsity": [0.2, 2]}}, "runs.a: sparsity is 2.0; it must lie between 0 and 1"),
+    ({"grid": {"criterion": ["l1"]}}, "runs.a.criterion: the grid gives it too; leave one of them out"),
+    (
+        {"runs": {"c": {"criterion": "best"}}},
+        "runs.c: criterion is 'best'; it must be one of surgeon, second-moment, wanda, flap-wifv",
+    ),
+    ({"runs": {}, "grid": {"criterion": ["l1", "best"]}}, "grid: criterion is 'best'; it must be one of surgeon"),
+    ({"runs": {"c": {"critrion": "l1"}}}, "runs.c.critrion: no such option; there are sparsity, target, plan, of"),
+    ({"runs": {"c": {"format": "gguf"}}}, "runs.c: runs are scored by transformers; take the format hf or stock"),
+    ({"runs": {"c": {"modules": "heads,tails"}}}, "runs.c.modules is ('heads', 'tails'): input should be"),
+    ({"options": {"samples": "many"}}, "options.samples is 'many': input should be a valid integer"),
+    ({"options": {"blocks": 270}}, "options.blocks is 270: input should be a valid string"),
+    ({"models": {"Big": {"id": "x", "options": {"lenght": 8}}}}, "models.Big.options.lenght: no such option"),
+    ({"models": {"Big": {}}}, "models.Big.id: missing; a recipe needs it"),
+    ({"models": {"Big": {"id": "x", "published": {"a": {"ptb": "low"}}}}}, "models.Big.published.a.ptb: input should"),
+    ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
+    ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, samples, length, epochs"),
+    ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
+    ({"retrain": {"a": {"rank": 0}}}, "retrain.a: rank is 0; it must be at least 1"),
+    ({"retrain": {"b": {}}}, "retrain.b: random ids teach nothing; name a text file or a data set"),
+    ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: a retraining reads its text: name a"),
+    ({"tau": 0.2}, "tau: it belongs to the kind graph; to prune with it, give it to a run"),
+    ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
+    ({"kind": "graph", "tau": 0.7, "runs": {}, "grid": {}}, "tau is 0.7; a recipe of the kind graph needs one above"),
+    ({"kind": "graph", "tau": 0.2, "runs": {}}, "grid: a recipe of the kind graph prunes nothing; leave this out"),
+    ({"kind": "activations"}, "runs: a recipe of the kind activations prunes nothing; leave this out"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_recipe(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL | fields, sort_keys=False))
+    with pytest.raises(SecateurError, match=re.escape(f"{path}: {message}")) as error:
+        read_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "a recipe is a mapping with title, runs, evaluation"),
+        (b"- 1", "a recipe is a mapping with title, runs, evaluation"),
+        (b"title: [", "line 1: not YAML"),
+        (b"title: a\nruns:\n  x: {}\n  x: {}\n", "line 4: not YAML ('x' is there twice); correct it"),
+        (b"title: !!python/object/apply:os.getcwd []", "not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"? [a]\n: b\n", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    with pytest.raises(SecateurError, match=re.escape(message)) as error:
+        read_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_does_not_exist() -> None:
+    with pytest.raises(SecateurError, match=r"recipe 'table9' does not exist; name a \.yaml file or one of figure3"):
+        read_recipe("table9")

@@ -1,0 +1,367 @@
+"""Every criterion against its formula, spelled out with loops, and the orders that scores amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import blocks_of, build, layers_of, token_rows
+from secateur.criteria import (
+    NEEDS_INPUTS,
+    SCORES,
+    Statistics,
+    error_curve,
+    pattern_units,
+    removal_order,
+    survivors,
+)
+from secateur.criteria.choice import CRITERIA, IDENTITY, SIMILARITY
+from secateur.model.structure import Depth2, Kind
+from secateur.model.surgery import inner_weight
+from secateur.numerics.moments import Moments
+from secateur.numerics.solve import eliminate
+
+MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral"]
+
+
+def seen(model: nn.Module, layer: nn.Module, path: str, ids: Tensor) -> Tensor:
+    """Input of a layer, one row a token."""
+    values: list[Tensor] = []
+    hook = layer.get_submodule(path).register_forward_pre_hook(lambda _, args: values.append(args[0]))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    hook.remove()
+    return values[0].reshape(-1, values[0].shape[-1])
+
+
+def statistics(name: str, kind: Kind, *, index: int = 1, seed: int = 0) -> tuple[Statistics, Tensor, Tensor, Any]:
+    """Statistics of one module of a tiny model, its inputs, its level-2 inputs, and the model."""
+    model = build(name, attn_implementation="eager")
+    layer, block = layers_of(model)[index], blocks_of(model)[index]
+    module, ids = block.module(kind), token_rows(6)
+    x, inner = seen(model, layer, module.source, ids), seen(model, layer, module.sink, ids)
+    tensors = dict(layer.named_parameters())
+    moments, inputs = Moments(inner.shape[1]), Moments(x.shape[1])
+    for part in range(0, len(x), 50):
+        moments.update(inner[part : part + 50])
+        inputs.update(x[part : part + 50])
+    weight = inner_weight(module, tensors)
+    # Those that come from gradients, which test_gradients.py has.
+    given = torch.rand(module.units, generator=torch.Generator().manual_seed(1)).double()
+    stats = Statistics(module, tensors, weight, moments, inputs, 0.3, own_target=True, seed=seed, scores=given)
+    return stats, x, inner, model
+
+
+def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
+    torch.testing.assert_close(found.double(), torch.as_tensor(wanted, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_names_agree():
+    assert {*CRITERIA, IDENTITY, SIMILARITY} == {*SCORES, "surgeon"}
+    assert set(SCORES) >= NEEDS_INPUTS
+
+
+# Second moment.
+
+
+def test_second_moment_of_a_gated_module_with_biases():
+    stats, x, _, _ = statistics("llama biased", "channels")
+    w = stats.tensors
+    x = x.double()
+    wanted = []
+    for channel in range(stats.module.units):
+        down = w["mlp.down_proj.weight"][:, channel].double()
+        score = 1.0
+        for name in ("up_proj", "gate_proj"):
+            row, bias = w[f"mlp.{name}.weight"][channel].double(), w[f"mlp.{name}.bias"][channel].double()
+            score *= 0.5 * float(down @ down) * float((x @ row + bias).square().mean())
+        wanted.append(score)
+    assert_scores(SCORES["second-moment"](stats), wanted)
+
+
+def test_second_moment_of_an_ungated_module_with_biases():
+    stats, x, _, _ = statistics("gpt2", "channels")
+    w = stats.tensors
+    wanted = []
+    for channel in range(stats.module.units):
+        down = w["mlp.c_proj.weight"][channel].double()
+        before = x.double() @ w["mlp.c_fc.weight"][:, channel].double() + w["mlp.c_fc.bias"][channel].double()
+        wanted.append(0.5 * float(down @ down) * float(before.square().mean()))
+    assert_scores(SCORES["second-moment"](stats), wanted)
+
+
+def test_second_moment_of_fused_layers():
+    """Phi-3 stores the gate's rows first, then those of the up layer, in one tensor."""
+    stats, x, _, _ = statistics("phi3", "channels")
+    fused, down = stats.tensors["mlp.gate_up_proj.weight"].double(), stats.tensors["mlp.down_proj.weight"].double()
+    half = stats.module.units
+    gate, up = ((x.double() @ part.T).square().mean(0) for part in (fused[:half], fused[half:]))
+    assert_scores(SCORES["second-moment"](stats), 0.25 * down.square().sum(0).square() * gate * up)
+
+
+@pytest.mark.parametrize("name", ["llama biased", "qwen2", "mistral"])
+def test_second_moment_of_attention_folds_the_probabilities_in(name):
+    stats, x, _, model = statistics(name, "heads")
+    ids, w, module = token_rows(6), stats.tensors, stats.module
+    with torch.no_grad():
+        probabilities = model(ids, use_cache=False, output_attentions=True).attentions[1].double()
+    x = x.view(*ids.shape, -1).double()
+    values, output = w["self_attn.v_proj.weight"].double(), w["self_attn.o_proj.weight"].double()
+    bias = w["self_attn.v_proj.bias"].double() if "self_attn.v_proj.bias" in w else torch.zeros(len(values))
+    wanted = []
+    for head in range(module.units):
+        # X^ = P X; every row of P sums to one, so that the bias passes through as it is.
+        folded = probabilities[:, head] @ x
+        score = 0.0
+        for entry in range(module.size):
+            row = (head // module.per_group) * module.size + entry
+            column = output[:, head * module.size + entry]
+            score += 0.5 * float(column @ column) * float((folded @ values[row] + bias[row]).square().mean())
+        wanted.append(score)
+    assert_scores(SCORES["second-moment"](stats), wanted)
+
+
+def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
+    """A module of its own whose inputs are normal with a known covariance, and the scores that follow from it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    name = "llama biased" if gated else "gpt2"
+    model = build(name)
+    block, tensors = blocks_of(model)[0], dict(layers_of(model)[0].named_parameters())
+    module, width = block.feed_forward, 48
+    mix, mean = draw(width, width) / width**0.5, 0.3 * draw(width)
+    x = draw(40_000, width) @ mix.T + mean
+    inputs = Moments(width)
+    inputs.update(x)
+    weight = inner_weight(module, tensors)
+    moments = Moments(module.units)
+    stats = Statistics(module, tensors, weight, moments, inputs, ridge=0.3, own_target=True, seed=0)
+    return stats, mix @ mix.T + torch.outer(mean, mean), mean
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_second_moment_equals_monte_carlo(gated):
+    """Forty thousand draws against the covariance they come from."""
+    stats, second, mean = normal_statistics(gated)
+    wanted = torch.ones(stats.module.units)
+    for slab in stats.module.scored:
+        rows = stats.tensors[slab.name].movedim(slab.axis, 0)
+        bias = stats.tensors[slab.name.replace("weight", "bias")]
+        square = ((rows @ second) * rows).sum(1) + 2 * bias * (rows @ mean) + bias.square()
+        wanted = wanted * 0.5 * stats.weight_ao.square().sum(1) * square
+    found = SCORES["second-moment"](stats)
+    assert float((found / wanted - 1).abs().max()) < 0.05
+
+
+def test_the_half_is_what_a_rectifier_leaves():
+    """For symmetric inputs and no bias, the score is the mean energy of what a channel adds to the output."""
+    generator = torch.Generator().manual_seed(0)
+    model = build("opt")
+    block, layer = blocks_of(model)[0], layers_of(model)[0]
+    layer.fc1.bias.zero_()
+    assert model.config.activation_function == "relu"
+    x = torch.randn(40_000, 48, generator=generator) * torch.linspace(0.3, 2, 48)
+    inputs, tensors = Moments(48), dict(layer.named_parameters())
+    inputs.update(x)
+    weight = inner_weight(block.feed_forward, tensors)
+    moments = Moments(block.feed_forward.units)
+    stats = Statistics(block.feed_forward, tensors, weight, moments, inputs, ridge=0.3, own_target=True, seed=0)
+    active = torch.relu(x @ layer.fc1.weight.T)
+    added = [(active[:, unit, None] * layer.fc2.weight[:, unit]).square().sum(1).mean() for unit in range(20)]
+    assert float((SCORES["second-moment"](stats)[:20] / torch.stack(added) - 1).abs().max()) < 0.05
+
+
+# Wanda, L1, L2, random.
+
+
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+@pytest.mark.parametrize("name", MODELS)
+def test_wanda(name, kind):
+    stats, _, inner, _ = statistics(name, kind)
+    size, weight = stats.module.size, stats.weight_ao.double()
+    wanted = []
+    for unit in range(stats.module.units):
+        score = 0.0
+        for entry in range(unit * size, (unit + 1) * size):
+            norm = float(inner[:, entry].double().square().mean().sqrt())
+            score += sum(abs(float(w)) for w in weight[entry]) * norm
+        wanted.append(score)
+    assert_scores(SCORES["wanda"](stats), wanted)
+
+
+def unit_weights(stats: Statistics, unit: int) -> list[tuple[Tensor, float]]:
+    """All weights of a unit by architecture, spelled out, each with its share."""
+    module, w, size = stats.module, stats.tensors, stats.module.size
+    here = slice(unit * size, (unit + 1) * size)
+    if "mlp.c_fc.weight" in w:
+        if module.kind == "channels":
+            return [(w["mlp.c_fc.weight"][:, here], 1.0), (w["mlp.c_proj.weight"][here], 1.0)]
+        fused = w["attn.c_attn.weight"].view(48, 3, 6, size)
+        return [(fused[:, :, unit], 1.0), (w["attn.c_proj.weight"][here], 1.0)]
+    if "attention.dense.weight" in w:
+        if module.kind == "channels":
+            return [(w["mlp.dense_h_to_4h.weight"][here], 1.0), (w["mlp.dense_4h_to_h.weight"][:, here], 1.0)]
+        fused = w["attention.query_key_value.weight"].view(6, 3 * size, 48)
+        return [(fused[unit], 1.0), (w["attention.dense.weight"][:, here], 1.0)]
+    if module.kind == "channels":
+        if "fc1.weight" in w:
+            return [(w["fc1.weight"][here], 1.0), (w["fc2.weight"][:, here], 1.0)]
+        if "mlp.gate_up_proj.weight" in w:
+            fused = w["mlp.gate_up_proj.weight"].view(2, module.units, -1)
+            return [(fused[:, here], 1.0), (w["mlp.down_proj.weight"][:, here], 1.0)]
+        parts = [(w[f"mlp.{name}_proj.weight"][here], 1.0) for name in ("up", "gate")]
+        return [*parts, (w["mlp.down_proj.weight"][:, here], 1.0)]
+    group = unit // module.per_group
+    shared = slice(group * size, (group + 1) * size)
+    if "self_attn.qkv_proj.weight" in w:
+        q, k, v = w["self_attn.qkv_proj.weight"].split([6 * size, module.groups * size, module.groups * size])
+    else:
+        q, k, v = (w[f"self_attn.{name}_proj.weight"] for name in "qkv")
+    output = w["self_attn.o_proj.weight" if "self_attn.o_proj.weight" in w else "self_attn.out_proj.weight"]
+    share = 1 / module.per_group
+    return [(q[here], 1.0), (k[shared], share), (v[shared], share), (output[:, here], 1.0)]
+
+
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("criterion", ["l1", "l2"])
+def test_magnitudes(criterion, name, kind):
+    stats, _, _, _ = statistics(name, kind)
+    wanted = []
+    for unit in range(stats.module.units):
+        parts = unit_weights(stats, unit)
+        if criterion == "l1":
+            wanted.append(sum(share * float(part.double().abs().sum()) for part, share in parts))
+        else:
+            wanted.append(sum(share * float(part.double().square().sum()) for part, share in parts) ** 0.5)
+    assert_scores(SCORES[criterion](stats), wanted)
+
+
+def test_random_is_seeded():
+    scores = [SCORES["random"](statistics("llama", "channels", seed=seed)[0]) for seed in (0, 0, 1)]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+    assert scores[0].unique().numel() == scores[0].numel()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+def test_criteria_change_nothing(criterion, kind):
+    stats, _, _, _ = statistics("llama biased", kind)
+    before = {name: tensor.clone() for name, tensor in stats.tensors.items()}
+    first = removal_order(criterion, stats, stats.module.patterns[0], 1)
+    assert torch.equal(first, removal_order(criterion, stats, stats.module.patterns[0], 1))
+    assert all(torch.equal(stats.tensors[name], tensor) for name, tensor in before.items())
+
+
+# Orders.
+
+
+def ordered(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> Callable[..., list[int]]:
+    """The removal order for fixed scores."""
+    monkeypatch.setitem(SCORES, "wanda", lambda _: torch.tensor(scores, dtype=torch.float64))
+
+    def order(stats: Statistics, pattern: Any, stop: int) -> list[int]:
+        return removal_order("wanda", stats, pattern, stop).tolist()
+
+    return order
+
+
+def llama(kind: Kind) -> tuple[Statistics, Depth2]:
+    stats = statistics("llama", kind)[0]
+    return stats, stats.module
+
+
+def test_order_of_channels(monkeypatch):
+    stats, module = llama("channels")
+    scores = [float((7 * unit) % module.units) for unit in range(module.units)]
+    order = ordered(monkeypatch, scores)(stats, "channels", 70)
+    assert len(order) == module.units - 70
+    assert [scores[unit] for unit in order] == [0.0, 1.0]
+    assert survivors(module, "channels", torch.tensor(order)) == tuple(
+        unit for unit in range(module.units) if scores[unit] > 1
+    )
+
+
+def test_order_of_groups(monkeypatch):
+    """Six heads in three groups; a group is worth what its heads are worth together."""
+    stats, module = llama("heads")
+    order = ordered(monkeypatch, [0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
+    assert order(stats, "groups", 1) == [0, 2]
+    assert order(stats, "groups", 2) == [0]
+    assert survivors(module, "groups", torch.tensor([0, 2])) == (2, 3)
+    assert survivors(module, "groups", torch.tensor([0])) == (2, 3, 4, 5)
+
+
+def test_order_of_heads(monkeypatch):
+    """One head of every group a round, whatever the groups are worth."""
+    stats, module = llama("heads")
+    order = ordered(monkeypatch, [0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, "heads", 1)
+    assert order == [0, 3, 5]
+    assert survivors(module, "heads", torch.tensor(order)) == (1, 2, 4)
+
+
+def test_order_of_heads_in_rounds(monkeypatch):
+    stats = statistics("qwen2", "heads")[0]
+    order = ordered(monkeypatch, [3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
+    assert order(stats, "heads", 1) == [1, 3, 2, 5]
+    assert order(stats, "heads", 2) == [1, 3]
+    assert survivors(stats.module, "heads", torch.tensor([1, 3])) == (0, 2, 4, 5)
+
+
+def test_equal_scores_leave_in_order(monkeypatch):
+    stats, module = llama("channels")
+    order = ordered(monkeypatch, [1.0] * module.units)(stats, "channels", 60)
+    assert order == list(range(module.units - 60))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "llama one group", "gpt2"])
+def test_every_width_of_every_pattern(criterion, name):
+    for kind in ("heads", "channels"):
+        stats, _, inner, _ = statistics(name, kind)
+        module = stats.module
+        for pattern in module.patterns:
+            units = pattern_units(module, pattern)
+            a_round = module.groups if pattern == "heads" else 1
+            for stop in {1, max(1, units - 1)}:
+                order = removal_order(criterion, stats, pattern, stop)
+                assert len(order) == (units - stop) * a_round
+                kept = survivors(module, pattern, order)
+                each = {"groups": module.per_group, "heads": module.groups, "channels": 1}[pattern]
+                assert len(kept) == stop * each
+            curve = error_curve(criterion, stats, pattern, 1)
+            assert len(curve.errors) == (units - 1) * a_round + 1
+            assert torch.equal(curve.order, removal_order(criterion, stats, pattern, 1))
+            # The dense module yields its own output: no error yet, and all of it is at stake.
+            energy = float((inner.double() @ stats.weight_ao.double()).square().sum())
+            assert abs(float(curve.errors[0])) < 1e-4 * energy
+            assert 0 < float(curve.errors[-1]) < energy
+
+
+def test_surgeon_is_the_elimination():
+    stats, _, inner, _ = statistics("llama", "heads")
+    assert stats.module.size == 8
+    found = error_curve("surgeon", stats, "groups", 1)
+    expected = eliminate(stats.normal, 16)
+    assert torch.equal(found.order, expected.order)
+    assert torch.equal(found.errors, expected.errors)
+    target = inner.double() @ stats.weight_ao.double()
+    kept = [entry for entry in range(48) if entry // 16 not in found.order[:1].tolist()]
+    # At most what dropping the group without a refit costs.
+    plain = inner.double()[:, kept] @ stats.weight_ao.double()[kept]
+    assert float(found.errors[1]) < float((plain - target).square().sum())
+
+
+def test_surgeon_errors_are_lowest():
+    """On its own terms the greedy order beats chance."""
+    stats = statistics("llama", "channels")[0]
+    surgeon, chance = (error_curve(name, stats, "channels", 1) for name in ("surgeon", "random"))
+    assert float(surgeon.errors[20]) < float(chance.errors[20])

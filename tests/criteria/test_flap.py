@@ -1,0 +1,318 @@
+"""FLAP, criteria and bias, against its formulas; and the peers of `benchmarks/peers.py`, at the wanted size."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_criteria import MODELS, assert_scores, statistics
+from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
+from torch import Tensor, nn
+
+from models import blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
+from secateur.base.progress import Silent
+from secateur.commands.open import open_job
+from secateur.commands.options import Options
+from secateur.criteria import SCORES
+from secateur.fit.average import FittedBlock
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Keep, Width
+from secateur.plan.plan import Plan
+
+BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
+
+
+@pytest.fixture(scope="module")
+def peers() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "peers.py"
+    spec = importlib.util.spec_from_file_location("peers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# The criteria.
+
+
+def metrics(weight: Tensor, inner: Tensor) -> dict[str, Tensor]:
+    """FLAP's three metrics of every level-2 input; weight (a x o), inputs (n x a)."""
+    variance = inner.var(0, correction=0)
+    return {
+        "flap-wifv": variance * (weight**2).sum(1),
+        "flap-ifv": variance,
+        "flap-wifn": weight.abs().mean(1) * (inner**2).mean(0).sqrt(),
+    }
+
+
+@pytest.mark.parametrize("criterion", ["flap-wifv", "flap-ifv", "flap-wifn"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores(name, kind, criterion):
+    stats, _, inner, _ = statistics(name, kind)
+    metric = metrics(stats.weight_ao.double(), inner.double())[criterion]
+    if kind == "heads":
+        size = stats.module.size
+        metric = torch.stack([(metric[head * size : (head + 1) * size] ** 2).sum() for head in range(6)])
+    assert_scores(SCORES[criterion](stats), metric)
+
+
+def test_a_constant_input_is_worth_nothing():
+    stats, _, inner, _ = statistics("llama", "channels")
+    stats.moments = type(stats.moments)(72)
+    stats.moments.update(torch.cat([inner[:, :-1], torch.full((len(inner), 1), 1e4 / 3)], dim=1))
+    for criterion in ("flap-wifv", "flap-ifv"):
+        scores = SCORES[criterion](stats)
+        assert 0 <= float(scores[-1]) < 20 * stats.weight_ao.square().sum(1).max()
+
+
+# The bias.
+
+
+def mean_output(model: nn.Module, index: int, path: str, ids: Tensor) -> Tensor:
+    """Of a layer, over the calibration tokens."""
+    outputs: list[Tensor] = []
+    hook = layers_of(model)[index].get_submodule(path).register_forward_hook(lambda _, __, y: outputs.append(y))
+    logits_of(model, ids)
+    hook.remove()
+    return outputs[0].reshape(-1, outputs[0].shape[-1]).double().mean(0)
+
+
+def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
+    """What `prune` does when it is asked for the bias, and the rows that it calibrates on."""
+    options = Options(sparsity=0.3, criterion="flap-wifv", recovery="bias", samples=64, length=16, calibration="random")
+    job = open_job(folder, options, device="cpu", trust_remote_code=False, watcher=Silent())
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    return list(job.refit(plan, job.rows, Silent(), None)), job.text
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the refit alone", "as prune asks for it"])
+@pytest.mark.parametrize("name", BIASES)
+def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
+    """Of each module where it stands: behind the pruned modules before it, its own units all there or cut."""
+    if whole:
+        found, ids = asked(checkpoint_folder(name), name)
+    else:
+        found, ids = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv"), IDS
+    dense, pruned = build(name), pruned_model(name, found)
+    for block in found:
+        described = blocks_of(dense)[block.index]
+        keeps = {b.index: b.keep for b in found[: block.index]}
+        changed: dict[int, dict[str, Tensor]] = {b.index: b.changed for b in found[: block.index]}
+        for module in (described.attention, described.feed_forward):
+            whole = narrowed(dense, keeps, changed)
+            wanted, got = (mean_output(m, block.index, module.sink, ids) for m in (whole, pruned))
+            assert relative(got, wanted) < 2e-5
+            bias = module.bias_name
+            keeps[block.index] = Keep(block.keep.heads, tuple(range(described.feed_forward.units)))
+            changed[block.index] = {bias: block.changed[bias]}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_the_bias_is_the_removed_part_of_the_mean(checkpoint_folder, name):
+    found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv")[0]
+    model = build(name)
+    module, layer = blocks_of(model)[0].attention, layers_of(model)[0]
+    inputs: list[Tensor] = []
+    layer.get_submodule(module.sink).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    logits_of(model, IDS)
+    mean = inputs[0].reshape(-1, inputs[0].shape[-1]).double().mean(0)
+    stored = dict(layer.named_parameters())
+    weight = stored[module.level2.name].movedim(module.level2.axis, 0).double()
+    wanted = torch.zeros(48, dtype=torch.float64) if module.bias is None else stored[module.bias].double()
+    for head in set(range(module.units)) - set(found.keep.heads):
+        for entry in range(head * module.size, (head + 1) * module.size):
+            wanted = wanted + mean[entry] * weight[entry]
+    assert relative(found.changed[module.bias_name], wanted.float()) < 1e-5
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_the_bias_leaves_the_weights(checkpoint_folder, name):
+    found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv", when="both")
+    model = build(name)
+    for block in found:
+        described, stored = blocks_of(model)[block.index], dict(layers_of(model)[block.index].named_parameters())
+        names = {module.level2.name for module in (described.attention, described.feed_forward)}
+        biases = {module.bias_name for module in (described.attention, described.feed_forward)}
+        assert block.changed.keys() == names | biases
+        assert all(torch.equal(block.changed[n], stored[n]) for n in names)
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_reported_errors_with_a_bias(checkpoint_folder, name):
+    found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv")
+    assert found[-1].reports[-1].relative == pytest.approx(output_error(name, found), rel=1e-3)
+
+
+def test_behind_a_norm_nothing_is_added(checkpoint_folder):
+    found = run(checkpoint_folder("gemma2"), "gemma2", method="bias", criterion="flap-wifv")
+    assert found[0].keep.heads != tuple(range(6))
+    assert not any(name.endswith("bias") for block in found for name in block.changed)
+
+
+# The peers.
+
+
+def opened(folder: Path) -> tuple[BlockStream, Rows]:
+    return BlockStream(open_checkpoint(folder)), Rows.of(token_rows(8, 20, seed=3))
+
+
+def dense_parameters(stream: BlockStream) -> int:
+    return sum(block.parameters for block in stream.blocks)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+@pytest.mark.parametrize("name", ["wanda-sp", "flap", "uniform-obc", "optipfair", "optipfair-calibrated"])
+def test_peers_have_the_wanted_size(checkpoint_folder, peers, name, sparsity):
+    if name.startswith("optipfair"):
+        pytest.importorskip("optipfair")
+    stream, rows = opened(checkpoint_folder("llama"))
+    peer = peers.PEERS[name](stream, rows, sparsity)
+    left = peer.kept_parameters / dense_parameters(stream)
+    # A channel is under half a percent of a block; FLAP's groups are five, and its biases another half.
+    assert left == pytest.approx(1 - sparsity, abs=0.03 if name == "flap" else 0.005)
+    assert peer.kept_parameters == sum(p.numel() for layer in layers_of(peer.network) for p in layer.parameters())
+    logits = logits_of(peer.network, rows.groups[0])
+    assert logits.isfinite().all()
+    assert relative(logits, logits_of(build("llama"), rows.groups[0])) > 0.01
+    assert peer.note
+
+
+def test_flap_may_empty_a_module(checkpoint_folder, peers, monkeypatch):
+    """Its mean output is left, as a bias."""
+    stream, rows = opened(checkpoint_folder("llama"))
+    widths = {0: Width(0, 0, 72), 1: Width(3, 2, 0), 2: Width(3, 2, 72)}
+    monkeypatch.setattr(peers, "flap_widths", lambda *_: widths)
+    peer = peers.PEERS["flap"](stream, rows, 0.3)
+    first = layers_of(peer.network)[0].self_attn
+    assert [name for name, _ in first.named_parameters()] == ["o_proj.bias"]
+    outputs: list[Tensor] = []
+    model = build("llama")
+    layers_of(model)[0].self_attn.o_proj.register_forward_hook(lambda _, __, y: outputs.append(y))
+    logits_of(model, rows.groups[0])
+    assert relative(first.o_proj.bias, outputs[0].mean((0, 1))) < 1e-5
+    assert logits_of(peer.network, rows.groups[0]).isfinite().all()
+    biases = 48 * 6
+    assert peer.kept_parameters == biases + sum(b.kept_parameters(widths[i]) for i, b in enumerate(stream.blocks))
+
+
+@pytest.mark.parametrize("name", ["depth", "depth-greedy"])
+@pytest.mark.parametrize("model", ["llama", "qwen2 window"])
+def test_depth_peers_drop_blocks(checkpoint_folder, peers, model, name):
+    stream, rows = opened(checkpoint_folder(model))
+    ids, left = rows.groups[0], []
+    peer = peers.PEERS[name](stream, rows, 0.3)
+    assert peer.kept_parameters == 2 * stream.blocks[0].parameters
+    for gone in range(3):
+        shorter = build(model)
+        layers = layers_of(shorter)
+        layers[gone].forward = lambda hidden, *_, **__: hidden
+        left.append((float(loss(shorter, ids)), logits_of(shorter, ids)))
+    chosen = int(peer.note.split(";")[0].split()[-1])
+    assert relative(logits_of(peer.network, ids), left[chosen][1]) < 1e-4
+    if name == "depth-greedy":
+        assert left[chosen][0] == min(nll for nll, _ in left)
+    # Its cache is laid out anew.
+    assert [layer.self_attn.layer_idx for layer in layers_of(peer.network)] == [0, 1]
+
+
+def loss(model: Any, ids: Tensor) -> Tensor:
+    logits = logits_of(model, ids)
+    return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def test_block_influence(checkpoint_folder, peers):
+    stream, rows = opened(checkpoint_folder("llama"))
+    model, seen = build("llama"), []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0].double(), output.double())))
+    logits_of(model, rows.groups[0])
+    wanted = [float(1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean()) for x, y in seen]
+    torch.testing.assert_close(peers.block_influence(stream, rows), torch.tensor(wanted).double(), rtol=1e-4, atol=0)
+
+
+def test_flap_widths_by_hand(checkpoint_folder, peers):
+    """Standardised scores and parameters in one list, the best of it kept."""
+    stream, rows = opened(checkpoint_folder("llama"))
+    model, seen = build("llama"), []
+    for layer in layers_of(model):
+        for path in ("self_attn.o_proj", "mlp.down_proj"):
+            layer.get_submodule(path).register_forward_hook(lambda m, args, _: seen.append((m.weight, args[0])))
+    logits_of(model, rows.groups[0])
+    units: list[tuple[float, int, int, str]] = []
+    for number, (weight, x) in enumerate(seen):
+        metric = metrics(weight.T.double(), x.reshape(-1, x.shape[-1]).double())["flap-wifv"]
+        if number % 2 == 0:
+            metric = metric**2
+        z = (metric - metric.mean()) / metric.std()
+        # A group holds two query heads, a key and a value head of eight entries: 6 * 8 rows or columns of 48.
+        parts, size, what = (z.view(3, 16).mean(1), 48 * 48, "groups") if number % 2 == 0 else (z, 144, "channels")
+        units += [(float(score), size, number // 2, what) for score in parts]
+    units.sort(reverse=True)
+    removed, kept = sum(size for _, size, _, _ in units), {}
+    trail = []
+    for position, (_, size, _, _) in enumerate(units):
+        removed -= size
+        trail.append((abs(removed - 0.3 * dense_parameters(stream)), position + 1))
+    for _, _, block, what in units[: min(trail)[1]]:
+        kept[block, what] = kept.get((block, what), 0) + 1
+    for index, width in peers.flap_widths(stream, rows, 0.3).items():
+        groups = kept.get((index, "groups"), 0)
+        assert width == Width(groups, 2 if groups else 0, kept.get((index, "channels"), 0))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama one group", "llama every head", "gpt2", "olmo2"])
+def test_flap_widths_can_be_held(checkpoint_folder, peers, name):
+    stream, rows = opened(checkpoint_folder(name))
+    widths = peers.flap_widths(stream, rows, 0.3)
+    kept = sum(block.kept_parameters(widths[index]) for index, block in enumerate(stream.blocks))
+    assert kept / dense_parameters(stream) == pytest.approx(0.7, abs=0.03)
+    dense = stream.blocks[0].width
+    for width in widths.values():
+        assert width.heads == 0 or dense.groups == width.groups or dense.per_group == width.per_group
+
+
+def test_uniform_widths_cut_both_modules_alike(peers):
+    block = blocks_of(build("llama one group"))[0]
+    width = peers.uniform_width(block, 0.4)
+    assert (width.groups, width.per_group) == (1, 3)
+    assert block.kept_parameters(width) / block.parameters == pytest.approx(0.6, abs=0.005)
+    assert width.channels / 72 == pytest.approx(0.6, abs=0.1)
+
+
+def test_uniform_obc_keeps_to_its_own_output(checkpoint_folder, peers):
+    """The first block's attention by hand: the dense output as the target, pulled to the old weights."""
+    stream, rows = opened(checkpoint_folder("llama"))
+    network = peers.uniform_obc(stream, rows, 0.3).network
+    model, seen = build("llama"), []
+    layers_of(model)[0].self_attn.o_proj.register_forward_hook(lambda m, args, _: seen.append((m.weight, args[0])))
+    logits_of(model, rows.groups[0])
+    old, x = seen[0][0].T.double(), seen[0][1].reshape(-1, 48).double()
+    gram, found = x.T @ x, layers_of(network)[0].self_attn.o_proj.weight.T.double()
+    costs = {}
+    for gone in range(64):
+        # One head, or both, of every group stays: here some choice of one.
+        picks = [(gone >> group) % 2 for group in range(3)]
+        at = torch.cat([torch.arange(8) + 8 * (2 * group + pick) for group, pick in enumerate(picks)])
+        pull = peers.OBC_RIDGE * torch.diag(gram.diagonal()[at])
+        fitted = torch.linalg.solve(gram[at][:, at] + pull, (gram @ old)[at] + pull @ old[at])
+        costs[relative(found, fitted)] = picks
+    assert found.shape == (24, 48)
+    assert min(costs) < 1e-4
+
+
+def test_wanda_keeps_the_stored_weights(checkpoint_folder, peers):
+    stream, rows = opened(checkpoint_folder("llama"))
+    network = peers.wanda_sp(stream, rows, 0.3).network
+    stored = layers_of(build("llama"))[2].mlp.down_proj.weight
+    found = layers_of(network)[2].mlp.down_proj.weight
+    assert all((column[:, None] == stored).all(0).any() for column in found.T)

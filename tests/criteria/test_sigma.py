@@ -1,0 +1,220 @@
+"""Where second-moment takes its covariance from: calibration rows, nothing (the identity), or random token ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_criteria import assert_scores, seen, statistics
+from torch import Tensor
+
+from conftest import CheckpointFolder
+from models import build, layers_of, make_tokenizer, token_rows
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands.open import open_job
+from secateur.commands.options import Options
+from secateur.criteria import SCORES, Statistics, error_curve, removal_order, survivors
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Pattern, Width
+from secateur.model.surgery import inner_weight
+from secateur.numerics.moments import Moments
+from secateur.plan.plan import Plan
+from secateur.survey.survey import survey
+from secateur.text.row_file import write_rows
+
+MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral", "qwen3 biased", "gemma2"]
+IDENTITY = SCORES["second-moment-identity"]
+
+
+def values_of(stats: Statistics) -> tuple[Tensor, Tensor]:
+    """The value layer's rows and biases by architecture, spelled out: heads x size x hidden, heads x size."""
+    module, w = stats.module, stats.tensors
+    size, groups = module.size, module.groups
+    if "attn.c_attn.weight" in w:
+        rows, bias = w["attn.c_attn.weight"].T[2 * 48 :], w["attn.c_attn.bias"][2 * 48 :]
+    elif "attention.query_key_value.weight" in w:
+        rows = w["attention.query_key_value.weight"].view(6, 3, size, 48)[:, 2]
+        bias = w["attention.query_key_value.bias"].view(6, 3, size)[:, 2]
+    elif "self_attn.qkv_proj.weight" in w:
+        rows = w["self_attn.qkv_proj.weight"][(6 + groups) * size :]
+        bias = torch.zeros(groups * size)
+    else:
+        rows = w["self_attn.v_proj.weight"]
+        bias = w.get("self_attn.v_proj.bias", torch.zeros(groups * size))
+    return rows.reshape(groups, size, 48).double(), bias.reshape(groups, size).double()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_identity_of_attention(name: str) -> None:
+    stats, _, _, _ = statistics(name, "heads")
+    rows, bias = values_of(stats)
+    module, wanted = stats.module, []
+    for head in range(module.units):
+        score = 0.0
+        for entry in range(module.size):
+            column = stats.weight_ao[head * module.size + entry].double()
+            row, b = rows[head // module.per_group, entry], float(bias[head // module.per_group, entry])
+            score += 0.5 * float(column @ column) * (float(row @ row) + b * b)
+        wanted.append(score)
+    assert_scores(IDENTITY(stats), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_identity_of_channels_is_what_standard_normal_inputs_give(name: str) -> None:
+    """Against the criterion itself, on inputs whose second moments are exactly those of the identity."""
+    stats, _, _, _ = statistics(name, "channels")
+    basis = torch.linalg.qr(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)).double())[0]
+    x = torch.cat([basis, -basis]) * 96**0.5
+    assert torch.allclose(x.T @ x / len(x), torch.eye(48, dtype=torch.float64), atol=1e-12)
+    stats.inputs = Moments(48)
+    stats.inputs.update(x.float())
+    assert_scores(IDENTITY(stats), SCORES["second-moment"](stats))
+
+
+def test_identity_sees_no_data() -> None:
+    for kind in ("heads", "channels"):
+        one, other = (statistics("llama biased", kind)[0] for _ in range(2))
+        other.inputs, other.moments = None, Moments(other.moments.gram().shape[0])
+        assert torch.equal(IDENTITY(one), IDENTITY(other))
+
+
+# Random token ids.
+
+TEXT, IDS = token_rows(6, 20, seed=9), token_rows(2, 7, seed=4)
+WIDTHS = {"llama": Width(2, 2, 50), "llama biased": Width(2, 2, 50), "gpt2": Width(4, 1, 60), "opt": Width(4, 1, 60)}
+
+
+def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
+    """Statistics of a module of block 0 in the dense model, on some ids."""
+    stats, _, _, _ = statistics(name, kind, index=0)
+    model = build(name)
+    layer = layers_of(model)[0]
+    x, inner = (seen(model, layer, path, ids) for path in (stats.module.source, stats.module.sink))
+    stats.inputs, stats.moments = Moments(x.shape[1]), Moments(inner.shape[1])
+    stats.inputs.update(x)
+    stats.moments.update(inner)
+    stats.weight_ao = inner_weight(stats.module, stats.tensors)
+    return stats
+
+
+def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **recovery: Any) -> Any:
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    method = Method(criterion, Recovery(**recovery))
+    return next(iter(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))).keep
+
+
+@pytest.mark.parametrize("name", list(WIDTHS))
+def test_random_ids_choose_the_units(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Of the first attention, which sees the dense model's activations."""
+    stats = stats_on(name, "heads", IDS)
+    pattern: Pattern = "groups" if WIDTHS[name].groups < stats.module.groups else "heads"
+    order = removal_order("second-moment", stats, pattern, WIDTHS[name].along(pattern))
+    rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
+    keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
+    assert keep.heads == survivors(stats.module, pattern, order)
+
+
+@pytest.mark.parametrize("name", list(WIDTHS))
+def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """With all heads kept and nothing refitted, the first feed-forward sees what the dense one does."""
+    stats = stats_on(name, "channels", IDS)
+    whole = stats_on(name, "heads", IDS).module
+    width = Width(whole.groups, whole.per_group, 50)
+    plan = Plan({0: width}, 0.1, 0.1, "blocks", None)
+    method = Method("second-moment", Recovery("none"))
+    rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    keep = next(iter(refit(stream, plan, rows, method=method))).keep
+    order = removal_order("second-moment", stats, "channels", 50)
+    assert keep.channels == survivors(stats.module, "channels", order)
+    text = removal_order("second-moment", stats_on(name, "channels", TEXT), "channels", 50)
+    assert keep.channels != survivors(stats.module, "channels", text)
+
+
+@pytest.mark.parametrize("name", list(WIDTHS))
+def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
+    found = survey(stream, rows, probe_rows=token_rows(2, 20, seed=1), criterion="second-moment", kinds=("channels",))
+    choice, model = stats_on(name, "channels", IDS), build(name)
+    layer = layers_of(model)[0]
+    after: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, output: after.append(output))
+    inner = seen(model, layer, choice.module.sink, TEXT)
+    norms = torch.linalg.vector_norm(after[-1].reshape(len(inner), -1), dim=1, keepdim=True)
+    stats = stats_on(name, "channels", TEXT)
+    stats.moments = Moments(inner.shape[1])
+    stats.moments.update(inner / norms)
+    wanted = error_curve("second-moment", stats, "channels", 1, choice).errors / len(inner)
+    errors = torch.tensor(found.curves[0].errors, dtype=torch.float64)
+    torch.testing.assert_close(errors, wanted.double(), rtol=1e-3, atol=1e-6 * float(wanted[-1]))
+    assert found.probes
+    assert all(probe.divergence == probe.divergence for probe in found.probes)
+
+
+# The command.
+
+SMALL: dict[str, Any] = {"samples": 8, "length": 16, "sparsity": 0.3, "criterion": "second-moment"}
+
+
+def text_file(folder: Path) -> str:
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 20}" for i in range(1000)))
+    return str(folder / "text.txt")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_three_choose_differently(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+    text, kept = text_file(tmp_path), {}
+    for sigma in (None, "data", "identity", "random"):
+        prune(checkpoint_folder(name), tmp_path / f"{sigma}", widths="uniform", format="hf", sigma=sigma,
+              calibration=text, **SMALL)  # fmt: skip
+        record = json.loads((tmp_path / f"{sigma}" / "secateur.json").read_text())
+        assert record["options"]["sigma"] == sigma
+        kept[sigma] = [(block["heads"], block["channels"]) for block in record["blocks"]]
+    assert kept[None] == kept["data"]
+    assert kept["data"] != kept["identity"] != kept["random"] != kept["data"]
+
+
+def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    options = Options(sigma="random", calibration=text_file(tmp_path), refit_samples=3, **SMALL)
+    how: dict[str, Any] = {"device": "cpu", "revision": None, "trust_remote_code": False, "out": None}
+    job = open_job(checkpoint_folder("llama"), options, **how, overwrite=False, watcher=Silent())
+    scores = job.rows.scores
+    assert scores is not None
+    assert job.drawn.sigma is not None
+    assert [group.shape for group, score in zip(job.rows.groups, scores, strict=True) if score] == [(8, 16)]
+    assert torch.equal(job.rows.groups[scores.index(1.0)], job.drawn.sigma)
+
+
+def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    model, how = checkpoint_folder("llama"), {"calibration": text_file(tmp_path), **SMALL}
+    file = tmp_path / "survey.json"
+    prune(model, tmp_path / "a", sigma="random", survey_file=file, **how)
+    prune(model, tmp_path / "b", sigma="random", survey_file=file, **how)
+    for other in ("data", "identity"):
+        with pytest.raises(SecateurError, match="a survey with criterion second-moment of random ids, where second-mo"):
+            prune(model, tmp_path / "c", sigma=other, survey_file=file, **how)
+
+
+def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Rows that are read back are the same for every seed, and still units leave in another order."""
+    model, rows, file = checkpoint_folder("llama"), tmp_path / "rows.jsonl", tmp_path / "survey.json"
+    write_rows(rows, token_rows(4, 16), make_tokenizer())
+    how: dict[str, Any] = {**SMALL, "samples": 4, "calibration": str(rows), "sparsity": 0.3, "recovery": "none"}
+    for number, options in enumerate(({"criterion": "random"}, {"sigma": "random"})):
+        kept = tmp_path / f"{number}.json"
+        prune(model, tmp_path / f"a{number}", survey_file=kept, seed=0, **{**how, **options})
+        with pytest.raises(SecateurError, match="a survey with seed 0, where 1 is asked for"):
+            prune(model, tmp_path / "b", survey_file=kept, seed=1, **{**how, **options})
+    how["criterion"] = "l1"
+    prune(model, tmp_path / "c", survey_file=file, seed=0, **how)
+    prune(model, tmp_path / "d", survey_file=file, seed=1, **how)

@@ -1,0 +1,188 @@
+"""Distances between heads against SciPy on the attention maps that transformers itself returns."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
+from torch import Tensor
+
+from conftest import CheckpointFolder
+from models import ROWS, blocks_of, build, token_rows
+from secateur.base.errors import SecateurError
+from secateur.criteria import head_distances as similarity
+from secateur.criteria.choice import LARGEST
+from secateur.criteria.divergence import jensen_shannon
+from secateur.criteria.head_distances import NAME, head_distances
+from secateur.model import activations
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+
+CLOSE = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several batches, and several chunks of query rows in each, the last one shorter."""
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(similarity, "CHUNK", 6 * 24 * 2 * 5)
+
+
+def opened(folder: CheckpointFolder, name: str) -> BlockStream:
+    return BlockStream(open_checkpoint(folder(name)))
+
+
+def attentions(name: str, ids: Tensor) -> list[Tensor]:
+    """Probability rows of every block (b x h x t x t), from the whole model."""
+    model = build(name, attn_implementation="eager")
+    with torch.no_grad():
+        return list(model(ids, use_cache=False, output_attentions=True).attentions)
+
+
+def reference(maps: Tensor) -> np.ndarray:
+    """The mean squared Jensen-Shannon distance of all pairs (h x h), pair by pair, row by row."""
+    heads, keys = maps.shape[1], maps.shape[-1]
+    rows = maps.transpose(0, 1).reshape(heads, -1, keys).double().numpy()
+    return np.array([[(jensenshannon(p, q, axis=1) ** 2).mean() for q in rows] for p in rows])
+
+
+def near(found: Tensor, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found.numpy(), wanted, atol=CLOSE, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_distances_equal_scipys(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Grouped, windowed, capped, scaled, normalised: whatever the model's attention does."""
+    ids = token_rows(5)
+    found = head_distances(opened(checkpoint_folder, name), ids)
+    maps = attentions(name, ids)
+    assert list(found) == list(range(len(maps)))
+    for index, one in enumerate(maps):
+        wanted = reference(one)
+        # Heads of random weights attend to different places, and no two pairs alike.
+        assert np.ptp(wanted[np.triu_indices(6, 1)]) > 1000 * CLOSE
+        near(found[index], wanted)
+
+
+def test_groups_count_by_their_weight(checkpoint_folder: CheckpointFolder) -> None:
+    first, second, third = token_rows(3, 24), token_rows(4, 15, seed=1), token_rows(2, 9, seed=2)
+    rows = Rows((first, second, third), (1.0, 0.25, 0.0))
+    found = head_distances(opened(checkpoint_folder, "llama biased"), rows)
+    a, b = attentions("llama biased", first), attentions("llama biased", second)
+    for index in range(3):
+        counts = 72, 0.25 * 60
+        wanted = (counts[0] * reference(a[index]) + counts[1] * reference(b[index])) / sum(counts)
+        near(found[index], wanted)
+
+
+def test_some_blocks(checkpoint_folder: CheckpointFolder) -> None:
+    stream, ids = opened(checkpoint_folder, "qwen2"), token_rows(3)
+    every = head_distances(stream, ids)
+    some = head_distances(stream, ids, blocks=range(1, 2))
+    assert list(some) == [1]
+    near(some[1], every[1].numpy())
+
+
+def test_another_distance(checkpoint_folder: CheckpointFolder) -> None:
+    """Rows come once each, with all their probability; the distance of a person's own is summed and averaged."""
+    seen: list[Tensor] = []
+
+    def total_variation(p: Tensor) -> Tensor:
+        seen.append(p)
+        return torch.cdist(p.transpose(0, 1), p.transpose(0, 1), p=1).double().sum(0) / 2
+
+    ids = token_rows(5)
+    found = head_distances(opened(checkpoint_folder, "gemma2"), ids, blocks=range(1), distance=total_variation)
+    assert sum(p.shape[1] for p in seen) == ids.numel()
+    for p in seen:
+        assert p.sum(-1).sub(1).abs().max() < 1e-5
+    (first, *_) = attentions("gemma2", ids)
+    rows = first.transpose(0, 1).flatten(1, 2).double()
+    wanted = [[float((p - q).abs().sum(1).mean()) / 2 for q in rows] for p in rows]
+    near(found[0], np.array(wanted))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_nothing_is_left_behind(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Neither the attention function nor its name; and blocks then run as before."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    stream, ids = opened(checkpoint_folder, name), token_rows(2)
+    before = stream.model.config._attn_implementation
+    head_distances(stream, ids)
+    assert stream.model.config._attn_implementation == before
+    assert NAME not in ALL_ATTENTION_FUNCTIONS
+    assert all(value.is_meta for value in stream.layers.parameters())
+
+    def fails(_: Tensor) -> Tensor:
+        raise SecateurError("no")
+
+    with pytest.raises(SecateurError, match="no"):
+        head_distances(stream, ids, distance=fails)
+    assert stream.model.config._attn_implementation == before
+    assert NAME not in ALL_ATTENTION_FUNCTIONS
+
+
+def test_attention_that_cannot_be_watched(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.delattr(modeling_llama, "eager_attention_forward")
+    with pytest.raises(SecateurError, match="the attention of LlamaAttention cannot be watched"):
+        head_distances(opened(checkpoint_folder, "llama"), token_rows(2))
+
+
+def test_memory_stays_small(checkpoint_folder: CheckpointFolder) -> None:
+    """No tensor of all heads by all positions squared is shown at once."""
+    sizes: list[int] = []
+
+    def count(p: Tensor) -> Tensor:
+        sizes.append(p.numel())
+        return jensen_shannon(p)
+
+    head_distances(opened(checkpoint_folder, "llama"), token_rows(5, 48), distance=count, blocks=range(1))
+    assert max(sizes) <= similarity.CHUNK < 6 * 48 * 48
+
+
+# The divergence itself.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 5).flatmap(
+        lambda keys: st.lists(
+            # Half of the least subnormal number is 0, and with that SciPy's logarithm is infinite.
+            st.lists(st.floats(0, 1, allow_subnormal=False), min_size=keys, max_size=keys).filter(
+                lambda row: sum(row) > 1e-3
+            ),
+            min_size=2,
+            max_size=5,
+        )
+    )
+)
+def test_any_distributions(rows: list[list[float]]) -> None:
+    p = torch.tensor(rows, dtype=torch.float64)
+    p = p / p.sum(1, keepdim=True)
+    found = jensen_shannon(p[:, None])
+    wanted = np.array([[np.nan_to_num(jensenshannon(a, b)) ** 2 for b in p.numpy()] for a in p.numpy()])
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
+    assert torch.equal(found, found.T)
+    assert float(found.max()) <= LARGEST + 1e-12
+
+
+def test_the_ends() -> None:
+    """Equal rows are zero apart; rows that share nothing, ln 2."""
+    rows = torch.tensor([[[0.3, 0.7, 0.0, 0.0]], [[0.3, 0.7, 0.0, 0.0]], [[0.0, 0.0, 0.1, 0.9]]])
+    found = jensen_shannon(rows)
+    assert found[0, 1] == 0
+    assert found[0, 2] == pytest.approx(math.log(2), abs=1e-7)
+    assert torch.equal(found.diagonal(), torch.zeros(3, dtype=torch.float64))
+
+
+def test_heads_of_the_tiny_models() -> None:
+    assert {block.attention.units for name in ROWS for block in blocks_of(build(name))} == {6}

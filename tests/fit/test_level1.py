@@ -1,0 +1,230 @@
+"""Level 1 fitted along with level 2: the linearised module, its least squares, and what a step does to a model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_recovery import WIDTHS
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from models import ROWS, token_rows
+from secateur.commands import dry_run as expect
+from secateur.commands.prune import prune
+from secateur.fit.average import FittedBlock
+from secateur.fit.level1 import Part, Tangent, factors, outputs
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.model.activations import Arena, Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.families import activation_of
+from secateur.model.stream import BlockStream
+from secateur.plan.plan import Plan
+
+IDS = token_rows(12, 20, seed=9)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def module(activation: Any, matrices: list[Tensor], weight_ko: Tensor, source_nd: Tensor) -> Tensor:
+    """The module's outputs (n x o); up first, then the gate."""
+    up, gate = source_nd @ matrices[0].T, source_nd @ matrices[-1].T
+    return (activation(gate) if len(matrices) == 1 else activation(gate) * up) @ weight_ko
+
+
+def tangent_of(
+    activation: Any, matrices: list[Tensor], weight_ko: Tensor, source_nd: Tensor, residual_no: Tensor, counts_n: Tensor
+) -> tuple[Tangent, list[Part]]:
+    """The tangent of all tokens, added in two parts."""
+    root = counts_n.sqrt()[:, None]
+    tangent, parts = Tangent(weight_ko, len(matrices), source_nd.shape[1], len(source_nd)), []
+    for at in (slice(0, 5), slice(5, None)):
+        found = factors(activation, [source_nd[at] @ matrix.T for matrix in matrices])
+        parts.append(Part(source_nd[at], [f * root[at] for f in found]))
+        tangent.add(parts[-1], residual_no[at] * root[at], root[at])
+    return tangent, parts
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "quick_gelu"])
+def test_the_tangent_is_the_derivative(name, gated):
+    matrices, weight, source = [drawn(i, 7, 4) for i in range(1 + gated)], drawn(2, 7, 3), drawn(3, 11, 4)
+    change, outer = [drawn(4 + i, 7, 4) for i in range(1 + gated)], drawn(6, 11, 3)
+    part = Part(source, factors(ACT2FN[name], [source @ matrix.T for matrix in matrices]))
+    tangent = Tangent(weight, len(matrices), 4, 11)
+
+    def of(*at: Tensor) -> Tensor:
+        return module(ACT2FN[name], list(at), weight, source)
+
+    pushed = torch.func.jvp(of, tuple(matrices), tuple(change))[1]
+    torch.testing.assert_close(tangent._pushed(part, change), pushed)
+    pulled = torch.func.vjp(of, *matrices)[1](outer)
+    torch.testing.assert_close(tuple(tangent._pulled(part, outer)), pulled)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    gated=st.booleans(),
+    ridge=st.floats(0.01, 3),
+    channels=st.integers(1, 6),
+    width=st.integers(1, 5),
+    tokens=st.integers(6, 40),
+)
+def test_the_step_is_the_least_squares_solution(seed, gated, ridge, channels, width, tokens):
+    matrices = [drawn(seed + i, channels, width) for i in range(1 + gated)]
+    weight, source = drawn(seed + 2, channels, width), drawn(seed + 3, tokens, width)
+    residual, counts = drawn(seed + 4, tokens, width), drawn(seed + 5, tokens).square() + 0.01
+    tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
+    found = torch.stack(tangent.step(lambda: parts, ridge, 400)).numpy().reshape(-1)
+
+    size, root = channels * width, counts.sqrt().numpy()
+    jacobian = np.zeros((tokens, width, len(matrices) * size))
+    penalty = []
+    for number, factor in enumerate(factors(torch.nn.functional.silu, [source @ matrix.T for matrix in matrices])):
+        # d y_to / d V_jk = D_jo f_tj s_tk
+        derivative = np.einsum("jo,tj,tk->tojk", weight, factor, source).reshape(tokens, width, size)
+        jacobian[:, :, number * size : (number + 1) * size] = derivative
+        own = weight.square().sum(1) * (counts[:, None] * factor.square()).sum(0)
+        penalty.append(torch.outer(own, (counts[:, None] * source.square()).sum(0) / counts.sum()).reshape(-1))
+    rows = np.concatenate(
+        [(jacobian * root[:, None, None]).reshape(tokens * width, -1), np.diag((ridge * torch.cat(penalty)).sqrt())]
+    )
+    goals = np.concatenate([(residual.numpy() * root[:, None]).reshape(-1), np.zeros(rows.shape[1])])
+    expected = np.linalg.lstsq(rows, goals, rcond=None)[0]
+    # What is left of the problem, as the solution itself may be ill-determined.
+    best, got = (float(np.square(rows @ v - goals).sum()) for v in (expected, found))
+    assert got == pytest.approx(best, rel=1e-6)
+    if np.linalg.cond(rows) < 1e3:
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_every_step_comes_nearer_and_nothing_asks_for_nothing():
+    matrices, weight, source = [drawn(i, 6, 4) for i in range(2)], drawn(2, 6, 4), drawn(3, 30, 4)
+    residual, counts = drawn(4, 30, 4), torch.ones(30, dtype=torch.float64)
+    left = []
+    for steps in (0, 1, 2, 4, 8):
+        tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
+        changes = tangent.step(lambda parts=parts: parts, 0.01, steps)
+        given = torch.cat([tangent._pushed(part, changes) for part in parts])
+        left.append(float((residual - given).square().sum()))
+    assert left == sorted(left, reverse=True)
+    assert left[0] == pytest.approx(float(residual.square().sum()))
+    assert left[-1] < 0.9 * left[0]
+    tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, 0 * residual, counts)
+    assert all(not change.any() for change in tangent.step(lambda: parts, 0.3, 4))
+
+
+def test_half_precision_steers_as_well():
+    matrices, weight, source = ([drawn(i, 24, 16).float() / 4 for i in range(2)], drawn(2, 24, 16), drawn(3, 400, 16))
+    weight, source, residual = weight.float() / 5, source.float(), drawn(4, 400, 16).float()
+    left = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        found = factors(torch.nn.functional.silu, [source @ matrix.T for matrix in matrices])
+        part = Part(source.to(dtype), [f.to(dtype) for f in found])
+        tangent = Tangent(weight, 2, 16, 400)
+        tangent.add(part, residual.to(dtype), torch.ones(400, 1))
+        changes = tangent.step(lambda part=part: [part], 0.3, 4)
+        assert all(change.dtype == torch.float32 for change in changes)
+        left[dtype] = float((residual - tangent._pushed(Part(source, found), changes)).square().sum())
+    before = float(residual.square().sum())
+    assert left[torch.float32] < 0.95 * before
+    assert before - left[torch.bfloat16] == pytest.approx(before - left[torch.float32], rel=0.02)
+
+
+# In a model.
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
+    """Up and gate in the right order, with their biases, and the right function between the levels."""
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    block = stream.blocks[1].feed_forward
+    seen: dict[str, Tensor] = {}
+    rows = Rows.of(token_rows(2, 9))
+    with Arena() as arena, stream.filled(1) as layer:
+        hidden = stream.embed(rows, arena)
+        at = next(iter(rows.batches()))
+        watch = {
+            block.source: lambda x, _: seen.update(source=x),
+            block.sink: lambda x, _: seen.update(sink=x),
+        }
+        stream.run(1, layer, hidden[at], at.group, watch=watch)
+        kept = torch.tensor([2, 3, 11, 40])
+        source = seen["source"].reshape(-1, stream.width)
+        pre = outputs(block, dict(layer.named_parameters()), source, kept)
+    value = activation_of(stream.checkpoint.config)(pre[-1])
+    expected = value * pre[0] if len(pre) == 2 else value
+    torch.testing.assert_close(expected, seen["sink"].reshape(len(source), -1)[:, kept], rtol=1e-4, atol=1e-5)
+
+
+def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
+    width = WIDTHS.get(name, WIDTHS["llama"])
+    method = Method(recovery=Recovery(**recovery))
+    plan = Plan(dict.fromkeys(range(3), width), 0.3, 0.3, "blocks", None)
+    return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
+
+
+@pytest.mark.parametrize("name", [*WIDTHS, "phi3"])
+def test_a_feed_forward_comes_nearer_to_its_target(checkpoint_folder, name):
+    folder = checkpoint_folder(name)
+    alone, both, longer = (run(folder, name, level1=steps) for steps in (0, 4, 12))
+    # The first block's module sees the same input and target in all.
+    errors = [found[0].reports[1].error for found in (alone, both, longer)]
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < errors[1]
+    module = BlockStream(open_checkpoint(folder)).blocks[0].feed_forward
+    assert {slab.name for slab in module.scored} <= set(both[0].changed)
+    assert not {slab.name for slab in module.scored} & set(alone[0].changed)
+    # Attention is fitted as ever.
+    assert both[0].reports[0] == alone[0].reports[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_step_that_gains_nothing_is_taken_back(checkpoint_folder, name, monkeypatch):
+    folder = checkpoint_folder(name)
+    alone = run(folder, name, level1=0)
+    monkeypatch.setattr(Tangent, "step", lambda self, *_: [100 * torch.ones_like(r) for r in self.right])
+    found = run(folder, name, level1=4)
+    for one, other in zip(found, alone, strict=True):
+        assert one.keep == other.keep
+        for path, tensor in other.changed.items():
+            torch.testing.assert_close(one.changed[path], tensor)
+
+
+def test_what_needs_no_repair_stays(checkpoint_folder):
+    """A module at full width behind dense blocks is as it was, bit for bit in level 1."""
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0, "blocks", None)
+    (found,) = refit(stream, plan, IDS, method=Method(recovery=Recovery(level1=4, usual=math.inf)))
+    assert not {slab.name for slab in stream.blocks[0].feed_forward.scored} & set(found.changed)
+
+
+def test_a_dry_run_counts_it(checkpoint_folder, tmp_path, monkeypatch):
+    """Its products, at one operation a second, and its memory."""
+    for name in ("stream_flops", "solve_flops", "survey_flops"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
+    monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0)
+    monkeypatch.setattr(expect, "fast_dtype", lambda _: torch.float32)
+    how = {"samples": 3, "length": 7, "sparsity": 0.3, "fits": 0, "calibration": "random", "dry_run": True}
+    folder = checkpoint_folder("llama")
+    without, four, six = (prune(folder, tmp_path / "out", level1=steps, **how) for steps in (0, 4, 6))
+    stream = BlockStream(open_checkpoint(folder))
+    width, channels = stream.width, stream.blocks[0].feed_forward.units
+    # Two more steps take J and its transpose twice, three products each, in every block.
+    tokens = (six.seconds - four.seconds) / (1.5 * len(stream) * 2 * 6 * 2 * width * channels)
+    assert tokens in range(22, 43), "21 tokens, and the different ones among them once more as first positions"
+    product = 2 * tokens * width * channels
+    assert without.seconds == 0
+    gram = tokens * channels**2 + 2 * tokens * channels * width + channels**3 + 2 * channels**2 * width
+    assert four.seconds == pytest.approx(1.5 * len(stream) * ((5 + 3 + 4 * 6) * product + gram))
+    assert four.peak_bytes - without.peak_bytes == 4 * tokens * (width + 2 * channels)
+    assert prune(folder, tmp_path / "out", recovery="paper", **how).seconds == 0

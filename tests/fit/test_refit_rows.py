@@ -1,0 +1,206 @@
+"""Rows of their own for the recovery: what is chosen by which rows, and what is fitted to which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_recovery import least_squares, matrix, seen
+from torch import Tensor
+
+from conftest import CheckpointFolder
+from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands.open import open_job
+from secateur.commands.options import Options
+from secateur.fit.average import FittedBlock
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Width
+from secateur.model.surgery import inner_entries
+from secateur.plan.plan import Plan
+from secateur.text.calibration import calibration_rows
+from secateur.text.draw import Drawn
+from secateur.text.draw import draw as draw_rows
+
+NAMES = ["llama", "llama biased", "gpt2", "opt"]
+WIDTHS = {"llama": Width(2, 2, 50), "llama biased": Width(2, 2, 50), "gpt2": Width(4, 1, 60), "opt": Width(4, 1, 60)}
+FEW, MANY = token_rows(3, 20, seed=5), token_rows(14, 20, seed=9)
+
+
+def run(folder: Path, name: str, rows: Tensor | Rows, criterion: str = "wanda", **recovery: Any) -> list[FittedBlock]:
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    method = Method(criterion, Recovery(**recovery))
+    return list(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))
+
+
+@pytest.mark.parametrize("criterion", ["surgeon", "second-moment", "wanda", "flap-wifv", "l2"])
+@pytest.mark.parametrize("when", ["after", "before", "both"])
+@pytest.mark.parametrize("method", ["refit", "paper"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_rows_for_both_change_nothing(
+    checkpoint_folder: CheckpointFolder, name: str, method: str, when: str, criterion: str
+) -> None:
+    folder, how = checkpoint_folder(name), {"method": method, "when": when, "criterion": criterion}
+    alike = run(folder, name, MANY, **how)
+    apart = run(folder, name, Rows.of(MANY).scored_by(Rows.of(MANY)), **how)
+    for one, other in zip(alike, apart, strict=True):
+        assert one.keep == other.keep
+        assert one.changed.keys() == other.changed.keys()
+        for tensor in one.changed:
+            assert relative(other.changed[tensor], one.changed[tensor]) < 1e-4
+        for mine, theirs in zip(one.reports, other.reports, strict=True):
+            assert theirs.relative == pytest.approx(mine.relative, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("criterion", ["surgeon", "wanda", "flap-wifv"])
+@pytest.mark.parametrize("name", NAMES)
+def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
+    checkpoint_folder: CheckpointFolder, name: str, criterion: str
+) -> None:
+    """The first attention, before which nothing differs; level 2 against least squares in float64."""
+    folder = checkpoint_folder(name)
+    few = FEW[:1, :6]
+    chosen = run(folder, name, few, criterion)[0]
+    both = run(folder, name, Rows.of(MANY).scored_by(Rows.of(few)), criterion)[0]
+    assert both.keep.heads == chosen.keep.heads
+    model = build(name).double()
+    module = blocks_of(model)[0].attention
+    x, z = seen(model, 0, module.sink, MANY)
+    kept = inner_entries(module, both.keep.heads)
+    old = matrix(layers_of(model)[0], module.sink)[kept]
+    wanted, shift = least_squares(x[:, kept], z, old, intercept=module.bias is not None)
+    found = both.changed[module.level2.name]
+    found = found if module.level2.axis == 0 else found.T
+    assert relative(found[kept].double(), wanted) < 1e-4
+    if module.bias:
+        assert relative(both.changed[module.bias].double(), shift) < 1e-4
+
+
+def test_the_two_rows_disagree(checkpoint_folder: CheckpointFolder) -> None:
+    """Otherwise the test above could not tell whose choice it was."""
+    differ = [
+        run(checkpoint_folder(name), name, FEW[:1, :6], criterion)[0].keep.heads
+        != run(checkpoint_folder(name), name, MANY, criterion)[0].keep.heads
+        for name in NAMES
+        for criterion in ("surgeon", "wanda", "flap-wifv")
+    ]
+    assert sum(differ) >= 3
+
+
+# The command's rows.
+
+
+def write_text(folder: Path, words: int) -> str:
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % (WORDS - 4)}" for i in range(words)))
+    return str(folder / "text.txt")
+
+
+def drawn(folder: Path, dry: bool = False, **options: Any) -> Drawn:
+    stream = BlockStream(open_checkpoint(folder))
+    tokenizer = stream.checkpoint.tokenizer()
+    asked = Options(**({"samples": 4, "length": 16} | options))
+    return draw_rows(stream, tokenizer, asked, save=None, dry=dry, watcher=Silent())
+
+
+def test_without_options_there_are_no_other_rows(checkpoint_folder: CheckpointFolder) -> None:
+    rows = drawn(checkpoint_folder("llama"), calibration="random")
+    assert rows.text.shape == (4, 16)
+    assert rows.held_out is rows.fitted is rows.sigma is None
+
+
+def test_one_source_gives_other_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Windows of one draw: a text with one place for each window, so that none can be there twice."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % (WORDS - 4)}" for i in range(9 * 12)))
+    options = {"calibration": str(text), "length": 12, "refit_samples": 5}
+    rows = drawn(checkpoint_folder("llama"), **options)
+    assert rows.fitted is not None
+    together = torch.cat([rows.text, rows.fitted])
+    assert together.shape == (9, 12)
+    assert len({tuple(row) for row in together.tolist()}) == 9
+    same = drawn(checkpoint_folder("llama"), **options, refit_calibration=str(text))
+    assert same.fitted is not None
+    assert torch.equal(same.fitted, rows.fitted)
+
+
+@pytest.mark.parametrize("source", ["random", "self"])
+def test_data_free_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path, source: str) -> None:
+    folder, text = checkpoint_folder("gpt2"), write_text(tmp_path, 500)
+    rows = drawn(folder, calibration=text, refit_calibration=source, refit_samples=6)
+    assert torch.equal(rows.text, drawn(folder, calibration=text).text)
+    assert rows.fitted is not None
+    assert torch.equal(rows.fitted, drawn(folder, calibration=source, samples=6).text)
+    # As many as of the calibration where no number is given.
+    fitted = drawn(folder, calibration=text, refit_calibration=source).fitted
+    assert fitted is not None
+    assert len(fitted) == 4
+
+
+def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    text, folder = write_text(tmp_path, 200), checkpoint_folder("llama")
+    with pytest.raises(SecateurError, match="has 200 tokens, but 13 x 16 need 208; take refit-samples 8 or") as error:
+        drawn(folder, calibration=text, refit_samples=9)
+    assert "\n" not in str(error.value)
+    assert drawn(folder, calibration=text, refit_samples=8).fitted is not None
+    with pytest.raises(SecateurError, match="but 16 x 16 need 256; take refit-samples 4 or"):
+        drawn(folder, calibration=text, samples=8, refit_calibration=text)
+    with pytest.raises(SecateurError, match="but 13 x 16 need 208; take refit-samples 12 or"):
+        drawn(folder, calibration="random", refit_calibration=text, refit_samples=13)
+    with pytest.raises(SecateurError, match="but 40 x 16 need 640; take samples 12 or"):
+        drawn(folder, calibration="random", refit_calibration=text, samples=40)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+    text = write_text(tmp_path, 3000)
+    settings = {"samples": 4, "length": 16, "calibration": text, "refit_samples": 64, "sparsity": 0.3, "fits": 0}
+    summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
+    assert summary.tokens == 62 * 16
+    said = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
+    shapes, weights, scores = said["groups"], said["weights"], said["scores"]
+    openings = [] if " " in name else [0.01]
+    # Rows to fit, two of them unseen for the final norm, and those that decide.
+    assert shapes[0] == [62, 16]
+    assert shapes[len(openings) + 1] == [2, 16]
+    assert shapes[len(openings) + 2] == [4, 16]
+    assert weights == [1.0, *openings, 0.0, 0.0, *[0.0 for _ in openings]]
+    assert scores == [0.0, *[0.0 for _ in openings], 0.0, 1.0, *openings]
+
+
+def test_held_out_rows_come_last(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    options = Options(
+        target="ppl=2x", samples=4, length=16, calibration=write_text(tmp_path, 3000), refit_samples=32, seed=1
+    )
+    how: dict[str, Any] = {"device": "cpu", "revision": None, "trust_remote_code": False, "out": None}
+    job = open_job(checkpoint_folder("llama"), options, **how, overwrite=False, watcher=Silent())
+    assert job.drawn.held_out is not None
+    assert job.drawn.fitted is not None
+    assert torch.equal(job.rows.groups[-1], job.drawn.held_out)
+    assert torch.equal(job.unseen, job.drawn.fitted[-1:])
+    assert torch.equal(job.rows.groups[job.rows.weights.index(0.0)], job.unseen)
+    used = torch.cat([job.text, job.drawn.held_out, job.drawn.fitted])
+    whole = calibration_rows(
+        make_tokenizer(), options.calibration, samples=len(used), length=16, seed=1, vocab_size=128
+    )
+    assert torch.equal(used, whole)
+
+
+def test_a_dry_run_counts_two_gram_matrices(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """As many tokens, once in one set of moments and once in two: a channel's Gram matrix and cross moment more."""
+    how: dict[str, Any] = {"length": 16, "sparsity": 0.3, "fits": 0, "calibration": "random", "dry_run": True}
+    # With one width, channels alone need no survey.
+    how |= {"criterion": "second-moment", "recovery": "paper", "widths": "uniform", "modules": ("channels",)}
+    model = checkpoint_folder("llama biased")
+    one = prune(model, tmp_path / "out", samples=64, **how)
+    two = prune(model, tmp_path / "out", samples=32, refit_samples=32, **how)
+    random = prune(model, tmp_path / "out", samples=32, sigma="random", **how)
+    assert two.peak_bytes - one.peak_bytes == random.peak_bytes - one.peak_bytes == 4 * (72 * 72 + 72 * 48)

@@ -1,0 +1,195 @@
+"""Several fits of one plan, each to its own version of the rows, and the mean of their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_recovery import WIDTHS
+from torch import Tensor
+
+from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, save, token_rows
+from secateur.commands import dry_run as expect
+from secateur.commands.prune import prune
+from secateur.fit import module as fit_module
+from secateur.fit.average import FittedBlock, mean_of
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.model import stream as stream_module
+from secateur.model.activations import OPENING_WEIGHT, Activations, Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Keep
+from secateur.model.surgery import assign, masked_weight, restored
+from secateur.numerics.moments import Moments
+from secateur.plan.plan import Plan
+
+TEXT, ONE, OTHER, BESIDE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
+NAMES = [*WIDTHS, "gpt_neox"]
+
+
+def plan_of(name: str, *blocks: int, **settings: Any) -> Plan:
+    return Plan(
+        dict.fromkeys(blocks or (0, 1, 2), WIDTHS.get(name, WIDTHS["gpt2"])), 0.3, 0.3, "blocks", None, **settings
+    )
+
+
+def groups_of(rows: Rows) -> list[int]:
+    return [len(group) for group in rows.groups]
+
+
+def test_each_fit_has_its_own_version_and_all_that_they_share():
+    rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(BESIDE)
+    opened = len(rows.groups[1])
+    assert rows.versions == (2, 3)
+    assert rows.weights == (1.0, OPENING_WEIGHT, 1.0, 1.0, 0.0)
+    assert [groups_of(part) for part in rows.fits()] == [[9, opened, 7, 0, 0], [9, opened, 0, 8, 0]]
+    assert groups_of(rows.beside()) == [0, 0, 0, 0, 3]
+    assert sum(len(rows.ids(at)) for at in rows.fits()[1].batches()) == 9 + opened + 8
+    assert [groups_of(part) for part in Rows.of(TEXT).fits()] == [[9]]
+    assert groups_of(Rows.of(TEXT).beside()) == [0]
+
+
+def test_the_first_fit_alone_runs_the_rows_that_choose():
+    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE).scored_by(Rows.of(BESIDE))
+    assert rows.versions == (1, 2)
+    first, second = rows.fits()
+    assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
+    assert (groups_of(second), second.scores) == ([9, 0, 8, 0, 0], None)
+    assert groups_of(rows.beside()) == [0, 0, 0, 3, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monkeypatch):
+    # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
+    monkeypatch.setattr(fit_module, "fast_dtype", lambda _: torch.float32)
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
+    keeps = {block.index: block.keep for block in together}
+    alone = [
+        list(refit(stream, plan_of(name, keeps=keeps), Rows((TEXT, version), (1.0, 1.0)))) for version in (ONE, OTHER)
+    ]
+    chosen = list(refit(stream, plan_of(name), Rows((TEXT, ONE), (1.0, 1.0))))
+    assert keeps == {block.index: block.keep for block in chosen}, "the first fit chooses"
+    for mean, one, other in zip(together, *alone, strict=True):
+        assert mean.changed.keys() == one.changed.keys() | other.changed.keys()
+        for path in one.changed:
+            torch.testing.assert_close(mean.changed[path], (one.changed[path] + other.changed[path]) / 2)
+        assert max(relative(one.changed[path], other.changed[path]) for path in one.changed) > 1e-3
+        for report, *parts in zip(mean.reports, one.reports, other.reports, strict=True):
+            assert report.error == pytest.approx(sum(part.error for part in parts) / 2, rel=1e-3)
+            assert report.relative == pytest.approx(sum(part.relative for part in parts) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_is_rounded_as_it_will_be_written(checkpoint_folder, dtype):
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    for block in refit(stream, plan_of("llama"), Rows.of(TEXT).with_versions(ONE, OTHER), dtype=dtype):
+        assert all(torch.equal(tensor, tensor.to(dtype).float()) for tensor in block.changed.values())
+
+
+@pytest.mark.parametrize("blocks", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    seen: dict[str, Tensor] = {}
+
+    def judge(dense: Activations, pruned: Activations) -> None:
+        seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
+
+    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE)
+    found = list(refit(stream, plan_of(name, *blocks), rows, judge=judge))
+    model = build(name)
+    small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
+    for kind, network in (("dense", model), ("pruned", small)):
+        last: list[Tensor] = []
+        layers_of(network)[-1].register_forward_hook(lambda _, __, z, last=last: last.append(z))
+        logits_of(network, BESIDE)
+        assert relative(seen[kind], last[0]) < 1e-4
+    assert relative(seen["pruned"], seen["dense"]) > 1e-2
+
+
+def test_a_fit_that_changed_nothing_counts_with_its_dense_weights():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.data.fill_(3.0)
+    keep = Keep((0,), (0,))
+    blocks = [FittedBlock(0, keep, {"weight": torch.ones(2, 2)}, ()), FittedBlock(0, keep, {}, ())]
+    assert torch.equal(mean_of(blocks, layer, torch.float32).changed["weight"], torch.full((2, 2), 2.0))
+    assert mean_of(blocks[:1], layer, torch.float32) is blocks[0]
+
+
+def test_a_block_is_as_it_was_after_a_fit():
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
+    weight = layer.get_parameter("0.weight").data
+    with restored(layer):
+        assign(layer, "0.weight", torch.zeros(3, 2))
+        assign(layer, "0.bias", torch.zeros(3))
+    assert [name for name, _ in layer.named_parameters()] == ["0.weight"]
+    assert layer.get_parameter("0.weight").data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("heads", [(), (0, 3)])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_masked_weights_leave_what_is_kept(name, heads):
+    model = build(name)
+    module = blocks_of(model)[0].attention
+    tensors = dict(layers_of(model)[0].named_parameters())
+    masked = masked_weight(module, tensors, heads).movedim(module.level2.axis, 0)
+    weight = tensors[module.level2.name].movedim(module.level2.axis, 0)
+    for head in range(module.units):
+        at = slice(head * module.size, (head + 1) * module.size)
+        assert torch.equal(masked[at], weight[at] if head in heads else torch.zeros_like(weight[at]))
+
+
+def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        fit_module, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
+    )
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    plan, alone = plan_of("llama"), Method(recovery=Recovery(level1=0))
+    list(refit(stream, plan, Rows.of(TEXT).with_versions(ONE, OTHER), method=alone))
+    widths = [(stream.blocks[index], width) for index, width in plan.widths.items()]
+    assert sizes == [
+        entries
+        for block, width in widths
+        for entries in (
+            block.attention.units * block.attention.size,
+            block.feed_forward.units,
+            width.heads * block.attention.size,
+            width.channels,
+        )
+    ]
+
+
+def test_a_dry_run_counts_every_fit(checkpoint_folder, tmp_path, monkeypatch):
+    for name in ("survey_flops", "survey_bytes"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
+    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
+    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
+    folder = checkpoint_folder("llama")
+    one, two, three = (prune(folder, tmp_path / "out", fits=copies, **how) for copies in (1, 2, 3))
+    assert two.seconds == pytest.approx(2 * one.seconds)
+    assert three.seconds == pytest.approx(3 * one.seconds)
+    # Two streams of each further fit stay in memory, of the text, its copy and the first positions.
+    more = two.peak_bytes - one.peak_bytes
+    assert three.peak_bytes - two.peak_bytes == more
+    assert more in range(4 * 2 * 48 * 2 * 4 * 16, 4 * 2 * 48 * 3 * 4 * 16 + 1)
+
+
+def test_a_dry_run_knows_the_quick_products(tmp_path, monkeypatch):
+    """At a rate of one operation a second, and of a million in bfloat16, what is left is the statistics and solves."""
+    monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0 if dtype == torch.float32 else 1e6)
+    for name in ("survey_flops", "survey_bytes"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
+    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
+    save("llama", tmp_path / "model", torch.bfloat16)
+    seconds = {}
+    for fast in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(stream_module, "fast_dtype", lambda _, fast=fast: fast)
+        seconds[fast] = prune(tmp_path / "model", tmp_path / "out", **how).seconds
+    monkeypatch.setattr(expect, "stream_flops", lambda *_: 0.0)
+    solves = prune(tmp_path / "model", tmp_path / "out", **how).seconds
+    assert solves == pytest.approx(seconds[torch.bfloat16], rel=1e-5)
+    assert solves < 0.9 * seconds[torch.float32]

@@ -1,0 +1,660 @@
+"""GGUF files in an unmodified llama.cpp: the same logits as transformers gives, and what is refused.
+
+llama.cpp comes from the `llama-cpp-py-sync` wheel; its C interface is called as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter
+from llama_cpp_py_sync import _cffi_bindings as bindings
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import models as tiny
+from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, some_keep
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.formats.gguf_architectures import TYPES, gguf_obstacle
+from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
+from secateur.formats.per_layer import model_class, per_layer_config, widths_of
+from secateur.formats.stock import stock_config
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.families import head_dim
+from secateur.model.gguf_config import _complete_rotation, _llama3
+from secateur.model.gguf_source import gguf_folder
+from secateur.model.structure import Keep
+from secateur.model.surgery import width_of
+from secateur.write.export import Exported, export
+
+ffi, lib = bindings.get_ffi(), bindings.get_lib()
+log: list[str] = []
+
+WIDE = {"hidden_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+DEEP = ["sliding_attention", "full_attention"]
+FACTORS = {"short_factor": [1.1, 1.2, 1.3, 1.4], "long_factor": [2.1, 2.2, 2.3, 2.4]}
+ROPES = {
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn set": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.3,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+    },
+    "longrope": {**FACTORS, "original_max_position_embeddings": 512},
+}
+KNOWN = {"llama": list(ROPES), "qwen2": list(ROPES), "phi3": ["longrope"], "gemma2": ["linear", "dynamic"]}
+"""Model type → the rotary scalings that transformers and llama.cpp have for it."""
+
+
+def row(model_type: str, **keys: Any) -> Any:
+    """A row for `models.ROWS` whose sizes may be other ones."""
+    return lambda: AutoConfig.for_model(model_type, **{**tiny.SIZES, **keys})
+
+
+MORE_ROWS = {
+    "qwen3 tied": row("qwen3", **tiny.GROUPED, head_dim=16, tie_word_embeddings=True),
+    "llama 64": row("llama", **WIDE, num_attention_heads=4),
+    "mistral 64": row("mistral", **WIDE, sliding_window=None),
+    "gemma2 deep": row("gemma2", **{**tiny.GEMMA, "layer_types": DEEP * 23}, num_hidden_layers=46),
+    "gemma3 deep": row("gemma3_text", **{**tiny.GEMMA, "layer_types": DEEP * 31}, num_hidden_layers=62),
+    **{
+        f"{kind} {name}": row(
+            kind,
+            **(tiny.GEMMA if kind == "gemma2" else tiny.GROUPED),
+            max_position_embeddings=1024,
+            rope_parameters={"rope_theta": 500.0, "rope_type": name.split()[0], **ROPES[name]},
+        )
+        for kind, names in KNOWN.items()
+        for name in names
+    },
+}
+"""Models that only these tests need."""
+
+
+@ffi.callback("void(enum ggml_log_level, char *, void *)")
+def _keep_log(level: int, text: Any, data: Any) -> None:
+    log.append(ffi.string(text).decode(errors="replace"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _llama_cpp() -> Iterator[None]:
+    lib.llama_log_set(_keep_log, ffi.NULL)
+    lib.llama_backend_init()
+    yield
+    lib.llama_log_set(ffi.NULL, ffi.NULL)
+
+
+@contextmanager
+def loaded(file: Path, **settings: Any) -> Iterator[Any]:
+    parameters = lib.llama_model_default_params()
+    for name, value in settings.items():
+        setattr(parameters, name, value)
+    log.clear()
+    model = lib.llama_model_load_from_file(str(file).encode(), parameters)
+    assert model != ffi.NULL, "".join(log[-8:])
+    try:
+        yield model
+    finally:
+        lib.llama_model_free(model)
+
+
+def run(file: Path, ids: list[int], *, last: bool = False, room: int = 64) -> Tensor:
+    """llama.cpp's logits of every token, or of the last one alone (1, vocabulary); one thread, a cache in float32."""
+    with loaded(file) as model:
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = room
+        parameters.n_threads = parameters.n_threads_batch = 1
+        parameters.type_k = parameters.type_v = 0
+        parameters.flash_attn_type = 0
+        context = lib.llama_init_from_model(model, parameters)
+        assert context != ffi.NULL, "".join(log[-8:])
+        size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        wanted = [i for i in range(len(ids)) if not last or i == len(ids) - 1]
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+            batch.logits[i] = i in wanted
+        try:
+            assert lib.llama_decode(context, batch) == 0
+            return torch.stack([torch.tensor(ffi.unpack(lib.llama_get_logits_ith(context, i), size)) for i in wanted])
+        finally:
+            lib.llama_batch_free(batch)
+            lib.llama_free(context)
+
+
+def tokens(file: Path, text: str) -> list[int]:
+    """llama.cpp's ids of a text, with what it puts around it."""
+    with loaded(file, vocab_only=True) as model:
+        raw = text.encode()
+        room = ffi.new(f"llama_token[{len(raw) + 8}]")
+        vocab = lib.llama_model_get_vocab(model)
+        count = lib.llama_tokenize(vocab, raw, len(raw), room, len(raw) + 8, True, True)
+        return [room[i] for i in range(count)]
+
+
+TEXT = "It's 1984, isn't it?  We'LL take 12345 steps\n\n   to the sea; x+=1 ...\t(\"END\")\r\n"
+
+
+def byte_level(steps: Any = None, whole_words: bool = False, size: int = tiny.VOCAB) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the characters of TEXT and a few merges."""
+    backend = Tokenizer(models.BPE(ignore_merges=whole_words))
+    backend.pre_tokenizer = steps or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size - 4, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator([TEXT, TEXT.lower(), "the sea takes the steps"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any = None) -> Any:
+    """A row's model, pruned, as `prune` writes it; gives the model."""
+    model = build(name)
+    blocks, config = blocks_of(model), model.config
+    small = narrowed(model, keeps)
+    widths = {i: width_of(blocks[i], keep) for i, keep in keeps.items()}
+    settings = {"head_dim": head_dim(config), "dtype": torch.float32}
+    raw = json.loads(config.to_json_string(use_diff=False))
+    if len(set(widths.values())) == 1 and min(widths[0].groups, widths[0].channels):
+        stored = stock_config(raw, config, width=widths[0], **settings)
+    else:
+        stored = per_layer_config(raw, config, widths=widths, dense=blocks[0].width, biases={}, **settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(stored))
+    dense = blocks[0].width
+    record = {"secateur": "0", "dense_width": asdict(dense)}
+    (folder / "secateur.json").write_text(json.dumps(record))
+    tensors = {key: value.clone() for key, value in small.state_dict().items()}
+    if config.tie_word_embeddings:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(("lm_head", "embed_out"))}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (tokenizer or byte_level()).save_pretrained(folder)
+    return small
+
+
+IDS = tiny.token_rows(1).tolist()[0]
+
+
+def compare(small: Any, done: Exported) -> float:
+    """How far llama.cpp's logits are from transformers', over the positions that the file declares."""
+    count = min(LENGTH, done.context)
+    expected = logits_of(small, torch.tensor([IDS]))[0, :count]
+    found = run(done.path, IDS[:count])
+    assert torch.allclose(run(done.path, IDS[:count], last=True), found[-1:], atol=1e-5)
+    return relative(found, expected)
+
+
+BOTH, CHANNELS = ("heads", "channels"), ("channels",)
+UNIFORM = {
+    "llama": (BOTH, "llama"),
+    "mistral": (BOTH, "llama"),
+    "qwen2": (CHANNELS, "qwen2"),
+    "qwen3": (BOTH, "qwen3"),
+    "gemma2": (BOTH, "gemma2"),
+    "gemma3_text": (BOTH, "gemma3"),
+    "olmo2": (CHANNELS, "olmo2"),
+    "phi3": (CHANNELS, "phi3"),
+    "gpt2": (CHANNELS, "gpt2"),
+    "gpt_neox": (CHANNELS, "gptneox"),
+    "llama biased": (BOTH, "llama"),
+    "llama tied": (BOTH, "llama"),
+    "llama one group": (CHANNELS, "llama"),
+    "llama every head": (BOTH, "llama"),
+    "mistral window": (BOTH, "llama"),
+    "qwen2 window": (BOTH, "llama"),
+    "phi3 wide": (BOTH, "llama"),
+    "gpt2 scaled": (CHANNELS, "gpt2"),
+    "gpt_neox serial": (CHANNELS, "gptneox"),
+}
+GELU = {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt2 scaled", "gpt_neox serial"}
+"""llama.cpp looks this function up in a table of half precision."""
+
+
+def uniform_keeps(name: str, kinds: Any) -> dict[int, Keep]:
+    blocks = blocks_of(build(name))
+    return {i: some_keep(block, i, kinds, block.attention.patterns[0]) for i, block in enumerate(blocks)}
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_uniform_widths(tmp_path, name):
+    kinds, architecture = UNIFORM[name]
+    small = write_folder(name, uniform_keeps(name, kinds), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    assert done.architecture == architecture
+    assert compare(small, done) < (1e-3 if name in GELU else 2e-6)
+
+
+def uneven(name: str, empty: bool) -> dict[int, Keep]:
+    """Widths that go up and down; with `empty`, one block has no heads, one no channels and the first neither."""
+    blocks = blocks_of(build(name))
+    per_group, groups = blocks[0].attention.per_group, blocks[0].attention.groups
+    all_heads = tuple(range(groups * per_group))
+    first = tuple(head for head in all_heads if head < per_group)
+    without = tuple(head for head in all_heads if head >= per_group)
+    heads = [first, all_heads, without]
+    channels = [tuple(range(3, 40)), tuple(range(0, 71, 3)), tuple(range(72))]
+    if empty:
+        heads, channels = [(), without, ()], [(), (), tuple(range(1, 60))]
+    return {i: Keep(heads[i], channels[i]) for i in range(3)}
+
+
+UNEVEN = {
+    "llama": "deci",
+    "mistral": "deci",
+    "qwen2": "deci",
+    "llama biased": "deci",
+    "llama tied": "deci",
+    "mistral window": "deci",
+    "phi3 wide": "deci",
+    "qwen3 tied": "openelm",
+}
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["some", "none"])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_widths(tmp_path, name, empty):
+    small = write_folder(name, uneven(name, empty), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    assert done.architecture == UNEVEN[name]
+    assert compare(small, done) < 2e-6
+
+
+@pytest.mark.parametrize("name", [f"{kind} {name}" for kind, names in KNOWN.items() for name in names])
+def test_rotary_scaling(tmp_path, name):
+    small = write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    assert compare(small, done) < (1e-3 if done.architecture == "gemma2" else 2e-6)
+    if name.endswith("longrope"):
+        # Beyond the original length both take the other factors, llama.cpp by the size of its cache.
+        ids = tiny.token_rows(1, 560).tolist()[0]
+        found = run(done.path, ids, room=1024)
+        assert relative(found, logits_of(small, torch.tensor([ids]))[0]) < 2e-5
+
+
+@pytest.mark.parametrize(("kind", "least", "bound"), [("q8_0", 1e-3, 0.03), ("q4_0", 1e-2, 0.3)])
+def test_quantised(tmp_path, monkeypatch, kind, least, bound):
+    """Padding is exact: what differs from the model are the rounded weights and llama.cpp's rounded activations."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocks = blocks_of(build("llama 64"))
+    keeps = {i: Keep(tuple(range(4)), tuple(range(0, 72, 2))[:33]) for i in range(len(blocks))}
+    small = write_folder("llama 64", keeps, tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type=kind)
+    expected = logits_of(small, torch.tensor([IDS]))
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert again.config.intermediate_size == 64
+    for index, layer in enumerate(again.model.layers):
+        assert not layer.mlp.up_proj.weight[33:].any()
+        assert not layer.mlp.gate_proj.weight[33:].any()
+        assert not layer.mlp.down_proj.weight[:, 33:].any()
+        weights = small.model.layers[index].mlp
+        weights.down_proj.weight.data.copy_(layer.mlp.down_proj.weight[:, :33])
+        weights.up_proj.weight.data.copy_(layer.mlp.up_proj.weight[:33])
+        weights.gate_proj.weight.data.copy_(layer.mlp.gate_proj.weight[:33])
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            stored = getattr(layer.self_attn, name).weight
+            getattr(small.model.layers[index].self_attn, name).weight.data.copy_(stored)
+    small.model.embed_tokens.weight.data.copy_(again.model.embed_tokens.weight)
+    small.lm_head.weight.data.copy_(again.lm_head.weight)
+    rounded = logits_of(small, torch.tensor([IDS]))
+    assert relative(logits_of(again, torch.tensor([IDS])), rounded) < 1e-6
+    assert least / 10 < relative(rounded, expected) < bound
+    assert relative(run(done.path, IDS), rounded[0]) < (0.03 if kind == "q8_0" else 0.1)
+
+
+def test_types_of_tensors(tmp_path):
+    write_folder("mistral 64", uneven("mistral 64", True), tmp_path / "folder")
+    found = {}
+    for kind in TYPES:
+        done = export(tmp_path / "folder", tmp_path / f"{kind}.gguf", type=kind)
+        tensors = {t.name: t for t in GGUFReader(done.path).tensors}
+        found[kind] = {name: t.tensor_type.name for name, t in tensors.items()}
+        assert {t.tensor_type.name for t in tensors.values() if len(t.shape) == 1} == {"F32"}
+        assert sum(t.n_bytes for t in tensors.values()) == done.bytes
+        assert run(done.path, IDS).isfinite().all()
+        widths = GGUFReader(done.path).fields["deci.feed_forward_length"].contents()
+        assert widths == ([32, 32, 64] if kind.startswith("q") else [1, 1, 59])
+        heads = GGUFReader(done.path).fields["deci.attention.head_count"].contents()
+        assert heads == [1, 3, 0]
+    assert found["q4_0"]["token_embd.weight"] == found["q4_0"]["output.weight"] == "Q8_0"
+    assert found["q4_0"]["blk.1.attn_q.weight"] == "Q4_0"
+    # 3 heads of 16 entries are no multiple of 32.
+    assert found["q4_0"]["blk.1.attn_output.weight"] == "F16"
+    assert found["bf16"]["blk.1.attn_output.weight"] == "BF16"
+    # The first block tells llama.cpp how large heads are; the last one needs no head.
+    assert "blk.0.attn_q.weight" in found["f16"]
+    assert not [name for name in found["f16"] if name.startswith("blk.2.attn")]
+
+
+def test_weights_too_large_for_half_precision(tmp_path):
+    small = write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
+    tensors = {key: value.clone() for key, value in small.state_dict().items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(tensors, tmp_path / "folder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SecateurError, match=r"blk.1.ffn_up.weight has weights beyond what f16 holds; use bf16"):
+        export(tmp_path / "folder", tmp_path / "m.gguf", type="f16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    export(tmp_path / "folder", tmp_path / "m.gguf", type="bf16")
+
+
+@pytest.mark.parametrize("name", ["gemma2 deep", "gemma3 deep"])
+def test_scale_of_the_deepest_gemmas(tmp_path, name):
+    """llama.cpp tells them by their depth, and would take another scale for their attention."""
+    small = write_folder(name, uniform_keeps(name, BOTH), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    assert compare(small, done) < 5e-3
+
+
+def vocabulary_file(tokenizer: Any, path: Path) -> Path:
+    """A file with no more than a tokenizer."""
+    writer = GGUFWriter(path, "llama")
+    words = vocabulary(tokenizer, len(tokenizer) + 3)
+    writer.add_name(words.named(path.stem))
+    add_vocabulary(writer, words)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def steps_of(splits: tuple[str, ...]) -> Any:
+    """Pre-tokenizers from their spelling in the table."""
+    made: list[Any] = []
+    for split in splits:
+        if split == "single digits":
+            made.append(pre_tokenizers.Digits(individual_digits=True))
+        elif split != "GPT-2 words":
+            made.append(pre_tokenizers.Split(Regex(split), "isolated"))
+    made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits[-1] == "GPT-2 words"))
+    return pre_tokenizers.Sequence(made)
+
+
+SAMPLES = [TEXT, "</s>the steps</s> of  the sea", "it's IT'S 12 123 1234", " a\n\n\nb\t\tc   ", "x(y)...z!?/\n/"]
+
+
+@pytest.mark.parametrize("key", PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
+def test_byte_level_tokenizers(tmp_path, key):
+    splits, whole_words = key
+    tokenizer = byte_level(steps_of(splits), whole_words, size=400)
+    file = vocabulary_file(tokenizer, tmp_path / "t.gguf")
+    assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == PRE_TOKENIZERS[key]
+    for sample in SAMPLES:
+        assert tokens(file, sample) == tokenizer(sample).input_ids
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenizers(tmp_path, prefix):
+    """Llama 2 puts a blank before a text, Gemma does not; bytes stand for characters that are missing."""
+    blanks = [normalizers.Prepend("▁")] if prefix else []
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([*blanks, normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=90, show_progress=False)
+    backend.train_from_iterator([TEXT, "the sea takes the steps"] * 3, trainer)
+    trained = json.loads(backend.to_str())["model"]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *trained["vocab"]]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    vocab = {word: index for index, word in enumerate(words)}
+    backend.model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template="{{ messages }}"
+    )
+    tokenizer.add_tokens(["▁▁▁▁"] if prefix else ["\n\n"])
+    file = vocabulary_file(tokenizer, tmp_path / "t.gguf")
+    for sample in ("the sea takes IT'S steps", "ä€ x", "   12345  ", "steps\n\nsteps"):
+        assert tokens(file, sample) == tokenizer(sample).input_ids
+    fields = GGUFReader(file).fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert fields["tokenizer.ggml.token_type"].contents()[:4] == [2, 3, 3, 6]
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
+def test_a_gguf_source(tmp_path, monkeypatch):
+    """A file, read back by transformers, gives the same file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_folder("llama", uniform_keeps("llama", BOTH), tmp_path / "folder")
+    first = export(tmp_path / "folder", tmp_path / "1.gguf", type="f32")
+    folder = gguf_folder(first.path, torch.float32)
+    (folder / "secateur.json").write_text('{"secateur": "0"}')
+    second = export(folder, tmp_path / "2.gguf", type="f32")
+    assert torch.equal(run(first.path, IDS), run(second.path, IDS))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokens(first.path, TEXT) == tokens(second.path, TEXT) == tokenizer(TEXT).input_ids
+
+
+READ = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "llama tied", "llama one group"]
+READ += ["llama every head", "mistral", "mistral window", "qwen2 window", "phi3 wide", "gpt2 scaled", "qwen3 tied"]
+READ += ["gemma2 deep", "gemma3 deep"]
+READ += [name for name in MORE_ROWS if name.split()[-1] in ("linear", "dynamic", "yarn", "set", "longrope", "llama3")]
+NOT_READ = {
+    "llama biased": "of its 52,608 weights transformers makes a model with 51,792, without its biases; use the checkp",
+    # Written as llama, whose class has no biases.
+    "qwen2 llama3": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the checkp",
+    "qwen2 longrope": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the chec",
+    "mistral 64": "transformers cannot load it (Class validation error",
+    "olmo2": "transformers cannot read the architecture 'olmo2' from GGUF; use the checkpoint that it was made from",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name not in NOT_READ])
+def test_what_is_read_is_what_llama_cpp_computes(tmp_path, monkeypatch, name):
+    """With rotations, windows, scales and caps, which transformers leaves out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(gguf_folder(done.path, torch.float32))
+    ids = tiny.token_rows(1, 60).tolist()[0]
+    # llama.cpp has another gelu, and with depth it shows.
+    bound = 5e-3 if "deep" in name else 1e-3 if done.architecture in ("gemma2", "gemma3", "gpt2") else 5e-6
+    assert relative(run(done.path, ids), logits_of(again, torch.tensor([ids]))[0]) < bound
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, {}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.dimension_count": 4}, {"partial_rotary_factor": 0.5}),
+    ],
+    ids=["nothing", "none", "an old name", "no kind", "a part of a head"],
+)
+def test_how_a_file_says_rotations(facts, expected):
+    config = tiny.ROWS["llama"]()
+    before = dict(config.rope_parameters)
+    _complete_rotation(config, facts, {})
+    assert config.rope_parameters == before | expected
+    with pytest.raises(SecateurError, match="rotary scaling of the kind other is not known here"):
+        _complete_rotation(config, {"rope.scaling.type": "other"}, {})
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_cannot_be_read(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    with pytest.raises(SecateurError, match=re.escape(f"m.gguf: {NOT_READ[name]}")):
+        gguf_folder(done.path, torch.float32)
+    assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
+
+
+def test_windows_scales_and_caps_that_are_read(tmp_path, monkeypatch):
+    """Of a Gemma whose settings are nobody's default; caps in the file are those of the config."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keys = {"layer_types": ["full_attention"] * 3, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 7.0}
+    monkeypatch.setitem(tiny.ROWS, "gemma2 odd", row("gemma2", **{**tiny.GEMMA, **keys, "query_pre_attn_scalar": 3}))
+    small = write_folder("gemma2 odd", uniform_keeps("gemma2 odd", CHANNELS), tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(gguf_folder(done.path, torch.float32))
+    assert (again.config.final_logit_softcapping, again.config.attn_logit_softcapping) == (5.0, 7.0)
+    assert relative(logits_of(again, torch.tensor([IDS])), logits_of(small, torch.tensor([IDS]))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("factor", "theta", "size", "original"), [(8.0, 5e5, 128, 8192), (32.0, 5e5, 64, 8192), (4.0, 1e4, 128, 2048)]
+)
+def test_the_settings_behind_rotary_factors(factor, theta, size, original):
+    """Of Llama 3.1, Llama 3.2 and another one; factors of no such settings are refused."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
+    share = np.clip((original / wavelengths - 1) / 3, 0, 1)
+    factors = 1 / ((1 - share) / factor + share)
+    assert _llama3(factors.astype(np.float32).astype(float), theta, size) == {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    for wrong in (factors[::-1], np.ones_like(factors), factors[:-1], factors + np.linspace(0, 1, len(factors))):
+        with pytest.raises(SecateurError, match=r"its rotary factors \(rope_freqs\) are none of Llama 3.1's kind"):
+            _llama3(wrong, theta, size)
+
+
+def test_a_name_that_readers_would_take_something_from(tmp_path):
+    """llama.cpp looks for Phi-3's tokens in a file of that name."""
+    write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
+    for name, stored in (("my-Phi-3b", "pruned"), ("mistral", "pruned"), ("mine", "mine")):
+        done = export(tmp_path / "folder", tmp_path / f"{name}.gguf", type="f32")
+        assert GGUFReader(done.path).fields["general.name"].contents() == stored
+        assert run(done.path, IDS).isfinite().all()
+
+
+def test_tokens_that_take_blanks_along(tmp_path):
+    """As Phi-3 has them, they are kept; otherwise refused."""
+    tokenizer = byte_level()
+    plain = [AddedToken(word, special=True) for word in ("<unk>", "<s>", "<|endoftext|>")]
+    strips = [AddedToken(word, special=True, rstrip=True) for word in ("<|user|>", "</s>")]
+    tokenizer.add_tokens([*plain, *strips], special_tokens=True)
+    text = "<s>  the <|user|>  \n the steps</s>  <|endoftext|>  of"
+    file = vocabulary_file(tokenizer, tmp_path / "t.gguf")
+    assert tokens(file, text) == tokenizer(text).input_ids
+    for how in ({"rstrip": True}, {"lstrip": True}, {"single_word": True}):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([AddedToken("<|user|>", special=True, **how)], special_tokens=True)
+        with pytest.raises(SecateurError, match=r"the tokenizer's <\|user\|> takes blanks or words around it along"):
+            vocabulary(tokenizer, len(tokenizer))
+
+
+def test_a_tokenizer_without_merges():
+    tokenizer = byte_level()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    with pytest.raises(SecateurError, match="the tokenizer has no merges, without which llama"):
+        vocabulary(bare, len(bare))
+
+
+REFUSED = {
+    "opt": (CHANNELS, "llama.cpp has no architecture for opt; keep the safetensors folder"),
+    "qwen3 biased": (BOTH, "qwen3 has no place for the biases of attn_output; openelm has no place for"),
+    "gemma2 every head": (CHANNELS, "gemma2 has the embedding for its output matrix"),
+    "gemma3 biased": (BOTH, "gemma3 has no place for the biases of attn_output"),
+    "phi3": (BOTH, "phi3 wants heads x head size = 48, so all 6 heads; llama rotates whole heads, and here 4 of 8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_models(tmp_path, name):
+    kinds, message = REFUSED[name]
+    write_folder(name, uniform_keeps(name, kinds), tmp_path / "folder")
+    with pytest.raises(SecateurError, match=f"folder: .*{message}"):
+        export(tmp_path / "folder", tmp_path / "m.gguf")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2", "gpt2", "gpt_neox", "qwen3"])
+def test_refused_widths(tmp_path, name):
+    keeps = uniform_keeps(name, CHANNELS)
+    keeps[1] = Keep(keeps[1].heads, keeps[1].channels[:5])
+    write_folder(name, keeps, tmp_path / "folder")
+    with pytest.raises(SecateurError, match="has one width for all blocks, so prune all of them with uniform widths"):
+        export(tmp_path / "folder", tmp_path / "m.gguf")
+
+
+def test_refused_requests(tmp_path):
+    folder, out = tmp_path / "folder", tmp_path / "m.gguf"
+    write_folder("llama", uniform_keeps("llama", BOTH), folder)
+    for kind, message in {
+        "q4_k_m": "made by llama.cpp's own llama-quantize .* --round 256",
+        "iq2_xs": "llama-quantize",
+        "int8": "no type 'int8'; choose one of f32, f16, bf16, q8_0, q4_0",
+    }.items():
+        with pytest.raises(SecateurError, match=message):
+            export(folder, out, type=kind)
+    with pytest.raises(SecateurError, match="no format 'onnx'; choose one of hf, gguf"):
+        export(folder, out, format="onnx")
+    with pytest.raises(SecateurError, match=r"a GGUF file ends in .gguf"):
+        export(folder, tmp_path / "m.bin")
+    with pytest.raises(SecateurError, match="create it first"):
+        export(folder, tmp_path / "no" / "m.gguf")
+    out.write_text("mine")
+    with pytest.raises(SecateurError, match="exists; choose another name"):
+        export(folder, out)
+    assert out.read_text() == "mine"
+    export(folder, out, overwrite=True)
+    (folder / "secateur.json").unlink()
+    with pytest.raises(SecateurError, match="not a folder that secateur's prune wrote"):
+        export(folder, tmp_path / "n.gguf")
+
+
+def test_refused_tokenizers(tmp_path):
+    keeps = uniform_keeps("llama", BOTH)
+    steps = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    for tokenizer, message in {
+        tiny.make_tokenizer(): "folder: the tokenizer is WordLevel",
+        byte_level(steps): "splits text in a way that is none of those known here",
+    }.items():
+        write_folder("llama", keeps, tmp_path / "folder", tokenizer)
+        with pytest.raises(SecateurError, match=message):
+            export(tmp_path / "folder", tmp_path / "m.gguf")
+
+
+def test_a_plan_can_be_asked_before_it_is_made(tmp_path):
+    write_folder("gemma3_text", uniform_keeps("gemma3_text", BOTH), tmp_path / "folder")
+    checkpoint = open_checkpoint(tmp_path / "folder")
+    blocks = blocks_of(build("gemma3_text"))
+    dense, narrow = blocks[0].width, width_of(blocks[0], some_keep(blocks[0], 0, CHANNELS, "groups"))
+    assert gguf_obstacle(checkpoint, [dense] * 3) is None
+    assert "has one width" in (gguf_obstacle(checkpoint, [dense, narrow, dense]) or "")
+    assert "llama-quantize" in (gguf_obstacle(checkpoint, [dense] * 3, "q6_k") or "")
+    assert "biases of attn_output, ffn_down" in (gguf_obstacle(checkpoint, [dense] * 3, intercept=True) or "")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_folder_with_widths_block_by_block(tmp_path, name):
+    """The same weights and logits; and it makes the same GGUF file."""
+    write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "stock")
+    done = export(tmp_path / "stock", tmp_path / "hf", format="hf")
+    with quiet():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+        config = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=False)
+        again = model_class(config).from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert done.architecture == type(again).__name__
+    assert widths_of(config) == widths_of(stock.config)
+    ids = torch.tensor([IDS])
+    assert torch.equal(logits_of(again, ids), logits_of(stock, ids))
+    first = export(tmp_path / "stock", tmp_path / "m.gguf").path.read_bytes()
+    assert export(tmp_path / "hf", tmp_path / "m.gguf", overwrite=True).path.read_bytes() == first
+    with pytest.raises(SecateurError, match="gives each block its width already"):
+        export(tmp_path / "hf", tmp_path / "again", format="hf")
+    with pytest.raises(SecateurError, match="exists and is not empty"):
+        export(tmp_path / "stock", tmp_path / "hf", format="hf")

@@ -1,0 +1,411 @@
+"""Widths that differ from block to block: whatever is written computes what the dense model does with the removed
+units silenced, with this library and without it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models import (
+    GEMMA,
+    GROUPED,
+    ROWS,
+    _config,
+    blocks_of,
+    build,
+    layers_of,
+    logits_of,
+    narrowed,
+    relative,
+    save,
+    token_rows,
+)
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.fit.average import FittedBlock
+from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_obstacle, widths_of
+from secateur.measure.compare import evaluate
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Block, Keep, Width
+from secateur.model.surgery import assign, inner_entries, slice_module, width_of
+from secateur.plan.plan import Plan
+from secateur.write.slice import slice
+from secateur.write.write import obstacle, write
+
+TOLERANCE = 1e-5
+"""Largest deviation of a logit over the largest logit."""
+BLOCKS = 3
+FIRST = 9
+"""Tokens read at once before the others come one at a time or together."""
+
+FACTORS = {"short_factor": [1.1, 1.2, 1.3, 1.4], "long_factor": [2.1, 2.2, 2.3, 2.4]}
+LONG = {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 32, "rope_theta": 500.0}
+LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 99.0},
+}
+# Rotary settings whose checks and tables read head counts.
+MORE_ROWS = {
+    "phi3 longrope": _config("phi3", **GROUPED, **LONG),
+    "gemma3 linear": _config("gemma3_text", **GEMMA, rope_parameters=LINEAR),
+}
+
+
+@cache
+def dense(name: str) -> Any:
+    """A row's model; not to be changed."""
+    return build(name)
+
+
+@cache
+def block_of(name: str) -> Block:
+    return blocks_of(dense(name))[0]
+
+
+def plan_of(name: str, case: str) -> dict[int, Width]:
+    """Widths by block; blocks that are left out stay dense."""
+    block, full = block_of(name), block_of(name).width
+    channels = full.channels
+    widths = {
+        "uneven": {
+            0: Width(max(1, full.groups - 1), full.per_group, channels // 2),
+            1: Width(full.groups, max(1, full.per_group - 1), channels - 5),
+            2: Width(1, 1, 7),
+        },
+        "gone": {0: Width(0, 0, channels // 3), 1: Width(full.groups, full.per_group, 0), 2: Width(1, 1, channels)},
+        "one block": {1: Width(0, 0, 0)},
+        "one bias": {1: full},
+    }[case]
+    if block.attention.locked:
+        return {i: Width(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
+    return widths
+
+
+def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
+    return tuple(sorted(torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
+
+
+def keep_of(block: Block, width: Width, seed: int) -> Keep:
+    """Units that are no run: some groups, and other heads in each of them."""
+    attention, heads = block.attention, []
+    for group in picked(attention.groups, width.groups, seed) if width.heads else ():
+        kept = picked(attention.per_group, width.per_group, seed + group + 1)
+        heads += [group * attention.per_group + head for head in kept]
+    return Keep(tuple(heads), picked(block.feed_forward.units, width.channels, seed + 50))
+
+
+class Written:
+    """One folder of the format, and what it should compute."""
+
+    def __init__(self, name: str, case: str, intercept: bool, source: Path, folder: Path):
+        block = block_of(name)
+        self.widths = plan_of(name, case)
+        self.keeps = {i: keep_of(block, width, seed=i) for i, width in self.widths.items()}
+        self.changed: dict[int, dict[str, Tensor]] = {i: {} for i in self.keeps}
+        for index, tensors in self.changed.items() if intercept else ():
+            for module in without_bias(name):
+                tensors[f"{module.sink}.bias"] = 0.3 * token_noise(dense(name).config.hidden_size, index)
+        self.folder, self.source = folder, source
+        stream = BlockStream(open_checkpoint(source))
+        fitted = [FittedBlock(i, self.keeps[i], self.changed[i], ()) for i in sorted(self.keeps)]
+        plan = Plan(self.widths, 0.0, 0.0, "blocks", None)
+        self.bytes = write(stream, folder, plan, ((b.index, slice(stream, b)) for b in fitted), format="hf")
+
+    def load(self, **how: Any) -> tuple[Any, dict[str, Any]]:
+        """The model through the classes of this library, and what was missing."""
+        with quiet():
+            config = open_checkpoint(self.folder).config
+            model, info = model_class(config).from_pretrained(self.folder, output_loading_info=True, **how)
+        return model.eval(), info
+
+
+def without_bias(name: str) -> list[Any]:
+    """Modules that may get an intercept; behind a norm there is none."""
+    block = block_of(name)
+    return [m for m in (block.attention, block.feed_forward) if m.bias is None and m.post_norm is None]
+
+
+def token_noise(size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def silenced(name: str, written: Written) -> nn.Module:
+    """The dense model with the removed units' entries of the level-2 inputs zero, and the same new biases."""
+    model, block = copy.deepcopy(dense(name)), block_of(name)
+    for index, keep in written.keeps.items():
+        layer = layers_of(model)[index]
+        for path, tensor in written.changed[index].items():
+            assign(layer, path, tensor)
+        for module in (block.attention, block.feed_forward):
+            mask = torch.zeros(module.units * module.size)
+            mask[inner_entries(module, keep.units(module.kind))] = 1
+            layer.get_submodule(module.sink).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place = tmp_path_factory.mktemp("written")
+    sources: dict[str, Path] = {}
+
+    made: dict[Path, Written] = {}
+
+    def make(name: str, case: str, intercept: bool = False) -> Written:
+        if name not in sources:
+            sources[name] = save(name, place / name.replace(" ", "-"))
+        folder = place / f"{name} {case} {intercept}".replace(" ", "-")
+        if folder not in made:
+            made[folder] = Written(name, case, intercept, sources[name], folder)
+        return made[folder]
+
+    return make
+
+
+def cases() -> Iterator[Any]:
+    for name in (*ROWS, *MORE_ROWS):
+        for case in ("uneven", "gone", "one block"):
+            yield pytest.param(name, case, False, id=f"{name}-{case}")
+    for name in ("llama", "mistral window", "qwen2", "qwen3", "phi3", "llama tied"):
+        for case in ("uneven", "gone", "one block", "one bias"):
+            yield pytest.param(name, case, True, id=f"{name}-{case}-intercept")
+
+
+@pytest.mark.parametrize(("name", "case", "intercept"), list(cases()))
+def test_what_is_written_is_what_was_meant(written, name, case, intercept):
+    made, ids = written(name, case, intercept), token_rows(2, 20)
+    expected = logits_of(silenced(name, made), ids)
+    assert relative(expected, logits_of(dense(name), ids)) > 100 * TOLERANCE
+    assert relative(logits_of(narrowed(dense(name), made.keeps, made.changed), ids), expected) < TOLERANCE
+    model, info = made.load()
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert relative(logits_of(model, ids), expected) < TOLERANCE
+    with torch.no_grad():
+        seen = model(ids[:, :FIRST], use_cache=True)
+        parts, store = [seen.logits], seen.cache
+        for step in (ids[:, FIRST : FIRST + 1], ids[:, FIRST + 1 :]):
+            parts.append(model(step, cache=store, use_cache=True).logits)
+    assert relative(torch.cat(parts, dim=1), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "case", "intercept"), list(cases()))
+def test_the_folder_says_what_it_holds(written, name, case, intercept):
+    made, block = written(name, case, intercept), block_of(name)
+    stored = json.loads((made.folder / "config.json").read_text())
+    config = open_checkpoint(made.folder).config
+    assert is_per_layer(config)
+    assert not is_per_layer(dense(name).config)
+    for given in (stored, config):
+        assert widths_of(given) == [made.widths.get(index, block.width) for index in range(BLOCKS)]
+    assert stored["model_type"] == dense(name).config.model_type
+    assert stored["head_dim"] == block.attention.size
+    assert set(stored["auto_map"]) == {"AutoModel", "AutoModelForCausalLM"}
+    assert (made.folder / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
+    source = open_checkpoint(made.source)
+    removed = sum(block.parameters - block.kept_parameters(width) for width in made.widths.values())
+    added = sum(tensor.numel() for tensors in made.changed.values() for tensor in tensors.values())
+    assert made.bytes == source.bytes - 4 * removed + 4 * added
+
+
+def test_widths_of_a_stock_folder(written):
+    assert widths_of(open_checkpoint(written("gpt2", "uneven").source).config) == [block_of("gpt2").width] * BLOCKS
+
+
+ALONE = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
+
+sys.modules["secateur"] = None  # its import fails
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+ids, out, logits = torch.tensor(json.loads(sys.argv[1])), Path(sys.argv[2]), {}
+for folder in sys.argv[3:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        logits[folder] = model.eval()(ids, use_cache=False).logits
+        base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        states = [part(ids, use_cache=False).last_hidden_state for part in (base, model.base_model)]
+    assert type(base).__name__.startswith("Secateur") and torch.equal(*states)
+save_file(logits, out / "logits.safetensors")
+"""
+
+
+def run_alone(script: str, place: Path, *arguments: str) -> None:
+    environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_transformers_alone(written, tmp_path):
+    chosen = [("llama", "gone", True), ("gpt_neox", "uneven", False), ("opt", "one block", False)]
+    ids, made = token_rows(2, 20), {row: written(*row) for row in chosen}
+    folders = [str(found.folder) for found in made.values()]
+    run_alone(ALONE, tmp_path, json.dumps(ids.tolist()), str(tmp_path), *folders)
+    logits = load_file(tmp_path / "logits.safetensors")
+    for (name, *_), found in made.items():
+        assert relative(logits[str(found.folder)], logits_of(silenced(name, found), ids)) < TOLERANCE, name
+
+
+REGISTERED = """
+import sys
+import secateur
+assert "torch" not in sys.modules
+from transformers import AutoModelForCausalLM
+
+secateur.register()
+secateur.register()
+ours, dense = (AutoModelForCausalLM.from_pretrained(folder) for folder in sys.argv[1:])
+assert type(ours).__module__ == "secateur.model.modeling_secateur", type(ours)
+assert type(dense).__module__.startswith("transformers."), type(dense)
+from secateur import BlockStream, open_checkpoint
+assert len(BlockStream(open_checkpoint(sys.argv[2]))) == 3
+"""
+
+
+def poisoned(made: Written, place: Path) -> Path:
+    """A copy whose own code must not run."""
+    shutil.copytree(made.folder, place)
+    (place / MODELING_FILE.name).write_text("raise SystemExit('this code was run')\n")
+    return place
+
+
+def test_registered_classes(written, tmp_path):
+    made = written("llama", "gone")
+    run_alone(REGISTERED, tmp_path, str(poisoned(made, tmp_path / "model")), str(made.source))
+
+
+def test_evaluate_runs_no_code_of_the_folder(written, tmp_path):
+    made, text = written("qwen3", "gone"), tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % 90}" for i in range(400)))
+    found = evaluate(str(poisoned(made, tmp_path / "model")), against=str(made.source), texts=[str(text)], length=16)
+    small, full = found.models
+    assert small.parameters == made.bytes // 4
+    assert small.parameters < full.parameters
+    assert small.texts[0].perplexity != full.texts[0].perplexity
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral window", "gemma3_text", "gpt2", "gpt_neox"])
+def test_generation(written, name):
+    """Block 0 has no attention, and one row is padded: lengths and masks come from the cache all the same."""
+    model, _ = written(name, "gone").load()
+    ids, mask = token_rows(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    how = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 2}
+    for more in ({}, {"num_beams": 3}):
+        expected = model.generate(ids, use_cache=False, **how, **more)
+        assert torch.equal(model.generate(ids, use_cache=True, **how, **more), expected)
+    expected = model.generate(ids, use_cache=False, **how)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(ids, **static, **how), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma3_text"])
+def test_attention_implementations(written, name):
+    made, ids = written(name, "gone"), token_rows(2, 20)
+    expected = logits_of(silenced(name, made), ids)
+    model, _ = made.load(attn_implementation="eager")
+    assert relative(logits_of(model, ids), expected) < TOLERANCE
+    # Every layer follows, the ones with a config of their own too.
+    model.set_attn_implementation("sdpa")
+    assert relative(logits_of(model, ids), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt after"])
+def test_saved_and_loaded_again(written, tmp_path, name):
+    made, ids = written(name, "gone", name == "llama"), token_rows(2, 20)
+    model, _ = made.load()
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
+    stored = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert stored["auto_map"] == json.loads((made.folder / "config.json").read_text())["auto_map"]
+    with quiet():
+        config = open_checkpoint(tmp_path / "again").config
+        again = model_class(config).from_pretrained(tmp_path / "again", device_map="cpu").eval()
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    assert torch.equal(logits_of(copy.deepcopy(again), ids), logits_of(model, ids))
+
+
+def test_half_precision(written):
+    model, _ = written("qwen2", "gone", True).load(dtype=torch.bfloat16)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    expected, ids = logits_of(silenced("qwen2", written("qwen2", "gone", True)), token_rows(2, 20)), token_rows(2, 20)
+    assert relative(logits_of(model, ids).float(), expected) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "intercept"),
+    [("llama", "uneven", False), ("qwen3", "one block", False), ("llama", "one bias", True), ("gpt2", "gone", False)],
+)
+def test_a_stock_class_fails_instead_of_guessing(written, name, case, intercept):
+    """Tensors that are missing or too many only make it warn, so that some shape must differ."""
+    with quiet(), pytest.raises(RuntimeError, match="mismatched"):
+        type(dense(name)).from_pretrained(written(name, case, intercept).folder)
+
+
+def test_what_is_pruned_already_is_not_pruned_again(written):
+    with pytest.raises(SecateurError, match="blocks differ in width"):
+        BlockStream(open_checkpoint(written("llama", "gone").folder))
+
+
+def test_obstacles(written, tmp_path):
+    olmo, llama = block_of("olmo2"), block_of("llama")
+    config = dense("olmo2").config
+    fewer, none = Width(2, 2, 72), Width(0, 0, 72)
+    assert "olmo2 keeps all 6 heads of a block or none, as its query" in (per_layer_obstacle(config, olmo, fewer) or "")
+    assert per_layer_obstacle(config, olmo, none) is None
+    assert per_layer_obstacle(dense("llama").config, llama, Width(0, 0, 0)) is None
+    stranger = copy.copy(config)
+    stranger.model_type = "stranger"
+    assert "no layout is known for model_type 'stranger'" in (per_layer_obstacle(stranger, olmo, none) or "")
+    stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
+    with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
+        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0, "blocks", None), iter(()), format="hf")
+    with pytest.raises(SecateurError, match="one width for all blocks; take --format hf"):
+        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0, "blocks", None), iter(()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "width", "intercept"),
+    [
+        ("gpt2", range(3), Width(4, 1, 96), False),
+        ("gemma2 every head", range(3), Width(5, 1, 72), False),
+        ("llama", range(3), Width(0, 0, 72), False),
+        ("llama", range(2), Width(2, 2, 72), False),
+        ("llama", range(3), Width(2, 2, 72), True),
+    ],
+)
+def test_the_stock_format_points_to_this_one(written, name, blocks, width, intercept):
+    stream = BlockStream(open_checkpoint(written(name, "uneven").source))
+    assert (obstacle(stream, blocks, width, intercept=intercept) or "").endswith("or take --format hf")
+    assert obstacle(stream, blocks, width, format="hf", intercept=intercept) is None
+
+
+def test_nothing_of_a_module_can_be_sliced():
+    module, layer = block_of("phi3").attention, layers_of(dense("phi3"))[0]
+    found = slice_module(module, dict(layer.named_parameters()), ())
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "self_attn.qkv_proj.weight": (0, 48),
+        "self_attn.o_proj.weight": (48, 0),
+    }
+    assert width_of(block_of("phi3"), Keep((), (1,))) == Width(0, 0, 1)

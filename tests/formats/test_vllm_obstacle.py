@@ -1,0 +1,31 @@
+"""What is said about vLLM without having it; `tests/serving` asks vLLM itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from models import config_of
+from secateur.formats.vllm import vllm_obstacle
+from secateur.model.structure import Width
+
+FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "per_layer", "reason"),
+    [
+        ("llama", [FULL, NONE], True, None),
+        ("llama", [FEWER, FEWER], False, None),
+        ("llama", [NONE, NONE], True, "keep a head in one of them"),
+        ("gpt2", [FULL, FULL], True, "prune channels only, in the stock format"),
+        ("gpt2", [FULL, FULL], False, None),
+        ("qwen2", [FULL, NONE], True, None),
+        ("qwen2", [FULL, FULL], False, None),
+        ("qwen2", [FEWER, FEWER], False, "which 3 heads of 8 do not give; serve it with --model-impl transformers"),
+        ("qwen2 window", [FULL, FULL], True, None),
+        ("qwen2 window", [FULL, FULL], False, "all blocks or none; serve it with --model-impl transformers"),
+    ],
+)
+def test_obstacle(name: str, widths: list[Width], per_layer: bool, reason: str | None) -> None:
+    found = vllm_obstacle(config_of(name), widths, per_layer=per_layer)
+    assert (found is None) if reason is None else (reason in (found or "")), found

@@ -1,0 +1,367 @@
+"""Perplexity against a plain computation, and speed by its bookkeeping: no test depends on timings."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from conftest import CheckpointFolder
+from models import make_letters
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.measure import compare, compare_speed, perplexity, speed
+from secateur.measure.compare import evaluate
+
+VOCAB = 128
+DOWN = "model.layers.1.mlp.down_proj.weight"
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | config | more))).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def random_rows(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def plain_nll(model: PreTrainedModel, rows: torch.Tensor) -> float:
+    """Row by row, token by token, in float64."""
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            logits = model(input_ids=row[None]).logits[0].double()
+            losses += [float(cross_entropy(logits[i], row[i + 1])) for i in range(len(row) - 1)]
+    return math.fsum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_perplexity_is_that_of_a_plain_computation(build: Callable[[], PreTrainedModel], batch: int) -> None:
+    model, rows = build(), random_rows(7, 12)
+    result = perplexity(model, rows, batch=batch)
+    assert result.nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
+    assert result.nll > 1.05 * math.log(VOCAB) or build is gemma2  # far from uniform, so errors would show
+    assert result.perplexity == pytest.approx(math.exp(result.nll))
+    assert (result.tokens, result.rows, result.length) == (7 * 11, 7, 12)
+
+
+@pytest.mark.parametrize("logits", [1, 3 * VOCAB, 5 * VOCAB + 1])
+def test_pieces_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    module = sys.modules[perplexity.__module__]
+    model, rows = llama(), random_rows(4, 12)
+    monkeypatch.setattr(module, "_LOSS_LOGITS", logits)
+    assert perplexity(model, rows).nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
+    shapes = []
+    monkeypatch.setattr(module, "_FORWARD_LOGITS", 2 * 12 * VOCAB)
+    model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape[0]), with_kwargs=True)
+    assert perplexity(model, rows, batch=8).nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
+    assert shapes[:2] == [2, 2]
+
+
+def test_float32_holds_only_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[perplexity.__module__]
+    monkeypatch.setattr(module, "_LOSS_LOGITS", 4 * VOCAB)
+    seen = []
+
+    def record(piece: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+        seen.append((piece.dtype, piece.numel()))
+        return cross_entropy(piece, target, reduction=reduction)
+
+    monkeypatch.setattr(module, "cross_entropy", record)
+    perplexity(llama().bfloat16(), random_rows(4, 12))
+    assert max(count for _, count in seen) == 4 * VOCAB
+    assert {dtype for dtype, _ in seen} == {torch.float32}
+
+
+def test_progress_and_mode_are_left_right() -> None:
+    model, seen = llama().train(), []
+
+    class Watcher(Silent):
+        def track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+            seen.append((what, list(items)))
+            return iter(seen[0][1])
+
+    perplexity(model, random_rows(5, 6), batch=2, watcher=Watcher(), what="text")
+    assert seen == [("text", [0, 2, 4])]
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_is_off_while_scoring() -> None:
+    model = llama(attention_dropout=0.5).train()
+    rows = random_rows(3, 12)
+    first = perplexity(model, rows)
+    assert first == perplexity(model, rows)
+    with pytest.raises(FrozenInstanceError):
+        setattr(first, "nll", 0.0)  # noqa: B010
+
+
+def test_a_hopeless_model_gets_infinite_perplexity() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    result = perplexity(model, random_rows(2, 6))
+    assert math.isfinite(result.nll)
+    assert result.perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "message"),
+    [
+        (random_rows(2, 1), 8, "2 rows of 1 tokens leave nothing to score"),
+        (random_rows(0, 4), 8, "0 rows of 4 tokens leave nothing to score"),
+        (random_rows(2, 4), 0, "batch is 0"),
+        (random_rows(2, 4) + VOCAB, 8, f"ids outside the model's {VOCAB}"),
+    ],
+)
+def test_bad_rows_are_named(rows: torch.Tensor, batch: int, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        perplexity(llama(), rows, batch=batch)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(value: float) -> None:
+    model = llama()
+    rows = random_rows(4, 6) % 100
+    rows[2, 0] = 101
+    with torch.no_grad():
+        model.get_input_embeddings().weight[101] = value
+    with pytest.raises(SecateurError, match="loss is nan in rows 2 to 3"):
+        perplexity(model, rows, batch=2)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
+    model = build()
+    lengths, before = (
+        [],
+        GenerationConfig(do_sample=True, temperature=0.5, num_beams=2, eos_token_id=list(range(99))),
+    )
+    model.generation_config = before
+    model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    result = speed(model.train(), prompt=20, new=5, batch=2, repeats=3)
+    # One run to warm up and three that count: the prompt, then one token at a time out of the cache.
+    assert lengths == 4 * [(2, 20), *(5 * [(2, 1)])]
+    assert (result.prompt, result.new, result.batch, result.device) == (20, 5, 2, "cpu")
+    assert result.dtype == "float32"
+    assert len(result.prefill_seconds) == len(result.decode_seconds) == 3
+    assert result.prefill == pytest.approx(2 * 20 / sorted(result.prefill_seconds)[1])
+    assert result.decode == pytest.approx(2 * 5 / sorted(result.decode_seconds)[1])
+    assert min(result.prefill_seconds + result.decode_seconds) > 0
+    assert model.generation_config is before
+    assert model.training
+
+
+def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(float(2**i) for i in range(1000))
+    monkeypatch.setattr(sys.modules[speed.__module__], "perf_counter", lambda: next(ticks))
+    result = speed(llama(), prompt=4, new=2, repeats=1)
+    # Marks of the counted run: start 2^4, first token 2^5, then 2^6 and 2^7.
+    assert result.prefill_seconds == (16.0,)
+    assert result.decode_seconds == (96.0,)
+
+
+def test_models_take_turns() -> None:
+    a, b, order = llama(), llama(num_hidden_layers=1), []
+    for name, model in (("a", a), ("b", b)):
+        model.register_forward_pre_hook(
+            lambda _, __, given, name=name: order.append(name) if given["input_ids"].shape[1] > 1 else None,
+            with_kwargs=True,
+        )
+    result = compare_speed(a, b, prompt=8, new=1, repeats=3)
+    assert order == ["a", "b"] * 4
+    ratios = sorted(x / y for x, y in zip(result.a.prefill_seconds, result.b.prefill_seconds, strict=True))
+    assert result.prefill_ratio == ratios[1]
+    assert result.decode_ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"prompt": 0}, "prompt is 0"),
+        ({"new": 0}, "new is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"prompt": 60, "new": 5}, "prompt of 60 and 5 new tokens exceed the model's 64 positions"),
+    ],
+)
+def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        speed(llama(), **sizes)
+
+
+def test_all_positions_may_be_used() -> None:
+    assert speed(gpt2(), prompt=60, new=4, repeats=1).new == 4
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{i * i % 100}" for i in range(400)))
+    return str(path)
+
+
+def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: CheckpointFolder, text: str) -> None:
+    folder = checkpoint_folder("llama")
+    (score,) = evaluate(str(folder), texts=[text], length=20, tokens=100).models
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = torch.tensor([4 + i * i % 100 for i in range(100)]).view(5, 20)
+    (found,) = score.texts
+    assert found.perplexity == pytest.approx(math.exp(plain_nll(model, rows)), rel=1e-5)
+    assert (found.source, found.tokens, found.rows, found.length) == (text, 95, 5, 20)
+    assert score.parameters == sum(p.numel() for p in model.parameters())
+    assert score.bytes == 4 * score.parameters
+    assert not score.bos
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: {}, "tensors missing from the weights: model.layers.1.mlp.down_proj.weight"),
+        (
+            lambda tensor: {DOWN: tensor[:, 1:].contiguous()},
+            "is [48, 71] where config.json makes it [48, 72]; find the",
+        ),
+    ],
+)
+def test_weights_are_never_drawn_at_random(
+    checkpoint_folder: CheckpointFolder,
+    text: str,
+    tmp_path: Path,
+    change: Callable[[Any], dict[str, Any]],
+    message: str,
+) -> None:
+    folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensor = tensors.pop(DOWN)
+    save_file(tensors | change(tensor), folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SecateurError, match=re.escape(message)):
+        evaluate(str(folder), texts=[text], length=20, tokens=100)
+
+
+def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointFolder, text: str) -> None:
+    small, dense = str(checkpoint_folder("llama tied")), str(checkpoint_folder("llama biased"))
+    result = evaluate(small, against=dense, texts=[text, text], length=20, speed=True)
+    figures = {figure.label: figure for figure in result.figures()}
+    first, second = result.models
+    assert [model.name for model in result.models] == [small, dense]
+    assert set(figures) == {
+        *("parameters", "bytes at equal dtype", "perplexity words.txt", "prefill tokens/s", "decoding tokens/s")
+    }
+    assert figures["parameters"].values == [first.parameters, second.parameters]
+    assert figures["parameters"].ratio == first.parameters / second.parameters < 1
+    assert figures["perplexity words.txt"].values == [m.texts[0].perplexity for m in result.models]
+    assert first.speed is not None
+    assert second.speed is not None
+    turns = zip(second.speed.prefill_seconds, first.speed.prefill_seconds, strict=True)
+    assert figures["prefill tokens/s"].ratio == sorted(b / a for b, a in turns)[1]
+    assert figures["prefill tokens/s"].values == [first.speed.prefill, second.speed.prefill]
+    assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][0]["tokens"] == second.texts[0].tokens
+
+
+def test_models_that_cut_text_otherwise(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+    """Their perplexities are per token of their own, which is said; with one tokenizer nothing is."""
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    folder, other = str(checkpoint_folder("llama")), tmp_path / "other"
+    evaluate(folder, against=folder, texts=[text], length=20, watcher=Notes())
+    assert said == []
+    shutil.copytree(folder, other)
+    make_letters().save_pretrained(other)
+    evaluate(folder, against=str(other), texts=[text], length=20, watcher=Notes())
+    assert said == ["The two models cut text into different tokens: perplexities, which are per token, do not compare"]
+
+
+def test_only_one_model_is_in_memory_unless_two_take_turns(
+    checkpoint_folder: CheckpointFolder, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def load(*given: Any) -> Any:
+        gc.collect()
+        assert not any(model() is not None for model in alive)
+        model = dense_load(*given)
+        alive.append(weakref.ref(model))
+        return model
+
+    dense_load = compare.load
+    monkeypatch.setattr(compare, "load", load)
+    folder = str(checkpoint_folder("llama"))
+    result = evaluate(folder, against=folder, texts=[text], length=20)
+    assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0]
+
+
+def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+    from secateur.report.tables import eval_table
+
+    folder = checkpoint_folder("llama")
+    table, lines = eval_table(evaluate(str(folder), texts=[text], length=20))
+    assert [column.header for column in table.columns] == ["", folder.name]
+    assert lines == [
+        "words.txt: 380 tokens scored in 20 rows of 20; rows begin without BOS, as the tokenizer adds none."
+    ]
+    other = tmp_path / "other" / folder.name
+    shutil.copytree(folder, other)
+    table, lines = eval_table(evaluate(str(folder), against=str(other), texts=[]))
+    assert [column.header for column in table.columns] == ["", str(folder), str(other), "ratio"]
+    assert lines == []
+    assert compare.short("owner/name") == "owner/name"
+    assert compare.short("Salesforce/wikitext:wikitext-2-raw-v1") == "Salesforce/wikitext:wikitext-2-raw-v1"

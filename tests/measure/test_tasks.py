@@ -1,0 +1,361 @@
+"""Answers' likelihoods against a plain computation, and tasks on local files through lm-eval."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import CheckpointFolder
+from models import BOS, POSITIONS, ROWS, build, make_tokenizer
+from secateur import cli
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.base.quiet import quiet
+from secateur.measure import Accuracy, kept, likelihood, log_likelihoods, open_tasks, tasks, zero_shot
+from secateur.measure.compare import evaluate
+
+PAIRS = [
+    ("w1 w2 w3", " w4 w5"),
+    ("w1 w2 w3", " w6"),
+    ("w9 w8 w7", " w4 w5 w6 w7"),
+    ("w9", " w1"),
+    (" ".join(f"w{i}" for i in range(30)), " w3 w1 w4 w1 w5"),
+    ("w1 w2 w3", " w7 w7 w7 w7 w7 w7"),
+    ("w5 w6 ", "w7"),
+    ("", "w5 w6"),
+]
+ITEMS = [
+    {"query": f"w{i} w{i + 1}" + i % 2 * f" w{i + 2}", "choices": ["w3 w4", "w50", f"w{i} w9 w9"], "gold": i % 3}
+    for i in range(10, 34)
+]
+YAML = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {output}
+doc_to_text: query
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+NORM = "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
+
+
+def ids_of(question: str, answer: str, bos: bool) -> tuple[list[int], list[int]]:
+    """By hand: the tokenizer gives `w7` the id 11 and drops spaces."""
+    before = [4 + int(word[1:]) for word in question.split()]
+    after = [4 + int(word[1:]) for word in answer.split()]
+    return [BOS, *before] if bos or not before else before, after
+
+
+def plain(model: Any, before: list[int], after: list[int]) -> tuple[float, bool]:
+    """One pair in one forward without a cache, token by token in float64."""
+    ids = [*before, *after]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
+    places = range(len(before) - 1, len(ids) - 1)
+    log = math.fsum(float(logits[place].log_softmax(-1)[ids[place + 1]]) for place in places)
+    return log, all(int(logits[place].argmax()) == ids[place + 1] for place in places)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", list(ROWS))
+def test_likelihoods_are_those_of_a_plain_computation(name: str, bos: bool) -> None:
+    model = build(name)
+    found = log_likelihoods(model, make_tokenizer(bos=bos), PAIRS)
+    for (question, answer), (log, greedy) in zip(PAIRS, found, strict=True):
+        expected = plain(model, *ids_of(question, answer, bos))
+        assert log == pytest.approx(expected[0], rel=1e-4), (question, answer)
+        assert greedy == expected[1]
+
+
+def test_a_greedy_answer_is_known() -> None:
+    model, ids = build("llama"), [5, 6, 7]
+    with torch.no_grad():
+        for _ in range(3):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    if min(ids) < 4:
+        pytest.fail("choose other ids: the words of special tokens cannot be written")
+    words = [f"w{i - 4}" for i in ids]
+    question, answer = " ".join(words[:3]), " " + " ".join(words[3:])
+    first, second = log_likelihoods(model, make_tokenizer(), [(question, answer), (question, answer + " w1")])
+    assert first.greedy
+    assert second.log < first.log
+
+
+@pytest.mark.parametrize("batch_size", [1, 20, 10_000])
+@pytest.mark.parametrize("padding", [0, 64])
+def test_batches_change_nothing(batch_size: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "_PADDING", padding)
+    model, shapes = build("llama"), []
+    model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
+    found = log_likelihoods(model, make_tokenizer(), PAIRS, batch_size=batch_size)
+    expected = [plain(build("llama"), *ids_of(*pair, False))[0] for pair in PAIRS]
+    assert [log for log, _ in found] == pytest.approx(expected, rel=1e-4)
+    if batch_size == 10_000 and padding == 64:
+        # The question with three answers and the one as long as it run once and together, then their answers.
+        assert (2, 3) in shapes
+        assert (3, 5) in shapes
+
+
+def test_models_without_the_newer_arguments_are_scored_alike() -> None:
+    model = build("llama")
+    expected = log_likelihoods(model, make_tokenizer(), PAIRS)
+    whole = model.forward
+
+    def forward(input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        return whole(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    model.forward = forward  # type: ignore[method-assign]
+    with quiet():
+        found = log_likelihoods(model, make_tokenizer(), PAIRS)
+    assert [log for log, _ in found] == pytest.approx([log for log, _ in expected], rel=1e-5)
+
+
+def test_a_question_too_long_loses_its_beginning() -> None:
+    model = build("llama")
+    words = [f"w{i % 100}" for i in range(POSITIONS + 10)]
+    (found,) = log_likelihoods(model, make_tokenizer(), [(" ".join(words), " w1 w2 w3")])
+    before, after = ids_of(" ".join(words), "w1 w2 w3", False)
+    assert found.log == pytest.approx(plain(model, before[-(POSITIONS - 2) :], after)[0], rel=1e-4)
+    whole = " " + " ".join(words[:POSITIONS])
+    assert math.isfinite(log_likelihoods(model, make_tokenizer(), [("w1", whole)])[0].log)
+    with pytest.raises(SecateurError, match=f"answer of {POSITIONS + 1} tokens exceeds the model's {POSITIONS}"):
+        log_likelihoods(model, make_tokenizer(), [("w1", whole + " w1")])
+
+
+def test_a_text_that_spells_bos_gets_no_other() -> None:
+    model = build("llama")
+    with_bos = log_likelihoods(model, make_tokenizer(bos=True), [("w1 w2", " w3"), ("<s> w1 w2", " w3")])
+    assert with_bos[0] == with_bos[1]
+
+
+def test_mode_and_progress_are_left_right() -> None:
+    model, seen = build("llama").train(), []
+
+    class Watcher(Silent):
+        def track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+            seen.append(what)
+            return iter(items)
+
+    log_likelihoods(model, make_tokenizer(), PAIRS, watcher=Watcher(), what="these")
+    assert seen == ["these"]
+    assert model.training
+    assert log_likelihoods(model, make_tokenizer(), []) == []
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [(("w1", ""), "the answer of 'w1' has no tokens"), ((" ", "w1"), "the question of ' w1' has no tokens")],
+)
+def test_a_pair_without_tokens_is_an_error(pair: tuple[str, str], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        log_likelihoods(build("llama"), make_tokenizer(), [pair])
+
+
+def test_bad_models_are_named() -> None:
+    model = build("llama")
+    with pytest.raises(SecateurError, match="batch size is 0"):
+        log_likelihoods(model, make_tokenizer(), PAIRS, batch_size=0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = math.nan
+    with pytest.raises(SecateurError, match="logits are not numbers"):
+        log_likelihoods(model, make_tokenizer(), PAIRS)
+    model.resize_token_embeddings(40)
+    with pytest.raises(SecateurError, match="ids outside the model's 40: wrong tokenizer"):
+        log_likelihoods(model, make_tokenizer(), [("w1", " w60")])
+
+
+def test_the_ratio_counts_only_items_on_which_models_differ() -> None:
+    same = Accuracy.of([1, 0, 1, 1])
+    assert kept(same, same) == tasks.Kept(1.0, (1.0, 1.0))
+    assert same.value == 0.75
+    assert same.standard_error == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
+    assert Accuracy.of([1]).standard_error is None
+    assert kept(Accuracy.of([0, 0]), Accuracy.of([0, 1])) == tasks.Kept(0.0, None)
+    assert kept(Accuracy.of([0, 1]), Accuracy.of([0, 0])) is None
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_items() -> None:
+    draw = np.random.default_rng(0)
+    dense = (draw.random(800) < 0.7).astype(int)
+    pruned = np.where(draw.random(800) < 0.2, 1 - dense, dense)
+    found = kept(Accuracy.of(pruned.tolist()), Accuracy.of(dense.tolist()))
+    picks = draw.integers(800, size=(4000, 800))
+    expected = np.percentile(pruned[picks].sum(1) / dense[picks].sum(1), [2.5, 97.5])
+    assert found is not None
+    assert found.ratio == pruned.sum() / dense.sum()
+    assert found.interval == pytest.approx(expected, abs=0.006)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Task files: mine counts both ways, other only one; bad ones of each kind."""
+    data = tmp_path / "items.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write = {"output": "multiple_choice", "file": data}
+    (tmp_path / "mine.yaml").write_text(YAML.format(name="mine", **write) + NORM)
+    (tmp_path / "other.yaml").write_text(YAML.format(name="other", **write))
+    (tmp_path / "gone.yaml").write_text(YAML.format(name="gone", **write | {"file": tmp_path / "gone.jsonl"}))
+    (tmp_path / "writes.yaml").write_text(YAML.format(name="writes", **write | {"output": "generate_until"}))
+    (tmp_path / "f1.yaml").write_text(YAML.format(name="uncounted", **write).replace("metric: acc,", "metric: f1,"))
+    (tmp_path / "hub.yaml").write_text(
+        YAML.format(name="far", **write).replace("dataset_path: json", "dataset_path: nobody/nothing")
+    )
+    return tmp_path
+
+
+def expected_outcomes(model: Any, items: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Argmax of the summed log-likelihood, and of it over the answer's length in characters."""
+    acc, norm = [], []
+    for item in items:
+        logs = [plain(model, *ids_of(item["query"], answer, False))[0] for answer in item["choices"]]
+        lengths = [len(answer) for answer in item["choices"]]
+        acc.append(int(np.argmax(logs) == item["gold"]))
+        norm.append(int(np.argmax(np.divide(logs, lengths)) == item["gold"]))
+    return acc, norm
+
+
+def test_a_task_is_scored_as_by_hand(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = build("llama")
+    mine, other = zero_shot(model, make_tokenizer(), ["mine", "other"], task_path=folder)
+    acc, norm = expected_outcomes(model, ITEMS)
+    assert 0 < sum(acc) < len(ITEMS)
+    assert acc != norm
+    assert (mine.name, mine.items, mine.acc.outcomes) == ("mine", len(ITEMS), acc)
+    assert mine.acc_norm is not None
+    assert mine.acc_norm.outcomes == norm
+    assert (other.acc, other.acc_norm) == (mine.acc, None)
+    (few,) = zero_shot(model, make_tokenizer(), ["mine"], limit=5, task_path=folder)
+    assert few.acc.outcomes == acc[:5]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_same_beginning_may_be_the_choice(tmp_path: Path) -> None:
+    items = [{"contexts": ["w1 w2", "w1 w3 w5"], "ending": f"w{i} w7", "gold": i % 2} for i in range(8)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    text = YAML.format(name="two", output="multiple_choice", file=tmp_path / "items.jsonl")
+    for before, after in (("text: query", "text: gold"), ("target: gold", "target: ending"), ("choices", "contexts")):
+        text = text.replace(before, after)
+    (tmp_path / "two.yaml").write_text(text)
+    model = build("llama")
+    (found,) = zero_shot(model, make_tokenizer(), ["two"], task_path=tmp_path)
+    logs = [[plain(model, *ids_of(c, item["ending"], False))[0] for c in item["contexts"]] for item in items]
+    assert found.acc.outcomes == [
+        int(int(np.argmax(row)) == item["gold"]) for row, item in zip(logs, items, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone", "task gone does not open: "),
+        ("writes", "task writes is not one of choosing between answers"),
+        ("uncounted", "task uncounted does not count right answers"),
+        ("far", "task far needs its data set nobody/nothing from the hub, which is not reachable .*--task-path"),
+        ("piqa", "task piqa needs its data set .*piqa from the hub, which is not reachable .*--task-path"),
+    ],
+)
+def test_tasks_that_cannot_be_scored_are_named(
+    folder: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    with pytest.raises(SecateurError, match=message) as error:
+        open_tasks([name], task_path=folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_papers_tasks_are_lm_evals_and_a_typo_is_not() -> None:
+    names = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+    # The first name that is missing is the one complained about.
+    with pytest.raises(SecateurError, match=r"task 'piqaa' does not exist in lm-eval; near it: .*piqa"):
+        open_tasks([*names, "piqaa"])
+
+
+def test_bad_limits_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match="the limit is 0"):
+        open_tasks(["mine"], limit=0)
+    with pytest.raises(SecateurError, match="nowhere: no such folder"):
+        open_tasks(["mine"], task_path=tmp_path / "nowhere")
+
+
+def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, folder: Path) -> None:
+    from secateur.report.tables import eval_table
+
+    first, second = str(checkpoint_folder("llama")), str(checkpoint_folder("llama tied"))
+    result = evaluate(first, against=second, texts=[], tasks=["mine"], task_path=folder)
+    figures = {figure.label: figure for figure in result.figures()}
+    scores = [model.tasks[0].acc for model in result.models]
+    assert scores[0].outcomes == expected_outcomes(build("llama"), ITEMS)[0]
+    assert figures["mine acc"].values == [score.value for score in scores]
+    assert figures["mine acc"].errors == tuple(score.standard_error for score in scores)
+    part = kept(*scores)
+    assert part is not None
+    assert (figures["mine acc"].ratio, figures["mine acc"].interval) == (part.ratio, part.interval)
+    written = json.loads(json.dumps(result.as_dict()))
+    assert written["models"][1]["tasks"][0]["acc"]["outcomes"] == "".join(map(str, scores[1].outcomes))
+    assert written["kept"]["mine acc"]["ratio"] == part.ratio
+    table, lines = eval_table(result)
+    cells = [list(column.cells) for column in table.columns]
+    row = cells[0].index("mine acc")
+    assert cells[1][row] == f"{scores[0].value:.3f} ± {scores[0].standard_error:.3f}"
+    assert cells[3][row].startswith(f"{part.ratio:.1%} (")
+    assert lines == [
+        f"Zero-shot: mine {len(ITEMS)} items; ± one standard error; share kept with its 95 % interval, paired by item."
+    ]
+    alone = evaluate(first, texts=[], tasks=["mine"], limit=3, task_path=folder)
+    assert alone.models[0].tasks[0].items == 3
+    assert alone.kept() == {}
+    assert all(figure.ratio is None for figure in alone.figures())
+
+
+def test_tasks_are_opened_before_a_model_is_loaded(
+    checkpoint_folder: CheckpointFolder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.measure import compare
+
+    monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(SecateurError, match="task gone does not open"):
+        evaluate(str(checkpoint_folder("llama")), texts=[], tasks=["mine", "gone"], task_path=folder)
+
+
+def test_the_command_writes_tasks_and_refuses_typos_in_one_line(
+    checkpoint_folder: CheckpointFolder,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["secateur", "eval", str(checkpoint_folder("llama")), *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        return (end.value.code, *capsys.readouterr())
+
+    monkeypatch.setenv("COLUMNS", "120")
+    out = folder / "figures.json"
+    code, text, _ = run("--tasks", "mine, other", "--limit", "6", "--task-path", str(folder), "--json", str(out))
+    assert code == 0
+    assert "Zero-shot: mine 6 items, other 6 items; ± one standard error." in text
+    (model,) = json.loads(out.read_text())["models"]
+    assert [(task["name"], len(task["acc"]["outcomes"])) for task in model["tasks"]] == [("mine", 6), ("other", 6)]
+    for arguments, message in (
+        (("--tasks", "mine,gone"), "task gone does not open: "),
+        (("--tasks", "mine", "--limit", "-1"), "limit is -1; it must be positive, or 0 for all items"),
+    ):
+        code, text, error = run(*arguments, "--task-path", str(folder))
+        assert (code, text, error.count("\n")) == (2, "", 1)
+        assert message in error

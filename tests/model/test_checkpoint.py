@@ -1,0 +1,594 @@
+"""Opening a checkpoint: what it tells, what it refuses and in which words, and that reading is lazy."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.model import gguf_source, hub_source, weights
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+OPT = {**TINY, "ffn_dim": 24, "word_embed_proj_dim": 16}
+
+
+def save(folder: Path, model_type: str = "llama", *, shard: str = "1GB", **keys) -> dict[str, torch.Tensor]:
+    """A tiny random model; returns its parameters by transformers' names."""
+    base = {"gpt2": GPT2, "opt": OPT}.get(model_type, TINY)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**base, **keys}))
+    model.to(torch.bfloat16)
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=shard)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def edit(folder: Path, **keys) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(checkpoint.config)
+
+
+def refusal(model: Path | str, **options) -> str:
+    """The message of the error that opening raises; always one line."""
+    with pytest.raises(SecateurError) as caught:
+        open_checkpoint(model, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("shard", ["1GB", "5KB"])
+def test_reads_what_was_saved(tmp_path, shard):
+    parameters = save(tmp_path, shard=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard != "1GB")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.source == str(tmp_path)
+    assert checkpoint.path == tmp_path
+    assert checkpoint.config.model_type == checkpoint.raw_config["model_type"] == "llama"
+    assert checkpoint.dtype == torch.bfloat16
+    assert checkpoint.bytes == sum(2 * value.numel() for value in parameters.values())
+    assert [file.name for file in checkpoint.files] == ["generation_config.json"]
+    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+    for name, value in parameters.items():
+        assert checkpoint.resolve(name) == name
+        assert checkpoint.tensors[name].shape == tuple(value.shape)
+        assert torch.equal(checkpoint.read(name), value)
+    assert checkpoint.resolve("nothing") is None
+
+
+def test_opening_reads_headers_only(folder, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *args, **keys: pytest.fail("a tensor was made"))
+    checkpoint = open_checkpoint(folder)
+    monkeypatch.undo()
+    tensor = checkpoint.read("model.embed_tokens.weight")
+    # Memory of its own: neither a map of the file nor a view of a larger block.
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    before = tensor.clone()
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(tensor, before)
+
+
+def test_every_dtype_reads_back(tmp_path):
+    tensors = {
+        str(dtype): torch.arange(6).view(2, 3).to(dtype)
+        for dtype in weights.DTYPES.values()
+        if dtype not in (torch.uint16, torch.uint32, torch.uint64)
+    }
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    infos = weights.list_tensors(tmp_path)
+    for name, value in tensors.items():
+        read = weights.read_tensor(infos[name])
+        assert read.dtype == value.dtype
+        assert read.shape == value.shape
+        assert torch.equal(read.double(), value.double())
+
+
+def test_a_file_that_shrinks_is_told(folder):
+    checkpoint = open_checkpoint(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    last = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].offset)
+    with pytest.raises(SecateurError, match="changed since it was opened"):
+        checkpoint.read(last)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "name"),
+    [
+        ("gpt2", "transformer.", "transformer.h.0.ln_1.weight"),
+        ("opt", "model.", "model.decoder.layers.1.fc1.bias"),
+    ],
+)
+def test_names_without_the_base_prefix(tmp_path, model_type, prefix, name):
+    parameters = save(tmp_path, model_type)
+    stored = load_file(tmp_path / "model.safetensors")
+    bare = {key.removeprefix(prefix): value for key, value in stored.items()}
+    bare |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(bare, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.resolve(name) == name.removeprefix(prefix)
+    assert torch.equal(checkpoint.read(checkpoint.resolve(name)), parameters[name])
+    assert checkpoint.ignorable == {"h.0.attn.bias", "h.0.attn.masked_bias"}
+    assert checkpoint.bytes == sum(value.nbytes for value in stored.values())
+    assert checkpoint.dtype == torch.bfloat16
+    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+
+
+def test_names_with_a_prefix_that_the_model_lacks(folder):
+    assert open_checkpoint(folder).resolve("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+
+
+def test_names_that_transformers_5_changed(tmp_path):
+    save(tmp_path, "gpt_neox")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.resolve("lm_head.weight") == "embed_out.weight"
+    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+
+
+def test_tied_weights_may_be_absent_and_strangers_are_named(tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    save_file({**stored, "extra.head": torch.ones(2)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.check_shapes(meta_model(checkpoint)) == ("extra.head",)
+
+
+def test_missing_tensors_are_named(folder):
+    stored = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in stored.items() if "up_proj" not in name and "norm" not in name}
+    save_file(kept, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(SecateurError, match=r"missing from the weights: model\.layers\.0\.mlp.* and 4 more; "):
+        checkpoint.check_shapes(meta_model(checkpoint))
+
+
+def test_wrong_shapes_are_named(folder):
+    edit(folder, intermediate_size=20)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(SecateurError, match=r"gate_proj.weight is \[24, 16\] where .* \[20, 16\] \(and 5 more\)"):
+        checkpoint.check_shapes(meta_model(checkpoint))
+
+
+def test_tokenizer(folder):
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(SecateurError, match="no tokenizer files; copy"):
+        checkpoint.tokenizer()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(SecateurError, match="the tokenizer does not load"):
+        checkpoint.tokenizer()
+    words = Tokenizer(WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<s>", chat_template="{{ messages }}").save_pretrained(
+        folder
+    )
+    (folder / "notes.txt").write_text("not for copying")
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer.eos_token_id == 0
+    assert {file.name for file in checkpoint.files} >= {
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert "notes.txt" not in {file.name for file in checkpoint.files}
+
+
+def only_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def index(weight_map: dict[str, str]):
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return apply
+
+
+def cut(size: int):
+    def apply(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:size])
+
+    return apply
+
+
+def overwrite(data: bytes):
+    return lambda folder: (folder / "model.safetensors").write_bytes(data)
+
+
+def header(**entries):
+    text = json.dumps(entries).encode()
+    return overwrite(len(text).to_bytes(8, "little") + text + bytes(8))
+
+
+def config(text: str):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def keys(**values):
+    return lambda folder: edit(folder, **values)
+
+
+def eight_bit(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in stored.items()}, folder / "model.safetensors")
+
+
+def lfs(folder: Path) -> None:
+    overwrite(b"version 1, a pointer, oid sha256:0")(folder)
+
+
+BROKEN = {
+    "only pickled weights": (only_bin, "only pickled weights .* use a revision with safetensors"),
+    "no weights": (no_weights, "no weights; model.safetensors or"),
+    "other safetensors": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "x.safetensors"),
+        "neither model.safetensors nor",
+    ),
+    "missing shards": (
+        index({"a": "a.safetensors", "b": "b.safetensors", "c": "c.safetensors"}),
+        "shards missing: b.safetensors, c.safetensors; download",
+    ),
+    "shard lacks a tensor": (
+        index({"b": "a.safetensors"}),
+        "a.safetensors: tensors missing that .* names: b;",
+    ),
+    "index without map": (
+        lambda folder: (index({})(folder), (folder / "model.safetensors.index.json").write_text("[]")),
+        "not a safetensors index",
+    ),
+    "empty file": (cut(0), "truncated or no safetensors"),
+    "header cut": (cut(100), "truncated or no safetensors"),
+    "data cut": (cut(-10), r"truncated or damaged, [\d,]+ bytes where the header says"),
+    "header not JSON": (overwrite((4).to_bytes(8, "little") + b"nope"), "header broken"),
+    "header unknown dtype": (
+        header(x={"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}),
+        "header broken",
+    ),
+    "header wrong offsets": (
+        header(x={"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}),
+        "header broken",
+    ),
+    "pointer": (lfs, "Git LFS pointer.*git lfs pull"),
+    "8-bit": (eight_bit, "8-bit weights"),
+    "integers": (
+        header(x={"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}),
+        "no floating-point weights; use an unquantised",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json; name a folder"),
+    "adapter": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        "an adapter without its base model; merge",
+    ),
+    "gguf inside": (
+        lambda folder: (folder / "config.json").rename(folder / "m.gguf"),
+        "no config.json, but m.gguf; name that file",
+    ),
+    "broken config": (
+        config('{"a": 1,\n "b": }'),
+        r"config.json: not valid JSON at line 2 column 7 \(Expecting",
+    ),
+    "config no object": (config("[]"), "no model_type"),
+    "no model_type": (config("{}"), "no model_type"),
+    "unknown model_type": (keys(model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
+    "config refused": (keys(num_attention_heads=5), "transformers refuses it .*not a multiple of the number"),
+    "own code": (
+        keys(model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
+        r"needs code that comes with the checkpoint \(auto_map\).*trust_remote_code",
+    ),
+    "gptq": (
+        keys(quantization_config={"quant_method": "gptq"}),
+        r"quantised weights \(gptq\).*use an unquantised",
+    ),
+    "fp8": (keys(quantization_config={"quant_method": "fp8"}), r"quantised weights \(fp8\)"),
+    "compressed": (keys(compression_config={"format": "x"}), r"quantised weights \(unknown\)"),
+    "vision": (keys(vision_config={"hidden_size": 8}), r"llama is a multimodal model \(vision_config\)"),
+    "audio": (keys(audio_config={"hidden_size": 8}), r"multimodal model \(audio_config\)"),
+    "encoder-decoder": (config('{"model_type": "t5"}'), "t5 is an encoder-decoder model"),
+    "no language model": (config('{"model_type": "vit"}'), "vit has no causal language model class"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders(folder, case):
+    breaking, message = BROKEN[case]
+    breaking(folder)
+    with pytest.raises(SecateurError, match=message) as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_own_code_is_not_used_where_transformers_knows_the_model(folder):
+    edit(folder, auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"})
+    for trust in (False, True):
+        checkpoint = open_checkpoint(folder, trust_remote_code=trust)
+        assert type(checkpoint.config).__name__ == "LlamaConfig"
+        assert not checkpoint.trust_remote_code
+
+
+def test_paths(folder, tmp_path):
+    assert "does not exist; name a folder" in refusal("./nowhere")
+    assert "does not exist; name a folder" in refusal(tmp_path / "nowhere")
+    assert "does not exist; name a folder" in refusal("nowhere/model.gguf")
+    assert "a file, but no .gguf" in refusal(folder / "config.json")
+    assert "a local path has no revision 'main'" in refusal(folder, revision="main")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of one repository without a network: what it holds, what it answers and what was asked of it."""
+    state = SimpleNamespace(files=[], error=None, reach=None, cached=None, wanted=None, folder=tmp_path / "m")
+
+    def snapshot(repo, *, revision, allow_patterns, local_files_only=False):
+        if local_files_only:
+            if state.cached is None:
+                raise FileNotFoundError(repo)
+            return str(state.cached)
+        state.wanted = allow_patterns
+        return str(state.folder)
+
+    def listing(repo, *, revision):
+        if state.error is not None:
+            raise state.error
+        return state.files
+
+    monkeypatch.setattr(hub_source, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub_source, "list_repo_files", listing)
+    monkeypatch.setattr(hub_source, "out_of_reach", lambda: state.reach)
+    return state
+
+
+def test_hub_downloads_one_set_of_safetensors(hub):
+    save(hub.folder)
+    hub.files = [
+        "config.json",
+        "model.safetensors",
+        "consolidated.safetensors",
+        "tokenizer.json",
+        "merges.txt",
+    ]
+    hub.files += ["pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "README.md", "x.gguf"]
+    assert open_checkpoint("owner/name").path == hub.folder
+    assert sorted(hub.wanted) == ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    hub.files = ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", *shards]
+    hub_source.hub_folder("owner/name", None)
+    assert set(shards) < set(hub.wanted)
+    assert "model.safetensors.index.json" in hub.wanted
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "pytorch_model.bin"], "only pickled weights"),
+        (["config.json", "m.Q4_0.gguf"], "only GGUF files, such as m.Q4_0.gguf; download one"),
+        (["config.json", "flax_model.msgpack"], "no safetensors weights on the hub"),
+    ],
+)
+def test_hub_without_safetensors_is_told_before_downloading(hub, files, message):
+    hub.files = files
+    assert message in refusal("owner/name")
+    assert hub.wanted is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (GatedRepoError, "gated; accept its terms"),
+        (RepositoryNotFoundError, "no such folder and no such model on the hub"),
+        (RevisionNotFoundError, "the hub has no revision 'v9'"),
+        (HfHubHTTPError, "download failed (first line); try again"),
+        (None, "download failed (dropped)"),
+    ],
+)
+def test_hub_errors(hub, kind, message):
+    response = SimpleNamespace(headers={}, request=None)
+    hub.error = kind("first line\nsecond line", response=response) if kind else RuntimeError("dropped")
+    assert message in refusal("owner/name", revision="v9")
+
+
+def test_hub_out_of_reach(hub, tmp_path):
+    hub.reach = "HF_HUB_OFFLINE is set"
+    assert "not in the cache, and HF_HUB_OFFLINE is set; name a local folder" in refusal("owner/name")
+    # A cached model is used; without a tokenizer in the cache the hub is asked for it, if it can be.
+    hub.cached = tmp_path / "cached"
+    save(hub.cached)
+    assert open_checkpoint("owner/name").path == hub.cached
+    (hub.cached / "tokenizer.json").write_text("{}")
+    hub.reach, hub.error = None, AssertionError("not to be asked")
+    assert open_checkpoint("owner/name").path == hub.cached
+    (hub.cached / "model.safetensors").unlink()
+    hub.reach = "it does not answer"
+    assert "not in the cache" in refusal("owner/name")
+
+
+def test_the_hub_is_asked_briefly(monkeypatch):
+    asked = []
+
+    def head(url, *, timeout):
+        asked.append((url, timeout))
+        raise ConnectionError
+
+    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=head))
+    assert hub_source.out_of_reach() == f"{hub_source.constants.ENDPOINT} does not answer"
+    assert asked == [(hub_source.constants.ENDPOINT, 3.0)]
+    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+    assert hub_source.out_of_reach() is None
+    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: True)
+    assert hub_source.out_of_reach() == "HF_HUB_OFFLINE is set"
+
+
+def write_gguf(file: Path, architecture: str = "llama", *, parts: int = 1) -> None:
+    """A one-block model of float32 weights with a tiny byte-pair tokenizer."""
+    d, f, v = 32, 64, 40
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(d)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(f)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500.0)
+    writer.add_vocab_size(v)
+    writer.add_uint16("split.count", parts)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*"abcdefgh", "ab", *(f"<{i}>" for i in range(v - 9))])
+    writer.add_token_types([1] * v)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(39)
+    writer.add_chat_template("{{ messages }}")
+    shapes = {"token_embd": (v, d), "output_norm": (d,), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,)}
+    shapes |= {f"blk.0.attn_{name}": (16 if name in "kv" else d, d) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (f, d), "blk.0.ffn_up": (f, d), "blk.0.ffn_down": (d, f)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "secateur"
+
+
+def test_gguf_is_dequantised_once(tmp_path, cache, monkeypatch, capfd):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    checkpoint = open_checkpoint(file)
+    assert capfd.readouterr() == ("", "")
+    assert checkpoint.source == str(file)
+    assert checkpoint.dtype == torch.bfloat16
+    assert checkpoint.config.eos_token_id == 39
+    assert "quantization_config" not in checkpoint.raw_config
+    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+    assert (checkpoint.read("model.layers.0.mlp.up_proj.weight") == 0.5).all()
+    assert checkpoint.tokenizer().chat_template == "{{ messages }}"
+    assert json.loads((checkpoint.path / "generation_config.json").read_text())["eos_token_id"] == 39
+    assert list(cache.iterdir()) == [checkpoint.path]
+    monkeypatch.setattr(gguf_source, "_convert", lambda *args: pytest.fail("converted again"))
+    assert open_checkpoint(file).path == checkpoint.path
+    with pytest.raises(pytest.fail.Exception):
+        open_checkpoint(file, dtype=torch.float32)
+
+
+def test_gguf_converted_by_another_process_meanwhile(tmp_path, cache, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    start = file.read_bytes()[: 2**20]
+    final = cache / f"tiny-{gguf_source._key(file, start, torch.bfloat16)}"
+
+    def convert(file, reader, folder, dtype):
+        save(folder)
+        save(final)
+
+    monkeypatch.setattr(gguf_source, "_convert", convert)
+    assert open_checkpoint(file).path == final
+    assert list(cache.iterdir()) == [final]
+
+
+def test_gguf_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+
+    def convert(file, reader, folder, dtype):
+        (folder / "model.safetensors").write_bytes(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_source, "_convert", convert)
+    assert "cannot be written ([Errno 28] No space left on device); make room" in refusal(file)
+    assert list(cache.iterdir()) == []
+
+
+def test_broken_ggufs(tmp_path, cache):
+    file = tmp_path / "m.gguf"
+    write_gguf(file)
+    data = file.read_bytes()
+    file.write_bytes(b"PK" + data)
+    assert "not a GGUF file (it starts with b'PKGG')" in refusal(file)
+    for size in (4, 10, 50, 500, len(data) // 2, len(data) - 10):
+        file.write_bytes(data[:size])
+        assert "truncated or broken GGUF; download it again" in refusal(file)
+    write_gguf(file, "unheard")
+    assert "cannot read the architecture 'unheard' from GGUF" in refusal(file)
+    write_gguf(file, "deci")
+    assert "transformers cannot load it" in refusal(file)
+    write_gguf(file, parts=3)
+    assert "one of 3 parts; merge them" in refusal(file)
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_quiet_restores_what_was_set():
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        with suppress(KeyError), quiet():
+            assert logging.get_verbosity() == logging.ERROR
+            assert not logging.is_progress_bar_enabled()
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.warn("unheard", stacklevel=1)
+            assert seen == []
+            raise KeyError
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        with quiet():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()
+        logging.enable_progress_bar()

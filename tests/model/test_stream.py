@@ -1,0 +1,389 @@
+"""Blocks run alone give what the whole model gives; and neither weights, hooks nor files outlive their block."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import ROWS, blocks_of, build, layers_of, relative, save, token_rows
+from secateur.fit.loop import refit
+from secateur.model import activations
+from secateur.model import stream as module_under_test
+from secateur.model.activations import Activations, Arena, Batch, Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Depth2, Width
+from secateur.model.surgery import assign
+from secateur.plan.plan import Plan
+
+TOLERANCE = 1e-5
+FAMILIES = list(ROWS)[:11]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows a batch, so that there are several."""
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+
+
+@pytest.fixture
+def stream(checkpoint_folder: Callable[[str], Path]) -> BlockStream:
+    return BlockStream(open_checkpoint(checkpoint_folder("llama biased")))
+
+
+def rows_of_two_lengths() -> Rows:
+    return Rows((token_rows(5, 24), token_rows(3, 17, seed=1)), (1.0, 0.5))
+
+
+def on_meta(module: nn.Module) -> bool:
+    return all(value.is_meta for value in module.parameters())
+
+
+# Equal to the whole model.
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_alone_equal_the_model(checkpoint_folder, name):
+    model, rows = build(name), rows_of_two_lengths()
+    last: list[Tensor] = []
+    layers_of(model)[-1].register_forward_hook(lambda _, __, output: last.append(output))
+    with torch.no_grad():
+        wanted = [model(ids, use_cache=False, output_hidden_states=True).hidden_states for ids in rows.groups]
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    with Arena() as arena:
+        hidden = stream.embed(rows, arena)
+        for index in range(len(stream)):
+            for group, states in enumerate(wanted):
+                assert relative(hidden.parts[group], states[index]) < TOLERANCE, (index, group)
+            with stream.filled(index) as layer:
+                for at in rows.batches():
+                    hidden[at] = stream.run(index, layer, hidden[at], at.group)
+        # The last of the hidden states has been through the final norm, so the block's own output is taken.
+        for group, output in enumerate(last):
+            assert relative(hidden.parts[group], output) < TOLERANCE
+            assert relative(hidden.parts[group], wanted[group][-2]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_watching_and_replaying(checkpoint_folder, name):
+    """A module's own output in its place changes nothing; zero is the module without weights; `until` stops there."""
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    rows, block = Rows.of(token_rows(2)), stream.blocks[1]
+    at = next(rows.batches())
+    with Arena() as arena:
+        embedded = stream.embed(rows, arena)[at].clone()
+    seen: dict[str, Tensor] = {}
+    watch = {module.sink: lambda x, z, kind=module.kind: seen.update({kind: z}) for module in modules(block)}
+    with stream.filled(1) as layer:
+        plain = stream.run(1, layer, embedded, 0, watch=watch)
+        for module in modules(block):
+            value = seen[module.kind].view(embedded.shape)
+            replayed = stream.run(1, layer, embedded, 0, replay={module: value})
+            assert relative(replayed, plain) < TOLERANCE
+            zeroed = stream.run(1, layer, embedded, 0, replay={module: None})
+            assert relative(zeroed, plain) > 100 * TOLERANCE
+            caught: list[tuple[Tensor, Tensor]] = []
+            see = {module.sink: lambda x, z, caught=caught: caught.append((x, z))}
+            assert stream.run(1, layer, embedded, 0, watch=see, until=module.sink) is None
+            ((inner, output),) = caught
+            assert output.numel() == 0
+            assert inner.reshape(-1, module.units * module.size).shape[0] == rows.tokens
+            # Level 2 without weights gives nothing, which a norm after it leaves at nothing.
+            for path in filter(None, (module.level2.name, module.bias)):
+                assign(layer, path, torch.zeros_like(layer.get_parameter(path)))
+            assert relative(stream.run(1, layer, embedded, 0), zeroed) < TOLERANCE
+            original = stream.stored(1)
+            for path in filter(None, (module.level2.name, module.bias)):
+                assign(layer, path, original[path])
+
+
+def modules(block: Any) -> tuple[Depth2, Depth2]:
+    return block.attention, block.feed_forward
+
+
+def test_an_unfilled_block_knows_its_shapes(stream):
+    assert stream.blocks == blocks_of(build("llama biased"))
+    assert len(stream) == 3
+
+
+# Nothing stays behind.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_go_when_the_block_is_done(checkpoint_folder, name):
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    assert on_meta(stream.model)
+    stored = stream.stored(2)
+    with stream.filled(2) as layer:
+        found = dict(layer.named_parameters())
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(found[path], stored[path]) for path in stored)
+        assert on_meta(stream.layers[0])
+    assert on_meta(stream.model)
+    with Arena() as arena:
+        stream.embed(Rows.of(token_rows(2)), arena)
+    assert on_meta(stream.model)
+    assert [type(layer) for layer in stream.layers] == [type(layer) for layer in layers_of(build(name))]
+
+
+def test_weights_go_after_an_exception(stream):
+    def spoil() -> None:
+        with stream.filled(0) as layer:
+            assign(layer, "mlp.extra", torch.ones(1))
+            assign(layer, "mlp.down_proj.weight", torch.ones(2, 2))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        spoil()
+    assert on_meta(stream.layers)
+    shapes = {name: tuple(value.shape) for name, value in stream.layers[0].named_parameters()}
+    assert shapes == stream.blocks[0].shapes
+
+
+def test_a_broken_embedding_leaves_the_model_whole(stream):
+    layers = stream.layers
+    with pytest.raises(IndexError), Arena() as arena:
+        stream.embed(Rows.of(torch.full((2, 8), 100_000)), arena)
+    assert stream.model.model.layers is layers
+    assert on_meta(stream.model)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_hooks_go_even_after_an_exception(checkpoint_folder, name):
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    rows = Rows.of(token_rows(2))
+    at = next(rows.batches())
+    with Arena() as arena:
+        embedded = stream.embed(rows, arena)[at].clone()
+
+    def broken(*_: Tensor) -> None:
+        raise RuntimeError("seen enough")
+
+    def clean(layer: nn.Module) -> bool:
+        return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules())
+
+    block = stream.blocks[0]
+    with stream.filled(0) as layer:
+        plain = stream.run(0, layer, embedded, 0)
+        for path in (block.attention.source, block.attention.sink, block.feed_forward.source):
+            for until in (None, path):
+                with pytest.raises(RuntimeError, match="seen enough"):
+                    stream.run(0, layer, embedded, 0, watch={path: broken}, until=until)
+                assert clean(layer)
+        replay = {block.attention: torch.zeros_like(embedded)}
+        with pytest.raises(RuntimeError, match="seen enough"):
+            stream.run(0, layer, embedded, 0, replay=replay, watch={block.feed_forward.sink: broken})
+        assert clean(layer)
+        ignore = {block.feed_forward.sink: lambda *_: None}
+        stream.run(0, layer, embedded, 0, replay={block.attention: None}, watch=ignore, until=block.feed_forward.sink)
+        assert clean(layer)
+        assert torch.equal(stream.run(0, layer, embedded, 0), plain)
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that hold memory, shared ones once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        # By type and not by isinstance, which would wake every lazy object there is.
+        if issubclass(type(thing), Tensor) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_memory_does_not_grow_with_depth(checkpoint_folder):
+    """Between two blocks there are the activations and the new weights of the block just done, nothing else."""
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    rows = token_rows(4, 12)
+    one_block = 4 * stream.blocks[0].parameters
+    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 40)), 0.3, 0.3, "blocks", None)
+    before, sizes = live_bytes(), []
+    for block in refit(stream, plan, rows):
+        new = sum(value.untyped_storage().nbytes() for value in block.changed.values())
+        sizes.append(live_bytes() - before - new)
+    block = new = None
+    assert live_bytes() - before < 0.05 * one_block
+    streams = 2 * 4 * rows.numel() * 48
+    assert max(sizes) < streams + 0.25 * one_block
+    assert sizes[2] <= sizes[1] + 0.05 * one_block
+
+
+# Rows, activations, arena.
+
+
+def test_batches_cover_every_row_once():
+    rows = rows_of_two_lengths()
+    covered = [torch.zeros(len(group)) for group in rows.groups]
+    for at in rows.batches():
+        assert rows.ids(at).numel() <= 50
+        assert at.weight == rows.weights[at.group]
+        covered[at.group][at.rows] += 1
+    assert all(bool((count == 1).all()) for count in covered)
+    assert rows.tokens == 5 * 24 + 3 * 17
+    long = Rows.of(token_rows(2, 60))
+    assert [at.rows for at in long.batches()] == [slice(0, 1), slice(1, 2)]
+    assert Rows.of(rows) is rows
+
+
+def test_openings_are_the_most_frequent_tokens(monkeypatch):
+    rows = Rows((torch.tensor([[5, 9, 5], [7, 9, 8]]), torch.tensor([[3], [9]])), (1.0, 2.0))
+    opened = rows.with_openings()
+    assert opened.groups[:2] == rows.groups
+    assert opened.groups[2].tolist() == [[9], [5], [3], [7], [8]]
+    assert opened.weights == (1.0, 2.0, activations.OPENING_WEIGHT)
+    monkeypatch.setattr(activations, "LEAST_OPENINGS", 2)
+    assert rows.with_openings().groups[2].tolist() == [[9], [5]]
+
+
+def test_energy_counts_weights():
+    rows = rows_of_two_lengths()
+    values = Activations([torch.full((5, 24, 2), 2.0), torch.full((3, 17, 2), 3.0)])
+    assert values.energy(rows) == pytest.approx(5 * 24 * 8 + 0.5 * 3 * 17 * 18)
+
+
+def test_activations_by_the_batch():
+    rows, arena = rows_of_two_lengths(), Arena()
+    first, second = arena.empty(rows, 3), arena.empty(rows, 3)
+    for at in rows.batches():
+        ids = rows.ids(at)
+        # Written flat, as some blocks fold rows and positions into one axis.
+        first[at] = (ids[..., None] + torch.arange(3)).reshape(-1, 3).float()
+    second.copy_(first)
+    for group, ids in enumerate(rows.groups):
+        assert torch.equal(second.parts[group], (ids[..., None] + torch.arange(3)).float())
+    first[Batch(0, slice(0, 1), 1.0, 1.0)] = torch.zeros(24, 3)
+    assert second.parts[0][0].any()
+
+
+def in_files(values: Activations) -> list[bool]:
+    return [bool(part.untyped_storage().filename) for part in values.parts]
+
+
+def test_the_arena_spills_beyond_its_limit():
+    rows = Rows.of(token_rows(4, 10))
+    one = 4 * 40 * 8
+    with Arena(limit=2 * one) as arena:
+        kept = [arena.empty(rows, 8) for _ in range(4)]
+        assert [in_files(values) for values in kept] == [[False], [False], [True], [True]]
+        files = [values.parts[0].untyped_storage().filename for values in kept[2:]]
+        for number, values in enumerate(kept):
+            values.parts[0].fill_(number)
+        for number, values in enumerate(kept):
+            assert values.parts[0].unique().tolist() == [number]
+        assert all(os.path.getsize(file) == one for file in files)
+        assert arena.used == 2 * one
+        arena.release(kept[3])
+        assert not os.path.exists(files[1])
+        arena.release(kept[0])
+        assert arena.used == one
+        # Room that was given back is used again.
+        assert in_files(arena.empty(rows, 8)) == [False]
+        folder = os.path.dirname(files[0])
+        assert os.path.isdir(folder)
+    assert not os.path.exists(folder)
+
+
+def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
+    made: list[Arena] = []
+
+    class Recorded(Arena):
+        def __init__(self, limit: int | None = None):
+            super().__init__(limit)
+            made.append(self)
+
+    monkeypatch.setattr("secateur.fit.loop.Arena", Recorded)
+    stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
+    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3, "blocks", None)
+    found = [list(refit(stream, plan, rows_of_two_lengths(), arena_limit=limit)) for limit in (None, 0, 20_000)]
+    assert [bool(arena._files) for arena in made] == [False, True, True]
+    assert made[1].used == 0
+    assert made[2].used <= 20_000
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert one.keep == two.keep
+            assert one.reports == two.reports
+            assert one.changed.keys() == two.changed.keys()
+            assert all(torch.equal(one.changed[name], two.changed[name]) for name in one.changed)
+    assert not any(os.path.exists(arena._folder.name) for arena in made if arena._folder)
+
+
+def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
+    """The arena holds the two streams between blocks, whatever a block needed meanwhile."""
+    made: list[Arena] = []
+    release = Arena.release
+
+    def spy(self: Arena, values: Activations) -> None:
+        if self not in made:
+            made.append(self)
+        release(self, values)
+
+    monkeypatch.setattr(Arena, "release", spy)
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    rows = rows_of_two_lengths()
+    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3, "blocks", None)
+    for _ in refit(stream, plan, rows):
+        assert made[0].used == 2 * 4 * 48 * rows.tokens
+    assert len(made) == 1
+
+
+def test_every_kind_has_a_module(stream):
+    for block in stream.blocks:
+        assert [block.module(kind).kind for kind in KINDS] == list(KINDS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_head_gives_the_logits_of_the_model(checkpoint_folder, name):
+    model, ids = build(name), token_rows(3, 17)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+    stream, rows = BlockStream(open_checkpoint(checkpoint_folder(name))), Rows.of(ids)
+    with Arena() as arena:
+        hidden = stream.embed(rows, arena)
+        for index in range(len(stream)):
+            with stream.filled(index) as layer:
+                for at in rows.batches():
+                    hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
+        with stream.head() as head:
+            assert relative(head(ids, hidden.parts[0], 1), wanted) < TOLERANCE
+            assert relative(head(ids, hidden.parts[0], 3), wanted[:, 2::3]) < TOLERANCE
+    assert on_meta(stream.model)
+
+
+# In bfloat16.
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_quick_products(name, tmp_path, monkeypatch):
+    """Blocks of a bfloat16 checkpoint multiply in bfloat16 where the device gains by it, and nowhere else."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        save(name, folder, dtype)
+        stream, rows = BlockStream(open_checkpoint(folder)), Rows.of(token_rows(4, 24))
+        for fast in (torch.float32, torch.bfloat16):
+            monkeypatch.setattr(module_under_test, "fast_dtype", lambda _, fast=fast: fast)
+            with Arena() as arena:
+                hidden, seen = stream.embed(rows, arena), []
+                watch = {stream.blocks[1].feed_forward.sink: lambda x, _, seen=seen: seen.append(x.dtype)}
+                with stream.quick():
+                    for index in range(2):
+                        with stream.filled(index) as layer:
+                            stream.advance(index, layer, rows, hidden)
+                            if index == 1:
+                                at = next(rows.batches())
+                                stream.run(index, layer, hidden[at], at.group, watch=watch)
+                assert stream.products == torch.float32, "only inside"
+                found[dtype, fast] = hidden.parts[0].clone(), seen[0]
+    exact, half = torch.float32, torch.bfloat16
+    assert torch.equal(found[exact, exact][0], found[exact, half][0])
+    plain, quick = found[half, exact][0], found[half, half][0]
+    assert 1e-5 < relative(quick, plain) < 2e-2
+    assert [dtype for _, dtype in found.values()] == [exact, exact, exact, half]

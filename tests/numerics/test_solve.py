@@ -1,0 +1,488 @@
+"""The refit against float64 least squares, and elimination against refits from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur.fit.recovery import fit_level2
+from secateur.numerics.moments import Moments
+from secateur.numerics.solve import Normal, eliminate, factorise, factorise_each, normal_equations, refit, residual
+
+RIDGES = (0.0, 1e-3, 0.03, 0.3, 1.0)
+
+
+@dataclass
+class Layer:
+    """Inputs, targets and old weights of a layer, float64."""
+
+    x: Tensor
+    t: Tensor
+    old: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        return self.x.T @ self.x
+
+    def normal(self, ridge: float, *, own: bool = False) -> Normal:
+        cross = None if own else self.x.T @ self.t
+        return normal_equations(self.gram, cross, float(self.t.square().sum()), self.old, ridge)
+
+    def centred(self) -> Layer:
+        return Layer(self.x - self.x.mean(0), self.t - self.t.mean(0), self.old)
+
+    def minimiser(self, ridge: float, keep: Tensor) -> Tensor:
+        """Least squares over stacked rows: the inputs, and one row an input that pulls to the old weights."""
+        pull = (ridge * self.gram.diagonal()[keep]).sqrt()
+        rows = torch.cat([self.x[:, keep], torch.diag(pull)])
+        goals = torch.cat([self.t, pull[:, None] * self.old[keep]])
+        return torch.from_numpy(np.linalg.lstsq(rows.numpy(), goals.numpy(), rcond=None)[0])
+
+    def error(self, ridge: float, keep: Tensor) -> float:
+        """||XW - T||^2 at the penalised minimum."""
+        return float((self.x[:, keep] @ self.minimiser(ridge, keep) - self.t).square().sum())
+
+    def penalised(self, ridge: float, keep: Tensor) -> float:
+        """The minimum with its penalty; a removed input has gone all the way from its old weights to zero."""
+        weight = torch.zeros_like(self.old)
+        weight[keep] = self.minimiser(ridge, keep)
+        penalty = ridge * (self.gram.diagonal()[:, None] * (weight - self.old).square()).sum()
+        return self.error(ridge, keep) + float(penalty)
+
+    @property
+    def energy(self) -> float:
+        return float(self.t.square().sum())
+
+
+def layer(seed: int, n: int, a: int, o: int, *, noise: float = 0.5, spread: float = 1.0, offset: float = 0.0) -> Layer:
+    """Correlated inputs of different sizes; targets near what the old weights give."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mix = torch.eye(a, dtype=torch.float64) + 0.4 * draw(a, a) / a**0.5
+    x = (draw(n, a) @ mix + offset) * 10 ** (spread * (torch.rand(a, generator=generator).double() - 0.5))
+    old = draw(a, o)
+    t = x @ old + noise * (x @ draw(a, o)) + noise * draw(n, o)
+    return Layer(x, t, old)
+
+
+@st.composite
+def layers(draw: st.DrawFn, least: int = 2, most: int = 14, offset: float = 0.0) -> Layer:
+    a = draw(st.integers(least, most))
+    n = a + draw(st.integers(3, 40))
+    spread = draw(st.sampled_from([0.0, 1.0, 3.0]))
+    return layer(draw(st.integers(0, 2**31)), n, a, draw(st.integers(1, 6)), spread=spread, offset=offset)
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Both finite, and apart by little beside the largest entry of each row."""
+    found, wanted = found.double(), wanted.double()
+    assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+# Refit.
+
+
+@given(data=st.data(), case=layers(), ridge=st.sampled_from(RIDGES))
+@settings(max_examples=120, deadline=None)
+def test_refit_is_least_squares(data: st.DataObject, case: Layer, ridge: float) -> None:
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
+    weight, error = refit(case.normal(ridge), keep)
+    scale = case.gram.diagonal()[keep].sqrt()[:, None]
+    assert_near(weight * scale, case.minimiser(ridge, keep) * scale, 2e-4)
+    assert error == pytest.approx(case.error(ridge, keep), rel=1e-3, abs=1e-5 * case.energy)
+
+
+@given(case=layers(offset=2.0), ridge=st.sampled_from((0.03, 0.3, 1.0)), intercept=st.booleans(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool, data: st.DataObject) -> None:
+    """Through streamed float32 moments; an intercept costs nothing and is not pulled."""
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
+    moments = Moments(case.x.shape[1], case.t.shape[1], centre=intercept)
+    for x, t in zip(case.x.float().split(5), case.t.float().split(5), strict=True):
+        moments.update(x, t)
+    normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), ridge)
+    weight, bias, error = fit_level2(moments, normal, keep)
+    assert (bias is not None) == intercept
+    seen = case.centred() if intercept else case
+    wanted = seen.minimiser(ridge, keep)
+    scale = seen.gram.diagonal()[keep].sqrt()[:, None]
+    assert_near(weight * scale, wanted * scale, 1e-3)
+    if bias is not None:
+        assert_near(bias, case.t.mean(0) - case.x.mean(0)[keep] @ wanted, 5e-3)
+    assert error == pytest.approx(residual(normal, weight, keep), rel=1e-3, abs=1e-5 * seen.energy)
+    assert error == pytest.approx(seen.error(ridge, keep), rel=1e-3, abs=1e-5 * seen.energy)
+
+
+@given(data=st.data(), case=layers(), ridge=st.sampled_from((1e-3, 0.3, 1.0)))
+@settings(max_examples=40, deadline=None)
+def test_residual_of_any_weights(data: st.DataObject, case: Layer, ridge: float) -> None:
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
+    weight = 1.3 * case.old[keep] - 0.2
+    error = float((case.x[:, keep] @ weight - case.t).square().sum())
+    assert residual(case.normal(ridge), weight, keep) == pytest.approx(error, rel=1e-4, abs=1e-5 * case.energy)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_gram_matrix_may_be_given_away(ridge, own):
+    case = layer(12, 40, 6, 3)
+    gram, energy = case.gram.float(), case.energy
+    cross = None if own else (case.x.T @ case.t).float()
+    copied = normal_equations(gram, cross, energy, case.old.float(), ridge)
+    assert torch.equal(gram, case.gram.float())
+    given_away = normal_equations(gram, cross, energy, case.old.float(), ridge, overwrite=True)
+    for one, two in ((copied.matrix_aa, given_away.matrix_aa), (copied.right_ao, given_away.right_ao)):
+        assert torch.equal(one, two)
+    assert copied.energy == given_away.energy
+
+
+def test_the_intercept_is_worth_having():
+    case = layer(0, 60, 5, 3, offset=3.0)
+    case.t += 10
+    keep = torch.arange(5)
+    found = {}
+    for centre in (False, True):
+        moments = Moments(5, 3, centre=centre)
+        moments.update(case.x.float(), case.t.float())
+        normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), 0.3)
+        weight, bias, _ = fit_level2(moments, normal, keep)
+        output = case.x.float() @ weight + (0 if bias is None else bias)
+        found[centre] = float((output - case.t).square().sum())
+    assert found[True] < 0.5 * found[False]
+
+
+def test_the_ridge_pulls_to_the_old_weights():
+    case = layer(1, 40, 6, 3)
+    keep = torch.arange(6)
+    gaps = [float((refit(case.normal(ridge), keep)[0] - case.old).norm()) for ridge in (0.1, 1.0, 10.0, 1e4)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 1e-3 * gaps[0]
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_own_target_equals_its_cross_moment(ridge):
+    case = layer(2, 50, 8, 4)
+    case.t = case.x @ case.old
+    own, given_ = case.normal(ridge, own=True), case.normal(ridge)
+    assert own.energy == pytest.approx(given_.energy, rel=1e-5)
+    assert_near(own.cross_ao, given_.cross_ao, 1e-5)
+    assert_near(own.right_ao, given_.right_ao, 1e-5)
+    weight, error = refit(own, torch.arange(8))
+    assert_near(weight, case.old, 1e-4)
+    assert abs(error) < 1e-5 * case.energy
+    first, second = eliminate(own, 1), eliminate(given_, 1)
+    assert torch.equal(first.order, second.order)
+    assert_near(first.increases, second.increases, 1e-4)
+    assert_near(first.errors, second.errors, 1e-4)
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_dead_inputs_keep_their_weights_and_do_no_harm(ridge):
+    case = layer(3, 40, 6, 3)
+    case.x[:, [1, 4]] = 0
+    alive = torch.tensor([0, 2, 3, 5])
+    weight, error = refit(case.normal(ridge), torch.arange(6))
+    assert torch.isfinite(weight).all()
+    assert_near(weight[[1, 4]], case.old[[1, 4]], 1e-5)
+    assert_near(weight[alive], case.minimiser(ridge, alive), 2e-4)
+    assert error == pytest.approx(case.error(ridge, alive), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_dead_inputs_leave_first(ridge, size):
+    """Whatever the scale of the data: an input that is always zero costs nothing."""
+    case = layer(3, 40, 6, 3)
+    case.x[:, [1, 4]] = 0
+    case.x *= size
+    case.t *= size
+    found = eliminate(case.normal(ridge), 1)
+    assert set(found.order[:2].tolist()) == {1, 4}
+    assert float(found.increases[:2].abs().max()) < 1e-5 * float(found.increases[2])
+    assert_near(found.errors[:3], found.errors[:1].expand(3), 1e-4)
+
+
+def test_nothing_but_dead_inputs():
+    case = layer(4, 20, 4, 2)
+    case.x *= 0
+    weight, error = refit(case.normal(1.0), torch.arange(4))
+    assert_near(weight, case.old, 1e-6)
+    assert error == pytest.approx(case.energy, rel=1e-5)
+    assert eliminate(case.normal(1.0), 1).order.shape == (3,)
+
+
+@given(seed=st.integers(0, 1000), ridge=st.sampled_from((0.03, 0.3, 1.0)))
+@settings(max_examples=20, deadline=None)
+def test_fewer_rows_than_inputs(seed: int, ridge: float) -> None:
+    """The ridge alone makes the system regular."""
+    case = layer(seed, 5, 12, 3)
+    keep = torch.arange(12)
+    scale = case.gram.diagonal().sqrt()[:, None]
+    assert_near(refit(case.normal(ridge), keep)[0] * scale, case.minimiser(ridge, keep) * scale, 2e-3)
+
+
+@given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, size: float, data: st.DataObject) -> None:
+    """Inputs that depend on each other, or fewer rows than inputs; against the pseudo-inverse in float64."""
+    case = layer(seed, 5 if few else 60, 12, 3)
+    if not few:
+        case.x[:, 7] = case.x[:, :6] @ case.old[:6, 0]
+        case.x[:, 2] = -2 * case.x[:, 9]
+    case.x *= size
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 11), min_size=1))))
+    gram = (case.x.float().T @ case.x.float()).double()
+    weight, error = refit(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
+    x, scale = case.x[:, keep], case.gram.diagonal()[keep].sqrt()[:, None]
+    # Between these, single precision cannot tell a small singular value from none.
+    values = torch.linalg.svdvals(x / scale.T)
+    assume(not bool(((values > 1e-5) & (values < 3e-2)).any()))
+    inverse = torch.from_numpy(np.linalg.pinv((x / scale.T).numpy(), rcond=1e-6))
+    wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
+    assert_near(scale * weight, wanted, 1e-3)
+    assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
+
+
+def test_nothing_is_kept() -> None:
+    case = layer(1, 40, 6, 3)
+    weight, error = refit(case.normal(0.3), torch.arange(0))
+    assert weight.shape == (0, 3)
+    assert error == pytest.approx(case.energy, rel=1e-5)
+
+
+def test_equations_that_are_not_finite_are_refused() -> None:
+    case = layer(1, 40, 6, 3)
+    case.x[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        refit(case.normal(0.3), torch.arange(6))
+
+
+# Elimination.
+
+
+def positions(units: list[int], size: int) -> Tensor:
+    return (torch.tensor(units)[:, None] * size + torch.arange(size)).reshape(-1)
+
+
+def check(case: Layer, ridge: float, found, size: int, *, tolerance: float = 2e-3) -> None:
+    """Every increase and every error against refits from scratch."""
+    units = len(case.old) // size
+    order = found.order.tolist()
+    assert len(set(order)) == len(order) == len(found.increases) == len(found.errors) - 1
+    left = list(range(units))
+    before = case.penalised(ridge, positions(left, size))
+    slack = 1e-5 * case.energy
+    assert float(found.errors[0]) == pytest.approx(case.error(ridge, positions(left, size)), rel=tolerance, abs=slack)
+    for step, unit in enumerate(order):
+        left.remove(unit)
+        keep = positions(left, size)
+        after = case.penalised(ridge, keep)
+        assert float(found.increases[step]) == pytest.approx(after - before, rel=tolerance, abs=slack), step
+        assert float(found.errors[step + 1]) == pytest.approx(case.error(ridge, keep), rel=tolerance, abs=slack), step
+        before = after
+
+
+def cheapest(case: Layer, ridge: float, left: list[int], size: int, among: list[int]) -> dict[int, float]:
+    """What each of some units costs, by refits from scratch."""
+    whole = case.penalised(ridge, positions(left, size))
+    return {unit: case.penalised(ridge, positions([u for u in left if u != unit], size)) - whole for unit in among}
+
+
+@given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
+@settings(max_examples=60, deadline=None)
+def test_every_price_is_that_of_a_refit(case: Layer, ridge: float) -> None:
+    check(case, ridge, eliminate(case.normal(ridge), 1), 1)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(2, 4), units=st.integers(2, 6), ridge=st.sampled_from((0.03, 1.0)))
+@settings(max_examples=40, deadline=None)
+def test_units_of_several_inputs(seed: int, size: int, units: int, ridge: float) -> None:
+    case = layer(seed, units * size + 25, units * size, 4)
+    found = eliminate(case.normal(ridge), size)
+    assert len(found.order) == units - 1
+    check(case, ridge, found, size)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(2, 4),
+    ridge=st.sampled_from((0.03, 1.0)),
+)
+@settings(max_examples=40, deadline=None)
+def test_one_unit_of_every_group(seed: int, size: int, groups: int, per_group: int, ridge: float) -> None:
+    units = groups * per_group
+    case = layer(seed, units * size + 25, units * size, 4)
+    found = eliminate(case.normal(ridge), size, groups=groups)
+    assert len(found.order) == units - groups
+    check(case, ridge, found, size)
+    left = list(range(units))
+    for gone in found.order.view(-1, groups).tolist():
+        assert [unit // per_group for unit in gone] == list(range(groups))
+        # Each is the cheapest of its group, as prices stand when the round begins.
+        for group, unit in enumerate(gone):
+            prices = cheapest(case, ridge, left, size, [u for u in left if u // per_group == group])
+            assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
+        left = [unit for unit in left if unit not in gone]
+
+
+@given(data=st.data(), seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.03, 0.3, 1.0)))
+@settings(max_examples=40, deadline=None)
+def test_a_given_order(data: st.DataObject, seed: int, size: int, ridge: float) -> None:
+    units = data.draw(st.integers(2, 7))
+    case = layer(seed, units * size + 25, units * size, 4)
+    order = torch.tensor(data.draw(st.permutations(range(units)))[: units - 1])
+    found = eliminate(case.normal(ridge), size, order=order)
+    assert torch.equal(found.order, order)
+    check(case, ridge, found, size)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_given_order_by_groups(size):
+    case = layer(5, 80, 12 * size, 4)
+    order = torch.tensor([3, 4, 9, 0, 7, 10])
+    found = eliminate(case.normal(0.3), size, groups=3, order=order, stop=2)
+    assert torch.equal(found.order, order)
+    check(case, 0.3, found, size)
+
+
+@pytest.mark.parametrize("step_from", [64, 100, 160])
+@pytest.mark.parametrize("given_order", [False, True])
+def test_several_units_a_step(step_from, given_order):
+    """Wide layers lose two, three or five units at once; prices stay those of one after the other."""
+    case = layer(6, 300, step_from, 8, spread=2.0)
+    order = torch.randperm(step_from, generator=torch.Generator().manual_seed(0)) if given_order else None
+    found = eliminate(case.normal(0.3), 1, stop=step_from - 40, order=order)
+    assert len(found.order) == 40
+    if order is not None:
+        assert torch.equal(found.order, order[:40])
+    check(case, 0.3, found, 1)
+
+
+def test_several_wide_units_a_step():
+    case = layer(7, 300, 2 * 70, 8)
+    check(case, 0.3, eliminate(case.normal(0.3), 2, stop=50), 2)
+
+
+@given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
+@settings(max_examples=60, deadline=None)
+def test_the_cheapest_leaves(case: Layer, ridge: float) -> None:
+    found = eliminate(case.normal(ridge), 1)
+    left = list(range(len(case.old)))
+    for unit in found.order.tolist():
+        prices = cheapest(case, ridge, left, 1, left)
+        assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
+        left.remove(unit)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(2, 4))
+@settings(max_examples=25, deadline=None)
+def test_the_cheapest_wide_unit_leaves(seed: int, size: int) -> None:
+    case = layer(seed, 60, 5 * size, 4)
+    found = eliminate(case.normal(0.3), size)
+    left = list(range(5))
+    for unit in found.order.tolist():
+        prices = cheapest(case, 0.3, left, size, left)
+        assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
+        left.remove(unit)
+
+
+def test_within_a_step_prices_are_updated():
+    """Two copies of one input: each is nearly free, but only until the other one has left."""
+    case = layer(8, 400, 96, 6)
+    case.x[:, 1] = case.x[:, 0] * 1.5 + 1e-3 * case.x[:, 1]
+    case.t = case.x @ case.old
+    found = eliminate(case.normal(1e-3), 1, stop=93)
+    assert found.order[0] in (0, 1)
+    assert len({0, 1} & set(found.order.tolist())) == 1
+    left = list(range(96))
+    for unit in found.order.tolist():
+        prices = cheapest(case, 1e-3, left, 1, left)
+        assert prices[unit] <= min(prices.values()) * 1.005
+        left.remove(unit)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_is_greedy_among_its_candidates(seed):
+    """Strongly tied inputs, ten a step: each choice is the cheapest of the step's pool, after those before it."""
+    case, ridge, step = layer(seed, 900, 320, 5), 0.03, 10
+    shared = layer(seed + 100, 900, 40, 1).x
+    case.x = shared[:, torch.arange(320) % 40] + 0.2 * case.x
+    case.t = case.x @ case.old
+    found = eliminate(case.normal(ridge), 1, stop=320 - 6 * step)
+    left = list(range(320))
+    matrix = case.gram + ridge * torch.diag(case.gram.diagonal())
+    right = case.x.T @ case.t + ridge * case.gram.diagonal()[:, None] * case.old
+
+    def prices() -> dict[int, float]:
+        inverse = torch.linalg.inv(matrix[left][:, left])
+        cost = (inverse @ right[left]).square().sum(1) / inverse.diagonal()
+        return dict(zip(left, cost.tolist(), strict=True))
+
+    overtaken = 0
+    for chosen in found.order.view(-1, step).tolist():
+        before = prices()
+        pool = sorted(before, key=before.__getitem__)[: 2 * step]
+        overtaken += set(chosen) != set(pool[:step])
+        for unit in chosen:
+            now = prices()
+            assert unit in pool
+            assert now[unit] <= 1.01 * min(now[candidate] for candidate in pool if candidate in now)
+            left.remove(unit)
+    assert overtaken >= 3
+
+
+def test_prices_are_left_out_on_request():
+    case = layer(9, 60, 12, 4)
+    priced, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, prices=False)
+    assert torch.equal(priced.order, bare.order)
+    assert torch.equal(priced.increases, bare.increases)
+    assert bool(bare.errors[1:].isnan().all())
+    assert not bool(priced.errors.isnan().any())
+
+
+def test_nothing_to_remove():
+    case = layer(10, 30, 4, 2)
+    found = eliminate(case.normal(0.3), 1, stop=4)
+    assert found.order.shape == found.increases.shape == (0,)
+    assert float(found.errors[0]) == pytest.approx(case.error(0.3, torch.arange(4)), rel=1e-4)
+
+
+def test_elimination_leaves_its_input_alone():
+    case = layer(11, 60, 12, 4)
+    normal = case.normal(0.3)
+    before = [normal.matrix_aa.clone(), normal.cross_ao.clone(), normal.right_ao.clone()]
+    eliminate(normal, 1)
+    refit(normal, torch.arange(6))
+    for now, then in zip((normal.matrix_aa, normal.cross_ao, normal.right_ao), before, strict=True):
+        assert torch.equal(now, then)
+
+
+# Factors.
+
+
+def test_a_singular_matrix_gets_a_small_jitter():
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    matrix = x.T @ x
+    matrix[0, 0] -= 1e-6
+    factor = factorise(matrix)
+    assert float((factor @ factor.T - matrix).abs().max()) < 1e-3
+    batch = torch.stack([torch.eye(6), matrix])
+    factors = factorise_each(batch)
+    assert torch.equal(factors[0], torch.eye(6))
+    assert float((factors[1] @ factors[1].T - matrix).abs().max()) < 1e-3
+
+
+def test_a_matrix_that_is_none_of_this_is_refused():
+    with pytest.raises(FloatingPointError, match="not positive definite"):
+        factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))

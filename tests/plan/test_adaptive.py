@@ -1,0 +1,370 @@
+"""`prune` with widths of their own: targets that what is written meets, one survey for many sizes, other formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+
+from conftest import CheckpointFolder
+from models import make_letters
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands.options import Options
+from secateur.commands.prune import prune
+from secateur.commands.sizes import sizes
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.structure import Width
+from secateur.plan import decide
+from secateur.write.export import export
+
+SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
+
+
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "secateur.json").read_text())
+    return found
+
+
+def taken(folder: Path) -> dict[str, float]:
+    """Parameters and bytes of what is stored, and bytes of keys and values for one token."""
+    checkpoint = open_checkpoint(folder, trust_remote_code=True)
+    tensors = checkpoint.tensors
+    keys = [info for name, info in tensors.items() if name.endswith(("k_proj.weight", "v_proj.weight"))]
+    return {
+        "params": sum(info.entries for info in tensors.values()),
+        "bytes": sum(info.bytes for info in tensors.values()),
+        "kv": sum(info.shape[0] for info in keys) * checkpoint.dtype.itemsize,
+    }
+
+
+@pytest.fixture
+def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a survey that is made."""
+    made: list[int] = []
+    survey = decide.survey
+
+    def counted(*given: Any, **more: Any) -> Any:
+        made.append(1)
+        return survey(*given, **more)
+
+    monkeypatch.setattr(decide, "survey", counted)
+    return made
+
+
+@pytest.fixture
+def letters(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> Callable[[str], Path]:
+    """A row's checkpoint with a tokenizer that GGUF holds."""
+
+    def folder(name: str) -> Path:
+        path = tmp_path / f"letters-{name}"
+        shutil.copytree(checkpoint_folder(name), path)
+        make_letters().save_pretrained(path)
+        return path
+
+    return folder
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["params=75%", "params=45K", "bytes=75%", "kv=67%"])
+def test_targets_are_met_by_what_is_written(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, target: str, dtype: str, widths: str
+) -> None:
+    model = checkpoint_folder("llama")
+    summary = prune(model, tmp_path / "out", target=target, dtype=dtype, widths=widths, **SMALL)
+    name, _, amount = target.partition("=")
+    found, dense = taken(tmp_path / "out"), taken(model)
+    # The dense model as it would be in that dtype.
+    halves = 2 if dtype == "bfloat16" and name != "params" else 1
+    limit = float(amount[:-1]) / 100 * dense[name] / halves if amount.endswith("%") else 45_000
+    assert found[name] <= limit
+    if widths == "adaptive" and name != "kv":
+        # No more goes than a channel or a group too much.
+        assert found[name] > 0.97 * limit
+    assert summary.parameters == (dense["params"], found["params"])
+    assert summary.bytes == (dense["bytes"] // (2 if dtype == "bfloat16" else 1), found["bytes"])
+    assert summary.cache_bytes[1] == found["kv"]
+    assert record(tmp_path / "out")["options"]["target"] == target
+
+
+def test_bytes_between_parameters(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    prune(checkpoint_folder("gpt2"), tmp_path / "out", target="bytes=200kB", **SMALL)
+    assert 190_000 < taken(tmp_path / "out")["bytes"] <= 200_000
+
+
+def test_a_target_of_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    model = checkpoint_folder("llama")
+    notes, shares = {}, {}
+    for ratio in ("1.02", "1.2"):
+        watcher = Notes()
+        prune(model, tmp_path / ratio, target=f"ppl={ratio}x", watcher=watcher, **SMALL)
+        notes[ratio] = [line for line in watcher.said if "x dense on 16 other rows" in line]
+        shares[ratio] = record(tmp_path / ratio)["sparsity"]["reached"]
+        # The plan that was taken is one of those that were measured, and within.
+        measured = [(float(line.split("%")[0]), float(line.split()[3])) for line in notes[ratio]]
+        chosen = [loss for gone, loss in measured if abs(gone - 100 * shares[ratio]) < 0.06]
+        assert chosen
+        assert min(chosen) <= float(ratio)
+    assert 0 < shares["1.02"] < shares["1.2"]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"target": "params=1%"}, "is out of reach"),
+        ({"target": "params=90%", "sparsity": 0.1}, "--sparsity and --target both say how much goes"),
+        ({"target": "prefill=1.5"}, "prefill is a ratio ending in x"),
+        ({"sparsity": 0.999}, "more than the modules hold"),
+    ],
+)
+def test_nothing_is_written_for_a_wrong_target(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, wishes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SecateurError, match=message):
+        prune(checkpoint_folder("llama"), tmp_path / "out", **{**SMALL, **wishes})
+    assert list(tmp_path.iterdir()) == []
+
+
+# The choice.
+
+
+def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL)
+    found = record(tmp_path / "out")
+    assert (summary.format, summary.of, summary.uniform) == ("hf", "blocks", False)
+    assert 0.25 <= summary.sparsity < 0.255
+    assert found["price"] > 0
+    assert len({tuple(block["width"].values()) for block in found["blocks"]}) > 1
+    assert summary.widths == {block["block"]: Width(**block["width"]) for block in found["blocks"]}
+    assert summary.now() == list(summary.widths.values())
+    assert (tmp_path / "out" / "modeling_secateur.py").is_file()
+
+
+def test_uniform_widths_are_stock_by_default(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths="uniform", **SMALL)
+    assert (summary.format, summary.uniform) == ("stock", True)
+    assert not (tmp_path / "out" / "modeling_secateur.py").exists()
+
+
+def test_locked_heads_go_all_or_none(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    prune(checkpoint_folder("olmo2"), tmp_path / "both", sparsity=0.5, **SMALL)
+    summary = prune(checkpoint_folder("olmo2"), tmp_path / "heads", sparsity=0.2, modules=("heads",), **SMALL)
+    assert {width.heads for width in summary.widths.values()} == {0, 6}
+    for folder in ("both", "heads"):
+        assert {len(block["heads"]) for block in record(tmp_path / folder)["blocks"]} <= {0, 6}
+
+
+def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    (tmp_path / "ratios.json").write_text('{"0:1": 0.5, "2:3": {"channels": 0.25}}')
+    file = str(tmp_path / "ratios.json")
+    summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths=file, **SMALL)
+    assert summary.widths == {0: Width(3, 1, 36), 2: Width(3, 2, 54)}
+    assert summary.now()[1] == Width(3, 2, 72)
+    assert summary.format == "hf"
+
+
+def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Blocks of one model are not alike; the plan costs less than the same share everywhere."""
+    from secateur.commands.open import open_job
+
+    model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
+    losses = {}
+    for widths in ("adaptive", "uniform"):
+        options = Options(**wishes, widths=widths)
+        job = open_job(
+            model,
+            options,
+            device="cpu",
+            revision=None,
+            trust_remote_code=False,
+            out=None,
+            overwrite=False,
+            watcher=Silent(),
+        )
+        found = decide.surveyed(job.request, job.text, Silent())
+        losses[widths] = decide.decide(job.request, found).price
+    assert losses["adaptive"] < 0.8 * losses["uniform"]
+
+
+# One survey, many sizes.
+
+
+def test_a_survey_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]) -> None:
+    model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
+    shares = (0.1, 0.3, 0.6)
+    for share in shares:
+        prune(model, tmp_path / f"{share}", sparsity=share, survey_file=file, **SMALL)
+    prune(model, tmp_path / "kv", target="kv=50%", survey_file=file, **SMALL)
+    prune(model, tmp_path / "uniform", widths="uniform", survey_file=file, **SMALL)
+    assert len(surveys) == 1
+    for share in shares:
+        prune(model, tmp_path / f"{share}-anew", sparsity=share, **SMALL)
+        names = (f"{share}", f"{share}-anew")
+        written = [(tmp_path / name / "model.safetensors").read_bytes() for name in names]
+        assert written[0] == written[1]
+    assert len(surveys) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "l1"}, "a survey with criterion surgeon, where l1 is asked for"),
+        ({"ridge": 1.0}, "a survey with ridge 0.3, where 1.0 is asked for"),
+        ({"modules": ("heads",), "sparsity": 0.1}, "a survey with modules heads,channels, where heads is asked for"),
+        ({"blocks": "1:"}, "a survey with blocks 0:3, where 1:3 is asked for"),
+        ({"seed": 1}, "a survey with calibration "),
+        ({"samples": 40}, "a survey with calibration "),
+    ],
+)
+def test_a_survey_of_something_else(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int], change: dict[str, Any], message: str
+) -> None:
+    model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
+    prune(model, tmp_path / "out", survey_file=file, **SMALL)
+    with pytest.raises(SecateurError, match=message):
+        prune(model, tmp_path / "other", survey_file=file, **{**SMALL, **change})
+    with pytest.raises(SecateurError, match="a survey of other weights"):
+        prune(checkpoint_folder("mistral"), tmp_path / "other", survey_file=file, **SMALL)
+    assert not (tmp_path / "other").exists()
+    assert len(surveys) == 1
+
+
+def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]) -> None:
+    model, out = checkpoint_folder("llama"), tmp_path / "sizes"
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
+    common = {"device": "cpu", "revision": None, "trust_remote_code": False, "watcher": Silent()}
+    options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
+    wrong = [Options(sparsity=0.999, **SMALL), *options]
+    with pytest.raises(SecateurError, match=r"99\.9% of the blocks is more than the modules hold"):
+        sizes(model, out, wrong, texts=[], tokens=None, survey_file=None, overwrite=False, **common)
+    assert not out.exists()
+    assert not surveys
+    found = sizes(model, out, options, texts=[str(text)], tokens=256, survey_file=None, overwrite=False, **common)
+    assert len(surveys) == 1
+    names = {"sparsity-0.1", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}
+    assert {file.name for file in out.iterdir()} == names
+    assert [size.folder for size in found] == [str(model), str(out / "sparsity-0.1"), str(out / "sparsity-0.5")]
+    for size in found:
+        assert {"params": size.parameters, "bytes": size.bytes} == {
+            key: taken(Path(size.folder))[key] for key in ("params", "bytes")
+        }
+        assert size.perplexity[str(text)] > 1
+    assert [round(size.sparsity, 2) for size in found] == [0, 0.1, 0.5]
+    stored = json.loads((out / "sizes.json").read_text())
+    assert [size["parameters"] for size in stored] == [size.parameters for size in found]
+    assert (out / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    # The same models as one by one.
+    prune(model, tmp_path / "alone", sparsity=0.5, **SMALL)
+    pair = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "alone", out / "sparsity-0.5")]
+    assert pair[0] == pair[1]
+
+
+# GGUF.
+
+
+@pytest.mark.parametrize(("type", "wishes"), [("f16", {"sparsity": 0.3}), ("q8_0", {"target": "bytes=60%"})])
+def test_gguf_at_once(tmp_path: Path, letters: Callable[[str], Path], type: str, wishes: dict[str, Any]) -> None:
+    """The file, and nothing beside it; the same as by way of a folder."""
+    model = letters("llama")
+    summary = prune(model, tmp_path / "out.gguf", format="gguf", type=type, **wishes, **SMALL)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["letters-llama", "out.gguf"]
+    tensors = GGUFReader(tmp_path / "out.gguf").tensors
+    held = sum(int(tensor.n_bytes) for tensor in tensors)
+    assert summary.format == "gguf"
+    assert summary.bytes[1] == held
+    if "target" in wishes:
+        assert held <= 0.6 * summary.bytes[0]
+        return
+    prune(model, tmp_path / "folder", **wishes, **SMALL)
+    assert record(tmp_path / "folder")["sparsity"]["reached"] == summary.sparsity
+    export(tmp_path / "folder", tmp_path / "again.gguf", type=type)
+    again = GGUFReader(tmp_path / "again.gguf").tensors
+    assert [tensor.name for tensor in again] == [tensor.name for tensor in tensors]
+    assert all((one.data == two.data).all() for one, two in zip(again, tensors, strict=True))
+
+
+def test_gguf_of_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> None:
+    model = letters("gpt2")
+    with pytest.raises(
+        SecateurError, match="gpt2 has one width for all blocks, so prune all of them with uniform widths"
+    ):
+        prune(model, tmp_path / "out.gguf", format="gguf", **SMALL)
+    settings: dict[str, Any] = {"format": "gguf", "widths": "uniform", "modules": ("channels",)}
+    summary = prune(model, tmp_path / "out.gguf", **settings, **SMALL)
+    assert summary.uniform
+    # The same width for all blocks, spelled out.
+    (tmp_path / "ratios.json").write_text('{"0:3": {"channels": 0.25}}')
+    ratios = str(tmp_path / "ratios.json")
+    assert prune(model, tmp_path / "again.gguf", format="gguf", widths=ratios, **SMALL).uniform
+    assert len(GGUFReader(tmp_path / "out.gguf").tensors) > 30
+
+
+def test_a_plan_that_gguf_cannot_hold(tmp_path: Path, letters: Callable[[str], Path]) -> None:
+    model = letters("gpt2")
+    prune(model, tmp_path / "folder", **SMALL)
+    with pytest.raises(SecateurError, match="one width for all blocks"):
+        export(tmp_path / "folder", tmp_path / "out.gguf")
+    plan = str(tmp_path / "folder" / "secateur.json")
+    watcher = Notes()
+    with pytest.raises(SecateurError, match="one width for all blocks"):
+        prune(model, tmp_path / "out.gguf", format="gguf", plan=plan, watcher=watcher, **SMALL)
+    assert watcher.said == []
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_final_norm_is_scaled(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """By what the record says; not where weights are only cut."""
+    model = checkpoint_folder("llama")
+    dense = load_file(model / "model.safetensors")["model.norm.weight"]
+    for recovery in ("refit", "none"):
+        prune(model, tmp_path / recovery, recovery=recovery, sparsity=0.5, **{**SMALL, "samples": 40})
+        scale = record(tmp_path / recovery)["final_norm_scale"]
+        assert (scale == 1) == (recovery == "none")
+        written = load_file(tmp_path / recovery / "model.safetensors")["model.norm.weight"]
+        torch.testing.assert_close(written, dense * scale)
+
+
+@pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
+@pytest.mark.parametrize("how", [{"intercept": True}, {"recovery": "bias"}], ids=["intercept", "bias"])
+def test_a_bias_that_no_module_takes(
+    name: str, said: int, how: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """Behind a norm none is fitted, and that is said."""
+    watcher = Notes()
+    prune(checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, **how, fits=0, format="hf", watcher=watcher)
+    assert sum(line.startswith("No bias is fitted: this model has a norm behind") for line in watcher.said) == said
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert any("down_proj.bias" in one for one in names) == (not said)
+
+
+def test_a_model_of_zeros(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Nothing is lost where nothing is computed."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("llama"), model)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    prune(model, tmp_path / "out", sparsity=0.3, **SMALL, format="hf")
+    modules = [module for block in record(tmp_path / "out")["blocks"] for module in block["modules"]]
+    assert {module["error"] for module in modules} == {0.0}

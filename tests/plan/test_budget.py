@@ -1,0 +1,140 @@
+"""Targets as a person writes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.base.errors import SecateurError
+from secateur.plan.target import QUANTITIES, Target, parse_target
+
+RATIOS = ("prefill", "decode", "ppl")
+AMOUNTS = tuple(name for name in QUANTITIES if name not in RATIOS)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "relative"),
+    [
+        ("params=100M", 100e6, False),
+        ("params=1.5B", 1.5e9, False),
+        ("params=2g", 2e9, False),
+        ("params=250k", 250e3, False),
+        ("params=123456789", 123456789, False),
+        ("params=1e8", 1e8, False),
+        ("params=80%", 0.8, True),
+        (" Params = 12.5 % ", 0.125, True),
+        ("bytes=60MB", 60e6, False),
+        ("bytes=60mb", 60e6, False),
+        ("bytes=1.5GiB", 1.5 * 2**30, False),
+        ("bytes=700B", 700, False),
+        ("bytes=50%", 0.5, True),
+        ("kv=12KB", 12e3, False),
+        ("kv=12KiB", 12 * 1024, False),
+        ("kv=.5MiB", 2**19, False),
+        ("prefill=1.5x", 1.5, True),
+        ("decode=2X", 2.0, True),
+        ("ppl=1.2x", 1.2, True),
+    ],
+)
+def test_parses(text, value, relative):
+    target = parse_target(text)
+    assert (target.quantity, target.value, target.relative) == (text.split("=")[0].strip().lower(), value, relative)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "params=80%"),
+        ("params", "params=80%"),
+        ("80%", "params=80%"),
+        ("sparsity=0.2", "one of params, bytes, kv"),
+        ("params=", "'' is no number"),
+        ("params=many", "'many' is no number"),
+        ("params=1.2.3M", "'1.2.3M' is no number"),
+        ("params=nan", "'nan' is no number"),
+        ("params=inf", "'inf' is no number"),
+        ("params=1e999M", "write a number|is no number"),
+        ("params=60MB", "no unit 'MB'"),
+        ("bytes=60M", "no unit 'M'.*bytes=60MB"),
+        ("bytes=2x", "no unit 'x'"),
+        ("params=0", "at least 1"),
+        ("params=-5M", "at least 1"),
+        ("params=0.8", "a share is written 80%"),
+        ("params=0%", "between 0% and 100%"),
+        ("params=100%", "between 0% and 100%"),
+        ("kv=-3%", "between 0% and 100%"),
+        ("prefill=1x", "above 1x"),
+        ("decode=0.5x", "above 1x"),
+        ("prefill=1.5", "ratio ending in x"),
+        ("prefill=60%", "ratio ending in x"),
+        ("ppl=1x", "above 1x"),
+        ("ppl=12", "ppl=1.2x"),
+    ],
+)
+def test_refuses(text, says):
+    with pytest.raises(SecateurError, match=says) as caught:
+        parse_target(text)
+    assert "\n" not in str(caught.value)
+    assert "for example" in str(caught.value) or "%: " in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["params=100M", "params=80%", "params=1.5B", "bytes=60MB", "bytes=1MiB", "kv=12kB"])
+def test_spells_as_it_was_written(text):
+    assert str(parse_target(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("params=80%", "80% of the parameters"),
+        ("params=1.5B", "1.5 B parameters"),
+        ("kv=12KB", "12 kB of keys and values per token"),
+        ("prefill=1.5x", "prompts read 1.5x as fast"),
+    ],
+)
+def test_describes(text, says):
+    assert parse_target(text).describe() == says
+
+
+positive = st.floats(1, 1e15, allow_nan=False)
+targets = st.one_of(
+    st.builds(Target, st.sampled_from(AMOUNTS), positive, st.just(False)),
+    st.builds(Target, st.sampled_from(AMOUNTS), st.integers(1, 10**14).map(float), st.just(False)),
+    st.builds(Target, st.sampled_from(AMOUNTS), st.floats(0, 1, exclude_min=True, exclude_max=True), st.just(True)),
+    st.builds(Target, st.sampled_from(RATIOS), st.floats(1, 1e6, exclude_min=True), st.just(True)),
+)
+
+
+@given(targets)
+def test_round_trips(target):
+    assert parse_target(str(target)) == target
+
+
+amounts = st.from_regex(r"[+-]?[0-9]{0,4}[.]?[0-9]{0,4}(e-?[0-9]{1,4})?[kKmMgGiIbBxX%]{0,3}", fullmatch=True)
+
+
+@given(st.text(max_size=20) | st.builds("{}={}".format, st.sampled_from(QUANTITIES), amounts))
+def test_anything_else_is_refused(text):
+    """Every text is a target that makes sense, or one line."""
+    with suppress(SecateurError):
+        target = parse_target(text)
+        assert target.value > (1 if target.quantity in RATIOS else 0)
+        assert parse_target(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "relative"), [("speed", 2, True), ("ppl", 2.0, False), ("kv", 1.0, True)]
+)
+def test_checks_what_is_built_by_hand(quantity, value, relative):
+    with pytest.raises(SecateurError):
+        Target(quantity, value, relative)
+
+
+def test_needs_no_torch():
+    code = "import sys; import secateur.plan.target; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,173 @@
+"""The knapsack against every selection there is."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.plan import knapsack
+from secateur.plan.knapsack import choose
+
+Instance = tuple[list[Any], list[Any], float]
+
+
+def brute(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float | None:
+    """The least cost within the budget."""
+    selections = itertools.product(*(range(len(cost)) for cost in costs))
+    within = [
+        sum(float(cost[o]) for cost, o in zip(costs, selection, strict=True))
+        for selection in selections
+        if sum(float(size[o]) for size, o in zip(sizes, selection, strict=True)) <= budget
+    ]
+    return min(within, default=None)
+
+
+def check(instance: Instance) -> None:
+    costs, sizes, budget = instance
+    found, least = choose(costs, sizes, budget), brute(costs, sizes, budget)
+    if least is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.proven
+    assert found.cost == pytest.approx(sum(cost[o] for cost, o in zip(costs, found.options, strict=True)))
+    assert found.size == pytest.approx(sum(size[o] for size, o in zip(sizes, found.options, strict=True)))
+    assert found.size <= budget
+    assert found.cost == pytest.approx(least, rel=1e-8, abs=1e-8 * max(np.abs(cost).max() for cost in costs))
+
+
+@st.composite
+def instances(draw: Any, cost: Any, size: Any, exact: bool) -> Instance:
+    counts = draw(st.lists(st.integers(2, 6), min_size=3, max_size=6).filter(lambda c: np.prod(c) <= 6000))
+    costs = [np.array(draw(st.lists(cost, min_size=n, max_size=n)), dtype=np.float64) for n in counts]
+    sizes = [np.array(draw(st.lists(size, min_size=n, max_size=n)), dtype=np.float64) for n in counts]
+    low, high = sum(s.min() for s in sizes), sum(s.max() for s in sizes)
+    budget = float(low + draw(st.floats(-0.1, 1.1)) * (high - low))
+    return costs, sizes, float(round(budget)) if exact else budget
+
+
+few = st.integers(0, 5)
+integers = st.integers(0, 10**7)
+floats = st.floats(0, 1e3, allow_subnormal=False)
+
+
+@pytest.mark.parametrize(
+    ("cost", "size", "exact"),
+    [
+        (few, few, True),
+        (floats, integers, True),
+        (integers, integers, True),
+        (floats, floats, False),
+        (st.floats(-10, 10, allow_subnormal=False), few, True),
+        (st.floats(0, 1e-6, allow_subnormal=False), integers, True),
+        (st.sampled_from([0.0, 1e-9, 1.0, 1e9]), st.sampled_from([0, 1, 2, 10**9]), True),
+    ],
+    ids=["ties", "integer sizes", "integers", "floats", "negative costs", "small costs", "wide ranges"],
+)
+def test_is_the_cheapest_selection(cost, size, exact):
+    @settings(max_examples=100, deadline=None)
+    @given(instances(cost, size, exact))
+    def run(instance: Instance) -> None:
+        check(instance)
+
+    run()
+
+
+def test_budget_equal_to_a_selection():
+    """Sums of floats are compared with themselves."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = [np.sort(rng.random(4)) for _ in range(4)]
+        costs = [np.sort(rng.random(4))[::-1].copy() for _ in range(4)]
+        options = rng.integers(0, 4, 4)
+        budget = float(sum(size[o] for size, o in zip(sizes, options, strict=True)))
+        found = choose(costs, sizes, budget)
+        assert found is not None
+        assert found.size <= budget
+        assert found.cost <= sum(cost[o] for cost, o in zip(costs, options, strict=True)) + 1e-9
+
+
+def test_nothing_fits():
+    sizes = [np.array([3.0, 2.0]), np.array([5.0, 9.0])]
+    costs = [np.zeros(2), np.zeros(2)]
+    assert choose(costs, sizes, 6.999) is None
+    found = choose(costs, sizes, 7.0)
+    assert found is not None
+    assert found.options == (1, 0)
+
+
+def test_all_that_costs_nothing_fits():
+    found = choose([np.array([0.0, 1.0])] * 3, [np.array([2.0, 1.0])] * 3, 100.0)
+    assert found is not None
+    assert (found.options, found.cost, found.proven) == ((0, 0, 0), 0.0, True)
+
+
+def large(seed: int, modules: int, options: int, convex: bool) -> Instance:
+    """Errors that grow as units leave, as those of a model do, and parameters of real sizes."""
+    rng = np.random.default_rng(seed)
+    costs, sizes = [], []
+    for _ in range(modules):
+        steps = rng.exponential(rng.lognormal(0, 1), options - 1)
+        curve = np.concatenate([[0.0], np.cumsum(np.sort(steps) if convex else steps)])
+        costs.append(curve)
+        sizes.append((options - 1 - np.arange(options)) * float(rng.choice([1728, 2304, 110_592])))
+    return costs, sizes, 0.7 * sum(size.max() for size in sizes)
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize(("modules", "options"), [(60, 200), (160, 100), (64, 1500)])
+def test_large_instances(modules, options, convex):
+    costs, sizes, budget = large(1, modules, options, convex)
+    start = time.process_time()
+    found = choose(costs, sizes, budget)
+    taken = time.process_time() - start
+    assert found is not None
+    assert found.size <= budget
+    bound = dual_bound(costs, sizes, budget)
+    assert bound <= found.cost * (1 + 1e-9)
+    # Where curves are not convex, the bound itself is below the best selection.
+    assert found.cost <= bound * (1.001 if convex else 1.01)
+    # Far above what it takes: it is here to catch another order of growth.
+    assert taken < 60
+
+
+def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float:
+    """No selection within the budget costs less: the best of the Lagrangian's bounds."""
+    best, low, high = -np.inf, 0.0, 1.0
+    while sum(size[(cost + high * size).argmin()] for cost, size in zip(costs, sizes, strict=True)) > budget:
+        high *= 2
+    for _ in range(100):
+        price = (low + high) / 2
+        chosen = [int((cost + price * size).argmin()) for cost, size in zip(costs, sizes, strict=True)]
+        size = sum(size[o] for size, o in zip(sizes, chosen, strict=True))
+        cost = sum(cost[o] for cost, o in zip(costs, chosen, strict=True))
+        best = max(best, cost + price * (size - budget))
+        low, high = (low, price) if size <= budget else (price, high)
+    return float(best)
+
+
+def test_more_sums_than_are_held(monkeypatch):
+    """It is then a good selection within the budget, and says that it may not be the best."""
+    monkeypatch.setattr(knapsack, "STATES", 3)
+    rng = np.random.default_rng(2)
+    proven = 0
+    for _ in range(30):
+        sizes = [rng.integers(1, 1000, 5).astype(float) for _ in range(5)]
+        costs = [1000 / size + rng.random(5) for size in sizes]
+        budget = float(sum(np.median(size) for size in sizes))
+        found, least = choose(costs, sizes, budget), brute(costs, sizes, budget)
+        assert found is not None
+        assert least is not None
+        assert found.size <= budget
+        assert found.cost >= least - 1e-9
+        if found.proven:
+            proven += 1
+            assert found.cost == pytest.approx(least)
+    assert proven < 30

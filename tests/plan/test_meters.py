@@ -1,0 +1,507 @@
+"""What meters say a plan takes against what is written and run; time is counted in operations, never in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import models as tiny
+from models import ROWS, _config, build, make_letters, save
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.base.quiet import quiet
+from secateur.base.words import counted
+from secateur.formats.per_layer import model_class
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Block, Keep, Width
+from secateur.model.surgery import slice_block
+from secateur.plan import latency
+from secateur.plan.latency import Latency, grid, measured, medians, stopwatch
+from secateur.plan.meters import (
+    Meter,
+    budget_of,
+    byte_meter,
+    cache_meter,
+    latency_meter,
+    meter_of,
+    parameter_meter,
+    unreachable,
+)
+from secateur.plan.target import parse_target
+from secateur.write.export import export
+from secateur.write.write import write
+
+CPU = torch.device("cpu")
+MORE_ROWS = {
+    "llama 64": _config("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    "qwen3 tied": _config("qwen3", **tiny.GROUPED, head_dim=16, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BlockStream]:
+    """A row's checkpoint, with a tokenizer that GGUF can hold."""
+
+    @cache
+    def stream(name: str) -> BlockStream:
+        folder = save(name, tmp_path_factory.mktemp("dense") / name.replace(" ", "-"))
+        make_letters().save_pretrained(folder)
+        return BlockStream(open_checkpoint(folder))
+
+    return stream
+
+
+def some_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
+    """Widths that differ from block to block, zeros among them; one block stays as it is."""
+    dice = random.Random(seed)
+    dense = dice.randrange(len(blocks))
+    widths = {}
+    for index, block in enumerate(blocks):
+        if index == dense:
+            continue
+        full = block.width
+        groups, per_group = dice.randint(0, full.groups), dice.randint(1, full.per_group)
+        if block.attention.locked:
+            groups, per_group = dice.choice([0, full.groups]), full.per_group
+        channels = dice.choice([0, dice.randint(1, full.channels)])
+        widths[index] = Width(groups, per_group if groups else 0, channels)
+    return widths
+
+
+def uniform_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
+    full = blocks[0].width
+    channels = random.Random(seed).randint(1, full.channels - 1)
+    return {index: Width(full.groups, full.per_group, channels) for index in range(len(blocks))}
+
+
+def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: torch.dtype = torch.float32) -> int:
+    """Write a model of these widths as `prune` does; gives the bytes of its weights."""
+
+    def blocks() -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, width in widths.items():
+            block = stream.blocks[index]
+            per_group = block.attention.per_group
+            heads = [group * per_group + head for group in range(width.groups) for head in range(width.per_group)]
+            cut = slice_block(block, stream.stored(index), Keep(tuple(heads), tuple(range(width.channels))))
+            yield index, {name: tensor.to(dtype) for name, tensor in cut.items()}
+
+    record = {"secateur": "0", "dense_width": asdict(stream.blocks[0].width)}
+    plan: Any = SimpleNamespace(widths=widths)
+    return write(stream, out, plan, blocks(), format="hf", dtype=dtype, records={"secateur.json": record})
+
+
+FOLDERS = ["llama", "llama biased", "llama tied", "gemma2", "olmo2", "phi3", "opt", "gpt2", "gpt_neox", "qwen3 biased"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders(tmp_path, opened, name, seed):
+    stream = opened(name)
+    widths = some_widths(stream.blocks, seed)
+    size = written(stream, widths, tmp_path / "out", torch.bfloat16)
+    tensors = open_checkpoint(tmp_path / "out").tensors.values()
+    assert parameter_meter(stream).total(widths) == sum(tensor.entries for tensor in tensors)
+    assert byte_meter(stream, torch.bfloat16).total(widths) == size == sum(tensor.bytes for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "goal", "file"),
+    [
+        *((name, goal, False) for name in ("llama", "gemma2", "opt") for goal in ("params=80%", "bytes=80%")),
+        ("llama 64", "bytes=80%", True),
+    ],
+)
+def test_added_biases_count(tmp_path, opened, name, goal, file):
+    """Behind a norm there are none to add, and OPT has its own; blocks outside the range get none."""
+    stream = opened(name)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten\n" * 40)
+    out = tmp_path / ("out.gguf" if file else "out")
+    options = {"format": "gguf", "type": "f32", "widths": "uniform"} if file else {"blocks": "1:3"}
+    summary = prune(
+        stream.checkpoint.path,
+        out,
+        target=goal,
+        recovery="bias",
+        criterion="l2",
+        calibration=str(text),
+        samples=4,
+        length=16,
+        **options,
+    )
+    if file:
+        taken = sum(tensor.n_bytes for tensor in GGUFReader(out).tensors)
+    else:
+        tensors = open_checkpoint(out).tensors.values()
+        assert summary.parameters[1] == sum(tensor.entries for tensor in tensors)
+        taken = sum(tensor.bytes for tensor in tensors)
+    assert summary.bytes[1] == taken
+    index = 0 if goal.startswith("params") else 1
+    before, after = (summary.parameters, summary.bytes)[index]
+    assert after <= 0.8 * before
+    added = parameter_meter(stream, biases=True).added
+    assert sum(added) == (2 * len(stream) * stream.width if name.startswith("llama") else 0)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_dense_models(opened, name):
+    stream = opened(name)
+    count = sum(value.numel() for value in build(name).parameters())
+    assert parameter_meter(stream).dense == count
+    assert byte_meter(stream, torch.float16).dense == 2 * count
+    keys = [parameter for path, parameter in build(name).named_parameters() if path.endswith("k_proj.weight")]
+    if keys:
+        assert cache_meter(stream, torch.float32).dense == 8 * sum(len(weight) for weight in keys)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_parameters_are_those_of_the_blocks(opened, data):
+    name = data.draw(st.sampled_from(["llama", "qwen3 biased", "gpt2", "opt"]))
+    stream = opened(name)
+    meter = parameter_meter(stream)
+    widths = some_widths(stream.blocks, data.draw(st.integers(0, 10**6)))
+    fewer = sum(stream.blocks[i].parameters - stream.blocks[i].kept_parameters(width) for i, width in widths.items())
+    assert meter.total(widths) == meter.dense - fewer
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_gguf_files_of_models_that_take_no_bias(opened, name):
+    """Behind a norm none is added, so that no graph needs a place for it."""
+    meters = [byte_meter(opened(name), torch.float32, "f16", biases) for biases in (False, True)]
+    assert meters[0].dense == meters[1].dense
+
+
+def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
+    return dict.fromkeys(range(len(blocks)), Width(0, 0, 40 + seed))
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_biases_of_a_block_without_heads(tmp_path, opened, type):
+    """They go where an idle head is kept for them."""
+    stream, widths = opened("llama 64"), (Width(2, 1, 40), Width(0, 0, 72), Width(2, 2, 0))
+    blocks = [{"block": index, "width": asdict(width)} for index, width in enumerate(widths)]
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
+    how: Any = {"calibration": "random", "samples": 4, "length": 16, "recovery": "bias", "criterion": "l2"}
+    out = tmp_path / "out.gguf"
+    summary = prune(stream.checkpoint.path, out, plan=str(tmp_path / "plan.json"), format="gguf", type=type, **how)
+    assert summary.bytes[1] == sum(tensor.n_bytes for tensor in GGUFReader(out).tensors)
+
+
+UNEVEN = ["llama", "llama biased", "llama 64", "llama tied", "qwen3 tied", "mistral"]
+UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(
+    ("name", "pick"),
+    [
+        *((name, some_widths) for name in UNEVEN),
+        *((name, uniform_widths) for name in UNIFORM),
+        *((name, headless_widths) for name in ("llama", "llama biased", "mistral")),
+    ],
+)
+def test_gguf_files(tmp_path, opened, name, pick, type):
+    stream = opened(name)
+    meter = byte_meter(stream, torch.float32, type)
+    for seed in range(2):
+        widths = pick(stream.blocks, seed)
+        written(stream, widths, tmp_path / f"{seed}")
+        done = export(tmp_path / f"{seed}", tmp_path / f"{seed}.gguf", type=type)
+        assert meter.total(widths) == done.bytes
+        assert meter.total(widths) == sum(tensor.n_bytes for tensor in GGUFReader(done.path).tensors)
+
+
+def test_gguf_needs_an_architecture(opened):
+    with pytest.raises(SecateurError, match="no architecture for opt"):
+        byte_meter(opened("opt"), torch.float32, "f16")
+
+
+def test_padding_is_paid_for(opened):
+    meter = byte_meter(opened("llama 64"), torch.float32, "q8_0")
+    sizes = [meter.module(0, "channels", Width(2, 2, channels)) for channels in range(73)]
+    assert len(set(sizes[:33])) == 1 < len(set(sizes[:34]))
+    # 3 matrices, 32 channels by 64, 34 bytes for 32 weights
+    assert sizes[33] - sizes[32] == 3 * 32 * 64 // 32 * 34
+
+
+def test_cache(opened):
+    stream = opened("qwen3")
+    meter = cache_meter(stream, torch.bfloat16)
+    assert meter.dense == 3 * 3 * 16 * 2 * 2
+    assert meter.total({0: Width(0, 0, 72), 1: Width(1, 2, 0), 2: Width(3, 1, 5)}) == (0 + 1 + 3) * 64
+    assert meter.form(meter.dense) == "576 B per token"
+
+
+def operations(case: latency.Case) -> float:
+    """In place of seconds: multiplications and additions of a run."""
+    run = case()
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def fails(case: latency.Case) -> float:
+    raise AssertionError("measured again")
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma3_text", "gpt_neox", "phi3 wide", "olmo2"])
+def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
+    """Operations of the dense model and of one cut to widths of the grid, counted over the whole of it."""
+    stream = opened(name)
+    meter = latency_meter(stream, kind, CPU, torch.float32, Silent(), operations)
+    full = stream.blocks[0].width
+    partly = Width(full.groups, full.per_group, 0)
+    if not stream.blocks[0].attention.locked:
+        partly = Width(full.groups - 1, full.per_group, grid(full.channels, latency.POINTS)[-2])
+    length = tiny.POSITIONS - 1
+    for widths in ({}, {0: Width(0, 0, full.channels), 1: partly}):
+        out = tmp_path / f"{len(widths)}"
+        written(stream, widths or {0: full}, out)
+        with quiet():
+            checkpoint = open_checkpoint(out)
+            model = model_class(checkpoint.config).from_pretrained(out, dtype=torch.float32)
+        case = latency._model_case(model, kind, length)
+        with torch.inference_mode():
+            assert meter.total(widths) == pytest.approx(operations(case))
+
+
+def test_latency_between_measured_widths(opened):
+    meter = latency_meter(opened("llama every head"), "prefill", CPU, torch.float32, Silent(), operations)
+    sizes = [meter.module(1, "channels", Width(6, 1, channels)) for channels in range(73)]
+    assert sizes == pytest.approx([channels / 72 * sizes[72] for channels in range(73)])
+    assert sizes[0] == 0 == meter.module(1, "heads", Width(0, 0, 72))
+    heads = [meter.module(1, "heads", Width(groups, 1, 0)) for groups in range(7)]
+    assert heads == sorted(heads)
+    assert heads[-1] > 0
+
+
+def test_latency_where_groups_and_heads_are_gone():
+    line = ((0, 0.0), (2, 4.0), (4, 12.0))
+    table = Latency(line, ((0, 0.0), (3, 12.0)), ((0, 0.0), (10, 5.0)), 1.0, 2.0)
+    assert table.module("heads", Width(4, 3, 0)) == 12
+    assert table.module("heads", Width(3, 3, 0)) == 8
+    assert table.module("heads", Width(4, 1, 0)) == pytest.approx(4)
+    assert table.module("heads", Width(3, 1, 0)) == pytest.approx(8 / 3)
+    assert table.module("heads", Width(0, 0, 9)) == 0
+    assert table.module("channels", Width(4, 3, 4)) == 2
+
+
+def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
+    """Whatever noise there is on the clock."""
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    dice = random.Random(3)
+
+    def noisy(case: latency.Case) -> float:
+        return operations(case) * 1.5 ** dice.gauss(0, 1) + dice.random()
+
+    stream = opened("llama")
+    meter = latency_meter(stream, "decode", CPU, torch.float32, Silent(), noisy)
+    full = stream.blocks[0].width
+    for line in (
+        [meter.module(0, "channels", Width(0, 0, channels)) for channels in range(73)],
+        [meter.module(0, "heads", Width(groups, full.per_group, 0)) for groups in range(full.groups + 1)],
+        [meter.module(0, "heads", Width(full.groups, heads, 0)) for heads in range(full.per_group + 1)],
+    ):
+        assert line == sorted(line)
+        assert line[0] == 0
+        assert line[-1] > 0
+    assert meter.fixed > 0
+
+
+def test_latency_is_kept(tmp_path, opened, monkeypatch):
+    stream = opened("llama")
+    first = measured(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
+    assert measured(stream, 2, "decode", CPU, torch.float32, Silent(), fails) == first
+    for kind, dtype in (("prefill", torch.float32), ("decode", torch.bfloat16)):
+        with pytest.raises(AssertionError, match="measured again"):
+            measured(stream, 0, kind, CPU, dtype, Silent(), fails)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    with pytest.raises(AssertionError, match="measured again"):
+        measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
+
+
+def changed(**keys: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps(json.loads(text) | keys)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        changed(rest=None),
+        changed(rest=float("nan")),
+        changed(outside=-1.0),
+        changed(channels=[[0, 0.0]]),
+        changed(channels=[[0, 0.0], [9, 2.0], [72, 1.0]]),
+        changed(channels=7),
+        changed(groups=[[0, 0.0], [3, float("inf")]]),
+        changed(facts={}),
+    ],
+)
+def test_broken_cache_files_are_measured_again(tmp_path, opened, spoil):
+    stream = opened("llama")
+    first = measured(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
+    (file,) = (tmp_path / "cache" / "secateur" / "latency").iterdir()
+    whole = file.read_text()
+    file.write_text(spoil(whole))
+    with pytest.raises(AssertionError, match="measured again"):
+        measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
+    assert measured(stream, 0, "decode", CPU, torch.float32, Silent(), operations) == first
+    assert file.read_text() == whole
+
+
+def test_without_a_cache_folder(tmp_path, opened, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert measured(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations).rest == 0
+
+
+def test_measuring_leaves_random_numbers_alone(opened):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    measured(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_medians_take_turns_until_they_settle(monkeypatch):
+    """A first run and every fifth one are slow."""
+    runs: list[str] = []
+
+    def timer(case: latency.Case) -> float:
+        name = str(case())
+        runs.append(name)
+        count = runs.count(name)
+        return {"a": 1.0, "b": 2.0}[name] * (50 if count == 1 or count % 5 == 4 else 1)
+
+    monkeypatch.setattr(latency, "SECONDS", 1e9)
+    cases: Any = [lambda: "a", lambda: "b"]
+    assert medians(cases, timer) == [1.0, 2.0]
+    assert runs.count("a") == runs.count("b") > latency.ROUNDS
+    assert all(set(runs[i : i + 2]) == {"a", "b"} for i in range(0, len(runs), 2))
+
+
+def test_medians_end_in_time(monkeypatch):
+    dice = random.Random(0)
+    times: list[float] = []
+
+    def timer(case: latency.Case) -> float:
+        times.append(dice.choice([1.0, 10.0]))
+        return times[-1]
+
+    monkeypatch.setattr(latency, "SECONDS", 100.0)
+    monkeypatch.setattr(latency, "perf_counter", lambda: sum(times))
+    cases: Any = [lambda: "a", lambda: "b"]
+    medians(cases, timer)
+    assert 100 < sum(times[2:]) <= 120
+
+
+@given(full=st.integers(1, 20_000), points=st.integers(3, 14))
+def test_grid(full, points):
+    counts = grid(full, points)
+    assert counts == sorted(set(counts))
+    assert (counts[0], counts[-1]) == (0, full)
+    assert len(counts) <= points
+    if full < points:
+        assert counts == list(range(full + 1))
+    if full >= 128 * points:
+        assert len(counts) == points
+        assert all(count % 128 == 0 for count in counts[:-1])
+
+
+def test_a_gpu_is_waited_for(monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: log.append("wait"))
+    case: Any = lambda: log.append("ready") or (lambda: log.append("run"))  # noqa: E731
+    assert stopwatch(torch.device("cuda"))(case) >= 0
+    assert log == ["ready"] * 8 + ["wait"] + ["run"] * 8 + ["wait"]
+    log.clear()
+    assert stopwatch(CPU)(case) >= 0
+    assert log == ["ready", "run"]
+
+
+def a_meter(dense: float, form: Callable[[float], str] = "{:g} things".format) -> Meter:
+    return Meter((Width(1, 1, 1),), dense / 2, lambda *_: dense / 4, form)
+
+
+@pytest.mark.parametrize(
+    ("target", "budget"),
+    [("params=80%", 80e6), ("params=30M", 30e6), ("kv=50%", 50e6), ("prefill=2x", 50e6), ("decode=1.25x", 80e6)],
+)
+def test_budgets(target, budget):
+    assert budget_of(parse_target(target), a_meter(100e6)) == budget
+
+
+def test_a_budget_above_the_dense_model():
+    with pytest.raises(SecateurError, match=r"params=100M: .* no more than 1e\+08 things; .* params=80%"):
+        budget_of(parse_target("params=100M"), a_meter(100e6))
+
+
+@pytest.mark.parametrize(
+    ("target", "least", "says"),
+    [
+        ("params=10%", 33.33e6, "params=33.4%"),
+        ("params=10M", 33.33e6, "params=33.4M"),
+        ("bytes=10MB", 99.99e6, "bytes=99.99MB"),
+        ("prefill=9x", 33.33e6, "prefill=3x"),
+        ("decode=3x", 51e6, "decode=1.96x"),
+        ("decode=3x", 99.9e6, "changes nothing of it"),
+        ("kv=50%", 100e6, "changes nothing of it"),
+        ("bytes=5MB", 100e6, "changes nothing of it"),
+    ],
+)
+def test_targets_out_of_reach(target, least, says):
+    meter, wanted = a_meter(100e6), parse_target(target)
+    error = str(unreachable(wanted, meter, least))
+    assert f"target {wanted}" in error
+    assert says in error
+    assert "\n" not in error
+    if "=" in says:
+        assert budget_of(parse_target(says), meter) >= least
+
+
+def test_meters_by_target(opened, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    stream = opened("llama")
+    how: Any = {"dtype": torch.bfloat16, "gguf_type": None, "device": CPU, "watcher": Silent()}
+    parameters = parameter_meter(stream).dense
+    assert meter_of(parse_target("params=80%"), stream, **how).dense == parameters
+    assert meter_of(parse_target("bytes=80%"), stream, **how).dense == 2 * parameters
+    assert meter_of(parse_target("kv=80%"), stream, **how).dense == cache_meter(stream, torch.bfloat16).dense
+    meter = meter_of(parse_target("decode=2x"), stream, **how)
+    assert meter.form(0.0123) == "12.3 ms"
+    assert meter.dense > 0
+
+
+@given(st.integers(0, 10**12))
+def test_counts_in_words(value: int) -> None:
+    """Below a million all digits, from there on two behind the point."""
+    number, million, rest = counted(value).replace(",", "").partition(" M")
+    assert rest == ""
+    assert bool(million) == (value >= 10**6)
+    assert abs(float(number) * (10**6 if million else 1) - value) <= (5001 if million else 0)
+    assert counted(134_515_008, 1) == "134.5 M"

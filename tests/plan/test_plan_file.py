@@ -1,0 +1,266 @@
+"""Plans out of files: what they may say, every way in which they may be wrong, and that they give what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from conftest import CheckpointFolder
+from models import blocks_of, build
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands.options import Options
+from secateur.commands.plan import propose
+from secateur.commands.prune import prune
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.structure import Block, Keep, Width
+from secateur.plan.plan_file import read_plan, read_ratios
+
+SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
+PRINT = "0123"
+
+
+@cache
+def blocks(name: str = "llama") -> list[Block]:
+    """Of the Llama: three groups of two heads, 72 channels."""
+    return blocks_of(build(name))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[Any], Path]:
+    """A file with these contents."""
+
+    def write(contents: Any) -> Path:
+        path = tmp_path / "plan.json"
+        path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
+        return path
+
+    return write
+
+
+def test_exact_units(file: Callable[[Any], Path]) -> None:
+    path = file(
+        {
+            "blocks": [
+                {"block": 2, "heads": [5, 0], "channels": [7, 3, 71], "modules": "whatever"},
+                {"block": 0, "heads": [], "channels": []},
+                {"block": 1, "channels": [1]},
+            ]
+        }
+    )
+    widths, keeps = read_plan(path, blocks(), PRINT)
+    assert widths == {0: Width(0, 0, 0), 1: Width(3, 2, 1), 2: Width(2, 1, 3)}
+    assert list(widths) == [0, 1, 2]
+    assert keeps == {0: Keep((), ()), 1: Keep(tuple(range(6)), (1,)), 2: Keep((0, 5), (3, 7, 71))}
+
+
+def test_widths_alone(file: Callable[[Any], Path]) -> None:
+    said = [{"groups": 2, "per_group": 2, "channels": 9}, {"groups": 0, "per_group": 0, "channels": 0}]
+    path = file({"fingerprint": PRINT, "blocks": [{"block": i, "width": width} for i, width in enumerate(said)]})
+    assert read_plan(path, blocks(), PRINT) == ({0: Width(2, 2, 9), 1: Width(0, 0, 0)}, None)
+
+
+def one(**entry: Any) -> dict[str, Any]:
+    return {"blocks": [{"block": 0, **entry}]}
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "not readable as JSON"),
+    "a list": ([], "must be a JSON object, as secateur.json is"),
+    "no blocks": ({"fingerprint": PRINT}, "no plan: it needs a list 'blocks', each with block, heads and channels"),
+    "empty": ({"blocks": []}, "no plan: it needs a list 'blocks'"),
+    "a survey": ({"blocks": "0:2", "curves": []}, "no plan: it needs a list 'blocks'"),
+    "numbers for blocks": ({"blocks": [1, 2]}, "no plan: it needs a list 'blocks'"),
+    "another model": ({"fingerprint": "4567", **one(heads=[0])}, "a plan for another model; remove its fingerprint"),
+    "no such block": ({"blocks": [{"block": 3, "heads": []}]}, "block 3 does not exist; the model has blocks 0 to 2"),
+    "negative block": ({"blocks": [{"block": -1, "heads": []}]}, "block -1 does not exist"),
+    "no block": ({"blocks": [{"heads": []}]}, "block None does not exist"),
+    "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "block True does not exist"),
+    "twice": ({"blocks": [{"block": 1, "heads": []}] * 2}, "block 1 is there twice"),
+    "a head twice": (one(heads=[0, 1, 1]), "block 0, heads: 1 is there twice"),
+    "a channel twice": (one(channels=[5, 4, 5]), "block 0, channels: 5 is there twice"),
+    "too large a head": (one(heads=[6]), "block 0, heads: 6 does not exist; the module has 0 to 5"),
+    "too large a channel": (one(channels=[0, 72]), "block 0, channels: 72 does not exist; the module has 0 to 71"),
+    "negative": (one(channels=[-1]), "block 0, channels: -1 does not exist"),
+    "no list": (one(heads=3), "block 0, heads: must be a list of indices to keep"),
+    "fractions": (one(channels=[0.5]), "block 0, channels: must be a list of indices to keep"),
+    "a width of booleans": (
+        {"blocks": [{"block": 0, "width": {"groups": True, "per_group": True, "channels": 4}}]},
+        "block 0: list the heads and channels to keep",
+    ),
+    "booleans": (one(heads=[True, False]), "block 0, heads: must be a list of indices to keep"),
+    "ragged groups": (
+        one(heads=[0, 1, 2]),
+        "heads: each key/value group must keep as many as the others, or none (group 0 keeps 2, group 1 keeps 1)",
+    ),
+    "lists in some": (
+        {"blocks": [{"block": 0, "heads": [0]}, {"block": 1, "width": {"groups": 3, "per_group": 2, "channels": 9}}]},
+        "block 1 has no heads and channels, as others have; list them everywhere",
+    ),
+    "nothing said": (one(), "list the heads and channels to keep, or give a width of groups, per_group, channels"),
+    "part of a width": (one(width={"groups": 2, "channels": 9}), "or give a width of groups, per_group, channels"),
+    "more than a width": (
+        one(width={"groups": 2, "per_group": 2, "channels": 9, "depth": 1}),
+        "or give a width of groups, per_group, channels",
+    ),
+    "half a channel": (one(width={"groups": 2, "per_group": 2, "channels": 9.5}), "or give a width of"),
+    "too wide": (one(width={"groups": 3, "per_group": 2, "channels": 73}), "73 channels, where the model has 72"),
+    "negative width": (one(width={"groups": 3, "per_group": 2, "channels": -1}), "-1 channels, where the model has 72"),
+    "both fewer": (
+        one(width={"groups": 2, "per_group": 1, "channels": 72}),
+        "2 groups x 1 heads cannot be had; possible are 3 x 2, 2 x 2, 1 x 2, 3 x 1, 0 x 0",
+    ),
+}
+
+
+def refused(call: Callable[[], Any], path: Path, message: str) -> None:
+    with pytest.raises(SecateurError) as caught:
+        call()
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_plan(file: Callable[[Any], Path], case: str) -> None:
+    contents, message = REFUSED[case]
+    path = file(contents)
+    refused(lambda: read_plan(path, blocks(), PRINT), path, message)
+
+
+def test_locked_heads(file: Callable[[Any], Path]) -> None:
+    path = file(one(heads=[0, 1, 2, 3]))
+    refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "block 0, heads: single heads cannot be removed")
+    path = file(one(width={"groups": 2, "per_group": 2, "channels": 72}))
+    refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "possible are 3 x 2, 0 x 0")
+    for heads in ([], list(range(6))):
+        assert read_plan(file(one(heads=heads)), blocks("olmo2"), PRINT)[0][0].heads == len(heads)
+
+
+# Ratios.
+
+
+def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
+    path = file({"0:1": 0.5, "1:3": {"channels": 0.25}})
+    assert read_ratios(path, blocks(), 1) == {0: Width(3, 1, 36), 1: Width(3, 2, 54), 2: Width(3, 2, 54)}
+    # The nearest multiple; the attention has its own steps.
+    path = file({"1:2": {"heads": 0.3, "channels": 0.3}, "2:3": 1})
+    assert read_ratios(path, blocks(), 16) == {1: Width(2, 2, 48), 2: Width(0, 0, 0)}
+    # A large multiple does not empty a module.
+    assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == Width(3, 2, 64)
+    large = file({"0:3": {"channels": 0.9}})
+    refused(lambda: read_ratios(large, blocks(), 200), large, "nothing goes")
+    assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == Width(3, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("nonsense", "not readable as JSON"),
+        ("[0.5]", "must be a JSON object"),
+        ({"0": 0.5}, "'0' is no range of blocks; write first:end within 0:3"),
+        ({"0:4": 0.5}, "'0:4' is no range of blocks"),
+        ({"2:1": 0.5}, "'2:1' is no range of blocks"),
+        ({"1:1": 0.5}, "'1:1' is no range of blocks"),
+        ({"-1:2": 0.5}, "'-1:2' is no range of blocks"),
+        ({"0:2": 0.5, "1:3": 0.5}, "block 1 is in two ranges"),
+        ({"0:2": 1.5}, "0:2: write the share that goes, from 0 to 1, or one each for heads and channels"),
+        ({"0:2": -0.1}, "write the share that goes"),
+        ({"0:2": "half"}, "write the share that goes"),
+        ({"0:2": True}, "write the share that goes"),
+        ({"0:2": {"heads": 0.5, "layers": 0.5}}, "write the share that goes"),
+        ({"0:2": float("nan")}, "write the share that goes"),
+        ({}, "nothing goes: no range, or ratios too small to remove a unit"),
+        ({"0:3": 0}, "nothing goes"),
+        ({"0:3": 0.001}, "nothing goes"),
+    ],
+)
+def test_wrong_ratios(file: Callable[[Any], Path], contents: Any, message: str) -> None:
+    path = file(contents)
+    refused(lambda: read_ratios(path, blocks(), 1), path, message)
+
+
+# There and back.
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_mark_at_the_beginning(file: Callable[[Any], Path]) -> None:
+    path = file("\ufeff" + json.dumps({"0:1": 0.5}))
+    assert read_ratios(path, blocks(), 1) == {0: Width(3, 1, 36)}
+
+
+def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """The same units on the same text are the same weights to rounding, as sums over the inputs that stay need not
+    round like parts of longer ones; other text refits the same units."""
+    model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL}
+    prune(model, tmp_path / "first", **wishes)
+    plan = {"plan": str(tmp_path / "first" / "secateur.json")}
+    again = prune(model, tmp_path / "again", **SMALL, **plan)
+    first, same = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again"))
+    assert_close(same, first, rtol=1e-4, atol=1e-5)
+    config = [(tmp_path / name / "config.json").read_bytes() for name in ("first", "again")]
+    assert config[0] == config[1]
+    records = [json.loads((tmp_path / name / "secateur.json").read_text()) for name in ("first", "again")]
+    assert again.sparsity == records[0]["sparsity"]["reached"] >= 0.4
+    units = [[(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] for record in records]
+    assert units[0] == units[1]
+    prune(model, tmp_path / "other", **{**SMALL, "seed": 1}, **plan)
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert max(float((other[name] - first[name]).abs().max()) for name in first) > 1e-3
+    record = json.loads((tmp_path / "other" / "secateur.json").read_text())
+    assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
+
+
+def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    model, wishes = checkpoint_folder("mistral"), {"sparsity": 0.4, **SMALL}
+    found = propose(model, Options(**wishes), watcher=Silent())
+    assert found.fingerprint == open_checkpoint(model).fingerprint
+    (tmp_path / "plan.json").write_text(json.dumps(found.as_dict()))
+    prune(model, tmp_path / "direct", **wishes)
+    prune(model, tmp_path / "planned", **SMALL, plan=str(tmp_path / "plan.json"))
+    assert weights(tmp_path / "planned") == weights(tmp_path / "direct")
+    # And once more through `plan` itself, with the units of the record.
+    given = Options(**SMALL, plan=str(tmp_path / "direct" / "secateur.json"))
+    again = propose(model, given, watcher=Silent())
+    assert again.plan.keeps is not None
+    (tmp_path / "units.json").write_text(json.dumps(again.as_dict()))
+    assert read_plan(tmp_path / "units.json", blocks("mistral"), found.fingerprint)[1] == again.plan.keeps
+    assert again.plan.widths == found.plan.widths
+
+
+def test_edited_units_are_obeyed(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 1, "heads": [2, 3], "channels": [0, 71]}]}))
+    summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
+    assert summary.widths == {1: Width(1, 2, 2)}
+    (block,) = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
+    assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
+
+
+def test_the_print_tells_weights_apart(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """The folder's name does not matter; one changed weight does."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint_folder("llama")
+    shutil.copytree(folder, tmp_path / "copy")
+    first = open_checkpoint(folder).fingerprint
+    assert open_checkpoint(tmp_path / "copy").fingerprint == first
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    # The first or the last row of the embeddings alone is much less than all of them.
+    for name, row in (("model.norm.weight", 0), ("model.embed_tokens.weight", 0), ("model.embed_tokens.weight", -1)):
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name][row] += 1e-3
+        save_file(changed, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+        assert open_checkpoint(tmp_path / "copy").fingerprint != first
+    assert len({open_checkpoint(checkpoint_folder(name)).fingerprint for name in ("llama", "mistral", "gpt2")}) == 3

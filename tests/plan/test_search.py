@@ -1,0 +1,110 @@
+"""The search for the smallest model within a loss, against losses that are made up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from conftest import CheckpointFolder
+from secateur.base.errors import SecateurError
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Pattern
+from secateur.plan.meters import parameter_meter
+from secateur.plan.plan import Plan, Wish
+from secateur.plan.search import CLOSE, MOST, TRIES, smallest_within
+from secateur.survey.curves import Curve, Probe, Survey
+
+
+@pytest.fixture
+def wish(checkpoint_folder: CheckpointFolder) -> Wish:
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    meter = parameter_meter(stream)
+    return Wish(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.0, meter=meter)
+
+
+def curve(index: int, pattern: Pattern, units: int) -> Curve:
+    share = [gone / units for gone in range(units)]
+    kind = "channels" if pattern == "channels" else "heads"
+    return Curve(index, kind, pattern, tuple((index + 1) * s**1.5 for s in share), index + 1.0)
+
+
+SURVEY = Survey(
+    "l1",
+    0.3,
+    64,
+    tuple(curve(i, pattern, n) for i in range(3) for pattern, n in (("groups", 3), ("heads", 2), ("channels", 72))),  # type: ignore[arg-type]
+    tuple(Probe(i, kind, i + 1.0, True, 0.4 * (i + 1)) for i in range(3) for kind in ("heads", "channels")),  # type: ignore[arg-type]
+)
+
+
+class Loss:
+    """Perplexity over dense as a function of what the survey expects, and what was asked of it."""
+
+    def __init__(self, of: Callable[[float], float]):
+        self.of, self.seen = of, list[Plan]()
+
+    def __call__(self, plan: Plan) -> float:
+        self.seen.append(plan)
+        assert plan.price is not None
+        return self.of(plan.price)
+
+
+TRUE: dict[str, Callable[[float], float]] = {
+    "as expected": lambda price: math.exp(price),
+    "half of it": lambda price: math.exp(0.5 * price),
+    "a fifth of it": lambda price: math.exp(0.2 * price),
+    "three times": lambda price: math.exp(3 * price),
+    "slow, then fast": lambda price: math.exp(2 * price**1.5),
+    "better than dense at first": lambda price: math.exp(0.5 * (price - 0.1)),
+}
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.5, 2.0])
+@pytest.mark.parametrize("case", TRUE)
+def test_it_comes_near_the_ratio_from_below(wish: Wish, case: str, ratio: float) -> None:
+    loss = Loss(TRUE[case])
+    found = smallest_within(wish, "adaptive", SURVEY, ratio, loss)
+    assert len(loss.seen) <= TRIES
+    assert found in loss.seen
+    got = math.log(loss(found)) / math.log(ratio)
+    assert got <= 1
+    # One channel more or less is a step of this size.
+    assert got > CLOSE - 0.05
+    within = [plan for plan in loss.seen if loss.of(plan.price or 0.0) <= ratio]
+    assert found.sparsity == max(plan.sparsity for plan in within)
+
+
+def test_uniform_widths(wish: Wish) -> None:
+    loss = Loss(TRUE["half of it"])
+    found = smallest_within(wish, "uniform", SURVEY, 1.5, loss)
+    assert found.uniform
+    assert loss(found) <= 1.5
+    assert found.sparsity > 0.05
+
+
+def test_more_loss_means_a_smaller_model(wish: Wish) -> None:
+    shares = [smallest_within(wish, "adaptive", SURVEY, r, Loss(TRUE["as expected"])).sparsity for r in (1.05, 1.3, 2)]
+    assert shares == sorted(set(shares))
+
+
+def test_limits_of_the_wish_hold(wish: Wish) -> None:
+    part = replace(wish, chosen=range(1, 2), kinds=("channels",), multiple=8)
+    found = smallest_within(part, "adaptive", SURVEY, 1.3, Loss(TRUE["as expected"]))
+    assert found.widths.keys() == {1}
+    assert (found.widths[1].groups, found.widths[1].channels % 8) == (3, 0)
+
+
+def test_what_no_plan_meets_is_said(wish: Wish) -> None:
+    loss = Loss(lambda price: 4 + price)
+    with pytest.raises(SecateurError, match=r"target ppl=1.2x: the best .* came to 4\.\d+x; ask for more than that"):
+        smallest_within(wish, "adaptive", SURVEY, 1.2, loss)
+    assert 1 <= len(loss.seen) <= MOST
+
+
+def test_a_loss_that_never_comes_ends_with_the_smallest_model(wish: Wish) -> None:
+    found = smallest_within(wish, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
+    assert found.sparsity > 0.9

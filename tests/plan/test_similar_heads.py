@@ -1,0 +1,580 @@
+"""Algorithm 2 and what is made of it: thresholds, groups, copies of heads, combinations, and every mistake."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_criteria import statistics
+from torch import Tensor
+
+import secateur
+from conftest import CheckpointFolder
+from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, token_rows
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.base.quiet import quiet
+from secateur.commands.options import Options
+from secateur.commands.plan import propose
+from secateur.commands.prune import prune
+from secateur.criteria import removal_order, survivors
+from secateur.criteria.choice import CRITERIA, Choice, parse_choice
+from secateur.criteria.head_distances import head_distances
+from secateur.criteria.similarity import candidates
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Width
+from secateur.plan import decide
+from secateur.plan.meters import meter_of, parameter_meter
+from secateur.plan.plan import Wish
+from secateur.plan.similar_heads import find, loadable, nearest_tau, settle, thresholds, with_heads_settled
+from secateur.plan.target import parse_target
+from secateur.survey.curves import Survey
+from secateur.text.calibration import calibration_rows
+
+# Below 32 rows none is left out of the refit, so that the final norm stays as it is.
+SMALL: dict[str, Any] = {"samples": 30, "length": 24, "calibration": "random"}
+UNGROUPED = ["opt", "gpt2", "gpt_neox", "llama every head", "gemma2 every head", "gpt2 scaled"]
+
+
+def table(heads: int, near: dict[tuple[int, int], float], far: float = 0.6) -> Tensor:
+    """Distances, `far` where nothing else is said."""
+    result = torch.full((heads, heads), far, dtype=torch.float64).fill_diagonal_(0)
+    for (i, j), value in near.items():
+        result[i, j] = result[j, i] = value
+    return result
+
+
+# Algorithm 2.
+
+
+def algorithm2(distances: Tensor, tau: float) -> list[int]:
+    """As the paper writes it."""
+    found: list[int] = []
+    for i in range(len(distances)):
+        for j in range(len(distances)):
+            if i != j and distances[i, j] < tau and i not in found and j not in found:
+                found.append(i)
+    return found
+
+
+@st.composite
+def distance_tables(draw: st.DrawFn) -> Tensor:
+    heads = draw(st.integers(1, 9))
+    values = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4])
+    return table(heads, {pair: draw(values) for pair in itertools.combinations(range(heads), 2)})
+
+
+@settings(deadline=None)
+@given(distance_tables(), st.sampled_from([0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5]))
+def test_algorithm_2(distances: Tensor, tau: float) -> None:
+    found = candidates(distances, tau)
+    assert list(found) == algorithm2(distances, tau)
+    free = [head for head in range(len(distances)) if head not in found]
+    # No two that stay are similar, and whatever goes resembles one that stays: it could take over.
+    assert all(distances[i, j] >= tau for i, j in itertools.combinations(free, 2))
+    assert free
+
+
+def test_of_a_pair_the_lower_goes_and_the_last_of_a_group_stays() -> None:
+    assert candidates(table(5, {(1, 3): 0.1}), 0.2) == (1,)
+    group = dict.fromkeys(itertools.combinations((0, 2, 4), 2), 0.1)
+    assert candidates(table(5, group), 0.2) == (0, 2)
+    # A chain: 0 is like 1, 1 like 2. Once 0 is a candidate, 1 resembles 2 still; and 2 is left alone.
+    assert candidates(table(3, {(0, 1): 0.1, (1, 2): 0.1}), 0.2) == (0, 1)
+    # Nearer, not as near.
+    assert candidates(table(2, {(0, 1): 0.2}), 0.2) == ()
+
+
+# What can go together.
+
+
+def wish_of(folder: CheckpointFolder, name: str) -> Wish:
+    stream = BlockStream(open_checkpoint(folder(name)))
+    parameters = parameter_meter(stream)
+    return Wish(stream.blocks, range(3), parameters, 0.25, parameters)
+
+
+LOADABLE: list[tuple[str, tuple[int, ...], tuple[int, ...], Width]] = [
+    # Three groups of two heads.
+    ("llama", (0, 1), (0, 1), Width(2, 2, 72)),
+    ("llama", (0, 2), (), Width(3, 2, 72)),
+    ("llama", (0, 2, 5), (0, 2, 5), Width(3, 1, 72)),
+    ("llama", (2, 3, 4), (2, 3), Width(2, 2, 72)),
+    # A whole group or one head of each are equally many parameters: with the group, a key and a value go too.
+    ("llama", (0, 1, 2, 4), (0, 1), Width(2, 2, 72)),
+    ("llama", (0, 1, 2, 3, 4), (0, 1, 2, 3), Width(1, 2, 72)),
+    # Two groups of three.
+    ("qwen2", (0, 1, 4, 5), (0, 1, 4, 5), Width(2, 1, 72)),
+    ("qwen2", (0, 4, 5), (0, 4), Width(2, 2, 72)),
+    ("qwen2", (3, 4, 5, 0), (3, 4, 5), Width(1, 3, 72)),
+    # Each head alone; and one group for all.
+    ("gpt2", (1, 4, 5), (1, 4, 5), Width(3, 1, 96)),
+    ("llama one group", (1, 4), (1, 4), Width(1, 4, 72)),
+]
+
+
+@pytest.mark.parametrize(("name", "similar", "gone", "width"), LOADABLE)
+def test_what_can_go_together(
+    checkpoint_folder: CheckpointFolder, name: str, similar: tuple[int, ...], gone: tuple[int, ...], width: Width
+) -> None:
+    assert loadable(wish_of(checkpoint_folder, name), 1, similar) == (gone, width)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "llama one group"])
+def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Against every subset of the candidates that leaves whole groups or equal ones."""
+    wish = wish_of(checkpoint_folder, name)
+    module = wish.blocks[0].attention
+    for similar in itertools.chain.from_iterable(itertools.combinations(range(6), n) for n in range(6)):
+        least = wish.parameters.dense
+        for count in range(len(similar) + 1):
+            for gone in itertools.combinations(similar, count):
+                kept = [
+                    sum(h // module.per_group == g for h in range(6) if h not in gone) for g in range(module.groups)
+                ]
+                equal = len(set(kept)) == 1
+                if equal or set(kept) == {0, module.per_group}:
+                    groups = sum(map(bool, kept))
+                    width = Width(groups, max(kept), wish.blocks[0].feed_forward.units)
+                    least = min(least, wish.parameters.total({0: width}))
+        gone, width = loadable(wish, 0, similar)
+        assert wish.parameters.total({0: width}) == least
+        assert set(gone) <= set(similar)
+        # The orders that a refit goes by say the same.
+        stats = replace(statistics(name, "heads")[0], similar=frozenset(similar))
+        pattern = "groups" if width.groups < module.groups else "heads"
+        if gone:
+            order = removal_order("similarity", stats, pattern, width.along(pattern))
+            assert survivors(module, pattern, order) == tuple(head for head in range(6) if head not in gone)
+
+
+def test_a_format_that_holds_less(checkpoint_folder: CheckpointFolder) -> None:
+    odd = replace(wish_of(checkpoint_folder, "gpt2"), obstacle=lambda width: "no" if width.heads % 2 else None)
+    assert loadable(odd, 0, (0, 2, 3)) == ((0, 2), Width(4, 1, 96))
+
+
+# The threshold.
+
+
+def some_distances(seed: int = 0, blocks: int = 3) -> dict[int, Tensor]:
+    draw = random.Random(seed)
+    pairs = list(itertools.combinations(range(6), 2))
+    return {i: table(6, {pair: draw.uniform(0.05, 0.4) for pair in pairs}) for i in range(blocks)}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.4, 0.9])
+def test_the_nearest_threshold(checkpoint_folder: CheckpointFolder, name: str, share: float) -> None:
+    """Against a fine grid: no threshold comes nearer."""
+    wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
+
+    def gone(tau: float) -> float:
+        widths = {i: loadable(wish, i, candidates(table, tau))[1] for i, table in distances.items()}
+        part = lambda index, width: wish.parameters.module(index, "heads", width)  # noqa: E731
+        dense = sum(part(i, wish.blocks[i].width) for i in widths)
+        return 1 - sum(part(i, width) for i, width in widths.items()) / dense
+
+    tau = nearest_tau(wish, distances, share)
+    found, widths = settle(wish, distances, tau)
+    assert found.share == pytest.approx(gone(tau), abs=1e-12)
+    largest = max(float(table[torch.eye(6) == 0].max()) for table in distances.values())
+    grid = [0.05 + step * (largest - 0.05) / 4000 for step in range(4000)]
+    grid = [tau for tau in grid if any(len(candidates(table, tau)) < 5 for table in distances.values())]
+    best = min(abs(one - share) for one in map(gone, grid) if one > 0)
+    assert abs(found.share - share) <= best + 1e-12
+    assert found.removed is not None
+    assert all(widths[i].heads == 6 - len(heads) for i, heads in found.removed.items())
+
+
+def test_every_threshold_there_is(checkpoint_folder: CheckpointFolder) -> None:
+    wish, distances = wish_of(checkpoint_folder, "gpt2"), some_distances(2)
+    cases = list(thresholds(wish, distances))
+    values = sorted({float(v) for t in distances.values() for v in t[torch.ones(6, 6).triu(1) > 0]})
+    # From some distance on, one head is left in either block.
+    everything = [
+        near
+        for near, following in itertools.pairwise(values)
+        if all(len(candidates(table, (near + following) / 2)) == 5 for table in distances.values())
+    ]
+    assert 0 < len(everything) < len(values) / 2
+    assert [near for near, _, _ in cases] == [near for near in values[:-1] if near not in everything]
+    for near, tau, share in cases[::5]:
+        assert near < tau
+        assert settle(wish, distances, tau)[0].share == pytest.approx(share, abs=1e-12)
+
+
+def raised(call: Callable[[], Any]) -> str:
+    with pytest.raises(SecateurError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFolder) -> None:
+    wish, distances = (
+        wish_of(checkpoint_folder, "llama"),
+        {0: table(6, {(0, 2): 0.11, (0, 1): 0.2, (1, 3): 0.3}, far=0.5)},
+    )
+    message = raised(lambda: find(distances, 0.05))
+    assert message.endswith("removes nothing: the distances between heads go from 0.11 to 0.5; take more than 0.11")
+    message = raised(lambda: settle(wish, distances, 0.6))
+    assert (
+        "leaves each block a single head: the distances between heads go from 0.11 to 0.5; take less than 0.5"
+        in message
+    )
+    # A chain: only its ends are far apart, and still one head alone would stay.
+    chain = {0: table(3, {(0, 1): 0.1, (1, 2): 0.1}, far=0.3)}
+    message = raised(lambda: find(chain, 0.2))
+    assert message.endswith(
+        "leaves each block a single head: the distances between heads go from 0.1 to 0.3; take a smaller one"
+    )
+    assert find({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
+    # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
+    message = raised(lambda: settle(wish, distances, 0.15))
+    assert "its 1 similar heads are no whole key/value group" in message
+    assert message.endswith("take more than 0.3")
+    assert settle(wish, distances, 0.31)[0].removed == {0: (0, 1)}
+    hopeless = {0: table(6, {(0, 2): 0.11}, far=0.5)}
+    assert raised(lambda: settle(wish, hopeless, 0.15)).endswith("no other tau finds any")
+    assert "no tau finds heads that can go" in raised(lambda: nearest_tau(wish, hopeless, 0.25))
+
+
+# Orders.
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_similar_heads_go_first_then_by_score(name: str, criterion: str) -> None:
+    plain = statistics(name, "heads")[0]
+    module, similar = plain.module, {1, 2, 3}
+    for pattern in module.patterns:
+        units, size = (module.groups, module.per_group) if pattern == "groups" else (module.units, 1)
+        stop = 1
+        usual = removal_order(criterion, plain, pattern, stop).tolist()
+        usual += [unit for unit in range(units) if unit not in usual]
+        found = removal_order(
+            criterion, replace(statistics(name, "heads")[0], similar=frozenset(similar)), pattern, stop
+        )
+
+        def rank(unit: int, size: int = size, usual: list[int] = usual) -> tuple[int, int]:
+            members = range(unit * size, (unit + 1) * size)
+            return -len(similar.intersection(members)), usual.index(unit)
+
+        if pattern == "groups":
+            assert found.tolist() == sorted(range(units), key=rank)[: units - stop]
+            continue
+        for group in range(module.groups):
+            own = [head for head in found.tolist() if head // module.per_group == group]
+            members = range(group * module.per_group, (group + 1) * module.per_group)
+            assert own == sorted(members, key=rank)[: module.per_group - stop]
+
+
+# On models.
+
+
+def copied(name: str, folder: Path, pairs: list[tuple[int, int]], blocks: tuple[int, ...] = (0, 1, 2)) -> Path:
+    """A row's checkpoint in which one head of each pair has the other one's queries, keys and values."""
+    model = build(name)
+    for index in blocks:
+        layer, module = layers_of(model)[index], blocks_of(model)[index].attention
+        tensors = dict(layer.named_parameters())
+        for slab, (to, source) in itertools.product(module.level1, pairs):
+            part = tensors[slab.name].data.movedim(slab.axis, 0)[slice(*slab.span)]
+            part[to * slab.size : (to + 1) * slab.size] = part[source * slab.size : (source + 1) * slab.size]
+    with quiet():
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float().eval()
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "secateur.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", UNGROUPED)
+def test_of_two_copies_one_goes_and_nothing_is_lost(tmp_path: Path, name: str) -> None:
+    folder = copied(name, tmp_path / "model", [(1, 4), (3, 2)])
+    dense, ids = load(folder), token_rows(4, seed=5)
+    wanted = logits_of(dense, ids)
+    stay = blocks_of(dense)[0].feed_forward.units
+    # Rows enough for the final norm to be looked at.
+    more = {**SMALL, "samples": 64}
+    summary = prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, ridge=0.0, **more)
+    assert set(summary.widths.values()) == {Width(4, 1, stay)}
+    for block in record(tmp_path / "out")["blocks"]:
+        # The lower index of each pair.
+        assert block["heads"] == [0, 3, 4, 5]
+        assert len(block["channels"]) == stay
+    assert relative(logits_of(load(tmp_path / "out"), ids), wanted) < 1e-5
+    # Without the refit much is lost.
+    prune(folder, tmp_path / "cut", criterion="similarity", tau=1e-4, recovery="none", **SMALL)
+    assert relative(logits_of(load(tmp_path / "cut"), ids), wanted) > 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("olmo2")])
+def test_every_family(tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """A share of the attention goes, by heads that Algorithm 2 finds in the dense model; what comes out loads."""
+    folder = checkpoint_folder(name)
+    summary = prune(folder, tmp_path / "out", criterion="similarity", tau="auto", sparsity=0.3, **SMALL)
+    found = record(tmp_path / "out")["similarity"]
+    stream = BlockStream(open_checkpoint(folder))
+    text = calibration(stream)
+    distances = head_distances(stream, text)
+    for entry, block in zip(found["blocks"], record(tmp_path / "out")["blocks"], strict=True):
+        assert entry["candidates"] == algorithm2(distances[entry["block"]], found["tau"])
+        assert set(entry["removed"]) <= set(entry["candidates"])
+        assert sorted([*block["heads"], *entry["removed"]]) == list(range(6))
+        assert len(block["channels"]) == stream.blocks[0].feed_forward.units
+    gone = sum(len(entry["removed"]) for entry in found["blocks"])
+    assert gone > 0
+    assert summary.note is not None
+    assert f"{found['attention_share']:.1%} of the attention's parameters" in summary.note
+    small = load(tmp_path / "out")
+    assert torch.isfinite(logits_of(small, token_rows(2))).all()
+    assert relative(logits_of(small, token_rows(2)), logits_of(build(name), token_rows(2))) > 1e-4
+
+
+def calibration(stream: BlockStream) -> Tensor:
+    vocabulary = stream.checkpoint.config.vocab_size
+    tokenizer = stream.checkpoint.tokenizer()
+    return calibration_rows(tokenizer, "random", samples=30, length=24, seed=0, vocab_size=vocabulary)
+
+
+def test_the_tau_that_was_found_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    folder = checkpoint_folder("llama every head")
+    prune(folder, tmp_path / "auto", criterion="similarity", tau="auto", sparsity=0.3, **SMALL)
+    tau = record(tmp_path / "auto")["similarity"]["tau"]
+    prune(folder, tmp_path / "given", criterion="similarity", tau=tau, **SMALL)
+    prune(folder, tmp_path / "planned", plan=str(tmp_path / "given" / "secateur.json"), **SMALL)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("auto", "given", "planned")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_some_blocks_alone(tmp_path: Path) -> None:
+    folder = copied("gpt2", tmp_path / "model", [(0, 5)])
+    prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, blocks="1:3", **SMALL)
+    assert [(b["block"], b["heads"]) for b in record(tmp_path / "out")["blocks"]] == [
+        (1, [1, 2, 3, 4, 5]),
+        (2, [1, 2, 3, 4, 5]),
+    ]
+
+
+def test_a_plan_holds_the_heads(tmp_path: Path) -> None:
+    folder = copied("gpt2", tmp_path / "model", [(2, 5)])
+    found = propose(folder, Options(criterion="similarity", tau=1e-4, **SMALL), watcher=Silent()).as_dict()
+    assert [block["heads"] for block in found["blocks"]] == [[0, 1, 3, 4, 5]] * 3
+    (tmp_path / "plan.json").write_text(json.dumps(found))
+    prune(folder, tmp_path / "out", plan=str(tmp_path / "plan.json"), **SMALL)
+    assert [block["heads"] for block in record(tmp_path / "out")["blocks"]] == [[0, 1, 3, 4, 5]] * 3
+
+
+# Combinations.
+
+
+@pytest.mark.parametrize("criterion", ["similarity+second-moment", "similarity+surgeon"])
+@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+def test_similar_heads_then_the_lowest_scores(tmp_path: Path, criterion: str, widths: str) -> None:
+    """Heads go within a sparsity; the copies before all others, though their scores are the highest."""
+    folder = copied("gpt2", tmp_path / "model", [(0, 1), (2, 3)])
+    how = {"widths": widths, "sparsity": 0.4, "format": "hf", **SMALL}
+    prune(folder, tmp_path / "out", criterion=criterion, tau=1e-4, **how)
+    found = record(tmp_path / "out")
+    assert found["sparsity"]["reached"] == pytest.approx(0.4, abs=0.005)
+    assert [entry["candidates"] for entry in found["similarity"]["blocks"]] == [[0, 2]] * 3
+    cut = 0
+    for block in found["blocks"]:
+        gone = set(range(6)) - set(block["heads"])
+        cut += len(gone)
+        assert gone >= {0, 2} if len(gone) >= 2 else gone <= {0, 2}
+        assert len(block["channels"]) < 96
+    assert cut
+
+
+@pytest.mark.parametrize("channels", ["surgeon", "second-moment", "l1"])
+def test_similar_heads_and_another_criterion_for_channels(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, channels: str
+) -> None:
+    folder = checkpoint_folder("llama")
+    criterion = f"heads=similarity,channels={channels}"
+    summary = prune(folder, tmp_path / "out", criterion=criterion, tau="auto", sparsity=0.3, **SMALL)
+    assert summary.sparsity == pytest.approx(0.3, abs=0.005)
+    assert summary.note is not None
+    assert "similar heads" in summary.note
+    found = record(tmp_path / "out")
+    for entry, block in zip(found["similarity"]["blocks"], found["blocks"], strict=True):
+        assert sorted([*block["heads"], *entry["removed"]]) == list(range(6))
+    assert any(entry["removed"] for entry in found["similarity"]["blocks"])
+    assert sum(len(block["channels"]) for block in found["blocks"]) < 3 * 72
+
+
+def test_a_pair_is_each_criterion_on_its_own_module(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Weights alone decide here, so that no module sees what another one lost."""
+    folder = checkpoint_folder("qwen2")
+    plan = {"blocks": [{"block": i, "width": {"groups": 2, "per_group": 2, "channels": 40}} for i in range(3)]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    units = {}
+    for name in ("l1", "random", "heads=l1,channels=random", "heads=random,channels=l1"):
+        out = tmp_path / name
+        prune(folder, out, plan=str(tmp_path / "plan.json"), criterion=name, recovery="none", **SMALL)
+        units[name] = [(block["heads"], block["channels"]) for block in record(out)["blocks"]]
+    assert units["l1"] != units["random"]
+    for heads, channels in (("l1", "random"), ("random", "l1")):
+        mixed = units[f"heads={heads},channels={channels}"]
+        assert [one[0] for one in mixed] == [one[0] for one in units[heads]]
+        assert [one[1] for one in mixed] == [one[1] for one in units[channels]]
+
+
+def test_a_pair_is_surveyed_as_it_is(checkpoint_folder: CheckpointFolder) -> None:
+    stream, rows = BlockStream(open_checkpoint(checkpoint_folder("gpt2"))), token_rows(8)
+
+    def curves(criterion: str) -> dict[Any, Any]:
+        found: Survey = secateur.survey(stream, rows, criterion=criterion)
+        return {(c.block, c.kind, c.pattern): c.errors for c in found.curves}
+
+    pair, first, second = curves("heads=wanda,channels=second-moment"), curves("wanda"), curves("second-moment")
+    assert first != second
+    assert pair == {key: (first if key[1] == "heads" else second)[key] for key in pair}
+
+
+def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    folder, file = checkpoint_folder("gpt2"), tmp_path / "survey.json"
+
+    def run(**how: Any) -> Any:
+        return propose(folder, Options(sparsity=0.3, **how, **SMALL), survey_file=file, watcher=Silent())
+
+    run(criterion="similarity+l1", tau=0.17)
+    run(criterion="similarity+l1", tau=0.17)
+    for how, message in (
+        ({"criterion": "heads=l1,channels=l1"}, "a survey with criterion similarity+l1"),
+        ({"criterion": "similarity+l1", "tau": 0.16}, "a survey with tau 0.17, where 0.16 is asked for"),
+        ({"criterion": "similarity+l1", "tau": "auto"}, "a survey with tau 0.17"),
+    ):
+        assert message in raised(lambda how=how: run(**how))
+
+
+@pytest.mark.parametrize("goal", ["params=70%", "bytes=70%", "kv=60%"])
+def test_targets_with_heads_settled(checkpoint_folder: CheckpointFolder, goal: str) -> None:
+    """The budget in absolute terms stays what it was."""
+    wish = wish_of(checkpoint_folder, "gpt2")
+    target = parse_target(goal)
+    stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
+    how: dict[str, Any] = {
+        "dtype": torch.float32,
+        "gguf_type": None,
+        "device": torch.device("cpu"),
+        "watcher": Silent(),
+    }
+    meter = meter_of(target, stream, **how)
+    wish = replace(wish, goal=target, meter=meter)
+    widths = {index: Width(5, 1, 96) for index in range(3)}
+    if goal.startswith("kv"):
+        # Channels hold no keys.
+        assert "with the similar heads gone, the channels can bring" in raised(lambda: with_heads_settled(wish, widths))
+        return
+    changed = with_heads_settled(wish, widths)
+    assert changed.budget == pytest.approx(wish.budget)
+    assert changed.meter.dense == pytest.approx(wish.meter.total(widths))
+    assert changed.kinds == ("channels",)
+    shrunk = {index: Width(1, 1, 96) for index in range(3)}
+    small = replace(wish, goal=parse_target("params=99%"), meter=wish.parameters)
+    assert "the similar heads alone take the model from" in raised(lambda: with_heads_settled(small, shrunk))
+    share = replace(wish, goal=0.25, meter=wish.parameters)
+    assert with_heads_settled(share, widths).budget == pytest.approx(share.budget)
+
+
+# What is written, and every mistake in it.
+
+
+def test_spellings() -> None:
+    assert parse_choice("l1") == Choice("l1", "l1", False)
+    assert parse_choice("similarity") == Choice("similarity", None, True)
+    assert parse_choice("similarity+wanda") == Choice("wanda", "wanda", True)
+    assert parse_choice("heads=similarity, channels=l2") == Choice("similarity", "l2", True)
+    assert parse_choice("channels=l2,heads=similarity+surgeon") == Choice("surgeon", "l2", True)
+    assert parse_choice("heads=l1,channels=surgeon") == Choice("l1", "surgeon", False)
+    assert [Options(criterion=text).choice.of("channels") for text in ("l1", "heads=l1,channels=l2")] == ["l1", "l2"]
+    assert Options(criterion="similarity", tau=0.1).kinds == ("heads",)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"criterion": "similar"}, "criterion is 'similar'; it must be one of surgeon, second-moment"),
+    ({"criterion": "similarity+similarity"}, "or similarity, similarity+X, or heads=X,channels=Y"),
+    ({"criterion": "similarity+"}, "it must be one of surgeon"),
+    ({"criterion": "l1+l2"}, "it must be one of surgeon"),
+    ({"criterion": "heads=l1"}, "a pair is written heads=X,channels=Y"),
+    ({"criterion": "heads=l1,heads=l2"}, "a pair is written heads=X,channels=Y"),
+    ({"criterion": "heads=l1,channels=l2,heads=l1"}, "a pair is written heads=X,channels=Y"),
+    ({"criterion": "heads=l1,layers=l2"}, "a pair is written heads=X,channels=Y"),
+    ({"criterion": "heads=l1,channels=similarity", "tau": 0.1}, "that of channels must be one of surgeon"),
+    ({"criterion": "heads=best,channels=l1"}, "it must be one of surgeon"),
+    ({"tau": 0.2}, "tau is about similar heads: leave --tau out, or take --criterion similarity"),
+    ({"criterion": "heads=l1,channels=l2", "tau": 0.2}, "tau is about similar heads"),
+    ({"criterion": "similarity"}, "similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity"),
+    ({"criterion": "similarity", "tau": 0}, "tau is 0; it must be above 0 and at most ln 2 = 0.6931"),
+    ({"criterion": "similarity", "tau": "0"}, "tau is 0; it must be above 0"),
+    ({"criterion": "similarity", "tau": -0.1}, "tau is -0.1; it must be above 0"),
+    ({"criterion": "similarity", "tau": "0.7"}, "tau is 0.7; it must be above 0 and at most ln 2"),
+    ({"criterion": "similarity", "tau": "nan"}, "tau is nan; it must be above 0"),
+    ({"criterion": "similarity", "tau": "much"}, "tau is much; it must be above 0"),
+    ({"criterion": "similarity", "tau": "auto"}, "tau auto needs a --sparsity"),
+    ({"criterion": "similarity", "tau": 0.2, "sparsity": 0.2}, "--tau and --sparsity both say how much goes"),
+    ({"criterion": "similarity", "tau": 0.2, "target": "params=80%"}, "--tau and --target both say how much goes"),
+    ({"criterion": "similarity", "tau": 0.2, "plan": __file__}, "--tau and --plan both say how many heads go"),
+    ({"criterion": "similarity", "tau": 0.2, "widths": __file__}, "--tau and --widths with a file both say how many"),
+    ({"criterion": "similarity", "tau": 0.2, "modules": ("channels",)}, "similarity is between heads: add heads to"),
+    (
+        {"criterion": "similarity", "tau": 0.2, "widths": "uniform"},
+        "which the stock format and --widths uniform do not",
+    ),
+    ({"criterion": "similarity", "tau": 0.2, "format": "stock"}, "the stock format"),
+    ({"criterion": "heads=similarity,channels=l1", "tau": 0.2, "modules": ("heads",)}, "but --modules leaves them out"),
+    ({"criterion": "heads=similarity,channels=l1", "tau": 0.2, "target": "ppl=1.2x"}, "a target of perplexity varies"),
+]
+
+
+@pytest.mark.parametrize(("how", "message"), WRONG, ids=[str(row[0]) for row in WRONG])
+def test_a_wrong_wish(how: dict[str, Any], message: str) -> None:
+    assert message in raised(lambda: Options(**how))
+
+
+def test_models_and_formats_without_fewer_heads(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before anything is measured."""
+    monkeypatch.setattr(decide, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
+    how = {"criterion": "similarity", "tau": 0.2, **SMALL}
+    message = raised(lambda: prune(checkpoint_folder("olmo2"), tmp_path / "out", **how))
+    assert "heads cannot be removed exactly, as its query and key norms run across all heads; take another" in message
+    message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out.gguf", **how, format="gguf"))
+    assert "the format cannot hold fewer heads" in message
+    message = raised(lambda: prune(checkpoint_folder("llama"), tmp_path / "out", **how, dry_run=True))
+    assert message == "how many heads are similar is found by running the model; leave out --dry-run"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tau", [1e-6, 0.69])
+@pytest.mark.parametrize("criterion", ["similarity", "similarity+l1", "heads=similarity,channels=l1"])
+def test_nothing_is_written_where_tau_is_wrong(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, tau: float, criterion: str
+) -> None:
+    message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out", criterion=criterion, tau=tau, **SMALL))
+    assert "the distances between heads go from" in message
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,322 @@
+"""Gradients block by block against one backward pass of the whole model, and LLM-Pruner's scores against loops."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import CheckpointFolder
+from models import ROWS, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands.costs import gradient_bytes, memory_bytes
+from secateur.commands.prune import prune
+from secateur.criteria import NEEDS_GRADIENTS
+from secateur.criteria.llm_pruner import FROM_GRADIENTS, scored_weights
+from secateur.fit.loop import Method, refit
+from secateur.model import activations
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Depth2, Width
+from secateur.plan.plan import Plan
+from secateur.survey.gradients import gradient_scores, gradients
+from secateur.text.calibration import calibration_rows
+
+FAMILIES = list(ROWS)[:11]
+TOLERANCE = 1e-4
+"""Largest deviation of a gradient over the largest one of its matrix, both in float32."""
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows a batch, so that there are several."""
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+
+
+def opened(folder: Path) -> BlockStream:
+    return BlockStream(open_checkpoint(folder))
+
+
+def some_rows() -> Rows:
+    """Two lengths that count differently, one-token rows that predict nothing, and rows that only run along."""
+    groups = (token_rows(5, 24), token_rows(3, 17, seed=1), token_rows(4, 1, seed=2), token_rows(2, 20, seed=3))
+    return Rows(groups, (1.0, 0.5, 0.01, 0.0))
+
+
+def counted(rows: Rows) -> list[tuple[Tensor, float]]:
+    """The rows that count, each with its weight."""
+    pairs = zip(rows.groups, rows.weights, strict=True)
+    return [(row[None], weight) for group, weight in pairs if weight and group.shape[1] > 1 for row in group]
+
+
+def sum_of_losses(model: Any, ids: Tensor) -> Tensor:
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    return nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+
+
+def whole(model: Any, rows: Rows) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """The loss of the whole model, and for each row the gradients of its own loss, by parameter."""
+    model.requires_grad_(True)
+    names = [name for name, _ in model.named_parameters()]
+    total, own = torch.zeros(()), []
+    for ids, weight in counted(rows):
+        loss = sum_of_losses(model, ids)
+        found = torch.autograd.grad(loss / (ids.shape[1] - 1), list(model.parameters()))
+        own.append(dict(zip(names, found, strict=True)))
+        total += weight * loss.detach()
+    model.requires_grad_(False)
+    return total / sum(weight * (ids.shape[1] - 1) for ids, weight in counted(rows)), own
+
+
+def combined(rows: Rows, own: list[dict[str, Tensor]], name: str) -> tuple[Tensor, Tensor]:
+    """The gradient of the whole loss, and the mean of the rows' squared ones, of one parameter."""
+    weights = torch.tensor([weight for _, weight in counted(rows)])
+    tokens = torch.tensor([ids.shape[1] - 1 for ids, _ in counted(rows)])
+    stack = torch.stack([found[name] for found in own])
+    by_token = weights * tokens / (weights * tokens).sum()
+    return torch.tensordot(by_token, stack, 1), torch.tensordot(weights / weights.sum(), stack.square(), 1)
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
+def test_gradients_equal_the_whole_model(checkpoint_folder: CheckpointFolder, name: str, squares: bool) -> None:
+    model, rows, seen = build(name), some_rows(), []
+    prefix = opened(checkpoint_folder(name)).family.blocks
+    _, own = whole(model, rows)
+    for block in gradients(opened(checkpoint_folder(name)), rows, squares=squares):
+        seen.append(block.index)
+        modules = [blocks_of(model)[block.index].module(kind) for kind in KINDS]
+        assert set(block.gradient) == {name for module in modules for name in scored_weights(module)}
+        assert set(block.square) == (set(block.gradient) if squares else set())
+        for path, found in block.gradient.items():
+            gradient, square = combined(rows, own, f"{prefix}.{block.index}.{path}")
+            assert relative(found, gradient) < TOLERANCE, (block.index, path)
+            assert torch.equal(block.weights[path], model.get_parameter(f"{prefix}.{block.index}.{path}"))
+            if squares:
+                assert relative(block.square[path], square) < TOLERANCE, (block.index, path)
+                # A sample is a row: the square of the whole gradient is something else.
+                assert relative(gradient.square(), square) > 0.1
+    assert seen == [2, 1, 0]
+
+
+def test_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> None:
+    """Blocks in front only run forward, those behind only pass the gradient on."""
+    rows = some_rows()
+    every = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("llama")), rows)}
+    (middle,) = gradients(opened(checkpoint_folder("llama")), rows, blocks=range(1, 2))
+    assert middle.index == 1
+    assert all(torch.equal(found, every[1][name]) for name, found in middle.gradient.items())
+
+
+def test_files_give_the_same(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows, seen = some_rows(), []
+    held = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("gpt2")), rows)}
+    for block in gradients(opened(checkpoint_folder("gpt2")), rows, arena_limit=0):
+        seen.append(sum(len(files) for _, _, files in os.walk(tmp_path)))
+        assert all(torch.equal(found, held[block.index][name]) for name, found in block.gradient.items())
+    # Two groups of rows: the inputs of the blocks to come and the gradient.
+    assert seen == [2 * 3, 2 * 2, 2 * 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_go_and_need_no_gradients_afterwards(checkpoint_folder: CheckpointFolder) -> None:
+    stream, before = opened(checkpoint_folder("llama biased")), []
+    for block in gradients(stream, token_rows(2), squares=True):
+        filled = {name.split(".")[2] for name, value in stream.model.named_parameters() if not value.is_meta}
+        assert filled == {str(block.index)}
+        # Nothing of the block before is left.
+        assert all(gone() is None for gone in before)
+        tensors = [*block.gradient.values(), *block.square.values(), *block.weights.values()]
+        before = [weakref.ref(tensor) for tensor in tensors]
+        del block, tensors
+    assert len(before) == 3 * 7
+    assert all(value.is_meta and not value.requires_grad for value in stream.model.parameters())
+
+
+def test_rows_that_predict_nothing(checkpoint_folder: CheckpointFolder) -> None:
+    for rows in (Rows.of(token_rows(3, 1)), Rows((token_rows(3),), (0.0,))):
+        with pytest.raises(SecateurError, match="gradients need rows of at least two tokens"):
+            next(gradients(opened(checkpoint_folder("llama")), rows))
+
+
+def test_gradients_that_are_not_finite(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = opened(checkpoint_folder("llama"))
+    run = stream.run
+
+    def steep(index: int, *given: Any, **more: Any) -> Tensor:
+        """Finite forward, infinite backward."""
+        after = run(index, *given, **more)
+        assert after is not None
+        return after + (after - after.detach()).abs().sqrt() if index == 1 else after
+
+    monkeypatch.setattr(stream, "run", steep)
+    with pytest.raises(SecateurError, match="block 1: the backward pass gives NaN or infinite gradients"):
+        list(gradients(stream, token_rows(2)))
+
+
+# Scores.
+
+
+def columns(module: Depth2, unit: int) -> list[tuple[str, int, int, float]]:
+    """Every row or column of a unit: tensor, axis, position, and how much of it is the unit's."""
+    found = []
+    for slab in (*module.level1, module.level2):
+        if slab.name.endswith(".bias"):
+            continue
+        shared = slab.unit == "group"
+        at = unit // module.per_group if shared else unit
+        share = 1 / module.per_group if shared else 1.0
+        for entry in range(slab.size):
+            found.append((slab.name, slab.axis, slab.offset + at * slab.size + entry, share))
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "phi3", "gpt_neox", "opt", "gemma2"])
+def test_scores(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    model, rows = build(name), some_rows()
+    stream = opened(checkpoint_folder(name))
+    _, own = whole(model, rows)
+    found = {criterion: gradient_scores(stream, rows, criterion) for criterion in NEEDS_GRADIENTS}
+    for index, block in enumerate(blocks_of(model)):
+        for kind in KINDS:
+            module = block.module(kind)
+            wanted: dict[str, list[float]] = {criterion: [] for criterion in FROM_GRADIENTS}
+            for unit in range(module.units):
+                vector, first, second = 0.0, 0.0, 0.0
+                for path, axis, at, share in columns(module, unit):
+                    full = f"{stream.family.blocks}.{index}.{path}"
+                    w = model.get_parameter(full).select(axis, at).double()
+                    g, h = (value.select(axis, at).double() for value in combined(rows, own, full))
+                    vector += share * float((w @ g).abs())
+                    first += share * float((w * g).abs().sum())
+                    second += share * float((w * g - 0.5 * w * h * w).abs().sum())
+                for criterion, value in zip(wanted, (vector, first, second), strict=True):
+                    wanted[criterion].append(value)
+            for criterion, values in wanted.items():
+                scores = found[criterion][index, kind]
+                torch.testing.assert_close(scores, torch.tensor(values).double(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """What the loss changes by where one weight shrinks a little, over the share by which it shrinks.
+
+    In float64, which these families keep throughout; others compute their norms in float32.
+    """
+    rows, share = Rows.of(token_rows(1, 6)), 1e-5
+    found = gradient_scores(opened(checkpoint_folder(name)), rows, "llm-pruner-element1")
+    model = build(name).double()
+    ids = rows.groups[0]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(sum_of_losses(model, ids)) / 5
+
+    module, unit = blocks_of(model)[1].feed_forward, 7
+    total = 0.0
+    for path, axis, at, _ in columns(module, unit):
+        row = dict(layers_of(model)[1].named_parameters())[path].select(axis, at)
+        for entry in range(len(row)):
+            kept = row[entry].clone()
+            losses = []
+            for sign in (1, -1):
+                row[entry] = kept * (1 + sign * share)
+                losses.append(loss())
+            row[entry] = kept
+            total += abs(losses[0] - losses[1]) / (2 * share)
+    assert found[1, "channels"][unit] == pytest.approx(total, rel=1e-3)
+
+
+# The steps.
+
+
+def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
+    stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
+    plan = Plan({1: Width(3, 2, 40), 2: Width(2, 2, 72)}, 0.1, 0.1, "blocks")
+    for criterion in NEEDS_GRADIENTS:
+        scores = gradient_scores(stream, rows, criterion)
+        blocks = list(refit(stream, plan, rows, method=Method(criterion)))
+        # Given or not, they are the same.
+        again = list(refit(stream, plan, rows, method=Method(criterion, scores=scores)))
+        assert [block.keep for block in again] == [block.keep for block in blocks]
+        assert blocks[0].keep.channels == tuple(sorted(scores[1, "channels"].topk(40).indices.tolist()))
+        groups = scores[2, "heads"].view(3, 2).sum(1)
+        gone = int(groups.argmin())
+        assert blocks[1].keep.heads == tuple(head for head in range(6) if head // 2 != gone)
+
+
+SETTINGS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "sparsity": 0.3}
+
+
+class Bars(Silent):
+    """Notes what bars are drawn."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+
+    def track(self, items: Any, what: str) -> Any:
+        self.drawn.append(what)
+        yield from items
+
+
+@pytest.mark.parametrize("criterion", sorted(NEEDS_GRADIENTS))
+def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str) -> None:
+    """With one width for all blocks, the units of the highest scores on the rows that are fitted to."""
+    bars = Bars()
+    model = checkpoint_folder("llama")
+    prune(model, tmp_path / "out", criterion=criterion, widths="uniform", watcher=bars, **SETTINGS)
+    rows = calibration_rows(make_tokenizer(), "random", samples=12, length=16, seed=0, vocab_size=VOCAB)
+    scores = gradient_scores(opened(model), rows, criterion)
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    for block in record["blocks"]:
+        kept = scores[block["block"], "channels"].topk(block["width"]["channels"]).indices.tolist()
+        assert block["channels"] == sorted(kept)
+    assert bars.drawn.count("Gradients") == 1 + bars.drawn.count("Survey")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
+@pytest.mark.parametrize("criterion", sorted(NEEDS_GRADIENTS))
+def test_widths_of_their_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, name: str) -> None:
+    summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
+    assert 0.3 <= summary.sparsity < 0.305
+    assert not summary.uniform
+
+
+def test_a_search_takes_gradients_once(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """One pass for the survey, one for all the prunings."""
+    bars, wishes = Bars(), SETTINGS | {"sparsity": None, "target": "ppl=1.5x", "samples": 24}
+    prune(checkpoint_folder("llama"), tmp_path / "out", criterion="llm-pruner-element1", watcher=bars, **wishes)
+    assert bars.drawn.count("Gradients") == 2
+    assert bars.drawn.count("Prune") > 1
+
+
+def test_a_plan_of_units_needs_no_gradients(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    model, bars, wishes = checkpoint_folder("llama"), Bars(), SETTINGS | {"sparsity": None}
+    prune(model, tmp_path / "out", criterion="l1", **SETTINGS)
+    plan = str(tmp_path / "out" / "secateur.json")
+    prune(model, tmp_path / "again", criterion="llm-pruner-vector", plan=plan, watcher=bars, **wishes)
+    assert "Gradients" not in bars.drawn
+
+
+def test_what_a_dry_run_expects(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Every block's input is kept, which takes most where tokens are many and the model is deep."""
+    model, wishes = checkpoint_folder("llama"), SETTINGS | {"dry_run": True}
+    plain, costly = (prune(model, tmp_path / "out", criterion=c, **wishes) for c in ("l1", "llm-pruner-vector"))
+    assert costly.peak_bytes >= plain.peak_bytes
+    deep, tokens = [blocks_of(build("llama"))[0]] * 40, 100_000
+    assert memory_bytes(deep, 48, tokens) < gradient_bytes(deep, 48, tokens)
+    assert gradient_bytes(deep, 48, tokens) - gradient_bytes(deep[:39], 48, tokens) == 4 * 48 * tokens

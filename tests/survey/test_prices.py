@@ -1,0 +1,130 @@
+"""What widths cost: the lines between probes, drawn by hand, and what holds for any survey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import blocks_of, build
+from secateur.model.structure import Block, Width
+from secateur.survey.curves import Curve, Probe, Survey
+from secateur.survey.prices import Prices
+
+
+@cache
+def block() -> Block:
+    """Three groups of two heads, 72 channels."""
+    return blocks_of(build("llama"))[0]
+
+
+def survey(curves: Sequence[Curve], probes: Sequence[Probe] = ()) -> Survey:
+    return Survey("l1", 0.3, 64, tuple(curves), tuple(probes))
+
+
+def channels(errors: Sequence[float], energy: float = 1.0) -> Curve:
+    return Curve(0, "channels", "channels", tuple(errors), energy)
+
+
+def price(found: Prices, gone: int) -> float:
+    return found.of(0, block().feed_forward, Width(3, 2, 72 - gone))
+
+
+BASE = 1e-6
+"""What the curve says of the dense module, which counts for nothing."""
+CURVE = channels([BASE, BASE + 5e-5, BASE + 1e-4, BASE + 2e-4, BASE + 4e-4, BASE + 0.02, BASE + 1.0])
+PROBES = [
+    Probe(0, "channels", 1e-4, False, 0.01),
+    Probe(0, "channels", 4e-4, False, 0.08),
+    Probe(0, "channels", 1.0, True, 0.5),
+]
+
+
+def test_between_probes_the_line_is_straight_in_logarithms() -> None:
+    found = Prices(survey([CURVE], PROBES))
+    assert price(found, 0) == 0
+    # Below the first probe in proportion; at a probe what it says.
+    assert price(found, 1) == pytest.approx(0.005, rel=1e-6)
+    assert price(found, 2) == pytest.approx(0.01, rel=1e-6)
+    # Half way between errors of 1 and 4, of prices 1 and 8.
+    assert price(found, 3) == pytest.approx(0.01 * 8**0.5, rel=1e-6)
+    assert price(found, 4) == pytest.approx(0.08, rel=1e-6)
+    # 0.02 is 50 of the 2500 times between the last probe and the whole: half way again.
+    assert price(found, 5) == pytest.approx((0.08 * 0.5) ** 0.5, rel=1e-6)
+    assert price(found, 72) == 0.5
+
+
+def test_the_order_of_probes_does_not_matter() -> None:
+    one, two = Prices(survey([CURVE], PROBES)), Prices(survey([CURVE], PROBES[::-1]))
+    assert [price(one, gone) for gone in range(6)] == [price(two, gone) for gone in range(6)]
+
+
+def test_a_part_may_cost_more_than_the_whole() -> None:
+    """Then what lies between is never cheaper than the part; nothing left costs what was measured."""
+    found = Prices(survey([CURVE], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
+    assert price(found, 5) == pytest.approx(0.08, rel=1e-6)
+    assert price(found, 72) == 0.02
+    # Also where no width has the error of the dearest probe.
+    few = channels([0.0, 1e-4, 0.02])
+    found = Prices(survey([few], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
+    assert price(found, 2) == pytest.approx(0.08, rel=1e-6)
+
+
+def test_without_probes_the_price_is_the_share_of_the_output() -> None:
+    found = Prices(survey([channels([0.0, 0.1, 0.4, 1.0], energy=2.0)]))
+    assert [price(found, gone) for gone in (0, 1, 2, 3, 72)] == pytest.approx([0, 0.05, 0.2, 0.5, 1.0])
+
+
+def test_each_way_of_cutting_heads_has_its_curve() -> None:
+    curves = [
+        Curve(0, "heads", "groups", (0.0, 0.2, 0.5), 1.0),
+        Curve(0, "heads", "heads", (0.0, 0.3), 1.0),
+    ]
+    found = Prices(survey(curves, [Probe(0, "heads", 1.0, True, 3.0)]))
+    attention = block().attention
+    widths = {(3, 2): 0.0, (2, 2): 0.6, (1, 2): 1.5, (3, 1): 0.9, (0, 0): 3.0}
+    for (groups, heads), wanted in widths.items():
+        assert found.of(0, attention, Width(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
+
+
+def test_a_plan_costs_its_modules_together() -> None:
+    modules = [
+        Curve(i, kind, kind_, (0.0, 0.1 * (i + 1)), 1.0)
+        for i in range(2)
+        for kind, kind_ in (("heads", "groups"), ("channels", "channels"))
+    ]  # type: ignore[arg-type]
+    found = Prices(survey(modules))
+    widths = {0: Width(2, 2, 71), 1: Width(3, 2, 71)}
+    assert found.total([block()] * 3, widths) == pytest.approx(0.1 + 0.1 + 0.2)
+    assert found.total([block()] * 3, {}) == 0
+    # What was not surveyed may stay dense, and nothing else.
+    assert found.total([block()] * 3, {2: block().width}) == 0
+    with pytest.raises(KeyError):
+        found.total([block()] * 3, {2: Width(3, 2, 71)})
+
+
+small = st.floats(0, 2, allow_subnormal=False)
+
+
+@given(
+    steps=st.lists(st.floats(-1e-7, 1), min_size=1, max_size=20),
+    probes=st.lists(st.tuples(small, small), max_size=4),
+    whole=small,
+    energy=st.floats(1e-6, 10),
+)
+@settings(max_examples=150, deadline=None)
+def test_more_gone_never_costs_less(
+    steps: list[float], probes: list[tuple[float, float]], whole: float, energy: float
+) -> None:
+    curve = channels([0.0, *accumulate(steps)], energy)
+    made = [Probe(0, "channels", error, False, divergence) for error, divergence in probes]
+    found = Prices(survey([curve], [*made, Probe(0, "channels", energy, True, whole)]))
+    prices = [price(found, gone) for gone in range(len(curve.errors))]
+    assert prices[0] == 0
+    assert all(0 <= one <= two < float("inf") for one, two in pairwise(prices))
+    # No price is beyond all that was measured.
+    assert prices[-1] <= max(whole, *(d for _, d in probes), 1e-9) * (1 + 1e-9)

@@ -1,0 +1,341 @@
+"""What a survey measures, against plain sums over one run of the whole model in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import CheckpointFolder
+from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, token_rows
+from secateur.base.errors import SecateurError
+from secateur.commands import dry_run as expect
+from secateur.commands.prune import prune
+from secateur.criteria import Statistics, pattern_units, removal_order, survivors
+from secateur.criteria.choice import CRITERIA
+from secateur.model import activations
+from secateur.model.activations import Rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Depth2, Keep, Kind
+from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
+from secateur.numerics.moments import Moments
+from secateur.plan.decide import survey_rows
+from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
+from secateur.survey.probes import STRIDE
+from secateur.survey.survey import PROBED, survey
+
+RIDGE = 0.3
+FITTED = Rows((token_rows(4, 24), token_rows(3, 17, seed=1)), (1.0, 0.25))
+PROBES = token_rows(2, 24, seed=9)
+CASES: list[tuple[str, Kind]] = [
+    ("llama", "heads"),
+    ("llama", "channels"),
+    ("gpt2", "channels"),
+    ("qwen2", "heads"),
+    ("gemma2", "heads"),
+    ("gemma2", "channels"),
+    ("gpt_neox", "heads"),
+]
+INDEX = 1
+"""Of the block that is looked at."""
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows a batch, so that there are several."""
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+
+
+@cache
+def dense(name: str) -> Any:
+    """A row's model; not to be changed."""
+    return build(name)
+
+
+def opened(folder: Path) -> BlockStream:
+    return BlockStream(open_checkpoint(folder))
+
+
+def seen(model: Any, module: Depth2, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Level-2 inputs, level-2 outputs and the residual stream after the block, one float64 row a token."""
+    layer, values = layers_of(model)[INDEX], dict[str, Tensor]()
+
+    def level2(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        values["x"], values["z"] = args[0], output
+
+    hooks = [
+        layer.get_submodule(module.sink).register_forward_hook(level2),
+        layer.register_forward_hook(lambda _, __, after: values.update(after=after)),
+    ]
+    logits_of(model, ids)
+    for hook in hooks:
+        hook.remove()
+    x, z, after = (values[name].double() for name in ("x", "z", "after"))
+    return x.reshape(ids.numel(), -1), z.reshape(ids.numel(), -1), after.reshape(ids.numel(), -1)
+
+
+class Plain:
+    """One module's least squares, spelled out: rows and targets of all tokens at once."""
+
+    def __init__(self, name: str, kind: Kind):
+        model = dense(name)
+        self.layer, self.module = layers_of(model)[INDEX], blocks_of(model)[INDEX].module(kind)
+        self.tensors = dict(self.layer.named_parameters())
+        self.gain = self.read = torch.ones(1, dtype=torch.float64)
+        if self.module.post_norm:
+            self.read = reading(model, INDEX, kind)
+        rows = []
+        for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True):
+            x, z, after = seen(model, self.module, ids)
+            if self.module.post_norm:
+                norm = self.layer.get_submodule(self.module.post_norm)
+                # Gemma adds one to what it stores.
+                self.gain = (1 + norm.weight.double()) * self.read
+                x = x / (z.square().mean(1, keepdim=True) + norm.eps).sqrt()
+            rows.append(weight**0.5 * x / (after * self.read).norm(dim=1, keepdim=True))
+        self.x = torch.cat(rows)
+        self.tokens = sum(weight * ids.numel() for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True))
+        self.old = inner_weight(self.module, self.tensors).double() * self.gain
+        self.target = self.x @ self.old
+
+    def refitted(self, kept: Tensor) -> Tensor:
+        """The weights of the kept entries at the minimum, pulled to the old ones."""
+        gram = self.x.T @ self.x
+        pull = RIDGE * gram.diagonal()
+        matrix, right = gram + torch.diag(pull), gram @ self.old + pull[:, None] * self.old
+        return torch.linalg.solve(matrix[kept][:, kept], right[kept])
+
+    def error(self, kept: Tensor) -> float:
+        """Mean over tokens of the squared distance to the target, after the refit."""
+        off = self.x[:, kept] @ self.refitted(kept) - self.target
+        return float(off.square().sum() / self.tokens)
+
+    def kept(self, pattern: Any, gone: int) -> tuple[int, ...]:
+        """Units that `l1` leaves; it looks at weights alone."""
+        moments = Moments(self.module.units * self.module.size)
+        weight = inner_weight(self.module, self.tensors)
+        stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, own_target=True, seed=0)
+        left = pattern_units(self.module, pattern) - gone
+        return survivors(self.module, pattern, removal_order("l1", stats, pattern, left) if gone else torch.empty(0))
+
+
+def curve_of(found: Survey, kind: Kind, pattern: str, index: int = INDEX) -> Curve:
+    (curve,) = (c for c in found.curves if (c.block, c.kind, c.pattern) == (index, kind, pattern))
+    return curve
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, name: str, kind: Kind) -> None:
+    found = survey(opened(checkpoint_folder(name)), FITTED, criterion="l1", ridge=RIDGE)
+    plain = Plain(name, kind)
+    assert found.tokens == 4 * 24 + 3 * 17
+    for pattern in plain.module.patterns:
+        curve, units = curve_of(found, kind, pattern), pattern_units(plain.module, pattern)
+        assert len(curve.errors) == units
+        assert curve.energy == pytest.approx(float(plain.target.square().sum()) / plain.tokens, rel=1e-4)
+        for gone in sorted({0, 1, units // 2, units - 1}):
+            wanted = plain.error(inner_entries(plain.module, plain.kept(pattern, gone)))
+            assert curve.errors[gone] == pytest.approx(wanted, rel=1e-3, abs=1e-5 * curve.energy), (pattern, gone)
+        assert 0 < curve.errors[-1] < curve.energy
+
+
+def divergence(name: str, keeps: dict[int, Keep], changed: Any = None) -> float:
+    """KL of the logits at every second position, the units that are not kept silenced."""
+    model = dense(name) if changed is None else changed
+    wanted = logits_of(dense(name), PROBES)[:, STRIDE - 1 :: STRIDE].double().log_softmax(-1)
+    with masked(model, keeps):
+        got = logits_of(model, PROBES)[:, STRIDE - 1 :: STRIDE].double().log_softmax(-1)
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+
+def without(name: str, index: int, kind: Kind) -> dict[int, Keep]:
+    width = blocks_of(dense(name))[index].width
+    heads, channels = (
+        () if kind == k else tuple(range(count)) for k, count in (("heads", width.heads), ("channels", width.channels))
+    )
+    return {index: Keep(heads, channels)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """No module is left out, not even one whose single units cannot go."""
+    found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
+    modules = {(index, kind) for index in range(3) for kind in KINDS}
+    assert {(curve.block, curve.kind) for curve in found.curves} == modules
+    whole = {(probe.block, probe.kind): probe for probe in found.probes if probe.whole}
+    assert whole.keys() == modules
+    for (index, kind), probe in whole.items():
+        wanted = divergence(name, without(name, index, kind))
+        assert wanted > 1e-4
+        assert probe.divergence == pytest.approx(wanted, rel=2e-3, abs=1e-5)
+        assert (
+            probe.error == curve_of(found, kind, blocks_of(dense(name))[index].module(kind).patterns[0], index).energy
+        )
+    parts = [probe for probe in found.probes if not probe.whole]
+    locked = blocks_of(dense(name))[0].attention.locked
+    assert {probe.kind for probe in parts} == ({"channels"} if locked else set(KINDS))
+    assert all(0 <= probe.divergence < float("inf") for probe in parts)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_partial_probe_is_the_refitted_model(checkpoint_folder: CheckpointFolder, name: str, kind: Kind) -> None:
+    found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
+    plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
+    pattern = plain.module.patterns[-1]
+    curve, units = curve_of(found, kind, pattern), pattern_units(plain.module, pattern)
+    counts = [gone for gone in dict.fromkeys(round(units * share) for share in PROBED) if 0 < gone < units]
+    probes = [p for p in found.probes if (p.block, p.kind, p.whole) == (INDEX, kind, False)]
+    assert len(probes) == len(counts) > 0
+    width = blocks_of(dense(name))[INDEX].width
+    for gone, probe in zip(counts, probes, strict=True):
+        assert probe.error == pytest.approx(curve.errors[gone] - curve.errors[0], rel=1e-6)
+        kept = plain.kept(pattern, gone)
+        entries = inner_entries(plain.module, kept)
+        weight = torch.zeros_like(plain.old)
+        weight[entries] = plain.refitted(entries)
+        changed = copy.deepcopy(dense(name))
+        stored = stored_weight(plain.module, (weight / plain.gain).float())
+        assign(layers_of(changed)[INDEX], plain.module.level2.name, stored)
+        keep = Keep(kept, full.channels) if kind == "heads" else Keep(tuple(range(width.heads)), kept)
+        wanted = divergence(name, {INDEX: keep}, changed)
+        assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
+        assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
+
+
+def test_a_broken_last_norm_is_found(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SecateurError, match="NaN or infinite logits: the last norm or the output layer is broken"):
+        survey(opened(folder), FITTED, probe_rows=PROBES)
+
+
+def test_rows_without_weight_change_no_curve(checkpoint_folder: CheckpointFolder) -> None:
+    stream = opened(checkpoint_folder("llama"))
+    plain = survey(stream, FITTED)
+    beside = Rows((*FITTED.groups, token_rows(3, 20, seed=4)), (*FITTED.weights, 0.0))
+    assert survey(stream, beside).curves == plain.curves
+    assert survey(stream, FITTED, probe_rows=PROBES).curves == plain.curves
+    assert survey(stream, Rows(FITTED.groups, (1.0, 1.0))).curves != plain.curves
+
+
+def test_a_range_of_blocks_and_one_kind(checkpoint_folder: CheckpointFolder) -> None:
+    stream = opened(checkpoint_folder("llama"))
+    whole = survey(stream, FITTED, probe_rows=PROBES)
+    part = survey(stream, FITTED, probe_rows=PROBES, blocks=range(1, 2), kinds=("channels",))
+
+    def here(found: tuple[Any, ...]) -> list[Any]:
+        return [one for one in found if (one.block, one.kind) == (1, "channels")]
+
+    assert list(part.curves) == here(whole.curves)
+    # Streams that run together are summed in another order.
+    for one, two in zip(part.probes, here(whole.probes), strict=True):
+        assert replace(one, divergence=0.0) == replace(two, divergence=0.0)
+        assert one.divergence == pytest.approx(two.divergence, rel=1e-4)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_gives_curves_that_rise(checkpoint_folder: CheckpointFolder, criterion: str) -> None:
+    found = survey(opened(checkpoint_folder("llama")), token_rows(6), criterion=criterion, blocks=range(1))
+    assert found.criterion == criterion
+    for curve in found.curves:
+        steps = torch.tensor(curve.errors).diff()
+        assert float(steps.min()) > -1e-3 * curve.energy
+        assert curve.errors[0] < 1e-4 * curve.energy
+
+
+# Its file.
+
+ASKED = {"fingerprint": "abc", "blocks": "0:2", "criterion": "l1", "ridge": 0.3}
+SURVEY = Survey(
+    "l1",
+    0.3,
+    64,
+    (Curve(0, "heads", "groups", (0.0, 0.25), 1.0), Curve(0, "channels", "channels", (1e-9, 0.1, 0.3), 0.5)),
+    (Probe(0, "heads", 1.0, True, 0.7), Probe(0, "channels", 0.1, False, 1 / 3)),
+    ASKED,
+)
+
+
+def test_a_survey_survives_its_file(tmp_path: Path) -> None:
+    save_survey(SURVEY, tmp_path / "survey.json")
+    assert load_survey(tmp_path / "survey.json", ASKED) == SURVEY
+    assert load_survey(tmp_path / "survey.json", {}) == SURVEY
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"fingerprint": "abd"}, "a survey of other weights; name another file"),
+        ({"ridge": 0.5}, "a survey with ridge 0.3, where 0.5 is asked for; ask for the same, or name another file"),
+        ({"criterion": "l2"}, "a survey with criterion l1, where l2 is asked for"),
+        ({"blocks": "1:2"}, "a survey with blocks 0:2, where 1:2 is asked for"),
+        ({"calibration": "x"}, "a survey with calibration None, where x is asked for"),
+    ],
+)
+def test_a_survey_of_something_else(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    save_survey(SURVEY, tmp_path / "survey.json")
+    with pytest.raises(SecateurError) as caught:
+        load_survey(tmp_path / "survey.json", ASKED | asked)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "survey.json"))
+
+
+STORED = json.loads(json.dumps(SURVEY, default=lambda value: vars(value)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "junk",
+        "[]",
+        "{}",
+        "7",
+        json.dumps({**STORED, "curves": 3}),
+        json.dumps({**STORED, "curves": [{"block": 0}]}),
+        json.dumps({**STORED, "probes": [1]}),
+        json.dumps({**STORED, "colour": "red"}),
+        json.dumps({**STORED, "asked": 3}),
+        json.dumps({key: value for key, value in STORED.items() if key != "tokens"}),
+    ],
+)
+def test_junk_is_no_survey(tmp_path: Path, text: str) -> None:
+    (tmp_path / "survey.json").write_text(text)
+    with pytest.raises(SecateurError, match="not a survey of secateur's; name another file, or delete it"):
+        load_survey(tmp_path / "survey.json", {})
+
+
+def test_a_dry_run_counts_the_survey(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is expected at one operation a second, against the products of a survey; nothing once there is one."""
+    model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
+    how: dict[str, Any] = {"samples": 60, "length": 30, "calibration": "random", "fits": 0, "survey_file": file}
+
+    def expected() -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
+            return prune(model, tmp_path / "dry", dry_run=True, **how).seconds
+
+    first = expected()
+    prune(model, tmp_path / "out", **how)
+    seconds = first - expected()
+    stream, (few, probed) = opened(model), survey_rows(token_rows(60, 30))
+    with FlopCounterMode(display=False) as counter:
+        found = survey(stream, few, probe_rows=probed)
+    # The output layer is left out of what is expected.
+    head = 2 * stream.width * stream.checkpoint.config.vocab_size * (len(found.probes) + 1) * probed.numel() / STRIDE
+    assert 0.7 < seconds / 1.5 / (counter.get_total_flops() - head) < 1.4

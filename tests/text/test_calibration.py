@@ -1,0 +1,372 @@
+"""Calibration: what a row holds, that a seed fixes it, and that each bad source is named in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
+from secateur.base.errors import SecateurError
+from secateur.model import hub_source
+from secateur.model.tokens import begins_with_bos
+from secateur.text import documents as texts
+from secateur.text.calibration import calibration_rows, check_calibration, consecutive_rows
+from secateur.text.documents import read_documents
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ '\n' }}{% endfor %}"
+
+
+def text_of(count: int, start: int = 0) -> str:
+    return " ".join(f"w{(start + i) % (WORDS - 4)}" for i in range(count))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "bos"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return make_tokenizer(request.param)
+
+
+@pytest.fixture
+def hundred(tmp_path: Path) -> str:
+    """A hundred different tokens, ids 4 to 103 in order."""
+    path = tmp_path / "text.txt"
+    path.write_text(text_of(100))
+    return str(path)
+
+
+def draw(
+    tokenizer: PreTrainedTokenizerFast | None,
+    source: str,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    **more: Any,
+) -> torch.Tensor:
+    return calibration_rows(
+        tokenizer, source, samples=samples, length=length, seed=seed, **({"vocab_size": VOCAB} | more)
+    )
+
+
+def test_bos_is_found_by_trying() -> None:
+    assert begins_with_bos(make_tokenizer(bos=True))
+    assert not begins_with_bos(make_tokenizer(bos=False))
+    without = make_tokenizer(bos=True)
+    without.bos_token = None
+    assert not begins_with_bos(without)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(3, 8), (10, 10), (1, 100)])
+def test_windows_are_runs_of_the_text_without_overlap(
+    tokenizer: PreTrainedTokenizerFast, hundred: str, samples: int, length: int
+) -> None:
+    rows = draw(tokenizer, hundred, samples, length)
+    assert rows.shape == (samples, length)
+    assert rows.dtype == torch.int64
+    bos = begins_with_bos(tokenizer)
+    assert (rows[:, 0] == BOS).tolist() == [bos] * samples
+    body = rows[:, int(bos) :]
+    assert torch.equal(body.diff(dim=1), torch.ones_like(body[:, 1:]))
+    assert body.unique().numel() == body.numel()
+    assert body.min() >= 4
+    assert body.max() < 104
+
+
+def test_seed_decides_the_windows(tokenizer: PreTrainedTokenizerFast, hundred: str) -> None:
+    first = draw(tokenizer, hundred, 3, 8, seed=1)
+    assert torch.equal(first, draw(tokenizer, hundred, 3, 8, seed=1))
+    drawn = [draw(tokenizer, hundred, 3, 8, seed=seed)[:, 1:] for seed in range(60)]
+    assert len({tuple(rows.flatten().tolist()) for rows in drawn}) > 40
+    starts = {int(row[0]) for rows in drawn for row in rows}
+    # The offset is random as well: more starts than one alignment has, and both ends of the text.
+    assert len(starts) > 50
+    assert min(starts) < 10
+    assert max(int(rows.max()) for rows in drawn) == 103
+
+
+def test_consecutive_rows_follow_the_text(tokenizer: PreTrainedTokenizerFast, hundred: str) -> None:
+    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=35, vocab_size=VOCAB)
+    bos = int(begins_with_bos(tokenizer))
+    assert rows.shape == (4, 8)
+    assert rows[:, bos:].flatten().tolist() == list(range(4, 4 + 4 * (8 - bos)))
+    assert (rows[:, 0] == BOS).all() == bool(bos)
+
+
+@pytest.mark.parametrize("tokens", [None, 10_000])
+def test_consecutive_rows_end_with_the_text(
+    tokenizer: PreTrainedTokenizerFast, hundred: str, tokens: int | None
+) -> None:
+    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=tokens, vocab_size=VOCAB)
+    assert len(rows) == 100 // (8 - begins_with_bos(tokenizer))
+
+
+def test_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"text": "w1 w2"}\n\n{"text": "w3", "messages": 5}\n')
+    rows = consecutive_rows(make_tokenizer(), str(path), length=4, tokens=4, vocab_size=VOCAB)
+    assert rows.tolist() == [[5, 6, BREAK, 7]]
+
+
+def test_a_long_text_gives_no_warning(
+    hundred: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("transformers").propagate = True
+    draw(make_tokenizer(), hundred, 3, 8)  # the tokenizer's own limit is 16 tokens
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+def test_text_files_keep_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "UPPER.TXT"
+    path.write_bytes(b"\xef\xbb\xbfw1\r\nw2 \xc3\xa9")
+    assert read_documents(str(path)) == ["w1\nw2 é"]
+
+
+def test_jsonl_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "a\u2028b"}\r\n{"text": "c"}', encoding="utf-8")
+    assert read_documents(str(path)) == ["a\u2028b", "c"]
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
+    for _ in range(2):  # two models may be scored on it
+        assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).shape == (4, 5)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SecateurError, match="standard input is empty"):
+        read_documents("-")
+
+
+@pytest.mark.parametrize(("bos", "rendered"), [(False, "<s>user w1\n"), (True, "user w1\n")])
+def test_messages_are_rendered_and_bos_is_not_doubled(tmp_path: Path, bos: bool, rendered: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "w1"}]}))
+    assert read_documents(str(path), make_tokenizer(bos, TEMPLATE)) == [rendered]
+
+
+def test_random_ids_spare_the_special_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = draw(tokenizer, "random", 40, 50)
+    bos = int(begins_with_bos(tokenizer))
+    assert (rows[:, 0] == BOS).all() == bool(bos)
+    # Ids from WORDS on only pad the model's embedding.
+    assert set(rows[:, bos:].unique().tolist()) == set(range(3, WORDS))
+    assert torch.equal(rows, draw(tokenizer, "random", 40, 50))
+    assert not torch.equal(rows, draw(tokenizer, "random", 40, 50, seed=1))
+
+
+def test_random_ids_without_a_tokenizer() -> None:
+    rows = draw(None, "random", 40, 50, vocab_size=7)
+    assert rows.shape == (40, 50)
+    assert rows.unique().tolist() == list(range(7))
+
+
+BAD_FILES = [
+    ("missing.txt", None, "missing.txt does not exist"),
+    ("missing.csv", None, "missing.csv does not exist"),
+    ("data.csv", b"a,b", "data.csv has an unknown extension"),
+    ("README", b"text", "README has an unknown extension"),
+    ("empty.txt", b"", "empty.txt is empty"),
+    ("blank.txt", b" \n\n", "blank.txt holds no text"),
+    ("empty.jsonl", b"\n\n", "empty.jsonl holds no text"),
+    ("nul.txt", b"abc\0def", "nul.txt is not text: a NUL at byte 3"),
+    ("latin.txt", b"caf\xe9 au lait", "latin.txt is not UTF-8: invalid byte at 3"),
+    ("marked.txt", b"\xef\xbb\xbfcaf\xe9", "marked.txt is not UTF-8: invalid byte at 6"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl line 2 is not JSON"),
+    ("list.jsonl", b'\n["a"]', "list.jsonl line 2 is not an object"),
+    ("other.jsonl", b'{"content": "a"}', "other.jsonl line 1 has neither text nor messages"),
+    ("number.jsonl", b'{"text": 5}', "number.jsonl line 1: text is not a string but int"),
+    ("null.jsonl", b'{"text": null}', "null.jsonl line 1: text is not a string but NoneType"),
+    ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl line 1 holds half of a surrogate pair"),
+    ("flat.jsonl", b'{"messages": "hi"}', "flat.jsonl line 1: messages is not a list of objects"),
+    (
+        "chat.jsonl",
+        b'{"messages": [{"role": "user"}]}',
+        "chat.jsonl line 1: messages need a tokenizer with a chat",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_FILES, ids=[row[0] for row in BAD_FILES])
+def test_bad_files_are_named(tmp_path: Path, name: str, data: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(SecateurError) as caught:
+        draw(make_tokenizer(), str(path), 1, 4)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refusing_chat_template_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"text": "a"}\n{"messages": [{"role": "tool", "content": "w1"}]}')
+    template = "{{ raise_exception('no tools') }}"
+    with pytest.raises(SecateurError, match=r"chat\.jsonl line 2: the chat template refuses .* no tools"):
+        read_documents(str(path), make_tokenizer(template=template))
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(SecateurError, match=r"folder\.txt is a folder"):
+        read_documents(str(tmp_path / "folder.txt"))
+
+
+SIZES = [
+    ({"samples": 0}, "samples is 0"),
+    ({"length": 1}, "length is 1"),
+    ({"length": 65, "max_positions": 64}, "length is 65, but the model has 64 positions"),
+    ({"samples": 30}, "it has 100 tokens, but 30 x 8 need 240; take samples 12 or length 3"),
+    ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 x 101 need 101; take length 100"),
+    ({"samples": 200}, "it has 100 tokens, but 200 x 8 need 1,600; take samples 12, or a longer text"),
+    ({"vocab_size": 50}, "the tokenizer gives id 103, but the model has 50 ids"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SIZES, ids=[row[1] for row in SIZES])
+def test_sizes_out_of_range_are_named(hundred: str, change: dict[str, int], message: str) -> None:
+    arguments: dict[str, Any] = {"samples": 2, "length": 8} | change
+    with pytest.raises(SecateurError) as caught:
+        draw(make_tokenizer(), hundred, **arguments)
+    assert message in str(caught.value)
+
+
+def test_advice_of_a_short_text_is_right(tokenizer: PreTrainedTokenizerFast, hundred: str) -> None:
+    body = 8 - begins_with_bos(tokenizer)
+    with pytest.raises(SecateurError) as caught:
+        draw(tokenizer, hundred, 30, 8)
+    samples, length = 100 // body, 100 // 30 + begins_with_bos(tokenizer)
+    assert f"take samples {samples} or length {length}," in str(caught.value)
+    assert draw(tokenizer, hundred, samples, 8).shape == (samples, 8)
+    assert draw(tokenizer, hundred, 30, length).shape == (30, length)
+
+
+def test_evaluation_sizes_are_named(hundred: str) -> None:
+    with pytest.raises(SecateurError, match="tokens is 7, which does not fill one row of length 8"):
+        consecutive_rows(make_tokenizer(), hundred, length=8, tokens=7, vocab_size=VOCAB)
+    with pytest.raises(SecateurError, match="100 tokens, but 1 x 101 need 101"):
+        consecutive_rows(make_tokenizer(), hundred, length=101, tokens=None, vocab_size=VOCAB)
+
+
+def test_text_needs_a_tokenizer_and_random_is_no_text(hundred: str) -> None:
+    with pytest.raises(SecateurError, match="needs a tokenizer"):
+        draw(None, hundred, 2, 8)
+    with pytest.raises(SecateurError, match="random ids are not text"):
+        consecutive_rows(make_tokenizer(), "random", length=8, tokens=8, vocab_size=VOCAB)
+
+
+def test_early_check_needs_no_tokenizer(hundred: str) -> None:
+    check_calibration(hundred, samples=1000, length=8)
+    check_calibration("random", length=2, max_positions=2)
+    with pytest.raises(SecateurError, match="does not exist"):
+        check_calibration(f"{hundred}.txt", length=8)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No network, and a cache of our own; returns that cache's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(texts, "out_of_reach", lambda: "it does not answer")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "bookcorpus", "some/set:config:column"])
+def test_an_unreachable_data_set_is_told_at_once(hub: Path, source: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache, and it does not answer"):
+        read_documents(source)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_host_that_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking up a name may take longer than any time limit of the client."""
+    release = threading.Event()
+
+    def silent(url: str, timeout: float) -> None:
+        release.wait(20)
+        raise TimeoutError
+
+    monkeypatch.setattr(hub_source, "_PATIENCE", 0.1)
+    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=silent))
+    start = time.perf_counter()
+    obstacle = hub_source.out_of_reach()
+    assert obstacle is not None
+    assert "does not answer" in obstacle
+    assert time.perf_counter() - start < 10
+    release.set()
+
+
+def parquet_folder(folder: Path, **columns: list[str]) -> str:
+    from datasets import Dataset
+
+    folder.mkdir()
+    for split, suffix in (("train", "train"), ("test", "held out")):
+        table = {name: [f"{value} {suffix}" for value in values] for name, values in columns.items()}
+        Dataset.from_dict(table).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_data_set_splits_columns_and_limit(hub: Path, tmp_path: Path) -> None:
+    folder = parquet_folder(tmp_path / "set", text=["a", "b"], title=["c", "d"])
+    assert read_documents(folder) == ["a train", "b train"]
+    assert read_documents(folder, split="evaluation") == ["a held out", "b held out"]
+    assert read_documents(f"{folder}::title") == ["c train", "d train"]
+    assert read_documents(folder, characters=3) == ["a train"]
+    with pytest.raises(SecateurError, match=r"no column body: .* one of text, title"):
+        read_documents(f"{folder}::body")
+
+
+def test_data_set_with_unclear_column_or_split(hub: Path, tmp_path: Path) -> None:
+    folder = parquet_folder(tmp_path / "set", left=["a"], right=["b"])
+    with pytest.raises(SecateurError, match=r"no single text column: .* one of left, right"):
+        read_documents(folder)
+    (tmp_path / "set" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(SecateurError, match="no split train for calibration: it has test"):
+        read_documents(folder)
+
+
+def test_local_copy_is_used_without_a_network(hub: Path, tmp_path: Path) -> None:
+    import datasets
+
+    folder = parquet_folder(tmp_path / "set", sentence=["w1 w2"], other=["x"])
+    datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(tmp_path / "made"))
+    (made,) = (tmp_path / "made" / "parquet").glob("*/*/*/")
+    copy = hub / "ptb-text-only___ptb_text_only" / "default" / "0.0.0" / made.name
+    copy.parent.mkdir(parents=True)
+    made.rename(copy)
+    for file in copy.glob("parquet-*.arrow"):
+        file.rename(
+            copy / file.name.replace("parquet-train", "ptb_text_only-validation").replace("parquet", "ptb_text_only")
+        )
+    info = json.loads((copy / "dataset_info.json").read_text())
+    info["config_name"] = "default"
+    splits = info["splits"]
+    splits["validation"] = splits.pop("train") | {"name": "validation"}
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    assert read_documents("ptb", split="evaluation") == ["w1 w2 train"]
+
+
+def test_too_many_parts_and_no_held_out_text(hub: Path) -> None:
+    with pytest.raises(SecateurError, match="write name, name:config or name:config:column"):
+        read_documents("a:b:c:d")
+    with pytest.raises(SecateurError, match="bookcorpus has no text held out"):
+        read_documents("bookcorpus", split="evaluation")
+
+
+def test_importing_does_not_load_datasets() -> None:
+    code = "import sys, secateur.text.calibration; print('datasets' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "False"

@@ -1,0 +1,71 @@
+"""Rewritten rows: tokens drawn from the model's own distributions, at the right places and in the right shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import build, token_rows
+from secateur.commands.prune import prune
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.text import rewrite
+from secateur.text.rewrite import rewritten
+
+SMALL: dict[str, Any] = {"samples": 6, "length": 16, "calibration": "random", "sparsity": 0.3, "widths": "uniform"}
+
+
+@pytest.fixture(params=["llama", "gpt2", "gemma2"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def stream(checkpoint_folder: Callable[[str], Path], name: str) -> BlockStream:
+    return BlockStream(open_checkpoint(checkpoint_folder(name)))
+
+
+def test_draws_follow_the_model(stream, name, monkeypatch):
+    """At a place whose text before it is the same in every copy, tokens come as often as the model says."""
+    monkeypatch.setattr(rewrite, "SHARE", 1.0)
+    text, copies = token_rows(1, 6), 4000
+    drawn = rewritten(stream, text, copies=copies)
+    with torch.no_grad():
+        shares = build(name)(text).logits[0, :-1].softmax(-1)
+    assert drawn.shape == (copies, 1, 6)
+    assert (drawn[..., 0] == text[0, 0]).all()
+    for place in range(5):
+        counts = torch.bincount(drawn[:, 0, place + 1], minlength=shares.shape[1]).double()
+        expected = copies * shares[place].double()
+        likely = expected > 5
+        # Chi-squared: its mean is the number of cells, its variance twice that.
+        statistic, cells = ((counts - expected).square() / expected)[likely].sum(), int(likely.sum())
+        assert statistic < cells + 6 * (2 * cells) ** 0.5
+
+
+def test_half_of_the_tokens_stay(stream):
+    text = token_rows(8, 64)
+    drawn = rewritten(stream, text, copies=2, seed=3)
+    same = (drawn == text)[..., 1:].double().mean()
+    assert 0.42 < same < 0.62
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn, rewritten(stream, text, copies=2, seed=3))
+    assert torch.equal(drawn[:1], rewritten(stream, text, seed=3)), "another copy changes nothing about the first"
+    assert not torch.equal(drawn, rewritten(stream, text, copies=2, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [({}, 2), ({"fits": 3}, 3), ({"fits": 0}, 0), ({"recovery": "none"}, 0), ({"recovery": "paper"}, 0)],
+)
+def test_the_refit_alone_takes_more_rows(checkpoint_folder, tmp_path, settings, copies):
+    prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, **settings)
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    found = [count for count, length in record["calibration"]["groups"] if length == 16]
+    assert found == [6] * (1 + copies)
+    assert record["calibration"]["versions"] == list(range(2, 2 + copies))

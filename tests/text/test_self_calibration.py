@@ -1,0 +1,270 @@
+"""What a model writes to calibrate on: its own distribution, the same rows again, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CheckpointFolder
+from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer, token_rows
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.commands import dry_run as expect
+from secateur.model.checkpoint import open_checkpoint
+from secateur.text import draw, self_calibration
+from secateur.text.calibration import calibration_rows
+from secateur.text.documents import read_documents
+from secateur.text.row_file import KEY, holds_rows, write_rows
+from secateur.text.self_calibration import BATCH_ROWS, opening, self_rows
+
+NAMES = ["llama", "llama biased", "llama tied", "gpt2", "gpt2 scaled", "opt", "qwen2", "gemma2", "gpt_neox"]
+"""Those of two words have a tokenizer that begins texts with BOS."""
+
+
+def written(folder: Path, samples: int = 4, length: int = 12, **how: Any) -> Tensor:
+    checkpoint = open_checkpoint(folder)
+    return self_rows(checkpoint, checkpoint.tokenizer(), samples=samples, length=length, **({"seed": 0} | how))
+
+
+def by_hand(name: str, known: int, samples: int, length: int, seed: int, temperature: float) -> Tensor:
+    """Token by token without a cache: EOS and ids that the tokenizer does not know are never drawn."""
+    model, kept = build(name), int(" " in name)
+    torch.manual_seed(seed)
+    rows = []
+    for start in range(0, samples, BATCH_ROWS):
+        ids = torch.full((min(BATCH_ROWS, samples - start), 1), BOS)
+        for _ in range(length - kept):
+            logits = logits_of(model, ids)[:, -1] / temperature
+            logits[:, EOS] = logits[:, known:] = -torch.inf
+            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        rows.append(ids[:, 1 - kept :])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_drawn_from_the_models_own_distribution(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    rows = written(checkpoint_folder(name), BATCH_ROWS + 4, 12, seed=3, temperature=0.7)
+    assert rows.dtype == torch.int64
+    known = len(open_checkpoint(checkpoint_folder(name)).tokenizer())
+    with torch.random.fork_rng():
+        assert torch.equal(rows, by_hand(name, known, BATCH_ROWS + 4, 12, 3, 0.7))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    before = torch.get_rng_state()
+    first = written(checkpoint_folder(name), temperature=3.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert torch.equal(written(checkpoint_folder(name), temperature=3.0), first)
+    assert not torch.equal(written(checkpoint_folder(name), temperature=3.0, seed=1), first)
+
+
+def test_settings_of_the_checkpoint_do_not_bend_it(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("llama"), folder)
+    wanted = written(folder)
+    settings = {"do_sample": True, "top_k": 1, "top_p": 0.1, "temperature": 9.0, "repetition_penalty": 5.0}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": EOS, "max_length": 3}))
+    assert torch.equal(written(folder), wanted)
+
+
+@pytest.mark.parametrize("length", [2, 64])
+def test_the_longest_and_the_shortest_row(checkpoint_folder: CheckpointFolder, length: int) -> None:
+    """Sixty-four positions are all that the model has."""
+    for name in ("gpt2", "gpt2 scaled"):
+        assert written(checkpoint_folder(name), 2, length).shape == (2, length)
+
+
+def names(bos: int | None, eos: int | None, **config: Any) -> tuple[Any, Any]:
+    checkpoint = SimpleNamespace(source="model", raw_config=config, config=SimpleNamespace(vocab_size=VOCAB))
+    return checkpoint, SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
+
+
+def test_where_a_text_begins() -> None:
+    assert opening(*names(5, 6)) == 5
+    assert opening(*names(None, 6, bos_token_id=7)) == 7
+    assert opening(*names(None, 6)) == 6
+    assert opening(*names(None, None, eos_token_id=[8, 9])) == 8
+    # An id that the model does not have is none.
+    assert opening(*names(VOCAB, 6)) == 6
+    with pytest.raises(SecateurError, match="model: no BOS or EOS token, from which the model could begin to write"):
+        opening(*names(None, None))
+
+
+# The file.
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "rows.jsonl", token_rows(6, 10), make_tokenizer())
+    return tmp_path / "rows.jsonl"
+
+
+def read(file: Path, samples: int, length: int, tokenizer: Any = None, **how: Any) -> Tensor:
+    how = {"seed": 5, "vocab_size": VOCAB} | how
+    return calibration_rows(tokenizer or make_tokenizer(), str(file), samples=samples, length=length, **how)
+
+
+def test_a_file_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = token_rows(6, 10)
+    # Special tokens have no text, and ids may lie beyond what the tokenizer knows.
+    rows[0, 0], rows[1, 4], rows[2, 5] = BOS, EOS, VOCAB - 1
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, rows, make_tokenizer())
+    assert holds_rows(str(file))
+    for tokenizer in (make_tokenizer(), make_tokenizer(bos=True)):
+        assert torch.equal(read(file, 6, 10, tokenizer), rows)
+        assert torch.equal(read(file, 4, 7, tokenizer), rows[:4, :7])
+
+
+def test_it_is_a_text_too(rows_file: Path) -> None:
+    documents = read_documents(str(rows_file))
+    assert documents == [make_tokenizer().decode(ids) for ids in token_rows(6, 10)]
+
+
+def test_other_files_are_texts(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.jsonl", '{"text": "w1"}'),
+        ("b.jsonl", "[]"),
+        ("c.jsonl", ""),
+        ("d.txt", f'{{"{KEY}": []}}'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert not holds_rows(str(tmp_path / name))
+    assert not any(holds_rows(source) for source in ("-", "random", "self", "wikitext2"))
+
+
+@pytest.mark.parametrize(
+    ("line", "sizes", "message"),
+    [
+        ("", (7, 10), "rows.jsonl: too short for the samples, it has 6 rows, not 7; take samples 6"),
+        ("", (6, 11), "rows.jsonl line 1 has 10 tokens, not 11; take length 10, or write the rows anew"),
+        ("{", (7, 10), "rows.jsonl line 8 is not JSON"),
+        ("[]", (7, 10), f"rows.jsonl line 8 has no text and {KEY} as the lines before it"),
+        ('{"text": "w1"}', (7, 10), "line 8 has no text and"),
+        ('{"text": "w1", "token_ids": [5.0]}', (7, 10), "line 8 has no text and"),
+        ('{"text": "w1", "token_ids": [6]}', (7, 10), "line 8: token_ids are not those of text; leave token_ids out"),
+        (
+            '{"text": "w1", "token_ids": [999]}',
+            (7, 10),
+            "line 8 has id 999, but the model has 128 ids: another model's",
+        ),
+    ],
+)
+def test_mistakes_in_a_file(rows_file: Path, line: str, sizes: tuple[int, int], message: str) -> None:
+    """After an empty line, behind the good rows."""
+    with rows_file.open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(SecateurError) as error:
+        read(rows_file, *sizes)
+    assert message in str(error.value)
+
+
+def test_advice_counts_the_rows_that_can_be_chosen(rows_file: Path) -> None:
+    with pytest.raises(SecateurError, match=r"it has 6 rows, not 12; take refit-samples 2$"):
+        read(rows_file, 12, 10, option="refit-samples", taken=4)
+    with pytest.raises(SecateurError, match=r"it has 6 rows, not 12; take a longer file$"):
+        read(rows_file, 12, 10, option="refit-samples", taken=8)
+
+
+# The whole command.
+
+SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt"])
+def test_what_was_kept_gives_the_same_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+    model, file = checkpoint_folder(name), tmp_path / "rows.jsonl"
+    first = prune(model, tmp_path / "a", calibration="self", refit_samples=40, save_calibration=file, **SIZE)
+    assert first.sparsity == pytest.approx(0.3, abs=0.01)
+    assert len(file.read_text().splitlines()) == 44
+    prune(model, tmp_path / "b", calibration="self", refit_samples=40, **SIZE)
+    prune(model, tmp_path / "c", calibration=str(file), refit_samples=40, **SIZE)
+    prune(model, tmp_path / "d", calibration="random", refit_samples=40, **SIZE)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"]
+    assert weights[0] == weights[1] == weights[2] != weights[3]
+
+
+def test_a_dry_run_loads_no_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
+    file = tmp_path / "rows.jsonl"
+    model = checkpoint_folder("llama")
+    assert prune(model, tmp_path / "out", calibration="self", save_calibration=file, dry_run=True, **SIZE).dry
+    assert not file.exists()
+
+
+def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of the rows that the model writes, and of these alone; at a rate of one operation a second."""
+    for name in ("stream_flops", "solve_flops", "survey_flops"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
+    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
+    model = checkpoint_folder("llama")
+    stored = open_checkpoint(model)
+
+    def expected(**options: Any) -> Any:
+        return prune(model, tmp_path / "out", dry_run=True, level1=0, **SIZE | {"calibration": "random"} | options)
+
+    parameters = sum(info.entries for info in stored.tensors.values())
+    tokens = SIZE["samples"] * SIZE["length"]
+    assert expected().seconds == expected(refit_samples=3).seconds == 0
+    for options, more in (
+        ({"calibration": "self"}, 0),
+        ({"calibration": "self", "refit_samples": 3}, 3 * SIZE["length"]),
+        ({"refit_calibration": "self"}, 0),
+    ):
+        assert expected(**options).seconds == 1.5 * 2 * parameters * (tokens + more)
+    for name in ("memory_bytes", "survey_bytes"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
+    # Three blocks of three groups, keys and values of eight float32 each.
+    cache = min(BATCH_ROWS, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
+    assert expected(calibration="self").peak_bytes == round(1.1 * (stored.bytes + cache))
+    assert expected().peak_bytes == 0
+
+
+def test_a_model_that_cannot_begin(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("gpt2"), folder)
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
+    monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(SecateurError, match="no BOS or EOS token"):
+        prune(folder, tmp_path / "out", calibration="self", **SIZE)
+
+
+def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=200_000, total=200_000))
+    monkeypatch.setattr(self_calibration, "psutil", memory)
+    monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(SecateurError, match=r"the whole model must be in memory, .* GB are free; calibrate on a text"):
+        prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", **SIZE)
+
+
+def test_damaged_weights_are_said(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    model = build("llama")
+    model.lm_head.weight[0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(SecateurError, match=r"could not write its own text .*; calibrate on a text, or on random"):
+        written(tmp_path / "model")
+
+
+def test_a_survey_of_another_model_is_found_before_the_model_writes(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    survey = tmp_path / "survey.json"
+    prune(checkpoint_folder("llama"), tmp_path / "a", calibration="self", survey_file=survey, **SIZE)
+    prune(checkpoint_folder("llama"), tmp_path / "b", calibration="self", survey_file=survey, **SIZE)
+    monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(SecateurError, match="a survey of other weights"):
+        prune(checkpoint_folder("gpt2"), tmp_path / "c", calibration="self", survey_file=survey, **SIZE)

@@ -1,0 +1,319 @@
+"""The output folder appears whole or not at all, and shards hold what was added."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from secateur.base.errors import SecateurError
+from secateur.model.weights import list_tensors, read_tensor
+from secateur.write import writer
+from secateur.write.writer import OutputFolder, ShardWriter, header_room
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its contents, and every folder."""
+    return {
+        str(entry.relative_to(folder)): entry.read_text() if entry.is_file() else "/"
+        for entry in sorted(folder.rglob("*"))
+    }
+
+
+def model_folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "old.safetensors").write_text("old")
+    return path
+
+
+def test_a_clean_exit_puts_the_folder_in_place(tmp_path):
+    with OutputFolder(tmp_path / "out", source=tmp_path / "m") as partial:
+        assert partial.parent == tmp_path
+        assert partial.name.startswith(".out.partial-")
+        (partial / "config.json").write_text("new")
+        assert not (tmp_path / "out").exists()
+    assert tree(tmp_path) == {"out": "/", "out/config.json": "new"}
+    # Readable by others as the umask says, unlike what mkdtemp makes.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("present", ["nothing", "empty folder", "model", "link to model"])
+def test_overwriting(tmp_path, present):
+    place = tmp_path / "place"
+    place.mkdir()
+    target = place / "out"
+    if present == "empty folder":
+        target.mkdir()
+    elif present == "model":
+        model_folder(target)
+    elif present == "link to model":
+        target.symlink_to(model_folder(place / "real"))
+    with OutputFolder(target, overwrite="model" in present) as partial:
+        (partial / "config.json").write_text("new")
+    files = {"config.json": "new"}
+    assert tree(target) == files
+    assert len(list(place.iterdir())) == (2 if present == "link to model" else 1)
+
+
+REFUSALS = {
+    "not empty": (
+        {},
+        lambda at: model_folder(at / "out"),
+        "exists and is not empty; choose another name, or",
+    ),
+    "a file": ({}, lambda at: (at / "out").write_text("mine"), "a file is there"),
+    "a file, overwriting": (
+        {"overwrite": True},
+        lambda at: (at / "out").write_text("mine"),
+        "a file is there",
+    ),
+    "other files": (
+        {"overwrite": True},
+        lambda at: ((at / "out").mkdir(), (at / "out" / "thesis.txt").write_text("mine")),
+        "does not look like a model folder",
+    ),
+    "other config": (
+        {"overwrite": True},
+        lambda at: ((at / "out").mkdir(), (at / "out" / "config.json").write_text("{}")),
+        "does not look like a model folder",
+    ),
+    "broken config": (
+        {"overwrite": True},
+        lambda at: ((at / "out").mkdir(), (at / "out" / "config.json").write_text("{")),
+        "does not look like a model folder",
+    ),
+    "the source": (
+        {"overwrite": True, "source": "out"},
+        lambda at: model_folder(at / "out"),
+        "the model's own folder",
+    ),
+    "a link to the source": (
+        {"overwrite": True, "source": "m"},
+        lambda at: (at / "out").symlink_to(model_folder(at / "m")),
+        "the model's own folder",
+    ),
+    "around the source": (
+        {"overwrite": True, "source": "out/m"},
+        lambda at: (model_folder(at / "out"), model_folder(at / "out" / "m")),
+        "inside or around the model's own folder",
+    ),
+    "inside the source": ({"source": "."}, lambda at: None, "inside or around the model's own folder"),
+    "no room": (
+        {"expected_bytes": 10**18},
+        lambda at: None,
+        r"1,000,000,000,016.8 MB are needed and [\d.,]+ MB are free",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_touch_nothing(tmp_path, case):
+    options, prepare, message = REFUSALS[case]
+    prepare(tmp_path)
+    if "source" in options:
+        options = {**options, "source": tmp_path / options["source"]}
+    before = tree(tmp_path)
+    for attempt in (
+        OutputFolder(tmp_path / "out", **options).check,
+        OutputFolder(tmp_path / "out", **options).__enter__,
+    ):
+        with pytest.raises(SecateurError, match=message) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+        assert tree(tmp_path) == before
+
+
+def test_missing_or_unwritable_parent(tmp_path, monkeypatch):
+    with pytest.raises(SecateurError, match=f"the folder {tmp_path / 'a'} does not exist; create it"):
+        OutputFolder(tmp_path / "a" / "out").check()
+
+    def mkdir(self, *args, **keys):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SecateurError, match=r"cannot write into .* \(Permission denied\)"):
+        OutputFolder(tmp_path / "out").check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_leaves_no_trace(tmp_path):
+    OutputFolder(tmp_path / "out", expected_bytes=1).check()
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+        (ValueError("mine"), ValueError, "mine"),
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device"), SecateurError, "the disk is full; make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), SecateurError, "the disk is full"),
+        (SafetensorError(FULL), SecateurError, "the disk is full"),
+        (SafetensorError("something else"), SafetensorError, "something else"),
+    ],
+)
+@pytest.mark.parametrize("present", [False, True])
+def test_what_goes_wrong_leaves_the_old_output(tmp_path, error, raised, message, present):
+    if present:
+        model_folder(tmp_path / "out")
+    before = tree(tmp_path)
+
+    def run():
+        with OutputFolder(tmp_path / "out", overwrite=present) as partial:
+            write(partial / "shards", {"a": torch.ones(4), "b": torch.ones(4)}, 8)
+            (partial / "config.json").write_text("half")
+            raise error
+
+    with pytest.raises(raised, match=message):
+        run()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+def test_a_failed_swap_restores_the_old_output(tmp_path, monkeypatch, error):
+    model_folder(tmp_path / "out")
+    before = tree(tmp_path)
+    rename = Path.rename
+
+    def fail(self, target):
+        if ".partial-" in self.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    expected = SecateurError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected), OutputFolder(tmp_path / "out", overwrite=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert tree(tmp_path) == before
+
+
+def test_what_came_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(SecateurError, match="not empty"), OutputFolder(tmp_path / "out"):
+        model_folder(tmp_path / "out")
+    assert tree(tmp_path / "out") == {"config.json": '{"model_type": "llama"}', "old.safetensors": "old"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_free_space_is_compared_at_the_start_only(tmp_path, monkeypatch):
+    free = iter([10**9])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    with OutputFolder(tmp_path / "out", expected_bytes=10**8):
+        pass
+    assert (tmp_path / "out").is_dir()
+
+
+def tensors(count: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"t{number:02d}.weight": torch.randn(10, 10, generator=generator) for number in range(count)}
+
+
+def write(folder: Path, values: dict[str, torch.Tensor], limit: int) -> None:
+    folder.mkdir()
+    shards = ShardWriter(folder, header_bytes=header_room(values), limit_bytes=limit)
+    for name, value in values.items():
+        shards.add(name, value)
+    shards.close()
+
+
+def test_one_shard(tmp_path):
+    values = tensors(3)
+    write(tmp_path / "a", values, 10**6)
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "a" / "model.safetensors")
+    assert loaded.keys() == values.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in values.items())
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_many_shards(tmp_path):
+    values = dict(reversed(tensors(7).items())) | {"big": torch.ones(500)}
+    write(tmp_path / "a", values, 800)
+    shards = [f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6)]
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        *shards,
+        "model.safetensors.index.json",
+    ]
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 7 * 400 + 2000}
+    assert list(index["weight_map"]) == sorted(values)
+    infos = list_tensors(tmp_path / "a")
+    assert all(torch.equal(read_tensor(infos[name]), value) for name, value in values.items())
+    assert all(os.path.getsize(tmp_path / "a" / shard) < 800 + 8 + header_room(values) + 1 for shard in shards[:-1])
+
+
+@pytest.mark.parametrize("limit", [800, 10**6])
+def test_bytes_are_deterministic(tmp_path, limit):
+    for name in "ab":
+        write(tmp_path / name, tensors(5), limit)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_shards_have_no_final_name_before_the_end(tmp_path):
+    shards = ShardWriter(tmp_path, limit_bytes=400)
+    for name, value in tensors(3).items():
+        shards.add(name, value)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [
+        ".shard-00001.partial",
+        ".shard-00002.partial",
+        ".shard-00003.partial",
+    ]
+    assert shards.total_bytes == 1200
+
+
+def test_views_and_shared_storage(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    values = {"t": whole.t(), "rows": whole[1:3], "columns": whole[:, ::2], "same": whole, "again": whole}
+    values |= {
+        "grad": torch.ones(2, requires_grad=True),
+        "empty": torch.zeros(0, 3),
+        "none": torch.zeros(0, 3),
+    }
+    write(tmp_path / "a", values, 10**6)
+    loaded = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in values.items())
+
+
+def test_a_header_that_outgrows_its_room(tmp_path):
+    shards = ShardWriter(tmp_path, header_bytes=64)
+    shards.add("a" * 100, torch.ones(1))
+    with pytest.raises(ValueError, match="64 were reserved"):
+        shards.close()
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_header_room_is_enough(tmp_path, count):
+    values = {f"{'long' * 20}.{i}": torch.ones(3, 5, dtype=torch.bfloat16) for i in range(count)}
+    write(tmp_path / "a", values, 10**9)
+    assert load_file(tmp_path / "a" / "model.safetensors").keys() == values.keys()
+
+
+def test_misuse(tmp_path):
+    shards = ShardWriter(tmp_path)
+    with pytest.raises(ValueError, match="no tensor"):
+        shards.close()
+    shards.add("a", torch.ones(1))
+    with pytest.raises(ValueError, match="a was added twice"):
+        shards.add("a", torch.ones(1))
+
+
+def test_a_full_disk_is_recognised():
+    assert writer.is_disk_full(OSError(errno.ENOSPC, ""))
+    assert not writer.is_disk_full(OSError(errno.EIO, ""))
+    assert not writer.is_disk_full(ValueError())
