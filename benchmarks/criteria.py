@@ -32,7 +32,7 @@ from secateur.fit.loop import Method
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.structure import KINDS, Width
 from secateur.model.surgery import assign, narrow
 from secateur.model.tokens import begins_with_bos

@@ -20,12 +20,13 @@ from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
-from secateur.model.activations import Activations, Arena, Rows
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import refit as least_squares
+from secateur.numerics.ridge import least_squares as least_squares
 from secateur.plan.plan import Plan
 
 OBC_RIDGE = 0.3
@@ -198,7 +199,7 @@ def flap_widths(stream: BlockStream, rows: Rows, sparsity: float) -> dict[int, W
         if module.locked:
             continue
         metric, pattern = flap.fluctuations(stats), module.patterns[0]
-        units = pattern_units(module, pattern)
+        units = module.steps(pattern)
         one_less = _narrowed(block.width, pattern, units - 1)
         owners.append((index, pattern))
         scores.append(((metric - metric.mean()) / metric.std()).view(units, -1).mean(1))
@@ -260,7 +261,7 @@ def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], me
     network = _load(stream)
     removed = 1 - sum(b.kept_parameters(widths[i]) for i, b in enumerate(stream.blocks)) / _parameters(stream)
     plan = Plan(widths, removed, removed, "blocks")
-    for fitted in refit(stream, plan, rows, method=method, dtype=torch.float32):
+    for fitted in least_squares(stream, plan, rows, method=method, dtype=torch.float32):
         _cut(stream, network, fitted.index, fitted.keep, fitted.changed, widths[fitted.index])
     return _peer(stream, network, _spelled(widths))
 
@@ -268,7 +269,7 @@ def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], me
 def _cheapest(stats: Statistics, width: Width) -> tuple[int, ...]:
     """Units of a module that the surgeon leaves at a width."""
     module = stats.module
-    pattern = next((p for p in module.patterns if width.along(p) < pattern_units(module, p)), module.patterns[0])
+    pattern = next((p for p in module.patterns if width.along(p) < module.steps(p)), module.patterns[0])
     return survivors(module, pattern, removal_order("surgeon", stats, pattern, width.along(pattern)))
 
 

@@ -22,7 +22,7 @@ from peers import PEERS
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint, prune
 from secateur.measure import perplexity
 from secateur.measure.compare import load
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.tokens import begins_with_bos
 from tables import put
 

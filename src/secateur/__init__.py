@@ -1,7 +1,7 @@
 """Secateur prunes a pretrained language model's attention heads and feed-forward channels in one shot.
 
-`prune` does it all; `survey`, `plan`, `refit`, `slice` and `write` are its steps, each callable alone on an open
-model (`open_checkpoint`, `BlockStream`). Names are imported on first use, so that importing the package is free.
+`prune` does it all. It consists of six steps, each callable alone: `open_model`, `draw_rows`, `survey_model`,
+`plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that importing the package is free.
 """
 
 from __future__ import annotations
@@ -13,44 +13,43 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
-    from secateur.commands.options import Options
+    from secateur.commands.open import open_model
+    from secateur.commands.options import Options, Running
     from secateur.commands.prune import prune
+    from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
     from secateur.compare.retrain import retrain
-    from secateur.fit.loop import refit
     from secateur.formats.per_layer import register
     from secateur.measure import perplexity, speed
-    from secateur.model.activations import Rows
     from secateur.model.checkpoint import open_checkpoint
+    from secateur.model.rows import Rows
     from secateur.model.stream import BlockStream
-    from secateur.plan.plan import plan
-    from secateur.survey.survey import survey
     from secateur.text.calibration import calibration_rows, consecutive_rows
-    from secateur.write.slice import slice
-    from secateur.write.write import write
 
 _HOMES = {
     "prune": "secateur.commands.prune",
-    "survey": "secateur.survey.survey",
-    "plan": "secateur.plan.plan",
-    "refit": "secateur.fit.loop",
-    "slice": "secateur.write.slice",
-    "write": "secateur.write.write",
+    "open_model": "secateur.commands.open",
+    "draw_rows": "secateur.commands.steps",
+    "survey_model": "secateur.commands.steps",
+    "plan_widths": "secateur.commands.steps",
+    "fit_blocks": "secateur.commands.steps",
+    "write_model": "secateur.commands.steps",
+    "Options": "secateur.commands.options",
+    "Running": "secateur.commands.options",
     "retrain": "secateur.compare.retrain",
     "open_checkpoint": "secateur.model.checkpoint",
     "BlockStream": "secateur.model.stream",
-    "Rows": "secateur.model.activations",
+    "Rows": "secateur.model.rows",
     "calibration_rows": "secateur.text.calibration",
     "consecutive_rows": "secateur.text.calibration",
     "perplexity": "secateur.measure",
     "speed": "secateur.measure",
     "register": "secateur.formats.per_layer",
-    "Options": "secateur.commands.options",
     "SecateurError": "secateur.base.errors",
 }
 
-__all__ = ["BlockStream", "Options", "Rows", "SecateurError", "calibration_rows", "consecutive_rows"]
-__all__ += ["open_checkpoint", "perplexity", "plan", "prune", "refit", "register", "retrain"]
-__all__ += ["slice", "speed", "survey", "write"]
+__all__ = ["BlockStream", "Options", "Rows", "Running", "SecateurError", "calibration_rows", "consecutive_rows"]
+__all__ += ["draw_rows", "fit_blocks", "open_checkpoint", "open_model", "perplexity", "plan_widths", "prune"]
+__all__ += ["register", "retrain", "speed", "survey_model", "write_model"]
 
 
 def __getattr__(name: str) -> Any:

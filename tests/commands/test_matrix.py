@@ -43,7 +43,7 @@ from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.temper import scaled
 from secateur.formats.stock import STOCK
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.families import FAMILIES, head_dim
 from secateur.model.stream import BlockStream

@@ -41,7 +41,7 @@ from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.plan import decide
-from secateur.report import comparison_plots
+from secateur.compare import plots as comparison_plots
 from secateur.text import calibration, draw
 from secateur.text.more_rows import more_rows
 

@@ -23,7 +23,7 @@ from secateur.criteria.choice import CRITERIA, IDENTITY, SIMILARITY
 from secateur.model.structure import Depth2, Kind
 from secateur.model.surgery import inner_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import eliminate
+from secateur.numerics.elimination import eliminate
 
 MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral"]
 
@@ -329,7 +329,7 @@ def test_every_width_of_every_pattern(criterion, name):
         stats, _, inner, _ = statistics(name, kind)
         module = stats.module
         for pattern in module.patterns:
-            units = pattern_units(module, pattern)
+            units = module.steps(pattern)
             a_round = module.groups if pattern == "heads" else 1
             for stop in {1, max(1, units - 1)}:
                 order = removal_order(criterion, stats, pattern, stop)

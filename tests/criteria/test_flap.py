@@ -20,7 +20,7 @@ from secateur.commands.open import open_job
 from secateur.commands.options import Options
 from secateur.criteria import SCORES
 from secateur.fit.average import FittedBlock
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Keep, Width

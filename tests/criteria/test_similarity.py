@@ -20,7 +20,7 @@ from secateur.criteria.choice import LARGEST
 from secateur.criteria.divergence import jensen_shannon
 from secateur.criteria.head_distances import NAME, head_distances
 from secateur.model import activations
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 

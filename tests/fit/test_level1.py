@@ -21,7 +21,8 @@ from secateur.fit.average import FittedBlock
 from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
-from secateur.model.activations import Arena, Rows
+from secateur.model.arena import Arena
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.families import activation_of
 from secateur.model.stream import BlockStream

@@ -21,7 +21,7 @@ from secateur.commands.options import Options
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Width

@@ -17,7 +17,8 @@ from secateur.fit.average import FittedBlock, mean_of
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.model import stream as stream_module
-from secateur.model.activations import OPENING_WEIGHT, Activations, Rows
+from secateur.model.arena import Activations
+from secateur.model.rows import OPENING_WEIGHT, Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep

@@ -16,7 +16,8 @@ from models import ROWS, blocks_of, build, layers_of, relative, save, token_rows
 from secateur.fit.loop import refit
 from secateur.model import activations
 from secateur.model import stream as module_under_test
-from secateur.model.activations import Activations, Arena, Batch, Rows
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import Batch, Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Width

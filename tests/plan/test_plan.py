@@ -61,7 +61,7 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
         for kind in KINDS:
             module, energy = block.module(kind), dice.uniform(0.5, 2)
             for pattern in module.patterns:
-                steps = [0.0] + [dice.random() ** 3 for _ in range(pattern_units(module, pattern))]
+                steps = [0.0] + [dice.random() ** 3 for _ in range(module.steps(pattern))]
                 total = list(itertools.accumulate(steps))
                 errors = tuple(energy * value / total[-1] for value in total[:-1])
                 curves.append(Curve(index, kind, pattern, errors, energy))

@@ -22,7 +22,7 @@ from secateur.criteria import NEEDS_GRADIENTS
 from secateur.criteria.llm_pruner import FROM_GRADIENTS, scored_weights
 from secateur.fit.loop import Method, refit
 from secateur.model import activations
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Width

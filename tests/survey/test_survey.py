@@ -24,7 +24,7 @@ from secateur.commands.prune import prune
 from secateur.criteria import Statistics, pattern_units, removal_order, survivors
 from secateur.criteria.choice import CRITERIA
 from secateur.model import activations
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Keep, Kind
@@ -126,7 +126,7 @@ class Plain:
         moments = Moments(self.module.units * self.module.size)
         weight = inner_weight(self.module, self.tensors)
         stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, own_target=True, seed=0)
-        left = pattern_units(self.module, pattern) - gone
+        left = self.module.steps(pattern) - gone
         return survivors(self.module, pattern, removal_order("l1", stats, pattern, left) if gone else torch.empty(0))
 
 
@@ -141,7 +141,7 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
     plain = Plain(name, kind)
     assert found.tokens == 4 * 24 + 3 * 17
     for pattern in plain.module.patterns:
-        curve, units = curve_of(found, kind, pattern), pattern_units(plain.module, pattern)
+        curve, units = curve_of(found, kind, pattern), plain.module.steps(pattern)
         assert len(curve.errors) == units
         assert curve.energy == pytest.approx(float(plain.target.square().sum()) / plain.tokens, rel=1e-4)
         for gone in sorted({0, 1, units // 2, units - 1}):
@@ -193,7 +193,7 @@ def test_a_partial_probe_is_the_refitted_model(checkpoint_folder: CheckpointFold
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
     pattern = plain.module.patterns[-1]
-    curve, units = curve_of(found, kind, pattern), pattern_units(plain.module, pattern)
+    curve, units = curve_of(found, kind, pattern), plain.module.steps(pattern)
     counts = [gone for gone in dict.fromkeys(round(units * share) for share in PROBED) if 0 < gone < units]
     probes = [p for p in found.probes if (p.block, p.kind, p.whole) == (INDEX, kind, False)]
     assert len(probes) == len(counts) > 0

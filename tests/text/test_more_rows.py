@@ -18,7 +18,7 @@ from secateur.base.progress import Silent
 from secateur.commands import dry_run as expect
 from secateur.commands import open as job_step
 from secateur.commands.options import Options
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.text import draw, self_calibration

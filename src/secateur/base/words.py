@@ -1,8 +1,21 @@
-"""Numbers of parameters in words."""
+"""Numbers and lists in words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def counted(value: float, digits: int = 2) -> str:
-    """`134.52 M`; the plain number below a million, of which decimals would leave little or nothing."""
+    """A number of parameters: `134.52 M`; the plain number below a million, of which decimals would leave little."""
     return f"{value / 1e6:,.{digits}f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first few of a list of names, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def twice(names: Sequence[str]) -> str | None:
+    """A name that is there more than once."""
+    return next((name for name in names if names.count(name) > 1), None)

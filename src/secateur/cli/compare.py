@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli import panels, parameters
+from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, interrupted, show
 from secateur.cli.values import parse_list, parse_whole_numbers
+from secateur.commands.options import Running
 from secateur.compare.recipes import recipe_names
 
 _in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
 
 
+@generated
 def compare(
     what: Annotated[
         list[str],
@@ -34,6 +36,7 @@ def compare(
             show_default=False,
         ),
     ],
+    running: Annotated[Running, Only(("device", "trust_remote_code"))],
     calibration: Annotated[
         str | None,
         _in_place(help="Calibrate on this text, see secateur prune; random ids, and what the model writes, stay."),
@@ -69,14 +72,6 @@ def compare(
         Path | None,
         typer.Option(help="A folder with task files (.yaml) of your own, in lm-eval's form.", show_default="none"),
     ] = None,
-    device: Annotated[
-        str,
-        panels.computing(
-            help="Where to compute: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1; auto or cpu where a "
-            "recipe retrains."
-        ),
-    ] = "auto",
-    trust_remote_code: parameters.TrustRemoteCode = False,
 ) -> None:
     """Carry out a recipe: prune models in many ways under one protocol, and put the scores into a table and plots.
 
@@ -111,7 +106,7 @@ def compare(
         from secateur.compare.plots import plot_comparison
         from secateur.compare.tables import compare_table, write_tables
 
-    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "watcher": bars}
+    how: dict[str, Any] = {"device": running.device, "trust_remote_code": running.trust_remote_code, "watcher": bars}
     try:
         if recipe.kind == "activations":
             compare_activations(recipe, models, out, **how)

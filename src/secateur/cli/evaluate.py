@@ -3,67 +3,75 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from secateur.base.errors import SecateurError
-from secateur.base.whole_file import write_whole
-from secateur.cli import panels, parameters
+from secateur.base.files import Output, write_whole
+from secateur.cli.arguments import Model
+from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_new, parse_list
+from secateur.cli.values import parse_list
+from secateur.commands.options import COMPUTING, OUTPUT, Running
+
+_measured = partial(typer.Option, rich_help_panel="What to measure")
 
 
+@generated
 def evaluate(
-    model: parameters.Model,
+    model: Model,
+    running: Annotated[Running, Only(("device", "revision", "trust_remote_code", "overwrite"))],
     against: Annotated[
         str | None,
-        panels.measured(
+        _measured(
             help="A second model, usually the dense one, printed beside with the ratio of MODEL to it.",
             show_default="none",
         ),
     ] = None,
     perplexity: Annotated[
         list[str] | None,
-        panels.measured(
+        _measured(
             help="Text to score: a .txt or .jsonl file, - for standard input, or a data set (wikitext2, c4, ptb or "
             "name:config:column). May be given several times.",
             show_default="none",
         ),
     ] = None,
-    length: Annotated[int, panels.measured(help="Tokens in each row; rows are scored alone.")] = 128,
-    tokens: Annotated[int, panels.measured(help="Tokens to use from the start of each text; 0 for all.")] = 8192,
+    length: Annotated[int, _measured(help="Tokens in each row; rows are scored alone.")] = 128,
+    tokens: Annotated[int, _measured(help="Tokens to use from the start of each text; 0 for all.")] = 8192,
     tasks: Annotated[
         str,
-        panels.measured(
+        _measured(
             help="Multiple-choice tasks of lm-eval to answer zero-shot, such as boolq,piqa,hellaswag,winogrande,"
             "arc_easy,arc_challenge,openbookqa. Needs secateur\\[tasks]; the data come from the hub.",
             show_default="none",
         ),
     ] = "",
-    limit: Annotated[int, panels.measured(help="Items from the start of each task; 0 for all.")] = 0,
+    limit: Annotated[int, _measured(help="Items from the start of each task; 0 for all.")] = 0,
     task_path: Annotated[
         Path | None,
-        panels.measured(
+        _measured(
             help="A folder with task files (.yaml) of your own, in lm-eval's form, which can read local data.",
             show_default="none",
         ),
     ] = None,
     speed: Annotated[
         bool,
-        panels.measured(
+        _measured(
             "--speed",
             help="Measure tokens/s of prefill and decoding; two models take turns, so that a busy machine does not "
             "spoil their ratio.",
         ),
     ] = False,
-    device: parameters.Device = "auto",
-    dtype: Annotated[str, panels.computing(help="To compute in: float32, bfloat16 or float16.")] = "float32",
-    revision: parameters.Revision = None,
-    trust_remote_code: parameters.TrustRemoteCode = False,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype to compute in: float32, bfloat16 or float16.", rich_help_panel=COMPUTING)
+    ] = "float32",
     json_: Annotated[
-        Path | None, panels.output("--json", help="Also write the figures to this file.", show_default="none")
+        Path | None,
+        typer.Option("--json", help="File for the figures, too.", show_default="none", rich_help_panel=OUTPUT),
     ] = None,
-    overwrite: Annotated[bool, panels.output("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Measure MODEL: size, perplexity of texts, accuracy on tasks, speed; --against puts another beside it.
 
@@ -74,7 +82,7 @@ def evaluate(
     if limit < 0:
         raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     if json_ is not None:
-        check_new(json_, overwrite)
+        Output(json_, file="", overwrite=running.overwrite).check()
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.measure.compare import evaluate as run
@@ -90,10 +98,10 @@ def evaluate(
         limit=limit or None,
         task_path=task_path,
         speed=speed,
-        device=device,
+        device=running.device,
         dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        revision=running.revision,
+        trust_remote_code=running.trust_remote_code,
         watcher=bars,
     )
     if json_ is not None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import cast
 
 from secateur.base.errors import SecateurError
-from secateur.model.structure import Kind
+from secateur.base.files import Output
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -28,11 +26,6 @@ def parse_whole_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     return numbers
 
 
-def parse_kinds(text: str) -> tuple[Kind, ...]:
-    """Kinds of units between commas; `Options` sees whether they exist."""
-    return cast("tuple[Kind, ...]", tuple(part.strip() for part in text.split(",")))
-
-
 def parse_shares(text: str) -> list[float]:
     """Numbers between commas, in ascending order."""
     try:
@@ -42,24 +35,6 @@ def parse_shares(text: str) -> list[float]:
     if len(set(shares)) < len(shares):
         raise SecateurError(f"sparsities is '{text}', where one is there twice")
     return sorted(shares)
-
-
-def check_file(path: Path) -> None:
-    """See that a file can be written, before the work."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise SecateurError(f"{path}: a folder is there; name a file for the figures")
-    if not folder.is_dir():
-        raise SecateurError(f"{path}: the folder {folder} does not exist; create it first")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise SecateurError(f"{path}: cannot be written; choose another place")
-
-
-def check_new(path: Path, overwrite: bool) -> None:
-    """See that a file can be written, in place of another one only where that is wanted."""
-    check_file(path)
-    if path.exists() and not overwrite:
-        raise SecateurError(f"{path}: exists; choose another name, or add --overwrite to replace it")
 
 
 def check_apart(folder: Path | None = None, **files: Path | None) -> None:
@@ -86,4 +61,4 @@ def check_apart(folder: Path | None = None, **files: Path | None) -> None:
 def check_survey(survey: Path | None) -> None:
     """See that a survey can be written, where there is none to read."""
     if survey is not None and not survey.exists():
-        check_file(survey)
+        Output(survey, file="").check()

@@ -1,112 +1,224 @@
-"""What a person can ask of `prune`, with its defaults, checked before anything slow is imported or read."""
+"""The options of `prune` and its kin, each declared once: name, default, help, panel, check.
+
+The command line, the Python signature, recipes and the record in secateur.json all follow from these fields.
+`Options` decide the result; `Running` says where and how a run goes. What only the paper's tables vary stands in
+`PAPER`, a panel of its own at the end of the help.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from secateur.base.errors import SecateurError
 from secateur.criteria.choice import IDENTITY, LARGEST, Choice, parse_choice
 from secateur.model.structure import KINDS, Kind
 from secateur.plan.target import Target, parse_target
 
+TARGET, METHOD, CALIBRATION, OUTPUT = "Target", "Method", "Calibration", "Output"
+COMPUTING, PAPER = "Computing", "The paper's variants"
 RECOVERIES = ("refit", "paper", "bias", "none")
-WHEN = ("after", "before", "both")
-SHARES = ("blocks", "model")
 WIDTHS = ("adaptive", "uniform")
-FORMATS = ("hf", "stock", "gguf")
-SIGMAS = ("data", "identity", "random")
-SELF = "self"
-"""The calibration source that is no text: what the model itself writes."""
-REWRITTEN = "rewritten"
-MORE = (SELF, REWRITTEN)
 MOST_RIDGE = 1_000_000
 """There, no weight moves; float32 ends far beyond."""
-MOST_FITS = 64
 DTYPES = ("float32", "bfloat16", "float16")
+
+T = TypeVar("T")
+
+
+class Effort(NamedTuple):
+    """What an effort stands for."""
+
+    fits: int
+    """Fits that are averaged; each takes the rows, and as many of its own with half of their tokens rewritten."""
+    level1: int
+    """Steps by which each fits the up and gate layers along with the feed-forward's output layer."""
+
+
+EFFORTS = {"quick": Effort(1, 0), "normal": Effort(1, 8), "best": Effort(2, 8)}
+
+
+class Declared(NamedTuple):
+    """An option as a person meets it; the name and the default are those of its field."""
+
+    panel: str
+    help: str
+    shown: str | None = None
+    """The default in words."""
+    choices: Collection[str] = ()
+    least: int | None = None
+    flag: str | None = None
+    """A shorter name on the command line."""
+
+
+def option(default: Any, panel: str, help: str, **how: Any) -> Any:
+    """A field of a dataclass that is an option too; `how` as in `Declared`."""
+    return field(default=default, metadata={"option": Declared(panel, help, **how)})
+
+
+def declared(owner: type) -> dict[str, Declared]:
+    """All options of a dataclass, by name."""
+    return {one.name: one.metadata["option"] for one in fields(owner) if "option" in one.metadata}
+
+
+def spelled(name: str) -> str:
+    """An option's name on the command line."""
+    return name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides the result of `prune`, besides the model itself.
+    """What decides the result of `prune`, besides the model itself.
 
     Raises `SecateurError` for a value that makes no sense whatever the model.
     """
 
-    sparsity: float | None = None
-    """Share of parameters to remove; a quarter where there is neither a target nor a plan."""
-    target: str | None = None
-    """In place of a share, the most that the result may take: `params=80%`, `bytes=60MB`, `prefill=1.5x`, ..."""
-    plan: str | None = None
-    """In place of both, a file with each block's width, or the exact units to keep."""
-    of: str = "blocks"
-    """What the share counts: the pruned `blocks`, or the whole `model`."""
-    blocks: str | None = None
-    """Which blocks, `first:end` with the end left out; all by default."""
-    modules: tuple[Kind, ...] = KINDS
-    """Which units may go: `heads`, `channels`."""
-    widths: str = "adaptive"
-    """`adaptive`, each module its own; `uniform`, one for all blocks; or a file with ratios for block ranges."""
-    criterion: str = "surgeon"
-    """One for all units, `similarity`, `similarity+X`, or a pair, `heads=X,channels=Y`."""
-    tau: float | str | None = None
-    """With similarity: heads closer than this, in nats, are similar; `auto` finds the one for `sparsity`."""
-    sigma: str | None = None
-    """Where second-moment takes its Σ from: `data`, the calibration rows (the default), `identity` or `random` ids."""
-    recovery: str = "refit"
-    recover: str = "after"
-    """When the recovery happens: `before` the choice of units, `after` it, or `both`."""
-    ridge: float = 0.3
-    """Pull of the refit toward the old weights, relative to each input's energy."""
-    level1: int = 8
-    """Steps by which `refit` fits level 1 of the feed-forward along; 0 leaves it."""
-    intercept: bool = False
-    """Fit a level-2 bias even where the architecture stores none."""
-    calibration: str = "wikitext2"
-    samples: int = 128
-    fits: int = 2
-    """Fits of the recovery, which are averaged. Each takes rows of its own beside the samples, as many as these; with
-    0 there is one fit, to the samples alone."""
-    more: str = REWRITTEN
-    """Where these rows come from: `rewritten`, the samples with half of their tokens drawn anew by the dense model, or
-    `self`, what it writes from nothing, whole in memory."""
-    length: int = 128
-    refit_calibration: str | None = None
-    """What the recovery is fitted to, where that is not the calibration's text."""
-    refit_samples: int | None = None
-    """Rows of its own for the recovery; it takes those of the calibration where neither is given."""
-    temperature: float = 1.0
-    """At which the model writes, where the source is `self`."""
-    seed: int = 0
-    multiple: int = 1
-    """Feed-forward widths are rounded to it (`--round`)."""
-    dtype: str | None = None
-    """Of the output; that of the input by default."""
-    format: str | None = None
-    """`hf`, a width per block; `stock`, one width and the stock class; `gguf`. By default the first that holds it."""
-    type: str = "f16"
-    """Of the tensors in a GGUF file."""
+    sparsity: float | None = option(None, TARGET, "Share of the parameters to remove, between 0 and 1.", shown="0.25")
+    target: str | None = option(
+        None,
+        TARGET,
+        "The most that the result may take, in place of a share: params=100M, params=80%, bytes=60MB (of its tensors), "
+        "kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (of prune alone: the smallest model "
+        "within that loss).",
+        shown="none",
+    )
+    plan: str | None = option(
+        None,
+        TARGET,
+        "File with each block's width, as secateur plan writes it, or with the exact heads and channels to keep, as in "
+        "the secateur.json of an earlier run; in place of a share.",
+        shown="none",
+    )
+    widths: str = option(
+        "adaptive",
+        TARGET,
+        "Widths of the blocks. adaptive (the paper's AL-AM): each module has the width at which the whole model loses "
+        "least; uniform: all blocks have one width, which the stock class holds; or a JSON file (ML-MM) with the share "
+        'that goes for ranges of blocks, like {"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}; {"0:32": 0.25} is '
+        "UL-UM, one ratio everywhere.",
+    )
+    blocks: str | None = option(
+        None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", shown="all"
+    )
+    modules: tuple[Kind, ...] = option(KINDS, TARGET, "Units that may go: heads, channels, or both.")
+    round: int = option(
+        1,
+        TARGET,
+        "Multiple to which feed-forward widths that are cut are rounded, for fast kernels: 32 on CPUs, 64 or 128 on "
+        "GPUs.",
+        least=1,
+    )
+    criterion: str = option(
+        "surgeon",
+        METHOD,
+        "Criterion for which units go. surgeon: those that the others replace best; second-moment (the paper's), wanda "
+        "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random; "
+        "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; similarity (the paper's Algorithm "
+        "2): heads that attend like another one; similarity+X: these first, the rest by X; or a pair, "
+        "heads=X,channels=Y.",
+    )
+    recovery: str = option(
+        "refit",
+        METHOD,
+        "Recovery from what goes. refit: the output layers are fitted to what the dense model gives, so that each also "
+        "repairs the errors of earlier blocks; paper (Algorithms 1, 3 and 4): both layers of a module are fitted to "
+        "their dense outputs; bias (FLAP's): no weight changes, but what the removed units gave on average is added; "
+        "none: weights are only cut.",
+        choices=RECOVERIES,
+    )
+    effort: str = option(
+        "best",
+        METHOD,
+        "Time that the refit may take. quick: one fit of the output layers; normal: one fit, up and gate layers fitted "
+        "along; best: two of these, averaged.",
+        choices=tuple(EFFORTS),
+    )
+    ridge: float = option(
+        0.3, METHOD, "Pull of the refit toward the old weights; less follows the calibration text more closely."
+    )
+    calibration: str = option(
+        "wikitext2",
+        CALIBRATION,
+        "Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, - for standard "
+        "input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or without any data: self, what the "
+        "model itself writes, whole in memory, or random token ids.",
+    )
+    samples: int = option(128, CALIBRATION, "Rows drawn from the text at random.", least=1)
+    length: int = option(128, CALIBRATION, "Tokens in each row.", least=2)
+    seed: int = option(0, CALIBRATION, "Seed of the rows, and of the criterion random.")
+    format: str | None = option(
+        None,
+        OUTPUT,
+        "Format of OUT. hf: a folder with a width for each block, which transformers loads with trust_remote_code=True; "
+        "stock: a folder with one width, for the family's own class; gguf: one file for llama.cpp.",
+        shown="hf; stock with --widths uniform",
+        choices=("hf", "stock", "gguf"),
+    )
+    type: str = option("f16", OUTPUT, "Type of the tensors in a GGUF file: f32, f16, bf16, q8_0, q4_0.")
+    dtype: str | None = option(
+        None,
+        OUTPUT,
+        "Dtype of the weights in a folder: float32, bfloat16 or float16.",
+        shown="as in MODEL; bfloat16 from .gguf",
+        choices=DTYPES,
+    )
+    of: str = option(
+        "blocks",
+        PAPER,
+        "Parameters of which --sparsity is a share: those of the pruned blocks, or of the whole model.",
+        choices=("blocks", "model"),
+    )
+    tau: float | str | None = option(
+        None,
+        PAPER,
+        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence (0.19, say); "
+        "auto: the one at which the share --sparsity of the attention goes.",
+        shown="none",
+    )
+    sigma: str | None = option(
+        None,
+        PAPER,
+        "Covariance of a module's inputs in second-moment: data, that of the calibration; identity; or random, that of "
+        "random token ids.",
+        shown="data",
+        choices=("data", "identity", "random"),
+    )
+    recover: str = option(
+        "after",
+        PAPER,
+        "Moment of --recovery paper: before units are chosen, after, or both.",
+        choices=("after", "before", "both"),
+    )
+    refit_calibration: str | None = option(
+        None,
+        PAPER,
+        "Text of its own for the recovery, like --calibration: that one decides what goes, this one what the rest is "
+        "fitted to.",
+        shown="that of --calibration",
+    )
+    refit_samples: int | None = option(
+        None,
+        PAPER,
+        "Rows of its own for the recovery; those of --samples then only decide what goes.",
+        shown="the same rows for both",
+        least=1,
+    )
 
     def __post_init__(self) -> None:
         share = self.sparsity
         if share is not None and not (isinstance(share, int | float) and math.isfinite(share) and 0 < share < 1):
             raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
         self._check_target()
-        for name, value, allowed in (
-            ("of", self.of, SHARES),
-            ("format", self.format, (None, *FORMATS)),
-            ("sigma", self.sigma, (None, *SIGMAS)),
-            ("recovery", self.recovery, RECOVERIES),
-            ("recover", self.recover, WHEN),
-            ("dtype", self.dtype, (None, *DTYPES)),
-            ("more", self.more, MORE),
-        ):
-            if value not in allowed:
-                choices = ", ".join(str(choice) for choice in allowed if choice)
-                raise SecateurError(f"{name} is '{value}'; it must be one of {choices}")
+        for name, one in declared(Options).items():
+            value = getattr(self, name)
+            if value is not None and one.choices and value not in one.choices:
+                raise SecateurError(f"{name} is '{value}'; it must be one of {', '.join(one.choices)}")
+            if value is not None and one.least is not None and value < one.least:
+                raise SecateurError(f"{spelled(name)} is {value}; it must be at least {one.least}")
         if self.type != Options.type and self.format != "gguf":
             raise SecateurError(f"type {self.type} is of a GGUF file: add --format gguf, or leave --type out")
         wrong = [kind for kind in self.modules if kind not in get_args(Kind)]
@@ -115,43 +227,23 @@ class Options:
         self._check_similarity()
         if not 0 <= self.ridge <= MOST_RIDGE:
             raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MOST_RIDGE:,}, for example 0.3")
-        for name, number, least in (
-            ("samples", self.samples, 1),
-            ("fits", self.fits, 0),
-            ("level1", self.level1, 0),
-            ("length", self.length, 2),
-            ("refit-samples", 1 if self.refit_samples is None else self.refit_samples, 1),
-            ("round", self.multiple, 1),
-        ):
-            if number < least:
-                raise SecateurError(f"{name} is {number}; it must be at least {least}")
-        if self.fits > MOST_FITS:
-            raise SecateurError(f"fits is {self.fits}; it must be at most {MOST_FITS}, each of which takes its time")
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.blocks is not None and re.fullmatch("[0-9]*:[0-9]*", self.blocks) is None:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
-        if self.intercept and self.recovery in ("bias", "none"):
-            raise SecateurError("an intercept is part of the refit: leave --intercept out, or use --recovery refit")
-        if self.recover != "after" and self.recovery in ("bias", "none"):
-            raise SecateurError(
-                f"with --recovery {self.recovery} no weights are fitted: leave --recover out, or use --recovery refit"
-            )
-        if self.sigma is not None and not self.choice.uses(("second-moment",)):
+        if self.recover != Options.recover and self.recovery != "paper":
+            raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
+        if self.effort != Options.effort and self.recovery != "refit":
+            raise SecateurError(f"effort is of the refit, not of --recovery {self.recovery}: leave one of the two out")
+        if self.sigma is not None and not self.choice.uses("second-moment"):
             raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
         if self.own_refit_rows and self.recovery == "none":
             raise SecateurError(
                 "with --recovery none nothing is fitted: leave --refit-samples and --refit-calibration out"
             )
-        if not 0.01 <= self.temperature <= 100:
-            raise SecateurError(f"temperature is {self.temperature}; it must lie between 0.01 and 100")
-        if self.temperature != 1 and not self.writes:
-            raise SecateurError(
-                "temperature is for what the model writes: add --more self or --calibration self, or leave it out"
-            )
 
     def _check_target(self) -> None:
-        """One thing alone may say how much goes."""
+        """One option alone says how much goes."""
         said = {
             "--sparsity": self.sparsity,
             "--target": self.target,
@@ -165,7 +257,7 @@ class Options:
             raise SecateurError(f"--plan and --widths {self.widths} both say how much goes; leave one of them out")
         if self.gives_widths:
             # A plan says where to cut, and exactly; ratios say where.
-            where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.multiple != 1}
+            where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.round != 1}
             both = [name for name, value in where.items() if value and not (name == "--round" and self.plan is None)]
             if both:
                 raise SecateurError(f"{both[0]} and {names[0]} both say what goes; leave one of them out")
@@ -181,7 +273,7 @@ class Options:
             )
 
     def _check_similarity(self) -> None:
-        """Similarity needs a threshold, which may be all that says how many heads go."""
+        """A threshold goes with similarity, and may be all that says how many heads go."""
         choice = self.choice
         if not choice.similar:
             if self.tau is not None:
@@ -198,8 +290,11 @@ class Options:
             )
         if "heads" not in self.modules:
             raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
-        if not choice.settles:
-            return
+        if choice.settles:
+            self._check_settled(choice)
+
+    def _check_settled(self, choice: Choice) -> None:
+        """Nothing but the threshold says how many heads go."""
         if choice.alone and self.tau != "auto" and (self.sparsity is not None or self.target is not None):
             said = "--sparsity" if self.sparsity is not None else "--target"
             raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out, or take --tau auto")
@@ -234,7 +329,7 @@ class Options:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Which units may go, as far as a criterion for them is there."""
+        """The units that may go, as far as a criterion for them is there."""
         return self.modules if self.choice.channels is not None else ("heads",)
 
     @property
@@ -244,18 +339,18 @@ class Options:
 
     @property
     def sources(self) -> tuple[str, str]:
-        """Where the rows for the choice of units, and those for the recovery, come from."""
+        """The sources of the rows for the choice of units, and of those for the recovery."""
         return self.calibration, self.refit_calibration or self.calibration
 
     @property
-    def fits_more(self) -> int:
+    def fits(self) -> int:
         """Fits that take rows of their own beside the samples."""
-        return self.fits if self.recovery == "refit" else 0
+        return EFFORTS[self.effort].fits if self.recovery == "refit" else 0
 
     @property
-    def writes(self) -> bool:
-        """The model writes rows token by token, for which all of it must be in memory."""
-        return SELF in self.sources or (self.more == SELF and self.fits_more > 0)
+    def level1(self) -> int:
+        """Steps by which level 1 of the feed-forward is fitted along."""
+        return EFFORTS[self.effort].level1
 
     @property
     def scores(self) -> str:
@@ -265,7 +360,7 @@ class Options:
     @property
     def adds_biases(self) -> bool:
         """Level-2 layers get a bias, also where the architecture has none."""
-        return self.intercept or self.recovery == "bias"
+        return self.recovery == "bias"
 
     @property
     def gives_widths(self) -> bool:
@@ -279,7 +374,7 @@ class Options:
 
     @property
     def goal(self) -> float | Target:
-        """What to reach."""
+        """The share to remove, or the target."""
         return parse_target(self.target) if self.target is not None else (self.sparsity or 0.25)
 
     def chosen_blocks(self, count: int) -> range:
@@ -293,3 +388,49 @@ class Options:
         if start >= stop:
             raise SecateurError(f"blocks is '{self.blocks}', which is empty or reversed; the end must be larger")
         return range(start, stop)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where and how a run goes; nothing here decides the result."""
+
+    survey: Path | None = option(
+        None,
+        OUTPUT,
+        "File that keeps the survey: read if it is there, written otherwise. One survey serves every size.",
+        shown="none",
+    )
+    dry_run: bool = option(False, OUTPUT, "Print sizes, memory and time to expect; OUT is not written.")
+    overwrite: bool = option(False, OUTPUT, "Replace OUT where it is there already: a model folder, or a file.")
+    device: str = option(
+        "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
+    )
+    revision: str | None = option(
+        None, COMPUTING, "Branch, tag or commit of MODEL, where that is a hub id.", shown="the main branch"
+    )
+    trust_remote_code: bool = option(
+        False, COMPUTING, "Let code that comes with the checkpoint run, where transformers does not know the model."
+    )
+    save_calibration: Path | None = option(
+        None,
+        PAPER,
+        "New .jsonl file that keeps what the model writes with --calibration self; --calibration FILE reads the same "
+        "rows back.",
+        shown="none",
+    )
+
+
+SURVEYED = ("blocks", "modules", "criterion", "ridge", "calibration", "samples", "length", "seed")
+"""Options that a survey depends on."""
+
+
+def split(owners: tuple[type[T], ...], given: dict[str, Any]) -> list[T]:
+    """One object of each dataclass, from settings by name.
+
+    Raises:
+        TypeError: a name that none of them has.
+    """
+    known = {name: owner for owner in owners for name in declared(owner)}
+    if unknown := sorted(set(given) - set(known)):
+        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(known)}")
+    return [owner(**{name: value for name, value in given.items() if known[name] is owner}) for owner in owners]

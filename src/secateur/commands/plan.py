@@ -1,18 +1,20 @@
-"""`secateur plan`: the widths that `prune` would choose, or a plan that a person wrote, checked."""
+"""`plan`: the widths that `prune` would choose, or a plan that a person wrote, checked."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import write_whole
 from secateur.base.progress import Watcher
-from secateur.commands.open import open_job
-from secateur.commands.options import Options
-from secateur.model.structure import Keep, Width
-from secateur.plan.decide import decide, measured, surveyed
-from secateur.plan.plan import Plan
+from secateur.commands.open import open_model
+from secateur.commands.options import Options, Running
+from secateur.commands.steps import draw_rows, plan_widths, survey_model
+from secateur.model.structure import Width
+from secateur.plan.problem import Plan
 
 
 @dataclass(frozen=True)
@@ -28,38 +30,37 @@ class Proposal:
     """Of the whole model, before and after."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What `secateur prune --plan` reads."""
+        """The contents of a plan file, as `secateur prune --plan` reads it."""
+        blocks: list[dict[str, Any]] = []
+        for index, width in self.plan.widths.items():
+            # Units that are not settled are chosen while pruning.
+            units = self.plan.units.get(index, {}) if self.plan.exact else {}
+            blocks.append({"block": index, "width": asdict(width)} | {kind: list(kept) for kind, kept in units.items()})
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
             "sparsity": {"of": self.plan.of, "reached": self.plan.sparsity},
             "price": self.plan.price,
-            "blocks": [
-                {"block": index, "width": asdict(width), **_units(self.plan.keeps, index)}
-                for index, width in self.plan.widths.items()
-            ],
+            "blocks": blocks,
         }
-
-
-def _units(keeps: dict[int, Keep] | None, index: int) -> dict[str, list[int]]:
-    """Exact units, where the plan has them; otherwise they are chosen while pruning."""
-    if keeps is None:
-        return {}
-    return {"heads": list(keeps[index].heads), "channels": list(keeps[index].channels)}
 
 
 def propose(
     model: str | Path,
     options: Options,
+    running: Running | None = None,
     *,
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    survey_file: Path | None = None,
-    save_calibration: Path | None = None,
-    watcher: Watcher,
+    out: Path | None = None,
+    watcher: Watcher | None = None,
 ) -> Proposal:
-    """Make or read a plan, and write nothing but the survey and what the model writes to calibrate on.
+    """Make or read a plan; written are the plan, the survey, and what the model writes to calibrate on.
+
+    Args:
+        model: see `prune`.
+        options: see `prune`.
+        running: see `prune`.
+        out: a JSON file for the plan.
+        watcher: told about progress.
 
     Raises:
         SecateurError: as `prune` does.
@@ -68,24 +69,17 @@ def propose(
         raise SecateurError(
             "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
         )
-    job = open_job(
-        model,
-        replace(options, fits=0),
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        survey_file=survey_file,
-        save_calibration=save_calibration,
-        watcher=watcher,
-    )
-    job = replace(job, request=measured(job.request, job.text, watcher))
-    found = surveyed(job.request, job.text, watcher, survey_file, job.drawn.sigma)
-    decided = decide(job.request, found)
-    stream, counted = job.stream, job.request.parameters
-    return Proposal(
-        model=stream.checkpoint.source,
-        fingerprint=stream.checkpoint.fingerprint,
-        dense=tuple(block.width for block in stream.blocks),
+    run = open_model(model, options, running, watcher=watcher)
+    rows = draw_rows(run, fitted=False)
+    decided = plan_widths(run, rows, survey_model(run, rows))
+    counted, checkpoint = run.request.parameters, run.stream.checkpoint
+    proposal = Proposal(
+        model=checkpoint.source,
+        fingerprint=checkpoint.fingerprint,
+        dense=tuple(block.width for block in run.stream.blocks),
         plan=decided,
         parameters=(counted.dense, counted.total(decided.widths)),
     )
+    if out is not None:
+        write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
+    return proposal

@@ -1,4 +1,4 @@
-"""`secateur sizes`: several sizes of one model from one survey, and what each costs."""
+"""`sizes`: several sizes of one model from one survey, and what each costs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from secateur.base.digests import hash_of
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import Output, hash_of, parse_json, write_whole
 from secateur.base.progress import Watcher, reading
-from secateur.base.whole_file import write_whole
-from secateur.commands.open import Job, open_job
-from secateur.commands.options import Options
-from secateur.commands.prune import finish, summary_of
+from secateur.commands.open import OpenRun, open_model
+from secateur.commands.options import Options, Running
+from secateur.commands.request import check_request
+from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, summary_of, survey_model, write_model
+from secateur.commands.survey_file import check_survey_file
 from secateur.measure.compare import evaluate, scored_rows
-from secateur.plan.decide import check_survey, decide, request, surveyed
 from secateur.report.plots import plot_sizes
 from secateur.text.calibration import check_calibration
-from secateur.write.writer import OutputFolder
+from secateur.text.draw import CalibrationRows
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 
@@ -42,15 +41,11 @@ def sizes(
     model: str | Path,
     out: Path,
     options: list[Options],
+    running: Running | None = None,
     *,
     texts: list[str],
     tokens: int | None,
-    device: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    survey_file: Path | None,
-    overwrite: bool,
-    watcher: Watcher,
+    watcher: Watcher | None = None,
 ) -> list[Size]:
     """Prune to each size and score it; the dense model comes first in the result.
 
@@ -58,22 +53,19 @@ def sizes(
         model: see `prune`.
         out: the folder for the models, `sizes.json` and `sizes.png`; a model in it appears whole or not at all.
         options: one for each size, alike in all that a survey depends on.
+        running: see `prune`; the survey is kept in `out` where it names no file. With `overwrite`, models that are
+            there are replaced; otherwise those that this very call has made are taken as they are, so that it goes on
+            where it was stopped.
         texts: to measure the perplexity of.
         tokens: of each text; all of them by default.
-        device: see `prune`.
-        revision: see `prune`.
-        trust_remote_code: see `prune`.
-        survey_file: where the survey is kept; by default in `out`.
-        overwrite: replace models that are there. Those that this very call has made are taken as they are otherwise, so
-            that it goes on where it was stopped.
         watcher: told about progress.
 
     Raises:
         SecateurError: as `prune` does, before the first model is written.
     """
-    own = survey_file is None
-    survey_file = survey_file or out / "survey.json"
-    folders = _folders(out, options, survey_file, overwrite)
+    running = running or Running()
+    own, file = running.survey is None, running.survey or out / "survey.json"
+    folders = _folders(out, options, file, running.overwrite)
     for text in texts:
         check_calibration(text, length=options[-1].length)
     new = not out.exists()
@@ -81,49 +73,42 @@ def sizes(
     try:
         source = Path(model) if Path(model).is_dir() else None
         for folder in folders:
-            if overwrite or not folder.exists():
-                OutputFolder(folder, overwrite=overwrite, source=source).check()
-        job = open_job(
-            model,
-            options[-1],
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            survey_file=None if own else survey_file,
-            watcher=watcher,
-        )
-        jobs = [replace(job, options=one, request=request(job.stream, one, job.dtype, watcher)) for one in options]
-        tokenizer = job.stream.checkpoint.tokenizer() if texts else None
+            if running.overwrite or not folder.exists():
+                Output(folder, overwrite=running.overwrite, source=source).check()
+        last = open_model(model, options[-1], running, watcher=watcher)
+        runs = [_for_size(last, one, file) for one in options]
+        # All that can be wrong with the rows is found before they are rewritten.
+        plain = draw_rows(last, fitted=False)
         for text in texts:
-            with reading(watcher, "Reading", text):
-                scored_rows(job.stream.checkpoint, tokenizer, text, job.options.length, tokens)
+            with reading(last.watcher, "Reading", text):
+                scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
     except BaseException:
         if new:
             out.rmdir()
         raise
-    more = job.with_more(watcher).more
-    jobs = [replace(one, more=more) for one in jobs]
-    there = [folder for folder in folders if folder.exists() and not overwrite]
-    for one, folder in zip(jobs, folders, strict=True):
-        if folder in there and not _made_from(one, folder):
+    rows = plain.with_copies(last.stream, last.watcher)
+    there = [folder for folder in folders if folder.exists() and not running.overwrite]
+    for run, folder in zip(runs, folders, strict=True):
+        if folder in there and not _made_from(run, rows, folder):
             raise SecateurError(f"{folder}: of other weights or another text; add --overwrite to replace it")
-    weighing = next((one for one in jobs if one.request.weighs), job)
+    weighing = next((run for run in runs if run.request.needs_survey), last)
     if own:
         # What this command put there is its own to replace.
         try:
-            check_survey(weighing.request, job.text, survey_file)
+            check_survey_file(weighing, rows.text)
         except SecateurError:
-            survey_file.unlink()
-    found = surveyed(weighing.request, job.text, watcher, survey_file)
-    plans = [decide(one.request, found) for one in jobs]
+            file.unlink()
+    found = survey_model(weighing, rows)
+    plans = [plan_widths(run, rows, found) for run in runs]
     results: list[Size] = []
-    for one, decided, folder in zip(jobs, plans, folders, strict=True):
+    for run, decided, folder in zip(runs, plans, folders, strict=True):
         if folder in there:
-            watcher.note(f"{folder}: made already")
-            summary = summary_of(one, decided, 0.0, 0)
+            run.watcher.note(f"{folder}: made already")
+            summary = summary_of(run, rows, decided, 0.0, 0)
         else:
-            watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
-            summary = finish(one, decided, folder, overwrite=overwrite, start=time.perf_counter(), watcher=watcher)
+            run.watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
+            run = replace(run, started=time.perf_counter())
+            summary = write_model(run, rows, decided, fit_blocks(run, rows, decided), folder)
         if not results:
             results.append(Size(str(model), 0.0, summary.parameters[0], summary.bytes[0], {}))
         results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
@@ -131,15 +116,21 @@ def sizes(
     # A plot of other models would be taken for one of these.
     (out / PLOT).unlink(missing_ok=True)
     if texts:
-        results = [replace(one, perplexity=_score(one.folder, texts, tokens, job, watcher)) for one in results]
+        results = [replace(one, perplexity=_score(one.folder, texts, tokens, last)) for one in results]
         _keep(results, out)
         scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
         plot_sizes([one.parameters for one in results], scored, out / PLOT)
     return results
 
 
+def _for_size(run: OpenRun, options: Options, survey: Path) -> OpenRun:
+    """The same open model with another size asked for."""
+    request = check_request(run.stream, options, run.dtype, run.watcher)
+    return replace(run, options=options, request=request, running=replace(run.running, survey=survey))
+
+
 def _folders(out: Path, options: list[Options], survey_file: Path, overwrite: bool) -> list[Path]:
-    """Where each size goes, if nothing else is there."""
+    """The folder of each size, if nothing else is there."""
     if out.exists() and not out.is_dir():
         raise SecateurError(f"{out}: a file is there; name a folder")
     folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
@@ -167,26 +158,26 @@ def _made(folder: Path, options: Options) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.items() >= same.items() else None
 
 
-def _made_from(job: Job, folder: Path) -> bool:
-    """Whether a folder is what a job would give."""
-    record, rows = _made(folder, job.options), [hash_of(group) for group in job.rows.groups]
-    weights = job.stream.checkpoint.fingerprint
-    return record is not None and record.get("fingerprint") == weights and record["calibration"].get("rows") == rows
+def _made_from(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
+    """Whether a folder is what a run would give."""
+    record, hashes = _made(folder, run.options), [hash_of(group) for group in rows.groups.groups]
+    weights = run.stream.checkpoint.fingerprint
+    return record is not None and record.get("fingerprint") == weights and record["calibration"].get("rows") == hashes
 
 
 def _keep(results: list[Size], out: Path) -> None:
     write_whole(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
 
 
-def _score(folder: str, texts: list[str], tokens: int | None, job: Any, watcher: Watcher) -> dict[str, float]:
+def _score(folder: str, texts: list[str], tokens: int | None, run: OpenRun) -> dict[str, float]:
     """Perplexity of each text, in rows as long as those of the calibration."""
     result = evaluate(
         folder,
         texts=texts,
-        length=job.options.length,
+        length=run.options.length,
         tokens=tokens,
-        device=str(job.stream.device),
-        trust_remote_code=job.stream.checkpoint.trust_remote_code,
-        watcher=watcher,
+        device=str(run.stream.device),
+        trust_remote_code=run.stream.checkpoint.trust_remote_code,
+        watcher=run.watcher,
     )
     return {text.source: text.perplexity for text in result.models[0].texts}

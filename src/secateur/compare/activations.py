@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from secateur.base.files import write_whole
 from secateur.base.progress import Silent, Watcher
-from secateur.base.whole_file import write_whole
-from secateur.commands.open import Job
+from secateur.commands.open import OpenRun
 from secateur.compare.magnitudes import Magnitudes, magnitudes
 from secateur.compare.measure_dense import measure_each
 from secateur.compare.plots import plot_magnitudes
@@ -45,8 +47,8 @@ def compare_activations(
     """
     watcher = watcher or Silent()
 
-    def measure(job: Job) -> dict[str, Any]:
-        return {"blocks": [asdict(block) for block in magnitudes(job.stream, job.text, watcher=watcher)]}
+    def measure(run: OpenRun, text: Tensor) -> dict[str, Any]:
+        return {"blocks": [asdict(block) for block in magnitudes(run.stream, text, watcher=watcher)]}
 
     results = measure_each(
         recipe,

@@ -21,14 +21,17 @@ from torch import Tensor
 
 import secateur
 from secateur.base.device import pick_device
-from secateur.base.digests import digest, hash_of
 from secateur.base.errors import SecateurError
+from secateur.base.files import digest, hash_of
 from secateur.base.progress import Silent, Watcher, reading
-from secateur.commands.open import Job, open_job
-from secateur.commands.options import SELF, Options
-from secateur.commands.prune import carry_out
+from secateur.base.words import twice
+from secateur.commands.open import OpenRun, open_model
+from secateur.commands.options import Options, Running
+from secateur.commands.request import check_request
+from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
+from secateur.commands.survey_file import survey_key
 from secateur.compare.comparison import AVERAGE, Column, Comparison, Row
-from secateur.compare.own_text import with_kept_rows, with_own_text
+from secateur.compare.own_text import with_kept_copies, with_own_text
 from secateur.compare.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.compare.retrain import check_retraining, retrain, training_rows
 from secateur.compare.run_store import RunStore
@@ -36,18 +39,18 @@ from secateur.measure.compare import load, short
 from secateur.measure.perplexity import perplexity
 from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.plan.decide import request, survey_key
 from secateur.plan.meters import parameter_meter
+from secateur.report.summary import Summary
 from secateur.text.calibration import check_calibration, consecutive_rows, tokenised_once
-from secateur.text.documents import RANDOM
-from secateur.text.draw import check_sources
-from secateur.write.write import output_folder
+from secateur.text.draw import CalibrationRows
+from secateur.text.sources import RANDOM, SELF
+from secateur.write.write import model_output
 
 DENSE = "dense"
 """The row of a model before pruning."""
 
-_REQUESTED = frozenset(("sparsity", "plan", "of", "blocks", "modules", "widths", "ridge", "multiple"))
-"""Options of which an open job knows only through its request; jobs that differ in no others share what they opened."""
+_REQUESTED = frozenset(("sparsity", "plan", "of", "blocks", "modules", "widths", "ridge", "round"))
+"""Options that decide neither the open model nor its rows; runs that differ in no others share what was opened."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Subject:
     tokenizer: Any
     texts: dict[str, Tensor]
     """Rows to score (rows x length), by column."""
-    runs: tuple[tuple[Run, Job], ...]
+    runs: tuple[tuple[Run, OpenRun, CalibrationRows], ...]
+    """Rows of runs whose model writes its own are stand-ins."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ class Planned:
     subject: Subject
     run: Run | None
     """None for the dense model."""
-    job: Job
+    open: OpenRun
+    rows: CalibrationRows
     decided_by: dict[str, Any]
 
     @cached_property
@@ -128,13 +133,11 @@ class Planned:
         """Scores and sizes; what is pruned is thrown away."""
         start = time.perf_counter()
         folder, sparsity = self.subject.checkpoint.path, 0.0
-        parameters = round(parameter_meter(self.job.stream).dense)
-        widths = [block.width for block in self.job.stream.blocks]
+        parameters = round(parameter_meter(self.open.stream).dense)
+        widths = [block.width for block in self.open.stream.blocks]
         if self.run is not None:
             folder = store.scratch / "model"
-            file = store.survey_file(survey_key(self.job.request, self.job.text))
-            job = with_kept_rows(self.job, store, judge.watcher)
-            summary = carry_out(job, folder, survey_file=file, overwrite=True, start=start, watcher=judge.watcher)
+            summary = prune_run(self.open, self.rows, folder, store)
             sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
             if self.run.training is not None:
                 pruned, folder = folder, store.scratch / "retrained"
@@ -150,6 +153,15 @@ class Planned:
             "channels": sum(width.channels for width in widths),
             "seconds": time.perf_counter() - start,
         }
+
+
+def prune_run(run: OpenRun, rows: CalibrationRows, folder: Path, store: RunStore) -> Summary:
+    """All steps of `prune` but the first two, with what runs share kept in the comparison's folder."""
+    running = replace(run.running, survey=store.survey_file(survey_key(run, rows.text)), overwrite=True)
+    run = replace(run, running=running, started=time.perf_counter())
+    rows = with_kept_copies(run, rows, store)
+    plan = plan_widths(run, rows, survey_model(run, rows))
+    return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
 
 
 def compare(
@@ -192,20 +204,21 @@ def compare(
             for name, source in sources(recipe, models)
         ]
     for subject in subjects:
-        job = subject.runs[0][1]
+        first = subject.runs[0][1]
         # On the disk that the comparison will be on.
         beside = out.absolute().parent / f".{out.name}.scratch"
-        output_folder(job.stream, beside, None, overwrite=True, dtype=job.dtype).check()
+        model_output(first.stream, beside, None, overwrite=True, dtype=first.dtype).check()
     with store:
         planned = []
         # What models write is not a matter of checking: it takes long, and is kept.
         with tokenised_once():
             for subject in subjects:
                 dense = judge.decided_by(subject)
-                planned.append(Planned(subject, None, subject.runs[0][1], dense))
-                for run, opened in subject.runs:
-                    job = with_own_text(opened, store, watcher)
-                    planned.append(Planned(subject, run, job, dense | _decided_by(run, job)))
+                planned.append(Planned(subject, None, *subject.runs[0][1:], dense))
+                for run, opened, stand_in in subject.runs:
+                    opened = replace(opened, watcher=watcher)
+                    rows = with_own_text(opened, stand_in, store)
+                    planned.append(Planned(subject, run, opened, rows, dense | _decided_by(run, opened, rows)))
         failed: list[str] = []
         results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
         if results:
@@ -246,8 +259,8 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[tuple[str, str]]:
         known = recipe.model_of(source)
         found.append((known[0] if known else short(source), source))
     names = [name for name, _ in found]
-    if (twice := _twice(names)) is not None:
-        raise SecateurError(f"model {twice} is there twice; leave one out, or give its folder another name")
+    if (again := twice(names)) is not None:
+        raise SecateurError(f"model {again} is there twice; leave one out, or give its folder another name")
     return found
 
 
@@ -271,32 +284,28 @@ def open_subject(
             raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
     for run in runs:
-        check_sources(run.options, None)
+        for source_ in run.options.sources:
+            check_calibration(source_, samples=run.options.samples, length=run.options.length)
         if run.training is not None:
             check_retraining(device)
-    opened: dict[str, Job] = {}
-    jobs = []
+    running = Running(device=device, trust_remote_code=trust_remote_code)
+    opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
+    found = []
     with reading(watcher, "Checking all runs on", source):
         for run in runs:
             group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
             try:
                 if group not in opened:
-                    opened[group] = open_job(
-                        source,
-                        run.options,
-                        device=device,
-                        trust_remote_code=trust_remote_code,
-                        dry=True,
-                        watcher=Silent(),
-                    )
-                job = opened[group]
-                asked = request(job.stream, run.options, job.dtype, Silent())
+                    first = open_model(source, run.options, running)
+                    opened[group] = first, draw_rows(first, dry=True)
+                model, rows = opened[group]
+                request = check_request(model.stream, run.options, model.dtype, Silent())
                 if run.training is not None:
-                    training_rows(job.stream.checkpoint, run.training, Silent())
+                    training_rows(model.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
-            jobs.append((run, replace(job, options=run.options, request=asked)))
-    checkpoint = jobs[0][1].stream.checkpoint
+            found.append((run, replace(model, options=run.options, request=request), rows))
+    checkpoint = found[0][1].stream.checkpoint
     tokenizer = checkpoint.tokenizer()
     texts = {}
     for column, text in columns.items():
@@ -307,22 +316,17 @@ def open_subject(
                 length=length,
                 tokens=recipe.evaluation.tokens,
                 vocab_size=checkpoint.config.vocab_size,
-                max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+                max_positions=checkpoint.max_positions,
             )
-    return Subject(name, known[1] if known else None, checkpoint, tokenizer, texts, tuple(jobs))
+    return Subject(name, known[1] if known else None, checkpoint, tokenizer, texts, tuple(found))
 
 
 def _columns(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
     """What is scored, by the name of its column."""
     names = [name for name, _ in sources]
-    if (twice := _twice(names)) is not None:
-        raise SecateurError(f"two {what} are called {twice}; give them names of their own, NAME={what[:-1].upper()}")
+    if (again := twice(names)) is not None:
+        raise SecateurError(f"two {what} are called {again}; give them names of their own, NAME={what[:-1].upper()}")
     return dict(sources)
-
-
-def _twice(names: Sequence[str]) -> str | None:
-    """A name that is there more than once."""
-    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
@@ -335,16 +339,16 @@ def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str
     }
 
 
-def _decided_by(run: Run, job: Job) -> dict[str, Any]:
+def _decided_by(run: Run, opened: OpenRun, rows: CalibrationRows) -> dict[str, Any]:
     """What decides a pruned model, beside the dense weights."""
-    rows = None if run.training is None else training_rows(job.stream.checkpoint, run.training, Silent())
+    trained = None if run.training is None else training_rows(opened.stream.checkpoint, run.training, Silent())
     return {
-        "options": asdict(job.options),
-        "rows": [hash_of(rows) for rows in (job.text, *job.rows.groups)],
+        "options": asdict(opened.options),
+        "rows": [hash_of(group) for group in (rows.text, *rows.groups.groups)],
         # The contents of a file with a plan or ratios.
-        "given": repr(job.request.given),
+        "given": repr(opened.request.plan_from_file),
         "training": run.training and asdict(run.training),
-        "training rows": None if rows is None else hash_of(rows),
+        "training rows": None if trained is None else hash_of(trained),
     }
 
 
@@ -359,7 +363,7 @@ def _comparison(
         found = next(left)
         rows.append(Row(subject.name, DENSE, DENSE, {}, (found,) if found else (), published.get(DENSE, {})))
         by_row: dict[str, tuple[Run, list[dict[str, Any]]]] = {}
-        for run, _ in subject.runs:
+        for run, *_ in subject.runs:
             found = next(left)
             by_row.setdefault(run.row, (run, []))[1].extend([found] if found else [])
         for name, (run, made) in by_row.items():
@@ -390,7 +394,7 @@ def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tupl
     if judge.tasks:
         counts = ", ".join(f"{name} {sum(len(t.items) for t in tasks):,}" for name, tasks in judge.tasks.items())
         lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
-    trained = {run.label: run.training for subject in subjects for run, _ in subject.runs if run.training is not None}
+    trained = {run.label: run.training for subject in subjects for run, *_ in subject.runs if run.training is not None}
     lines += [
         f"{label}: LoRA on {one.samples:,} rows of {one.length} tokens of {short(one.calibration)}, "
         f"{one.epochs} epochs."

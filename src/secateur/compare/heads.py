@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.base.files import write_whole
 from secateur.base.progress import Silent, Watcher
-from secateur.base.whole_file import write_whole
-from secateur.commands.open import Job
+from secateur.commands.open import OpenRun
 from secateur.compare.measure_dense import measure_each
 from secateur.compare.plots import plot_graphs
 from secateur.compare.recipe import Recipe
@@ -49,8 +49,8 @@ def compare_heads(
     assert tau is not None
     watcher = watcher or Silent()
 
-    def measure(job: Job) -> dict[str, Any]:
-        distances = head_distances(job.stream, job.text, blocks=job.request.chosen, watcher=watcher)
+    def measure(run: OpenRun, text: Tensor) -> dict[str, Any]:
+        distances = head_distances(run.stream, text, blocks=run.request.chosen, watcher=watcher)
         return {str(block): matrix.tolist() for block, matrix in distances.items()}
 
     results = measure_each(

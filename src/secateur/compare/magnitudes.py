@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.progress import Silent, Watcher
-from secateur.model.activations import Arena, Rows
+from secateur.model.arena import Arena
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 

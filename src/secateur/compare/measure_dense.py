@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.base.digests import digest, hash_of
+from torch import Tensor
+
+from secateur.base.files import digest, hash_of
 from secateur.base.progress import Watcher
-from secateur.commands.open import Job, open_job
+from secateur.commands.open import OpenRun, open_model
+from secateur.commands.options import Running
+from secateur.commands.steps import draw_rows
 from secateur.compare.grid import sources
 from secateur.compare.recipe import Recipe, expand
 from secateur.compare.run_store import RunStore
@@ -18,7 +22,7 @@ def measure_each(
     recipe: Recipe,
     models: Sequence[str],
     out: Path,
-    measure: Callable[[Job], dict[str, Any]],
+    measure: Callable[[OpenRun, Tensor], dict[str, Any]],
     *,
     what: str,
     device: str,
@@ -31,7 +35,7 @@ def measure_each(
         recipe: of any kind but `grid`.
         models: see `compare`.
         out: the folder; see `RunStore`.
-        measure: from an open model with calibration rows to what JSON holds; the kind of the recipe, the model's
+        measure: from an open model and calibration rows to what JSON holds; the kind of the recipe, the model's
             weights, the rows and the blocks decide it.
         what: it measures, in words.
         device: see `compare`.
@@ -46,31 +50,27 @@ def measure_each(
     """
     store = RunStore(out)
     store.check()
-    jobs: dict[str, Job] = {}
+    runs: dict[str, tuple[OpenRun, Tensor]] = {}
     for name, source in sources(recipe, models):
         known = recipe.model_of(source)
         (run,) = expand(recipe, None if known is None else known[0])
-        jobs[name] = open_job(
-            source,
-            run.options,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            watcher=watcher,
-        )
+        running = Running(device=device, trust_remote_code=trust_remote_code)
+        opened = open_model(source, run.options, running, watcher=watcher)
+        runs[name] = opened, draw_rows(opened, fitted=False).text
     found: dict[str, dict[str, Any]] = {}
     with store:
-        for name, job in jobs.items():
+        for name, (opened, text) in runs.items():
             decided_by = {
                 "kind": recipe.kind,
-                "fingerprint": job.stream.checkpoint.fingerprint,
-                "blocks": f"{job.request.chosen.start}:{job.request.chosen.stop}",
-                "rows": hash_of(job.text),
+                "fingerprint": opened.stream.checkpoint.fingerprint,
+                "blocks": f"{opened.request.chosen.start}:{opened.request.chosen.stop}",
+                "rows": hash_of(text),
             }
             key = digest(decided_by)
             result = store.find(key)
             if result is None:
                 watcher.note(f"{what} of {name}")
-                result = measure(job)
+                result = measure(opened, text)
                 store.keep(key, decided_by, result)
             found[name] = result
     return found

@@ -1,7 +1,7 @@
-"""What models write for the runs of a comparison, kept in its folder: a restart reads it in place of writing anew.
+"""Rows that models write for the runs of a comparison, kept in its folder: a restart reads them in place of writing.
 
-That is the calibration, where it is the model's own text, and the rows that the fits take beside it. Either is written
-once for all runs that would get the very same rows.
+Those are the calibration, where it is the model's own text, and the rewritten copies that the fits take. Either is
+written once for all runs that would get the very same rows.
 """
 
 from __future__ import annotations
@@ -12,83 +12,65 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import secateur
-from secateur.base.digests import hash_of
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent, Watcher
-from secateur.commands.open import Job
-from secateur.commands.options import SELF
+from secateur.base.files import hash_of
+from secateur.base.progress import Silent
+from secateur.commands.open import OpenRun
 from secateur.compare.run_store import RunStore
-from secateur.text.draw import draw
-from secateur.text.more_rows import more_rows
+from secateur.text.draw import CalibrationRows, draw
+from secateur.text.sources import SELF
 
-ROWS = "rows"
-_DECIDES = ("calibration", "refit_calibration", "samples", "refit_samples", "length", "temperature", "seed", "searches")
+COPIES = "copies"
 
 
-def with_own_text(job: Job, store: RunStore, watcher: Watcher) -> Job:
-    """An open job with the rows that its model writes; as it is where it calibrates on a text.
+def with_own_text(run: OpenRun, rows: CalibrationRows, store: RunStore) -> CalibrationRows:
+    """The rows that a model writes in place of their stand-ins; as they are where it calibrates on a text.
 
     Args:
-        job: opened dry, so that other rows stand in for what the model writes.
+        run: an open model.
+        rows: drawn dry, so that other rows stand in for what the model writes.
         store: the folder of the comparison. Rows always come out of its file, also where they were just written.
-        watcher: told about progress.
 
     Raises:
         SecateurError: the model cannot write, or the file was damaged.
     """
-    options, stream = job.options, job.stream
-    if SELF not in options.sources:
-        return job
-    tokenizer = stream.checkpoint.tokenizer()
+    if SELF not in run.options.sources:
+        return rows
+    request, how = rows.request, {"begins_with_bos": rows.begins_with_bos}
+    names = ("source", "refit_source", "samples", "refit_samples", "length", "seed", "held_out")
     file = store.text_file(
-        {
-            "secateur": secateur.__version__,
-            "fingerprint": stream.checkpoint.fingerprint,
-            "device": stream.device.type,
-            **{name: getattr(options, name) for name in _DECIDES},
-        },
-        lambda part: draw(stream, tokenizer, options, save=part, dry=False, watcher=watcher),
+        _decided_by(run) | {name: getattr(request, name) for name in names},
+        lambda part: draw(run.stream, run.tokenizer, request, **how, save=part, watcher=run.watcher),
     )
-    choose, refit = (str(file) if source == SELF else source for source in options.sources)
-    kept = replace(
-        options,
-        calibration=choose,
-        refit_calibration=options.refit_calibration and refit,
-        temperature=1.0,
-    )
-    return replace(job, drawn=draw(stream, tokenizer, kept, save=None, dry=False, watcher=Silent()))
+    choose, refit = (str(file) if source == SELF else source for source in run.options.sources)
+    kept = replace(request, source=choose, refit_source=refit)
+    return replace(draw(run.stream, run.tokenizer, kept, **how, watcher=Silent()), request=request)
 
 
-def with_kept_rows(job: Job, store: RunStore, watcher: Watcher) -> Job:
-    """An open job with the rows that its fits take beside the text's; as it is where they take none.
-
-    Args:
-        job: with the text that it calibrates on.
-        store: the folder of the comparison. Rows always come out of its file, also where they were just written.
-        watcher: told about progress.
+def with_kept_copies(run: OpenRun, rows: CalibrationRows, store: RunStore) -> CalibrationRows:
+    """Rows with the rewritten copies that their fits take; as they are where they take none.
 
     Raises:
-        SecateurError: the model cannot write, or the file was damaged.
+        SecateurError: the file was damaged.
     """
-    options, stream = job.options, job.stream
-    if not options.fits_more:
-        return job
+    if not rows.request.copies:
+        return rows
     # Ids alone: a draw may fall on one that no tokenizer has a text for.
     file = store.text_file(
-        {
-            "secateur": secateur.__version__,
-            "fingerprint": stream.checkpoint.fingerprint,
-            "device": stream.device.type,
-            "text": hash_of(job.fitted),
-            "more": options.more,
-            "temperature": options.temperature,
-            "fits": options.fits,
-            "seed": options.seed,
-        },
-        lambda part: save_file({ROWS: more_rows(stream, options, job.fitted, watcher=watcher)}, part),
+        _decided_by(run) | {"text": hash_of(rows.fitted), "copies": rows.request.copies, "seed": rows.request.seed},
+        lambda part: save_file({COPIES: rows.with_copies(run.stream, run.watcher).copies}, part),
         suffix=".safetensors",
     )
     try:
-        return replace(job, more=load_file(file)[ROWS])
+        return replace(rows, copies=load_file(file)[COPIES])
     except (SafetensorError, KeyError) as error:
         raise SecateurError(f"{file}: not rows of secateur's; delete it to have them made again") from error
+
+
+def _decided_by(run: OpenRun) -> dict[str, str]:
+    """What decides all that a model writes."""
+    return {
+        "secateur": secateur.__version__,
+        "fingerprint": run.stream.checkpoint.fingerprint,
+        "device": run.stream.device.type,
+    }

@@ -18,11 +18,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
-from secateur.commands.options import SELF, Options
+from secateur.commands.options import Options
 from secateur.compare.recipes import FOLDER, recipe_names
 from secateur.compare.training import Training
 from secateur.criteria.choice import LARGEST
-from secateur.text.documents import RANDOM
+from secateur.text.sources import RANDOM, SELF
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _NO_TEXT = (RANDOM, SELF)

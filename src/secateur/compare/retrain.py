@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import Output, parse_json
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.quiet import quiet
 from secateur.compare.training import Training
@@ -32,9 +32,9 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.measure import compare, perplexity
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import family_of
-from secateur.text.calibration import calibration_rows
+from secateur.text.calibration import calibration_rows, check_calibration
 from secateur.write.export import RECORD, open_ours
-from secateur.write.writer import OutputFolder, ShardWriter, header_room
+from secateur.write.shards import ShardWriter, header_room
 
 HELD_OUT = 16
 """Rows of the same text that are not trained on, to measure perplexity before and after."""
@@ -83,13 +83,14 @@ def retrain(
     """
     check_retraining(device)
     training, watcher = training or Training(**settings), watcher or Silent()
+    check_calibration(training.calibration, samples=training.samples, length=training.length)
     if Path(out).suffix == ".gguf":
         raise SecateurError(f"{out}: a folder is to be written; name a folder, then secateur export it")
     where = pick_device(device)
     source = Path(folder).expanduser()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_ours(source)
-    target = OutputFolder(out, overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
+    target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
     rows = training_rows(checkpoint, training, watcher)
     fitted, held_out = rows[: training.samples], rows[training.samples :]
@@ -145,7 +146,7 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
             length=training.length,
             seed=training.seed,
             vocab_size=checkpoint.config.vocab_size,
-            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+            max_positions=checkpoint.max_positions,
             taken=HELD_OUT,
         )
 
@@ -236,7 +237,7 @@ def _note(training: Training, checkpoint: Checkpoint, found: tuple[float, float]
     return record | {"retrained": [*record.get("retrained", []), said]}
 
 
-def _write(checkpoint: Checkpoint, target: OutputFolder, changed: dict[str, Tensor], record: dict[str, Any]) -> None:
+def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], record: dict[str, Any]) -> None:
     """The folder once more, with other values for some tensors and another record."""
     stored = {checkpoint.resolve(name): weight for name, weight in changed.items()}
     source = checkpoint.path

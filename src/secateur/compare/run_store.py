@@ -10,10 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from secateur.base.digests import digest
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
-from secateur.base.whole_file import write_whole
+from secateur.base.files import digest, parse_json, whole, write_whole
 
 RUNS, SURVEYS, TEXTS, SCRATCH, LOCK = "runs", "surveys", "texts", ".scratch", ".lock"
 
@@ -94,9 +92,8 @@ class RunStore:
         """Where rows that a model has written are kept: written into a file that `write` is given, if not there yet."""
         path = self.path / TEXTS / f"{digest(decided_by)}{suffix}"
         if not path.exists():
-            part = self.scratch / path.name
-            write(part)
-            part.replace(path)
+            with whole(path) as part:
+                write(part)
         return path
 
     def _file(self, key: str) -> Path:

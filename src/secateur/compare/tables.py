@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.base.whole_file import write_whole
+from secateur.base.files import write_whole
 from secateur.compare.comparison import Column, Comparison, Row
 
 if TYPE_CHECKING:

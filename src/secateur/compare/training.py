@@ -1,13 +1,14 @@
-"""What can be asked of `retrain`, with its defaults, checked before anything slow."""
+"""The options of `retrain`, with their defaults, checked before anything slow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
-from secateur.commands.options import SELF
-from secateur.text.calibration import check_calibration
-from secateur.text.documents import RANDOM
+from secateur.commands.options import CALIBRATION, option
+from secateur.text.sources import RANDOM, SELF
+
+TRAINING = "Training"
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,16 @@ class Training:
     Raises `SecateurError` for a value that makes no sense whatever the model.
     """
 
-    calibration: str = "wikitext2"
-    samples: int = 1024
-    """Rows to train on."""
-    length: int = 128
-    epochs: int = 2
-    batch: int = 16
-    """Rows in a step."""
-    rank: int = 8
-    learning_rate: float = 1e-4
-    seed: int = 0
+    calibration: str = option(
+        "wikitext2", CALIBRATION, "Text to train on: a file, - for standard input or a data set; see secateur prune."
+    )
+    samples: int = option(1024, CALIBRATION, "Rows drawn from the text at random.")
+    length: int = option(128, CALIBRATION, "Tokens in each row.")
+    seed: int = option(0, CALIBRATION, "Seed of the rows, their order and the adapters' start.")
+    epochs: int = option(2, TRAINING, "Passes over the rows.")
+    batch: int = option(16, TRAINING, "Rows in a step.")
+    rank: int = option(8, TRAINING, "Rank of the adapters.")
+    learning_rate: float = option(1e-4, TRAINING, "Learning rate at the start; it falls to zero.")
 
     def __post_init__(self) -> None:
         for name, number in (("epochs", self.epochs), ("batch", self.batch), ("rank", self.rank)):
@@ -40,4 +41,3 @@ class Training:
             raise SecateurError("random ids teach nothing; name a text file or a data set")
         if self.calibration == SELF:
             raise SecateurError("a retraining reads its text: name a text file, a data set, or a file of kept rows")
-        check_calibration(self.calibration, samples=self.samples, length=self.length)

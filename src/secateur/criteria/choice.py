@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from secateur.base.errors import SecateurError
 from secateur.model.structure import KINDS, Kind
 
-CRITERIA: tuple[str, ...] = (
-    *("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random"),
-    *("llm-pruner-vector", "llm-pruner-element1", "llm-pruner-element2"),
-)
 IDENTITY = "second-moment-identity"
 """What second-moment is with Σ = I, which a person writes as an option of its own."""
+_NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
+# Read off the sources: a misspelt name is found before torch is loaded.
+_SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+CRITERIA: tuple[str, ...] = tuple(name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY)
 SIMILARITY = "similarity"
 """The one that looks at heads in pairs: a threshold says which of them are too many."""
 LARGEST = math.log(2)
@@ -31,6 +32,8 @@ class Choice:
     """None: they stay."""
     similar: bool
     """Heads that resemble another one go first."""
+    text: str = ""
+    """As it was written."""
 
     @property
     def settles(self) -> bool:
@@ -46,9 +49,9 @@ class Choice:
         """The criterion for one kind."""
         return self.heads if kind == "heads" or self.channels is None else self.channels
 
-    def uses(self, criteria: Container[str]) -> bool:
-        """Whether any of its criteria is one of these."""
-        return any(self.of(kind) in criteria for kind in KINDS)
+    def uses(self, criterion: str) -> bool:
+        """Whether a criterion is one of the two."""
+        return criterion in (self.of("heads"), self.of("channels"))
 
 
 def parse_choice(text: str) -> Choice:
@@ -61,7 +64,7 @@ def parse_choice(text: str) -> Choice:
         heads = _heads(text, text)
         # `similarity+X` is the paper's combination: X for channels too.
         rest = None if heads.settles else heads.heads
-        return Choice(heads.heads, rest, heads.similar)
+        return Choice(heads.heads, rest, heads.similar, text)
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if set(parts) != set(KINDS) or text.count(",") != 1:
         raise SecateurError(f"criterion is '{text}'; a pair is written heads=X,channels=Y")
@@ -71,7 +74,7 @@ def parse_choice(text: str) -> Choice:
             + (": similarity is between heads" if SIMILARITY in parts["channels"] else "")
         )
     heads = _heads(parts["heads"], text)
-    return Choice(heads.heads, parts["channels"], heads.similar)
+    return Choice(heads.heads, parts["channels"], heads.similar, text)
 
 
 def _heads(name: str, text: str) -> Choice:

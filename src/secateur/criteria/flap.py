@@ -14,19 +14,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 
 
+@criterion("flap-wifv")
 def wifv(stats: Statistics) -> Tensor:
     """Score per unit (units); higher = keep."""
     return stats.per_unit(fluctuations(stats))
 
 
+@criterion("flap-ifv")
 def ifv(stats: Statistics) -> Tensor:
     """Score per unit (units); higher = keep."""
     return stats.per_unit(_shaped(stats, _variance(stats)))
 
 
+@criterion("flap-wifn")
 def wifn(stats: Statistics) -> Tensor:
     """Score per unit (units); higher = keep."""
     norm = stats.moments.mean_square_a().sqrt()

@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.criteria.divergence import Distance, jensen_shannon
-from secateur.model.activations import Arena, Rows
+from secateur.model.arena import Arena
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 CHUNK = 2**19

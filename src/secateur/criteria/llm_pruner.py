@@ -19,32 +19,26 @@ Scores of all modules come from one backward pass over the dense model, ahead of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from torch import Tensor
 
-from secateur.criteria.statistics import Statistics, sum_by_unit
+from secateur.criteria.registry import Named, gradient_criterion
+from secateur.criteria.statistics import sum_by_unit
 from secateur.model.structure import Depth2
 
-Named = Mapping[str, Tensor]
 
-
-def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units), from the backward pass; higher = keep."""
-    assert stats.scores is not None
-    return stats.scores
-
-
+@gradient_criterion("llm-pruner-vector")
 def vector(module: Depth2, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Score per unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.sum(1).abs())
 
 
+@gradient_criterion("llm-pruner-element1")
 def element1(module: Depth2, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Score per unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.abs().sum(1))
 
 
+@gradient_criterion("llm-pruner-element2", squares=True)
 def element2(module: Depth2, weights: Named, gradient: Named, square: Named) -> Tensor:
     """Score per unit (units), float64."""
     products = _products(module, weights, gradient)
@@ -60,14 +54,3 @@ def scored_weights(module: Depth2) -> tuple[str, ...]:
 
 def _products(module: Depth2, weights: Named, gradient: Named) -> dict[str, Tensor]:
     return {name: weights[name] * gradient[name] for name in scored_weights(module)}
-
-
-FROM_GRADIENTS: dict[str, Callable[[Depth2, Named, Named, Named], Tensor]] = {
-    "llm-pruner-vector": vector,
-    "llm-pruner-element1": element1,
-    "llm-pruner-element2": element2,
-}
-"""A module's scores from its weights, their gradients and the mean squares of these, all by tensor name."""
-
-NEEDS_SQUARES = frozenset({"llm-pruner-element2"})
-"""Criteria that look at the squared gradients too, for which rows run one by one."""

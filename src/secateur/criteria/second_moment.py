@@ -16,10 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Slab
 
 
+@criterion("second-moment", inputs=True)
 def scores(stats: Statistics) -> Tensor:
     """Score per unit (units); higher = keep."""
     half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
@@ -31,6 +33,7 @@ def scores(stats: Statistics) -> Tensor:
     return result
 
 
+@criterion("second-moment-identity")
 def identity(stats: Statistics) -> Tensor:
     """The same with S = I, from weights alone: A_j S A_j' is then ||A_j||^2, and b_j^2 more with a bias."""
     half_norm = 0.5 * stats.weight_ao.double().square().sum(1)

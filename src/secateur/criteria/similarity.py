@@ -1,15 +1,20 @@
 """Heads that attend alike: of every two, one can go (Greedy Output Approximation, criterion A, Algorithm 2).
 
-A criterion that scores units one by one can follow it: heads that resemble another one then leave first, and the rest
-by score. Alone, it knows no order but that of the heads.
+Alone, it gives a plan with exact heads (`secateur.plan.similar_heads`). In front of a criterion that scores or ranks
+units, heads that resemble another one leave first, and the rest by that criterion.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from secateur.criteria.statistics import Statistics
+from secateur.base.errors import SecateurError
 
 
 def candidates(distances_hh: Tensor, tau: float) -> tuple[int, ...]:
@@ -31,17 +36,94 @@ def candidates(distances_hh: Tensor, tau: float) -> tuple[int, ...]:
     return tuple((~free).nonzero()[:, 0].tolist())
 
 
-def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units): none is worth more than another; `similar_first` puts the similar ones in front."""
-    return torch.ones(stats.module.units, dtype=torch.float64)
-
-
-def similar_first(scores: Tensor, stats: Statistics) -> Tensor:
-    """Scores (units) by which similar heads, and groups with more of them, leave before all others."""
-    if not stats.similar:
+def put_first(scores: Tensor, first: frozenset[int], per_group: int) -> Tensor:
+    """Scores (units) by which some heads, and groups with more of them, leave before all others."""
+    if not first:
         return scores
     similar = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    similar[list(stats.similar)] = True
+    similar[list(first)] = True
     # More than all other scores of a group can differ by.
-    step = 2 * stats.module.per_group * float(scores.max() - scores.min()) or 1.0
+    step = 2 * per_group * float(scores.max() - scores.min()) or 1.0
     return torch.where(similar, scores - step, scores)
+
+
+@dataclass(frozen=True)
+class SimilarHeads:
+    """What was found in the chosen blocks."""
+
+    tau: float
+    """Two heads closer than it are similar."""
+    range: tuple[float, float]
+    """The least and the largest distance between two heads of a block."""
+    candidates: dict[int, tuple[int, ...]]
+    """Heads of each block that resemble another one."""
+    removed: dict[int, tuple[int, ...]] | None = None
+    """The heads that go, where similarity alone decides: as many candidates as leave whole groups, or equal ones."""
+    share: float | None = None
+    """Of the chosen blocks' attention parameters, what goes with them."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record of a run."""
+        record: dict[str, Any] = {"tau": self.tau, "distances": list(self.range), "attention_share": self.share}
+        blocks = []
+        for index, heads in self.candidates.items():
+            removed = {} if self.removed is None else {"removed": list(self.removed[index])}
+            blocks.append({"block": index, "candidates": list(heads), **removed})
+        return record | {"blocks": blocks}
+
+    def said(self) -> str:
+        """One clause for people."""
+        found = sum(map(len, self.candidates.values()))
+        what = f"tau {self.tau:.4g} finds {found} similar heads (distances {self.range[0]:.3g} to {self.range[1]:.3g})"
+        if self.removed is None:
+            return f"{what}; in each module they go first"
+        gone = sum(map(len, self.removed.values()))
+        which = "all" if gone == found else f"{gone} in whole key/value groups, or as many of every group,"
+        return f"{what}; {which} go, {self.share:.1%} of the attention's parameters"
+
+
+def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHeads:
+    """The similar heads of every block.
+
+    Args:
+        distances: of each block's heads (h x h).
+        tau: the threshold.
+
+    Raises:
+        SecateurError: no heads are similar, or all are.
+    """
+    values = all_distances(distances)
+    least, largest = values[0], values[-1]
+    if tau <= least:
+        raise SecateurError(
+            f"tau is {tau:g}, which removes nothing: the distances between heads go from {least:.3g} to {largest:.3g}; "
+            f"take more than {above(least)}"
+        )
+    near = {index: candidates(table, tau) for index, table in distances.items()}
+    if leaves_one(near, distances):
+        raise SecateurError(
+            f"tau is {tau:g}, which leaves each block a single head: the distances between heads go from {least:.3g} "
+            f"to {largest:.3g}; take {'a smaller one' if tau <= largest else f'less than {_below(largest)}'}"
+        )
+    return SimilarHeads(tau, (least, largest), near)
+
+
+def leaves_one(near: Mapping[int, tuple[int, ...]], distances: Mapping[int, Tensor]) -> bool:
+    """Whether all heads of each block are similar but one, which Algorithm 2 leaves."""
+    return all(len(heads) == len(distances[index]) - 1 for index, heads in near.items())
+
+
+def all_distances(distances: Mapping[int, Tensor]) -> list[float]:
+    """Distances of all pairs, ascending."""
+    upper = [table[torch.ones_like(table, dtype=torch.bool).triu(1)] for table in distances.values()]
+    return torch.cat(upper).sort().values.tolist()
+
+
+def above(value: float) -> str:
+    """A short number that is surely no smaller."""
+    return f"{math.ceil(value * 1e4) / 1e4:g}"
+
+
+def _below(value: float) -> str:
+    """A short number that is surely no larger."""
+    return f"{math.floor(value * 1e4) / 1e4:g}"

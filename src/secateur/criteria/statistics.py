@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.model.structure import Depth2
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import Normal, normal_equations
+from secateur.numerics.ridge import Normal, normal_equations
 
 
 @dataclass
@@ -31,10 +31,6 @@ class Statistics:
     own_target: bool
     """The target is what the dense weight yields on these very inputs; there is no cross moment."""
     seed: int
-    scores: Tensor | None = None
-    """Per unit, from the backward pass over the dense model; present if the criterion needs it."""
-    similar: frozenset[int] = frozenset()
-    """Heads that resemble another one: they leave first."""
     pull_ao: Tensor | None = None
     """What the refit is pulled to, where that is not `weight_ao`."""
 

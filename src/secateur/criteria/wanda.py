@@ -5,9 +5,11 @@ Source: the structured variant of Wanda (Sun et al., 2023) that FLAP (An et al.,
 
 from torch import Tensor
 
+from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 
 
+@criterion("wanda")
 def scores(stats: Statistics) -> Tensor:
     """Score per unit (units): sum over its inputs j of ||W[j, :]||_1 * sqrt(E[x_j^2]); higher = keep."""
     norm = stats.moments.mean_square_a().sqrt()

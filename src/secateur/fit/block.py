@@ -8,40 +8,38 @@ Shapes: rows x t x d for stored activations, t positions, d residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.choice import parse_choice
+from secateur.criteria.registry import Criteria
 from secateur.fit.recovery import Recovery
-from secateur.model.activations import Activations, Arena, Batch, Rows
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Kind
 from secateur.model.surgery import assign
-from secateur.survey.gradients import UnitScores
 
 
 @dataclass(frozen=True)
 class Method:
-    """How units are chosen and what is done about the loss."""
+    """How units are chosen, and how the others make up for them."""
 
-    criterion: str = "surgeon"
+    criterion: str | Criteria = "surgeon"
     recovery: Recovery = field(default_factory=Recovery)
     seed: int = 0
-    scores: UnitScores | None = None
-    """Of a criterion that needs gradients; by default `refit` takes them itself."""
-    similar: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Heads of each block that resemble another one and leave first."""
+    """Of the criterion `random`."""
 
-    def criterion_of(self, kind: Kind) -> str:
-        """The criterion for one kind of unit."""
-        return parse_choice(self.criterion).of(kind)
+    @property
+    def criteria(self) -> Criteria:
+        """The criterion of every module."""
+        return Criteria.of(self.criterion)
 
 
-class BlockWork:
+class BlockState:
     """One block's weights, goals and outputs, while it is being pruned."""
 
     def __init__(

@@ -7,25 +7,22 @@ the weights that come out are averaged. Rows that count nowhere follow the avera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.base.progress import Silent, Watcher
-from secateur.criteria import NEEDS_GRADIENTS
-from secateur.criteria.choice import parse_choice
 from secateur.fit.average import FittedBlock, mean_of, put_in
-from secateur.fit.block import BlockWork, Method
-from secateur.fit.module import ModuleWork
-from secateur.model.activations import Activations, Arena, Rows
+from secateur.fit.block import BlockState, Method
+from secateur.fit.module import ModuleState
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Keep, Width
+from secateur.model.structure import KINDS, Keep, Kind, Width
 from secateur.model.surgery import restored
-from secateur.plan.plan import Plan
-from secateur.survey.gradients import gradient_scores
+from secateur.plan.problem import Plan
 
 
 def refit(
@@ -61,9 +58,6 @@ def refit(
     dtype = dtype or stream.checkpoint.dtype
     watcher = watcher or Silent()
     rows = Rows.of(rows)
-    if parse_choice(method.criterion).uses(NEEDS_GRADIENTS) and method.scores is None and not plan.keeps:
-        scores = gradient_scores(stream, rows, method.criterion, arena_limit=arena_limit, watcher=watcher)
-        method = replace(method, scores=scores)
     with Arena(arena_limit) as arena, stream.quick():
         embedded = stream.embed(rows, arena)
         fits = [_Streams.of(part, embedded, stream, arena) for part in rows.fits()]
@@ -79,11 +73,12 @@ def refit(
                     continue
                 found: list[FittedBlock] = []
                 for one in fits:
-                    keep = found[0].keep if found else plan.keeps[index] if plan.keeps else None
+                    # The first fit chooses the units, where the plan does not name them; the others follow.
+                    chosen = {kind: found[0].keep.units(kind) for kind in KINDS} if found else plan.units.get(index, {})
                     with restored(layer):
-                        work = BlockWork(stream, index, layer, method, dtype, one.rows, arena)
-                        found.append(_fit(work, one, plan.widths[index], keep))
-                        del work
+                        state = BlockState(stream, index, layer, method, dtype, one.rows, arena)
+                        found.append(_fit(state, one, plan.widths[index], chosen))
+                        del state
                 fitted = mean_of(found, layer, dtype)
                 for one in beside:
                     stream.advance(index, layer, one.rows, one.dense)
@@ -113,13 +108,12 @@ class _Streams(NamedTuple):
         return result
 
 
-def _fit(work: BlockWork, streams: _Streams, width: Width, keep: Keep | None) -> FittedBlock:
+def _fit(state: BlockState, streams: _Streams, width: Width, chosen: Mapping[Kind, tuple[int, ...]]) -> FittedBlock:
     """One fit of one block; both streams are then behind it."""
-    work.run_dense(streams.dense)
+    state.run_dense(streams.dense)
     kept, reports = {}, []
     for kind in KINDS:
-        given = None if keep is None else keep.units(kind)
-        kept[kind], report = ModuleWork(work, kind, streams.pruned).prune(width, given)
+        kept[kind], report = ModuleState(state, kind, streams.pruned).prune(width, chosen.get(kind))
         reports.append(report)
-    work.run_pruned(streams.pruned)
-    return FittedBlock(work.index, Keep(kept["heads"], kept["channels"]), work.changed, tuple(reports))
+    state.run_pruned(streams.pruned)
+    return FittedBlock(state.index, Keep(kept["heads"], kept["channels"]), state.changed, tuple(reports))

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
-from secateur.criteria import NEEDS_INPUTS, Statistics, pattern_units, removal_order, survivors
-from secateur.fit.block import BlockWork
+from secateur.criteria.order import removal_order, survivors
+from secateur.criteria.statistics import Statistics
+from secateur.fit.block import BlockState
 from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.recovery import Fit, compensation, fit_level1, fit_level2, intercept
 from secateur.fit.target import ROUNDING, ModuleTarget
-from secateur.model.activations import Activations, Batch
+from secateur.model.arena import Activations
 from secateur.model.families import activation_of
+from secateur.model.rows import Batch
 from secateur.model.structure import Kind, Pattern, Width
 from secateur.model.surgery import inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import residual
+from secateur.numerics.ridge import residual
 from secateur.survey.survey import module_seed
 
 
@@ -68,13 +70,13 @@ class Inputs:
         return old if len(old) == len(self.entries) else old[self.entries]
 
 
-class ModuleWork:
+class ModuleState:
     """One module, while it is being pruned."""
 
-    def __init__(self, work: BlockWork, kind: Kind, pruned: Activations):
-        self.work, self.module, self.pruned = work, work.block.module(kind), pruned
-        self.stream, self.method, self.recovery = work.stream, work.method, work.method.recovery
-        self.target = ModuleTarget(work, self.module, pruned)
+    def __init__(self, state: BlockState, kind: Kind, pruned: Activations):
+        self.state, self.module, self.pruned = state, state.block.module(kind), pruned
+        self.stream, self.method, self.recovery = state.stream, state.method, state.method.recovery
+        self.target = ModuleTarget(state, self.module, pruned)
         self.norm = self.target.norm
 
     def prune(self, width: Width, given: tuple[int, ...] | None) -> tuple[tuple[int, ...], ModuleReport]:
@@ -82,7 +84,7 @@ class ModuleWork:
         module, recovery = self.module, self.recovery
         if recovery.method == "paper" and recovery.before:
             self._refit_level1()
-        old = self.norm.scale(inner_weight(module, self.work.tensors))
+        old = self.norm.scale(inner_weight(module, self.state.tensors))
         # Where units are given, a refit would not look at inputs that go.
         spared = bool(given) and recovery.method == "refit" and not recovery.before
         inputs, scored, source = self._collect(given if spared else None)
@@ -93,14 +95,14 @@ class ModuleWork:
             weight, bias, _ = fit_level2(inputs.moments, stats.normal, inputs.entries)
             choice.weight_ao, choice.pull_ao = weight, old
             changed = {module.level2.name: stored_weight(module, self.norm.unscale(weight))}
-            choice.tensors = self.work.tensors | changed
+            choice.tensors = self.state.tensors | changed
         keep = self._choose(choice, width) if given is None else given
         # Its Gram matrix is as large as the one that is solved next.
         del choice, scored
         kept = self._entries(keep)
         if recovery.method == "paper" and not recovery.before:
             self._refit_level1()
-            self.work.arena.release(inputs.stored)
+            self.state.arena.release(inputs.stored)
             inputs, _, _ = self._collect()
             stats = self._statistics(old, inputs.moments)
         if recovery.after:
@@ -113,15 +115,15 @@ class ModuleWork:
             fitted = weight[kept]
             error = residual(stats.normal, fitted, kept)
         if recovery.method == "bias" and self.target.fits_bias:
-            bias = compensation(inputs.moments, old, kept, self.work.tensors.get(module.bias_name))
+            bias = compensation(inputs.moments, old, kept, self.state.tensors.get(module.bias_name))
             # Centred moments leave the mean out of the error.
             error += inputs.moments.count * float(
                 (intercept(inputs.moments, fitted, kept) - bias).double().square().sum()
             )
         self._store(old, fitted, bias, kept)
         self._advance(inputs, kept)
-        self.work.arena.release(inputs.stored)
-        energy = self.work.goal[module.kind].energy(self.work.rows, self.norm.read_o)
+        self.state.arena.release(inputs.stored)
+        energy = self.state.goal[module.kind].energy(self.state.rows, self.norm.read_o)
         relative = error / energy if energy else 0.0
         report = ModuleReport(module.kind, len(keep), module.units, error / inputs.moments.count, relative)
         return keep, report
@@ -130,18 +132,16 @@ class ModuleWork:
         return inner_entries(self.module, keep).to(self.stream.device)
 
     def _statistics(self, old: Tensor, moments: Moments, source: Moments | None = None) -> Statistics:
-        module, index = self.module, self.work.index
+        module, index = self.module, self.state.index
         return Statistics(
             module=module,
-            tensors=self.work.tensors,
+            tensors=self.state.tensors,
             weight_ao=old,
             moments=moments,
             inputs=source,
             ridge=self.recovery.ridge,
             own_target=False,
             seed=module_seed(self.method.seed, index, module.kind),
-            scores=(self.method.scores or {}).get((index, module.kind)),
-            similar=frozenset(self.method.similar.get(index, ()) if module.kind == "heads" else ()),
         )
 
     def _collect(self, keep: tuple[int, ...] | None = None) -> tuple[Inputs, Moments, Moments | None]:
@@ -150,18 +150,18 @@ class ModuleWork:
         Beside what is fitted to: the moments to choose units by, which are the same ones unless the rows say
         otherwise, and for the same purpose those of the module's input. Neither is taken where units have been chosen.
         """
-        module, stream, rows = self.module, self.stream, self.work.rows
+        module, stream, rows = self.module, self.stream, self.state.rows
         entries = self._entries(tuple(range(module.units)) if keep is None else keep)
-        stored = self.work.arena.empty(rows, len(entries), stream.products)
+        stored = self.state.arena.empty(rows, len(entries), stream.products)
         moments = Moments(len(entries), stream.width, centre=self.target.fits_bias, device=stream.device)
         scored, source, watched = moments, None, [module.sink]
         if keep is None and rows.scores is not None:
             scored = Moments(len(entries), stream.width, centre=moments.centre, device=stream.device)
-        if keep is None and module.kind == "channels" and self.method.criterion_of(module.kind) in NEEDS_INPUTS:
+        if keep is None and module.kind == "channels" and self.method.criteria.named(module.kind).inputs:
             source = Moments(stream.width, device=stream.device)
             watched.insert(0, module.source)
         for at in rows.batches():
-            seen = self.work.inputs_of(module, self.pruned, at, *watched)
+            seen = self.state.inputs_of(module, self.pruned, at, *watched)
             x = seen[module.sink].flatten(0, -2)
             if keep is not None:
                 x = x[:, entries]
@@ -176,7 +176,7 @@ class ModuleWork:
                 source.update(seen[module.source].reshape(-1, stream.width), weight=at.score)
         if not (moments.finite() and scored.finite()):
             what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
-            raise SecateurError(f"block {self.work.index}: the {what} module gives NaN or infinite activations")
+            raise SecateurError(f"block {self.state.index}: the {what} module gives NaN or infinite activations")
         return Inputs(entries, stored, moments), scored, source
 
     def _choose(self, stats: Statistics, width: Width) -> tuple[int, ...]:
@@ -187,9 +187,9 @@ class ModuleWork:
         stop = width.along(pattern)
         if stop == 0:
             return ()
-        if stop == pattern_units(module, pattern):
+        if stop == module.steps(pattern):
             return tuple(range(module.units))
-        criterion = self.method.criterion_of(module.kind)
+        criterion = self.method.criteria.module(self.state.index, module.kind)
         return survivors(module, pattern, removal_order(criterion, stats, pattern, stop))
 
     def _refit_level1(self) -> None:
@@ -197,42 +197,42 @@ class ModuleWork:
         module, width = self.module, self.stream.width
         biased = any(slab.name.endswith(".bias") for slab in module.level1)
         moments = Moments(width, width, centre=biased, device=self.stream.device)
-        for at in self.work.rows.batches():
-            dense = self.work.input[module.kind][at].to(self.stream.device)
-            source = self.work.inputs_of(module, self.pruned, at, module.source)[module.source]
+        for at in self.state.rows.batches():
+            dense = self.state.input[module.kind][at].to(self.stream.device)
+            source = self.state.inputs_of(module, self.pruned, at, module.source)[module.source]
             moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
-        self.work.change(fit_level1(module, self.work.tensors, moments, self.recovery.ridge))
+        self.state.change(fit_level1(module, self.state.tensors, moments, self.recovery.ridge))
 
     def _fit_both(self, keep: tuple[int, ...], inputs: Inputs, fit: Fit) -> tuple[Inputs, Fit]:
         """Level 1 of the feed-forward fitted along, then level 2 once more; all as it was where that gains nothing.
 
         Takes a fit of level 2 and the inputs that it is for, and returns those that hold then, of kept units alone.
         """
-        module, work = self.module, self.work
-        before = {slab.name: work.tensors[slab.name] for slab in module.scored}
-        work.change(self._level1_step(self._entries(keep), inputs, fit))
-        work.arena.release(inputs.stored)
+        module, state = self.module, self.state
+        before = {slab.name: state.tensors[slab.name] for slab in module.scored}
+        state.change(self._level1_step(self._entries(keep), inputs, fit))
+        state.arena.release(inputs.stored)
         inputs, _, _ = self._collect(keep)
-        old = inputs.weights(self.norm.scale(inner_weight(module, work.tensors)))
+        old = inputs.weights(self.norm.scale(inner_weight(module, state.tensors)))
         everything = inputs.among(inputs.entries)
         again = fit_level2(inputs.moments, self._statistics(old, inputs.moments).normal, everything)
         if again.error < fit.error:
             return inputs, again
-        work.change(before)
-        work.arena.release(inputs.stored)
+        state.change(before)
+        state.arena.release(inputs.stored)
         return self._collect(keep)[0], fit
 
     def _level1_step(self, kept: Tensor, inputs: Inputs, fit: Fit) -> dict[str, Tensor]:
         """New level-1 weights, from one Gauss-Newton step at a fit of level 2."""
-        module, work, device, width = self.module, self.work, self.stream.device, self.stream.width
+        module, state, device, width = self.module, self.state, self.stream.device, self.stream.width
         activation, dtype = activation_of(self.stream.checkpoint.config), fast_dtype(device)
-        batches = [at for at in work.rows.batches() if at.weight]
-        source = work.arena.empty(work.rows, width, dtype)
-        stored = [work.arena.empty(work.rows, len(kept), dtype) for _ in module.scored]
-        tangent = Tangent(fit.weight_ko, len(stored), width, sum(work.rows.ids(at).numel() for at in batches))
+        batches = [at for at in state.rows.batches() if at.weight]
+        source = state.arena.empty(state.rows, width, dtype)
+        stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]
+        tangent = Tangent(fit.weight_ko, len(stored), width, sum(state.rows.ids(at).numel() for at in batches))
         stay = inputs.among(kept)
         for at in batches:
-            s = work.inputs_of(module, self.pruned, at, module.source)[module.source].reshape(-1, width)
+            s = state.inputs_of(module, self.pruned, at, module.source)[module.source].reshape(-1, width)
             wanted = self.target.of(at)
             counts = torch.ones(len(s), device=device) if wanted.counts is None else wanted.counts.sqrt()
             root = at.weight**0.5 * counts[:, None]
@@ -240,7 +240,7 @@ class ModuleWork:
             given = inputs.at(at, stay).reshape(len(s), -1) @ fit.weight_ko
             target = wanted.target if fit.bias is None else wanted.target - fit.bias
             error = target * root - given * scaled
-            found = [f * scaled for f in factors(activation, outputs(module, work.tensors, s, kept))]
+            found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s, kept))]
             source[at] = s
             for room, factor in zip(stored, found, strict=True):
                 room[at] = factor
@@ -253,8 +253,8 @@ class ModuleWork:
 
         changes = tangent.step(parts, self.recovery.ridge, self.recovery.level1)
         for room in (source, *stored):
-            work.arena.release(room)
-        result = {slab.name: work.tensors[slab.name].clone() for slab in module.scored}
+            state.arena.release(room)
+        result = {slab.name: state.tensors[slab.name].clone() for slab in module.scored}
         for slab, change in zip(module.scored, changes, strict=True):
             result[slab.name].index_add_(slab.axis, slab.offset + kept, change.movedim(0, slab.axis))
         return result
@@ -266,13 +266,13 @@ class ModuleWork:
         changes = {self.module.level2.name: stored_weight(self.module, full)}
         if bias is not None:
             changes[self.module.bias_name] = bias
-        self.work.change(changes)
+        self.state.change(changes)
 
     def _advance(self, inputs: Inputs, kept: Tensor) -> None:
         """The module's level-2 outputs, from its stored inputs."""
-        module, work, stay = self.module, self.work, inputs.among(kept)
-        weight = inner_weight(module, work.tensors)[kept].contiguous()
-        bias = work.tensors.get(module.bias_name)
-        for at in work.rows.batches():
+        module, state, stay = self.module, self.state, inputs.among(kept)
+        weight = inner_weight(module, state.tensors)[kept].contiguous()
+        bias = state.tensors.get(module.bias_name)
+        for at in state.rows.batches():
             y = inputs.at(at, stay) @ weight
-            work.output[module.kind][at] = y if bias is None else y + bias
+            state.output[module.kind][at] = y if bias is None else y + bias

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.model.structure import Depth2
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import Normal, normal_equations, refit
+from secateur.numerics.ridge import Normal, least_squares, normal_equations
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Recovery:
 
     method: str = "refit"
     when: str = "after"
+    """Of `paper`: level 2 is refitted `before` the choice of units, `after` it, or `both`."""
     ridge: float = 0.3
-    intercept: bool = False
-    """Fit a level-2 bias even where the architecture stores none."""
     level1: int = 8
     """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
     usual: float = 1.0
@@ -44,17 +43,17 @@ class Recovery:
     @property
     def fits_level1(self) -> bool:
         """Level 1 of the feed-forward is fitted along with level 2."""
-        return self.method == "refit" and self.after and self.level1 > 0
+        return self.method == "refit" and self.level1 > 0
 
     @property
     def before(self) -> bool:
         """Refit all units ahead of the choice."""
-        return self.fits and self.when in ("before", "both")
+        return self.method == "paper" and self.when in ("before", "both")
 
     @property
     def after(self) -> bool:
         """Refit the kept units."""
-        return self.fits and self.when in ("after", "both")
+        return self.method == "refit" or (self.method == "paper" and self.when in ("after", "both"))
 
 
 class Fit(NamedTuple):
@@ -69,7 +68,7 @@ class Fit(NamedTuple):
 
 def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
     """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
-    weight, error = refit(normal, keep)
+    weight, error = least_squares(normal, keep)
     return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
 
 
@@ -81,7 +80,7 @@ def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
 def compensation(moments: Moments, weight_ao: Tensor, keep: Tensor, bias_o: Tensor | None) -> Tensor:
     """The bias (o) with which the kept inputs give the mean output of all inputs, weights unchanged.
 
-    Inputs are those that the moments were taken of. In `steps/fit_module.py` that is the pruned stream, so that the
+    Inputs are those that the moments were taken of. In `fit/module.py` that is the pruned stream, so that the
     mean is right where the module will stand; FLAP itself takes its means from the dense model.
     """
     gone = torch.ones(weight_ao.shape[0], dtype=torch.bool, device=weight_ao.device)
@@ -103,7 +102,7 @@ def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, r
     for name, slab in slabs.items():
         old = tensors[name].movedim(slab.axis, 1)
         cross = inputs.cross() @ old
-        weight, _ = refit(normal_equations(inputs.gram(), cross, 0.0, old, ridge), everything)
+        weight, _ = least_squares(normal_equations(inputs.gram(), cross, 0.0, old, ridge), everything)
         result[name] = weight.movedim(1, slab.axis).contiguous()
         if slab.bias in tensors:
             shift = inputs.mean_o @ old.double() - inputs.mean_a @ weight.double()

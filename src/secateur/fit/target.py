@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.fit.block import BlockWork
-from secateur.model.activations import Activations, Batch
+from secateur.fit.block import BlockState
+from secateur.model.arena import Activations
 from secateur.model.post_norm import PostNorm
+from secateur.model.rows import Batch
 from secateur.model.structure import Depth2
 
 ROUNDING = 1e-6
@@ -45,15 +46,15 @@ class BatchTarget(NamedTuple):
 class ModuleTarget:
     """What one module's level 2 is to give in the pruned stream."""
 
-    def __init__(self, work: BlockWork, module: Depth2, pruned: Activations):
-        self.work, self.module, self.pruned = work, module, pruned
-        self.norm = PostNorm(work.stream, work.index, work.layer, module)
-        recovery = work.method.recovery
+    def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
+        self.state, self.module, self.pruned = state, module, pruned
+        self.norm = PostNorm(state.stream, state.index, state.layer, module)
+        recovery = state.method.recovery
         # Where the residual stream itself is normalised (OPT-350m), the error so far cannot be repaired.
-        additive = getattr(work.stream.checkpoint.config, "do_layer_norm_before", True)
+        additive = getattr(state.stream.checkpoint.config, "do_layer_norm_before", True)
         self.repairs = additive and recovery.method != "paper"
         """Whether it aims at the error so far as well."""
-        biased = module.bias is not None or recovery.intercept or recovery.method == "bias"
+        biased = module.bias is not None or recovery.method == "bias"
         self.fits_bias = recovery.method != "none" and module.free_bias and biased
         """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
         # What repairs nothing sees all tokens alike, as the formulas of criteria and of FLAP's bias have it.
@@ -68,13 +69,13 @@ class ModuleTarget:
         scale = self.norm.inverse_rms(z)
         scale = None if scale is None else scale.reshape(-1, 1)
         if self.module.bias is not None and not self.fits_bias:
-            stays = self.norm.scale(self.work.tensors[self.module.bias])
+            stays = self.norm.scale(self.state.tensors[self.module.bias])
             target = target - (stays if scale is None else stays * scale)
         return BatchTarget(target, scale, self._counts(target, z))
 
     def _dense(self, at: Batch) -> Tensor:
         """The module's level-2 output in the dense model."""
-        return self.work.output[self.module.kind][at].to(self.work.stream.device)
+        return self.state.output[self.module.kind][at].to(self.state.stream.device)
 
     def _target(self, z: Tensor, at: Batch) -> Tensor:
         """What the module should add to the residual stream, in the units in which errors count."""
@@ -87,17 +88,17 @@ class ModuleTarget:
 
     def _missing(self, at: Batch) -> Tensor:
         """What the pruned stream without the module lacks of the dense stream behind it."""
-        work, module = self.work, self.module
-        without = work.done(module, at) | {module: None}
-        if module is work.block.attention:
-            without[work.block.feed_forward] = None
-        return work.goal[module.kind][at].to(work.stream.device) - work.run(self.pruned, at, replay=without)
+        state, module = self.state, self.module
+        without = state.done(module, at) | {module: None}
+        if module is state.block.attention:
+            without[state.block.feed_forward] = None
+        return state.goal[module.kind][at].to(state.stream.device) - state.run(self.pruned, at, replay=without)
 
     def _share_repairs(self) -> None:
         """Settle what each output behind a norm takes over of the error so far."""
-        stream = self.work.stream
+        stream = self.state.stream
         own, inherited = torch.zeros(2, stream.width, dtype=torch.float64, device=stream.device)
-        for at in self.work.rows.batches():
+        for at in self.state.rows.batches():
             after = self.norm.after(self._dense(at))
             error = self._missing(at) - after
             for total, part in ((own, after), (inherited, error)):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.model.activations import Activations, Rows
+from secateur.model.arena import Activations
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.survey.probes import STRIDE, divergence_from
 

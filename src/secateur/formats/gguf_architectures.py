@@ -190,7 +190,7 @@ _ACTIVATIONS = {
 
 
 LEVEL2 = frozenset({"attn_output", "ffn_down"})
-"""The output layers of both modules, which an intercept gives biases."""
+"""The output layers of both modules, which an biases gives biases."""
 
 
 @dataclass
@@ -372,7 +372,7 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
 
 
 def gguf_obstacle(
-    checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, intercept: bool = False
+    checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, biases: bool = False
 ) -> str | None:
     """Why no GGUF file can hold a model at some widths, or None; reads no weights.
 
@@ -380,10 +380,10 @@ def gguf_obstacle(
         checkpoint: the model, pruned or not.
         widths: of every block, in order.
         type: a name in `TYPES`.
-        intercept: whether the output layers of both modules get biases.
+        biases: whether the output layers of both modules get biases.
     """
     try:
-        choose(Model(checkpoint, list(widths), LEVEL2 if intercept else frozenset()), type)
+        choose(Model(checkpoint, list(widths), LEVEL2 if biases else frozenset()), type)
     except SecateurError as error:
         return str(error).removeprefix(f"{checkpoint.source}: ")
     return None

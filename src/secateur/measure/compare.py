@@ -20,9 +20,10 @@ from secateur.measure.speed import Speed, compare_speed
 from secateur.measure.speed import speed as measure_speed
 from secateur.measure.tasks import Kept, TaskResult, kept, open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.families import positions_of
 from secateur.model.tokens import begins_with_bos
 from secateur.text.calibration import check_calibration, consecutive_rows
-from secateur.text.documents import RANDOM
+from secateur.text.sources import RANDOM
 
 PROMPT, NEW = 512, 32
 """Tokens read and written when speed is measured, where the model has positions for them."""
@@ -257,13 +258,13 @@ def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, 
         length=length,
         tokens=tokens,
         vocab_size=checkpoint.config.vocab_size,
-        max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+        max_positions=checkpoint.max_positions,
     )
 
 
 def _speeds(networks: list[Any], scores: list[ModelScore]) -> tuple[float, float] | None:
     """Put each model's speed into its scores; two of them also give the first one's ratios to the second."""
-    positions = min(getattr(n.config, "max_position_embeddings", None) or PROMPT + NEW for n in networks)
+    positions = min(positions_of(n.config) or PROMPT + NEW for n in networks)
     new = min(NEW, max(1, positions // 4))
     prompt = min(PROMPT, positions - new)
     if len(networks) == 1:

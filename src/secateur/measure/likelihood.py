@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
+from secateur.model.families import positions_of
 from secateur.model.tokens import encode
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def log_likelihoods(
     questions: dict[tuple[int, ...], _Answers] = {}
     for index, (question, answer) in enumerate(pairs):
         before, after = _ids(tokenizer, question, answer)
-        before = _fitting(before, after, getattr(model.config, "max_position_embeddings", None))
+        before = _fitting(before, after, positions_of(model.config))
         if max(*before, *after) >= vocabulary:
             raise SecateurError(f"an answer holds ids outside the model's {vocabulary}: wrong tokenizer for this model")
         questions.setdefault(tuple(before), []).append((index, after))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.base.errors import SecateurError
+from secateur.model.families import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +103,7 @@ def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int,
         if value < 1:
             raise SecateurError(f"{name} is {value}, but at least 1 is needed to measure speed")
     for model in models:
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = positions_of(model.config)
         # The last token is never fed back, so it needs no position.
         if positions is not None and prompt + new > positions:
             raise SecateurError(

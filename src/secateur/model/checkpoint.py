@@ -18,10 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
+from secateur.base.words import some
 from secateur.model.config_file import load_config, read_config
+from secateur.model.families import positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
-from secateur.model.weights import TensorInfo, list_tensors, read_tensor, some
+from secateur.model.weights import TensorInfo, list_tensors, read_tensor
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Causal masks and rotary tables, which old checkpoints carry and every model computes anew."""
@@ -119,6 +121,11 @@ class Checkpoint:
                     file.seek(info.offset + max(0, info.bytes - _SAMPLE) * part // 2)
                     digest.update(file.read(min(_SAMPLE, info.bytes)))
         return digest.hexdigest()[:32]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row that the model's positions allow, if there is a limit."""
+        return positions_of(self.config)
 
     @property
     def bytes(self) -> int:

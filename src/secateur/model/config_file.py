@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
 
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")

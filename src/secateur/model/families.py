@@ -126,6 +126,11 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def positions_of(config: Any) -> int | None:
+    """The longest row that a model's positions allow, if there is a limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 def activation_of(config: Any) -> Callable[[Tensor], Tensor]:
     """The function between the two levels of the feed-forward."""
     names = ("hidden_activation", "activation_function", "hidden_act")

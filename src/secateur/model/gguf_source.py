@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import cache_folder, whole
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_config import check_read, complete
 
@@ -49,30 +47,17 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     if folder.is_dir():
         return folder
     reader = _opened(file)
-    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     try:
-        partial.mkdir(parents=True)
-        _convert(file, reader, partial, dtype)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process has finished first; its folder is as good as this one.
-            if not folder.is_dir():
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole(folder) as partial:
+            partial.mkdir()
+            _convert(file, reader, partial, dtype)
     except OSError as error:
         raise SecateurError(
-            f"{partial.parent}: the dequantised model cannot be written ({first_line(error)}); "
+            f"{folder.parent}: the dequantised model cannot be written ({first_line(error)}); "
             "make room, or set XDG_CACHE_HOME to another folder"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where dequantised models are kept, and whatever else is worth keeping from run to run."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "secateur"
 
 
 def _key(file: Path, start: bytes, dtype: torch.dtype) -> str:

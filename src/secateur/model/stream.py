@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
-from secateur.model.activations import Activations, Arena, Rows
+from secateur.model.arena import Activations, Arena
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import describe, family_of
+from secateur.model.rows import Rows
 from secateur.model.structure import Block, Depth2
 from secateur.model.surgery import assign
 

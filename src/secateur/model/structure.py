@@ -95,6 +95,10 @@ class Depth2:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
         return self.post_norm is None
 
+    def steps(self, pattern: Pattern) -> int:
+        """How many steps of width a pattern has: groups, heads per group, or channels."""
+        return {"groups": self.groups, "heads": self.per_group, "channels": self.units}[pattern]
+
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The ways in which units of this module may leave so that the tensors keep a loadable layout."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import parse_json
+from secateur.base.words import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -166,12 +167,6 @@ def has_weights(folder: Path) -> bool:
         return True
     index = folder / INDEX
     return index.is_file() and all((folder / shard).is_file() for shard in index_shards(index))
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """The first few of a list of names, and how many more there are."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _no_weights(folder: Path) -> str:

@@ -14,7 +14,6 @@ import inspect
 import json
 import platform
 import random
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,10 +30,11 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
-from secateur.base.json_text import parse_json
+from secateur.base.errors import SecateurError
+from secateur.base.files import cache_folder, parse_json, write_whole
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
-from secateur.model.gguf_source import cache_folder
+from secateur.model.families import positions_of
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Kind, Width
@@ -300,7 +300,7 @@ def _one_layer(stream: BlockStream, index: int, device: torch.device, dtype: tor
 
 def _length(config: Any) -> int:
     """Tokens of a prompt that leaves room for one more."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     return LENGTH if positions is None else max(1, min(LENGTH, positions - 1))
 
 
@@ -416,12 +416,7 @@ def _line(points: Any) -> Line:
 
 
 def _keep(file: Path, facts: dict[str, Any], table: Latency) -> None:
-    """Put a table into the cache, whole or not at all; where that cannot be, the next run measures again."""
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    with suppress(OSError):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({**asdict(table), "facts": facts}, indent=1), encoding="utf-8")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+    """Put a table into the cache; where that cannot be, the next run measures again."""
+    with suppress(OSError, SecateurError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({**asdict(table), "facts": facts}, indent=1))

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import parse_json
 from secateur.model.structure import KINDS, Block, Keep, Kind, Width
 from secateur.model.surgery import width_of
 from secateur.plan.allocation import attention_widths
 
+Units = dict[int, dict[Kind, tuple[int, ...]]]
+"""The units to keep, by block and module."""
 KEYS = frozenset({"block", "width", "heads", "channels", "modules"})
 """What a block's entry may hold; `modules` is what `prune` reports of it."""
 
 
-def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], dict[int, Keep] | None]:
+def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], Units]:
     """Widths, and exact units where the file has them: a secateur.json, or what `secateur plan` writes, edited or not.
 
     Args:
@@ -27,7 +29,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
         fingerprint: of the model's weights; compared where the file has one.
 
     Returns:
-        The width of every block in the file; and its units, or None if the file leaves the choice open.
+        The width of every block in the file; and its units, none where the file leaves the choice open.
 
     Raises:
         SecateurError: it is no plan, one of another model, or its indices repeat or do not exist.
@@ -39,7 +41,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     if raw.get("fingerprint") not in (None, fingerprint):
         raise SecateurError(f"{path}: a plan for another model; remove its fingerprint to use it all the same")
     widths: dict[int, Width] = {}
-    keeps: dict[int, Keep] = {}
+    units: Units = {}
     for entry in entries:
         index = entry.get("block")
         if type(index) is not int or not 0 <= index < len(blocks):
@@ -54,8 +56,8 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
         if "heads" in entry or "channels" in entry:
             heads, channels = (_units(path, index, blocks[index], kind, entry.get(kind)) for kind in KINDS)
             _check_groups(path, index, blocks[index], heads)
-            keeps[index] = Keep(heads, channels)
-            widths[index] = width_of(blocks[index], keeps[index])
+            units[index] = {"heads": heads, "channels": channels}
+            widths[index] = width_of(blocks[index], Keep(heads, channels))
             if "width" in entry and _width(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
                     f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "
@@ -63,10 +65,10 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
                 )
         else:
             widths[index] = _width(path, index, blocks[index], entry.get("width"))
-    if keeps and len(keeps) < len(widths):
-        bare = next(index for index in widths if index not in keeps)
+    if units and len(units) < len(widths):
+        bare = next(index for index in widths if index not in units)
         raise SecateurError(f"{path}: block {bare} has no heads and channels, as others have; list them everywhere")
-    return dict(sorted(widths.items())), dict(sorted(keeps.items())) or None
+    return dict(sorted(widths.items())), dict(sorted(units.items()))
 
 
 def _width(path: Path, index: int, block: Block, given: Any) -> Width:

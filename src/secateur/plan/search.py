@@ -7,24 +7,25 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
-from secateur.plan.plan import Plan, Wish, plan
+from secateur.plan.plan import plan
+from secateur.plan.problem import Plan, PlanProblem
 from secateur.survey.curves import Survey
 
 TRIES, MOST = 5, 10
 """Prunings after which the best one is taken, and after which none is found; each is measured whole."""
 CLOSE = 0.97
 """A loss between this share of the allowed one and all of it ends the search."""
-HELD_OUT = 16
-"""Rows on which the loss is measured."""
 
 
-def smallest_within(wish: Wish, widths: str, survey: Survey, ratio: float, loss: Callable[[Plan], float]) -> Plan:
+def smallest_within(
+    problem: PlanProblem, widths: str, survey: Survey, ratio: float, loss: Callable[[Plan], float]
+) -> Plan:
     """Find the plan that removes most while the perplexity stays within a ratio.
 
     The survey's prices add up to about the logarithm of the ratio; each measurement corrects them by a factor.
 
     Args:
-        wish: what plans may do; its goal is replaced.
+        problem: what plans may do; its goal is replaced.
         widths: see `plan`.
         survey: of the model.
         ratio: the most that perplexity over dense may be, above 1.
@@ -40,7 +41,7 @@ def smallest_within(wish: Wish, widths: str, survey: Survey, ratio: float, loss:
     for attempt in range(MOST):
         if attempt >= TRIES and best is not None:
             break
-        last, tried = tried, _priced_at(wish, widths, survey, allowed * (1 + CLOSE) / 2 / factor)
+        last, tried = tried, _priced_at(problem, widths, survey, allowed * (1 + CLOSE) / 2 / factor)
         if last is not None and tried.widths == last.widths:
             break
         found = loss(tried)
@@ -59,14 +60,14 @@ def smallest_within(wish: Wish, widths: str, survey: Survey, ratio: float, loss:
     return best
 
 
-def _priced_at(wish: Wish, widths: str, survey: Survey, price: float) -> Plan:
+def _priced_at(problem: PlanProblem, widths: str, survey: Survey, price: float) -> Plan:
     """The largest cut that the survey expects to cost no more."""
     low, high = 0.0, 1.0
     best: Plan | None = None
     for _ in range(12):
         middle = (low + high) / 2
         try:
-            tried = plan(replace(wish, goal=middle, meter=wish.parameters), widths, survey)
+            tried = plan(replace(problem, goal=middle, meter=problem.parameters), widths, survey)
         except SecateurError:
             high = middle
             continue
@@ -75,4 +76,4 @@ def _priced_at(wish: Wish, widths: str, survey: Survey, price: float) -> Plan:
         else:
             high = middle
             best = best if best is not None or middle > 0.001 else tried
-    return best if best is not None else plan(replace(wish, goal=0.01, meter=wish.parameters), widths, survey)
+    return best if best is not None else plan(replace(problem, goal=0.01, meter=problem.parameters), widths, survey)

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from secateur.criteria import pattern_units
 from secateur.model.structure import Block, Depth2, Pattern, Width
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.prices import Prices
 
 if TYPE_CHECKING:
-    from secateur.plan.plan import Plan
+    from secateur.plan.problem import Plan
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "{{DATA}}"
@@ -92,7 +91,7 @@ def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, 
 
 def _curve(block: Block, module: Depth2, curve: Curve, prices: Prices) -> dict[str, Any]:
     """One curve: units left, share of the module's output that is lost, and price, from dense to nothing."""
-    units = pattern_units(module, curve.pattern)
+    units = module.steps(curve.pattern)
     gone = [*_thinned(len(curve.errors)), units]
     lost = [_share(curve.errors[count], curve) for count in gone[:-1]]
     return {
@@ -122,9 +121,7 @@ def _scores(block: Block, module: Depth2, curve: Curve, prices: Prices) -> list[
 
 def _price(block: Block, module: Depth2, curve: Curve, gone: int, prices: Prices) -> float:
     """Of a module with that many of the pattern's units gone, in nats per token."""
-    return prices.of(
-        curve.block, module, _width(block.width, curve.pattern, pattern_units(module, curve.pattern) - gone)
-    )
+    return prices.of(curve.block, module, _width(block.width, curve.pattern, module.steps(curve.pattern) - gone))
 
 
 def _width(dense: Width, pattern: Pattern, left: int) -> Width:

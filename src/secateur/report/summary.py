@@ -11,15 +11,15 @@ import torch
 import transformers
 
 import secateur
-from secateur.base.digests import hash_of
+from secateur.base.files import hash_of
 from secateur.commands.options import Options
 from secateur.fit.average import FittedBlock
 from secateur.formats.vllm import vllm_obstacle
-from secateur.model.activations import Rows
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
 from secateur.plan.meters import Meter, cache_meter
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def record(
     done: list[FittedBlock],
     rows: Rows,
     bos: bool,
-    scale: float = 1.0,
+    norm_scale: float | None = None,
 ) -> dict[str, Any]:
     """What was kept where and why: secateur.json."""
     dense = stream.blocks[min(decided.widths)].width
@@ -145,7 +145,7 @@ def record(
             "note": decided.note,
         },
         "price": decided.price,
-        "final_norm_scale": scale,
+        "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "dense_width": asdict(dense),
         "blocks": [
             {
@@ -157,4 +157,4 @@ def record(
             }
             for block in done
         ],
-    }
+    } | ({"similarity": decided.similar.as_dict()} if decided.similar else {})

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
-from secateur.base.whole_file import write_whole
+from secateur.base.files import parse_json, write_whole
 from secateur.model.structure import Kind, Pattern
 
 

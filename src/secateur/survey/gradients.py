@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
-from secateur.criteria.choice import parse_choice
-from secateur.criteria.llm_pruner import FROM_GRADIENTS, NEEDS_SQUARES, scored_weights
-from secateur.model.activations import Activations, Arena, Batch, Rows
+from secateur.criteria.llm_pruner import scored_weights
+from secateur.criteria.registry import Criteria, UnitScores
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Kind
 from secateur.survey.loss import summed_loss
-
-UnitScores = dict[tuple[int, Kind], Tensor]
-"""One score for each unit (units), float64, by block and module."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class BlockGradients:
 def gradient_scores(
     stream: BlockStream,
     rows: Tensor | Rows,
-    criterion: str,
+    criterion: str | Criteria,
     *,
     blocks: range | None = None,
     arena_limit: int | None = None,
@@ -57,7 +55,7 @@ def gradient_scores(
     Args:
         stream: an open model.
         rows: as for `gradients`.
-        criterion: one of `NEEDS_GRADIENTS`, or a pair with one of them.
+        criterion: criteria, of which one at least is made from gradients.
         blocks: which blocks; all by default.
         arena_limit: as for `gradients`.
         watcher: told about progress.
@@ -65,12 +63,12 @@ def gradient_scores(
     Raises:
         SecateurError: as `gradients`.
     """
-    found: UnitScores = {}
-    choice = parse_choice(criterion)
-    squares = choice.uses(NEEDS_SQUARES)
+    found: dict[tuple[int, Kind], Tensor] = {}
+    criteria = Criteria.of(criterion)
+    squares = criteria.need_squares
     for block in gradients(stream, rows, blocks=blocks, squares=squares, arena_limit=arena_limit, watcher=watcher):
         for kind in KINDS:
-            if (score := FROM_GRADIENTS.get(choice.of(kind))) is not None:
+            if (score := criteria.named(kind).from_gradients) is not None:
                 module = stream.blocks[block.index].module(kind)
                 found[block.index, kind] = score(module, block.weights, block.gradient, block.square)
         # Else they would stay while the next block's gradients are taken.

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from secateur.model.activations import Activations, Rows
+from secateur.model.arena import Activations
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.criteria import pattern_units
 from secateur.model.structure import KINDS, Block, Depth2, Kind, Pattern, Width
 from secateur.survey.curves import Curve, Survey
 
@@ -56,7 +55,7 @@ class Prices:
             left = width.along(pattern)
             if left == 0:
                 return self._whole[key]
-            gone = pattern_units(module, pattern) - left
+            gone = module.steps(pattern) - left
             if gone:
                 total += float(self._curves[key][pattern][gone])
         return total

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
-from secateur.model.activations import BATCH_TOKENS, Activations, Arena, Rows
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
 from secateur.survey.curves import Probe

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from secateur.base.progress import Silent, Watcher
-from secateur.criteria import NEEDS_GRADIENTS, NEEDS_INPUTS, Statistics, error_curve, pattern_units, survivors
-from secateur.criteria.choice import parse_choice
-from secateur.model.activations import Arena, Batch, Rows
+from secateur.criteria.order import error_curve, survivors
+from secateur.criteria.registry import Criteria, Criterion
+from secateur.criteria.statistics import Statistics
+from secateur.model.arena import Arena
 from secateur.model.post_norm import PostNorm
+from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind
 from secateur.model.surgery import inner_entries, inner_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import refit
+from secateur.numerics.ridge import least_squares
 from secateur.survey.curves import Curve, Survey
-from secateur.survey.gradients import UnitScores, gradient_scores
 from secateur.survey.probes import Cut, Probes
 
 PROBED = (0.25, 0.6)
@@ -41,10 +42,9 @@ def survey(
     probe_rows: Tensor | None = None,
     blocks: range | None = None,
     kinds: tuple[Kind, ...] = ("heads", "channels"),
-    criterion: str = "surgeon",
+    criterion: str | Criteria = "surgeon",
     ridge: float = 0.3,
     seed: int = 0,
-    similar: Mapping[int, tuple[int, ...]] | None = None,
     watcher: Watcher | None = None,
 ) -> Survey:
     """Measure every module's error at every width.
@@ -55,21 +55,17 @@ def survey(
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         blocks: which blocks; all by default.
         kinds: which modules.
-        criterion: the order in which units leave; see `secateur.criteria.choice.parse_choice`.
+        criterion: the order in which units leave: criteria by name, or made ready.
         ridge: of the refit that the error assumes.
         seed: for the criterion `random`.
-        similar: heads of each block that resemble another one and leave first.
         watcher: told about progress.
     """
     blocks = blocks if blocks is not None else range(len(stream))
-    watcher, choice = watcher or Silent(), parse_choice(criterion)
+    watcher, criteria = watcher or Silent(), Criteria.of(criterion)
     curves: list[Curve] = []
     fitted = Rows.of(rows)
     rows = fitted if probe_rows is None else fitted.along(probe_rows)
     probed = len(fitted.groups)
-    scores: UnitScores = {}
-    if choice.uses(NEEDS_GRADIENTS):
-        scores = gradient_scores(stream, fitted, criterion, blocks=blocks, watcher=watcher)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         probes = None if probe_rows is None else Probes(stream, rows, probed, arena)
@@ -87,7 +83,7 @@ def survey(
                         index,
                         layer,
                         kind,
-                        inputs=kind == "channels" and choice.of(kind) in NEEDS_INPUTS,
+                        inputs=kind == "channels" and criteria.named(kind).inputs,
                         apart=rows.scores is not None,
                     )
                     for kind in kinds
@@ -109,21 +105,21 @@ def survey(
                         ridge=ridge,
                         own_target=True,
                         seed=module_seed(seed, index, module.kind),
-                        scores=scores.get((index, module.kind)),
-                        similar=frozenset((similar or {}).get(index, ()) if module.kind == "heads" else ()),
                     )
                     apart = None if collector.scored is None else replace(stats, moments=collector.scored)
-                    found, cuts = _measure(index, choice.of(module.kind), stats, apart)
+                    found, cuts = _measure(index, criteria.module(index, module.kind), stats, apart)
                     curves += found
                     if probes is not None and before is not None:
                         x = torch.cat(collector.seen)
                         for cut in cuts:
                             probes.begin(layer, before, collector.output(x, cut, tensors), cut)
         prices = () if probes is None else tuple(probes.finish(hidden.parts[probed], watcher))
-    return Survey(criterion, ridge, fitted.tokens, tuple(curves), prices)
+    return Survey(criteria.choice.text, ridge, fitted.tokens, tuple(curves), prices)
 
 
-def _measure(index: int, criterion: str, stats: Statistics, choice: Statistics | None) -> tuple[list[Curve], list[Cut]]:
+def _measure(
+    index: int, criterion: Criterion, stats: Statistics, choice: Statistics | None
+) -> tuple[list[Curve], list[Cut]]:
     """One module's curves, one for each way in which its units may leave together, and the cuts to be probed.
 
     `choice` has the statistics that decide the order in which units leave, where those are others.
@@ -146,12 +142,12 @@ def _measure(index: int, criterion: str, stats: Statistics, choice: Statistics |
         # One way is enough: what an error costs depends little on which units made it.
         if pattern != module.patterns[-1]:
             continue
-        units = pattern_units(module, pattern)
+        units = module.steps(pattern)
         for gone in dict.fromkeys(round(units * share) for share in PROBED):
             if 0 < gone < len(errors):
                 kept = inner_entries(module, survivors(module, pattern, found.order[: gone * together]))
                 kept = kept.to(stats.weight_ao.device)
-                weight, _ = refit(stats.normal, kept)
+                weight, _ = least_squares(stats.normal, kept)
                 cuts.append(Cut(index, module, errors[gone] - errors[0], kept, weight))
         cuts.append(Cut(index, module, energy, none, stats.weight_ao[none]))
     return curves, cuts

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.model.tokens import begins_with_bos, encode
-from secateur.text.documents import MOST_CHARACTERS, RANDOM, STDIN, Split, is_file, read_documents
+from secateur.text.documents import MOST_CHARACTERS, Split, is_file, read_documents
 from secateur.text.row_file import holds_rows, read_rows
+from secateur.text.sources import RANDOM, STDIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import parse_json
 from secateur.base.quiet import first_line
-from secateur.commands.options import SELF
 from secateur.model.hub_source import out_of_reach
 from secateur.model.tokens import begins_with_bos
+from secateur.text.sources import RANDOM, SELF, STDIN
 
 Split = Literal["calibration", "evaluation"]
 
-RANDOM = "random"
-"""The source that is no text: random token ids."""
-STDIN = "-"
-"""The source that is standard input."""
 MOST_CHARACTERS = 16_000_000
 """How much of a data set is read: some four million tokens of English, more than any calibration uses."""
 

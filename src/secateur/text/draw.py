@@ -2,77 +2,135 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from secateur.base.errors import SecateurError
+from secateur.base.files import Output
 from secateur.base.progress import Watcher, reading
-from secateur.commands.options import SELF, Options
-from secateur.model.checkpoint import Checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.plan.meters import cache_meter
-from secateur.plan.search import HELD_OUT
-from secateur.text.calibration import calibration_rows, check_calibration
-from secateur.text.documents import RANDOM
-from secateur.text.row_file import check_new, write_rows
-from secateur.text.self_calibration import check_self, self_rows
+from secateur.text.calibration import calibration_rows
+from secateur.text.rewrite import rewritten
+from secateur.text.row_file import write_rows
+from secateur.text.self_calibration import self_rows
+from secateur.text.sources import RANDOM, SELF
+
+HELD_OUT = 16
+"""Rows on which a loss is measured, where a target asks for it."""
+UNSEEN_SHARE = 32
+"""One row in so many is left out of the refit, for the scale of the final norm."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Token rows, each of them rows x length."""
+class RowRequest:
+    """What rows a run needs."""
 
+    source: str
+    """The text by which widths and units are chosen; see `secateur.text.documents`."""
+    samples: int
+    length: int
+    seed: int
+    refit_source: str
+    """The text that weights are fitted to."""
+    refit_samples: int | None
+    """Rows of their own for the fit; None where these are the ones by which units are chosen."""
+    refit_option: str = "refit-samples"
+    """What a person calls that number, for advice."""
+    held_out: int = 0
+    """Other rows of the first text, on which a loss is measured."""
+    random_sigma: bool = False
+    """Random ids are drawn too, by which units are chosen."""
+    copies: int = 0
+    """Fits, each of which takes the rows and a copy of them that the dense model has partly rewritten."""
+    fits: bool = True
+    """Weights are fitted; otherwise means and scores are those of the text as it is."""
+    tempers: bool = True
+    """Some rows are left out of the fit, for the scale of the final norm."""
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Token rows of a run (each rows x length)."""
+
+    request: RowRequest
     text: Tensor
-    """Of the calibration source, by which widths and units are chosen."""
+    """The rows by which widths and units are chosen."""
+    refit_text: Tensor
+    """The rows that weights are fitted to, unseen ones behind; the same ones where there are no others."""
     held_out: Tensor | None
-    """Other rows of the same source, where a loss is to be measured."""
-    fitted: Tensor | None
-    """What weights are fitted to, where that is not `text`."""
+    """Other rows of the first text, on which a loss is measured."""
     sigma: Tensor | None
     """Random ids by which units are chosen in place of `text`."""
+    begins_with_bos: bool
+    copies: Tensor | None = field(default=None)
+    """The fitted rows once more for each fit, half of their tokens rewritten (fits x rows x length)."""
 
+    @property
+    def fitted(self) -> Tensor:
+        """The rows that weights are fitted to."""
+        return self.refit_text[: len(self.refit_text) - len(self.unseen)]
 
-def check_sources(options: Options, save: Path | None) -> None:
-    """What can be found wrong with the sources before a model is opened.
+    @property
+    def unseen(self) -> Tensor:
+        """Rows that the fit only runs along, for the scale of the final norm; none where nothing is fitted, or few."""
+        count = len(self.refit_text) // UNSEEN_SHARE if self.request.tempers else 0
+        return self.refit_text[len(self.refit_text) - count :]
 
-    Raises:
-        SecateurError: see `draw`.
-    """
-    for source in dict.fromkeys(options.sources):
-        check_calibration(source, samples=options.samples, length=options.length)
-    if save is not None:
-        if SELF not in options.sources:
-            raise SecateurError(
-                "--save-calibration keeps what the model writes: add --calibration self or --refit-calibration self"
-            )
-        check_new(save)
+    @cached_property
+    def groups(self) -> Rows:
+        """What the fit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
+        rows = self._opened(self.fitted)
+        if self.copies is not None:
+            rows = rows.with_versions(*self.copies)
+        if len(self.unseen):
+            rows = rows.along(self.unseen)
+        if self.sigma is not None:
+            rows = rows.scored_by(Rows.of(self.sigma))
+        elif self.refit_text is not self.text:
+            rows = rows.scored_by(self._opened(self.text))
+        return rows if self.held_out is None else rows.along(self.held_out)
 
+    def _opened(self, rows: Tensor) -> Rows:
+        # Openings are there for fits; where nothing is fitted, means and scores are those of the text itself.
+        plain = self.begins_with_bos or not self.request.fits
+        return Rows.of(rows) if plain else Rows.of(rows).with_openings()
 
-def check_writing(stream: BlockStream, tokenizer: Any, options: Options) -> None:
-    """See that the model can write its own rows, where it is to.
+    def with_copies(self, stream: BlockStream, watcher: Watcher) -> CalibrationRows:
+        """These rows with their copies, which one pass of the dense model rewrites; as they are where no fit asks."""
+        copies, seed = self.request.copies, self.request.seed
+        if not copies:
+            return self
+        return replace(self, copies=rewritten(stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
 
-    Raises:
-        SecateurError: see `check_self`.
-    """
-    if options.writes:
-        cached = cache_meter(stream, stream.checkpoint.dtype).dense
-        check_self(stream.checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=stream.device)
+    def with_blank_copies(self) -> CalibrationRows:
+        """These rows with as many copies as a run has; what is in them does not count."""
+        copies = self.request.copies
+        return replace(self, copies=self.fitted.repeat(copies, 1, 1)) if copies else self
 
 
 def draw(
-    stream: BlockStream, tokenizer: Any, options: Options, *, save: Path | None, dry: bool, watcher: Watcher
-) -> Drawn:
-    """Read, draw or write all rows of a run.
+    stream: BlockStream,
+    tokenizer: Any,
+    request: RowRequest,
+    *,
+    begins_with_bos: bool,
+    save: Path | None = None,
+    dry: bool = False,
+    watcher: Watcher,
+) -> CalibrationRows:
+    """Read, draw or write all rows of a run, their copies aside.
 
-    Where the refit has rows of its own and the same source, all come out of one draw: no token is used twice.
+    Where the fit has rows of its own from the same text, all come out of one draw: no token is used twice.
 
     Args:
         stream: the open model.
         tokenizer: its tokenizer.
-        options: the request.
+        request: what is needed.
+        begins_with_bos: whether the tokenizer puts BOS in front of a text.
         save: a new file for the rows that the model writes.
         dry: only the number of rows matters: random ids stand for what the model would write.
         watcher: told about progress.
@@ -80,30 +138,37 @@ def draw(
     Raises:
         SecateurError: a source that cannot be read or is too short, or a model that cannot write.
     """
-    held, apart = HELD_OUT * options.searches, options.refit_samples or options.samples
-    own = options.own_refit_rows
-    source, other = options.sources
-    together = apart if own and other == source else 0
+    held, apart = request.held_out, request.refit_samples or 0
+    together = apart if request.refit_source == request.source else 0
 
     def rows(source: str, count: int, option: str, taken: int = 0) -> Tensor:
-        return _rows(stream, tokenizer, options, source, count, option, taken, save, dry, watcher)
+        return _rows(stream, tokenizer, request, source, count, option, taken, save, dry, watcher)
 
-    choose = options.samples + held
+    choose = request.samples + held
     if together:
-        first = rows(source, choose + together, "refit-samples", choose)
+        first = rows(request.source, choose + together, "refit-samples", choose)
     else:
-        first = rows(source, choose, "samples", held)
-    text, held_out, fitted = first.split([options.samples, held, together])
-    if own and not together:
-        fitted = rows(other, apart, "refit-samples" if options.refit_samples else "samples")
-    sigma = rows(RANDOM, options.samples, "samples") if options.sigma == "random" else None
-    return Drawn(text, held_out if held else None, fitted if own else None, sigma)
+        first = rows(request.source, choose, "samples", held)
+    text, held_out, own = first.split([request.samples, held, together])
+    if apart and not together:
+        own = rows(request.refit_source, apart, request.refit_option)
+    sigma = rows(RANDOM, request.samples, "samples") if request.random_sigma else None
+    return CalibrationRows(request, text, own if apart else text, held_out if held else None, sigma, begins_with_bos)
+
+
+def check_save(save: Path) -> None:
+    """See that rows can be written to a new file, and read from it afterwards.
+
+    Raises:
+        SecateurError: they cannot.
+    """
+    Output(save, file=".jsonl").check()
 
 
 def _rows(
     stream: BlockStream,
     tokenizer: Any,
-    options: Options,
+    request: RowRequest,
     source: str,
     count: int,
     option: str,
@@ -113,15 +178,14 @@ def _rows(
     watcher: Watcher,
 ) -> Tensor:
     """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
-    checkpoint: Checkpoint = stream.checkpoint
+    checkpoint = stream.checkpoint
     if source == SELF and not dry:
         rows = self_rows(
             checkpoint,
             tokenizer,
             samples=count,
-            length=options.length,
-            seed=options.seed,
-            temperature=options.temperature,
+            length=request.length,
+            seed=request.seed,
             device=stream.device,
             watcher=watcher,
         )
@@ -135,10 +199,10 @@ def _rows(
             tokenizer,
             RANDOM if source == SELF else source,
             samples=count,
-            length=options.length,
-            seed=options.seed,
+            length=request.length,
+            seed=request.seed,
             vocab_size=checkpoint.config.vocab_size,
-            max_positions=getattr(checkpoint.config, "max_position_embeddings", None),
+            max_positions=checkpoint.max_positions,
             option=option,
             taken=taken,
         )

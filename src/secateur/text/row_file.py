@@ -7,7 +7,6 @@ give the same rows again; it does tell whether the ids belong to the tokenizer a
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,10 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
-from secateur.base.whole_file import write_whole
+from secateur.base.files import parse_json, write_whole
 from secateur.text.documents import is_file
 
 KEY = "token_ids"
-
-
-def check_new(path: Path) -> None:
-    """See that rows can be written to a file, and read from it afterwards.
-
-    Raises:
-        SecateurError: They cannot.
-    """
-    if path.suffix.lower() != ".jsonl":
-        raise SecateurError(f"{path}: calibration rows are JSON lines; let the file's name end in .jsonl")
-    if path.exists():
-        raise SecateurError(f"{path}: exists already; name another file, or calibrate on this one")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise SecateurError(f"{path}: the folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK):
-        raise SecateurError(f"{path}: cannot be written; choose another place")
 
 
 def write_rows(path: Path, rows: Tensor, tokenizer: Any) -> None:

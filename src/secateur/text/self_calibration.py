@@ -1,4 +1,4 @@
-"""Rows that the model writes itself, sampled from its own distribution: calibration without data, or beside a text.
+"""Rows that the model writes itself, sampled from its own distribution: calibration without data.
 
 The one step that holds a whole model in memory, in its stored dtype: writing token by token, block by block from disk,
 would read the model once a token. It goes before pruning starts.
@@ -10,7 +10,6 @@ so that rows are built as those of a text are. EOS is not drawn: a row is one te
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import psutil
@@ -21,16 +20,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
-from secateur.commands.options import SELF
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import begins_with_bos
 from secateur.text.calibration import check_calibration
+from secateur.text.sources import SELF
 
 BATCH_ROWS = 32
 """Rows written at once."""
 BATCH_TOKENS = 4096
 """Most tokens of all of these: bounds the key/value cache."""
-INSTEAD = "calibrate on a text, or on random, and take --more rewritten"
+INSTEAD = "calibrate on a text, or on random"
 SPARE = 1.1
 """Memory that must be free, over weights and cache: the libraries' own and one layer's activations."""
 
@@ -67,7 +66,7 @@ def check_self(
         SecateurError: No token opens a text, rows are too long, or the model does not fit into memory.
     """
     opening(checkpoint, tokenizer)
-    check_calibration(SELF, length=length, max_positions=getattr(checkpoint.config, "max_position_embeddings", None))
+    check_calibration(SELF, length=length, max_positions=checkpoint.max_positions)
     needed = writing_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
     free = free_memory(device)
     if needed > free:
@@ -94,7 +93,6 @@ def self_rows(
     samples: int,
     length: int,
     seed: int,
-    temperature: float = 1.0,
     device: str | torch.device = "cpu",
     watcher: Watcher | None = None,
 ) -> Tensor:
@@ -106,8 +104,6 @@ def self_rows(
         samples: Rows.
         length: Tokens in a row, BOS included where the tokenizer would add it.
         seed: Of the draw.
-        temperature: What logits are divided by; nothing else bends the distribution, whatever the checkpoint's own
-            settings for generation say.
         device: Where to compute.
         watcher: Told about progress.
 
@@ -117,8 +113,6 @@ def self_rows(
     Raises:
         SecateurError: No token opens a text, or the model cannot be run.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise SecateurError(f"temperature is {temperature}; it must be positive, for example 1.0")
     watcher, device = watcher or Silent(), torch.device(device)
     first, kept = opening(checkpoint, tokenizer), int(begins_with_bos(tokenizer))
     rows: list[Tensor] = []
@@ -136,7 +130,7 @@ def self_rows(
         # In place of the checkpoint's own, which would fill in what is not said here.
         how = model.generation_config = GenerationConfig(
             do_sample=True,
-            temperature=float(temperature),
+            temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=length - kept,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +12,7 @@ from typing import Any, Literal, get_args
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
-from secateur.base.json_text import parse_json
+from secateur.base.files import Output, parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.gguf import context_length, write_gguf
 from secateur.formats.gguf_architectures import Model, check_type, choose
@@ -27,7 +25,6 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
 from secateur.model.weights import INDEX
 from secateur.plan.plan import nearest_uniform
-from secateur.write.writer import OutputFolder, check_room, is_disk_full
 
 RECORD = "secateur.json"
 """What `prune` puts beside a model."""
@@ -82,7 +79,7 @@ def export(
         return _to_folder(source, out, overwrite, watcher)
     path = Path(out).expanduser().resolve()
     check_type(type)
-    check_file(path, overwrite)
+    Output(path, file=".gguf", overwrite=overwrite).check()
     return _to_file(source, path, type, overwrite, watcher)
 
 
@@ -110,7 +107,7 @@ def _to_file(folder: Path, path: Path, type: str, overwrite: bool, watcher: Watc
     short = sum(entry.type == GGMLQuantizationType.F16 for entry in tensors)
     if type.startswith("q") and short:
         watcher.note(f"{short} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")
-    with _whole_file(path, overwrite, total) as partial:
+    with Output(path, file=".gguf", overwrite=overwrite, expected_bytes=total) as partial:
         write_gguf(partial, model, architecture, tensors, words, type=type, name=path.stem, watcher=watcher)
     return Exported(path, total, architecture.name, context)
 
@@ -153,7 +150,7 @@ def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher)
     )
     weights = sorted({info.file for info in checkpoint.tensors.values()})
     others = [folder / name for name in (INDEX, RECORD, "timings.json") if (folder / name).exists()]
-    target = OutputFolder(out, overwrite=overwrite, source=folder, expected_bytes=checkpoint.bytes)
+    target = Output(Path(out), overwrite=overwrite, source=folder, expected_bytes=checkpoint.bytes)
     with target as partial:
         text = json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
@@ -185,34 +182,3 @@ def _is_record(file: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and "secateur" in record
-
-
-def check_file(path: Path, overwrite: bool) -> None:
-    """Everything that can be said of the file without writing."""
-    if path.suffix != ".gguf":
-        raise SecateurError(f"{path}: a GGUF file ends in .gguf; name it so")
-    if path.is_dir():
-        raise SecateurError(f"{path}: a folder is there; choose another name")
-    if path.exists() and not overwrite:
-        raise SecateurError(f"{path}: exists; choose another name, or overwrite it")
-    if not path.parent.is_dir():
-        raise SecateurError(f"{path}: the folder {path.parent} does not exist; create it first")
-
-
-@contextmanager
-def _whole_file(path: Path, overwrite: bool, expected_bytes: int) -> Iterator[Path]:
-    """A hidden name beside the target, which takes the target's name on a clean exit and is removed on any other."""
-    check_room(path, expected_bytes)
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
-    try:
-        try:
-            yield partial
-            # What has come to be there since the start is no more ours to replace than before.
-            check_file(path, overwrite)
-            partial.replace(path)
-        except OSError as error:
-            if is_disk_full(error):
-                raise SecateurError(f"{path}: the disk is full; make room and run again") from error
-            raise SecateurError(f"{path}: cannot write into {path.parent} ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import Output
 from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.families import head_dim
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2, Width
-from secateur.plan.plan import Plan
-from secateur.write.writer import OutputFolder, ShardWriter, header_room
+from secateur.plan.problem import Plan
+from secateur.write.shards import ShardWriter, header_room
 
 Format = Literal["stock", "hf"]
 """The stock class with one width for all blocks, or a width for each block and a modeling file beside the weights."""
 
 
-def obstacle(
-    stream: BlockStream, blocks: range, width: Width, *, format: Format = "stock", intercept: bool = False
+def format_obstacle(
+    stream: BlockStream, blocks: range, width: Width, *, format: Format = "stock", biases: bool = False
 ) -> str | None:
     """Why a model with these blocks at this width cannot be written, or None; costs nothing.
 
@@ -40,28 +41,27 @@ def obstacle(
             "to be pruned; leave the block range out, or take --format hf"
         )
     reason = stock_obstacle(config, width, dense)
-    if reason is None and intercept:
+    if reason is None and biases:
         modules = (stream.blocks[0].attention, stream.blocks[0].feed_forward)
-        biased = all(module.bias or not module.free_bias for module in modules)
-        if not biased:
+        if not all(module.bias or not module.free_bias for module in modules):
             return (
-                f"the stock class of {config.model_type} has no level-2 biases, which --intercept and --recovery bias "
-                "add; leave them out, or take --format hf"
+                f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it out, "
+                "or take --format hf"
             )
     return reason
 
 
-def output_folder(
+def model_output(
     stream: BlockStream, out: str | Path, plan: Plan | None, *, overwrite: bool, dtype: torch.dtype
-) -> OutputFolder:
-    """The folder to be; `check` on it finds what would go wrong."""
+) -> Output:
+    """The folder of a model to be; its `check` finds what would go wrong."""
     checkpoint = stream.checkpoint
     removed = sum(
         stream.blocks[i].parameters - stream.blocks[i].kept_parameters(width)
         for i, width in (plan.widths if plan else {}).items()
     )
     expected = checkpoint.bytes * dtype.itemsize // checkpoint.dtype.itemsize - removed * dtype.itemsize
-    return OutputFolder(out, overwrite=overwrite, source=checkpoint.path, expected_bytes=expected)
+    return Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=expected)
 
 
 def write(
@@ -103,7 +103,7 @@ def write(
     # A refit may add biases to the output layers.
     possible = {_stored_name(stream, i, module.bias_name) for i in plan.widths for module in _modules(stream, i)}
     biases: dict[int, tuple[bool, bool]] = {}
-    with output_folder(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
+    with model_output(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
         writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
         for name, info in checkpoint.tensors.items():
             if name not in inside and name not in last and name not in checkpoint.ignorable:
@@ -136,7 +136,7 @@ def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
         raise SecateurError("the stock format needs one width for all blocks; take --format hf")
     for index, width in plan.widths.items():
         blocks = every if format == "stock" else range(index, index + 1)
-        reason = obstacle(stream, blocks, width, format=format)
+        reason = format_obstacle(stream, blocks, width, format=format)
         if reason is not None:
             raise SecateurError(reason)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from secateur.fit.recovery import fit_level2
 from secateur.numerics.moments import Moments
-from secateur.numerics.solve import Normal, eliminate, factorise, factorise_each, normal_equations, refit, residual
+from secateur.numerics.elimination import eliminate
+from secateur.numerics.ridge import Normal, factorise, factorise_each, normal_equations, least_squares, residual
 
 RIDGES = (0.0, 1e-3, 0.03, 0.3, 1.0)
 
@@ -95,7 +96,7 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 @settings(max_examples=120, deadline=None)
 def test_refit_is_least_squares(data: st.DataObject, case: Layer, ridge: float) -> None:
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
-    weight, error = refit(case.normal(ridge), keep)
+    weight, error = least_squares(case.normal(ridge), keep)
     scale = case.gram.diagonal()[keep].sqrt()[:, None]
     assert_near(weight * scale, case.minimiser(ridge, keep) * scale, 2e-4)
     assert error == pytest.approx(case.error(ridge, keep), rel=1e-3, abs=1e-5 * case.energy)
@@ -163,7 +164,7 @@ def test_the_intercept_is_worth_having():
 def test_the_ridge_pulls_to_the_old_weights():
     case = layer(1, 40, 6, 3)
     keep = torch.arange(6)
-    gaps = [float((refit(case.normal(ridge), keep)[0] - case.old).norm()) for ridge in (0.1, 1.0, 10.0, 1e4)]
+    gaps = [float((least_squares(case.normal(ridge), keep)[0] - case.old).norm()) for ridge in (0.1, 1.0, 10.0, 1e4)]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] < 1e-3 * gaps[0]
 
@@ -176,7 +177,7 @@ def test_own_target_equals_its_cross_moment(ridge):
     assert own.energy == pytest.approx(given_.energy, rel=1e-5)
     assert_near(own.cross_ao, given_.cross_ao, 1e-5)
     assert_near(own.right_ao, given_.right_ao, 1e-5)
-    weight, error = refit(own, torch.arange(8))
+    weight, error = least_squares(own, torch.arange(8))
     assert_near(weight, case.old, 1e-4)
     assert abs(error) < 1e-5 * case.energy
     first, second = eliminate(own, 1), eliminate(given_, 1)
@@ -190,7 +191,7 @@ def test_dead_inputs_keep_their_weights_and_do_no_harm(ridge):
     case = layer(3, 40, 6, 3)
     case.x[:, [1, 4]] = 0
     alive = torch.tensor([0, 2, 3, 5])
-    weight, error = refit(case.normal(ridge), torch.arange(6))
+    weight, error = least_squares(case.normal(ridge), torch.arange(6))
     assert torch.isfinite(weight).all()
     assert_near(weight[[1, 4]], case.old[[1, 4]], 1e-5)
     assert_near(weight[alive], case.minimiser(ridge, alive), 2e-4)
@@ -214,7 +215,7 @@ def test_dead_inputs_leave_first(ridge, size):
 def test_nothing_but_dead_inputs():
     case = layer(4, 20, 4, 2)
     case.x *= 0
-    weight, error = refit(case.normal(1.0), torch.arange(4))
+    weight, error = least_squares(case.normal(1.0), torch.arange(4))
     assert_near(weight, case.old, 1e-6)
     assert error == pytest.approx(case.energy, rel=1e-5)
     assert eliminate(case.normal(1.0), 1).order.shape == (3,)
@@ -227,7 +228,7 @@ def test_fewer_rows_than_inputs(seed: int, ridge: float) -> None:
     case = layer(seed, 5, 12, 3)
     keep = torch.arange(12)
     scale = case.gram.diagonal().sqrt()[:, None]
-    assert_near(refit(case.normal(ridge), keep)[0] * scale, case.minimiser(ridge, keep) * scale, 2e-3)
+    assert_near(least_squares(case.normal(ridge), keep)[0] * scale, case.minimiser(ridge, keep) * scale, 2e-3)
 
 
 @given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), data=st.data())
@@ -241,7 +242,7 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, siz
     case.x *= size
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 11), min_size=1))))
     gram = (case.x.float().T @ case.x.float()).double()
-    weight, error = refit(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
+    weight, error = least_squares(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
     x, scale = case.x[:, keep], case.gram.diagonal()[keep].sqrt()[:, None]
     # Between these, single precision cannot tell a small singular value from none.
     values = torch.linalg.svdvals(x / scale.T)
@@ -254,7 +255,7 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, siz
 
 def test_nothing_is_kept() -> None:
     case = layer(1, 40, 6, 3)
-    weight, error = refit(case.normal(0.3), torch.arange(0))
+    weight, error = least_squares(case.normal(0.3), torch.arange(0))
     assert weight.shape == (0, 3)
     assert error == pytest.approx(case.energy, rel=1e-5)
 
@@ -263,7 +264,7 @@ def test_equations_that_are_not_finite_are_refused() -> None:
     case = layer(1, 40, 6, 3)
     case.x[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        refit(case.normal(0.3), torch.arange(6))
+        least_squares(case.normal(0.3), torch.arange(6))
 
 
 # Elimination.
@@ -463,7 +464,7 @@ def test_elimination_leaves_its_input_alone():
     normal = case.normal(0.3)
     before = [normal.matrix_aa.clone(), normal.cross_ao.clone(), normal.right_ao.clone()]
     eliminate(normal, 1)
-    refit(normal, torch.arange(6))
+    least_squares(normal, torch.arange(6))
     for now, then in zip((normal.matrix_aa, normal.cross_ao, normal.right_ao), before, strict=True):
         assert torch.equal(now, then)
 

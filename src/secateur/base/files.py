@@ -1,0 +1,269 @@
+"""Files and folders that appear whole or not at all, the one check that they may be written, JSON and hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.words import some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SPARE = 16 * 2**20
+"""Room kept beside the expected bytes of a folder, for configs and the tokenizer."""
+
+
+def cache_folder() -> Path:
+    """The user's cache of secateur: dequantised models, and whatever else is worth keeping from run to run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "secateur"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON that others may have written.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or nested more deeply than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def digest(decided_by: dict[str, Any]) -> str:
+    """A short name for what decides a result, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_of(rows: Tensor) -> str:
+    """What tells rows (rows x length) from others, 16 hexadecimal digits."""
+    return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def whole(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A hidden name beside a path, for a file or a folder to be written under.
+
+    On a clean exit what is there takes the path's place, and what was at the path is removed after that; on any other
+    exit it is removed, and the path stays as it was.
+
+    Args:
+        path: the target.
+        check: called just before the replacement: what has come to be there since the start may not be ours to remove.
+
+    Raises:
+        SecateurError: the disk is full, or the path cannot be written.
+    """
+    partial = _sibling(path, "partial")
+    try:
+        yield partial
+        check()
+        _put_in_place(partial, path)
+    except Exception as error:
+        if is_disk_full(error):
+            raise SecateurError(
+                f"{path}: the disk is full; make room and run again (nothing was left there)"
+            ) from error
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            raise SecateurError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise
+    finally:
+        _remove(partial)
+
+
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """A small file; what was there is replaced.
+
+    Raises:
+        SecateurError: as `whole`.
+    """
+    with whole(path) as partial, partial.open("wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass
+class Output:
+    """An output of a command, checked before the work and whole after it.
+
+    As a context manager it gives the hidden name to write under: a folder that is there already, or a file to create.
+    """
+
+    path: Path
+    file: str | None = None
+    """The ending of a file's name (empty for any); None for a folder."""
+    overwrite: bool = False
+    """Replace what is there: a file, a model folder, or a folder with nothing but `files`."""
+    source: Path | None = None
+    """The folder of the model being read, which the output must leave alone."""
+    expected_bytes: int = 0
+    """What will be written, to be compared with the free space."""
+    files: Collection[str] | None = None
+    """The names of all that a folder will hold, where that is no model."""
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
+
+    def __post_init__(self) -> None:
+        # Through symbolic links, so that the folder itself is replaced and not a link to it.
+        self.path = Path(self.path).expanduser().resolve()
+        self.source = None if self.source is None else self.source.resolve()
+
+    def check(self) -> None:
+        """See that the output can be written, without leaving a trace.
+
+        Raises:
+            SecateurError: it would touch the source or other files, its folder is missing or not writable, or the
+                disk is too small.
+        """
+        self._check_target()
+        self._check_room()
+        _remove(self._reserve(_sibling(self.path, "partial")))
+
+    def __enter__(self) -> Path:
+        self._check_target()
+        self._check_room()
+        partial = self._stack.enter_context(whole(self.path, self._check_target))
+        return self._reserve(partial)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _reserve(self, partial: Path) -> Path:
+        """The hidden name, taken. Not by mkdtemp, whose folders nobody else may read."""
+        try:
+            if self.file is None:
+                partial.mkdir()
+            else:
+                partial.touch()
+        except OSError as error:
+            raise SecateurError(
+                f"{self.path}: cannot write into {self.path.parent} ({error.strerror}); choose another place"
+            ) from error
+        return partial
+
+    def _check_room(self) -> None:
+        needed = self.expected_bytes + (_SPARE if self.file is None else 0)
+        if self.expected_bytes and (free := shutil.disk_usage(self.path.parent).free) < needed:
+            raise SecateurError(
+                f"{self.path}: {needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room"
+            )
+
+    def _check_target(self) -> None:
+        """Everything that can be said of the target without writing."""
+        path = self.path
+        if self.file is not None and not path.name.lower().endswith(self.file):
+            raise SecateurError(f"{path}: the file's name must end in {self.file}; name it so")
+        if self.source is not None:
+            _check_source(path, self.source)
+        if path.exists():
+            self._check_present(path)
+        if not path.parent.is_dir():
+            raise SecateurError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+    def _check_present(self, path: Path) -> None:
+        """What is at the target may be replaced."""
+        if path.is_dir() != (self.file is None):
+            here, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise SecateurError(f"{path}: a {here} is there, where a {wanted} is to be written; choose another name")
+        if path.is_file():
+            if not self.overwrite:
+                raise SecateurError(f"{path}: exists; choose another name, or overwrite it")
+            return
+        if path.is_mount() or path == Path.cwd():
+            what = "the folder you are in" if path == Path.cwd() else "where a file system is mounted"
+            raise SecateurError(f"{path}: this is {what}, which cannot be replaced; name a folder in it, not this one")
+        present = sorted(file.name for file in path.iterdir())
+        if not present:
+            return
+        if not self.overwrite:
+            raise SecateurError(f"{path}: exists and is not empty; choose another name, or overwrite it")
+        others = [] if self.files is None else [name for name in present if name not in self.files]
+        if others:
+            raise SecateurError(
+                f"{path}: not overwritten, as it holds other files ({some(others)}); choose another name"
+            )
+        if self.files is None and not _is_model(path):
+            raise SecateurError(
+                f"{path}: not overwritten, as it does not look like a model folder (no config.json with a model_type); "
+                "choose another name"
+            )
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What runs that were killed have left beside a target, or others are still writing."""
+    name = glob.escape(path.name)
+    # A GGUF file is made from a folder with a hidden name of its own.
+    patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*")
+    return [left for pattern in patterns for left in path.parent.glob(pattern)]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception says that there is no room; the safetensors library wraps the system's error."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    wrapped = type(error).__name__ == "SafetensorError"
+    return wrapped and any(f"os error {code})" in str(error) for code in codes)
+
+
+def _sibling(path: Path, purpose: str) -> Path:
+    """A new hidden name beside a path, on the same file system."""
+    return path.with_name(f".{path.name}.{purpose}-{secrets.token_hex(4)}")
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Give a hidden file or folder the target's name; an old folder is removed only after that."""
+    if not partial.is_dir():
+        partial.replace(path)
+        return
+    old = _sibling(path, "old") if path.exists() else None
+    try:
+        if old is not None:
+            path.rename(old)
+        partial.rename(path)
+    except BaseException as error:
+        if old is not None and old.exists() and not path.exists():
+            old.rename(path)
+        if isinstance(error, OSError):
+            raise SecateurError(f"{path}: cannot be put in place ({error.strerror})") from error
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_source(path: Path, source: Path) -> None:
+    """The output leaves the model's own folder alone."""
+    if path == source or path in source.parents or source in path.parents:
+        place = "the model's own folder" if path == source else "inside or around the model's own folder"
+        raise SecateurError(f"{path}: this is {place}, which would be lost or mixed up; choose another")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder looks like a model, which overwriting may remove."""
+    with contextlib.suppress(OSError, ValueError):
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config, dict) and "model_type" in config
+    return False

@@ -1,0 +1,96 @@
+"""Commands from declarations: a parameter that is a dataclass of options becomes these options.
+
+A command is a plain function. Where one of its parameters is annotated with `Options`, `Running` or another dataclass
+whose fields are declared by `secateur.commands.options.option`, the command line gets one option for each field, and
+the function an object of the class. `Only(...)` and `Without(...)` in the annotation pick some of the fields.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from secateur.commands.options import Declared, declared, spelled
+
+_ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing")
+
+
+@dataclass(frozen=True)
+class Only:
+    """The fields of a dataclass that a command takes."""
+
+    names: tuple[str, ...]
+
+    def picks(self, name: str) -> bool:
+        """Whether a field is one of them."""
+        return name in self.names
+
+
+@dataclass(frozen=True)
+class Without:
+    """The fields of a dataclass that a command does not take."""
+
+    names: tuple[str, ...]
+
+    def picks(self, name: str) -> bool:
+        """Whether a field is none of them."""
+        return name not in self.names
+
+
+def generated(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as typer takes it, its dataclasses spelled out; options stand in the order of their panels."""
+    plain: list[inspect.Parameter] = []
+    options: list[tuple[str, inspect.Parameter]] = []
+    owners: dict[str, tuple[type, list[str]]] = {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        owner, *notes = get_args(parameter.annotation) or (parameter.annotation,)
+        if not (is_dataclass(owner) and isinstance(owner, type)):
+            plain.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        pick = next((note for note in notes if isinstance(note, Only | Without)), Without(()))
+        found = {name: one for name, one in declared(owner).items() if pick.picks(name)}
+        owners[parameter.name] = owner, list(found)
+        hints = get_type_hints(owner)
+        options += [(one.panel, _parameter(name, one, owner, hints[name])) for name, one in found.items()]
+    # What is declared in no panel of the usual ones, the paper's, stands last.
+    options.sort(key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else len(_ORDER))
+    parameters = [*plain, *(parameter for _, parameter in options)]
+
+    def command(**values: Any) -> None:
+        made = {
+            name: owner(**{field: _read(owner, field, values.pop(field)) for field in names})
+            for name, (owner, names) in owners.items()
+        }
+        function(**values, **made)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    # Arguments come first, whether a default follows or not; typer calls by name.
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        sorted(parameters, key=lambda one: one.default is not inspect.Parameter.empty)
+    )
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(name: str, one: Declared, owner: type, hint: Any) -> inspect.Parameter:
+    """One option as a parameter of the command's function."""
+    default = getattr(owner, name)
+    shown: Any = one.shown if one.shown is not None else True
+    if get_origin(hint) is tuple:
+        hint, default = str, ",".join(default)
+    elif str in get_args(hint) and float in get_args(hint):
+        hint = Union[str, None]  # noqa: UP007 - typer reads it at run time
+    flag = f"--{spelled(one.flag or name)}"
+    what = typer.Option(flag, help=one.help, rich_help_panel=one.panel, show_default=shown)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
+
+
+def _read(owner: type, name: str, value: Any) -> Any:
+    """A value as the dataclass takes it: lists are written with commas."""
+    if isinstance(getattr(owner, name), tuple):
+        return tuple(part.strip() for part in value.split(","))
+    return value

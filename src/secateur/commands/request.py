@@ -1,0 +1,174 @@
+"""A request checked against the model: the problem that a plan must solve, or the plan that a file spells out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Watcher
+from secateur.commands.options import WIDTHS, Options
+from secateur.formats.gguf_architectures import gguf_obstacle
+from secateur.model.stream import BlockStream
+from secateur.model.structure import KINDS, Kind, Width
+from secateur.plan.meters import Meter, meter_of, parameter_meter
+from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
+from secateur.plan.plan_file import read_plan, read_ratios
+from secateur.plan.problem import Plan, PlanProblem
+from secateur.plan.similar_heads import check_heads
+from secateur.plan.target import FASTER, Target
+from secateur.write.write import Format, format_obstacle
+
+SOMETHING = 1e-6
+"""A share of the parameters that any cut exceeds."""
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """What a plan has to do, all of it checked against the model and none of it slow."""
+
+    problem: PlanProblem
+    plan_from_file: Plan | None
+    """The plan that a file spells out: nothing is left to solve."""
+    format: Format
+    """Of the folder; a GGUF file is made from an `hf` one."""
+    needs_survey: bool
+    """There is more than one plan to choose from."""
+    surveyed: tuple[Kind, ...]
+    """The modules that a survey is about."""
+
+    @property
+    def chosen(self) -> range:
+        """The blocks to prune."""
+        return self.problem.chosen
+
+    @property
+    def parameters(self) -> Meter:
+        """The meter of parameters."""
+        return self.problem.parameters
+
+
+def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: Watcher) -> CheckedRequest:
+    """Check what is asked for against the model.
+
+    Raises:
+        SecateurError: a plan that does not belong to the model, a target that no plan can meet, or a format that
+            cannot hold what is asked for.
+    """
+    choice = options.choice
+    format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
+    problem = _problem(stream, options, format)
+    if options.adds_biases and not any(block.module(kind).free_bias for block in stream.blocks for kind in KINDS):
+        watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
+    if choice.similar:
+        check_heads(problem)
+    # Where similarity settles the heads, a survey is about channels alone.
+    surveyed: tuple[Kind, ...] = ("channels",) if choice.settles and not choice.alone else options.kinds
+    given = _plan_from_file(stream, options, problem)
+    if given is not None:
+        _check_given(stream, options, problem, given, format)
+        return CheckedRequest(problem, given, format, False, surveyed)
+    if isinstance(options.goal, Target) and not options.searches:
+        if options.format == "gguf" and options.goal.quantity in FASTER:
+            watcher.note("Speed is measured with torch's kernels on this machine; llama.cpp's may gain otherwise")
+        meter = meter_of(
+            options.goal,
+            stream,
+            dtype=dtype,
+            gguf_type=options.type if options.format == "gguf" else None,
+            device=stream.device,
+            watcher=watcher,
+            biases=options.adds_biases,
+        )
+        problem = replace(problem, meter=meter)
+    return CheckedRequest(problem, None, format, _needs_survey(problem, options), surveyed)
+
+
+def check_plan(stream: BlockStream, options: Options, parameters: Meter, decided: Plan) -> Plan:
+    """The plan, whose blocks some formats bind to each other.
+
+    Raises:
+        SecateurError: the format cannot hold all of it together.
+    """
+    if options.format == "gguf":
+        widths = [decided.widths.get(i, block.width) for i, block in enumerate(stream.blocks)]
+        reason = gguf_obstacle(stream.checkpoint, widths, options.type, biases=any(parameters.added))
+        if reason is not None:
+            more = "" if decided.uniform else f"; the nearest that fits: {nearest_uniform(decided.sparsity)}"
+            raise SecateurError(f"the GGUF format cannot hold this plan: {reason}{more}")
+    return decided
+
+
+def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProblem:
+    """The target of the parameters, and every width that the format can hold."""
+    chosen = options.chosen_blocks(len(stream))
+    parameters = parameter_meter(stream, options.adds_biases)
+    biases = any(parameters.added)
+
+    @cache
+    def obstacle(width: Width) -> str | None:
+        reason = format_obstacle(stream, chosen, width, format=format, biases=biases)
+        if reason is None and options.format == "gguf" and not options.gives_widths:
+            # Blocks that the plan leaves alone stay dense; otherwise all may come out alike.
+            cut = chosen if options.widths == "uniform" else range(chosen.start, chosen.start + 1)
+            widths = [width if index in cut else block.width for index, block in enumerate(stream.blocks)]
+            reason = gguf_obstacle(stream.checkpoint, widths, options.type, biases=biases)
+        return reason
+
+    return PlanProblem(
+        blocks=stream.blocks,
+        chosen=chosen,
+        parameters=parameters,
+        goal=options.goal,
+        meter=parameters,
+        of=options.of,
+        kinds=options.kinds,
+        multiple=options.round,
+        obstacle=obstacle,
+    )
+
+
+def _needs_survey(problem: PlanProblem, options: Options) -> bool:
+    """Whether there is more than one plan; see first that there is any."""
+    if options.choice.alone:
+        return False
+    # How much a loss of perplexity allows is not known yet, but something must be able to go.
+    aim = replace(problem, goal=SOMETHING) if options.searches else problem
+    if options.widths == "uniform":
+        return len(uniform_plans(aim)) != 1 or options.searches
+    check_reach(aim)
+    return True
+
+
+def _stock_by_default(options: Options) -> bool:
+    return options.format is None and options.widths == "uniform" and options.plan is None
+
+
+def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem) -> Plan | None:
+    """The plan that a file spells out."""
+    if options.plan is not None:
+        widths, units = read_plan(Path(options.plan), stream.blocks, stream.checkpoint.fingerprint)
+        reached = problem.sparsity(widths)
+        return Plan(widths, reached, reached, problem.of, units=units)
+    if options.widths in WIDTHS:
+        return None
+    widths = read_ratios(Path(options.widths), stream.blocks, options.round)
+    reached = problem.sparsity(widths)
+    return Plan(widths, reached, reached, problem.of)
+
+
+def _check_given(stream: BlockStream, options: Options, problem: PlanProblem, given: Plan, format: Format) -> None:
+    """See that the format holds a plan out of a file."""
+    file = options.plan or options.widths
+    for width in set(given.widths.values()):
+        if (reason := problem.obstacle(width)) is not None:
+            raise SecateurError(f"{file}: the format cannot hold this: {reason}")
+    if format == "stock" and len({given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)}) > 1:
+        raise SecateurError(
+            f"{file}: the stock format holds one width for all blocks; take --format hf, "
+            f"or the nearest that fits: {nearest_uniform(given.sparsity)}"
+        )
+    check_plan(stream, options, problem.parameters, given)

@@ -1,0 +1,322 @@
+"""The steps of `prune` behind the first: draw, survey, plan, fit, write. Each takes what those before it gave."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.commands.open import OpenRun, dtype_name
+from secateur.commands.request import check_plan
+from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
+from secateur.criteria.head_distances import head_distances
+from secateur.criteria.similarity import SimilarHeads, find_similar_heads
+from secateur.fit.average import FittedBlock
+from secateur.fit.loop import refit
+from secateur.fit.temper import scaled, temper
+from secateur.model.arena import Activations
+from secateur.model.rows import Rows
+from secateur.plan.meters import byte_meter
+from secateur.plan.plan import plan
+from secateur.plan.problem import Plan
+from secateur.plan.search import smallest_within
+from secateur.plan.similar_heads import head_plan, nearest_tau, settle, settled_units, with_heads_settled
+from secateur.plan.target import Target
+from secateur.report.summary import Summary, peak_memory, record, summarise, timings
+from secateur.survey.curves import Survey, save_survey
+from secateur.survey.loss import mean_loss
+from secateur.survey.survey import survey
+from secateur.text.draw import HELD_OUT, CalibrationRows, draw
+from secateur.write.export import export
+from secateur.write.slice import slice
+from secateur.write.write import write
+
+Judge = Callable[[Activations, Activations], None]
+"""Sees the dense and the pruned stream behind the last block, of rows that count nowhere."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of the dense model to make a plan by."""
+
+    survey: Survey | None = None
+    """Errors and prices of every width; None where there is but one plan."""
+    similar: SimilarHeads | None = None
+    """Heads that resemble others, where the criterion compares them."""
+    widths: dict[int, Any] | None = None
+    """The widths that are left where all similar heads are settled."""
+
+
+def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> CalibrationRows:
+    """Read, draw or write the calibration rows.
+
+    Args:
+        run: from `open_model`.
+        fitted: a fit will follow, for which rows are rewritten.
+        dry: only the number of rows matters.
+
+    Raises:
+        SecateurError: a text that cannot be read or is too short, or a survey of other rows.
+    """
+    rows = draw(
+        run.stream,
+        run.tokenizer,
+        run.row_request,
+        begins_with_bos=run.begins_with_bos,
+        save=run.running.save_calibration,
+        dry=dry,
+        watcher=run.watcher,
+    )
+    check_survey_file(run, rows.text)
+    own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
+    output = run.options.type if run.options.format == "gguf" else dtype_name(run.dtype)
+    run.watcher.note(
+        f"Calibrating on {run.options.samples} rows of {run.options.length} tokens{own}, computing on "
+        f"{run.stream.device}; the output is {output}"
+    )
+    return rows if dry or not fitted else rows.with_copies(run.stream, run.watcher)
+
+
+def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
+    """Measure what a plan is made by: similar heads, and what each width costs; read from a file where there is one.
+
+    Raises:
+        SecateurError: a threshold that removes nothing or too much; a survey of another model or with other options.
+    """
+    found = _similar_heads(run, rows.text)
+    if not run.request.needs_survey:
+        return found
+    file, wanted = run.running.survey, survey_key(run, rows.text)
+    if file is not None and file.exists():
+        return replace(found, survey=read_survey(run, file, wanted))
+    few, probe_rows = survey_rows(rows.text)
+    fitted = Rows.of(few) if rows.sigma is None else Rows.of(few).scored_by(Rows.of(rows.sigma))
+    made = survey(
+        run.stream,
+        fitted,
+        probe_rows=probe_rows,
+        blocks=run.request.chosen,
+        kinds=run.request.surveyed,
+        criterion=run.criteria("survey", fitted, found.similar, blocks=run.request.chosen),
+        ridge=run.options.ridge,
+        seed=run.options.seed,
+        watcher=run.watcher,
+    )
+    made = replace(made, asked=wanted)
+    if file is not None:
+        save_survey(made, file)
+    return replace(found, survey=made)
+
+
+def plan_widths(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
+    """Choose the width of every module, or take the plan of a file.
+
+    Raises:
+        SecateurError: no plan meets the target.
+    """
+    decided = _plan(run, rows, found)
+    run.watcher.note(_described(run, decided))
+    return decided
+
+
+def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBlocks:
+    """Choose and refit the units of the plan's blocks, in order, as they are asked for."""
+    return FittedBlocks(run, rows, decided)
+
+
+def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
+    """Write the pruned model with its record; it appears whole or not at all.
+
+    Raises:
+        SecateurError: the output cannot be written.
+    """
+    stream, options, out = run.stream, run.options, Path(out)
+    done: list[FittedBlock] = []
+
+    def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
+        for block in blocks:
+            done.append(FittedBlock(block.index, block.keep, {}, block.reports))
+            yield block.index, slice(stream, block, dtype=run.dtype)
+
+    def summary() -> Summary:
+        return summary_of(run, rows, decided, time.perf_counter() - run.started, peak_memory(stream.device))
+
+    records = {
+        "secateur.json": lambda: record(
+            stream, options, decided, done, rows.groups, rows.begins_with_bos, blocks.norm_scale
+        ),
+        "timings.json": lambda: timings(summary()),
+    }
+    file = options.format == "gguf"
+    folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if file else out
+    try:
+        # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
+        with closing(sliced()) as tensors, closing(blocks):
+            write(
+                stream,
+                folder,
+                decided,
+                tensors,
+                format=run.request.format,
+                dtype=run.dtype,
+                overwrite=run.running.overwrite and not file,
+                records=records,
+                late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
+            )
+        if file:
+            export(folder, out, format="gguf", type=options.type, overwrite=run.running.overwrite, watcher=run.watcher)
+    finally:
+        if file:
+            shutil.rmtree(folder, ignore_errors=True)
+    return summary()
+
+
+class FittedBlocks(Iterator[FittedBlock]):
+    """The fitted blocks of a plan, and behind the last one the scale of the final norm."""
+
+    def __init__(self, run: OpenRun, rows: CalibrationRows, decided: Plan, judge: Judge | None = None):
+        """Prepare; the first block is fitted when it is asked for. `judge` sees the streams behind the last block."""
+        self.norm_scale: float | None = None
+        """At which the pruned model is as sure of itself as the dense one; None where no rows were left to tell."""
+        self._run, self._rows, self._judge = run, rows, judge
+        self._blocks = self._fit(decided)
+
+    def __next__(self) -> FittedBlock:
+        return next(self._blocks)
+
+    def close(self) -> None:
+        """Give back what a fit that is not finished holds."""
+        self._blocks.close()
+
+    def _fit(self, decided: Plan) -> Generator[FittedBlock, None, None]:
+        run, rows = self._run, self._rows
+        judged = self._judge is not None or len(rows.unseen)
+        yield from refit(
+            run.stream,
+            decided,
+            rows.groups,
+            method=run.method(rows, decided.similar, decided.exact),
+            dtype=run.dtype,
+            watcher=run.watcher,
+            judge=self._behind if judged else None,
+        )
+
+    def _behind(self, dense: Activations, pruned: Activations) -> None:
+        rows = self._rows
+        if len(rows.unseen):
+            group = rows.groups.weights.index(0.0)
+            self.norm_scale = temper(self._run.stream, rows.groups, group, dense, pruned)
+        if self._judge is not None:
+            self._judge(dense, pruned)
+
+
+def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> float:
+    """Perplexity over dense on the held-out rows, of a plan that is carried out and thrown away."""
+    stream, groups, losses = run.stream, rows.groups, list[float]()
+    last = len(groups.groups) - 1
+
+    def judge(dense: Activations, pruned: Activations) -> None:
+        norm = {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale)
+        losses.append(mean_loss(stream, groups, last, dense))
+        losses.append(mean_loss(stream, groups, last, pruned, norm))
+
+    blocks = FittedBlocks(run, rows, decided, judge)
+    for _ in blocks:
+        pass
+    ratio = math.exp(losses[1] - losses[0])
+    run.watcher.note(f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {HELD_OUT} other rows")
+    return ratio
+
+
+def summary_of(
+    run: OpenRun, rows: CalibrationRows, decided: Plan, seconds: float, peak: int, *, dry: bool = False
+) -> Summary:
+    """What a plan comes to, in figures."""
+    gguf_type = run.options.type if run.options.format == "gguf" else None
+    return summarise(
+        run.stream,
+        decided,
+        rows.groups,
+        format="gguf" if gguf_type else run.request.format,
+        parameters=run.request.parameters,
+        taken=byte_meter(run.stream, run.dtype, gguf_type, run.options.adds_biases),
+        dtype=run.dtype,
+        bos=run.begins_with_bos,
+        seconds=seconds,
+        peak_bytes=peak,
+        dry=dry,
+    )
+
+
+def _similar_heads(run: OpenRun, text: Tensor) -> Findings:
+    """The similar heads, where the criterion is about them."""
+    options, problem, given = run.options, run.request.problem, run.request.plan_from_file
+    if not options.choice.similar or (given is not None and given.exact):
+        return Findings()
+    distances = head_distances(run.stream, text, blocks=run.request.chosen, watcher=run.watcher)
+    tau = options.threshold
+    if options.tau == "auto":
+        assert options.sparsity is not None
+        tau = nearest_tau(problem, distances, options.sparsity)
+    if options.choice.settles:
+        similar, widths = settle(problem, distances, tau)
+        found = Findings(similar=similar, widths=widths)
+    else:
+        similar = find_similar_heads(distances, tau)
+        found = Findings(similar=similar)
+    run.watcher.note(similar.said().capitalize())
+    return found
+
+
+def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
+    """The plan; see `plan_widths`."""
+    options, problem, similar = run.options, run.request.problem, found.similar
+
+    def checked(one: Plan) -> Plan:
+        return replace(check_plan(run.stream, options, problem.parameters, one), similar=similar)
+
+    if run.request.plan_from_file is not None:
+        return replace(run.request.plan_from_file, similar=similar)
+    if similar is not None and found.widths is not None:
+        if options.choice.alone:
+            return checked(head_plan(problem, similar, found.widths))
+        channels = plan(with_heads_settled(problem, found.widths), options.widths, found.survey)
+        decided = problem.plan(channels.widths)
+        note = "; ".join(filter(None, (decided.note, similar.said())))
+        return checked(replace(decided, note=note, units=settled_units(problem, similar)))
+    if isinstance(problem.goal, Target) and options.searches:
+        assert found.survey is not None
+
+        def loss(one: Plan) -> float:
+            return perplexity_ratio(run, rows, checked(one))
+
+        return checked(smallest_within(problem, options.widths, found.survey, problem.goal.value, loss))
+    return checked(plan(problem, options.widths, found.survey))
+
+
+def _described(run: OpenRun, decided: Plan) -> str:
+    """Which widths were chosen, in one line."""
+    dense = [run.stream.blocks[index].width for index in decided.widths]
+    price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token, module by module"
+    if decided.uniform:
+        width = next(iter(decided.widths.values()))
+        what = (
+            f"{width.heads} of {dense[0].heads} query heads in {width.groups} of {dense[0].groups} groups, "
+            f"{width.channels:,} of {dense[0].channels:,} channels in every block"
+        )
+    else:
+        kept = list(decided.widths.values())
+        what = (
+            f"{sum(w.heads for w in kept)} of {sum(w.heads for w in dense)} query heads and "
+            f"{sum(w.channels for w in kept):,} of {sum(w.channels for w in dense):,} channels, "
+            f"{min(w.channels for w in kept):,} to {max(w.channels for w in kept):,} a block"
+        )
+    return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"

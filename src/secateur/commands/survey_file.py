@@ -1,0 +1,77 @@
+"""A survey kept in a file: which rows it is made of, what it depends on, and whether a file holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from secateur.base.errors import SecateurError
+from secateur.base.files import hash_of
+from secateur.survey.curves import Survey, load_survey
+
+if TYPE_CHECKING:
+    from secateur.commands.open import OpenRun
+
+PROBE_TOKENS = 512
+"""Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
+would be that of the fit and not of the cut, and the more so the more inputs a module has."""
+
+
+def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows for the error curves, and the last few for the probes; the same ones where there is only one."""
+    count = min(max(1, PROBE_TOKENS // text.shape[1]), len(text) // 2)
+    return (text, text) if not count else (text[:-count], text[-count:])
+
+
+def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
+    """What a survey depends on; without rows, all but these."""
+    options, choice, chosen = run.options, run.options.choice, run.request.chosen
+    key: dict[str, Any] = {
+        "fingerprint": run.stream.checkpoint.fingerprint,
+        "blocks": f"{chosen.start}:{chosen.stop}",
+        "modules": ",".join(run.request.surveyed),
+        "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
+        "ridge": options.ridge,
+    }
+    if choice.uses("random") or options.sigma == "random":
+        key["seed"] = options.seed
+    if choice.similar and not choice.settles:
+        # Where tau settles how many heads go, the survey is about channels alone.
+        key["tau"] = f"auto for {options.sparsity}" if options.tau == "auto" else options.threshold
+    if text is not None:
+        key["calibration"] = hash_of(text)
+    return key
+
+
+def check_survey_file(run: OpenRun, text: Tensor | None = None) -> None:
+    """See that a survey that is there belongs to the run, and to the rows once they are known.
+
+    Raises:
+        SecateurError: it does not.
+    """
+    file = run.running.survey
+    if file is not None and file.exists() and run.request.needs_survey:
+        read_survey(run, file, survey_key(run, text))
+
+
+def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
+    """The survey of a file, which must price every width of every module that is asked for.
+
+    Raises:
+        SecateurError: a survey of another model, with other options, or with something missing.
+    """
+    found = load_survey(file, wanted)
+    lengths = {(curve.block, curve.kind, curve.pattern): len(curve.errors) for curve in found.curves}
+    whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
+    for index in run.request.chosen:
+        for module in map(run.stream.blocks[index].module, run.request.surveyed):
+            widths = {pattern: 1 if module.locked else module.steps(pattern) for pattern in module.patterns}
+            here = {pattern: lengths.get((index, module.kind, pattern)) for pattern in module.patterns}
+            if here != widths or (index, module.kind) not in whole:
+                raise SecateurError(
+                    f"{file}: not all of block {index}'s {module.kind} is in this survey; name another file, or delete "
+                    "it to have it made again"
+                )
+    return found

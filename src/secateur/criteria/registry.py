@@ -1,0 +1,138 @@
+"""Criteria by name: which units of a module leave first.
+
+A criterion is one file of this folder: a function from a module's statistics to a score per unit (units; higher =
+keep), under the decorator that gives its name and says what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from secateur.criteria.choice import SIMILARITY, parse_choice
+from secateur.model.structure import KINDS, Depth2, Kind
+
+if TYPE_CHECKING:
+    from secateur.criteria.order import Ranking
+    from secateur.criteria.statistics import Statistics
+
+Score = Callable[["Statistics"], Tensor]
+Named = Mapping[str, Tensor]
+"""Tensors of a module by their names inside the block."""
+GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]
+"""A module's scores from its weights, their gradients and the mean squares of these."""
+UnitScores = Mapping[tuple[int, Kind], Tensor]
+"""One score for each unit (units), float64, by block and module."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Which units of a module leave first: those of the lowest scores, or those that come first in a ranking."""
+
+    score: Score | None = None
+    ranking: Ranking | None = None
+    """In place of scores, where what a unit is worth depends on those that went before it."""
+    from_gradients: GradientScore | None = None
+    """In place of both: scores that are taken from a backward pass over the dense model, ahead of pruning."""
+    squares: bool = False
+    """The squares of single rows' gradients are needed too."""
+    inputs: bool = False
+    """The moments of the module's own input are needed, not only those of the level-2 layer's."""
+    first: frozenset[int] = frozenset()
+    """Heads that leave before all others (`secateur.criteria.similarity`)."""
+
+
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str, *, inputs: bool = False) -> Callable[[Score], Score]:
+    """Register a score from statistics under a name."""
+
+    def register(score: Score) -> Score:
+        _CRITERIA[name] = Criterion(score=score, inputs=inputs)
+        return score
+
+    return register
+
+
+def ranking_criterion(name: str) -> Callable[[Ranking], Ranking]:
+    """Register a criterion that ranks units in place of scoring them."""
+
+    def register(ranking: Ranking) -> Ranking:
+        _CRITERIA[name] = Criterion(ranking=ranking)
+        return ranking
+
+    return register
+
+
+def gradient_criterion(name: str, *, squares: bool = False) -> Callable[[GradientScore], GradientScore]:
+    """Register a score from gradients under a name."""
+
+    def register(score: GradientScore) -> GradientScore:
+        _CRITERIA[name] = Criterion(from_gradients=score, squares=squares)
+        return score
+
+    return register
+
+
+@cache
+def all_criteria() -> Mapping[str, Criterion]:
+    """Every criterion by its name, out of the files of this folder."""
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        import_module(f"secateur.criteria.{file.stem}")
+    return _CRITERIA
+
+
+class Criteria:
+    """The criterion of every module of a model, with all that is measured ahead of pruning."""
+
+    def __init__(
+        self,
+        choice: str,
+        gradients: UnitScores | None = None,
+        similar: Mapping[int, Iterable[int]] | None = None,
+    ):
+        """Put together what a person has chosen, see `secateur.criteria.choice.parse_choice`.
+
+        Args:
+            choice: one criterion, or one each for heads and channels.
+            gradients: scores of modules whose criterion needs gradients.
+            similar: heads of each block that resemble another one and leave first.
+        """
+        self.choice = parse_choice(choice)
+        self._gradients, self._similar = gradients or {}, similar or {}
+
+    @classmethod
+    def of(cls, choice: str | Criteria) -> Criteria:
+        """Criteria by their names, unless they are such already."""
+        return choice if isinstance(choice, Criteria) else cls(choice)
+
+    def named(self, kind: Kind) -> Criterion:
+        """The criterion of one kind of unit, without what is measured of single modules."""
+        # Heads that similarity settles are named by the plan.
+        return Criterion() if self.choice.of(kind) == SIMILARITY else all_criteria()[self.choice.of(kind)]
+
+    def module(self, index: int, kind: Kind) -> Criterion:
+        """The criterion of one module of a block."""
+        found = self.named(kind)
+        if found.from_gradients is not None:
+            scores = self._gradients[index, kind]
+            found = Criterion(score=lambda _: scores)
+        first = frozenset(self._similar.get(index, ())) if kind == "heads" else frozenset[int]()
+        return replace(found, first=first)
+
+    @property
+    def need_gradients(self) -> bool:
+        """Scores of a module come from a backward pass."""
+        return any(self.named(kind).from_gradients is not None for kind in KINDS)
+
+    @property
+    def need_squares(self) -> bool:
+        """The backward pass must run the rows one by one."""
+        return any(self.named(kind).squares for kind in KINDS)

@@ -1,0 +1,174 @@
+"""Ridge least squares for a level-2 layer.
+
+The refit of a kept set K minimises, over W (a x o),
+
+    ||X_K W_K - T||^2 + ridge * sum_j diag(H)_j ||W_j - W_old,j||^2,      H = X'X,  C = X'T,
+
+whose solution is (H + ridge diag H)_KK W_K = C_K + ridge diag(H)_K W_old,K. All work happens in coordinates
+where diag H is one: the penalised matrix then has eigenvalues between `ridge` and the number of inputs, so
+that float32 is exact enough unless the ridge is tiny.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT32_RIDGE = 0.03
+"""Below this ridge the condition number asks for float64."""
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Times the root of the number of inputs: what rounding makes of an eigenvalue of zero, where diag H is one."""
+
+
+@dataclass
+class Normal:
+    """The penalised normal equations in unit-diagonal coordinates; `weight` there is `scale * W`."""
+
+    matrix_aa: Tensor
+    """D^-1 H D^-1 + diag(penalty), D = sqrt(diag H)."""
+    cross_ao: Tensor
+    """D^-1 C, without the penalty."""
+    right_ao: Tensor
+    """D^-1 C + penalty * D W_old."""
+    scale_a: Tensor
+    penalty_a: Tensor
+    dead_a: Tensor
+    """Inputs that are always zero: they cost nothing to remove, and keep their old weights where they stay."""
+    old_ao: Tensor
+    energy: float
+    """||T||^2, of centred rows with an intercept."""
+
+    def error(self, weight_ao: Tensor) -> float:
+        """||X W - T||^2 without the penalty, at a minimiser `weight_ao` (scaled; zero rows where units are gone)."""
+        linear = (weight_ao * (self.right_ao - 2 * self.cross_ao)).sum(1).double().sum()
+        square = (self.penalty_a[:, None] * weight_ao.square()).sum(1).double().sum()
+        return float(self.energy + linear - square)
+
+
+def normal_equations(
+    gram_aa: Tensor,
+    cross_ao: Tensor | None,
+    energy: float,
+    old_ao: Tensor,
+    ridge: float,
+    *,
+    overwrite: bool = False,
+) -> Normal:
+    """Set up the penalised system of one layer.
+
+    Args:
+        gram_aa: X'X; of centred rows if an intercept is to be fitted.
+        cross_ao: X'T; None if the target is what `old_ao` itself yields, so that X'T = X'X W_old.
+        energy: ||T||^2; not used where `cross_ao` is None.
+        old_ao: the dense weight, inner axis first.
+        ridge: strength of the pull to the old weights, relative to each input's own energy.
+        overwrite: use the memory of `gram_aa` for the result.
+    """
+    dtype = torch.float32 if ridge >= FLOAT32_RIDGE else torch.float64
+    matrix = gram_aa.to(dtype, copy=not overwrite)
+    old = old_ao.to(dtype)
+    diagonal = matrix.diagonal().clone()
+    dead = diagonal <= diagonal.mean() * torch.finfo(torch.float32).eps
+    scale = torch.where(dead, torch.ones_like(diagonal), diagonal).sqrt()
+    penalty = torch.where(dead, torch.ones_like(diagonal), torch.full_like(diagonal, ridge))
+    matrix /= scale[:, None]
+    matrix /= scale[None, :]
+    scaled_old = (scale[:, None] * old).masked_fill(dead[:, None], 0.0)
+    if cross_ao is None:
+        cross = matrix @ scaled_old
+        energy = float((cross * scaled_old).sum(1).double().sum())
+    else:
+        cross = cross_ao.to(dtype) / scale[:, None]
+    matrix.diagonal().add_(penalty)
+    return Normal(matrix, cross, cross + penalty[:, None] * scaled_old, scale, penalty, dead, old, energy)
+
+
+def least_squares(normal: Normal, keep: Tensor) -> tuple[Tensor, float]:
+    """Best weights of the kept inputs (len(keep) x o) and ||XW - T||^2, the penalty left out."""
+    old = (normal.scale_a[:, None] * normal.old_ao).masked_fill(normal.dead_a[:, None], 0.0)[keep]
+    weight = _solve(normal.matrix_aa[:, keep][keep], normal.right_ao[keep], old)
+    full = torch.zeros_like(normal.right_ao)
+    full[keep] = weight
+    fitted = torch.where(normal.dead_a[keep, None], normal.old_ao[keep], weight / normal.scale_a[keep, None])
+    return fitted.float(), _not_below_zero(normal.error(full))
+
+
+def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:
+    """The solution of matrix_aa W = right_ao; where it has many, the one nearest to `old_ao`.
+
+    Without a ridge the matrix is singular where inputs depend on each other, as behind a LayerNorm, whose outputs sum
+    to zero up to gain and bias. It is known to float32's precision only, so that eigenvalues below what rounding
+    makes of zero say nothing: in their directions the old weights stay.
+    """
+    floor = ROUNDING * matrix_aa.shape[0] ** 0.5
+    factor, failed = torch.linalg.cholesky_ex(matrix_aa)
+    if not failed and _least_eigenvalue(factor) > floor:
+        return torch.cholesky_solve(right_ao, factor)
+    del factor
+    if not torch.isfinite(matrix_aa.sum()):
+        raise FloatingPointError("the normal equations are NaN or infinite; are activations finite?")
+    values, vectors = torch.linalg.eigh(matrix_aa.double())
+    inverse = torch.where(values > floor, 1 / values, 0.0)
+    gap = (right_ao - matrix_aa @ old_ao).double()
+    return old_ao + (vectors @ (inverse[:, None] * (vectors.T @ gap))).to(old_ao.dtype)
+
+
+def _least_eigenvalue(factor_aa: Tensor) -> float:
+    """The smallest eigenvalue of a matrix from its Cholesky factor, by inverse iteration; never too small.
+
+    Infinite where no input is kept.
+    """
+    start = torch.randn(factor_aa.shape[0], 1, dtype=factor_aa.dtype, generator=torch.Generator().manual_seed(0))
+    vector, size = start.to(factor_aa.device), 0.0
+    for _ in range(4):
+        vector = torch.cholesky_solve(vector / torch.linalg.vector_norm(vector), factor_aa)
+        size = float(torch.linalg.vector_norm(vector))
+    return 1 / size if size else float("inf")
+
+
+def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
+    """||X_K W - T||^2 of any weights of the kept inputs, also of ones that no refit gave."""
+    scaled = normal.scale_a[keep, None] * weight_ao.to(normal.scale_a.dtype)
+    product = normal.matrix_aa[:, keep][keep] @ scaled - normal.penalty_a[keep, None] * scaled
+    return _not_below_zero(
+        float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum())
+    )
+
+
+def _not_below_zero(error: float) -> float:
+    """An error as it can be: rounding may leave a perfect fit just below zero; NaN stays NaN."""
+    return 0.0 if error < 0 else error
+
+
+def factorise(matrix_aa: Tensor) -> Tensor:
+    """Lower Cholesky factor; a matrix that rounding left indefinite gets the smallest jitter that mends it."""
+    factor, failed = torch.linalg.cholesky_ex(matrix_aa)
+    jitter = torch.finfo(matrix_aa.dtype).eps * matrix_aa.shape[0]
+    while bool(failed):
+        factor, failed = torch.linalg.cholesky_ex(matrix_aa + jitter * torch.diag_embed(matrix_aa.diagonal()))
+        jitter *= 10
+        if jitter > 1:
+            raise FloatingPointError("the normal equations are not positive definite; are activations finite?")
+    return factor
+
+
+def invert(matrix_aa: Tensor) -> Tensor:
+    """Inverse of a positive definite matrix, with two more of its size in memory.
+
+    Not cholesky_inverse, with fewer flops: it was seen to run 30 times slower beside other busy processes.
+    """
+    factor = factorise(matrix_aa)
+    inverse = torch.eye(matrix_aa.shape[0], dtype=matrix_aa.dtype, device=matrix_aa.device)
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
+    return inverse.T @ inverse
+
+
+def factorise_each(blocks: Tensor) -> Tensor:
+    """Lower Cholesky factors of a batch of small matrices; those that rounding left indefinite get a jitter."""
+    factor, failed = torch.linalg.cholesky_ex(blocks)
+    for index in failed.nonzero()[:, 0].tolist():
+        factor[index] = factorise(blocks[index])
+    return factor

@@ -1,0 +1,103 @@
+"""What a plan is, and the problem that it solves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from secateur.criteria.similarity import SimilarHeads
+from secateur.model.structure import KINDS, Block, Kind, Width
+from secateur.plan.allocation import Obstacle, narrowest
+from secateur.plan.meters import Meter, budget_of
+from secateur.plan.target import Target
+
+TOLERANCE = 0.005
+"""A plan within half a point of the wanted sparsity is on target."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Widths of the pruned blocks, and what they amount to."""
+
+    widths: dict[int, Width]
+    sparsity: float
+    """Share of the counted parameters that goes."""
+    wanted: float
+    """The share that was asked for, or the one that the target came to."""
+    of: str
+    """What the share counts: `blocks`, the pruned ones, or `model`."""
+    price: float | None = None
+    """What the survey expects it to cost, in nats per token; None if nothing was weighed."""
+    note: str | None = None
+    """Said when the wanted share could not be had to within half a point."""
+    units: Mapping[int, Mapping[Kind, tuple[int, ...]]] = field(default_factory=dict)
+    """The units to keep, by block and module, where they are settled; otherwise the criterion chooses while fitting."""
+    similar: SimilarHeads | None = None
+    """The heads that resemble others, where the criterion compares them."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all blocks of the plan have one width."""
+        return len(set(self.widths.values())) == 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the units of every module are settled, so that no criterion is asked."""
+        return all(len(self.units.get(index, {})) == len(KINDS) for index in self.widths)
+
+
+@dataclass(frozen=True)
+class PlanProblem:
+    """A target, and what a plan may do to meet it."""
+
+    blocks: list[Block]
+    """Every block of the model."""
+    chosen: range
+    """Those to prune."""
+    parameters: Meter
+    goal: float | Target
+    """The share of parameters to remove, or another target."""
+    meter: Meter
+    """Of what the target is about."""
+    of: str = "blocks"
+    """What a share counts: the chosen `blocks`, or the whole `model`."""
+    kinds: tuple[Kind, ...] = KINDS
+    multiple: int = 1
+    obstacle: Obstacle = lambda _: None
+
+    @property
+    def counted(self) -> float:
+        """The parameters of which a share may go."""
+        if self.of == "model":
+            return self.parameters.dense
+        return float(sum(self.blocks[index].parameters for index in self.chosen))
+
+    @property
+    def budget(self) -> float:
+        """The most that the model may take, in the meter's unit."""
+        if isinstance(self.goal, Target):
+            return budget_of(self.goal, self.meter)
+        return self.meter.dense - self.goal * self.counted
+
+    @property
+    def least(self) -> float:
+        """The least that the model can take with adaptive widths, in the meter's unit."""
+        return narrowest(
+            self.blocks, self.chosen, self.meter, kinds=self.kinds, multiple=self.multiple, obstacle=self.obstacle
+        )
+
+    def sparsity(self, widths: dict[int, Width]) -> float:
+        """Share of the counted parameters that goes at some widths."""
+        return (self.parameters.dense - self.parameters.total(widths)) / self.counted
+
+    def plan(self, widths: dict[int, Width], price: float | None = None) -> Plan:
+        """A plan of these widths, with a note where it is off target."""
+        reached = self.sparsity(widths)
+        if isinstance(self.goal, Target):
+            return Plan(widths, reached, reached, self.of, price)
+        note = None
+        if abs(reached - self.goal) > TOLERANCE:
+            best = "it is the nearest" if len(set(widths.values())) == 1 else "that costs least"
+            among = "among the widths that the format and the rounding allow"
+            note = f"{reached:.1%} goes in place of {self.goal:.1%}: {best} {among}"
+        return Plan(widths, reached, self.goal, self.of, price, note)
