@@ -14,21 +14,12 @@ import platform
 from pathlib import Path
 
 import torch
+from secateur.plan.decide import survey_rows
 
-from secateur import (
-    BlockStream,
-    Options,
-    calibration_rows,
-    consecutive_rows,
-    open_checkpoint,
-    plan,
-    refit,
-    slice,
-    survey,
-)
+from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
 from secateur.criteria import NEEDS_GRADIENTS
 from secateur.criteria.choice import CRITERIA
-from secateur.fit.loop import Method
+from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
@@ -36,10 +27,12 @@ from secateur.model.rows import Rows
 from secateur.model.structure import KINDS, Width
 from secateur.model.surgery import assign, narrow
 from secateur.model.tokens import begins_with_bos
-from secateur.plan.decide import survey_rows
 from secateur.plan.meters import parameter_meter
-from secateur.plan.plan import Plan, Wish
+from secateur.plan.plan import plan
+from secateur.plan.problem import Plan, PlanProblem
 from secateur.survey.gradients import UnitScores, gradient_scores
+from secateur.survey.survey import survey
+from secateur.write.slice import slice
 from tables import put
 
 RECOVERIES = ("none", "bias", "paper", "refit")
@@ -140,7 +133,9 @@ class Bench:
     def plan(self, sparsity: float, width: list[int] | None) -> Plan:
         """One width for all blocks: this one (groups, heads in each, channels), or the default criterion's choice."""
         counted = parameter_meter(self.stream)
-        wish = Wish(self.stream.blocks, range(len(self.stream)), parameters=counted, goal=sparsity, meter=counted)
+        wish = PlanProblem(
+            self.stream.blocks, range(len(self.stream)), parameters=counted, goal=sparsity, meter=counted
+        )
         if width:
             return wish.plan(dict.fromkeys(wish.chosen, Width(*width)))
         few, probe_rows = survey_rows(self.text)

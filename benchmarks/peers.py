@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria import Statistics, flap, pattern_units, removal_order, survivors
-from secateur.fit.loop import Method, refit
+from secateur.criteria import flap
+from secateur.criteria.order import removal_order, survivors
+from secateur.criteria.statistics import Statistics
+from secateur.fit.loop import Method
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
@@ -27,7 +29,7 @@ from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares as least_squares
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 
 OBC_RIDGE = 0.3
 """Of `uniform_obc`, relative to each input's energy."""

@@ -86,7 +86,7 @@ def one(
             length=arguments.length,
             seed=seed,
             overwrite=True,
-            survey_file=(arguments.surveys or folder) / f"survey-{seed}.json",
+            survey=(arguments.surveys or folder) / f"survey-{seed}.json",
         )
         network = load(open_checkpoint(str(out)), torch.float32, torch.device("cpu"))
         return summary.sparsity, score(network)

@@ -28,11 +28,8 @@ from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
 from secateur.base.quiet import quiet
 from secateur.cli import terminal
-from secateur.commands import open as job
-from secateur.commands import plan as propose
-from secateur.commands import prune as steps
-from secateur.commands import sizes
-from secateur.write import writer
+from secateur.commands import plan, prune, sizes, steps
+from secateur.write import shards
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
 SMALL = ["--calibration", "text.txt", "--samples", "4", "--length", "16"]
@@ -82,8 +79,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    for module in (job, steps, propose, sizes):
-        for name in ("surveyed", "refit", "write", "finish"):
+    for module in (steps, prune, plan, sizes):
+        for name in ("survey_model", "survey", "refit", "write", "write_model"):
             monkeypatch.setattr(module, name, reached, raising=False)
 
 
@@ -226,10 +223,9 @@ OPTIONS: list[tuple[str, str]] = [
     ("--seed -1", "seed is -1; it must lie between 0 and"),
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must lie between 0 and 1,000,000, for example 0.3"),
-    ("--level1 -1", "level1 is -1; it must be at least 0"),
-    ("--fits 65", "fits is 65; it must be at most 64"),
+    ("--effort most", "effort is 'most'; it must be one of quick, normal, best"),
+    ("--effort quick --recovery none", "effort is of the refit, not of --recovery none"),
     ("--ridge 1e39", "ridge is 1e+39; it must lie between 0 and 1,000,000, for example 0.3"),
-    ("--calibration self --temperature 1e300", "temperature is 1e+300; it must lie between 0.01 and 100"),
     ("--round 0", "round is 0; it must be at least 1"),
     (
         "--round 96 --modules channels --widths uniform",
@@ -237,7 +233,7 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     (
         "--criterion best",
-        "must be one of surgeon, second-moment, wanda, flap-wifv, flap-ifv, flap-wifn, l1, l2, random, llm-pruner-",
+        "must be one of surgeon, flap-wifv, flap-ifv, flap-wifn, l1, l2, llm-pruner-vector, llm-pruner-element1, ",
     ),
     ("--criterion similarity", "similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity"),
     ("--criterion similarity --tau 0.9", "tau is 0.9; it must be above 0 and at most ln 2 = 0.6931, for example 0.19"),
@@ -253,11 +249,14 @@ OPTIONS: list[tuple[str, str]] = [
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
     ("--widths free", "widths is 'free', where there is no file (or adaptive, uniform)"),
     ("--dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
-    ("--recover both --recovery bias", "with --recovery bias no weights are fitted: leave --recover out, or use"),
-    ("--intercept --recovery none", "an intercept is part of the refit: leave --intercept out, or use"),
     (
-        "--intercept --widths uniform",
-        "the stock class of llama has no level-2 biases, which --intercept and --recovery bias add; leave them out",
+        "--recover both --recovery bias",
+        "recover is of the paper's recovery: leave --recover out, or add --recovery paper",
+    ),
+    ("--recover before", "recover is of the paper's recovery: leave --recover out, or add --recovery paper"),
+    (
+        "--recovery bias --widths uniform",
+        "the stock class of llama has no level-2 biases, which --recovery bias adds; leave it out, or take --format hf",
     ),
     ("--device nonsense", "device 'nonsense' is not available here; use --device auto or cpu"),
     ("--device meta", "device 'meta' computes nothing; use --device auto or cpu"),
@@ -290,7 +289,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--widths model/config.json", "is no range of blocks; write first:end within 0:3"),
     ("--format stock", "the stock format holds one width for all blocks: take --widths uniform, or --format hf"),
     ("--format onnx", "format is 'onnx'; it must be one of hf, stock, gguf"),
-    ("--format gguf", "out: --format gguf writes a file; let its name end in .gguf"),
+    ("--format gguf", "out: the file's name must end in .gguf; name it so"),
     ("--sigma identity", "sigma is part of second-moment, not of surgeon: leave one of them out"),
     ("--sigma data --criterion wanda", "sigma is part of second-moment, not of wanda: leave one of them out"),
     ("--sigma some --criterion second-moment", "sigma is 'some'; it must be one of data, identity, random"),
@@ -305,12 +304,10 @@ OPTIONS: list[tuple[str, str]] = [
         "--refit-samples 8 --recovery none",
         "with --recovery none nothing is fitted: leave --refit-samples and --refit-calib",
     ),
-    ("--temperature 0 --calibration self", "temperature is 0.0; it must lie between 0.01 and 100"),
-    ("--temperature 0.5", "temperature is for what the model writes: add --more self or --calibration self, or leave"),
     ("--save-calibration rows.jsonl", "--save-calibration keeps what the model writes: add --calibration self or"),
     (
         "--calibration self --save-calibration rows.txt",
-        "rows.txt: calibration rows are JSON lines; let the file's name",
+        "rows.txt: the file's name must end in .jsonl; name it so",
     ),
     ("--calibration self --save-calibration no/rows.jsonl", "no does not exist; create it first"),
     ("--calibration self --length 65", "length is 65, but the model has 64 positions: take a smaller length"),
@@ -446,8 +443,8 @@ ARGUMENTS = [
     ("plan model --target ppl=1.2x", "found by pruning: use secateur prune; its secateur.json is a plan"),
     ("plan model --plan text.txt", "text.txt: not readable as JSON"),
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
-    ("plan model --out model", "model: a folder is there; name a file"),
-    ("plan model --out text.txt", "text.txt: exists; choose another name, or add --overwrite to replace it"),
+    ("plan model --out model", "model: a folder is there; choose another name"),
+    ("plan model --out text.txt", "text.txt: exists; choose another name, or overwrite it"),
     ("plan model --out a.json --survey a.json", "a.json: the survey and the plan cannot have one name"),
     ("survey model --out page --criterion similarity", "a survey orders units by a score: take another criterion"),
     ("sizes model", "Missing option '--out'; see secateur sizes --help"),
@@ -496,7 +493,7 @@ ARGUMENTS = [
         "export model out --format hf --type q8_0",
         "type q8_0 is of a GGUF file: leave --type out, or take --format gguf",
     ),
-    ("export model out", "out: a GGUF file ends in .gguf; name it so"),
+    ("export model out", "out: the file's name must end in .gguf; name it so"),
     ("retrain model out --calibration text.txt", "model: not a folder that secateur's prune wrote"),
     ("retrain model out --rank 0", "rank is 0; it must be at least 1"),
     ("retrain model out --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
@@ -510,8 +507,8 @@ ARGUMENTS = [
     ("eval model --perplexity text.txt --length 16 --tokens 15", "does not fill one row of length 16: take more"),
     ("eval model --tokens -1", "tokens is -1; it must be positive, or 0 for the whole text"),
     ("eval model --json missing/figures.json", "missing does not exist; create it first"),
-    ("eval model --json model", "model: a folder is there; name a file for the figures"),
-    ("eval model --json text.txt", "text.txt: exists; choose another name, or add --overwrite to replace it"),
+    ("eval model --json model", "model: a folder is there; choose another name"),
+    ("eval model --json text.txt", "text.txt: exists; choose another name, or overwrite it"),
     ("retrain model out.gguf", "out.gguf: a folder is to be written; name a folder, then secateur export it"),
     ("eval model --dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
 ]
@@ -536,11 +533,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpoint
     (place / "text.txt").write_text(TEXT)
     small: dict[str, Any] = {"samples": 4, "length": 16, "calibration": str(place / "text.txt")}
     survey, llama, gpt2 = place / "survey.json", checkpoint_folder("llama"), checkpoint_folder("gpt2")
-    steps.prune(llama, place / "adaptive", survey_file=survey, **small)
-    steps.prune(llama, place / "uniform", widths="uniform", criterion="l1", **small)
+    prune.prune(llama, place / "adaptive", survey=survey, **small)
+    prune.prune(llama, place / "uniform", widths="uniform", criterion="l1", **small)
     shutil.copytree(checkpoint_folder("mistral"), place / "mistral")
     shutil.copytree(gpt2, place / "gpt2")
-    steps.prune(gpt2, place / "gpt2-adaptive", **small)
+    prune.prune(gpt2, place / "gpt2-adaptive", **small)
     (place / "first.json").write_text('{"0:2": 0.3}')
     found = json.loads(survey.read_text())
     damaged = {"no-curve": "curves", "no-probe": "probes", "short": "curves"}
@@ -618,7 +615,10 @@ WRONG_FILES = [
         "prune model out --widths uniform --target ppl=1.1x --blocks 0:1",
         "and only 0:1 are to be pruned; leave the block",
     ),
-    ("prune model out --widths uniform --target ppl=1.1x --intercept", "has no level-2 biases, which --intercept and"),
+    (
+        "prune model out --widths uniform --target ppl=1.1x --recovery bias",
+        "has no level-2 biases, which --recovery bias",
+    ),
     (
         "prune model out --widths uniform --target ppl=1.1x --modules channels --round 128",
         "round is 128, but the model has 72 channels",
@@ -658,14 +658,16 @@ def test_heads_that_a_stock_class_cannot_lose(
     assert listing(place) == before
 
 
-def test_heads_that_no_format_can_lose_and_intercepts(
+def test_heads_that_no_format_can_lose_and_biases(
     run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
 ) -> None:
     model, before = str(checkpoint_folder("olmo2")), listing(place)
     uniform = [*SMALL, "--widths", "uniform"]
     refused(run("prune", model, "out", *uniform, "--modules", "heads"), "norms run across all heads; prune channels")
     model = str(checkpoint_folder("mistral"))
-    refused(run("prune", model, "out", *uniform, "--intercept"), "the stock class of mistral has no level-2 biases")
+    refused(
+        run("prune", model, "out", *uniform, "--recovery", "bias"), "the stock class of mistral has no level-2 biases"
+    )
     assert listing(place) == before
 
 
@@ -673,7 +675,7 @@ def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypat
     """A hub id, and the default data set: told at once, not after minutes of retries."""
     import datasets
 
-    from secateur import hub_source
+    from secateur.model import hub_source
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
     monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
@@ -718,14 +720,14 @@ def test_damaged_weights_are_located(tensor: str, module: str, place: Path, run:
 @pytest.fixture
 def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Lets the work end with an exception once a block is through."""
-    refit = job.refit
+    refit = steps.refit
 
     def arrange(error: BaseException) -> None:
         def one(*given: Any, **more: Any) -> Iterator[Any]:
             yield next(refit(*given, **more))
             raise error
 
-        monkeypatch.setattr(job, "refit", one)
+        monkeypatch.setattr(steps, "refit", one)
 
     return arrange
 
@@ -747,15 +749,15 @@ def test_interrupts_leave_nothing_behind(
 def test_a_full_disk_leaves_nothing_behind(
     place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add = writer.ShardWriter.add
+    add = shards.ShardWriter.add
 
-    def full(shards: writer.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+    def full(writer: shards.ShardWriter, name: str, tensor: torch.Tensor) -> None:
         if "layers.1." in name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        add(shards, name, tensor)
+        add(writer, name, tensor)
 
     before = listing(place)
-    monkeypatch.setattr(writer.ShardWriter, "add", full)
+    monkeypatch.setattr(shards.ShardWriter, "add", full)
     result = run("prune", "model", "out", *SMALL)
     assert result.code == 2
     assert "out: the disk is full; make room and run again" in result.err.splitlines()[-1]
@@ -765,7 +767,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 def test_files_that_may_not_be_read(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
-    from secateur import checkpoint
+    from secateur.model import checkpoint
 
     def forbidden(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(folder / "model.safetensors"))
@@ -782,7 +784,7 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     assert notes[0] == f"Opened model: llama, 3 blocks, {counted:,} parameters, float32"
     assert f"{counted:,}" in next(line for line in result.out.splitlines() if "parameters" in line)
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
-    assert [line.split()[0] for line in notes[2:]] == ["Survey", "Price", "Rewrite", "Draw", "Keeping", "Prune"]
+    assert [line.split()[0] for line in notes[2:]] == ["Rewrite", "Draw", "Survey", "Price", "Keeping", "Prune"]
     assert "of 18 query heads and" in notes[6]
     assert "nats per token, module by module" in notes[6]
     for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):
@@ -1038,13 +1040,13 @@ def test_version_and_help(run: Run) -> None:
         assert commands == ["prune", "export", "retrain", "plan", "survey", "sizes", "eval", "compare"]
     text = run("prune", "--help").out
     target = "sparsity target plan of blocks modules widths round"
-    method = "criterion recovery recover ridge level1 intercept"
-    rows = "calibration samples fits more length temperature save-calibration refit-calibration refit-samples seed"
+    method = "criterion recovery recover ridge effort"
+    rows = "calibration samples length save-calibration refit-calibration refit-samples seed"
     other = "device revision trust-remote-code dtype format type survey dry-run overwrite"
     for option in f"{target} {method} tau sigma {rows} {other}".split():
         assert f"--{option} " in text
-    for panel in ("Target", "Method", "Calibration", "Output"):
-        assert f" {panel} " in text
+    panels = ("Target", "Method", "Calibration", "Output", "Computing", "The paper's variants")
+    assert re.findall("─ ([A-Z][\\w' ]+) ─", text)[2:] == list(panels)
     text = run("eval", "--help").out
     options = "perplexity length tokens speed against json device dtype revision trust-remote-code"
     for option in options.split():
@@ -1091,7 +1093,10 @@ def test_a_full_disk(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     before = listing(place)
     result = run("eval", "model", "--json", "figures.json")
     assert result.code == 2
-    assert result.err.splitlines()[-1] == "error: figures.json: No space left on device; make room and run again"
+    assert (
+        result.err.splitlines()[-1]
+        == "error: figures.json: the disk is full; make room and run again (nothing was left there)"
+    )
     assert listing(place) == before
 
 
@@ -1101,15 +1106,15 @@ def test_a_polite_kill_cleans_up(place: Path, number: signal.Signals) -> None:
     code = (
         "import os, signal, sys\n"
         "from secateur import cli\n"
-        "from secateur.commands import open as job\n"
+        "from secateur.commands import steps\n"
         # Under nohup it is ignored, and stays so.
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "refit = job.refit\n"
+        "refit = steps.refit\n"
         "def one(*given, **more):\n"
         "    yield next(refit(*given, **more))\n"
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    signal.pause()\n"
-        "job.refit = one\n"
+        "steps.refit = one\n"
         "sys.argv = ['secateur', *sys.argv[1:]]\n"
         "cli.main()\n"
     )

@@ -37,19 +37,20 @@ from models import (
     token_rows,
 )
 from secateur.base.errors import SecateurError
+from secateur.commands.options import EFFORTS
 from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.temper import scaled
 from secateur.formats.stock import STOCK
-from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.families import FAMILIES, head_dim
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
 from secateur.model.surgery import assign, width_of
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.rewrite import rewritten
 from secateur.write.slice import slice
@@ -316,7 +317,7 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     said = record["calibration"]
     rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
     if record["options"]["recovery"] == "refit":
-        rows = rows.with_versions(*rewritten(stream, text, copies=record["options"]["fits"]))
+        rows = rows.with_versions(*rewritten(stream, text, copies=EFFORTS[record["options"]["effort"]].fits))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
     assert list(rows.versions) == said["versions"]
@@ -422,7 +423,7 @@ REFUSED = {
     "gpt_neox heads": ("gpt_neox", {"modules": ("heads",)}, "keeps all 6 heads; prune channels only"),
     "blocks": ("llama", {"blocks": "1:3"}, "one width for all 3 blocks, and only 1:3 are to be pruned"),
     "gpt2 blocks": ("gpt2", {"blocks": ":2"}, "one width for all 3 blocks, and only 0:2 are to be pruned"),
-    "intercept": ("llama", {"intercept": True}, "no level-2 biases, which --intercept"),
+    "added biases": ("llama", {"recovery": "bias"}, "no level-2 biases, which --recovery bias"),
     "too much": ("llama", {"sparsity": 0.99}, "more than the modules hold"),
     "too much of heads": ("llama", {"sparsity": 0.5, "modules": ("heads",)}, "only heads or only channels"),
 }
@@ -473,8 +474,8 @@ IN_MEMORY = {
     "gemma2 heads": ("gemma2 every head", Width(5, 1, 72), range(3), False),
     "blocks": ("llama", Width(2, 2, 50), range(1, 3), False),
     "first blocks": ("phi3", Width(3, 1, 50), range(2), False),
-    "intercept": ("llama", Width(2, 2, 50), range(3), True),
-    "intercept heads": ("qwen3", Width(2, 2, 50), range(3), True),
+    "added biases": ("llama", Width(2, 2, 50), range(3), True),
+    "added biases, heads": ("qwen3", Width(2, 2, 50), range(3), True),
     "no attention": ("llama", Width(0, 0, 50), range(3), False),
     "no channels": ("qwen3 biased", Width(2, 2, 0), range(3), False),
     "no module": ("llama biased", Width(0, 0, 0), range(1, 2), False),
@@ -485,7 +486,7 @@ IN_MEMORY = {
     "no channels, biases stay": ("gpt2", Width(4, 1, 0), range(3), False),
     "no module, biases stay": ("opt", Width(0, 0, 0), range(2), False),
     "no module, fused": ("phi3", Width(0, 0, 0), range(1, 3), False),
-    "no channels, intercept": ("llama", Width(2, 2, 0), range(3), True),
+    "no channels, added biases": ("llama", Width(2, 2, 0), range(3), True),
 }
 
 
@@ -497,8 +498,9 @@ def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -
 
 @pytest.mark.parametrize("case", IN_MEMORY)
 def test_proven_in_memory_where_no_file_can_hold_it(checkpoint_folder, case):
-    name, width, blocks, intercept = IN_MEMORY[case]
-    found = fitted(name, checkpoint_folder(name), dict.fromkeys(blocks, width), intercept=intercept)
+    name, width, blocks, biased = IN_MEMORY[case]
+    how = {"method": "bias"} if biased else {}
+    found = fitted(name, checkpoint_folder(name), dict.fromkeys(blocks, width), **how)
     assert [block.index for block in found] == list(blocks)
     keeps = {block.index: block.keep for block in found}
     changed = {block.index: block.changed for block in found}
@@ -507,7 +509,7 @@ def test_proven_in_memory_where_no_file_can_hold_it(checkpoint_folder, case):
     for index, tensors in changed.items():
         for path, tensor in tensors.items():
             assign(layers_of(full)[index], path, tensor)
-        if intercept:
+        if biased:
             assert {path for path in tensors if path.endswith(".bias")} == {
                 module.bias_name for module in (first_block(name).attention, first_block(name).feed_forward)
             }

@@ -37,10 +37,10 @@ PRUNE: dict[str, tuple[str, str]] = {
     "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),
     "similar heads": ("llama", "--criterion similarity --tau auto --sparsity 0.3"),
     "random ids for the score": ("llama", "--criterion second-moment --sigma random --recovery none"),
-    "what the model writes": ("llama", "--calibration self --more self"),
-    "rows of its own for the refit": ("llama", "--refit-samples 9 --intercept --recover before"),
-    "a target of perplexity": ("llama", "--target ppl=1.3x --fits 0 --level1 0"),
-    "without a pull": ("llama", "--ridge 0 --level1 2"),
+    "what the model writes": ("llama", "--calibration self"),
+    "rows of its own for the refit": ("llama", "--refit-samples 9 --recovery paper --recover before"),
+    "a target of perplexity": ("llama", "--target ppl=1.3x --effort quick"),
+    "without a pull": ("llama", "--ridge 0 --effort normal"),
 }
 """Name → model, and what is asked beside what all ask."""
 

@@ -23,12 +23,12 @@ from conftest import CheckpointFolder
 from models import blocks_of, build
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
+from secateur.commands import steps
 from secateur.commands import survey as survey_page
 from secateur.commands.options import Options
 from secateur.commands.survey import survey_page as write_page
 from secateur.model.structure import Block, Width
-from secateur.plan import decide
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.report.page import POINTS, UNITS, page_data, render
 from secateur.survey.curves import Curve, Probe, Survey, load_survey
 from secateur.survey.prices import Prices
@@ -155,13 +155,13 @@ def test_nothing_in_the_data_ends_the_script(found: dict[str, Any]) -> None:
 def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the surveys that are measured."""
     calls: list[int] = []
-    measure = decide.survey
+    measure = steps.survey
 
     def counted(*args: Any, **kwargs: Any) -> Survey:
         calls.append(1)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(decide, "survey", counted)
+    monkeypatch.setattr(steps, "survey", counted)
     return calls
 
 
@@ -236,7 +236,7 @@ def test_shares_out_of_reach_are_left_out(place: Path, run: Run) -> None:
     ],
 )
 def test_a_mistake(options: str, message: str, place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey_page, "surveyed", lambda *_: pytest.fail("a mistake was found after long work"))
+    monkeypatch.setattr(survey_page, "survey_model", lambda *_: pytest.fail("a mistake was found after long work"))
     shutil.copytree(place / "model", place / "other")
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")

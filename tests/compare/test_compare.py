@@ -25,12 +25,12 @@ from test_tasks import ITEMS, NORM, YAML
 from conftest import CheckpointFolder
 from models import build, layers_of, token_rows
 from secateur.base.errors import SecateurError
-from secateur.commands import open as job_step
-from secateur.commands.options import Options
+from secateur.commands import open as open_step
+from secateur.commands import steps
 from secateur.commands.prune import prune
 from secateur.compare import grid as compare_step
 from secateur.compare import heads as compare_heads
-from secateur.compare import own_text
+from secateur.compare import plots as comparison_plots
 from secateur.compare.comparison import Spread
 from secateur.compare.magnitudes import magnitudes
 from secateur.compare.recipes import recipe_names
@@ -40,10 +40,8 @@ from secateur.criteria.head_distances import head_distances
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.plan import decide
-from secateur.compare import plots as comparison_plots
 from secateur.text import calibration, draw
-from secateur.text.more_rows import more_rows
+from secateur.text.rewrite import rewritten
 
 GRID: dict[str, Any] = {
     "title": "Small",
@@ -66,13 +64,13 @@ def grid(place: Path) -> Path:  # noqa: F811
 def prunings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The options of each pruning."""
     made: list[Any] = []
-    carry_out = compare_step.carry_out
+    prune_run = compare_step.prune_run
 
-    def counted(job: Any, *given: Any, **more: Any) -> Any:
-        made.append(job.options)
-        return carry_out(job, *given, **more)
+    def counted(opened: Any, *given: Any, **more: Any) -> Any:
+        made.append(opened.options)
+        return prune_run(opened, *given, **more)
 
-    monkeypatch.setattr(compare_step, "carry_out", counted)
+    monkeypatch.setattr(compare_step, "prune_run", counted)
     return made
 
 
@@ -155,8 +153,8 @@ def test_what_runs_have_in_common_is_made_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     surveys, reads = [], []
-    survey, read = decide.survey, calibration.read_documents
-    monkeypatch.setattr(decide, "survey", lambda *a, **k: surveys.append(k["criterion"]) or survey(*a, **k))
+    survey, read = steps.survey, calibration.read_documents
+    monkeypatch.setattr(steps, "survey", lambda *a, **k: surveys.append(k["criterion"].choice.text) or survey(*a, **k))
     monkeypatch.setattr(calibration, "read_documents", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     # One for each criterion and seed, whatever the sparsity.
@@ -196,15 +194,15 @@ def test_an_interrupt_leaves_what_is_finished(
 ) -> None:
     assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
     with monkeypatch.context() as patch:
-        carry_out, made = compare_step.carry_out, []
+        prune_run, made = compare_step.prune_run, []
 
         def until(*given: Any, **more: Any) -> Any:
             if len(made) == 3:
                 raise KeyboardInterrupt
             made.append(1)
-            return carry_out(*given, **more)
+            return prune_run(*given, **more)
 
-        patch.setattr(compare_step, "carry_out", until)
+        patch.setattr(compare_step, "prune_run", until)
         result = run("compare", "model", "grid.yaml", "--out", "out")
     assert result.code == 130
     last = result.err.splitlines()[-1]
@@ -220,15 +218,15 @@ def test_a_run_that_fails_stops_no_other(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    carry_out = compare_step.carry_out
+    prune_run = compare_step.prune_run
 
-    def refuse(job: Any, *given: Any, **more: Any) -> Any:
-        if job.options.criterion == "wanda" and job.options.seed:
+    def refuse(opened: Any, *given: Any, **more: Any) -> Any:
+        if opened.options.criterion == "wanda" and opened.options.seed:
             raise SecateurError("nothing goes")
-        return carry_out(job, *given, **more)
+        return prune_run(opened, *given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare_step, "carry_out", refuse)
+        patch.setattr(compare_step, "prune_run", refuse)
         result = run("compare", "model", "grid.yaml", "--out", "out")
     assert result.code == 2
     last = result.err.splitlines()[-1]
@@ -336,7 +334,7 @@ def score(folder: str) -> float:
 @pytest.mark.parametrize(
     "own",
     [
-        {"calibration": "self", "temperature": 0.7},
+        {"calibration": "self"},
         {"recovery": "paper", "calibration": "self", "refit_samples": 3},
         {"recovery": "paper", "refit_calibration": "self"},
     ],
@@ -374,41 +372,38 @@ def test_rows_of_the_fits_are_shared_and_kept(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drawn: list[tuple[str, int, int]] = []
-    for module in (own_text, job_step):
+    drawn: list[tuple[int, int]] = []
 
-        def counted(stream: Any, options: Options, *given: Any, **more: Any) -> Any:
-            drawn.append((options.more, options.fits, options.seed))
-            return more_rows(stream, options, *given, **more)
+    def counted(*given: Any, **more: Any) -> Any:
+        drawn.append((more["copies"], more["seed"]))
+        return rewritten(*given, **more)
 
-        monkeypatch.setattr(module, "more_rows", counted)
+    monkeypatch.setattr(draw, "rewritten", counted)
     refit = {"recovery": "refit"}
     runs = {
         "a": {"criterion": "wanda", **refit},
         "b": {"criterion": "l2", "ridge": 0.1, **refit},
-        "one fit": {"criterion": "l2", "fits": 1, **refit},
-        "own text": {"criterion": "l2", "more": "self", **refit},
+        "one fit": {"criterion": "l2", "effort": "normal", **refit},
         "fitted to others": {"criterion": "l2", "refit_samples": 3, **refit},
         "none": {"criterion": "l2"},
     }
     command = small(grid, runs=runs)
     assert run(*command).code == 0
     # Once for what shares text, fits and seed.
-    text = [("rewritten", 1, 0), ("rewritten", 1, 1), *2 * [("rewritten", 2, 0)], *2 * [("rewritten", 2, 1)]]
-    assert sorted(drawn) == [*text, ("self", 2, 0), ("self", 2, 1)]
+    assert sorted(drawn) == [(1, 0), (1, 1), *2 * [(2, 0)], *2 * [(2, 1)]]
     kept = {file: file.read_bytes() for file in (grid / "out" / "texts").iterdir()}
-    assert len(kept) == 8
+    assert len(kept) == 6
     before = {name: values(name) for name in runs}
     for file in (grid / "out" / "runs").iterdir():
         file.unlink()
     assert run(*command).code == 0
-    assert (len(drawn), {name: values(name) for name in runs}) == (8, before)
+    assert (len(drawn), {name: values(name) for name in runs}) == (6, before)
     assert {file: file.read_bytes() for file in kept} == kept
     for name, options in runs.items():
         for seed in (0, 1):
             prune("model", f"{name} {seed}", **GRID["options"] | options, seed=seed)
         assert [score(f"{name} {seed}") for seed in (0, 1)] == before[name]
-    assert len({tuple(figures) for figures in before.values()}) == 6
+    assert len({tuple(figures) for figures in before.values()}) == 5
     for file in kept:
         file.write_bytes(file.read_bytes()[:-1])
     shutil.rmtree(grid / "out" / "runs")
@@ -424,13 +419,14 @@ def test_gradients_are_taken_once_for_all_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[str] = []
-    scores = job_step.gradient_scores
-    monkeypatch.setattr(job_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
+    scores = open_step.gradient_scores
+    monkeypatch.setattr(open_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
     names = ("llm-pruner-vector", "llm-pruner-element2")
     runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
     sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}
     assert run(*small(grid, runs=runs, grid=sizes)).code == 0
-    assert sorted(taken) == sorted(names)
+    # Once by the survey's rows and once by all of them.
+    assert sorted(taken) == sorted(2 * names)
     for name in names:
         prune("model", name, **GRID["options"] | runs[name], sparsity=0.4, seed=0)
         assert values(f"{name}, sparsity 0.4") == [score(name)]
@@ -557,7 +553,7 @@ def test_mistakes_come_before_work(
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    monkeypatch.setattr(compare_step, "carry_out", reached)
+    monkeypatch.setattr(compare_step, "prune_run", reached)
     monkeypatch.setattr(compare_step, "load", reached)
     wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
     (grid / "wide.yaml").write_text(yaml.safe_dump(wide))

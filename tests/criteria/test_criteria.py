@@ -10,20 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, token_rows
-from secateur.criteria import (
-    NEEDS_INPUTS,
-    SCORES,
-    Statistics,
-    error_curve,
-    pattern_units,
-    removal_order,
-    survivors,
-)
 from secateur.criteria.choice import CRITERIA, IDENTITY, SIMILARITY
+from secateur.criteria.order import error_curve, removal_order, survivors
+from secateur.criteria.registry import Criteria, Criterion, all_criteria
+from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Depth2, Kind
 from secateur.model.surgery import inner_weight
-from secateur.numerics.moments import Moments
 from secateur.numerics.elimination import eliminate
+from secateur.numerics.moments import Moments
 
 MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral"]
 
@@ -50,10 +44,21 @@ def statistics(name: str, kind: Kind, *, index: int = 1, seed: int = 0) -> tuple
         moments.update(inner[part : part + 50])
         inputs.update(x[part : part + 50])
     weight = inner_weight(module, tensors)
-    # Those that come from gradients, which test_gradients.py has.
-    given = torch.rand(module.units, generator=torch.Generator().manual_seed(1)).double()
-    stats = Statistics(module, tensors, weight, moments, inputs, 0.3, own_target=True, seed=seed, scores=given)
+    stats = Statistics(module, tensors, weight, moments, inputs, 0.3, own_target=True, seed=seed)
     return stats, x, inner, model
+
+
+def ready(name: str, module: Depth2) -> Criterion:
+    """A criterion of one module, made ready; scores from gradients, which test_gradients.py has, are made up."""
+    given = torch.rand(module.units, generator=torch.Generator().manual_seed(1)).double()
+    return Criteria(name, {(1, module.kind): given}).module(1, module.kind)
+
+
+def scores_of(name: str, stats: Statistics) -> Tensor:
+    """A criterion's score per unit."""
+    found = all_criteria()[name].score
+    assert found is not None
+    return found(stats)
 
 
 def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
@@ -61,8 +66,11 @@ def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
 
 
 def test_names_agree():
-    assert {*CRITERIA, IDENTITY, SIMILARITY} == {*SCORES, "surgeon"}
-    assert set(SCORES) >= NEEDS_INPUTS
+    assert {*CRITERIA, IDENTITY} == set(all_criteria())
+    assert SIMILARITY not in all_criteria()
+    scored = {name for name, one in all_criteria().items() if one.score or one.from_gradients}
+    assert scored == {*all_criteria()} - {"surgeon"}
+    assert scored >= {name for name, one in all_criteria().items() if one.inputs} == {"second-moment"}
 
 
 # Second moment.
@@ -80,7 +88,7 @@ def test_second_moment_of_a_gated_module_with_biases():
             row, bias = w[f"mlp.{name}.weight"][channel].double(), w[f"mlp.{name}.bias"][channel].double()
             score *= 0.5 * float(down @ down) * float((x @ row + bias).square().mean())
         wanted.append(score)
-    assert_scores(SCORES["second-moment"](stats), wanted)
+    assert_scores(scores_of("second-moment", stats), wanted)
 
 
 def test_second_moment_of_an_ungated_module_with_biases():
@@ -91,7 +99,7 @@ def test_second_moment_of_an_ungated_module_with_biases():
         down = w["mlp.c_proj.weight"][channel].double()
         before = x.double() @ w["mlp.c_fc.weight"][:, channel].double() + w["mlp.c_fc.bias"][channel].double()
         wanted.append(0.5 * float(down @ down) * float(before.square().mean()))
-    assert_scores(SCORES["second-moment"](stats), wanted)
+    assert_scores(scores_of("second-moment", stats), wanted)
 
 
 def test_second_moment_of_fused_layers():
@@ -100,7 +108,7 @@ def test_second_moment_of_fused_layers():
     fused, down = stats.tensors["mlp.gate_up_proj.weight"].double(), stats.tensors["mlp.down_proj.weight"].double()
     half = stats.module.units
     gate, up = ((x.double() @ part.T).square().mean(0) for part in (fused[:half], fused[half:]))
-    assert_scores(SCORES["second-moment"](stats), 0.25 * down.square().sum(0).square() * gate * up)
+    assert_scores(scores_of("second-moment", stats), 0.25 * down.square().sum(0).square() * gate * up)
 
 
 @pytest.mark.parametrize("name", ["llama biased", "qwen2", "mistral"])
@@ -122,7 +130,7 @@ def test_second_moment_of_attention_folds_the_probabilities_in(name):
             column = output[:, head * module.size + entry]
             score += 0.5 * float(column @ column) * float((folded @ values[row] + bias[row]).square().mean())
         wanted.append(score)
-    assert_scores(SCORES["second-moment"](stats), wanted)
+    assert_scores(scores_of("second-moment", stats), wanted)
 
 
 def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
@@ -156,7 +164,7 @@ def test_second_moment_equals_monte_carlo(gated):
         bias = stats.tensors[slab.name.replace("weight", "bias")]
         square = ((rows @ second) * rows).sum(1) + 2 * bias * (rows @ mean) + bias.square()
         wanted = wanted * 0.5 * stats.weight_ao.square().sum(1) * square
-    found = SCORES["second-moment"](stats)
+    found = scores_of("second-moment", stats)
     assert float((found / wanted - 1).abs().max()) < 0.05
 
 
@@ -175,7 +183,7 @@ def test_the_half_is_what_a_rectifier_leaves():
     stats = Statistics(block.feed_forward, tensors, weight, moments, inputs, ridge=0.3, own_target=True, seed=0)
     active = torch.relu(x @ layer.fc1.weight.T)
     added = [(active[:, unit, None] * layer.fc2.weight[:, unit]).square().sum(1).mean() for unit in range(20)]
-    assert float((SCORES["second-moment"](stats)[:20] / torch.stack(added) - 1).abs().max()) < 0.05
+    assert float((scores_of("second-moment", stats)[:20] / torch.stack(added) - 1).abs().max()) < 0.05
 
 
 # Wanda, L1, L2, random.
@@ -193,7 +201,7 @@ def test_wanda(name, kind):
             norm = float(inner[:, entry].double().square().mean().sqrt())
             score += sum(abs(float(w)) for w in weight[entry]) * norm
         wanted.append(score)
-    assert_scores(SCORES["wanda"](stats), wanted)
+    assert_scores(scores_of("wanda", stats), wanted)
 
 
 def unit_weights(stats: Statistics, unit: int) -> list[tuple[Tensor, float]]:
@@ -241,11 +249,11 @@ def test_magnitudes(criterion, name, kind):
             wanted.append(sum(share * float(part.double().abs().sum()) for part, share in parts))
         else:
             wanted.append(sum(share * float(part.double().square().sum()) for part, share in parts) ** 0.5)
-    assert_scores(SCORES[criterion](stats), wanted)
+    assert_scores(scores_of(criterion, stats), wanted)
 
 
 def test_random_is_seeded():
-    scores = [SCORES["random"](statistics("llama", "channels", seed=seed)[0]) for seed in (0, 0, 1)]
+    scores = [scores_of("random", statistics("llama", "channels", seed=seed)[0]) for seed in (0, 0, 1)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
     assert scores[0].unique().numel() == scores[0].numel()
@@ -256,20 +264,21 @@ def test_random_is_seeded():
 def test_criteria_change_nothing(criterion, kind):
     stats, _, _, _ = statistics("llama biased", kind)
     before = {name: tensor.clone() for name, tensor in stats.tensors.items()}
-    first = removal_order(criterion, stats, stats.module.patterns[0], 1)
-    assert torch.equal(first, removal_order(criterion, stats, stats.module.patterns[0], 1))
+    found = ready(criterion, stats.module)
+    first = removal_order(found, stats, stats.module.patterns[0], 1)
+    assert torch.equal(first, removal_order(found, stats, stats.module.patterns[0], 1))
     assert all(torch.equal(stats.tensors[name], tensor) for name, tensor in before.items())
 
 
 # Orders.
 
 
-def ordered(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> Callable[..., list[int]]:
+def ordered(scores: list[float]) -> Callable[..., list[int]]:
     """The removal order for fixed scores."""
-    monkeypatch.setitem(SCORES, "wanda", lambda _: torch.tensor(scores, dtype=torch.float64))
+    fixed = Criterion(score=lambda _: torch.tensor(scores, dtype=torch.float64))
 
     def order(stats: Statistics, pattern: Any, stop: int) -> list[int]:
-        return removal_order("wanda", stats, pattern, stop).tolist()
+        return removal_order(fixed, stats, pattern, stop).tolist()
 
     return order
 
@@ -279,10 +288,10 @@ def llama(kind: Kind) -> tuple[Statistics, Depth2]:
     return stats, stats.module
 
 
-def test_order_of_channels(monkeypatch):
+def test_order_of_channels():
     stats, module = llama("channels")
     scores = [float((7 * unit) % module.units) for unit in range(module.units)]
-    order = ordered(monkeypatch, scores)(stats, "channels", 70)
+    order = ordered(scores)(stats, "channels", 70)
     assert len(order) == module.units - 70
     assert [scores[unit] for unit in order] == [0.0, 1.0]
     assert survivors(module, "channels", torch.tensor(order)) == tuple(
@@ -290,35 +299,35 @@ def test_order_of_channels(monkeypatch):
     )
 
 
-def test_order_of_groups(monkeypatch):
+def test_order_of_groups():
     """Six heads in three groups; a group is worth what its heads are worth together."""
     stats, module = llama("heads")
-    order = ordered(monkeypatch, [0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
+    order = ordered([0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
     assert order(stats, "groups", 1) == [0, 2]
     assert order(stats, "groups", 2) == [0]
     assert survivors(module, "groups", torch.tensor([0, 2])) == (2, 3)
     assert survivors(module, "groups", torch.tensor([0])) == (2, 3, 4, 5)
 
 
-def test_order_of_heads(monkeypatch):
+def test_order_of_heads():
     """One head of every group a round, whatever the groups are worth."""
     stats, module = llama("heads")
-    order = ordered(monkeypatch, [0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, "heads", 1)
+    order = ordered([0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, "heads", 1)
     assert order == [0, 3, 5]
     assert survivors(module, "heads", torch.tensor(order)) == (1, 2, 4)
 
 
-def test_order_of_heads_in_rounds(monkeypatch):
+def test_order_of_heads_in_rounds():
     stats = statistics("qwen2", "heads")[0]
-    order = ordered(monkeypatch, [3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
+    order = ordered([3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
     assert order(stats, "heads", 1) == [1, 3, 2, 5]
     assert order(stats, "heads", 2) == [1, 3]
     assert survivors(stats.module, "heads", torch.tensor([1, 3])) == (0, 2, 4, 5)
 
 
-def test_equal_scores_leave_in_order(monkeypatch):
+def test_equal_scores_leave_in_order():
     stats, module = llama("channels")
-    order = ordered(monkeypatch, [1.0] * module.units)(stats, "channels", 60)
+    order = ordered([1.0] * module.units)(stats, "channels", 60)
     assert order == list(range(module.units - 60))
 
 
@@ -328,18 +337,19 @@ def test_every_width_of_every_pattern(criterion, name):
     for kind in ("heads", "channels"):
         stats, _, inner, _ = statistics(name, kind)
         module = stats.module
+        found = ready(criterion, module)
         for pattern in module.patterns:
             units = module.steps(pattern)
             a_round = module.groups if pattern == "heads" else 1
             for stop in {1, max(1, units - 1)}:
-                order = removal_order(criterion, stats, pattern, stop)
+                order = removal_order(found, stats, pattern, stop)
                 assert len(order) == (units - stop) * a_round
                 kept = survivors(module, pattern, order)
                 each = {"groups": module.per_group, "heads": module.groups, "channels": 1}[pattern]
                 assert len(kept) == stop * each
-            curve = error_curve(criterion, stats, pattern, 1)
+            curve = error_curve(found, stats, pattern, 1)
             assert len(curve.errors) == (units - 1) * a_round + 1
-            assert torch.equal(curve.order, removal_order(criterion, stats, pattern, 1))
+            assert torch.equal(curve.order, removal_order(found, stats, pattern, 1))
             # The dense module yields its own output: no error yet, and all of it is at stake.
             energy = float((inner.double() @ stats.weight_ao.double()).square().sum())
             assert abs(float(curve.errors[0])) < 1e-4 * energy
@@ -349,7 +359,7 @@ def test_every_width_of_every_pattern(criterion, name):
 def test_surgeon_is_the_elimination():
     stats, _, inner, _ = statistics("llama", "heads")
     assert stats.module.size == 8
-    found = error_curve("surgeon", stats, "groups", 1)
+    found = error_curve(all_criteria()["surgeon"], stats, "groups", 1)
     expected = eliminate(stats.normal, 16)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.errors, expected.errors)
@@ -363,5 +373,5 @@ def test_surgeon_is_the_elimination():
 def test_surgeon_errors_are_lowest():
     """On its own terms the greedy order beats chance."""
     stats = statistics("llama", "channels")[0]
-    surgeon, chance = (error_curve(name, stats, "channels", 1) for name in ("surgeon", "random"))
+    surgeon, chance = (error_curve(all_criteria()[name], stats, "channels", 1) for name in ("surgeon", "random"))
     assert float(surgeon.errors[20]) < float(chance.errors[20])

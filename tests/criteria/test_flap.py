@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_criteria import MODELS, assert_scores, statistics
+from test_criteria import MODELS, assert_scores, scores_of, statistics
 from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
-from secateur.base.progress import Silent
-from secateur.commands.open import open_job
-from secateur.commands.options import Options
-from secateur.criteria import SCORES
+from secateur.commands.open import open_model
+from secateur.commands.steps import draw_rows, fit_blocks
 from secateur.fit.average import FittedBlock
-from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Keep, Width
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 
 BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
 
@@ -63,7 +61,7 @@ def test_scores(name, kind, criterion):
     if kind == "heads":
         size = stats.module.size
         metric = torch.stack([(metric[head * size : (head + 1) * size] ** 2).sum() for head in range(6)])
-    assert_scores(SCORES[criterion](stats), metric)
+    assert_scores(scores_of(criterion, stats), metric)
 
 
 def test_a_constant_input_is_worth_nothing():
@@ -71,7 +69,7 @@ def test_a_constant_input_is_worth_nothing():
     stats.moments = type(stats.moments)(72)
     stats.moments.update(torch.cat([inner[:, :-1], torch.full((len(inner), 1), 1e4 / 3)], dim=1))
     for criterion in ("flap-wifv", "flap-ifv"):
-        scores = SCORES[criterion](stats)
+        scores = scores_of(criterion, stats)
         assert 0 <= float(scores[-1]) < 20 * stats.weight_ao.square().sum(1).max()
 
 
@@ -89,10 +87,11 @@ def mean_output(model: nn.Module, index: int, path: str, ids: Tensor) -> Tensor:
 
 def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
     """What `prune` does when it is asked for the bias, and the rows that it calibrates on."""
-    options = Options(sparsity=0.3, criterion="flap-wifv", recovery="bias", samples=64, length=16, calibration="random")
-    job = open_job(folder, options, device="cpu", trust_remote_code=False, watcher=Silent())
+    options: dict[str, Any] = {"sparsity": 0.3, "criterion": "flap-wifv", "recovery": "bias"}
+    run = open_model(folder, samples=64, length=16, calibration="random", device="cpu", **options)
+    rows = draw_rows(run)
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
-    return list(job.refit(plan, job.rows, Silent(), None)), job.text
+    return list(fit_blocks(run, rows, plan)), rows.text
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["the refit alone", "as prune asks for it"])

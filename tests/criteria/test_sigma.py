@@ -8,31 +8,36 @@ from typing import Any
 
 import pytest
 import torch
-from test_criteria import assert_scores, seen, statistics
+from test_criteria import assert_scores, scores_of, seen, statistics
 from torch import Tensor
 
 from conftest import CheckpointFolder
 from models import build, layers_of, make_tokenizer, token_rows
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
-from secateur.commands.open import open_job
-from secateur.commands.options import Options
-from secateur.criteria import SCORES, Statistics, error_curve, removal_order, survivors
+from secateur.commands.open import open_model
+from secateur.commands.steps import draw_rows
+from secateur.criteria.order import error_curve, removal_order, survivors
+from secateur.criteria.registry import all_criteria
+from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
-from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Pattern, Width
 from secateur.model.surgery import inner_weight
 from secateur.numerics.moments import Moments
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.survey.survey import survey
 from secateur.text.row_file import write_rows
 
 MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral", "qwen3 biased", "gemma2"]
-IDENTITY = SCORES["second-moment-identity"]
+SECOND_MOMENT = all_criteria()["second-moment"]
+
+
+def identity(stats: Statistics) -> Tensor:
+    return scores_of("second-moment-identity", stats)
 
 
 def values_of(stats: Statistics) -> tuple[Tensor, Tensor]:
@@ -65,7 +70,7 @@ def test_identity_of_attention(name: str) -> None:
             row, b = rows[head // module.per_group, entry], float(bias[head // module.per_group, entry])
             score += 0.5 * float(column @ column) * (float(row @ row) + b * b)
         wanted.append(score)
-    assert_scores(IDENTITY(stats), wanted)
+    assert_scores(identity(stats), wanted)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,14 +82,14 @@ def test_identity_of_channels_is_what_standard_normal_inputs_give(name: str) -> 
     assert torch.allclose(x.T @ x / len(x), torch.eye(48, dtype=torch.float64), atol=1e-12)
     stats.inputs = Moments(48)
     stats.inputs.update(x.float())
-    assert_scores(IDENTITY(stats), SCORES["second-moment"](stats))
+    assert_scores(identity(stats), scores_of("second-moment", stats))
 
 
 def test_identity_sees_no_data() -> None:
     for kind in ("heads", "channels"):
         one, other = (statistics("llama biased", kind)[0] for _ in range(2))
         other.inputs, other.moments = None, Moments(other.moments.gram().shape[0])
-        assert torch.equal(IDENTITY(one), IDENTITY(other))
+        assert torch.equal(identity(one), identity(other))
 
 
 # Random token ids.
@@ -117,7 +122,7 @@ def test_random_ids_choose_the_units(checkpoint_folder: CheckpointFolder, name: 
     """Of the first attention, which sees the dense model's activations."""
     stats = stats_on(name, "heads", IDS)
     pattern: Pattern = "groups" if WIDTHS[name].groups < stats.module.groups else "heads"
-    order = removal_order("second-moment", stats, pattern, WIDTHS[name].along(pattern))
+    order = removal_order(SECOND_MOMENT, stats, pattern, WIDTHS[name].along(pattern))
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
     keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
     assert keep.heads == survivors(stats.module, pattern, order)
@@ -134,9 +139,9 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: Checkpoint
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     keep = next(iter(refit(stream, plan, rows, method=method))).keep
-    order = removal_order("second-moment", stats, "channels", 50)
+    order = removal_order(SECOND_MOMENT, stats, "channels", 50)
     assert keep.channels == survivors(stats.module, "channels", order)
-    text = removal_order("second-moment", stats_on(name, "channels", TEXT), "channels", 50)
+    text = removal_order(SECOND_MOMENT, stats_on(name, "channels", TEXT), "channels", 50)
     assert keep.channels != survivors(stats.module, "channels", text)
 
 
@@ -154,7 +159,7 @@ def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder: 
     stats = stats_on(name, "channels", TEXT)
     stats.moments = Moments(inner.shape[1])
     stats.moments.update(inner / norms)
-    wanted = error_curve("second-moment", stats, "channels", 1, choice).errors / len(inner)
+    wanted = error_curve(SECOND_MOMENT, stats, "channels", 1, choice).errors / len(inner)
     errors = torch.tensor(found.curves[0].errors, dtype=torch.float64)
     torch.testing.assert_close(errors, wanted.double(), rtol=1e-3, atol=1e-6 * float(wanted[-1]))
     assert found.probes
@@ -185,24 +190,23 @@ def test_the_three_choose_differently(checkpoint_folder: CheckpointFolder, tmp_p
 
 
 def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    options = Options(sigma="random", calibration=text_file(tmp_path), refit_samples=3, **SMALL)
-    how: dict[str, Any] = {"device": "cpu", "revision": None, "trust_remote_code": False, "out": None}
-    job = open_job(checkpoint_folder("llama"), options, **how, overwrite=False, watcher=Silent())
-    scores = job.rows.scores
+    options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
+    rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), fitted=False)
+    scores = rows.groups.scores
     assert scores is not None
-    assert job.drawn.sigma is not None
-    assert [group.shape for group, score in zip(job.rows.groups, scores, strict=True) if score] == [(8, 16)]
-    assert torch.equal(job.rows.groups[scores.index(1.0)], job.drawn.sigma)
+    assert rows.sigma is not None
+    assert [group.shape for group, score in zip(rows.groups.groups, scores, strict=True) if score] == [(8, 16)]
+    assert torch.equal(rows.groups.groups[scores.index(1.0)], rows.sigma)
 
 
 def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     model, how = checkpoint_folder("llama"), {"calibration": text_file(tmp_path), **SMALL}
     file = tmp_path / "survey.json"
-    prune(model, tmp_path / "a", sigma="random", survey_file=file, **how)
-    prune(model, tmp_path / "b", sigma="random", survey_file=file, **how)
+    prune(model, tmp_path / "a", sigma="random", survey=file, **how)
+    prune(model, tmp_path / "b", sigma="random", survey=file, **how)
     for other in ("data", "identity"):
         with pytest.raises(SecateurError, match="a survey with criterion second-moment of random ids, where second-mo"):
-            prune(model, tmp_path / "c", sigma=other, survey_file=file, **how)
+            prune(model, tmp_path / "c", sigma=other, survey=file, **how)
 
 
 def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -212,9 +216,9 @@ def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFol
     how: dict[str, Any] = {**SMALL, "samples": 4, "calibration": str(rows), "sparsity": 0.3, "recovery": "none"}
     for number, options in enumerate(({"criterion": "random"}, {"sigma": "random"})):
         kept = tmp_path / f"{number}.json"
-        prune(model, tmp_path / f"a{number}", survey_file=kept, seed=0, **{**how, **options})
+        prune(model, tmp_path / f"a{number}", survey=kept, seed=0, **{**how, **options})
         with pytest.raises(SecateurError, match="a survey with seed 0, where 1 is asked for"):
-            prune(model, tmp_path / "b", survey_file=kept, seed=1, **{**how, **options})
+            prune(model, tmp_path / "b", survey=kept, seed=1, **{**how, **options})
     how["criterion"] = "l1"
-    prune(model, tmp_path / "c", survey_file=file, seed=0, **how)
-    prune(model, tmp_path / "d", survey_file=file, seed=1, **how)
+    prune(model, tmp_path / "c", survey=file, seed=0, **how)
+    prune(model, tmp_path / "d", survey=file, seed=1, **how)

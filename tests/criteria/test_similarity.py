@@ -15,13 +15,13 @@ from torch import Tensor
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, token_rows
 from secateur.base.errors import SecateurError
-from secateur.criteria import head_distances as similarity
+from secateur.criteria import head_distances as module_under_test
 from secateur.criteria.choice import LARGEST
 from secateur.criteria.divergence import jensen_shannon
 from secateur.criteria.head_distances import NAME, head_distances
-from secateur.model import activations
-from secateur.model.rows import Rows
+from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 CLOSE = 2e-6
@@ -30,8 +30,8 @@ CLOSE = 2e-6
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, and several chunks of query rows in each, the last one shorter."""
-    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
-    monkeypatch.setattr(similarity, "CHUNK", 6 * 24 * 2 * 5)
+    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(module_under_test, "CHUNK", 6 * 24 * 2 * 5)
 
 
 def opened(folder: CheckpointFolder, name: str) -> BlockStream:
@@ -146,7 +146,7 @@ def test_memory_stays_small(checkpoint_folder: CheckpointFolder) -> None:
         return jensen_shannon(p)
 
     head_distances(opened(checkpoint_folder, "llama"), token_rows(5, 48), distance=count, blocks=range(1))
-    assert max(sizes) <= similarity.CHUNK < 6 * 48 * 48
+    assert max(sizes) <= module_under_test.CHUNK < 6 * 48 * 48
 
 
 # The divergence itself.

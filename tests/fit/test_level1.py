@@ -16,17 +16,18 @@ from transformers.activations import ACT2FN
 
 from models import ROWS, token_rows
 from secateur.commands import dry_run as expect
+from secateur.commands.options import EFFORTS, Effort
 from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
 from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.model.arena import Arena
-from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.families import activation_of
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 
 IDS = token_rows(12, 20, seed=9)
 
@@ -215,9 +216,12 @@ def test_a_dry_run_counts_it(checkpoint_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0)
     monkeypatch.setattr(expect, "fast_dtype", lambda _: torch.float32)
-    how = {"samples": 3, "length": 7, "sparsity": 0.3, "fits": 0, "calibration": "random", "dry_run": True}
-    folder = checkpoint_folder("llama")
-    without, four, six = (prune(folder, tmp_path / "out", level1=steps, **how) for steps in (0, 4, 6))
+    how = {"samples": 3, "length": 7, "sparsity": 0.3, "calibration": "random", "dry_run": True}
+    folder, found = checkpoint_folder("llama"), {}
+    for steps in (0, 4, 6):
+        monkeypatch.setitem(EFFORTS, "normal", Effort(fits=0, level1=steps))  # To the rows alone.
+        found[steps] = prune(folder, tmp_path / "out", effort="normal", **how)
+    without, four, six = found.values()
     stream = BlockStream(open_checkpoint(folder))
     width, channels = stream.width, stream.blocks[0].feed_forward.units
     # Two more steps take J and its transpose twice, three products each, in every block.

@@ -15,21 +15,19 @@ from conftest import CheckpointFolder
 from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
-from secateur.commands.open import open_job
-from secateur.commands.options import Options
+from secateur.commands.open import open_model
+from secateur.commands.steps import draw_rows
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
-from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
 from secateur.model.surgery import inner_entries
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
-from secateur.text.draw import Drawn
-from secateur.text.draw import draw as draw_rows
+from secateur.text.draw import CalibrationRows
 
 NAMES = ["llama", "llama biased", "gpt2", "opt"]
 WIDTHS = {"llama": Width(2, 2, 50), "llama biased": Width(2, 2, 50), "gpt2": Width(4, 1, 60), "opt": Width(4, 1, 60)}
@@ -104,17 +102,16 @@ def write_text(folder: Path, words: int) -> str:
     return str(folder / "text.txt")
 
 
-def drawn(folder: Path, dry: bool = False, **options: Any) -> Drawn:
-    stream = BlockStream(open_checkpoint(folder))
-    tokenizer = stream.checkpoint.tokenizer()
-    asked = Options(**({"samples": 4, "length": 16} | options))
-    return draw_rows(stream, tokenizer, asked, save=None, dry=dry, watcher=Silent())
+def drawn(folder: Path, **options: Any) -> CalibrationRows:
+    run = open_model(folder, device="cpu", **({"samples": 4, "length": 16} | options))
+    return draw_rows(run, fitted=False)
 
 
 def test_without_options_there_are_no_other_rows(checkpoint_folder: CheckpointFolder) -> None:
     rows = drawn(checkpoint_folder("llama"), calibration="random")
     assert rows.text.shape == (4, 16)
-    assert rows.held_out is rows.fitted is rows.sigma is None
+    assert rows.held_out is rows.sigma is None
+    assert rows.refit_text is rows.text
 
 
 def test_one_source_gives_other_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -123,13 +120,13 @@ def test_one_source_gives_other_rows_for_the_refit(checkpoint_folder: Checkpoint
     text.write_text(" ".join(f"w{i % (WORDS - 4)}" for i in range(9 * 12)))
     options = {"calibration": str(text), "length": 12, "refit_samples": 5}
     rows = drawn(checkpoint_folder("llama"), **options)
-    assert rows.fitted is not None
-    together = torch.cat([rows.text, rows.fitted])
+    assert rows.refit_text is not rows.text
+    together = torch.cat([rows.text, rows.refit_text])
     assert together.shape == (9, 12)
     assert len({tuple(row) for row in together.tolist()}) == 9
     same = drawn(checkpoint_folder("llama"), **options, refit_calibration=str(text))
-    assert same.fitted is not None
-    assert torch.equal(same.fitted, rows.fitted)
+    assert same.refit_text is not same.text
+    assert torch.equal(same.refit_text, rows.refit_text)
 
 
 @pytest.mark.parametrize("source", ["random", "self"])
@@ -137,12 +134,12 @@ def test_data_free_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_p
     folder, text = checkpoint_folder("gpt2"), write_text(tmp_path, 500)
     rows = drawn(folder, calibration=text, refit_calibration=source, refit_samples=6)
     assert torch.equal(rows.text, drawn(folder, calibration=text).text)
-    assert rows.fitted is not None
-    assert torch.equal(rows.fitted, drawn(folder, calibration=source, samples=6).text)
+    assert rows.refit_text is not rows.text
+    assert torch.equal(rows.refit_text, drawn(folder, calibration=source, samples=6).text)
     # As many as of the calibration where no number is given.
-    fitted = drawn(folder, calibration=text, refit_calibration=source).fitted
-    assert fitted is not None
-    assert len(fitted) == 4
+    other = drawn(folder, calibration=text, refit_calibration=source)
+    assert other.refit_text is not other.text
+    assert len(other.refit_text) == 4
 
 
 def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -150,7 +147,8 @@ def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, 
     with pytest.raises(SecateurError, match="has 200 tokens, but 13 x 16 need 208; take refit-samples 8 or") as error:
         drawn(folder, calibration=text, refit_samples=9)
     assert "\n" not in str(error.value)
-    assert drawn(folder, calibration=text, refit_samples=8).fitted is not None
+    rows = drawn(folder, calibration=text, refit_samples=8)
+    assert rows.refit_text is not rows.text
     with pytest.raises(SecateurError, match="but 16 x 16 need 256; take refit-samples 4 or"):
         drawn(folder, calibration=text, samples=8, refit_calibration=text)
     with pytest.raises(SecateurError, match="but 13 x 16 need 208; take refit-samples 12 or"):
@@ -162,41 +160,39 @@ def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
     text = write_text(tmp_path, 3000)
-    settings = {"samples": 4, "length": 16, "calibration": text, "refit_samples": 64, "sparsity": 0.3, "fits": 0}
+    settings = {"samples": 4, "length": 16, "calibration": text, "refit_samples": 64, "sparsity": 0.3, "effort": "quick"}
     summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
     assert summary.tokens == 62 * 16
     said = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
     shapes, weights, scores = said["groups"], said["weights"], said["scores"]
     openings = [] if " " in name else [0.01]
-    # Rows to fit, two of them unseen for the final norm, and those that decide.
+    # Rows to fit and their copy, two of them unseen for the final norm, and those that decide.
     assert shapes[0] == [62, 16]
-    assert shapes[len(openings) + 1] == [2, 16]
-    assert shapes[len(openings) + 2] == [4, 16]
-    assert weights == [1.0, *openings, 0.0, 0.0, *[0.0 for _ in openings]]
-    assert scores == [0.0, *[0.0 for _ in openings], 0.0, 1.0, *openings]
+    assert shapes[len(openings) + 1] == [62, 16]
+    assert shapes[len(openings) + 2] == [2, 16]
+    assert shapes[len(openings) + 3] == [4, 16]
+    assert said["versions"] == [len(openings) + 1]
+    assert weights == [1.0, *openings, 1.0, 0.0, 0.0, *[0.0 for _ in openings]]
+    assert scores == [0.0, *[0.0 for _ in openings], 0.0, 0.0, 1.0, *openings]
 
 
 def test_held_out_rows_come_last(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    options = Options(
-        target="ppl=2x", samples=4, length=16, calibration=write_text(tmp_path, 3000), refit_samples=32, seed=1
-    )
-    how: dict[str, Any] = {"device": "cpu", "revision": None, "trust_remote_code": False, "out": None}
-    job = open_job(checkpoint_folder("llama"), options, **how, overwrite=False, watcher=Silent())
-    assert job.drawn.held_out is not None
-    assert job.drawn.fitted is not None
-    assert torch.equal(job.rows.groups[-1], job.drawn.held_out)
-    assert torch.equal(job.unseen, job.drawn.fitted[-1:])
-    assert torch.equal(job.rows.groups[job.rows.weights.index(0.0)], job.unseen)
-    used = torch.cat([job.text, job.drawn.held_out, job.drawn.fitted])
-    whole = calibration_rows(
-        make_tokenizer(), options.calibration, samples=len(used), length=16, seed=1, vocab_size=128
-    )
+    text = write_text(tmp_path, 3000)
+    options: dict[str, Any] = {"target": "ppl=2x", "calibration": text, "refit_samples": 32, "seed": 1}
+    rows = drawn(checkpoint_folder("llama"), **options)
+    assert rows.held_out is not None
+    assert rows.refit_text is not rows.text
+    assert torch.equal(rows.groups.groups[-1], rows.held_out)
+    assert torch.equal(rows.unseen, rows.refit_text[-1:])
+    assert torch.equal(rows.groups.groups[rows.groups.weights.index(0.0)], rows.unseen)
+    used = torch.cat([rows.text, rows.held_out, rows.refit_text])
+    whole = calibration_rows(make_tokenizer(), text, samples=len(used), length=16, seed=1, vocab_size=128)
     assert torch.equal(used, whole)
 
 
 def test_a_dry_run_counts_two_gram_matrices(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     """As many tokens, once in one set of moments and once in two: a channel's Gram matrix and cross moment more."""
-    how: dict[str, Any] = {"length": 16, "sparsity": 0.3, "fits": 0, "calibration": "random", "dry_run": True}
+    how: dict[str, Any] = {"length": 16, "sparsity": 0.3, "calibration": "random", "dry_run": True}
     # With one width, channels alone need no survey.
     how |= {"criterion": "second-moment", "recovery": "paper", "widths": "uniform", "modules": ("channels",)}
     model = checkpoint_folder("llama biased")

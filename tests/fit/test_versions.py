@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, save, token_rows
 from secateur.commands import dry_run as expect
+from secateur.commands.options import EFFORTS, Effort
 from secateur.commands.prune import prune
 from secateur.fit import module as fit_module
 from secateur.fit.average import FittedBlock, mean_of
@@ -18,13 +19,13 @@ from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.model import stream as stream_module
 from secateur.model.arena import Activations
-from secateur.model.rows import OPENING_WEIGHT, Rows
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import OPENING_WEIGHT, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
+from secateur.model.structure import KINDS, Keep
 from secateur.model.surgery import assign, masked_weight, restored
 from secateur.numerics.moments import Moments
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 
 TEXT, ONE, OTHER, BESIDE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
 NAMES = [*WIDTHS, "gpt_neox"]
@@ -68,8 +69,9 @@ def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monk
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
+    units = {index: {kind: keep.units(kind) for kind in KINDS} for index, keep in keeps.items()}
     alone = [
-        list(refit(stream, plan_of(name, keeps=keeps), Rows((TEXT, version), (1.0, 1.0)))) for version in (ONE, OTHER)
+        list(refit(stream, plan_of(name, units=units), Rows((TEXT, version), (1.0, 1.0)))) for version in (ONE, OTHER)
     ]
     chosen = list(refit(stream, plan_of(name), Rows((TEXT, ONE), (1.0, 1.0))))
     assert keeps == {block.index: block.keep for block in chosen}, "the first fit chooses"
@@ -168,9 +170,12 @@ def test_a_dry_run_counts_every_fit(checkpoint_folder, tmp_path, monkeypatch):
     for name in ("survey_flops", "survey_bytes"):
         monkeypatch.setattr(expect, name, lambda *_, **__: 0)
     monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
-    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
-    folder = checkpoint_folder("llama")
-    one, two, three = (prune(folder, tmp_path / "out", fits=copies, **how) for copies in (1, 2, 3))
+    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "dry_run": True}
+    folder, found = checkpoint_folder("llama"), {}
+    for copies in (1, 2, 3):
+        monkeypatch.setitem(EFFORTS, "quick", Effort(copies, level1=0))
+        found[copies] = prune(folder, tmp_path / "out", effort="quick", **how)
+    one, two, three = found.values()
     assert two.seconds == pytest.approx(2 * one.seconds)
     assert three.seconds == pytest.approx(3 * one.seconds)
     # Two streams of each further fit stay in memory, of the text, its copy and the first positions.
@@ -184,7 +189,7 @@ def test_a_dry_run_knows_the_quick_products(tmp_path, monkeypatch):
     monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0 if dtype == torch.float32 else 1e6)
     for name in ("survey_flops", "survey_bytes"):
         monkeypatch.setattr(expect, name, lambda *_, **__: 0)
-    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "level1": 0, "dry_run": True}
+    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "effort": "quick", "dry_run": True}
     save("llama", tmp_path / "model", torch.bfloat16)
     seconds = {}
     for fast in (torch.float32, torch.bfloat16):

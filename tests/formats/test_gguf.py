@@ -602,7 +602,7 @@ def test_refused_requests(tmp_path):
             export(folder, out, type=kind)
     with pytest.raises(SecateurError, match="no format 'onnx'; choose one of hf, gguf"):
         export(folder, out, format="onnx")
-    with pytest.raises(SecateurError, match=r"a GGUF file ends in .gguf"):
+    with pytest.raises(SecateurError, match=r"the file's name must end in \.gguf; name it so"):
         export(folder, tmp_path / "m.bin")
     with pytest.raises(SecateurError, match="create it first"):
         export(folder, tmp_path / "no" / "m.gguf")
@@ -636,7 +636,7 @@ def test_a_plan_can_be_asked_before_it_is_made(tmp_path):
     assert gguf_obstacle(checkpoint, [dense] * 3) is None
     assert "has one width" in (gguf_obstacle(checkpoint, [dense, narrow, dense]) or "")
     assert "llama-quantize" in (gguf_obstacle(checkpoint, [dense] * 3, "q6_k") or "")
-    assert "biases of attn_output, ffn_down" in (gguf_obstacle(checkpoint, [dense] * 3, intercept=True) or "")
+    assert "biases of attn_output, ffn_down" in (gguf_obstacle(checkpoint, [dense] * 3, biases=True) or "")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])

@@ -42,9 +42,9 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep, Width
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.write.slice import slice
-from secateur.write.write import obstacle, write
+from secateur.write.write import format_obstacle, write
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""
@@ -386,7 +386,7 @@ def test_obstacles(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "blocks", "width", "intercept"),
+    ("name", "blocks", "width", "biases"),
     [
         ("gpt2", range(3), Width(4, 1, 96), False),
         ("gemma2 every head", range(3), Width(5, 1, 72), False),
@@ -395,10 +395,10 @@ def test_obstacles(written, tmp_path):
         ("llama", range(3), Width(2, 2, 72), True),
     ],
 )
-def test_the_stock_format_points_to_this_one(written, name, blocks, width, intercept):
+def test_the_stock_format_points_to_this_one(written, name, blocks, width, biases):
     stream = BlockStream(open_checkpoint(written(name, "uneven").source))
-    assert (obstacle(stream, blocks, width, intercept=intercept) or "").endswith("or take --format hf")
-    assert obstacle(stream, blocks, width, format="hf", intercept=intercept) is None
+    assert (format_obstacle(stream, blocks, width, biases=biases) or "").endswith("or take --format hf")
+    assert format_obstacle(stream, blocks, width, format="hf", biases=biases) is None
 
 
 def test_nothing_of_a_module_can_be_sliced():

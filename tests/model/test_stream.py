@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from models import ROWS, blocks_of, build, layers_of, relative, save, token_rows
 from secateur.fit.loop import refit
-from secateur.model import activations
+from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
 from secateur.model.arena import Activations, Arena
-from secateur.model.rows import Batch, Rows
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Width
 from secateur.model.surgery import assign
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 
 TOLERANCE = 1e-5
 FAMILIES = list(ROWS)[:11]
@@ -31,7 +31,7 @@ FAMILIES = list(ROWS)[:11]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows a batch, so that there are several."""
-    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
 
 
 @pytest.fixture
@@ -239,8 +239,8 @@ def test_openings_are_the_most_frequent_tokens(monkeypatch):
     opened = rows.with_openings()
     assert opened.groups[:2] == rows.groups
     assert opened.groups[2].tolist() == [[9], [5], [3], [7], [8]]
-    assert opened.weights == (1.0, 2.0, activations.OPENING_WEIGHT)
-    monkeypatch.setattr(activations, "LEAST_OPENINGS", 2)
+    assert opened.weights == (1.0, 2.0, rows_module.OPENING_WEIGHT)
+    monkeypatch.setattr(rows_module, "LEAST_OPENINGS", 2)
     assert rows.with_openings().groups[2].tolist() == [[9], [5]]
 
 
@@ -257,7 +257,8 @@ def test_activations_by_the_batch():
         ids = rows.ids(at)
         # Written flat, as some blocks fold rows and positions into one axis.
         first[at] = (ids[..., None] + torch.arange(3)).reshape(-1, 3).float()
-    second.copy_(first)
+    for at in rows.batches():
+        second[at] = first[at]
     for group, ids in enumerate(rows.groups):
         assert torch.equal(second.parts[group], (ids[..., None] + torch.arange(3)).float())
     first[Batch(0, slice(0, 1), 1.0, 1.0)] = torch.zeros(24, 3)

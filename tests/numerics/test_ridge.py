@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.fit.recovery import fit_level2
-from secateur.numerics.moments import Moments
 from secateur.numerics.elimination import eliminate
-from secateur.numerics.ridge import Normal, factorise, factorise_each, normal_equations, least_squares, residual
+from secateur.numerics.moments import Moments
+from secateur.numerics.ridge import Normal, factorise, factorise_each, least_squares, normal_equations, residual
 
 RIDGES = (0.0, 1e-3, 0.03, 0.3, 1.0)
 

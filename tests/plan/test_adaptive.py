@@ -17,12 +17,13 @@ from conftest import CheckpointFolder
 from models import make_letters
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.commands.options import Options
+from secateur.commands import steps
+from secateur.commands.open import open_model
+from secateur.commands.options import Options, Running
 from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.structure import Width
-from secateur.plan import decide
 from secateur.write.export import export
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
@@ -59,13 +60,13 @@ def taken(folder: Path) -> dict[str, float]:
 def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry a survey that is made."""
     made: list[int] = []
-    survey = decide.survey
+    survey = steps.survey
 
     def counted(*given: Any, **more: Any) -> Any:
         made.append(1)
         return survey(*given, **more)
 
-    monkeypatch.setattr(decide, "survey", counted)
+    monkeypatch.setattr(steps, "survey", counted)
     return made
 
 
@@ -186,24 +187,13 @@ def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
 
 def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """Blocks of one model are not alike; the plan costs less than the same share everywhere."""
-    from secateur.commands.open import open_job
-
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
     losses = {}
     for widths in ("adaptive", "uniform"):
         options = Options(**wishes, widths=widths)
-        job = open_job(
-            model,
-            options,
-            device="cpu",
-            revision=None,
-            trust_remote_code=False,
-            out=None,
-            overwrite=False,
-            watcher=Silent(),
-        )
-        found = decide.surveyed(job.request, job.text, Silent())
-        losses[widths] = decide.decide(job.request, found).price
+        run = open_model(model, options)
+        rows = steps.draw_rows(run, fitted=False)
+        losses[widths] = steps.plan_widths(run, rows, steps.survey_model(run, rows)).price
     assert losses["adaptive"] < 0.8 * losses["uniform"]
 
 
@@ -214,9 +204,9 @@ def test_a_survey_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, s
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
     shares = (0.1, 0.3, 0.6)
     for share in shares:
-        prune(model, tmp_path / f"{share}", sparsity=share, survey_file=file, **SMALL)
-    prune(model, tmp_path / "kv", target="kv=50%", survey_file=file, **SMALL)
-    prune(model, tmp_path / "uniform", widths="uniform", survey_file=file, **SMALL)
+        prune(model, tmp_path / f"{share}", sparsity=share, survey=file, **SMALL)
+    prune(model, tmp_path / "kv", target="kv=50%", survey=file, **SMALL)
+    prune(model, tmp_path / "uniform", widths="uniform", survey=file, **SMALL)
     assert len(surveys) == 1
     for share in shares:
         prune(model, tmp_path / f"{share}-anew", sparsity=share, **SMALL)
@@ -241,11 +231,11 @@ def test_a_survey_of_something_else(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int], change: dict[str, Any], message: str
 ) -> None:
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
-    prune(model, tmp_path / "out", survey_file=file, **SMALL)
+    prune(model, tmp_path / "out", survey=file, **SMALL)
     with pytest.raises(SecateurError, match=message):
-        prune(model, tmp_path / "other", survey_file=file, **{**SMALL, **change})
+        prune(model, tmp_path / "other", survey=file, **{**SMALL, **change})
     with pytest.raises(SecateurError, match="a survey of other weights"):
-        prune(checkpoint_folder("mistral"), tmp_path / "other", survey_file=file, **SMALL)
+        prune(checkpoint_folder("mistral"), tmp_path / "other", survey=file, **SMALL)
     assert not (tmp_path / "other").exists()
     assert len(surveys) == 1
 
@@ -254,14 +244,14 @@ def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: lis
     model, out = checkpoint_folder("llama"), tmp_path / "sizes"
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
-    common = {"device": "cpu", "revision": None, "trust_remote_code": False, "watcher": Silent()}
+    common = {"running": Running(device="cpu"), "watcher": Silent()}
     options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
     wrong = [Options(sparsity=0.999, **SMALL), *options]
     with pytest.raises(SecateurError, match=r"99\.9% of the blocks is more than the modules hold"):
-        sizes(model, out, wrong, texts=[], tokens=None, survey_file=None, overwrite=False, **common)
+        sizes(model, out, wrong, texts=[], tokens=None, **common)
     assert not out.exists()
     assert not surveys
-    found = sizes(model, out, options, texts=[str(text)], tokens=256, survey_file=None, overwrite=False, **common)
+    found = sizes(model, out, options, texts=[str(text)], tokens=256, **common)
     assert len(surveys) == 1
     names = {"sparsity-0.1", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}
     assert {file.name for file in out.iterdir()} == names
@@ -347,13 +337,12 @@ def test_the_final_norm_is_scaled(tmp_path: Path, checkpoint_folder: CheckpointF
 
 
 @pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
-@pytest.mark.parametrize("how", [{"intercept": True}, {"recovery": "bias"}], ids=["intercept", "bias"])
-def test_a_bias_that_no_module_takes(
-    name: str, said: int, how: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_a_bias_that_no_module_takes(name: str, said: int, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """Behind a norm none is fitted, and that is said."""
     watcher = Notes()
-    prune(checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, **how, fits=0, format="hf", watcher=watcher)
+    prune(
+        checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, recovery="bias", format="hf", watcher=watcher
+    )
     assert sum(line.startswith("No bias is fitted: this model has a norm behind") for line in watcher.said) == said
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert any("down_proj.bias" in one for one in names) == (not said)

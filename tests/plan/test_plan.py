@@ -15,26 +15,26 @@ from conftest import CheckpointFolder
 from models import ROWS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.criteria import pattern_units
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Width
 from secateur.plan.allocation import LEVELS, attention_widths, channel_step, merge, module_widths
 from secateur.plan.meters import meter_of, parameter_meter
-from secateur.plan.plan import TOLERANCE, Plan, Wish, check_reach, plan, uniform_plans
+from secateur.plan.plan import check_reach, plan, uniform_plans
+from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
-from secateur.write.write import obstacle
+from secateur.write.write import format_obstacle
 
-Wishes = Callable[..., Wish]
+Wishes = Callable[..., PlanProblem]
 
 
 @pytest.fixture
 def wishes(checkpoint_folder: CheckpointFolder) -> Wishes:
     """A wish over a row's model; a text for a goal is a target."""
 
-    def make(goal: float | str, name: str = "llama", **more: Any) -> Wish:
+    def make(goal: float | str, name: str = "llama", **more: Any) -> PlanProblem:
         stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
         parameters = meter = parameter_meter(stream)
         wanted = parse_target(goal) if isinstance(goal, str) else goal
@@ -48,7 +48,7 @@ def wishes(checkpoint_folder: CheckpointFolder) -> Wishes:
                 watcher=Silent(),
             )
         chosen = more.pop("chosen", range(len(stream)))
-        return Wish(blocks=stream.blocks, chosen=chosen, parameters=parameters, goal=wanted, meter=meter, **more)
+        return PlanProblem(blocks=stream.blocks, chosen=chosen, parameters=parameters, goal=wanted, meter=meter, **more)
 
     return make
 
@@ -70,7 +70,7 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
     return Survey("l1", 0.3, 64, tuple(curves), tuple(probes))
 
 
-def every_plan(wish: Wish) -> list[dict[int, Width]]:
+def every_plan(wish: PlanProblem) -> list[dict[int, Width]]:
     """All combinations of what each module may be cut to."""
     options = []
     for index in wish.chosen:
@@ -112,7 +112,7 @@ def test_adaptive_is_the_cheapest_of_all_plans(wishes: Wishes, goal: float | str
     assert found.price == pytest.approx(prices.total(wish.blocks, found.widths), rel=1e-9)
 
 
-def _widths(wish: Wish, index: int) -> set[Width]:
+def _widths(wish: PlanProblem, index: int) -> set[Width]:
     return {one[index] for one in every_plan(replace(wish, chosen=range(index, index + 1)))}
 
 
@@ -122,7 +122,7 @@ def test_adaptive_says_what_it_is(wishes: Wishes) -> None:
     removed = wish.parameters.dense - wish.parameters.total(found.widths)
     assert found.sparsity == pytest.approx(removed / sum(block.parameters for block in wish.blocks))
     assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
-    assert (found.wanted, found.of, found.note, found.keeps) == (0.4, "blocks", None, None)
+    assert (found.wanted, found.of, found.note, found.units) == (0.4, "blocks", None, {})
     assert not found.uniform
 
 
@@ -211,7 +211,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
     block = stream.blocks[0]
     for format in ("hf", "stock"):
         offered = {
-            kind: module_widths(block, kind, 1, lambda w, f=format: obstacle(stream, range(3), w, format=f))  # type: ignore[misc]
+            kind: module_widths(block, kind, 1, lambda w, f=format: format_obstacle(stream, range(3), w, format=f))  # type: ignore[misc]
             for kind in KINDS
         }
         assert all(widths[0] == block.width for widths in offered.values())
@@ -225,9 +225,9 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
     assert all(width.heads for one in uniform_plans(_wish(stream)) for width in one.widths.values())
 
 
-def _wish(stream: BlockStream) -> Wish:
+def _wish(stream: BlockStream) -> PlanProblem:
     meter = parameter_meter(stream)
-    return Wish(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.4, meter=meter)
+    return PlanProblem(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.4, meter=meter)
 
 
 # One width.

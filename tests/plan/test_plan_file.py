@@ -20,7 +20,7 @@ from secateur.commands.options import Options
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.structure import Block, Keep, Width
+from secateur.model.structure import Block, Width
 from secateur.plan.plan_file import read_plan, read_ratios
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
@@ -55,16 +55,20 @@ def test_exact_units(file: Callable[[Any], Path]) -> None:
             ]
         }
     )
-    widths, keeps = read_plan(path, blocks(), PRINT)
+    widths, units = read_plan(path, blocks(), PRINT)
     assert widths == {0: Width(0, 0, 0), 1: Width(3, 2, 1), 2: Width(2, 1, 3)}
     assert list(widths) == [0, 1, 2]
-    assert keeps == {0: Keep((), ()), 1: Keep(tuple(range(6)), (1,)), 2: Keep((0, 5), (3, 7, 71))}
+    assert units == {
+        0: {"heads": (), "channels": ()},
+        1: {"heads": tuple(range(6)), "channels": (1,)},
+        2: {"heads": (0, 5), "channels": (3, 7, 71)},
+    }
 
 
 def test_widths_alone(file: Callable[[Any], Path]) -> None:
     said = [{"groups": 2, "per_group": 2, "channels": 9}, {"groups": 0, "per_group": 0, "channels": 0}]
     path = file({"fingerprint": PRINT, "blocks": [{"block": i, "width": width} for i, width in enumerate(said)]})
-    assert read_plan(path, blocks(), PRINT) == ({0: Width(2, 2, 9), 1: Width(0, 0, 0)}, None)
+    assert read_plan(path, blocks(), PRINT) == ({0: Width(2, 2, 9), 1: Width(0, 0, 0)}, {})
 
 
 def one(**entry: Any) -> dict[str, Any]:
@@ -232,9 +236,9 @@ def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolde
     # And once more through `plan` itself, with the units of the record.
     given = Options(**SMALL, plan=str(tmp_path / "direct" / "secateur.json"))
     again = propose(model, given, watcher=Silent())
-    assert again.plan.keeps is not None
+    assert again.plan.exact
     (tmp_path / "units.json").write_text(json.dumps(again.as_dict()))
-    assert read_plan(tmp_path / "units.json", blocks("mistral"), found.fingerprint)[1] == again.plan.keeps
+    assert read_plan(tmp_path / "units.json", blocks("mistral"), found.fingerprint)[1] == again.plan.units
     assert again.plan.widths == found.plan.widths
 
 

@@ -14,16 +14,16 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Pattern
 from secateur.plan.meters import parameter_meter
-from secateur.plan.plan import Plan, Wish
+from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.search import CLOSE, MOST, TRIES, smallest_within
 from secateur.survey.curves import Curve, Probe, Survey
 
 
 @pytest.fixture
-def wish(checkpoint_folder: CheckpointFolder) -> Wish:
+def wish(checkpoint_folder: CheckpointFolder) -> PlanProblem:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     meter = parameter_meter(stream)
-    return Wish(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.0, meter=meter)
+    return PlanProblem(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.0, meter=meter)
 
 
 def curve(index: int, pattern: Pattern, units: int) -> Curve:
@@ -65,7 +65,7 @@ TRUE: dict[str, Callable[[float], float]] = {
 
 @pytest.mark.parametrize("ratio", [1.1, 1.5, 2.0])
 @pytest.mark.parametrize("case", TRUE)
-def test_it_comes_near_the_ratio_from_below(wish: Wish, case: str, ratio: float) -> None:
+def test_it_comes_near_the_ratio_from_below(wish: PlanProblem, case: str, ratio: float) -> None:
     loss = Loss(TRUE[case])
     found = smallest_within(wish, "adaptive", SURVEY, ratio, loss)
     assert len(loss.seen) <= TRIES
@@ -78,7 +78,7 @@ def test_it_comes_near_the_ratio_from_below(wish: Wish, case: str, ratio: float)
     assert found.sparsity == max(plan.sparsity for plan in within)
 
 
-def test_uniform_widths(wish: Wish) -> None:
+def test_uniform_widths(wish: PlanProblem) -> None:
     loss = Loss(TRUE["half of it"])
     found = smallest_within(wish, "uniform", SURVEY, 1.5, loss)
     assert found.uniform
@@ -86,25 +86,25 @@ def test_uniform_widths(wish: Wish) -> None:
     assert found.sparsity > 0.05
 
 
-def test_more_loss_means_a_smaller_model(wish: Wish) -> None:
+def test_more_loss_means_a_smaller_model(wish: PlanProblem) -> None:
     shares = [smallest_within(wish, "adaptive", SURVEY, r, Loss(TRUE["as expected"])).sparsity for r in (1.05, 1.3, 2)]
     assert shares == sorted(set(shares))
 
 
-def test_limits_of_the_wish_hold(wish: Wish) -> None:
+def test_limits_of_the_wish_hold(wish: PlanProblem) -> None:
     part = replace(wish, chosen=range(1, 2), kinds=("channels",), multiple=8)
     found = smallest_within(part, "adaptive", SURVEY, 1.3, Loss(TRUE["as expected"]))
     assert found.widths.keys() == {1}
     assert (found.widths[1].groups, found.widths[1].channels % 8) == (3, 0)
 
 
-def test_what_no_plan_meets_is_said(wish: Wish) -> None:
+def test_what_no_plan_meets_is_said(wish: PlanProblem) -> None:
     loss = Loss(lambda price: 4 + price)
     with pytest.raises(SecateurError, match=r"target ppl=1.2x: the best .* came to 4\.\d+x; ask for more than that"):
         smallest_within(wish, "adaptive", SURVEY, 1.2, loss)
     assert 1 <= len(loss.seen) <= MOST
 
 
-def test_a_loss_that_never_comes_ends_with_the_smallest_model(wish: Wish) -> None:
+def test_a_loss_that_never_comes_ends_with_the_smallest_model(wish: PlanProblem) -> None:
     found = smallest_within(wish, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
     assert found.sparsity > 0.9

@@ -14,31 +14,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_criteria import statistics
+from test_criteria import ready, statistics
 from torch import Tensor
 
-import secateur
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands.options import Options
+from secateur.commands import steps
+from secateur.commands.options import Options, Running
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
-from secateur.criteria import removal_order, survivors
 from secateur.criteria.choice import CRITERIA, Choice, parse_choice
 from secateur.criteria.head_distances import head_distances
-from secateur.criteria.similarity import candidates
+from secateur.criteria.order import removal_order
+from secateur.criteria.similarity import SimilarHeads, candidates, find_similar_heads
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Width
-from secateur.plan import decide
+from secateur.model.structure import Keep, Width
+from secateur.model.surgery import width_of
 from secateur.plan.meters import meter_of, parameter_meter
-from secateur.plan.plan import Wish
-from secateur.plan.similar_heads import find, loadable, nearest_tau, settle, thresholds, with_heads_settled
+from secateur.plan.problem import PlanProblem
+from secateur.plan.similar_heads import head_plan, loadable, nearest_tau, settle, thresholds, with_heads_settled
 from secateur.plan.target import parse_target
 from secateur.survey.curves import Survey
+from secateur.survey.survey import survey
 from secateur.text.calibration import calibration_rows
 
 # Below 32 rows none is left out of the refit, so that the final norm stays as it is.
@@ -98,10 +99,10 @@ def test_of_a_pair_the_lower_goes_and_the_last_of_a_group_stays() -> None:
 # What can go together.
 
 
-def wish_of(folder: CheckpointFolder, name: str) -> Wish:
+def wish_of(folder: CheckpointFolder, name: str) -> PlanProblem:
     stream = BlockStream(open_checkpoint(folder(name)))
     parameters = parameter_meter(stream)
-    return Wish(stream.blocks, range(3), parameters, 0.25, parameters)
+    return PlanProblem(stream.blocks, range(3), parameters, 0.25, parameters)
 
 
 LOADABLE: list[tuple[str, tuple[int, ...], tuple[int, ...], Width]] = [
@@ -150,12 +151,11 @@ def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) 
         gone, width = loadable(wish, 0, similar)
         assert wish.parameters.total({0: width}) == least
         assert set(gone) <= set(similar)
-        # The orders that a refit goes by say the same.
-        stats = replace(statistics(name, "heads")[0], similar=frozenset(similar))
-        pattern = "groups" if width.groups < module.groups else "heads"
-        if gone:
-            order = removal_order("similarity", stats, pattern, width.along(pattern))
-            assert survivors(module, pattern, order) == tuple(head for head in range(6) if head not in gone)
+        # The plan names the heads that stay, and they amount to the width.
+        found = SimilarHeads(0.1, (0.0, 0.5), {0: similar}, {0: gone}, 0.1)
+        kept = head_plan(wish, found, {0: width}).units[0]
+        assert kept["heads"] == tuple(head for head in range(6) if head not in gone)
+        assert width_of(wish.blocks[0], Keep(**kept)) == width
 
 
 def test_a_format_that_holds_less(checkpoint_folder: CheckpointFolder) -> None:
@@ -225,7 +225,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
         wish_of(checkpoint_folder, "llama"),
         {0: table(6, {(0, 2): 0.11, (0, 1): 0.2, (1, 3): 0.3}, far=0.5)},
     )
-    message = raised(lambda: find(distances, 0.05))
+    message = raised(lambda: find_similar_heads(distances, 0.05))
     assert message.endswith("removes nothing: the distances between heads go from 0.11 to 0.5; take more than 0.11")
     message = raised(lambda: settle(wish, distances, 0.6))
     assert (
@@ -234,11 +234,11 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
     )
     # A chain: only its ends are far apart, and still one head alone would stay.
     chain = {0: table(3, {(0, 1): 0.1, (1, 2): 0.1}, far=0.3)}
-    message = raised(lambda: find(chain, 0.2))
+    message = raised(lambda: find_similar_heads(chain, 0.2))
     assert message.endswith(
         "leaves each block a single head: the distances between heads go from 0.1 to 0.3; take a smaller one"
     )
-    assert find({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
+    assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
     message = raised(lambda: settle(wish, distances, 0.15))
     assert "its 1 similar heads are no whole key/value group" in message
@@ -260,11 +260,10 @@ def test_similar_heads_go_first_then_by_score(name: str, criterion: str) -> None
     for pattern in module.patterns:
         units, size = (module.groups, module.per_group) if pattern == "groups" else (module.units, 1)
         stop = 1
-        usual = removal_order(criterion, plain, pattern, stop).tolist()
+        usual = removal_order(ready(criterion, module), plain, pattern, stop).tolist()
         usual += [unit for unit in range(units) if unit not in usual]
-        found = removal_order(
-            criterion, replace(statistics(name, "heads")[0], similar=frozenset(similar)), pattern, stop
-        )
+        first = replace(ready(criterion, module), first=frozenset(similar))
+        found = removal_order(first, statistics(name, "heads")[0], pattern, stop)
 
         def rank(unit: int, size: int = size, usual: list[int] = usual) -> tuple[int, int]:
             members = range(unit * size, (unit + 1) * size)
@@ -446,7 +445,7 @@ def test_a_pair_is_surveyed_as_it_is(checkpoint_folder: CheckpointFolder) -> Non
     stream, rows = BlockStream(open_checkpoint(checkpoint_folder("gpt2"))), token_rows(8)
 
     def curves(criterion: str) -> dict[Any, Any]:
-        found: Survey = secateur.survey(stream, rows, criterion=criterion)
+        found: Survey = survey(stream, rows, criterion=criterion)
         return {(c.block, c.kind, c.pattern): c.errors for c in found.curves}
 
     pair, first, second = curves("heads=wanda,channels=second-moment"), curves("wanda"), curves("second-moment")
@@ -458,7 +457,7 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
     folder, file = checkpoint_folder("gpt2"), tmp_path / "survey.json"
 
     def run(**how: Any) -> Any:
-        return propose(folder, Options(sparsity=0.3, **how, **SMALL), survey_file=file, watcher=Silent())
+        return propose(folder, Options(sparsity=0.3, **how, **SMALL), Running(survey=file), watcher=Silent())
 
     run(criterion="similarity+l1", tau=0.17)
     run(criterion="similarity+l1", tau=0.17)
@@ -515,7 +514,7 @@ def test_spellings() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"criterion": "similar"}, "criterion is 'similar'; it must be one of surgeon, second-moment"),
+    ({"criterion": "similar"}, "criterion is 'similar'; it must be one of surgeon, flap-wifv"),
     ({"criterion": "similarity+similarity"}, "or similarity, similarity+X, or heads=X,channels=Y"),
     ({"criterion": "similarity+"}, "it must be one of surgeon"),
     ({"criterion": "l1+l2"}, "it must be one of surgeon"),
@@ -559,7 +558,7 @@ def test_models_and_formats_without_fewer_heads(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found before anything is measured."""
-    monkeypatch.setattr(decide, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
+    monkeypatch.setattr(steps, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
     how = {"criterion": "similarity", "tau": 0.2, **SMALL}
     message = raised(lambda: prune(checkpoint_folder("olmo2"), tmp_path / "out", **how))
     assert "heads cannot be removed exactly, as its query and key norms run across all heads; take another" in message

@@ -25,7 +25,7 @@ from secateur.formats.vllm import vllm_obstacle
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep, Width
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.write.slice import slice
 from secateur.write.write import write
 

@@ -18,19 +18,20 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.costs import gradient_bytes, memory_bytes
 from secateur.commands.prune import prune
-from secateur.criteria import NEEDS_GRADIENTS
-from secateur.criteria.llm_pruner import FROM_GRADIENTS, scored_weights
+from secateur.criteria.llm_pruner import scored_weights
+from secateur.criteria.registry import Criteria, all_criteria
 from secateur.fit.loop import Method, refit
-from secateur.model import activations
-from secateur.model.rows import Rows
+from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Width
-from secateur.plan.plan import Plan
+from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
 
 FAMILIES = list(ROWS)[:11]
+FROM_GRADIENTS = [name for name, one in all_criteria().items() if one.from_gradients is not None]
 TOLERANCE = 1e-4
 """Largest deviation of a gradient over the largest one of its matrix, both in float32."""
 
@@ -38,7 +39,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows a batch, so that there are several."""
-    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
 
 
 def opened(folder: Path) -> BlockStream:
@@ -190,7 +191,7 @@ def test_scores(checkpoint_folder: CheckpointFolder, name: str) -> None:
     model, rows = build(name), some_rows()
     stream = opened(checkpoint_folder(name))
     _, own = whole(model, rows)
-    found = {criterion: gradient_scores(stream, rows, criterion) for criterion in NEEDS_GRADIENTS}
+    found = {criterion: gradient_scores(stream, rows, criterion) for criterion in FROM_GRADIENTS}
     for index, block in enumerate(blocks_of(model)):
         for kind in KINDS:
             module = block.module(kind)
@@ -247,12 +248,9 @@ def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder,
 def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
     stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
     plan = Plan({1: Width(3, 2, 40), 2: Width(2, 2, 72)}, 0.1, 0.1, "blocks")
-    for criterion in NEEDS_GRADIENTS:
+    for criterion in FROM_GRADIENTS:
         scores = gradient_scores(stream, rows, criterion)
-        blocks = list(refit(stream, plan, rows, method=Method(criterion)))
-        # Given or not, they are the same.
-        again = list(refit(stream, plan, rows, method=Method(criterion, scores=scores)))
-        assert [block.keep for block in again] == [block.keep for block in blocks]
+        blocks = list(refit(stream, plan, rows, method=Method(Criteria(criterion, scores))))
         assert blocks[0].keep.channels == tuple(sorted(scores[1, "channels"].topk(40).indices.tolist()))
         groups = scores[2, "heads"].view(3, 2).sum(1)
         gone = int(groups.argmin())
@@ -273,7 +271,7 @@ class Bars(Silent):
         yield from items
 
 
-@pytest.mark.parametrize("criterion", sorted(NEEDS_GRADIENTS))
+@pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
 def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str) -> None:
     """With one width for all blocks, the units of the highest scores on the rows that are fitted to."""
     bars = Bars()
@@ -289,7 +287,7 @@ def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: s
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
-@pytest.mark.parametrize("criterion", sorted(NEEDS_GRADIENTS))
+@pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
 def test_widths_of_their_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, name: str) -> None:
     summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
     assert 0.3 <= summary.sparsity < 0.305

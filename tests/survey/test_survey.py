@@ -21,17 +21,20 @@ from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading
 from secateur.base.errors import SecateurError
 from secateur.commands import dry_run as expect
 from secateur.commands.prune import prune
-from secateur.criteria import Statistics, pattern_units, removal_order, survivors
+from secateur.commands.survey_file import survey_rows
 from secateur.criteria.choice import CRITERIA
-from secateur.model import activations
-from secateur.model.rows import Rows
+from secateur.criteria.order import removal_order, survivors
+from secateur.criteria.registry import Criteria, all_criteria
+from secateur.criteria.statistics import Statistics
+from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Keep, Kind
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
-from secateur.plan.decide import survey_rows
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
+from secateur.survey.gradients import gradient_scores
 from secateur.survey.probes import STRIDE
 from secateur.survey.survey import PROBED, survey
 
@@ -54,7 +57,7 @@ INDEX = 1
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows a batch, so that there are several."""
-    monkeypatch.setattr(activations, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
 
 
 @cache
@@ -126,8 +129,8 @@ class Plain:
         moments = Moments(self.module.units * self.module.size)
         weight = inner_weight(self.module, self.tensors)
         stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, own_target=True, seed=0)
-        left = self.module.steps(pattern) - gone
-        return survivors(self.module, pattern, removal_order("l1", stats, pattern, left) if gone else torch.empty(0))
+        left, l1 = self.module.steps(pattern) - gone, all_criteria()["l1"]
+        return survivors(self.module, pattern, removal_order(l1, stats, pattern, left) if gone else torch.empty(0))
 
 
 def curve_of(found: Survey, kind: Kind, pattern: str, index: int = INDEX) -> Curve:
@@ -248,7 +251,9 @@ def test_a_range_of_blocks_and_one_kind(checkpoint_folder: CheckpointFolder) -> 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_gives_curves_that_rise(checkpoint_folder: CheckpointFolder, criterion: str) -> None:
-    found = survey(opened(checkpoint_folder("llama")), token_rows(6), criterion=criterion, blocks=range(1))
+    stream, rows, blocks = opened(checkpoint_folder("llama")), token_rows(6), range(1)
+    gradients = gradient_scores(stream, rows, criterion, blocks=blocks) if "llm-pruner" in criterion else None
+    found = survey(stream, rows, criterion=Criteria(criterion, gradients), blocks=blocks)
     assert found.criterion == criterion
     for curve in found.curves:
         steps = torch.tensor(curve.errors).diff()
@@ -323,7 +328,7 @@ def test_a_dry_run_counts_the_survey(
 ) -> None:
     """What is expected at one operation a second, against the products of a survey; nothing once there is one."""
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
-    how: dict[str, Any] = {"samples": 60, "length": 30, "calibration": "random", "fits": 0, "survey_file": file}
+    how: dict[str, Any] = {"samples": 60, "length": 30, "calibration": "random", "effort": "quick", "survey": file}
 
     def expected() -> float:
         with monkeypatch.context() as patch:

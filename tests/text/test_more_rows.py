@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from secateur.text.more_rows import more_rows
 
 from conftest import CheckpointFolder
 from models import token_rows
@@ -18,12 +19,11 @@ from secateur.base.progress import Silent
 from secateur.commands import dry_run as expect
 from secateur.commands import open as job_step
 from secateur.commands.options import Options
-from secateur.model.rows import Rows
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.text import draw, self_calibration
 from secateur.text import more_rows as more_step
-from secateur.text.more_rows import more_rows
 from secateur.text.rewrite import rewritten
 from secateur.text.self_calibration import self_rows
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import Output, is_disk_full
 from secateur.model.weights import list_tensors, read_tensor
-from secateur.write import writer
-from secateur.write.writer import OutputFolder, ShardWriter, header_room
+from secateur.write.shards import ShardWriter, header_room
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -36,7 +36,7 @@ def model_folder(path: Path) -> Path:
 
 
 def test_a_clean_exit_puts_the_folder_in_place(tmp_path):
-    with OutputFolder(tmp_path / "out", source=tmp_path / "m") as partial:
+    with Output(tmp_path / "out", source=tmp_path / "m") as partial:
         assert partial.parent == tmp_path
         assert partial.name.startswith(".out.partial-")
         (partial / "config.json").write_text("new")
@@ -59,7 +59,7 @@ def test_overwriting(tmp_path, present):
         model_folder(target)
     elif present == "link to model":
         target.symlink_to(model_folder(place / "real"))
-    with OutputFolder(target, overwrite="model" in present) as partial:
+    with Output(target, overwrite="model" in present) as partial:
         (partial / "config.json").write_text("new")
     files = {"config.json": "new"}
     assert tree(target) == files
@@ -125,8 +125,8 @@ def test_refusals_touch_nothing(tmp_path, case):
         options = {**options, "source": tmp_path / options["source"]}
     before = tree(tmp_path)
     for attempt in (
-        OutputFolder(tmp_path / "out", **options).check,
-        OutputFolder(tmp_path / "out", **options).__enter__,
+        Output(tmp_path / "out", **options).check,
+        Output(tmp_path / "out", **options).__enter__,
     ):
         with pytest.raises(SecateurError, match=message) as caught:
             attempt()
@@ -136,19 +136,19 @@ def test_refusals_touch_nothing(tmp_path, case):
 
 def test_missing_or_unwritable_parent(tmp_path, monkeypatch):
     with pytest.raises(SecateurError, match=f"the folder {tmp_path / 'a'} does not exist; create it"):
-        OutputFolder(tmp_path / "a" / "out").check()
+        Output(tmp_path / "a" / "out").check()
 
     def mkdir(self, *args, **keys):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     with pytest.raises(SecateurError, match=r"cannot write into .* \(Permission denied\)"):
-        OutputFolder(tmp_path / "out").check()
+        Output(tmp_path / "out").check()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_check_leaves_no_trace(tmp_path):
-    OutputFolder(tmp_path / "out", expected_bytes=1).check()
+    Output(tmp_path / "out", expected_bytes=1).check()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,7 +160,7 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
     [
         (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
         (ValueError("mine"), ValueError, "mine"),
-        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+        (OSError(errno.EIO, "Input/output error"), SecateurError, r"out: cannot be written \(Input/output error\)"),
         (OSError(errno.ENOSPC, "No space left on device"), SecateurError, "the disk is full; make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), SecateurError, "the disk is full"),
         (SafetensorError(FULL), SecateurError, "the disk is full"),
@@ -174,7 +174,7 @@ def test_what_goes_wrong_leaves_the_old_output(tmp_path, error, raised, message,
     before = tree(tmp_path)
 
     def run():
-        with OutputFolder(tmp_path / "out", overwrite=present) as partial:
+        with Output(tmp_path / "out", overwrite=present) as partial:
             write(partial / "shards", {"a": torch.ones(4), "b": torch.ones(4)}, 8)
             (partial / "config.json").write_text("half")
             raise error
@@ -197,13 +197,13 @@ def test_a_failed_swap_restores_the_old_output(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(Path, "rename", fail)
     expected = SecateurError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected), OutputFolder(tmp_path / "out", overwrite=True) as partial:
+    with pytest.raises(expected), Output(tmp_path / "out", overwrite=True) as partial:
         (partial / "config.json").write_text("new")
     assert tree(tmp_path) == before
 
 
 def test_what_came_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(SecateurError, match="not empty"), OutputFolder(tmp_path / "out"):
+    with pytest.raises(SecateurError, match="not empty"), Output(tmp_path / "out"):
         model_folder(tmp_path / "out")
     assert tree(tmp_path / "out") == {"config.json": '{"model_type": "llama"}', "old.safetensors": "old"}
     assert len(list(tmp_path.iterdir())) == 1
@@ -212,7 +212,7 @@ def test_what_came_meanwhile_is_not_overwritten(tmp_path):
 def test_free_space_is_compared_at_the_start_only(tmp_path, monkeypatch):
     free = iter([10**9])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
-    with OutputFolder(tmp_path / "out", expected_bytes=10**8):
+    with Output(tmp_path / "out", expected_bytes=10**8):
         pass
     assert (tmp_path / "out").is_dir()
 
@@ -314,6 +314,6 @@ def test_misuse(tmp_path):
 
 
 def test_a_full_disk_is_recognised():
-    assert writer.is_disk_full(OSError(errno.ENOSPC, ""))
-    assert not writer.is_disk_full(OSError(errno.EIO, ""))
-    assert not writer.is_disk_full(ValueError())
+    assert is_disk_full(OSError(errno.ENOSPC, ""))
+    assert not is_disk_full(OSError(errno.EIO, ""))
+    assert not is_disk_full(ValueError())

@@ -171,6 +171,9 @@ class Output:
             raise SecateurError(f"{path}: the file's name must end in {self.file}; name it so")
         if self.source is not None:
             _check_source(path, self.source)
+        if path.is_mount() or path == Path.cwd():
+            what = "the folder you are in" if path == Path.cwd() else "where a file system is mounted"
+            raise SecateurError(f"{path}: this is {what}, which cannot be replaced; name a folder in it, not this one")
         if path.exists():
             self._check_present(path)
         if not path.parent.is_dir():
@@ -179,15 +182,12 @@ class Output:
     def _check_present(self, path: Path) -> None:
         """What is at the target may be replaced."""
         if path.is_dir() != (self.file is None):
-            here, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
-            raise SecateurError(f"{path}: a {here} is there, where a {wanted} is to be written; choose another name")
+            here = "folder" if path.is_dir() else "file"
+            raise SecateurError(f"{path}: a {here} is there; choose another name")
         if path.is_file():
             if not self.overwrite:
                 raise SecateurError(f"{path}: exists; choose another name, or overwrite it")
             return
-        if path.is_mount() or path == Path.cwd():
-            what = "the folder you are in" if path == Path.cwd() else "where a file system is mounted"
-            raise SecateurError(f"{path}: this is {what}, which cannot be replaced; name a folder in it, not this one")
         present = sorted(file.name for file in path.iterdir())
         if not present:
             return

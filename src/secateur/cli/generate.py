@@ -24,6 +24,8 @@ class Only:
     """The fields of a dataclass that a command takes."""
 
     names: tuple[str, ...]
+    check: Callable[[dict[str, Any]], None] = lambda _: None
+    """Sees their values before the dataclass does: what is wrong with them for this command alone."""
 
     def picks(self, name: str) -> bool:
         """Whether a field is one of them."""
@@ -35,6 +37,7 @@ class Without:
     """The fields of a dataclass that a command does not take."""
 
     names: tuple[str, ...]
+    check: Callable[[dict[str, Any]], None] = lambda _: None
 
     def picks(self, name: str) -> bool:
         """Whether a field is none of them."""
@@ -45,7 +48,7 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
     """The function as typer takes it, its dataclasses spelled out; options stand in the order of their panels."""
     plain: list[inspect.Parameter] = []
     options: list[tuple[str, inspect.Parameter]] = []
-    owners: dict[str, tuple[type, list[str]]] = {}
+    owners: dict[str, tuple[type, list[str], Callable[[dict[str, Any]], None]]] = {}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         owner, *notes = get_args(parameter.annotation) or (parameter.annotation,)
         if not (is_dataclass(owner) and isinstance(owner, type)):
@@ -53,7 +56,7 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
             continue
         pick = next((note for note in notes if isinstance(note, Only | Without)), Without(()))
         found = {name: one for name, one in declared(owner).items() if pick.picks(name)}
-        owners[parameter.name] = owner, list(found)
+        owners[parameter.name] = owner, list(found), pick.check
         hints = get_type_hints(owner)
         options += [(one.panel, _parameter(name, one, owner, hints[name])) for name, one in found.items()]
     # What is declared in no panel of the usual ones, the paper's, stands last.
@@ -61,10 +64,11 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [*plain, *(parameter for _, parameter in options)]
 
     def command(**values: Any) -> None:
-        made = {
-            name: owner(**{field: _read(owner, field, values.pop(field)) for field in names})
-            for name, (owner, names) in owners.items()
-        }
+        made = {}
+        for name, (owner, names, check) in owners.items():
+            given = {field: _read(owner, field, values.pop(field)) for field in names}
+            check(given)
+            made[name] = owner(**given)
         function(**values, **made)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__

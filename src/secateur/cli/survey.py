@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,21 @@ from secateur.cli.arguments import Model
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.commands.options import OUTPUT, SURVEYED, Options, Running
+from secateur.criteria.choice import SIMILARITY
+
+
+def _by_score(values: dict[str, Any]) -> None:
+    """Refuse similarity, which needs an option that a survey does not have."""
+    if SIMILARITY in values["criterion"]:
+        raise SecateurError(
+            "a survey orders units by a score: take another criterion; its page shows how alike heads are in any case"
+        )
 
 
 @generated
 def survey(
     model: Model,
-    options: Annotated[Options, Only(SURVEYED)],
+    options: Annotated[Options, Only(SURVEYED, _by_score)],
     running: Annotated[Running, Only(("device", "revision", "trust_remote_code", "overwrite"))],
     out: Annotated[
         Path, typer.Option(help="Folder to write; it appears whole or not at all.", rich_help_panel=OUTPUT)
@@ -27,10 +36,6 @@ def survey(
 
     Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
     """
-    if options.choice.similar:
-        raise SecateurError(
-            "a survey orders units by a score: take another criterion; its page shows how alike heads are in any case"
-        )
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.commands.survey import survey_page

@@ -13,7 +13,6 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
-from secateur.base.words import counted
 from secateur.commands.options import Options, Running, split
 from secateur.commands.request import CheckedRequest, check_request
 from secateur.commands.survey_file import check_survey_file
@@ -27,7 +26,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
-from secateur.plan.meters import cache_meter, parameter_meter
+from secateur.plan.meters import cache_meter
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest, check_save
@@ -157,16 +156,7 @@ def open_model(
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
     run = OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started)
     check_survey_file(run)
-    watcher.note(
-        f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(stream)} blocks, "
-        f"{counted(parameter_meter(stream).dense, 1)} parameters, {dtype_name(checkpoint.dtype)}"
-    )
     return run
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as people write it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:

@@ -153,8 +153,8 @@ class Options:
     format: str | None = option(
         None,
         OUTPUT,
-        "Format of OUT. hf: a folder with a width for each block, which transformers loads with trust_remote_code=True; "
-        "stock: a folder with one width, for the family's own class; gguf: one file for llama.cpp.",
+        "Format of OUT. hf: a folder with a width for each block, which transformers loads with trust_remote_code="
+        "True; stock: a folder with one width, for the family's own class; gguf: one file for llama.cpp.",
         shown="hf; stock with --widths uniform",
         choices=("hf", "stock", "gguf"),
     )
@@ -175,8 +175,8 @@ class Options:
     tau: float | str | None = option(
         None,
         PAPER,
-        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence (0.19, say); "
-        "auto: the one at which the share --sparsity of the attention goes.",
+        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence (0.19, "
+        "say); auto: the one at which the share --sparsity of the attention goes.",
         shown="none",
     )
     sigma: str | None = option(

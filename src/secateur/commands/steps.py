@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from secateur.commands.open import OpenRun, dtype_name
+from secateur.base.words import counted
+from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.criteria.head_distances import head_distances
@@ -24,7 +26,7 @@ from secateur.fit.loop import refit
 from secateur.fit.temper import scaled, temper
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows
-from secateur.plan.meters import byte_meter
+from secateur.plan.meters import byte_meter, parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan
 from secateur.plan.search import smallest_within
@@ -76,13 +78,26 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
         watcher=run.watcher,
     )
     check_survey_file(run, rows.text)
-    own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
-    output = run.options.type if run.options.format == "gguf" else dtype_name(run.dtype)
-    run.watcher.note(
-        f"Calibrating on {run.options.samples} rows of {run.options.length} tokens{own}, computing on "
-        f"{run.stream.device}; the output is {output}"
-    )
+    _describe(run, rows)
     return rows if dry or not fitted else rows.with_copies(run.stream, run.watcher)
+
+
+def _describe(run: OpenRun, rows: CalibrationRows) -> None:
+    """Say which model it is, and what it is calibrated on."""
+    checkpoint, options = run.stream.checkpoint, run.options
+    run.watcher.note(
+        f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(run.stream)} blocks, "
+        f"{counted(parameter_meter(run.stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
+    )
+    own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
+    run.watcher.note(
+        f"Calibrating on {options.samples} rows of {options.length} tokens{own}, computing on {run.stream.device}; "
+        f"the output is {options.type if options.format == 'gguf' else _name(run.dtype)}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:

@@ -32,7 +32,7 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.measure import compare, perplexity
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import family_of
-from secateur.text.calibration import calibration_rows, check_calibration
+from secateur.text.calibration import calibration_rows
 from secateur.write.export import RECORD, open_ours
 from secateur.write.shards import ShardWriter, header_room
 
@@ -83,7 +83,6 @@ def retrain(
     """
     check_retraining(device)
     training, watcher = training or Training(**settings), watcher or Silent()
-    check_calibration(training.calibration, samples=training.samples, length=training.length)
     if Path(out).suffix == ".gguf":
         raise SecateurError(f"{out}: a folder is to be written; name a folder, then secateur export it")
     where = pick_device(device)

@@ -41,3 +41,7 @@ class Training:
             raise SecateurError("random ids teach nothing; name a text file or a data set")
         if self.calibration == SELF:
             raise SecateurError("a retraining reads its text: name a text file, a data set, or a file of kept rows")
+        # Not at the top: the help of `retrain` does not wait for torch.
+        from secateur.text.calibration import check_calibration
+
+        check_calibration(self.calibration, samples=self.samples, length=self.length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
@@ -15,7 +15,8 @@ IDENTITY = "second-moment-identity"
 _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
 # Read off the sources: a misspelt name is found before torch is loaded.
 _SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
-CRITERIA: tuple[str, ...] = tuple(name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY)
+_FOUND = [name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY]
+CRITERIA: tuple[str, ...] = tuple(sorted(_FOUND, key=lambda name: name != "surgeon"))
 SIMILARITY = "similarity"
 """The one that looks at heads in pairs: a threshold says which of them are too many."""
 LARGEST = math.log(2)
@@ -32,7 +33,7 @@ class Choice:
     """None: they stay."""
     similar: bool
     """Heads that resemble another one go first."""
-    text: str = ""
+    text: str = field(default="", compare=False)
     """As it was written."""
 
     @property

@@ -11,7 +11,7 @@ problem once more: the minimum of
     sum_t w_t ||r_t - J_t(V)||^2 + ridge * sum_jk b_j a_k V_jk^2,
 
 r being what level 2 leaves of the target, b_j = ||D_j||^2 sum_t w_t f_tj^2 and a_k = sum_t w_t s_tk^2 / sum_t w_t: the
-pull to the old weights, relative to each weight's own energy as in `secateur.numerics.ridge`. V has hundreds of thousands of
+pull to the old weights, relative to each weight's own energy as in `numerics/ridge.py`. V has hundreds of thousands of
 entries; conjugate gradients solve for it with two products J and J' over the tokens each step. They are preconditioned
 by the curvature that would hold if factors and inputs were independent, one k x k and one d x d matrix (Kronecker
 factors), which brings most of the gain in the first few steps; stopping there is part of the regularisation.

@@ -1,6 +1,6 @@
 """Choose a module's units and refit what is left, from statistics alone.
 
-`refit` solves level 2 for the error-aware target, and in the feed-forward level 1 along with it (`secateur.fit.level1`);
+`refit` solves level 2 for the error-aware target, and in the feed-forward level 1 along with it (`fit/level1.py`);
 `paper` first refits level 1 to the dense level-1 outputs, then level 2 to the dense level-2 outputs (Algorithms 1, 3
 and 4 of Greedy Output Approximation). `before` refits level 2 of all units ahead of the choice, so that the criterion
 sees repaired weights; `after` refits the kept ones. `bias` leaves the weights and adds to the level-2 bias what the

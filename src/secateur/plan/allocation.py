@@ -1,7 +1,7 @@
 """Which width each block keeps under one budget: the same for all, or those that together cost least.
 
-What a plan takes is a sum over modules (`secateur.plan.meters`), and so is what it costs (`secateur.survey.prices`); the best
-widths are then a separable knapsack (`secateur.plan.knapsack`).
+What a plan takes is a sum over modules (`plan/meters.py`), and so is what it costs (`survey/prices.py`); the best widths
+are then a separable knapsack (`plan/knapsack.py`).
 """
 
 from __future__ import annotations

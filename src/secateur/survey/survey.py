@@ -1,6 +1,6 @@
 """One pass over the dense model: the error of every module at every width, and what errors cost at the output.
 
-A plan is made from the two (`secateur.survey.prices`). Errors are measured on the dense stream, where each module's target
+A plan is made from the two (`survey/prices.py`). Errors are measured on the dense stream, where each module's target
 is its own dense output, so that the Gram matrix of the level-2 input is the only statistic that most criteria need.
 Each token's error counts relative to its own residual stream: otherwise the few tokens with massive activations,
 ten thousand times the energy of the rest, would be all that a curve sees. The cost is the divergence of the logits

@@ -45,8 +45,8 @@ def format_obstacle(
         modules = (stream.blocks[0].attention, stream.blocks[0].feed_forward)
         if not all(module.bias or not module.free_bias for module in modules):
             return (
-                f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it out, "
-                "or take --format hf"
+                f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
+                "out, or take --format hf"
             )
     return reason
 
