@@ -1,8 +1,11 @@
-"""Numbers and lists in words."""
+"""Numbers, lists and dtypes in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes in which weights are written and computed with."""
 
 
 def counted(value: float, digits: int = 2) -> str:

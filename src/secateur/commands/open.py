@@ -13,7 +13,7 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
-from secateur.commands.options import Options, Running, split
+from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
 from secateur.commands.survey_file import check_survey_file
 from secateur.criteria.registry import Criteria, UnitScores
@@ -119,8 +119,7 @@ def open_model(
     Raises:
         SecateurError: for anything wrong with the model or the request.
     """
-    given = split((Options, Running), settings)
-    options, running = options or given[0], running or given[1]
+    options, running = with_settings(options, running, settings)
     watcher, started = watcher or Silent(), time.perf_counter()
     where = pick_device(running.device)
     for source in dict.fromkeys(options.sources):

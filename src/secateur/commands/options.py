@@ -12,9 +12,10 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, get_args
 
 from secateur.base.errors import SecateurError
+from secateur.base.words import DTYPES
 from secateur.criteria.choice import IDENTITY, LARGEST, Choice, parse_choice
 from secateur.model.structure import KINDS, Kind
 from secateur.plan.target import Target, parse_target
@@ -25,9 +26,6 @@ RECOVERIES = ("refit", "paper", "bias", "none")
 WIDTHS = ("adaptive", "uniform")
 MOST_RIDGE = 1_000_000
 """There, no weight moves; float32 ends far beyond."""
-DTYPES = ("float32", "bfloat16", "float16")
-
-T = TypeVar("T")
 
 
 class Effort(NamedTuple):
@@ -424,13 +422,17 @@ SURVEYED = ("blocks", "modules", "criterion", "ridge", "calibration", "samples",
 """Options that a survey depends on."""
 
 
-def split(owners: tuple[type[T], ...], given: dict[str, Any]) -> list[T]:
-    """One object of each dataclass, from settings by name.
+def with_settings(
+    options: Options | None, running: Running | None, settings: dict[str, Any]
+) -> tuple[Options, Running]:
+    """Options and running as they are given, or made of settings by name.
 
     Raises:
-        TypeError: a name that none of them has.
+        TypeError: a name that neither of them has.
     """
-    known = {name: owner for owner in owners for name in declared(owner)}
-    if unknown := sorted(set(given) - set(known)):
-        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(known)}")
-    return [owner(**{name: value for name, value in given.items() if known[name] is owner}) for owner in owners]
+    if unknown := sorted(set(settings) - set(declared(Options)) - set(declared(Running))):
+        known = ", ".join([*declared(Options), *declared(Running)])
+        raise TypeError(f"no option {unknown[0]!r}; there are {known}")
+    own = {name: value for name, value in settings.items() if name in declared(Options)}
+    others = {name: value for name, value in settings.items() if name not in own}
+    return options or Options(**own), running or Running(**others)

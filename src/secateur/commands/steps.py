@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
 
     records = {
         "secateur.json": lambda: record(
-            stream, options, decided, done, rows.groups, rows.begins_with_bos, blocks.norm_scale
+            stream, asdict(options), decided, done, rows.groups, rows.begins_with_bos, blocks.norm_scale
         ),
         "timings.json": lambda: timings(summary()),
     }

@@ -7,6 +7,7 @@ written once for all runs that would get the very same rows.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,15 +37,15 @@ def with_own_text(run: OpenRun, rows: CalibrationRows, store: RunStore) -> Calib
     """
     if SELF not in run.options.sources:
         return rows
-    request, how = rows.request, {"begins_with_bos": rows.begins_with_bos}
+    request, bos = rows.request, rows.begins_with_bos
     names = ("source", "refit_source", "samples", "refit_samples", "length", "seed", "held_out")
     file = store.text_file(
         _decided_by(run) | {name: getattr(request, name) for name in names},
-        lambda part: draw(run.stream, run.tokenizer, request, **how, save=part, watcher=run.watcher),
+        lambda part: draw(run.stream, run.tokenizer, request, begins_with_bos=bos, save=part, watcher=run.watcher),
     )
     choose, refit = (str(file) if source == SELF else source for source in run.options.sources)
     kept = replace(request, source=choose, refit_source=refit)
-    return replace(draw(run.stream, run.tokenizer, kept, **how, watcher=Silent()), request=request)
+    return replace(draw(run.stream, run.tokenizer, kept, begins_with_bos=bos, watcher=Silent()), request=request)
 
 
 def with_kept_copies(run: OpenRun, rows: CalibrationRows, store: RunStore) -> CalibrationRows:
@@ -55,10 +56,16 @@ def with_kept_copies(run: OpenRun, rows: CalibrationRows, store: RunStore) -> Ca
     """
     if not rows.request.copies:
         return rows
-    # Ids alone: a draw may fall on one that no tokenizer has a text for.
+
+    def rewrite(part: Path) -> None:
+        copies = rows.with_copies(run.stream, run.watcher).copies
+        assert copies is not None
+        # Ids alone: a draw may fall on one that no tokenizer has a text for.
+        save_file({COPIES: copies}, part)
+
     file = store.text_file(
         _decided_by(run) | {"text": hash_of(rows.fitted), "copies": rows.request.copies, "seed": rows.request.seed},
-        lambda part: save_file({COPIES: rows.with_copies(run.stream, run.watcher).copies}, part),
+        rewrite,
         suffix=".safetensors",
     )
     try:

@@ -13,7 +13,7 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.quiet import quiet
-from secateur.commands.options import DTYPES
+from secateur.base.words import DTYPES
 from secateur.formats.per_layer import model_class
 from secateur.measure.perplexity import perplexity
 from secateur.measure.speed import Speed, compare_speed

@@ -12,7 +12,6 @@ import transformers
 
 import secateur
 from secateur.base.files import hash_of
-from secateur.commands.options import Options
 from secateur.fit.average import FittedBlock
 from secateur.formats.vllm import vllm_obstacle
 from secateur.model.rows import Rows
@@ -114,7 +113,7 @@ def timings(summary: Summary) -> dict[str, float]:
 
 def record(
     stream: BlockStream,
-    options: Options,
+    options: dict[str, Any],
     decided: Plan,
     done: list[FittedBlock],
     rows: Rows,
@@ -129,7 +128,7 @@ def record(
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
         "fingerprint": stream.checkpoint.fingerprint,
-        "options": asdict(options),
+        "options": options,
         "calibration": {
             "groups": [list(group.shape) for group in rows.groups],
             "rows": [hash_of(group) for group in rows.groups],

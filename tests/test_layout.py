@@ -1,0 +1,96 @@
+"""One folder a step, and imports in one direction only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+ROOT = Path(secateur.__file__).parent
+ORDER = [
+    "base",
+    "model",
+    "text",
+    "numerics",
+    "criteria",
+    "formats",
+    "survey",
+    "plan",
+    "fit",
+    "write",
+    "measure",
+    "report",
+    "commands",
+    "compare",
+    "cli",
+]
+"""The folders in the order in which the data goes; each imports from those before it."""
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules and names that a file imports, those for types alone left out as they are not there at run time."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typed:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def folder_of(name: str) -> str | None:
+    """The folder of secateur that an imported name comes from."""
+    first, *rest = name.split(".")
+    return rest[0] if first == "secateur" and rest and (ROOT / rest[0]).is_dir() else None
+
+
+def test_no_other_folders_and_no_flat_files() -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert folders == set(ORDER)
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_run_to_the_left(folder: str) -> None:
+    allowed = set(ORDER[: ORDER.index(folder) + 1])
+    wrong = {
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in (ROOT / folder).rglob("*.py")
+        for name in imports(file)
+        if folder_of(name) not in {None, *allowed}
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_no_two_files_import_each_other(folder: str) -> None:
+    """Inside a folder too, the way goes in one direction."""
+    files = {f"secateur.{folder}.{file.stem}": file for file in (ROOT / folder).glob("[!_]*.py")}
+    graph = {
+        name: {
+            other for given in imports(file) for other in files if other != name and f"{given}.".startswith(f"{other}.")
+        }
+        for name, file in files.items()
+    }
+    seen: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' → '.join((*way, name))}"
+        if name not in seen:
+            for other in graph[name]:
+                visit(other, (*way, name))
+            seen.add(name)
+
+    for name in graph:
+        visit(name, ())
