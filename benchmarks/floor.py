@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 from secateur import prune
-from secateur.base.progress import Silent
 from secateur.commands.dry_run import SLACK
-from secateur.commands.options import Options
+from secateur.commands.options import Options, Running
 from secateur.commands.plan import propose
 
 
@@ -26,8 +25,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=Options.samples)
     parser.add_argument("--length", type=int, default=Options.length)
-    parser.add_argument("--fits", type=int, default=Options.fits)
-    parser.add_argument("--level1", type=int, default=Options.level1)
+    parser.add_argument("--effort", default=Options.effort)
     parser.add_argument("--modules", default="heads,channels")
     arguments = vars(parser.parse_args())
     model = arguments.pop("model")
@@ -35,12 +33,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         survey, out = Path(folder) / "survey.json", Path(folder) / "out"
-        before = prune(model, out, options=options, dry_run=True).seconds / SLACK
+        before = prune(model, out, options, Running(dry_run=True)).seconds / SLACK
         start = time.perf_counter()
-        propose(model, options, survey_file=survey, watcher=Silent())
+        propose(model, options, Running(survey=survey))
         choosing = time.perf_counter() - start
-        seconds = prune(model, out, options=options, survey_file=survey).seconds
-        after = prune(model, Path(folder) / "again", options=options, dry_run=True).seconds / SLACK
+        seconds = prune(model, out, options, Running(survey=survey)).seconds
+        after = prune(model, Path(folder) / "again", options, Running(dry_run=True)).seconds / SLACK
     floor = min(before, after)
     print(f"products {floor:.1f} s ({before:.1f} before the run, {after:.1f} after it)")
     print(f"prune {seconds:.1f} s, {seconds / floor:.2f} times that")

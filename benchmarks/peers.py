@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.criteria import flap
 from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.statistics import Statistics
-from secateur.fit.loop import Method
+from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
@@ -28,7 +28,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import least_squares as least_squares
+from secateur.numerics.ridge import least_squares
 from secateur.plan.problem import Plan
 
 OBC_RIDGE = 0.3
@@ -263,7 +263,7 @@ def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], me
     network = _load(stream)
     removed = 1 - sum(b.kept_parameters(widths[i]) for i, b in enumerate(stream.blocks)) / _parameters(stream)
     plan = Plan(widths, removed, removed, "blocks")
-    for fitted in least_squares(stream, plan, rows, method=method, dtype=torch.float32):
+    for fitted in refit(stream, plan, rows, method=method, dtype=torch.float32):
         _cut(stream, network, fitted.index, fitted.keep, fitted.changed, widths[fitted.index])
     return _peer(stream, network, _spelled(widths))
 

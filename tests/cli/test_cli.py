@@ -28,7 +28,7 @@ from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
 from secateur.base.quiet import quiet
 from secateur.cli import terminal
-from secateur.commands import plan, prune, sizes, steps
+from secateur.commands import fitted, plan, prune, sizes, steps
 from secateur.write import shards
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
@@ -79,7 +79,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    for module in (steps, prune, plan, sizes):
+    for module in (steps, fitted, prune, plan, sizes):
         for name in ("survey_model", "survey", "refit", "write", "write_model"):
             monkeypatch.setattr(module, name, reached, raising=False)
 
@@ -720,14 +720,14 @@ def test_damaged_weights_are_located(tensor: str, module: str, place: Path, run:
 @pytest.fixture
 def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Lets the work end with an exception once a block is through."""
-    refit = steps.refit
+    refit = fitted.refit
 
     def arrange(error: BaseException) -> None:
         def one(*given: Any, **more: Any) -> Iterator[Any]:
             yield next(refit(*given, **more))
             raise error
 
-        monkeypatch.setattr(steps, "refit", one)
+        monkeypatch.setattr(fitted, "refit", one)
 
     return arrange
 
@@ -1106,15 +1106,15 @@ def test_a_polite_kill_cleans_up(place: Path, number: signal.Signals) -> None:
     code = (
         "import os, signal, sys\n"
         "from secateur import cli\n"
-        "from secateur.commands import steps\n"
+        "from secateur.commands import fitted\n"
         # Under nohup it is ignored, and stays so.
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "refit = steps.refit\n"
+        "refit = fitted.refit\n"
         "def one(*given, **more):\n"
         "    yield next(refit(*given, **more))\n"
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    signal.pause()\n"
-        "steps.refit = one\n"
+        "fitted.refit = one\n"
         "sys.argv = ['secateur', *sys.argv[1:]]\n"
         "cli.main()\n"
     )

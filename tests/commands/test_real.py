@@ -58,7 +58,7 @@ def pruned(model: Path, text: tuple[Path, Path], tmp_path_factory: pytest.TempPa
             recovery=recovery,
             modules=("channels",),
             widths="uniform",
-            effort="normal",
+            effort="quick",
             **SMALL,
         )
     return folders

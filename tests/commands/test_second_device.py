@@ -28,10 +28,10 @@ pytestmark = pytest.mark.skipif(
 LENGTH = 24
 PRUNE: dict[str, tuple[str, str]] = {
     "all defaults": ("llama", ""),
-    "a norm behind each module": ("gemma3_text", ""),
-    "layers in one tensor": ("phi3 wide", ""),
-    "no gate": ("gpt2", ""),
-    "modules beside each other": ("gpt_neox", ""),
+    "a norm behind each module": ("gemma3_text", "--effort normal"),
+    "layers in one tensor": ("phi3 wide", "--effort normal"),
+    "no gate": ("gpt2", "--effort normal"),
+    "modules beside each other": ("gpt_neox", "--effort normal"),
     "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),
     "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
     "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),

@@ -219,7 +219,8 @@ def test_a_dry_run_counts_it(checkpoint_folder, tmp_path, monkeypatch):
     how = {"samples": 3, "length": 7, "sparsity": 0.3, "calibration": "random", "dry_run": True}
     folder, found = checkpoint_folder("llama"), {}
     for steps in (0, 4, 6):
-        monkeypatch.setitem(EFFORTS, "normal", Effort(fits=0, level1=steps))  # To the rows alone.
+        # One fit, to the rows alone.
+        monkeypatch.setitem(EFFORTS, "normal", Effort(fits=0, level1=steps))
         found[steps] = prune(folder, tmp_path / "out", effort="normal", **how)
     without, four, six = found.values()
     stream = BlockStream(open_checkpoint(folder))

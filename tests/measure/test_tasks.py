@@ -229,7 +229,7 @@ def expected_outcomes(model: Any, items: list[dict[str, Any]]) -> tuple[list[int
 
 def test_a_task_is_scored_as_by_hand(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = build("llama")
-    mine, other = zero_shot(model, make_tokenizer(), ["mine", "other"], task_path=folder)
+    mine, other = zero_shot(model, make_tokenizer(), open_tasks(["mine", "other"], task_path=folder))
     acc, norm = expected_outcomes(model, ITEMS)
     assert 0 < sum(acc) < len(ITEMS)
     assert acc != norm
@@ -237,7 +237,7 @@ def test_a_task_is_scored_as_by_hand(folder: Path, capfd: pytest.CaptureFixture[
     assert mine.acc_norm is not None
     assert mine.acc_norm.outcomes == norm
     assert (other.acc, other.acc_norm) == (mine.acc, None)
-    (few,) = zero_shot(model, make_tokenizer(), ["mine"], limit=5, task_path=folder)
+    (few,) = zero_shot(model, make_tokenizer(), open_tasks(["mine"], limit=5, task_path=folder))
     assert few.acc.outcomes == acc[:5]
     assert capfd.readouterr() == ("", "")
 
@@ -250,7 +250,7 @@ def test_the_same_beginning_may_be_the_choice(tmp_path: Path) -> None:
         text = text.replace(before, after)
     (tmp_path / "two.yaml").write_text(text)
     model = build("llama")
-    (found,) = zero_shot(model, make_tokenizer(), ["two"], task_path=tmp_path)
+    (found,) = zero_shot(model, make_tokenizer(), open_tasks(["two"], task_path=tmp_path))
     logs = [[plain(model, *ids_of(c, item["ending"], False))[0] for c in item["contexts"]] for item in items]
     assert found.acc.outcomes == [
         int(int(np.argmax(row)) == item["gold"]) for row, item in zip(logs, items, strict=True)

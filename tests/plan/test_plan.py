@@ -18,11 +18,11 @@ from secateur.base.progress import Silent
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Width
-from secateur.plan.allocation import LEVELS, attention_widths, channel_step, merge, module_widths
 from secateur.plan.meters import meter_of, parameter_meter
 from secateur.plan.plan import check_reach, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
+from secateur.plan.widths import LEVELS, attention_widths, channel_step, merge, module_widths
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
 from secateur.write.write import format_obstacle

@@ -33,7 +33,7 @@ def written(folder: Path, samples: int = 4, length: int = 12, **how: Any) -> Ten
     return self_rows(checkpoint, checkpoint.tokenizer(), samples=samples, length=length, **({"seed": 0} | how))
 
 
-def by_hand(name: str, known: int, samples: int, length: int, seed: int, temperature: float) -> Tensor:
+def by_hand(name: str, known: int, samples: int, length: int, seed: int) -> Tensor:
     """Token by token without a cache: EOS and ids that the tokenizer does not know are never drawn."""
     model, kept = build(name), int(" " in name)
     torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def by_hand(name: str, known: int, samples: int, length: int, seed: int, tempera
     for start in range(0, samples, BATCH_ROWS):
         ids = torch.full((min(BATCH_ROWS, samples - start), 1), BOS)
         for _ in range(length - kept):
-            logits = logits_of(model, ids)[:, -1] / temperature
+            logits = logits_of(model, ids)[:, -1]
             logits[:, EOS] = logits[:, known:] = -torch.inf
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
         rows.append(ids[:, 1 - kept :])
@@ -50,21 +50,21 @@ def by_hand(name: str, known: int, samples: int, length: int, seed: int, tempera
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_drawn_from_the_models_own_distribution(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    rows = written(checkpoint_folder(name), BATCH_ROWS + 4, 12, seed=3, temperature=0.7)
+    rows = written(checkpoint_folder(name), BATCH_ROWS + 4, 12, seed=3)
     assert rows.dtype == torch.int64
     known = len(open_checkpoint(checkpoint_folder(name)).tokenizer())
     with torch.random.fork_rng():
-        assert torch.equal(rows, by_hand(name, known, BATCH_ROWS + 4, 12, 3, 0.7))
+        assert torch.equal(rows, by_hand(name, known, BATCH_ROWS + 4, 12, 3))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder: CheckpointFolder, name: str) -> None:
     before = torch.get_rng_state()
-    first = written(checkpoint_folder(name), temperature=3.0)
+    first = written(checkpoint_folder(name))
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
-    assert torch.equal(written(checkpoint_folder(name), temperature=3.0), first)
-    assert not torch.equal(written(checkpoint_folder(name), temperature=3.0, seed=1), first)
+    assert torch.equal(written(checkpoint_folder(name)), first)
+    assert not torch.equal(written(checkpoint_folder(name), seed=1), first)
 
 
 def test_settings_of_the_checkpoint_do_not_bend_it(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
     stored = open_checkpoint(model)
 
     def expected(**options: Any) -> Any:
-        return prune(model, tmp_path / "out", dry_run=True, level1=0, **SIZE | {"calibration": "random"} | options)
+        return prune(model, tmp_path / "out", dry_run=True, effort="quick", **SIZE | {"calibration": "random"} | options)
 
     parameters = sum(info.entries for info in stored.tensors.values())
     tokens = SIZE["samples"] * SIZE["length"]
@@ -263,8 +263,8 @@ def test_a_survey_of_another_model_is_found_before_the_model_writes(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
 ) -> None:
     survey = tmp_path / "survey.json"
-    prune(checkpoint_folder("llama"), tmp_path / "a", calibration="self", survey_file=survey, **SIZE)
-    prune(checkpoint_folder("llama"), tmp_path / "b", calibration="self", survey_file=survey, **SIZE)
+    prune(checkpoint_folder("llama"), tmp_path / "a", calibration="self", survey=survey, **SIZE)
+    prune(checkpoint_folder("llama"), tmp_path / "b", calibration="self", survey=survey, **SIZE)
     monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(SecateurError, match="a survey of other weights"):
-        prune(checkpoint_folder("gpt2"), tmp_path / "c", calibration="self", survey_file=survey, **SIZE)
+        prune(checkpoint_folder("gpt2"), tmp_path / "c", calibration="self", survey=survey, **SIZE)

@@ -22,7 +22,8 @@ from secateur.commands.costs import (
     survey_flops,
 )
 from secateur.commands.open import OpenRun
-from secateur.commands.steps import draw_rows, summary_of
+from secateur.commands.result import summary_of
+from secateur.commands.steps import draw_rows
 from secateur.commands.survey_file import survey_rows
 from secateur.criteria.registry import Criteria
 from secateur.model.rows import Rows
@@ -69,7 +70,7 @@ def expect(run: OpenRun) -> Summary:
     if Criteria(options.scores).need_gradients and not decided.exact:
         parts.append(backward(run.stream, rows.groups, rate))
     seconds, peaks = zip(*parts, strict=True)
-    return summary_of(run, rows, decided, sum(seconds), max(peaks), dry=True)
+    return summary_of(run, rows, decided, (sum(seconds), max(peaks)))
 
 
 def speed(stream: BlockStream) -> Speed:

@@ -15,7 +15,8 @@ from secateur.base.progress import Watcher, reading
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.request import check_request
-from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, summary_of, survey_model, write_model
+from secateur.commands.result import summary_of
+from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
 from secateur.commands.survey_file import check_survey_file
 from secateur.measure.compare import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
@@ -104,7 +105,7 @@ def sizes(
     for run, decided, folder in zip(runs, plans, folders, strict=True):
         if folder in there:
             run.watcher.note(f"{folder}: made already")
-            summary = summary_of(run, rows, decided, 0.0, 0)
+            summary = summary_of(run, rows, decided)
         else:
             run.watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
             run = replace(run, started=time.perf_counter())

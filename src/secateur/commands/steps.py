@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +14,29 @@ import torch
 from torch import Tensor
 
 from secateur.base.words import counted
+from secateur.commands.fitted import FittedBlocks, perplexity_ratio
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
+from secateur.commands.result import record, summary_of
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.similarity import SimilarHeads, find_similar_heads
 from secateur.fit.average import FittedBlock
-from secateur.fit.loop import refit
-from secateur.fit.temper import scaled, temper
-from secateur.model.arena import Activations
+from secateur.fit.temper import scaled
 from secateur.model.rows import Rows
-from secateur.plan.meters import byte_meter, parameter_meter
+from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan
 from secateur.plan.search import smallest_within
 from secateur.plan.similar_heads import head_plan, nearest_tau, settle, settled_units, with_heads_settled
 from secateur.plan.target import Target
-from secateur.report.summary import Summary, peak_memory, record, summarise, timings
+from secateur.report.summary import Summary
 from secateur.survey.curves import Survey, save_survey
-from secateur.survey.loss import mean_loss
 from secateur.survey.survey import survey
-from secateur.text.draw import HELD_OUT, CalibrationRows, draw
+from secateur.text.draw import CalibrationRows, draw
 from secateur.write.export import export
 from secateur.write.slice import slice
 from secateur.write.write import write
-
-Judge = Callable[[Activations, Activations], None]
-"""Sees the dense and the pruned stream behind the last block, of rows that count nowhere."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +155,13 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
             done.append(FittedBlock(block.index, block.keep, {}, block.reports))
             yield block.index, slice(stream, block, dtype=run.dtype)
 
-    def summary() -> Summary:
-        return summary_of(run, rows, decided, time.perf_counter() - run.started, peak_memory(stream.device))
+    def timings() -> dict[str, float]:
+        found = summary_of(run, rows, decided)
+        return {"seconds": found.seconds, "peak_bytes": found.peak_bytes}
 
     records = {
-        "secateur.json": lambda: record(
-            stream, asdict(options), decided, done, rows.groups, rows.begins_with_bos, blocks.norm_scale
-        ),
-        "timings.json": lambda: timings(summary()),
+        "secateur.json": lambda: record(run, rows, decided, done, blocks.norm_scale),
+        "timings.json": timings,
     }
     file = options.format == "gguf"
     folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if file else out
@@ -191,84 +184,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
     finally:
         if file:
             shutil.rmtree(folder, ignore_errors=True)
-    return summary()
-
-
-class FittedBlocks(Iterator[FittedBlock]):
-    """The fitted blocks of a plan, and behind the last one the scale of the final norm."""
-
-    def __init__(self, run: OpenRun, rows: CalibrationRows, decided: Plan, judge: Judge | None = None):
-        """Prepare; the first block is fitted when it is asked for. `judge` sees the streams behind the last block."""
-        self.norm_scale: float | None = None
-        """At which the pruned model is as sure of itself as the dense one; None where no rows were left to tell."""
-        self._run, self._rows, self._judge = run, rows, judge
-        self._blocks = self._fit(decided)
-
-    def __next__(self) -> FittedBlock:
-        return next(self._blocks)
-
-    def close(self) -> None:
-        """Give back what a fit that is not finished holds."""
-        self._blocks.close()
-
-    def _fit(self, decided: Plan) -> Generator[FittedBlock, None, None]:
-        run, rows = self._run, self._rows
-        judged = self._judge is not None or len(rows.unseen)
-        yield from refit(
-            run.stream,
-            decided,
-            rows.groups,
-            method=run.method(rows, decided.similar, decided.exact),
-            dtype=run.dtype,
-            watcher=run.watcher,
-            judge=self._behind if judged else None,
-        )
-
-    def _behind(self, dense: Activations, pruned: Activations) -> None:
-        rows = self._rows
-        if len(rows.unseen):
-            group = rows.groups.weights.index(0.0)
-            self.norm_scale = temper(self._run.stream, rows.groups, group, dense, pruned)
-        if self._judge is not None:
-            self._judge(dense, pruned)
-
-
-def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> float:
-    """Perplexity over dense on the held-out rows, of a plan that is carried out and thrown away."""
-    stream, groups, losses = run.stream, rows.groups, list[float]()
-    last = len(groups.groups) - 1
-
-    def judge(dense: Activations, pruned: Activations) -> None:
-        norm = {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale)
-        losses.append(mean_loss(stream, groups, last, dense))
-        losses.append(mean_loss(stream, groups, last, pruned, norm))
-
-    blocks = FittedBlocks(run, rows, decided, judge)
-    for _ in blocks:
-        pass
-    ratio = math.exp(losses[1] - losses[0])
-    run.watcher.note(f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {HELD_OUT} other rows")
-    return ratio
-
-
-def summary_of(
-    run: OpenRun, rows: CalibrationRows, decided: Plan, seconds: float, peak: int, *, dry: bool = False
-) -> Summary:
-    """What a plan comes to, in figures."""
-    gguf_type = run.options.type if run.options.format == "gguf" else None
-    return summarise(
-        run.stream,
-        decided,
-        rows.groups,
-        format="gguf" if gguf_type else run.request.format,
-        parameters=run.request.parameters,
-        taken=byte_meter(run.stream, run.dtype, gguf_type, run.options.adds_biases),
-        dtype=run.dtype,
-        bos=run.begins_with_bos,
-        seconds=seconds,
-        peak_bytes=peak,
-        dry=dry,
-    )
+    return summary_of(run, rows, decided)
 
 
 def _similar_heads(run: OpenRun, text: Tensor) -> Findings:

@@ -95,14 +95,9 @@ class Architecture:
 
 
 _LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"})
-_GEMMA = Architecture(
-    "gemma3",
-    QKV,
-    head_norms=True,
-    windows=True,
-    scalings=frozenset({"default", "dynamic", "linear"}),
-    activation="gelu",
-)
+_GEMMA3 = Architecture("gemma3", QKV, head_norms=True, windows=True, scalings=_SCALINGS - {"yarn"}, activation="gelu")
+_PHI3 = Architecture("phi3", QKV, square=True, fused_qkv=True, partial=True, scalings=_SCALINGS | {"longrope"})
+_GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -112,38 +107,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen2", QKV, square=True),
         Architecture("qwen3", QKV, head_norms=True),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
-        Architecture(
-            "phi3",
-            QKV,
-            square=True,
-            fused_qkv=True,
-            fused_gate=True,
-            partial=True,
-            scalings=_SCALINGS | {"longrope"},
-        ),
+        replace(_PHI3, fused_gate=True),
         Architecture("olmo2", frozenset(), square=True, output="stored"),
-        replace(_GEMMA, name="gemma2", head_norms=False, output="tied"),
-        _GEMMA,
-        Architecture(
-            "gpt2",
-            _ALL - {"ffn_gate"},
-            needs_biases=True,
-            square=True,
-            fused_qkv=True,
-            activation="gelu",
-            epsilon="layer",
-        ),
-        Architecture(
-            "gptneox",
-            _ALL - {"ffn_gate"},
-            needs_biases=True,
-            square=True,
-            fused_qkv=True,
-            partial=True,
-            output="stored",
-            activation="gelu",
-            epsilon="layer",
-        ),
+        replace(_GEMMA3, name="gemma2", head_norms=False, output="tied"),
+        _GEMMA3,
+        replace(_GPT, needs_biases=True),
+        replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
     )
 }
 """By llama.cpp's name."""
@@ -179,18 +148,13 @@ SOURCES: dict[str, Source] = {
 """By model_type. OPT is missing: llama.cpp has no such graph."""
 
 _ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu",
-    "gelu_fast": "gelu",
-    "gelu_pytorch_tanh": "gelu",
+    "silu": {"silu", "swish"},
+    "gelu": {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"},
 }
-"""transformers' name → llama.cpp's; it has one gelu, and the exact one differs from it by less than 0.001."""
-
+"""llama.cpp's name → transformers'; it has one gelu, and the exact one differs from it by less than 0.001."""
 
 LEVEL2 = frozenset({"attn_output", "ffn_down"})
-"""The output layers of both modules, which an biases gives biases."""
+"""The output layers of both modules, to which a recovery may add biases."""
 
 
 @dataclass
@@ -209,19 +173,15 @@ class Model:
     """Stored names of the other tensors."""
 
     def __post_init__(self) -> None:
-        config = self.checkpoint.config
-        source = SOURCES.get(config.model_type)
-        if source is None:
+        kind = self.config.model_type
+        if kind not in SOURCES:
             raise SecateurError(
-                f"{self.checkpoint.source}: llama.cpp has no architecture for {config.model_type}; "
-                "keep the safetensors folder"
+                f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"
             )
-        self.source, self.family = source, family_of(config)
+        self.source, self.family = SOURCES[kind], family_of(self.config)
         self.inside, self.outside = [{} for _ in self.widths], []
         in_block = re.compile(rf"(?:.*\.)?{self.family.blocks.rpartition('.')[2]}\.(\d+)\.(.+)")
-        for stored in self.checkpoint.tensors:
-            if stored in self.checkpoint.ignorable:
-                continue
+        for stored in self.checkpoint.weights:
             if match := in_block.fullmatch(stored):
                 self.inside[int(match[1])][match[2]] = stored
             else:
@@ -273,22 +233,17 @@ class Model:
         family = self.family
         feed = "" if family.feed_forward is None else f"{family.feed_forward}."
         qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
-        names = {f"attn_{letter}": f"{family.attention}.{name}" for letter, name in zip("qkv", qkv, strict=True)}
-        names["attn_output"] = f"{family.attention}.{family.output}"
-        gate = family.fused_gate or family.gate
-        if gate is not None:
+        attention = zip(("attn_q", "attn_k", "attn_v", "attn_output"), (*qkv, family.output), strict=True)
+        names = {layer: f"{family.attention}.{name}" for layer, name in attention}
+        if gate := family.fused_gate or family.gate:
             names["ffn_gate"] = feed + gate
-        names["ffn_up"] = feed + (family.fused_gate or family.up)
-        names["ffn_down"] = feed + family.down
-        return names
+        return names | {"ffn_up": feed + (family.fused_gate or family.up), "ffn_down": feed + family.down}
 
     @property
     def biases(self) -> frozenset[str]:
         """Layers with a bias in some block."""
-        named = {layer: f"{name}.bias" for layer, name in self.layers.items()}
-        return self.added_biases | {
-            layer for layer, name in named.items() if any(name in block for block in self.inside)
-        }
+        stored = set().union(*self.inside)
+        return self.added_biases | {layer for layer, name in self.layers.items() if f"{name}.bias" in stored}
 
 
 def filled(channels: int, type: str) -> int:
@@ -318,11 +273,7 @@ def choose(model: Model, type: str) -> Architecture:
 
 
 def check_type(type: str) -> None:
-    """See that a type can be written.
-
-    Raises:
-        SecateurError: it cannot; with the way to llama.cpp's others.
-    """
+    """Raise `SecateurError` for a type that cannot be written, with the way to llama.cpp's others."""
     if type in TYPES:
         return
     if type.lower() in TYPES:
@@ -348,7 +299,7 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "has one width for all blocks, so prune all of them with uniform widths"
     if architecture.square and widths[0].heads * model.dim != hidden:
         return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
-    if _ACTIVATIONS.get(activation) != architecture.activation:
+    if activation not in _ACTIVATIONS[architecture.activation]:
         return f"computes {architecture.activation}, not {activation}"
     if extra:
         return f"has no place for the biases of {', '.join(sorted(extra))}"
@@ -374,13 +325,9 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
 def gguf_obstacle(
     checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, biases: bool = False
 ) -> str | None:
-    """Why no GGUF file can hold a model at some widths, or None; reads no weights.
+    """Why no GGUF file of a type can hold a model, pruned or not, at the widths of its blocks, or None.
 
-    Args:
-        checkpoint: the model, pruned or not.
-        widths: of every block, in order.
-        type: a name in `TYPES`.
-        biases: whether the output layers of both modules get biases.
+    Reads no weights. With `biases`, the output layers of both modules get some.
     """
     try:
         choose(Model(checkpoint, list(widths), LEVEL2 if biases else frozenset()), type)

@@ -5,8 +5,8 @@ Letters of shapes: d residual width, h entries per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.errors import SecateurError
-from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, Storage, filled
+from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, filled
 from secateur.model.structure import Width
 
 
@@ -44,6 +44,11 @@ class Lazy:
         """Rows of several, one after the other."""
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         return Lazy(shape, lambda: torch.cat([part.make() for part in parts]))
+
+    @staticmethod
+    def of(tensor: Tensor) -> Lazy:
+        """One that is there already."""
+        return Lazy(tuple(tensor.shape), lambda: tensor)
 
     @staticmethod
     def full(shape: tuple[int, ...], value: float) -> Lazy:
@@ -81,21 +86,13 @@ class Entry:
 
 def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]:
     """The widths in the file: channels fill up rows, and a block that cannot be empty has units that add nothing."""
-    return [
-        replace(
-            width,
-            groups=width.groups or int(not _headless(model, architecture, index)),
-            per_group=width.per_group or int(not _headless(model, architecture, index)),
-            channels=filled(width.channels, type),
-        )
-        for index, width in enumerate(model.widths)
-    ]
-
-
-def _headless(model: Model, architecture: Architecture, index: int) -> bool:
-    """Whether a block without heads stays so; the first one tells llama.cpp how large heads are."""
-    biased = "attn_output" in model.added_biases or f"{model.layers['attn_output']}.bias" in model.inside[index]
-    return architecture.headless and index > 0 and not biased
+    result = []
+    for index, width in enumerate(model.widths):
+        biased = "attn_output" in model.added_biases or f"{model.layers['attn_output']}.bias" in model.inside[index]
+        # The first block tells llama.cpp how large heads are.
+        least = int(not architecture.headless or index == 0 or biased)
+        result.append(Width(width.groups or least, width.per_group or least, filled(width.channels, type)))
+    return result
 
 
 def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
@@ -104,8 +101,7 @@ def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
     Raises:
         SecateurError: a stored tensor is missing, has another shape than the config says, or has no place.
     """
-    storage = TYPES[type]
-    whole = [Entry(name, lazy, _type(name, lazy.shape, storage)) for name, lazy in _whole(model, architecture)]
+    whole = [Entry(name, lazy, _type(name, lazy.shape, type)) for name, lazy in _whole(model, architecture).items()]
     return whole + [e for index in range(len(model.widths)) for e in block_entries(model, architecture, index, type)]
 
 
@@ -113,11 +109,12 @@ def block_entries(model: Model, architecture: Architecture, index: int, type: st
     """The tensors of one block; raises what `entries` does."""
     width = laid_out(model, architecture, type)[index]
     named = _block(model, architecture, index, width).items()
-    return [Entry(f"blk.{index}.{name}", lazy, _type(name, lazy.shape, TYPES[type])) for name, lazy in named]
+    return [Entry(f"blk.{index}.{name}", lazy, _type(name, lazy.shape, type)) for name, lazy in named]
 
 
-def _type(name: str, shape: tuple[int, ...], storage: Storage) -> GGMLQuantizationType:
+def _type(name: str, shape: tuple[int, ...], file: str) -> GGMLQuantizationType:
     """The type of one tensor: vectors stay as they are, rows that do not divide fall back on f16."""
+    storage = TYPES[file]
     if len(shape) == 1 or name == "position_embd.weight":
         return GGMLQuantizationType.F32
     if shape[-1] % storage.multiple:
@@ -134,8 +131,7 @@ def _names(architecture: str, blocks: int) -> Any:
 
 def _renamed(model: Model, architecture: Architecture, stored: str) -> str:
     """llama.cpp's name of a tensor."""
-    names = _names(architecture.name, len(model.widths))
-    found = names.get_name(stored, try_suffixes=(".weight", ".bias"))
+    found = _names(architecture.name, len(model.widths)).get_name(stored, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise SecateurError(
             f"{model.checkpoint.source}: GGUF has no place for tensor {stored}; "
@@ -148,14 +144,10 @@ def _stored(model: Model, name: str) -> Lazy:
     return Lazy(model.checkpoint.tensors[name].shape, partial(model.checkpoint.read, name))
 
 
-def _whole(model: Model, architecture: Architecture) -> Iterator[tuple[str, Lazy]]:
+def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
     """Tensors that belong to no block."""
     tied = bool(model.config.tie_word_embeddings)
-    found: dict[str, Lazy] = {}
-    for stored in model.outside:
-        name = _renamed(model, architecture, stored)
-        lazy = _stored(model, stored)
-        found[name] = _shifted(lazy) if model.source.shifted and name.startswith("output_norm") else lazy
+    found = {_renamed(model, architecture, stored): _stored(model, stored) for stored in model.outside}
     for name in ("token_embd.weight", "output_norm.weight", *(() if tied else ("output.weight",))):
         if name not in found:
             raise SecateurError(f"{model.checkpoint.source}: no tensor for {name} among the weights; restore it")
@@ -163,20 +155,17 @@ def _whole(model: Model, architecture: Architecture) -> Iterator[tuple[str, Lazy
         found.pop("output.weight", None)
         if architecture.output == "stored":
             found["output.weight"] = found["token_embd.weight"]
-    yield from found.items()
-    yield from _rope_factors(model)
-
-
-def _rope_factors(model: Model) -> Iterator[tuple[str, Lazy]]:
-    """By how much each frequency is divided, where that is not a formula of llama.cpp's."""
+    found["output_norm.weight"] = _norm(model, found["output_norm.weight"])
+    # By how much each frequency is divided, where that is not a formula of llama.cpp's.
     if model.kind == "longrope":
         for length in ("long", "short"):
             factors = torch.tensor(model.rope[f"{length}_factor"], dtype=torch.float32)
-            yield f"rope_factors_{length}.weight", Lazy(tuple(factors.shape), partial(torch.clone, factors))
+            found[f"rope_factors_{length}.weight"] = Lazy.of(factors)
     if model.kind == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
         plain = model.rope["rope_theta"] ** -(torch.arange(0, model.dim, 2, dtype=torch.float32) / model.dim)
-        yield "rope_freqs.weight", Lazy(tuple(scaled.shape), lambda: plain / scaled)
+        found["rope_freqs.weight"] = Lazy.of(plain / scaled)
+    return found
 
 
 def _block(model: Model, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
@@ -185,9 +174,8 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     layers = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
     for name, stored in model.inside[index].items():
         if name not in layers:
-            norm = _stored(model, stored)
             renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{name}")
-            parts[renamed.removeprefix(f"blk.{index}.")] = _shifted(norm) if model.source.shifted else norm
+            parts[renamed.removeprefix(f"blk.{index}.")] = _norm(model, _stored(model, stored))
     if model.widths[index].heads:
         _rescale(parts, _score_ratio(model, architecture, index))
     elif width.heads:
@@ -199,10 +187,9 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
         for layer in model.layers:
             parts.setdefault(f"{layer}.bias", Lazy.full(parts[f"{layer}.weight"].shape[:1], 0.0))
     if architecture.pairs:
-        for layer in ("attn_q", "attn_k"):
-            for leaf in ("weight", "bias"):
-                if f"{layer}.{leaf}" in parts:
-                    parts[f"{layer}.{leaf}"] = parts[f"{layer}.{leaf}"].then(partial(_in_pairs, dim=model.dim))
+        for name in ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias"):
+            if name in parts:
+                parts[name] = parts[name].then(partial(_in_pairs, dim=model.dim))
     if architecture.fused_qkv:
         _fuse(parts, ("attn_q", "attn_k", "attn_v"), "attn_qkv")
     if architecture.fused_gate:
@@ -218,15 +205,9 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     """
     width, family, hidden, dim = model.widths[index], model.family, model.config.hidden_size, model.dim
     rows, shared, channels = width.heads * dim, width.groups * dim, width.channels
-    shapes = {
-        "attn_q": (rows, hidden),
-        "attn_k": (shared, hidden),
-        "attn_v": (shared, hidden),
-        "attn_output": (hidden, rows),
-        "ffn_gate": (channels, hidden),
-        "ffn_up": (channels, hidden),
-        "ffn_down": (hidden, channels),
-    }
+    outputs = {"attn_q": rows, "attn_k": shared, "attn_v": shared, "ffn_gate": channels, "ffn_up": channels}
+    shapes = {layer: (count, hidden) for layer, count in outputs.items()}
+    shapes |= {"attn_output": (hidden, rows), "ffn_down": (hidden, channels)}
     starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
     parts: dict[str, Lazy] = {}
     for layer, name in model.layers.items():
@@ -263,9 +244,9 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def _shifted(norm: Lazy) -> Lazy:
-    """The factors of a norm that adds one to what it stores."""
-    return norm.then(lambda values: values.float() + 1)
+def _norm(model: Model, stored: Lazy) -> Lazy:
+    """The factors of a norm, also of one that adds one to what it stores."""
+    return stored.then(lambda values: values.float() + 1) if model.source.shifted else stored
 
 
 def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:
@@ -284,8 +265,7 @@ def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:
 
 def _rescale(parts: dict[str, Lazy], ratio: float) -> None:
     """Multiply queries, where they were last multiplied by a weight."""
-    normed = "attn_q_norm.weight" in parts
-    for name in ("attn_q_norm.weight",) if normed else ("attn_q.weight", "attn_q.bias"):
+    for name in ("attn_q_norm.weight",) if "attn_q_norm.weight" in parts else ("attn_q.weight", "attn_q.bias"):
         if name in parts and ratio != 1:
             parts[name] = parts[name].then(lambda values: values.float() * ratio)
 
@@ -302,8 +282,8 @@ def _idle_head(model: Model, architecture: Architecture) -> dict[str, Lazy]:
 
 def _fill(parts: dict[str, Lazy], channels: int, model: Model) -> None:
     """Add channels that give zero and are multiplied by zero."""
-    hidden, present = model.config.hidden_size, [layer for layer in model.layers if layer.startswith("ffn_")]
-    for layer in present:
+    hidden = model.config.hidden_size
+    for layer in (layer for layer in model.layers if layer.startswith("ffn_")):
         down = layer == "ffn_down"
         lazy = parts.get(f"{layer}.weight", Lazy.full((hidden, 0) if down else (0, hidden), 0.0))
         extra = channels - lazy.shape[1 if down else 0]

@@ -79,32 +79,30 @@ class Evaluation:
 
     def figures(self) -> list[Figure]:
         """What was measured."""
-        first = self.models[0]
+        models, kept = self.models, self.kept()
+
+        def figure(label: str, values: list[float], form: str) -> Figure:
+            return Figure(label, values, values[0] / values[1] if len(values) == 2 else None, form)
+
         figures = [
-            self._figure("parameters", [m.parameters for m in self.models], "{:,}"),
-            self._figure("bytes at equal dtype", [m.bytes for m in self.models], "{:,}"),
+            figure("parameters", [m.parameters for m in models], "{:,}"),
+            figure("bytes at equal dtype", [m.bytes for m in models], "{:,}"),
         ]
-        for index, text in enumerate(first.texts):
-            values = [m.texts[index].perplexity for m in self.models]
-            figures.append(self._figure(f"perplexity {short(text.source)}", values, "{:,.3f}"))
-        left = self.kept()
-        for index, task in enumerate(first.tasks):
-            for metric in task.accuracies():
-                scores = [m.tasks[index].accuracies()[metric] for m in self.models]
-                label, errors = f"{task.name} {metric}", tuple(score.standard_error for score in scores)
-                part = left.get(label)
-                ratio, interval = (part.ratio, part.interval) if part is not None else (None, None)
-                figures.append(Figure(label, [s.value for s in scores], ratio, "{:.3f}", errors, interval))
-        if first.speed is not None:
-            speeds = [m.speed for m in self.models if m.speed is not None]
+        for scores in zip(*(m.texts for m in models), strict=True):
+            figures.append(figure(f"perplexity {short(scores[0].source)}", [s.perplexity for s in scores], "{:,.3f}"))
+        for answered in zip(*(m.tasks for m in models), strict=True):
+            for metric in answered[0].accuracies():
+                accuracies = [task.accuracies()[metric] for task in answered]
+                label, values = f"{answered[0].name} {metric}", [accuracy.value for accuracy in accuracies]
+                ratio, interval = (part.ratio, part.interval) if (part := kept.get(label)) else (None, None)
+                errors = tuple(accuracy.standard_error for accuracy in accuracies)
+                figures.append(Figure(label, values, ratio, "{:.3f}", errors, interval))
+        speeds = [m.speed for m in models if m.speed is not None]
+        if speeds:
             prefill, decode = self.speed_ratios or (None, None)
             figures.append(Figure("prefill tokens/s", [s.prefill for s in speeds], prefill, "{:,.1f}"))
             figures.append(Figure("decoding tokens/s", [s.decode for s in speeds], decode, "{:,.1f}"))
         return figures
-
-    @staticmethod
-    def _figure(label: str, values: list[float], form: str) -> Figure:
-        return Figure(label, values, values[0] / values[1] if len(values) == 2 else None, form)
 
     def kept(self) -> dict[str, Kept]:
         """By task and metric, how much of the second model's accuracy the first one keeps; empty for one model."""
@@ -150,7 +148,7 @@ def evaluate(
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
 ) -> Evaluation:
-    """Measure a model, and another beside it.
+    """Figures of a model, and of another beside it.
 
     Args:
         model: a folder, a .gguf file or a hub id.
@@ -179,9 +177,8 @@ def evaluate(
         if text == RANDOM:
             raise SecateurError("random ids cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
-    names = [model] if against is None else [model, against]
     checkpoints = []
-    for name in names:
+    for name in (model,) if against is None else (model, against):
         with reading(watcher, "Opening", name):
             checkpoints.append(
                 open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
@@ -189,31 +186,30 @@ def evaluate(
     # All texts and tasks are read before a model is loaded: mistakes come first.
     opened = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
     tokenizers = [checkpoint.tokenizer() if texts or opened else None for checkpoint in checkpoints]
-    rows: list[list[torch.Tensor]] = []
-    for checkpoint, tokenizer in zip(checkpoints, tokenizers, strict=True):
-        rows.append([])
+    rows: list[dict[str, torch.Tensor]] = [{} for _ in checkpoints]
+    for checkpoint, tokenizer, found in zip(checkpoints, tokenizers, rows, strict=True):
         for text in texts:
             with reading(watcher, "Reading", text):
-                rows[-1].append(scored_rows(checkpoint, tokenizer, text, length, tokens))
-    if len(rows) == 2 and any(not torch.equal(a, b) for a, b in zip(*rows, strict=True)):
+                found[text] = scored_rows(checkpoint, tokenizer, text, length, tokens)
+    if any(not torch.equal(rows[0][text], rows[-1][text]) for text in texts):
         watcher.note("The two models cut text into different tokens: perplexities, which are per token, do not compare")
     scores: list[ModelScore] = []
     loaded: list[Any] = []
-    for checkpoint, tokenizer, batches in zip(checkpoints, tokenizers, rows, strict=True):
+    for checkpoint, tokenizer, found in zip(checkpoints, tokenizers, rows, strict=True):
+        name = short(checkpoint.source)
         with watcher.busy(f"Loading {checkpoint.source}"):
             network = load(checkpoint, getattr(torch, dtype), where)
-        count = sum(p.numel() for p in network.parameters())
         scored = []
-        for text, ids in zip(texts, batches, strict=True):
-            found = perplexity(network, ids, watcher=watcher, what=f"{short(checkpoint.source)} on {short(text)}")
-            scored.append(TextScore(text, found.perplexity, found.tokens, found.rows, found.length))
-        answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{short(checkpoint.source)} on")
+        for text in texts:
+            one = perplexity(network, found[text], watcher=watcher, what=f"{name} on {short(text)}")
+            scored.append(TextScore(text, one.perplexity, one.tokens, one.rows, one.length))
+        answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{name} on")
         bos = tokenizer is not None and begins_with_bos(tokenizer)
+        count = sum(parameter.numel() for parameter in network.parameters())
         size = count * checkpoints[0].dtype.itemsize
         scores.append(ModelScore(checkpoint.source, count, size, bos, scored, answered))
         # Two models stay in memory only where they are run in turns.
-        if speed:
-            loaded.append(network)
+        loaded += [network] if speed else []
         del network
     if not speed:
         return Evaluation(scores)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
+from secateur.measure.perplexity import scoring
 from secateur.model.families import positions_of
 from secateur.model.tokens import encode
 
@@ -50,23 +51,20 @@ def log_likelihoods(
     watcher: Watcher | None = None,
     what: str = "Answers",
 ) -> list[Likelihood]:
-    """Score answers behind their questions, as lm-eval's `loglikelihood` does.
+    """Likelihood of each pair of question and answer, in order, as by lm-eval's `loglikelihood`.
 
     Args:
-        model: Any causal language model with a cache; it is left in the mode, training or evaluation, it came in.
-        tokenizer: The model's; what it puts in front of a text is kept.
-        pairs: Question and answer. An empty question stands for BOS, or EOS where there is no BOS. One that is too
-            long for the model loses its beginning.
-        batch_size: Tokens in a forward, at most, unless one question with its answers is longer.
-        watcher: Told about progress.
-        what: What to tell it is being done.
-
-    Returns:
-        One for each pair, in order.
+        model: any causal language model with a cache.
+        tokenizer: the model's; what it puts in front of a text is kept.
+        pairs: an empty question stands for BOS, or EOS where there is no BOS. One that is too long for the model loses
+            its beginning.
+        batch_size: tokens in a forward, at most, unless one question with its answers is longer.
+        watcher: told about progress.
+        what: what to tell it is being done.
 
     Raises:
-        SecateurError: An answer without tokens or longer than the model, ids that the model does not have, or
-            logits that are not a number.
+        SecateurError: an answer without tokens or longer than the model, ids that the model does not have, or logits
+            that are not a number.
     """
     if batch_size < 1:
         raise SecateurError(f"the batch size is {batch_size}, but at least 1 token is needed")
@@ -80,14 +78,9 @@ def log_likelihoods(
         questions.setdefault(tuple(before), []).append((index, after))
     batches = list(_batches(questions, min(batch_size, max(1, _LOGITS // vocabulary))))
     found: dict[int, Likelihood] = {}
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in (watcher or Silent()).track(batches, what):
-                found.update(_score(model, batch))
-    finally:
-        model.train(training)
+    with scoring(model):
+        for batch in (watcher or Silent()).track(batches, what):
+            found.update(_score(model, batch))
     return [found[index] for index in range(len(pairs))]
 
 
@@ -127,16 +120,14 @@ def _batches(questions: dict[tuple[int, ...], _Answers], tokens: int) -> Iterato
         return len(entry[0]), max(len(answer) for _, answer in entry[1])
 
     batch: _Batch = []
-    rows = filled = 0
     for entry in sorted(questions.items(), key=size, reverse=True):
-        added = sum(len(answer) for _, answer in entry[1])
-        rows, filled = rows + len(entry[1]), filled + added
-        if batch:
-            length, width = size(batch[0])
-            full = rows * (length + width) > tokens or rows * width - filled > _PADDING
-            if full or len(entry[0]) != length:
-                yield batch
-                batch, rows, filled = [], len(entry[1]), added
+        length, width = size((batch or [entry])[0])
+        lengths = [len(answer) for _, answers in (*batch, entry) for _, answer in answers]
+        rows = len(lengths)
+        full = rows * (length + width) > tokens or rows * width - sum(lengths) > _PADDING
+        if batch and (full or len(entry[0]) != length):
+            yield batch
+            batch = []
         batch.append(entry)
     if batch:
         yield batch
@@ -147,8 +138,9 @@ def _score(model: Any, batch: _Batch) -> Iterator[tuple[int, Likelihood]]:
     # Models outside transformers may not know how to leave out logits, and the cache has had two names.
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     name = "cache" if "cache" in known else "past_key_values"
-    ids = torch.tensor([question for question, _ in batch], device=model.device)
-    read = model(input_ids=ids, use_cache=True, **last)
+    read = model(
+        input_ids=torch.tensor([question for question, _ in batch], device=model.device), use_cache=True, **last
+    )
     answers = [(owner, index, answer) for owner, (_, group) in enumerate(batch) for index, answer in group]
     owners = torch.tensor([owner for owner, _, _ in answers], device=model.device)
     firsts = torch.tensor([answer[0] for _, _, answer in answers], device=model.device)
@@ -159,22 +151,18 @@ def _score(model: Any, batch: _Batch) -> Iterator[tuple[int, Likelihood]]:
         rest = [torch.tensor(answers[row][2], device=model.device) for row in longer]
         # Padding stands behind the answers, where nothing looks at it.
         padded = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in rest], batch_first=True)
-        row, column = (padded.new_tensor(places) for places in zip(*_places(rest), strict=True))
+        lengths = padded.new_tensor([len(ids) - 1 for ids in rest])
+        row, column = (torch.arange(padded.shape[1], device=model.device) < lengths[:, None]).nonzero(as_tuple=True)
         cache = getattr(read, name)
         cache.batch_select_indices(owners[longer])
         logits = model(input_ids=padded, use_cache=True, **{name: cache}).logits
         logs, equal = _compare(logits[row, column], torch.cat([ids[1:] for ids in rest]))
-        whose = padded.new_tensor(longer)[row]
+        whose = torch.tensor(longer)[row.cpu()]
         # index_add_ on the CPU adds in order, so results are the same from run to run.
-        total = total.index_add_(0, whose.cpu(), logs.double())
-        greedy[whose.cpu()[~equal]] = False
+        total = total.index_add_(0, whose, logs.double())
+        greedy[whose[~equal]] = False
     for (_, index, _), value, best in zip(answers, total.tolist(), greedy.tolist(), strict=True):
         yield index, Likelihood(value, best)
-
-
-def _places(rest: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Row and column of each token that has a next one."""
-    return ((row, column) for row, ids in enumerate(rest) for column in range(len(ids) - 1))
 
 
 def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,8 @@ loss in pieces.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,18 @@ class Perplexity:
     """Tokens in a row."""
 
 
+@contextmanager
+def scoring(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the model is left in the mode it came in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
 def perplexity(
     model: PreTrainedModel,
     rows: torch.Tensor,
@@ -49,20 +63,17 @@ def perplexity(
     watcher: Watcher | None = None,
     what: str = "Perplexity",
 ) -> Perplexity:
-    """Score rows with a causal language model of transformers.
+    """Perplexity of rows [rows, length], length at least 2, from a sum in float64.
 
     Args:
-        model: Any causal language model; it is left in the mode, training or evaluation, it came in.
-        rows: Token ids [rows, length], length at least 2, on any device.
-        batch: Rows in a forward, at most; fewer where the logits would grow too large.
-        watcher: Told about progress.
-        what: What to tell it is being done.
-
-    Returns:
-        The perplexity, from a sum in float64.
+        model: any causal language model of transformers.
+        rows: token ids, on any device.
+        batch: rows in a forward, at most; fewer where the logits would grow too large.
+        watcher: told about progress.
+        what: what to tell it is being done.
 
     Raises:
-        SecateurError: Nothing to score, ids that the model does not have, or a loss that is not finite.
+        SecateurError: nothing to score, ids that the model does not have, or a loss that is not finite.
     """
     count, length = rows.shape
     if batch < 1:
@@ -73,23 +84,17 @@ def perplexity(
     if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
         raise SecateurError(f"the rows hold ids outside the model's {vocabulary}: wrong tokenizer for this model")
     batch = max(1, min(batch, _FORWARD_LOGITS // (length * vocabulary)))
-    training = model.training
-    model.eval()
     total = 0.0
-    try:
-        with torch.inference_mode():
-            for start in (watcher or Silent()).track(range(0, count, batch), what):
-                ids = rows[start : start + batch].to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits
-                loss = _loss(logits, ids)
-                if not math.isfinite(loss):
-                    raise SecateurError(
-                        f"the model's loss is {loss} in rows {start} to {start + len(ids) - 1}: "
-                        "its weights are damaged, or its dtype overflows"
-                    )
-                total += loss
-    finally:
-        model.train(training)
+    with scoring(model):
+        for start in (watcher or Silent()).track(range(0, count, batch), what):
+            ids = rows[start : start + batch].to(model.device)
+            loss = _loss(model(input_ids=ids, use_cache=False).logits, ids)
+            if not math.isfinite(loss):
+                raise SecateurError(
+                    f"the model's loss is {loss} in rows {start} to {start + len(ids) - 1}: "
+                    "its weights are damaged, or its dtype overflows"
+                )
+            total += loss
     tokens = count * (length - 1)
     nll = total / tokens
     # Through torch, since math.exp raises where a hopeless model should get an infinite perplexity.

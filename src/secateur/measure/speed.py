@@ -7,8 +7,6 @@ Two models are measured in turns, because a busy machine slows neighbouring runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -17,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.base.errors import SecateurError
+from secateur.measure.perplexity import scoring
 from secateur.model.families import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -58,34 +55,25 @@ class SpeedComparison:
 
 
 def speed(model: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3) -> Speed:
-    """Measure one model.
+    """Speed of one model.
 
     Args:
-        model: Any causal language model of transformers that can generate.
-        prompt: Tokens of the prompt: random ids, the same in every run.
-        new: Decode steps.
-        batch: Rows generated together.
-        repeats: Measured runs, after one that warms up and is not counted.
-
-    Returns:
-        Speeds in tokens per second.
+        model: any causal language model of transformers that can generate.
+        prompt: tokens of the prompt: random ids, the same in every run.
+        new: decode steps.
+        batch: rows generated together.
+        repeats: measured runs, after one that warms up and is not counted.
 
     Raises:
-        SecateurError: A size below 1, or more tokens than the model has positions.
+        SecateurError: a size below 1, or more tokens than the model has positions.
     """
     return _alternate([model], prompt, new, batch, repeats)[0]
 
 
 def compare_speed(
-    a: PreTrainedModel,
-    b: PreTrainedModel,
-    *,
-    prompt: int = 512,
-    new: int = 32,
-    batch: int = 1,
-    repeats: int = 3,
+    a: PreTrainedModel, b: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3
 ) -> SpeedComparison:
-    """Measure two models in turns, a b a b, so that their ratio holds on a machine that others use as well.
+    """Speeds of two models in turns, a b a b, so that their ratio holds on a machine that others use as well.
 
     Arguments and errors are those of `speed`; `repeats` counts the runs of each model.
     """
@@ -110,77 +98,55 @@ def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int,
                 f"a prompt of {prompt} and {new} new tokens exceed the model's {positions} positions: "
                 "measure with a shorter prompt"
             )
-    runs: list[list[tuple[float, float]]] = [[] for _ in models]
-    for repeat in range(repeats + 1):
-        for model, run in zip(models, runs, strict=True):
-            times = _run(model, prompt, new, batch)
-            if repeat:
-                run.append(times)
-    return [_speed(model, run, prompt, new, batch) for model, run in zip(models, runs, strict=True)]
+    turns = [[_seconds(model, prompt, new, batch) for model in models] for _ in range(repeats + 1)]
+    speeds = []
+    # The first turn has warmed up.
+    for model, run in zip(models, zip(*turns[1:], strict=True), strict=True):
+        prefills, decodes = zip(*run, strict=True)
+        found = Speed(
+            prefill=batch * prompt / median(prefills),
+            decode=batch * new / median(decodes),
+            prompt=prompt,
+            new=new,
+            batch=batch,
+            prefill_seconds=prefills,
+            decode_seconds=decodes,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+        speeds.append(found)
+    return speeds
 
 
-def _speed(model: PreTrainedModel, run: list[tuple[float, float]], prompt: int, new: int, batch: int) -> Speed:
-    prefills, decodes = zip(*run, strict=True)
-    return Speed(
-        prefill=batch * prompt / median(prefills),
-        decode=batch * new / median(decodes),
-        prompt=prompt,
-        new=new,
-        batch=batch,
-        prefill_seconds=prefills,
-        decode_seconds=decodes,
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-    )
-
-
-def _run(model: PreTrainedModel, prompt: int, new: int, batch: int) -> tuple[float, float]:
+def _seconds(model: PreTrainedModel, prompt: int, new: int, batch: int) -> tuple[float, float]:
     """Seconds for the prompt and for the `new` steps behind the first token."""
-    from transformers import StoppingCriteriaList
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(_SEED))
-    ids = ids.to(model.device)
-    clock = _Clock(model.device)
-    with _greedy(model, new + 1), torch.inference_mode():
-        clock.mark()
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
-    start, first, *_, last = clock.marks
-    return first - start, last - first
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    goes_on = torch.zeros(batch, dtype=torch.bool, device=model.device)
+    marks: list[float] = []
 
+    def mark(*_: Any, **__: Any) -> torch.Tensor:
+        """Note the time, and as a stopping criterion let generation go on."""
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize(model.device)
+        marks.append(perf_counter())
+        return goes_on
 
-class _Clock:
-    """A stopping criterion that never stops, and notes when each token was ready."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[float] = []
-
-    def mark(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.marks.append(perf_counter())
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.mark()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _greedy(model: PreTrainedModel, new: int) -> Iterator[None]:
-    """Generate exactly `new` tokens, greedily: a model's own settings may sample or stop early."""
-    from transformers import GenerationConfig
-
-    before, training = model.generation_config, model.training
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
-    model.eval()
+    before = model.generation_config
+    # Exactly `new` more tokens: the model's own settings may sample or stop early.
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new + 1, use_cache=True, pad_token_id=0)
     try:
-        yield
+        with scoring(model):
+            mark()
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                stopping_criteria=StoppingCriteriaList([mark]),
+            )
     finally:
         model.generation_config = before
-        model.train(training)
+    start, first, *_, last = marks
+    return first - start, last - first

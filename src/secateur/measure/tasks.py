@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,43 +85,27 @@ class OpenTask:
 def zero_shot(
     network: PreTrainedModel,
     tokenizer: Any,
-    tasks: Sequence[str | OpenTask],
+    tasks: Sequence[OpenTask],
     *,
-    limit: int | None = None,
-    task_path: str | Path | None = None,
-    batch_size: int = 4096,
     watcher: Watcher | None = None,
     what: str = "Scoring",
 ) -> list[TaskResult]:
-    """Accuracy of a model, without examples in the prompt and without a chat template.
+    """Accuracy of a model on each task, without examples in the prompt and without a chat template.
 
     Args:
-        network: A causal language model of transformers, scored on the device and in the dtype it is in.
-        tokenizer: Its tokenizer.
-        tasks: Names, as for `open_tasks`, or tasks that it opened.
-        limit: Items from the start of each named task; None for all.
-        task_path: A folder with task files of one's own.
-        batch_size: Tokens in a forward, at most.
-        watcher: Told about progress.
-        what: What to tell it is being done; the task's name is added.
-
-    Returns:
-        One for each task, in order; a group of tasks gives all its members.
+        network: a causal language model of transformers, scored on the device and in the dtype it is in.
+        tokenizer: its tokenizer.
+        tasks: from `open_tasks`.
+        watcher: told about progress.
+        what: what to tell it is being done; the task's name is added.
 
     Raises:
-        SecateurError: As `open_tasks` and `log_likelihoods`.
+        SecateurError: as `log_likelihoods`.
     """
-    names = [task for task in tasks if isinstance(task, str)]
-    opened = {task.name: task for task in open_tasks(names, limit=limit, task_path=task_path, watcher=watcher)}
-    opened |= {task.name: task for task in tasks if isinstance(task, OpenTask)}
     results = []
-    for task in opened.values():
+    for task in tasks:
         pairs = [pair for _, asked in task.items for pair in asked]
-        found = iter(
-            log_likelihoods(
-                network, tokenizer, pairs, batch_size=batch_size, watcher=watcher, what=f"{what} {task.name}"
-            )
-        )
+        found = iter(log_likelihoods(network, tokenizer, pairs, watcher=watcher, what=f"{what} {task.name}"))
         metrics = [task.source.process_results(item, [next(found) for _ in asked]) for item, asked in task.items]
         acc, norm = ([int(m[key]) for m in metrics if key in m] for key in ("acc", "acc_norm"))
         results.append(TaskResult(task.name, len(metrics), Accuracy.of(acc), Accuracy.of(norm) if norm else None))
@@ -152,13 +137,14 @@ def open_tasks(
     task_path: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> list[OpenTask]:
-    """Find tasks and read their items, before there is a model.
+    """Tasks with their items, read before there is a model.
 
     Args:
-        names: Of lm-eval's tasks, tags or groups, or of those in `task_path`, which come first.
-        limit: Items from the start of each; None for all.
-        task_path: A folder, searched with those below it for task files (.yaml) in lm-eval's form.
-        watcher: Told about progress.
+        names: of lm-eval's tasks, tags or groups, or of those in `task_path`, which come first; a group gives all its
+            members.
+        limit: items from the start of each; None for all.
+        task_path: a folder, searched with those below it for task files (.yaml) in lm-eval's form.
+        watcher: told about progress.
 
     Raises:
         SecateurError: lm-eval is missing, there is no such folder or task, its data cannot be had, or it has no
@@ -166,18 +152,18 @@ def open_tasks(
     """
     if limit is not None and limit < 1:
         raise SecateurError(f"the limit is {limit}; it must be at least 1 item")
-    if task_path is not None and not Path(task_path).expanduser().is_dir():
+    folder = None if task_path is None else Path(task_path).expanduser()
+    if folder is not None and not folder.is_dir():
         raise SecateurError(f"{task_path}: no such folder; name one with task files (.yaml)")
     if not names:
         return []
     watcher = watcher or Silent()
     with watcher.busy("Looking for tasks"), _silence():
-        manager = _manager(names, Path(task_path).expanduser() if task_path is not None else None)
+        manager = _manager(names, folder)
     opened: dict[str, OpenTask] = {}
     for name in names:
         with watcher.busy(f"Opening task {name}"):
-            for task in _load(manager, name):
-                opened[task.task_name] = _open(task, limit)
+            opened |= {task.task_name: _open(task, limit) for task in _load(manager, name)}
     return list(opened.values())
 
 
@@ -194,7 +180,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = TaskManager(include_path=folder and str(folder))
     for name in names:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=5)
@@ -207,11 +193,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
 
 
 def _load(manager: Any, name: str) -> list[Any]:
-    """lm-eval's tasks of a name, with their data.
-
-    Raises:
-        SecateurError: they cannot be had.
-    """
+    """lm-eval's tasks of a name, with their data."""
     config = manager.task_index[name].cfg or {}
     path = config.get("dataset_path")
     local = "custom_dataset" in config or path in _FILES or (path is not None and Path(path).exists())
@@ -230,24 +212,20 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 
 def _open(task: Any, limit: int | None) -> OpenTask:
-    """The items of lm-eval's task.
-
-    Raises:
-        SecateurError: they have no right and wrong answers.
-    """
+    """The items of lm-eval's task, if these have right and wrong answers."""
     name = task.task_name
     try:
         with _silence():
             task.set_config("num_fewshot", 0)
             task.build_all_requests(limit=limit)
-        items: dict[int, tuple[Any, list[Any]]] = {}
-        for request in sorted(task.instances, key=lambda request: (request.doc_id, request.idx)):
-            items.setdefault(request.doc_id, (request.doc, []))[1].append(request)
-        item, asked = next(iter(items.values()))
-        if any(request.request_type != "loglikelihood" for request in asked):
+        requests = sorted(task.instances, key=lambda request: (request.doc_id, request.idx))
+        asked = [list(group) for _, group in groupby(requests, key=lambda request: request.doc_id)]
+        if any(request.request_type != "loglikelihood" for request in asked[0]):
             raise SecateurError(f"task {name} is not one of choosing between answers; only those can be scored here")
         # Some tasks call a share of the probability an accuracy.
-        tried = task.process_results(item, [(-1.0 - rank, False) for rank in range(len(asked))]).get("acc")
+        tried = task.process_results(asked[0][0].doc, [(-1.0 - rank, False) for rank in range(len(asked[0]))]).get(
+            "acc"
+        )
         if tried not in (0, 1):
             raise SecateurError(f"task {name} does not count right answers (acc); only such tasks can be scored here")
     except SecateurError:
@@ -256,7 +234,7 @@ def _open(task: Any, limit: int | None) -> OpenTask:
         raise SecateurError(
             f"task {name}: its items do not give what its file asks for: {first_line(error)}"
         ) from error
-    return OpenTask(name, task, [(item, [request.args for request in asked]) for item, asked in items.values()])
+    return OpenTask(name, task, [(group[0].doc, [request.args for request in group]) for group in asked])
 
 
 @contextmanager

@@ -106,6 +106,11 @@ class Checkpoint:
         """Stored buffers that a model computes anew; they are not written again."""
         return frozenset(name for name in self.tensors if _BUFFERS.search(name))
 
+    @property
+    def weights(self) -> dict[str, TensorInfo]:
+        """The stored tensors but for those."""
+        return {name: info for name, info in self.tensors.items() if name not in self.ignorable}
+
     @cached_property
     def fingerprint(self) -> str:
         """What tells these weights from others, whatever the folder is called.
@@ -130,7 +135,7 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Bytes of all stored weights."""
-        return sum(info.bytes for name, info in self.tensors.items() if name not in self.ignorable)
+        return sum(info.bytes for info in self.weights.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -179,7 +184,7 @@ class Checkpoint:
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise SecateurError(f"{self.source}: {wrong[0]}{more}; find the config.json of these weights")
-        return tuple(name for name in self.tensors if name not in used and name not in self.ignorable)
+        return tuple(name for name in self.weights if name not in used)
 
     def lacking(self, names: list[str]) -> SecateurError:
         """What is said where weights of the model are not stored."""

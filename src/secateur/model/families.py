@@ -145,87 +145,56 @@ def describe(config: Any, layer: nn.Module) -> Block:
         layer: one of its blocks, on any device; only names, types and shapes are read.
     """
     family = family_of(config)
-    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    parameters = sum(p.numel() for p in layer.parameters())
-    return Block(_attention(config, family, layer), _feed_forward(family, layer), parameters, shapes)
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    return Block(_attention(config, family, layer), _feed_forward(family, layer), shapes)
 
 
-def _slabs(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
+def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
     """Weight and, if there is one, bias of a level-1 layer."""
     linear = layer.get_submodule(path)
     # Conv1D stores its weight input first, Linear output first.
-    slabs = [Slab(f"{path}.weight", 1 if isinstance(linear, Conv1D) else 0, unit, units, size, offset)]
+    slabs = [Slab(f"{path}.weight", int(isinstance(linear, Conv1D)), unit, units, size, offset)]
     if getattr(linear, "bias", None) is not None:
         slabs.append(Slab(f"{path}.bias", 0, unit, units, size, offset))
     return tuple(slabs)
 
 
 def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> tuple[Slab, str | None]:
+    """Weight and, if there is one, the name of the bias of the level-2 layer."""
     linear = layer.get_submodule(path)
-    slab = Slab(f"{path}.weight", 0 if isinstance(linear, Conv1D) else 1, unit, units, size)
-    return slab, f"{path}.bias" if getattr(linear, "bias", None) is not None else None
+    slab = Slab(f"{path}.weight", int(not isinstance(linear, Conv1D)), unit, units, size)
+    return slab, slab.bias if getattr(linear, "bias", None) is not None else None
 
 
 def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    dim = head_dim(config)
-    path = family.attention
+    dim, path = head_dim(config), family.attention
     if family.fused is None:
-        source = f"{path}.{family.queries}"
-        level1 = _slabs(layer, source, "head", heads, dim)
+        level1 = _level1(layer, f"{path}.{family.queries}", "head", heads, dim)
         for name in (family.keys, family.values):
-            level1 += _slabs(layer, f"{path}.{name}", "group", groups, dim)
+            level1 += _level1(layer, f"{path}.{name}", "group", groups, dim)
     elif family.interleaved:
-        source = f"{path}.{family.fused}"
-        level1 = _slabs(layer, source, "head", heads, 3 * dim)
+        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, 3 * dim)
     else:
-        source = f"{path}.{family.fused}"
-        level1 = _slabs(layer, source, "head", heads, dim)
+        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, dim)
         for start in (heads * dim, (heads + groups) * dim):
-            level1 += _slabs(layer, source, "group", groups, dim, start)
+            level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
     level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
-    return Depth2(
-        kind="heads",
-        level1=level1,
-        level2=level2,
-        bias=bias,
-        path=path,
-        source=source,
-        sink=f"{path}.{family.output}",
-        post_norm=family.norm_after_attention,
-        groups=groups,
-        scored=(),
-        locked=family.heads_locked,
-    )
+    return Depth2("heads", level1, level2, bias, path, family.norm_after_attention, groups, family.heads_locked)
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
     prefix = "" if family.feed_forward is None else f"{family.feed_forward}."
-    sink = prefix + family.down
-    down: Any = layer.get_submodule(sink)
+    down: Any = layer.get_submodule(prefix + family.down)
     channels = int(down.weight.shape[0 if isinstance(down, Conv1D) else 1])
     if family.fused_gate is not None:
-        source = prefix + family.fused_gate
         # Up first, as everywhere, although the gate's rows come first in the tensor.
-        level1 = _slabs(layer, source, "channel", channels, 1, channels)
-        level1 += _slabs(layer, source, "channel", channels, 1)
+        level1 = _level1(layer, prefix + family.fused_gate, "channel", channels, 1, channels)
+        level1 += _level1(layer, prefix + family.fused_gate, "channel", channels, 1)
     else:
-        source = prefix + family.up
-        level1 = _slabs(layer, source, "channel", channels, 1)
+        level1 = _level1(layer, prefix + family.up, "channel", channels, 1)
         if family.gate is not None:
-            level1 += _slabs(layer, prefix + family.gate, "channel", channels, 1)
-    level2, bias = _level2(layer, sink, "channel", channels, 1)
-    return Depth2(
-        kind="channels",
-        level1=level1,
-        level2=level2,
-        bias=bias,
-        path=family.feed_forward,
-        source=source,
-        sink=sink,
-        post_norm=family.norm_after_feed_forward,
-        groups=1,
-        scored=tuple(slab for slab in level1 if slab.name.endswith(".weight")),
-        locked=None,
-    )
+            level1 += _level1(layer, prefix + family.gate, "channel", channels, 1)
+    level2, bias = _level2(layer, prefix + family.down, "channel", channels, 1)
+    return Depth2("channels", level1, level2, bias, family.feed_forward, family.norm_after_feed_forward)

@@ -8,7 +8,7 @@ attention, channels from the feed-forward. A `Slab` says which part of a stored 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,9 +39,14 @@ class Slab:
         return self.offset, self.offset + self.units * self.size
 
     @property
+    def layer(self) -> str:
+        """Path of the layer, inside the block."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def bias(self) -> str:
         """The name that the bias of the same layer has, if there is one."""
-        return self.name.removesuffix("weight") + "bias"
+        return f"{self.layer}.bias"
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,32 @@ class Depth2:
     """Name of the stored level-2 bias, if the architecture has one."""
     path: str | None
     """The submodule whose output joins the residual stream; None where the layers hang in the block itself."""
-    source: str
-    """A level-1 layer; its input is the module's input."""
-    sink: str
-    """The level-2 layer."""
     post_norm: str | None
     """A norm between level 2 and the residual stream (Gemma 2 and 3, OLMo-2)."""
-    groups: int
+    groups: int = 1
     """Key/value heads; 1 for channels."""
-    scored: tuple[Slab, ...]
-    """Level-1 weights whose rows feed level-2 columns one to one: (up, gate), (up,); empty for attention."""
-    locked: str | None
+    locked: str | None = None
     """Why no unit can be removed without changing what the others compute, where that is so."""
+
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        """Of both levels."""
+        return (*self.level1, self.level2)
+
+    @property
+    def source(self) -> str:
+        """A level-1 layer; its input is the module's input."""
+        return self.level1[0].layer
+
+    @property
+    def sink(self) -> str:
+        """The level-2 layer."""
+        return self.level2.layer
+
+    @property
+    def scored(self) -> tuple[Slab, ...]:
+        """Level-1 weights whose rows feed level-2 columns one to one: (up, gate), (up,); empty for attention."""
+        return tuple(slab for slab in self.level1 if self.kind == "channels" and slab.name.endswith(".weight"))
 
     @property
     def units(self) -> int:
@@ -88,12 +107,16 @@ class Depth2:
     @property
     def bias_name(self) -> str:
         """What level 2's bias is called, or would be."""
-        return self.bias or f"{self.sink}.bias"
+        return self.level2.bias
 
     @property
     def free_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
         return self.post_norm is None
+
+    def gains_bias(self, tensors: Collection[str]) -> bool:
+        """Whether a block's new tensors hold a level-2 bias that the stock class lacks."""
+        return self.bias is None and self.bias_name in tensors
 
     def steps(self, pattern: Pattern) -> int:
         """How many steps of width a pattern has: groups, heads per group, or channels."""
@@ -122,6 +145,11 @@ class Width:
         """Query heads."""
         return self.groups * self.per_group
 
+    @property
+    def counts(self) -> dict[Unit, int]:
+        """How many of each unit."""
+        return {"head": self.heads, "group": self.groups, "channel": self.channels}
+
     def along(self, pattern: Pattern) -> int:
         """How many units are kept as a pattern counts them: groups, heads in each, or channels."""
         return {"groups": self.groups, "heads": self.per_group, "channels": self.channels}[pattern]
@@ -141,42 +169,57 @@ class Keep:
 
 @dataclass(frozen=True)
 class Block:
-    """The two modules of a block and its size."""
+    """The two modules of a dense block and the shapes of its tensors."""
 
     attention: Depth2
     feed_forward: Depth2
-    parameters: int
-    """All parameters of the dense block, norms included."""
     shapes: dict[str, tuple[int, ...]]
-    """Shape of every tensor of the dense block, by its name inside the block."""
+    """Of every tensor, by its name inside the block."""
+
+    @property
+    def modules(self) -> tuple[Depth2, Depth2]:
+        """Both, in the order in which they run and in which `KINDS` has them."""
+        return self.attention, self.feed_forward
 
     def module(self, kind: Kind) -> Depth2:
         """The module that holds units of that kind."""
-        return self.attention if kind == "heads" else self.feed_forward
+        return self.modules[KINDS.index(kind)]
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, norms included."""
+        return sum(map(math.prod, self.shapes.values()))
 
     @property
     def width(self) -> Width:
         """The dense width."""
         return Width(self.attention.groups, self.attention.per_group, self.feed_forward.units)
 
-    def emptied(self, module: Depth2, names: Iterable[str]) -> list[str]:
-        """Which tensors go with the module's last unit: all inside it but the level-2 bias, which is still added."""
-        slabs = {slab.name for slab in (*module.level1, module.level2)}
-        inside = f"{module.path}." if module.path else None
+    def inside(self, module: Depth2) -> list[str]:
+        """Tensors that go with the module's last unit: all of it but the level-2 bias, which is still added."""
+        slabs = {slab.name for slab in module.slabs}
+        path = f"{module.path}." if module.path else None
         return [
-            n for n in names if n != module.bias_name and (n in slabs or (inside is not None and n.startswith(inside)))
+            name
+            for name in self.shapes
+            if name != module.bias_name and (name in slabs or (path is not None and name.startswith(path)))
         ]
 
+    def shapes_at(self, width: Width, kind: Kind) -> dict[str, tuple[int, ...]]:
+        """Shapes of a module's tensors at a width, without the level-2 bias, which stays whatever goes."""
+        module, counts = self.module(kind), width.counts
+        if not counts[module.level2.unit]:
+            return {}
+        shapes = {name: list(self.shapes[name]) for name in self.inside(module)}
+        for slab in module.slabs:
+            shapes[slab.name][slab.axis] -= (slab.units - counts[slab.unit]) * slab.size
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def held(self, width: Width, kind: Kind) -> int:
+        """Parameters of a module at a width, without the level-2 bias; exact, from the stored shapes."""
+        return sum(map(math.prod, self.shapes_at(width, kind).values()))
+
     def kept_parameters(self, width: Width) -> int:
-        """Parameters of the block at a width; exact, from the stored shapes."""
-        counts: dict[Unit, int] = {"head": width.heads, "group": width.groups, "channel": width.channels}
-        total = self.parameters
-        for module in (self.attention, self.feed_forward):
-            if not counts[module.level2.unit]:
-                total -= sum(math.prod(self.shapes[name]) for name in self.emptied(module, self.shapes))
-                continue
-            for slab in (*module.level1, module.level2):
-                shape = self.shapes[slab.name]
-                across = math.prod(shape) // shape[slab.axis]
-                total -= (slab.units - counts[slab.unit]) * slab.size * across
-        return total
+        """Parameters of the whole block at a width."""
+        prunable = sum(math.prod(self.shapes[name]) for module in self.modules for name in self.inside(module))
+        return self.parameters - prunable + sum(self.held(width, kind) for kind in KINDS)

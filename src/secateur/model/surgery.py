@@ -33,37 +33,28 @@ def inner_entries(module: Depth2, keep: Sequence[int]) -> Tensor:
     return entries(module.level2, keep)
 
 
-def kept_by_unit(module: Depth2, keep: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """What the kept units mean for each kind of slab: a group stays while one of its heads does."""
-    if module.kind == "channels":
-        return {"channel": tuple(keep)}
-    return {"head": tuple(keep), "group": tuple(sorted({head // module.per_group for head in keep}))}
-
-
 def slice_module(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> dict[str, Tensor]:
     """The module's tensors with only the kept units, level 2 included."""
-    kept = kept_by_unit(module, keep)
-    result: dict[str, Tensor] = {}
-    slabs: dict[str, list[Slab]] = {}
-    for slab in (*module.level1, module.level2):
-        slabs.setdefault(slab.name, []).append(slab)
-    for name, parts in slabs.items():
-        tensor = tensors[name]
-        # Fused layers are several slabs of one tensor, in order of their offsets.
-        index = torch.cat([entries(slab, kept[slab.unit]) for slab in sorted(parts, key=lambda s: s.offset)])
-        result[name] = tensor.index_select(parts[0].axis, index.to(tensor.device))
-    return result
+    # A group stays while one of its heads does; for channels there are no groups.
+    kept = {"group": sorted({head // module.per_group for head in keep})}
+    parts: dict[tuple[str, int], list[Tensor]] = {}
+    # Fused layers are several slabs of one tensor, in order of their offsets.
+    for slab in sorted(module.slabs, key=lambda slab: slab.offset):
+        parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept.get(slab.unit, keep)))
+    return {
+        name: tensors[name].index_select(axis, torch.cat(index).to(tensors[name].device))
+        for (name, axis), index in parts.items()
+    }
 
 
 def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
     """All tensors of a block, sliced to the kept units; of a module without units only the level-2 bias is left."""
     result = dict(tensors)
-    for module in (block.attention, block.feed_forward):
-        kept = keep.units(module.kind)
-        if kept:
+    for module in block.modules:
+        if kept := keep.units(module.kind):
             result.update(slice_module(module, tensors, kept))
         else:
-            for name in block.emptied(module, tensors):
+            for name in block.inside(module):
                 del result[name]
     return result
 

@@ -18,7 +18,7 @@ from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, cho
 from secateur.formats.gguf_tensors import block_entries, entries
 from secateur.model.families import head_dim
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Block, Kind, Width
+from secateur.model.structure import KINDS, Kind, Width
 from secateur.plan.latency import Timer, measured
 from secateur.plan.target import FASTER, Target
 
@@ -75,19 +75,14 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
 
     With `biases`, level-2 layers of pruned blocks get one where they have none, unless a norm follows.
     """
-    checkpoint = stream.checkpoint
-    stored = sum(info.entries for name, info in checkpoint.tensors.items() if name not in checkpoint.ignorable)
-    inside = sum(_held(block, kind, block.width) for block in stream.blocks for kind in KINDS)
-
-    def module(index: int, kind: Kind, width: Width) -> float:
-        return _held(stream.blocks[index], kind, width)
-
+    stored = sum(info.entries for info in stream.checkpoint.weights.values())
+    inside = sum(block.held(block.width, kind) for block in stream.blocks for kind in KINDS)
     return Meter(
         _dense(stream),
         stored - inside,
-        module,
-        lambda value: f"{counted(value, 1)} parameters",
-        _added(stream) if biases else (),
+        module=lambda index, kind, width: stream.blocks[index].held(width, kind),
+        form=lambda value: f"{counted(value, 1)} parameters",
+        added=_added(stream) if biases else (),
     )
 
 
@@ -107,12 +102,10 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = 
         # Vectors are float32 there, whatever the type of the file.
         added = tuple(value * torch.float32.itemsize for value in _added(stream)) if biases else ()
         return replace(_gguf_meter(stream, gguf_type, any(added)), added=added)
-    checkpoint, counts = stream.checkpoint, parameter_meter(stream, biases)
+    counts = parameter_meter(stream, biases)
     # What is no floating-point number is copied as it is.
-    others = [
-        t for n, t in checkpoint.tensors.items() if n not in checkpoint.ignorable and not t.dtype.is_floating_point
-    ]
-    fixed = counts.fixed * dtype.itemsize + sum(tensor.bytes - tensor.entries * dtype.itemsize for tensor in others)
+    others = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
+    fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in others)
     added = tuple(value * dtype.itemsize for value in counts.added)
     return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, _megabytes, added)
 
@@ -120,11 +113,12 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     """Bytes of the keys and values of one token in all blocks."""
     entry = 2 * head_dim(stream.checkpoint.config) * dtype.itemsize
-
-    def module(index: int, kind: Kind, width: Width) -> float:
-        return width.groups * entry if kind == "heads" else 0
-
-    return Meter(_dense(stream), 0, module, lambda value: f"{value:,.0f} B per token")
+    return Meter(
+        _dense(stream),
+        fixed=0,
+        module=lambda index, kind, width: width.groups * entry if kind == "heads" else 0,
+        form=lambda value: f"{value:,.0f} B per token",
+    )
 
 
 def latency_meter(
@@ -146,15 +140,16 @@ def latency_meter(
         timer: in place of the clock.
     """
     # One table for all blocks of the same shape; the first one stands for them.
-    first = {_form(block): index for index, block in reversed(list(enumerate(stream.blocks)))}
-    tables = {form: measured(stream, index, kind, device, dtype, watcher, timer) for form, index in first.items()}
-    own = [tables[_form(block)] for block in stream.blocks]
-
-    def module(index: int, kind: Kind, width: Width) -> float:
-        return own[index].module(kind, width)
-
-    fixed = own[0].outside + sum(table.rest for table in own)
-    return Meter(_dense(stream), fixed, module, lambda value: f"{1e3 * value:,.1f} ms")
+    shapes = [block.shapes for block in stream.blocks]
+    first = [shapes.index(own) for own in shapes]
+    tables = {index: measured(stream, index, kind, device, dtype, watcher, timer) for index in sorted(set(first))}
+    own = [tables[index] for index in first]
+    return Meter(
+        _dense(stream),
+        fixed=own[0].outside + sum(table.rest for table in own),
+        module=lambda index, kind, width: own[index].module(kind, width),
+        form=lambda value: f"{1e3 * value:,.1f} ms",
+    )
 
 
 def budget_of(target: Target, meter: Meter) -> float:
@@ -216,30 +211,8 @@ def _dense(stream: BlockStream) -> tuple[Width, ...]:
 
 def _added(stream: BlockStream) -> tuple[float, ...]:
     """Entries of the level-2 biases that each block gets, where a recovery adds them."""
-    new = ([m for m in (b.attention, b.feed_forward) if m.free_bias and not m.bias] for b in stream.blocks)
+    new = ([m for m in block.modules if m.free_bias and not m.bias] for block in stream.blocks)
     return tuple(float(len(modules) * stream.width) for modules in new)
-
-
-def _form(block: Block) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The shapes of a block, to tell blocks apart."""
-    return tuple(block.shapes.items())
-
-
-def _shapes(block: Block, kind: Kind, width: Width) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's tensors at a width, without the level-2 bias, which stays whatever goes."""
-    module = block.module(kind)
-    counts = {"head": width.heads, "group": width.groups, "channel": width.channels}
-    if not counts[module.level2.unit]:
-        return {}
-    shapes = {name: list(block.shapes[name]) for name in block.emptied(module, block.shapes)}
-    for slab in (*module.level1, module.level2):
-        shapes[slab.name][slab.axis] -= (slab.units - counts[slab.unit]) * slab.size
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _held(block: Block, kind: Kind, width: Width) -> int:
-    """Parameters of a module at a width, without the level-2 bias."""
-    return sum(math.prod(shape) for shape in _shapes(block, kind, width).values())
 
 
 def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
@@ -253,9 +226,9 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
         architecture = choose(Model(checkpoint, without, added), type)
     except SecateurError:
         architecture = choose(model, type)
-    # The first block is a case of its own: it may have to keep a head.
-    first = {_form(block): index for index, block in reversed(list(enumerate(stream.blocks))) if index}
-    at = [first[_form(block)] if index else 0 for index, block in enumerate(stream.blocks)]
+    # One block stands for all of the same shape, but the first is a case of its own: it may have to keep a head.
+    shapes = [block.shapes for block in stream.blocks]
+    at = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
 
     @cache
     def taken(index: int, kind: Kind, width: Width) -> int:
@@ -280,7 +253,7 @@ def _gguf_bytes(
 ) -> int:
     """Bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
     block, trial = stream.blocks[index], copy(model)
-    before, after = _shapes(block, kind, block.width), _shapes(block, kind, width)
+    before, after = block.shapes_at(block.width, kind), block.shapes_at(width, kind)
     names = {name: stream.stored_name(index, name) for name in before}
     cut = {names[name]: replace(model.checkpoint.tensors[names[name]], shape=shape) for name, shape in after.items()}
     gone = before.keys() - after.keys()

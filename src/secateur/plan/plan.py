@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from secateur.base.errors import SecateurError
 from secateur.model.structure import Width
-from secateur.plan.allocation import adaptive, merge, uniform
+from secateur.plan.allocation import adaptive, narrowest, uniform
 from secateur.plan.meters import unreachable
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import Target
+from secateur.plan.widths import merge
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.prices import Prices
 
@@ -35,18 +36,9 @@ def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None =
         costs = [prices.total(problem.blocks, one.widths) for one in possible]
         return replace(possible[costs.index(min(costs))], price=min(costs))
     prices = Prices(survey or _even(problem))
-    found = adaptive(
-        problem.blocks,
-        problem.chosen,
-        prices,
-        problem.meter,
-        problem.budget,
-        kinds=problem.kinds,
-        multiple=problem.multiple,
-        obstacle=problem.obstacle,
-    )
+    found = adaptive(problem, prices)
     if found is None:
-        raise _out_of_reach(problem, problem.least, [])
+        raise _out_of_reach(problem, narrowest(problem), [])
     return problem.plan(found, prices.total(problem.blocks, found) if survey else None)
 
 
@@ -69,16 +61,7 @@ def uniform_plans(problem: PlanProblem) -> list[Plan]:
         SecateurError: there is none.
     """
     share = not isinstance(problem.goal, Target)
-    found, least, reasons = uniform(
-        problem.blocks,
-        problem.chosen,
-        problem.meter,
-        problem.budget,
-        kinds=problem.kinds,
-        multiple=problem.multiple,
-        obstacle=problem.obstacle,
-        over=share,
-    )
+    found, least, reasons = uniform(problem, over=share)
     if least == problem.meter.dense:
         raise SecateurError(_nothing(problem, reasons))
     # A share of the parameters is met to within half a point, anything else is a limit.
@@ -102,7 +85,7 @@ def check_reach(problem: PlanProblem) -> None:
     Raises:
         SecateurError: they cannot; it says what they can.
     """
-    least = problem.least
+    least = narrowest(problem)
     dense = problem.blocks[problem.chosen.start].width
     reasons = list(filter(None, (problem.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in problem.kinds)))
     if least >= problem.meter.dense and (reasons or not isinstance(problem.goal, Target)):

@@ -11,7 +11,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.structure import KINDS, Block, Keep, Kind, Width
 from secateur.model.surgery import width_of
-from secateur.plan.allocation import attention_widths
+from secateur.plan.widths import attention_widths
 
 Units = dict[int, dict[Kind, tuple[int, ...]]]
 """The units to keep, by block and module."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from secateur.criteria.similarity import SimilarHeads
 from secateur.model.structure import KINDS, Block, Kind, Width
-from secateur.plan.allocation import Obstacle, narrowest
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
+from secateur.plan.widths import Obstacle
 
 TOLERANCE = 0.005
 """A plan within half a point of the wanted sparsity is on target."""
@@ -78,13 +78,6 @@ class PlanProblem:
         if isinstance(self.goal, Target):
             return budget_of(self.goal, self.meter)
         return self.meter.dense - self.goal * self.counted
-
-    @property
-    def least(self) -> float:
-        """The least that the model can take with adaptive widths, in the meter's unit."""
-        return narrowest(
-            self.blocks, self.chosen, self.meter, kinds=self.kinds, multiple=self.multiple, obstacle=self.obstacle
-        )
 
     def sparsity(self, widths: dict[int, Width]) -> float:
         """Share of the counted parameters that goes at some widths."""

@@ -11,9 +11,10 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.criteria.similarity import SimilarHeads, above, all_distances, candidates, find_similar_heads, leaves_one
 from secateur.model.structure import Block, Depth2, Kind, Width
-from secateur.plan.allocation import attention_widths
+from secateur.plan.allocation import narrowest
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import FASTER, Target
+from secateur.plan.widths import attention_widths
 
 
 def check_heads(problem: PlanProblem) -> None:
@@ -171,9 +172,10 @@ def with_heads_settled(problem: PlanProblem, widths: Mapping[int, Width]) -> Pla
     else:
         goal = replace(problem.goal, value=budget / meter.dense if problem.goal.relative else budget)
     result = replace(problem, blocks=blocks, parameters=parameters, meter=meter, goal=goal, kinds=("channels",))
-    if result.least > budget + 1e-9 * before:
+    least = narrowest(result)
+    if least > budget + 1e-9 * before:
         raise SecateurError(
-            f"with the similar heads gone, the channels can bring the model down to {meter.form(result.least)}, where "
+            f"with the similar heads gone, the channels can bring the model down to {meter.form(least)}, where "
             f"{meter.form(budget)} are wanted; take a larger tau, or let less go"
         )
     return result

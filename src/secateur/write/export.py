@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +23,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
 from secateur.model.weights import INDEX
 from secateur.plan.plan import nearest_uniform
+from secateur.write.write import copy_into, write_json
 
 RECORD = "secateur.json"
 """What `prune` puts beside a model."""
@@ -60,7 +59,7 @@ def export(
     Args:
         folder: with config.json, secateur.json, weights and tokenizer.
         out: the file, `*.gguf`; or the new folder, for the format `hf`.
-        format: `gguf` for llama.cpp, or `hf` for a folder that spells widths block by block.
+        format: what to write.
         type: of the weights in a GGUF file: f32, f16, bf16, q8_0 or q4_0. A folder keeps its own.
         overwrite: replace what is there: a GGUF file, or a model folder.
         watcher: told about progress.
@@ -84,7 +83,6 @@ def export(
 
 
 def _to_file(folder: Path, path: Path, type: str, overwrite: bool, watcher: Watcher) -> Exported:
-    """The GGUF file."""
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_ours(folder)
         model = Model(checkpoint, widths_of(checkpoint.config))
@@ -114,10 +112,10 @@ def _to_file(folder: Path, path: Path, type: str, overwrite: bool, watcher: Watc
 
 def _nearest(folder: Path, widths: Sequence[Width]) -> str:
     """How to come by the nearest plan that every format holds, where it is the widths that differ."""
-    reached = parse_json((folder / RECORD).read_text(encoding="utf-8")).get("sparsity")
-    if len(set(widths)) == 1 or not isinstance(reached, dict) or not isinstance(reached.get("reached"), float):
-        return ""
-    return f"; the nearest that fits: prune again with {nearest_uniform(reached['reached'])}"
+    match _record(folder):
+        case {"sparsity": {"reached": float(reached)}} if len(set(widths)) > 1:
+            return f"; the nearest that fits: prune again with {nearest_uniform(reached)}"
+    return ""
 
 
 def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher) -> Exported:
@@ -126,14 +124,11 @@ def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher)
     config = checkpoint.config
     if is_per_layer(config):
         raise SecateurError(f"{folder}: its config gives each block its width already; copy the folder")
-    record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     widths = widths_of(config)
     try:
-        dense = Width(**record["dense_width"])
+        dense = Width(**_record(folder)["dense_width"])
         # What is left of a block is no more than it was.
-        if not all(
-            dense.groups >= w.groups and dense.per_group >= w.per_group and dense.channels >= w.channels for w in widths
-        ):
+        if any(kept > full for w in widths for kept, full in zip(astuple(w), astuple(dense), strict=True)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise SecateurError(f"{folder / RECORD}: its dense_width is missing or broken; prune again") from error
@@ -152,13 +147,10 @@ def _to_folder(folder: Path, out: str | Path, overwrite: bool, watcher: Watcher)
     others = [folder / name for name in (INDEX, RECORD, "timings.json") if (folder / name).exists()]
     target = Output(Path(out), overwrite=overwrite, source=folder, expected_bytes=checkpoint.bytes)
     with target as partial:
-        text = json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        write_json(partial / "config.json", stored)
         for file in watcher.track([*weights, *others, *checkpoint.files, MODELING_FILE], "Copying"):
-            copy = shutil.copytree if file.is_dir() else shutil.copyfile
-            copy(file, partial / file.name)
-    longest = config.max_position_embeddings
-    return Exported(target.path, checkpoint.bytes, stored["architectures"][0], longest)
+            copy_into(partial, file)
+    return Exported(target.path, checkpoint.bytes, stored["architectures"][0], config.max_position_embeddings)
 
 
 def open_ours(folder: Path) -> Checkpoint:
@@ -167,7 +159,11 @@ def open_ours(folder: Path) -> Checkpoint:
     Raises:
         SecateurError: another one, or a broken one.
     """
-    if not (folder / "config.json").is_file() or not _is_record(folder / RECORD):
+    try:
+        record = _record(folder) if (folder / "config.json").is_file() else None
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or "secateur" not in record:
         raise SecateurError(
             f"{folder}: not a folder that secateur's prune wrote (config.json with {RECORD} beside it); "
             "name one, or prune a model first"
@@ -175,10 +171,5 @@ def open_ours(folder: Path) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def _is_record(file: Path) -> bool:
-    """Whether a file is what `prune` writes."""
-    try:
-        record: Any = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and "secateur" in record
+def _record(folder: Path) -> Any:
+    return parse_json((folder / RECORD).read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, *, header_bytes: int = HEADER_BYTES, limit_bytes: int = SHARD_BYTES):
-        """Start without files.
+        """Start without files in an existing folder.
 
         Args:
             folder: an existing folder.
@@ -58,8 +58,7 @@ class ShardWriter:
             self._shards.append({})
             self._file = self._path(len(self._shards)).open("wb")
             self._file.write(b" " * (8 + self.header_bytes))
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._append(data)
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._shards[-1][name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -91,10 +90,6 @@ class ShardWriter:
 
     def _path(self, number: int) -> Path:
         return self.folder / f".shard-{number:05d}.partial"
-
-    def _append(self, data: Tensor) -> None:
-        assert self._file is not None
-        self._file.write(data.numpy().data)
 
     def _finish_shard(self) -> None:
         """Fill in the reserved header and close the file."""

@@ -17,7 +17,7 @@ from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_laye
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.families import head_dim
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Width
+from secateur.model.structure import Width
 from secateur.plan.problem import Plan
 from secateur.write.shards import ShardWriter, header_room
 
@@ -41,13 +41,11 @@ def format_obstacle(
             "to be pruned; leave the block range out, or take --format hf"
         )
     reason = stock_obstacle(config, width, dense)
-    if reason is None and biases:
-        modules = (stream.blocks[0].attention, stream.blocks[0].feed_forward)
-        if not all(module.bias or not module.free_bias for module in modules):
-            return (
-                f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
-                "out, or take --format hf"
-            )
+    if reason is None and biases and any(m.free_bias and not m.bias for m in stream.blocks[0].modules):
+        return (
+            f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
+            "out, or take --format hf"
+        )
     return reason
 
 
@@ -56,10 +54,8 @@ def model_output(
 ) -> Output:
     """The folder of a model to be; its `check` finds what would go wrong."""
     checkpoint = stream.checkpoint
-    removed = sum(
-        stream.blocks[i].parameters - stream.blocks[i].kept_parameters(width)
-        for i, width in (plan.widths if plan else {}).items()
-    )
+    cut = [(stream.blocks[index], width) for index, width in (plan.widths if plan else {}).items()]
+    removed = sum(block.parameters - block.kept_parameters(width) for block, width in cut)
     expected = checkpoint.bytes * dtype.itemsize // checkpoint.dtype.itemsize - removed * dtype.itemsize
     return Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=expected)
 
@@ -76,14 +72,14 @@ def write(
     records: dict[str, Any] | None = None,
     late: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> int:
-    """Write a checkpoint that transformers loads.
+    """Write a checkpoint that transformers loads; what is in no pruned block is copied from the dense model.
 
     Args:
-        stream: the open dense model; all that is not in a pruned block is copied from it.
+        stream: the open dense model.
         out: the folder.
         plan: widths of the pruned blocks; for the stock format one for every block.
         blocks: pruned blocks' tensors by their names inside the block, in order; consumed one by one.
-        format: `stock`, or `hf` for widths that differ from block to block.
+        format: of the folder.
         dtype: of the weights; the checkpoint's by default.
         overwrite: replace a model folder that is there.
         records: JSON files to add, name to contents; contents may be callables, called once the blocks are done.
@@ -99,34 +95,43 @@ def write(
     dtype = dtype or checkpoint.dtype
     _check(stream, plan, format)
     inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
-    last = {str(stream.checkpoint.resolve(name)): name for name in stream.final_norm}
+    last = {str(checkpoint.resolve(name)): name for name in stream.final_norm}
     # A refit may add biases to the output layers.
-    possible = {_stored_name(stream, i, module.bias_name) for i in plan.widths for module in _modules(stream, i)}
+    possible = {_stored_name(stream, i, m.bias_name) for i in plan.widths for m in stream.blocks[i].modules}
     biases: dict[int, tuple[bool, bool]] = {}
     with model_output(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
         writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
-        for name, info in checkpoint.tensors.items():
-            if name not in inside and name not in last and name not in checkpoint.ignorable:
+        for name, info in checkpoint.weights.items():
+            if name not in inside and name not in last:
                 tensor = checkpoint.read(name)
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
-            attention, feed_forward = (not m.bias and m.bias_name in tensors for m in _modules(stream, index))
-            biases[index] = (attention, feed_forward)
+            attention, feed_forward = stream.blocks[index].modules
+            biases[index] = attention.gains_bias(tensors), feed_forward.gains_bias(tensors)
             for name, tensor in tensors.items():
                 writer.add(_stored_name(stream, index, name), tensor)
         changed = late() if late else {}
         for stored, name in last.items():
             writer.add(stored, changed.get(name, checkpoint.read(stored)).to(dtype))
         writer.close()
-        _write_json(folder / "config.json", _config(stream, plan, format, biases, dtype))
+        write_json(folder / "config.json", _config(stream, plan, format, biases, dtype))
         if format == "hf":
-            shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+            copy_into(folder, MODELING_FILE)
         for file in checkpoint.files:
-            copy = shutil.copytree if file.is_dir() else shutil.copyfile
-            copy(file, folder / file.name)
+            copy_into(folder, file)
         for file_name, record in (records or {}).items():
-            _write_json(folder / file_name, record() if callable(record) else record)
+            write_json(folder / file_name, record() if callable(record) else record)
         return writer.total_bytes
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """A JSON file as people read it."""
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_into(folder: Path, file: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
 
 
 def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
@@ -153,17 +158,8 @@ def _config(
     return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
 
 
-def _modules(stream: BlockStream, index: int) -> tuple[Depth2, Depth2]:
-    return stream.blocks[index].attention, stream.blocks[index].feed_forward
-
-
 def _stored_name(stream: BlockStream, index: int, name: str) -> str:
     """What the output calls a block's tensor; one that the checkpoint lacks is named after its weight."""
     if name in stream.blocks[index].shapes:
         return stream.stored_name(index, name)
-    layer, _, leaf = name.rpartition(".")
-    return stream.stored_name(index, f"{layer}.weight").removesuffix("weight") + leaf
-
-
-def _write_json(path: Path, contents: Any) -> None:
-    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return stream.stored_name(index, name.removesuffix("bias") + "weight").removesuffix("weight") + "bias"

@@ -1,0 +1,75 @@
+"""The fitted blocks of a run, one after the other, and the loss of a plan that is tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator
+
+from secateur.commands.open import OpenRun
+from secateur.fit.average import FittedBlock
+from secateur.fit.loop import refit
+from secateur.fit.temper import scaled, temper
+from secateur.model.arena import Activations
+from secateur.plan.problem import Plan
+from secateur.survey.loss import mean_loss
+from secateur.text.draw import HELD_OUT, CalibrationRows
+
+Judge = Callable[[Activations, Activations], None]
+"""Sees the dense and the pruned stream behind the last block, of rows that count nowhere."""
+
+
+class FittedBlocks(Iterator[FittedBlock]):
+    """The fitted blocks of a plan, and behind the last one the scale of the final norm."""
+
+    def __init__(self, run: OpenRun, rows: CalibrationRows, decided: Plan, judge: Judge | None = None):
+        """Prepare; the first block is fitted when it is asked for. `judge` sees the streams behind the last block."""
+        self.norm_scale: float | None = None
+        """At which the pruned model is as sure of itself as the dense one; None where no rows were left to tell."""
+        self._run, self._rows, self._judge = run, rows, judge
+        self._blocks = self._fit(decided)
+
+    def __next__(self) -> FittedBlock:
+        return next(self._blocks)
+
+    def close(self) -> None:
+        """Give back what a fit that is not finished holds."""
+        self._blocks.close()
+
+    def _fit(self, decided: Plan) -> Generator[FittedBlock, None, None]:
+        run, rows = self._run, self._rows
+        judged = self._judge is not None or len(rows.unseen)
+        yield from refit(
+            run.stream,
+            decided,
+            rows.groups,
+            method=run.method(rows, decided.similar, decided.exact),
+            dtype=run.dtype,
+            watcher=run.watcher,
+            judge=self._behind if judged else None,
+        )
+
+    def _behind(self, dense: Activations, pruned: Activations) -> None:
+        rows = self._rows
+        if len(rows.unseen):
+            group = rows.groups.weights.index(0.0)
+            self.norm_scale = temper(self._run.stream, rows.groups, group, dense, pruned)
+        if self._judge is not None:
+            self._judge(dense, pruned)
+
+
+def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> float:
+    """Perplexity over dense on the held-out rows, of a plan that is carried out and thrown away."""
+    stream, groups, losses = run.stream, rows.groups, list[float]()
+    last = len(groups.groups) - 1
+
+    def judge(dense: Activations, pruned: Activations) -> None:
+        norm = {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale)
+        losses.append(mean_loss(stream, groups, last, dense))
+        losses.append(mean_loss(stream, groups, last, pruned, norm))
+
+    blocks = FittedBlocks(run, rows, decided, judge)
+    for _ in blocks:
+        pass
+    ratio = math.exp(losses[1] - losses[0])
+    run.watcher.note(f"{decided.sparsity:.1%} gone: perplexity {ratio:.3f} x dense on {HELD_OUT} other rows")
+    return ratio

@@ -1,0 +1,104 @@
+"""The result of a run: its figures, and the record of what was kept where and why."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+
+import secateur
+from secateur.base.files import hash_of
+from secateur.commands.open import OpenRun
+from secateur.fit.average import FittedBlock
+from secateur.formats.vllm import vllm_obstacle
+from secateur.plan.meters import Meter, byte_meter, cache_meter
+from secateur.plan.problem import Plan
+from secateur.report.summary import Summary
+from secateur.text.draw import CalibrationRows
+
+
+def summary_of(
+    run: OpenRun, rows: CalibrationRows, decided: Plan, expected: tuple[float, int] | None = None
+) -> Summary:
+    """The figures of a plan; `expected` are the seconds and the peak of a dry run, in place of those so far."""
+    stream, options, blocks = run.stream, run.options, run.stream.blocks
+    gguf_type = options.type if options.format == "gguf" else None
+    every = [decided.widths.get(index, block.width) for index, block in enumerate(blocks)]
+    seconds, peak = expected or (time.perf_counter() - run.started, _peak_memory(stream.device))
+
+    def before_and_after(meter: Meter) -> tuple[int, int]:
+        return round(meter.dense), round(meter.total(decided.widths))
+
+    return Summary(
+        parameters=before_and_after(run.request.parameters),
+        bytes=before_and_after(byte_meter(stream, run.dtype, gguf_type, options.adds_biases)),
+        cache_bytes=before_and_after(cache_meter(stream, run.dtype)),
+        dense=tuple(block.width for block in blocks),
+        widths=decided.widths,
+        format="gguf" if gguf_type else run.request.format,
+        sparsity=decided.sparsity,
+        of=decided.of,
+        note=decided.note,
+        vllm=None
+        if gguf_type
+        else vllm_obstacle(stream.checkpoint.config, every, per_layer=run.request.format == "hf"),
+        bos=run.begins_with_bos,
+        tokens=rows.groups.groups[0].numel(),
+        seconds=seconds,
+        peak_bytes=peak,
+        dry=expected is not None,
+    )
+
+
+def record(
+    run: OpenRun, rows: CalibrationRows, decided: Plan, done: list[FittedBlock], norm_scale: float | None
+) -> dict[str, Any]:
+    """The contents of secateur.json."""
+    stream, groups = run.stream, rows.groups
+    found = {
+        "secateur": secateur.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": stream.checkpoint.source,
+        "fingerprint": stream.checkpoint.fingerprint,
+        "options": asdict(run.options),
+        "calibration": {
+            "groups": [list(group.shape) for group in groups.groups],
+            "rows": [hash_of(group) for group in groups.groups],
+            "weights": list(groups.weights),
+            "scores": list(groups.scores or groups.weights),
+            "versions": list(groups.versions),
+            "begins_with_bos": rows.begins_with_bos,
+        },
+        "sparsity": {
+            "of": decided.of,
+            "wanted": decided.wanted,
+            "reached": decided.sparsity,
+            "note": decided.note,
+        },
+        "price": decided.price,
+        "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
+        "dense_width": asdict(stream.blocks[min(decided.widths)].width),
+        "blocks": [
+            {
+                "block": block.index,
+                "width": asdict(decided.widths[block.index]),
+                "heads": list(block.keep.heads),
+                "channels": list(block.keep.channels),
+                "modules": [asdict(report) for report in block.reports],
+            }
+            for block in done
+        ],
+    }
+    return found | ({"similarity": decided.similar.as_dict()} if decided.similar else {})
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most, resident or on the device."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return max(resident, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else resident

@@ -1,0 +1,53 @@
+"""Widths that a module may have: whole groups, as many heads of every group, channels in steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from secateur.model.structure import Block, Kind, Width
+
+Obstacle = Callable[[Width], "str | None"]
+"""Why the output format cannot hold a width, or None if it can."""
+
+LEVELS = 256
+"""Most widths that a feed-forward module is offered: finer steps gain nothing and make odd sizes."""
+
+
+def attention_widths(block: Block, kinds: Sequence[Kind]) -> list[tuple[int, int]]:
+    """(groups, heads per group), dense first: whole groups, or equally many heads of every group; not zero."""
+    attention = block.attention
+    widths = [(attention.groups, attention.per_group)]
+    if "heads" not in kinds or attention.locked:
+        return widths
+    if "groups" in attention.patterns:
+        widths += [(groups, attention.per_group) for groups in range(attention.groups - 1, 0, -1)]
+    if "heads" in attention.patterns:
+        widths += [(attention.groups, heads) for heads in range(attention.per_group - 1, 0, -1)]
+    return widths
+
+
+def module_widths(block: Block, kind: Kind, multiple: int, obstacle: Obstacle) -> list[Width]:
+    """What one module may be cut to, dense first and zero last, its neighbour dense."""
+    dense = block.width
+    if kind == "heads":
+        found = [Width(groups, heads, dense.channels) for groups, heads in attention_widths(block, (kind,))]
+        # A module whose units cannot leave one by one can still leave as a whole.
+        found.append(Width(0, 0, dense.channels))
+    else:
+        step = channel_step(dense.channels, multiple)
+        counts = [dense.channels, *range((dense.channels - 1) // step * step, -1, -step)]
+        found = [Width(dense.groups, dense.per_group, count) for count in counts]
+    return [width for width in found if width == dense or obstacle(width) is None]
+
+
+def channel_step(channels: int, multiple: int) -> int:
+    """The step between the widths that are offered: a power of two times the multiple, at most `LEVELS` of them."""
+    return multiple * 2 ** max(0, math.ceil(math.log2(channels / multiple / LEVELS)))
+
+
+def merge(width: Width, kind: Kind, other: Width) -> Width:
+    """A width with one module's part taken from another one."""
+    if kind == "heads":
+        return Width(other.groups, other.per_group, width.channels)
+    return Width(width.groups, width.per_group, other.channels)

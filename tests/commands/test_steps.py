@@ -1,0 +1,100 @@
+"""The six public steps against `prune` and against the command: the same bytes, whatever is asked for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur
+from conftest import CheckpointFolder
+from models import token_rows
+from secateur import cli
+from secateur.commands import options, prune
+from secateur.commands.options import EFFORTS, Options, Running, declared
+
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "defaults": ("llama", {}),
+    "one width": ("qwen3", {"widths": "uniform", "sparsity": 0.3}),
+    "similar heads and channels": (
+        "llama every head",
+        {"criterion": "heads=similarity,channels=wanda", "tau": "auto", "sparsity": 0.3},
+    ),
+    "a loss": ("llama", {"target": "ppl=1.2x", "effort": "quick"}),
+    "the paper": ("gpt2", {"criterion": "second-moment", "recovery": "paper", "refit_samples": 9}),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder but the timings."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "timings.json"}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_steps_function_and_command_agree(
+    case: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, asked = ASKED[case]
+    model, text = checkpoint_folder(name), tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 2000)[0].tolist()))
+    asked = {"calibration": str(text), "samples": 8, "length": 16} | asked
+    run = secateur.open_model(model, **asked)
+    rows = secateur.draw_rows(run)
+    findings = secateur.survey_model(run, rows)
+    plan = secateur.plan_widths(run, rows, findings)
+    blocks = secateur.fit_blocks(run, rows, plan)
+    summary = secateur.write_model(run, rows, plan, blocks, tmp_path / "steps")
+    assert secateur.prune(model, tmp_path / "function", **asked).widths == summary.widths
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in asked.items()]
+    monkeypatch.setattr(sys, "argv", ["secateur", "prune", str(model), str(tmp_path / "command"), *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    written = [contents(tmp_path / name) for name in ("steps", "function", "command")]
+    assert written[0] == written[1] == written[2]
+    # What was asked for stands in the record by the names of the declaration.
+    assert json.loads(written[0]["secateur.json"])["options"].keys() == declared(Options).keys()
+
+
+def test_prune_is_the_steps() -> None:
+    """A person reads them on one screen."""
+    body = inspect.getsource(prune.prune).split('"""')[-1]
+    steps = ["open_model", "draw_rows", "survey_model", "plan_widths", "fit_blocks", "write_model"]
+    places = [body.index(f"{step}(") for step in steps]
+    assert places == sorted(places)
+    assert len(body.splitlines()) < 12
+
+
+def test_every_option_is_declared_once() -> None:
+    assert not declared(Options).keys() & declared(Running).keys()
+    assert {one.name for one in inspect.signature(Options).parameters.values()} == declared(Options).keys()
+    for name, one in (declared(Options) | declared(Running)).items():
+        assert one.help[0].isupper(), name
+        assert one.help.endswith("."), name
+        assert one.panel in (
+            options.TARGET,
+            options.METHOD,
+            options.CALIBRATION,
+            options.OUTPUT,
+            options.COMPUTING,
+            options.PAPER,
+        )
+
+
+def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    with pytest.raises(TypeError, match="no option 'fits'; there are sparsity, target"):
+        secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
+
+
+def test_efforts() -> None:
+    assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
+        "quick": (1, 0),
+        "normal": (1, 8),
+        "best": (2, 8),
+    }
+    assert Options().effort == "best"
+    assert (Options().fits, Options(recovery="none").fits) == (2, 0)

@@ -1,0 +1,304 @@
+"""The README and the pages of `docs/`: every command and every code block runs as it stands, on a tiny model.
+
+Sizes are small by other defaults, and the hub's data sets by a text; the pages' own words are not changed.
+"""
+# ruff: noqa: F811 - pytest finds fixtures of another file by their names.
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+import yaml
+from test_cli import Run, run  # noqa: F401
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+import models as tiny
+from secateur.base.quiet import quiet
+from secateur.cli.app import app
+from secateur.commands.options import Options, Running
+from secateur.compare import recipe
+from secateur.compare.training import Training
+from secateur.criteria import registry
+from secateur.formats.stock import STOCK
+from secateur.model.families import FAMILIES
+from secateur.plan.target import parse_target
+from secateur.text import documents
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+RECORDS = {"docs/results.md", "docs/log.md"}
+"""Commands of these measured real models and texts, with placeholders for what varied: nothing in them runs."""
+HISTORY = "docs/log.md"
+"""Names options and files of its day."""
+ELSEWHERE = {
+    r"pip install .+": "installs packages",
+    r"vllm serve .+": "vLLM has an environment of its own, make test-vllm",
+    r"llama-(cli|quantize) .+": "these are llama.cpp's own programs",
+    r"secateur eval .+ --tasks piqa,arc_easy": "lm-eval's own tasks read their data from the hub",
+}
+"""Commands that cannot run here, and why."""
+OF_OTHERS = {"--model-impl": "vLLM", "--methods": "benchmarks", "--evaluate": "benchmarks", "--out": "benchmarks"}
+"""Options that are not of secateur's command line, and whose they are."""
+
+SMALL: dict[str, Any] = {"samples": 12, "length": 16, "tokens": 256, "overwrite": True}
+"""Defaults while a page runs. Most of its commands write the same names, each in place of what was there."""
+LLAMA = {**tiny.SIZES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+MORE_ROWS = {
+    "docs": lambda: AutoConfig.for_model("llama", **LLAMA, num_key_value_heads=2, head_dim=8),
+}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Block(NamedTuple):
+    """A piece of code on a page."""
+
+    line: int
+    language: str
+    title: str | None
+    text: str
+
+    def commands(self) -> Iterator[tuple[int, str]]:
+        """Lines to type, each with its place; one that ends in a backslash goes on in the next."""
+        start, parts = self.line, list[str]()
+        for number, line in enumerate(self.text.split("\n"), self.line + 1):
+            start = start if parts else number
+            parts.append(line.strip().removesuffix("\\"))
+            if not line.endswith("\\"):
+                command = " ".join(parts).partition(" #")[0].strip()
+                if command and not command.startswith("#"):
+                    yield start, command
+                parts = []
+
+
+def source(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[Block]:
+    """All blocks of a page: fenced ones by their language, indented ones by how they begin."""
+    found: list[Block] = []
+    lines = [*source(page).split("\n"), ""]
+    at = 0
+    while at < len(lines):
+        start = at
+        if fence := re.match(r"```(\w*)(?: title=\"(.+)\")?$", lines[at]):
+            at = next(end for end in range(at + 1, len(lines)) if lines[end] == "```")
+            found.append(Block(start + 1, fence[1], fence[2], "\n".join(lines[start + 1 : at])))
+        elif lines[at].startswith("    ") and not lines[at - 1].strip():
+            while lines[at].startswith("    "):
+                at += 1
+            text = "\n".join(line[4:] for line in lines[start:at])
+            begins = re.match(r"(?:[A-Z_]+=\S+ )*(secateur|make|pip|python)\b|(import|from) ", text)
+            found.append(Block(start, "" if not begins else "bash" if begins[1] else "python", None, text))
+        at += 1
+    return found
+
+
+def options() -> dict[str, set[str]]:
+    """Every command with its options."""
+    found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {name: {flag for one in command.params for flag in one.opts} for name, command in found.items()}
+
+
+def known(words: list[str], known: dict[str, set[str]]) -> list[str]:
+    """Options in the words behind `secateur` that its command does not have; the command, where there is none."""
+    if words[0] not in known:
+        return [words[0]]
+    return [word for word in words[1:] if word.startswith("--") and word not in known[words[0]] | {"--help"}]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the pages name and do not make: models, texts, data."""
+    with quiet():
+        model = tiny.build("docs")
+        for name, weight in model.named_parameters():
+            if "q_proj" in name:
+                weight.mul_(0.2)  # some heads of a block attend alike
+        model.bfloat16().save_pretrained(tmp_path / "MODEL")
+        letters = tiny.make_letters()
+        letters.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        letters.save_pretrained(tmp_path / "MODEL")
+    shutil.copytree(tmp_path / "MODEL", tmp_path / "SmolLM2-135M")
+    text = "".join(LETTERS[i * i * i % 101 % 26] for i in range(20_000))
+    for name in ("text.txt", "held-out.txt", "a.txt", "b.txt"):
+        (tmp_path / name).write_text(text)
+    chat = [{"role": "user", "content": text[:2000]}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"messages": chat}, {"text": text})))
+    (tmp_path / "DATA").mkdir()
+    items = [{"query": f"{letter}?", "choices": ["aa", "b", letter], "gold": 2} for letter in LETTERS]
+    (tmp_path / "DATA" / "piqa_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(documents, "_from_dataset", lambda *_: [text])
+    return tmp_path
+
+
+@pytest.fixture
+def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes where a page names none, and small recipes."""
+    for owner in (Options, Running, Training):
+        names = inspect.signature(owner).parameters
+        defaults = tuple(SMALL.get(name, parameter.default) for name, parameter in names.items())
+        monkeypatch.setattr(owner.__init__, "__defaults__", defaults)
+    for one in app.registered_commands:
+        taken = inspect.signature(one.callback)
+        parameters = [
+            parameter if parameter.default is None else parameter.replace(default=SMALL.get(name, parameter.default))
+            for name, parameter in taken.parameters.items()
+        ]
+        monkeypatch.setattr(one.callback, "__signature__", taken.replace(parameters=parameters))
+    folder = tmp_path_factory.mktemp("recipes")
+    for file in recipe.FOLDER.glob("*.yaml"):
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw["options"] |= {"samples": SMALL["samples"], "length": SMALL["length"]}
+        raw["runs"] = dict(islice(raw.get("runs", {}).items(), 2))
+        raw["grid"] = {axis: values[:1] for axis, values in raw.get("grid", {}).items()}
+        raw["retrain"] = {}
+        (folder / file.name).write_text(yaml.safe_dump(raw, sort_keys=False))
+    monkeypatch.setattr(recipe, "FOLDER", folder)
+
+
+@pytest.fixture
+def kept() -> Iterator[None]:
+    """Families, criteria and what transformers knows are those of before."""
+    tables: list[dict[Any, Any]] = [FAMILIES, STOCK, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
+    before = [dict(table) for table in tables]
+    yield
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
+def test_a_page_runs(
+    page: str, place: Path, small: None, kept: None, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any("model.gguf" in block.text for block in blocks(page)):
+        assert run("prune", "MODEL", "model.gguf", "--format", "gguf", "--widths", "uniform", "--recovery", "none").code == 0
+    for block in blocks(page):
+        where = f"{page}:{block.line}"
+        if block.title is not None:
+            (place / block.title).write_text(block.text)
+        if block.language == "json":
+            json.loads(block.text)
+        elif block.language == "python":
+            exec(compile(block.text, where, "exec"), {"__name__": "__main__"})
+        elif block.language == "bash":
+            for line, command in block.commands():
+                carry_out(command, f"{page}:{line}", run, monkeypatch)
+        else:
+            assert block.language in ("", "yaml"), f"{where}: what is done with {block.language}?"
+
+
+def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one line as a shell would, as far as lines of the pages go."""
+    if any(re.fullmatch(pattern, command) for pattern in ELSEWHERE):
+        return
+    words = shlex.split(command)
+    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    if words[0] == "make":
+        return  # see test_every_make_line_has_a_target
+    assert words[0] == "secateur", f"{where}: {words[0]} is no command that this test knows"
+    if "<" in words:
+        piped = Path(words.pop()).read_bytes()
+        assert words.pop() == "<", where
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+    result = run(*words[1:])
+    assert result.code == 0, f"{where}: {command}\n{result.err[-2000:]}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
+def test_every_option_exists(page: str) -> None:
+    """In commands that do not run here, and in the text around them."""
+    of, wrong = options(), list[str]()
+    every = set().union(*of.values(), OF_OTHERS)
+    for block in blocks(page):
+        for line, command in block.commands() if block.language == "bash" else ():
+            words = re.sub(r"^([A-Z_]+=\S+ )+", "", command).split()
+            if words[0] == "secateur":
+                wrong += [f"{page}:{line}: {name}" for name in known(words[1:], of)]
+    for code in re.findall(r"`([^`\n]+)`", source(page)):
+        words = code.split()
+        if words[0] == "secateur" and len(words) > 1:
+            wrong += [f"{page}: `{code}`: {name}" for name in known(words[1:], of)]
+        else:
+            wrong += [f"{page}: `{code}`" for word in words if word.startswith("--") and word not in every]
+        if re.fullmatch(r"(params|bytes|kv|prefill|decode|ppl)=\S+", code):
+            parse_target(code)
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_line_has_a_target(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", source("Makefile"), re.MULTILINE))
+    code = [block.text for block in blocks(page)] + re.findall(r"`([^`\n]+)`", source(page))
+    named = {name for text in code for name in re.findall(r"^make ([\w-]+)", text, re.MULTILINE)}
+    assert named <= targets
+    extras = {name for text in code for name in re.findall(r"pip install '\.\[(\w+)\]'", text)}
+    assert all(re.search(rf"^{name} = ", source("pyproject.toml"), re.MULTILINE) for name in extras)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", source(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.is_file(), f"{page}: {link}"
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in slugs, f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
+def test_every_file_exists(page: str) -> None:
+    for path in re.findall(r"`([\w.]+/[\w./]+\.(?:py|md|html|yaml|svg))`", source(page)):
+        assert any((folder / path).is_file() for folder in (ROOT, ROOT / "src" / "secateur", ROOT / "tests")), path
+
+
+def test_the_map_names_every_file() -> None:
+    package = ROOT / "src" / "secateur"
+    there = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file() and "_pyc" not in str(file)}
+    there -= {str(file.relative_to(package)) for file in package.glob("*/__init__.py")}
+    named: list[str] = []
+    folder = None
+    for line in source("docs/extend.md").partition("## Every file")[2].split("\n"):
+        cell = line.split("|")[1] if line.startswith("|") else ""
+        if not line:
+            folder = None
+        elif folder is None:
+            folder = cell.strip(" `").removesuffix("/")
+        elif folder == "src/secateur":
+            named += re.findall(r"`([\w./]+)`", cell)
+        elif (package / folder).is_dir():
+            named += [f"{folder}/{name}" for name in re.findall(r"`([\w./]+)`", cell)]
+    assert sorted(named) == sorted(set(named))
+    assert set(named) == there
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    lines = source("README.md").split("\n")
+    assert len(lines) <= 200
+    assert max(len(line) for page in PAGES for line in source(page).split("\n") if is_prose(line)) <= 120
+
+
+def is_prose(line: str) -> bool:
+    """Not a table, a formula or a line of figures that a benchmark writes."""
+    return not line.startswith(("|", "    ", "SmolLM2-135M-Instruct, ", "second-moment: "))

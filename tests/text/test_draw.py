@@ -1,0 +1,131 @@
+"""Rows of a run: each fit takes its own copy of them, and mistakes are said before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import CheckpointFolder
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.commands import dry_run as expect
+from secateur.commands import steps
+from secateur.commands.open import OpenRun, open_model
+from secateur.commands.options import Options
+from secateur.commands.steps import draw_rows
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
+from secateur.text import draw, self_calibration
+from secateur.text.rewrite import rewritten
+
+SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random"}
+
+
+def opened(folder: Path, **options: Any) -> OpenRun:
+    return open_model(folder, device="cpu", **SIZE | options)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2"])
+def test_where_copies_come_from(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    run = opened(checkpoint_folder(name), samples=3, length=12, seed=2)
+    rows = draw_rows(run)
+    assert rows.copies is not None
+    assert rows.copies.shape == (2, 3, 12)
+    assert torch.equal(rows.copies, rewritten(run.stream, rows.fitted, copies=2, seed=2))
+    every = torch.cat([rows.fitted, *rows.copies])
+    assert len({tuple(row) for row in every.tolist()}) == 9, "no fit takes what another one does"
+    # Only where a fit follows, and the same ones whenever they are asked for.
+    alone = draw_rows(run, fitted=False)
+    assert alone.copies is None
+    assert torch.equal(alone.text, rows.text)
+    again = alone.with_copies(run.stream, Silent()).copies
+    assert again is not None
+    assert torch.equal(again, rows.copies)
+
+
+def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    given: list[Rows] = []
+
+    def noted(stream: Any, plan: Any, rows: Rows, **how: Any) -> Any:
+        given.append(rows)
+        return refit(stream, plan, rows, **how)
+
+    refit = steps.refit
+    monkeypatch.setattr(steps, "refit", noted)
+    model = checkpoint_folder("llama")
+    prune(model, tmp_path / "a", **SIZE)
+    first, second = given[0].fits()
+    expected = rewritten(opened(model).stream, first.groups[0], copies=2)
+    for fit, one in ((first, 0), (second, 1)):
+        assert torch.equal(fit.groups[0], given[0].groups[0])
+        own = [group for number, group in enumerate(fit.groups) if number in given[0].versions and len(group)]
+        assert len(own) == 1
+        assert torch.equal(own[0], expected[one])
+    record = json.loads((tmp_path / "a" / "secateur.json").read_text())
+    assert record["options"]["effort"] == "best"
+    prune(model, tmp_path / "b", effort="best", **SIZE)
+    prune(model, tmp_path / "c", effort="normal", **SIZE)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    """Copies cost a pass of the dense model at most; what the model writes from nothing is counted."""
+    for name in ("self_rows", "rewritten"):
+        monkeypatch.setattr(draw, name, lambda *_, **__: pytest.fail("the model was run"))
+    for name in ("stream_flops", "solve_flops", "survey_flops"):
+        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
+    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
+    monkeypatch.setattr(expect, "level1_flops", lambda *_, **__: (0.0, 0.0))
+    model = checkpoint_folder("llama")
+
+    def seconds(**options: Any) -> float:
+        return prune(model, tmp_path / "out", dry_run=True, **SIZE | options).seconds
+
+    parameters = sum(info.entries for info in open_checkpoint(model).tensors.values())
+    one = 1.5 * 2 * parameters * SIZE["samples"] * SIZE["length"]
+    assert seconds() == seconds(effort="quick") == seconds(recovery="paper") == 0
+    assert seconds(calibration="self") == seconds(calibration="self", effort="quick") == one
+
+
+@pytest.mark.parametrize("effort", ["quick", "normal", "best"])
+def test_blank_copies_are_as_many(checkpoint_folder: CheckpointFolder, effort: str) -> None:
+    """A dry run runs no model for them."""
+    rows = draw_rows(opened(checkpoint_folder("llama"), effort=effort))
+    blank = draw_rows(opened(checkpoint_folder("llama"), effort=effort), dry=True)
+    assert blank.copies is None
+    found, wanted = blank.with_blank_copies().groups, rows.groups
+    assert [group.shape for group in found.groups] == [group.shape for group in wanted.groups]
+    assert (found.weights, found.scores, found.versions) == (wanted.weights, wanted.scores, wanted.versions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"effort": "fast"}, "effort is 'fast'; it must be one of quick, normal, best"),
+        ({"effort": "quick", "recovery": "none"}, "effort is of the refit, not of --recovery none"),
+        ({"effort": "normal", "recovery": "paper"}, "effort is of the refit, not of --recovery paper"),
+        ({"effort": "quick", "recovery": "bias"}, "effort is of the refit, not of --recovery bias"),
+    ],
+)
+def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        Options(**options)
+
+
+def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+    """Said before any text is read; no memory is asked for where the model writes no row."""
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr(self_calibration, "psutil", memory)
+    monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
+    with pytest.raises(SecateurError, match=r"whole model must be in memory, .*; calibrate on a text, or on random"):
+        prune(checkpoint_folder("llama"), tmp_path / "out", refit_calibration="self", **SIZE)
+    monkeypatch.undo()
+    monkeypatch.setattr(self_calibration, "psutil", memory)
+    prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE)
