@@ -32,17 +32,8 @@ ORDER = [
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Modules and names that a file imports, those for types alone left out as they are not there at run time."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    typed = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typed:
-            continue
+    """Modules and names that a file imports, for types alone or at run time."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):

@@ -176,6 +176,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def kept() -> Iterator[None]:
     """Families, criteria and what transformers knows are those of before."""
+    registry.all_criteria()
     tables: list[dict[Any, Any]] = [FAMILIES, STOCK, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
     before = [dict(table) for table in tables]
     yield

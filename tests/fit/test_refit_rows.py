@@ -160,7 +160,14 @@ def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
     text = write_text(tmp_path, 3000)
-    settings = {"samples": 4, "length": 16, "calibration": text, "refit_samples": 64, "sparsity": 0.3, "effort": "quick"}
+    settings = {
+        "samples": 4,
+        "length": 16,
+        "calibration": text,
+        "refit_samples": 64,
+        "sparsity": 0.3,
+        "effort": "quick",
+    }
     summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
     assert summary.tokens == 62 * 16
     said = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]

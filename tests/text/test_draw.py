@@ -15,7 +15,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import dry_run as expect
-from secateur.commands import steps
+from secateur.commands import fitted
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options
 from secateur.commands.steps import draw_rows
@@ -56,8 +56,8 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
         given.append(rows)
         return refit(stream, plan, rows, **how)
 
-    refit = steps.refit
-    monkeypatch.setattr(steps, "refit", noted)
+    refit = fitted.refit
+    monkeypatch.setattr(fitted, "refit", noted)
     model = checkpoint_folder("llama")
     prune(model, tmp_path / "a", **SIZE)
     first, second = given[0].fits()
@@ -76,7 +76,7 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
 
 
 def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    """Copies cost a pass of the dense model at most; what the model writes from nothing is counted."""
+    """Of what the model writes from nothing; nothing is run for it, nor for copies."""
     for name in ("self_rows", "rewritten"):
         monkeypatch.setattr(draw, name, lambda *_, **__: pytest.fail("the model was run"))
     for name in ("stream_flops", "solve_flops", "survey_flops"):

@@ -61,7 +61,13 @@ def test_half_of_the_tokens_stay(stream):
 
 @pytest.mark.parametrize(
     ("settings", "copies"),
-    [({}, 2), ({"effort": "normal"}, 1), ({"effort": "quick"}, 1), ({"recovery": "none"}, 0), ({"recovery": "paper"}, 0)],
+    [
+        ({}, 2),
+        ({"effort": "normal"}, 1),
+        ({"effort": "quick"}, 1),
+        ({"recovery": "none"}, 0),
+        ({"recovery": "paper"}, 0),
+    ],
 )
 def test_the_refit_alone_takes_more_rows(checkpoint_folder, tmp_path, settings, copies):
     prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, **settings)

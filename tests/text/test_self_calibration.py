@@ -210,7 +210,9 @@ def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_p
     stored = open_checkpoint(model)
 
     def expected(**options: Any) -> Any:
-        return prune(model, tmp_path / "out", dry_run=True, effort="quick", **SIZE | {"calibration": "random"} | options)
+        return prune(
+            model, tmp_path / "out", dry_run=True, effort="quick", **SIZE | {"calibration": "random"} | options
+        )
 
     parameters = sum(info.entries for info in stored.tensors.values())
     tokens = SIZE["samples"] * SIZE["length"]

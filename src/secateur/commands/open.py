@@ -15,7 +15,6 @@ from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
-from secateur.commands.survey_file import check_survey_file
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.criteria.similarity import SimilarHeads
 from secateur.fit.block import Method
@@ -153,9 +152,7 @@ def open_model(
     if SELF in options.sources:
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
-    run = OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started)
-    check_survey_file(run)
-    return run
+    return OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started)
 
 
 def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_whole
@@ -13,36 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.steps import draw_rows, plan_widths, survey_model
-from secateur.model.structure import Width
-from secateur.plan.problem import Plan
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A plan with what it belongs to."""
-
-    model: str
-    fingerprint: str
-    dense: tuple[Width, ...]
-    """The dense width of every block."""
-    plan: Plan
-    parameters: tuple[float, float]
-    """Of the whole model, before and after."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The contents of a plan file, as `secateur prune --plan` reads it."""
-        blocks: list[dict[str, Any]] = []
-        for index, width in self.plan.widths.items():
-            # Units that are not settled are chosen while pruning.
-            units = self.plan.units.get(index, {}) if self.plan.exact else {}
-            blocks.append({"block": index, "width": asdict(width)} | {kind: list(kept) for kind, kept in units.items()})
-        return {
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "sparsity": {"of": self.plan.of, "reached": self.plan.sparsity},
-            "price": self.plan.price,
-            "blocks": blocks,
-        }
+from secateur.report.summary import Proposal
 
 
 def propose(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,11 @@ from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_m
 from secateur.commands.survey_file import check_survey_file
 from secateur.measure.compare import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
+from secateur.report.summary import Size
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
 
 TABLE, PLOT = "sizes.json", "sizes.png"
-
-
-@dataclass(frozen=True)
-class Size:
-    """One model."""
-
-    folder: str
-    sparsity: float
-    parameters: int
-    bytes: int
-    perplexity: dict[str, float]
-    """By text."""
 
 
 def sizes(

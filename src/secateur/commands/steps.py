@@ -62,6 +62,7 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
     Raises:
         SecateurError: a text that cannot be read or is too short, or a survey of other rows.
     """
+    check_survey_file(run)
     rows = draw(
         run.stream,
         run.tokenizer,

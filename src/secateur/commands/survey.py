@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
@@ -14,10 +14,10 @@ from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, Running, spelled
 from secateur.commands.steps import draw_rows, survey_model
 from secateur.criteria.head_distances import head_distances
-from secateur.model.structure import Width
 from secateur.plan.plan import check_reach, plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.page import Distances, page_data, render
+from secateur.report.summary import Surveyed
 from secateur.survey.curves import Survey, save_survey
 from secateur.text.draw import CalibrationRows
 
@@ -28,20 +28,6 @@ ANY_SHARE = 1e-3
 """A request needs a share. The survey is the same for all, and no model is to be refused for one out of reach."""
 LIKENESS_ROWS = 16
 """Calibration rows on which heads are compared: the paper's count."""
-
-
-@dataclass(frozen=True)
-class Surveyed:
-    """A survey in figures, for the table."""
-
-    dense: tuple[Width, ...]
-    """The dense width of every block."""
-    plans: dict[float, Plan]
-    """The wanted share → its plan, as far as the modules go."""
-    parameters: dict[float, float]
-    """The wanted share → what the model then has."""
-    line: str
-    """The command that prunes from this survey."""
 
 
 def survey_page(

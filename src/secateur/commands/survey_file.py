@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import hash_of
+from secateur.commands.open import OpenRun
 from secateur.survey.curves import Survey, load_survey
-
-if TYPE_CHECKING:
-    from secateur.commands.open import OpenRun
 
 PROBE_TOKENS = 512
 """Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price

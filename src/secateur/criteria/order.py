@@ -6,8 +6,6 @@ round, and `stop` counts the heads left in each; with `channels` it is a channel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,6 @@ from secateur.criteria.similarity import put_first
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Depth2, Pattern
 from secateur.numerics.elimination import Elimination, eliminate
-
-Ranking = Callable[[Statistics, Pattern, int], Tensor]
-"""Pattern units of a module in the order in which they leave, until so many are left."""
 
 
 def removal_order(criterion: Criterion, stats: Statistics, pattern: Pattern, stop: int) -> Tensor:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from secateur.criteria.choice import SIMILARITY, parse_choice
-from secateur.model.structure import KINDS, Depth2, Kind
+from secateur.model.structure import KINDS, Depth2, Kind, Pattern
 
 if TYPE_CHECKING:
-    from secateur.criteria.order import Ranking
     from secateur.criteria.statistics import Statistics
 
 Score = Callable[["Statistics"], Tensor]
+Ranking = Callable[["Statistics", Pattern, int], Tensor]
+"""Pattern units of a module in the order in which they leave, until so many are left."""
 Named = Mapping[str, Tensor]
 """Tensors of a module by their names inside the block."""
 GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]

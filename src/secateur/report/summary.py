@@ -1,10 +1,12 @@
-"""The figures of a run, as the command prints them."""
+"""The figures of each command, which its table shows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from secateur.model.structure import Width
+from secateur.plan.problem import Plan
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,57 @@ class Summary:
     def now(self) -> list[Width]:
         """The width of every block after pruning."""
         return [self.widths.get(index, dense) for index, dense in enumerate(self.dense)]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan with what it belongs to."""
+
+    model: str
+    fingerprint: str
+    dense: tuple[Width, ...]
+    """The dense width of every block."""
+    plan: Plan
+    parameters: tuple[float, float]
+    """Of the whole model, before and after."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of a plan file, as `secateur prune --plan` reads it."""
+        blocks: list[dict[str, Any]] = []
+        for index, width in self.plan.widths.items():
+            # Units that are not settled are chosen while pruning.
+            units = self.plan.units.get(index, {}) if self.plan.exact else {}
+            blocks.append({"block": index, "width": asdict(width)} | {kind: list(kept) for kind, kept in units.items()})
+        return {
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "sparsity": {"of": self.plan.of, "reached": self.plan.sparsity},
+            "price": self.plan.price,
+            "blocks": blocks,
+        }
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model."""
+
+    folder: str
+    sparsity: float
+    parameters: int
+    bytes: int
+    perplexity: dict[str, float]
+    """By text."""
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A survey in figures, for the table."""
+
+    dense: tuple[Width, ...]
+    """The dense width of every block."""
+    plans: dict[float, Plan]
+    """The wanted share → its plan, as far as the modules go."""
+    parameters: dict[float, float]
+    """The wanted share → what the model then has."""
+    line: str
+    """The command that prunes from this survey."""

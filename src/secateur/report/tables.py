@@ -12,12 +12,9 @@ from rich.table import Table
 from secateur.base.words import counted
 
 if TYPE_CHECKING:
-    from secateur.commands.plan import Proposal
-    from secateur.commands.sizes import Size
-    from secateur.commands.survey import Surveyed
     from secateur.measure.compare import Evaluation, Figure
     from secateur.model.structure import Width
-    from secateur.report.summary import Summary
+    from secateur.report.summary import Proposal, Size, Summary, Surveyed
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
