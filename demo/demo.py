@@ -53,9 +53,10 @@ def main() -> None:
 
     heading("2. Remove a quarter of the blocks' parameters")
     console.print("The file is dequantised first, which takes some 20 seconds on the first run.")
-    console.print("One fit, for a first look: --effort normal. The default, best, is the mean of two: a little better, and slower.")
+    console.print("One fit, for a first look: --effort normal. The default, best, averages two: better, and slower.")
     secateur(
-        f"prune {MODEL} {PRUNED} --sparsity 0.25 --calibration {CALIBRATION} --samples {SAMPLES} --effort normal --overwrite"
+        f"prune {MODEL} {PRUNED} --sparsity 0.25 --calibration {CALIBRATION} --samples {SAMPLES} --effort normal "
+        "--overwrite"
     )
 
     heading("3. What it costs and what it brings, on articles it has not seen")

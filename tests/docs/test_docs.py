@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import typer
 import yaml
 from test_cli import Run, run  # noqa: F401
@@ -50,15 +51,14 @@ ELSEWHERE = {
     r"secateur eval .+ --tasks piqa,arc_easy": "lm-eval's own tasks read their data from the hub",
 }
 """Commands that cannot run here, and why."""
-OF_OTHERS = {"--model-impl": "vLLM", "--methods": "benchmarks", "--evaluate": "benchmarks", "--out": "benchmarks"}
+OF_OTHERS = {"--model-impl": "vLLM's", "--methods": "benchmarks/quality.py's"}
 """Options that are not of secateur's command line, and whose they are."""
 
 SMALL: dict[str, Any] = {"samples": 12, "length": 16, "tokens": 256, "overwrite": True}
 """Defaults while a page runs. Most of its commands write the same names, each in place of what was there."""
-LLAMA = {**tiny.SIZES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-MORE_ROWS = {
-    "docs": lambda: AutoConfig.for_model("llama", **LLAMA, num_key_value_heads=2, head_dim=8),
-}
+LLAMA = {**tiny.SIZES, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+MORE_ROWS = {"docs": lambda: AutoConfig.for_model("llama", **LLAMA, head_dim=8)}
+"""The model that every page prunes."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -102,22 +102,27 @@ def blocks(page: str) -> list[Block]:
                 at += 1
             text = "\n".join(line[4:] for line in lines[start:at])
             begins = re.match(r"(?:[A-Z_]+=\S+ )*(secateur|make|pip|python)\b|(import|from) ", text)
-            found.append(Block(start, "" if not begins else "bash" if begins[1] else "python", None, text))
+            language = "formula" if not begins else "bash" if begins[1] else "python"
+            found.append(Block(start, language, None, text))
         at += 1
     return found
 
 
 def options() -> dict[str, set[str]]:
     """Every command with its options."""
-    found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found: dict[str, Any] = typer.main.get_command(app).commands
     return {name: {flag for one in command.params for flag in one.opts} for name, command in found.items()}
 
 
-def known(words: list[str], known: dict[str, set[str]]) -> list[str]:
+def unknown(words: list[str], of: dict[str, set[str]]) -> list[str]:
     """Options in the words behind `secateur` that its command does not have; the command, where there is none."""
-    if words[0] not in known:
+    if words[0] not in of:
         return [words[0]]
-    return [word for word in words[1:] if word.startswith("--") and word not in known[words[0]] | {"--help"}]
+    return [word for word in words[1:] if word.startswith("--") and word not in of[words[0]] | {"--help"}]
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -127,7 +132,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model = tiny.build("docs")
         for name, weight in model.named_parameters():
             if "q_proj" in name:
-                weight.mul_(0.2)  # some heads of a block attend alike
+                # Two heads of a block attend alike, and two sharply.
+                weight.copy_(torch.cat([weight[:16] * 0.2, weight[16:] * 8]))
         model.bfloat16().save_pretrained(tmp_path / "MODEL")
         letters = tiny.make_letters()
         letters.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -137,10 +143,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("text.txt", "held-out.txt", "a.txt", "b.txt"):
         (tmp_path / name).write_text(text)
     chat = [{"role": "user", "content": text[:2000]}]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"messages": chat}, {"text": text})))
+    write_lines(tmp_path / "chats.jsonl", [{"messages": chat}, {"text": text}])
     (tmp_path / "DATA").mkdir()
     items = [{"query": f"{letter}?", "choices": ["aa", "b", letter], "gold": 2} for letter in LETTERS]
-    (tmp_path / "DATA" / "piqa_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    write_lines(tmp_path / "DATA" / "piqa_val.jsonl", items)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -155,6 +161,8 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         names = inspect.signature(owner).parameters
         defaults = tuple(SMALL.get(name, parameter.default) for name, parameter in names.items())
         monkeypatch.setattr(owner.__init__, "__defaults__", defaults)
+        for name in set(names) & set(SMALL):
+            monkeypatch.setattr(owner, name, SMALL[name])
     for one in app.registered_commands:
         taken = inspect.signature(one.callback)
         parameters = [
@@ -190,11 +198,13 @@ def test_a_page_runs(
     page: str, place: Path, small: None, kept: None, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if any("model.gguf" in block.text for block in blocks(page)):
-        assert run("prune", "MODEL", "model.gguf", "--format", "gguf", "--widths", "uniform", "--recovery", "none").code == 0
+        how = ["--widths", "uniform", "--recovery", "none"]
+        assert run("prune", "MODEL", "model.gguf", "--format", "gguf", *how).code == 0
     for block in blocks(page):
-        where = f"{page}:{block.line}"
         if block.title is not None:
             (place / block.title).write_text(block.text)
+    for block in blocks(page):
+        where = f"{page}:{block.line}"
         if block.language == "json":
             json.loads(block.text)
         elif block.language == "python":
@@ -203,7 +213,7 @@ def test_a_page_runs(
             for line, command in block.commands():
                 carry_out(command, f"{page}:{line}", run, monkeypatch)
         else:
-            assert block.language in ("", "yaml"), f"{where}: what is done with {block.language}?"
+            assert block.language in ("formula", "yaml"), f"{where}: what is done with {block.language or 'it'}?"
 
 
 def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,11 +243,11 @@ def test_every_option_exists(page: str) -> None:
         for line, command in block.commands() if block.language == "bash" else ():
             words = re.sub(r"^([A-Z_]+=\S+ )+", "", command).split()
             if words[0] == "secateur":
-                wrong += [f"{page}:{line}: {name}" for name in known(words[1:], of)]
+                wrong += [f"{page}:{line}: {name}" for name in unknown(words[1:], of)]
     for code in re.findall(r"`([^`\n]+)`", source(page)):
         words = code.split()
         if words[0] == "secateur" and len(words) > 1:
-            wrong += [f"{page}: `{code}`: {name}" for name in known(words[1:], of)]
+            wrong += [f"{page}: `{code}`: {name}" for name in unknown(words[1:], of)]
         else:
             wrong += [f"{page}: `{code}`" for word in words if word.startswith("--") and word not in every]
         if re.fullmatch(r"(params|bytes|kv|prefill|decode|ppl)=\S+", code):
@@ -276,8 +286,8 @@ def test_every_file_exists(page: str) -> None:
 
 def test_the_map_names_every_file() -> None:
     package = ROOT / "src" / "secateur"
-    there = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file() and "_pyc" not in str(file)}
-    there -= {str(file.relative_to(package)) for file in package.glob("*/__init__.py")}
+    files = {file for file in package.rglob("*") if file.is_file() and file.parent.name != "__pycache__"}
+    there = {str(file.relative_to(package)) for file in files - set(package.glob("*/__init__.py"))}
     named: list[str] = []
     folder = None
     for line in source("docs/extend.md").partition("## Every file")[2].split("\n"):

@@ -31,15 +31,8 @@ def write_gguf(
 ) -> None:
     """Write a file from start to end.
 
-    Args:
-        path: does not exist yet.
-        model: the stored model.
-        architecture: from `choose`.
-        tensors: from `entries`.
-        words: the tokenizer.
-        type: a name in `TYPES`.
-        name: of the model, for people.
-        watcher: told about progress.
+    Architecture, tensors and words come from `choose`, `entries` and `vocabulary`; type is a name in `TYPES`, and name
+    that of the model, for people.
     """
     writer = GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -83,7 +76,7 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     writer.add_key_length(model.dim)
     writer.add_value_length(model.dim)
     epsilon = float(getattr(config, model.source.epsilon))
-    {"rms": writer.add_layer_norm_rms_eps, "layer": writer.add_layer_norm_eps}[architecture.epsilon](epsilon)
+    (writer.add_layer_norm_rms_eps if architecture.epsilon == "rms" else writer.add_layer_norm_eps)(epsilon)
     if architecture.name == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
@@ -104,8 +97,7 @@ def _add_rope(writer: GGUFWriter, model: Model) -> None:
         return
     writer.add_rope_dimension_count(model.rotated)
     writer.add_rope_freq_base(rope["rope_theta"])
-    around = model.config.rope_parameters.get("sliding_attention")
-    if around is not None:
+    if around := model.config.rope_parameters.get("sliding_attention"):
         writer.add_rope_freq_base_swa(around["rope_theta"])
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
@@ -114,9 +106,8 @@ def _add_rope(writer: GGUFWriter, model: Model) -> None:
         return
     factor = float(ROPE_INIT_FUNCTIONS[kind](model.config, torch.device("cpu"), seq_len=1)[1])
     writer.add_rope_scaling_type(RopeScalingType(kind))
-    writer.add_rope_scaling_orig_ctx_len(
-        rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
-    )
+    original = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+    writer.add_rope_scaling_orig_ctx_len(original)
     if kind == "yarn":
         writer.add_rope_scaling_factor(rope["factor"])
         # llama.cpp multiplies by this formula, and by the factor of the file.

@@ -21,13 +21,14 @@ from secateur.model.tokens import begins_with_bos, encode
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST_SLASH = _REST.replace(r"\r\n]*", r"\r\n/]*")
 _WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _LOWER_END = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _UPPER_START = r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 
 _DIGITS, _WORDS = "single digits", "GPT-2 words"
 
+_GPT_4O = f"{_LOWER_END}{_CONTRACTION}?{_UPPER_START}{_CONTRACTION}?" + r"|\p{N}{1,3}" + _REST_SLASH
 _BY_THREES = _CONTRACTION + _WORD + r"\p{N}{1,3}" + _REST
 
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
@@ -37,10 +38,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_BY_THREES,), False): "dbrx",
     ((_CONTRACTION + _WORD + r"\p{N}" + _REST,), False): "qwen2",
     ((_LOWER_END + _UPPER_START + r"|\p{N}" + _REST_SLASH,), True): "tekken",
-    (
-        (f"{_LOWER_END}{_CONTRACTION}?{_UPPER_START}{_CONTRACTION}?" + r"|\p{N}{1,3}" + _REST_SLASH,),
-        False,
-    ): "gpt-4o",
+    ((_GPT_4O,), False): "gpt-4o",
 }
 """Splits in order, and whether a word that is in the vocabulary is taken whole → llama.cpp's name for it."""
 
@@ -91,11 +89,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Read a tokenizer.
-
-    Args:
-        tokenizer: from transformers.
-        size: rows of the embedding, which is what llama.cpp takes for the size of the vocabulary.
+    """Read a tokenizer of transformers; size is the rows of the embedding, which llama.cpp takes for that of the words.
 
     Raises:
         SecateurError: GGUF has no form for it, or none is known here.
@@ -168,19 +162,16 @@ def add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
 
 def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """Normalizers or pre-tokenizers in order, sequences unrolled."""
-    if part is None:
-        return
-    if part["type"] == "Sequence":
+    if part is not None and part["type"] == "Sequence":
         for inner in part.get("pretokenizers") or part.get("normalizers") or ():
             yield from _steps(inner)
-    else:
+    elif part is not None:
         yield part
 
 
 def _pre(steps: tuple[dict[str, Any], ...], whole_words: bool) -> str:
     """llama.cpp's name of a split."""
-    splits = tuple(split for split in map(_split, steps) if split)
-    name = PRE_TOKENIZERS.get((splits, whole_words))
+    name = PRE_TOKENIZERS.get((tuple(filter(None, map(_split, steps))), whole_words))
     if name is None:
         known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise SecateurError(
@@ -228,15 +219,13 @@ def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[s
 def _strips(stored: dict[str, Any], size: int) -> bool:
     """Whether added tokens swallow the blanks behind them, all that llama.cpp has swallow them in Phi-3.
 
-    Raises:
-        SecateurError: some do otherwise, or look at what is around them, for which GGUF has no place.
+    Raises `SecateurError` where some do otherwise, or look at what is around them, for which GGUF has no place.
     """
-    added = [token for token in stored["added_tokens"] if token["id"] < size]
-    strips = {token["content"] for token in added if token.get("rstrip")}
-    around = [token["content"] for token in added if token.get("lstrip") or token.get("single_word")]
-    every = {token["content"] for token in added} - _NOT_STRIPPING
-    there = _NOT_STRIPPING | {"</s>"} <= {token["content"] for token in added}
-    if around or (strips and not (there and strips == every)):
+    added = {token["content"]: token for token in stored["added_tokens"] if token["id"] < size}
+    strips = {text for text, token in added.items() if token.get("rstrip")}
+    around = [text for text, token in added.items() if token.get("lstrip") or token.get("single_word")]
+    as_phi3 = _NOT_STRIPPING | {"</s>"} <= added.keys() and strips == added.keys() - _NOT_STRIPPING
+    if around or (strips and not as_phi3):
         name = (around or sorted(strips))[0]
         raise SecateurError(
             f"the tokenizer's {name} takes blanks or words around it along, which llama.cpp would not; "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -30,15 +30,9 @@ BIASES = (ATTENTION_BIAS, FEED_FORWARD_BIAS)
 
 
 def per_layer_obstacle(config: Any, block: Block, width: Width) -> str | None:
-    """Why a block of this width cannot be written, or None when it can; blocks do not bind each other.
+    """Why a dense block cannot be written at a width, as a clause that ends in what can be done instead; or None.
 
-    Args:
-        config: the dense model's config object.
-        block: the dense block.
-        width: zero heads and zero channels are legal.
-
-    Returns:
-        One clause that ends in what is possible instead.
+    Zero heads and zero channels are legal, and blocks do not bind each other.
     """
     kind = config.model_type
     if kind not in STOCK:
@@ -76,11 +70,11 @@ def per_layer_config(
     stored = stock_config(raw_config, config, width=dense, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
     stored["head_dim"] = head_dim
-    classes = _stock_classes(type(config))
-    stored["architectures"] = [PREFIX + classes[AutoModelForCausalLM].__name__]
-    stored["auto_map"] = {
-        auto.__name__: f"{MODELING_FILE.stem}.{PREFIX}{found.__name__}" for auto, found in classes.items()
-    }
+    config_class = type(config)
+    causal = _causal_class(config_class).__name__
+    classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
+    stored["architectures"] = [PREFIX + causal]
+    stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
     if not any(_clashes(width, dense) for width in widths.values()):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
         # width that no layer has, it fails.
@@ -89,8 +83,9 @@ def per_layer_config(
     layers: dict[str, dict[str, Any]] = {}
     for index in range(config.num_hidden_layers):
         own = _keys(stock, widths.get(index, dense), biases.get(index, (False, False)))
-        layers[str(index)] = {key: value for key, value in own.items() if value != everywhere[key]}
-    stored["per_layer_config"] = {index: own for index, own in layers.items() if own}
+        if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
+            layers[str(index)] = differing
+    stored["per_layer_config"] = layers
     # A key that only some layers have must have a value for the others.
     stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.
@@ -110,7 +105,7 @@ def model_class(config: Any) -> Any:
     """
     if not is_per_layer(config):
         return AutoModelForCausalLM
-    return getattr(modeling_secateur, PREFIX + _stock_classes(type(config))[AutoModelForCausalLM].__name__)
+    return getattr(modeling_secateur, PREFIX + _causal_class(type(config)).__name__)
 
 
 def register() -> None:
@@ -119,7 +114,7 @@ def register() -> None:
     Dense models keep their stock classes: `architectures` in config.json decides.
     """
     for kind in STOCK:
-        stock = _stock_classes(CONFIG_MAPPING[kind])[AutoModelForCausalLM]
+        stock = _causal_class(CONFIG_MAPPING[kind])
         ours = getattr(modeling_secateur, PREFIX + stock.__name__)
         AutoModelForCausalLM.register(CONFIG_MAPPING[kind], (stock, ours), exist_ok=True)
 
@@ -127,8 +122,7 @@ def register() -> None:
 def widths_of(config: Any) -> list[Width]:
     """The width of every block of a folder of ours, of this format or the stock one.
 
-    Args:
-        config: the config object, or the contents of config.json.
+    It takes the config object, or the contents of config.json.
     """
     # transformers warns of every global value that is read where layers override it.
     with quiet():
@@ -160,9 +154,7 @@ def _clashes(width: Width, dense: Width) -> bool:
     return narrow_heads or width.channels not in (0, dense.channels)
 
 
-def _stock_classes(config_class: type) -> dict[Any, Any]:
-    """The stock classes for a config class, by the Auto class that finds them."""
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    # Once `register` has run, the stock class is the first of two.
-    causal = causal[0] if isinstance(causal, tuple) else causal
-    return {AutoModel: MODEL_MAPPING[config_class], AutoModelForCausalLM: causal}
+def _causal_class(config_class: type) -> Any:
+    """The stock causal language model; once `register` has run, it is the first of two."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return found[0] if isinstance(found, tuple) else found

@@ -27,8 +27,8 @@ class Stock:
     """The key of the feed-forward width."""
     heads: Literal["any", "divisors", "dense"] = "any"
     """Head counts that load: any; divisors of hidden_size; the dense one, which sets the head size."""
-    heir: str | None = None
-    """A model_type with the same forward pass that takes the head counts this one refuses."""
+    heir: tuple[str, str] | None = None
+    """A model_type with the same forward pass that takes the head counts this one refuses, and its class."""
     fused_longrope: bool = False
     """LongRoPE factors are checked against hidden_size // heads, whatever head_dim says."""
     theta: str | None = "rope_theta"
@@ -42,7 +42,7 @@ class Stock:
 
 
 STOCK: dict[str, Stock] = {
-    "llama": Stock(heads="divisors", heir="mistral"),
+    "llama": Stock(heads="divisors", heir=("mistral", "MistralForCausalLM")),
     "mistral": Stock(),
     "qwen2": Stock(),
     "qwen3": Stock(),
@@ -56,49 +56,34 @@ STOCK: dict[str, Stock] = {
 }
 """The stock classes by model_type."""
 
-_ARCHITECTURE = {"mistral": "MistralForCausalLM"}
-
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
-    """Why a stock class cannot hold a width, or None when one can.
+    """Why a stock class cannot hold blocks of one width, as a clause that ends in what can be done instead; or None.
 
-    Args:
-        config: the dense model's config object.
-        width: the width of every block.
-        dense: the dense width of a block.
-
-    Returns:
-        One clause that ends in what is possible instead.
+    The config object and the dense width are those of the dense model.
     """
-    stock = STOCK.get(config.model_type)
+    kind, stock = config.model_type, STOCK.get(config.model_type)
     if stock is None:
-        kind = config.model_type
         return f"no stock layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
     if min(width.groups, width.per_group, width.channels) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
+    bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
     if stock.heads == "dense":
-        return (
-            f"{config.model_type} derives its head size from hidden_size / heads, so a stock class keeps all "
-            f"{dense.heads} heads; prune channels only, or take --format hf"
-        )
+        return f"{kind} derives its head size from hidden_size / heads, {bound}"
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
-        return (
-            f"{config.model_type} ties its LongRoPE factors to hidden_size / heads, so a stock class keeps "
-            f"all {dense.heads} heads; prune channels only, or take --format hf"
-        )
+        return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"
     if stock.heads == "divisors" and config.hidden_size % width.heads:
         takes = [heads for heads in range(1, dense.heads + 1) if config.hidden_size % heads == 0]
-        refusal = f"{config.model_type} takes head counts that divide hidden_size {config.hidden_size} only"
+        refusal = f"{kind} takes head counts that divide hidden_size {config.hidden_size} only"
         instead = f"keep one of {', '.join(map(str, takes))} heads, or take --format hf"
         if stock.heir is None:
             return f"{refusal}, not {width.heads}; {instead}"
-        biases = [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]
-        if biases:
+        if biases := [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]:
             lacks = " or ".join(biases)
-            return f"{refusal} and {stock.heir}, which takes {width.heads}, has no {lacks}; {instead}"
+            return f"{refusal} and {stock.heir[0]}, which takes {width.heads}, has no {lacks}; {instead}"
     return None
 
 
@@ -128,16 +113,13 @@ def stock_config(
     stored.pop("auto_map", None)
     stored[stock.channels] = width.channels
     if stock.heads != "dense":
-        stored["num_attention_heads"] = width.heads
-        stored["num_key_value_heads"] = width.groups
-        stored["head_dim"] = head_dim
+        stored |= {"num_attention_heads": width.heads, "num_key_value_heads": width.groups, "head_dim": head_dim}
     stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     stored["dtype"] = stored["torch_dtype"] = str(dtype).removeprefix("torch.")
     stored.update(_rope(stock, config))
     if stock.heir is not None and config.hidden_size % width.heads:
-        stored["model_type"] = stock.heir
-        stored["architectures"] = [_ARCHITECTURE[stock.heir]]
-        stored["sliding_window"] = None
+        kind, name = stock.heir
+        stored |= {"model_type": kind, "architectures": [name], "sliding_window": None}
         # Below 5.0, a local Mistral is suspected of a tokenizer fault that the checkpoint does not have.
         stored["transformers_version"] = transformers.__version__
     return stored

@@ -17,7 +17,7 @@ OTHERWISE = "serve it with --model-impl transformers, or write it with --format 
 
 
 def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> str | None:
-    """Why vLLM does not compute a model, or None when it does.
+    """Why vLLM does not compute a model, as a clause that ends in what can be done instead; or None when it does.
 
     On CPUs vLLM also wants head sizes of 32, 64, 80 and some larger ones; the dense model meets the same.
 
@@ -25,9 +25,6 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
         config: the config object of the dense model, or of the folder.
         widths: of every block.
         per_layer: the folder gives each block its width (`--format hf`), else it is of the stock format.
-
-    Returns:
-        One clause that ends in what is possible instead.
     """
     kind = config.model_type
     if not per_layer:

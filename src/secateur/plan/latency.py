@@ -9,7 +9,6 @@ interpolated.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 import platform
@@ -31,13 +30,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import cache_folder, parse_json, write_whole
+from secateur.base.files import cache_folder, digest, parse_json, write_whole
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
 from secateur.model.families import positions_of
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Kind, Width
+from secateur.model.structure import Kind, Width
 
 LENGTH = 512
 """Tokens of the prompt, and in the cache of a decode step, where the model has positions for them."""
@@ -58,6 +57,8 @@ _LAYOUT = 1
 
 Case = Callable[[], Callable[[], object]]
 """Makes everything ready for a run and returns the run, which is then timed."""
+_WithCache = Callable[[Cache], Callable[[], object]]
+"""Makes a run of a cache."""
 Timer = Callable[[Case], float]
 """Seconds of one run."""
 Line = tuple[tuple[int, float], ...]
@@ -111,8 +112,7 @@ def measured(
         timer: in place of the clock; what it measures is not kept apart from what the clock does.
     """
     facts = _facts(stream, index, kind, device, dtype)
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache_folder() / "latency" / f"{name}.json"
+    file = cache_folder() / "latency" / f"{digest(facts)}.json"
     table = _read(file, facts)
     if table is None:
         with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
@@ -123,26 +123,18 @@ def measured(
 
 def stopwatch(device: torch.device) -> Timer:
     """The clock. A GPU works behind the program's back, so it is given several runs and waited for."""
-    if device.type == "cpu":
+    count, wait = (1, lambda: None) if device.type == "cpu" else (8, partial(torch.accelerator.synchronize, device))
 
-        def once(case: Case) -> float:
-            run = case()
-            start = perf_counter()
-            run()
-            return perf_counter() - start
-
-        return once
-
-    def several(case: Case, count: int = 8) -> float:
+    def timed(case: Case) -> float:
         runs = [case() for _ in range(count)]
-        torch.accelerator.synchronize(device)
+        wait()
         start = perf_counter()
         for run in runs:
             run()
-        torch.accelerator.synchronize(device)
+        wait()
         return (perf_counter() - start) / count
 
-    return several
+    return timed
 
 
 def medians(cases: Sequence[Case], timer: Timer) -> list[float]:
@@ -213,21 +205,14 @@ def _measure(
     layers = model.get_submodule(stream.family.blocks)
     length = _length(model.config)
     prefill, decode = _calls(model, layers[0], length)
+    # All counts of heads up to a dozen, or none and all where they are tied.
+    every = 2 if block.attention.locked else POINTS + 2
+    groups, per_group, channels = grid(full.groups, every), grid(full.per_group, every), grid(full.channels, POINTS)
 
-    groups, per_group = _head_grids(block)
-    channels = grid(full.channels, POINTS)
-
-    def cut(width: Width) -> nn.Module:
+    def layer_case(width: Width) -> Case:
         layer = copy.deepcopy(layers[0])
         resize(layer, width.heads, width.groups, width.channels)
-        return layer
-
-    def layer_case(layer: nn.Module) -> Case:
-        if kind == "prefill":
-            return lambda: prefill.ready(layer, DynamicCache(config=model.config))
-        cache = DynamicCache(config=model.config)
-        prefill.ready(layer, cache)()
-        return lambda: decode.ready(layer, _again(cache))
+        return _case(model, kind, partial(prefill.ready, layer), partial(decode.ready, layer))
 
     def cold(case: Case) -> Case:
         if kind == "prefill" or device.type != "cpu":
@@ -242,14 +227,15 @@ def _measure(
 
     # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the others.
     # A small layer then brings back what belongs to no weight.
-    others = torch.ones(min(_FLUSH, _bytes(stream, dtype)) // 4, dtype=torch.float32, device=device)
-    small = layer_case(cut(Width(groups[1], per_group[-1], channels[1])))
+    weights = sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
+    others = torch.ones(min(_FLUSH, weights) // 4, dtype=torch.float32, device=device)
+    small = layer_case(Width(groups[1], per_group[-1], channels[1]))
     along_groups = [Width(count, full.per_group, 0) for count in groups[1:]]
     along_heads = [Width(full.groups, count, 0) for count in per_group[1:]]
     nothing = Width(0, 0, 0)
     cases: dict[Width | None, Case] = {}
     for width in (nothing, *along_groups, *along_heads, *(Width(0, 0, count) for count in channels[1:])):
-        cases[width] = cold(layer_case(cut(width)))
+        cases[width] = cold(layer_case(width))
     # What is left of the model is timed around the layer without anything.
     resize(layers[0], 0, 0, 0)
     cases[None] = cold(_model_case(model, kind, length))
@@ -268,19 +254,6 @@ def _measure(
     )
 
 
-def _bytes(stream: BlockStream, dtype: torch.dtype) -> int:
-    """Of all weights."""
-    return sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
-
-
-def _head_grids(block: Block) -> tuple[list[int], list[int]]:
-    """Counts of groups, and of query heads in each: all of them up to a dozen, or none and all where they are tied."""
-    full = block.width
-    if block.attention.locked:
-        return [0, full.groups], [0, full.per_group]
-    return grid(full.groups, POINTS + 2), grid(full.per_group, POINTS + 2)
-
-
 def _rising(counts: Sequence[int], seconds: Sequence[float]) -> Line:
     """A line from zero units in no time, without the falls that are noise: each is the largest value so far."""
     return tuple(zip(counts, np.maximum.accumulate([0.0, *seconds]).tolist(), strict=True))
@@ -289,9 +262,8 @@ def _rising(counts: Sequence[int], seconds: Sequence[float]) -> Line:
 def _one_layer(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with one of its layers, on random weights."""
     config = copy.deepcopy(stream.checkpoint.config)
-    kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = 1
-    if kinds:
+    if kinds := getattr(config, "layer_types", None):
         config.layer_types = kinds[index : index + 1]
     with quiet(), torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
@@ -329,13 +301,6 @@ def _calls(model: Any, layer: nn.Module, length: int) -> tuple[_Call, _Call]:
     return calls[0], calls[1]
 
 
-def _again(cache: Cache) -> Cache:
-    """A copy to which a run may append; what is in it is shared."""
-    fresh = copy.copy(cache)
-    fresh.layers = [copy.copy(layer) for layer in cache.layers]
-    return fresh
-
-
 def _whole(model: Any, ids: torch.Tensor, cache: Cache) -> Callable[[], object]:
     """A run of the whole model as in generation, with logits of the last token alone."""
     # transformers has begun to rename it.
@@ -345,20 +310,29 @@ def _whole(model: Any, ids: torch.Tensor, cache: Cache) -> Callable[[], object]:
 
 def _model_case(model: Any, kind: str, length: int) -> Case:
     """The whole model on a prompt, or on one token behind it."""
-    prompt, token = _ids(model, length), _ids(model, 1)
+    return _case(model, kind, partial(_whole, model, _ids(model, length)), partial(_whole, model, _ids(model, 1)))
+
+
+def _case(model: Any, kind: str, prompt: _WithCache, token: _WithCache) -> Case:
+    """A run on a prompt, or on one token behind it, each with a cache of its own."""
     if kind == "prefill":
-        return lambda: _whole(model, prompt, DynamicCache(config=model.config))
+        return lambda: prompt(DynamicCache(config=model.config))
     cache = DynamicCache(config=model.config)
-    _whole(model, prompt, cache)()
-    return lambda: _whole(model, token, _again(cache))
+    prompt(cache)()
+
+    def ready() -> Callable[[], object]:
+        # What is in the cache is shared; the run may append to its copy.
+        fresh = copy.copy(cache)
+        fresh.layers = [copy.copy(layer) for layer in cache.layers]
+        return token(fresh)
+
+    return ready
 
 
 def _facts(stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """All that a table depends on, ready for JSON."""
     config, block = stream.checkpoint.config, stream.blocks[index]
-    inside = f"{stream.family.blocks}."
-    others = {n: list(p.shape) for n, p in stream.model.named_parameters() if not n.startswith(inside)}
-    kinds = getattr(config, "layer_types", None)
+    inside, kinds = f"{stream.family.blocks}.", getattr(config, "layer_types", None)
     return {
         "layout": _LAYOUT,
         "kind": kind,
@@ -374,7 +348,7 @@ def _facts(stream: BlockStream, index: int, kind: str, device: torch.device, dty
         "length": _length(config),
         "width": asdict(block.width),
         "block": {name: list(shape) for name, shape in block.shapes.items()},
-        "others": others,
+        "others": {n: list(p.shape) for n, p in stream.model.named_parameters() if not n.startswith(inside)},
     }
 
 
@@ -403,11 +377,7 @@ def _read(file: Path, facts: dict[str, Any]) -> Latency | None:
 
 
 def _line(points: Any) -> Line:
-    """A line from JSON.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A line from JSON; `ValueError` for what is none."""
     line = tuple((int(count), float(seconds)) for count, seconds in points)
     rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(line))
     if len(line) < 2 or line[0] != (0, 0.0) or not rising or not np.isfinite(line[-1][1]):

@@ -89,11 +89,8 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
 def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = None, biases: bool = False) -> Meter:
     """Bytes of the weights as they will be written, without headers and, in a GGUF file, without the tokenizer.
 
-    Args:
-        stream: the open dense model.
-        dtype: of a safetensors folder.
-        gguf_type: the type of a GGUF file, where one is to be made: f32, f16, bf16, q8_0 or q4_0.
-        biases: level-2 layers get one; see `parameter_meter`.
+    They are of `dtype` in a safetensors folder, and where a GGUF file is to be made of `gguf_type`, a name in `TYPES`;
+    for `biases` see `parameter_meter`.
 
     Raises:
         SecateurError: no GGUF file can hold the dense model.
@@ -131,13 +128,8 @@ def latency_meter(
 ) -> Meter:
     """Seconds on this machine, measured module by module: of a prompt of 512 tokens, or of one token behind as many.
 
-    Args:
-        stream: the open dense model; only its config and shapes are read.
-        kind: which of the two.
-        device: where the pruned model will run.
-        dtype: in which it will run.
-        watcher: told that measuring goes on, as it takes seconds the first time.
-        timer: in place of the clock.
+    Device and dtype are those in which the pruned model will run. Measuring takes seconds the first time; a timer
+    takes the clock's place.
     """
     # One table for all blocks of the same shape; the first one stands for them.
     shapes = [block.shapes for block in stream.blocks]
@@ -174,10 +166,7 @@ def budget_of(target: Target, meter: Meter) -> float:
 def unreachable(target: Target, meter: Meter, least: float) -> SecateurError:
     """What to raise where no plan meets a target, with the nearest one that can be met.
 
-    Args:
-        target: the target.
-        meter: its meter.
-        least: the least that any plan takes, in the meter's unit.
+    `least` is the least that any plan takes, in the meter's unit.
     """
     dense = meter.dense
     nearest = _nearest(target, dense, least)
@@ -252,14 +241,16 @@ def _gguf_bytes(
     stream: BlockStream, model: Model, architecture: Architecture, type: str, index: int, kind: Kind, width: Width
 ) -> int:
     """Bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
-    block, trial = stream.blocks[index], copy(model)
-    before, after = block.shapes_at(block.width, kind), block.shapes_at(width, kind)
-    names = {name: stream.stored_name(index, name) for name in before}
-    cut = {names[name]: replace(model.checkpoint.tensors[names[name]], shape=shape) for name, shape in after.items()}
-    gone = before.keys() - after.keys()
-    trial.checkpoint = replace(model.checkpoint, tensors=model.checkpoint.tensors | cut)
+    block, trial, tensors = stream.blocks[index], copy(model), dict(model.checkpoint.tensors)
+    after, kept = block.shapes_at(width, kind), dict(model.inside[index])
+    for name in block.inside(block.module(kind)):
+        stored = stream.stored_name(index, name)
+        if name in after:
+            tensors[stored] = replace(tensors[stored], shape=after[name])
+        else:
+            del kept[name]
+    trial.checkpoint = replace(model.checkpoint, tensors=tensors)
     trial.widths = [width if i == index else dense for i, dense in enumerate(model.widths)]
-    kept = {name: stored for name, stored in model.inside[index].items() if name not in gone}
     trial.inside = [kept if i == index else inside for i, inside in enumerate(model.inside)]
     prefix = f"blk.{index}.{'attn' if kind == 'heads' else 'ffn'}_"
     return sum(e.bytes for e in block_entries(trial, architecture, index, type) if e.name.startswith(prefix))

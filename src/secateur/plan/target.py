@@ -13,16 +13,7 @@ from secateur.base.errors import SecateurError
 Quantity = Literal["params", "bytes", "kv", "prefill", "decode", "ppl"]
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-_BYTES = {
-    "": 1,
-    "B": 1,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-}
+_BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -68,10 +59,9 @@ class Target:
     def __post_init__(self) -> None:
         if self.quantity not in _SPELLINGS:
             raise SecateurError(f"no target '{self.quantity}'; it must be one of {', '.join(QUANTITIES)}")
-        example = _SPELLINGS[self.quantity].example
+        example, ratio = _SPELLINGS[self.quantity].example, not _SPELLINGS[self.quantity].suffixes
         if not math.isfinite(self.value):
             raise SecateurError(f"target {self.quantity} is {self.value}; write a number, for example {example}")
-        ratio = not _SPELLINGS[self.quantity].suffixes
         if ratio and not self.relative:
             raise SecateurError(f"target {self.quantity} is a ratio; write for example {example}")
         if ratio and self.value <= 1:
@@ -123,25 +113,21 @@ def parse_target(text: str) -> Target:
         raise SecateurError(
             f"target '{text}': write one of {known}, then = and how much of it stays, for example params=80%"
         )
-    spelling = _SPELLINGS[quantity]
+    example, suffixes = f"write for example {_SPELLINGS[quantity].example}", _SPELLINGS[quantity].suffixes
     match = _NUMBER.fullmatch(amount)
     if match is None:
-        raise SecateurError(f"target '{text}': '{amount}' is no number; write for example {spelling.example}")
+        raise SecateurError(f"target '{text}': '{amount}' is no number; {example}")
     number, unit = Decimal(match[1]), match[2]
-    if not spelling.suffixes:
-        if unit.lower() != "x":
-            raise SecateurError(
-                f"target '{text}': {quantity} is a ratio ending in x; write for example {spelling.example}"
-            )
+    if not suffixes and unit.lower() != "x":
+        raise SecateurError(f"target '{text}': {quantity} is a ratio ending in x; {example}")
+    if not suffixes:
         return Target(quantity, float(number), True)
     if unit == "%":
         return Target(quantity, float(number / 100), True)
-    factor = {suffix.lower(): factor for suffix, factor in spelling.suffixes.items()}.get(unit.lower())
+    factor = {suffix.lower(): factor for suffix, factor in suffixes.items()}.get(unit.lower())
     if factor is None:
-        known = ", ".join(suffix for suffix in spelling.suffixes if suffix)
-        raise SecateurError(
-            f"target '{text}': no unit '{unit}' (there are {known}, %); write for example {spelling.example}"
-        )
+        known = ", ".join(suffix for suffix in suffixes if suffix)
+        raise SecateurError(f"target '{text}': no unit '{unit}' (there are {known}, %); {example}")
     return Target(quantity, float(number * factor), False)
 
 
