@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.criteria import flap
 from secateur.criteria.order import removal_order, survivors
+from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
@@ -272,7 +273,7 @@ def _cheapest(stats: Statistics, width: Width) -> tuple[int, ...]:
     """Units of a module that the surgeon leaves at a width."""
     module = stats.module
     pattern = next((p for p in module.patterns if width.along(p) < module.steps(p)), module.patterns[0])
-    return survivors(module, pattern, removal_order("surgeon", stats, pattern, width.along(pattern)))
+    return survivors(module, pattern, removal_order(all_criteria()["surgeon"], stats, pattern, width.along(pattern)))
 
 
 def block_influence(stream: BlockStream, rows: Rows) -> Tensor:

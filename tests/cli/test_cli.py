@@ -168,7 +168,7 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     "no tokenizer": (no_tokenizer, "model: no tokenizer files; copy the model's into the folder"),
     "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
     "bloom": (other_family("bloom"), "model type 'bloom' is not supported; supported are gemma2,"),
-    "mamba": (other_family("mamba"), "a new one needs an entry in secateur/families.py"),
+    "mamba": (other_family("mamba"), "a new one needs an entry in secateur/model/families.py"),
     "no such model type": (lambda f, _: config(f, model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
     "t5": (lambda f, _: (f / "config.json").write_text('{"model_type": "t5"}'), "t5 is an encoder-decoder model"),
     "vision": (lambda f, _: config(f, vision_config={"hidden_size": 8}), "is a multimodal model (vision_config)"),

@@ -31,8 +31,8 @@ from secateur.commands.prune import prune
 from secateur.compare import grid as compare_step
 from secateur.compare import heads as compare_heads
 from secateur.compare import plots as comparison_plots
+from secateur.compare.activations import magnitudes
 from secateur.compare.comparison import Spread
-from secateur.compare.magnitudes import magnitudes
 from secateur.compare.recipes import recipe_names
 from secateur.compare.retrain import retrain
 from secateur.compare.run_store import RunStore

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import models as tiny
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
-from secateur.commands.options import Options, Running
+from secateur.commands.options import EFFORTS, Effort, Options, Running
 from secateur.compare import recipe
 from secateur.compare.training import Training
 from secateur.criteria import registry
@@ -54,7 +54,7 @@ ELSEWHERE = {
 OF_OTHERS = {"--model-impl": "vLLM's", "--methods": "benchmarks/quality.py's"}
 """Options that are not of secateur's command line, and whose they are."""
 
-SMALL: dict[str, Any] = {"samples": 12, "length": 16, "tokens": 256, "overwrite": True}
+SMALL: dict[str, Any] = {"samples": 8, "length": 16, "tokens": 256, "overwrite": True}
 """Defaults while a page runs. Most of its commands write the same names, each in place of what was there."""
 LLAMA = {**tiny.SIZES, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MORE_ROWS = {"docs": lambda: AutoConfig.for_model("llama", **LLAMA, head_dim=8)}
@@ -140,8 +140,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         letters.save_pretrained(tmp_path / "MODEL")
     shutil.copytree(tmp_path / "MODEL", tmp_path / "SmolLM2-135M")
     text = "".join(LETTERS[i * i * i % 101 % 26] for i in range(20_000))
-    for name in ("text.txt", "held-out.txt", "a.txt", "b.txt"):
-        (tmp_path / name).write_text(text)
+    for name, length in {"text.txt": 20_000, "a.txt": 20_000, "held-out.txt": 2_000, "b.txt": 2_000}.items():
+        (tmp_path / name).write_text(text[:length])
     chat = [{"role": "user", "content": text[:2000]}]
     write_lines(tmp_path / "chats.jsonl", [{"messages": chat}, {"text": text}])
     (tmp_path / "DATA").mkdir()
@@ -170,6 +170,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
             for name, parameter in taken.parameters.items()
         ]
         monkeypatch.setattr(one.callback, "__signature__", taken.replace(parameters=parameters))
+    monkeypatch.setitem(EFFORTS, "best", Effort(fits=2, level1=1))
     folder = tmp_path_factory.mktemp("recipes")
     for file in recipe.FOLDER.glob("*.yaml"):
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -131,8 +131,8 @@ class Options:
     effort: str = option(
         "best",
         METHOD,
-        "Time that the refit may take. quick: one fit of the output layers; normal: one fit, up and gate layers fitted "
-        "along; best: two of these, averaged.",
+        "Time that the refit may take. quick: one fit of the output layers; normal: one fit, with the up and gate "
+        "layers fitted along; best: two fits like normal, averaged.",
         choices=tuple(EFFORTS),
     )
     ridge: float = option(
@@ -399,7 +399,7 @@ class Running:
         shown="none",
     )
     dry_run: bool = option(False, OUTPUT, "Print sizes, memory and time to expect; OUT is not written.")
-    overwrite: bool = option(False, OUTPUT, "Replace OUT where it is there already: a model folder, or a file.")
+    overwrite: bool = option(False, OUTPUT, "Replace what is there already under the name of an output.")
     device: str = option(
         "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
     )

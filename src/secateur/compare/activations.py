@@ -2,85 +2,100 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from secateur.base.files import write_whole
 from secateur.base.progress import Silent, Watcher
-from secateur.commands.open import OpenRun
-from secateur.compare.magnitudes import Magnitudes, magnitudes
-from secateur.compare.measure_dense import measure_each
+from secateur.commands.options import Running
+from secateur.compare.dense import measure_each
 from secateur.compare.plots import plot_magnitudes
 from secateur.compare.recipe import Recipe
+from secateur.compare.tables import write_table
+from secateur.model.arena import Arena
+from secateur.model.rows import Rows
+from secateur.model.stream import BlockStream
 
-PLACES = ("stream", "heads", "channels")
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """Mean absolute activations of one block, over all tokens and dimensions."""
+
+    stream: float
+    """Of the residual stream that enters the block."""
+    heads: float
+    """Of what the attention's output layer sees."""
+    channels: float
+    """Of what the feed-forward's output layer sees."""
 
 
-def compare_activations(
-    recipe: Recipe,
-    models: Sequence[str],
-    out: Path,
-    *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    watcher: Watcher | None = None,
-) -> dict[str, list[Magnitudes]]:
-    """Measure every model on the recipe's calibration rows, and write a table and a plot.
+def compare_activations(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: Watcher, **where: Any) -> None:
+    """Measure every model on the recipe's calibration rows; `table.*` and `activations.png` tell what was found.
 
-    Args:
-        recipe: of the kind `activations`.
-        models: see `compare`.
-        out: the folder for `table.md`, `table.csv`, `table.json` and `activations.png`; measured models stay there.
-        device: see `compare`.
-        trust_remote_code: see `compare`.
-        watcher: told about progress.
-
-    Raises:
-        SecateurError: for anything wrong with a model or the text, before the first is measured.
+    Arguments and errors are those of `compare`.
     """
-    watcher = watcher or Silent()
-
-    def measure(run: OpenRun, text: Tensor) -> dict[str, Any]:
-        return {"blocks": [asdict(block) for block in magnitudes(run.stream, text, watcher=watcher)]}
-
     results = measure_each(
         recipe,
         models,
         out,
-        measure,
+        lambda run, text: {"blocks": [asdict(block) for block in magnitudes(run.stream, text, watcher=watcher)]},
         what="Activations",
-        device=device,
-        trust_remote_code=trust_remote_code,
         watcher=watcher,
+        running=Running(**where),
     )
-    found = {name: [Magnitudes(**block) for block in result["blocks"]] for name, result in results.items()}
-    _write(recipe.title, found, out)
-    return found
-
-
-def _write(title: str, found: dict[str, list[Magnitudes]], out: Path) -> None:
-    """Table and plot."""
+    found: dict[str, list[dict[str, float]]] = {model: result["blocks"] for model, result in results.items()}
+    places = [field.name for field in fields(Magnitudes)]
+    head = ["model", "block", *places]
     rows = [
-        (model, index, *(getattr(block, place) for place in PLACES))
+        (model, index, [block[place] for place in places])
         for model, blocks in found.items()
         for index, block in enumerate(blocks)
     ]
-    head = ("model", "block", *PLACES)
-    lines = [f"# {title}", "", "Mean absolute activation, over all tokens and dimensions.", ""]
-    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for model, index, *values in rows:
-        lines.append(f"| {model} | {index} | {' | '.join(f'{value:.4g}' for value in values)} |")
-    write_whole(out / "table.md", "\n".join(lines) + "\n")
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([head, *rows])
-    write_whole(out / "table.csv", file.getvalue())
-    by_model = {model: [asdict(block) for block in blocks] for model, blocks in found.items()}
-    write_whole(out / "table.json", json.dumps({"title": title, "models": by_model}, indent=2) + "\n")
+    write_table(
+        out,
+        title=recipe.title,
+        notes=["Mean absolute activation, over all tokens and dimensions."],
+        shown=[head, *([model, str(index), *(f"{mean:.4g}" for mean in means)] for model, index, means in rows)],
+        whole=[head, *([model, index, *means] for model, index, means in rows)],
+        contents={"title": recipe.title, "models": found},
+    )
     plot_magnitudes(found, out / "activations.png")
+
+
+def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | None = None) -> list[Magnitudes]:
+    """Mean |x| in every block of the dense model, one of which is in memory at a time; rows are rows x length.
+
+    Raises:
+        SecateurError: a block gives NaN or infinite values.
+    """
+    rows, result = Rows.of(rows), []
+    with Arena() as arena:
+        hidden = stream.embed(rows, arena)
+        for index in (watcher or Silent()).track(range(len(stream)), "Measure"):
+            block = stream.blocks[index]
+            entering, heads, channels = _Mean(), _Mean(), _Mean()
+            watch = {block.attention.sink: heads.add, block.feed_forward.sink: channels.add}
+            with stream.filled(index) as layer:
+                for at in rows.batches():
+                    before = hidden[at]
+                    entering.add(before, before)
+                    hidden[at] = stream.run_through(index, layer, before, at.group, watch=watch)
+            result.append(Magnitudes(*(mean.total / mean.count for mean in (entering, heads, channels))))
+    return result
+
+
+class _Mean:
+    """A running mean of absolute values, in float64."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, x: Tensor, _: Tensor) -> None:
+        """Take a layer's input; its output is of no interest."""
+        # Row by row in float32, then float64 on the host: not every accelerator has the latter.
+        self.total += float(x.abs().flatten(0, -2).mean(-1).cpu().to(torch.float64).sum()) * x.shape[-1]
+        self.count += x.numel()

@@ -41,6 +41,10 @@ class Spread:
         """The largest value."""
         return max(self.values)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {"mean": self.mean, "least": self.least, "most": self.most, "values": list(self.values)}
+
 
 @dataclass(frozen=True)
 class Row:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +35,13 @@ from secateur.compare.own_text import with_kept_copies, with_own_text
 from secateur.compare.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.compare.retrain import check_retraining, retrain, training_rows
 from secateur.compare.run_store import RunStore
-from secateur.measure.compare import load, short
+from secateur.measure.compare import load, scored_rows, short
 from secateur.measure.perplexity import perplexity
 from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.plan.meters import parameter_meter
 from secateur.report.summary import Summary
-from secateur.text.calibration import check_calibration, consecutive_rows, tokenised_once
+from secateur.text.calibration import check_calibration, tokenised_once
 from secateur.text.draw import CalibrationRows
 from secateur.text.sources import RANDOM, SELF
 from secateur.write.write import model_output
@@ -51,6 +51,15 @@ DENSE = "dense"
 
 _REQUESTED = frozenset(("sparsity", "plan", "of", "blocks", "modules", "widths", "ridge", "round"))
 """Options that decide neither the open model nor its rows; runs that differ in no others share what was opened."""
+
+
+class Asked(NamedTuple):
+    """One model of the comparison, and what to make of it."""
+
+    name: str
+    source: str
+    paper: PaperModel | None
+    runs: list[Run]
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Subject:
     tokenizer: Any
     texts: dict[str, Tensor]
     """Rows to score (rows x length), by column."""
-    runs: tuple[tuple[Run, OpenRun, CalibrationRows], ...]
+    runs: list[tuple[Run, OpenRun, CalibrationRows]]
     """Rows of runs whose model writes its own are stand-ins."""
 
 
@@ -83,11 +92,9 @@ class Judge:
             checkpoint = open_checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
         with self.watcher.busy(f"Loading {what}"):
             network = load(checkpoint, torch.float32, self.device)
-        texts = {
-            column: perplexity(network, rows, watcher=self.watcher, what=f"{what} on {column}").perplexity
-            for column, rows in subject.texts.items()
-        }
-        accuracies = {}
+        texts, accuracies = {}, {}
+        for column, rows in subject.texts.items():
+            texts[column] = perplexity(network, rows, watcher=self.watcher, what=f"{what} on {column}").perplexity
         for column, tasks in self.tasks.items():
             found = zero_shot(network, subject.tokenizer, tasks, watcher=self.watcher, what=f"{what} on")
             accuracies[column] = 100 * sum((one.acc_norm or one.acc).value for one in found) / len(found)
@@ -95,13 +102,13 @@ class Judge:
 
     def decided_by(self, subject: Subject) -> dict[str, Any]:
         """What decides the scores of a given model."""
-        asked = {name: [(task.name, task.items) for task in tasks] for name, tasks in self.tasks.items()}
+        asked = {name: repr([(task.name, task.items) for task in tasks]) for name, tasks in self.tasks.items()}
         return {
             "secateur": secateur.__version__,
             "fingerprint": subject.checkpoint.fingerprint,
             "device": self.device.type,
             "texts": {column: hash_of(rows) for column, rows in subject.texts.items()},
-            "tasks": {name: hashlib.sha256(repr(items).encode()).hexdigest()[:16] for name, items in asked.items()},
+            "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in asked.items()},
         }
 
 
@@ -169,11 +176,10 @@ def compare(
     models: Sequence[str],
     out: Path,
     *,
-    task_path: Path | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    done: Callable[[Comparison], None] = lambda _: None,
-    watcher: Watcher | None = None,
+    task_path: Path | None,
+    done: Callable[[Comparison], None],
+    watcher: Watcher,
+    **where: Any,
 ) -> Comparison:
     """Carry out a recipe of the kind `grid`.
 
@@ -182,10 +188,9 @@ def compare(
         models: folders, .gguf files or hub ids; the recipe's own where there are none.
         out: the folder that keeps finished runs; see `RunStore`.
         task_path: a folder with lm-eval task files of one's own.
-        device: where to compute.
-        trust_remote_code: let the checkpoints' own code run.
         done: called with what there is after each run, and where nothing was left to do.
         watcher: told about progress.
+        where: fields of `Running`: the device, and whether the checkpoints' own code may run.
 
     Returns:
         All that is finished. A run that turns out impossible is left out, and named in `failed`.
@@ -193,40 +198,28 @@ def compare(
     Raises:
         SecateurError: for anything wrong with a run, a model, a text or a task that can be seen before the first run.
     """
-    watcher = watcher or Silent()
-    where = pick_device(device)
-    store = RunStore(out)
+    running = Running(**where)
+    device, store = pick_device(running.device), RunStore(out)
     store.check()
-    judge = Judge(_tasks(recipe, task_path, watcher), where, watcher)
+    judge = Judge(_tasks(recipe, task_path, watcher), device, watcher)
     with tokenised_once():
-        subjects = [
-            open_subject(recipe, name, source, device=device, trust_remote_code=trust_remote_code, watcher=watcher)
-            for name, source in sources(recipe, models)
-        ]
+        subjects = [open_subject(recipe, asked, running, watcher) for asked in sources(recipe, models)]
     for subject in subjects:
         first = subject.runs[0][1]
         # On the disk that the comparison will be on.
         beside = out.absolute().parent / f".{out.name}.scratch"
         model_output(first.stream, beside, None, overwrite=True, dtype=first.dtype).check()
     with store:
-        planned = []
         # What models write is not a matter of checking: it takes long, and is kept.
         with tokenised_once():
-            for subject in subjects:
-                dense = judge.decided_by(subject)
-                planned.append(Planned(subject, None, *subject.runs[0][1:], dense))
-                for run, opened, stand_in in subject.runs:
-                    opened = replace(opened, watcher=watcher)
-                    rows = with_own_text(opened, stand_in, store)
-                    planned.append(Planned(subject, run, opened, rows, dense | _decided_by(run, opened, rows)))
-        failed: list[str] = []
+            planned = [one for subject in subjects for one in _planned(subject, judge, store)]
         results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
+        failed: list[str] = []
         if results:
             watcher.note(f"{sum(one.key in results for one in planned)} of {len(planned)} runs are in {out} already")
 
         def so_far() -> Comparison:
-            found = _comparison(recipe, subjects, judge, [results.get(one.key) for one in planned])
-            return replace(found, failed=tuple(failed))
+            return _comparison(recipe, subjects, judge, planned, results, failed)
 
         for number, one in enumerate(planned, start=1):
             if one.key in results:
@@ -245,80 +238,65 @@ def compare(
         return so_far()
 
 
-def sources(recipe: Recipe, models: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and source of every model: those given, or the recipe's own.
+def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
+    """Every model with its runs: those given, or the recipe's own.
 
     Raises:
         SecateurError: there is none, or one is there twice.
     """
-    given = list(models) or [model.id for model in recipe.models.values()]
-    if not given:
-        raise SecateurError("the recipe names no model of its own; give one in front of it")
     found = []
-    for source in given:
-        known = recipe.model_of(source)
-        found.append((known[0] if known else short(source), source))
-    names = [name for name, _ in found]
-    if (again := twice(names)) is not None:
+    for source in models or [model.id for model in recipe.models.values()]:
+        entry, paper = recipe.model_of(source) or (None, None)
+        found.append(Asked(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
+    if not found:
+        raise SecateurError("the recipe names no model of its own; give one in front of it")
+    if (again := twice([asked.name for asked in found])) is not None:
         raise SecateurError(f"model {again} is there twice; leave one out, or give its folder another name")
     return found
 
 
-def open_subject(
-    recipe: Recipe, name: str, source: str, *, device: str, trust_remote_code: bool, watcher: Watcher
-) -> Subject:
+def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watcher) -> Subject:
     """Open a model with all runs on it, and find what is wrong with any.
 
     Raises:
         SecateurError: see `compare`.
     """
-    known = recipe.model_of(source)
-    runs = expand(recipe, None if known is None else known[0])
     columns = _columns("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # One length for all runs, also where the calibration's is an axis of the grid.
-    shared = recipe.options | (known[1].options if known else {})
+    shared = recipe.options | (asked.paper.options if asked.paper else {})
     length = recipe.evaluation.length or shared.get("length", Options.length)
     for text in columns.values():
         if text in (RANDOM, SELF):
             ids = "random ids" if text == RANDOM else "what a model writes itself"
             raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
-    for run in runs:
-        for source_ in run.options.sources:
-            check_calibration(source_, samples=run.options.samples, length=run.options.length)
+    for run in asked.runs:
+        for source in run.options.sources:
+            check_calibration(source, samples=run.options.samples, length=run.options.length)
         if run.training is not None:
-            check_retraining(device)
-    running = Running(device=device, trust_remote_code=trust_remote_code)
+            check_retraining(running.device)
     opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
     found = []
-    with reading(watcher, "Checking all runs on", source):
-        for run in runs:
+    with reading(watcher, "Checking all runs on", asked.source):
+        for run in asked.runs:
             group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
             try:
                 if group not in opened:
-                    first = open_model(source, run.options, running)
+                    first = open_model(asked.source, run.options, running)
                     opened[group] = first, draw_rows(first, dry=True)
                 model, rows = opened[group]
                 request = check_request(model.stream, run.options, model.dtype, Silent())
                 if run.training is not None:
                     training_rows(model.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
-                raise SecateurError(f"{name}, {run.row or 'run'}: {error}") from error
+                raise SecateurError(f"{asked.name}, {run.row or 'run'}: {error}") from error
             found.append((run, replace(model, options=run.options, request=request), rows))
     checkpoint = found[0][1].stream.checkpoint
-    tokenizer = checkpoint.tokenizer()
-    texts = {}
+    tokenizer, texts = checkpoint.tokenizer(), {}
     for column, text in columns.items():
         with reading(watcher, "Reading", text):
-            texts[column] = consecutive_rows(
-                tokenizer,
-                text,
-                length=length,
-                tokens=recipe.evaluation.tokens,
-                vocab_size=checkpoint.config.vocab_size,
-                max_positions=checkpoint.max_positions,
-            )
-    return Subject(name, known[1] if known else None, checkpoint, tokenizer, texts, tuple(found))
+            texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens)
+    return Subject(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
 
 
 def _columns(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -339,54 +317,67 @@ def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str
     }
 
 
-def _decided_by(run: Run, opened: OpenRun, rows: CalibrationRows) -> dict[str, Any]:
-    """What decides a pruned model, beside the dense weights."""
-    trained = None if run.training is None else training_rows(opened.stream.checkpoint, run.training, Silent())
-    return {
-        "options": asdict(opened.options),
-        "rows": [hash_of(group) for group in (rows.text, *rows.groups.groups)],
-        # The contents of a file with a plan or ratios.
-        "given": repr(opened.request.plan_from_file),
-        "training": run.training and asdict(run.training),
-        "training rows": None if trained is None else hash_of(trained),
-    }
+def _planned(subject: Subject, judge: Judge, store: RunStore) -> Iterator[Planned]:
+    """All runs on a model, the dense one first, with what decides each: the dense weights and scoring, and its own."""
+    dense = judge.decided_by(subject)
+    yield Planned(subject, None, *subject.runs[0][1:], dense)
+    for run, opened, stand_in in subject.runs:
+        opened = replace(opened, watcher=judge.watcher)
+        rows = with_own_text(opened, stand_in, store)
+        training = run.training
+        trained = None if training is None else training_rows(subject.checkpoint, training, Silent())
+        own = {
+            "options": asdict(opened.options),
+            "rows": [hash_of(group) for group in (rows.text, *rows.groups.groups)],
+            # The contents of a file with a plan or ratios.
+            "given": repr(opened.request.plan_from_file),
+            "training": training and asdict(training),
+            "training rows": None if trained is None else hash_of(trained),
+        }
+        yield Planned(subject, run, opened, rows, dense | own)
 
 
 def _comparison(
-    recipe: Recipe, subjects: Sequence[Subject], judge: Judge, results: Sequence[dict[str, Any] | None]
+    recipe: Recipe,
+    subjects: Sequence[Subject],
+    judge: Judge,
+    planned: Sequence[Planned],
+    results: dict[str, dict[str, Any]],
+    failed: Sequence[str],
 ) -> Comparison:
-    """Rows from the results of all planned runs, None for those to come."""
+    """Rows from the results that there are, by key."""
     rows: list[Row] = []
-    left = iter(results)
     for subject in subjects:
         published = {} if subject.paper is None else subject.paper.published
-        found = next(left)
-        rows.append(Row(subject.name, DENSE, DENSE, {}, (found,) if found else (), published.get(DENSE, {})))
-        by_row: dict[str, tuple[Run, list[dict[str, Any]]]] = {}
-        for run, *_ in subject.runs:
-            found = next(left)
-            by_row.setdefault(run.row, (run, []))[1].extend([found] if found else [])
-        for name, (run, made) in by_row.items():
-            axes = {axis: value for axis, value in run.axes if axis != "seed"}
-            rows.append(Row(subject.name, name, run.label, axes, tuple(made), published.get(name, {})))
+        by_row: dict[str | None, list[Planned]] = {}
+        for one in planned:
+            if one.subject is subject:
+                by_row.setdefault(None if one.run is None else one.run.row, []).append(one)
+        for row, made in by_row.items():
+            run, name = made[0].run, DENSE if row is None else row
+            axes = {} if run is None else {axis: value for axis, value in run.axes if axis != "seed"}
+            found = tuple(results[one.key] for one in made if one.key in results)
+            label = DENSE if run is None else run.label
+            rows.append(Row(subject.name, name, label, axes, found, published.get(name, {})))
         rest = [name for name in published if name not in by_row and name != DENSE]
         rows += [Row(subject.name, name, name, {}, (), published[name]) for name in rest]
     texts = list(dict.fromkeys(column for subject in subjects for column in subject.texts))
     columns = [Column(name, "perplexity") for name in texts] + [Column(name, "accuracy") for name in judge.tasks]
     if len(judge.tasks) > 1:
         columns.append(Column(AVERAGE, "accuracy"))
-    return Comparison(recipe.title, _protocol(recipe, subjects, judge), tuple(columns), tuple(rows), len(results))
+    protocol = _protocol(recipe, subjects, judge)
+    return Comparison(recipe.title, protocol, tuple(columns), tuple(rows), len(planned), tuple(failed))
 
 
 def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tuple[str, ...]:
     """How it was measured, one sentence a fact."""
     # Of a file the name alone: a table is read where the file does not lie.
-    options = {name: short(value) if isinstance(value, str) else value for name, value in recipe.options.items()}
-    shared = ", ".join(f"{name} {value}" for name, value in options.items())
+    shared = ", ".join(f"{key} {short(x) if isinstance(x, str) else x}" for key, x in recipe.options.items())
     lines = [f"Options of all runs: {shared}." if shared else "All runs have the default options."]
     for subject in subjects:
-        own = {} if subject.paper is None else subject.paper.options
-        lines += [f"{subject.name}: {', '.join(f'{name} {value}' for name, value in own.items())}."] if own else []
+        if subject.paper is not None and subject.paper.options:
+            own = ", ".join(f"{name} {value}" for name, value in subject.paper.options.items())
+            lines.append(f"{subject.name}: {own}.")
         lines += [
             f"Perplexity of {subject.name} on {column}: {len(rows):,} rows of {rows.shape[1]} tokens."
             for column, rows in subject.texts.items()
@@ -395,13 +386,10 @@ def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tupl
         counts = ", ".join(f"{name} {sum(len(t.items) for t in tasks):,}" for name, tasks in judge.tasks.items())
         lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
     trained = {run.label: run.training for subject in subjects for run, *_ in subject.runs if run.training is not None}
-    lines += [
-        f"{label}: LoRA on {one.samples:,} rows of {one.length} tokens of {short(one.calibration)}, "
-        f"{one.epochs} epochs."
-        for label, one in trained.items()
-    ]
-    seeds = recipe.grid.get("seed")
-    if seeds:
+    for label, one in trained.items():
+        which = f"{one.samples:,} rows of {one.length} tokens of {short(one.calibration)}"
+        lines.append(f"{label}: LoRA on {which}, {one.epochs} epochs.")
+    if seeds := recipe.grid.get("seed"):
         several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the least and the most."
         lines.append(several if len(seeds) > 1 else f"Seed {seeds[0]}.")
     return tuple(lines)

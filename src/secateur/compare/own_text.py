@@ -25,12 +25,9 @@ COPIES = "copies"
 
 
 def with_own_text(run: OpenRun, rows: CalibrationRows, store: RunStore) -> CalibrationRows:
-    """The rows that a model writes in place of their stand-ins; as they are where it calibrates on a text.
+    """Rows with what the model writes in place of its stand-ins; as they are where it calibrates on a text.
 
-    Args:
-        run: an open model.
-        rows: drawn dry, so that other rows stand in for what the model writes.
-        store: the folder of the comparison. Rows always come out of its file, also where they were just written.
+    They always come out of the comparison's file, also where they were just written.
 
     Raises:
         SecateurError: the model cannot write, or the file was damaged.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,43 +17,41 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from secateur.compare.magnitudes import Magnitudes
-
 
 def plot_comparison(found: Comparison, out: Path) -> None:
-    """Write a plot for every axis with several numbers, or one with a dot for each row where there is none.
+    """A plot for every axis with several numbers, or one with a dot for each row where there is none.
 
     Each has one panel a model and column: the perplexity of every text, and the accuracy over all tasks. Lines and dots
     are means over seeds, bands and whiskers reach from the least to the most; the paper's figures are crosses.
     """
-    columns = [column for column in found.columns if column.kind == "perplexity"]
     accuracies = [column for column in found.columns if column.kind == "accuracy"]
+    columns = [column for column in found.columns if column.kind == "perplexity"]
     columns += [column for column in accuracies if column.name == AVERAGE or len(accuracies) == 1]
-    models = list(dict.fromkeys(row.model for row in found.rows))
-    axes = list(dict.fromkeys(axis for row in found.rows for axis in row.axes))
-    drawn = [axis for axis in axes if len(_numbers(found.rows, axis)) > 1]
-    for axis in drawn:
-        figure, panels = _panels(len(models), len(columns))
-        for (model, column), panel in zip(_pairs(models, columns), panels, strict=True):
-            _lines(panel, [row for row in found.rows if row.model == model], column, axis)
+    by_model: dict[str, list[Row]] = {}
+    for row in found.rows:
+        by_model.setdefault(row.model, []).append(row)
+    axes = dict.fromkeys(axis for row in found.rows for axis in row.axes)
+    drawn: list[str | None] = [axis for axis in axes if len(_numbers(found.rows, axis)) > 1]
+    for axis in drawn or [None]:
+        height = 4.0 if axis else max(3.0, 0.3 * max(map(len, by_model.values())))
+        figure, panels = _panels(len(by_model), len(columns), height)
+        pairs = ((model, column) for model in by_model for column in columns)
+        for (model, column), panel in zip(pairs, panels, strict=True):
+            if axis is None:
+                _dots(panel, by_model[model], column)
+            else:
+                _lines(panel, by_model[model], column, axis)
             _label(panel, model, column, axis)
-        _save(figure, out / f"{axis}.png")
-    if not drawn:
-        height = 0.3 * max(sum(row.model == model for row in found.rows) for model in models)
-        figure, panels = _panels(len(models), len(columns), height=max(3.0, height))
-        for (model, column), panel in zip(_pairs(models, columns), panels, strict=True):
-            _dots(panel, [row for row in found.rows if row.model == model], column)
-            _label(panel, model, column, None)
-        _save(figure, out / "rows.png")
+        _save(figure, out / f"{axis or 'rows'}.png")
 
 
-def plot_magnitudes(found: dict[str, list[Magnitudes]], path: Path) -> None:
+def plot_magnitudes(found: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """Mean absolute activations against depth, one line a model and a panel for each place in the block."""
     titles = {"stream": "residual stream", "heads": "into the attention's output", "channels": "into the down layer"}
     figure, panels = _panels(1, len(titles))
     for (place, title), panel in zip(titles.items(), panels, strict=True):
         for model, blocks in found.items():
-            panel.plot(range(len(blocks)), [getattr(block, place) for block in blocks], marker="o", label=model)
+            panel.plot(range(len(blocks)), [block[place] for block in blocks], marker="o", label=model)
         panel.set_title(title)
         panel.set_xlabel("block")
         panel.set_ylabel("mean |activation|")
@@ -65,28 +63,20 @@ def plot_magnitudes(found: dict[str, list[Magnitudes]], path: Path) -> None:
 
 
 def plot_graphs(found: dict[str, dict[int, Tensor]], tau: float, path: Path) -> None:
-    """Heads of each block on a circle, joined where they are closer than tau: the paper's figure 3.
-
-    Args:
-        found: of each model, the distances between the heads of its blocks (h x h).
-        tau: in the distances' unit.
-        path: the PNG file.
-    """
-    rows = {model: list(blocks) for model, blocks in found.items()}
-    width = max(map(len, rows.values()))
-    figure, panels = _panels(len(rows), width, height=6)
+    """Heads of each block on a circle, joined where their distance (h x h) is below tau: the paper's figure 3."""
+    width = max(map(len, found.values()))
+    figure, panels = _panels(len(found), width, height=6)
     for panel in panels:
         panel.axis("off")
         panel.set_aspect("equal")
-    for row, (model, blocks) in enumerate(rows.items()):
-        for block, panel in zip(blocks, panels[row * width :], strict=False):
-            near = (found[model][block] < tau).triu(1)
-            angles = [2 * math.pi * head / len(near) for head in range(len(near))]
+    for row, (model, blocks) in enumerate(found.items()):
+        for (block, distances), panel in zip(blocks.items(), panels[row * width :], strict=False):
+            angles = [2 * math.pi * head / len(distances) for head in range(len(distances))]
             x, y = [math.cos(angle) for angle in angles], [math.sin(angle) for angle in angles]
-            for i, j in near.nonzero().tolist():
+            for i, j in (distances < tau).triu(1).nonzero().tolist():
                 panel.plot([x[i], x[j]], [y[i], y[j]], color="C0", linewidth=0.7)
             panel.scatter(x, y, color="C1", zorder=2)
-            for head in range(len(near)):
+            for head in range(len(distances)):
                 panel.annotate(str(head), (1.08 * x[head], 1.08 * y[head]), ha="center", va="center")
             panel.set_title(f"{model}, block {block}: heads closer than {tau:g}")
     _save(figure, path)
@@ -107,16 +97,16 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
             key=lambda point: point[0],
         )
         if points:
-            at = [place for place, _ in points]
+            at, spreads = [place for place, _ in points], [spread for _, spread in points]
             name = ", ".join(filter(None, (label, *(f"{key} {value}" for key, value in others))))
-            (line,) = panel.plot(
-                at, [spread.mean for _, spread in points], styles[number // 10 % 3], marker="o", label=name
-            )
-            low, high = [s.least for _, s in points], [s.most for _, s in points]
+            style = styles[number // 10 % 3]
+            (line,) = panel.plot(at, [spread.mean for spread in spreads], style, marker="o", label=name)
+            low, high = [spread.least for spread in spreads], [spread.most for spread in spreads]
             panel.fill_between(at, low, high, alpha=0.2, color=line.get_color())
             paper = [(row.axes[axis], row.published[column.name]) for row in members if column.name in row.published]
             panel.plot(*zip(*paper, strict=True), "x", color=line.get_color()) if paper else None
-    _dense_line(panel, rows, column)
+    if (dense := rows[0].spread(column.name)) is not None:
+        panel.axhline(dense.mean, linestyle="--", color="gray", label=rows[0].name)
     if axis in ("samples", "refit_samples"):
         panel.set_xscale("log")
         panel.minorticks_off()
@@ -128,8 +118,7 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
 def _dots(panel: Axes, rows: Sequence[Row], column: Column) -> None:
     """One dot a row, the first on top: a bar would need a zero, which a log scale has not."""
     for place, row in enumerate(rows):
-        spread = row.spread(column.name)
-        if spread is not None:
+        if (spread := row.spread(column.name)) is not None:
             whiskers = [[spread.mean - spread.least], [spread.most - spread.mean]]
             panel.errorbar(spread.mean, place, xerr=whiskers, fmt="o", capsize=2, color="C0")
         if column.name in row.published:
@@ -139,12 +128,6 @@ def _dots(panel: Axes, rows: Sequence[Row], column: Column) -> None:
     if column.kind == "perplexity":
         panel.set_xscale("log")
         _plain(panel.xaxis)
-
-
-def _dense_line(panel: Axes, rows: Sequence[Row], column: Column) -> None:
-    spread = rows[0].spread(column.name)
-    if spread is not None:
-        panel.axhline(spread.mean, linestyle="--", color="gray", label=rows[0].name)
 
 
 def _label(panel: Axes, model: str, column: Column, axis: str | None) -> None:
@@ -171,10 +154,6 @@ def _numbers(rows: Sequence[Row], axis: str) -> set[float]:
     """The numbers on an axis."""
     values = {row.axes.get(axis) for row in rows} - {None}
     return {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
-
-
-def _pairs(models: Sequence[str], columns: Sequence[Column]) -> list[tuple[str, Column]]:
-    return [(model, column) for model in models for column in columns]
 
 
 def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Figure, list[Any]]:

@@ -130,10 +130,7 @@ class Changes:
 
 
 def read_recipe(name: str) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        name: a YAML file, or the name of one that comes with the package.
+    """The recipe in a YAML file, or the one of that name that comes with the package.
 
     Raises:
         SecateurError: it does not exist, is no recipe, or a run of it makes no sense; with the place in the file.
@@ -168,8 +165,7 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
     """Every run of a recipe on one of its own models, or on any other where `model` is None.
 
     Raises:
-        SecateurError: an option that does not exist or makes no sense, an empty grid, or nothing to run; with the
-            place in the recipe.
+        SecateurError: an option that does not exist or makes no sense, an empty grid, or nothing to run, and where.
     """
     shared = recipe.options | (recipe.models[model].options if model is not None else {})
     _values(recipe.options, "options")
@@ -215,10 +211,10 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other texts, sizes and seeds.
+    """The recipe with other texts, sizes and seeds, which replace an option wherever the recipe gives it.
 
-    A change replaces an option wherever the recipe gives it. `random` and `self` calibrations stay, since they are no
-    texts. Rows of the refit's own come only to runs that have such.
+    `random` and `self` calibrations stay, since they are no texts. Rows of the refit's own come only to runs that have
+    such.
 
     Raises:
         SecateurError: several numbers of samples where the recipe has no axis for them.
@@ -228,25 +224,23 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     if changes.seeds is not None and recipe.kind == "grid":
         raw["grid"].setdefault("seed", [])
         values["seed"] = list(changes.seeds)
-    if changes.samples is not None:
-        if len(changes.samples) > 1 and "samples" not in recipe.grid:
-            raise SecateurError(f"samples is {_some(changes.samples)}, but the recipe has no axis for it; give one")
-        values["samples"] = list(changes.samples)
+    for field in ("samples", "refit_samples"):
+        if (counts := getattr(changes, field)) is not None:
+            if len(counts) > 1 and field not in recipe.grid:
+                name = field.replace("_", "-")
+                raise SecateurError(f"{name} is {_some(counts)}, but the recipe has no axis for it; give one")
+            values[field] = list(counts)
     if changes.refit_samples is not None:
-        if len(changes.refit_samples) > 1 and "refit_samples" not in recipe.grid:
-            raise SecateurError(
-                f"refit-samples is {_some(changes.refit_samples)}, but the recipe has no axis for it; give one"
-            )
-        values["refit_samples"] = list(changes.refit_samples)
         for training in raw["retrain"].values():
             training["samples"] = changes.refit_samples[0]
-    for field in ("calibration", "length", "blocks"):
-        if getattr(changes, field) is not None:
-            values[field] = [getattr(changes, field)]
+    values |= {
+        field: [value]
+        for field in ("calibration", "length", "blocks")
+        if (value := getattr(changes, field)) is not None
+    }
     for field, new in values.items():
         if field in raw["grid"]:
-            fixed = [value for value in raw["grid"][field] if value in _NO_TEXT]
-            raw["grid"][field] = [*new, *fixed]
+            raw["grid"][field] = [*new, *(value for value in raw["grid"][field] if value in _NO_TEXT)]
         for training in raw["retrain"].values():
             if field in ("calibration", "length") and field in training:
                 training[field] = new[0]
@@ -260,8 +254,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     if changes.length is not None:
         raw["evaluation"]["length"] = None
     for field in ("perplexity", "tasks", "limit", "tokens"):
-        value = getattr(changes, field)
-        if value is not None:
+        if (value := getattr(changes, field)) is not None:
             raw["evaluation"][field] = list(value) if isinstance(value, tuple) else value or None
     return Recipe.model_validate(raw)
 

@@ -1,22 +1,23 @@
 """`retrain`: low-rank adapters (LoRA) on a pruned folder, trained on a text and merged into the weights.
 
 peft puts the adapters on, transformers' Trainer trains them. This is the step after pruning in LLM-Pruner (Ma et al.,
-2023), whose rank, scale, dropout and learning rate are the defaults here. Only this step and `steps/gradients.py` have
+2023), whose rank, scale, dropout and learning rate are the defaults here. Only this step and `survey/gradients.py` have
 a backward pass; unlike all others, this one holds the whole model in memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
+import random
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +36,7 @@ from secateur.model.families import family_of
 from secateur.text.calibration import calibration_rows
 from secateur.write.export import RECORD, open_ours
 from secateur.write.shards import ShardWriter, header_room
+from secateur.write.write import copy_into, write_json
 
 HELD_OUT = 16
 """Rows of the same text that are not trained on, to measure perplexity before and after."""
@@ -96,18 +98,25 @@ def retrain(
     with watcher.busy(f"Loading {folder}"):
         network = compare.load(checkpoint, torch.float32, where)
     before = perplexity(network, held_out).perplexity
-    names = adapted_layers(network)
+    layers = adapted_layers(network)
     with _seeded(training.seed):
-        losses, adapted = _train(network, names, fitted, training, where, watcher)
-    changed = {f"{name}.weight": network.get_parameter(f"{name}.weight").data for name in names}
-    for name, weight in changed.items():
+        losses, adapted = _train(network, layers, fitted, training, where, watcher)
+    changed: dict[str, Tensor] = {}
+    for name in (f"{layer}.weight" for layer in layers):
+        weight = network.get_parameter(name).data
         # What is measured is what will be loaded.
-        weight.copy_(weight.to(checkpoint.dtype))
+        changed[name] = weight.copy_(weight.to(checkpoint.dtype))
         if not torch.isfinite(weight.sum()):
             raise SecateurError(f"{name}: NaN or infinite after the training; take a smaller learning rate")
     after = perplexity(network, held_out).perplexity
-    note = _note(training, checkpoint, (before, after), len(losses))
-    _write(checkpoint, target, changed, note)
+    said = {
+        "secateur": secateur.__version__,
+        "peft": version("peft"),
+        "options": asdict(training),
+        "steps": len(losses),
+        "perplexity": {"before": before, "after": after},
+    }
+    _write(checkpoint, target, changed, said)
     return Retrained(target.path, (before, after), losses, adapted)
 
 
@@ -153,10 +162,6 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Random numbers of our own; the Trainer seeds everything, and what was before goes on after."""
-    import random
-
-    import numpy as np
-
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -221,23 +226,8 @@ def _train(
     return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry), count
 
 
-def _note(training: Training, checkpoint: Checkpoint, found: tuple[float, float], steps: int) -> dict[str, Any]:
-    """secateur.json with what was done in `retrained`, a list, as it can be done again."""
-    import peft
-
-    record: dict[str, Any] = parse_json((checkpoint.path / RECORD).read_text(encoding="utf-8"))
-    said = {
-        "secateur": secateur.__version__,
-        "peft": peft.__version__,
-        "options": asdict(training),
-        "steps": steps,
-        "perplexity": {"before": found[0], "after": found[1]},
-    }
-    return record | {"retrained": [*record.get("retrained", []), said]}
-
-
-def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """The folder once more, with other values for some tensors and another record."""
+def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], said: dict[str, Any]) -> None:
+    """The folder once more, with other values for some tensors, and `said` of it in the record."""
     stored = {checkpoint.resolve(name): weight for name, weight in changed.items()}
     source = checkpoint.path
     with target as partial:
@@ -245,10 +235,8 @@ def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], r
         for name, info in checkpoint.tensors.items():
             writer.add(name, stored[name].to(info.dtype) if name in stored else checkpoint.read(name))
         writer.close()
-        others = [source / "config.json", *checkpoint.files]
-        others += [MODELING_FILE] if is_per_layer(checkpoint.config) else []
-        for file in others:
-            copy = shutil.copytree if file.is_dir() else shutil.copyfile
-            copy(file, partial / file.name)
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (partial / RECORD).write_text(text, encoding="utf-8")
+        modeling = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
+        for file in (source / "config.json", *checkpoint.files, *modeling):
+            copy_into(partial, file)
+        record = parse_json((source / RECORD).read_text(encoding="utf-8"))
+        write_json(partial / RECORD, record | {"retrained": [*record.get("retrained", []), said]})

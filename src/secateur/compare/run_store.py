@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from secateur.base.errors import SecateurError
@@ -17,17 +16,13 @@ RUNS, SURVEYS, TEXTS, SCRATCH, LOCK = "runs", "surveys", "texts", ".scratch", ".
 
 
 class RunStore:
-    """Finished runs by what decides them; as a context manager it has the folder to itself.
+    """Finished runs by what decides them; as a context manager it has the folder `path` to itself.
 
-    Attributes:
-        path: the folder.
-        scratch: where a pruned model may lie until it is scored.
+    A pruned model may lie in the folder `scratch` until it is scored.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.scratch = path / SCRATCH
-        self._lock: Any = None
+        self.path, self.scratch = path, path / SCRATCH
 
     def check(self) -> None:
         """See that the folder can be used, without touching it.
@@ -58,9 +53,7 @@ class RunStore:
         self.scratch.mkdir()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._lock.close()
 
@@ -70,19 +63,18 @@ class RunStore:
         Raises:
             SecateurError: its file is damaged.
         """
-        path = self._file(key)
+        path = self.path / RUNS / f"{key}.json"
         if not path.exists():
             return None
         try:
-            found = parse_json(path.read_text(encoding="utf-8"))["result"]
+            return dict(parse_json(path.read_text(encoding="utf-8"))["result"])
         except (ValueError, KeyError, TypeError) as error:
             raise SecateurError(f"{path}: not a result of secateur's; delete it to have it made again") from error
-        return dict(found)
 
     def keep(self, key: str, decided_by: dict[str, Any], result: dict[str, Any]) -> None:
         """Store a result, with what decides it."""
-        contents = {"decided_by": decided_by, "result": result}
-        write_whole(self._file(key), json.dumps(contents, indent=2) + "\n")
+        contents = json.dumps({"decided_by": decided_by, "result": result}, indent=2) + "\n"
+        write_whole(self.path / RUNS / f"{key}.json", contents)
 
     def survey_file(self, decided_by: dict[str, Any]) -> Path:
         """Where the survey of some runs is kept."""
@@ -95,6 +87,3 @@ class RunStore:
             with whole(path) as part:
                 write(part)
         return path
-
-    def _file(self, key: str) -> Path:
-        return self.path / RUNS / f"{key}.json"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,110 +16,105 @@ from secateur.compare.comparison import Column, Comparison, Row
 if TYPE_CHECKING:
     from rich.table import Table
 
-STEM = "table"
-"""`table.md`, `table.csv` and `table.json`."""
 _SIZES = ("sparsity", "parameters", "heads", "channels")
 
 
-def write_tables(found: Comparison, out: Path) -> None:
-    """Put all three tables into a folder, each whole or not at all."""
-    write_whole(out / f"{STEM}.md", markdown(found))
-    write_whole(out / f"{STEM}.csv", comma_separated(found))
-    write_whole(out / f"{STEM}.json", json.dumps(as_dict(found), indent=2) + "\n")
+def write_table(
+    out: Path,
+    *,
+    title: str,
+    notes: Sequence[str],
+    shown: Sequence[Sequence[str]],
+    whole: Sequence[Sequence[Any]],
+    contents: dict[str, Any],
+) -> None:
+    """Put `table.md`, `table.csv` and `table.json` into a folder, each whole or not at all.
 
-
-def markdown(found: Comparison) -> str:
-    """The table with how it was measured; a published figure stands in parentheses."""
-    head = _head(found)
-    lines = [f"# {found.title}", "", *found.protocol]
-    if any(row.published for row in found.rows):
-        lines.append("In parentheses: what the paper gives.")
-    if found.finished < found.planned:
-        lines.append(f"So far {found.finished} of {found.planned} runs.")
-    lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {' | '.join(_cells(found, row))} |" for row in found.rows]
-    return "\n".join(lines) + "\n"
-
-
-def comma_separated(found: Comparison) -> str:
-    """One line a row; of each figure the mean, the least, the most and the published one."""
+    Args:
+        out: the folder.
+        title: of the Markdown.
+        notes: lines above the table in it.
+        shown: its rows, the head first.
+        whole: rows of the CSV, the head first.
+        contents: of the JSON.
+    """
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in shown)
+    lines = [f"# {title}", "", *notes, "", head, "|" + "---|" * len(shown[0]), *rows]
     file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
+    csv.writer(file, lineterminator="\n").writerows(whole)
+    write_whole(out / "table.md", "\n".join(lines) + "\n")
+    write_whole(out / "table.csv", file.getvalue())
+    write_whole(out / "table.json", json.dumps(contents, indent=2) + "\n")
+
+
+def write_tables(found: Comparison, out: Path) -> None:
+    """The tables of a comparison: how it was measured, and each figure's mean, least, most and published value."""
+    entries = [_entry(found, row) for row in found.rows]
     axes = list(dict.fromkeys(axis for row in found.rows for axis in row.axes))
-    figures = ("", " least", " most", " published")
-    names = [f"{column.name}{which}" for column in found.columns for which in figures]
-    table.writerow(["model", "row", "label", *axes, "runs", *_SIZES, *names])
-    for row in found.rows:
-        sizes = [_number(spread.mean) if (spread := row.spread(name)) else "" for name in _SIZES]
-        cells: list[Any] = []
-        for column in found.columns:
-            spread = row.spread(column.name)
-            cells += [spread.mean, spread.least, spread.most] if spread else [""] * 3
-            cells.append(row.published.get(column.name, ""))
-        places = [row.axes.get(axis, "") for axis in axes]
-        table.writerow([row.model, row.name, row.label, *places, len(row.results), *sizes, *cells])
-    return file.getvalue()
-
-
-def as_dict(found: Comparison) -> dict[str, Any]:
-    """For the JSON file."""
-    return {
+    names = [f"{column.name}{which}" for column in found.columns for which in ("", " least", " most", " published")]
+    whole: list[list[Any]] = [["model", "row", "label", *axes, "runs", *_SIZES, *names]]
+    for row, entry in zip(found.rows, entries, strict=True):
+        figures = [entry["figures"][column.name] for column in found.columns]
+        cells = [figure.get(key) for figure in figures for key in ("mean", "least", "most", "published")]
+        places, sizes = [row.axes.get(axis) for axis in axes], [entry[size] for size in _SIZES]
+        whole.append([row.model, row.name, row.label, *places, len(row.results), *sizes, *cells])
+    so_far = [f"So far {found.finished} of {found.planned} runs."] if found.finished < found.planned else []
+    contents = {
         "title": found.title,
         "protocol": list(found.protocol),
         "planned": found.planned,
         "finished": found.finished,
-        "columns": [{"name": column.name, "kind": column.kind} for column in found.columns],
-        "rows": [_row(found, row) for row in found.rows],
+        "columns": [asdict(column) for column in found.columns],
+        "rows": entries,
     }
+    notes = [*found.protocol, *_legend(found), *so_far]
+    write_table(out, title=found.title, notes=notes, shown=_shown(found), whole=whole, contents=contents)
 
 
 def compare_table(found: Comparison, out: Path) -> tuple[Table, list[str]]:
     """The same for the terminal."""
     from rich.table import Table
 
+    head, *rows = _shown(found)
     table = Table(title=found.title, title_justify="left")
-    for name in _head(found):
+    for name in head:
         table.add_column(name, justify="left" if name in ("model", "method") else "right", overflow="fold")
-    for row in found.rows:
-        table.add_row(*_cells(found, row))
-    lines = ["In parentheses: what the paper gives."] if any(row.published for row in found.rows) else []
-    return table, [*lines, f"{STEM}.md, {STEM}.csv, {STEM}.json and plots are in {out}"]
+    for row in rows:
+        table.add_row(*row)
+    return table, [*_legend(found), f"table.md, table.csv, table.json and plots are in {out}"]
 
 
-def _row(found: Comparison, row: Row) -> dict[str, Any]:
-    result: dict[str, Any] = {"model": row.model, "row": row.name, "label": row.label, "axes": dict(row.axes)}
-    for name in _SIZES:
-        spread = row.spread(name)
-        result[name] = spread and _number(spread.mean)
-    result["figures"] = {column.name: _figure(column, row) for column in found.columns}
+def _legend(found: Comparison) -> list[str]:
+    return ["In parentheses: what the paper gives."] if any(row.published for row in found.rows) else []
+
+
+def _entry(found: Comparison, row: Row) -> dict[str, Any]:
+    """A row for JSON."""
+    sizes = {name: (spread := row.spread(name)) and _number(spread.mean) for name in _SIZES}
+    figures = {}
+    for column in found.columns:
+        spread, published = row.spread(column.name), {"published": row.published.get(column.name)}
+        figures[column.name] = published if spread is None else spread.as_dict() | published
     seconds = row.spread("seconds")
-    return result | {"seconds": seconds and list(seconds.values)}
+    about = {"model": row.model, "row": row.name, "label": row.label, "axes": dict(row.axes)}
+    return about | sizes | {"figures": figures, "seconds": seconds and list(seconds.values)}
 
 
-def _figure(column: Column, row: Row) -> dict[str, Any]:
-    spread = row.spread(column.name)
-    measured = {} if spread is None else {"mean": spread.mean, "least": spread.least, "most": spread.most}
-    values = {} if spread is None else {"values": list(spread.values)}
-    return measured | values | {"published": row.published.get(column.name)}
-
-
-def _head(found: Comparison) -> list[str]:
+def _shown(found: Comparison) -> list[list[str]]:
+    """Head and rows as people read them; a published figure stands in parentheses."""
     several = len({row.model for row in found.rows}) > 1
-    return [*["model"] * several, "method", "goes", "heads", "channels", *(column.name for column in found.columns)]
-
-
-def _cells(found: Comparison, row: Row) -> list[str]:
-    """A row as text."""
-    several = len({other.model for other in found.rows}) > 1
-    share, heads, channels = (row.spread(name) for name in ("sparsity", "heads", "channels"))
-    sizes = ["" if share is None else f"{share.mean:.1%}"]
-    sizes += ["" if spread is None else f"{_number(spread.mean):,}" for spread in (heads, channels)]
-    return [*[row.model] * several, row.name, *sizes, *(_cell(column, row) for column in found.columns)]
+    shown = [["method", "goes", "heads", "channels", *(column.name for column in found.columns)]]
+    for row in found.rows:
+        share, *counts = (row.spread(name) for name in ("sparsity", "heads", "channels"))
+        sizes = ["" if share is None else f"{share.mean:.1%}"]
+        sizes += ["" if count is None else f"{_number(count.mean):,}" for count in counts]
+        shown.append([row.name, *sizes, *(_cell(column, row) for column in found.columns)])
+    models = ["model", *(row.model for row in found.rows)]
+    return [[model, *cells] for model, cells in zip(models, shown, strict=True)] if several else shown
 
 
 def _cell(column: Column, row: Row) -> str:
-    spread = row.spread(column.name)
-    parts = []
+    spread, parts = row.spread(column.name), []
     if spread is not None:
         parts.append(_text(column, spread.mean))
         if len(spread.values) > 1:

@@ -13,10 +13,7 @@ TRAINING = "Training"
 
 @dataclass(frozen=True)
 class Training:
-    """How the adapters are trained.
-
-    Raises `SecateurError` for a value that makes no sense whatever the model.
-    """
+    """How the adapters are trained; a value that makes no sense whatever the model raises `SecateurError`."""
 
     calibration: str = option(
         "wikitext2", CALIBRATION, "Text to train on: a file, - for standard input or a data set; see secateur prune."
@@ -30,9 +27,9 @@ class Training:
     learning_rate: float = option(1e-4, TRAINING, "Learning rate at the start; it falls to zero.")
 
     def __post_init__(self) -> None:
-        for name, number in (("epochs", self.epochs), ("batch", self.batch), ("rank", self.rank)):
-            if number < 1:
-                raise SecateurError(f"{name} is {number}; it must be at least 1")
+        for name in ("epochs", "batch", "rank"):
+            if getattr(self, name) < 1:
+                raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.learning_rate < 1:
             raise SecateurError(f"learning rate is {self.learning_rate}; it must lie between 0 and 1, such as 1e-4")
         if not 0 <= self.seed < 2**32:

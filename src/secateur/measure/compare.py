@@ -155,14 +155,13 @@ def evaluate(
         against: another one, to compare with.
         texts: files or data sets to score.
         length: tokens in a row.
-        tokens: tokens from the start of each text; None for all.
+        tokens: from the start of each text; None for all.
         tasks: names of lm-eval's multiple-choice tasks, or of those in `task_path`; scored zero-shot.
         limit: items from the start of each task; None for all.
         task_path: a folder with task files of one's own.
         speed: measure prefill and decoding; two models are measured in turns, so that their ratio holds.
-        device: where to compute.
-        dtype: what to compute in.
-        revision: of a hub id.
+        dtype: to compute in, on `device`.
+        revision: of `model`, where that is a hub id.
         trust_remote_code: let the checkpoints' own code run.
         watcher: told about progress.
 
@@ -260,7 +259,7 @@ def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, 
 
 def _speeds(networks: list[Any], scores: list[ModelScore]) -> tuple[float, float] | None:
     """Put each model's speed into its scores; two of them also give the first one's ratios to the second."""
-    positions = min(positions_of(n.config) or PROMPT + NEW for n in networks)
+    positions = min(positions_of(network.config) or PROMPT + NEW for network in networks)
     new = min(NEW, max(1, positions // 4))
     prompt = min(PROMPT, positions - new)
     if len(networks) == 1:

@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
@@ -200,7 +200,7 @@ def _load(manager: Any, name: str) -> list[Any]:
     # Asked first: the hub's client would retry for half a minute before it looked at its cache.
     obstacle = None if local else out_of_reach()
     try:
-        with _silence(), _offline(obstacle is not None):
+        with _silence(), _offline() if obstacle else nullcontext():
             return list(manager.load(name)["tasks"].values())
     except Exception as error:  # from a wrong path to a missing package, each has its own class
         if obstacle is not None:
@@ -256,14 +256,13 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
+def _offline() -> Iterator[None]:
     """Make datasets look at its cache alone."""
     import datasets
     from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if wanted:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:

@@ -37,9 +37,8 @@ class Arena:
 
     def __init__(self, limit: int | None = None):
         """Start empty; the default limit in bytes is a quarter of the machine's memory."""
-        if limit is None:
-            limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-        self.limit = limit
+        quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        self.limit = quarter if limit is None else limit
         self.used = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0

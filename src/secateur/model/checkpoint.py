@@ -171,14 +171,14 @@ class Checkpoint:
                     missing.append(name)
                 continue
             used.add(stored)
-            if tensor.is_floating_point() and not self.tensors[stored].dtype.is_floating_point:
+            found = self.tensors[stored]
+            if tensor.is_floating_point() and not found.dtype.is_floating_point:
                 raise SecateurError(
-                    f"{self.source}: {stored} holds {self.tensors[stored].dtype}, whole numbers in place of weights; "
+                    f"{self.source}: {stored} holds {found.dtype}, whole numbers in place of weights; "
                     "use an unquantised checkpoint"
                 )
-            if self.tensors[stored].shape != tuple(tensor.shape):
-                found, wanted = list(self.tensors[stored].shape), list(tensor.shape)
-                wrong.append(f"{stored} is {found} where config.json makes it {wanted}")
+            if found.shape != tuple(tensor.shape):
+                wrong.append(f"{stored} is {list(found.shape)} where config.json makes it {list(tensor.shape)}")
         if missing:
             raise self.lacking(missing)
         if wrong:
@@ -206,8 +206,7 @@ class Checkpoint:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as error:
-            reason = first_line(error)
-            raise SecateurError(f"{self.source}: the tokenizer does not load ({reason})") from error
+            raise SecateurError(f"{self.source}: the tokenizer does not load ({first_line(error)})") from error
 
 
 def open_checkpoint(

@@ -80,19 +80,14 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
     except Exception as error:
-        reason = _reason(error)
+        # The validators put what is wrong on the last line.
+        reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
         raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
     if config.is_encoder_decoder:
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
     return config
-
-
-def _reason(error: Exception) -> str:
-    """The part of a config error that says what is wrong; the validators put it on the last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else first_line(error)
 
 
 def _no_config(folder: Path) -> str:

@@ -115,8 +115,8 @@ def family_of(config: Any) -> Family:
     if family is None:
         raise SecateurError(
             f"model type '{config.model_type}' is not supported; supported are {', '.join(sorted(FAMILIES))} "
-            "(a new one needs an entry in secateur/families.py: the names of its blocks, of its query, key, value "
-            "and output layers, and of its up, gate and down layers)"
+            "(a new one needs an entry in secateur/model/families.py: the names of its blocks, of its query, key, "
+            "value and output layers, and of its up, gate and down layers)"
         )
     return family
 

@@ -21,11 +21,7 @@ _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 
 
 def complete(config: Any, reader: GGUFReader) -> None:
-    """Put into a config, in place, what transformers has not taken over from a file.
-
-    Raises:
-        SecateurError: for what no config holds.
-    """
+    """Put into a config, in place, what transformers has not taken over; `SecateurError` for what no config holds."""
     architecture = str(reader.fields["general.architecture"].contents())
     start = f"{architecture}."
     facts = {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
@@ -52,11 +48,7 @@ def complete(config: Any, reader: GGUFReader) -> None:
 
 
 def check_read(model: Any, reader: GGUFReader) -> None:
-    """See that every weight of a file has become one of the model's, and the other way around.
-
-    Raises:
-        SecateurError: with how many have not.
-    """
+    """Raise `SecateurError` unless every weight of a file has become one of the model's, and the other way around."""
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in _FACTORS)
     read = sum(parameter.numel() for parameter in model.parameters())
     if stored != read:

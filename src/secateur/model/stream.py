@@ -292,13 +292,13 @@ class BlockStream:
         """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""
         block = self.blocks[index]
         broken = {"the norms": True, "the input": not _finite(hidden_btd)}
-        names = {block.feed_forward: "the feed-forward module", block.attention: "the attention module"}
+        names = {"the attention module": block.attention, "the feed-forward module": block.feed_forward}
 
         def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
             return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})
 
-        self.run(index, layer, hidden_btd, group, watch={m.sink: watcher(name) for m, name in names.items()})
-        where = next(name for name in ("the input", *reversed(names.values()), "the norms") if broken[name])
+        self.run(index, layer, hidden_btd, group, watch={m.sink: watcher(name) for name, m in names.items()})
+        where = next(name for name in ("the input", *names, "the norms") if broken[name])
         return SecateurError(f"block {index}: {where} gives NaN or infinite activations; are the weights intact?")
 
 
@@ -308,19 +308,14 @@ def _finite(values: Tensor) -> bool:
 
 @contextmanager
 def _watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: bool) -> Iterator[None]:
-    if stop:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(args[0], args[0].new_empty(0))
+        raise Reached
 
-        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(args[0], args[0].new_empty(0))
-            raise Reached
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        see(args[0], output)
 
-        handle = module.register_forward_pre_hook(before)
-    else:
-
-        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            see(args[0], output)
-
-        handle = module.register_forward_hook(after)
+    handle = module.register_forward_pre_hook(before) if stop else module.register_forward_hook(after)
     try:
         yield
     finally:
@@ -335,19 +330,18 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (output, None) if module.kind == "heads" else output
 
+    def nothing(hidden: Tensor) -> Tensor:
+        return hidden[..., :1]
+
     def flat(hidden: Tensor) -> Tensor:
         # The layers hang in the block itself, which may have folded rows and positions into one axis.
         return output.reshape(hidden.shape[:-1] + output.shape[-1:])
 
-    def nothing(hidden: Tensor) -> Tensor:
-        return hidden[..., :1]
-
     changes = {module.path: forward} if module.path else {module.source: nothing, module.sink: flat}
-    targets = [(layer.get_submodule(path), function) for path, function in changes.items()]
-    for target, function in targets:
-        target.__dict__["forward"] = function
+    for path, function in changes.items():
+        layer.get_submodule(path).__dict__["forward"] = function
     try:
         yield
     finally:
-        for target, _ in targets:
-            del target.__dict__["forward"]
+        for path in changes:
+            del layer.get_submodule(path).__dict__["forward"]

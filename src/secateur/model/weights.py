@@ -6,6 +6,7 @@ Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,7 @@ class TensorInfo:
     @property
     def entries(self) -> int:
         """The number of entries."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:

@@ -14,7 +14,7 @@ from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Running
 from secateur.commands.steps import draw_rows
 from secateur.compare.grid import sources
-from secateur.compare.recipe import Recipe, expand
+from secateur.compare.recipe import Recipe
 from secateur.compare.run_store import RunStore
 
 
@@ -25,52 +25,43 @@ def measure_each(
     measure: Callable[[OpenRun, Tensor], dict[str, Any]],
     *,
     what: str,
-    device: str,
-    trust_remote_code: bool,
     watcher: Watcher,
+    running: Running,
 ) -> dict[str, dict[str, Any]]:
-    """Open every model, then measure those that are not in the folder yet.
+    """What `measure` gives for every model, by name; models that are in the folder are not measured again.
 
     Args:
         recipe: of any kind but `grid`.
         models: see `compare`.
         out: the folder; see `RunStore`.
-        measure: from an open model and calibration rows to what JSON holds; the kind of the recipe, the model's
-            weights, the rows and the blocks decide it.
+        measure: from an open model and calibration rows (rows x length) to what JSON holds; the kind of the recipe, the
+            model's weights, the rows and the blocks decide it.
         what: it measures, in words.
-        device: see `compare`.
-        trust_remote_code: see `compare`.
         watcher: told about progress.
-
-    Returns:
-        What `measure` has given, by the models' names.
+        running: see `compare`.
 
     Raises:
         SecateurError: for anything wrong with a model or the text, before the first is measured.
     """
     store = RunStore(out)
     store.check()
-    runs: dict[str, tuple[OpenRun, Tensor]] = {}
-    for name, source in sources(recipe, models):
-        known = recipe.model_of(source)
-        (run,) = expand(recipe, None if known is None else known[0])
-        running = Running(device=device, trust_remote_code=trust_remote_code)
-        opened = open_model(source, run.options, running, watcher=watcher)
-        runs[name] = opened, draw_rows(opened, fitted=False).text
+    opened: dict[str, tuple[OpenRun, Tensor]] = {}
+    for asked in sources(recipe, models):
+        run = open_model(asked.source, asked.runs[0].options, running, watcher=watcher)
+        opened[asked.name] = run, draw_rows(run, fitted=False).text
     found: dict[str, dict[str, Any]] = {}
     with store:
-        for name, (opened, text) in runs.items():
+        for name, (run, text) in opened.items():
             decided_by = {
                 "kind": recipe.kind,
-                "fingerprint": opened.stream.checkpoint.fingerprint,
-                "blocks": f"{opened.request.chosen.start}:{opened.request.chosen.stop}",
+                "fingerprint": run.stream.checkpoint.fingerprint,
+                "blocks": f"{run.request.chosen.start}:{run.request.chosen.stop}",
                 "rows": hash_of(text),
             }
-            key = digest(decided_by)
-            result = store.find(key)
+            result = store.find(key := digest(decided_by))
             if result is None:
                 watcher.note(f"{what} of {name}")
-                result = measure(opened, text)
+                result = measure(run, text)
                 store.keep(key, decided_by, result)
             found[name] = result
     return found
