@@ -550,7 +550,7 @@ def test_gguf_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf_source, "_convert", convert)
-    assert "the disk is full; make room and run again (nothing was left there)" in refusal(file)
+    assert "the disk is full; make room, or set XDG_CACHE_HOME to another folder" in refusal(file)
     assert list(cache.iterdir()) == []
 
 

@@ -55,7 +55,13 @@ def hash_of(rows: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def whole(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def whole(
+    path: Path,
+    check: Callable[[], None] = lambda: None,
+    *,
+    keep: bool = False,
+    advice: str = "make room and run again (nothing was left there)",
+) -> Iterator[Path]:
     """A hidden name beside a path, for a file or a folder to be written under.
 
     On a clean exit what is there takes the path's place, and what was at the path is removed after that; on any other
@@ -64,6 +70,8 @@ def whole(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path
     Args:
         path: the target.
         check: called just before the replacement: what has come to be there since the start may not be ours to remove.
+        keep: a folder that has come to be there since the start is as good as this one and stays.
+        advice: for a full disk.
 
     Raises:
         SecateurError: the disk is full, or the path cannot be written.
@@ -72,13 +80,14 @@ def whole(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path
     try:
         yield partial
         check()
-        _put_in_place(partial, path)
+        if not (keep and path.is_dir()):
+            _put_in_place(partial, path)
     except Exception as error:
         if is_disk_full(error):
-            raise SecateurError(
-                f"{path}: the disk is full; make room and run again (nothing was left there)"
-            ) from error
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            raise SecateurError(f"{path}: the disk is full; {advice}") from error
+        ours = isinstance(error, OSError) and error.filename in (None, str(partial))
+        # A closed pipe, or words in place of a number, is some other library's.
+        if isinstance(error, OSError) and ours and error.errno not in (None, errno.EPIPE):
             raise SecateurError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
         raise
     finally:
@@ -184,6 +193,8 @@ class Output:
         if path.is_dir() != (self.file is None):
             here = "folder" if path.is_dir() else "file"
             raise SecateurError(f"{path}: a {here} is there; choose another name")
+        if self.file is not None and not path.is_file():
+            raise SecateurError(f"{path}: no regular file is there; choose another name")
         if path.is_file():
             if not self.overwrite:
                 raise SecateurError(f"{path}: exists; choose another name, or overwrite it")
@@ -251,7 +262,8 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _check_source(path: Path, source: Path) -> None:

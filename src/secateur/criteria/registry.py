@@ -123,7 +123,9 @@ class Criteria:
         """The criterion of one module of a block."""
         found = self.named(kind)
         if found.from_gradients is not None:
-            scores = self._gradients[index, kind]
+            scores = self._gradients.get((index, kind))
+            if scores is None:
+                raise ValueError(f"{self.choice.of(kind)} needs gradients: give Criteria those of `gradient_scores`")
             found = Criterion(score=lambda _: scores)
         first = frozenset(self._similar.get(index, ())) if kind == "heads" else frozenset[int]()
         return replace(found, first=first)

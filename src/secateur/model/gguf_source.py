@@ -19,6 +19,7 @@ from secateur.base.files import cache_folder, whole
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_config import check_read, complete
 
+ADVICE = "make room, or set XDG_CACHE_HOME to another folder"
 _LAYOUT = "3"
 """Part of the cache key; to be raised when the conversion changes."""
 
@@ -49,13 +50,13 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     reader = _opened(file)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with whole(folder) as partial:
+        # Another process may finish first; its folder is as good as this one.
+        with whole(folder, keep=True, advice=ADVICE) as partial:
             partial.mkdir()
             _convert(file, reader, partial, dtype)
     except OSError as error:
         raise SecateurError(
-            f"{folder.parent}: the dequantised model cannot be written ({first_line(error)}); "
-            "make room, or set XDG_CACHE_HOME to another folder"
+            f"{folder.parent}: the dequantised model cannot be written ({first_line(error)}); {ADVICE}"
         ) from error
     return folder
 
