@@ -224,7 +224,6 @@ OPTIONS: list[tuple[str, str]] = [
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must lie between 0 and 1,000,000, for example 0.3"),
     ("--effort most", "effort is 'most'; it must be one of quick, normal, best"),
-    ("--effort quick --recovery none", "effort is of the refit, not of --recovery none"),
     ("--ridge 1e39", "ridge is 1e+39; it must lie between 0 and 1,000,000, for example 0.3"),
     ("--round 0", "round is 0; it must be at least 1"),
     (

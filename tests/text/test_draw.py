@@ -105,18 +105,16 @@ def test_blank_copies_are_as_many(checkpoint_folder: CheckpointFolder, effort: s
     assert (found.weights, found.scores, found.versions) == (wanted.weights, wanted.scores, wanted.versions)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"effort": "fast"}, "effort is 'fast'; it must be one of quick, normal, best"),
-        ({"effort": "quick", "recovery": "none"}, "effort is of the refit, not of --recovery none"),
-        ({"effort": "normal", "recovery": "paper"}, "effort is of the refit, not of --recovery paper"),
-        ({"effort": "quick", "recovery": "bias"}, "effort is of the refit, not of --recovery bias"),
-    ],
-)
-def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(SecateurError, match=message):
-        Options(**options)
+def test_an_effort_that_there_is_not() -> None:
+    with pytest.raises(SecateurError, match="effort is 'fast'; it must be one of quick, normal, best"):
+        Options(effort="fast")
+
+
+@pytest.mark.parametrize("recovery", ["none", "paper", "bias"])
+def test_no_other_recovery_takes_copies(checkpoint_folder: CheckpointFolder, recovery: str) -> None:
+    """The effort is the refit's; a recipe may share one with runs that do not refit."""
+    assert Options(effort="normal", recovery=recovery).fits == 0
+    assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).copies is None
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:

@@ -231,8 +231,6 @@ class Options:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
         if self.recover != Options.recover and self.recovery != "paper":
             raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
-        if self.effort != Options.effort and self.recovery != "refit":
-            raise SecateurError(f"effort is of the refit, not of --recovery {self.recovery}: leave one of the two out")
         if self.sigma is not None and not self.choice.uses("second-moment"):
             raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
         if self.own_refit_rows and self.recovery == "none":
