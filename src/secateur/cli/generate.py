@@ -32,12 +32,8 @@ class Only:
         return name in self.names
 
 
-@dataclass(frozen=True)
-class Without:
+class Without(Only):
     """The fields of a dataclass that a command does not take."""
-
-    names: tuple[str, ...]
-    check: Callable[[dict[str, Any]], None] = lambda _: None
 
     def picks(self, name: str) -> bool:
         """Whether a field is none of them."""
@@ -54,7 +50,7 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
         if not (is_dataclass(owner) and isinstance(owner, type)):
             plain.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
-        pick = next((note for note in notes if isinstance(note, Only | Without)), Without(()))
+        pick = next((note for note in notes if isinstance(note, Only)), Without(()))
         found = {name: one for name, one in declared(owner).items() if pick.picks(name)}
         owners[parameter.name] = owner, list(found), pick.check
         hints = get_type_hints(owner)
@@ -88,8 +84,7 @@ def _parameter(name: str, one: Declared, owner: type, hint: Any) -> inspect.Para
         hint, default = str, ",".join(default)
     elif str in get_args(hint) and float in get_args(hint):
         hint = Union[str, None]  # noqa: UP007 - typer reads it at run time
-    flag = f"--{spelled(one.flag or name)}"
-    what = typer.Option(flag, help=one.help, rich_help_panel=one.panel, show_default=shown)
+    what = typer.Option(f"--{spelled(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
 
 

@@ -28,7 +28,7 @@ from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import cache_meter
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
-from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest, check_save
+from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
 from secateur.text.self_calibration import check_self
 from secateur.text.sources import SELF
 from secateur.write.write import model_output
@@ -67,7 +67,7 @@ class OpenRun:
             held_out=HELD_OUT * options.searches,
             random_sigma=options.sigma == "random",
             copies=options.fits,
-            fits=options.recovery in ("refit", "paper"),
+            fits=self.recovery.fits,
             tempers=options.recovery == "refit",
         )
 
@@ -128,7 +128,7 @@ def open_model(
             raise SecateurError(
                 "--save-calibration keeps what the model writes: add --calibration self or --refit-calibration self"
             )
-        check_save(running.save_calibration)
+        Output(running.save_calibration, file=".jsonl").check()
     if out is not None:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, running.overwrite)

@@ -49,8 +49,6 @@ class Declared(NamedTuple):
     """The default in words."""
     choices: Collection[str] = ()
     least: int | None = None
-    flag: str | None = None
-    """A shorter name on the command line."""
 
 
 def option(default: Any, panel: str, help: str, **how: Any) -> Any:

@@ -8,7 +8,6 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from secateur.criteria.similarity import SimilarHeads, find_similar_heads
 from secateur.fit.average import FittedBlock
 from secateur.fit.temper import scaled
 from secateur.model.rows import Rows
+from secateur.model.structure import Width
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan
@@ -47,7 +47,7 @@ class Findings:
     """Errors and prices of every width; None where there is but one plan."""
     similar: SimilarHeads | None = None
     """Heads that resemble others, where the criterion compares them."""
-    widths: dict[int, Any] | None = None
+    widths: dict[int, Width] | None = None
     """The widths that are left where all similar heads are settled."""
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from secateur.base.files import Output
 from secateur.base.progress import Watcher, reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -66,7 +65,7 @@ class CalibrationRows:
     sigma: Tensor | None
     """Random ids by which units are chosen in place of `text`."""
     begins_with_bos: bool
-    copies: Tensor | None = field(default=None)
+    copies: Tensor | None = None
     """The fitted rows once more for each fit, half of their tokens rewritten (fits x rows x length)."""
 
     @property
@@ -154,15 +153,6 @@ def draw(
         own = rows(request.refit_source, apart, request.refit_option)
     sigma = rows(RANDOM, request.samples, "samples") if request.random_sigma else None
     return CalibrationRows(request, text, own if apart else text, held_out if held else None, sigma, begins_with_bos)
-
-
-def check_save(save: Path) -> None:
-    """See that rows can be written to a new file, and read from it afterwards.
-
-    Raises:
-        SecateurError: they cannot.
-    """
-    Output(save, file=".jsonl").check()
 
 
 def _rows(
