@@ -150,6 +150,8 @@ def second_device() -> Iterator[None]:
 def prepare() -> None:
     """Make the device known to torch, for good."""
     _setup_privateuseone_for_python_backend(NAME)
+    # lm-eval asks for autocast, switched off, which asks for this all the same.
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch.accelerator.synchronize = lambda *_: None
     torch.func.jvp = _jvp
     # One CPU multiplies in bfloat16 where it can, and so would differ from the other device.

@@ -53,8 +53,7 @@ from secateur.model.surgery import assign, width_of
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.rewrite import rewritten
-from secateur.write.slice import slice
-from secateur.write.write import write
+from secateur.write.write import slice, write
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""

@@ -20,10 +20,8 @@ from secateur.commands.options import EFFORTS, Options, Running, declared
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("llama", {}),
     "one width": ("qwen3", {"widths": "uniform", "sparsity": 0.3}),
-    "similar heads and channels": (
-        "llama every head",
-        {"criterion": "heads=similarity,channels=wanda", "tau": "auto", "sparsity": 0.3},
-    ),
+    "similar heads": ("llama every head", {"criterion": "similarity", "tau": 0.16}),
+    "similar heads and channels": ("llama every head", {"criterion": "similarity+wanda", "tau": 0.16, "sparsity": 0.3}),
     "a loss": ("llama", {"target": "ppl=1.2x", "effort": "quick"}),
     "the paper": ("gpt2", {"criterion": "second-moment", "recovery": "paper", "refit_samples": 9}),
 }

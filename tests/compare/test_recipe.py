@@ -12,7 +12,7 @@ import yaml
 from secateur.base.errors import SecateurError
 from secateur.commands.options import Options
 from secateur.compare.comparison import AVERAGE
-from secateur.compare.recipe import Changes, Recipe, changed, expand, named, read_recipe
+from secateur.compare.recipe import Recipe, changed, expand, named, read_recipe
 from secateur.compare.recipes import recipe_names
 from secateur.compare.training import Training
 
@@ -54,31 +54,31 @@ def test_the_papers_model_is_known_by_the_last_part_of_its_name(source: str, kno
 
 
 def test_changes_replace_an_option_wherever_it_stands() -> None:
-    wanted = Changes(calibration="mine.txt", samples=(2,), length=12, blocks="0:2", seeds=(7, 8, 9))
+    wanted: dict[str, Any] = {"calibration": "mine.txt", "samples": (2,), "length": 12, "blocks": "0:2"}
     for model in (None, "Big"):
-        found = expand(changed(small(), wanted), model)
+        found = expand(changed(small(), seeds=(7, 8, 9), **wanted), model)
         assert {run.options.length for run in found} == {12}
         assert {run.options.samples for run in found} == {2}
         assert {run.options.seed for run in found} == {7, 8, 9}
         assert {run.options.blocks for run in found} == {"0:2"}
         # What is no text stays what it is.
         assert [run.options.calibration for run in found] == ["mine.txt"] * 3 + ["random"] * 3
-    assert changed(small(), Changes()) == small()
+    assert changed(small()) == small()
 
 
 def test_rows_of_the_refits_own_change_where_there_are_such() -> None:
     runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
     retrain: dict[str, dict[str, Any]] = {"b": {"samples": 512, "calibration": "other.txt"}}
     recipe = small(runs=runs, retrain={}, grid={})
-    found = expand(changed(recipe, Changes(refit_samples=(3,), calibration="random")), None)
+    found = expand(changed(recipe, refit_samples=(3,), calibration="random"), None)
     assert [run.options.refit_samples for run in found] == [3, None, None]
     assert [run.options.calibration for run in found] == ["random", "random", "self"]
     recipe = recipe.model_copy(update={"retrain": retrain})
-    wanted = Changes(refit_samples=(3,), calibration="ptb", length=9)
-    training = expand(changed(recipe, wanted), None)[1].training
+    wanted: dict[str, Any] = {"refit_samples": (3,), "calibration": "ptb", "length": 9}
+    training = expand(changed(recipe, **wanted), None)[1].training
     assert training == Training(calibration="ptb", samples=3, length=9)
     axis = recipe.model_copy(update={"runs": {"c": {}}, "retrain": {}, "grid": {"refit_samples": [8, 16]}})
-    found = expand(changed(axis, Changes(refit_samples=(2, 3))), None)
+    found = expand(changed(axis, refit_samples=(2, 3)), None)
     assert [(run.row, run.options.refit_samples) for run in found] == [
         ("c, refit_samples 2", 2),
         ("c, refit_samples 3", 3),
@@ -95,17 +95,17 @@ def test_a_retraining_is_about_the_runs_own_text_and_seed() -> None:
 
 def test_changes_of_an_axis_and_of_the_evaluation() -> None:
     recipe = small(grid={"samples": [8, 16], "calibration": ["wikitext2", "random"]})
-    found = expand(changed(recipe.model_copy(update={"runs": {}}), Changes(samples=(2, 3), calibration="x.txt")), None)
+    found = expand(changed(recipe.model_copy(update={"runs": {}}), samples=(2, 3), calibration="x.txt"), None)
     assert [(run.options.samples, run.options.calibration) for run in found] == [
         (2, "x.txt"),
         (2, "random"),
         (3, "x.txt"),
         (3, "random"),
     ]
-    judged = changed(recipe, Changes(perplexity=("a.txt",), tasks=("t",), limit=5, tokens=0)).evaluation
+    judged = changed(recipe, perplexity=("a.txt",), tasks=("t",), limit=5, tokens=0).evaluation
     assert (judged.perplexity, judged.tasks, judged.limit, judged.tokens) == (["a.txt"], ["t"], 5, None)
     with pytest.raises(SecateurError, match="samples is 2, 3, but the recipe has no axis for it; give one"):
-        changed(small(), Changes(samples=(2, 3)))
+        changed(small(), samples=(2, 3))
 
 
 def test_a_column_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

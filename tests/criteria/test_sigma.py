@@ -12,7 +12,7 @@ from test_criteria import assert_scores, scores_of, seen, statistics
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import build, layers_of, make_tokenizer, token_rows
+from models import build, layers_of, token_rows
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.open import open_model
@@ -30,7 +30,6 @@ from secateur.model.surgery import inner_weight
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
 from secateur.survey.survey import survey
-from secateur.text.row_file import write_rows
 
 MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral", "qwen3 biased", "gemma2"]
 SECOND_MOMENT = all_criteria()["second-moment"]
@@ -210,10 +209,10 @@ def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_
 
 
 def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """Rows that are read back are the same for every seed, and still units leave in another order."""
-    model, rows, file = checkpoint_folder("llama"), tmp_path / "rows.jsonl", tmp_path / "survey.json"
-    write_rows(rows, token_rows(4, 16), make_tokenizer())
-    how: dict[str, Any] = {**SMALL, "samples": 4, "calibration": str(rows), "sparsity": 0.3, "recovery": "none"}
+    """A text of one row is the same for every seed, and still units leave in another order."""
+    model, text, file = checkpoint_folder("llama"), tmp_path / "text.txt", tmp_path / "survey.json"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 16)[0].tolist()))
+    how = {**SMALL, "samples": 1, "length": 16, "calibration": str(text), "sparsity": 0.3, "recovery": "none"}
     for number, options in enumerate(({"criterion": "random"}, {"sigma": "random"})):
         kept = tmp_path / f"{number}.json"
         prune(model, tmp_path / f"a{number}", survey=kept, seed=0, **{**how, **options})

@@ -17,8 +17,7 @@ from models import ROWS, blocks_of, build, token_rows
 from secateur.base.errors import SecateurError
 from secateur.criteria import head_distances as module_under_test
 from secateur.criteria.choice import LARGEST
-from secateur.criteria.divergence import jensen_shannon
-from secateur.criteria.head_distances import NAME, head_distances
+from secateur.criteria.head_distances import NAME, head_distances, jensen_shannon
 from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows

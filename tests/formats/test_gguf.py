@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_architectures import TYPES, gguf_obstacle
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
-from secateur.formats.per_layer import model_class, per_layer_config, widths_of
+from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.families import head_dim
@@ -177,9 +176,7 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
         stored = per_layer_config(raw, config, widths=widths, dense=blocks[0].width, biases={}, **settings)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(stored))
-    dense = blocks[0].width
-    record = {"secateur": "0", "dense_width": asdict(dense)}
-    (folder / "secateur.json").write_text(json.dumps(record))
+    (folder / "secateur.json").write_text(json.dumps({"secateur": "0"}))
     tensors = {key: value.clone() for key, value in small.state_dict().items()}
     if config.tie_word_embeddings:
         tensors = {key: value for key, value in tensors.items() if not key.startswith(("lm_head", "embed_out"))}
@@ -637,24 +634,3 @@ def test_a_plan_can_be_asked_before_it_is_made(tmp_path):
     assert "has one width" in (gguf_obstacle(checkpoint, [dense, narrow, dense]) or "")
     assert "llama-quantize" in (gguf_obstacle(checkpoint, [dense] * 3, "q6_k") or "")
     assert "biases of attn_output, ffn_down" in (gguf_obstacle(checkpoint, [dense] * 3, biases=True) or "")
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_a_folder_with_widths_block_by_block(tmp_path, name):
-    """The same weights and logits; and it makes the same GGUF file."""
-    write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "stock")
-    done = export(tmp_path / "stock", tmp_path / "hf", format="hf")
-    with quiet():
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
-        config = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=False)
-        again = model_class(config).from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    assert done.architecture == type(again).__name__
-    assert widths_of(config) == widths_of(stock.config)
-    ids = torch.tensor([IDS])
-    assert torch.equal(logits_of(again, ids), logits_of(stock, ids))
-    first = export(tmp_path / "stock", tmp_path / "m.gguf").path.read_bytes()
-    assert export(tmp_path / "hf", tmp_path / "m.gguf", overwrite=True).path.read_bytes() == first
-    with pytest.raises(SecateurError, match="gives each block its width already"):
-        export(tmp_path / "hf", tmp_path / "again", format="hf")
-    with pytest.raises(SecateurError, match="exists and is not empty"):
-        export(tmp_path / "stock", tmp_path / "hf", format="hf")

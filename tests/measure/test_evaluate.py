@@ -34,7 +34,7 @@ from conftest import CheckpointFolder
 from models import make_letters
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.measure import compare, compare_speed, perplexity, speed
+from secateur.measure import compare, perplexity, speeds
 from secateur.measure.compare import evaluate
 
 VOCAB = 128
@@ -193,7 +193,7 @@ def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
     model.register_forward_pre_hook(
         lambda _, __, given: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    result = speed(model.train(), prompt=20, new=5, batch=2, repeats=3)
+    (result,) = speeds([model.train()], prompt=20, new=5, batch=2, repeats=3)
     # One run to warm up and three that count: the prompt, then one token at a time out of the cache.
     assert lengths == 4 * [(2, 20), *(5 * [(2, 1)])]
     assert (result.prompt, result.new, result.batch, result.device) == (20, 5, 2, "cpu")
@@ -208,8 +208,8 @@ def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
 
 def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(float(2**i) for i in range(1000))
-    monkeypatch.setattr(sys.modules[speed.__module__], "perf_counter", lambda: next(ticks))
-    result = speed(llama(), prompt=4, new=2, repeats=1)
+    monkeypatch.setattr(sys.modules[speeds.__module__], "perf_counter", lambda: next(ticks))
+    (result,) = speeds([llama()], prompt=4, new=2, repeats=1)
     # Marks of the counted run: start 2^4, first token 2^5, then 2^6 and 2^7.
     assert result.prefill_seconds == (16.0,)
     assert result.decode_seconds == (96.0,)
@@ -222,11 +222,12 @@ def test_models_take_turns() -> None:
             lambda _, __, given, name=name: order.append(name) if given["input_ids"].shape[1] > 1 else None,
             with_kwargs=True,
         )
-    result = compare_speed(a, b, prompt=8, new=1, repeats=3)
+    first, second = speeds([a, b], prompt=8, new=1, repeats=3)
     assert order == ["a", "b"] * 4
-    ratios = sorted(x / y for x, y in zip(result.a.prefill_seconds, result.b.prefill_seconds, strict=True))
-    assert result.prefill_ratio == ratios[1]
-    assert result.decode_ratio > 0
+    ratios = sorted(x / y for x, y in zip(first.prefill_seconds, second.prefill_seconds, strict=True))
+    prefill, decode = second.over(first)
+    assert prefill == ratios[1]
+    assert decode > 0
 
 
 @pytest.mark.parametrize(
@@ -241,11 +242,11 @@ def test_models_take_turns() -> None:
 )
 def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(SecateurError, match=message):
-        speed(llama(), **sizes)
+        speeds([llama()], **sizes)
 
 
 def test_all_positions_may_be_used() -> None:
-    assert speed(gpt2(), prompt=60, new=4, repeats=1).new == 4
+    assert speeds([gpt2()], prompt=60, new=4, repeats=1)[0].new == 4
 
 
 @pytest.fixture
@@ -260,9 +261,9 @@ def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: Checkpoin
     (score,) = evaluate(str(folder), texts=[text], length=20, tokens=100).models
     model = AutoModelForCausalLM.from_pretrained(folder)
     rows = torch.tensor([4 + i * i % 100 for i in range(100)]).view(5, 20)
-    (found,) = score.texts
+    (found,) = score.texts.values()
     assert found.perplexity == pytest.approx(math.exp(plain_nll(model, rows)), rel=1e-5)
-    assert (found.source, found.tokens, found.rows, found.length) == (text, 95, 5, 20)
+    assert (list(score.texts), found.tokens, found.rows, found.length) == ([text], 95, 5, 20)
     assert score.parameters == sum(p.numel() for p in model.parameters())
     assert score.bytes == 4 * score.parameters
     assert not score.bos
@@ -304,13 +305,13 @@ def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointF
     }
     assert figures["parameters"].values == [first.parameters, second.parameters]
     assert figures["parameters"].ratio == first.parameters / second.parameters < 1
-    assert figures["perplexity words.txt"].values == [m.texts[0].perplexity for m in result.models]
+    assert figures["perplexity words.txt"].values == [m.texts[text].perplexity for m in result.models]
     assert first.speed is not None
     assert second.speed is not None
     turns = zip(second.speed.prefill_seconds, first.speed.prefill_seconds, strict=True)
     assert figures["prefill tokens/s"].ratio == sorted(b / a for b, a in turns)[1]
     assert figures["prefill tokens/s"].values == [first.speed.prefill, second.speed.prefill]
-    assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][0]["tokens"] == second.texts[0].tokens
+    assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][text]["tokens"] == second.texts[text].tokens
 
 
 def test_models_that_cut_text_otherwise(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from secateur import cli
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.measure import Accuracy, kept, likelihood, log_likelihoods, open_tasks, tasks, zero_shot
+from secateur.measure import Accuracy, kept, open_tasks, tasks, zero_shot
 from secateur.measure.compare import evaluate
+from secateur.model.modeling_secateur import SecateurLlamaForCausalLM
 
 PAIRS = [
     ("w1 w2 w3", " w4 w5"),
@@ -69,15 +70,65 @@ def plain(model: Any, before: list[int], after: list[int]) -> tuple[float, bool]
     return log, all(int(logits[place].argmax()) == ids[place + 1] for place in places)
 
 
+class Source:
+    """Stands for lm-eval's task: keeps the likelihoods that it is handed."""
+
+    def __init__(self) -> None:
+        self.found: list[list[tuple[float, bool]]] = []
+
+    def process_results(self, item: int, found: list[tuple[float, bool]]) -> dict[str, int]:
+        assert item == len(self.found)
+        self.found.append(found)
+        return {"acc": 1}
+
+
+def likelihoods(model: Any, tokenizer: Any, *items: list[tuple[str, str]], **watching: Any) -> list[Any]:
+    """Of each item's answers, as `zero_shot` hands them to the task."""
+    source = Source()
+    zero_shot(model, tokenizer, [tasks.OpenTask("these", source, list(enumerate(items)))], **watching)
+    return source.found
+
+
+def close(found: list[tuple[float, bool]], expected: list[tuple[float, bool]], tolerance: float = 1e-4) -> bool:
+    """Equal likelihoods up to a relative tolerance, and the same answers greedy."""
+    (logs, greedy), (wanted, best) = zip(*found, strict=True), zip(*expected, strict=True)
+    return logs == pytest.approx(wanted, rel=tolerance) and greedy == best
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", list(ROWS))
 def test_likelihoods_are_those_of_a_plain_computation(name: str, bos: bool) -> None:
     model = build(name)
-    found = log_likelihoods(model, make_tokenizer(bos=bos), PAIRS)
-    for (question, answer), (log, greedy) in zip(PAIRS, found, strict=True):
-        expected = plain(model, *ids_of(question, answer, bos))
-        assert log == pytest.approx(expected[0], rel=1e-4), (question, answer)
-        assert greedy == expected[1]
+    first, second = likelihoods(model, make_tokenizer(bos=bos), PAIRS[:3], PAIRS[3:])
+    assert close([*first, *second], [plain(model, *ids_of(*pair, bos)) for pair in PAIRS])
+
+
+def test_a_model_with_layers_of_different_widths_is_scored() -> None:
+    widths = {1: {"intermediate_size": 40}, 2: {"num_attention_heads": 2, "num_key_value_heads": 1}}
+    own = {"per_layer_config": widths, "allow_global_per_layer_attribute_access": True}
+    config = type(build("llama").config).from_dict(build("llama").config.to_dict() | own)
+    with quiet():
+        model = SecateurLlamaForCausalLM(config).eval()
+    (found,) = likelihoods(model, make_tokenizer(), PAIRS)
+    assert close(found, [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
+
+
+def test_likelihoods_of_bfloat16_are_not_rounded_to_it() -> None:
+    model = build("llama").to(torch.bfloat16)
+    (found,) = likelihoods(model, make_tokenizer(), PAIRS)
+    expected = [plain(build("llama"), *ids_of(*pair, False))[0] for pair in PAIRS]
+    logs = torch.tensor([log for log, _ in found])
+    assert logs.tolist() == pytest.approx(expected, rel=0.05)
+    assert not torch.equal(logs, logs.bfloat16().float())
+
+
+@pytest.mark.parametrize(("logits", "items"), [(1, 64), (128 * 40 * 3, 64), (1 << 27, 1)])
+def test_batches_change_nothing(logits: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_LOGITS", logits)
+    monkeypatch.setattr(tasks, "_ITEMS", items)
+    model = build("llama")
+    found = likelihoods(model, make_tokenizer(), *([pair] for pair in PAIRS))
+    assert close([one for (one,) in found], [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
 
 
 def test_a_greedy_answer_is_known() -> None:
@@ -89,92 +140,61 @@ def test_a_greedy_answer_is_known() -> None:
         pytest.fail("choose other ids: the words of special tokens cannot be written")
     words = [f"w{i - 4}" for i in ids]
     question, answer = " ".join(words[:3]), " " + " ".join(words[3:])
-    first, second = log_likelihoods(model, make_tokenizer(), [(question, answer), (question, answer + " w1")])
-    assert first.greedy
-    assert second.log < first.log
-
-
-@pytest.mark.parametrize("batch_size", [1, 20, 10_000])
-@pytest.mark.parametrize("padding", [0, 64])
-def test_batches_change_nothing(batch_size: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_PADDING", padding)
-    model, shapes = build("llama"), []
-    model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
-    found = log_likelihoods(model, make_tokenizer(), PAIRS, batch_size=batch_size)
-    expected = [plain(build("llama"), *ids_of(*pair, False))[0] for pair in PAIRS]
-    assert [log for log, _ in found] == pytest.approx(expected, rel=1e-4)
-    if batch_size == 10_000 and padding == 64:
-        # The question with three answers and the one as long as it run once and together, then their answers.
-        assert (2, 3) in shapes
-        assert (3, 5) in shapes
-
-
-def test_models_without_the_newer_arguments_are_scored_alike() -> None:
-    model = build("llama")
-    expected = log_likelihoods(model, make_tokenizer(), PAIRS)
-    whole = model.forward
-
-    def forward(input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
-        return whole(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
-
-    model.forward = forward  # type: ignore[method-assign]
-    with quiet():
-        found = log_likelihoods(model, make_tokenizer(), PAIRS)
-    assert [log for log, _ in found] == pytest.approx([log for log, _ in expected], rel=1e-5)
+    (((one, greedy), (two, _)),) = likelihoods(
+        model, make_tokenizer(), [(question, answer), (question, answer + " w1")]
+    )
+    assert greedy
+    assert two < one
 
 
 def test_a_question_too_long_loses_its_beginning() -> None:
     model = build("llama")
     words = [f"w{i % 100}" for i in range(POSITIONS + 10)]
-    (found,) = log_likelihoods(model, make_tokenizer(), [(" ".join(words), " w1 w2 w3")])
-    before, after = ids_of(" ".join(words), "w1 w2 w3", False)
-    assert found.log == pytest.approx(plain(model, before[-(POSITIONS - 2) :], after)[0], rel=1e-4)
-    whole = " " + " ".join(words[:POSITIONS])
-    assert math.isfinite(log_likelihoods(model, make_tokenizer(), [("w1", whole)])[0].log)
-    with pytest.raises(SecateurError, match=f"answer of {POSITIONS + 1} tokens exceeds the model's {POSITIONS}"):
-        log_likelihoods(model, make_tokenizer(), [("w1", whole + " w1")])
+    question, whole = " ".join(words), " " + " ".join(words[:POSITIONS])
+    ((found, longest),) = likelihoods(model, make_tokenizer(), [(question, " w1 w2 w3"), ("w1", whole)])
+    before, after = ids_of(question, "w1 w2 w3", False)
+    assert close([found], [plain(model, before[-(POSITIONS - 2) :], after)])
+    assert math.isfinite(longest[0])
+    with pytest.raises(SecateurError, match=f"have 1 and {POSITIONS + 1} tokens, where 1 to {POSITIONS} are possible"):
+        likelihoods(model, make_tokenizer(), [("w1", whole + " w1")])
 
 
-def test_a_text_that_spells_bos_gets_no_other() -> None:
-    model = build("llama")
-    with_bos = log_likelihoods(model, make_tokenizer(bos=True), [("w1 w2", " w3"), ("<s> w1 w2", " w3")])
-    assert with_bos[0] == with_bos[1]
-
-
-def test_mode_and_progress_are_left_right() -> None:
-    model, seen = build("llama").train(), []
+def test_model_tokenizer_and_progress_are_left_right(capfd: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer, seen = build("llama").train(), make_tokenizer(), []
+    model.config.tie_word_embeddings = True
+    state = {name: value.clone() for name, value in model.state_dict().items()}
 
     class Watcher(Silent):
         def track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
-            seen.append(what)
-            return iter(items)
+            for item in items:
+                seen.append(what)
+                print("a bar", file=sys.stderr)
+                yield item
 
-    log_likelihoods(model, make_tokenizer(), PAIRS, watcher=Watcher(), what="these")
-    assert seen == ["these"]
+    likelihoods(model, tokenizer, *[PAIRS] * 65, watcher=Watcher(), what="Scoring")
+    assert seen == ["Scoring these"] * 2
+    assert capfd.readouterr() == ("", "a bar\n" * 2)
     assert model.training
-    assert log_likelihoods(model, make_tokenizer(), []) == []
+    assert tokenizer.pad_token is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert zero_shot(model, None, []) == []
 
 
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [(("w1", ""), "the answer of 'w1' has no tokens"), ((" ", "w1"), "the question of ' w1' has no tokens")],
-)
-def test_a_pair_without_tokens_is_an_error(pair: tuple[str, str], message: str) -> None:
-    with pytest.raises(SecateurError, match=message):
-        log_likelihoods(build("llama"), make_tokenizer(), [pair])
-
-
-def test_bad_models_are_named() -> None:
-    model = build("llama")
-    with pytest.raises(SecateurError, match="batch size is 0"):
-        log_likelihoods(model, make_tokenizer(), PAIRS, batch_size=0)
+def test_bad_models_and_texts_are_named() -> None:
+    model, tokenizer = build("llama"), make_tokenizer()
+    for pair, lengths in ((("w1", ""), "1 and 0"), ((" ", "w1"), "0 and 1")):
+        with pytest.raises(SecateurError, match=f"have {lengths} tokens, where 1 to {POSITIONS}"):
+            likelihoods(model, tokenizer, [pair])
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = math.nan
     with pytest.raises(SecateurError, match="logits are not numbers"):
-        log_likelihoods(model, make_tokenizer(), PAIRS)
+        likelihoods(model, tokenizer, PAIRS)
     model.resize_token_embeddings(40)
     with pytest.raises(SecateurError, match="ids outside the model's 40: wrong tokenizer"):
-        log_likelihoods(model, make_tokenizer(), [("w1", " w60")])
+        likelihoods(model, tokenizer, [("w1", " w60")])
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(SecateurError, match="neither BOS nor EOS"):
+        likelihoods(model, tokenizer, PAIRS)
 
 
 def test_the_ratio_counts_only_items_on_which_models_differ() -> None:

@@ -153,7 +153,7 @@ def test_nothing_is_written_for_a_wrong_target(
 def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL)
     found = record(tmp_path / "out")
-    assert (summary.format, summary.of, summary.uniform) == ("hf", "blocks", False)
+    assert (summary.format, summary.uniform) == ("hf", False)
     assert 0.25 <= summary.sparsity < 0.255
     assert found["price"] > 0
     assert len({tuple(block["width"].values()) for block in found["blocks"]}) > 1

@@ -105,7 +105,7 @@ def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: tor
             cut = slice_block(block, stream.stored(index), Keep(tuple(heads), tuple(range(width.channels))))
             yield index, {name: tensor.to(dtype) for name, tensor in cut.items()}
 
-    record = {"secateur": "0", "dense_width": asdict(stream.blocks[0].width)}
+    record = {"secateur": "0"}
     plan: Any = SimpleNamespace(widths=widths)
     return write(stream, out, plan, blocks(), format="hf", dtype=dtype, records={"secateur.json": record})
 
@@ -282,7 +282,7 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
         with quiet():
             checkpoint = open_checkpoint(out)
             model = model_class(checkpoint.config).from_pretrained(out, dtype=torch.float32)
-        case = latency._model_case(model, kind, length)
+        case = latency._case(model, kind, latency._whole(model, length), latency._whole(model, 1))
         with torch.inference_mode():
             assert meter.total(widths) == pytest.approx(operations(case))
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,14 @@ from secateur.commands.prune import prune
 from secateur.criteria.choice import CRITERIA, Choice, parse_choice
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.order import removal_order
-from secateur.criteria.similarity import SimilarHeads, candidates, find_similar_heads
+from secateur.criteria.similarity import candidates, find_similar_heads
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep, Width
 from secateur.model.surgery import width_of
-from secateur.plan.meters import meter_of, parameter_meter
+from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
-from secateur.plan.similar_heads import head_plan, loadable, nearest_tau, settle, thresholds, with_heads_settled
-from secateur.plan.target import parse_target
+from secateur.plan.similar_heads import loadable, similar_plan
 from secateur.survey.curves import Survey
 from secateur.survey.survey import survey
 from secateur.text.calibration import calibration_rows
@@ -151,11 +151,6 @@ def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) 
         gone, width = loadable(wish, 0, similar)
         assert wish.parameters.total({0: width}) == least
         assert set(gone) <= set(similar)
-        # The plan names the heads that stay, and they amount to the width.
-        found = SimilarHeads(0.1, (0.0, 0.5), {0: similar}, {0: gone}, 0.1)
-        kept = head_plan(wish, found, {0: width}).units[0]
-        assert kept["heads"] == tuple(head for head in range(6) if head not in gone)
-        assert width_of(wish.blocks[0], Keep(**kept)) == width
 
 
 def test_a_format_that_holds_less(checkpoint_folder: CheckpointFolder) -> None:
@@ -173,44 +168,23 @@ def some_distances(seed: int = 0, blocks: int = 3) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("share", [0.02, 0.2, 0.4, 0.9])
-def test_the_nearest_threshold(checkpoint_folder: CheckpointFolder, name: str, share: float) -> None:
-    """Against a fine grid: no threshold comes nearer."""
+@pytest.mark.parametrize("tau", [0.1, 0.2, 0.3])
+def test_a_plan_of_similar_heads_is_exact(checkpoint_folder: CheckpointFolder, name: str, tau: float) -> None:
+    """It names the heads that stay, which amount to its widths, and the share that goes."""
     wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
-
-    def gone(tau: float) -> float:
-        widths = {i: loadable(wish, i, candidates(table, tau))[1] for i, table in distances.items()}
-        part = lambda index, width: wish.parameters.module(index, "heads", width)  # noqa: E731
-        dense = sum(part(i, wish.blocks[i].width) for i in widths)
-        return 1 - sum(part(i, width) for i, width in widths.items()) / dense
-
-    tau = nearest_tau(wish, distances, share)
-    found, widths = settle(wish, distances, tau)
-    assert found.share == pytest.approx(gone(tau), abs=1e-12)
-    largest = max(float(table[torch.eye(6) == 0].max()) for table in distances.values())
-    grid = [0.05 + step * (largest - 0.05) / 4000 for step in range(4000)]
-    grid = [tau for tau in grid if any(len(candidates(table, tau)) < 5 for table in distances.values())]
-    best = min(abs(one - share) for one in map(gone, grid) if one > 0)
-    assert abs(found.share - share) <= best + 1e-12
-    assert found.removed is not None
-    assert all(widths[i].heads == 6 - len(heads) for i, heads in found.removed.items())
-
-
-def test_every_threshold_there_is(checkpoint_folder: CheckpointFolder) -> None:
-    wish, distances = wish_of(checkpoint_folder, "gpt2"), some_distances(2)
-    cases = list(thresholds(wish, distances))
-    values = sorted({float(v) for t in distances.values() for v in t[torch.ones(6, 6).triu(1) > 0]})
-    # From some distance on, one head is left in either block.
-    everything = [
-        near
-        for near, following in itertools.pairwise(values)
-        if all(len(candidates(table, (near + following) / 2)) == 5 for table in distances.values())
-    ]
-    assert 0 < len(everything) < len(values) / 2
-    assert [near for near, _, _ in cases] == [near for near in values[:-1] if near not in everything]
-    for near, tau, share in cases[::5]:
-        assert near < tau
-        assert settle(wish, distances, tau)[0].share == pytest.approx(share, abs=1e-12)
+    plan = similar_plan(wish, distances, tau)
+    assert plan.exact
+    assert plan.similar is not None
+    assert plan.similar.removed is not None
+    before = after = 0.0
+    for index, units in plan.units.items():
+        gone, width = loadable(wish, index, candidates(distances[index], tau))
+        assert plan.similar.removed[index] == gone
+        assert plan.widths[index] == width == width_of(wish.blocks[index], Keep(**units))
+        assert sorted((*units["heads"], *gone)) == list(range(6))
+        before += wish.parameters.module(index, "heads", wish.blocks[index].width)
+        after += wish.parameters.module(index, "heads", width)
+    assert plan.similar.share == pytest.approx(1 - after / before, abs=1e-12)
 
 
 def raised(call: Callable[[], Any]) -> str:
@@ -227,7 +201,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
     )
     message = raised(lambda: find_similar_heads(distances, 0.05))
     assert message.endswith("removes nothing: the distances between heads go from 0.11 to 0.5; take more than 0.11")
-    message = raised(lambda: settle(wish, distances, 0.6))
+    message = raised(lambda: similar_plan(wish, distances, 0.6))
     assert (
         "leaves each block a single head: the distances between heads go from 0.11 to 0.5; take less than 0.5"
         in message
@@ -240,13 +214,12 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
     )
     assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
-    message = raised(lambda: settle(wish, distances, 0.15))
+    message = raised(lambda: similar_plan(wish, distances, 0.15))
     assert "its 1 similar heads are no whole key/value group" in message
-    assert message.endswith("take more than 0.3")
-    assert settle(wish, distances, 0.31)[0].removed == {0: (0, 1)}
-    hopeless = {0: table(6, {(0, 2): 0.11}, far=0.5)}
-    assert raised(lambda: settle(wish, hopeless, 0.15)).endswith("no other tau finds any")
-    assert "no tau finds heads that can go" in raised(lambda: nearest_tau(wish, hopeless, 0.25))
+    assert message.endswith("go from 0.11 to 0.5; take a larger one")
+    found = similar_plan(wish, distances, 0.31).similar
+    assert found is not None
+    assert found.removed == {0: (0, 1)}
 
 
 # Orders.
@@ -332,7 +305,7 @@ def test_of_two_copies_one_goes_and_nothing_is_lost(tmp_path: Path, name: str) -
 def test_every_family(tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str) -> None:
     """A share of the attention goes, by heads that Algorithm 2 finds in the dense model; what comes out loads."""
     folder = checkpoint_folder(name)
-    summary = prune(folder, tmp_path / "out", criterion="similarity", tau="auto", sparsity=0.3, **SMALL)
+    summary = prune(folder, tmp_path / "out", criterion="similarity", tau=some_tau(folder), **SMALL)
     found = record(tmp_path / "out")["similarity"]
     stream = BlockStream(open_checkpoint(folder))
     text = calibration(stream)
@@ -351,20 +324,33 @@ def test_every_family(tmp_path: Path, checkpoint_folder: CheckpointFolder, name:
     assert relative(logits_of(small, token_rows(2)), logits_of(build(name), token_rows(2))) > 1e-4
 
 
+def some_tau(folder: Path) -> float:
+    """A threshold at which some heads can go."""
+    stream = BlockStream(open_checkpoint(folder))
+    parameters = parameter_meter(stream)
+    wish = PlanProblem(stream.blocks, range(len(stream)), parameters, 0.25, parameters)
+    distances = head_distances(stream, calibration(stream))
+    pairs = torch.cat([table[torch.ones_like(table).triu(1) > 0] for table in distances.values()])
+    for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9):
+        with suppress(SecateurError):
+            tau = float(pairs.quantile(share))
+            similar_plan(wish, distances, tau)
+            return tau
+    raise AssertionError("no heads are alike")
+
+
 def calibration(stream: BlockStream) -> Tensor:
     vocabulary = stream.checkpoint.config.vocab_size
     tokenizer = stream.checkpoint.tokenizer()
     return calibration_rows(tokenizer, "random", samples=30, length=24, seed=0, vocab_size=vocabulary)
 
 
-def test_the_tau_that_was_found_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_record_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     folder = checkpoint_folder("llama every head")
-    prune(folder, tmp_path / "auto", criterion="similarity", tau="auto", sparsity=0.3, **SMALL)
-    tau = record(tmp_path / "auto")["similarity"]["tau"]
-    prune(folder, tmp_path / "given", criterion="similarity", tau=tau, **SMALL)
+    prune(folder, tmp_path / "given", criterion="similarity", tau=some_tau(folder), **SMALL)
     prune(folder, tmp_path / "planned", plan=str(tmp_path / "given" / "secateur.json"), **SMALL)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("auto", "given", "planned")]
-    assert weights[0] == weights[1] == weights[2]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("given", "planned")]
+    assert weights[0] == weights[1]
 
 
 def test_some_blocks_alone(tmp_path: Path) -> None:
@@ -407,23 +393,6 @@ def test_similar_heads_then_the_lowest_scores(tmp_path: Path, criterion: str, wi
     assert cut
 
 
-@pytest.mark.parametrize("channels", ["surgeon", "second-moment", "l1"])
-def test_similar_heads_and_another_criterion_for_channels(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, channels: str
-) -> None:
-    folder = checkpoint_folder("llama")
-    criterion = f"heads=similarity,channels={channels}"
-    summary = prune(folder, tmp_path / "out", criterion=criterion, tau="auto", sparsity=0.3, **SMALL)
-    assert summary.sparsity == pytest.approx(0.3, abs=0.005)
-    assert summary.note is not None
-    assert "similar heads" in summary.note
-    found = record(tmp_path / "out")
-    for entry, block in zip(found["similarity"]["blocks"], found["blocks"], strict=True):
-        assert sorted([*block["heads"], *entry["removed"]]) == list(range(6))
-    assert any(entry["removed"] for entry in found["similarity"]["blocks"])
-    assert sum(len(block["channels"]) for block in found["blocks"]) < 3 * 72
-
-
 def test_a_pair_is_each_criterion_on_its_own_module(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """Weights alone decide here, so that no module sees what another one lost."""
     folder = checkpoint_folder("qwen2")
@@ -464,39 +433,8 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
     for how, message in (
         ({"criterion": "heads=l1,channels=l1"}, "a survey with criterion similarity+l1"),
         ({"criterion": "similarity+l1", "tau": 0.16}, "a survey with tau 0.17, where 0.16 is asked for"),
-        ({"criterion": "similarity+l1", "tau": "auto"}, "a survey with tau 0.17"),
     ):
         assert message in raised(lambda how=how: run(**how))
-
-
-@pytest.mark.parametrize("goal", ["params=70%", "bytes=70%", "kv=60%"])
-def test_targets_with_heads_settled(checkpoint_folder: CheckpointFolder, goal: str) -> None:
-    """The budget in absolute terms stays what it was."""
-    wish = wish_of(checkpoint_folder, "gpt2")
-    target = parse_target(goal)
-    stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
-    how: dict[str, Any] = {
-        "dtype": torch.float32,
-        "gguf_type": None,
-        "device": torch.device("cpu"),
-        "watcher": Silent(),
-    }
-    meter = meter_of(target, stream, **how)
-    wish = replace(wish, goal=target, meter=meter)
-    widths = {index: Width(5, 1, 96) for index in range(3)}
-    if goal.startswith("kv"):
-        # Channels hold no keys.
-        assert "with the similar heads gone, the channels can bring" in raised(lambda: with_heads_settled(wish, widths))
-        return
-    changed = with_heads_settled(wish, widths)
-    assert changed.budget == pytest.approx(wish.budget)
-    assert changed.meter.dense == pytest.approx(wish.meter.total(widths))
-    assert changed.kinds == ("channels",)
-    shrunk = {index: Width(1, 1, 96) for index in range(3)}
-    small = replace(wish, goal=parse_target("params=99%"), meter=wish.parameters)
-    assert "the similar heads alone take the model from" in raised(lambda: with_heads_settled(small, shrunk))
-    share = replace(wish, goal=0.25, meter=wish.parameters)
-    assert with_heads_settled(share, widths).budget == pytest.approx(share.budget)
 
 
 # What is written, and every mistake in it.
@@ -506,7 +444,6 @@ def test_spellings() -> None:
     assert parse_choice("l1") == Choice("l1", "l1", False)
     assert parse_choice("similarity") == Choice("similarity", None, True)
     assert parse_choice("similarity+wanda") == Choice("wanda", "wanda", True)
-    assert parse_choice("heads=similarity, channels=l2") == Choice("similarity", "l2", True)
     assert parse_choice("channels=l2,heads=similarity+surgeon") == Choice("surgeon", "l2", True)
     assert parse_choice("heads=l1,channels=surgeon") == Choice("l1", "surgeon", False)
     assert [Options(criterion=text).choice.of("channels") for text in ("l1", "heads=l1,channels=l2")] == ["l1", "l2"]
@@ -526,26 +463,25 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "heads=best,channels=l1"}, "it must be one of surgeon"),
     ({"tau": 0.2}, "tau is about similar heads: leave --tau out, or take --criterion similarity"),
     ({"criterion": "heads=l1,channels=l2", "tau": 0.2}, "tau is about similar heads"),
-    ({"criterion": "similarity"}, "similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity"),
+    ({"criterion": "similarity"}, "similarity needs a threshold: add --tau, for example 0.19"),
     ({"criterion": "similarity", "tau": 0}, "tau is 0; it must be above 0 and at most ln 2 = 0.6931"),
-    ({"criterion": "similarity", "tau": "0"}, "tau is 0; it must be above 0"),
     ({"criterion": "similarity", "tau": -0.1}, "tau is -0.1; it must be above 0"),
-    ({"criterion": "similarity", "tau": "0.7"}, "tau is 0.7; it must be above 0 and at most ln 2"),
-    ({"criterion": "similarity", "tau": "nan"}, "tau is nan; it must be above 0"),
-    ({"criterion": "similarity", "tau": "much"}, "tau is much; it must be above 0"),
-    ({"criterion": "similarity", "tau": "auto"}, "tau auto needs a --sparsity"),
+    ({"criterion": "similarity", "tau": 0.7}, "tau is 0.7; it must be above 0 and at most ln 2"),
+    ({"criterion": "similarity", "tau": float("nan")}, "tau is nan; it must be above 0"),
     ({"criterion": "similarity", "tau": 0.2, "sparsity": 0.2}, "--tau and --sparsity both say how much goes"),
     ({"criterion": "similarity", "tau": 0.2, "target": "params=80%"}, "--tau and --target both say how much goes"),
-    ({"criterion": "similarity", "tau": 0.2, "plan": __file__}, "--tau and --plan both say how many heads go"),
-    ({"criterion": "similarity", "tau": 0.2, "widths": __file__}, "--tau and --widths with a file both say how many"),
+    ({"criterion": "similarity", "tau": 0.2, "plan": __file__}, "--tau and --plan both say how much goes"),
+    ({"criterion": "similarity", "tau": 0.2, "widths": __file__}, "--tau and --widths with a file both say how much"),
     ({"criterion": "similarity", "tau": 0.2, "modules": ("channels",)}, "similarity is between heads: add heads to"),
     (
         {"criterion": "similarity", "tau": 0.2, "widths": "uniform"},
         "which the stock format and --widths uniform do not",
     ),
     ({"criterion": "similarity", "tau": 0.2, "format": "stock"}, "the stock format"),
-    ({"criterion": "heads=similarity,channels=l1", "tau": 0.2, "modules": ("heads",)}, "but --modules leaves them out"),
-    ({"criterion": "heads=similarity,channels=l1", "tau": 0.2, "target": "ppl=1.2x"}, "a target of perplexity varies"),
+    (
+        {"criterion": "heads=similarity,channels=l1", "tau": 0.2},
+        "similarity alone leaves all channels: write similarity+X",
+    ),
 ]
 
 
@@ -570,7 +506,7 @@ def test_models_and_formats_without_fewer_heads(
 
 
 @pytest.mark.parametrize("tau", [1e-6, 0.69])
-@pytest.mark.parametrize("criterion", ["similarity", "similarity+l1", "heads=similarity,channels=l1"])
+@pytest.mark.parametrize("criterion", ["similarity", "similarity+l1"])
 def test_nothing_is_written_where_tau_is_wrong(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, tau: float, criterion: str
 ) -> None:

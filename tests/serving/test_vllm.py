@@ -26,8 +26,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep, Width
 from secateur.plan.problem import Plan
-from secateur.write.slice import slice
-from secateur.write.write import write
+from secateur.write.write import slice, write
 
 # In this process, on one thread, with a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer, token_rows
+from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands import dry_run as expect
 from secateur.model.checkpoint import open_checkpoint
 from secateur.text import draw, self_calibration
-from secateur.text.calibration import calibration_rows
-from secateur.text.documents import read_documents
-from secateur.text.row_file import KEY, holds_rows, write_rows
 from secateur.text.self_calibration import BATCH_ROWS, opening, self_rows
 
 NAMES = ["llama", "llama biased", "llama tied", "gpt2", "gpt2 scaled", "opt", "qwen2", "gemma2", "gpt_neox"]
@@ -99,106 +96,25 @@ def test_where_a_text_begins() -> None:
         opening(*names(None, None))
 
 
-# The file.
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    write_rows(tmp_path / "rows.jsonl", token_rows(6, 10), make_tokenizer())
-    return tmp_path / "rows.jsonl"
-
-
-def read(file: Path, samples: int, length: int, tokenizer: Any = None, **how: Any) -> Tensor:
-    how = {"seed": 5, "vocab_size": VOCAB} | how
-    return calibration_rows(tokenizer or make_tokenizer(), str(file), samples=samples, length=length, **how)
-
-
-def test_a_file_gives_the_same_rows(tmp_path: Path) -> None:
-    rows = token_rows(6, 10)
-    # Special tokens have no text, and ids may lie beyond what the tokenizer knows.
-    rows[0, 0], rows[1, 4], rows[2, 5] = BOS, EOS, VOCAB - 1
-    file = tmp_path / "rows.jsonl"
-    write_rows(file, rows, make_tokenizer())
-    assert holds_rows(str(file))
-    for tokenizer in (make_tokenizer(), make_tokenizer(bos=True)):
-        assert torch.equal(read(file, 6, 10, tokenizer), rows)
-        assert torch.equal(read(file, 4, 7, tokenizer), rows[:4, :7])
-
-
-def test_it_is_a_text_too(rows_file: Path) -> None:
-    documents = read_documents(str(rows_file))
-    assert documents == [make_tokenizer().decode(ids) for ids in token_rows(6, 10)]
-
-
-def test_other_files_are_texts(tmp_path: Path) -> None:
-    for name, text in (
-        ("a.jsonl", '{"text": "w1"}'),
-        ("b.jsonl", "[]"),
-        ("c.jsonl", ""),
-        ("d.txt", f'{{"{KEY}": []}}'),
-    ):
-        (tmp_path / name).write_text(text)
-        assert not holds_rows(str(tmp_path / name))
-    assert not any(holds_rows(source) for source in ("-", "random", "self", "wikitext2"))
-
-
-@pytest.mark.parametrize(
-    ("line", "sizes", "message"),
-    [
-        ("", (7, 10), "rows.jsonl: too short for the samples, it has 6 rows, not 7; take samples 6"),
-        ("", (6, 11), "rows.jsonl line 1 has 10 tokens, not 11; take length 10, or write the rows anew"),
-        ("{", (7, 10), "rows.jsonl line 8 is not JSON"),
-        ("[]", (7, 10), f"rows.jsonl line 8 has no text and {KEY} as the lines before it"),
-        ('{"text": "w1"}', (7, 10), "line 8 has no text and"),
-        ('{"text": "w1", "token_ids": [5.0]}', (7, 10), "line 8 has no text and"),
-        ('{"text": "w1", "token_ids": [6]}', (7, 10), "line 8: token_ids are not those of text; leave token_ids out"),
-        (
-            '{"text": "w1", "token_ids": [999]}',
-            (7, 10),
-            "line 8 has id 999, but the model has 128 ids: another model's",
-        ),
-    ],
-)
-def test_mistakes_in_a_file(rows_file: Path, line: str, sizes: tuple[int, int], message: str) -> None:
-    """After an empty line, behind the good rows."""
-    with rows_file.open("a") as file:
-        file.write(f"\n{line}\n")
-    with pytest.raises(SecateurError) as error:
-        read(rows_file, *sizes)
-    assert message in str(error.value)
-
-
-def test_advice_counts_the_rows_that_can_be_chosen(rows_file: Path) -> None:
-    with pytest.raises(SecateurError, match=r"it has 6 rows, not 12; take refit-samples 2$"):
-        read(rows_file, 12, 10, option="refit-samples", taken=4)
-    with pytest.raises(SecateurError, match=r"it has 6 rows, not 12; take a longer file$"):
-        read(rows_file, 12, 10, option="refit-samples", taken=8)
-
-
 # The whole command.
 
 SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3}
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt"])
-def test_what_was_kept_gives_the_same_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
-    model, file = checkpoint_folder(name), tmp_path / "rows.jsonl"
-    first = prune(model, tmp_path / "a", calibration="self", refit_samples=40, save_calibration=file, **SIZE)
+def test_one_seed_gives_one_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+    model = checkpoint_folder(name)
+    first = prune(model, tmp_path / "a", calibration="self", refit_samples=40, **SIZE)
     assert first.sparsity == pytest.approx(0.3, abs=0.01)
-    assert len(file.read_text().splitlines()) == 44
     prune(model, tmp_path / "b", calibration="self", refit_samples=40, **SIZE)
-    prune(model, tmp_path / "c", calibration=str(file), refit_samples=40, **SIZE)
-    prune(model, tmp_path / "d", calibration="random", refit_samples=40, **SIZE)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"]
-    assert weights[0] == weights[1] == weights[2] != weights[3]
+    prune(model, tmp_path / "c", calibration="self", refit_samples=40, seed=1, **SIZE)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_a_dry_run_loads_no_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
-    file = tmp_path / "rows.jsonl"
-    model = checkpoint_folder("llama")
-    assert prune(model, tmp_path / "out", calibration="self", save_calibration=file, dry_run=True, **SIZE).dry
-    assert not file.exists()
+    assert prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", dry_run=True, **SIZE).dry
 
 
 def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,7 +1,5 @@
 """How long steps tell about their progress: the library is silent, the command line draws bars."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path

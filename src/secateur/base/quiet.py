@@ -1,7 +1,5 @@
 """Silence for transformers and the hub client while they load, undone afterwards."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Numbers, lists and dtypes in words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,7 +1,5 @@
 """All commands in the order of the help, and `main`: one line for every mistake."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import signal

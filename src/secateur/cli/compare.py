@@ -1,7 +1,5 @@
 """`secateur compare`: a recipe carried out."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,10 +80,11 @@ def compare(
 
     Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """
-    from secateur.compare.recipe import Changes, changed, read_recipe
+    from secateur.compare.recipe import changed, read_recipe
 
     *models, name = what
-    changes = Changes(
+    recipe = changed(
+        read_recipe(name),
         calibration=calibration,
         perplexity=tuple(perplexity) if perplexity else None,
         tasks=None if tasks is None else parse_list("" if tasks == "none" else tasks),
@@ -97,24 +96,17 @@ def compare(
         blocks=blocks,
         seeds=parse_whole_numbers("seeds", seeds),
     )
-    recipe = changed(read_recipe(name), changes)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
-        from secateur.compare.activations import compare_activations
+        from secateur.compare.dense import compare_dense
         from secateur.compare.grid import compare as run
-        from secateur.compare.heads import compare_heads
         from secateur.compare.plots import plot_comparison
         from secateur.compare.tables import compare_table, write_tables
 
     how: dict[str, Any] = {"device": running.device, "trust_remote_code": running.trust_remote_code, "watcher": bars}
     try:
-        if recipe.kind == "activations":
-            compare_activations(recipe, models, out, **how)
-            typer.echo(f"table.md, table.csv, table.json and activations.png are in {out}")
-            return
-        if recipe.kind == "graph":
-            compare_heads(recipe, models, out, **how)
-            typer.echo(f"table.json and graph.png are in {out}")
+        if recipe.kind != "grid":
+            typer.echo(f"{compare_dense(recipe, models, out, **how)} are in {out}")
             return
         found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
     except KeyboardInterrupt:

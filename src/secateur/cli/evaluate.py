@@ -1,7 +1,5 @@
 """`secateur eval`: one model measured, or two side by side."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path
@@ -11,10 +9,9 @@ import typer
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, write_whole
-from secateur.cli.arguments import Model
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import parse_list
+from secateur.cli.values import Model, parse_list
 from secateur.commands.options import COMPUTING, OUTPUT, Running
 
 _measured = partial(typer.Option, rich_help_panel="What to measure")

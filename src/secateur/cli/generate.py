@@ -5,12 +5,10 @@ whose fields are declared by `secateur.commands.options.option`, the command lin
 the function an object of the class. `Only(...)` and `Without(...)` in the annotation pick some of the fields.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -82,8 +80,6 @@ def _parameter(name: str, one: Declared, owner: type, hint: Any) -> inspect.Para
     shown: Any = one.shown if one.shown is not None else True
     if get_origin(hint) is tuple:
         hint, default = str, ",".join(default)
-    elif str in get_args(hint) and float in get_args(hint):
-        hint = Union[str, None]  # noqa: UP007 - typer reads it at run time
     what = typer.Option(f"--{spelled(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
 

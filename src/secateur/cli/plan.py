@@ -1,17 +1,14 @@
 """`secateur plan`: widths block by block, chosen or checked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from secateur.base.files import Output
-from secateur.cli.arguments import Model
 from secateur.cli.generate import Without, generated
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_apart, check_survey
+from secateur.cli.values import Model, check_survey
 from secateur.commands.options import OUTPUT, Options, Running
 
 FITTED = ("recovery", "effort", "recover", "refit_calibration", "refit_samples")
@@ -36,10 +33,9 @@ def plan(
 
     Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
     """
-    check_apart(survey=running.survey, calibration=running.save_calibration, plan=out)
+    check_survey(running.survey, out)
     if out is not None:
         Output(out, file="", overwrite=running.overwrite).check()
-    check_survey(running.survey)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.commands.plan import propose

@@ -1,16 +1,13 @@
 """`secateur prune`: a smaller checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from secateur.cli.arguments import Model
 from secateur.cli.generate import generated
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_apart, check_survey
+from secateur.cli.values import Model, check_survey
 from secateur.commands.options import Options, Running
 
 
@@ -30,8 +27,7 @@ def prune(
 
     Example: secateur prune ./SmolLM2-135M ./SmolLM2-pruned --sparsity 0.25 --calibration text.txt
     """
-    check_apart(out, survey=running.survey, calibration=running.save_calibration)
-    check_survey(running.survey)
+    check_survey(running.survey, out)
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.commands.prune import prune as run

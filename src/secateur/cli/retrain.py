@@ -1,14 +1,12 @@
 """`secateur retrain`: a pruned folder, retrained with LoRA."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
 
-from secateur.cli.arguments import OutFolder, PrunedFolder
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars
+from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import Running
 from secateur.compare.training import Training
 

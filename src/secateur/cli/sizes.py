@@ -1,7 +1,5 @@
 """`secateur sizes`: several sizes from one survey, side by side."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +7,12 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.arguments import Model
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
-from secateur.cli.values import check_survey, parse_shares
+from secateur.cli.values import Model, check_survey, parse_shares
 from secateur.commands.options import TARGET, WIDTHS, Options, Running
 
-TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype", "of")
+TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
 
 
 @generated

@@ -1,16 +1,14 @@
 """`secateur survey`: what each module costs at each width, as a file and a page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.arguments import Model
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
+from secateur.cli.values import Model
 from secateur.commands.options import OUTPUT, SURVEYED, Options, Running
 from secateur.criteria.choice import SIMILARITY
 

@@ -1,17 +1,13 @@
 """What a person sees while a command runs and after it: bars and notes on standard error, tables on standard output."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.table import Table
 
 T = TypeVar("T")
 

@@ -1,11 +1,23 @@
-"""What is given as text, read and checked."""
-
-from __future__ import annotations
+"""Arguments that several commands take, and what is given as text, read and checked."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a hub id (owner/name), or a .gguf file.", show_default=False
+    ),
+]
+PrunedFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that secateur prune wrote.", show_default=False)
+]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -37,28 +49,11 @@ def parse_shares(text: str) -> list[float]:
     return sorted(shares)
 
 
-def check_apart(folder: Path | None = None, **files: Path | None) -> None:
-    """See that no two of what is written share a place, nor lie in a folder that is written anew.
-
-    Args:
-        folder: which appears whole, in place of what is there.
-        files: by what they are.
-    """
-    places = {what: path.absolute() for what, path in files.items() if path is not None}
-    if folder is not None:
-        places["output"] = folder.absolute()
-        for what, path in places.items():
-            if places["output"] in path.parents:
-                raise SecateurError(
-                    f"{files[what]}: lies in {folder}, which is written anew; keep the {what} elsewhere"
-                )
-    for what, path in places.items():
-        other = next((name for name, place in places.items() if place == path and name != what), None)
-        if other is not None:
-            raise SecateurError(f"{files[what]}: the {what} and the {other} cannot have one name; choose another one")
-
-
-def check_survey(survey: Path | None) -> None:
-    """See that a survey can be written, where there is none to read."""
-    if survey is not None and not survey.exists():
+def check_survey(survey: Path | None, out: Path | None = None) -> None:
+    """See that a survey can be written where there is none to read, and that no other output takes its place."""
+    if survey is None:
+        return
+    if out is not None and out.absolute() in (survey.absolute(), *survey.absolute().parents):
+        raise SecateurError(f"{survey}: the survey needs a place of its own beside {out}; name another one")
+    if not survey.exists():
         Output(survey, file="").check()

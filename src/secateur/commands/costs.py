@@ -3,8 +3,6 @@
 n calibration tokens, p parameters of a block's matrices, d residual width, a inputs of a level-2 layer.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """A dry run: what would come out, and the seconds and bytes that each step takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 
@@ -54,7 +52,7 @@ def expect(run: OpenRun) -> Summary:
     options, survey = run.options, run.running.survey
     if options.searches:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
-    if options.choice.settles:
+    if options.choice.alone:
         raise SecateurError("how many heads are similar is found by running the model; leave out --dry-run")
     rows = draw_rows(run, dry=True).with_blank_copies()
     if run.request.needs_survey:
@@ -82,7 +80,7 @@ def surveying(run: OpenRun, rows: CalibrationRows, rate: Speed) -> tuple[float, 
     """Seconds and bytes of the survey, each module probed at so many widths and without units."""
     stream, (few, probed) = run.stream, survey_rows(rows.text)
     # An upper bound where only some blocks are chosen: fewer streams begin then.
-    how = {"probed": probed.numel(), "probes": len(run.request.surveyed) * (len(PROBED) + 1)}
+    how = {"probed": probed.numel(), "probes": len(run.options.kinds) * (len(PROBED) + 1)}
     seconds = SLACK * survey_flops(stream.blocks, few.numel(), **how) / rate(torch.float32)
     return seconds, survey_bytes(stream.blocks, stream.width, few.numel(), **how)
 

@@ -1,7 +1,5 @@
 """The fitted blocks of a run, one after the other, and the loss of a plan that is tried."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Iterator
 

@@ -1,7 +1,5 @@
 """The first step: a model opened, and everything found that is wrong with what is asked of it."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,10 +107,7 @@ def open_model(
 
     Args:
         model: a folder, a .gguf file or a hub id.
-        options: what to do.
-        running: where and how.
         out: the folder or the .gguf file that will be written, to be checked too.
-        watcher: told about progress.
         settings: in place of `options` and `running`, any of their fields by name.
 
     Raises:
@@ -123,12 +118,6 @@ def open_model(
     where = pick_device(running.device)
     for source in dict.fromkeys(options.sources):
         check_calibration(source, samples=options.samples, length=options.length)
-    if running.save_calibration is not None:
-        if SELF not in options.sources:
-            raise SecateurError(
-                "--save-calibration keeps what the model writes: add --calibration self or --refit-calibration self"
-            )
-        Output(running.save_calibration, file=".jsonl").check()
     if out is not None:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, running.overwrite)

@@ -5,8 +5,6 @@ The command line, the Python signature, recipes and the record in secateur.json 
 `PAPER`, a panel of its own at the end of the help.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection
@@ -162,17 +160,10 @@ class Options:
         shown="as in MODEL; bfloat16 from .gguf",
         choices=DTYPES,
     )
-    of: str = option(
-        "blocks",
-        PAPER,
-        "Parameters of which --sparsity is a share: those of the pruned blocks, or of the whole model.",
-        choices=("blocks", "model"),
-    )
-    tau: float | str | None = option(
+    tau: float | None = option(
         None,
         PAPER,
-        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence (0.19, "
-        "say); auto: the one at which the share --sparsity of the attention goes.",
+        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence: 0.19, say.",
         shown="none",
     )
     sigma: str | None = option(
@@ -274,52 +265,33 @@ class Options:
                 raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
             return
         if self.tau is None:
-            raise SecateurError("similarity needs a threshold: add --tau 0.19, or --tau auto with a --sparsity")
-        if self.tau == "auto":
-            if self.sparsity is None:
-                raise SecateurError("tau auto needs a --sparsity: the share of the attention's parameters to remove")
-        elif not 0 < self.threshold <= LARGEST:
+            raise SecateurError("similarity needs a threshold: add --tau, for example 0.19")
+        if not 0 < self.tau <= LARGEST:
             raise SecateurError(
-                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST:.4f}, for example 0.19, or auto"
+                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST:.4f}, for example 0.19"
             )
         if "heads" not in self.modules:
             raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
-        if choice.settles:
-            self._check_settled(choice)
-
-    def _check_settled(self, choice: Choice) -> None:
-        """Nothing but the threshold says how many heads go."""
-        if choice.alone and self.tau != "auto" and (self.sparsity is not None or self.target is not None):
-            said = "--sparsity" if self.sparsity is not None else "--target"
-            raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out, or take --tau auto")
-        if self.gives_widths:
-            said = "--plan" if self.plan is not None else "--widths with a file"
-            raise SecateurError(f"--tau and {said} both say how many heads go; leave one of them out")
+        if not choice.alone:
+            return
+        given = {
+            "--sparsity": self.sparsity,
+            "--target": self.target,
+            "--plan": self.plan,
+            "--widths with a file": self.gives_widths,
+        }
+        if said := next((name for name, value in given.items() if value), None):
+            raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out")
         if self.widths == "uniform" or self.format == "stock":
             raise SecateurError(
                 "similarity finds as many heads to remove as there are in each block, which the stock format and "
                 "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
-            )
-        if not choice.alone and "channels" not in self.modules:
-            raise SecateurError("channels have a criterion, but --modules leaves them out; take --criterion similarity")
-        if not choice.alone and self.searches:
-            raise SecateurError(
-                "a target of perplexity varies the heads too, whose number tau decides: take --criterion "
-                "similarity+surgeon, or another target"
             )
 
     @property
     def choice(self) -> Choice:
         """The criterion of each kind of unit."""
         return parse_choice(self.criterion)
-
-    @property
-    def threshold(self) -> float:
-        """`tau` as a number; NaN where it is none."""
-        try:
-            return float(self.tau or "nan")
-        except ValueError:
-            return math.nan
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -404,13 +376,6 @@ class Running:
     )
     trust_remote_code: bool = option(
         False, COMPUTING, "Let code that comes with the checkpoint run, where transformers does not know the model."
-    )
-    save_calibration: Path | None = option(
-        None,
-        PAPER,
-        "New .jsonl file that keeps what the model writes with --calibration self; --calibration FILE reads the same "
-        "rows back.",
-        shown="none",
     )
 
 

@@ -1,7 +1,5 @@
 """`plan`: the widths that `prune` would choose, or a plan that a person wrote, checked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -26,10 +24,7 @@ def propose(
 
     Args:
         model: see `prune`.
-        options: see `prune`.
-        running: see `prune`.
         out: a JSON file for the plan.
-        watcher: told about progress.
 
     Raises:
         SecateurError: as `prune` does.

@@ -1,7 +1,5 @@
 """`prune`: six steps, from a checkpoint on disk to a smaller one beside it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,6 @@ def prune(
     Args:
         model: a folder, a .gguf file or a hub id.
         out: the folder, or the .gguf file, to write; it appears whole or not at all.
-        options: what to do.
-        running: where and how.
-        watcher: told about progress.
         settings: in place of `options` and `running`, any of their fields by name: `sparsity=0.25`, `device="cpu"`, ...
 
     Raises:

@@ -1,7 +1,5 @@
 """A request checked against the model: the problem that a plan must solve, or the plan that a file spells out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Kind, Width
+from secateur.model.structure import KINDS, Width
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
@@ -37,8 +35,6 @@ class CheckedRequest:
     """Of the folder; a GGUF file is made from an `hf` one."""
     needs_survey: bool
     """There is more than one plan to choose from."""
-    surveyed: tuple[Kind, ...]
-    """The modules that a survey is about."""
 
     @property
     def chosen(self) -> range:
@@ -65,12 +61,10 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
         watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
     if choice.similar:
         check_heads(problem)
-    # Where similarity settles the heads, a survey is about channels alone.
-    surveyed: tuple[Kind, ...] = ("channels",) if choice.settles and not choice.alone else options.kinds
     given = _plan_from_file(stream, options, problem)
     if given is not None:
         _check_given(stream, options, problem, given, format)
-        return CheckedRequest(problem, given, format, False, surveyed)
+        return CheckedRequest(problem, given, format, False)
     if isinstance(options.goal, Target) and not options.searches:
         if options.format == "gguf" and options.goal.quantity in FASTER:
             watcher.note("Speed is measured with torch's kernels on this machine; llama.cpp's may gain otherwise")
@@ -84,7 +78,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
             biases=options.adds_biases,
         )
         problem = replace(problem, meter=meter)
-    return CheckedRequest(problem, None, format, _needs_survey(problem, options), surveyed)
+    return CheckedRequest(problem, None, format, _needs_survey(problem, options))
 
 
 def check_plan(stream: BlockStream, options: Options, parameters: Meter, decided: Plan) -> Plan:
@@ -124,7 +118,6 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         parameters=parameters,
         goal=options.goal,
         meter=parameters,
-        of=options.of,
         kinds=options.kinds,
         multiple=options.round,
         obstacle=obstacle,
@@ -152,12 +145,12 @@ def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem)
     if options.plan is not None:
         widths, units = read_plan(Path(options.plan), stream.blocks, stream.checkpoint.fingerprint)
         reached = problem.sparsity(widths)
-        return Plan(widths, reached, reached, problem.of, units=units)
+        return Plan(widths, reached, reached, units=units)
     if options.widths in WIDTHS:
         return None
     widths = read_ratios(Path(options.widths), stream.blocks, options.round)
     reached = problem.sparsity(widths)
-    return Plan(widths, reached, reached, problem.of)
+    return Plan(widths, reached, reached)
 
 
 def _check_given(stream: BlockStream, options: Options, problem: PlanProblem, given: Plan, format: Format) -> None:

@@ -1,7 +1,5 @@
 """The result of a run: its figures, and the record of what was kept where and why."""
 
-from __future__ import annotations
-
 import platform
 import resource
 import time
@@ -42,7 +40,6 @@ def summary_of(
         widths=decided.widths,
         format="gguf" if gguf_type else run.request.format,
         sparsity=decided.sparsity,
-        of=decided.of,
         note=decided.note,
         vllm=None
         if gguf_type
@@ -76,14 +73,12 @@ def record(
             "begins_with_bos": rows.begins_with_bos,
         },
         "sparsity": {
-            "of": decided.of,
             "wanted": decided.wanted,
             "reached": decided.sparsity,
             "note": decided.note,
         },
         "price": decided.price,
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
-        "dense_width": asdict(stream.blocks[min(decided.widths)].width),
         "blocks": [
             {
                 "block": block.index,

@@ -1,12 +1,9 @@
 """`sizes`: several sizes of one model from one survey, and what each costs."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import secateur
 from secateur.base.errors import SecateurError
@@ -23,6 +20,7 @@ from secateur.report.plots import plot_sizes
 from secateur.report.summary import Size
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
+from secateur.write.export import RECORD
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 
@@ -48,14 +46,13 @@ def sizes(
             where it was stopped.
         texts: to measure the perplexity of.
         tokens: of each text; all of them by default.
-        watcher: told about progress.
 
     Raises:
         SecateurError: as `prune` does, before the first model is written.
     """
     running = running or Running()
     own, file = running.survey is None, running.survey or out / "survey.json"
-    folders = _folders(out, options, file, running.overwrite)
+    folders = _folders(out, options, file)
     for text in texts:
         check_calibration(text, length=options[-1].length)
     new = not out.exists()
@@ -63,7 +60,7 @@ def sizes(
     try:
         source = Path(model) if Path(model).is_dir() else None
         for folder in folders:
-            if running.overwrite or not folder.exists():
+            if running.overwrite or not (folder / RECORD).exists():
                 Output(folder, overwrite=running.overwrite, source=source).check()
         last = open_model(model, options[-1], running, watcher=watcher)
         runs = [_for_size(last, one, file) for one in options]
@@ -72,15 +69,17 @@ def sizes(
         for text in texts:
             with reading(last.watcher, "Reading", text):
                 scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
+        there = [folder for folder in folders if (folder / RECORD).exists() and not running.overwrite]
+        for run, folder in zip(runs, folders, strict=True):
+            if folder in there and not _made(run, plain, folder):
+                raise SecateurError(
+                    f"{folder}: made with other options, weights or another text; add --overwrite to replace it"
+                )
     except BaseException:
         if new:
             out.rmdir()
         raise
     rows = plain.with_copies(last.stream, last.watcher)
-    there = [folder for folder in folders if folder.exists() and not running.overwrite]
-    for run, folder in zip(runs, folders, strict=True):
-        if folder in there and not _made_from(run, rows, folder):
-            raise SecateurError(f"{folder}: of other weights or another text; add --overwrite to replace it")
     weighing = next((run for run in runs if run.request.needs_survey), last)
     if own:
         # What this command put there is its own to replace.
@@ -119,16 +118,13 @@ def _for_size(run: OpenRun, options: Options, survey: Path) -> OpenRun:
     return replace(run, options=options, request=request, running=replace(run.running, survey=survey))
 
 
-def _folders(out: Path, options: list[Options], survey_file: Path, overwrite: bool) -> list[Path]:
-    """The folder of each size, if nothing else is there."""
+def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]:
+    """The folder of each size."""
     if out.exists() and not out.is_dir():
         raise SecateurError(f"{out}: a file is there; name a folder")
-    folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
-    for folder, one in zip(folders, options, strict=True):
-        if folder.exists() and not overwrite and _made(folder, one) is None:
-            raise SecateurError(f"{folder}: exists already; add --overwrite to replace it")
     if not out.absolute().parent.is_dir():
         raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
+    folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
     if len(set(folders)) < len(folders):
         raise SecateurError(
             f"{', '.join(folder.name for folder in folders)}: two sizes would have one name; leave one of them out"
@@ -138,21 +134,15 @@ def _folders(out: Path, options: list[Options], survey_file: Path, overwrite: bo
     return folders
 
 
-def _made(folder: Path, options: Options) -> dict[str, Any] | None:
-    """The record of a model that was made with these options by this version; None if there is none."""
+def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
+    """Whether a folder is what a run of this version would give; rows decide their copies."""
     try:
-        record = parse_json((folder / "secateur.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = {"secateur": secateur.__version__, "options": json.loads(json.dumps(asdict(options)))}
-    return record if isinstance(record, dict) and record.items() >= same.items() else None
-
-
-def _made_from(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
-    """Whether a folder is what a run would give."""
-    record, hashes = _made(folder, run.options), [hash_of(group) for group in rows.groups.groups]
-    weights = run.stream.checkpoint.fingerprint
-    return record is not None and record.get("fingerprint") == weights and record["calibration"].get("rows") == hashes
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        same = {"secateur": secateur.__version__, "fingerprint": run.stream.checkpoint.fingerprint}
+        same["options"] = json.loads(json.dumps(asdict(run.options)))
+        return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_of(rows.fitted)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _keep(results: list[Size], out: Path) -> None:
@@ -170,4 +160,4 @@ def _score(folder: str, texts: list[str], tokens: int | None, run: OpenRun) -> d
         trust_remote_code=run.stream.checkpoint.trust_remote_code,
         watcher=run.watcher,
     )
-    return {text.source: text.perplexity for text in result.models[0].texts}
+    return {source: text.perplexity for source, text in result.models[0].texts.items()}

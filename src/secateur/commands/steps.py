@@ -1,7 +1,5 @@
 """The steps of `prune` behind the first: draw, survey, plan, fit, write. Each takes what those before it gave."""
 
-from __future__ import annotations
-
 import secrets
 import shutil
 from collections.abc import Generator
@@ -23,20 +21,18 @@ from secateur.criteria.similarity import SimilarHeads, find_similar_heads
 from secateur.fit.average import FittedBlock
 from secateur.fit.temper import scaled
 from secateur.model.rows import Rows
-from secateur.model.structure import Width
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan
 from secateur.plan.search import smallest_within
-from secateur.plan.similar_heads import head_plan, nearest_tau, settle, settled_units, with_heads_settled
+from secateur.plan.similar_heads import similar_plan
 from secateur.plan.target import Target
 from secateur.report.summary import Summary
 from secateur.survey.curves import Survey, save_survey
 from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows, draw
 from secateur.write.export import export
-from secateur.write.slice import slice
-from secateur.write.write import write
+from secateur.write.write import slice, write
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class Findings:
     """Errors and prices of every width; None where there is but one plan."""
     similar: SimilarHeads | None = None
     """Heads that resemble others, where the criterion compares them."""
-    widths: dict[int, Width] | None = None
-    """The widths that are left where all similar heads are settled."""
+    plan: Plan | None = None
+    """The plan in which similar heads go, where the criterion asks for nothing else."""
 
 
 def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> CalibrationRows:
@@ -68,7 +64,6 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
         run.tokenizer,
         run.row_request,
         begins_with_bos=run.begins_with_bos,
-        save=run.running.save_calibration,
         dry=dry,
         watcher=run.watcher,
     )
@@ -114,7 +109,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
         fitted,
         probe_rows=probe_rows,
         blocks=run.request.chosen,
-        kinds=run.request.surveyed,
+        kinds=run.options.kinds,
         criterion=run.criteria("survey", fitted, found.similar, blocks=run.request.chosen),
         ridge=run.options.ridge,
         seed=run.options.seed,
@@ -181,7 +176,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
                 late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
             )
         if file:
-            export(folder, out, format="gguf", type=options.type, overwrite=run.running.overwrite, watcher=run.watcher)
+            export(folder, out, type=options.type, overwrite=run.running.overwrite, watcher=run.watcher)
     finally:
         if file:
             shutil.rmtree(folder, ignore_errors=True)
@@ -194,18 +189,12 @@ def _similar_heads(run: OpenRun, text: Tensor) -> Findings:
     if not options.choice.similar or (given is not None and given.exact):
         return Findings()
     distances = head_distances(run.stream, text, blocks=run.request.chosen, watcher=run.watcher)
-    tau = options.threshold
-    if options.tau == "auto":
-        assert options.sparsity is not None
-        tau = nearest_tau(problem, distances, options.sparsity)
-    if options.choice.settles:
-        similar, widths = settle(problem, distances, tau)
-        found = Findings(similar=similar, widths=widths)
-    else:
-        similar = find_similar_heads(distances, tau)
-        found = Findings(similar=similar)
+    assert options.tau is not None
+    plan = similar_plan(problem, distances, options.tau) if options.choice.alone else None
+    similar = find_similar_heads(distances, options.tau) if plan is None else plan.similar
+    assert similar is not None
     run.watcher.note(similar.said().capitalize())
-    return found
+    return Findings(similar=similar, plan=plan)
 
 
 def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
@@ -217,13 +206,8 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
 
     if run.request.plan_from_file is not None:
         return replace(run.request.plan_from_file, similar=similar)
-    if similar is not None and found.widths is not None:
-        if options.choice.alone:
-            return checked(head_plan(problem, similar, found.widths))
-        channels = plan(with_heads_settled(problem, found.widths), options.widths, found.survey)
-        decided = problem.plan(channels.widths)
-        note = "; ".join(filter(None, (decided.note, similar.said())))
-        return checked(replace(decided, note=note, units=settled_units(problem, similar)))
+    if found.plan is not None:
+        return checked(found.plan)
     if isinstance(problem.goal, Target) and options.searches:
         assert found.survey is not None
 

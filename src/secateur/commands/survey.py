@@ -1,7 +1,5 @@
 """`survey`: what each width of a model costs, as the file that `prune` reads and as a page to look at."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable
 from dataclasses import replace
@@ -39,8 +37,6 @@ def survey_page(
         model: see `prune`.
         out: the folder for `survey.json` and `survey.html`.
         options: what a survey depends on; the rest is as for adaptive widths in the format `hf`.
-        running: see `prune`.
-        watcher: told about progress.
 
     Raises:
         SecateurError: as `prune` does, before the survey begins.

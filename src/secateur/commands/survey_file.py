@@ -1,7 +1,5 @@
 """A survey kept in a file: which rows it is made of, what it depends on, and whether a file holds it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,14 @@ def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
     key: dict[str, Any] = {
         "fingerprint": run.stream.checkpoint.fingerprint,
         "blocks": f"{chosen.start}:{chosen.stop}",
-        "modules": ",".join(run.request.surveyed),
+        "modules": ",".join(options.kinds),
         "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
         "ridge": options.ridge,
     }
     if choice.uses("random") or options.sigma == "random":
         key["seed"] = options.seed
-    if choice.similar and not choice.settles:
-        # Where tau settles how many heads go, the survey is about channels alone.
-        key["tau"] = f"auto for {options.sparsity}" if options.tau == "auto" else options.threshold
+    if choice.similar:
+        key["tau"] = options.tau
     if text is not None:
         key["calibration"] = hash_of(text)
     return key
@@ -64,7 +61,7 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
     lengths = {(curve.block, curve.kind, curve.pattern): len(curve.errors) for curve in found.curves}
     whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
     for index in run.request.chosen:
-        for module in map(run.stream.blocks[index].module, run.request.surveyed):
+        for module in map(run.stream.blocks[index].module, run.options.kinds):
             widths = {pattern: 1 if module.locked else module.steps(pattern) for pattern in module.patterns}
             here = {pattern: lengths.get((index, module.kind, pattern)) for pattern in module.patterns}
             if here != widths or (index, module.kind) not in whole:

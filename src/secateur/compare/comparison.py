@@ -1,7 +1,5 @@
 """What a comparison has found so far, as frozen data: rows over seeds, and the paper's figures beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean

@@ -1,53 +1,64 @@
-"""What recipes that prune nothing have in common: each dense model is measured once, and what was found is kept."""
+"""Recipes that prune nothing: how large activations are (`activations`), and which heads attend alike (`graph`)."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from secateur.base.files import digest, hash_of
-from secateur.base.progress import Watcher
+from secateur.base.files import digest, hash_of, write_whole
+from secateur.base.progress import Silent, Watcher
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Running
 from secateur.commands.steps import draw_rows
 from secateur.compare.grid import sources
+from secateur.compare.plots import plot_graphs, plot_magnitudes
 from secateur.compare.recipe import Recipe
 from secateur.compare.run_store import RunStore
+from secateur.compare.tables import write_table
+from secateur.criteria.head_distances import head_distances
+from secateur.model.arena import Arena
+from secateur.model.rows import Rows
+from secateur.model.stream import BlockStream
 
 
-def measure_each(
-    recipe: Recipe,
-    models: Sequence[str],
-    out: Path,
-    measure: Callable[[OpenRun, Tensor], dict[str, Any]],
-    *,
-    what: str,
-    watcher: Watcher,
-    running: Running,
-) -> dict[str, dict[str, Any]]:
-    """What `measure` gives for every model, by name; models that are in the folder are not measured again.
+@dataclass(frozen=True)
+class Magnitudes:
+    """Mean absolute activations of one block, over all tokens and dimensions."""
+
+    stream: float
+    """Of the residual stream that enters the block."""
+    heads: float
+    """Of what the attention's output layer sees."""
+    channels: float
+    """Of what the feed-forward's output layer sees."""
+
+
+def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: Watcher, **where: Any) -> str:
+    """Measure every dense model that is not in the folder yet, then write tables and the plot of all of them.
 
     Args:
-        recipe: of any kind but `grid`.
+        recipe: of the kind `activations` or `graph`.
         models: see `compare`.
         out: the folder; see `RunStore`.
-        measure: from an open model and calibration rows (rows x length) to what JSON holds; the kind of the recipe, the
-            model's weights, the rows and the blocks decide it.
-        what: it measures, in words.
         watcher: told about progress.
-        running: see `compare`.
+        where: fields of `Running`, as in `compare`.
+
+    Returns:
+        The names of the files that it wrote into the folder, in words.
 
     Raises:
-        SecateurError: for anything wrong with a model or the text, before the first is measured.
+        SecateurError: for anything wrong with a model or the text, before the first is measured; in a recipe of the
+            kind `graph`, an attention that cannot be watched.
     """
     store = RunStore(out)
     store.check()
     opened: dict[str, tuple[OpenRun, Tensor]] = {}
     for asked in sources(recipe, models):
-        run = open_model(asked.source, asked.runs[0].options, running, watcher=watcher)
+        run = open_model(asked.source, asked.runs[0].options, Running(**where), watcher=watcher)
         opened[asked.name] = run, draw_rows(run, fitted=False).text
     found: dict[str, dict[str, Any]] = {}
     with store:
@@ -60,8 +71,80 @@ def measure_each(
             }
             result = store.find(key := digest(decided_by))
             if result is None:
-                watcher.note(f"{what} of {name}")
-                result = measure(run, text)
+                result = _measure(recipe.kind, name, run, text, watcher)
                 store.keep(key, decided_by, result)
             found[name] = result
-    return found
+    return (_write_activations if recipe.kind == "activations" else _write_graph)(recipe, found, out)
+
+
+def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | None = None) -> list[Magnitudes]:
+    """Mean |x| in every block of the dense model, one of which is in memory at a time; rows are rows x length.
+
+    Raises:
+        SecateurError: a block gives NaN or infinite values.
+    """
+    rows, result = Rows.of(rows), []
+    with Arena() as arena:
+        hidden = stream.embed(rows, arena)
+        for index in (watcher or Silent()).track(range(len(stream)), "Measure"):
+            block = stream.blocks[index]
+            entering, heads, channels = _Mean(), _Mean(), _Mean()
+            watch = {block.attention.sink: heads.add, block.feed_forward.sink: channels.add}
+            with stream.filled(index) as layer:
+                for at in rows.batches():
+                    before = hidden[at]
+                    entering.add(before, before)
+                    hidden[at] = stream.run_through(index, layer, before, at.group, watch=watch)
+            result.append(Magnitudes(*(mean.total / mean.count for mean in (entering, heads, channels))))
+    return result
+
+
+class _Mean:
+    """A running mean of absolute values, in float64."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, x: Tensor, _: Tensor) -> None:
+        """Take a layer's input; its output is of no interest."""
+        # Row by row in float32, then float64 on the host: not every accelerator has the latter.
+        self.total += float(x.abs().flatten(0, -2).mean(-1).cpu().to(torch.float64).sum()) * x.shape[-1]
+        self.count += x.numel()
+
+
+def _measure(kind: str, name: str, run: OpenRun, text: Tensor, watcher: Watcher) -> dict[str, Any]:
+    """What one model gives for calibration rows (rows x length), ready for JSON."""
+    if kind == "activations":
+        watcher.note(f"Activations of {name}")
+        return {"blocks": [asdict(block) for block in magnitudes(run.stream, text, watcher=watcher)]}
+    watcher.note(f"Distances between heads of {name}")
+    distances = head_distances(run.stream, text, blocks=run.request.chosen, watcher=watcher)
+    return {str(block): matrix.tolist() for block, matrix in distances.items()}
+
+
+def _write_activations(recipe: Recipe, results: dict[str, dict[str, Any]], out: Path) -> str:
+    """Tables with a row for each block, and lines over depth: the paper's figure 5."""
+    found: dict[str, list[dict[str, float]]] = {model: result["blocks"] for model, result in results.items()}
+    head = ["model", "block", *(field.name for field in fields(Magnitudes))]
+    rows = [
+        (model, at, [block[place] for place in head[2:]]) for model in found for at, block in enumerate(found[model])
+    ]
+    write_table(
+        out,
+        title=recipe.title,
+        notes=["Mean absolute activation, over all tokens and dimensions."],
+        shown=[head, *([model, str(at), *(f"{mean:.4g}" for mean in means)] for model, at, means in rows)],
+        whole=[head, *([model, at, *means] for model, at, means in rows)],
+        contents={"title": recipe.title, "models": found},
+    )
+    plot_magnitudes(found, out / "activations.png")
+    return "table.md, table.csv, table.json and activations.png"
+
+
+def _write_graph(recipe: Recipe, results: dict[str, dict[str, Any]], out: Path) -> str:
+    """Distances of all heads in nats (h x h, by block), and those closer than tau joined: the paper's figure 3."""
+    assert recipe.tau is not None
+    contents = {"title": recipe.title, "tau": recipe.tau, "unit": "nats", "models": results}
+    write_whole(out / "table.json", json.dumps(contents, indent=2) + "\n")
+    plot_graphs(results, recipe.tau, out / "graph.png")
+    return "table.json and graph.png"

@@ -1,17 +1,16 @@
 """`secateur compare`: every run of a recipe under one protocol, each pruned as `prune` does, scored and thrown away.
 
 All models, texts, tasks and runs are checked before the first is carried out. What runs have in common is made once:
-token ids of a text, the survey that several widths and recoveries start from, the dense scores. A finished run is a
-small file under a name that what decides it gives, so that a restart does only what is missing.
+token ids of a text, rows that a model writes, the survey that several widths and recoveries start from, the dense
+scores. A finished run is a small file under a name that what decides it gives, so that a restart does only what is
+missing.
 """
-
-from __future__ import annotations
 
 import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,6 @@ from secateur.commands.request import check_request
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
 from secateur.commands.survey_file import survey_key
 from secateur.compare.comparison import AVERAGE, Column, Comparison, Row
-from secateur.compare.own_text import with_kept_copies, with_own_text
 from secateur.compare.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.compare.retrain import check_retraining, retrain, training_rows
 from secateur.compare.run_store import RunStore
@@ -42,14 +40,14 @@ from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.plan.meters import parameter_meter
 from secateur.report.summary import Summary
 from secateur.text.calibration import check_calibration, tokenised_once
-from secateur.text.draw import CalibrationRows
+from secateur.text.draw import CalibrationRows, RowRequest
 from secateur.text.sources import RANDOM, SELF
 from secateur.write.write import model_output
 
 DENSE = "dense"
 """The row of a model before pruning."""
 
-_REQUESTED = frozenset(("sparsity", "plan", "of", "blocks", "modules", "widths", "ridge", "round"))
+_REQUESTED = frozenset(("sparsity", "plan", "blocks", "modules", "widths", "ridge", "round"))
 """Options that decide neither the open model nor its rows; runs that differ in no others share what was opened."""
 
 
@@ -73,7 +71,9 @@ class Subject:
     texts: dict[str, Tensor]
     """Rows to score (rows x length), by column."""
     runs: list[tuple[Run, OpenRun, CalibrationRows]]
-    """Rows of runs whose model writes its own are stand-ins."""
+    """Rows of runs whose model writes its own are stand-ins, and no fit's copies are there."""
+    drawn: dict[RowRequest, CalibrationRows] = field(default_factory=dict)
+    """The rows that runs were made with, for others that want the very same."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,6 @@ class Planned:
     run: Run | None
     """None for the dense model."""
     open: OpenRun
-    rows: CalibrationRows
     decided_by: dict[str, Any]
 
     @cached_property
@@ -144,7 +143,7 @@ class Planned:
         widths = [block.width for block in self.open.stream.blocks]
         if self.run is not None:
             folder = store.scratch / "model"
-            summary = prune_run(self.open, self.rows, folder, store)
+            summary = prune_run(self.open, self.subject, folder, store)
             sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
             if self.run.training is not None:
                 pruned, folder = folder, store.scratch / "retrained"
@@ -162,11 +161,13 @@ class Planned:
         }
 
 
-def prune_run(run: OpenRun, rows: CalibrationRows, folder: Path, store: RunStore) -> Summary:
-    """All steps of `prune` but the first two, with what runs share kept in the comparison's folder."""
+def prune_run(run: OpenRun, subject: Subject, folder: Path, store: RunStore) -> Summary:
+    """All steps of `prune` but the first; rows are drawn once, and the survey is kept in the comparison's folder."""
+    run = replace(run, started=time.perf_counter())
+    if (rows := subject.drawn.get(run.row_request)) is None:
+        rows = subject.drawn[run.row_request] = draw_rows(run)
     running = replace(run.running, survey=store.survey_file(survey_key(run, rows.text)), overwrite=True)
-    run = replace(run, running=running, started=time.perf_counter())
-    rows = with_kept_copies(run, rows, store)
+    run = replace(run, running=running)
     plan = plan_widths(run, rows, survey_model(run, rows))
     return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
 
@@ -184,12 +185,10 @@ def compare(
     """Carry out a recipe of the kind `grid`.
 
     Args:
-        recipe: what to run.
         models: folders, .gguf files or hub ids; the recipe's own where there are none.
         out: the folder that keeps finished runs; see `RunStore`.
         task_path: a folder with lm-eval task files of one's own.
         done: called with what there is after each run, and where nothing was left to do.
-        watcher: told about progress.
         where: fields of `Running`: the device, and whether the checkpoints' own code may run.
 
     Returns:
@@ -204,38 +203,40 @@ def compare(
     judge = Judge(_tasks(recipe, task_path, watcher), device, watcher)
     with tokenised_once():
         subjects = [open_subject(recipe, asked, running, watcher) for asked in sources(recipe, models)]
-    for subject in subjects:
-        first = subject.runs[0][1]
-        # On the disk that the comparison will be on.
-        beside = out.absolute().parent / f".{out.name}.scratch"
-        model_output(first.stream, beside, None, overwrite=True, dtype=first.dtype).check()
-    with store:
-        # What models write is not a matter of checking: it takes long, and is kept.
-        with tokenised_once():
-            planned = [one for subject in subjects for one in _planned(subject, judge, store)]
-        results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
-        failed: list[str] = []
-        if results:
-            watcher.note(f"{sum(one.key in results for one in planned)} of {len(planned)} runs are in {out} already")
+        for subject in subjects:
+            first = subject.runs[0][1]
+            # On the disk that the comparison will be on.
+            beside = out.absolute().parent / f".{out.name}.scratch"
+            model_output(first.stream, beside, None, overwrite=True, dtype=first.dtype).check()
+        with store:
+            return _carry_out(recipe, subjects, judge, store, done)
 
-        def so_far() -> Comparison:
-            return _comparison(recipe, subjects, judge, planned, results, failed)
 
-        for number, one in enumerate(planned, start=1):
-            if one.key in results:
-                continue
-            watcher.note(f"Run {number} of {len(planned)}: {one.what}")
-            try:
-                results[one.key] = one.carried_out(judge, store)
-            except SecateurError as error:
-                # Found by running alone; it says nothing about the other runs.
-                failed.append(f"{one.what}: {error}")
-                watcher.note(failed[-1])
-                continue
-            store.keep(one.key, one.decided_by, results[one.key])
-            done(so_far())
-        done(so_far())
-        return so_far()
+def _carry_out(
+    recipe: Recipe, subjects: Sequence[Subject], judge: Judge, store: RunStore, done: Callable[[Comparison], None]
+) -> Comparison:
+    """All runs that are not in the store yet, one after the other."""
+    watcher, planned = judge.watcher, [one for subject in subjects for one in _planned(subject, judge)]
+    results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
+    failed: list[str] = []
+    if results:
+        watcher.note(f"{sum(one.key in results for one in planned)} of {len(planned)} runs are in {store.path} already")
+    for number, one in enumerate(planned, start=1):
+        if one.key in results:
+            continue
+        watcher.note(f"Run {number} of {len(planned)}: {one.what}")
+        try:
+            results[one.key] = one.carried_out(judge, store)
+        except SecateurError as error:
+            # Found by running alone; it says nothing about the other runs.
+            failed.append(f"{one.what}: {error}")
+            watcher.note(failed[-1])
+            continue
+        store.keep(one.key, one.decided_by, results[one.key])
+        done(_comparison(recipe, subjects, judge, planned, results, failed))
+    whole = _comparison(recipe, subjects, judge, planned, results, failed)
+    done(whole)
+    return whole
 
 
 def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
@@ -317,24 +318,23 @@ def _tasks(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str
     }
 
 
-def _planned(subject: Subject, judge: Judge, store: RunStore) -> Iterator[Planned]:
+def _planned(subject: Subject, judge: Judge) -> Iterator[Planned]:
     """All runs on a model, the dense one first, with what decides each: the dense weights and scoring, and its own."""
     dense = judge.decided_by(subject)
-    yield Planned(subject, None, *subject.runs[0][1:], dense)
-    for run, opened, stand_in in subject.runs:
-        opened = replace(opened, watcher=judge.watcher)
-        rows = with_own_text(opened, stand_in, store)
+    yield Planned(subject, None, subject.runs[0][1], dense)
+    for run, opened, rows in subject.runs:
         training = run.training
         trained = None if training is None else training_rows(subject.checkpoint, training, Silent())
         own = {
             "options": asdict(opened.options),
+            # With the options, stand-ins decide what a model writes in their place.
             "rows": [hash_of(group) for group in (rows.text, *rows.groups.groups)],
             # The contents of a file with a plan or ratios.
             "given": repr(opened.request.plan_from_file),
             "training": training and asdict(training),
             "training rows": None if trained is None else hash_of(trained),
         }
-        yield Planned(subject, run, opened, rows, dense | own)
+        yield Planned(subject, run, replace(opened, watcher=judge.watcher), dense | own)
 
 
 def _comparison(

@@ -1,21 +1,14 @@
 """Plots of a comparison: lines over an axis with numbers, a dot a row otherwise, each with the spread over seeds."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from secateur.base.files import write_whole
 from secateur.compare.comparison import AVERAGE, Column, Comparison, Row
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-    from torch import Tensor
 
 
 def plot_comparison(found: Comparison, out: Path) -> None:
@@ -62,7 +55,7 @@ def plot_magnitudes(found: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     _save(figure, path)
 
 
-def plot_graphs(found: dict[str, dict[int, Tensor]], tau: float, path: Path) -> None:
+def plot_graphs(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], tau: float, path: Path) -> None:
     """Heads of each block on a circle, joined where their distance (h x h) is below tau: the paper's figure 3."""
     width = max(map(len, found.values()))
     figure, panels = _panels(len(found), width, height=6)
@@ -73,8 +66,9 @@ def plot_graphs(found: dict[str, dict[int, Tensor]], tau: float, path: Path) -> 
         for (block, distances), panel in zip(blocks.items(), panels[row * width :], strict=False):
             angles = [2 * math.pi * head / len(distances) for head in range(len(distances))]
             x, y = [math.cos(angle) for angle in angles], [math.sin(angle) for angle in angles]
-            for i, j in (distances < tau).triu(1).nonzero().tolist():
-                panel.plot([x[i], x[j]], [y[i], y[j]], color="C0", linewidth=0.7)
+            for i, j in combinations(range(len(distances)), 2):
+                if distances[i][j] < tau:
+                    panel.plot([x[i], x[j]], [y[i], y[j]], color="C0", linewidth=0.7)
             panel.scatter(x, y, color="C1", zorder=2)
             for head in range(len(distances)):
                 panel.annotate(str(head), (1.08 * x[head], 1.08 * y[head]), ha="center", va="center")
@@ -82,7 +76,7 @@ def plot_graphs(found: dict[str, dict[int, Tensor]], tau: float, path: Path) -> 
     _save(figure, path)
 
 
-def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
+def _lines(panel: Any, rows: Sequence[Row], column: Column, axis: str) -> None:
     """One line for all rows that differ in nothing but their place on the axis."""
     by_line: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -115,7 +109,7 @@ def _lines(panel: Axes, rows: Sequence[Row], column: Column, axis: str) -> None:
     panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _dots(panel: Axes, rows: Sequence[Row], column: Column) -> None:
+def _dots(panel: Any, rows: Sequence[Row], column: Column) -> None:
     """One dot a row, the first on top: a bar would need a zero, which a log scale has not."""
     for place, row in enumerate(rows):
         if (spread := row.spread(column.name)) is not None:
@@ -130,7 +124,7 @@ def _dots(panel: Axes, rows: Sequence[Row], column: Column) -> None:
         _plain(panel.xaxis)
 
 
-def _label(panel: Axes, model: str, column: Column, axis: str | None) -> None:
+def _label(panel: Any, model: str, column: Column, axis: str | None) -> None:
     what = f"perplexity, {column.name}" if column.kind == "perplexity" else f"accuracy in %, {column.name}"
     panel.set_title(model)
     panel.set_xlabel(what if axis is None else axis)
@@ -142,7 +136,7 @@ def _label(panel: Axes, model: str, column: Column, axis: str | None) -> None:
     panel.grid(alpha=0.3)
 
 
-def _plain(axis: Axis) -> None:
+def _plain(axis: Any) -> None:
     """Numbers in place of powers on a log scale, fewer of them the longer it is."""
     from matplotlib.ticker import LogFormatter
 
@@ -156,7 +150,7 @@ def _numbers(rows: Sequence[Row], axis: str) -> set[float]:
     return {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
-def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Figure, list[Any]]:
+def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Any, list[Any]]:
     # Not pyplot: it keeps state, and looks for a screen.
     from matplotlib.figure import Figure
 
@@ -164,7 +158,7 @@ def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Figure, list[
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     write_whole(path, file.getvalue())

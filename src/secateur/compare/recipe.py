@@ -4,15 +4,13 @@ A recipe's runs are every entry of `runs` at every point of `grid`. Options of a
 where several places give one, the run wins over the model, and the model over what all share.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -24,6 +22,7 @@ from secateur.compare.training import Training
 from secateur.criteria.choice import LARGEST
 from secateur.text.sources import RANDOM, SELF
 
+T = TypeVar("T")
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _NO_TEXT = (RANDOM, SELF)
 """Sources that are no text: another text does not take their place."""
@@ -112,23 +111,6 @@ class Run:
         return dict(self.axes).get(axis)
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What the command line puts in place of a recipe's own; None leaves it."""
-
-    calibration: str | None = None
-    perplexity: tuple[str, ...] | None = None
-    tasks: tuple[str, ...] | None = None
-    limit: int | None = None
-    tokens: int | None = None
-    samples: tuple[int, ...] | None = None
-    refit_samples: tuple[int, ...] | None = None
-    """Of retraining too."""
-    length: int | None = None
-    blocks: str | None = None
-    seeds: tuple[int, ...] | None = None
-
-
 def read_recipe(name: str) -> Recipe:
     """The recipe in a YAML file, or the one of that name that comes with the package.
 
@@ -205,39 +187,38 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
         for point in itertools.product(*recipe.grid.values()):
             axes = tuple(zip(recipe.grid, point, strict=True))
             options = _options(shared | own | dict(axes), f"runs.{label}" if label else "grid")
-            training = _training(recipe.retrain[label], options, label) if label in recipe.retrain else None
+            training = None
+            if label in recipe.retrain:
+                own_text = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
+                training = _made(Training, own_text | recipe.retrain[label], f"retrain.{label}")
             found.append(Run(label, axes, options, training))
     return found
 
 
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
+def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with other texts, sizes and seeds, which replace an option wherever the recipe gives it.
 
-    `random` and `self` calibrations stay, since they are no texts. Rows of the refit's own come only to runs that have
-    such.
+    What may change: calibration, length, blocks; samples, refit_samples and seeds, each a tuple of numbers; perplexity,
+    tasks, limit and tokens of the evaluation. None leaves the recipe's own. `random` and `self` calibrations stay,
+    since they are no texts. Rows of the refit's own come only to runs that have such; they are those of retraining too.
 
     Raises:
         SecateurError: several numbers of samples where the recipe has no axis for them.
     """
-    raw = recipe.model_dump()
+    raw, changes = recipe.model_dump(), {name: value for name, value in changes.items() if value is not None}
     values: dict[str, list[Any]] = {}
-    if changes.seeds is not None and recipe.kind == "grid":
+    if "seeds" in changes and recipe.kind == "grid":
         raw["grid"].setdefault("seed", [])
-        values["seed"] = list(changes.seeds)
-    for field in ("samples", "refit_samples"):
-        if (counts := getattr(changes, field)) is not None:
-            if len(counts) > 1 and field not in recipe.grid:
-                name = field.replace("_", "-")
-                raise SecateurError(f"{name} is {_some(counts)}, but the recipe has no axis for it; give one")
-            values[field] = list(counts)
-    if changes.refit_samples is not None:
+        values["seed"] = list(changes["seeds"])
+    for field in filter(changes.__contains__, ("samples", "refit_samples")):
+        values[field] = list(changes[field])
+        if len(values[field]) > 1 and field not in recipe.grid:
+            name = field.replace("_", "-")
+            raise SecateurError(f"{name} is {_some(values[field])}, but the recipe has no axis for it; give one")
+    if "refit_samples" in values:
         for training in raw["retrain"].values():
-            training["samples"] = changes.refit_samples[0]
-    values |= {
-        field: [value]
-        for field in ("calibration", "length", "blocks")
-        if (value := getattr(changes, field)) is not None
-    }
+            training["samples"] = values["refit_samples"][0]
+    values |= {field: [changes[field]] for field in ("calibration", "length", "blocks") if field in changes}
     for field, new in values.items():
         if field in raw["grid"]:
             raw["grid"][field] = [*new, *(value for value in raw["grid"][field] if value in _NO_TEXT)]
@@ -251,11 +232,11 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
                 place[field] = new[0]
         if field not in raw["grid"] and field != "refit_samples":
             raw["options"].setdefault(field, new[0])
-    if changes.length is not None:
+    if "length" in changes:
         raw["evaluation"]["length"] = None
-    for field in ("perplexity", "tasks", "limit", "tokens"):
-        if (value := getattr(changes, field)) is not None:
-            raw["evaluation"][field] = list(value) if isinstance(value, tuple) else value or None
+    for field in filter(changes.__contains__, ("perplexity", "tasks", "limit", "tokens")):
+        value = changes[field]
+        raw["evaluation"][field] = list(value) if isinstance(value, tuple) else value or None
     return Recipe.model_validate(raw)
 
 
@@ -267,23 +248,17 @@ def named(text: str, name: str) -> tuple[str, str]:
 
 def _options(given: Mapping[str, Any], where: str) -> Options:
     """Options from a recipe, checked as those of the command line are."""
-    values = _values(given, where)
-    try:
-        options = Options(**values)
-    except SecateurError as error:
-        raise SecateurError(f"{where}: {error}") from error
+    options = _made(Options, given, where)
     if options.format == "gguf":
         raise SecateurError(f"{where}: runs are scored by transformers; take the format hf or stock")
     return options
 
 
-def _training(given: Mapping[str, Any], options: Options, label: str) -> Training:
-    """How a run's result is retrained, checked."""
-    where = f"retrain.{label}"
-    values: dict[str, Any] = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
-    values |= _values(given, where, Training)
+def _made(owner: type[T], given: Mapping[str, Any], where: str) -> T:
+    """An object of options from their values in a recipe."""
+    values = _values(given, where, owner)
     try:
-        return Training(**values)
+        return owner(**values)
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from error
 

@@ -5,21 +5,18 @@ peft puts the adapters on, transformers' Trainer trains them. This is the step a
 a backward pass; unlike all others, this one holds the whole model in memory.
 """
 
-from __future__ import annotations
-
 import importlib.util
-import random
 import tempfile
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 import secateur
@@ -77,7 +74,6 @@ def retrain(
         training: how; or give any of its fields by name (`epochs=1`, ...).
         device: `auto`, where the Trainer takes a GPU if there is one, or `cpu`.
         overwrite: replace a model folder that is at `out`.
-        watcher: told about progress.
 
     Raises:
         SecateurError: peft is missing, the folder is not one of ours, the text is too short, the training diverges, or
@@ -99,7 +95,8 @@ def retrain(
         network = compare.load(checkpoint, torch.float32, where)
     before = perplexity(network, held_out).perplexity
     layers = adapted_layers(network)
-    with _seeded(training.seed):
+    with torch.random.fork_rng():
+        set_seed(training.seed)
         losses, adapted = _train(network, layers, fitted, training, where, watcher)
     changed: dict[str, Tensor] = {}
     for name in (f"{layer}.weight" for layer in layers):
@@ -157,19 +154,6 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
             max_positions=checkpoint.max_positions,
             taken=HELD_OUT,
         )
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of our own; the Trainer seeds everything, and what was before goes on after."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _train(

@@ -1,18 +1,15 @@
 """The folder of a comparison: one small file for each finished run, so that a restart goes on where it stopped."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import digest, parse_json, whole, write_whole
+from secateur.base.files import digest, parse_json, write_whole
 
-RUNS, SURVEYS, TEXTS, SCRATCH, LOCK = "runs", "surveys", "texts", ".scratch", ".lock"
+RUNS, SURVEYS, SCRATCH, LOCK = "runs", "surveys", ".scratch", ".lock"
 
 
 class RunStore:
@@ -37,9 +34,9 @@ class RunStore:
         if not self.path.absolute().parent.is_dir():
             raise SecateurError(f"{self.path}: the folder {self.path.absolute().parent} does not exist; create it")
 
-    def __enter__(self) -> RunStore:
+    def __enter__(self) -> "RunStore":
         self.check()
-        for name in (RUNS, SURVEYS, TEXTS):
+        for name in (RUNS, SURVEYS):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
@@ -79,11 +76,3 @@ class RunStore:
     def survey_file(self, decided_by: dict[str, Any]) -> Path:
         """Where the survey of some runs is kept."""
         return self.path / SURVEYS / f"{digest(decided_by)}.json"
-
-    def text_file(self, decided_by: dict[str, Any], write: Callable[[Path], object], suffix: str = ".jsonl") -> Path:
-        """Where rows that a model has written are kept: written into a file that `write` is given, if not there yet."""
-        path = self.path / TEXTS / f"{digest(decided_by)}{suffix}"
-        if not path.exists():
-            with whole(path) as part:
-                write(part)
-        return path

@@ -1,20 +1,17 @@
 """The table of a comparison: Markdown to read, CSV and JSON to go on with. Seconds, which vary, are in JSON only."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from secateur.base.files import write_whole
 from secateur.compare.comparison import Column, Comparison, Row
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _SIZES = ("sparsity", "parameters", "heads", "channels")
 
@@ -31,12 +28,9 @@ def write_table(
     """Put `table.md`, `table.csv` and `table.json` into a folder, each whole or not at all.
 
     Args:
-        out: the folder.
-        title: of the Markdown.
         notes: lines above the table in it.
         shown: its rows, the head first.
         whole: rows of the CSV, the head first.
-        contents: of the JSON.
     """
     head, *rows = (f"| {' | '.join(cells)} |" for cells in shown)
     lines = [f"# {title}", "", *notes, "", head, "|" + "---|" * len(shown[0]), *rows]
@@ -73,8 +67,6 @@ def write_tables(found: Comparison, out: Path) -> None:
 
 def compare_table(found: Comparison, out: Path) -> tuple[Table, list[str]]:
     """The same for the terminal."""
-    from rich.table import Table
-
     head, *rows = _shown(found)
     table = Table(title=found.title, title_justify="left")
     for name in head:

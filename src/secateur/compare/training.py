@@ -1,7 +1,5 @@
 """The options of `retrain`, with their defaults, checked before anything slow."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
@@ -37,7 +35,7 @@ class Training:
         if self.calibration == RANDOM:
             raise SecateurError("random ids teach nothing; name a text file or a data set")
         if self.calibration == SELF:
-            raise SecateurError("a retraining reads its text: name a text file, a data set, or a file of kept rows")
+            raise SecateurError("a retraining reads its text: name a text file or a data set")
         # Not at the top: the help of `retrain` does not wait for torch.
         from secateur.text.calibration import check_calibration
 

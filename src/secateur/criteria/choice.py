@@ -1,7 +1,5 @@
 """Which criterion chooses the heads and which the channels, as a person writes it."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ class Choice:
     """One criterion for each kind of unit."""
 
     heads: str
-    """Orders the heads; `similarity` alone also decides how many of each block go."""
+    """Orders the heads; `similarity` alone also decides how many of each block go, and no channels do."""
     channels: str | None
     """None: they stay."""
     similar: bool
@@ -37,14 +35,9 @@ class Choice:
     """As it was written."""
 
     @property
-    def settles(self) -> bool:
-        """Similarity alone decides about heads, their number included."""
-        return self.heads == SIMILARITY
-
-    @property
     def alone(self) -> bool:
-        """Nothing but similar heads goes."""
-        return self.settles and self.channels is None
+        """Nothing but similar heads goes, as many as there are."""
+        return self.heads == SIMILARITY
 
     def of(self, kind: Kind) -> str:
         """The criterion for one kind."""
@@ -64,7 +57,7 @@ def parse_choice(text: str) -> Choice:
     if "=" not in text:
         heads = _heads(text, text)
         # `similarity+X` is the paper's combination: X for channels too.
-        rest = None if heads.settles else heads.heads
+        rest = None if heads.alone else heads.heads
         return Choice(heads.heads, rest, heads.similar, text)
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if set(parts) != set(KINDS) or text.count(",") != 1:
@@ -75,6 +68,8 @@ def parse_choice(text: str) -> Choice:
             + (": similarity is between heads" if SIMILARITY in parts["channels"] else "")
         )
     heads = _heads(parts["heads"], text)
+    if heads.alone:
+        raise SecateurError(f"criterion is '{text}'; similarity alone leaves all channels: write similarity+X")
     return Choice(heads.heads, parts["channels"], heads.similar, text)
 
 

@@ -10,8 +10,6 @@ metrics of a level-2 input j are
 A channel's score is its metric. A head's is the sum of the squares over its inputs, as the authors' program has it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from secateur.criteria.registry import criterion

@@ -7,8 +7,6 @@ call on to the family's eager function, a few query rows at a time. No tensor of
 Shapes: b rows, h query heads, t positions, n attention rows, k keys, d head size.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
-from secateur.criteria.divergence import Distance, jensen_shannon
 from secateur.model.arena import Arena
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -29,6 +26,32 @@ CHUNK = 2**19
 """Probabilities looked at together: all pairs of heads are compared while these lie in the processor's cache."""
 NAME = "secateur_watched"
 """What configs call the attention function below."""
+
+Distance = Callable[[Tensor], Tensor]
+"""From the probability rows of a module's heads (h x n x k: heads, rows, keys) to the distances of all pairs, summed
+over the rows (h x h, float64, symmetric, zero on the diagonal)."""
+
+
+def jensen_shannon(probabilities_hnk: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats, a `Distance`.
+
+    JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2, H the entropy; from Lin, 1991, *Divergence measures based on the
+    Shannon entropy*.
+    """
+    heads = len(probabilities_hnk)
+    own = _entropy(probabilities_hnk)
+    sums = torch.zeros(heads, heads, dtype=torch.float64, device=probabilities_hnk.device)
+    for i in range(heads - 1):
+        middle = (probabilities_hnk[i + 1 :] + probabilities_hnk[i]).mul_(0.5)
+        # Rounding can leave heads that agree just below zero.
+        sums[i, i + 1 :] = (_entropy(middle) - (own[i + 1 :] + own[i]) / 2).clamp_min(0).sum(1)
+    return sums + sums.T
+
+
+def _entropy(rows_hnk: Tensor) -> Tensor:
+    """Entropy of every row (h x n), float64; what has no probability adds nothing."""
+    tiny = torch.finfo(rows_hnk.dtype).tiny
+    return rows_hnk.clamp_min(tiny).log_().mul_(rows_hnk).sum(-1).double().neg_()
 
 
 def head_distances(
@@ -42,11 +65,8 @@ def head_distances(
     """The mean distance between the attention of every two query heads of a block, in the dense model.
 
     Args:
-        stream: an open model.
         rows: calibration tokens (rows x length), or several groups of them, each counted by its weight.
-        blocks: which blocks; all by default.
         distance: between probability rows; by default the Jensen-Shannon divergence, in nats.
-        watcher: told about progress.
 
     Returns:
         For each block the means over samples and positions (h x h, float64, on the host).

@@ -17,28 +17,26 @@ Fisher matrix proper has, would need a backward pass for every token.
 Scores of all modules come from one backward pass over the dense model, ahead of pruning (`secateur.survey.gradients`).
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from secateur.criteria.registry import Named, gradient_criterion
+from secateur.criteria.registry import Named, criterion
 from secateur.criteria.statistics import sum_by_unit
 from secateur.model.structure import Depth2
 
 
-@gradient_criterion("llm-pruner-vector")
+@criterion("llm-pruner-vector", kind="from_gradients")
 def vector(module: Depth2, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Score per unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.sum(1).abs())
 
 
-@gradient_criterion("llm-pruner-element1")
+@criterion("llm-pruner-element1", kind="from_gradients")
 def element1(module: Depth2, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Score per unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.abs().sum(1))
 
 
-@gradient_criterion("llm-pruner-element2", squares=True)
+@criterion("llm-pruner-element2", kind="from_gradients", squares=True)
 def element2(module: Depth2, weights: Named, gradient: Named, square: Named) -> Tensor:
     """Score per unit (units), float64."""
     products = _products(module, weights, gradient)

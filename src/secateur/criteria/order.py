@@ -4,8 +4,6 @@ With the pattern `groups` a unit is a key/value group; with `heads` it is a quer
 round, and `stop` counts the heads left in each; with `channels` it is a channel.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

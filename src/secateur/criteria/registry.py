@@ -4,30 +4,27 @@ A criterion is one file of this folder: a function from a module's statistics to
 keep), under the decorator that gives its name and says what it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from secateur.criteria.choice import SIMILARITY, parse_choice
+from secateur.criteria.statistics import Statistics
 from secateur.model.structure import KINDS, Depth2, Kind, Pattern
 
-if TYPE_CHECKING:
-    from secateur.criteria.statistics import Statistics
-
-Score = Callable[["Statistics"], Tensor]
-Ranking = Callable[["Statistics", Pattern, int], Tensor]
+Score = Callable[[Statistics], Tensor]
+Ranking = Callable[[Statistics, Pattern, int], Tensor]
 """Pattern units of a module in the order in which they leave, until so many are left."""
 Named = Mapping[str, Tensor]
 """Tensors of a module by their names inside the block."""
 GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]
 """A module's scores from its weights, their gradients and the mean squares of these."""
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 UnitScores = Mapping[tuple[int, Kind], Tensor]
 """One score for each unit (units), float64, by block and module."""
 
@@ -52,32 +49,15 @@ class Criterion:
 _CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, inputs: bool = False) -> Callable[[Score], Score]:
-    """Register a score from statistics under a name."""
+def criterion(
+    name: str, *, kind: str = "score", inputs: bool = False, squares: bool = False
+) -> Callable[[Function], Function]:
+    """Register a function under a name: a `score`, or by its kind a `ranking` or scores `from_gradients`."""
 
-    def register(score: Score) -> Score:
-        _CRITERIA[name] = Criterion(score=score, inputs=inputs)
-        return score
-
-    return register
-
-
-def ranking_criterion(name: str) -> Callable[[Ranking], Ranking]:
-    """Register a criterion that ranks units in place of scoring them."""
-
-    def register(ranking: Ranking) -> Ranking:
-        _CRITERIA[name] = Criterion(ranking=ranking)
-        return ranking
-
-    return register
-
-
-def gradient_criterion(name: str, *, squares: bool = False) -> Callable[[GradientScore], GradientScore]:
-    """Register a score from gradients under a name."""
-
-    def register(score: GradientScore) -> GradientScore:
-        _CRITERIA[name] = Criterion(from_gradients=score, squares=squares)
-        return score
+    def register(function: Function) -> Function:
+        how: dict[str, Any] = {kind: function, "inputs": inputs, "squares": squares}
+        _CRITERIA[name] = Criterion(**how)
+        return function
 
     return register
 
@@ -110,7 +90,7 @@ class Criteria:
         self._gradients, self._similar = gradients or {}, similar or {}
 
     @classmethod
-    def of(cls, choice: str | Criteria) -> Criteria:
+    def of(cls, choice: "str | Criteria") -> "Criteria":
         """Criteria by their names, unless they are such already."""
         return choice if isinstance(choice, Criteria) else cls(choice)
 

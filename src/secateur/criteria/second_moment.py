@@ -11,8 +11,6 @@ S comes from the rows that the statistics were taken of: calibration text, or ra
 for X^ as for x, and the mean of both is zero.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,10 +4,8 @@ Alone, it gives a plan with exact heads (`secateur.plan.similar_heads`). In fron
 units, heads that resemble another one leave first, and the rest by that criterion.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,43 +85,28 @@ def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHe
 
     Args:
         distances: of each block's heads (h x h).
-        tau: the threshold.
 
     Raises:
         SecateurError: no heads are similar, or all are.
     """
-    values = all_distances(distances)
-    least, largest = values[0], values[-1]
+    pairs = torch.cat([table[torch.ones_like(table, dtype=torch.bool).triu(1)] for table in distances.values()])
+    least, largest = float(pairs.min()), float(pairs.max())
     if tau <= least:
         raise SecateurError(
             f"tau is {tau:g}, which removes nothing: the distances between heads go from {least:.3g} to {largest:.3g}; "
-            f"take more than {above(least)}"
+            f"take more than {_rounded(least, math.ceil)}"
         )
     near = {index: candidates(table, tau) for index, table in distances.items()}
-    if leaves_one(near, distances):
+    # Algorithm 2 leaves at least one.
+    if all(len(heads) == len(distances[index]) - 1 for index, heads in near.items()):
+        less = "a smaller one" if tau <= largest else f"less than {_rounded(largest, math.floor)}"
         raise SecateurError(
             f"tau is {tau:g}, which leaves each block a single head: the distances between heads go from {least:.3g} "
-            f"to {largest:.3g}; take {'a smaller one' if tau <= largest else f'less than {_below(largest)}'}"
+            f"to {largest:.3g}; take {less}"
         )
     return SimilarHeads(tau, (least, largest), near)
 
 
-def leaves_one(near: Mapping[int, tuple[int, ...]], distances: Mapping[int, Tensor]) -> bool:
-    """Whether all heads of each block are similar but one, which Algorithm 2 leaves."""
-    return all(len(heads) == len(distances[index]) - 1 for index, heads in near.items())
-
-
-def all_distances(distances: Mapping[int, Tensor]) -> list[float]:
-    """Distances of all pairs, ascending."""
-    upper = [table[torch.ones_like(table, dtype=torch.bool).triu(1)] for table in distances.values()]
-    return torch.cat(upper).sort().values.tolist()
-
-
-def above(value: float) -> str:
-    """A short number that is surely no smaller."""
-    return f"{math.ceil(value * 1e4) / 1e4:g}"
-
-
-def _below(value: float) -> str:
-    """A short number that is surely no larger."""
-    return f"{math.floor(value * 1e4) / 1e4:g}"
+def _rounded(value: float, way: Callable[[float], int]) -> str:
+    """A short number that is surely no smaller, or no larger."""
+    return f"{way(value * 1e4) / 1e4:g}"

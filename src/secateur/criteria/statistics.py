@@ -1,7 +1,5 @@
 """What a criterion may look at: the statistics of one module, and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property

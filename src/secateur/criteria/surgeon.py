@@ -7,12 +7,12 @@ Greedy and exact: each removal is priced after all before it, with the remaining
 from torch import Tensor
 
 from secateur.criteria.order import elimination
-from secateur.criteria.registry import ranking_criterion
+from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Pattern
 
 
-@ranking_criterion("surgeon")
+@criterion("surgeon", kind="ranking")
 def ranking(stats: Statistics, pattern: Pattern, stop: int) -> Tensor:
     """Pattern units in the order in which they leave."""
     return elimination(stats, pattern, stop, prices=False).order

@@ -1,7 +1,5 @@
 """A block as a fit leaves it: the mean of several, and the dense block made to compute the same."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -6,8 +6,6 @@ The block's dense forward gives the residual stream after either module. The mod
 Shapes: rows x t x d for stored activations, t positions, d residual width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: n tokens, a level-2 input entries, k of them kept; rows x t x a for what is stored.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

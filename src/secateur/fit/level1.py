@@ -19,8 +19,6 @@ factors), which brings most of the gain in the first few steps; stopping there i
 Shapes: n tokens, d residual width, k kept channels, o outputs (= d).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shapes: n tokens, d residual width, k kept channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -5,8 +5,6 @@ versions of the rows, each has a fit of its own from the first block to the last
 the weights that come out are averaged. Rows that count nowhere follow the averaged model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
@@ -39,7 +37,6 @@ def refit(
     """Prune and refit the plan's blocks in order, each seeing what the pruned ones before it produce.
 
     Args:
-        stream: an open model.
         plan: widths of the blocks to prune.
         rows: calibration tokens (rows x length), or several groups of them. Weights are fitted to each group by its
             weight, and units chosen by its score; groups with neither only run along. Where groups are versions,
@@ -47,7 +44,6 @@ def refit(
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         arena_limit: bytes of activations to hold in memory before files are used.
-        watcher: told about progress.
         judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
             run along; blocks behind the plan's last one are then run as well.
 
@@ -100,7 +96,7 @@ class _Streams(NamedTuple):
     pruned: Activations
 
     @classmethod
-    def of(cls, rows: Rows, embedded: Activations, stream: BlockStream, arena: Arena) -> _Streams:
+    def of(cls, rows: Rows, embedded: Activations, stream: BlockStream, arena: Arena) -> "_Streams":
         """Both streams in front of the first block, from what is embedded of all rows."""
         result = cls(rows, arena.empty(rows, stream.width), arena.empty(rows, stream.width))
         for at in rows.batches():

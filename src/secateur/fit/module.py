@@ -6,8 +6,6 @@ are kept for the length of a module, so that outputs after the refit cost one pr
 Shapes: n tokens, a level-2 input entries, k of them kept, d residual width; rows x t x d for stored activations.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -7,8 +7,6 @@ sees repaired weights; `after` refits the kept ones. `bias` leaves the weights a
 removed units gave on average (FLAP); `none` leaves everything.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -10,8 +10,6 @@ own dense output instead, and behind a norm each output takes over a share of th
 Shapes: n tokens, d residual width.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -7,8 +7,6 @@ model runs. It is not the scale at which the text itself becomes likeliest: that
 too sure of, and make the pruned one differ from it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from secateur.model.arena import Activations
@@ -37,7 +35,6 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     """The scale at which the pruned model's distribution is nearest to the dense model's.
 
     Args:
-        stream: the open model.
         rows: all rows of the run.
         group: the rows that no refit has seen.
         dense: the dense stream behind the last block.

@@ -1,7 +1,5 @@
 """A GGUF file for llama.cpp: metadata, tokenizer and tensors, written from start to end."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ channels from arrays, one number a block: they carry models whose blocks differ 
 b8840 of llama.cpp; releases before it refuse biased query layers that are not as wide as the residual stream.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@ a fine-tuned or rebuilt tokenizer gets the same name as the original; an unknown
 would cut text elsewhere without a word.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

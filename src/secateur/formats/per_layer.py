@@ -4,8 +4,6 @@ The folder carries `modeling_secateur.py`, which builds stock layers of those wi
 with trust_remote_code and without this library. Here the same classes are at hand, and no code of a folder runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +59,6 @@ def per_layer_config(
         dense: the dense width of a block; the global values.
         biases: blocks whose output layers (attention, feed-forward) got a bias that the stock class lacks.
         head_dim: entries per head.
-        dtype: of the weights.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.

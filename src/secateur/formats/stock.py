@@ -5,8 +5,6 @@ the rotary settings between 4.57 and 5. The facts are a table; both spellings ar
 version builds the same model.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass
@@ -97,7 +95,6 @@ def stock_config(
         config: the config object made from it, which holds the settings that the file leaves to defaults.
         width: the width of every block; the dense one gives the dense model back.
         head_dim: entries per head.
-        dtype: of the weights.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.

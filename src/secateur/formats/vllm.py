@@ -5,8 +5,6 @@ A folder of the stock format runs in vLLM's class for the family, and one with w
 attention of that layer's head counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

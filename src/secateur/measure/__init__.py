@@ -1,8 +1,7 @@
 """How good and how fast a model is: perplexity, tasks and speed, dense or pruned alike."""
 
-from secateur.measure.likelihood import log_likelihoods
 from secateur.measure.perplexity import perplexity
-from secateur.measure.speed import compare_speed, speed
+from secateur.measure.speed import speeds
 from secateur.measure.tasks import Accuracy, kept, open_tasks, zero_shot
 
-__all__ = ["Accuracy", "compare_speed", "kept", "log_likelihoods", "open_tasks", "perplexity", "speed", "zero_shot"]
+__all__ = ["Accuracy", "kept", "open_tasks", "perplexity", "speeds", "zero_shot"]

@@ -1,7 +1,5 @@
 """Evaluate one model, or two side by side: sizes, perplexity of texts, accuracy on tasks, speed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +13,8 @@ from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.quiet import quiet
 from secateur.base.words import DTYPES
 from secateur.formats.per_layer import model_class
-from secateur.measure.perplexity import perplexity
-from secateur.measure.speed import Speed, compare_speed
-from secateur.measure.speed import speed as measure_speed
+from secateur.measure.perplexity import Perplexity, perplexity
+from secateur.measure.speed import Speed, speeds
 from secateur.measure.tasks import Kept, TaskResult, kept, open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.families import positions_of
@@ -27,18 +24,6 @@ from secateur.text.sources import RANDOM
 
 PROMPT, NEW = 512, 32
 """Tokens read and written when speed is measured, where the model has positions for them."""
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Perplexity of one text."""
-
-    source: str
-    perplexity: float
-    tokens: int
-    """Scored ones: all but the first of each row."""
-    rows: int
-    length: int
 
 
 @dataclass
@@ -51,7 +36,8 @@ class ModelScore:
     """Of the parameters, at the dtype in which the first model is stored."""
     bos: bool
     """Whether rows begin with BOS."""
-    texts: list[TextScore]
+    texts: dict[str, Perplexity]
+    """By source."""
     tasks: list[TaskResult]
     speed: Speed | None = None
 
@@ -88,8 +74,9 @@ class Evaluation:
             figure("parameters", [m.parameters for m in models], "{:,}"),
             figure("bytes at equal dtype", [m.bytes for m in models], "{:,}"),
         ]
-        for scores in zip(*(m.texts for m in models), strict=True):
-            figures.append(figure(f"perplexity {short(scores[0].source)}", [s.perplexity for s in scores], "{:,.3f}"))
+        for text in models[0].texts:
+            values = [model.texts[text].perplexity for model in models]
+            figures.append(figure(f"perplexity {short(text)}", values, "{:,.3f}"))
         for answered in zip(*(m.tasks for m in models), strict=True):
             for metric in answered[0].accuracies():
                 accuracies = [task.accuracies()[metric] for task in answered]
@@ -163,7 +150,6 @@ def evaluate(
         dtype: to compute in, on `device`.
         revision: of `model`, where that is a hub id.
         trust_remote_code: let the checkpoints' own code run.
-        watcher: told about progress.
 
     Raises:
         SecateurError: for anything that cannot be read or measured, before long work.
@@ -198,10 +184,9 @@ def evaluate(
         name = short(checkpoint.source)
         with watcher.busy(f"Loading {checkpoint.source}"):
             network = load(checkpoint, getattr(torch, dtype), where)
-        scored = []
-        for text in texts:
-            one = perplexity(network, found[text], watcher=watcher, what=f"{name} on {short(text)}")
-            scored.append(TextScore(text, one.perplexity, one.tokens, one.rows, one.length))
+        scored = {
+            text: perplexity(network, found[text], watcher=watcher, what=f"{name} on {short(text)}") for text in texts
+        }
         answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{name} on")
         bos = tokenizer is not None and begins_with_bos(tokenizer)
         count = sum(parameter.numel() for parameter in network.parameters())
@@ -262,10 +247,7 @@ def _speeds(networks: list[Any], scores: list[ModelScore]) -> tuple[float, float
     positions = min(positions_of(network.config) or PROMPT + NEW for network in networks)
     new = min(NEW, max(1, positions // 4))
     prompt = min(PROMPT, positions - new)
-    if len(networks) == 1:
-        scores[0].speed = measure_speed(networks[0], prompt=prompt, new=new)
-        return None
-    # The ratios are those of the second one given over the first.
-    both = compare_speed(networks[1], networks[0], prompt=prompt, new=new)
-    scores[1].speed, scores[0].speed = both.a, both.b
-    return both.prefill_ratio, both.decode_ratio
+    for score, found in zip(scores, speeds(networks, prompt=prompt, new=new), strict=True):
+        score.speed = found
+    first, *others = (score.speed for score in scores)
+    return first.over(others[0]) if first and others and others[0] else None

@@ -5,22 +5,17 @@ row as context. The logits of large vocabularies dwarf the model's activations, 
 loss in pieces.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _FORWARD_LOGITS = 1 << 28
 """Logits that one forward may return, in the model's own dtype: rows are taken in smaller batches beyond."""
@@ -69,7 +64,6 @@ def perplexity(
         model: any causal language model of transformers.
         rows: token ids, on any device.
         batch: rows in a forward, at most; fewer where the logits would grow too large.
-        watcher: told about progress.
         what: what to tell it is being done.
 
     Raises:

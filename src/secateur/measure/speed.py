@@ -5,21 +5,18 @@ token marks the end of the prompt and then every step, so no time is the differe
 Two models are measured in turns, because a busy machine slows neighbouring runs alike.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.measure.perplexity import scoring
 from secateur.model.families import positions_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -43,50 +40,31 @@ class Speed:
     threads: int
     """CPU threads of torch."""
 
+    def over(self, other: "Speed") -> tuple[float, float]:
+        """How much faster than another model this one reads and writes: medians over the turns that both took."""
+        pairs = (
+            (self.prefill_seconds, other.prefill_seconds),
+            (self.decode_seconds, other.decode_seconds),
+        )
+        prefill, decode = (median(b / a for a, b in zip(*pair, strict=True)) for pair in pairs)
+        return prefill, decode
 
-@dataclass(frozen=True)
-class SpeedComparison:
-    """Two models measured in turns; ratios are the median over the turns of b's speed over a's."""
 
-    a: Speed
-    b: Speed
-    prefill_ratio: float
-    decode_ratio: float
-
-
-def speed(model: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3) -> Speed:
-    """Speed of one model.
+def speeds(
+    models: Sequence[PreTrainedModel], *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3
+) -> list[Speed]:
+    """Speed of each model, measured in turns, so that ratios hold on a machine that others use as well.
 
     Args:
-        model: any causal language model of transformers that can generate.
+        models: causal language models of transformers that can generate.
         prompt: tokens of the prompt: random ids, the same in every run.
         new: decode steps.
         batch: rows generated together.
-        repeats: measured runs, after one that warms up and is not counted.
+        repeats: measured runs of each, after one that warms up and is not counted.
 
     Raises:
-        SecateurError: a size below 1, or more tokens than the model has positions.
+        SecateurError: a size below 1, or more tokens than a model has positions.
     """
-    return _alternate([model], prompt, new, batch, repeats)[0]
-
-
-def compare_speed(
-    a: PreTrainedModel, b: PreTrainedModel, *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3
-) -> SpeedComparison:
-    """Speeds of two models in turns, a b a b, so that their ratio holds on a machine that others use as well.
-
-    Arguments and errors are those of `speed`; `repeats` counts the runs of each model.
-    """
-    first, second = _alternate([a, b], prompt, new, batch, repeats)
-    return SpeedComparison(
-        first,
-        second,
-        median(x / y for x, y in zip(first.prefill_seconds, second.prefill_seconds, strict=True)),
-        median(x / y for x, y in zip(first.decode_seconds, second.decode_seconds, strict=True)),
-    )
-
-
-def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int, repeats: int) -> list[Speed]:
     for name, value in (("prompt", prompt), ("new", new), ("batch", batch), ("repeats", repeats)):
         if value < 1:
             raise SecateurError(f"{name} is {value}, but at least 1 is needed to measure speed")
@@ -99,11 +77,11 @@ def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int,
                 "measure with a shorter prompt"
             )
     turns = [[_seconds(model, prompt, new, batch) for model in models] for _ in range(repeats + 1)]
-    speeds = []
+    found = []
     # The first turn has warmed up.
     for model, run in zip(models, zip(*turns[1:], strict=True), strict=True):
         prefills, decodes = zip(*run, strict=True)
-        found = Speed(
+        one = Speed(
             prefill=batch * prompt / median(prefills),
             decode=batch * new / median(decodes),
             prompt=prompt,
@@ -115,8 +93,8 @@ def _alternate(models: list[PreTrainedModel], prompt: int, new: int, batch: int,
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
-        speeds.append(found)
-    return speeds
+        found.append(one)
+    return found
 
 
 def _seconds(model: PreTrainedModel, prompt: int, new: int, batch: int) -> tuple[float, float]:

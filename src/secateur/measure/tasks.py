@@ -1,31 +1,37 @@
-"""Zero-shot accuracy on multiple-choice tasks: questions, prompts and metrics are lm-eval's, the forwards are ours."""
+"""Zero-shot accuracy on multiple-choice tasks: questions, prompts, likelihoods and metrics are lm-eval's."""
 
-from __future__ import annotations
-
+import copy
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
-from secateur.measure.likelihood import log_likelihoods
+from secateur.measure.perplexity import scoring
+from secateur.model.families import positions_of
 from secateur.model.hub_source import out_of_reach
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _FILES = {"arrow", "csv", "json", "parquet", "text"}
 """What a task file calls its data set where the data are files of one's own."""
 _QUANTILE = 1.959964
 """Of the normal distribution, for 95 % in the middle."""
+_ITEMS = 64
+"""From one step of the progress bar to the next; lm-eval puts those of about equal length into a batch."""
+_LOGITS = 1 << 27
+"""Of a forward, at most, unless a single answer with its question has more."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Accuracy:
     """1 for an item that is right, else 0, in the task's order: what two models can be compared by."""
 
     @classmethod
-    def of(cls, outcomes: list[int]) -> Accuracy:
+    def of(cls, outcomes: list[int]) -> "Accuracy":
         """From at least one item."""
         count = len(outcomes)
         value = sum(outcomes) / count
@@ -100,16 +106,58 @@ def zero_shot(
         what: what to tell it is being done; the task's name is added.
 
     Raises:
-        SecateurError: as `log_likelihoods`.
+        SecateurError: the tokenizer is not the model's or has neither BOS nor EOS, an answer has no tokens or more than
+            the model has positions, or logits are not numbers.
     """
-    results = []
-    for task in tasks:
-        pairs = [pair for _, asked in task.items for pair in asked]
-        found = iter(log_likelihoods(network, tokenizer, pairs, watcher=watcher, what=f"{what} {task.name}"))
-        metrics = [task.source.process_results(item, [next(found) for _ in asked]) for item, asked in task.items]
-        acc, norm = ([int(m[key]) for m in metrics if key in m] for key in ("acc", "acc_norm"))
-        results.append(TaskResult(task.name, len(metrics), Accuracy.of(acc), Accuracy.of(norm) if norm else None))
+    results: list[TaskResult] = []
+    if not tasks:
+        return results
+    with scoring(network), _silence(stderr=False):
+        scorer = _scorer(network, tokenizer)
+        for task in tasks:
+            metrics = []
+            for start in (watcher or Silent()).track(range(0, len(task.items), _ITEMS), f"{what} {task.name}"):
+                items = task.items[start : start + _ITEMS]
+                found = iter(scorer([pair for _, asked in items for pair in asked]))
+                metrics += [task.source.process_results(item, [next(found) for _ in asked]) for item, asked in items]
+            acc, norm = ([int(m[key]) for m in metrics if key in m] for key in ("acc", "acc_norm"))
+            results.append(TaskResult(task.name, len(metrics), Accuracy.of(acc), Accuracy.of(norm) if norm else None))
     return results
+
+
+def _scorer(network: Any, tokenizer: Any) -> Callable[[list[tuple[str, str]]], list[tuple[float, bool]]]:
+    """lm-eval's log-likelihoods of answers to questions, by a model that is left as it is."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    vocabulary, positions = network.get_input_embeddings().weight.shape[0], positions_of(network.config) or sys.maxsize
+
+    class Scorer(HFLM):
+        """HFLM with batches as large as memory is meant to hold, and errors of one line."""
+
+        def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+            for texts, question, answer in requests:
+                if not question or not 0 < len(answer) <= positions:
+                    lengths = f"{len(question)} and {len(answer)} tokens, where 1 to {positions} are possible"
+                    raise SecateurError(f"question and answer {texts!r:.60} have {lengths}")
+                if max(*question, *answer) >= vocabulary:
+                    raise SecateurError(f"ids outside the model's {vocabulary}: wrong tokenizer for this model")
+            longest = min(positions, max(len(question) + len(answer) for _, question, answer in requests))
+            options["override_bs"] = max(1, _LOGITS // (vocabulary * longest))
+            found = super()._loglikelihood_tokens(requests, **options)
+            if not any(math.isnan(log) for log, _ in found):
+                return found
+            raise SecateurError("the model's logits are not numbers: its weights are damaged, or its dtype overflows")
+
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise SecateurError("the tokenizer has neither BOS nor EOS, of which lm-eval needs one")
+    # No module, since HFLM would tie its weights, which a checkpoint may keep apart against its config.
+    forward: Any = partial(network, use_cache=False)
+    forward.config, forward.device = network.config, network.device
+    # A copy, since HFLM sets a token for padding. Likelihoods rounded to bfloat16 would be equal too often.
+    settings = {"tokenizer": copy.deepcopy(tokenizer), "max_length": positions, "softmax_dtype": torch.float32}
+    scorer = Scorer(forward, "causal", batch_size="auto", **settings)
+    return lambda pairs: scorer.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], True)
 
 
 def kept(first: Accuracy, second: Accuracy) -> Kept | None:
@@ -238,8 +286,8 @@ def _open(task: Any, limit: int | None) -> OpenTask:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """None of the bars and notes of lm-eval and datasets, which have no switch of their own."""
+def _silence(stderr: bool = True) -> Iterator[None]:
+    """None of the notes of lm-eval and datasets, and on standard error none of their bars, which have no switch."""
     import datasets
 
     logger = logging.getLogger("lm_eval")
@@ -247,7 +295,7 @@ def _silence() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
-        with quiet(), redirect_stderr(io.StringIO()):
+        with quiet(), redirect_stderr(io.StringIO()) if stderr else nullcontext():
             yield
     finally:
         logger.setLevel(level)

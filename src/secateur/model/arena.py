@@ -1,7 +1,5 @@
 """Activations of token rows, held in memory up to a limit and in files beyond it."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile
@@ -68,7 +66,7 @@ class Arena:
         path = os.path.join(self._folder.name, str(self._files))
         return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
 
-    def __enter__(self) -> Arena:
+    def __enter__(self) -> "Arena":
         return self
 
     def __exit__(self, *exc: object) -> None:

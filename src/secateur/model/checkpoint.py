@@ -1,7 +1,5 @@
 """An open checkpoint: a folder, a hub id or a GGUF file, checked before any long work and read lazily."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """A checkpoint's config.json: read, and refused before any long work where the model cannot be pruned."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

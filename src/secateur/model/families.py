@@ -4,8 +4,6 @@ One entry a family. An entry says how the layers are called; sizes, biases and t
 matrices are read off the block itself (on the meta device), so that an entry needs no more than names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -4,8 +4,6 @@ Left out, these change what the model computes without a word. Here they are rea
 the tensors of rotary factors, as llama.cpp reads them; and what has no place in the config is refused.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A GGUF file to a folder: dequantised once by transformers and kept in the user's cache."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -33,7 +31,6 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     The first call for a file takes as long as dequantising takes and needs memory for the whole model.
 
     Args:
-        file: an existing .gguf file.
         dtype: of the weights to write.
 
     Raises:

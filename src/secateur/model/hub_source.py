@@ -1,7 +1,5 @@
 """A hub id to a folder: from the local cache where it is complete, else downloaded, safetensors only."""
 
-from __future__ import annotations
-
 import re
 import threading
 from contextlib import suppress

@@ -11,8 +11,6 @@ multiplied by w. Two things differ from modules without such a norm:
   takes over the share of the error so far that its own energy can carry.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

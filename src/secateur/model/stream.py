@@ -7,8 +7,6 @@ run on stored activations, alone. Hooks live inside context managers only.
 Shapes: b rows of a batch, t positions, d residual width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -245,7 +243,6 @@ class BlockStream:
         """Run a filled block on one batch.
 
         Args:
-            index: which block.
             layer: the block, from `filled`.
             hidden_btd: its input, on any device.
             group: which group of rows the batch belongs to.

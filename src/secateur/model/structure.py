@@ -5,8 +5,6 @@ Pruning removes *units*: query heads (with the key/value heads that no kept quer
 attention, channels from the feed-forward. A `Slab` says which part of a stored tensor follows a unit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from dataclasses import dataclass

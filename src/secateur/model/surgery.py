@@ -1,7 +1,5 @@
 """Index tensors by slab: the only place where weights are cut."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """What a tokenizer makes of a text: its ids, and whether the beginning-of-sequence token (BOS) opens them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from secateur.base.errors import SecateurError

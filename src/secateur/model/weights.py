@@ -4,8 +4,6 @@ A tensor is read into memory of its own and never mapped, so that resident memor
 Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ raises the minimum by tr(W_S' P_SS^-1 W_S), changes W by -P[:,S] P_SS^-1 W_S, an
 orders all units and prices every width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ float32 too; sums of those over all batches, where there is one number and not a
 Shapes: n tokens, a entries of the layer's input, o entries of its target.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,6 @@ where diag H is one: the penalised matrix then has eigenvalues between `ridge` a
 that float32 is exact enough unless the ridge is tiny.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

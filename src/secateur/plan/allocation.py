@@ -4,8 +4,6 @@ What a plan takes is a sum over modules (`plan/meters.py`), and so is what it co
 widths are then a separable knapsack (`plan/knapsack.py`).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from secateur.model.structure import Width

@@ -8,8 +8,6 @@ Any selection within the budget B costs L + sum r + m (B - S), where L is the du
 exceeds the best known cost already by its reduced costs can be left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

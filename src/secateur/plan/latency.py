@@ -21,11 +21,12 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import transformers
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
@@ -48,35 +49,42 @@ ROUNDS = 5
 """Fewest rounds before medians can have settled."""
 SETTLED = 0.01
 """Standard error of a settled median, relative to it."""
-
 _FLUSH = 2**28
 """Bytes beyond which no processor's caches hold anything of what was before."""
-
 _LAYOUT = 1
 """Part of the cache key; to be raised when the way of measuring changes."""
 
-Case = Callable[[], Callable[[], object]]
+Run = Callable[[], object]
+Case = Callable[[], Run]
 """Makes everything ready for a run and returns the run, which is then timed."""
-_WithCache = Callable[[Cache], Callable[[], object]]
-"""Makes a run of a cache."""
 Timer = Callable[[Case], float]
 """Seconds of one run."""
-Line = tuple[tuple[int, float], ...]
+
+
+def _ascending(line: Line) -> Line:
+    """A line as it is; `ValueError` for one that does not rise from zero."""
+    if line[0] != (0, 0.0) or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(line)):
+        raise ValueError("it does not rise from zero")
+    return line
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Line = Annotated[tuple[tuple[int, Seconds], ...], Field(min_length=2), AfterValidator(_ascending)]
 """(units, seconds), both ascending from zero units and zero seconds to the dense module's."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of what makes up a model with blocks of one shape."""
+    """Seconds of what makes up a model with blocks of one shape; fields are checked where a file of them is read."""
 
     groups: Line
     """The attention over key/value groups, each with all its query heads."""
     per_group: Line
     """The attention over query heads in each group, with all groups."""
     channels: Line
-    rest: float
+    rest: Seconds
     """Of a block without either module: its norms, and what transformers does around them."""
-    outside: float
+    outside: Seconds
     """Of embedding, masks, last norm and output matrix."""
 
     def module(self, kind: Kind, width: Width) -> float:
@@ -100,24 +108,24 @@ def measured(
     watcher: Watcher,
     timer: Timer | None = None,
 ) -> Latency:
-    """The table for blocks like one, from the user's cache, or measured and put there.
+    """The table for blocks like one of the dense model, from the user's cache, or measured and put there.
 
-    Args:
-        stream: the open dense model; only its config and shapes are read.
-        index: of the block.
-        kind: a prompt of `LENGTH` tokens, or one token behind as many; one row either way.
-        device: where to run.
-        dtype: of weights and activations.
-        watcher: told that measuring goes on.
-        timer: in place of the clock; what it measures is not kept apart from what the clock does.
+    It tells of one row: a prompt of `LENGTH` tokens, or one token behind as many. What a timer in place of the clock
+    measures is not kept apart from what the clock does.
     """
     facts = _facts(stream, index, kind, device, dtype)
     file = cache_folder() / "latency" / f"{digest(facts)}.json"
-    table = _read(file, facts)
-    if table is None:
-        with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
-            table = _measure(stream, index, kind, device, dtype, timer or stopwatch(device))
-        _keep(file, facts, table)
+    with suppress(OSError, ValueError):
+        stored = parse_json(file.read_text(encoding="utf-8"))
+        kept = TypeAdapter(Latency).validate_python(stored)
+        if stored.get("facts") == facts:
+            return kept
+    with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
+        table = _measure(stream, index, kind, device, dtype, timer or stopwatch(device))
+    # Where the folder cannot be written to, the next run measures again.
+    with suppress(OSError, SecateurError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({**asdict(table), "facts": facts}, indent=1))
     return table
 
 
@@ -179,84 +187,61 @@ def _settled(taken: Sequence[Sequence[float]], middles: Sequence[float]) -> bool
     return all(error <= SETTLED * max(middle, typical) for error, middle in zip(errors, middles, strict=True))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a model hands to a layer, the cache aside."""
-
-    hidden: torch.Tensor
-    """The stream, (1, t, d)."""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def ready(self, layer: nn.Module, cache: Cache) -> Callable[[], object]:
-        """A run of a layer with a cache of its own."""
-        args = [cache if isinstance(value, Cache) else value for value in self.args]
-        kwargs = {key: cache if isinstance(value, Cache) else value for key, value in self.kwargs.items()}
-        return lambda: layer(self.hidden, *args, **kwargs)
-
-
 @torch.inference_mode()
 def _measure(
     stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype, timer: Timer
 ) -> Latency:
-    block = stream.blocks[index]
-    full = block.width
+    full = stream.blocks[index].width
     model = _one_layer(stream, index, device, dtype)
     layers = model.get_submodule(stream.family.blocks)
     length = _length(model.config)
     prefill, decode = _calls(model, layers[0], length)
     # All counts of heads up to a dozen, or none and all where they are tied.
-    every = 2 if block.attention.locked else POINTS + 2
+    every = 2 if stream.blocks[index].attention.locked else POINTS + 2
     groups, per_group, channels = grid(full.groups, every), grid(full.per_group, every), grid(full.channels, POINTS)
 
     def layer_case(width: Width) -> Case:
         layer = copy.deepcopy(layers[0])
         resize(layer, width.heads, width.groups, width.channels)
-        return _case(model, kind, partial(prefill.ready, layer), partial(decode.ready, layer))
+        return _case(model, kind, partial(prefill, layer), partial(decode, layer))
 
-    def cold(case: Case) -> Case:
-        if kind == "prefill" or device.type != "cpu":
-            return case
+    nothing = Width(0, 0, 0)
+    lines = {
+        "groups": {0: nothing} | {count: Width(count, full.per_group, 0) for count in groups[1:]},
+        "per_group": {0: nothing} | {count: Width(full.groups, count, 0) for count in per_group[1:]},
+        "channels": {count: Width(0, 0, count) for count in channels},
+    }
+    widths = dict.fromkeys(width for line in lines.values() for width in line.values())
+    cases: dict[Width | None, Case] = {width: layer_case(width) for width in widths}
+    small = layer_case(Width(groups[1], per_group[-1], channels[1]))
+    # What is left of the model is timed around the layer without anything.
+    resize(layers[0], 0, 0, 0)
+    cases[None] = _case(model, kind, _whole(model, length), _whole(model, 1))
+    if kind == "decode" and device.type == "cpu":
+        # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the
+        # others. A small layer then brings back what belongs to no weight.
+        weights = sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
+        others = torch.ones(min(_FLUSH, weights) // 4, dtype=torch.float32)
 
-        def ready() -> Callable[[], object]:
+        def cold(case: Case) -> Run:
             others.sum()
             small()()
             return case()
 
-        return ready
-
-    # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the others.
-    # A small layer then brings back what belongs to no weight.
-    weights = sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
-    others = torch.ones(min(_FLUSH, weights) // 4, dtype=torch.float32, device=device)
-    small = layer_case(Width(groups[1], per_group[-1], channels[1]))
-    along_groups = [Width(count, full.per_group, 0) for count in groups[1:]]
-    along_heads = [Width(full.groups, count, 0) for count in per_group[1:]]
-    nothing = Width(0, 0, 0)
-    cases: dict[Width | None, Case] = {}
-    for width in (nothing, *along_groups, *along_heads, *(Width(0, 0, count) for count in channels[1:])):
-        cases[width] = cold(layer_case(width))
-    # What is left of the model is timed around the layer without anything.
-    resize(layers[0], 0, 0, 0)
-    cases[None] = cold(_model_case(model, kind, length))
+        cases = {width: partial(cold, case) for width, case in cases.items()}
     seconds = dict(zip(cases, medians(list(cases.values()), timer), strict=True))
-
+    # The dense attention, where both its lines end, takes no less than any other.
+    attentions = (*lines["groups"].values(), *lines["per_group"].values())
+    seconds[attentions[-1]] = max(seconds[width] for width in attentions)
     rest = seconds[nothing]
-    by_groups, by_heads = ([seconds[width] - rest for width in line] for line in (along_groups, along_heads))
-    # Both lines end in the dense attention.
-    by_groups[-1] = by_heads[-1] = max(by_groups + by_heads)
-    return Latency(
-        groups=_rising(groups, by_groups),
-        per_group=_rising(per_group, by_heads),
-        channels=_rising(channels, [seconds[Width(0, 0, count)] - rest for count in channels[1:]]),
-        rest=rest,
-        outside=max(0.0, seconds[None] - rest),
-    )
 
+    def rising(line: dict[int, Width]) -> Line:
+        # Falls are noise: each is the largest value so far.
+        beyond = np.maximum.accumulate([seconds[width] - rest for width in line.values()])
+        return tuple(zip(line, beyond.tolist(), strict=True))
 
-def _rising(counts: Sequence[int], seconds: Sequence[float]) -> Line:
-    """A line from zero units in no time, without the falls that are noise: each is the largest value so far."""
-    return tuple(zip(counts, np.maximum.accumulate([0.0, *seconds]).tolist(), strict=True))
+    outside = max(0.0, seconds[None] - rest)
+    return Latency(**{name: rising(line) for name, line in lines.items()}, rest=rest, outside=outside)
 
 
 def _one_layer(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -276,51 +261,42 @@ def _length(config: Any) -> int:
     return LENGTH if positions is None else max(1, min(LENGTH, positions - 1))
 
 
-def _ids(model: Any, count: int) -> torch.Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-    return ids.to(model.device)
-
-
-def _calls(model: Any, layer: nn.Module, length: int) -> tuple[_Call, _Call]:
-    """What the model hands to a layer for a prompt, and for one token behind it."""
-    calls: list[_Call] = []
+def _calls(model: Any, layer: nn.Module, length: int) -> list[Callable[[nn.Module, Cache], Run]]:
+    """What the model hands to a layer for a prompt and for one token behind it, as runs of any layer with any cache."""
+    calls: list[Callable[[nn.Module, Cache], Run]] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(kwargs)
-        hidden, *others = args or (named.pop("hidden_states"),)
-        calls.append(_Call(hidden, tuple(others), named))
+        def call(other: nn.Module, cache: Cache) -> Run:
+            own = [cache if isinstance(value, Cache) else value for value in args]
+            named = {key: cache if isinstance(value, Cache) else value for key, value in kwargs.items()}
+            return partial(other, *own, **named)
 
-    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        cache = DynamicCache(config=model.config)
-        for count in (length, 1):
-            _whole(model, _ids(model, count), cache)()
-    finally:
-        handle.remove()
-    return calls[0], calls[1]
+        calls.append(call)
+
+    cache = DynamicCache(config=model.config)
+    with layer.register_forward_pre_hook(note, with_kwargs=True):
+        _whole(model, length)(cache)()
+        _whole(model, 1)(cache)()
+    return calls
 
 
-def _whole(model: Any, ids: torch.Tensor, cache: Cache) -> Callable[[], object]:
-    """A run of the whole model as in generation, with logits of the last token alone."""
+def _whole(model: Any, count: int) -> Callable[[Cache], Run]:
+    """Runs of the whole model on random tokens as in generation, with logits of the last one alone."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)).to(model.device)
     # transformers has begun to rename it.
     key = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return partial(model, ids, **{key: cache}, use_cache=True, logits_to_keep=1)
+    return lambda cache: partial(model, ids, **{key: cache}, use_cache=True, logits_to_keep=1)
 
 
-def _model_case(model: Any, kind: str, length: int) -> Case:
-    """The whole model on a prompt, or on one token behind it."""
-    return _case(model, kind, partial(_whole, model, _ids(model, length)), partial(_whole, model, _ids(model, 1)))
-
-
-def _case(model: Any, kind: str, prompt: _WithCache, token: _WithCache) -> Case:
+def _case(model: Any, kind: str, prompt: Callable[[Cache], Run], token: Callable[[Cache], Run]) -> Case:
     """A run on a prompt, or on one token behind it, each with a cache of its own."""
     if kind == "prefill":
         return lambda: prompt(DynamicCache(config=model.config))
     cache = DynamicCache(config=model.config)
     prompt(cache)()
 
-    def ready() -> Callable[[], object]:
+    def ready() -> Run:
         # What is in the cache is shared; the run may append to its copy.
         fresh = copy.copy(cache)
         fresh.layers = [copy.copy(layer) for layer in cache.layers]
@@ -356,37 +332,9 @@ def _device_name(device: torch.device) -> str:
     """The make of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [platform.machine(), platform.processor()]
+    names = [device.type, platform.machine(), platform.processor()]
     with suppress(OSError):
         # Linux leaves `platform.processor` empty.
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names += [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1]
-    return f"{device.type} {' '.join(name for name in names if name)}"
-
-
-def _read(file: Path, facts: dict[str, Any]) -> Latency | None:
-    """A kept table; None if there is none, or one that is broken."""
-    try:
-        stored = parse_json(file.read_text(encoding="utf-8"))
-        lines = {name: _line(stored[name]) for name in ("groups", "per_group", "channels")}
-        table = Latency(**lines, rest=float(stored["rest"]), outside=float(stored["outside"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    sound = stored.get("facts") == facts and np.isfinite([table.rest, table.outside]).all()
-    return table if sound and min(table.rest, table.outside) >= 0 else None
-
-
-def _line(points: Any) -> Line:
-    """A line from JSON; `ValueError` for what is none."""
-    line = tuple((int(count), float(seconds)) for count, seconds in points)
-    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(line))
-    if len(line) < 2 or line[0] != (0, 0.0) or not rising or not np.isfinite(line[-1][1]):
-        raise ValueError("no line")
-    return line
-
-
-def _keep(file: Path, facts: dict[str, Any], table: Latency) -> None:
-    """Put a table into the cache; where that cannot be, the next run measures again."""
-    with suppress(OSError, SecateurError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({**asdict(table), "facts": facts}, indent=1))
+    return " ".join(filter(None, names))

@@ -1,7 +1,5 @@
 """What a plan takes (parameters, bytes, cache, time), as a sum over modules: a knapsack can be solved over it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from copy import copy

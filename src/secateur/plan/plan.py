@@ -1,7 +1,5 @@
 """The widths that cost least and meet a target, decided before any weight is touched."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -20,7 +18,6 @@ def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None =
     """The widths that cost least and meet the target.
 
     Args:
-        problem: target and limits.
         widths: `adaptive`, each module its own; or `uniform`, one width for all chosen blocks.
         survey: error curves and probes; without one, a uniform plan is the nearest to the target, and adaptive widths
             are as even as they can be.
@@ -102,7 +99,7 @@ def _out_of_reach(problem: PlanProblem, least: float, reasons: list[str]) -> Sec
     # Rounded down, so that it can be had.
     most = math.floor(1000 * (problem.meter.dense - least) / problem.counted) / 1000
     return SecateurError(
-        f"a sparsity of {problem.goal:.1%} of the {problem.of} is more than the modules hold: at most {most:.1%} can go"
+        f"a sparsity of {problem.goal:.1%} of the blocks is more than the modules hold: at most {most:.1%} can go"
         + (" (only heads or only channels were asked for)" if len(problem.kinds) == 1 else "")
         + (f"; {reasons[0]}" if reasons and len(problem.kinds) > 1 else "")
     )

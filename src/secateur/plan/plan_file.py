@@ -1,7 +1,5 @@
 """Plans that people write or edit: exact units for each block, or ratios for ranges of blocks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

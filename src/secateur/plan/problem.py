@@ -1,7 +1,5 @@
 """What a plan is, and the problem that it solves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,11 +19,9 @@ class Plan:
 
     widths: dict[int, Width]
     sparsity: float
-    """Share of the counted parameters that goes."""
+    """Share of the chosen blocks' parameters that goes."""
     wanted: float
     """The share that was asked for, or the one that the target came to."""
-    of: str
-    """What the share counts: `blocks`, the pruned ones, or `model`."""
     price: float | None = None
     """What the survey expects it to cost, in nats per token; None if nothing was weighed."""
     note: str | None = None
@@ -59,17 +55,13 @@ class PlanProblem:
     """The share of parameters to remove, or another target."""
     meter: Meter
     """Of what the target is about."""
-    of: str = "blocks"
-    """What a share counts: the chosen `blocks`, or the whole `model`."""
     kinds: tuple[Kind, ...] = KINDS
     multiple: int = 1
     obstacle: Obstacle = lambda _: None
 
     @property
     def counted(self) -> float:
-        """The parameters of which a share may go."""
-        if self.of == "model":
-            return self.parameters.dense
+        """The parameters of which a share may go: those of the chosen blocks."""
         return float(sum(self.blocks[index].parameters for index in self.chosen))
 
     @property
@@ -87,10 +79,10 @@ class PlanProblem:
         """A plan of these widths, with a note where it is off target."""
         reached = self.sparsity(widths)
         if isinstance(self.goal, Target):
-            return Plan(widths, reached, reached, self.of, price)
+            return Plan(widths, reached, reached, price)
         note = None
         if abs(reached - self.goal) > TOLERANCE:
             best = "it is the nearest" if len(set(widths.values())) == 1 else "that costs least"
             among = "among the widths that the format and the rounding allow"
             note = f"{reached:.1%} goes in place of {self.goal:.1%}: {best} {among}"
-        return Plan(widths, reached, self.goal, self.of, price, note)
+        return Plan(widths, reached, self.goal, price, note)

@@ -1,7 +1,5 @@
 """The smallest model within a loss of perplexity: prune, measure on rows left out of the fit, correct, repeat."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +25,6 @@ def smallest_within(
     Args:
         problem: what plans may do; its goal is replaced.
         widths: see `plan`.
-        survey: of the model.
         ratio: the most that perplexity over dense may be, above 1.
         loss: measures perplexity over dense of a plan.
 

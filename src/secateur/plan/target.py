@@ -1,7 +1,5 @@
 """What a pruned model may take at most, as a person writes it: `params=80%`, `bytes=60MB`, `prefill=1.5x`."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

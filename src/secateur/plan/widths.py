@@ -1,7 +1,5 @@
 """Widths that a module may have: whole groups, as many heads of every group, channels in steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -4,21 +4,17 @@
 small. Nothing is fetched when the page opens.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from secateur.model.structure import Block, Depth2, Pattern, Width
+from secateur.plan.problem import Plan
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.prices import Prices
-
-if TYPE_CHECKING:
-    from secateur.plan.problem import Plan
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "{{DATA}}"

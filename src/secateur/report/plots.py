@@ -1,7 +1,5 @@
 """Pictures as files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The figures of each command, which its table shows."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +22,6 @@ class Summary:
     """The width of every pruned block."""
     format: str
     sparsity: float
-    of: str
     note: str | None
     vllm: str | None
     """Why vLLM does not serve it; None where it does, or where it is no folder."""
@@ -67,7 +64,7 @@ class Proposal:
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
-            "sparsity": {"of": self.plan.of, "reached": self.plan.sparsity},
+            "sparsity": {"reached": self.plan.sparsity},
             "price": self.plan.price,
             "blocks": blocks,
         }

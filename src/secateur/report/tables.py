@@ -1,20 +1,15 @@
 """Tables for the terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from secateur.base.words import counted
-
-if TYPE_CHECKING:
-    from secateur.measure.compare import Evaluation, Figure
-    from secateur.model.structure import Width
-    from secateur.report.summary import Proposal, Size, Summary, Surveyed
+from secateur.measure.compare import Evaluation, Figure, short
+from secateur.model.structure import Width
+from secateur.report.summary import Proposal, Size, Summary, Surveyed
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -33,7 +28,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}")
-    lines = [f"{_goes(summary.sparsity, summary.of)}, {_where(summary)}."]
+    lines = [f"{_goes(summary.sparsity)}, {_where(summary)}."]
     lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
         lines.append(f"Note: {summary.note}.")
@@ -49,10 +44,9 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     return table, lines
 
 
-def _goes(sparsity: float, of: str) -> str:
+def _goes(sparsity: float) -> str:
     """The share that goes, and of what."""
-    whose = "the pruned blocks'" if of == "blocks" else "the model's"
-    return f"{sparsity:.2%} of {whose} parameters go"
+    return f"{sparsity:.2%} of the pruned blocks' parameters go"
 
 
 def _where(summary: Summary) -> str:
@@ -108,8 +102,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
             f"{_bar(width.heads / dense.heads, 8)} {_bar(width.channels / dense.channels, 16)}",
         )
     before, after = proposal.parameters
-    goes = _goes(decided.sparsity, decided.of)
-    lines = [f"{goes}: {counted(before)} to {counted(after)} in the model."]
+    lines = [f"{_goes(decided.sparsity)}: {counted(before)} to {counted(after)} in the model."]
     if decided.price is not None:
         lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
     if decided.note:
@@ -161,8 +154,6 @@ def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
 
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
     """One model's figures, or two side by side with their ratios, and below them how they were measured."""
-    from secateur.measure.compare import short
-
     first = result.models[0]
     names = [short(model.name) for model in result.models]
     if len(set(names)) < len(names):
@@ -174,9 +165,9 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
     for figure in result.figures():
         table.add_row(figure.label, *_values(figure), *_ratio(figure))
     lines = []
-    for text in first.texts:
+    for source, text in first.texts.items():
         lines.append(
-            f"{short(text.source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; "
+            f"{short(source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; "
             f"{_begin(first.bos)}."
         )
     if first.tasks:

@@ -1,7 +1,5 @@
 """What a survey finds, as frozen data, and its file: one survey serves every size of a model."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass

@@ -9,8 +9,6 @@ and their gradients used up block by block.
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,12 +51,9 @@ def gradient_scores(
     """Scores of a criterion that needs gradients; only these are kept, and no block's gradients.
 
     Args:
-        stream: an open model.
         rows: as for `gradients`.
         criterion: criteria, of which one at least is made from gradients.
-        blocks: which blocks; all by default.
         arena_limit: as for `gradients`.
-        watcher: told about progress.
 
     Raises:
         SecateurError: as `gradients`.
@@ -88,13 +83,10 @@ def gradients(
     """Yield the gradients of some blocks, last block first.
 
     Args:
-        stream: an open model.
         rows: calibration tokens (rows x length), or several groups of them; tokens of a group count by its weight.
             Groups of weight zero, and those of one token a row, which predict nothing, are left out.
-        blocks: which blocks; all by default.
         squares: also the squared gradients, for which rows run one by one.
         arena_limit: bytes of activations to hold in memory before files are used.
-        watcher: told about progress.
 
     Raises:
         SecateurError: no row has a token to predict, or activations or gradients are NaN or infinite.

@@ -1,7 +1,5 @@
 """How badly a stream behind the last block predicts its own tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor

@@ -5,8 +5,6 @@ to large ones. Between two probes it is taken to be that of the straight line be
 scale; below the first, to be proportional to the error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -7,8 +7,6 @@ Kullback-Leibler divergence of the logits from the dense model's says what that 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -68,7 +66,6 @@ class Probes:
         """Start a stream at a filled block.
 
         Args:
-            layer: the block.
             dense: the block's input in the dense model (b x t x d).
             output: what the level 2 of the module that is cut yields there (b x t x d).
             cut: which cut it is.

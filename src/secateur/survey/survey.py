@@ -7,8 +7,6 @@ ten thousand times the energy of the rest, would be all that a curve sees. The c
 where a module alone is cut to a few widths (`secateur.survey.probes`), on rows that the errors were not measured on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -50,15 +48,10 @@ def survey(
     """Measure every module's error at every width.
 
     Args:
-        stream: an open model.
         rows: calibration tokens (rows x length); of `Rows`, errors are measured by weight, and units ordered by score.
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
-        blocks: which blocks; all by default.
-        kinds: which modules.
         criterion: the order in which units leave: criteria by name, or made ready.
         ridge: of the refit that the error assumes.
-        seed: for the criterion `random`.
-        watcher: told about progress.
     """
     blocks = blocks if blocks is not None else range(len(stream))
     watcher, criteria = watcher or Silent(), Criteria.of(criterion)

@@ -5,24 +5,19 @@ row holds stands here: how documents are joined, where a window may begin, and w
 text comes from is `secateur.text.documents`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from secateur.base.errors import SecateurError
 from secateur.model.tokens import begins_with_bos, encode
 from secateur.text.documents import MOST_CHARACTERS, Split, is_file, read_documents
-from secateur.text.row_file import holds_rows, read_rows
 from secateur.text.sources import RANDOM, STDIN
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _JOIN = "\n\n"
 _seen: ContextVar[dict[Any, Tensor] | None] = ContextVar("_seen", default=None)
@@ -71,13 +66,10 @@ def calibration_rows(
     Args:
         tokenizer: The model's; may be None for `random`.
         source: As for `read_documents`; or `random`, token ids drawn evenly, special ones excepted where a
-            tokenizer tells which they are. A file of rows (`secateur.text.row_file`) gives its first ones as they are.
-        samples: Rows.
+            tokenizer tells which they are.
         length: Tokens in a row, BOS included.
-        seed: Of the draw.
         vocab_size: Rows of the model's embedding; every id is below it.
         max_positions: The longest row that the model's positions allow, if there is a limit.
-        split: Which part of a data set.
         option: What a person calls the number of rows, for advice.
         taken: Rows among them that this number does not count.
 
@@ -96,9 +88,6 @@ def calibration_rows(
         allowed = _plain_ids(tokenizer, vocab_size)
         picks = torch.randint(len(allowed), (samples, body), generator=generator)
         return _opened(bos, allowed[picks])
-    if tokenizer is not None and holds_rows(source):
-        sizes = {"samples": samples, "length": length, "vocab_size": vocab_size, "taken": taken}
-        return read_rows(source, tokenizer, option=option, **sizes)
     ids = _ids(tokenizer, source, split, MOST_CHARACTERS, vocab_size)
     spare = len(ids) - samples * body
     if spare < 0:
@@ -122,14 +111,12 @@ def consecutive_rows(
     """Cut the beginning of a source into consecutive rows, as perplexity is usually measured.
 
     Args:
-        tokenizer: The model's.
         source: As for `read_documents`.
         length: Tokens in a row, BOS included where the tokenizer would add it.
         tokens: Tokens in all rows together; an incomplete last row is dropped. None takes the whole text.
             A shorter text gives fewer rows.
         vocab_size: Rows of the model's embedding; every id is below it.
         max_positions: The longest row that the model's positions allow, if there is a limit.
-        split: Which part of a data set.
 
     Returns:
         Token ids, int64 [rows, length], at least one row.

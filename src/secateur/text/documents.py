@@ -1,7 +1,5 @@
 """Where text comes from: a file, standard input or a data set, read into documents."""
 
-from __future__ import annotations
-
 import os
 import sys
 from codecs import BOM_UTF8

@@ -1,10 +1,7 @@
 """The rows of a run: which come from where, and what each of them is for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +11,6 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.text.calibration import calibration_rows
 from secateur.text.rewrite import rewritten
-from secateur.text.row_file import write_rows
 from secateur.text.self_calibration import self_rows
 from secateur.text.sources import RANDOM, SELF
 
@@ -98,14 +94,14 @@ class CalibrationRows:
         plain = self.begins_with_bos or not self.request.fits
         return Rows.of(rows) if plain else Rows.of(rows).with_openings()
 
-    def with_copies(self, stream: BlockStream, watcher: Watcher) -> CalibrationRows:
+    def with_copies(self, stream: BlockStream, watcher: Watcher) -> "CalibrationRows":
         """These rows with their copies, which one pass of the dense model rewrites; as they are where no fit asks."""
         copies, seed = self.request.copies, self.request.seed
         if not copies:
             return self
         return replace(self, copies=rewritten(stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
 
-    def with_blank_copies(self) -> CalibrationRows:
+    def with_blank_copies(self) -> "CalibrationRows":
         """These rows with as many copies as a run has; what is in them does not count."""
         copies = self.request.copies
         return replace(self, copies=self.fitted.repeat(copies, 1, 1)) if copies else self
@@ -117,7 +113,6 @@ def draw(
     request: RowRequest,
     *,
     begins_with_bos: bool,
-    save: Path | None = None,
     dry: bool = False,
     watcher: Watcher,
 ) -> CalibrationRows:
@@ -126,13 +121,9 @@ def draw(
     Where the fit has rows of its own from the same text, all come out of one draw: no token is used twice.
 
     Args:
-        stream: the open model.
-        tokenizer: its tokenizer.
         request: what is needed.
         begins_with_bos: whether the tokenizer puts BOS in front of a text.
-        save: a new file for the rows that the model writes.
         dry: only the number of rows matters: random ids stand for what the model would write.
-        watcher: told about progress.
 
     Raises:
         SecateurError: a source that cannot be read or is too short, or a model that cannot write.
@@ -141,7 +132,16 @@ def draw(
     together = apart if request.refit_source == request.source else 0
 
     def rows(source: str, count: int, option: str, taken: int = 0) -> Tensor:
-        return _rows(stream, tokenizer, request, source, count, option, taken, save, dry, watcher)
+        """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
+        how: dict[str, Any] = {"samples": count, "length": request.length, "seed": request.seed}
+        checkpoint, text = stream.checkpoint, RANDOM if source == SELF else source
+        if source == SELF and not dry:
+            return self_rows(checkpoint, tokenizer, **how, device=stream.device, watcher=watcher)
+        if source == SELF:
+            watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
+        how |= {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}
+        with reading(watcher, "Reading", source):
+            return calibration_rows(tokenizer, text, **how, option=option, taken=taken)
 
     choose = request.samples + held
     if together:
@@ -153,46 +153,3 @@ def draw(
         own = rows(request.refit_source, apart, request.refit_option)
     sigma = rows(RANDOM, request.samples, "samples") if request.random_sigma else None
     return CalibrationRows(request, text, own if apart else text, held_out if held else None, sigma, begins_with_bos)
-
-
-def _rows(
-    stream: BlockStream,
-    tokenizer: Any,
-    request: RowRequest,
-    source: str,
-    count: int,
-    option: str,
-    taken: int,
-    save: Path | None,
-    dry: bool,
-    watcher: Watcher,
-) -> Tensor:
-    """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
-    checkpoint = stream.checkpoint
-    if source == SELF and not dry:
-        rows = self_rows(
-            checkpoint,
-            tokenizer,
-            samples=count,
-            length=request.length,
-            seed=request.seed,
-            device=stream.device,
-            watcher=watcher,
-        )
-        if save is not None:
-            write_rows(save, rows, tokenizer)
-        return rows
-    if source == SELF:
-        watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
-    with reading(watcher, "Reading", source):
-        return calibration_rows(
-            tokenizer,
-            RANDOM if source == SELF else source,
-            samples=count,
-            length=request.length,
-            seed=request.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            max_positions=checkpoint.max_positions,
-            option=option,
-            taken=taken,
-        )

@@ -5,8 +5,6 @@ drawn anew from these. Each draw sees what the text said before it, so that no p
 is read once.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -26,11 +24,8 @@ def rewritten(
     """Rows that the dense model has partly written.
 
     Args:
-        stream: an open model.
         text: token ids (rows x length).
         copies: how often each row is rewritten, each time with draws of its own, which more copies do not change.
-        seed: of the draws.
-        watcher: told about progress.
 
     Returns:
         Token ids (copies x rows x length); first tokens stay.

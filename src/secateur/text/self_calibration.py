@@ -8,8 +8,6 @@ trained on texts with EOS between them. It stays in the row exactly if the token
 so that rows are built as those of a text are. EOS is not drawn: a row is one text.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import psutil
@@ -56,11 +54,8 @@ def check_self(
     """What can be found wrong before the model is loaded.
 
     Args:
-        checkpoint: The model.
-        tokenizer: Its tokenizer.
         length: Tokens in a row.
         cache_bytes: Of one token's keys and values, all blocks together.
-        device: Where to compute.
 
     Raises:
         SecateurError: No token opens a text, rows are too long, or the model does not fit into memory.
@@ -99,13 +94,7 @@ def self_rows(
     """Let the model write rows; the same ones for the same seed, on the same machine.
 
     Args:
-        checkpoint: The model.
-        tokenizer: Its tokenizer.
-        samples: Rows.
         length: Tokens in a row, BOS included where the tokenizer would add it.
-        seed: Of the draw.
-        device: Where to compute.
-        watcher: Told about progress.
 
     Returns:
         Token ids, int64 [samples, length].

@@ -1,7 +1,5 @@
 """Safetensors shards, written as tensors come."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +30,6 @@ class ShardWriter:
         """Start without files in an existing folder.
 
         Args:
-            folder: an existing folder.
             header_bytes: room to reserve in each shard, see `header_room`.
             limit_bytes: the most that a shard holds; a larger tensor gets a shard of its own.
         """

@@ -1,6 +1,4 @@
-"""Write a pruned model as a checkpoint that transformers loads, block by block, whole or not at all."""
-
-from __future__ import annotations
+"""Cut fitted blocks and write them as a checkpoint that transformers loads, whole or not at all."""
 
 import json
 import shutil
@@ -13,11 +11,13 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
+from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.families import head_dim
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
+from secateur.model.surgery import slice_block
 from secateur.plan.problem import Plan
 from secateur.write.shards import ShardWriter, header_room
 
@@ -75,8 +75,6 @@ def write(
     """Write a checkpoint that transformers loads; what is in no pruned block is copied from the dense model.
 
     Args:
-        stream: the open dense model.
-        out: the folder.
         plan: widths of the pruned blocks; for the stock format one for every block.
         blocks: pruned blocks' tensors by their names inside the block, in order; consumed one by one.
         format: of the folder.
@@ -132,6 +130,21 @@ def write_json(path: Path, contents: Any) -> None:
 def copy_into(folder: Path, file: Path) -> None:
     """A file, or a folder with all that is in it."""
     (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
+
+
+def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of a block as they will be written, by their names inside the block.
+
+    Args:
+        stream: the open model; the block's tensors are read again.
+        block: the choice of units and the refitted weights.
+        dtype: of the result; the checkpoint's by default.
+    """
+    dtype = dtype or stream.checkpoint.dtype
+    tensors = stream.stored(block.index) | block.changed
+    return slice_block(
+        stream.blocks[block.index], {name: tensor.to(dtype) for name, tensor in tensors.items()}, block.keep
+    )
 
 
 def _check(stream: BlockStream, plan: Plan, format: Format) -> None:

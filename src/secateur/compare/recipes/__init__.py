@@ -1,7 +1,5 @@
 """Recipes that come with the package: one for each table and figure of the paper."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
