@@ -263,7 +263,7 @@ def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], me
     """A criterion and a recovery of the library's own loop."""
     network = _load(stream)
     removed = 1 - sum(b.kept_parameters(widths[i]) for i, b in enumerate(stream.blocks)) / _parameters(stream)
-    plan = Plan(widths, removed, removed, "blocks")
+    plan = Plan(widths, removed, removed)
     for fitted in refit(stream, plan, rows, method=method, dtype=torch.float32):
         _cut(stream, network, fitted.index, fitted.keep, fitted.changed, widths[fitted.index])
     return _peer(stream, network, _spelled(widths))

@@ -817,10 +817,10 @@ def test_overwriting(place: Path, run: Run) -> None:
 
 def test_similar_heads(place: Path, run: Run) -> None:
     arguments = [*SMALL, "--criterion", "similarity", "--tau"]
-    result = run("prune", "model", "out", *arguments, "0.16")
+    result = run("prune", "model", "out", *arguments, "0.15")
     assert result.code == 0, result
     found = kept(place)["similarity"]
-    assert found["tau"] == 0.16
+    assert found["tau"] == 0.15
     assert f"Note: tau {found['tau']:.4g} finds " in result.out
     assert "of the attention's parameters" in " ".join(result.out.split())
     result = run("plan", "model", *arguments, str(found["tau"]), "--out", "plan.json")
@@ -886,15 +886,12 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     assert (place / "sizes" / "sparsity-0.5").stat().st_mtime_ns == stamps[1]
     assert (place / "sizes" / "sparsity-0.2").stat().st_mtime_ns > stamps[0]
     assert (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes() == written
-    refused(
-        run(*arguments, "--seed", "1"),
-        "sizes/sparsity-0.2: made with other options, weights or another text; add --overwrite",
-    )
+    said = "error: sizes/sparsity-0.2: made with other options, weights or another text; add --overwrite to replace it"
+    other = run(*arguments, "--seed", "1")
+    assert (other.code, other.err.splitlines()[-1]) == (2, said)
     (place / "text.txt").write_text(TEXT[::-1])
     other = run(*arguments)
-    assert other.code == 2
-    said = "error: sizes/sparsity-0.2: made with other options, weights or another text; add --overwrite to replace it"
-    assert other.err.splitlines()[-1] == said
+    assert (other.code, other.err.splitlines()[-1]) == (2, said)
     before = listing(place)
     short = run(*arguments, "--overwrite", "--tokens", "5")
     assert short.code == 2
@@ -912,19 +909,6 @@ def test_retrain(place: Path, run: Run) -> None:
     assert "Retrain" in result.err
     assert "2/2" in result.err
     assert kept(place)["retrained"][0]["steps"] == 2
-
-
-def test_export_spells_widths_out(place: Path, run: Run) -> None:
-    assert run("prune", "model", "stock", *SMALL, "--widths", "uniform").code == 0
-    result = run("export", "stock", "own", "--format", "hf")
-    assert result.code == 0, result.err
-    assert result.out.startswith("0.")
-    assert "computed by SecateurLlamaForCausalLM. Written to " in result.out
-    pair = [(place / name / "model.safetensors").read_bytes() for name in ("stock", "own")]
-    assert pair[0] == pair[1]
-    assert "per_layer_config" in json.loads((place / "own" / "config.json").read_text())
-    refused(run("export", "stock", "own", "--format", "hf"), "own: exists and is not empty")
-    assert run("export", "stock", "own", "--format", "hf", "--overwrite").code == 0
 
 
 def test_gguf_out_of_the_command(place: Path, run: Run) -> None:

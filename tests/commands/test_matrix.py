@@ -308,7 +308,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
 
 def recorded_plan(record: dict[str, Any]) -> Plan:
     widths = {block["block"]: Width(**block["width"]) for block in record["blocks"]}
-    return Plan(widths, record["sparsity"]["reached"], record["sparsity"]["wanted"], "blocks", None)
+    return Plan(widths, record["sparsity"]["reached"], record["sparsity"]["wanted"])
 
 
 def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> Rows:
@@ -453,7 +453,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     assert set(found.widths.values()) == {Width(4, 1, block.feed_forward.units)}
     assert "in place of" in (found.note or "")
     stream = stream_of(folder)
-    refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity, "blocks", None)
+    refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity)
     with pytest.raises(SecateurError, match="head counts that divide hidden_size 48 only, not 5"):
         write(stream, tmp_path / "five", refused, iter(()))
     assert not (tmp_path / "five").exists()
@@ -461,7 +461,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
 
 def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
     width = Width(2, 2, 50)
-    refused = Plan({0: width, 2: width}, 0.2, 0.2, "blocks")
+    refused = Plan({0: width, 2: width}, 0.2, 0.2)
     with pytest.raises(SecateurError, match="needs one width for all blocks; take --format hf"):
         write(stream_of(checkpoint_folder("llama")), tmp_path / "out", refused, iter(()))
     assert not (tmp_path / "out").exists()
@@ -492,7 +492,7 @@ IN_MEMORY = {
 def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -> list[FittedBlock]:
     method = Method(recovery=Recovery(**recovery))
     rows = token_rows(SAMPLES, ROW, seed=5)
-    return list(refit(stream_of(folder), Plan(widths, 0.2, 0.2, "blocks", None), rows, method=method))
+    return list(refit(stream_of(folder), Plan(widths, 0.2, 0.2), rows, method=method))
 
 
 @pytest.mark.parametrize("case", IN_MEMORY)

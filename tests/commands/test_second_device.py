@@ -28,10 +28,10 @@ pytestmark = pytest.mark.skipif(
 LENGTH = 24
 PRUNE: dict[str, tuple[str, str]] = {
     "all defaults": ("llama", ""),
-    "a norm behind each module": ("gemma3_text", "--effort normal"),
+    "a norm behind each module": ("gemma3_text", "--effort quick"),
     "layers in one tensor": ("phi3 wide", "--effort normal"),
     "no gate": ("gpt2", "--effort normal"),
-    "modules beside each other": ("gpt_neox", "--effort normal"),
+    "modules beside each other": ("gpt_neox", "--effort quick"),
     "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),
     "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
     "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),
@@ -40,7 +40,7 @@ PRUNE: dict[str, tuple[str, str]] = {
     "what the model writes": ("llama", "--calibration self"),
     "rows of its own for the refit": ("llama", "--refit-samples 9 --recovery paper --recover before"),
     "a target of perplexity": ("llama", "--target ppl=1.3x --effort quick"),
-    "without a pull": ("llama", "--ridge 0 --effort normal"),
+    "without a pull": ("llama", "--ridge 0 --effort quick"),
 }
 """Name → model, and what is asked beside what all ask."""
 

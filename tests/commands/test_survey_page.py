@@ -135,7 +135,7 @@ def test_a_locked_module_goes_as_a_whole() -> None:
 
 def test_the_page_of_a_large_model_stays_small() -> None:
     survey, blocks = synthetic(11_008, 32)
-    plans = {share: Plan({}, share, share, "blocks", 0.1) for share in survey_page.SHARES}
+    plans = {share: Plan({}, share, share, 0.1) for share in survey_page.SHARES}
     distances = {index: np.random.default_rng(index).uniform(size=(32, 32)).tolist() for index in range(32)}
     page = render(page_data(survey, blocks, plans, facts=FACTS, distances=distances))
     assert len(page.encode()) < 1_000_000

@@ -94,8 +94,7 @@ def test_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Pa
     assert done.adapted == sum(8 * sum(shape) for shape in shapes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
+@pytest.mark.parametrize(("widths", "dtype"), [("adaptive", "bfloat16"), ("uniform", "float32")])
 def test_reloaded_equals_memory(
     checkpoint_folder: CheckpointFolder,
     tmp_path: Path,

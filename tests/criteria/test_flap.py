@@ -90,7 +90,7 @@ def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
     options: dict[str, Any] = {"sparsity": 0.3, "criterion": "flap-wifv", "recovery": "bias"}
     run = open_model(folder, samples=64, length=16, calibration="random", device="cpu", **options)
     rows = draw_rows(run)
-    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
     return list(fit_blocks(run, rows, plan)), rows.text
 
 

@@ -111,7 +111,7 @@ def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
 
 
 def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **recovery: Any) -> Any:
-    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
     method = Method(criterion, Recovery(**recovery))
     return next(iter(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))).keep
 
@@ -133,7 +133,7 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: Checkpoint
     stats = stats_on(name, "channels", IDS)
     whole = stats_on(name, "heads", IDS).module
     width = Width(whole.groups, whole.per_group, 50)
-    plan = Plan({0: width}, 0.1, 0.1, "blocks", None)
+    plan = Plan({0: width}, 0.1, 0.1)
     method = Method("second-moment", Recovery("none"))
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))

@@ -171,7 +171,7 @@ def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
 def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
     width = WIDTHS.get(name, WIDTHS["llama"])
     method = Method(recovery=Recovery(**recovery))
-    plan = Plan(dict.fromkeys(range(3), width), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), width), 0.3, 0.3)
     return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
 
 
@@ -205,7 +205,7 @@ def test_a_step_that_gains_nothing_is_taken_back(checkpoint_folder, name, monkey
 def test_what_needs_no_repair_stays(checkpoint_folder):
     """A module at full width behind dense blocks is as it was, bit for bit in level 1."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0, "blocks", None)
+    plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
     (found,) = refit(stream, plan, IDS, method=Method(recovery=Recovery(level1=4, usual=math.inf)))
     assert not {slab.name for slab in stream.blocks[0].feed_forward.scored} & set(found.changed)
 

@@ -52,7 +52,7 @@ def run(
     if own_target:
         # What OPT-350m's config says: the residual stream is no plain sum, so each module aims at its own output.
         stream.checkpoint.config.do_layer_norm_before = False
-    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
     alike = {} if recovery.get("method", "refit") != "refit" else {"usual": math.inf}
     method = Method(criterion, Recovery(**({"ridge": RIDGE} | alike | recovery)))
     return list(refit(stream, plan, IDS, method=method))
@@ -217,7 +217,7 @@ def test_the_three_times_differ(checkpoint_folder, name):
 def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name, method, when, ridge):
     """Both streams see the same, so that the dense weights are the solution, whatever pulls to them."""
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    plan = Plan({index: stream.blocks[index].width for index in range(3)}, 0.0, 0.0, "blocks", None)
+    plan = Plan({index: stream.blocks[index].width for index in range(3)}, 0.0, 0.0)
     model = build(name)
     rows = token_rows(40, 20, seed=9)
     for block in refit(stream, plan, rows, method=Method(recovery=Recovery(method, when, ridge))):
@@ -382,7 +382,7 @@ def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
     # In bfloat16, what is stored of a token is rounded with its weight in it.
     monkeypatch.setattr(level1_step, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
-    plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3)
     first, second = IDS[:8], IDS[8:]
     method = Method(recovery=Recovery(usual=math.inf))
     weighted = list(refit(stream, plan, Rows((first, second), (1.0, 2.0)), method=method))
@@ -416,7 +416,7 @@ def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
 def test_later_blocks_see_rounded_weights(checkpoint_folder):
     """What comes out is exactly what the output's dtype holds."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3)
     for block in refit(stream, plan, IDS, dtype=torch.bfloat16):
         for tensor in block.changed.values():
             assert torch.equal(tensor, tensor.bfloat16().float())

@@ -35,7 +35,7 @@ FEW, MANY = token_rows(3, 20, seed=5), token_rows(14, 20, seed=9)
 
 
 def run(folder: Path, name: str, rows: Tensor | Rows, criterion: str = "wanda", **recovery: Any) -> list[FittedBlock]:
-    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
     method = Method(criterion, Recovery(**recovery))
     return list(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))
 

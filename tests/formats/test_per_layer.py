@@ -121,7 +121,7 @@ class Written:
         self.folder, self.source = folder, source
         stream = BlockStream(open_checkpoint(source))
         fitted = [FittedBlock(i, self.keeps[i], self.changed[i], ()) for i in sorted(self.keeps)]
-        plan = Plan(self.widths, 0.0, 0.0, "blocks", None)
+        plan = Plan(self.widths, 0.0, 0.0)
         self.bytes = write(stream, folder, plan, ((b.index, slice(stream, b)) for b in fitted), format="hf")
 
     def load(self, **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -378,9 +378,9 @@ def test_obstacles(written, tmp_path):
     assert "no layout is known for model_type 'stranger'" in (per_layer_obstacle(stranger, olmo, none) or "")
     stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
     with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
-        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0, "blocks", None), iter(()), format="hf")
+        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0), iter(()), format="hf")
     with pytest.raises(SecateurError, match="one width for all blocks; take --format hf"):
-        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0, "blocks", None), iter(()))
+        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0), iter(()))
     assert not (tmp_path / "out").exists()
 
 

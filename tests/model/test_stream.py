@@ -205,7 +205,7 @@ def test_memory_does_not_grow_with_depth(checkpoint_folder):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     rows = token_rows(4, 12)
     one_block = 4 * stream.blocks[0].parameters
-    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 40)), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 40)), 0.3, 0.3)
     before, sizes = live_bytes(), []
     for block in refit(stream, plan, rows):
         new = sum(value.untyped_storage().nbytes() for value in block.changed.values())
@@ -303,7 +303,7 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
 
     monkeypatch.setattr("secateur.fit.loop.Arena", Recorded)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
-    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3)
     found = [list(refit(stream, plan, rows_of_two_lengths(), arena_limit=limit)) for limit in (None, 0, 20_000)]
     assert [bool(arena._files) for arena in made] == [False, True, True]
     assert made[1].used == 0
@@ -330,7 +330,7 @@ def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
     monkeypatch.setattr(Arena, "release", spy)
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     rows = rows_of_two_lengths()
-    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3, "blocks", None)
+    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3)
     for _ in refit(stream, plan, rows):
         assert made[0].used == 2 * 4 * 48 * rows.tokens
     assert len(made) == 1

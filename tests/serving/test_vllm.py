@@ -136,7 +136,7 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
     write(
         stream,
         folder,
-        Plan(widths, 0.0, 0.0, "blocks", None),
+        Plan(widths, 0.0, 0.0),
         tensors,
         format="hf" if isinstance(case.plan, str) else "stock",
     )

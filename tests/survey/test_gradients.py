@@ -247,7 +247,7 @@ def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder,
 
 def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
     stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
-    plan = Plan({1: Width(3, 2, 40), 2: Width(2, 2, 72)}, 0.1, 0.1, "blocks")
+    plan = Plan({1: Width(3, 2, 40), 2: Width(2, 2, 72)}, 0.1, 0.1)
     for criterion in FROM_GRADIENTS:
         scores = gradient_scores(stream, rows, criterion)
         blocks = list(refit(stream, plan, rows, method=Method(Criteria(criterion, scores))))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -224,11 +224,10 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
             f"tasks need lm-eval, which does not import ({first_line(error)}); pip install 'secateur[tasks]'"
         ) from error
     if folder is not None:
-        # Its own tasks are thousands of files, which take seconds to read.
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=folder and str(folder))
+    manager = _own_index() if folder is None else TaskManager(include_path=str(folder))
     for name in names:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=5)
@@ -238,6 +237,14 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
                 + (f"near it: {', '.join(near)}" if near else "`lm-eval ls tasks` lists all, --task-path adds others")
             )
     return manager
+
+
+@cache
+def _own_index() -> Any:
+    """lm-eval's own tasks, thousands of files that take seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load(manager: Any, name: str) -> list[Any]:
