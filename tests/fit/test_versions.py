@@ -33,9 +33,7 @@ NAMES = [*WIDTHS, "gpt_neox"]
 
 
 def plan_of(name: str, *blocks: int, **settings: Any) -> Plan:
-    return Plan(
-        dict.fromkeys(blocks or (0, 1, 2), WIDTHS.get(name, WIDTHS["gpt2"])), 0.3, 0.3, "blocks", None, **settings
-    )
+    return Plan(dict.fromkeys(blocks or (0, 1, 2), WIDTHS.get(name, WIDTHS["gpt2"])), 0.3, 0.3, **settings)
 
 
 def groups_of(rows: Rows) -> list[int]:
@@ -48,10 +46,10 @@ def test_each_fit_has_its_own_version_and_all_that_they_share():
     assert rows.versions == (2, 3)
     assert rows.weights == (1.0, OPENING_WEIGHT, 1.0, 1.0, 0.0)
     assert [groups_of(part) for part in rows.fits()] == [[9, opened, 7, 0, 0], [9, opened, 0, 8, 0]]
-    assert groups_of(rows.beside()) == [0, 0, 0, 0, 3]
+    assert groups_of(rows.counted(False)) == [0, 0, 0, 0, 3]
     assert sum(len(rows.ids(at)) for at in rows.fits()[1].batches()) == 9 + opened + 8
     assert [groups_of(part) for part in Rows.of(TEXT).fits()] == [[9]]
-    assert groups_of(Rows.of(TEXT).beside()) == [0]
+    assert groups_of(Rows.of(TEXT).counted(False)) == [0]
 
 
 def test_the_first_fit_alone_runs_the_rows_that_choose():
@@ -60,7 +58,7 @@ def test_the_first_fit_alone_runs_the_rows_that_choose():
     first, second = rows.fits()
     assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
     assert (groups_of(second), second.scores) == ([9, 0, 8, 0, 0], None)
-    assert groups_of(rows.beside()) == [0, 0, 0, 3, 0]
+    assert groups_of(rows.counted(False)) == [0, 0, 0, 3, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,7 @@
 """Where to compute."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,3 +36,24 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     return torch.bfloat16 if units else torch.float32
+
+
+@contextmanager
+def rounded_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let products of float32 matrices multiply what bfloat16 (TF32 on CUDA) holds of them; sums stay float32.
+
+    Nothing changes where `dtype`, what is wanted, is float32. For sums over many tokens, where roundings cancel; never
+    for solves.
+    """
+    backends: Any = torch.backends
+    kinds = {"cpu": (backends.mkldnn.matmul, "bf16"), "cuda": (backends.cuda.matmul, "tf32")}
+    if dtype == torch.float32 or device.type not in kinds:
+        yield
+        return
+    backend, rounded = kinds[device.type]
+    before = backend.fp32_precision
+    backend.fp32_precision = rounded
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before

@@ -33,4 +33,5 @@ def prune(
         from secateur.commands.prune import prune as run
         from secateur.report.tables import prune_table
 
-    show(*prune_table(run(model, out, options, running, watcher=bars), out))
+    table, lines = prune_table(run(model, out, options, running, watcher=bars), out)
+    show(table, [*lines, *([f"Time: {bars.times()}."] if bars.times() else [])])

@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from operator import length_hint
+from threading import Event, Thread
+from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
@@ -11,6 +14,8 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+EVERY = 30.0
+"""Seconds between two lines about one step, where there are no bars."""
 INTERRUPTED = 130
 """The exit code of shells for Ctrl-C."""
 
@@ -18,10 +23,21 @@ log = Console(stderr=True, highlight=False, markup=False)
 
 
 class Bars:
-    """Progress bars with time left, on standard error."""
+    """Progress with time left, on standard error: bars on a terminal, a line now and then in a file."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """What each step has taken, in the order in which they began."""
 
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """Draw one bar for a loop."""
+        """Show how far a loop is."""
+        start = perf_counter()
+        try:
+            yield from self._drawn(items, what) if log.is_terminal else _told(items, what)
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
+
+    def _drawn(self, items: Iterable[T], what: str) -> Iterator[T]:
         columns = (
             TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
@@ -31,6 +47,11 @@ class Bars:
         with Progress(*columns, console=log, transient=False) as progress:
             yield from progress.track(items, description=what)
 
+    def times(self) -> str:
+        """Where the time went, the longest step first; empty where nothing took a second."""
+        longest = sorted(self.seconds.items(), key=lambda one: -one[1])
+        return ", ".join(f"{what.lower()} {_clock(seconds)}" for what, seconds in longest if seconds >= 1)
+
     def note(self, text: str) -> None:
         """Print one line about a choice."""
         log.print(text, soft_wrap=True)
@@ -38,6 +59,35 @@ class Bars:
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Turn a spinner, on a terminal only."""
         return log.status(f"{what} ...")
+
+
+def _told(items: Iterable[T], what: str) -> Iterator[T]:
+    """Lines about a loop: every half minute, also while one item takes longer, and one at its end."""
+    total, done, start, over = length_hint(items), 0, perf_counter(), Event()
+
+    def say() -> None:
+        elapsed = perf_counter() - start
+        left = f", about {_clock(elapsed / done * (total - done))} left" if 0 < done < total else ""
+        log.print(f"{what} {done}{f' of {total}' if total else ''}, {_clock(elapsed)}{left}", soft_wrap=True)
+
+    def ticks() -> None:
+        while not over.wait(EVERY):
+            say()
+
+    Thread(target=ticks, daemon=True).start()
+    try:
+        for item in items:
+            yield item
+            done += 1
+        say()
+    finally:
+        over.set()
+
+
+def _clock(seconds: float) -> str:
+    """A time as people write it."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 def show(table: Table, lines: list[str]) -> None:

@@ -129,6 +129,6 @@ def fitting_level1(stream: BlockStream, rows: Rows, steps: int, rate: Speed) -> 
 
 def _bytes(stream: BlockStream, rows: Rows) -> int:
     """Bytes of all fits without level 1, of which the first is the largest."""
-    first, *others = (*rows.fits(), rows.beside())
+    first, *others = (*rows.fits(), rows.counted(False))
     apart, resting = rows.scores is not None, sum(part.tokens for part in others)
     return memory_bytes(stream.blocks, stream.width, first.tokens, others=resting, apart=apart)

@@ -30,9 +30,13 @@ class Effort(NamedTuple):
     """What an effort stands for."""
 
     fits: int
-    """Fits that are averaged; each takes the rows, and as many of its own with half of their tokens rewritten."""
+    """Fits that are averaged."""
     level1: int
     """Steps by which each fits the up and gate layers along with the feed-forward's output layer."""
+    every: int = 1
+    """One token in so many gives the curvature of these steps."""
+    copies: bool = True
+    """Each fit has rows of its own, made up by the model, beside the text."""
 
 
 EFFORTS = {"quick": Effort(1, 0), "normal": Effort(1, 8), "best": Effort(2, 8)}
@@ -311,7 +315,8 @@ class Options:
     @property
     def fits(self) -> int:
         """Fits that take rows of their own beside the samples."""
-        return EFFORTS[self.effort].fits if self.recovery == "refit" else 0
+        effort = EFFORTS[self.effort]
+        return effort.fits if self.recovery == "refit" and effort.copies else 0
 
     @property
     def level1(self) -> int:

@@ -1,7 +1,8 @@
 """One block while it is pruned: its weights, and what its modules give in the dense and in the pruned stream.
 
-The block's dense forward gives the residual stream after either module. The modules are then pruned in turn
-(`secateur.fit.module`), each on what those before it yield, and the pruned stream advances by their outputs.
+The block's dense forward, which all fits share, gives the residual stream after either module. The modules are then
+pruned in turn (`secateur.fit.module`), each on what those before it yield, and the pruned stream advances by their
+outputs.
 
 Shapes: rows x t x d for stored activations, t positions, d residual width.
 """
@@ -37,6 +38,55 @@ class Method:
         return Criteria.of(self.criterion)
 
 
+@dataclass(frozen=True)
+class DenseBlock:
+    """What a dense block gives."""
+
+    goal: dict[Kind, Activations]
+    """Residual stream after each module."""
+    output: dict[Kind, Activations]
+    """Level-2 outputs."""
+    input: dict[Kind, Activations]
+    """Module inputs, for the paper's refit of level 1; empty otherwise."""
+
+    @classmethod
+    def run(
+        cls,
+        stream: BlockStream,
+        index: int,
+        layer: nn.Module,
+        rows: Rows,
+        dense: Activations,
+        arena: Arena,
+        inputs: bool,
+    ) -> "DenseBlock":
+        """Advance the dense stream of some rows in place through a filled block."""
+        modules = stream.blocks[index].modules
+        goal, output, before = (
+            {kind: arena.empty(rows, stream.width) for kind in (KINDS if wanted else ())}
+            for wanted in (True, True, inputs)
+        )
+        for at in rows.batches():
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+            watch = {module.sink: _keep_both(seen, module.sink) for module in modules}
+            if inputs:
+                watch |= {module.source: _keep_both(seen, module.source) for module in modules}
+            after = stream.run_through(index, layer, dense[at], at.group, watch=watch)
+            for module in modules:
+                output[module.kind][at] = seen[module.sink][1]
+                if inputs:
+                    before[module.kind][at] = seen[module.source][0]
+            replay = dict(zip(modules, (output["heads"][at], None), strict=True))
+            goal["heads"][at] = stream.run_through(index, layer, dense[at], at.group, replay=replay)
+            goal["channels"][at] = dense[at] = after
+        return cls(goal, output, before)
+
+    def release(self, arena: Arena) -> None:
+        """Give all room back."""
+        for tensor in (*self.goal.values(), *self.output.values(), *self.input.values()):
+            arena.release(tensor)
+
+
 class BlockState:
     """One block's weights, goals and outputs, while it is being pruned."""
 
@@ -49,6 +99,7 @@ class BlockState:
         dtype: torch.dtype,
         rows: Rows,
         arena: Arena,
+        dense: DenseBlock,
     ):
         self.stream, self.index, self.layer, self.method = stream, index, layer, method
         self.dtype, self.rows, self.arena = dtype, rows, arena
@@ -56,42 +107,16 @@ class BlockState:
         self.tensors: dict[str, Tensor] = dict(layer.named_parameters())
         self.changed: dict[str, Tensor] = {}
         """Tensors with new values, full width, float32."""
-        self.goal: dict[Kind, Activations] = {}
-        """Dense residual stream after each module."""
-        self.output: dict[Kind, Activations] = {}
+        self.goal, self.input = dense.goal, dense.input
+        self.output = dict(dense.output)
         """Level-2 outputs: the dense model's at first, the pruned model's once a module is done."""
-        self.input: dict[Kind, Activations] = {}
-        """Dense module inputs, for the paper's refit of level 1."""
-
-    def run_dense(self, dense: Activations) -> None:
-        """Advance the dense stream in place, keeping what the modules are fitted to."""
-        attention, feed_forward = self.block.attention, self.block.feed_forward
-        for kind in KINDS:
-            self.goal[kind] = self.arena.empty(self.rows, self.stream.width)
-            self.output[kind] = self.arena.empty(self.rows, self.stream.width)
-            if self.method.recovery.method == "paper":
-                self.input[kind] = self.arena.empty(self.rows, self.stream.width)
-        for at in self.rows.batches():
-            seen: dict[str, tuple[Tensor, Tensor]] = {}
-            watch = {m.sink: _keep_both(seen, m.sink) for m in (attention, feed_forward)}
-            if self.input:
-                watch |= {m.source: _keep_both(seen, m.source) for m in (attention, feed_forward)}
-            after = self.run(dense, at, watch=watch)
-            for module in (attention, feed_forward):
-                self.output[module.kind][at] = seen[module.sink][1]
-                if self.input:
-                    self.input[module.kind][at] = seen[module.source][0]
-            replay = {attention: self.output["heads"][at], feed_forward: None}
-            self.goal["heads"][at] = self.run(dense, at, replay=replay)
-            self.goal["channels"][at] = after
-            dense[at] = after
 
     def run_pruned(self, pruned: Activations) -> None:
         """Advance the pruned stream in place, and give the block's activations back."""
         for at in self.rows.batches():
             replay = {m: self.output[m.kind][at] for m in (self.block.attention, self.block.feed_forward)}
             pruned[at] = self.run(pruned, at, replay=replay)
-        for tensor in (*self.goal.values(), *self.output.values(), *self.input.values()):
+        for tensor in self.output.values():
             self.arena.release(tensor)
 
     def run(self, hidden: Activations, at: Batch, **how: Any) -> Tensor:

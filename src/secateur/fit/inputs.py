@@ -29,12 +29,15 @@ class Inputs:
         """Where kept entries lie among those stored."""
         return torch.searchsorted(self.entries, kept)
 
-    def at(self, batch: Batch, stay: Tensor) -> Tensor:
-        """A batch's inputs at some places among those stored (b x t x k), float32, on the device of these indices.
+    def times(self, batch: Batch, weight_ko: Tensor, kept: Tensor) -> Tensor:
+        """A batch's inputs times a weight of the kept entries (b x t x o), float32, multiplied as they are stored.
 
-        What is stored lies on the host, which no index of another device takes.
+        Entries that go meet zeros: taking the others out would take longer.
         """
-        return self.stored[batch].to(stay.device, torch.float32)[..., stay]
+        full = weight_ko.new_zeros(len(self.entries), weight_ko.shape[1])
+        full[self.among(kept)] = weight_ko
+        x = self.stored[batch].to(weight_ko.device)
+        return (x @ full.to(x.dtype)).float()
 
     def weights(self, old: Tensor) -> Tensor:
         """Rows of a level-2 weight for these entries."""
@@ -66,11 +69,12 @@ def collect(target: ModuleTarget, keep: tuple[int, ...] | None = None) -> tuple[
         wanted = target.of(at)
         x = wanted.scaled(x)
         # One entry where both are the same.
-        for sums, weight in {scored: at.score, moments: at.weight}.items():
-            if weight:
-                sums.update(x, wanted.target, weight, wanted.counts)
-        if at.score and source is not None:
-            source.update(seen[module.source].reshape(-1, stream.width), weight=at.score)
+        with stream.rounded():
+            for sums, weight in {scored: at.score, moments: at.weight}.items():
+                if weight:
+                    sums.update(x, wanted.target, weight, wanted.counts)
+            if at.score and source is not None:
+                source.update(seen[module.source].reshape(-1, stream.width), weight=at.score)
     if not (moments.finite() and scored.finite()):
         what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
         raise SecateurError(f"block {state.index}: the {what} module gives NaN or infinite activations")

@@ -22,24 +22,27 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
     device, width, recovery = stream.device, stream.width, state.method.recovery
     activation, dtype = activation_of(stream.checkpoint.config), fast_dtype(device)
     batches = [at for at in state.rows.batches() if at.weight]
-    source = state.arena.empty(state.rows, width, dtype)
-    stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]
+    # The curvature only steers the steps: some of the tokens tell it well enough. The right-hand side is of all.
+    thin = state.rows.thinned(recovery.every)
+    source = state.arena.empty(thin, width, dtype)
+    stored = [state.arena.empty(thin, len(kept), dtype) for _ in module.scored]
     tangent = Tangent(fit.weight_ko, len(stored), width, sum(state.rows.ids(at).numel() for at in batches))
-    stay = inputs.among(kept)
     for at in batches:
         s = state.inputs_of(module, target.pruned, at, module.source)[module.source].reshape(-1, width)
         wanted = target.of(at)
         counts = torch.ones(len(s), device=device) if wanted.counts is None else wanted.counts.sqrt()
         root = at.weight**0.5 * counts[:, None]
         scaled = wanted.scaled(root)
-        given = inputs.at(at, stay).reshape(len(s), -1) @ fit.weight_ko
+        given = inputs.times(at, fit.weight_ko, kept).reshape(len(s), -1)
         goal = wanted.target if fit.bias is None else wanted.target - fit.bias
         error = goal * root - given * scaled
-        found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s, kept))]
-        source[at] = s
+        found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s.to(stream.products), kept))]
+        shape, step = state.rows.ids(at).shape, slice(None, None, recovery.every)
+        source[at] = s.view(*shape, -1)[:, step]
         for room, factor in zip(stored, found, strict=True):
-            room[at] = factor
-        tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
+            room[at] = factor.view(*shape, -1)[:, step] * (shape[1] / thin.ids(at).shape[1]) ** 0.5
+        with stream.rounded():
+            tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
 
     def parts() -> Iterator[Part]:
         for at in batches:

@@ -1,19 +1,19 @@
 """The central loop: block by block, the dense stream sets targets and the pruned stream is fitted to them.
 
-Each block is read once; what is done with its two modules is in `secateur.fit.module`. Where there are several
-versions of the rows, each has a fit of its own from the first block to the last, with streams of its own, and only
-the weights that come out are averaged. Rows that count nowhere follow the averaged model.
+Each block is read once, and its dense forward runs once; what is done with its two modules is in
+`secateur.fit.module`. Where there are several versions of the rows, each has a fit of its own from the first block to
+the last, with a pruned stream of its own, and only the weights that come out are averaged. Rows that count nowhere
+follow the averaged model.
 """
 
 from collections.abc import Callable, Generator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.base.progress import Silent, Watcher
 from secateur.fit.average import FittedBlock, mean_of, put_in
-from secateur.fit.block import BlockState, Method
+from secateur.fit.block import BlockState, DenseBlock, Method
 from secateur.fit.module import ModuleState
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Rows
@@ -55,61 +55,50 @@ def refit(
     watcher = watcher or Silent()
     rows = Rows.of(rows)
     with Arena(arena_limit) as arena, stream.quick():
-        embedded = stream.embed(rows, arena)
-        fits = [_Streams.of(part, embedded, stream, arena) for part in rows.fits()]
-        beside = [] if judge is None else [_Streams.of(rows.beside(), embedded, stream, arena)]
-        arena.release(embedded)
+        dense = stream.embed(rows, arena)
+        counted, beside = rows.counted(), rows.counted(False)
+        # Each fit has a pruned stream of its own, and so have the rows that follow the averaged model.
+        streams = [(part, arena.copy(part, dense)) for part in (*rows.fits(), *([] if judge is None else [beside]))]
+        fits, follow = streams[: len(rows.fits())], streams[len(rows.fits()) :]
         stop = max(plan.widths) + 1 if judge is None else len(stream)
         for index in watcher.track(range(stop), "Prune"):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
-                    for one in (*fits, *beside):
-                        stream.advance(index, layer, one.rows, one.dense)
-                        stream.advance(index, layer, one.rows, one.pruned)
+                    stream.advance(index, layer, rows, dense)
+                    for part, pruned in streams:
+                        stream.advance(index, layer, part, pruned)
                     continue
                 found: list[FittedBlock] = []
-                for one in fits:
+                given = DenseBlock.run(
+                    stream, index, layer, counted, dense, arena, inputs=method.recovery.method == "paper"
+                )
+                for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
                     chosen = {kind: found[0].keep.units(kind) for kind in KINDS} if found else plan.units.get(index, {})
                     with restored(layer):
-                        state = BlockState(stream, index, layer, method, dtype, one.rows, arena)
-                        found.append(_fit(state, one, plan.widths[index], chosen))
+                        state = BlockState(stream, index, layer, method, dtype, part, arena, given)
+                        found.append(_fit(state, pruned, plan.widths[index], chosen))
                         del state
+                given.release(arena)
                 fitted = mean_of(found, layer, dtype)
-                for one in beside:
-                    stream.advance(index, layer, one.rows, one.dense)
+                for part, pruned in follow:
+                    stream.advance(index, layer, part, dense)
                     with restored(layer):
                         put_in(stream, layer, fitted)
-                        stream.advance(index, layer, one.rows, one.pruned)
+                        stream.advance(index, layer, part, pruned)
                 # The dense weights must not stay in memory while the caller works on the block.
                 del layer, found
             yield fitted
-        if judge is not None:
-            judge(beside[0].dense, beside[0].pruned)
+        for _, pruned in follow:
+            assert judge is not None
+            judge(dense, pruned)
 
 
-class _Streams(NamedTuple):
-    """What the dense model, and the model pruned so far, give for the rows of one fit."""
-
-    rows: Rows
-    dense: Activations
-    pruned: Activations
-
-    @classmethod
-    def of(cls, rows: Rows, embedded: Activations, stream: BlockStream, arena: Arena) -> "_Streams":
-        """Both streams in front of the first block, from what is embedded of all rows."""
-        result = cls(rows, arena.empty(rows, stream.width), arena.empty(rows, stream.width))
-        for at in rows.batches():
-            result.dense[at] = result.pruned[at] = embedded[at]
-        return result
-
-
-def _fit(state: BlockState, streams: _Streams, width: Width, chosen: Mapping[Kind, tuple[int, ...]]) -> FittedBlock:
-    """One fit of one block; both streams are then behind it."""
-    state.run_dense(streams.dense)
+def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[Kind, tuple[int, ...]]) -> FittedBlock:
+    """One fit of one block; its pruned stream is then behind it."""
     kept, reports = {}, []
     for kind in KINDS:
-        kept[kind], report = ModuleState(state, kind, streams.pruned).prune(width, chosen.get(kind))
+        kept[kind], report = ModuleState(state, kind, pruned).prune(width, chosen.get(kind))
         reports.append(report)
-    state.run_pruned(streams.pruned)
+    state.run_pruned(pruned)
     return FittedBlock(state.index, Keep(kept["heads"], kept["channels"]), state.changed, tuple(reports))

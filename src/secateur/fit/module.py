@@ -166,9 +166,10 @@ class ModuleState:
 
     def _advance(self, inputs: Inputs, kept: Tensor) -> None:
         """The module's level-2 outputs, from its stored inputs."""
-        module, state, stay = self.module, self.state, inputs.among(kept)
+        module, state = self.module, self.state
         weight = inner_weight(module, state.tensors)[kept].contiguous()
         bias = state.tensors.get(module.bias_name)
+        output = state.output[module.kind] = state.arena.empty(state.rows, self.stream.width)
         for at in state.rows.batches():
-            y = inputs.at(at, stay) @ weight
-            state.output[module.kind][at] = y if bias is None else y + bias
+            y = inputs.times(at, weight, kept)
+            output[at] = y if bias is None else y + bias

@@ -50,11 +50,11 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     totals = [0.0] * len(SCALES)
     with stream.head() as head:
         for row in range(len(ids)):
-            at = slice(row, row + 1)
-            divergence = divergence_from(head(ids[at], dense.parts[group][at], STRIDE))
+            wanted, found = (streams.parts[group][row, STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
+            divergence = divergence_from(head(wanted))
             for number, norm in enumerate(norms):
                 with stream.replaced(norm):
-                    totals[number] += divergence(head(ids[at], pruned.parts[group][at], STRIDE))
+                    totals[number] += divergence(head(found))
     # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
     return 1.0 if totals[SCALES.index(1.0)] < ROUNDING * len(ids) else _minimum(totals)
 

@@ -45,6 +45,13 @@ class Arena:
         """Uninitialised activations of some rows."""
         return Activations([self._empty((*group.shape, width), dtype) for group in rows.groups])
 
+    def copy(self, rows: Rows, other: Activations) -> Activations:
+        """What others hold of some rows, once more."""
+        result = self.empty(rows, other.parts[0].shape[-1], other.parts[0].dtype)
+        for at in rows.batches():
+            result[at] = other[at]
+        return result
+
     def release(self, activations: Activations) -> None:
         """Give their room back; they must not be used any more."""
         for part in activations.parts:

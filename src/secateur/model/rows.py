@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 4096
 """Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
 
 OPENING_SHARE = 8
@@ -69,6 +69,10 @@ class Rows:
         groups, weights = (*self.groups, *others.groups), (*self.weights, *theirs)
         return Rows(groups, weights, (*mine, *others.weights), self.versions)
 
+    def thinned(self, every: int) -> Rows:
+        """The first of so many tokens each."""
+        return replace(self, groups=tuple(group[:, ::every] for group in self.groups))
+
     def along(self, *groups: Tensor) -> Rows:
         """These rows, and groups behind them that count nowhere: they only run along."""
         return self._and(groups, 0.0)
@@ -86,10 +90,10 @@ class Rows:
             result.append(replace(part, scores=None) if number else part)
         return tuple(result)
 
-    def beside(self) -> Rows:
-        """The groups that count nowhere, all others empty."""
+    def counted(self, somewhere: bool = True) -> Rows:
+        """The groups that count in a fit or when units are chosen, or those that do not; all others empty."""
         counts = map(max, self.weights, self.scores or self.weights)
-        return self._only([group for group, count in enumerate(counts) if not count])
+        return self._only([group for group, count in enumerate(counts) if bool(count) == somewhere])
 
     def _and(self, groups: tuple[Tensor, ...], weight: float) -> Rows:
         """More groups, which count alike in fits and in the choice of units."""

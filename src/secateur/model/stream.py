@@ -8,7 +8,7 @@ Shapes: b rows of a batch, t positions, d residual width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secateur.base.device import fast_dtype
+from secateur.base.device import fast_dtype, rounded_products
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
 from secateur.model.arena import Activations, Arena
@@ -154,6 +154,10 @@ class BlockStream:
         """What blocks multiply in inside `quick`."""
         return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
 
+    def rounded(self) -> AbstractContextManager[None]:
+        """Products of float32 matrices as `quick` has them; for sums over tokens."""
+        return rounded_products(self.device, self.products)
+
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.
 
@@ -174,20 +178,18 @@ class BlockStream:
         return result
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor, Tensor, int], Tensor]]:
-        """A function from the stream behind the last block to logits: the model's own final norm and output layer.
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the stream behind the last block (k x d) to logits (k x v).
 
-        It takes token ids (b x t), their activations (b x t x d) and a stride, and returns the logits (b x t' x v)
-        at positions stride - 1, 2 * stride - 1, ...
+        It is the model's own final norm and output layer, run as k texts of one token.
         """
         recorders = [_Recorder(layer) for layer in self.layers.children()]
         with self._around(self.model, recorders):
 
-            def logits(ids: Tensor, hidden_btd: Tensor, stride: int = 1) -> Tensor:
-                recorders[-1].instead = hidden_btd.to(self.device)
-                wanted = torch.arange(stride - 1, ids.shape[1], stride, device=self.device)
-                output = self.model(ids.to(self.device), use_cache=False, logits_to_keep=wanted)
-                return output.logits
+            def logits(hidden_kd: Tensor) -> Tensor:
+                recorders[-1].instead = hidden_kd.to(self.device)[:, None]
+                ids = torch.zeros(len(hidden_kd), 1, dtype=torch.long, device=self.device)
+                return self.model(ids, use_cache=False).logits[:, 0]
 
             yield logits
 
@@ -202,6 +204,12 @@ class BlockStream:
         finally:
             for name, tensor in before.items():
                 assign(self.model, name, tensor)
+
+    def fewer_logits(self, tokens: Tensor) -> AbstractContextManager[None]:
+        """An output layer for some of the vocabulary (k ids) in the place of the whole one, inside `head`."""
+        layer = self.model.get_output_embeddings()
+        path = next(name for name, module in self.model.named_modules() if module is layer)
+        return self.replaced({f"{path}.{name}": value.data[tokens] for name, value in layer.named_parameters()})
 
     @contextmanager
     def _around(self, part: nn.Module, recorders: list[_Recorder]) -> Iterator[None]:

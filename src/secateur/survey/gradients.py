@@ -150,7 +150,7 @@ def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
         # Row by row: the logits of one row are as large as the stream's batches.
         for at in _singles(rows):
             ids, last = rows.ids(at), hidden[at].to(stream.device).requires_grad_()
-            loss = summed_loss(head, ids, last) * (at.weight / total)
+            loss = summed_loss(head, ids[0], last[0]) * (at.weight / total)
             (found,) = torch.autograd.grad(loss, last)
             _check(found, "the output layer")
             hidden[at] = found

@@ -10,17 +10,16 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 
-def summed_loss(head: Callable[[Tensor, Tensor, int], Tensor], ids: Tensor, hidden_btd: Tensor) -> Tensor:
+def summed_loss(head: Callable[[Tensor], Tensor], ids: Tensor, hidden_td: Tensor) -> Tensor:
     """Negative log-likelihood, in nats, summed over the tokens that others predict.
 
     Args:
         head: from `BlockStream.head`.
-        ids: token ids (b x t).
-        hidden_btd: their activations behind the last block.
+        ids: token ids of one row (t).
+        hidden_td: their activations behind the last block.
     """
-    logits = head(ids, hidden_btd, 1)[:, :-1]
-    targets = ids[:, 1:].to(logits.device)
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    logits = head(hidden_td[:-1])
+    return cross_entropy(logits, ids[1:].to(logits.device), reduction="sum")
 
 
 def mean_loss(
@@ -33,8 +32,7 @@ def mean_loss(
     ids = rows.groups[group]
     total, count = 0.0, 0
     with stream.head() as head, stream.replaced(norm or {}):
-        for row in range(len(ids)):
-            at = slice(row, row + 1)
-            total += float(summed_loss(head, ids[at], hidden.parts[group][at]))
-            count += ids[at, 1:].numel()
+        for row, states in zip(ids, hidden.parts[group], strict=True):
+            total += float(summed_loss(head, row, states))
+            count += len(row) - 1
     return total / count

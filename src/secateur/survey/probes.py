@@ -7,7 +7,6 @@ Kullback-Leibler divergence of the logits from the dense model's says what that 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,6 +23,8 @@ from secateur.survey.curves import Probe
 
 STRIDE = 2
 """The divergence is taken at every second position: the output layer is dear, and neighbours tell the same."""
+LIKELY, DRAWN = 256, 256
+"""Tokens on which it is taken, of a large vocabulary: so many of the likeliest, and so many drawn from the others."""
 
 
 @dataclass(frozen=True)
@@ -79,28 +80,61 @@ class Probes:
 
     def finish(self, dense: Tensor, watcher: Watcher) -> list[Probe]:
         """The divergences, from the dense stream behind the last block (b x t x d); the streams are given back."""
-        ids = self.rows.groups[0]
-        totals = [0.0] * len(self.hidden)
+        rows, dice = len(self.rows.groups[0]), torch.Generator().manual_seed(0)
+        totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
-            # Row by row: the logits of one row are as large as the stream's batches.
-            for row in watcher.track(range(len(ids)), "Price"):
-                at = slice(row, row + 1)
-                divergence = divergence_from(head(ids[at], dense[at], STRIDE))
-                for number, hidden in enumerate(self.hidden):
-                    totals[number] += divergence(head(ids[at], hidden.parts[0][at], STRIDE))
+            for row in watcher.track(range(rows), "Price"):
+                parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
+                streams = torch.stack([part[row, STRIDE - 1 :: STRIDE] for part in parts])
+                tokens, shares = some_tokens(head(streams[0]), dice)
+                for place, (some, weights) in enumerate(zip(tokens, shares, strict=True)):
+                    with self.stream.fewer_logits(some):
+                        logits = head(streams[:, place])
+                    totals += divergences(logits[0], logits[1:], weights) / len(tokens)
         for hidden in self.hidden:
             self.arena.release(hidden)
-        if not math.isfinite(sum(totals)):
+        if not torch.isfinite(totals).all():
             source = self.stream.checkpoint.source
             raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
-        return [
-            replace(probe, divergence=max(total / len(ids), 0.0))
-            for probe, total in zip(self.begun, totals, strict=True)
-        ]
+        found = (totals / rows).tolist()
+        return [replace(probe, divergence=value) for probe, value in zip(self.begun, found, strict=True)]
+
+
+def some_tokens(logits: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The tokens on which distributions are compared at each of some positions, and what each counts (both t x k).
+
+    The most probable ones count their probability (t x v logits). Others are drawn by theirs, and share what is left:
+    every mean over a distribution comes out right on average. A vocabulary that is no larger is taken whole.
+    """
+    shares = logits.float().softmax(-1)
+    if shares.shape[-1] <= LIKELY + DRAWN:
+        return torch.arange(shares.shape[-1], device=logits.device).expand_as(shares), shares.double()
+    likely = shares.topk(LIKELY, -1)
+    rest = shares.scatter(-1, likely.indices, 0.0)
+    drawn = torch.multinomial(rest.cpu(), DRAWN, replacement=True, generator=dice).to(rest.device)
+    left = rest.double().sum(-1, keepdim=True)
+    counts = torch.cat([likely.values.double(), (left / DRAWN).expand(-1, DRAWN)], -1)
+    return torch.cat([likely.indices, drawn], -1), counts / counts.sum(-1, keepdim=True)
+
+
+def divergences(dense: Tensor, others: Tensor, weights: Tensor) -> Tensor:
+    """KL(dense || other) of each of some distributions, in nats, float64, on the host.
+
+    With Δ the difference of two models' logits, it is log E[exp Δ] - E[Δ] over the dense distribution.
+
+    Args:
+        dense: logits of some tokens (k).
+        others: the same of the other distributions (p x k).
+        weights: of the tokens in means over the dense distribution (k), float64, 1 in all.
+    """
+    difference = (others - dense).double()
+    mean = difference @ weights
+    # The mean is taken off first: what is left is small, and so is what rounding makes of it.
+    return torch.log1p(torch.expm1(difference - mean[:, None]) @ weights).cpu()
 
 
 def divergence_from(dense: Tensor) -> Callable[[Tensor], float]:
-    """KL(dense || other), the mean over positions, as a function of the other logits (b x t x v); nats per token."""
+    """KL(dense || other), the mean over positions, as a function of the other logits (t x v); nats per token."""
     wanted = torch.log_softmax(dense, -1)
     shares = wanted.exp()
     return lambda other: float((shares * (wanted - torch.log_softmax(other, -1))).sum(-1).mean())

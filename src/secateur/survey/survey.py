@@ -59,7 +59,7 @@ def survey(
     fitted = Rows.of(rows)
     rows = fitted if probe_rows is None else fitted.along(probe_rows)
     probed = len(fitted.groups)
-    with Arena() as arena:
+    with Arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
         probes = None if probe_rows is None else Probes(stream, rows, probed, arena)
         for index in watcher.track(range(blocks.stop if probes is None else len(stream)), "Survey"):
@@ -85,8 +85,9 @@ def survey(
                 for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
                     hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
-                    for collector in collectors:
-                        collector.update(after, at)
+                    with stream.rounded():
+                        for collector in collectors:
+                            collector.update(after, at)
                 for collector in collectors:
                     module = collector.module
                     stats = Statistics(
@@ -198,5 +199,5 @@ class _Collector:
 
     def output(self, x: Tensor, cut: Cut, tensors: Mapping[str, Tensor]) -> Tensor:
         """What level 2 yields at a cut, from the level-2 inputs x (b x t x a)."""
-        z = x[..., cut.kept] @ self.norm.unscale(cut.weight_ao)
+        z = x[..., cut.kept].float() @ self.norm.unscale(cut.weight_ao)
         return z + tensors[self.module.bias] if self.module.bias else z

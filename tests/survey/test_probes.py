@@ -1,0 +1,73 @@
+"""The divergence of probes: exact on a small vocabulary, close to exact and in the same order on a large one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur.survey.probes import DRAWN, LIKELY, divergence_from, divergences, some_tokens
+
+
+def exact(dense: Tensor, other: Tensor) -> Tensor:
+    """KL(dense || other) of each row (t), float64."""
+    p, q = (torch.log_softmax(logits.double(), -1) for logits in (dense, other))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
+    """What `Probes.finish` makes of logits (t x v), for each position and distribution (t x p)."""
+    tokens, weights = some_tokens(dense, torch.Generator().manual_seed(seed))
+    found = []
+    for place, (some, counts) in enumerate(zip(tokens, weights, strict=True)):
+        found.append(divergences(dense[place, some], torch.stack([o[place, some] for o in others]), counts))
+    return torch.stack(found)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, LIKELY + DRAWN), st.floats(1e-3, 30), st.floats(1e-4, 20))
+def test_a_small_vocabulary_is_taken_whole(seed: int, size: int, spread: float, change: float) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    dense = spread * torch.randn(3, size, generator=dice)
+    others = [dense + change * torch.randn(3, size, generator=dice) for _ in range(4)]
+    found, wanted = estimated(dense, others), torch.stack([exact(dense, other) for other in others], 1)
+    assert (found >= -1e-12).all()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-9 + 1e-5 * change**2)
+
+
+def test_a_constant_on_all_logits_changes_nothing() -> None:
+    dense = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
+    assert estimated(dense, [dense + 3.0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0], ids=["flat", "peaked"])
+def test_a_large_vocabulary_is_sampled(spread: float) -> None:
+    """Changes of all sizes, as cuts of modules make them: what they cost comes out in the same order."""
+    dice = torch.Generator().manual_seed(0)
+    states, matrix = torch.randn(64, 24, generator=dice), torch.randn(24, 20000, generator=dice) / 24**0.5
+    dense = spread * states @ matrix
+    sizes = [0.01 * 1.3**step for step in range(24)]
+    others = [spread * (states + size * torch.randn(64, 24, generator=dice)) @ matrix for size in sizes]
+    found = estimated(dense, others).mean(0)
+    wanted = torch.stack([exact(dense, other).mean() for other in others])
+    assert torch.equal(found.argsort(), wanted.argsort())
+    # What few tokens of either model see is all that two very different distributions have in common.
+    near = wanted < 3
+    assert near.sum() > 15
+    assert ((found / wanted)[near].log().abs() < 0.1).all()
+
+
+def test_weights_are_a_distribution() -> None:
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(2))
+    tokens, weights = some_tokens(logits, torch.Generator().manual_seed(0))
+    assert tokens.shape == weights.shape == (5, LIKELY + DRAWN)
+    torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
+    # The likeliest are among them once, and no drawn one is one of these.
+    for likely, drawn in zip(tokens[:, :LIKELY], tokens[:, LIKELY:], strict=True):
+        assert len(set(likely.tolist())) == LIKELY
+        assert not set(likely.tolist()) & set(drawn.tolist())
+
+
+def test_the_exact_form_is_the_mean_over_positions() -> None:
+    dense, other = torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(3))
+    assert divergence_from(dense)(other) == pytest.approx(float(exact(dense, other).mean()), rel=1e-5)
