@@ -316,7 +316,8 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     said = record["calibration"]
     rows = Rows.of(text) if said["begins_with_bos"] else Rows.of(text).with_openings()
     if record["options"]["recovery"] == "refit":
-        rows = rows.with_versions(*rewritten(stream, text, copies=EFFORTS[record["options"]["effort"]].fits))
+        effort = EFFORTS[record["options"]["effort"]]
+        rows = rows.with_versions(*rewritten(stream, text, copies=effort.fits * effort.copies))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
     assert list(rows.versions) == said["versions"]

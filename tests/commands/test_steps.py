@@ -90,9 +90,10 @@ def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
 
 def test_efforts() -> None:
     assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
-        "quick": (1, 0),
-        "normal": (1, 8),
-        "best": (2, 8),
+        "quick": (1, 0, False),
+        "normal": (1, 8, True),
+        "best": (2, 8, True),
     }
     assert Options().effort == "best"
+    assert Options(effort="quick").fits == 0
     assert (Options().fits, Options(recovery="none").fits) == (2, 0)

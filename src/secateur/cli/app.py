@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -56,6 +57,9 @@ def top(
 
 def main() -> None:
     """Run the command line; mistakes are one line on standard error and exit code 2."""
+    # Threads that wait for each other sleep: spinning, they take the cores from whatever else runs here. torch reads it
+    # when it is loaded, which no command has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.ERROR)
     # A polite kill cleans up as Ctrl-C does.

@@ -11,7 +11,7 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
-from secateur.commands.options import EFFORTS, Options, Running, with_settings
+from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.criteria.similarity import SimilarHeads
@@ -72,8 +72,7 @@ class OpenRun:
     @property
     def recovery(self) -> Recovery:
         """What is done about the loss."""
-        options, effort = self.options, EFFORTS[self.options.effort]
-        return Recovery(options.recovery, options.recover, options.ridge, effort.level1, effort.every)
+        return Recovery(self.options.recovery, self.options.recover, self.options.ridge, self.options.level1)
 
     def method(self, rows: CalibrationRows, similar: SimilarHeads | None, exact: bool) -> Method:
         """How units are chosen and refitted; with `exact`, no criterion is asked."""

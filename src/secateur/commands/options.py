@@ -33,13 +33,11 @@ class Effort(NamedTuple):
     """Fits that are averaged."""
     level1: int
     """Steps by which each fits the up and gate layers along with the feed-forward's output layer."""
-    every: int = 1
-    """One token in so many gives the curvature of these steps."""
     copies: bool = True
     """Each fit has rows of its own, made up by the model, beside the text."""
 
 
-EFFORTS = {"quick": Effort(1, 0), "normal": Effort(1, 8), "best": Effort(2, 8)}
+EFFORTS = {"quick": Effort(1, 0, copies=False), "normal": Effort(1, 8), "best": Effort(2, 8)}
 
 
 class Declared(NamedTuple):
@@ -131,8 +129,9 @@ class Options:
     effort: str = option(
         "best",
         METHOD,
-        "Time that the refit may take. quick: one fit of the output layers; normal: one fit, with the up and gate "
-        "layers fitted along; best: two fits like normal, averaged.",
+        "Time that the refit may take. quick: one fit of the output layers to the text; normal: one to the text and "
+        "to as much that the model makes of it, with the up and gate layers fitted along; best: two fits like normal, "
+        "averaged.",
         choices=tuple(EFFORTS),
     )
     ridge: float = option(

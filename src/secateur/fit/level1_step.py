@@ -22,10 +22,8 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
     device, width, recovery = stream.device, stream.width, state.method.recovery
     activation, dtype = activation_of(stream.checkpoint.config), fast_dtype(device)
     batches = [at for at in state.rows.batches() if at.weight]
-    # The curvature only steers the steps: some of the tokens tell it well enough. The right-hand side is of all.
-    thin = state.rows.thinned(recovery.every)
-    source = state.arena.empty(thin, width, dtype)
-    stored = [state.arena.empty(thin, len(kept), dtype) for _ in module.scored]
+    source = state.arena.empty(state.rows, width, dtype)
+    stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]
     tangent = Tangent(fit.weight_ko, len(stored), width, sum(state.rows.ids(at).numel() for at in batches))
     for at in batches:
         s = state.inputs_of(module, target.pruned, at, module.source)[module.source].reshape(-1, width)
@@ -37,10 +35,9 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
         goal = wanted.target if fit.bias is None else wanted.target - fit.bias
         error = goal * root - given * scaled
         found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s.to(stream.products), kept))]
-        shape, step = state.rows.ids(at).shape, slice(None, None, recovery.every)
-        source[at] = s.view(*shape, -1)[:, step]
+        source[at] = s
         for room, factor in zip(stored, found, strict=True):
-            room[at] = factor.view(*shape, -1)[:, step] * (shape[1] / thin.ids(at).shape[1]) ** 0.5
+            room[at] = factor
         with stream.rounded():
             tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
 

@@ -29,8 +29,6 @@ class Recovery:
     ridge: float = 0.3
     level1: int = 8
     """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
-    every: int = 1
-    """Of `refit`: one token in so many gives the curvature of these steps."""
     usual: float = 1.0
     """Of `refit`: a token counts half where the squared error that it inherits is so many times the median; infinite:
     all alike."""

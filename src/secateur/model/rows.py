@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
 
 OPENING_SHARE = 8
@@ -68,10 +68,6 @@ class Rows:
         mine, theirs = (0.0,) * len(self.groups), (0.0,) * len(others.groups)
         groups, weights = (*self.groups, *others.groups), (*self.weights, *theirs)
         return Rows(groups, weights, (*mine, *others.weights), self.versions)
-
-    def thinned(self, every: int) -> Rows:
-        """The first of so many tokens each."""
-        return replace(self, groups=tuple(group[:, ::every] for group in self.groups))
 
     def along(self, *groups: Tensor) -> Rows:
         """These rows, and groups behind them that count nowhere: they only run along."""

@@ -1,0 +1,55 @@
+"""What a log holds of a long run: a line now and then, with time left, and where the time went."""
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from secateur.cli import terminal
+from secateur.cli.terminal import Bars
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "log", Console(file=file, highlight=False, markup=False, width=80))
+    return file
+
+
+def test_a_long_loop_says_where_it_is(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "EVERY", 0.05)
+    for _ in Bars().track(range(4), "Prune"):
+        time.sleep(0.12)
+    lines = log.getvalue().splitlines()
+    # Also while one item takes longer than a line is due.
+    assert lines[0] == "Prune 0 of 4, 0:00"
+    assert any(re.fullmatch(r"Prune [123] of 4, 0:0\d, about 0:0\d left", line) for line in lines)
+    assert lines[-1] == "Prune 4 of 4, 0:00"
+    assert len(lines) >= 8
+
+
+def test_a_short_loop_is_one_line(log: io.StringIO) -> None:
+    assert list(Bars().track((letter for letter in "ab"), "Draw")) == ["a", "b"]
+    assert log.getvalue() == "Draw 2, 0:00\n"
+
+
+def test_a_loop_that_fails_says_no_more(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "EVERY", 0.02)
+
+    def broken() -> None:
+        for _ in Bars().track(range(3), "Prune"):
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        broken()
+    said = log.getvalue()
+    time.sleep(0.1)
+    assert log.getvalue() == said
+
+
+def test_where_the_time_went() -> None:
+    bars = Bars()
+    bars.seconds = {"Survey": 61.2, "Price": 0.4, "Prune": 3725.0}
+    assert bars.times() == "prune 1:02:05, survey 1:01"
