@@ -88,6 +88,16 @@ def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, Running()), {"device": "cpu"})]
+)
+def test_settings_beside_what_holds_them(
+    given: tuple[Any, ...], beside: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(beside))} stands beside (Options|Running); put it into that"):
+        secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
+
+
 def test_efforts() -> None:
     assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
         "quick": (1, 0, False),

@@ -296,15 +296,17 @@ def test_the_arena_spills_beyond_its_limit():
 def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
     made: list[Arena] = []
 
+    limits = iter((None, 0, 20_000))
+
     class Recorded(Arena):
-        def __init__(self, limit: int | None = None):
-            super().__init__(limit)
+        def __init__(self):
+            super().__init__(next(limits))
             made.append(self)
 
     monkeypatch.setattr("secateur.fit.loop.Arena", Recorded)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
     plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3)
-    found = [list(refit(stream, plan, rows_of_two_lengths(), arena_limit=limit)) for limit in (None, 0, 20_000)]
+    found = [list(refit(stream, plan, rows_of_two_lengths())) for _ in range(3)]
     assert [bool(arena._files) for arena in made] == [False, True, True]
     assert made[1].used == 0
     assert made[2].used <= 20_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from conftest import CheckpointFolder
 from models import ROWS, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.commands.costs import gradient_bytes, memory_bytes
+from secateur.commands.dry_run import gradient_bytes, memory_bytes
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_weights
 from secateur.criteria.registry import Criteria, all_criteria
 from secateur.fit.loop import Method, refit
 from secateur.model import rows as rows_module
+from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -126,7 +128,8 @@ def test_files_give_the_same(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     rows, seen = some_rows(), []
     held = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("gpt2")), rows)}
-    for block in gradients(opened(checkpoint_folder("gpt2")), rows, arena_limit=0):
+    monkeypatch.setattr("secateur.survey.gradients.Arena", partial(Arena, 0))
+    for block in gradients(opened(checkpoint_folder("gpt2")), rows):
         seen.append(sum(len(files) for _, _, files in os.walk(tmp_path)))
         assert all(torch.equal(found, held[block.index][name]) for name, found in block.gradient.items())
     # Two groups of rows: the inputs of the blocks to come and the gradient.

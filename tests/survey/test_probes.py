@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.survey.probes import DRAWN, LIKELY, divergence_from, divergences, some_tokens
+from secateur.survey.probes import DRAWN, LIKELY, divergences, some_tokens
 
 
 def exact(dense: Tensor, other: Tensor) -> Tensor:
@@ -66,8 +66,3 @@ def test_weights_are_a_distribution() -> None:
     for likely, drawn in zip(tokens[:, :LIKELY], tokens[:, LIKELY:], strict=True):
         assert len(set(likely.tolist())) == LIKELY
         assert not set(likely.tolist()) & set(drawn.tolist())
-
-
-def test_the_exact_form_is_the_mean_over_positions() -> None:
-    dense, other = torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(3))
-    assert divergence_from(dense)(other) == pytest.approx(float(exact(dense, other).mean()), rel=1e-5)

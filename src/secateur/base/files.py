@@ -95,11 +95,7 @@ def whole(
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
-    """A small file; what was there is replaced.
-
-    Raises:
-        SecateurError: as `whole`.
-    """
+    """A small file; what was there is replaced."""
     with whole(path) as partial, partial.open("wb") as file:
         file.write(contents.encode() if isinstance(contents, str) else contents)
         file.flush()

@@ -393,11 +393,14 @@ def with_settings(
     """Options and running as they are given, or made of settings by name.
 
     Raises:
-        TypeError: a name that neither of them has.
+        TypeError: a name that neither of them has, or one beside the object that holds it.
     """
     if unknown := sorted(set(settings) - set(declared(Options)) - set(declared(Running))):
         known = ", ".join([*declared(Options), *declared(Running)])
         raise TypeError(f"no option {unknown[0]!r}; there are {known}")
     own = {name: value for name, value in settings.items() if name in declared(Options)}
     others = {name: value for name, value in settings.items() if name not in own}
+    for given, beside in ((options, own), (running, others)):
+        if given is not None and beside:
+            raise TypeError(f"{next(iter(beside))} stands beside {type(given).__name__}; put it into that")
     return options or Options(**own), running or Running(**others)

@@ -138,11 +138,7 @@ def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBloc
 
 
 def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
-    """Write the pruned model with its record; it appears whole or not at all.
-
-    Raises:
-        SecateurError: the output cannot be written.
-    """
+    """Write the pruned model with its record; it appears whole or not at all."""
     stream, options, out = run.stream, run.options, Path(out)
     done: list[FittedBlock] = []
 

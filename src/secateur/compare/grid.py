@@ -240,11 +240,7 @@ def _carry_out(
 
 
 def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
-    """Every model with its runs: those given, or the recipe's own.
-
-    Raises:
-        SecateurError: there is none, or one is there twice.
-    """
+    """Every model with its runs: those given, or the recipe's own."""
     found = []
     for source in models or [model.id for model in recipe.models.values()]:
         entry, paper = recipe.model_of(source) or (None, None)
@@ -257,11 +253,7 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
 
 
 def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watcher) -> Subject:
-    """Open a model with all runs on it, and find what is wrong with any.
-
-    Raises:
-        SecateurError: see `compare`.
-    """
+    """Open a model with all runs on it, and find what is wrong with any."""
     columns = _columns("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # One length for all runs, also where the calibration's is an axis of the grid.
     shared = recipe.options | (asked.paper.options if asked.paper else {})

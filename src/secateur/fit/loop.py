@@ -30,7 +30,6 @@ def refit(
     *,
     method: Method | None = None,
     dtype: torch.dtype | None = None,
-    arena_limit: int | None = None,
     watcher: Watcher | None = None,
     judge: Callable[[Activations, Activations], None] | None = None,
 ) -> Generator[FittedBlock, None, None]:
@@ -43,7 +42,6 @@ def refit(
             each is fitted to on its own, and the fits are averaged.
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
-        arena_limit: bytes of activations to hold in memory before files are used.
         judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
             run along; blocks behind the plan's last one are then run as well.
 
@@ -54,7 +52,7 @@ def refit(
     dtype = dtype or stream.checkpoint.dtype
     watcher = watcher or Silent()
     rows = Rows.of(rows)
-    with Arena(arena_limit) as arena, stream.quick():
+    with Arena() as arena, stream.quick():
         dense = stream.embed(rows, arena)
         counted, beside = rows.counted(), rows.counted(False)
         # Each fit has a pruned stream of its own, and so have the rows that follow the averaged model.

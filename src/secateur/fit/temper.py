@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.survey.probes import STRIDE, divergence_from
+from secateur.survey.probes import STRIDE
 
 ROUNDING = 1e-6
 """A divergence below it, in nats per token, says that both models are the same."""
@@ -51,10 +51,11 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     with stream.head() as head:
         for row in range(len(ids)):
             wanted, found = (streams.parts[group][row, STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
-            divergence = divergence_from(head(wanted))
+            shares = head(wanted).log_softmax(-1)
             for number, norm in enumerate(norms):
                 with stream.replaced(norm):
-                    totals[number] += divergence(head(found))
+                    missing = shares - head(found).log_softmax(-1)
+                totals[number] += float((shares.exp() * missing).sum(-1).mean())
     # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
     return 1.0 if totals[SCALES.index(1.0)] < ROUNDING * len(ids) else _minimum(totals)
 

@@ -227,11 +227,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> An
 
 
 def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
-    """The rows of a text that a model is scored on.
-
-    Raises:
-        SecateurError: it cannot be read, or is too short.
-    """
+    """The rows of a text that a model is scored on."""
     return consecutive_rows(
         tokenizer,
         text,

@@ -285,11 +285,7 @@ class BlockStream:
         return after
 
     def advance(self, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
-        """Run all of `rows` through a filled block; their activations are replaced by those behind it.
-
-        Raises:
-            SecateurError: as `run_through`.
-        """
+        """Run all of `rows` through a filled block; their activations are replaced by those behind it."""
         for at in rows.batches():
             hidden[at] = self.run_through(index, layer, hidden[at], at.group)
 

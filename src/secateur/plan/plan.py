@@ -52,11 +52,7 @@ def _even(problem: PlanProblem) -> Survey:
 
 
 def uniform_plans(problem: PlanProblem) -> list[Plan]:
-    """Every split of one width between heads and channels that meets the target, the nearest first.
-
-    Raises:
-        SecateurError: there is none.
-    """
+    """Every split of one width between heads and channels that meets the target, the nearest first."""
     share = not isinstance(problem.goal, Target)
     found, least, reasons = uniform(problem, over=share)
     if least == problem.meter.dense:
@@ -77,11 +73,7 @@ def nearest_uniform(sparsity: float) -> str:
 
 
 def check_reach(problem: PlanProblem) -> None:
-    """See that adaptive widths can meet the target, before anything is measured.
-
-    Raises:
-        SecateurError: they cannot; it says what they can.
-    """
+    """See that adaptive widths can meet the target, before anything is measured."""
     least = narrowest(problem)
     dense = problem.blocks[problem.chosen.start].width
     reasons = list(filter(None, (problem.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in problem.kinds)))

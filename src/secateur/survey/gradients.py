@@ -45,7 +45,6 @@ def gradient_scores(
     criterion: str | Criteria,
     *,
     blocks: range | None = None,
-    arena_limit: int | None = None,
     watcher: Watcher | None = None,
 ) -> UnitScores:
     """Scores of a criterion that needs gradients; only these are kept, and no block's gradients.
@@ -53,15 +52,11 @@ def gradient_scores(
     Args:
         rows: as for `gradients`.
         criterion: criteria, of which one at least is made from gradients.
-        arena_limit: as for `gradients`.
-
-    Raises:
-        SecateurError: as `gradients`.
     """
     found: dict[tuple[int, Kind], Tensor] = {}
     criteria = Criteria.of(criterion)
     squares = criteria.need_squares
-    for block in gradients(stream, rows, blocks=blocks, squares=squares, arena_limit=arena_limit, watcher=watcher):
+    for block in gradients(stream, rows, blocks=blocks, squares=squares, watcher=watcher):
         for kind in KINDS:
             if (score := criteria.named(kind).from_gradients) is not None:
                 module = stream.blocks[block.index].module(kind)
@@ -77,7 +72,6 @@ def gradients(
     *,
     blocks: range | None = None,
     squares: bool = False,
-    arena_limit: int | None = None,
     watcher: Watcher | None = None,
 ) -> Generator[BlockGradients, None, None]:
     """Yield the gradients of some blocks, last block first.
@@ -86,7 +80,6 @@ def gradients(
         rows: calibration tokens (rows x length), or several groups of them; tokens of a group count by its weight.
             Groups of weight zero, and those of one token a row, which predict nothing, are left out.
         squares: also the squared gradients, for which rows run one by one.
-        arena_limit: bytes of activations to hold in memory before files are used.
 
     Raises:
         SecateurError: no row has a token to predict, or activations or gradients are NaN or infinite.
@@ -95,7 +88,7 @@ def gradients(
     watcher = watcher or Silent()
     rows = _predicting(Rows.of(rows))
     count = len(stream)
-    with Arena(arena_limit) as arena:
+    with Arena() as arena:
         hidden = stream.embed(rows, arena)
         inputs: dict[int, Activations] = {}
         order = [*range(count), *reversed(range(blocks.start, count))]

@@ -7,7 +7,6 @@ Kullback-Leibler divergence of the logits from the dense model's says what that 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,9 +105,10 @@ def some_tokens(logits: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor]:
     The most probable ones count their probability (t x v logits). Others are drawn by theirs, and share what is left:
     every mean over a distribution comes out right on average. A vocabulary that is no larger is taken whole.
     """
+    vocabulary = logits.shape[-1]
+    if vocabulary <= LIKELY + DRAWN:
+        return torch.arange(vocabulary, device=logits.device).expand_as(logits), logits.double().softmax(-1)
     shares = logits.float().softmax(-1)
-    if shares.shape[-1] <= LIKELY + DRAWN:
-        return torch.arange(shares.shape[-1], device=logits.device).expand_as(shares), shares.double()
     likely = shares.topk(LIKELY, -1)
     rest = shares.scatter(-1, likely.indices, 0.0)
     drawn = torch.multinomial(rest.cpu(), DRAWN, replacement=True, generator=dice).to(rest.device)
@@ -127,14 +127,7 @@ def divergences(dense: Tensor, others: Tensor, weights: Tensor) -> Tensor:
         others: the same of the other distributions (p x k).
         weights: of the tokens in means over the dense distribution (k), float64, 1 in all.
     """
-    difference = (others - dense).double()
+    difference = others.double() - dense.double()
     mean = difference @ weights
     # The mean is taken off first: what is left is small, and so is what rounding makes of it.
     return torch.log1p(torch.expm1(difference - mean[:, None]) @ weights).cpu()
-
-
-def divergence_from(dense: Tensor) -> Callable[[Tensor], float]:
-    """KL(dense || other), the mean over positions, as a function of the other logits (t x v); nats per token."""
-    wanted = torch.log_softmax(dense, -1)
-    shares = wanted.exp()
-    return lambda other: float((shares * (wanted - torch.log_softmax(other, -1))).sum(-1).mean())
