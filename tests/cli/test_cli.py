@@ -907,7 +907,7 @@ def test_retrain(place: Path, run: Run) -> None:
     assert result.out.count("\n") == 1
     assert result.out.startswith("Perplexity on rows not trained on: ")
     assert "Retrain" in result.err
-    assert "2/2" in result.err
+    assert "Retrain 2 of 2" in result.err
     assert kept(place)["retrained"][0]["steps"] == 2
 
 

@@ -47,20 +47,12 @@ def score(folder: Path, text: Path) -> float:
 
 @pytest.fixture(scope="module")
 def pruned(model: Path, text: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for recovery in ("refit", "none"):
-        folders[recovery] = tmp_path_factory.mktemp("out") / recovery
-        # With one width and channels only there is nothing to weigh, and no survey; one fit, for time's sake.
-        prune(
-            model,
-            folders[recovery],
-            calibration=str(text[0]),
-            recovery=recovery,
-            modules=("channels",),
-            widths="uniform",
-            effort="quick",
-            **SMALL,
-        )
+    folders = {recovery: tmp_path_factory.mktemp("out") / recovery for recovery in ("refit", "none")}
+    how = {"calibration": str(text[0]), "effort": "quick"} | SMALL
+    # With one width and channels only there is nothing to weigh, and no survey; one fit, for time's sake.
+    prune(model, folders["refit"], modules=("channels",), widths="uniform", **how)
+    # The same units, only cut.
+    prune(model, folders["none"], plan=str(folders["refit"] / "secateur.json"), recovery="none", **how)
     return folders
 
 

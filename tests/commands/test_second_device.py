@@ -29,7 +29,7 @@ LENGTH = 24
 PRUNE: dict[str, tuple[str, str]] = {
     "all defaults": ("llama", ""),
     "a norm behind each module": ("gemma3_text", "--effort quick"),
-    "layers in one tensor": ("phi3 wide", "--effort normal"),
+    "layers in one tensor": ("phi3 wide", "--effort quick"),
     "no gate": ("gpt2", "--effort normal"),
     "modules beside each other": ("gpt_neox", "--effort quick"),
     "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),

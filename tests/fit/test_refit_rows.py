@@ -166,7 +166,7 @@ def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, 
         "calibration": text,
         "refit_samples": 64,
         "sparsity": 0.3,
-        "effort": "quick",
+        "effort": "normal",
     }
     summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
     assert summary.tokens == 62 * 16

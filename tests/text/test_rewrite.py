@@ -64,7 +64,7 @@ def test_half_of_the_tokens_stay(stream):
     [
         ({}, 2),
         ({"effort": "normal"}, 1),
-        ({"effort": "quick"}, 1),
+        ({"effort": "quick"}, 0),
         ({"recovery": "none"}, 0),
         ({"recovery": "paper"}, 0),
     ],

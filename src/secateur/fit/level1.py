@@ -45,15 +45,11 @@ class Part:
 
 
 def outputs(module: Depth2, tensors: Mapping[str, Tensor], source_nd: Tensor, kept: Tensor) -> list[Tensor]:
-    """What the module's level-1 matrices, up and then gate, give for the kept channels (n x k each), float32.
-
-    They are multiplied in the dtype of the inputs.
-    """
+    """What the module's level-1 matrices, up and then gate, give for the kept channels (n x k each)."""
     found = []
     for slab in module.scored:
         at, bias = slab.offset + kept, tensors.get(slab.bias)
-        weight = tensors[slab.name].index_select(slab.axis, at).movedim(slab.axis, 1)
-        output = (source_nd @ weight.to(source_nd.dtype)).float()
+        output = source_nd @ tensors[slab.name].index_select(slab.axis, at).movedim(slab.axis, 1)
         found.append(output if bias is None else output + bias[at])
     return found
 

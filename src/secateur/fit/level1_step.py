@@ -34,12 +34,11 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
         given = inputs.times(at, fit.weight_ko, kept).reshape(len(s), -1)
         goal = wanted.target if fit.bias is None else wanted.target - fit.bias
         error = goal * root - given * scaled
-        found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s.to(stream.products), kept))]
+        found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s, kept))]
         source[at] = s
         for room, factor in zip(stored, found, strict=True):
             room[at] = factor
-        with stream.rounded():
-            tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
+        tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
 
     def parts() -> Iterator[Part]:
         for at in batches:

@@ -171,5 +171,7 @@ class ModuleState:
         bias = state.tensors.get(module.bias_name)
         output = state.output[module.kind] = state.arena.empty(state.rows, self.stream.width)
         for at in state.rows.batches():
-            y = inputs.times(at, weight, kept)
+            # Inputs and weights are rounded already; the massive activations of a few tokens must not be.
+            with self.stream.rounded():
+                y = inputs.times(at, weight, kept)
             output[at] = y if bias is None else y + bias
