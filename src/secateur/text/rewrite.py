@@ -8,16 +8,12 @@ is read once.
 import torch
 from torch import Tensor
 
-from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.model.arena import Arena
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 APART = 0x9E3779B1
-FULL = torch.float32
-POSITIONS = 512
-"""At which tokens are drawn together."""
 SHARE = 0.5
 """Of the tokens that are drawn anew; more of them leave less of what neighbours have to do with each other."""
 
@@ -44,20 +40,12 @@ def rewritten(
         for index in watcher.track(range(len(stream)), "Rewrite"):
             with stream.filled(index) as layer:
                 stream.advance(index, layer, rows, hidden)
-        shape = text[:, 1:].shape
-        dice = [torch.rand(2, *shape, generator=generator) for generator in generators]
-        anew = [chance < SHARE for chance, _ in dice]
-        with stream.head() as head, torch.autocast(stream.device.type, stream.products, stream.products != FULL):
-            # Some positions at a time: their logits are larger than their stream by the vocabulary over the width.
-            for some in watcher.track(torch.stack(anew).any(0).nonzero().split(POSITIONS), "Draw"):
-                row, place = some.T
-                logits = head(hidden.parts[0][row, place]).float()
-                shares = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1)
-                if not torch.isfinite(shares[:, -1]).all():
-                    raise SecateurError(f"{stream.checkpoint.source}: NaN or infinite logits; are the weights intact?")
-                for copy, chosen, (_, chance) in zip(result, anew, dice, strict=True):
-                    here = chosen[row, place]
-                    at = chance[row, place, None].to(shares.device) * shares[:, -1:]
-                    drawn = torch.searchsorted(shares, at)[:, 0].cpu()
-                    copy[row[here], place[here] + 1] = drawn[here]
+        with stream.head() as head:
+            # Row by row: the logits of a batch would be larger than its stream by the vocabulary over the width.
+            for row in watcher.track(range(len(text)), "Draw"):
+                shares = head(hidden.parts[0][row, :-1]).softmax(-1).cpu()
+                for copy, generator in zip(result[:, row], generators, strict=True):
+                    drawn = torch.multinomial(shares, 1, generator=generator)[:, 0]
+                    anew = torch.rand(len(drawn), generator=generator) < SHARE
+                    copy[1:] = torch.where(anew, drawn, copy[1:])
     return result
