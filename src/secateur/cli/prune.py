@@ -34,4 +34,5 @@ def prune(
         from secateur.report.tables import prune_table
 
     table, lines = prune_table(run(model, out, options, running, watcher=bars), out)
-    show(table, [*lines, *([f"Time: {bars.times()}."] if bars.times() else [])])
+    times = bars.times()
+    show(table, [*lines, *([f"Time: {times}."] if times else [])])

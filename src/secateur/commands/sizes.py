@@ -59,8 +59,9 @@ def sizes(
     out.mkdir(exist_ok=True)
     try:
         source = Path(model) if Path(model).is_dir() else None
+        there = [folder for folder in folders if (folder / RECORD).exists() and not running.overwrite]
         for folder in folders:
-            if running.overwrite or not (folder / RECORD).exists():
+            if folder not in there:
                 Output(folder, overwrite=running.overwrite, source=source).check()
         last = open_model(model, options[-1], running, watcher=watcher)
         runs = [_for_size(last, one, file) for one in options]
@@ -69,7 +70,6 @@ def sizes(
         for text in texts:
             with reading(last.watcher, "Reading", text):
                 scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
-        there = [folder for folder in folders if (folder / RECORD).exists() and not running.overwrite]
         for run, folder in zip(runs, folders, strict=True):
             if folder in there and not _made(run, plain, folder):
                 raise SecateurError(
@@ -138,8 +138,11 @@ def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
     """Whether a folder is what a run of this version would give; rows decide their copies."""
     try:
         record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
-        same = {"secateur": secateur.__version__, "fingerprint": run.stream.checkpoint.fingerprint}
-        same["options"] = json.loads(json.dumps(asdict(run.options)))
+        same = {
+            "secateur": secateur.__version__,
+            "fingerprint": run.stream.checkpoint.fingerprint,
+            "options": json.loads(json.dumps(asdict(run.options))),
+        }
         return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_of(rows.fitted)
     except (ValueError, LookupError, TypeError, AttributeError):
         return False

@@ -3,6 +3,7 @@
 Shapes: n tokens, a level-2 input entries, k of them kept; rows x t x a for what is stored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +30,14 @@ class Inputs:
         """Where kept entries lie among those stored."""
         return torch.searchsorted(self.entries, kept)
 
-    def times(self, batch: Batch, weight_ko: Tensor, kept: Tensor) -> Tensor:
+    def times(self, weight_ko: Tensor, kept: Tensor) -> Callable[[Batch], Tensor]:
         """A batch's inputs times a weight of the kept entries (b x t x o), float32.
 
         Entries that go meet zeros: taking the others out would take longer.
         """
         full = weight_ko.new_zeros(len(self.entries), weight_ko.shape[1])
         full[self.among(kept)] = weight_ko
-        return self.stored[batch].to(weight_ko.device, torch.float32) @ full
+        return lambda batch: self.stored[batch].to(weight_ko.device, torch.float32) @ full
 
     def weights(self, old: Tensor) -> Tensor:
         """Rows of a level-2 weight for these entries."""

@@ -25,13 +25,14 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
     source = state.arena.empty(state.rows, width, dtype)
     stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]
     tangent = Tangent(fit.weight_ko, len(stored), width, sum(state.rows.ids(at).numel() for at in batches))
+    outputs_of = inputs.times(fit.weight_ko, kept)
     for at in batches:
         s = state.inputs_of(module, target.pruned, at, module.source)[module.source].reshape(-1, width)
         wanted = target.of(at)
         counts = torch.ones(len(s), device=device) if wanted.counts is None else wanted.counts.sqrt()
         root = at.weight**0.5 * counts[:, None]
         scaled = wanted.scaled(root)
-        given = inputs.times(at, fit.weight_ko, kept).reshape(len(s), -1)
+        given = outputs_of(at).reshape(len(s), -1)
         goal = wanted.target if fit.bias is None else wanted.target - fit.bias
         error = goal * root - given * scaled
         found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s, kept))]

@@ -56,14 +56,14 @@ def refit(
         dense = stream.embed(rows, arena)
         counted, beside = rows.counted(), rows.counted(False)
         # Each fit has a pruned stream of its own, and so have the rows that follow the averaged model.
-        streams = [(part, arena.copy(part, dense)) for part in (*rows.fits(), *([] if judge is None else [beside]))]
-        fits, follow = streams[: len(rows.fits())], streams[len(rows.fits()) :]
+        fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
+        follow = [] if judge is None else [(beside, arena.copy(beside, dense))]
         stop = max(plan.widths) + 1 if judge is None else len(stream)
         for index in watcher.track(range(stop), "Prune"):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
                     stream.advance(index, layer, rows, dense)
-                    for part, pruned in streams:
+                    for part, pruned in (*fits, *follow):
                         stream.advance(index, layer, part, pruned)
                     continue
                 found: list[FittedBlock] = []

@@ -167,11 +167,11 @@ class ModuleState:
     def _advance(self, inputs: Inputs, kept: Tensor) -> None:
         """The module's level-2 outputs, from its stored inputs."""
         module, state = self.module, self.state
-        weight = inner_weight(module, state.tensors)[kept].contiguous()
+        outputs_of = inputs.times(inner_weight(module, state.tensors)[kept], kept)
         bias = state.tensors.get(module.bias_name)
         output = state.output[module.kind] = state.arena.empty(state.rows, self.stream.width)
         for at in state.rows.batches():
             # Inputs and weights are rounded already; the massive activations of a few tokens must not be.
             with self.stream.rounded():
-                y = inputs.times(at, weight, kept)
+                y = outputs_of(at)
             output[at] = y if bias is None else y + bias

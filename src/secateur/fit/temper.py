@@ -51,11 +51,12 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     with stream.head() as head:
         for row in range(len(ids)):
             wanted, found = (streams.parts[group][row, STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
-            shares = head(wanted).log_softmax(-1)
+            logs = head(wanted).log_softmax(-1)
+            shares = logs.exp()
             for number, norm in enumerate(norms):
                 with stream.replaced(norm):
-                    missing = shares - head(found).log_softmax(-1)
-                totals[number] += float((shares.exp() * missing).sum(-1).mean())
+                    missing = logs - head(found).log_softmax(-1)
+                totals[number] += float((shares * missing).sum(-1).mean())
     # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
     return 1.0 if totals[SCALES.index(1.0)] < ROUNDING * len(ids) else _minimum(totals)
 
