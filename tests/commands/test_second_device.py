@@ -34,10 +34,10 @@ PRUNE: dict[str, tuple[str, str]] = {
     "modules beside each other": ("gpt_neox", "--effort quick"),
     "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),
     "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
-    "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform"),
-    "similar heads": ("llama", "--criterion similarity --tau 0.16"),
+    "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform --effort quick"),
+    "similar heads": ("llama", "--criterion similarity --tau 0.16 --effort quick"),
     "random ids for the score": ("llama", "--criterion second-moment --sigma random --recovery none"),
-    "what the model writes": ("llama", "--calibration self"),
+    "what the model writes": ("llama", "--calibration self --effort quick"),
     "rows of its own for the refit": ("llama", "--refit-samples 9 --recovery paper --recover before"),
     "a target of perplexity": ("llama", "--target ppl=1.3x --effort quick"),
     "without a pull": ("llama", "--ridge 0 --effort quick"),
@@ -78,6 +78,7 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
     cases["eval"] += ["--perplexity", str(text), "--length", str(LENGTH), "--json", str(place / "{device} eval")]
     cases["eval"] += ["--tasks", "items", "--task-path", str(place)]
     cases["latency"] = ["prune", dense, str(place / "{device} latency"), *common, "--target", "decode=1.01x"]
+    cases["latency"] += ["--effort", "quick"]
     script, outcomes = Path(__file__).parents[1] / "second_device.py", place / "outcomes.json"
     command = [sys.executable, str(script), str(outcomes)]
     done = subprocess.run(command, input=json.dumps(list(cases.values())), capture_output=True, text=True)

@@ -530,7 +530,6 @@ WRONG = [
     ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
     ("compare model grid.yaml --out out --tokens=-5", "tokens is -5"),
     ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
-    ("compare model grid.yaml --out out --tasks piqaa", "task 'piqaa' does not exist in lm-eval; near it: "),
     ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
     ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
     ("compare model wide.yaml --out out", "model, L1, sparsity 0.999: a sparsity of 99.9% of the blocks is more than"),
@@ -567,8 +566,10 @@ def test_a_task_out_of_reach_is_named_early(
 
     monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(grid / "cache"))
+    write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
+    (grid / "far.yaml").write_text(YAML.format(name="far", **write).replace(": json", ": nobody/nothing"))
     before = listing(grid)
-    result = run("compare", "model", "grid.yaml", "--out", "out", "--tasks", "piqa")
+    result = run("compare", "model", "grid.yaml", "--out", "out", "--tasks", "far", "--task-path", ".")
     refused(result, "from the hub, which is not reachable (it is a test); give --task-path")
     assert listing(grid) == before
 

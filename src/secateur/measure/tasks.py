@@ -207,36 +207,35 @@ def open_tasks(
         return []
     watcher = watcher or Silent()
     with watcher.busy("Looking for tasks"), _silence():
-        manager = _manager(names, folder)
+        managers = _managers(names, folder)
     opened: dict[str, OpenTask] = {}
-    for name in names:
+    for name, manager in managers.items():
         with watcher.busy(f"Opening task {name}"):
             opened |= {task.task_name: _open(task, limit) for task in _load(manager, name)}
     return list(opened.values())
 
 
-def _manager(names: Sequence[str], folder: Path | None) -> Any:
-    """lm-eval's index of tasks, with all the names in it."""
+def _managers(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    """The index that each name is looked up in: the folder's where it is there, else lm-eval's own."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SecateurError(
             f"tasks need lm-eval, which does not import ({first_line(error)}); pip install 'secateur[tasks]'"
         ) from error
-    if folder is not None:
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        if set(names) <= set(manager.all_tasks):
-            return manager
-    manager = _own_index() if folder is None else TaskManager(include_path=str(folder))
+    given = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    found: dict[str, Any] = {}
     for name in names:
-        if name not in manager.all_tasks:
-            near = get_close_matches(name, manager.all_tasks, n=5)
+        found[name] = given if given is not None and name in given.all_tasks else _own_index()
+        known = found[name].all_tasks
+        if name not in known:
+            near = get_close_matches(name, known + (given.all_tasks if given is not None else []), n=5)
             where = "lm-eval" if folder is None else f"lm-eval and {folder}"
             raise SecateurError(
                 f"task '{name}' does not exist in {where}; "
                 + (f"near it: {', '.join(near)}" if near else "`lm-eval ls tasks` lists all, --task-path adds others")
             )
-    return manager
+    return found
 
 
 @cache

@@ -3,9 +3,13 @@
 import contextlib
 import hashlib
 import io
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gguf
 import torch
 from gguf import GGUFReader
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -90,7 +94,7 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
     """Dequantise into a folder, tokenizer included."""
     try:
         # The progress bar of the dequantisation cannot be switched off otherwise.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once(reader):
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             complete(config, reader)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=dtype)
@@ -111,6 +115,14 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _read_once(reader: GGUFReader) -> Iterator[None]:
+    """Spare transformers most of its time: it parses the file three times, and lists gguf's names for each tensor."""
+    names = cache(gguf.get_tensor_name_map)
+    with patch.object(gguf, "GGUFReader", lambda _: reader), patch.object(gguf, "get_tensor_name_map", names):
+        yield
 
 
 def _split_digits(tokenizer: Any, reader: GGUFReader) -> None:
