@@ -15,9 +15,6 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from models import ROWS, token_rows
-from secateur.commands import dry_run as expect
-from secateur.commands.options import EFFORTS, Effort
-from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
 from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.loop import Method, refit
@@ -208,29 +205,3 @@ def test_what_needs_no_repair_stays(checkpoint_folder):
     plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
     (found,) = refit(stream, plan, IDS, method=Method(recovery=Recovery(level1=4, usual=math.inf)))
     assert not {slab.name for slab in stream.blocks[0].feed_forward.scored} & set(found.changed)
-
-
-def test_a_dry_run_counts_it(checkpoint_folder, tmp_path, monkeypatch):
-    """Its products, at one operation a second, and its memory."""
-    for name in ("stream_flops", "solve_flops", "survey_flops"):
-        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
-    monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0)
-    monkeypatch.setattr(expect, "fast_dtype", lambda _: torch.float32)
-    how = {"samples": 3, "length": 7, "sparsity": 0.3, "calibration": "random", "dry_run": True}
-    folder, found = checkpoint_folder("llama"), {}
-    for steps in (0, 4, 6):
-        # One fit, to the rows alone.
-        monkeypatch.setitem(EFFORTS, "normal", Effort(fits=0, level1=steps))
-        found[steps] = prune(folder, tmp_path / "out", effort="normal", **how)
-    without, four, six = found.values()
-    stream = BlockStream(open_checkpoint(folder))
-    width, channels = stream.width, stream.blocks[0].feed_forward.units
-    # Two more steps take J and its transpose twice, three products each, in every block.
-    tokens = (six.seconds - four.seconds) / (1.5 * len(stream) * 2 * 6 * 2 * width * channels)
-    assert tokens in range(22, 43), "21 tokens, and the different ones among them once more as first positions"
-    product = 2 * tokens * width * channels
-    assert without.seconds == 0
-    gram = tokens * channels**2 + 2 * tokens * channels * width + channels**3 + 2 * channels**2 * width
-    assert four.seconds == pytest.approx(1.5 * len(stream) * ((5 + 3 + 4 * 6) * product + gram))
-    assert four.peak_bytes - without.peak_bytes == 4 * tokens * (width + 2 * channels)
-    assert prune(folder, tmp_path / "out", recovery="paper", **how).seconds == 0

@@ -195,15 +195,3 @@ def test_held_out_rows_come_last(checkpoint_folder: CheckpointFolder, tmp_path: 
     used = torch.cat([rows.text, rows.held_out, rows.refit_text])
     whole = calibration_rows(make_tokenizer(), text, samples=len(used), length=16, seed=1, vocab_size=128)
     assert torch.equal(used, whole)
-
-
-def test_a_dry_run_counts_two_gram_matrices(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """As many tokens, once in one set of moments and once in two: a channel's Gram matrix and cross moment more."""
-    how: dict[str, Any] = {"length": 16, "sparsity": 0.3, "calibration": "random", "dry_run": True}
-    # With one width, channels alone need no survey.
-    how |= {"criterion": "second-moment", "recovery": "paper", "widths": "uniform", "modules": ("channels",)}
-    model = checkpoint_folder("llama biased")
-    one = prune(model, tmp_path / "out", samples=64, **how)
-    two = prune(model, tmp_path / "out", samples=32, refit_samples=32, **how)
-    random = prune(model, tmp_path / "out", samples=32, sigma="random", **how)
-    assert two.peak_bytes - one.peak_bytes == random.peak_bytes - one.peak_bytes == 4 * (72 * 72 + 72 * 48)

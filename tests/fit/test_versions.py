@@ -9,16 +9,12 @@ import torch
 from test_recovery import WIDTHS
 from torch import Tensor
 
-from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, save, token_rows
-from secateur.commands import dry_run as expect
-from secateur.commands.options import EFFORTS, Effort
-from secateur.commands.prune import prune
+from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
 from secateur.fit import inputs as inputs_module
 from secateur.fit import level1_step
 from secateur.fit.average import FittedBlock, mean_of
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
-from secateur.model import stream as stream_module
 from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import OPENING_WEIGHT, Rows
@@ -163,38 +159,3 @@ def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monke
             width.channels,
         )
     ]
-
-
-def test_a_dry_run_counts_every_fit(checkpoint_folder, tmp_path, monkeypatch):
-    for name in ("survey_flops", "survey_bytes"):
-        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
-    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
-    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "dry_run": True}
-    folder, found = checkpoint_folder("llama"), {}
-    for copies in (1, 2, 3):
-        monkeypatch.setitem(EFFORTS, "quick", Effort(copies, level1=0))
-        found[copies] = prune(folder, tmp_path / "out", effort="quick", **how)
-    one, two, three = found.values()
-    assert two.seconds == pytest.approx(2 * one.seconds)
-    assert three.seconds == pytest.approx(3 * one.seconds)
-    # Two streams of each further fit stay in memory, of the text, its copy and the first positions.
-    more = two.peak_bytes - one.peak_bytes
-    assert three.peak_bytes - two.peak_bytes == more
-    assert more in range(4 * 2 * 48 * 2 * 4 * 16, 4 * 2 * 48 * 3 * 4 * 16 + 1)
-
-
-def test_a_dry_run_knows_the_quick_products(tmp_path, monkeypatch):
-    """At a rate of one operation a second, and of a million in bfloat16, what is left is the statistics and solves."""
-    monkeypatch.setattr(expect, "product_rate", lambda *_, dtype=torch.float32: 1.0 if dtype == torch.float32 else 1e6)
-    for name in ("survey_flops", "survey_bytes"):
-        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
-    how = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "effort": "quick", "dry_run": True}
-    save("llama", tmp_path / "model", torch.bfloat16)
-    seconds = {}
-    for fast in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(stream_module, "fast_dtype", lambda _, fast=fast: fast)
-        seconds[fast] = prune(tmp_path / "model", tmp_path / "out", **how).seconds
-    monkeypatch.setattr(expect, "stream_flops", lambda *_: 0.0)
-    solves = prune(tmp_path / "model", tmp_path / "out", **how).seconds
-    assert solves == pytest.approx(seconds[torch.bfloat16], rel=1e-5)
-    assert solves < 0.9 * seconds[torch.float32]

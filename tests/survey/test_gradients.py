@@ -17,7 +17,6 @@ from conftest import CheckpointFolder
 from models import ROWS, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.commands.dry_run import gradient_bytes, memory_bytes
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_weights
 from secateur.criteria.registry import Criteria, all_criteria
@@ -311,13 +310,3 @@ def test_a_plan_of_units_needs_no_gradients(checkpoint_folder: CheckpointFolder,
     plan = str(tmp_path / "out" / "secateur.json")
     prune(model, tmp_path / "again", criterion="llm-pruner-vector", plan=plan, watcher=bars, **wishes)
     assert "Gradients" not in bars.drawn
-
-
-def test_what_a_dry_run_expects(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """Every block's input is kept, which takes most where tokens are many and the model is deep."""
-    model, wishes = checkpoint_folder("llama"), SETTINGS | {"dry_run": True}
-    plain, costly = (prune(model, tmp_path / "out", criterion=c, **wishes) for c in ("l1", "llm-pruner-vector"))
-    assert costly.peak_bytes >= plain.peak_bytes
-    deep, tokens = [blocks_of(build("llama"))[0]] * 40, 100_000
-    assert memory_bytes(deep, 48, tokens) < gradient_bytes(deep, 48, tokens)
-    assert gradient_bytes(deep, 48, tokens) - gradient_bytes(deep[:39], 48, tokens) == 4 * 48 * tokens

@@ -14,14 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, token_rows
 from secateur.base.errors import SecateurError
-from secateur.commands import dry_run as expect
-from secateur.commands.prune import prune
-from secateur.commands.survey_file import survey_rows
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.registry import Criteria, all_criteria
@@ -321,26 +317,3 @@ def test_junk_is_no_survey(tmp_path: Path, text: str) -> None:
     (tmp_path / "survey.json").write_text(text)
     with pytest.raises(SecateurError, match="not a survey of secateur's; name another file, or delete it"):
         load_survey(tmp_path / "survey.json", {})
-
-
-def test_a_dry_run_counts_the_survey(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is expected at one operation a second, against the products of a survey; nothing once there is one."""
-    model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
-    how: dict[str, Any] = {"samples": 60, "length": 30, "calibration": "random", "effort": "quick", "survey": file}
-
-    def expected() -> float:
-        with monkeypatch.context() as patch:
-            patch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
-            return prune(model, tmp_path / "dry", dry_run=True, **how).seconds
-
-    first = expected()
-    prune(model, tmp_path / "out", **how)
-    seconds = first - expected()
-    stream, (few, probed) = opened(model), survey_rows(token_rows(60, 30))
-    with FlopCounterMode(display=False) as counter:
-        found = survey(stream, few, probe_rows=probed)
-    # The output layer is left out of what is expected.
-    head = 2 * stream.width * stream.checkpoint.config.vocab_size * (len(found.probes) + 1) * probed.numel() / STRIDE
-    assert 0.7 < seconds / 1.5 / (counter.get_total_flops() - head) < 1.4

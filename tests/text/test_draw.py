@@ -14,12 +14,10 @@ from conftest import CheckpointFolder
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.commands import dry_run as expect
 from secateur.commands import fitted
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options
 from secateur.commands.steps import draw_rows
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.text import draw, self_calibration
 from secateur.text.rewrite import rewritten
@@ -73,25 +71,6 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
     prune(model, tmp_path / "c", effort="normal", **SIZE)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
-
-
-def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    """Of what the model writes from nothing; nothing is run for it, nor for copies."""
-    for name in ("self_rows", "rewritten"):
-        monkeypatch.setattr(draw, name, lambda *_, **__: pytest.fail("the model was run"))
-    for name in ("stream_flops", "solve_flops", "survey_flops"):
-        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
-    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
-    monkeypatch.setattr(expect, "level1_flops", lambda *_, **__: (0.0, 0.0))
-    model = checkpoint_folder("llama")
-
-    def seconds(**options: Any) -> float:
-        return prune(model, tmp_path / "out", dry_run=True, **SIZE | options).seconds
-
-    parameters = sum(info.entries for info in open_checkpoint(model).tensors.values())
-    one = 1.5 * 2 * parameters * SIZE["samples"] * SIZE["length"]
-    assert seconds() == seconds(effort="quick") == seconds(recovery="paper") == 0
-    assert seconds(calibration="self") == seconds(calibration="self", effort="quick") == one
 
 
 @pytest.mark.parametrize("effort", ["quick", "normal", "best"])

@@ -16,7 +16,6 @@ from conftest import CheckpointFolder
 from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.commands import dry_run as expect
 from secateur.model.checkpoint import open_checkpoint
 from secateur.text import draw, self_calibration
 from secateur.text.self_calibration import BATCH_ROWS, opening, self_rows
@@ -110,41 +109,6 @@ def test_one_seed_gives_one_model(checkpoint_folder: CheckpointFolder, tmp_path:
     prune(model, tmp_path / "c", calibration="self", refit_samples=40, seed=1, **SIZE)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
-
-
-def test_a_dry_run_loads_no_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
-    assert prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", dry_run=True, **SIZE).dry
-
-
-def test_a_dry_run_counts_the_writing(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    """Of the rows that the model writes, and of these alone; at a rate of one operation a second."""
-    for name in ("stream_flops", "solve_flops", "survey_flops"):
-        monkeypatch.setattr(expect, name, lambda *_, **__: 0.0)
-    monkeypatch.setattr(expect, "product_rate", lambda *_, **__: 1.0)
-    model = checkpoint_folder("llama")
-    stored = open_checkpoint(model)
-
-    def expected(**options: Any) -> Any:
-        return prune(
-            model, tmp_path / "out", dry_run=True, effort="quick", **SIZE | {"calibration": "random"} | options
-        )
-
-    parameters = sum(info.entries for info in stored.tensors.values())
-    tokens = SIZE["samples"] * SIZE["length"]
-    assert expected().seconds == expected(refit_samples=3).seconds == 0
-    for options, more in (
-        ({"calibration": "self"}, 0),
-        ({"calibration": "self", "refit_samples": 3}, 3 * SIZE["length"]),
-        ({"refit_calibration": "self"}, 0),
-    ):
-        assert expected(**options).seconds == 1.5 * 2 * parameters * (tokens + more)
-    for name in ("memory_bytes", "survey_bytes"):
-        monkeypatch.setattr(expect, name, lambda *_, **__: 0)
-    # Three blocks of three groups, keys and values of eight float32 each.
-    cache = min(BATCH_ROWS, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
-    assert expected(calibration="self").peak_bytes == round(1.1 * (stored.bytes + cache))
-    assert expected().peak_bytes == 0
 
 
 def test_a_model_that_cannot_begin(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:

@@ -21,13 +21,16 @@ from secateur.text.draw import CalibrationRows
 
 
 def summary_of(
-    run: OpenRun, rows: CalibrationRows, decided: Plan, expected: tuple[float, int] | None = None
+    run: OpenRun, rows: CalibrationRows, decided: Plan, expected: dict[str, tuple[float, int]] | None = None
 ) -> Summary:
-    """The figures of a plan; `expected` are the seconds and the peak of a dry run, in place of those so far."""
+    """The figures of a plan; `expected` are a dry run's seconds and peak by effort, in place of those so far."""
     stream, options, blocks = run.stream, run.options, run.stream.blocks
     gguf_type = options.type if options.format == "gguf" else None
     every = [decided.widths.get(index, block.width) for index, block in enumerate(blocks)]
-    seconds, peak = expected or (time.perf_counter() - run.started, _peak_memory(stream.device))
+    seconds, peak = (expected or {}).get(options.effort) or (
+        time.perf_counter() - run.started,
+        _peak_memory(stream.device),
+    )
 
     def before_and_after(meter: Meter) -> tuple[int, int]:
         return round(meter.dense), round(meter.total(decided.widths))
@@ -48,7 +51,7 @@ def summary_of(
         tokens=rows.groups.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
-        dry=expected is not None,
+        efforts={name: took for name, (took, _) in (expected or {}).items()},
     )
 
 

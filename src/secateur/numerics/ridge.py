@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.numerics.moments import panel_width
+
 FLOAT32_RIDGE = 0.03
 """Below this ridge the condition number asks for float64."""
 ROUNDING = 4 * torch.finfo(torch.float32).eps
@@ -155,13 +157,22 @@ def factorise(matrix_aa: Tensor) -> Tensor:
 def invert(matrix_aa: Tensor) -> Tensor:
     """Inverse of a positive definite matrix, with two more of its size in memory.
 
-    Not cholesky_inverse, with fewer flops: it was seen to run 30 times slower beside other busy processes.
+    By panels, which leave out most of what is zero or there twice: 1.3 a^3 flops in place of 3.3. Not cholesky_inverse,
+    with as few: it was seen to run 30 times slower beside other busy processes.
     """
     factor = factorise(matrix_aa)
-    inverse = torch.eye(matrix_aa.shape[0], dtype=matrix_aa.dtype, device=matrix_aa.device)
-    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
-    del factor
-    return inverse.T @ inverse
+    a, panel = len(factor), panel_width(len(factor))
+    lower = torch.zeros_like(factor)
+    for start in range(0, a, panel):
+        right = torch.eye(a - start, min(panel, a - start), dtype=factor.dtype, device=factor.device)
+        solved = torch.linalg.solve_triangular(factor[start:, start:], right, upper=False)
+        lower[start:, start : start + panel] = solved
+    inverse = factor
+    for start in range(0, a, panel):
+        rows, stop = slice(start, start + panel), start + panel
+        torch.matmul(lower[start:, rows].T, lower[start:, :stop], out=inverse[rows, :stop])
+        inverse[:start, rows] = inverse[rows, :start].T
+    return inverse
 
 
 def factorise_each(blocks: Tensor) -> Tensor:

@@ -30,7 +30,13 @@ class Summary:
     seconds: float
     peak_bytes: int
     """Peak resident memory of the process; on a dry run the expected peak above the libraries' own."""
-    dry: bool
+    efforts: dict[str, float]
+    """Seconds expected at each effort, on a dry run; empty otherwise."""
+
+    @property
+    def dry(self) -> bool:
+        """Nothing was carried out."""
+        return bool(self.efforts)
 
     @property
     def uniform(self) -> bool:

@@ -34,6 +34,9 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         lines.append(f"Note: {summary.note}.")
     if summary.dry:
         lines.append(f"About {summary.seconds:,.0f} s and {summary.peak_bytes / 1e9:.2f} GB beside the libraries' own.")
+        if len(summary.efforts) > 1:
+            every = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in summary.efforts.items())
+            lines.append(f"With --effort: {every}.")
         lines.append(f"Nothing was written to {out} (dry run).")
     else:
         lines.append(f"Calibrated on {summary.tokens:,} tokens; {_begin(summary.bos)}.")

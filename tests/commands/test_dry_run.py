@@ -1,0 +1,156 @@
+"""What a dry run expects: operations against those that runs carry out, bytes by hand, and nothing run or written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import CheckpointFolder
+from models import VOCAB, save
+from secateur.base.device import fast_dtype
+from secateur.commands import dry_run
+from secateur.commands.costs import Work, fit_work, gradient_work, memory_bytes
+from secateur.commands.dry_run import Speeds
+from secateur.commands.options import EFFORTS
+from secateur.commands.prune import prune
+from secateur.model import stream as stream_module
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
+from secateur.model.stream import BlockStream
+from secateur.report.summary import Summary
+from secateur.survey.probes import STRIDE
+from secateur.text import draw
+from secateur.text.self_calibration import BATCH_ROWS
+
+NEVER = float("inf")
+SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "dry_run": True}
+
+
+@pytest.fixture
+def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A dry run at given speeds; others take no time."""
+
+    def found(name: str = "llama", speeds: dict[str, float] | None = None, **options: Any) -> Summary:
+        every = dict.fromkeys(Speeds._fields, NEVER) | (speeds or {})
+        monkeypatch.setattr(dry_run, "speeds", lambda *_: Speeds(**every))
+        summary = prune(checkpoint_folder(name), tmp_path / "dry", **SIZE | options)
+        assert summary.dry
+        assert not (tmp_path / "dry").exists()
+        return summary
+
+    return found
+
+
+PRODUCTS = {"forward": 1.0, "quick": 1.0, "exact": 1.0}
+"""One operation a second, writing aside."""
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_fits_take_what_is_counted(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any, effort: str
+) -> None:
+    """Torch counts products, but no factorisations; and those inside the attention, which are left out here."""
+    how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "effort": effort, "survey": tmp_path / "survey.json"}
+    model = checkpoint_folder("llama")
+    prune(model, tmp_path / "first", **how | {"dry_run": False})
+    with FlopCounterMode(display=False) as counter:
+        prune(model, tmp_path / "out", **how | {"dry_run": False})
+    summary = expected(speeds=PRODUCTS, **how)
+    assert 0.7 < summary.seconds / dry_run.SLACK / counter.get_total_flops() < 1.4
+    assert summary.efforts["quick"] < summary.efforts["normal"] < summary.efforts["best"]
+    assert summary.seconds == summary.efforts[effort]
+
+
+def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any) -> None:
+    """Nothing once there is one."""
+    from secateur.commands.survey_file import survey_rows
+    from secateur.survey.survey import survey
+
+    how = {"samples": 60, "length": 30, "survey": tmp_path / "survey.json"}
+    first = expected(speeds=PRODUCTS, **how)
+    prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE | how | {"dry_run": False, "effort": "quick"})
+    seconds = first.seconds - expected(speeds=PRODUCTS, **how).seconds
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    few, probed = survey_rows(torch.zeros(60, 30, dtype=torch.long))
+    with FlopCounterMode(display=False) as counter:
+        found = survey(stream, few, probe_rows=probed)
+    # The output layer is left out of what is expected.
+    head = 2 * stream.width * VOCAB * (len(found.probes) + 1) * probed.numel() / STRIDE
+    assert 0.7 < seconds / dry_run.SLACK / (counter.get_total_flops() - head) < 1.4
+
+
+def test_nothing_is_written_or_rewritten(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("self_rows", "rewritten"):
+        monkeypatch.setattr(draw, name, lambda *_, **__: pytest.fail("the model was run"))
+    assert expected(effort="best", calibration="self").dry
+
+
+def test_writing(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+    stored = open_checkpoint(checkpoint_folder("llama"))
+    parameters = sum(info.entries for info in stored.tensors.values())
+    tokens = SIZE["samples"] * SIZE["length"]
+    only: dict[str, Any] = {"speeds": {"written": 1.0}, "effort": "quick"}
+    assert expected(**only).seconds == expected(refit_samples=3, **only).seconds == 0
+    for options, more in (
+        ({"calibration": "self"}, 0),
+        ({"calibration": "self", "refit_samples": 3}, 3 * SIZE["length"]),
+        ({"refit_calibration": "self"}, 0),
+    ):
+        assert expected(**only, **options).seconds == dry_run.SLACK * 2 * parameters * (tokens + more)
+    # Three blocks of three groups, keys and values of eight float32 each.
+    cache = min(BATCH_ROWS, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
+    assert expected(calibration="self").peak_bytes >= round(1.1 * (stored.bytes + cache))
+
+
+def test_memory(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    width = stream.width
+    rows = Rows((torch.zeros(4, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)), (1.0, 0.0))
+    widths = {0: replace(stream.blocks[0].width, channels=40)}
+    peaks = [fit_work(stream, rows.with_versions(*[rows.groups[0]] * fits), widths, 0).peak for fits in (1, 2, 3)]
+    # Two streams of each further fit, to the text and its own rows.
+    assert peaks[1] - peaks[0] == peaks[2] - peaks[1] == 4 * 2 * width * 2 * 64
+    level1 = fit_work(stream, rows, widths, 2).peak - fit_work(stream, rows, widths, 0).peak
+    assert level1 == 64 * (width + 2 * 40) * fast_dtype(stream.device).itemsize
+    # Rows of their own to choose by: a channel's Gram matrix and cross moment more.
+    how: dict[str, Any] = {"criterion": "second-moment", "recovery": "paper", "widths": "uniform"}
+    how |= {"modules": ("channels",), "name": "llama biased"}
+    one = expected(samples=64, **how)
+    two = expected(samples=32, refit_samples=32, **how)
+    random = expected(samples=32, sigma="random", **how)
+    assert two.peak_bytes - one.peak_bytes == random.peak_bytes - one.peak_bytes == 4 * (72 * 72 + 72 * 48)
+    assert list(one.efforts) == ["best"], "only the refit has efforts"
+
+
+def test_gradients(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+    """Every block's input is kept, which takes most where tokens are many and the model is deep."""
+    plain, costly = (expected(criterion=name, speeds=PRODUCTS) for name in ("l1", "llm-pruner-vector"))
+    assert costly.seconds > plain.seconds
+    assert costly.peak_bytes >= plain.peak_bytes
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    less, more = (gradient_work(stream, tokens) for tokens in (1000, 2000))
+    assert more.peak - less.peak == 4 * 1000 * stream.width * (len(stream) + 1)
+    assert more.exact == 2 * less.exact
+    assert more.peak > memory_bytes(stream.blocks, stream.width, 0)
+
+
+def test_speeds_are_those_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dtype of quick products is the one in which blocks run."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(dry_run, "product_rate", lambda *_, dtype=torch.float32, **__: asked.append(dtype) or 1.0)
+    monkeypatch.setattr(stream_module, "fast_dtype", lambda _: torch.bfloat16)
+    save("llama", tmp_path / "model", torch.bfloat16)
+    summary = prune(tmp_path / "model", tmp_path / "out", **SIZE)
+    assert asked == [torch.bfloat16, torch.float32]
+    assert summary.seconds > 0
+
+
+def test_steps_add_up() -> None:
+    assert Work.of([Work(1, 2, 3, 4, 5), Work(10, 20, 30, 40, 4)]) == Work(11, 22, 33, 44, 5)
+    assert Work.of([]) == Work()
+    assert Speeds(1.0, 2.0, 4.0, NEVER).seconds(Work(1, 2, 4, 8, 16)) == 3 * dry_run.SLACK
