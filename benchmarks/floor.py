@@ -1,22 +1,33 @@
-"""How far `prune` is from the products that it cannot do without, and what choosing widths takes beside it.
+"""How far each effort of `prune` is from the products that it cannot do without.
 
-    python benchmarks/floor.py MODEL --calibration text.txt
+    python benchmarks/floor.py MODEL --calibration text.txt --out docs/results.md
 
-The products are those that a dry run counts: for each fit two forwards of the blocks, each module's statistics and
-solve once, and the steps of level 1; and, where the model writes rows, two operations a parameter and token. They are
-turned into seconds by the speed of this machine's matrix products, measured in the same process before and after the
-run, at the better of the two.
+What must be computed is what a dry run counts (`secateur/commands/costs.py`, whose docstrings are the formulas). It is
+turned into seconds by this machine's plain matrix products, float32 ones for what is exact and those of the dtype in
+which blocks run for the rest, measured in the same process before and after each run, at the better of the two. All of
+it runs on one thread; seconds are CPU seconds, the survey among them. The profile has the functions that take most
+themselves, at the last effort.
 """
 
 import argparse
+import cProfile
+import pstats
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from secateur import prune
-from secateur.commands.dry_run import SLACK
-from secateur.commands.options import Options, Running
-from secateur.commands.plan import propose
+from secateur.commands.dry_run import Speeds, product_rate, works_of
+from secateur.commands.open import open_model
+from secateur.commands.options import EFFORTS, Options
+from secateur.commands.steps import draw_rows
+from secateur.plan.plan import plan
+from tables import put
+
+LINES = 10
+"""Of the profile."""
 
 
 def main() -> None:
@@ -24,25 +35,49 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=Options.samples)
-    parser.add_argument("--length", type=int, default=Options.length)
-    parser.add_argument("--effort", default=Options.effort)
-    parser.add_argument("--modules", default="heads,channels")
-    arguments = vars(parser.parse_args())
-    model = arguments.pop("model")
-    options = Options(modules=tuple(arguments.pop("modules").split(",")), **arguments)
+    parser.add_argument("--blocks", help="first:end, for a part of a large model")
+    parser.add_argument("--efforts", nargs="+", default=list(EFFORTS))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    shared = {"calibration": arguments.calibration, "samples": arguments.samples, "blocks": arguments.blocks}
+    run = open_model(arguments.model, **shared)
+    rows = draw_rows(run, dry=True)
+    works = works_of(run, rows, plan(run.request.problem, run.options.widths))
+    lines = [
+        "| effort | TFLOP in blocks | in other products | exact | at GFLOP/s, float32 | "
+        f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | ratio |",
+        "|" + "---|" * 9,
+    ]
+    for effort in arguments.efforts:
+        work, profile = works[effort], cProfile.Profile()
+        before = rates(run.stream.quick_dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.process_time()
+            profile.runcall(prune, arguments.model, f"{folder}/out", effort=effort, **shared)
+            seconds = time.process_time() - start
+        exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
+        floor = Speeds(forward=quick, quick=quick, exact=exact, written=exact).seconds(work)
+        counts = " | ".join(f"{count / 1e12:.2f}" for count in (work.forward, work.quick, work.exact))
+        speeds = f"{exact / 1e9:.0f} | {quick / 1e9:.0f}"
+        lines.append(f"| `{effort}` | {counts} | {speeds} | {floor:.0f} | {seconds:.0f} | {seconds / floor:.1f} |")
+        print(lines[-1], flush=True)
+    stats = pstats.Stats(profile)
+    stats.sort_stats("tottime")
+    lines += ["", f"| `{arguments.efforts[-1]}`, calls | s | function |", "|---|---|---|"]
+    for function in stats.fcn_list[:LINES]:  # type: ignore[attr-defined]
+        file, line, name = function
+        calls, _, own, *_ = stats.stats[function]  # type: ignore[attr-defined]
+        place = f"{'/'.join(Path(file).parts[-2:])}:{line} " if line else ""
+        lines.append(f"| {calls:,} | {own:.1f} | `{place}{name}` |")
+    print("\n".join(lines))
+    if arguments.out:
+        put(arguments.out, f"floor {Path(arguments.model).stem}", lines)
 
-    with tempfile.TemporaryDirectory() as folder:
-        survey, out = Path(folder) / "survey.json", Path(folder) / "out"
-        before = prune(model, out, options, Running(dry_run=True)).seconds / SLACK
-        start = time.perf_counter()
-        propose(model, options, Running(survey=survey))
-        choosing = time.perf_counter() - start
-        seconds = prune(model, out, options, Running(survey=survey)).seconds
-        after = prune(model, Path(folder) / "again", options, Running(dry_run=True)).seconds / SLACK
-    floor = min(before, after)
-    print(f"products {floor:.1f} s ({before:.1f} before the run, {after:.1f} after it)")
-    print(f"prune {seconds:.1f} s, {seconds / floor:.2f} times that")
-    print(f"choosing widths {choosing:.1f} s, {choosing / seconds:.2f} of it")
+
+def rates(dtype: torch.dtype) -> tuple[float, float]:
+    """Operations per second of float32 products, and of those in another dtype."""
+    return product_rate(), product_rate(dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Speeds(NamedTuple):
     written: float
 
     def seconds(self, work: Work) -> float:
-        """How long some work takes."""
-        return SLACK * sum(count / speed for count, speed in zip(work, self, strict=False))
+        """How long the counted operations take."""
+        return sum(count / speed for count, speed in zip(work, self, strict=False))
 
 
 def expect(run: OpenRun) -> Summary:
@@ -66,11 +66,16 @@ def expect(run: OpenRun) -> Summary:
     decided = run.request.plan_from_file or plan(run.request.problem, options.widths)
     with run.watcher.busy("Measuring this machine"):
         measured = speeds(run, rows.text)
-    before = [_writing(run, rows), *_before_fits(run, rows, decided.exact)]
-    efforts = EFFORTS if options.recovery == "refit" else (options.effort,)
-    works = {name: Work.of([*before, *_fitting(run, rows, decided, name)]) for name in efforts}
-    expected = {name: (measured.seconds(work), work.peak) for name, work in works.items()}
+    works = works_of(run, rows, decided)
+    expected = {name: (SLACK * measured.seconds(work), work.peak) for name, work in works.items()}
     return summary_of(run, rows, decided, expected)
+
+
+def works_of(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[str, Work]:
+    """What the whole run takes at each effort; where nothing is fitted by effort, at the one given."""
+    before = [_writing(run, rows), *_before_fits(run, rows, decided.exact)]
+    efforts = EFFORTS if run.options.recovery == "refit" else (run.options.effort,)
+    return {name: Work.of([*before, *_fitting(run, rows, decided, name)]) for name in efforts}
 
 
 def _writing(run: OpenRun, rows: CalibrationRows) -> Work:

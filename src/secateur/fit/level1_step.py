@@ -32,14 +32,16 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
         counts = torch.ones(len(s), device=device) if wanted.counts is None else wanted.counts.sqrt()
         root = at.weight**0.5 * counts[:, None]
         scaled = wanted.scaled(root)
-        given = outputs_of(at).reshape(len(s), -1)
+        with stream.rounded():
+            given, pre = outputs_of(at).reshape(len(s), -1), outputs(module, state.tensors, s, kept)
         goal = wanted.target if fit.bias is None else wanted.target - fit.bias
         error = goal * root - given * scaled
-        found = [f * scaled for f in factors(activation, outputs(module, state.tensors, s, kept))]
+        found = [f * scaled for f in factors(activation, pre)]
         source[at] = s
         for room, factor in zip(stored, found, strict=True):
             room[at] = factor
-        tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
+        with stream.rounded():
+            tangent.add(Part(s.to(dtype), [f.to(dtype) for f in found]), error.to(dtype), root)
 
     def parts() -> Iterator[Part]:
         for at in batches:

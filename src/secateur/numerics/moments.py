@@ -21,7 +21,8 @@ def add_gram(gram_aa: Tensor, x_na: Tensor, weight: float = 1.0) -> None:
     a, panel = gram_aa.shape[0], panel_width(gram_aa.shape[0])
     for start in range(0, a, panel):
         stop = min(start + panel, a)
-        gram_aa[start:stop, start:].addmm_(x_na[:, start:stop].T, x_na[:, start:], alpha=weight)
+        # Faster than addmm_ where products are rounded.
+        gram_aa[start:stop, start:].add_(x_na[:, start:stop].T @ x_na[:, start:], alpha=weight)
 
 
 def panel_width(a: int) -> int:
@@ -73,7 +74,7 @@ class Moments:
                 x, t = x * root, None if t is None else t * root
             add_gram(self._gram_aa, x, weight)
             if t is not None:
-                self._cross_ao.addmm_(x.T, t, alpha=weight)
+                self._cross_ao.add_(x.T @ t, alpha=weight)
                 self._energy += weight * torch.linalg.vector_norm(t).double().square()
 
     @property

@@ -14,6 +14,8 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 APART = 0x9E3779B1
+AT_ONCE = 128
+"""Positions whose logits are held: they are larger than their stream by the vocabulary over the width."""
 SHARE = 0.5
 """Of the tokens that are drawn anew; more of them leave less of what neighbours have to do with each other."""
 
@@ -41,11 +43,15 @@ def rewritten(
             with stream.filled(index) as layer:
                 stream.advance(index, layer, rows, hidden)
         with stream.head() as head:
-            # Row by row: the logits of a batch would be larger than its stream by the vocabulary over the width.
             for row in watcher.track(range(len(text)), "Draw"):
-                shares = head(hidden.parts[0][row, :-1]).softmax(-1).cpu()
-                for copy, generator in zip(result[:, row], generators, strict=True):
-                    drawn = torch.multinomial(shares, 1, generator=generator)[:, 0]
-                    anew = torch.rand(len(drawn), generator=generator) < SHARE
-                    copy[1:] = torch.where(anew, drawn, copy[1:])
+                levels = [torch.rand(2, text.shape[1] - 1, generator=generator) for generator in generators]
+                wanted = [first < SHARE for first, _ in levels]
+                for places in torch.stack(wanted).any(0).nonzero()[:, 0].split(AT_ONCE):
+                    with stream.rounded():
+                        logits = head(hidden.parts[0][row, places])
+                    shares = logits.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
+                    for copy, anew, (_, level) in zip(result[:, row], wanted, levels, strict=True):
+                        drawn = torch.searchsorted(shares, level[places, None].double() * shares[:, -1:], right=True)
+                        chosen = anew[places]
+                        copy[1 + places[chosen]] = drawn[chosen, 0]
     return result
