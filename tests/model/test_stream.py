@@ -217,6 +217,23 @@ def test_memory_does_not_grow_with_depth(checkpoint_folder):
     assert sizes[2] <= sizes[1] + 0.05 * one_block
 
 
+def test_the_next_block_is_fetched_while_this_one_computes(checkpoint_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size, advice)))
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    tensors = stream.checkpoint.tensors
+    for index in range(len(stream)):
+        with stream.filled(index):
+            wanted = {name for name in tensors if name.startswith(f"model.layers.{index + 1}.")}
+            every = {(tensors[name].offset, tensors[name].bytes, os.POSIX_FADV_WILLNEED) for name in wanted}
+            assert set(asked) == every
+        asked.clear()
+    # Elsewhere nothing can be asked, and nothing is lost.
+    monkeypatch.delattr(os, "posix_fadvise")
+    with stream.filled(0) as layer:
+        assert all(not value.is_meta for value in layer.parameters())
+
+
 # Rows, activations, arena.
 
 

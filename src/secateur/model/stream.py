@@ -26,6 +26,7 @@ from secateur.model.families import describe, family_of
 from secateur.model.rows import Rows
 from secateur.model.structure import Block, Depth2
 from secateur.model.surgery import assign
+from secateur.model.weights import read_ahead
 
 
 class Reached(Exception):
@@ -124,12 +125,15 @@ class BlockStream:
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights in float32 on the device; they go on exit."""
+        """One block with its weights in float32 on the device; they go on exit. The next one is fetched meanwhile."""
         layer = self.layers.get_submodule(str(index))
         try:
             for name in self.blocks[index].shapes:
                 assign(layer, name, self._read_block(index, name).to(self.device, torch.float32))
             layer.to(self.device)
+            if index + 1 < len(self):
+                names = [self.stored_name(index + 1, name) for name in self.blocks[index + 1].shapes]
+                read_ahead(self.checkpoint.tensors[name] for name in names)
             yield layer
         finally:
             for name, shape in self.blocks[index].shapes.items():

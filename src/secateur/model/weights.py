@@ -5,6 +5,9 @@ Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 """
 
 import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +158,15 @@ def read_tensor(info: TensorInfo) -> Tensor:
                 raise SecateurError(f"{info.file}: ended early; it has changed since it was opened")
             view = view[count:]
     return data.view(info.dtype).view(info.shape)
+
+
+def read_ahead(infos: Iterable[TensorInfo]) -> None:
+    """Let the system fetch tensors from disk while the caller goes on; where it cannot be asked, nothing happens."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for info in infos:
+        with suppress(OSError), info.file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
 
 
 def has_weights(folder: Path) -> bool:
