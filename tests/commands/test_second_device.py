@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 LENGTH = 24
 PRUNE: dict[str, tuple[str, str]] = {
-    "all defaults": ("llama", ""),
+    "two fits": ("llama", "--effort best"),
     "a norm behind each module": ("gemma3_text", "--effort quick"),
     "layers in one tensor": ("phi3 wide", "--effort quick"),
     "no gate": ("gpt2", "--effort normal"),
@@ -74,7 +74,7 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
         for name, (model, asked) in PRUNE.items()
     }
     cases["survey"] = ["survey", dense, "--out", str(place / "{device} survey"), *common]
-    cases["eval"] = ["eval", str(place / "cpu all defaults"), "--against", dense, "--trust-remote-code", "--speed"]
+    cases["eval"] = ["eval", str(place / "cpu two fits"), "--against", dense, "--trust-remote-code", "--speed"]
     cases["eval"] += ["--perplexity", str(text), "--length", str(LENGTH), "--json", str(place / "{device} eval")]
     cases["eval"] += ["--tasks", "items", "--task-path", str(place)]
     cases["latency"] = ["prune", dense, str(place / "{device} latency"), *common, "--target", "decode=1.01x"]

@@ -101,9 +101,9 @@ def test_settings_beside_what_holds_them(
 def test_efforts() -> None:
     assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
         "quick": (1, 0, False),
-        "normal": (1, 8, True),
-        "best": (2, 8, True),
+        "normal": (1, 2, True),
+        "best": (2, 2, True),
     }
-    assert Options().effort == "best"
+    assert Options().effort == "normal"
     assert Options(effort="quick").fits == 0
-    assert (Options().fits, Options(recovery="none").fits) == (2, 0)
+    assert (Options().fits, Options(effort="best").fits, Options(recovery="none").fits) == (1, 2, 0)

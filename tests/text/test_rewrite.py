@@ -62,7 +62,7 @@ def test_half_of_the_tokens_stay(stream):
 @pytest.mark.parametrize(
     ("settings", "copies"),
     [
-        ({}, 2),
+        ({"effort": "best"}, 2),
         ({"effort": "normal"}, 1),
         ({"effort": "quick"}, 0),
         ({"recovery": "none"}, 0),

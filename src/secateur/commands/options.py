@@ -37,7 +37,7 @@ class Effort(NamedTuple):
     """Each fit has rows of its own, made up by the model, beside the text."""
 
 
-EFFORTS = {"quick": Effort(1, 0, copies=False), "normal": Effort(1, 8), "best": Effort(2, 8)}
+EFFORTS = {"quick": Effort(1, 0, copies=False), "normal": Effort(1, 2), "best": Effort(2, 2)}
 
 
 class Declared(NamedTuple):
@@ -127,7 +127,7 @@ class Options:
         choices=RECOVERIES,
     )
     effort: str = option(
-        "best",
+        "normal",
         METHOD,
         "Time that the refit may take. quick: one fit of the output layers to the text; normal: one to the text and "
         "to as much that the model makes of it, with the up and gate layers fitted along; best: two fits like normal, "
