@@ -27,7 +27,7 @@ class Recovery:
     when: str = "after"
     """Of `paper`: level 2 is refitted `before` the choice of units, `after` it, or `both`."""
     ridge: float = 0.3
-    level1: int = 8
+    level1: int = 2
     """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
     usual: float = 1.0
     """Of `refit`: a token counts half where the squared error that it inherits is so many times the median; infinite:
