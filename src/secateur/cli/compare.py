@@ -112,6 +112,6 @@ def compare(
     except KeyboardInterrupt:
         interrupted(f"finished runs are in {out}; the same command goes on from there")
     plot_comparison(found, out)
-    show(*compare_table(found, out))
+    show(*compare_table(found, out), bars)
     if found.failed:
         raise SecateurError(f"{len(found.failed)} of {found.planned} runs failed; the first, {found.failed[0]}")

@@ -33,6 +33,4 @@ def prune(
         from secateur.commands.prune import prune as run
         from secateur.report.tables import prune_table
 
-    table, lines = prune_table(run(model, out, options, running, watcher=bars), out)
-    times = bars.times()
-    show(table, [*lines, *([f"Time: {times}."] if times else [])])
+    show(*prune_table(run(model, out, options, running, watcher=bars), out), bars)

@@ -56,4 +56,5 @@ def sizes(
         from secateur.commands.sizes import sizes as run
         from secateur.report.tables import sizes_table
 
-    show(*sizes_table(run(model, out, each, running, texts=perplexity or [], tokens=tokens or None, watcher=bars), out))
+    found = run(model, out, each, running, texts=perplexity or [], tokens=tokens or None, watcher=bars)
+    show(*sizes_table(found, out), bars)

@@ -39,4 +39,4 @@ def survey(
         from secateur.commands.survey import survey_page
         from secateur.report.tables import survey_table
 
-    show(*survey_table(survey_page(model, out, options, running, watcher=bars), out))
+    show(*survey_table(survey_page(model, out, options, running, watcher=bars), out), bars)

@@ -90,11 +90,12 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def show(table: Table, lines: list[str]) -> None:
-    """Print a result on standard output."""
+def show(table: Table, lines: list[str], bars: Bars | None = None) -> None:
+    """Print a result on standard output, and where the time went."""
     console = Console(highlight=False, markup=False)
     console.print(table)
-    for line in lines:
+    times = bars.times() if bars else ""
+    for line in [*lines, f"Time: {times}."] if times else lines:
         console.print(line, soft_wrap=True)
 
 
