@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
@@ -142,14 +142,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **how)[0]
 
 
-def _jvp(function: Any, primals: Any, tangents: Any, jvp: Callable[..., Any] = torch.func.jvp) -> Any:
-    """Forward-mode derivatives of functions without tensors of their own; torch's crash on wrapped tensors."""
-    if not isinstance(primals[0], There):
-        return jvp(function, primals, tangents)
-    with _disable_current_modes():
-        return tree_map(There, jvp(function, tree_map(_here, primals), tree_map(_here, tangents)))
-
-
 @contextmanager
 def second_device() -> Iterator[None]:
     """The device is there, once this process has prepared for it."""
@@ -168,7 +160,6 @@ def prepare() -> None:
     # lm-eval asks for autocast, switched off, which asks for this all the same.
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch.accelerator.synchronize = lambda *_: None
-    torch.func.jvp = _jvp
     # One CPU multiplies in bfloat16 where it can, and so would differ from the other device.
     torch.cpu.get_capabilities = dict
 
