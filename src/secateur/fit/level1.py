@@ -61,7 +61,9 @@ def factors(activation: Callable[[Tensor], Tensor], pre: Sequence[Tensor]) -> tu
     with torch.inference_mode(False), torch.enable_grad():
         given = at.clone().requires_grad_()
         value = activation(given)
-        (slope,) = torch.autograd.grad(value.sum(), given)
+        value.sum().backward()
+        slope = given.grad
+    assert slope is not None
     return (slope,) if len(pre) == 1 else (value.detach(), slope * pre[0])
 
 
