@@ -100,7 +100,8 @@ class _State:
         count, size = len(self.units), self.size
         weight = self.weight.view(count, size, -1)
         if size == 1:
-            cost = weight.square().sum((1, 2)) / self.inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny)
+            norms = torch.linalg.vector_norm(self.weight, dim=1)
+            cost = norms.square() / self.inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny)
         else:
             blocks = self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
             blocks[~self.alive] = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
@@ -160,8 +161,10 @@ class _State:
     def _error_changes(self, reach: Tensor, lost: Tensor) -> Tensor:
         """Change of ||XW - T||^2 (no penalty) after each entry of one removal, from the first on."""
         # error(W) = energy + <W, linear> - <W, penalty W>, at W - reach[:, :t] lost[:t] for t = 1, 2, ...
-        slope = ((reach.T @ (self.linear - 2 * self.penalty[:, None] * self.weight)) * lost).sum(1)
-        curve = ((reach.T @ (self.penalty[:, None] * reach)) * (lost @ lost.T)).double()
+        # Two products: what is as large as W is read and not made anew.
+        pulled = self.penalty[:, None] * reach
+        slope = ((reach.T @ self.linear - 2 * pulled.T @ self.weight) * lost).sum(1)
+        curve = ((reach.T @ pulled) * (lost @ lost.T)).double()
         return -slope.double().cumsum(0) - curve.cumsum(0).cumsum(1).diagonal()
 
     def _compact(self) -> None:
