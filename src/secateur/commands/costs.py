@@ -89,16 +89,16 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
 def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps: int) -> Work:
     """Level 1 of the feed-forward fitted along, k channels kept; the peak is what it stores on top of the rest.
 
-    J and its transpose take m + 1 products of 2 n k d each, one of the two for the right-hand side. The new inputs are
-    one more run of the block.
+    J and its transpose take m + 1 products of 2 n k d each, one of the two for the right-hand side, and as many what is
+    linearised. The new inputs are one more run of the block.
     """
     k, d, m = kept, stream.width, len(block.feed_forward.scored)
     product = 2.0 * tokens * k * d
     preconditioner = m * (k**3 / 3 + 2 * k**2 * min(tokens, SAMPLED)) + 2 * k**2 * d
     return Work(
         forward=forward_flops(block, tokens),
-        quick=(m + 1) * product * (2 * steps + 1) + gram_flops(k, d, tokens),
-        exact=(m + 1) * product + preconditioner + steps * m * 2 * k * d * (k + d) + k**3 / 3 + 2 * k**2 * d,
+        quick=(m + 1) * product * (2 * steps + 2) + gram_flops(k, d, tokens),
+        exact=preconditioner + steps * m * 2 * k * d * (k + d) + k**3 / 3 + 2 * k**2 * d,
         peak=tokens * (d + m * k) * fast_dtype(stream.device).itemsize,
     )
 
