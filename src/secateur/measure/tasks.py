@@ -224,12 +224,13 @@ def _managers(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
             f"tasks need lm-eval, which does not import ({first_line(error)}); pip install 'secateur[tasks]'"
         ) from error
     given = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    listed = [] if given is None else given.all_tasks
     found: dict[str, Any] = {}
     for name in names:
-        found[name] = given if given is not None and name in given.all_tasks else _own_index()
+        found[name] = given if name in listed else _own_index()
         known = found[name].all_tasks
         if name not in known:
-            near = get_close_matches(name, known + (given.all_tasks if given is not None else []), n=5)
+            near = get_close_matches(name, [*known, *listed], n=5)
             where = "lm-eval" if folder is None else f"lm-eval and {folder}"
             raise SecateurError(
                 f"task '{name}' does not exist in {where}; "

@@ -8,6 +8,7 @@ is read once.
 import torch
 from torch import Tensor
 
+from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.model.arena import Arena
 from secateur.model.rows import Rows
@@ -50,6 +51,10 @@ def rewritten(
                     with stream.rounded():
                         logits = head(hidden.parts[0][row, places])
                     shares = logits.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
+                    if not torch.isfinite(shares[:, -1]).all():
+                        raise SecateurError(
+                            f"{stream.checkpoint.source}: NaN or infinite logits; are the weights intact?"
+                        )
                     for copy, anew, (_, level) in zip(result[:, row], wanted, levels, strict=True):
                         drawn = torch.searchsorted(shares, level[places, None].double() * shares[:, -1:], right=True)
                         chosen = anew[places]
