@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.fit.recovery import fit_level2
+from secateur.numerics import elimination
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import Normal, factorise, factorise_each, least_squares, normal_equations, residual
@@ -274,9 +275,12 @@ def positions(units: list[int], size: int) -> Tensor:
     return (torch.tensor(units)[:, None] * size + torch.arange(size)).reshape(-1)
 
 
-def check(case: Layer, ridge: float, found, size: int, *, tolerance: float = 2e-3) -> None:
-    """Every increase and every error against refits from scratch."""
-    units = len(case.old) // size
+def check(case: Layer, ridge: float, found, size: int, *, together: int = 1, inside: float | None = 0.03) -> None:
+    """Every increase and every error against refits from scratch; `together` units left in one step.
+
+    Within a step, the penalty's part of an error is interpolated; where units of all groups leave in one, nobody asks.
+    """
+    units, tolerance = len(case.old) // size, 2e-3
     order = found.order.tolist()
     assert len(set(order)) == len(order) == len(found.increases) == len(found.errors) - 1
     left = list(range(units))
@@ -288,7 +292,9 @@ def check(case: Layer, ridge: float, found, size: int, *, tolerance: float = 2e-
         keep = positions(left, size)
         after = case.penalised(ridge, keep)
         assert float(found.increases[step]) == pytest.approx(after - before, rel=tolerance, abs=slack), step
-        assert float(found.errors[step + 1]) == pytest.approx(case.error(ridge, keep), rel=tolerance, abs=slack), step
+        near = tolerance if (step + 1) % together == 0 else inside
+        if near is not None:
+            assert float(found.errors[step + 1]) == pytest.approx(case.error(ridge, keep), rel=near, abs=slack), step
         before = after
 
 
@@ -326,7 +332,7 @@ def test_one_unit_of_every_group(seed: int, size: int, groups: int, per_group: i
     case = layer(seed, units * size + 25, units * size, 4)
     found = eliminate(case.normal(ridge), size, groups=groups)
     assert len(found.order) == units - groups
-    check(case, ridge, found, size)
+    check(case, ridge, found, size, together=groups, inside=None)
     left = list(range(units))
     for gone in found.order.view(-1, groups).tolist():
         assert [unit // per_group for unit in gone] == list(range(groups))
@@ -354,7 +360,7 @@ def test_a_given_order_by_groups(size):
     order = torch.tensor([3, 4, 9, 0, 7, 10])
     found = eliminate(case.normal(0.3), size, groups=3, order=order, stop=2)
     assert torch.equal(found.order, order)
-    check(case, 0.3, found, size)
+    check(case, 0.3, found, size, together=3, inside=None)
 
 
 @pytest.mark.parametrize("step_from", [64, 100, 160])
@@ -367,12 +373,44 @@ def test_several_units_a_step(step_from, given_order):
     assert len(found.order) == 40
     if order is not None:
         assert torch.equal(found.order, order[:40])
-    check(case, 0.3, found, 1)
+    check(case, 0.3, found, 1, together=step_from // 32)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.0, 0.03, 1.0)), own=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_weights_at_a_cut_are_those_of_a_refit(seed: int, size: int, ridge: float, own: bool) -> None:
+    """Also where the cut ends a step early, and where an input is always zero."""
+    case = layer(seed, 300, 70 * size, 4)
+    case.x[:, 3] = 0
+    if own:
+        case.t = case.x @ case.old
+    normal = case.normal(ridge, own=own)
+    found = eliminate(normal, size, stop=30, cuts=[7, 40])
+    assert sorted(found.weights) == [7, 40]
+    for gone, weight in found.weights.items():
+        left = sorted(set(range(70)) - set(found.order[:gone].tolist()))
+        wanted, error = least_squares(normal, positions(left, size))
+        assert_near(weight, wanted, 2e-3)
+        assert float(found.errors[gone]) == pytest.approx(error, rel=2e-3, abs=1e-5 * case.energy)
 
 
 def test_several_wide_units_a_step():
     case = layer(7, 300, 2 * 70, 8)
-    check(case, 0.3, eliminate(case.normal(0.3), 2, stop=50), 2)
+    check(case, 0.3, eliminate(case.normal(0.3), 2, stop=50), 2, together=2, inside=0.1)
+
+
+def test_the_inverse_is_updated_several_steps_at_a_time(monkeypatch):
+    """Whether removals are subtracted from the inverse at once or later, the same units leave at the same prices."""
+    case = layer(12, 900, 320, 5, spread=2.0)
+    found = []
+    for rank in (1, 25, 1000):
+        monkeypatch.setattr(elimination, "RANK", rank)
+        found.append(eliminate(case.normal(0.3), 1, stop=100))
+    for other in found[1:]:
+        assert torch.equal(found[0].order, other.order)
+        assert_near(found[0].increases, other.increases, 1e-3)
+        assert_near(found[0].errors, other.errors, 1e-3)
+    check(case, 0.3, found[1], 1, together=10)
 
 
 @given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
@@ -441,15 +479,6 @@ def test_a_step_is_greedy_among_its_candidates(seed):
             assert now[unit] <= 1.01 * min(now[candidate] for candidate in pool if candidate in now)
             left.remove(unit)
     assert overtaken >= 3
-
-
-def test_prices_are_left_out_on_request():
-    case = layer(9, 60, 12, 4)
-    priced, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, prices=False)
-    assert torch.equal(priced.order, bare.order)
-    assert torch.equal(priced.increases, bare.increases)
-    assert bool(bare.errors[1:].isnan().all())
-    assert not bool(priced.errors.isnan().any())
 
 
 def test_nothing_to_remove():

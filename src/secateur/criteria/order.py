@@ -4,6 +4,8 @@ With the pattern `groups` a unit is a key/value group; with `heads` it is a quer
 round, and `stop` counts the heads left in each; with `channels` it is a channel.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -28,25 +30,31 @@ def removal_order(criterion: Criterion, stats: Statistics, pattern: Pattern, sto
 
 
 def error_curve(
-    criterion: Criterion, stats: Statistics, pattern: Pattern, stop: int, choice: Statistics | None = None
+    criterion: Criterion,
+    stats: Statistics,
+    pattern: Pattern,
+    stop: int,
+    choice: Statistics | None = None,
+    cuts: Collection[int] = (),
 ) -> Elimination:
     """The error after the best refit at every width down to `stop`, units leaving in the criterion's order.
 
-    The order comes from the statistics `choice` where there are such, errors always from `stats`.
+    The order comes from the statistics `choice` where there are such, errors always from `stats`, and weights where
+    `cuts` units are gone.
     """
     greedy = criterion.ranking is not None and choice is None and not criterion.first
     order = None if greedy else removal_order(criterion, choice or stats, pattern, stop)
-    return elimination(stats, pattern, stop, order=order)
+    return elimination(stats, pattern, stop, order=order, cuts=cuts)
 
 
 def elimination(
-    stats: Statistics, pattern: Pattern, stop: int, *, order: Tensor | None = None, prices: bool = True
+    stats: Statistics, pattern: Pattern, stop: int, *, order: Tensor | None = None, cuts: Collection[int] = ()
 ) -> Elimination:
-    """Units removed until `stop` of the pattern are left, greedily or in a given order."""
+    """Remove units until `stop` of the pattern are left, greedily or in a given order."""
     module = stats.module
     size = module.size * (module.per_group if pattern == "groups" else 1)
     groups = module.groups if pattern == "heads" else None
-    return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, prices=prices)
+    return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, cuts=cuts)
 
 
 def survivors(module: Depth2, pattern: Pattern, order: Tensor) -> tuple[int, ...]:

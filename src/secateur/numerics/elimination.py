@@ -2,18 +2,24 @@
 
 With P the inverse of the penalised matrix (`secateur.numerics.ridge`) over the units still there, removing the set S
 raises the minimum by tr(W_S' P_SS^-1 W_S), changes W by -P[:,S] P_SS^-1 W_S, and P by -P[:,S] P_SS^-1 P[S,:]. One pass
-orders all units and prices every width.
+orders all units and prices every width. The changes of P are kept as thin factors and subtracted several steps at a
+time: P is far larger than the caches, so that reading it takes as long as the products do.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.numerics.moments import panel_width
 from secateur.numerics.ridge import Normal, factorise, factorise_each, invert
 
 STEP = 64
-"""Most units removed by one update of the inverse; candidates are twice as many."""
+"""Most units that leave at once; candidates are twice as many."""
+RANK = 512
+"""Entries that leave between two updates of the inverse, at least."""
 
 
 @dataclass
@@ -25,7 +31,13 @@ class Elimination:
     increases: Tensor
     """Rise of the penalised minimum by each of them (float64)."""
     errors: Tensor
-    """||XW - T||^2 after the best refit with 0, 1, 2, ... of them gone (float64, one longer); NaN if not asked."""
+    """||XW - T||^2 after the best refit with 0, 1, 2, ... of them gone (float64, one longer).
+
+    Of the penalty's part, what is linear in the weights' change is worked out after each step, and shared out by
+    `increases` among the units that left in one.
+    """
+    weights: dict[int, Tensor]
+    """Where asked, by how many are gone: the refitted weights of the entries still there (float32)."""
 
 
 def eliminate(
@@ -35,7 +47,7 @@ def eliminate(
     stop: int = 1,
     groups: int | None = None,
     order: Tensor | None = None,
-    prices: bool = True,
+    cuts: Collection[int] = (),
 ) -> Elimination:
     """Remove units one after the other, those first whose loss the others make up best.
 
@@ -45,18 +57,20 @@ def eliminate(
         stop: units that stay (per group, if `groups` is given).
         groups: if given, every step removes one unit from each of that many equal runs of units.
         order: if given, remove in this order instead of the cheapest first.
-        prices: work out the error at every width; where only the order is wanted, that is a third of the time.
+        cuts: give the weights where so many units are gone.
     """
     units = normal.scale_a.shape[0] // size
-    inverse = invert(normal.matrix_aa)
-    state = _State(normal, inverse, size)
-    removed: list[Tensor] = []
-    increases: list[Tensor] = []
-    errors: list[Tensor] = [torch.tensor([normal.error(state.weight)], dtype=torch.float64)]
+    state = _State(normal, size)
+    minimum, pull = normal.energy - float((state.weight * normal.right_ao).sum(dtype=torch.float64)), state.pull()
+    removed = [torch.empty(0, dtype=torch.int64)]
+    increases = [torch.empty(0, dtype=torch.float64)]
+    errors = [torch.tensor([minimum + pull], dtype=torch.float64)]
     goal = units - stop * (groups or 1)
+    weights: dict[int, Tensor] = {}
     gone = 0
     while gone < goal:
-        step = min(max(1, min(STEP, units // 32)), goal - gone)
+        ahead = min(cut for cut in (*cuts, goal) if cut > gone) - gone
+        step = min(max(1, min(STEP, units // 32)), ahead)
         if order is not None:
             step = groups or step
             chosen = state.positions(order[gone : gone + step])
@@ -65,26 +79,31 @@ def eliminate(
         else:
             chosen = state.cheapest(step)
         removed.append(state.units[chosen].cpu())
-        rise, change = state.remove(chosen, prices)
-        increases.append(rise.cpu())
-        errors.append(errors[-1][-1] + change.cpu())
+        rise, bent = (part.cpu() for part in state.remove(chosen))
+        before, pull = pull, state.pull()
+        share = rise.cumsum(0) / rise.sum().clamp_min(torch.finfo(rise.dtype).tiny)
+        increases.append(rise)
+        errors.append(minimum + rise.cumsum(0) + before + bent + share * (pull - before - bent[-1]))
+        minimum += float(rise.sum())
         gone += len(chosen)
-    if not removed:
-        empty = torch.empty(0)
-        return Elimination(empty.long(), empty.double(), errors[0])
-    return Elimination(torch.cat(removed), torch.cat(increases), torch.cat(errors))
+        if gone in cuts:
+            weights[gone] = normal.unscaled(*state.left())
+    return Elimination(torch.cat(removed), torch.cat(increases), torch.cat(errors), weights)
 
 
 class _State:
     """The inverse and the weights over the units still there, compacted as units leave."""
 
-    def __init__(self, normal: Normal, inverse: Tensor, size: int):
+    def __init__(self, normal: Normal, size: int):
         self.size = size
-        self.inverse = inverse
-        self.weight = inverse @ normal.right_ao
-        self.linear = normal.right_ao - 2 * normal.cross_ao
+        self.inverse = invert(normal.matrix_aa)
+        """As it was before the removals in `pending`."""
+        self.pending = self.inverse.new_zeros(0, len(self.inverse))
+        """R (r x a): the inverse is now `inverse - R'R`."""
+        self.weight = normal.scaled_old() if normal.own else self.inverse @ normal.right_ao
         self.penalty = normal.penalty_a
-        self.units = torch.arange(inverse.shape[0] // size, device=inverse.device)
+        self.pulled = self.penalty[:, None] * normal.scaled_old()
+        self.units = torch.arange(len(self.inverse) // size, device=self.inverse.device)
         self.alive = torch.ones_like(self.units, dtype=torch.bool)
 
     def entries(self, positions: Tensor) -> Tensor:
@@ -101,7 +120,8 @@ class _State:
         weight = self.weight.view(count, size, -1)
         if size == 1:
             norms = torch.linalg.vector_norm(self.weight, dim=1)
-            cost = norms.square() / self.inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny)
+            diagonal = self.inverse.diagonal() - torch.linalg.vector_norm(self.pending, dim=0).square()
+            cost = norms.square() / diagonal.clamp_min(torch.finfo(weight.dtype).tiny)
         else:
             blocks = self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
             blocks[~self.alive] = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
@@ -116,21 +136,23 @@ class _State:
         pool = costs.topk(min(2 * step, int(self.alive.sum())), largest=False).indices
         if self.size > 1:
             return pool[:step]
-        # Rank-one updates on the pool alone: its block of P, and the Gram matrix of its weight rows.
-        block = self.inverse[pool][:, pool].double()
+        # Rank-one updates on the pool alone: its block of P, and the Gram matrix of its weight rows. Tiny matrices are
+        # numpy's, which calls a loop in a third of the time.
+        block = self.rows(pool, pool).double().cpu().numpy()
         rows = self.weight[pool].double()
-        gram = rows @ rows.T
-        open_ = torch.zeros(len(pool), dtype=torch.float64, device=pool.device)
+        gram = (rows @ rows.T).cpu().numpy()
+        left = np.zeros(len(pool))
         chosen = []
         for _ in range(step):
-            index = int((gram.diagonal() / block.diagonal() + open_).argmin())
+            index = int((gram.diagonal() / block.diagonal() + left).argmin())
             chosen.append(index)
             ratio = block[:, index] / block[index, index]
-            row = gram[index].clone()
-            gram -= torch.outer(ratio, row) + torch.outer(row, ratio) - torch.outer(ratio, ratio) * row[index]
-            block -= torch.outer(ratio, block[index].clone())
+            change = np.outer(ratio, gram[index] - 0.5 * gram[index, index] * ratio)
+            gram -= change
+            gram -= change.T
+            block -= np.outer(ratio, block[index])
             block[index, index] = 1.0
-            open_[index] = float("inf")
+            left[index] = np.inf
         return pool[torch.tensor(chosen, device=pool.device)]
 
     def cheapest_of_groups(self, groups: int, per_group: int) -> Tensor:
@@ -139,37 +161,59 @@ class _State:
         owner = self.units // per_group
         return torch.stack([costs.masked_fill(owner != group, float("inf")).argmin() for group in range(groups)])
 
-    def remove(self, positions: Tensor, prices: bool) -> tuple[Tensor, Tensor]:
-        """Take units out in this order; the rise of the minimum and the running change of the error, each."""
-        at = self.entries(positions)
-        factor = factorise(self.inverse[at][:, at])
-        # Columns of `reach` and rows of `lost`: one rank-one update of W an entry, in order of removal.
-        reach = torch.linalg.solve_triangular(factor, self.inverse[at], upper=False).T
-        lost = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
-        rise = lost.square().sum(1, dtype=torch.float64)
-        change = self._error_changes(reach, lost) if prices else torch.full_like(rise, torch.nan)
-        self.weight.addmm_(reach, lost, alpha=-1)
-        self.inverse.addmm_(reach, reach.T, alpha=-1)
-        self.weight[at] = 0
-        self.inverse[at] = 0
-        self.inverse[:, at] = 0
-        self.alive[positions] = False
-        if int(self.alive.sum()) < 0.85 * len(self.alive):
-            self._compact()
-        return rise.view(-1, self.size).sum(1), change.view(-1, self.size)[:, -1]
+    def rows(self, at: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """Rows of the inverse as it is now, or some columns of them."""
+        return self.inverse[at][:, columns].addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1)
 
-    def _error_changes(self, reach: Tensor, lost: Tensor) -> Tensor:
-        """Change of ||XW - T||^2 (no penalty) after each entry of one removal, from the first on."""
-        # error(W) = energy + <W, linear> - <W, penalty W>, at W - reach[:, :t] lost[:t] for t = 1, 2, ...
-        # Two products: what is as large as W is read and not made anew.
-        pulled = self.penalty[:, None] * reach
-        slope = ((reach.T @ self.linear - 2 * pulled.T @ self.weight) * lost).sum(1)
-        curve = ((reach.T @ pulled) * (lost @ lost.T)).double()
-        return -slope.double().cumsum(0) - curve.cumsum(0).cumsum(1).diagonal()
+    def remove(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Take units out in this order.
+
+        What each raises the minimum by, and up to each the part of `pull` that is square in the weights' change.
+        """
+        at = self.entries(positions)
+        rows = self.rows(at)
+        factor = factorise(rows[:, at])
+        # Rows of `reach` and of `lost`: one rank-one update an entry, in order of removal.
+        reach = torch.linalg.solve_triangular(factor, rows, upper=False)
+        lost = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
+        square = ((self.penalty * reach) @ reach.T).double() * (lost @ lost.T)
+        self.weight.addmm_(reach.T, lost, alpha=-1)
+        self.pending = torch.cat([self.pending, reach])
+        self.weight[at] = 0
+        self.alive[positions] = False
+        shrink = int(self.alive.sum()) < 0.85 * len(self.alive)
+        if shrink or self.size > 1 or len(self.pending) >= RANK:
+            self._settle()
+        if shrink:
+            self._compact()
+        bent = -square.cumsum(0).cumsum(1).diagonal()
+        return lost.square().sum(1, dtype=torch.float64).view(-1, self.size).sum(1), bent[self.size - 1 :: self.size]
+
+    def left(self) -> tuple[Tensor, Tensor]:
+        """Weights of the entries still there, and which these are."""
+        here = self.alive.nonzero()[:, 0]
+        return self.weight[self.entries(here)], self.entries(self.units[here])
+
+    def pull(self) -> float:
+        """2 <W, penalty W_old> - <W, penalty W>: ||XW - T||^2 less the penalised minimum, but for a constant."""
+        # Over some rows at a time, as a long float32 sum loses digits.
+        parts = zip(*(matrix.split(STEP) for matrix in (self.weight, self.pulled)), strict=True)
+        inner = torch.stack([torch.dot(now.flatten(), pulled.flatten()) for now, pulled in parts])
+        own = self.penalty * torch.linalg.vector_norm(self.weight, dim=1).square()
+        return float(2 * inner.double().sum() - own.double().sum())
+
+    def _settle(self) -> None:
+        """Update the inverse by the removals so far; panels leave out most of what is there twice."""
+        a, panel = len(self.inverse), panel_width(len(self.inverse))
+        for start in range(0, a, panel):
+            stop = start + panel
+            self.inverse[start:stop, start:].addmm_(self.pending[:, start:stop].T, self.pending[:, start:], alpha=-1)
+            self.inverse[stop:, start:stop] = self.inverse[start:stop, stop:].T
+        self.pending = self.pending[:0]
 
     def _compact(self) -> None:
         keep = self.alive.nonzero()[:, 0]
         at = self.entries(keep)
-        self.inverse = self.inverse[at][:, at]
-        self.weight, self.linear, self.penalty = self.weight[at], self.linear[at], self.penalty[at]
+        self.inverse, self.pending = self.inverse.index_select(0, at).index_select(1, at), self.pending[:, at]
+        self.weight, self.pulled, self.penalty = self.weight[at], self.pulled[at], self.penalty[at]
         self.units, self.alive = self.units[keep], self.alive[keep]

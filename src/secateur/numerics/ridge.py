@@ -39,6 +39,21 @@ class Normal:
     old_ao: Tensor
     energy: float
     """||T||^2, of centred rows with an intercept."""
+    own: bool
+    """The target is what the old weights yield, so that these are the minimiser."""
+
+    def scaled_old(self) -> Tensor:
+        """The old weights in these coordinates; zero where an input is always zero."""
+        return (self.scale_a[:, None] * self.old_ao).masked_fill(self.dead_a[:, None], 0.0)
+
+    def unscaled(self, weight_ao: Tensor, keep: Tensor) -> Tensor:
+        """Weights of some inputs as they are stored; of inputs that are always zero, the old ones."""
+        dead = self.dead_a[keep, None]
+        return torch.where(dead, self.old_ao[keep], weight_ao / self.scale_a[keep, None]).float()
+
+    def among(self, keep: Tensor) -> Tensor:
+        """The matrix of some inputs (len(keep) x len(keep))."""
+        return self.matrix_aa.index_select(0, keep).index_select(1, keep)
 
     def error(self, weight_ao: Tensor) -> float:
         """||X W - T||^2 without the penalty, at a minimiser `weight_ao` (scaled; zero rows where units are gone)."""
@@ -82,17 +97,16 @@ def normal_equations(
     else:
         cross = cross_ao.to(dtype) / scale[:, None]
     matrix.diagonal().add_(penalty)
-    return Normal(matrix, cross, cross + penalty[:, None] * scaled_old, scale, penalty, dead, old, energy)
+    right = cross + penalty[:, None] * scaled_old
+    return Normal(matrix, cross, right, scale, penalty, dead, old, energy, own=cross_ao is None)
 
 
 def least_squares(normal: Normal, keep: Tensor) -> tuple[Tensor, float]:
     """Best weights of the kept inputs (len(keep) x o) and ||XW - T||^2, the penalty left out."""
-    old = (normal.scale_a[:, None] * normal.old_ao).masked_fill(normal.dead_a[:, None], 0.0)[keep]
-    weight = _solve(normal.matrix_aa[:, keep][keep], normal.right_ao[keep], old)
+    weight = _solve(normal.among(keep), normal.right_ao[keep], normal.scaled_old()[keep])
     full = torch.zeros_like(normal.right_ao)
     full[keep] = weight
-    fitted = torch.where(normal.dead_a[keep, None], normal.old_ao[keep], weight / normal.scale_a[keep, None])
-    return fitted.float(), _not_below_zero(normal.error(full))
+    return normal.unscaled(weight, keep), _not_below_zero(normal.error(full))
 
 
 def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:
@@ -131,7 +145,7 @@ def _least_eigenvalue(factor_aa: Tensor) -> float:
 def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
     """||X_K W - T||^2 of any weights of the kept inputs, also of ones that no refit gave."""
     scaled = normal.scale_a[keep, None] * weight_ao.to(normal.scale_a.dtype)
-    product = normal.matrix_aa[:, keep][keep] @ scaled - normal.penalty_a[keep, None] * scaled
+    product = normal.among(keep) @ scaled - normal.penalty_a[keep, None] * scaled
     return _not_below_zero(
         float(normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum())
     )

@@ -25,7 +25,6 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind
 from secateur.model.surgery import inner_entries, inner_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import least_squares
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.probes import Cut, Probes
 
@@ -122,29 +121,24 @@ def _measure(
     curves: list[Curve] = []
     cuts: list[Cut] = []
     none = torch.empty(0, dtype=torch.long, device=stats.weight_ao.device)
+    energy = stats.normal.energy / count
+    everything = Cut(index, module, energy, none, stats.weight_ao[none])
     if module.locked:
         # All or nothing.
-        energy = stats.normal.energy / count
         curves = [Curve(index, module.kind, pattern, (0.0,), energy) for pattern in module.patterns]
-        return curves, [Cut(index, module, energy, none, stats.weight_ao[none])]
+        return curves, [everything]
     for pattern in module.patterns:
-        found = error_curve(criterion, stats, pattern, 1, choice)
-        together = module.groups if pattern == "heads" else 1
-        errors = (found.errors[::together] / count).tolist()
-        energy = stats.normal.energy / count
-        curves.append(Curve(index, module.kind, pattern, tuple(errors), energy, tuple(found.order.tolist())))
+        together, units = module.groups if pattern == "heads" else 1, module.steps(pattern)
         # One way is enough: what an error costs depends little on which units made it.
-        if pattern != module.patterns[-1]:
-            continue
-        units = module.steps(pattern)
-        for gone in dict.fromkeys(round(units * share) for share in PROBED):
-            if 0 < gone < len(errors):
-                kept = inner_entries(module, survivors(module, pattern, found.order[: gone * together]))
-                kept = kept.to(stats.weight_ao.device)
-                weight, _ = least_squares(stats.normal, kept)
-                cuts.append(Cut(index, module, errors[gone] - errors[0], kept, weight))
-        cuts.append(Cut(index, module, energy, none, stats.weight_ao[none]))
-    return curves, cuts
+        probed = {round(units * share) for share in PROBED} - {0, units} if pattern == module.patterns[-1] else set()
+        found = error_curve(criterion, stats, pattern, 1, choice, [gone * together for gone in probed])
+        errors = (found.errors[::together] / count).tolist()
+        curves.append(Curve(index, module.kind, pattern, tuple(errors), energy, tuple(found.order.tolist())))
+        for gone in sorted(probed):
+            kept = inner_entries(module, survivors(module, pattern, found.order[: gone * together]))
+            weight = found.weights[gone * together]
+            cuts.append(Cut(index, module, errors[gone] - errors[0], kept.to(weight.device), weight))
+    return curves, [*cuts, everything]
 
 
 def module_seed(seed: int, index: int, kind: Kind) -> int:
