@@ -4,9 +4,9 @@
 
 What must be computed is what a dry run counts (`secateur/commands/costs.py`, whose docstrings are the formulas). It is
 turned into seconds by this machine's plain matrix products, float32 ones for what is exact and those of the dtype in
-which blocks run for the rest, measured in the same process before and after each run, at the better of the two. All of
-it runs on one thread; seconds are CPU seconds, the survey among them. The profile has the functions that take most
-themselves, at the last effort.
+which blocks run for the rest, measured in the same process before and after each run, at the better of the two. The
+last column is the ratio to the same products, all of them in float32. All of it runs on one thread; seconds are CPU
+seconds, the survey among them. The profile has the functions that take most themselves, at the last effort.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def main() -> None:
     works = works_of(run, rows, plan(run.request.problem, run.options.widths))
     lines = [
         "| effort | TFLOP in blocks | in other products | exact | at GFLOP/s, float32 | "
-        f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | ratio |",
-        "|" + "---|" * 9,
+        f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | ratio | to float32 alone |",
+        "|" + "---|" * 10,
     ]
     for effort in arguments.efforts:
         work, profile = works[effort], cProfile.Profile()
@@ -60,7 +60,9 @@ def main() -> None:
         floor = Speeds(forward=quick, quick=quick, exact=exact, written=exact).seconds(work)
         counts = " | ".join(f"{count / 1e12:.2f}" for count in (work.forward, work.quick, work.exact))
         speeds = f"{exact / 1e9:.0f} | {quick / 1e9:.0f}"
-        lines.append(f"| `{effort}` | {counts} | {speeds} | {floor:.0f} | {seconds:.0f} | {seconds / floor:.1f} |")
+        plain = Speeds(forward=exact, quick=exact, exact=exact, written=exact).seconds(work)
+        ratios = f"{seconds / floor:.1f} | {seconds / plain:.1f}"
+        lines.append(f"| `{effort}` | {counts} | {speeds} | {floor:.0f} | {seconds:.0f} | {ratios} |")
         print(lines[-1], flush=True)
     stats = pstats.Stats(profile)
     stats.sort_stats("tottime")

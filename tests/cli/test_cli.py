@@ -881,7 +881,8 @@ def test_sizes_draws_a_curve(place: Path, run: Run) -> None:
     shutil.rmtree(place / "sizes" / "sparsity-0.2")
     again = run(*arguments)
     assert again.code == 0, again.err
-    assert again.out == result.out
+    # A busy machine may take long enough to be told where the time went.
+    assert again.out.partition("Time: ")[0] == result.out.partition("Time: ")[0]
     assert "sizes/sparsity-0.5: made already" in again.err
     assert (place / "sizes" / "sparsity-0.5").stat().st_mtime_ns == stamps[1]
     assert (place / "sizes" / "sparsity-0.2").stat().st_mtime_ns > stamps[0]

@@ -101,11 +101,12 @@ class Options:
         None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", shown="all"
     )
     modules: tuple[Kind, ...] = option(KINDS, TARGET, "Units that may go: heads, channels, or both.")
-    round: int = option(
-        1,
+    round: int | None = option(
+        None,
         TARGET,
-        "Multiple to which feed-forward widths that are cut are rounded, for fast kernels: 32 on CPUs, 64 or 128 on "
-        "GPUs.",
+        "Multiple to which feed-forward widths that are cut are rounded. Kernels are slow at others than 16, and GGUF "
+        "stores blocks of 32; some GPUs like 64 or 128.",
+        shown="32 from 1,024 channels on, else 1",
         least=1,
     )
     criterion: str = option(
@@ -245,7 +246,7 @@ class Options:
             raise SecateurError(f"--plan and --widths {self.widths} both say how much goes; leave one of them out")
         if self.gives_widths:
             # A plan says where to cut, and exactly; ratios say where.
-            where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.round != 1}
+            where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.round}
             both = [name for name, value in where.items() if value and not (name == "--round" and self.plan is None)]
             if both:
                 raise SecateurError(f"{both[0]} and {names[0]} both say what goes; leave one of them out")

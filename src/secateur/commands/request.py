@@ -18,6 +18,7 @@ from secateur.plan.plan_file import read_plan, read_ratios
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.similar_heads import check_heads
 from secateur.plan.target import FASTER, Target
+from secateur.plan.widths import usual_multiple
 from secateur.write.write import Format, format_obstacle
 
 SOMETHING = 1e-6
@@ -119,9 +120,14 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         goal=options.goal,
         meter=parameters,
         kinds=options.kinds,
-        multiple=options.round,
+        multiple=_multiple(options, stream),
         obstacle=obstacle,
     )
+
+
+def _multiple(options: Options, stream: BlockStream) -> int:
+    """What channels are rounded to."""
+    return options.round or usual_multiple(min(block.width.channels for block in stream.blocks))
 
 
 def _needs_survey(problem: PlanProblem, options: Options) -> bool:
@@ -148,7 +154,7 @@ def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem)
         return Plan(widths, reached, reached, units=units)
     if options.widths in WIDTHS:
         return None
-    widths = read_ratios(Path(options.widths), stream.blocks, options.round)
+    widths = read_ratios(Path(options.widths), stream.blocks, _multiple(options, stream))
     reached = problem.sparsity(widths)
     return Plan(widths, reached, reached)
 
