@@ -33,8 +33,8 @@ class Elimination:
     errors: Tensor
     """||XW - T||^2 after the best refit with 0, 1, 2, ... of them gone (float64, one longer).
 
-    Of the penalty's part, what is linear in the weights' change is worked out after each step, and shared out by
-    `increases` among the units that left in one.
+    Of the penalty's part, what is linear in the weights' change is worked out after each step, and shared out among
+    the units that left in one by what they raise the minimum by.
     """
     weights: dict[int, Tensor]
     """Where asked, by how many are gone: the refitted weights of the entries still there (float32)."""
@@ -61,10 +61,9 @@ def eliminate(
     """
     units = normal.scale_a.shape[0] // size
     state = _State(normal, size)
-    minimum, pull = normal.energy - float((state.weight * normal.right_ao).sum(dtype=torch.float64)), state.pull()
     removed = [torch.empty(0, dtype=torch.int64)]
     increases = [torch.empty(0, dtype=torch.float64)]
-    errors = [torch.tensor([minimum + pull], dtype=torch.float64)]
+    errors = [torch.tensor([state.error], dtype=torch.float64)]
     goal = units - stop * (groups or 1)
     weights: dict[int, Tensor] = {}
     gone = 0
@@ -79,12 +78,8 @@ def eliminate(
         else:
             chosen = state.cheapest(step)
         removed.append(state.units[chosen].cpu())
-        rise, bent = (part.cpu() for part in state.remove(chosen))
-        before, pull = pull, state.pull()
-        share = rise.cumsum(0) / rise.sum().clamp_min(torch.finfo(rise.dtype).tiny)
-        increases.append(rise)
-        errors.append(minimum + rise.cumsum(0) + before + bent + share * (pull - before - bent[-1]))
-        minimum += float(rise.sum())
+        for total, new in zip((increases, errors), state.remove(chosen), strict=True):
+            total.append(new.cpu())
         gone += len(chosen)
         if gone in cuts:
             weights[gone] = normal.unscaled(*state.left())
@@ -105,6 +100,10 @@ class _State:
         self.pulled = self.penalty[:, None] * normal.scaled_old()
         self.units = torch.arange(len(self.inverse) // size, device=self.inverse.device)
         self.alive = torch.ones_like(self.units, dtype=torch.bool)
+        self.pull = self._pull()
+        """2 <W, penalty W_old> - <W, penalty W>: ||XW - T||^2 less the penalised minimum, but for a constant."""
+        self.error = normal.energy - float((self.weight * normal.right_ao).sum(dtype=torch.float64)) + self.pull
+        """||XW - T||^2."""
 
     def entries(self, positions: Tensor) -> Tensor:
         """Matrix entries of the units at these positions."""
@@ -163,41 +162,53 @@ class _State:
 
     def rows(self, at: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         """Rows of the inverse as it is now, or some columns of them."""
-        return self.inverse[at][:, columns].addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1)
+        rows = self.inverse[at][:, columns]
+        return rows.addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1) if len(self.pending) else rows
 
     def remove(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Take units out in this order.
-
-        What each raises the minimum by, and up to each the part of `pull` that is square in the weights' change.
-        """
+        """Take units out in this order: what each of them raises the minimum by, and the error after each (float64)."""
         at = self.entries(positions)
         rows = self.rows(at)
         factor = factorise(rows[:, at])
         # Rows of `reach` and of `lost`: one rank-one update an entry, in order of removal.
         reach = torch.linalg.solve_triangular(factor, rows, upper=False)
         lost = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
-        square = ((self.penalty * reach) @ reach.T).double() * (lost @ lost.T)
         self.weight.addmm_(reach.T, lost, alpha=-1)
         self.pending = torch.cat([self.pending, reach])
         self.weight[at] = 0
+        rise = lost.square().sum(1, dtype=torch.float64)
+        errors = self._errors(reach, lost, rise.cumsum(0))
         self.alive[positions] = False
         shrink = int(self.alive.sum()) < 0.85 * len(self.alive)
         if shrink or self.size > 1 or len(self.pending) >= RANK:
             self._settle()
         if shrink:
             self._compact()
-        bent = -square.cumsum(0).cumsum(1).diagonal()
-        return lost.square().sum(1, dtype=torch.float64).view(-1, self.size).sum(1), bent[self.size - 1 :: self.size]
+        return rise.view(-1, self.size).sum(1), errors.view(-1, self.size)[:, -1]
+
+    def _errors(self, reach: Tensor, lost: Tensor, rise: Tensor) -> Tensor:
+        """||XW - T||^2 after each entry of one removal, from what the minimum has risen by up to each."""
+        before, self.pull = self.pull, self._pull()
+        errors = self.error + rise
+        if len(rise) == 1:
+            errors += self.pull - before
+            self.error = float(errors)
+            return errors
+        # By which the change of the weights moves the pull: its square exactly, the rest shared out.
+        bent = -(((self.penalty * reach) @ reach.T).double() * (lost @ lost.T)).cumsum(0).cumsum(1).diagonal()
+        share = rise / rise[-1].clamp_min(torch.finfo(rise.dtype).tiny)
+        errors += bent + share * (self.pull - before - bent[-1])
+        self.error = float(errors[-1])
+        return errors
 
     def left(self) -> tuple[Tensor, Tensor]:
         """Weights of the entries still there, and which these are."""
         here = self.alive.nonzero()[:, 0]
         return self.weight[self.entries(here)], self.entries(self.units[here])
 
-    def pull(self) -> float:
-        """2 <W, penalty W_old> - <W, penalty W>: ||XW - T||^2 less the penalised minimum, but for a constant."""
+    def _pull(self) -> float:
         # Over some rows at a time, as a long float32 sum loses digits.
-        parts = zip(*(matrix.split(STEP) for matrix in (self.weight, self.pulled)), strict=True)
+        parts = zip(*(matrix.split(4 * STEP) for matrix in (self.weight, self.pulled)), strict=True)
         inner = torch.stack([torch.dot(now.flatten(), pulled.flatten()) for now, pulled in parts])
         own = self.penalty * torch.linalg.vector_norm(self.weight, dim=1).square()
         return float(2 * inner.double().sum() - own.double().sum())
