@@ -43,12 +43,14 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoints = [open_checkpoint(model) for model in (arguments.dense, arguments.pruned)]
     stream = BlockStream(checkpoints[0])
-    record = json.loads((Path(arguments.pruned) / "secateur.json").read_text(encoding="utf-8"))
-    left, _ = read_plan(Path(arguments.pruned) / "secateur.json", stream.blocks, record["fingerprint"])
+    record = Path(arguments.pruned) / "secateur.json"
+    left, _ = read_plan(record, stream.blocks, json.loads(record.read_text(encoding="utf-8"))["fingerprint"])
     dense = [block.width for block in stream.blocks]
     widths = [dense, [left.get(index, width) for index, width in enumerate(dense)]]
-    head = ["| in | rows | prefill, times dense | promised | share | decoding, times dense | promised | share |"]
-    lines = [*head, "|" + "---|" * 8]
+    lines = [
+        "| in | rows | prefill, times dense | promised | share | decoding, times dense | promised | share |",
+        "|" + "---|" * 8,
+    ]
     print("\n".join(lines), flush=True)
 
     def say(place: str, batch: int, bytes_of: float, got: tuple[float, float]) -> None:

@@ -120,14 +120,9 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         goal=options.goal,
         meter=parameters,
         kinds=options.kinds,
-        multiple=_multiple(options, stream),
+        multiple=options.round or usual_multiple(min(block.width.channels for block in stream.blocks)),
         obstacle=obstacle,
     )
-
-
-def _multiple(options: Options, stream: BlockStream) -> int:
-    """What channels are rounded to."""
-    return options.round or usual_multiple(min(block.width.channels for block in stream.blocks))
 
 
 def _needs_survey(problem: PlanProblem, options: Options) -> bool:
@@ -154,7 +149,7 @@ def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem)
         return Plan(widths, reached, reached, units=units)
     if options.widths in WIDTHS:
         return None
-    widths = read_ratios(Path(options.widths), stream.blocks, _multiple(options, stream))
+    widths = read_ratios(Path(options.widths), stream.blocks, problem.multiple)
     reached = problem.sparsity(widths)
     return Plan(widths, reached, reached)
 

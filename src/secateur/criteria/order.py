@@ -48,13 +48,19 @@ def error_curve(
 
 
 def elimination(
-    stats: Statistics, pattern: Pattern, stop: int, *, order: Tensor | None = None, cuts: Collection[int] = ()
+    stats: Statistics,
+    pattern: Pattern,
+    stop: int,
+    *,
+    order: Tensor | None = None,
+    prices: bool = True,
+    cuts: Collection[int] = (),
 ) -> Elimination:
     """Remove units until `stop` of the pattern are left, greedily or in a given order."""
     module = stats.module
     size = module.size * (module.per_group if pattern == "groups" else 1)
     groups = module.groups if pattern == "heads" else None
-    return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, cuts=cuts)
+    return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, prices=prices, cuts=cuts)
 
 
 def survivors(module: Depth2, pattern: Pattern, order: Tensor) -> tuple[int, ...]:

@@ -15,4 +15,4 @@ from secateur.model.structure import Pattern
 @criterion("surgeon", kind="ranking")
 def ranking(stats: Statistics, pattern: Pattern, stop: int) -> Tensor:
     """Pattern units in the order in which they leave."""
-    return elimination(stats, pattern, stop).order
+    return elimination(stats, pattern, stop, prices=False).order

@@ -31,11 +31,7 @@ class Elimination:
     increases: Tensor
     """Rise of the penalised minimum by each of them (float64)."""
     errors: Tensor
-    """||XW - T||^2 after the best refit with 0, 1, 2, ... of them gone (float64, one longer).
-
-    Of the penalty's part, what is linear in the weights' change is worked out after each step, and shared out among
-    the units that left in one by what they raise the minimum by.
-    """
+    """||XW - T||^2 after the best refit with 0, 1, 2, ... of them gone (float64, one longer); NaN if not asked."""
     weights: dict[int, Tensor]
     """Where asked, by how many are gone: the refitted weights of the entries still there (float32)."""
 
@@ -47,6 +43,7 @@ def eliminate(
     stop: int = 1,
     groups: int | None = None,
     order: Tensor | None = None,
+    prices: bool = True,
     cuts: Collection[int] = (),
 ) -> Elimination:
     """Remove units one after the other, those first whose loss the others make up best.
@@ -57,13 +54,14 @@ def eliminate(
         stop: units that stay (per group, if `groups` is given).
         groups: if given, every step removes one unit from each of that many equal runs of units.
         order: if given, remove in this order instead of the cheapest first.
+        prices: work out the error at every width; where only the order is wanted, that is work for nothing.
         cuts: give the weights where so many units are gone.
     """
     units = normal.scale_a.shape[0] // size
     state = _State(normal, size)
     removed = [torch.empty(0, dtype=torch.int64)]
     increases = [torch.empty(0, dtype=torch.float64)]
-    errors = [torch.tensor([state.error], dtype=torch.float64)]
+    errors = [torch.tensor([normal.error(state.weight)], dtype=torch.float64)]
     goal = units - stop * (groups or 1)
     weights: dict[int, Tensor] = {}
     gone = 0
@@ -78,8 +76,9 @@ def eliminate(
         else:
             chosen = state.cheapest(step)
         removed.append(state.units[chosen].cpu())
-        for total, new in zip((increases, errors), state.remove(chosen), strict=True):
-            total.append(new.cpu())
+        rise, change = state.remove(chosen, prices)
+        increases.append(rise.cpu())
+        errors.append(errors[-1][-1] + change.cpu())
         gone += len(chosen)
         if gone in cuts:
             weights[gone] = normal.unscaled(*state.left())
@@ -96,14 +95,10 @@ class _State:
         self.pending = self.inverse.new_zeros(0, len(self.inverse))
         """R (r x a): the inverse is now `inverse - R'R`."""
         self.weight = normal.scaled_old() if normal.own else self.inverse @ normal.right_ao
+        self.linear = normal.right_ao - 2 * normal.cross_ao
         self.penalty = normal.penalty_a
-        self.pulled = self.penalty[:, None] * normal.scaled_old()
         self.units = torch.arange(len(self.inverse) // size, device=self.inverse.device)
         self.alive = torch.ones_like(self.units, dtype=torch.bool)
-        self.pull = self._pull()
-        """2 <W, penalty W_old> - <W, penalty W>: ||XW - T||^2 less the penalised minimum, but for a constant."""
-        self.error = normal.energy - float((self.weight * normal.right_ao).sum(dtype=torch.float64)) + self.pull
-        """||XW - T||^2."""
 
     def entries(self, positions: Tensor) -> Tensor:
         """Matrix entries of the units at these positions."""
@@ -165,53 +160,40 @@ class _State:
         rows = self.inverse[at][:, columns]
         return rows.addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1) if len(self.pending) else rows
 
-    def remove(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Take units out in this order: what each of them raises the minimum by, and the error after each (float64)."""
+    def remove(self, positions: Tensor, prices: bool) -> tuple[Tensor, Tensor]:
+        """Take units out in this order; the rise of the minimum and the running change of the error, each."""
         at = self.entries(positions)
         rows = self.rows(at)
         factor = factorise(rows[:, at])
         # Rows of `reach` and of `lost`: one rank-one update an entry, in order of removal.
         reach = torch.linalg.solve_triangular(factor, rows, upper=False)
         lost = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
+        rise = lost.square().sum(1, dtype=torch.float64)
+        change = self._error_changes(reach, lost) if prices else torch.full_like(rise, torch.nan)
         self.weight.addmm_(reach.T, lost, alpha=-1)
         self.pending = torch.cat([self.pending, reach])
         self.weight[at] = 0
-        rise = lost.square().sum(1, dtype=torch.float64)
-        errors = self._errors(reach, lost, rise.cumsum(0))
         self.alive[positions] = False
         shrink = int(self.alive.sum()) < 0.85 * len(self.alive)
         if shrink or self.size > 1 or len(self.pending) >= RANK:
             self._settle()
         if shrink:
             self._compact()
-        return rise.view(-1, self.size).sum(1), errors.view(-1, self.size)[:, -1]
+        return rise.view(-1, self.size).sum(1), change.view(-1, self.size)[:, -1]
 
-    def _errors(self, reach: Tensor, lost: Tensor, rise: Tensor) -> Tensor:
-        """||XW - T||^2 after each entry of one removal, from what the minimum has risen by up to each."""
-        before, self.pull = self.pull, self._pull()
-        errors = self.error + rise
-        if len(rise) == 1:
-            errors += self.pull - before
-            self.error = float(errors)
-            return errors
-        # By which the change of the weights moves the pull: its square exactly, the rest shared out.
-        bent = -(((self.penalty * reach) @ reach.T).double() * (lost @ lost.T)).cumsum(0).cumsum(1).diagonal()
-        share = rise / rise[-1].clamp_min(torch.finfo(rise.dtype).tiny)
-        errors += bent + share * (self.pull - before - bent[-1])
-        self.error = float(errors[-1])
-        return errors
+    def _error_changes(self, reach: Tensor, lost: Tensor) -> Tensor:
+        """Change of ||XW - T||^2 (no penalty) after each entry of one removal, from the first on."""
+        # error(W) = energy + <W, linear> - <W, penalty W>, at W - reach[:t]' lost[:t] for t = 1, 2, ...
+        # Two products: what is as large as W is read and not made anew.
+        pulled = self.penalty * reach
+        slope = ((reach @ self.linear - 2 * pulled @ self.weight) * lost).sum(1)
+        curve = ((pulled @ reach.T) * (lost @ lost.T)).double()
+        return -slope.double().cumsum(0) - curve.cumsum(0).cumsum(1).diagonal()
 
     def left(self) -> tuple[Tensor, Tensor]:
         """Weights of the entries still there, and which these are."""
         here = self.alive.nonzero()[:, 0]
         return self.weight[self.entries(here)], self.entries(self.units[here])
-
-    def _pull(self) -> float:
-        # Over some rows at a time, as a long float32 sum loses digits.
-        parts = zip(*(matrix.split(4 * STEP) for matrix in (self.weight, self.pulled)), strict=True)
-        inner = torch.stack([torch.dot(now.flatten(), pulled.flatten()) for now, pulled in parts])
-        own = self.penalty * torch.linalg.vector_norm(self.weight, dim=1).square()
-        return float(2 * inner.double().sum() - own.double().sum())
 
     def _settle(self) -> None:
         """Update the inverse by the removals so far; panels leave out most of what is there twice."""
@@ -226,5 +208,5 @@ class _State:
         keep = self.alive.nonzero()[:, 0]
         at = self.entries(keep)
         self.inverse, self.pending = self.inverse.index_select(0, at).index_select(1, at), self.pending[:, at]
-        self.weight, self.pulled, self.penalty = self.weight[at], self.pulled[at], self.penalty[at]
+        self.weight, self.linear, self.penalty = self.weight[at], self.linear[at], self.penalty[at]
         self.units, self.alive = self.units[keep], self.alive[keep]
