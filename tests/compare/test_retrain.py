@@ -35,10 +35,12 @@ import json, sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True).eval()
-with torch.no_grad():
-    logits = model(torch.tensor(json.loads(sys.argv[2])), use_cache=False).logits
-save_file({"logits": logits}, sys.argv[3])
+logits = {}
+for folder in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits[folder] = model(torch.tensor(json.loads(sys.argv[1])), use_cache=False).logits
+save_file(logits, sys.argv[2])
 assert "secateur" not in sys.modules
 """
 
@@ -94,29 +96,34 @@ def test_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Pa
     assert done.adapted == sum(8 * sum(shape) for shape in shapes)
 
 
-@pytest.mark.parametrize(("widths", "dtype"), [("adaptive", "bfloat16"), ("uniform", "float32")])
 def test_reloaded_equals_memory(
-    checkpoint_folder: CheckpointFolder,
-    tmp_path: Path,
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    widths: str,
-    dtype: str,
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process that does not know this library."""
-    folder, out = pruned(checkpoint_folder("llama"), tmp_path / "pruned", widths, dtype=dtype), tmp_path / "out"
-    kept: list[Any] = []
-    monkeypatch.setattr(compare, "load", lambda *given: kept.append(load(*given)) or kept[0])
-    retrain(folder, out, calibration=str(text), **SMALL)
+    """In a process that does not know this library; with a width for each block and with one for all."""
+    kept: dict[str, Any] = {}
+    folders: dict[str, Path] = {}
+    for widths, dtype in (("adaptive", "bfloat16"), ("uniform", "float32")):
+        out = tmp_path / widths
+        folders[str(out)] = pruned(checkpoint_folder("llama"), tmp_path / f"pruned {widths}", widths, dtype=dtype)
+        loaded: list[Any] = []
+
+        def kept_load(*given: Any, into: list[Any] = loaded) -> Any:
+            into.append(load(*given))
+            return into[0]
+
+        monkeypatch.setattr(compare, "load", kept_load)
+        retrain(folders[str(out)], out, calibration=str(text), **SMALL)
+        kept[str(out)] = loaded[0]
     ids = token_rows()
-    arguments = [str(out), json.dumps(ids.tolist()), str(tmp_path / "logits.safetensors")]
+    arguments = [json.dumps(ids.tolist()), str(tmp_path / "logits.safetensors"), *kept]
     places = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     ended = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True, env=places)
     assert ended.returncode == 0, ended.stderr
-    found = load_file(tmp_path / "logits.safetensors")["logits"]
-    assert relative(found, logits_of(kept[0], ids)) < 1e-5
-    dense = load(open_checkpoint(folder), torch.float32, torch.device("cpu"))
-    assert relative(found, logits_of(dense, ids)) > 1e-2
+    found = load_file(tmp_path / "logits.safetensors")
+    for out, network in kept.items():
+        assert relative(found[out], logits_of(network, ids)) < 1e-5
+        dense = load(open_checkpoint(folders[out]), torch.float32, torch.device("cpu"))
+        assert relative(found[out], logits_of(dense, ids)) > 1e-2
 
 
 def test_seeded(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
