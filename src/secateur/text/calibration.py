@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from secateur.base.errors import SecateurError
 from secateur.model.tokens import begins_with_bos, encode
 from secateur.text.documents import MOST_CHARACTERS, Split, is_file, read_documents
-from secateur.text.sources import RANDOM, STDIN
+from secateur.text.general import general_rows, spread
+from secateur.text.sources import GENERAL, RANDOM, STDIN, beside_general
+from secateur.text.windows import checked, windows
 
 _JOIN = "\n\n"
 _seen: ContextVar[dict[Any, Tensor] | None] = ContextVar("_seen", default=None)
@@ -57,6 +59,7 @@ def calibration_rows(
     split: Split = "calibration",
     option: str = "samples",
     taken: int = 0,
+    one_in: int = 1,
 ) -> Tensor:
     """Draw random rows from a source, the same ones for the same seed.
 
@@ -65,13 +68,15 @@ def calibration_rows(
 
     Args:
         tokenizer: The model's; may be None for `random`.
-        source: As for `read_documents`; or `random`, token ids drawn evenly, special ones excepted where a
+        source: As for `read_documents`; `general`, several kinds of text out of the package; `general+TEXT`, half
+            of it the one and half the other; or `random`, token ids drawn evenly, special ones excepted where a
             tokenizer tells which they are.
         length: Tokens in a row, BOS included.
         vocab_size: Rows of the model's embedding; every id is below it.
         max_positions: The longest row that the model's positions allow, if there is a limit.
         option: What a person calls the number of rows, for advice.
         taken: Rows among them that this number does not count.
+        one_in: Such a number of rows of the run holds one of these.
 
     Returns:
         Token ids, int64 [samples, length].
@@ -81,6 +86,9 @@ def calibration_rows(
             model does not have.
     """
     check_calibration(source, samples=samples, length=length, max_positions=max_positions)
+    own = beside_general(source)
+    if own is not None and samples == 1:
+        source, own = GENERAL, None
     generator = torch.Generator().manual_seed(seed)
     bos = _bos(tokenizer, vocab_size)
     body = length - len(bos)
@@ -88,14 +96,21 @@ def calibration_rows(
         allowed = _plain_ids(tokenizer, vocab_size)
         picks = torch.randint(len(allowed), (samples, body), generator=generator)
         return _opened(bos, allowed[picks])
+    if own is not None:
+        how: dict[str, Any] = {"length": length, "seed": seed, "vocab_size": vocab_size, "option": option}
+        how |= {"split": split, "taken": taken, "one_in": 2}
+        general = calibration_rows(tokenizer, GENERAL, samples=samples - samples // 2, **how)
+        return spread([general, calibration_rows(tokenizer, own, samples=samples // 2, **how)])
+    if source == GENERAL:
+        drawn = general_rows(
+            _there(tokenizer, source), samples=samples, body=body, vocab_size=vocab_size, generator=generator
+        )
+        return _opened(bos, drawn)
     ids = _ids(tokenizer, source, split, MOST_CHARACTERS, vocab_size)
     spare = len(ids) - samples * body
     if spare < 0:
-        raise _too_short(source, len(ids), samples, length, len(bos), option, taken)
-    offset = int(torch.randint(min(body, spare + 1), (1,), generator=generator))
-    windows = ids[offset : offset + (len(ids) - offset) // body * body].view(-1, body)
-    chosen = torch.randperm(len(windows), generator=generator)[:samples]
-    return _opened(bos, windows[chosen])
+        raise _too_short(source, len(ids), samples, length, len(bos), option, taken, one_in)
+    return _opened(bos, windows(ids, samples, body, generator))
 
 
 def consecutive_rows(
@@ -142,7 +157,7 @@ def consecutive_rows(
 def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
     """What opens every row, int64: BOS if the tokenizer puts it there, else nothing."""
     opening = [int(tokenizer.bos_token_id)] if tokenizer is not None and begins_with_bos(tokenizer) else []
-    return _checked(opening, vocab_size)
+    return checked(opening, vocab_size)
 
 
 def _opened(bos: Tensor, rows: Tensor) -> Tensor:
@@ -163,26 +178,21 @@ def _ids(
     tokenizer: PreTrainedTokenizerBase | None, source: str, split: Split, characters: int, vocab_size: int
 ) -> Tensor:
     """All documents of a source as one sequence of ids, int64 [tokens]."""
-    if tokenizer is None:
-        raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
+    tokenizer = _there(tokenizer, source)
     seen, key = _seen.get(), (tokenizer.name_or_path, source, split, characters, vocab_size)
     if seen is not None and key in seen:
         return seen[key]
     documents = read_documents(source, tokenizer, split=split, characters=characters)
-    ids = _checked(encode(tokenizer, _JOIN.join(documents)), vocab_size)
+    ids = checked(encode(tokenizer, _JOIN.join(documents)), vocab_size)
     if seen is not None:
         seen[key] = ids
     return ids
 
 
-def _checked(ids: list[int], vocab_size: int) -> Tensor:
-    """Ids that the model has, int64."""
-    if ids and max(ids) >= vocab_size:
-        raise SecateurError(
-            f"the tokenizer gives id {max(ids)}, but the model has {vocab_size} ids: "
-            "take the tokenizer that belongs to the model"
-        )
-    return torch.tensor(ids, dtype=torch.int64)
+def _there(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
+    return tokenizer
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
@@ -198,14 +208,21 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Te
 
 
 def _too_short(
-    source: str, found: int, samples: int, length: int, bos: int, option: str = "samples", taken: int = 0
+    source: str,
+    found: int,
+    samples: int,
+    length: int,
+    bos: int,
+    option: str = "samples",
+    taken: int = 0,
+    one_in: int = 1,
 ) -> SecateurError:
     """What is missing, and what the text at hand would give."""
     name = "standard input" if source == STDIN else source
     body = length - bos
     fits = []
-    if samples > 1 and found // body > taken:
-        fits.append(f"{option} {found // body - taken}")
+    if samples > 1 and (most := one_in * (found // body) - taken) > 0:
+        fits.append(f"{option} {most}")
     if found // samples + bos >= 2:
         fits.append(f"length {found // samples + bos}")
     advice = f"take {' or '.join(fits)}, or a longer text" if fits else "take a longer text"

@@ -14,7 +14,7 @@ from secateur.base.files import parse_json
 from secateur.base.quiet import first_line
 from secateur.model.hub_source import out_of_reach
 from secateur.model.tokens import begins_with_bos
-from secateur.text.sources import RANDOM, SELF, STDIN
+from secateur.text.sources import GENERAL, RANDOM, SELF, STDIN, beside_general
 
 Split = Literal["calibration", "evaluation"]
 
@@ -94,6 +94,8 @@ def read_documents(
     """
     if source == RANDOM:
         raise SecateurError("random ids are not text: name a file or a data set")
+    if source == GENERAL:
+        raise SecateurError("general is what models are calibrated on by default: name a file or a data set")
     if source == SELF:
         raise SecateurError("self is what the model writes to prune itself by: name a file or a data set")
     if source == STDIN:
@@ -111,7 +113,9 @@ def read_documents(
 
 def is_file(source: str) -> bool:
     """Whether a source names a file, which then exists; raises where it looks like one but is not."""
-    if source in (RANDOM, SELF, STDIN):
+    if (own := beside_general(source)) is not None:
+        return is_file(own)
+    if source in (GENERAL, RANDOM, SELF, STDIN):
         return False
     if not source.strip():
         raise SecateurError("no text is named: give a .txt or .jsonl file, - or a data set")
@@ -204,6 +208,16 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> str:
         raise SecateurError(f"{where}: the chat template refuses these messages: {first_line(error)}") from error
     # Many templates write the token that opens every row anyway.
     return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
+
+
+def rendered(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    """A conversation of ours, by the tokenizer's chat template, or turn by turn where it has none."""
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            return _chat(messages, "the package's text", tokenizer)
+        except SecateurError:
+            pass
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _from_dataset(source: str, split: Split, characters: int) -> list[str]:

@@ -1,0 +1,153 @@
+"""`general`: what is in its rows, and that own text is mixed in half and half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from models import BOS, VOCAB, make_tokenizer
+from secateur.base.errors import SecateurError
+from secateur.text import general
+from secateur.text.calibration import calibration_rows
+from secateur.text.general import SHARES, shared_out, spaced, spread
+from secateur.text.windows import windows
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+
+
+class Letters:
+    """A tokenizer whose ids are letters, so that rows can be read."""
+
+    bos_token_id = None
+    name_or_path = "letters"
+    chat_template: str | None = None
+    all_special_ids: tuple[int, ...] = ()
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [min(ord(letter), 0x2FF) for letter in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return "".join(f"<{message['role']}> {message['content']}\n" for message in messages)
+
+
+def draw(source: str, samples: int, length: int, seed: int = 0, tokenizer: object = None) -> torch.Tensor:
+    letters: object = tokenizer or Letters()
+    return calibration_rows(letters, source, samples=samples, length=length, seed=seed, vocab_size=0x300)  # type: ignore[arg-type]
+
+
+def read(row: torch.Tensor) -> str:
+    return "".join(map(chr, row.tolist()))
+
+
+@given(st.integers(1, 5000))
+def test_shares_come_to_the_samples(samples: int) -> None:
+    counts = shared_out(samples)
+    assert sum(counts.values()) == samples
+    for kind, share in SHARES.items():
+        assert abs(counts[kind] - samples * share / sum(SHARES.values())) < 1
+
+
+def test_rows_are_there_twice_by_their_share() -> None:
+    for length in (64, 65):
+        rows = draw("general", 256, length)
+        half = -(-length // 2)
+        twice = (rows[:, : length - half] == rows[:, half:]).all(1)
+        counts = shared_out(256)
+        assert twice.sum() == counts["repeated"] + counts["repeated ids"]
+        # Every stretch of rows has some of them.
+        assert all(part.any() for part in twice.split(32))
+
+
+def test_a_seed_decides() -> None:
+    assert torch.equal(draw("general", 20, 40), draw("general", 20, 40))
+    assert not torch.equal(draw("general", 20, 40), draw("general", 20, 40, seed=1))
+
+
+def test_more_rows_than_text() -> None:
+    """Long rows of a small kind are drawn once more, behind another offset."""
+    assert draw("general", 64, 40_000).shape == (64, 40_000)
+
+
+def test_every_kind_is_there() -> None:
+    text = "\n".join(map(read, draw("general", 600, 500)))
+    for sign in ("def ", " @-@ ", "The answer is ", "self."):
+        assert sign in text, sign
+
+
+def test_a_conversation_follows_the_chat_template() -> None:
+    class Chatting(Letters):
+        chat_template = TEMPLATE
+
+    assert "<assistant> " in "\n".join(map(read, draw("general", 200, 300, tokenizer=Chatting())))
+    assert "<assistant> " not in "\n".join(map(read, draw("general", 200, 300)))
+
+
+def test_half_of_the_rows_are_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("æ" * 2000)
+    rows = draw(f"general+{own}", 21, 50)
+    mine = (rows == ord("æ")).all(1)
+    assert mine.sum() == 10
+    assert torch.equal(rows[~mine], draw("general", 11, 50))
+    assert all(part.any() for part in mine.split(7))
+    assert not (draw(f"general+{own}", 1, 50) == ord("æ")).any()
+
+
+def test_advice_for_own_text_that_is_short(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("æ" * 130)
+    with pytest.raises(SecateurError, match=r"own.txt: text too short .*; take samples 4 "):
+        draw(f"general+{own}", 64, 50)
+    assert draw(f"general+{own}", 4, 50).shape == (4, 50)
+
+
+def test_a_missing_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match=r"missing\.txt does not exist"):
+        draw(f"general+{tmp_path / 'missing.txt'}", 4, 50)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_tokenizer_that_knows_other_words(bos: bool) -> None:
+    """Whatever it makes of the text, rows are full, and open with BOS exactly if a text does."""
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer(bos)
+    rows = calibration_rows(tokenizer, "general", samples=9, length=16, seed=0, vocab_size=VOCAB)
+    assert rows.shape == (9, 16)
+    assert bool((rows[:, 0] == BOS).all()) == bos
+    with pytest.raises(SecateurError, match="general needs a tokenizer"):
+        calibration_rows(None, "general", samples=9, length=16, seed=0, vocab_size=VOCAB)
+
+
+def test_words_and_marks_stand_apart() -> None:
+    found = spaced("Title\nIt's 1,500 m (a well-known 2.5 %), isn't it?\nYes.")
+    assert found == " = Title = \n\n It 's 1 @,@ 500 m ( a well @-@ known 2 @.@ 5 % ) , is n't it ? \n Yes . "
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_spread_keeps_rows_and_spaces_them(counts: list[int]) -> None:
+    parts = [torch.full((count, 1), number) for number, count in enumerate(counts)]
+    rows = spread(parts)[:, 0]
+    for number, count in enumerate(counts):
+        places = (rows == number).nonzero()[:, 0]
+        assert len(places) == count
+        # Any half of the rows has half of each kind, give or take one of each kind before it.
+        assert abs(int((places < len(rows) / 2).sum()) - count / 2) <= len(counts)
+
+
+@given(st.integers(1, 60), st.integers(0, 20), st.integers(1, 90))
+def test_windows_are_runs(tokens: int, count: int, length: int) -> None:
+    ids = torch.arange(tokens)
+    found = windows(ids, count, length, torch.Generator().manual_seed(3))
+    assert found.shape == (count, length)
+    assert bool(((found[:, 1:] - found[:, :-1]) % tokens == 1 % tokens).all())
+    if tokens >= count * length:
+        assert len(found.unique()) == count * length
+
+
+def test_licences_are_said() -> None:
+    said = (general.FILE.parent / "general.md").read_text(encoding="utf-8")
+    assert all(word in said for word in ("CC BY-SA", "MIT", "Apache", "PSF"))
