@@ -1,4 +1,4 @@
-"""LoRA on pruned folders: the loss falls, and what is written is what was trained, in the same format."""
+"""Pruned folders trained on: the loss falls, and what is written is what was trained, in the same format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,11 @@ from safetensors.torch import load_file
 from conftest import CheckpointFolder
 from models import ROWS, logits_of, relative, token_rows
 from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
 from secateur.commands.prune import prune
 from secateur.compare import retrain as steps
-from secateur.compare.retrain import adapted_layers, retrain
+from secateur.compare.retrain import retrain
+from secateur.compare.train import adapted_layers, distance
 from secateur.compare.training import Training
 from secateur.measure import compare
 from secateur.measure.compare import load
@@ -141,6 +145,70 @@ def test_seeded(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path)
     assert one != other
 
 
+class Interrupting(Silent):
+    """Ctrl-C in the middle of a training."""
+
+    def track(self, items: Any, what: str) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if what == "Retrain" and number == 13:
+                raise KeyboardInterrupt
+            yield item
+
+
+@pytest.mark.parametrize("rank", [8, 0])
+def test_an_interrupted_training_goes_on(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, rank: int
+) -> None:
+    """From its last state to the bytes of one that was not, and nothing is left beside."""
+    dense = checkpoint_folder("llama")
+    folder = pruned(dense, tmp_path / "pruned")
+    settings = {**SMALL, "calibration": str(text), "rank": rank, "teacher": str(dense)}
+    retrain(folder, tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(folder, tmp_path / "out", watcher=Interrupting(), **settings)
+    (state,) = tmp_path.glob(".out.training/checkpoint-*")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        SecateurError, match=r"\.out\.training holds a training with another epochs and learning_rate: go"
+    ):
+        retrain(folder, tmp_path / "out", **settings | {"epochs": 3, "learning_rate": 1e-3})
+    # One that was killed while it was written does not count.
+    (state.parent / "checkpoint-99").mkdir()
+    retrain(folder, tmp_path / "out", **settings)
+    whole, out = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert whole == out
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "pruned", "whole", "out"}
+
+
+def test_a_teacher_is_learned(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """On ids that nothing was trained on, the distribution comes nearer to the dense model's."""
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{id - 4}" for id in token_rows(1, 2000)[0].tolist()))
+    dense = checkpoint_folder("llama")
+    folder = pruned(dense, tmp_path / "pruned", dtype="float32")
+    settings = {**SMALL, "calibration": str(text), "samples": 64, "rank": 0, "learning_rate": 2e-3}
+    retrain(folder, tmp_path / "out", teacher=str(dense), **settings)
+    ids, device = token_rows(8, 20), torch.device("cpu")
+    wanted, before, after = (
+        logits_of(load(open_checkpoint(path), torch.float32, device), ids).log_softmax(-1)
+        for path in (dense, folder, tmp_path / "out")
+    )
+    far, near = ((wanted.exp() * (wanted - found)).sum(-1).mean() for found in (before, after))
+    assert near < 0.7 * far
+
+
+def test_distance_is_zero_for_the_same_and_known_for_others() -> None:
+    logits = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
+    hidden = (torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
+    one = SimpleNamespace(logits=logits, hidden_states=hidden)
+    assert distance(one, one) == 0
+    other = SimpleNamespace(logits=logits.flip(1), hidden_states=(hidden[0], hidden[1], hidden[2] * 1.5))
+    half, p = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0]).softmax(0)
+    divergences = (half * (half / p).log()).sum() + (p * (p / half).log()).sum()
+    # Of two blocks, the second is a half off.
+    assert distance(other, one) == pytest.approx(float(divergences / 2) + 0.25 / 2)
+
+
 def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     settings = {**SMALL, "calibration": str(text), "epochs": 1}
@@ -153,7 +221,7 @@ def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) 
     ("wishes", "message"),
     [
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
-        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"rank": -1}, "rank is -1; it must be at least 0"),
         ({"batch": -1}, "batch is -1; it must be at least 1"),
         ({"learning_rate": 0.0}, "learning rate is 0.0; it must lie between 0 and 1"),
         ({"learning_rate": float("nan")}, "learning rate is nan; it must lie between 0 and 1"),
@@ -161,6 +229,7 @@ def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) 
         ({"length": 1}, "length is 1; it must be at least 2"),
         ({"calibration": "random"}, "random ids teach nothing; name a text file or a data set"),
         ({"calibration": "missing.txt"}, "missing.txt does not exist"),
+        ({"teacher": "missing"}, "missing"),
         ({"samples": 4000}, "text too short for the samples"),
         ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer takes the first GPU itself; use auto or cpu"),
     ],
@@ -193,11 +262,11 @@ def test_a_training_that_diverges(
 ) -> None:
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
 
-    def spoilt(network: Any, names: tuple[str, ...], *_: Any) -> Any:
-        network.get_parameter(f"{names[0]}.weight").data.fill_(float("nan"))
+    def spoilt(network: Any, *_: Any) -> Any:
+        network.get_parameter(f"{adapted_layers(network)[0]}.weight").data.fill_(float("nan"))
         return (1.0,), 1
 
-    monkeypatch.setattr(steps, "_train", spoilt)
+    monkeypatch.setattr(steps, "train", spoilt)
     with pytest.raises(SecateurError, match="NaN or infinite after the training; take a smaller learning rate"):
         retrain(folder, tmp_path / "out", calibration=str(text), **SMALL)
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from secateur.base.words import DTYPES
 from secateur.criteria.choice import IDENTITY, LARGEST, Choice, parse_choice
 from secateur.model.structure import KINDS, Kind
 from secateur.plan.target import Target, parse_target
+from secateur.text.sources import GENERAL
 
 TARGET, METHOD, CALIBRATION, OUTPUT = "Target", "Method", "Calibration", "Output"
 COMPUTING, PAPER = "Computing", "The paper's variants"
@@ -139,11 +140,12 @@ class Options:
         0.3, METHOD, "Pull of the refit toward the old weights; less follows the calibration text more closely."
     )
     calibration: str = option(
-        "wikitext2",
+        GENERAL,
         CALIBRATION,
-        "Text that shows what the model does: a .txt file, a .jsonl file with the key text or messages, - for standard "
-        "input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column), or without any data: self, what the "
-        "model itself writes, whole in memory, or random token ids.",
+        "Text that shows what the model does. general: several kinds of text that come with the package; general+TEXT: "
+        "half of it own text; or own text alone: a .txt file, a .jsonl file with the key text or messages, - for "
+        "standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column); or without any data: self, "
+        "what the model itself writes, whole in memory, or random token ids.",
     )
     samples: int = option(128, CALIBRATION, "Rows drawn from the text at random.", least=1)
     length: int = option(128, CALIBRATION, "Tokens in each row.", least=2)

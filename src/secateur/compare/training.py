@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
 from secateur.commands.options import CALIBRATION, option
-from secateur.text.sources import RANDOM, SELF
+from secateur.text.sources import GENERAL, RANDOM, SELF
 
 TRAINING = "Training"
 
@@ -14,20 +14,28 @@ class Training:
     """How the adapters are trained; a value that makes no sense whatever the model raises `SecateurError`."""
 
     calibration: str = option(
-        "wikitext2", CALIBRATION, "Text to train on: a file, - for standard input or a data set; see secateur prune."
+        GENERAL,
+        CALIBRATION,
+        "Text to train on: general, a file, - for standard input, a data set or general+TEXT; see secateur prune.",
     )
     samples: int = option(1024, CALIBRATION, "Rows drawn from the text at random.")
     length: int = option(128, CALIBRATION, "Tokens in each row.")
     seed: int = option(0, CALIBRATION, "Seed of the rows, their order and the adapters' start.")
+    teacher: str | None = option(
+        None,
+        TRAINING,
+        "The dense model, whose distribution and residual stream are learned in place of the text's own tokens.",
+        shown="none",
+    )
     epochs: int = option(2, TRAINING, "Passes over the rows.")
     batch: int = option(16, TRAINING, "Rows in a step.")
-    rank: int = option(8, TRAINING, "Rank of the adapters.")
+    rank: int = option(8, TRAINING, "Rank of the adapters; 0 trains all weights of the blocks.")
     learning_rate: float = option(1e-4, TRAINING, "Learning rate at the start; it falls to zero.")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "rank"):
-            if getattr(self, name) < 1:
-                raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("epochs", 1), ("batch", 1), ("rank", 0)):
+            if getattr(self, name) < least:
+                raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.learning_rate < 1:
             raise SecateurError(f"learning rate is {self.learning_rate}; it must lie between 0 and 1, such as 1e-4")
         if not 0 <= self.seed < 2**32:
