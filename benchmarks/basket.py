@@ -5,9 +5,9 @@
 
 prints a row for each model, and beside what a person would see of each: perplexity over dense on every kind of text,
 the geometric mean and the worst of these; copying in context; how many tokens of the dense model's greedy answers the
-pruned model would have chosen too, and how many free answers repeat a piece of eight tokens. `--fast` leaves
-answers out, `--tasks` adds zero-shot accuracies, from the files that TASK_DATA names, and `--json FILE` keeps all
-figures.
+pruned model would have chosen too, and how many free answers repeat a piece of eight tokens. `--fast` leaves answers
+out, `--peers` prunes by other methods in memory, `--tasks` adds zero-shot accuracies, from the files that TASK_DATA
+names, and `--json FILE` keeps all figures.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur import open_checkpoint
+from peers import PEERS
+from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
 from secateur.measure.compare import load
 from secateur.measure.perplexity import perplexity, scoring
 from secateur.measure.tasks import open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.tokens import encode
-from secateur.text.calibration import consecutive_rows
+from secateur.model.rows import Rows
+from secateur.model.tokens import begins_with_bos, encode
 from secateur.text.documents import read_documents
 from tables import put
 from texts import KINDS
@@ -187,6 +188,24 @@ def row(name: str, found: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     return cells + [f"{value:.1%}" for value in found.get("tasks", {}).values()]
 
 
+def network_of(source: str, arguments: argparse.Namespace, stream: BlockStream) -> Any:
+    """A model in memory: a folder's, or one that a peer prunes now."""
+    if source not in arguments.peers:
+        return load(open_checkpoint(source), getattr(torch, arguments.dtype), torch.device("cpu"))
+    drawn = calibration_rows(
+        stream.checkpoint.tokenizer(),
+        arguments.calibration,
+        samples=Options.samples,
+        length=Options.length,
+        seed=arguments.seed,
+        vocab_size=stream.checkpoint.config.vocab_size,
+    )
+    rows = Rows.of(drawn)
+    if source == "uniform-obc" and not begins_with_bos(stream.checkpoint.tokenizer()):
+        rows = rows.with_openings()
+    return PEERS[source](stream, rows, arguments.sparsity).network.to(getattr(torch, arguments.dtype))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
@@ -196,6 +215,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--fast", action="store_true", help="no answers are written")
     parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="pruned in memory, beside the folders")
+    parser.add_argument("--sparsity", type=float, default=0.25, help="of the peers")
+    parser.add_argument("--calibration", default=Options.calibration, help="of the peers")
+    parser.add_argument("--seed", type=int, default=0, help="of the peers")
     parser.add_argument("--json", type=Path, help="keeps all figures, and the dense model's for the next run")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -204,21 +227,24 @@ def main() -> None:
         kept = json.loads(arguments.json.read_text(encoding="utf-8"))
     lines: list[str] = []
     checkpoint = open_checkpoint(arguments.dense)
+    stream = BlockStream(checkpoint)
     basket = Basket(checkpoint, arguments.texts, arguments.tokens, checkpoint.max_positions or 1 << 20)
-    for source in [arguments.dense, *arguments.pruned]:
-        if source not in kept:
-            opened = checkpoint if source == arguments.dense else open_checkpoint(source)
-            network = load(opened, getattr(torch, arguments.dtype), torch.device("cpu"))
-            kept[source] = measured(network, basket, kept.get(arguments.dense, {}), arguments.fast, arguments.tasks)
+    how = f"{arguments.sparsity}, {Path(arguments.calibration).name}, seed {arguments.seed}"
+    for source in [arguments.dense, *arguments.pruned, *arguments.peers]:
+        key = f"{source}, {how}" if source in arguments.peers else source
+        if key not in kept:
+            network = network_of(source, arguments, stream)
+            dense = kept.get(arguments.dense, {})
+            kept[key] = measured(network, basket, dense, arguments.fast, arguments.tasks)
             if arguments.json:
                 arguments.json.write_text(json.dumps(kept), encoding="utf-8")
         if not lines:
-            kinds, tests = list(kept[source]["perplexity"]), list(kept[source]["copying"])
+            kinds, tests = list(kept[key]["perplexity"]), list(kept[key]["copying"])
             seen = [] if arguments.fast else ["agreement", "repeats"]
-            heads = ["model", *kinds, "mean", "worst", *tests, *seen, *kept[source].get("tasks", {})]
+            heads = ["model", *kinds, "mean", "worst", *tests, *seen, *kept[key].get("tasks", {})]
             lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
             print("\n".join(lines), flush=True)
-        lines.append("| " + " | ".join(row(Path(source).name, kept[source], kept[arguments.dense])) + " |")
+        lines.append("| " + " | ".join(row(Path(key).name, kept[key], kept[arguments.dense])) + " |")
         print(lines[-1], flush=True)
         if arguments.out:
             put(arguments.out, f"basket {Path(arguments.dense).name}", lines)
