@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.probes import STRIDE
-from secateur.survey.survey import PROBED, survey
+from secateur.survey.survey import survey
 
 RIDGE = 0.3
 FITTED = Rows((token_rows(4, 24), token_rows(3, 17, seed=1)), (1.0, 0.25))
@@ -46,6 +47,7 @@ CASES: list[tuple[str, Kind]] = [
     ("gemma2", "channels"),
     ("gpt_neox", "heads"),
 ]
+SHARES = (0.25, 0.6)
 INDEX = 1
 """Of the block that is looked at."""
 
@@ -188,12 +190,16 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_partial_probe_is_the_refitted_model(checkpoint_folder: CheckpointFolder, name: str, kind: Kind) -> None:
+def test_a_partial_probe_is_the_refitted_model(
+    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: Kind
+) -> None:
+    """At any shares, several of them too."""
+    monkeypatch.setattr(sys.modules["secateur.survey.survey"], "PROBED", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
     pattern = plain.module.patterns[-1]
     curve, units = curve_of(found, kind, pattern), plain.module.steps(pattern)
-    counts = [gone for gone in dict.fromkeys(round(units * share) for share in PROBED) if 0 < gone < units]
+    counts = [gone for gone in dict.fromkeys(round(units * share) for share in SHARES) if 0 < gone < units]
     probes = [p for p in found.probes if (p.block, p.kind, p.whole) == (INDEX, kind, False)]
     assert len(probes) == len(counts) > 0
     width = blocks_of(dense(name))[INDEX].width

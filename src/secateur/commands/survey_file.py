@@ -10,7 +10,7 @@ from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
 from secateur.survey.curves import Survey, load_survey
 
-PROBE_TOKENS = 512
+PROBE_TOKENS = 1024
 """Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
 would be that of the fit and not of the cut, and the more so the more inputs a module has."""
 

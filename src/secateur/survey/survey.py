@@ -28,7 +28,7 @@ from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.probes import Cut, Probes
 
-PROBED = (0.25, 0.6)
+PROBED = (0.5,)
 """Shares of a module's units whose removal is probed, beside the removal of all."""
 
 
