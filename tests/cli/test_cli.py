@@ -469,7 +469,7 @@ ARGUMENTS = [
     ("export nowhere out.gguf", "nowhere: not a folder that secateur's prune wrote"),
     ("export model out", "out: the file's name must end in .gguf; name it so"),
     ("retrain model out --calibration text.txt", "model: not a folder that secateur's prune wrote"),
-    ("retrain model out --rank 0", "rank is 0; it must be at least 1"),
+    ("retrain model out --rank -1", "rank is -1; it must be at least 0"),
     ("retrain model out --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     ("eval", "Missing argument 'MODEL'; see secateur eval --help"),
     ("eval nowhere/at/all", "nowhere/at/all: does not exist"),
@@ -639,7 +639,7 @@ def test_heads_that_no_format_can_lose_and_biases(
 
 
 def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub id, and the default data set: told at once, not after minutes of retries."""
+    """A hub id, and a data set: told at once, not after minutes of retries."""
     import datasets
 
     from secateur.model import hub_source
@@ -650,7 +650,7 @@ def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypat
     before, start = listing(place), time.perf_counter()
     result = run("prune", "owner/name", "out", *SMALL)
     refused(result, "owner/name: no such folder, not in the cache, and http://127.0.0.1:9 does not answer; name a")
-    result = run("prune", "model", "out", "--length", "64")
+    result = run("prune", "model", "out", "--calibration", "wikitext2")
     refused(result, "data set wikitext2 is not in the local cache, and http://127.0.0.1:9 does not answer: give a")
     assert time.perf_counter() - start < 15
     assert listing(place) == before

@@ -165,7 +165,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
     ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, samples, length, seed"),
     ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
-    ({"retrain": {"a": {"rank": 0}}}, "retrain.a: rank is 0; it must be at least 1"),
+    ({"retrain": {"a": {"rank": -1}}}, "retrain.a: rank is -1; it must be at least 0"),
     ({"retrain": {"b": {}}}, "retrain.b: random ids teach nothing; name a text file or a data set"),
     ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: a retraining reads its text: name a"),
     ({"tau": 0.2}, "tau: it belongs to the kind graph; to prune with it, give it to a run"),
