@@ -650,7 +650,7 @@ def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypat
     before, start = listing(place), time.perf_counter()
     result = run("prune", "owner/name", "out", *SMALL)
     refused(result, "owner/name: no such folder, not in the cache, and http://127.0.0.1:9 does not answer; name a")
-    result = run("prune", "model", "out", "--calibration", "wikitext2")
+    result = run("prune", "model", "out", "--length", "64", "--calibration", "wikitext2")
     refused(result, "data set wikitext2 is not in the local cache, and http://127.0.0.1:9 does not answer: give a")
     assert time.perf_counter() - start < 15
     assert listing(place) == before
