@@ -8,7 +8,6 @@ with them names, source code and long contexts. docs/calibrate.md says what the 
 import json
 import lzma
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,15 @@ from secateur.model.tokens import encode
 from secateur.text.documents import rendered
 from secateur.text.windows import checked, windows
 
+REPEATED, LOOSE = "repeated", "repeated ids"
 SHARES = {
     "encyclopaedia": 20,
     "spaced": 20,
     "code": 20,
     "talk": 20,
     "mathematics": 16,
-    "repeated": 24,
-    "repeated ids": 8,
+    REPEATED: 24,
+    LOOSE: 8,
 }
 """What is in the rows, and how much of each."""
 FILE = Path(__file__).with_name("general.jsonl.xz")
@@ -44,21 +44,17 @@ def general_rows(tokenizer: Any, *, samples: int, body: int, vocab_size: int, ge
         Token ids, int64 [samples, body].
     """
     counts = shared_out(samples)
-    ids = {
-        kind: checked(encode(tokenizer, "\n\n".join(_documents(kind, tokenizer))), vocab_size)
-        for kind in SHARES
-        if not kind.startswith("repeated")
-    }
+    texts = [kind for kind in SHARES if kind not in (REPEATED, LOOSE)]
+    ids = {kind: checked(encode(tokenizer, "\n\n".join(_documents(kind, tokenizer))), vocab_size) for kind in texts}
     found = {kind: windows(of, counts[kind], body, generator) for kind, of in ids.items()}
     passage = -(-body // 2)
-    each = -(-counts["repeated"] // len(ids))
+    each = -(-counts[REPEATED] // len(ids))
     passages = torch.cat([windows(of, each, passage, generator) for of in ids.values()])
-    passages = passages[torch.randperm(len(passages), generator=generator)[: counts["repeated"]]]
+    passages = passages[torch.randperm(len(passages), generator=generator)[: counts[REPEATED]]]
     # Every id that some text holds is as likely; others are hardly trained.
     known = torch.cat(list(ids.values())).unique()
-    loose = known[torch.randint(len(known), (counts["repeated ids"], passage), generator=generator)]
-    found |= {"repeated": passages.repeat(1, 2)[:, :body], "repeated ids": loose.repeat(1, 2)[:, :body]}
-    return spread(list(found.values()))
+    loose = known[torch.randint(len(known), (counts[LOOSE], passage), generator=generator)]
+    return spread([*found.values(), *(once.repeat(1, 2)[:, :body] for once in (passages, loose))])
 
 
 def shared_out(samples: int) -> dict[str, int]:
@@ -77,14 +73,16 @@ def spread(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)[places.argsort(stable=True)]
 
 
-def _documents(kind: str, tokenizer: Any) -> Iterator[str]:
+def _documents(kind: str, tokenizer: Any) -> list[str]:
     """Texts of one kind."""
-    for number, document in enumerate(_file().get("encyclopaedia" if kind == "spaced" else kind, ())):
-        if "messages" in document:
-            yield rendered(document["messages"], tokenizer)
-        # Every second article is for the spaced kind, so that no text is there twice.
-        elif kind not in ("encyclopaedia", "spaced") or (number % 2 == 1) == (kind == "spaced"):
-            yield spaced(document["text"]) if kind == "spaced" else document["text"]
+    if kind in ("encyclopaedia", "spaced"):
+        # No article is there twice.
+        articles = [document["text"] for document in _file()["encyclopaedia"]]
+        return list(map(spaced, articles[1::2])) if kind == "spaced" else articles[::2]
+    return [
+        rendered(document["messages"], tokenizer) if "messages" in document else document["text"]
+        for document in _file()[kind]
+    ]
 
 
 def spaced(text: str) -> str:
