@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peers import PEERS
-from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
+from peers import PEERS, pruned_by
+from secateur import BlockStream, Options, consecutive_rows, open_checkpoint
 from secateur.measure.compare import load
 from secateur.measure.perplexity import perplexity, scoring
 from secateur.measure.tasks import open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.rows import Rows
-from secateur.model.tokens import begins_with_bos, encode
+from secateur.model.tokens import encode
 from secateur.text.documents import read_documents
 from tables import put
 from texts import KINDS
@@ -192,18 +191,9 @@ def network_of(source: str, arguments: argparse.Namespace, stream: BlockStream) 
     """A model in memory: a folder's, or one that a peer prunes now."""
     if source not in arguments.peers:
         return load(open_checkpoint(source), getattr(torch, arguments.dtype), torch.device("cpu"))
-    drawn = calibration_rows(
-        stream.checkpoint.tokenizer(),
-        arguments.calibration,
-        samples=Options.samples,
-        length=Options.length,
-        seed=arguments.seed,
-        vocab_size=stream.checkpoint.config.vocab_size,
-    )
-    rows = Rows.of(drawn)
-    if source == "uniform-obc" and not begins_with_bos(stream.checkpoint.tokenizer()):
-        rows = rows.with_openings()
-    return PEERS[source](stream, rows, arguments.sparsity).network.to(getattr(torch, arguments.dtype))
+    drawn: dict[str, int] = {"samples": Options.samples, "length": Options.length, "seed": arguments.seed}
+    peer = pruned_by(source, stream, arguments.sparsity, arguments.calibration, **drawn)
+    return peer.network.to(getattr(torch, arguments.dtype))
 
 
 def main() -> None:

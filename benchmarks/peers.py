@@ -28,9 +28,11 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
+from secateur.model.tokens import begins_with_bos
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares
 from secateur.plan.problem import Plan
+from secateur.text.calibration import calibration_rows
 
 OBC_RIDGE = 0.3
 """Of `uniform_obc`, relative to each input's energy."""
@@ -156,6 +158,20 @@ PEERS: dict[str, Callable[[BlockStream, Rows, float], Peer]] = {
     "optipfair": optipfair,
     "optipfair-calibrated": optipfair_calibrated,
 }
+
+
+def pruned_by(
+    name: str, stream: BlockStream, sparsity: float, calibration: str, *, samples: int, length: int, seed: int
+) -> Peer:
+    """A peer on rows of a text, drawn as the product draws them."""
+    tokenizer, vocabulary = stream.checkpoint.tokenizer(), stream.checkpoint.config.vocab_size
+    rows = Rows.of(
+        calibration_rows(tokenizer, calibration, samples=samples, length=length, seed=seed, vocab_size=vocabulary)
+    )
+    # As in the product, openings are there for fits alone.
+    if name == "uniform-obc" and not begins_with_bos(tokenizer):
+        rows = rows.with_openings()
+    return PEERS[name](stream, rows, sparsity)
 
 
 # Widths.

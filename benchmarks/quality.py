@@ -18,12 +18,10 @@ from pathlib import Path
 
 import torch
 
-from peers import PEERS
-from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint, prune
+from peers import PEERS, pruned_by
+from secateur import BlockStream, Options, consecutive_rows, open_checkpoint, prune
 from secateur.measure import perplexity
 from secateur.measure.compare import load
-from secateur.model.rows import Rows
-from secateur.model.tokens import begins_with_bos
 from tables import put
 
 OURS = {"secateur": "adaptive", "secateur, uniform": "uniform"}
@@ -90,21 +88,8 @@ def one(
         )
         network = load(open_checkpoint(str(out)), torch.float32, torch.device("cpu"))
         return summary.sparsity, score(network)
-    tokenizer = stream.checkpoint.tokenizer()
-    rows = Rows.of(
-        calibration_rows(
-            tokenizer,
-            arguments.calibration,
-            samples=arguments.samples,
-            length=arguments.length,
-            seed=seed,
-            vocab_size=stream.checkpoint.config.vocab_size,
-        )
-    )
-    # As in the product, openings are there for fits alone.
-    if method == "uniform-obc" and not begins_with_bos(tokenizer):
-        rows = rows.with_openings()
-    peer = PEERS[method](stream, rows, sparsity)
+    drawn: dict[str, int] = {"samples": arguments.samples, "length": arguments.length, "seed": seed}
+    peer = pruned_by(method, stream, sparsity, arguments.calibration, **drawn)
     kept = peer.kept_parameters / sum(block.parameters for block in stream.blocks)
     return 1 - kept, score(peer.network)
 

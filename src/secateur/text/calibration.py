@@ -190,6 +190,7 @@ def _ids(
 
 
 def _there(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, which a text needs."""
     if tokenizer is None:
         raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
     return tokenizer

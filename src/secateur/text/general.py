@@ -9,6 +9,7 @@ import json
 import lzma
 import re
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,9 @@ def general_rows(tokenizer: Any, *, samples: int, body: int, vocab_size: int, ge
 
 def shared_out(samples: int) -> dict[str, int]:
     """How many rows of each kind there are: their shares, rounded so that they come to `samples`."""
-    total, counts, given = sum(SHARES.values()), {}, 0
-    for number, (kind, _) in enumerate(SHARES.items(), start=1):
-        so_far = round(samples * sum(list(SHARES.values())[:number]) / total)
-        counts[kind] = so_far - given
-        given = so_far
-    return counts
+    total = sum(SHARES.values())
+    ends = [round(samples * so_far / total) for so_far in accumulate(SHARES.values())]
+    return {kind: end - start for kind, start, end in zip(SHARES, [0, *ends], ends, strict=False)}
 
 
 def spread(parts: list[Tensor]) -> Tensor:

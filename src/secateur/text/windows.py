@@ -26,10 +26,9 @@ def windows(ids: Tensor, count: int, length: int, generator: torch.Generator) ->
         [count, length]
     """
     drawn: list[Tensor] = []
-    while sum(map(len, drawn)) < count:
+    while missing := count - sum(map(len, drawn)):
         if len(ids) < length:
             ids = ids.repeat(-(-length // len(ids)))
-        missing = count - sum(map(len, drawn))
         spare = max(0, len(ids) - missing * length)
         offset = int(torch.randint(min(length, len(ids) - length + 1, spare + 1), (1,), generator=generator))
         all_of_them = ids[offset : offset + (len(ids) - offset) // length * length].view(-1, length)
