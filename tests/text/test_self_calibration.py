@@ -55,12 +55,14 @@ def test_rows_are_drawn_from_the_models_own_distribution(checkpoint_folder: Chec
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    # The first test of a process that asks for a model makes it, with random weights.
+    folder = checkpoint_folder(name)
     before = torch.get_rng_state()
-    first = written(checkpoint_folder(name))
+    first = written(folder)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
-    assert torch.equal(written(checkpoint_folder(name)), first)
-    assert not torch.equal(written(checkpoint_folder(name), seed=1), first)
+    assert torch.equal(written(folder), first)
+    assert not torch.equal(written(folder, seed=1), first)
 
 
 def test_settings_of_the_checkpoint_do_not_bend_it(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
