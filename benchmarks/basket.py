@@ -52,7 +52,7 @@ class Basket:
         self.tokenizer, self.texts = checkpoint.tokenizer(), texts
         vocab = checkpoint.config.vocab_size
         how: dict[str, Any] = {"vocab_size": vocab, "tokens": tokens}
-        self.rows = {kind: consecutive_rows(self.tokenizer, self.file(kind), length=128, **how) for kind in KINDS}
+        self.rows = {kind: consecutive_rows(self.tokenizer, self.file(kind), length=128, **how) for kind in self.kinds}
         if positions >= 2048:
             self.rows["long"] = consecutive_rows(self.tokenizer, self.file(LONG), length=2048, **how)
         generator = torch.Generator().manual_seed(0)
@@ -65,6 +65,11 @@ class Basket:
         self.twice = {"ids twice": torch.cat([ids, ids], 1), "prose twice": torch.cat([prose, prose], 1)}
         self.keys = list(self.hidden_values(positions))
         self.prompts = list(self.questions())
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is scored; of talk only models that have a form for it."""
+        return [kind for kind in KINDS if kind != "talk" or self.tokenizer.chat_template]
 
     def file(self, kind: str) -> str:
         """The half of a kind that is scored."""

@@ -89,6 +89,13 @@ def listing(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*"))
 
 
+def apart_from_state(folder: Path) -> list[tuple[str, int]]:
+    """The same without what a run that was stopped keeps to go on from, which must be there."""
+    kept = [entry for entry in listing(folder) if not entry[0].startswith(".out.run")]
+    assert len(kept) < len(listing(folder))
+    return kept
+
+
 def refused(result: Result, message: str) -> None:
     assert result.code == 2, result
     assert result.out == ""
@@ -710,6 +717,8 @@ def test_interrupts_leave_nothing_behind(
     result = run("prune", "model", "out", *SMALL, *(["--overwrite"] if there else []))
     assert result.code == 130
     assert result.err.splitlines()[-1] == "interrupted: nothing is left half-written"
+    assert apart_from_state(place) == before
+    assert run("clean", "out").code == 0
     assert listing(place) == before
 
 
@@ -727,8 +736,8 @@ def test_a_full_disk_leaves_nothing_behind(
     monkeypatch.setattr(shards.ShardWriter, "add", full)
     result = run("prune", "model", "out", *SMALL)
     assert result.code == 2
-    assert "out: the disk is full; make room and run again" in result.err.splitlines()[-1]
-    assert listing(place) == before
+    assert "out: the disk is full; make room and run again (it goes on where it was)" in result.err.splitlines()[-1]
+    assert apart_from_state(place) == before
     gc.collect()
     assert capsys.readouterr() == ("", "")  # no bar is drawn late
 
@@ -987,12 +996,12 @@ def test_version_and_help(run: Run) -> None:
         result = run(*arguments)
         assert result.code == 0
         commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
-        assert commands == ["prune", "export", "retrain", "plan", "survey", "sizes", "eval", "compare"]
+        assert commands == ["prune", "export", "retrain", "plan", "survey", "sizes", "eval", "compare", "clean"]
     text = run("prune", "--help").out
     target = "sparsity target plan blocks modules widths round"
     method = "criterion recovery recover ridge effort"
     rows = "calibration samples length refit-calibration refit-samples seed"
-    other = "device revision trust-remote-code dtype format type survey dry-run overwrite"
+    other = "device revision trust-remote-code dtype format type survey dry-run overwrite restart"
     for option in f"{target} {method} tau sigma {rows} {other}".split():
         assert f"--{option} " in text
     panels = ("Target", "Method", "Calibration", "Output", "Computing", "The paper's variants")
@@ -1076,4 +1085,4 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert result.stdout.count("ended 130") == 2, result.stdout
     assert result.stderr.splitlines()[-1] == "interrupted: nothing is left half-written"
-    assert listing(place) == before
+    assert apart_from_state(place) == before

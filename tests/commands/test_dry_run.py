@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import CheckpointFolder
 from models import VOCAB, save
 from secateur.base.device import fast_dtype
-from secateur.commands import dry_run
+from secateur.commands import dry_run, steps
 from secateur.commands.costs import Work, fit_work, gradient_work, memory_bytes
 from secateur.commands.dry_run import Speeds
 from secateur.commands.options import EFFORTS
@@ -86,8 +86,8 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
 
 
 def test_nothing_is_written_or_rewritten(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("self_rows", "rewritten"):
-        monkeypatch.setattr(draw, name, lambda *_, **__: pytest.fail("the model was run"))
+    for module, name in ((draw, "self_rows"), (steps, "rewritten")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
     assert expected(effort="best", calibration="self").dry
 
 

@@ -387,7 +387,7 @@ def test_rows_of_the_fits_are_shared(
         drawn.append((more["copies"], more["seed"]))
         return rewritten(*given, **more)
 
-    monkeypatch.setattr(draw, "rewritten", counted)
+    monkeypatch.setattr(steps, "rewritten", counted)
     refit = {"recovery": "refit"}
     runs = {
         "a": {"criterion": "wanda", **refit},

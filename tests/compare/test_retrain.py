@@ -148,7 +148,7 @@ def test_seeded(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path)
 class Interrupting(Silent):
     """Ctrl-C in the middle of a training."""
 
-    def track(self, items: Any, what: str) -> Iterator[Any]:
+    def track(self, items: Any, what: str, done: int = 0) -> Iterator[Any]:
         for number, item in enumerate(items):
             if what == "Retrain" and number == 13:
                 raise KeyboardInterrupt
@@ -166,11 +166,9 @@ def test_an_interrupted_training_goes_on(
     retrain(folder, tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         retrain(folder, tmp_path / "out", watcher=Interrupting(), **settings)
-    (state,) = tmp_path.glob(".out.training/checkpoint-*")
+    (state,) = tmp_path.glob(".out.run/training/checkpoint-*")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        SecateurError, match=r"\.out\.training holds a training with another epochs and learning_rate: go"
-    ):
+    with pytest.raises(SecateurError, match=r"\.out\.run: holds a run with epochs 6, now 3; ask for the same"):
         retrain(folder, tmp_path / "out", **settings | {"epochs": 3, "learning_rate": 1e-3})
     # One that was killed while it was written does not count.
     (state.parent / "checkpoint-99").mkdir()

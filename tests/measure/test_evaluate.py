@@ -129,7 +129,7 @@ def test_progress_and_mode_are_left_right() -> None:
     model, seen = llama().train(), []
 
     class Watcher(Silent):
-        def track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+        def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
             seen.append((what, list(items)))
             return iter(seen[0][1])
 

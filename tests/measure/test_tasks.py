@@ -165,7 +165,7 @@ def test_model_tokenizer_and_progress_are_left_right(capfd: pytest.CaptureFixtur
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
     class Watcher(Silent):
-        def track(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+        def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
             for item in items:
                 seen.append(what)
                 print("a bar", file=sys.stderr)

@@ -16,7 +16,7 @@ from models import ROWS, blocks_of, build, layers_of, relative, save, token_rows
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
-from secateur.model.arena import Activations, Arena
+from secateur.model.arena import Activations, Arena, FileRows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
@@ -283,31 +283,33 @@ def test_activations_by_the_batch():
 
 
 def in_files(values: Activations) -> list[bool]:
-    return [bool(part.untyped_storage().filename) for part in values.parts]
+    return [isinstance(part, FileRows) for part in values.parts]
 
 
-def test_the_arena_spills_beyond_its_limit():
+def test_the_arena_spills_beyond_its_limit(tmp_path):
     rows = Rows.of(token_rows(4, 10))
     one = 4 * 40 * 8
-    with Arena(limit=2 * one) as arena:
+    with Arena(2 * one, tmp_path) as arena:
         kept = [arena.empty(rows, 8) for _ in range(4)]
         assert [in_files(values) for values in kept] == [[False], [False], [True], [True]]
-        files = [values.parts[0].untyped_storage().filename for values in kept[2:]]
         for number, values in enumerate(kept):
-            values.parts[0].fill_(number)
+            for at in rows.batches():
+                values[at] = torch.full((at.rows.stop - at.rows.start, 10, 8), float(number))
         for number, values in enumerate(kept):
-            assert values.parts[0].unique().tolist() == [number]
-        assert all(os.path.getsize(file) == one for file in files)
+            assert values.parts[0][:].unique().tolist() == [number]
+            assert values.parts[0][1].shape == values.parts[0][1:2][0].shape == (10, 8)
         assert arena.used == 2 * one
+        files = [part.close for values in kept[2:] for part in values.parts]
+        assert all(file.alive for file in files)
         arena.release(kept[3])
-        assert not os.path.exists(files[1])
+        assert [file.alive for file in files] == [True, False]
         arena.release(kept[0])
         assert arena.used == one
         # Room that was given back is used again.
         assert in_files(arena.empty(rows, 8)) == [False]
-        folder = os.path.dirname(files[0])
-        assert os.path.isdir(folder)
-    assert not os.path.exists(folder)
+        # Without names, so that nothing can be left.
+        assert list(tmp_path.iterdir()) == []
+    assert not files[0].alive
 
 
 def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
@@ -315,16 +317,24 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
 
     limits = iter((None, 0, 20_000))
 
-    class Recorded(Arena):
-        def __init__(self):
-            super().__init__(next(limits))
-            made.append(self)
+    def recorded(_):
+        made.append(Arena(next(limits)))
+        return made[-1]
 
-    monkeypatch.setattr("secateur.fit.loop.Arena", Recorded)
+    monkeypatch.setattr(BlockStream, "arena", recorded)
+    files = [0, 0, 0]
+
+    class Counted(FileRows):
+        def __init__(self, *given):
+            files[len(made) - 1] += 1
+            super().__init__(*given)
+
+    monkeypatch.setattr("secateur.model.arena.FileRows", Counted)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
     plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3)
     found = [list(refit(stream, plan, rows_of_two_lengths())) for _ in range(3)]
-    assert [bool(arena._files) for arena in made] == [False, True, True]
+    assert files[0] == 0
+    assert 0 < files[2] < files[1]
     assert made[1].used == 0
     assert made[2].used <= 20_000
     for other in found[1:]:
@@ -333,7 +343,6 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
             assert one.reports == two.reports
             assert one.changed.keys() == two.changed.keys()
             assert all(torch.equal(one.changed[name], two.changed[name]) for name in one.changed)
-    assert not any(os.path.exists(arena._folder.name) for arena in made if arena._folder)
 
 
 def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import weakref
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +122,12 @@ def test_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> None:
 def test_files_give_the_same(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     rows, seen = some_rows(), []
     held = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("gpt2")), rows)}
-    monkeypatch.setattr("secateur.survey.gradients.Arena", partial(Arena, 0))
+    arena = Arena(0, tmp_path)
+    monkeypatch.setattr(BlockStream, "arena", lambda _: arena)
     for block in gradients(opened(checkpoint_folder("gpt2")), rows):
-        seen.append(sum(len(files) for _, _, files in os.walk(tmp_path)))
+        seen.append(sum(file.close.alive for file in arena._files))
         assert all(torch.equal(found, held[block.index][name]) for name, found in block.gradient.items())
     # Two groups of rows: the inputs of the blocks to come and the gradient.
     assert seen == [2 * 3, 2 * 2, 2 * 1]
@@ -268,7 +266,7 @@ class Bars(Silent):
     def __init__(self) -> None:
         self.drawn: list[str] = []
 
-    def track(self, items: Any, what: str) -> Any:
+    def track(self, items: Any, what: str, done: int = 0) -> Any:
         self.drawn.append(what)
         yield from items
 

@@ -13,11 +13,10 @@ import torch
 from conftest import CheckpointFolder
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
 from secateur.commands import fitted
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options
-from secateur.commands.steps import draw_rows
+from secateur.commands.steps import draw_rows, rewrite_rows
 from secateur.model.rows import Rows
 from secateur.text import draw, self_calibration
 from secateur.text.rewrite import rewritten
@@ -42,7 +41,7 @@ def test_where_copies_come_from(checkpoint_folder: CheckpointFolder, name: str) 
     alone = draw_rows(run, fitted=False)
     assert alone.copies is None
     assert torch.equal(alone.text, rows.text)
-    again = alone.with_copies(run.stream, Silent()).copies
+    again = rewrite_rows(run, alone).copies
     assert again is not None
     assert torch.equal(again, rows.copies)
 

@@ -3,3 +3,7 @@
 
 class SecateurError(Exception):
     """Bad input or an impossible request; the command line prints it and exits with code 2."""
+
+
+class StoppedError(SecateurError):
+    """Nothing is wrong with the request: the same command goes on once what is said has been mended."""

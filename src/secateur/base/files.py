@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.words import some
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def digest(decided_by: dict[str, Any]) -> str:
-    """A short name for what decides a result, 16 hexadecimal digits."""
+def digest(decided_by: Any) -> str:
+    """A short name for what decides a result, as JSON holds it, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -60,7 +60,8 @@ def whole(
     check: Callable[[], None] = lambda: None,
     *,
     keep: bool = False,
-    advice: str = "make room and run again (nothing was left there)",
+    at: Path | None = None,
+    advice: str | None = None,
 ) -> Iterator[Path]:
     """A hidden name beside a path, for a file or a folder to be written under.
 
@@ -71,12 +72,13 @@ def whole(
         path: the target.
         check: called just before the replacement: what has come to be there since the start may not be ours to remove.
         keep: a folder that has come to be there since the start is as good as this one and stays.
+        at: the hidden name, for what is gone on with where it was left; it is never removed.
         advice: for a full disk.
 
     Raises:
         SecateurError: the disk is full, or the path cannot be written.
     """
-    partial = _sibling(path, "partial")
+    partial = at or _sibling(path, "partial")
     try:
         yield partial
         check()
@@ -84,14 +86,16 @@ def whole(
             _put_in_place(partial, path)
     except Exception as error:
         if is_disk_full(error):
-            raise SecateurError(f"{path}: the disk is full; {advice}") from error
+            left = "nothing was left there" if at is None else "it goes on where it was"
+            raise StoppedError(f"{path}: the disk is full; {advice or f'make room and run again ({left})'}") from error
         ours = isinstance(error, OSError) and error.filename in (None, str(partial))
         # A closed pipe, or words in place of a number, is some other library's.
         if isinstance(error, OSError) and ours and error.errno not in (None, errno.EPIPE):
             raise SecateurError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
         raise
     finally:
-        _remove(partial)
+        if at is None:
+            remove(partial)
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
@@ -100,6 +104,41 @@ def write_whole(path: Path, contents: str | bytes) -> None:
         file.write(contents.encode() if isinstance(contents, str) else contents)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _settle(folder: Path) -> None:
+    """See to it that the names in a folder outlive the power."""
+    entry = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
+
+
+def write_hashed(path: Path, value: Any) -> None:
+    """A small file with a JSON value, whose damage shows when it is read."""
+    write_whole(path, json.dumps({"hash": digest(value), "value": value}))
+    _settle(path.parent)
+
+
+def read_hashed(path: Path) -> Any:
+    """The value that `write_hashed` wrote.
+
+    Raises:
+        SecateurError: the file is not as it was written.
+    """
+    try:
+        raw = parse_json(path.read_bytes())
+        if raw["hash"] == digest(raw["value"]):
+            return raw["value"]
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise damaged(path)
+
+
+def damaged(path: Path) -> SecateurError:
+    """What to say of a part of a run's state that is not as it was written."""
+    return SecateurError(f"{path}: damaged, so that the run cannot go on from there; add --restart to begin anew")
 
 
 @dataclass
@@ -120,6 +159,8 @@ class Output:
     """What will be written, to be compared with the free space."""
     files: Collection[str] | None = None
     """The names of all that a folder will hold, where that is no model."""
+    at: Path | None = None
+    """The hidden name of what is gone on with where a run was stopped."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,12 +177,12 @@ class Output:
         """
         self._check_target()
         self._check_room()
-        _remove(self._reserve(_sibling(self.path, "partial")))
+        remove(self._reserve(_sibling(self.path, "partial")))
 
     def __enter__(self) -> Path:
         self._check_target()
         self._check_room()
-        partial = self._stack.enter_context(whole(self.path, self._check_target))
+        partial = self._stack.enter_context(whole(self.path, self._check_target, at=self.at))
         return self._reserve(partial)
 
     def __exit__(
@@ -153,7 +194,7 @@ class Output:
         """The hidden name, taken. Not by mkdtemp, whose folders nobody else may read."""
         try:
             if self.file is None:
-                partial.mkdir()
+                partial.mkdir(exist_ok=self.at is not None)
             else:
                 partial.touch()
         except OSError as error:
@@ -163,7 +204,8 @@ class Output:
         return partial
 
     def _check_room(self) -> None:
-        needed = self.expected_bytes + (_SPARE if self.file is None else 0)
+        there = (file.stat().st_size for file in self.at.rglob("*")) if self.at else ()
+        needed = self.expected_bytes + (_SPARE if self.file is None else 0) - sum(there)
         if self.expected_bytes and (free := shutil.disk_usage(self.path.parent).free) < needed:
             raise SecateurError(
                 f"{self.path}: {needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room"
@@ -254,7 +296,8 @@ def _put_in_place(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, as far as that is possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -11,8 +11,8 @@ T = TypeVar("T")
 class Watcher(Protocol):
     """Whoever waits: is handed the items of a long loop and passes them on."""
 
-    def track(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """Yield the items one by one; `what` says what is being done."""
+    def track(self, items: Iterable[T], what: str, done: int = 0) -> Iterator[T]:
+        """Yield the items one by one; `what` says what is being done, and as many before them were `done` earlier."""
 
     def note(self, text: str) -> None:
         """Say one line about a choice that was made."""
@@ -29,7 +29,7 @@ def reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[
 class Silent:
     """Says nothing."""
 
-    def track(self, items: Iterable[T], what: str) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, done: int = 0) -> Iterator[T]:
         """Yield the items one by one."""
         yield from items
 

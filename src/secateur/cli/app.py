@@ -11,6 +11,7 @@ import typer
 
 from secateur import __version__
 from secateur.base.errors import SecateurError
+from secateur.cli.clean import clean
 from secateur.cli.compare import compare
 from secateur.cli.evaluate import evaluate
 from secateur.cli.export import export
@@ -37,6 +38,7 @@ app.command()(survey)
 app.command()(sizes)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(clean)
 
 # Newer typers carry a click of their own; its base class of mistakes is reached through what both export.
 _Mistake: type[Exception] = typer.BadParameter.__mro__[2]

@@ -16,7 +16,7 @@ def retrain(
     folder: PrunedFolder,
     out: OutFolder,
     training: Training,
-    running: Annotated[Running, Only(("device", "overwrite"))],
+    running: Annotated[Running, Only(("device", "overwrite", "restart"))],
 ) -> None:
     """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs the extra `lora`.
 
@@ -26,6 +26,14 @@ def retrain(
     with bars.busy("Loading torch and transformers"):
         from secateur.compare.retrain import retrain as run
 
-    done = run(folder, out, training, device=running.device, overwrite=running.overwrite, watcher=bars)
+    done = run(
+        folder,
+        out,
+        training,
+        device=running.device,
+        overwrite=running.overwrite,
+        restart=running.restart,
+        watcher=bars,
+    )
     before, after = done.perplexity
     typer.echo(f"Perplexity on rows not trained on: {before:.3f} before, {after:.3f} after. Written to {done.path}")

@@ -29,15 +29,15 @@ class Bars:
         self.seconds: dict[str, float] = {}
         """What each step has taken, in the order in which they began."""
 
-    def track(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """Show how far a loop is."""
+    def track(self, items: Iterable[T], what: str, done: int = 0) -> Iterator[T]:
+        """Show how far a loop is; so many items were done in an earlier run."""
         start = perf_counter()
         try:
-            yield from self._drawn(items, what) if log.is_terminal else _told(items, what)
+            yield from self._drawn(items, what, done) if log.is_terminal else _told(items, what, done)
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
 
-    def _drawn(self, items: Iterable[T], what: str) -> Iterator[T]:
+    def _drawn(self, items: Iterable[T], what: str, before: int) -> Iterator[T]:
         columns = (
             TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
@@ -45,7 +45,7 @@ class Bars:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=log, transient=False) as progress:
-            yield from progress.track(items, description=what)
+            yield from progress.track(items, before + length_hint(items) or None, before, description=what)
 
     def times(self) -> str:
         """Where the time went, the longest step first; empty where nothing took a second."""
@@ -61,14 +61,15 @@ class Bars:
         return log.status(f"{what} ...")
 
 
-def _told(items: Iterable[T], what: str) -> Iterator[T]:
+def _told(items: Iterable[T], what: str, before: int) -> Iterator[T]:
     """Lines about a loop: every half minute, also while one item takes longer, and one at its end."""
     total, done, start, over = length_hint(items), 0, perf_counter(), Event()
 
     def say() -> None:
         elapsed = perf_counter() - start
         left = f", about {_clock(elapsed / done * (total - done))} left" if 0 < done < total else ""
-        log.print(f"{what} {done}{f' of {total}' if total else ''}, {_clock(elapsed)}{left}", soft_wrap=True)
+        of = f" of {before + total}" if total else ""
+        log.print(f"{what} {before + done}{of}, {_clock(elapsed)}{left}", soft_wrap=True)
 
     def ticks() -> None:
         while not over.wait(EVERY):

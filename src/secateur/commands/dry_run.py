@@ -18,7 +18,6 @@ from secateur.commands.result import summary_of
 from secateur.commands.steps import draw_rows
 from secateur.commands.survey_file import survey_rows
 from secateur.criteria.registry import Criteria
-from secateur.model.arena import Arena
 from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import cache_meter, parameter_meter
@@ -134,7 +133,7 @@ def forward_rate(stream: BlockStream, text: Tensor, repeats: int = 3) -> float:
     """Operations per second, 2 n p in all, of the first block on a batch of the text; the best of a few."""
     rows = Rows.of(text[: max(1, BATCH_TOKENS // text.shape[1])])
     best = 0.0
-    with Arena() as arena, stream.quick():
+    with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
         with stream.filled(0) as layer:
             for _ in range(repeats + 1):

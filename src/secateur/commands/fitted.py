@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Generator, Iterator
 
+from secateur.base.files import digest
 from secateur.commands.open import OpenRun
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import refit
 from secateur.fit.temper import scaled, temper
 from secateur.model.arena import Activations
+from secateur.model.journal import Journal
 from secateur.plan.problem import Plan
 from secateur.survey.loss import mean_loss
 from secateur.text.draw import HELD_OUT, CalibrationRows
@@ -19,8 +21,16 @@ Judge = Callable[[Activations, Activations], None]
 class FittedBlocks(Iterator[FittedBlock]):
     """The fitted blocks of a plan, and behind the last one the scale of the final norm."""
 
-    def __init__(self, run: OpenRun, rows: CalibrationRows, decided: Plan, judge: Judge | None = None):
-        """Prepare; the first block is fitted when it is asked for. `judge` sees the streams behind the last block."""
+    def __init__(
+        self, run: OpenRun, rows: CalibrationRows, decided: Plan, journal: Journal, judge: Judge | None = None
+    ):
+        """Prepare; the first block is fitted when it is asked for.
+
+        Args:
+            journal: behind whose last block to go on.
+            judge: sees the streams behind the last block.
+        """
+        self.journal = journal
         self.norm_scale: float | None = None
         """At which the pruned model is as sure of itself as the dense one; None where no rows were left to tell."""
         self._run, self._rows, self._judge = run, rows, judge
@@ -44,6 +54,7 @@ class FittedBlocks(Iterator[FittedBlock]):
             dtype=run.dtype,
             watcher=run.watcher,
             judge=self._behind if judged else None,
+            journal=self.journal,
         )
 
     def _behind(self, dense: Activations, pruned: Activations) -> None:
@@ -53,6 +64,11 @@ class FittedBlocks(Iterator[FittedBlock]):
             self.norm_scale = temper(self._run.stream, rows.groups, group, dense, pruned)
         if self._judge is not None:
             self._judge(dense, pruned)
+
+
+def key_of(decided: Plan) -> str:
+    """What tells a plan from others."""
+    return digest(repr((decided.widths, decided.units)))
 
 
 def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> float:
@@ -65,7 +81,7 @@ def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> floa
         losses.append(mean_loss(stream, groups, last, dense))
         losses.append(mean_loss(stream, groups, last, pruned, norm))
 
-    blocks = FittedBlocks(run, rows, decided, judge)
+    blocks = FittedBlocks(run, rows, decided, run.journal(f"trial-{key_of(decided)}"), judge)
     for _ in blocks:
         pass
     ratio = math.exp(losses[1] - losses[0])

@@ -1,7 +1,8 @@
 """The first step: a model opened, and everything found that is wrong with what is asked of it."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.run_folder import GROWING, RunFolder, state_of
 from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
 from secateur.criteria.registry import Criteria, UnitScores
@@ -20,6 +22,7 @@ from secateur.fit.recovery import Recovery
 from secateur.formats.gguf_architectures import TYPES, check_type
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
@@ -48,6 +51,16 @@ class OpenRun:
     started: float
     gradients: dict[str, UnitScores] = field(default_factory=dict)
     """Scores from backward passes that were made, by what they are for."""
+    state: RunFolder | None = None
+    """Where what is done is kept, to go on from after a stop; None where nothing is."""
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A finding as JSON holds it, made unless it has been kept."""
+        return make() if self.state is None else self.state.once(name, make)
+
+    def journal(self, name: str) -> Journal:
+        """Of a long step on the way to a finding, or of the fit."""
+        return Journal(None if self.state is None else self.state.folder(name))
 
     @property
     def row_request(self) -> RowRequest:
@@ -160,7 +173,8 @@ def _check_size(stream: BlockStream, out: Path, options: Options, running: Runni
     file, checkpoint = options.format == "gguf", stream.checkpoint
     # The folder that comes before a GGUF file lies beside it, with a name like this one.
     place = out.with_name(f".{out.name}.folder") if file else out
-    output = model_output(stream, place, None, overwrite=running.overwrite, dtype=dtype)
+    growing = state_of(out.expanduser().resolve()) / GROWING
+    output = replace(model_output(stream, place, None, overwrite=running.overwrite, dtype=dtype), at=growing)
     if file:
         # Both are there for a moment.
         output.expected_bytes += int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[options.type].bytes)

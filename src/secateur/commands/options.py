@@ -375,6 +375,7 @@ class Running:
     )
     dry_run: bool = option(False, OUTPUT, "Print sizes, memory and time to expect; OUT is not written.")
     overwrite: bool = option(False, OUTPUT, "Replace what is there already under the name of an output.")
+    restart: bool = option(False, OUTPUT, "Begin anew where an earlier run to OUT was stopped; without it, it goes on.")
     device: str = option(
         "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
     )

@@ -7,6 +7,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.dry_run import expect
 from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
+from secateur.commands.resume import resumable
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
 from secateur.report.summary import Summary
 
@@ -22,6 +23,8 @@ def prune(
 ) -> Summary:
     """Prune a model in one shot and write the smaller one.
 
+    A run that is stopped, by whatever, goes on where it was when it is called again: its state stands beside `out`.
+
     Args:
         model: a folder, a .gguf file or a hub id.
         out: the folder, or the .gguf file, to write; it appears whole or not at all.
@@ -33,8 +36,9 @@ def prune(
     run = open_model(model, options, running, out=Path(out), watcher=watcher, **settings)
     if run.running.dry_run:
         return expect(run)
-    rows = draw_rows(run)
-    findings = survey_model(run, rows)
-    plan = plan_widths(run, rows, findings)
-    blocks = fit_blocks(run, rows, plan)
-    return write_model(run, rows, plan, blocks, out)
+    with resumable(run, Path(out)) as run:
+        rows = draw_rows(run)
+        findings = survey_model(run, rows)
+        plan = plan_widths(run, rows, findings)
+        blocks = fit_blocks(run, rows, plan)
+        return write_model(run, rows, plan, blocks, out)

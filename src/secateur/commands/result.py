@@ -56,9 +56,9 @@ def summary_of(
 
 
 def record(
-    run: OpenRun, rows: CalibrationRows, decided: Plan, done: list[FittedBlock], norm_scale: float | None
+    run: OpenRun, rows: CalibrationRows, decided: Plan, done: list[dict[str, Any]], norm_scale: float | None
 ) -> dict[str, Any]:
-    """The contents of secateur.json."""
+    """The contents of secateur.json; `done` are the `block_record`s."""
     stream, groups = run.stream, rows.groups
     found = {
         "secateur": secateur.__version__,
@@ -82,18 +82,20 @@ def record(
         },
         "price": decided.price,
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
-        "blocks": [
-            {
-                "block": block.index,
-                "width": asdict(decided.widths[block.index]),
-                "heads": list(block.keep.heads),
-                "channels": list(block.keep.channels),
-                "modules": [asdict(report) for report in block.reports],
-            }
-            for block in done
-        ],
+        "blocks": done,
     }
     return found | ({"similarity": decided.similar.as_dict()} if decided.similar else {})
+
+
+def block_record(decided: Plan, block: FittedBlock) -> dict[str, Any]:
+    """What became of one block."""
+    return {
+        "block": block.index,
+        "width": asdict(decided.widths[block.index]),
+        "heads": list(block.keep.heads),
+        "channels": list(block.keep.channels),
+        "modules": [asdict(report) for report in block.reports],
+    }
 
 
 def _peak_memory(device: torch.device) -> int:

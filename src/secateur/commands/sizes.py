@@ -13,7 +13,7 @@ from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.request import check_request
 from secateur.commands.result import summary_of
-from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
+from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, rewrite_rows, survey_model, write_model
 from secateur.commands.survey_file import check_survey_file
 from secateur.measure.compare import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
@@ -79,7 +79,7 @@ def sizes(
         if new:
             out.rmdir()
         raise
-    rows = plain.with_copies(last.stream, last.watcher)
+    rows = rewrite_rows(last, plain)
     weighing = next((run for run in runs if run.request.needs_survey), last)
     if own:
         # What this command put there is its own to replace.

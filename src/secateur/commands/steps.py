@@ -4,21 +4,23 @@ import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.base.run_folder import GROWING
 from secateur.base.words import counted
-from secateur.commands.fitted import FittedBlocks, perplexity_ratio
+from secateur.commands.fitted import FittedBlocks, key_of, perplexity_ratio
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
-from secateur.commands.result import record, summary_of
+from secateur.commands.result import block_record, record, summary_of
+from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.similarity import SimilarHeads, find_similar_heads
-from secateur.fit.average import FittedBlock
 from secateur.fit.temper import scaled
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
@@ -31,6 +33,7 @@ from secateur.report.summary import Summary
 from secateur.survey.curves import Survey, save_survey
 from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows, draw
+from secateur.text.rewrite import rewritten
 from secateur.write.export import export
 from secateur.write.write import slice, write
 
@@ -66,10 +69,25 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
         begins_with_bos=run.begins_with_bos,
         dry=dry,
         watcher=run.watcher,
+        once=run.once,
     )
     check_survey_file(run, rows.text)
+    check_rows(run, rows)
     _describe(run, rows)
-    return rows if dry or not fitted else rows.with_copies(run.stream, run.watcher)
+    return rows if dry or not fitted else rewrite_rows(run, rows)
+
+
+def rewrite_rows(run: OpenRun, rows: CalibrationRows) -> CalibrationRows:
+    """The rows with their copies, which one pass of the dense model rewrites; as they are where no fit asks."""
+    copies, seed = rows.request.copies, rows.request.seed
+    if not copies:
+        return rows
+
+    def made() -> list[Any]:
+        how: dict[str, Any] = {"copies": copies, "seed": seed, "watcher": run.watcher}
+        return rewritten(run.stream, rows.fitted, **how, journal=run.journal("copies")).tolist()
+
+    return replace(rows, copies=torch.tensor(run.once("copies", made)))
 
 
 def _describe(run: OpenRun, rows: CalibrationRows) -> None:
@@ -104,18 +122,23 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
         return replace(found, survey=read_survey(run, file, wanted))
     few, probe_rows = survey_rows(rows.text)
     fitted = Rows.of(few) if rows.sigma is None else Rows.of(few).scored_by(Rows.of(rows.sigma))
-    made = survey(
-        run.stream,
-        fitted,
-        probe_rows=probe_rows,
-        blocks=run.request.chosen,
-        kinds=run.options.kinds,
-        criterion=run.criteria("survey", fitted, found.similar, blocks=run.request.chosen),
-        ridge=run.options.ridge,
-        seed=run.options.seed,
-        watcher=run.watcher,
-    )
-    made = replace(made, asked=wanted)
+
+    def made_anew() -> dict[str, Any]:
+        result = survey(
+            run.stream,
+            fitted,
+            probe_rows=probe_rows,
+            blocks=run.request.chosen,
+            kinds=run.options.kinds,
+            criterion=run.criteria("survey", fitted, found.similar, blocks=run.request.chosen),
+            ridge=run.options.ridge,
+            seed=run.options.seed,
+            watcher=run.watcher,
+            journal=run.journal("survey"),
+        )
+        return asdict(result)
+
+    made = replace(Survey.of(run.once("survey", made_anew)), asked=wanted)
     if file is not None:
         save_survey(made, file)
     return replace(found, survey=made)
@@ -134,17 +157,22 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
 
 def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBlocks:
     """Choose and refit the units of the plan's blocks, in order, as they are asked for."""
-    return FittedBlocks(run, rows, decided)
+    name = f"fit-{key_of(decided)}"
+    if run.state is not None and not (run.state.path / GROWING).exists():
+        # Its blocks are gone: what was written had just been put in place.
+        shutil.rmtree(run.state.folder(name), ignore_errors=True)
+    return FittedBlocks(run, rows, decided, run.journal(name))
 
 
 def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
     """Write the pruned model with its record; it appears whole or not at all."""
-    stream, options, out = run.stream, run.options, Path(out)
-    done: list[FittedBlock] = []
+    stream, options, out, journal = run.stream, run.options, Path(out), blocks.journal
+    done: list[dict[str, Any]] = journal.found.get("blocks", [])
+    journal.beside["blocks"] = lambda: done
 
     def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         for block in blocks:
-            done.append(FittedBlock(block.index, block.keep, {}, block.reports))
+            done.append(block_record(decided, block))
             yield block.index, slice(stream, block, dtype=run.dtype)
 
     def timings() -> dict[str, float]:
@@ -156,25 +184,34 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         "timings.json": timings,
     }
     file = options.format == "gguf"
-    folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if file else out
+    folder, at = out, None
+    if run.state is not None:
+        folder, at = run.state.path / "folder" if file else out, run.state.path / GROWING
+    elif file:
+        folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}")
     try:
         # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
         with closing(sliced()) as tensors, closing(blocks):
-            write(
-                stream,
-                folder,
-                decided,
-                tensors,
-                format=run.request.format,
-                dtype=run.dtype,
-                overwrite=run.running.overwrite and not file,
-                records=records,
-                late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
-            )
+            if not (file and folder.exists()):
+                write(
+                    stream,
+                    folder,
+                    decided,
+                    tensors,
+                    format=run.request.format,
+                    dtype=run.dtype,
+                    overwrite=run.running.overwrite and not file,
+                    records=records,
+                    late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
+                    journal=journal,
+                    at=at,
+                )
         if file:
-            export(folder, out, type=options.type, overwrite=run.running.overwrite, watcher=run.watcher)
+            growing = None if run.state is None else run.state.path / out.name
+            how: dict[str, Any] = {"overwrite": run.running.overwrite, "watcher": run.watcher, "at": growing}
+            export(folder, out, type=options.type, **how)
     finally:
-        if file:
+        if file and run.state is None:
             shutil.rmtree(folder, ignore_errors=True)
     return summary_of(run, rows, decided)
 
@@ -208,7 +245,8 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
         assert found.survey is not None
 
         def loss(one: Plan) -> float:
-            return perplexity_ratio(run, rows, checked(one))
+            one = checked(one)
+            return float(run.once(f"trial-{key_of(one)}", lambda: perplexity_ratio(run, rows, one)))
 
         return checked(smallest_within(problem, options.widths, found.survey, problem.goal.value, loss))
     return checked(plan(problem, options.widths, found.survey))

@@ -10,6 +10,7 @@ from secateur.base.files import Output
 from secateur.base.progress import Watcher
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, Running, spelled
+from secateur.commands.resume import resumable
 from secateur.commands.steps import draw_rows, survey_model
 from secateur.criteria.head_distances import head_distances
 from secateur.plan.plan import check_reach, plan
@@ -46,7 +47,15 @@ def survey_page(
         out, overwrite=running.overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
     )
     folder.check()
-    run = open_model(model, replace(options, sparsity=ANY_SHARE), running, watcher=watcher)
+    opened = open_model(model, replace(options, sparsity=ANY_SHARE), running, watcher=watcher)
+    with resumable(opened, out) as run:
+        return _surveyed(run, model, out, folder, options, running)
+
+
+def _surveyed(
+    run: OpenRun, model: str | Path, out: Path, folder: Output, options: Options, running: Running
+) -> Surveyed:
+    """The survey and its page, written; see `survey_page`."""
     rows = draw_rows(run, fitted=False)
     found = survey_model(run, rows).survey
     assert found is not None

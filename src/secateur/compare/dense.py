@@ -20,7 +20,6 @@ from secateur.compare.recipe import Recipe
 from secateur.compare.run_store import RunStore
 from secateur.compare.tables import write_table
 from secateur.criteria.head_distances import head_distances
-from secateur.model.arena import Arena
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
@@ -84,7 +83,7 @@ def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | N
         SecateurError: a block gives NaN or infinite values.
     """
     rows, result = Rows.of(rows), []
-    with Arena() as arena:
+    with stream.arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in (watcher or Silent()).track(range(len(stream)), "Measure"):
             block = stream.blocks[index]

@@ -20,7 +20,8 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, hash_of, parse_json
 from secateur.base.progress import Silent, Watcher, reading
-from secateur.compare.train import Place, adapted_layers, train, trained
+from secateur.base.run_folder import RunFolder
+from secateur.compare.train import adapted_layers, train, trained
 from secateur.compare.training import Training
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.measure import compare, perplexity
@@ -54,6 +55,7 @@ def retrain(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    restart: bool = False,
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Retrained:
@@ -67,6 +69,7 @@ def retrain(
         training: how; or give any of its fields by name (`epochs=1`, ...).
         device: `auto`, where the Trainer takes a GPU if there is one, or `cpu`.
         overwrite: replace a model folder that is at `out`.
+        restart: begin anew where an earlier training was stopped.
 
     Raises:
         SecateurError: peft is missing, the folder is not one of ours, the teacher does not fit it, the text is too
@@ -88,7 +91,6 @@ def retrain(
     asked = {name: value for name, value in asdict(training).items() if name != "teacher"}
     asked |= {"model": checkpoint.fingerprint, "text": hash_of(rows), "version": secateur.__version__}
     asked["teacher"] = None if teacher is None else teacher.fingerprint
-    place = Place(target.path.with_name(f".{target.path.name}.training"), asked)
     with watcher.busy(f"Loading {folder}"):
         network = compare.load(checkpoint, torch.float32, where)
     if not adapted_layers(network):
@@ -98,10 +100,10 @@ def retrain(
         with watcher.busy(f"Loading {training.teacher}"):
             dense = compare.load(teacher, torch.float32, where)
     before = perplexity(network, held_out).perplexity
-    with place:
+    with RunFolder(target.path, asked, restart=restart) as state:
         with torch.random.fork_rng():
             set_seed(training.seed)
-            losses, adapted = train(network, dense, fitted, training, where, place, watcher)
+            losses, adapted = train(network, dense, fitted, training, where, state.folder("training"), watcher)
         del dense
         changed: dict[str, Tensor] = {}
         for name in trained(network, training.rank):

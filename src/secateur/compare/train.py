@@ -9,7 +9,6 @@ behind each block is from the dense one, relative to that:
 The state is kept in a folder as it goes, so that a training that was killed goes on from there.
 """
 
-import shutil
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -20,13 +19,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
 from secateur.compare.training import Training
 from secateur.model.families import family_of
-from secateur.write.write import write_json
 
 SCALE = 2
 """The adapters' product counts so many times over its rank: alpha = 2 r, as in LLM-Pruner."""
@@ -34,48 +30,8 @@ DROPOUT = 0.05
 """Share of an adapter's inputs left out in a step, as in LLM-Pruner."""
 KEPT = 10
 """The state is written so many times in a training."""
-ASKED, STATE = "asked.json", "trainer_state.json"
-"""What the training in a folder is of; what the Trainer writes last of a state."""
-
-
-class Place:
-    """The folder in which a training keeps its state."""
-
-    def __init__(self, path: Path, asked: dict[str, Any]):
-        """Made on entering, gone on leaving unless there is a state to go on from.
-
-        Args:
-            path: the folder.
-            asked: all that decides the result.
-
-        Raises:
-            SecateurError: another training was begun there.
-        """
-        self.path, self.asked = path, asked
-        if self.states():
-            there = parse_json((path / ASKED).read_text(encoding="utf-8"))
-            other = sorted(name for name in asked if there.get(name) != asked[name])
-            if other:
-                raise SecateurError(
-                    f"{path} holds a training with another {' and '.join(other)}: go on with that, or delete the folder"
-                )
-
-    def states(self) -> list[Path]:
-        """Whole states, the newest last."""
-        if not (self.path / ASKED).is_file():
-            return []
-        found = [file.parent for file in self.path.glob(f"checkpoint-*/{STATE}")]
-        return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
-
-    def __enter__(self) -> "Place":
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / ASKED, self.asked)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What we object to would come again; what was interrupted, or found no room, goes on.
-        if kind is None or issubclass(kind, SecateurError) or not self.states():
-            shutil.rmtree(self.path, ignore_errors=True)
+STATE = "trainer_state.json"
+"""What the Trainer writes last of a state."""
 
 
 def train(
@@ -84,7 +40,7 @@ def train(
     rows: Tensor,
     training: Training,
     where: torch.device,
-    place: Place,
+    folder: Path,
     watcher: Watcher,
 ) -> tuple[tuple[float, ...], int]:
     """Train a network in place: the loss of every step, and how many parameters were trained.
@@ -92,6 +48,7 @@ def train(
     Args:
         teacher: the dense model, on the same device; None to learn the text itself.
         rows: what it is trained on (rows x length).
+        folder: where the state is kept, and gone on with.
     """
     steps = training.epochs * -(-len(rows) // training.batch)
     bar = cast("Generator[int, None, None]", watcher.track(range(steps), "Retrain"))
@@ -124,7 +81,7 @@ def train(
         adapted = _adapted(network, training.rank)
         count = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
         arguments = TrainingArguments(
-            output_dir=str(place.path),
+            output_dir=str(folder),
             num_train_epochs=training.epochs,
             per_device_train_batch_size=training.batch,
             learning_rate=training.learning_rate,
@@ -142,8 +99,8 @@ def train(
         trainer = Distiller(model=adapted, args=arguments, train_dataset=data, callbacks=[Progress()])
         # It prints every step's figures.
         trainer.remove_callback(PrinterCallback)
-        states = place.states()
-        trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
+        states = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda file: int(file.parent.name.split("-")[1]))
+        trainer.train(resume_from_checkpoint=str(states[-1].parent) if states else None)
         next(bar, None)
         if adapted is not network:
             adapted.merge_and_unload()

@@ -18,7 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
-from secateur.model.arena import Arena
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
@@ -78,7 +77,7 @@ def head_distances(
     watcher, rows = watcher or Silent(), Rows.of(rows)
     counted = sum(weight * group.numel() for group, weight in zip(rows.groups, rows.weights, strict=True))
     found: dict[int, Tensor] = {}
-    with Arena() as arena, _implementation(stream.model.config) as use:
+    with stream.arena() as arena, _implementation(stream.model.config) as use:
         # Masks as the eager function wants them: others may be left out where a kernel knows them.
         use("eager")
         hidden = stream.embed(rows, arena)

@@ -15,7 +15,8 @@ from secateur.base.progress import Silent, Watcher
 from secateur.fit.average import FittedBlock, mean_of, put_in
 from secateur.fit.block import BlockState, DenseBlock, Method
 from secateur.fit.module import ModuleState
-from secateur.model.arena import Activations, Arena
+from secateur.model.arena import Activations
+from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Keep, Kind, Width
@@ -32,6 +33,7 @@ def refit(
     dtype: torch.dtype | None = None,
     watcher: Watcher | None = None,
     judge: Callable[[Activations, Activations], None] | None = None,
+    journal: Journal | None = None,
 ) -> Generator[FittedBlock, None, None]:
     """Prune and refit the plan's blocks in order, each seeing what the pruned ones before it produce.
 
@@ -44,22 +46,25 @@ def refit(
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
             run along; blocks behind the plan's last one are then run as well.
+        journal: behind whose last block to go on, and that keeps each block once the next one is asked for.
 
     Raises:
         SecateurError: where activations are NaN or infinite, with the block and the module.
     """
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype
-    watcher = watcher or Silent()
+    watcher, journal = watcher or Silent(), journal or Journal()
     rows = Rows.of(rows)
-    with Arena() as arena, stream.quick():
+    with stream.arena() as arena, stream.quick():
         dense = stream.embed(rows, arena)
         counted, beside = rows.counted(), rows.counted(False)
         # Each fit has a pruned stream of its own, and so have the rows that follow the averaged model.
         fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
         follow = [] if judge is None else [(beside, arena.copy(beside, dense))]
+        streams = [dense, *(pruned for _, pruned in (*fits, *follow))]
+        journal.restore(streams)
         stop = max(plan.widths) + 1 if judge is None else len(stream)
-        for index in watcher.track(range(stop), "Prune"):
+        for index in watcher.track(range(journal.done, stop), "Prune", journal.done):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
                     stream.advance(index, layer, rows, dense)
@@ -87,6 +92,7 @@ def refit(
                 # The dense weights must not stay in memory while the caller works on the block.
                 del layer, found
             yield fitted
+            journal.keep(index + 1, streams)
         for _, pruned in follow:
             assert judge is not None
             judge(dense, pruned)

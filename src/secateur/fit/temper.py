@@ -50,7 +50,7 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     totals = [0.0] * len(SCALES)
     with stream.head() as head:
         for row in range(len(ids)):
-            wanted, found = (streams.parts[group][row, STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
+            wanted, found = (streams.parts[group][row][STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
             logs = head(wanted).log_softmax(-1)
             shares = logs.exp()
             for number, norm in enumerate(norms):

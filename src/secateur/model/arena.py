@@ -3,25 +3,84 @@
 import math
 import os
 import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
 
+import psutil
 import torch
 from torch import Tensor
 
 from secateur.model.rows import Batch, Rows
 
+PIECE = 2**24
+"""Bytes that are read or written at once where a whole group of rows goes through memory."""
+
+
+class FileRows:
+    """A tensor in a file, reached by its first axis.
+
+    Read into memory of its own and never mapped: pages of a mapped file count as resident.
+    """
+
+    def __init__(self, folder: Path | None, shape: tuple[int, ...], dtype: torch.dtype):
+        """Make the file, without a name: it is gone with the process, whatever ends that."""
+        self.shape, self.dtype = shape, dtype
+        self._row = math.prod(shape[1:]) * dtype.itemsize
+        self._file, path = tempfile.mkstemp(dir=folder)
+        self.close = weakref.finalize(self, os.close, self._file)
+        """Gives the room back."""
+        os.unlink(path)
+        os.ftruncate(self._file, shape[0] * self._row)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> Tensor:
+        """Some rows, copied."""
+        if isinstance(rows, int):
+            return self[rows : rows + 1][0]
+        start, stop, _ = rows.indices(len(self))
+        result = torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
+        view, place = memory_of(result), start * self._row
+        while view:
+            count = os.preadv(self._file, [view], place)
+            view, place = view[count:], place + count
+        return result
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        """Write some rows."""
+        view, place = memory_of(values.to(self.dtype)), rows.indices(len(self))[0] * self._row
+        while view:
+            count = os.pwrite(self._file, view, place)
+            view, place = view[count:], place + count
+
 
 class Activations:
-    """One vector for each token of some `Rows`, on the host; read and written by the batch (b x t x width)."""
+    """One vector for each token of some `Rows`, on the host; read and written by the batch (b x t x width).
 
-    def __init__(self, parts: list[Tensor]):
+    `parts` has a tensor for each group of rows (rows x t x width), or what reads and writes one in a file.
+    """
+
+    def __init__(self, parts: list[Tensor | FileRows]):
         self.parts = parts
 
     def __getitem__(self, at: Batch) -> Tensor:
         return self.parts[at.group][at.rows]
 
     def __setitem__(self, at: Batch, values: Tensor) -> None:
-        part = self.parts[at.group][at.rows]
-        part.copy_(values.reshape(part.shape))
+        part = self.parts[at.group]
+        shape = (at.rows.stop - at.rows.start, *part.shape[1:])
+        part[at.rows] = values.detach().reshape(shape).cpu()
+
+    def pieces(self) -> Iterator[tuple[Tensor | FileRows, slice]]:
+        """All rows in order, in pieces that fit into memory."""
+        for part in self.parts:
+            size = math.prod(part.shape[1:]) * part.dtype.itemsize
+            step = max(1, PIECE // max(1, size))
+            for start in range(0, len(part), step):
+                yield part, slice(start, min(start + step, len(part)))
 
     def energy(self, rows: Rows, scale: Tensor | None = None) -> float:
         """Sum of the squared norms, each token counted by its weight, and each entry by a scale (width)."""
@@ -31,15 +90,19 @@ class Activations:
 
 
 class Arena:
-    """Room for activations: in memory up to a limit, in temporary files beyond it."""
+    """Room for activations: in memory up to a limit, in files beyond it, which are closed on leaving."""
 
-    def __init__(self, limit: int | None = None):
-        """Start empty; the default limit in bytes is a quarter of the machine's memory."""
-        quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-        self.limit = quarter if limit is None else limit
+    def __init__(self, limit: int | None = None, folder: Path | None = None):
+        """Start empty.
+
+        Args:
+            limit: bytes in memory, by default a quarter of the machine's.
+            folder: for the files; by default the system's for temporary ones.
+        """
+        self.limit = psutil.virtual_memory().total // 4 if limit is None else limit
+        self.folder = folder
         self.used = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+        self._files: weakref.WeakSet[FileRows] = weakref.WeakSet()
 
     def empty(self, rows: Rows, width: int, dtype: torch.dtype = torch.float32) -> Activations:
         """Uninitialised activations of some rows."""
@@ -55,27 +118,31 @@ class Arena:
     def release(self, activations: Activations) -> None:
         """Give their room back; they must not be used any more."""
         for part in activations.parts:
-            file = part.untyped_storage().filename
-            if file:
-                os.unlink(file)
+            if isinstance(part, FileRows):
+                part.close()
             else:
                 self.used -= part.numel() * part.element_size()
         activations.parts = []
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = math.prod(shape)
-        if self.used + dtype.itemsize * count <= self.limit:
-            self.used += dtype.itemsize * count
-            return torch.empty(shape, dtype=dtype)
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
-        self._files += 1
-        path = os.path.join(self._folder.name, str(self._files))
-        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | FileRows:
+        size = dtype.itemsize * math.prod(shape)
+        if self.used + size > self.limit:
+            self._files.add(file := FileRows(self.folder, shape, dtype))
+            return file
+        self.used += size
+        return torch.empty(shape, dtype=dtype)
 
     def __enter__(self) -> "Arena":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An error holds on to what it went through.
+        for file in self._files:
+            file.close()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host, in order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -162,6 +162,10 @@ class BlockStream:
         """Products of float32 matrices as `quick` has them; for sums over tokens."""
         return rounded_products(self.device, self.products)
 
+    def arena(self) -> Arena:
+        """Room for activations, within what this model may take."""
+        return Arena()
+
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.
 

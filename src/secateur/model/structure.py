@@ -6,7 +6,6 @@ attention, channels from the feed-forward. A `Slab` says which part of a stored 
 """
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,10 +110,6 @@ class Depth2:
     def free_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
         return self.post_norm is None
-
-    def gains_bias(self, tensors: Collection[str]) -> bool:
-        """Whether a block's new tensors hold a level-2 bias that the stock class lacks."""
-        return self.bias is None and self.bias_name in tensors
 
     def steps(self, pattern: Pattern) -> int:
         """How many steps of width a pattern has: groups, heads per group, or channels."""

@@ -27,6 +27,11 @@ class Curve:
     """Units as they leave: key/value groups, query heads (one of every group in turn) or channels. What never leaves
     alone is not in it."""
 
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> "Curve":
+        """From its fields as JSON holds them."""
+        return cls(**{**raw, "errors": tuple(raw["errors"]), "order": tuple(raw["order"])})
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -54,6 +59,12 @@ class Survey:
     asked: dict[str, Any] | None = None
     """What decides the result besides the code: the weights' fingerprint, and the options that matter."""
 
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> "Survey":
+        """From its fields as JSON holds them."""
+        curves, probes = map(Curve.of, raw["curves"]), (Probe(**probe) for probe in raw["probes"])
+        return cls(**raw | {"curves": tuple(curves), "probes": tuple(probes)})
+
 
 def save_survey(survey: Survey, path: Path) -> None:
     """Write survey.json."""
@@ -71,13 +82,8 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
         SecateurError: it is no survey, or one of another model or with other options.
     """
     try:
-        raw = parse_json(path.read_text(encoding="utf-8"))
-        curves = tuple(
-            Curve(**{**curve, "errors": tuple(curve["errors"]), "order": tuple(curve["order"])})
-            for curve in raw.pop("curves")
-        )
-        probes = tuple(Probe(**probe) for probe in raw.pop("probes"))
-        survey = Survey(curves=curves, probes=probes, **raw)
+        survey = Survey.of(parse_json(path.read_text(encoding="utf-8")))
+        curves, probes = survey.curves, survey.probes
         found = dict(survey.asked or {})
         figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
         figures += [curve.energy for curve in curves]

@@ -19,7 +19,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.criteria.llm_pruner import scored_weights
 from secateur.criteria.registry import Criteria, UnitScores
-from secateur.model.arena import Activations, Arena
+from secateur.model.arena import Activations
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Kind
@@ -88,7 +88,7 @@ def gradients(
     watcher = watcher or Silent()
     rows = _predicting(Rows.of(rows))
     count = len(stream)
-    with Arena() as arena:
+    with stream.arena() as arena:
         hidden = stream.embed(rows, arena)
         inputs: dict[int, Activations] = {}
         order = [*range(count), *reversed(range(blocks.start, count))]

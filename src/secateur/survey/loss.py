@@ -32,7 +32,7 @@ def mean_loss(
     ids = rows.groups[group]
     total, count = 0.0, 0
     with stream.head() as head, stream.replaced(norm or {}):
-        for row, states in zip(ids, hidden.parts[group], strict=True):
-            total += float(summed_loss(head, row, states))
+        for place, row in enumerate(ids):
+            total += float(summed_loss(head, row, hidden.parts[group][place]))
             count += len(row) - 1
     return total / count

@@ -7,7 +7,9 @@ Kullback-Leibler divergence of the logits from the dense model's says what that 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +45,13 @@ class Cut:
 class Probes:
     """Perturbed streams on their way through the model."""
 
-    def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena):
-        """Prepare for the rows of one group of `rows`; nothing runs yet."""
+    def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena, begun: Sequence[dict[str, Any]] = ()):
+        """Prepare for the rows of one group of `rows`; `begun` are probes of an earlier run, with room for them."""
         self.stream, self.group, self.arena = stream, group, arena
         self.rows = Rows((rows.groups[group],), (1.0,))
-        self.begun: list[Probe] = []
+        self.begun = [Probe(**one) for one in begun]
         """One for each stream, its divergence still unknown."""
-        self.hidden: list[Activations] = []
+        self.hidden: list[Activations] = [arena.empty(self.rows, stream.width) for _ in begun]
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
@@ -84,7 +86,7 @@ class Probes:
         with self.stream.head() as head:
             for row in watcher.track(range(rows), "Price"):
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
-                streams = torch.stack([part[row, STRIDE - 1 :: STRIDE] for part in parts])
+                streams = torch.stack([part[row][STRIDE - 1 :: STRIDE] for part in parts])
                 tokens, shares = some_tokens(head(streams[0]), dice)
                 for place, (some, weights) in enumerate(zip(tokens, shares, strict=True)):
                     with self.stream.fewer_logits(some):

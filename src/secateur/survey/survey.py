@@ -8,7 +8,7 @@ where a module alone is cut to a few widths (`secateur.survey.probes`), on rows 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from secateur.base.progress import Silent, Watcher
 from secateur.criteria.order import error_curve, survivors
 from secateur.criteria.registry import Criteria, Criterion
 from secateur.criteria.statistics import Statistics
-from secateur.model.arena import Arena
+from secateur.model.journal import Journal
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
@@ -43,6 +43,7 @@ def survey(
     ridge: float = 0.3,
     seed: int = 0,
     watcher: Watcher | None = None,
+    journal: Journal | None = None,
 ) -> Survey:
     """Measure every module's error at every width.
 
@@ -51,17 +52,20 @@ def survey(
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         criterion: the order in which units leave: criteria by name, or made ready.
         ridge: of the refit that the error assumes.
+        journal: behind whose last block to go on.
     """
     blocks = blocks if blocks is not None else range(len(stream))
-    watcher, criteria = watcher or Silent(), Criteria.of(criterion)
-    curves: list[Curve] = []
+    watcher, journal, criteria = watcher or Silent(), journal or Journal(), Criteria.of(criterion)
+    curves = [Curve.of(one) for one in journal.found.get("curves", [])]
     fitted = Rows.of(rows)
     rows = fitted if probe_rows is None else fitted.along(probe_rows)
     probed = len(fitted.groups)
-    with Arena() as arena, stream.quick():
+    with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
-        probes = None if probe_rows is None else Probes(stream, rows, probed, arena)
-        for index in watcher.track(range(blocks.stop if probes is None else len(stream)), "Survey"):
+        probes = None if probe_rows is None else Probes(stream, rows, probed, arena, journal.found.get("probes", []))
+        journal.restore([hidden, *(probes.hidden if probes else [])])
+        stop = blocks.stop if probes is None else len(stream)
+        for index in watcher.track(range(journal.done, stop), "Survey", journal.done):
             with stream.filled(index) as layer:
                 if probes is not None:
                     probes.advance(index, layer)
@@ -80,7 +84,7 @@ def survey(
                     )
                     for kind in kinds
                 ]
-                before = None if probes is None else hidden.parts[probed].clone()
+                before = None if probes is None else hidden.parts[probed][:].clone()
                 for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
                     hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
@@ -106,7 +110,13 @@ def survey(
                         x = torch.cat(collector.seen)
                         for cut in cuts:
                             probes.begin(layer, before, collector.output(x, cut, tensors), cut)
-        prices = () if probes is None else tuple(probes.finish(hidden.parts[probed], watcher))
+            journal.keep(
+                index + 1,
+                [hidden, *(probes.hidden if probes else [])],
+                curves=[asdict(curve) for curve in curves],
+                probes=[asdict(probe) for probe in probes.begun] if probes else [],
+            )
+        prices = () if probes is None else tuple(probes.finish(hidden.parts[probed][:], watcher))
     return Survey(criteria.choice.text, ridge, fitted.tokens, tuple(curves), prices)
 
 

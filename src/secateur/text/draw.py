@@ -1,16 +1,17 @@
 """The rows of a run: which come from where, and what each of them is for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.base.progress import Watcher, reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.text.calibration import calibration_rows
-from secateur.text.rewrite import rewritten
 from secateur.text.self_calibration import self_rows
 from secateur.text.sources import RANDOM, SELF
 
@@ -94,13 +95,6 @@ class CalibrationRows:
         plain = self.begins_with_bos or not self.request.fits
         return Rows.of(rows) if plain else Rows.of(rows).with_openings()
 
-    def with_copies(self, stream: BlockStream, watcher: Watcher) -> "CalibrationRows":
-        """These rows with their copies, which one pass of the dense model rewrites; as they are where no fit asks."""
-        copies, seed = self.request.copies, self.request.seed
-        if not copies:
-            return self
-        return replace(self, copies=rewritten(stream, self.fitted, copies=copies, seed=seed, watcher=watcher))
-
     def with_blank_copies(self) -> "CalibrationRows":
         """These rows with as many copies as a run has; what is in them does not count."""
         copies = self.request.copies
@@ -115,6 +109,7 @@ def draw(
     begins_with_bos: bool,
     dry: bool = False,
     watcher: Watcher,
+    once: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
 ) -> CalibrationRows:
     """Read, draw or write all rows of a run, their copies aside.
 
@@ -124,6 +119,7 @@ def draw(
         request: what is needed.
         begins_with_bos: whether the tokenizer puts BOS in front of a text.
         dry: only the number of rows matters: random ids stand for what the model would write.
+        once: keeps what the model writes, by a name, for a run that is gone on with.
 
     Raises:
         SecateurError: a source that cannot be read or is too short, or a model that cannot write.
@@ -136,7 +132,10 @@ def draw(
         how: dict[str, Any] = {"samples": count, "length": request.length, "seed": request.seed}
         checkpoint, text = stream.checkpoint, RANDOM if source == SELF else source
         if source == SELF and not dry:
-            return self_rows(checkpoint, tokenizer, **how, device=stream.device, watcher=watcher)
+            where: dict[str, Any] = {"device": stream.device, "watcher": watcher}
+            return torch.tensor(
+                once(f"written-{option}", lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
+            )
         if source == SELF:
             watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
         how |= {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}

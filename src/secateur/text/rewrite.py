@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
-from secateur.model.arena import Arena
+from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
@@ -22,34 +22,43 @@ SHARE = 0.5
 
 
 def rewritten(
-    stream: BlockStream, text: Tensor, *, copies: int = 1, seed: int = 0, watcher: Watcher | None = None
+    stream: BlockStream,
+    text: Tensor,
+    *,
+    copies: int = 1,
+    seed: int = 0,
+    watcher: Watcher | None = None,
+    journal: Journal | None = None,
 ) -> Tensor:
     """Rows that the dense model has partly written.
 
     Args:
         text: token ids (rows x length).
         copies: how often each row is rewritten, each time with draws of its own, which more copies do not change.
+        journal: behind whose last block to go on.
 
     Returns:
         Token ids (copies x rows x length); first tokens stay.
     """
-    watcher = watcher or Silent()
+    watcher, journal = watcher or Silent(), journal or Journal()
     rows = Rows.of(text)
     # Seeds have 32 bits; those of further copies lie far from the ones that people take.
     generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
     result = text.repeat(copies, 1, 1)
-    with Arena() as arena, stream.quick():
+    with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
-        for index in watcher.track(range(len(stream)), "Rewrite"):
+        journal.restore([hidden])
+        for index in watcher.track(range(journal.done, len(stream)), "Rewrite", journal.done):
             with stream.filled(index) as layer:
                 stream.advance(index, layer, rows, hidden)
+            journal.keep(index + 1, [hidden])
         with stream.head() as head:
             for row in watcher.track(range(len(text)), "Draw"):
                 levels = [torch.rand(2, text.shape[1] - 1, generator=generator) for generator in generators]
                 wanted = [first < SHARE for first, _ in levels]
                 for places in torch.stack(wanted).any(0).nonzero()[:, 0].split(AT_ONCE):
                     with stream.rounded():
-                        logits = head(hidden.parts[0][row, places])
+                        logits = head(hidden.parts[0][row][places])
                     shares = logits.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
                     if not torch.isfinite(shares[:, -1]).all():
                         raise SecateurError(

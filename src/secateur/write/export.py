@@ -37,7 +37,13 @@ class Exported:
 
 
 def export(
-    folder: str | Path, out: str | Path, *, type: str = "f16", overwrite: bool = False, watcher: Watcher | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    type: str = "f16",
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    at: Path | None = None,
 ) -> Exported:
     """Convert a folder that `prune` wrote to a GGUF file, which appears complete or not at all.
 
@@ -45,6 +51,7 @@ def export(
         folder: with config.json, secateur.json, weights and tokenizer.
         out: the file, `*.gguf`.
         type: of the weights in it: f32, f16, bf16, q8_0 or q4_0.
+        at: where the file grows, in place of a hidden name beside it.
 
     Raises:
         SecateurError: the folder is not one of ours, llama.cpp cannot compute the model, GGUF cannot hold its
@@ -76,7 +83,7 @@ def export(
     short = sum(entry.type == GGMLQuantizationType.F16 for entry in tensors)
     if type.startswith("q") and short:
         watcher.note(f"{short} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")
-    with Output(path, file=".gguf", overwrite=overwrite, expected_bytes=total) as partial:
+    with Output(path, file=".gguf", overwrite=overwrite, expected_bytes=total, at=at) as partial:
         write_gguf(partial, model, architecture, tensors, words, type=type, name=path.stem, watcher=watcher)
     return Exported(path, total, architecture.name, context)
 

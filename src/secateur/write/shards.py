@@ -1,13 +1,17 @@
 """Safetensors shards, written as tensors come."""
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from secateur.base.files import damaged
 from secateur.model.weights import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
@@ -40,6 +44,58 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._size = 0
+        self._hashes: list[str] = []
+        """Of the data of each shard, as far as they were settled."""
+        self._read: dict[int, tuple[int, Any]] = {}
+        """How far each of these reaches, and what it is computed with."""
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in shard for shard in self._shards)
+
+    def settle(self) -> dict[str, Any]:
+        """See to it that all that was added is on disk; what `resume` needs to go on from there, as JSON holds it."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        # Shards that were finished since have changed, too.
+        for number in range(max(1, len(self._hashes)), len(self._shards) + 1):
+            self._hashes[number - 1 :] = [self._hash(number)]
+        return {"shards": self._shards, "hashes": self._hashes, "header": self.header_bytes}
+
+    def resume(self, settled: dict[str, Any]) -> None:
+        """Go on where another writer of this folder had settled; what it added after that is dropped.
+
+        Raises:
+            SecateurError: the files are not as they were then.
+        """
+        self._shards, self._hashes, self.header_bytes = settled["shards"], settled["hashes"], settled["header"]
+        ends = [max(entry["data_offsets"][1] for entry in shard.values()) for shard in self._shards]
+        self.total_bytes = sum(ends)
+        for number, wanted in enumerate(self._hashes, 1):
+            # Closing had begun.
+            for named in (*self.folder.glob(f"model-{number:05d}-of-*"), self.folder / SINGLE):
+                if named.exists() and not self._path(number).exists():
+                    named.rename(self._path(number))
+            if self._hash(number) != wanted:
+                raise damaged(self._path(number))
+        if self._shards:
+            last = self._path(len(self._shards))
+            self._size = ends[-1]
+            os.truncate(last, 8 + self.header_bytes + self._size)
+            self._file = last.open("r+b")
+            self._file.seek(0, os.SEEK_END)
+
+    def _hash(self, number: int) -> str:
+        """Of a shard's data, without what may stand behind them; what was read before is not read again."""
+        end = max(entry["data_offsets"][1] for entry in self._shards[number - 1].values())
+        place, found = self._read.pop(number, (0, hashlib.sha256()))
+        with suppress(FileNotFoundError), self._path(number).open("rb", buffering=0) as file:
+            file.seek(8 + self.header_bytes + place)
+            while place < end and (piece := file.read(min(end - place, 2**24))):
+                found.update(piece)
+                place += len(piece)
+        self._read[number] = place, found
+        return found.hexdigest()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, into a new shard if it does not fit into this one.
@@ -47,7 +103,7 @@ class ShardWriter:
         Raises:
             ValueError: the name was there already.
         """
-        if any(name in shard for shard in self._shards):
+        if name in self:
             raise ValueError(f"{name} was added twice")
         size = tensor.numel() * tensor.element_size()
         if self._file is None or (self._size and self._size + size > self.limit_bytes):

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.families import head_dim
+from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
 from secateur.model.surgery import slice_block
@@ -71,6 +73,8 @@ def write(
     overwrite: bool = False,
     records: dict[str, Any] | None = None,
     late: Callable[[], Mapping[str, Tensor]] | None = None,
+    journal: Journal | None = None,
+    at: Path | None = None,
 ) -> int:
     """Write a checkpoint that transformers loads; what is in no pruned block is copied from the dense model.
 
@@ -82,6 +86,8 @@ def write(
         overwrite: replace a model folder that is there.
         records: JSON files to add, name to contents; contents may be callables, called once the blocks are done.
         late: other values for the final norm, by their names in the model; asked for once the blocks are done.
+        journal: of the pass that the blocks come from, which begins behind those that an earlier run has written.
+        at: where the folder grows, to be gone on with after a stop.
 
     Returns:
         Bytes of the weights.
@@ -92,26 +98,28 @@ def write(
     checkpoint = stream.checkpoint
     dtype = dtype or checkpoint.dtype
     _check(stream, plan, format)
+    journal = journal or Journal()
     inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
     last = {str(checkpoint.resolve(name)): name for name in stream.final_norm}
     # A refit may add biases to the output layers.
     possible = {_stored_name(stream, i, m.bias_name) for i in plan.widths for m in stream.blocks[i].modules}
-    biases: dict[int, tuple[bool, bool]] = {}
-    with model_output(stream, out, plan, overwrite=overwrite, dtype=dtype) as folder:
+    with replace(model_output(stream, out, plan, overwrite=overwrite, dtype=dtype), at=at) as folder:
         writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
+        if "shards" in journal.found:
+            writer.resume(journal.found["shards"])
+        journal.beside["shards"] = writer.settle
         for name, info in checkpoint.weights.items():
-            if name not in inside and name not in last:
+            if name not in inside and name not in last and name not in writer:
                 tensor = checkpoint.read(name)
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
-            attention, feed_forward = stream.blocks[index].modules
-            biases[index] = attention.gains_bias(tensors), feed_forward.gains_bias(tensors)
             for name, tensor in tensors.items():
                 writer.add(_stored_name(stream, index, name), tensor)
         changed = late() if late else {}
         for stored, name in last.items():
             writer.add(stored, changed.get(name, checkpoint.read(stored)).to(dtype))
         writer.close()
+        biases = {index: _gained(stream, index, writer) for index in plan.widths}
         write_json(folder / "config.json", _config(stream, plan, format, biases, dtype))
         if format == "hf":
             copy_into(folder, MODELING_FILE)
@@ -129,7 +137,10 @@ def write_json(path: Path, contents: Any) -> None:
 
 def copy_into(folder: Path, file: Path) -> None:
     """A file, or a folder with all that is in it."""
-    (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
+    if file.is_dir():
+        shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(file, folder / file.name)
 
 
 def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -169,6 +180,15 @@ def _config(
         return stock_config(raw, config, width=width, head_dim=dim, dtype=dtype)
     dense = stream.blocks[0].width
     return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
+
+
+def _gained(stream: BlockStream, index: int, written: Container[str]) -> tuple[bool, bool]:
+    """Whether each of a block's modules has a level-2 bias that the stock class lacks."""
+    attention, feed_forward = (
+        module.bias is None and _stored_name(stream, index, module.bias_name) in written
+        for module in stream.blocks[index].modules
+    )
+    return attention, feed_forward
 
 
 def _stored_name(stream: BlockStream, index: int, name: str) -> str:

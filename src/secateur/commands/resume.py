@@ -1,0 +1,68 @@
+"""A run that goes on where it was stopped: what decides its result, and who may go on with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import secateur
+from secateur.base.errors import SecateurError
+from secateur.base.files import digest, hash_of
+from secateur.base.run_folder import ROWS, RunFolder
+from secateur.commands.open import OpenRun
+from secateur.text.draw import CalibrationRows
+
+
+@contextmanager
+def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
+    """The run with a place for its state beside `out`; what an earlier one has kept there is gone on with.
+
+    Raises:
+        SecateurError: another run is at work there, or one that asked for something else was.
+    """
+    with RunFolder(out.expanduser().resolve(), decided_by(run), restart=run.running.restart) as state:
+        if state.holds_work():
+            run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
+        try:
+            yield replace(run, state=state)
+        except BaseException as error:
+            if state.outlives(error):
+                run.watcher.note(f"What is done is in {state.path}: the same command goes on from there")
+            raise
+
+
+def decided_by(run: OpenRun) -> dict[str, Any]:
+    """Everything that decides what a run gives, by the names of the options; the text itself is checked once read."""
+    asked = asdict(run.options)
+    files = {name: asked[name] for name in ("plan", "widths") if asked[name] and Path(asked[name]).is_file()}
+    return {
+        "model": run.stream.checkpoint.fingerprint,
+        **asked,
+        **{
+            f"contents of {path}": digest(Path(path).read_text(encoding="utf-8", errors="replace"))
+            for path in files.values()
+        },
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "version of secateur": secateur.__version__,
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+    }
+
+
+def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
+    """See that the rows are those of the run that is gone on with.
+
+    Raises:
+        SecateurError: the text has changed.
+    """
+    found = [hash_of(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.sigma) if part is not None]
+    before = run.once(ROWS, lambda: found)
+    if before != found:
+        raise SecateurError(
+            f"{run.options.calibration}: other rows than the run that was stopped drew from it; restore the text, or "
+            "add --restart to begin anew"
+        )

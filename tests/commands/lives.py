@@ -1,0 +1,100 @@
+"""Runs `prune` in children that are killed: `python lives.py MODEL FOLDER POINTS KEY=VALUE ...`, figures as JSON.
+
+A run that lives writes down each time it touches the disk. At so many of these points, spread over the run, another
+child is killed by SIGKILL and a third one goes on; what comes out is held against the first.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur.model.journal
+from secateur import prune
+from secateur.write.shards import ShardWriter
+
+TOUCHES: list[tuple[Any, str]] = [
+    (os, "fsync"),
+    (Path, "replace"),
+    (Path, "rename"),
+    (Path, "unlink"),
+    (shutil, "rmtree"),
+    (ShardWriter, "add"),
+]
+
+
+def live(model: Path, out: Path, log: Path, end: int, **asked: Any) -> int:
+    """One child; at its touch number `end` it is killed. Its exit status."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    count = 0
+
+    def touching(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def touched(*given: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            with log.open("a") as lines:
+                lines.write(f"{name} {given[0] if given else ''}\n")
+            if count == end:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **named)
+
+        return touched
+
+    for owner, name in TOUCHES:
+        setattr(owner, name, touching(getattr(owner, name), name))
+    # Every block is kept, whatever that costs.
+    secateur.model.journal.SPENT = float("inf")
+    try:
+        prune(model, out, **asked)
+    except BaseException as error:
+        print(type(error).__name__, error, file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def bytes_of(out: Path) -> dict[str, str]:
+    """A hash of every file but the timings."""
+    files = sorted(out.rglob("*")) if out.is_dir() else [out]
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file() and file.name != "timings.json"
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, folder, points = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    asked = {name: json.loads(value) for name, value in (word.split("=", 1) for word in sys.argv[4:])}
+    name = "out.gguf" if asked.get("format") == "gguf" else "out"
+    first, log = folder / "first", folder / "log"
+    first.mkdir()
+    assert live(model, first / name, log, 0, **asked) == 0
+    wanted, touches = bytes_of(first / name), log.read_text().splitlines()
+    # From where there is a state to the moment when the output takes its name.
+    begin = 1 + next(number for number, line in enumerate(touches) if line.startswith("fsync"))
+    last = max(number for number, line in enumerate(touches, 1) if line.split()[0] in ("rename", "replace"))
+    found = []
+    for number in range(points):
+        end = begin + round(number * (last - begin) / (points - 1))
+        place = folder / f"killed-{end}"
+        place.mkdir()
+        killed = live(model, place / name, log, end, **asked)
+        early = (place / name).exists()
+        lived = live(model, place / name, log, 0, **asked)
+        same = lived == 0 and bytes_of(place / name) == wanted
+        left = [one.name for one in place.iterdir() if one.name != name]
+        found.append({"at": touches[end - 1], "killed": killed, "early": early, "same": same, "left": left})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""A run that is stopped goes on to the same bytes, or says why it cannot."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import bytes_of
+
+import secateur.model.journal
+from conftest import CheckpointFolder
+from models import make_letters
+from secateur import SecateurError, cli, prune
+from secateur.base.progress import Silent
+from secateur.commands import resume
+from secateur.commands.clean import clean
+from secateur.model.journal import Journal
+from secateur.write.shards import ShardWriter
+
+ASKED: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 24, "device": "cpu"}
+KILLED: dict[str, tuple[int, dict[str, Any]]] = {
+    "a folder": (7, {}),
+    "a file": (3, {"format": "gguf", "effort": "quick"}),
+    "a size that is searched": (3, {"target": "ppl=1.2x", "effort": "quick"}),
+}
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_killed_anywhere(case: str, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    points, more = KILLED[case]
+    model = shutil.copytree(checkpoint_folder("llama"), tmp_path / "dense")
+    make_letters().save_pretrained(model)
+    words = [f"{name}={json.dumps(value)}" for name, value in (ASKED | more).items()]
+    command = [sys.executable, str(Path(__file__).with_name("lives.py")), str(model), str(tmp_path), str(points)]
+    found = json.loads(subprocess.check_output([*command, *words]))
+    assert len(found) == points
+    for one in found:
+        assert one["killed"] == signal.SIGKILL, one
+        assert one["same"], one
+        assert not one["early"], one
+        assert not one["left"], one
+
+
+class Stopping(Silent):
+    """Stops a step before one of its items, as Ctrl-C would."""
+
+    def __init__(self, what: str = "Prune", item: int = 2):
+        self.what, self.item = what, item
+        self.notes: list[str] = []
+        self.seen: dict[str, list[Any]] = {}
+
+    def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
+        for item in items:
+            if what == self.what and item == self.item:
+                raise KeyboardInterrupt
+            self.seen.setdefault(what, []).append(item)
+            yield item
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a run that was stopped before its third block was to make."""
+    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    watcher = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED, watcher=watcher)
+    assert [file.name for file in tmp_path.iterdir()] == [".out.run"]
+    assert any("goes on from there" in note for note in watcher.notes)
+    return tmp_path / "out"
+
+
+def test_nothing_is_done_twice(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    watcher = Stopping(what="never")
+    prune(checkpoint_folder("llama"), stopped, **ASKED, watcher=watcher)
+    assert watcher.seen == {"Prune": [2]}
+    assert any("Going on" in note for note in watcher.notes)
+    prune(checkpoint_folder("llama"), stopped.with_name("whole"), **ASKED)
+    assert bytes_of(stopped) == bytes_of(stopped.with_name("whole"))
+    assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "size": ({"sparsity": 0.3}, "sparsity none, now 0.3"),
+    "effort": ({"effort": "quick"}, "effort normal, now quick"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype float32, now bfloat16|dtype none, now bfloat16"),
+    "format": ({"format": "stock", "widths": "uniform"}, "widths adaptive, now uniform"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_request_is_refused(case: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    others, said = OTHERS[case]
+    before = bytes_of(stopped.with_name(".out.run"))
+    with pytest.raises(SecateurError, match=f"({said}); ask for the same .* --restart"):
+        prune(checkpoint_folder("llama"), stopped, **ASKED | others)
+    assert bytes_of(stopped.with_name(".out.run")) == before
+
+
+def test_another_model_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    with pytest.raises(SecateurError, match=r"holds a run with model .*, now .*--restart"):
+        prune(checkpoint_folder("qwen3"), stopped, **ASKED)
+
+
+def test_another_version_is_refused(
+    stopped: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume.secateur, "__version__", "99")
+    with pytest.raises(SecateurError, match=r"version of secateur .*, now 99; .*--restart"):
+        prune(checkpoint_folder("llama"), stopped, **ASKED)
+
+
+def test_another_text_is_refused(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 40}" for number in range(2000)))
+    asked = ASKED | {"calibration": str(text)}
+    with pytest.raises(KeyboardInterrupt):
+        prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=Stopping())
+    text.write_text(" ".join(f"w{number % 39}" for number in range(2000)))
+    with pytest.raises(SecateurError, match=r"text.txt: other rows than .* restore the text, or add --restart"):
+        prune(checkpoint_folder("llama"), tmp_path / "out", **asked)
+    prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
+
+
+def test_restart_begins_anew(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    watcher = Stopping(what="never")
+    prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True, watcher=watcher)
+    assert watcher.seen["Survey"] == watcher.seen["Prune"] == [0, 1, 2]
+
+
+DAMAGED = ("asked.json", "survey.json", "copies.json", "state.json", "*.activations", ".shard-00001.partial")
+
+
+@pytest.mark.parametrize("pattern", DAMAGED)
+@pytest.mark.parametrize("how", ["a byte", "cut short"])
+def test_damage_is_found(pattern: str, how: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    (file,) = stopped.with_name(".out.run").rglob(pattern)
+    data = bytearray(file.read_bytes())
+    if how == "a byte":
+        data[-5] ^= 4
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SecateurError, match=r"damaged, .* add --restart"):
+        prune(checkpoint_folder("llama"), stopped, **ASKED)
+    assert not stopped.exists()
+    prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True)
+
+
+def test_clean_removes_what_is_left(
+    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped.mkdir()
+    (stopped / "kept").touch()
+    for said in (r"Removed .*\.out\.run", "Nothing is left"):
+        monkeypatch.setattr(sys, "argv", ["secateur", "clean", str(stopped)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        assert re.search(said, capsys.readouterr().err)
+    assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]
+
+
+def test_two_runs_on_one_output(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    with (stopped.with_name(".out.run") / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: clean(stopped)):
+            with pytest.raises(SecateurError, match="another run is at work there; wait for it"):
+                act()
+    prune(checkpoint_folder("llama"), stopped, **ASKED)
+
+
+@pytest.mark.parametrize("where", ["activations", "weights"])
+def test_a_disk_that_fills(
+    where: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        keep, add = Journal.keep, ShardWriter.add
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def keep_full(self: Journal, done: int, *given: Any, **named: Any) -> None:
+            if done == 2 and "shards" in self.beside:
+                patched.setattr(os, "fsync", full)
+            keep(self, done, *given, **named)
+
+        def add_full(self: ShardWriter, name: str, tensor: Any) -> None:
+            if "layers.2" in name:
+                full()
+            add(self, name, tensor)
+
+        if where == "activations":
+            patched.setattr(Journal, "keep", keep_full)
+        else:
+            patched.setattr(ShardWriter, "add", add_full)
+        with pytest.raises(SecateurError, match="the disk is full; make room and run again"):
+            prune(checkpoint_folder("llama"), out, **ASKED)
+    assert not out.exists()
+    watcher = Stopping(what="never")
+    prune(checkpoint_folder("llama"), out, **ASKED, watcher=watcher)
+    assert watcher.seen["Prune"] == ([1, 2] if where == "activations" else [2])
+
+
+def test_keeping_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(secateur.model.journal, "perf_counter", lambda: clock[0])
+    journal = Journal(tmp_path / "pass")
+
+    def costly() -> int:
+        clock[0] += 3.0
+        return 0
+
+    journal.beside["costly"] = costly
+    kept = []
+    for block in range(1, 101):
+        clock[0] += 20.0
+        journal.keep(block, [])
+        kept.append(journal.done == block)
+    assert kept.index(True) == 0
+    # Five blocks of 20 seconds for three seconds.
+    assert sum(kept) == 20
