@@ -32,6 +32,7 @@ from transformers import (
 
 from conftest import CheckpointFolder
 from models import make_letters
+from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.measure import compare, perplexity, speeds
@@ -336,10 +337,10 @@ def test_only_one_model_is_in_memory_unless_two_take_turns(
 ) -> None:
     alive: list[weakref.ref[Any]] = []
 
-    def load(*given: Any) -> Any:
+    def load(*given: Any, **named: Any) -> Any:
         gc.collect()
         assert not any(model() is not None for model in alive)
-        model = dense_load(*given)
+        model = dense_load(*given, **named)
         alive.append(weakref.ref(model))
         return model
 
@@ -366,3 +367,28 @@ def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: s
     assert lines == []
     assert compare.short("owner/name") == "owner/name"
     assert compare.short("Salesforce/wikitext:wikitext-2-raw-v1") == "Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_does_not_fit_is_read_as_it_runs(
+    checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path, pruned: bool, dtype: str
+) -> None:
+    folder = checkpoint_folder("llama biased")
+    if pruned:
+        prune(folder, tmp_path / "pruned", calibration="random", samples=4, length=16, effort="quick")
+        folder = tmp_path / "pruned"
+    how: dict[str, Any] = {"texts": [text], "length": 12, "device": "cpu", "dtype": dtype}
+    devices: list[str] = []
+    load = compare.load
+
+    def noted(*given: Any, **named: Any) -> Any:
+        network = load(*given, **named)
+        devices.extend({parameter.device.type for parameter in network.parameters()})
+        return network
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compare, "load", noted)
+        narrow, roomy = (evaluate(str(folder), **how, memory=memory).models[0] for memory in ("1B", "100GB"))
+    assert devices == ["meta", "cpu"]
+    assert narrow == roomy

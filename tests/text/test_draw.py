@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,11 +96,10 @@ def test_no_other_recovery_takes_copies(checkpoint_folder: CheckpointFolder, rec
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     """Said before any text is read; no memory is asked for where the model writes no row."""
-    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
-    monkeypatch.setattr(self_calibration, "psutil", memory)
+    monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
     with pytest.raises(SecateurError, match=r"whole model must be in memory, .*; calibrate on a text, or on random"):
         prune(checkpoint_folder("llama"), tmp_path / "out", refit_calibration="self", **SIZE)
     monkeypatch.undo()
-    monkeypatch.setattr(self_calibration, "psutil", memory)
+    monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE)

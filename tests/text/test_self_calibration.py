@@ -127,8 +127,7 @@ def test_a_model_that_cannot_begin(checkpoint_folder: CheckpointFolder, tmp_path
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=200_000, total=200_000))
-    monkeypatch.setattr(self_calibration, "psutil", memory)
+    monkeypatch.setattr(self_calibration, "free_memory", lambda _: 200_000)
     monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(SecateurError, match=r"the whole model must be in memory, .* GB are free; calibrate on a text"):
         prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", **SIZE)

@@ -20,7 +20,7 @@ _measured = partial(typer.Option, rich_help_panel="What to measure")
 @generated
 def evaluate(
     model: Model,
-    running: Annotated[Running, Only(("device", "revision", "trust_remote_code", "overwrite"))],
+    running: Annotated[Running, Only(("device", "memory", "revision", "trust_remote_code", "overwrite"))],
     against: Annotated[
         str | None,
         _measured(
@@ -96,6 +96,7 @@ def evaluate(
         task_path=task_path,
         speed=speed,
         device=running.device,
+        memory=running.memory,
         dtype=dtype,
         revision=running.revision,
         trust_remote_code=running.trust_remote_code,

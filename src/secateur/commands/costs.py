@@ -1,4 +1,4 @@
-"""What each step of `prune` computes and holds: floating-point operations, and bytes in memory.
+"""What each step of `prune` computes and holds: floating-point operations, and bytes in memory or in files.
 
 n tokens, p parameters of a block's matrices, d residual width, a inputs of a level-2 layer, k channels, m level-1
 matrices of a feed-forward module. Left out are the products inside the attention, which depend on the rows' length,
@@ -8,17 +8,15 @@ and whatever takes no matrix product.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-
 from secateur.base.device import fast_dtype
 from secateur.fit.level1 import SAMPLED
-from secateur.model.rows import Rows
+from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Depth2, Width
 
 
 class Work(NamedTuple):
-    """Operations, apart by what sets their speed, and the peak in memory."""
+    """Operations, apart by what sets their speed, and the most that is held."""
 
     forward: float = 0.0
     """In forwards of blocks."""
@@ -28,14 +26,16 @@ class Work(NamedTuple):
     """In float32: products, factorisations, solves."""
     written: float = 0.0
     """In writing text token by token."""
-    peak: int = 0
-    """Bytes above what Python and its libraries take."""
+    resident: int = 0
+    """Bytes that must be in memory, above what Python and its libraries take."""
+    streams: int = 0
+    """Bytes of activations, which may be in files."""
 
     @classmethod
     def of(cls, parts: Iterable["Work"]) -> "Work":
         """The work of steps one after the other."""
-        forward, quick, exact, written, peak = zip(cls(), *parts, strict=True)
-        return cls(sum(forward), sum(quick), sum(exact), sum(written), max(peak))
+        forward, quick, exact, written, resident, streams = zip(cls(), *parts, strict=True)
+        return cls(sum(forward), sum(quick), sum(exact), sum(written), max(resident), max(streams))
 
 
 def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> Work:
@@ -45,19 +45,24 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
     """
     blocks, width = stream.blocks, stream.width
     streams = sum(probes * (number + 0.5) * forward_flops(block, probed) for number, block in enumerate(blocks))
-    held = 4 * width * (tokens + probed * (1 + probes * len(blocks)))
     return Work(
         forward=sum(forward_flops(block, tokens + probed) for block in blocks) + streams,
         quick=sum(gram_flops(a, 0, tokens) for a in _level2_inputs(blocks)),
         exact=sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
-        peak=memory_bytes(blocks, width, 0) + held,
+        resident=resident_bytes(stream),
+        streams=4 * width * (tokens + probed * (1 + probes * len(blocks))),
     )
 
 
 def rewriting_work(stream: BlockStream, tokens: int) -> Work:
     """One forward, and every logit."""
     logits = 2.0 * tokens * stream.width * stream.checkpoint.config.vocab_size
-    return Work(forward=sum(forward_flops(block, tokens) for block in stream.blocks), quick=logits)
+    return Work(
+        forward=sum(forward_flops(block, tokens) for block in stream.blocks),
+        quick=logits,
+        resident=resident_bytes(stream),
+        streams=4 * tokens * stream.width,
+    )
 
 
 def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level1: int) -> Work:
@@ -78,16 +83,18 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
                 forward=sum(forward_flops(block, streams) for block in stream.blocks),
                 quick=sum(gram_flops(a, width, tokens) for tokens in each for a in _level2_inputs(blocks)),
                 exact=len(each) * sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
-                peak=memory_bytes(blocks, width, first, others=resting, apart=apart)
-                + max((part.peak for part in parts), default=0),
+                resident=resident_bytes(stream, level1=bool(fitted), apart=apart),
+                # Of all fits but the one under way both streams are there, and nothing else.
+                streams=4 * (first * (6 * width + max(_level2_inputs(blocks))) + resting * 2 * width)
+                + max((part.streams for part in parts), default=0),
             ),
-            *(part._replace(peak=0) for part in parts),
+            *(part._replace(streams=0) for part in parts),
         ]
     )
 
 
 def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps: int) -> Work:
-    """Level 1 of the feed-forward fitted along, k channels kept; the peak is what it stores on top of the rest.
+    """Level 1 of the feed-forward fitted along, k channels kept; held is what it stores on top of the rest.
 
     J and its transpose take m + 1 products of 2 n k d each, one of the two for the right-hand side, and as many what is
     linearised. The new inputs are one more run of the block.
@@ -99,7 +106,7 @@ def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps
         forward=forward_flops(block, tokens),
         quick=(m + 1) * product * (2 * steps + 2) + gram_flops(k, d, tokens),
         exact=preconditioner + steps * m * 2 * k * d * (k + d) + k**3 / 3 + 2 * k**2 * d,
-        peak=tokens * (d + m * k) * fast_dtype(stream.device).itemsize,
+        streams=tokens * (d + m * k) * fast_dtype(stream.device).itemsize,
     )
 
 
@@ -109,8 +116,11 @@ def gradient_work(stream: BlockStream, tokens: int) -> Work:
     In memory are a block, its gradients and their squares, and every block's input.
     """
     block = max(stream.blocks, key=lambda b: b.parameters)
-    peak = 4 * (3 * block.parameters + tokens * stream.width * (len(stream.blocks) + 1))
-    return Work(exact=sum(4 * forward_flops(block, tokens) for block in stream.blocks), peak=peak)
+    return Work(
+        exact=sum(4 * forward_flops(block, tokens) for block in stream.blocks),
+        resident=4 * 3 * block.parameters,
+        streams=4 * tokens * stream.width * (len(stream.blocks) + 1),
+    )
 
 
 def forward_flops(block: Block, tokens: int) -> float:
@@ -128,17 +138,21 @@ def solve_flops(inputs: int, width: int) -> float:
     return 2.0 * inputs**3 + 4 * inputs**2 * width
 
 
-def memory_bytes(blocks: list[Block], width: int, tokens: int, *, others: int = 0, apart: bool = False) -> int:
-    """A block twice, its largest solve, and the streams.
+def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = False) -> int:
+    """What must be in memory while the largest block is at work, or the embedding and the output layer are.
 
-    Of `others`, the tokens of all fits but the one under way, both streams are there and nothing else. Where the rows
-    that choose units stand `apart` from those that are fitted to, each has a Gram matrix and a cross moment.
+    Beside the block, these are a module's solve or the step of level 1, whichever takes more, and
+    what a batch passes through. Where the rows that choose units stand `apart` from those that are fitted to, each has
+    a Gram matrix and a cross moment. What these steps hold was measured on blocks of LLaMA-7B's shape.
     """
-    block = max(blocks, key=lambda b: b.parameters)
-    inputs = max(_level2_inputs([block]))
-    solve = (4 + apart) * (inputs * inputs + inputs * width)
-    streams = tokens * (6 * width + inputs) + others * 2 * width
-    return torch.float32.itemsize * (2 * block.parameters + solve + streams)
+    block, d = max(stream.blocks, key=lambda b: b.parameters), stream.width
+    a, m = max(_level2_inputs([block])), len(block.feed_forward.scored)
+    solve = (2.3 + apart) * a * a + (7 + apart) * a * d
+    step = m * (2 * a * a + 6 * a * d) if level1 else 0.0
+    batch = BATCH_TOKENS * (3 * a + 4 * d)
+    stored = sum(info.entries for info in stream.checkpoint.weights.values())
+    ends = stored - sum(block.parameters for block in stream.blocks)
+    return round(4.2 * max(1.2 * block.parameters + max(solve, step) + batch, ends))
 
 
 def _level2_inputs(blocks: Iterable[Block]) -> list[int]:

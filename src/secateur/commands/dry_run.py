@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
+from secateur.base.memory import resident_now
 from secateur.commands.costs import Work, fit_work, gradient_work, rewriting_work, survey_work
 from secateur.commands.open import OpenRun
 from secateur.commands.options import EFFORTS
@@ -68,7 +69,10 @@ def expect(run: OpenRun) -> Summary:
     with run.watcher.busy("Measuring this machine"):
         measured = speeds(run, rows.text)
     works = works_of(run, rows, decided)
-    expected = {name: (SLACK * measured.seconds(work), work.peak) for name, work in works.items()}
+    most = run.memory - resident_now()
+    expected = {
+        name: (SLACK * measured.seconds(work), min(work.resident + work.streams, most)) for name, work in works.items()
+    }
     return summary_of(run, rows, decided, expected)
 
 
@@ -88,7 +92,7 @@ def _writing(run: OpenRun, rows: CalibrationRows) -> Work:
         return Work()
     cached = cache_meter(run.stream, checkpoint.dtype).dense
     peak = round(writing_bytes(checkpoint, length=length, cache_bytes=cached))
-    return Work(written=2 * parameter_meter(run.stream).dense * tokens, peak=peak)
+    return Work(written=2 * parameter_meter(run.stream).dense * tokens, resident=peak)
 
 
 def _before_fits(run: OpenRun, rows: CalibrationRows, exact: bool) -> list[Work]:

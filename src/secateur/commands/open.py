@@ -13,6 +13,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import GROWING, RunFolder, state_of
+from secateur.commands.memory import allow
 from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
 from secateur.criteria.registry import Criteria, UnitScores
@@ -49,6 +50,8 @@ class OpenRun:
     begins_with_bos: bool
     watcher: Watcher
     started: float
+    memory: int
+    """Bytes that the process may take."""
     gradients: dict[str, UnitScores] = field(default_factory=dict)
     """Scores from backward passes that were made, by what they are for."""
     state: RunFolder | None = None
@@ -154,7 +157,12 @@ def open_model(
     if SELF in options.sources:
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
-    return OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started)
+    recovery = Recovery(options.recovery, options.recover, options.ridge, options.level1)
+    apart = options.own_refit_rows or options.sigma == "random"
+    memory = allow(stream, running.memory, level1=recovery.fits_level1, apart=apart)
+    return OpenRun(
+        stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started, memory
+    )
 
 
 def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:

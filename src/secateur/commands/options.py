@@ -379,6 +379,12 @@ class Running:
     device: str = option(
         "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
     )
+    memory: str | None = option(
+        None,
+        COMPUTING,
+        "Most that the process may take, 8GB or 50% of what is free; activations beyond it lie in files.",
+        shown="half of what is free",
+    )
     revision: str | None = option(
         None, COMPUTING, "Branch, tag or commit of MODEL, where that is a hub id.", shown="the main branch"
     )

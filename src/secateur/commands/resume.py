@@ -27,6 +27,7 @@ def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
     with RunFolder(out.expanduser().resolve(), decided_by(run), restart=run.running.restart) as state:
         if state.holds_work():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
+        run.stream.scratch = state.path
         try:
             yield replace(run, state=state)
         except BaseException as error:

@@ -92,13 +92,13 @@ def retrain(
     asked |= {"model": checkpoint.fingerprint, "text": hash_of(rows), "version": secateur.__version__}
     asked["teacher"] = None if teacher is None else teacher.fingerprint
     with watcher.busy(f"Loading {folder}"):
-        network = compare.load(checkpoint, torch.float32, where)
+        network = compare.load(checkpoint, torch.float32, where, whole=True)
     if not adapted_layers(network):
         raise SecateurError("no block has heads or channels left, so there is nothing to retrain")
     dense = None
     if teacher is not None:
         with watcher.busy(f"Loading {training.teacher}"):
-            dense = compare.load(teacher, torch.float32, where)
+            dense = compare.load(teacher, torch.float32, where, whole=True)
     before = perplexity(network, held_out).perplexity
     with RunFolder(target.path, asked, restart=restart) as state:
         with torch.random.fork_rng():

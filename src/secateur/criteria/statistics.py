@@ -34,11 +34,10 @@ class Statistics:
 
     @cached_property
     def normal(self) -> Normal:
-        """The penalised normal equations of the module's refit; takes the Gram matrix over from the moments."""
-        cross = None if self.own_target else self.moments.cross()
-        gram, energy = self.moments.take_gram(), self.moments.energy()
+        """The penalised normal equations of the module's refit; takes the sums over from the moments."""
+        (gram, cross), energy = self.moments.take(), self.moments.energy()
         old = self.weight_ao if self.pull_ao is None else self.pull_ao
-        return normal_equations(gram, cross, energy, old, self.ridge, overwrite=True)
+        return normal_equations(gram, None if self.own_target else cross, energy, old, self.ridge, overwrite=True)
 
     def per_unit(self, entries_a: Tensor) -> Tensor:
         """Sum over the level-2 inputs of each unit: a head's channels, or a channel itself."""

@@ -101,7 +101,7 @@ class Tangent:
         left = [curvature * (total * self.stride) for total in self._factors]
         right = self._source / max(self._weight, torch.finfo(torch.float32).tiny)
         self._factors.clear()
-        penalty = [ridge * torch.outer(b.diagonal(), right.diagonal()) for b in left]
+        pulls = [(ridge * b.diagonal()[:, None].clone(), right.diagonal().clone()) for b in left]
         inverse_k, inverse_d = [_preconditioner(b, ridge) for b in left], _preconditioner(right, ridge)
         del left, right, curvature
 
@@ -112,15 +112,15 @@ class Tangent:
             ]
 
         def curved(change: list[Tensor]) -> list[Tensor]:
-            total = [p * v for p, v in zip(penalty, change, strict=True)]
+            total = [v * rows * columns for v, (rows, columns) in zip(change, pulls, strict=True)]
             for part in parts():
                 for sums, one in zip(total, self._pulled(part, self._pushed(part, change)), strict=True):
                     sums += one
             return total
 
         changes, gap = [torch.zeros_like(r) for r in self.right], self.right
-        way = towards = preconditioned(gap)
-        slope = _dot(gap, towards)
+        way = preconditioned(gap)
+        slope = _dot(gap, way)
         least = slope * torch.finfo(self.weight_ko.dtype).eps ** 2
         for number in range(iterations):
             if not slope > least:
@@ -128,13 +128,16 @@ class Tangent:
                 break
             bent = curved(way)
             length = slope / _dot(way, bent)
-            changes = [v + length * w for v, w in zip(changes, way, strict=True)]
+            for v, w in zip(changes, way, strict=True):
+                v.add_(w, alpha=length)
             if number + 1 == iterations:
                 break
-            gap = [g - length * b for g, b in zip(gap, bent, strict=True)]
+            for g, b in zip(gap, bent, strict=True):
+                g.sub_(b, alpha=length)
+            del bent
             towards, before = preconditioned(gap), slope
             slope = _dot(gap, towards)
-            way = [t + slope / before * w for t, w in zip(towards, way, strict=True)]
+            way = [t.add_(w, alpha=slope / before) for t, w in zip(towards, way, strict=True)]
         return changes
 
     def _pushed(self, part: Part, change: Sequence[Tensor]) -> Tensor:

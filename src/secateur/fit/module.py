@@ -74,9 +74,11 @@ class ModuleState:
             inputs, _, _ = collect(self.target)
             stats = self._statistics(old, inputs.moments)
         if recovery.after:
-            fit = fit_level2(inputs.moments, stats.normal, inputs.among(kept))
+            fit, energy = fit_level2(inputs.moments, stats.normal, inputs.among(kept)), stats.normal.energy
+            # As large as all that fitting both holds.
+            del stats
             # An error that is rounding alone asks for nothing.
-            if recovery.fits_level1 and module.scored and keep and fit.error > ROUNDING * stats.normal.energy:
+            if recovery.fits_level1 and module.scored and keep and fit.error > ROUNDING * energy:
                 inputs, fit = self._fit_both(keep, inputs, fit)
             fitted, bias, error = fit
         else:

@@ -1,5 +1,8 @@
 """Evaluate one model, or two side by side: sizes, perplexity of texts, accuracy on tasks, speed."""
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ import torch
 
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
+from secateur.base.memory import bytes_of, resident_now
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.quiet import quiet
 from secateur.base.words import DTYPES
@@ -130,6 +134,7 @@ def evaluate(
     task_path: str | Path | None = None,
     speed: bool = False,
     device: str = "auto",
+    memory: str | None = None,
     dtype: str = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -147,6 +152,7 @@ def evaluate(
         limit: items from the start of each task; None for all.
         task_path: a folder with task files of one's own.
         speed: measure prefill and decoding; two models are measured in turns, so that their ratio holds.
+        memory: the most that the process may take: `8GB`, or `50%` of what is free; half of it by default.
         dtype: to compute in, on `device`.
         revision: of `model`, where that is a hub id.
         trust_remote_code: let the checkpoints' own code run.
@@ -158,6 +164,7 @@ def evaluate(
     if dtype not in DTYPES:
         raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
     where = pick_device(device)
+    bytes_of(memory)
     for text in texts:
         if text == RANDOM:
             raise SecateurError("random ids cannot be scored; name a text file or a data set")
@@ -183,7 +190,8 @@ def evaluate(
     for checkpoint, tokenizer, found in zip(checkpoints, tokenizers, rows, strict=True):
         name = short(checkpoint.source)
         with watcher.busy(f"Loading {checkpoint.source}"):
-            network = load(checkpoint, getattr(torch, dtype), where)
+            how: dict[str, Any] = {"memory": memory, "whole": speed, "watcher": watcher}
+            network = load(checkpoint, getattr(torch, dtype), where, **how)
         scored = {
             text: perplexity(network, found[text], watcher=watcher, what=f"{name} on {short(text)}") for text in texts
         }
@@ -201,12 +209,34 @@ def evaluate(
         return Evaluation(scores, _speeds(loaded, scores))
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The whole model through transformers, for evaluation only.
+def load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    memory: str | None = None,
+    whole: bool = False,
+    watcher: Watcher | None = None,
+) -> Any:
+    """A model through transformers, to be run as it is.
+
+    Where it would take more memory than it may, its layers stay on disk and are read each time they run.
+
+    Args:
+        memory: the most that the process may take; see `bytes_of`.
+        whole: hold all of it, whatever that takes.
 
     Raises:
         SecateurError: weights are missing or of another shape; transformers would draw them at random.
     """
+    size = sum(info.entries for info in checkpoint.weights.values()) * dtype.itemsize
+    apart = not whole and device.type == "cpu" and size > bytes_of(memory) - resident_now()
+    if apart and watcher is not None:
+        watcher.note(f"{checkpoint.source} is read from disk as it runs: whole it takes {size / 1e9:,.2f} GB")
+    how: dict[str, Any] = {}
+    if apart:
+        # For weights that are stored in another form than the model has them in.
+        how = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
         network, found = model_class(checkpoint.config).from_pretrained(
             checkpoint.path,
@@ -214,6 +244,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> An
             trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **how,
         )
     if found["missing_keys"]:
         raise checkpoint.lacking(sorted(found["missing_keys"]))
@@ -223,6 +254,9 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> An
             f"{checkpoint.source}: {name} is {list(stored)} where config.json makes it {list(wanted)}; find the "
             "config.json of these weights"
         )
+    if apart:
+        weakref.finalize(network, shutil.rmtree, how["offload_folder"], ignore_errors=True)
+        return network.eval()
     return network.eval().to(device)
 
 

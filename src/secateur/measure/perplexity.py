@@ -81,7 +81,7 @@ def perplexity(
     total = 0.0
     with scoring(model):
         for start in (watcher or Silent()).track(range(0, count, batch), what):
-            ids = rows[start : start + batch].to(model.device)
+            ids = rows[start : start + batch].to(device_of(model))
             loss = _loss(model(input_ids=ids, use_cache=False).logits, ids)
             if not math.isfinite(loss):
                 raise SecateurError(
@@ -93,6 +93,11 @@ def perplexity(
     nll = total / tokens
     # Through torch, since math.exp raises where a hopeless model should get an infinite perplexity.
     return Perplexity(float(torch.tensor(nll, dtype=torch.float64).exp()), nll, tokens, count, length)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model computes, also one whose weights stay on disk."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
-from secateur.measure.perplexity import scoring
+from secateur.measure.perplexity import device_of, scoring
 from secateur.model.families import positions_of
 from secateur.model.hub_source import out_of_reach
 
@@ -153,7 +153,7 @@ def _scorer(network: Any, tokenizer: Any) -> Callable[[list[tuple[str, str]]], l
         raise SecateurError("the tokenizer has neither BOS nor EOS, of which lm-eval needs one")
     # No module, since HFLM would tie its weights, which a checkpoint may keep apart against its config.
     forward: Any = partial(network, use_cache=False)
-    forward.config, forward.device = network.config, network.device
+    forward.config, forward.device = network.config, device_of(network)
     # A copy, since HFLM sets a token for padding. Likelihoods rounded to bfloat16 would be equal too often.
     settings = {"tokenizer": copy.deepcopy(tokenizer), "max_length": positions, "softmax_dtype": torch.float32}
     scorer = Scorer(forward, "causal", batch_size="auto", **settings)

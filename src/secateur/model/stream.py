@@ -10,6 +10,7 @@ Shapes: b rows of a batch, t positions, d residual width.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,10 @@ class BlockStream:
         self.width: int = checkpoint.config.hidden_size
         self.products = torch.float32
         """What blocks multiply in; see `quick`."""
+        self.spare: int | None = None
+        """Bytes of activations in memory; see `Arena`."""
+        self.scratch: Path | None = None
+        """The folder for those in files."""
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __len__(self) -> int:
@@ -163,8 +168,8 @@ class BlockStream:
         return rounded_products(self.device, self.products)
 
     def arena(self) -> Arena:
-        """Room for activations, within what this model may take."""
-        return Arena()
+        """Room for activations, within what the model may take."""
+        return Arena(self.spare, self.scratch)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.

@@ -90,7 +90,7 @@ class _State:
 
     def __init__(self, normal: Normal, size: int):
         self.size = size
-        self.inverse = invert(normal.matrix_aa)
+        self.inverse = invert(normal.matrix_aa.clone())
         """As it was before the removals in `pending`."""
         self.pending = self.inverse.new_zeros(0, len(self.inverse))
         """R (r x a): the inverse is now `inverse - R'R`."""

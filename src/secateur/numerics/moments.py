@@ -93,11 +93,12 @@ class Moments:
         """X'X (a x a), of centred rows where `centre` is set."""
         return self._whole(self._gram_aa.clone())
 
-    def take_gram(self) -> Tensor:
-        """The same, without a copy: the sums go to the caller, and the Gram matrix cannot be asked for again."""
-        gram, self._gram_aa = self._gram_aa, self._gram_aa.new_zeros(0, 0)
+    def take(self) -> tuple[Tensor, Tensor]:
+        """`gram` and `cross` without copies: the sums go to the caller, and cannot be asked for again."""
+        gram, cross = self._gram_aa, self.cross()
+        self._gram_aa = self._cross_ao = gram.new_zeros(0, 0)
         self._diagonal_a = gram.diagonal().clone()
-        return self._whole(gram)
+        return self._whole(gram), cross
 
     def _whole(self, gram_aa: Tensor) -> Tensor:
         """Fill in the lower triangle and centre, in place."""

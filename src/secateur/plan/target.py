@@ -7,11 +7,11 @@ from decimal import Decimal
 from typing import Literal
 
 from secateur.base.errors import SecateurError
+from secateur.base.memory import UNITS
 
 Quantity = Literal["params", "bytes", "kv", "prefill", "decode", "ppl"]
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-_BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class _Spelling:
 
 _SPELLINGS: dict[Quantity, _Spelling] = {
     "params": _Spelling(_COUNTS, "params=100M or params=80%", "{} of the parameters", "{} parameters"),
-    "bytes": _Spelling(_BYTES, "bytes=60MB or bytes=50%", "{} of the bytes", "{}"),
-    "kv": _Spelling(_BYTES, "kv=12KB or kv=50%", "{} of the key/value cache", "{} of keys and values per token"),
+    "bytes": _Spelling(UNITS, "bytes=60MB or bytes=50%", "{} of the bytes", "{}"),
+    "kv": _Spelling(UNITS, "kv=12KB or kv=50%", "{} of the key/value cache", "{} of keys and values per token"),
     "prefill": _Spelling({}, "prefill=1.5x", "prompts read {} as fast"),
     "decode": _Spelling({}, "decode=1.5x", "tokens written {} as fast"),
     "ppl": _Spelling({}, "ppl=1.2x", "at most {} the perplexity"),

@@ -10,12 +10,12 @@ so that rows are built as those of a text are. EOS is not drawn: a row is one te
 
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from secateur.base.errors import SecateurError
+from secateur.base.memory import free_bytes, resident_now
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ def check_self(
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes() - resident_now()
 
 
 def writing_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:

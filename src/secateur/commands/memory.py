@@ -1,0 +1,35 @@
+"""How much memory a run may take: what a person allows, what it needs at the least, and the rest for activations."""
+
+from secateur.base.errors import SecateurError
+from secateur.base.memory import bytes_of, free_bytes, resident_now
+from secateur.commands.costs import resident_bytes
+from secateur.model.stream import BlockStream
+
+
+def allow(stream: BlockStream, allowed: str | None, *, level1: bool, apart: bool) -> int:
+    """Let a model hold activations in memory as far as a bound on the whole process allows; the others go to files.
+
+    Args:
+        allowed: `8GB`, or `50%` of what is free; half of it by default.
+        level1: level 1 will be fitted along.
+        apart: the rows that choose units stand apart from those that are fitted to.
+
+    Returns:
+        The bound in bytes.
+
+    Raises:
+        SecateurError: it is no amount, or less than the least.
+    """
+    most = bytes_of(allowed)
+    least = resident_now() + resident_bytes(stream, level1=level1, apart=apart)
+    if allowed is None:
+        # What is there decides nothing before it is too little.
+        most = max(most, min(least, free_bytes()))
+    if most < least:
+        said = f"memory is {most / 1e9:,.2f} GB" if allowed else f"{most / 1e9:,.2f} GB of memory are free"
+        raise SecateurError(
+            f"{said}, but the largest block of {stream.checkpoint.source} needs {least / 1e9:,.2f} GB; allow that, or "
+            "take a machine that has it"
+        )
+    stream.spare = most - least
+    return most

@@ -1,0 +1,83 @@
+"""What a run may hold in memory, and what goes to files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import bytes_of
+
+from conftest import CheckpointFolder
+from secateur import SecateurError, prune
+from secateur.base import memory as amounts
+from secateur.commands import memory
+from secateur.commands.costs import resident_bytes
+from secateur.model import arena
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+
+ASKED: dict[str, Any] = {"calibration": "random", "samples": 24, "length": 24, "device": "cpu"}
+
+
+def test_the_bound_moves_activations_to_files(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no byte more than the least all of them are in files, and no bit changes."""
+    made: list[Path | None] = []
+
+    class Counted(arena.FileRows):
+        def __init__(self, folder: Path | None, *given: Any):
+            made.append(folder)
+            super().__init__(folder, *given)
+
+    monkeypatch.setattr(arena, "FileRows", Counted)
+    monkeypatch.setattr(memory, "resident_now", lambda: 10**8)
+    prune(checkpoint_folder("llama"), tmp_path / "roomy", **ASKED)
+    assert not made
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    least = 10**8 + resident_bytes(stream, level1=True)
+    prune(checkpoint_folder("llama"), tmp_path / "narrow", **ASKED, memory=f"{least} B")
+    assert len(made) > 20
+    assert set(made) == {tmp_path / ".narrow.run"}
+    assert bytes_of(tmp_path / "roomy") == bytes_of(tmp_path / "narrow")
+    with pytest.raises(SecateurError, match=r"memory is .* GB, but the largest block of .* needs .* GB; allow that"):
+        prune(checkpoint_folder("llama"), tmp_path / "less", **ASKED, memory=f"{least - 1} B")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["narrow", "roomy"]
+
+
+@pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
+def test_no_amount(wrong: str) -> None:
+    with pytest.raises(SecateurError, match=r"memory is .*: write for example 8GB, or 50% of what is free"):
+        amounts.bytes_of(wrong)
+
+
+def test_amounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amounts, "free_bytes", lambda: 1000)
+    assert [amounts.bytes_of(text) for text in ("8GB", "1 GiB", "25%", None)] == [8 * 10**9, 2**30, 250, 500]
+
+
+def test_a_control_group_bounds_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = amounts.free_bytes()
+    for version, file in ((tmp_path / "second", "memory.max"), (tmp_path / "first", "memory.limit_in_bytes")):
+        group = version / "outer" / "inner"
+        group.mkdir(parents=True)
+        (group / file).write_text("max\n")
+        (group.parent / file).write_text("12345678\n")
+        monkeypatch.setattr(amounts, "LIMITS", {"mine": (version, file)})
+        monkeypatch.setattr(amounts, "OWN_GROUPS", tmp_path / "groups")
+        (tmp_path / "groups").write_text("7:others:/\n3:mine:/outer/inner\n")
+        assert amounts.free_bytes() == 12345678 < machine
+
+
+def test_a_machine_with_little_left(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free is a default: where only all of it is enough, all of it may be taken."""
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    monkeypatch.setattr(memory, "resident_now", lambda: 1000)
+    least = 1000 + resident_bytes(stream)
+    for module in (memory, amounts):
+        monkeypatch.setattr(module, "free_bytes", lambda: least + 10)
+    assert memory.allow(stream, None, level1=False, apart=False) == least
+    assert stream.spare == 0
+    for module in (memory, amounts):
+        monkeypatch.setattr(module, "free_bytes", lambda: least - 1)
+    with pytest.raises(SecateurError, match="GB of memory are free, but the largest block"):
+        memory.allow(stream, None, level1=False, apart=False)
