@@ -23,7 +23,9 @@ from secateur import SecateurError, cli, prune
 from secateur.base.progress import Silent
 from secateur.commands import resume
 from secateur.commands.clean import clean
+from secateur.model.arena import Arena
 from secateur.model.journal import Journal
+from secateur.model.stream import BlockStream
 from secateur.write.shards import ShardWriter
 
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 24, "device": "cpu"}
@@ -182,6 +184,21 @@ def test_two_runs_on_one_output(stopped: Path, checkpoint_folder: CheckpointFold
             with pytest.raises(SecateurError, match="another run is at work there; wait for it"):
                 act()
     prune(checkpoint_folder("llama"), stopped, **ASKED)
+
+
+def test_a_disk_without_room_for_activations(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rows are rewritten, before anything is worth keeping."""
+    monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(0, self.scratch))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(SecateurError, match=r"\.out\.run: the disk is full, and activations have no room; make room"):
+        prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["activations", "weights"])

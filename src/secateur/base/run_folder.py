@@ -70,9 +70,11 @@ class RunFolder:
             SecateurError: one is.
         """
         if self.path.exists():
-            self._take()
-            shutil.rmtree(self.path)
-            self._give_back()
+            try:
+                self._take()
+                shutil.rmtree(self.path)
+            finally:
+                self._give_back()
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """A finding as JSON holds it, which is made where it is not there yet; the way there is then forgotten."""

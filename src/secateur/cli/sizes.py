@@ -19,7 +19,7 @@ TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed"
 def sizes(
     model: Model,
     options: Annotated[Options, Only(TAKEN)],
-    running: Annotated[Running, Only(("device", "revision", "trust_remote_code", "survey", "overwrite"))],
+    running: Annotated[Running, Only(("device", "memory", "revision", "trust_remote_code", "survey", "overwrite"))],
     out: Annotated[
         Path, typer.Option(help="Folder that gets a model for each size, a table and a plot.", show_default=False)
     ],

@@ -34,6 +34,8 @@ def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
             if state.outlives(error):
                 run.watcher.note(f"What is done is in {state.path}: the same command goes on from there")
             raise
+        finally:
+            run.stream.scratch = None
 
 
 def decided_by(run: OpenRun) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from secateur.base.errors import StoppedError
+from secateur.base.files import is_disk_full
 from secateur.model.rows import Batch, Rows
 
 PIECE = 2**24
@@ -28,6 +30,7 @@ class FileRows:
         """Make the file, without a name: it is gone with the process, whatever ends that."""
         self.shape, self.dtype = shape, dtype
         self._row = math.prod(shape[1:]) * dtype.itemsize
+        self._folder = folder or Path(tempfile.gettempdir())
         self._file, path = tempfile.mkstemp(dir=folder)
         self.close = weakref.finalize(self, os.close, self._file)
         """Gives the room back."""
@@ -52,9 +55,17 @@ class FileRows:
     def __setitem__(self, rows: slice, values: Tensor) -> None:
         """Write some rows."""
         view, place = memory_of(values.to(self.dtype)), rows.indices(len(self))[0] * self._row
-        while view:
-            count = os.pwrite(self._file, view, place)
-            view, place = view[count:], place + count
+        try:
+            while view:
+                count = os.pwrite(self._file, view, place)
+                view, place = view[count:], place + count
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            raise StoppedError(
+                f"{self._folder}: the disk is full, and activations have no room; make room, or allow more --memory, "
+                "and run again"
+            ) from error
 
 
 class Activations:
