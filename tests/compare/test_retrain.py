@@ -111,8 +111,8 @@ def test_reloaded_equals_memory(
         folders[str(out)] = pruned(checkpoint_folder("llama"), tmp_path / f"pruned {widths}", widths, dtype=dtype)
         loaded: list[Any] = []
 
-        def kept_load(*given: Any, into: list[Any] = loaded) -> Any:
-            into.append(load(*given))
+        def kept_load(*given: Any, into: list[Any] = loaded, **named: Any) -> Any:
+            into.append(load(*given, **named))
             return into[0]
 
         monkeypatch.setattr(compare, "load", kept_load)
