@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lives import bytes_of
 
 import secateur.model.journal
@@ -23,6 +24,7 @@ from secateur import SecateurError, cli, prune
 from secateur.base.progress import Silent
 from secateur.commands import resume
 from secateur.commands.clean import clean
+from secateur.model import rows as batches
 from secateur.model.arena import Arena
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
@@ -233,6 +235,39 @@ def test_a_disk_that_fills(
     watcher = Stopping(what="never")
     prune(checkpoint_folder("llama"), out, **ASKED, watcher=watcher)
     assert watcher.seen["Prune"] == ([1, 2] if where == "activations" else [2])
+
+
+@pytest.mark.parametrize("room", [300, 30])
+def test_a_device_whose_memory_is_small(
+    room: int, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with fewer tokens at a time, and says so; or says that even few are too many."""
+    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    run = BlockStream.run
+
+    def small(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
+        if index == 2 and hidden.numel() // hidden.shape[-1] > room:
+            raise torch.OutOfMemoryError
+        return run(self, index, layer, hidden, *given, **named)
+
+    monkeypatch.setattr(BlockStream, "run", small)
+    watcher, asked = Stopping(what="never"), ASKED | {"samples": 32}
+    if room < resume.LEAST:
+        with pytest.raises(SecateurError, match="out of memory even with 128 tokens at a time; take one with more"):
+            prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
+        # For another device to go on with.
+        assert [file.name for file in tmp_path.iterdir()] == [".out.run"]
+    else:
+        prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
+        assert [file.name for file in tmp_path.iterdir()] == ["out"]
+        # What was done before is not done again.
+        assert watcher.seen["Rewrite"][:2] == [0, 1]
+        assert watcher.seen["Rewrite"].count(0) == watcher.seen["Prune"].count(0) == 1
+    said = [note for note in watcher.notes if "tokens at a time" in note]
+    assert [note.split("with ")[1].split()[0] for note in said] == (
+        ["1,024", "512", "256"] if room == 300 else ["1,024", "512", "256", "128"]
+    )
+    assert batches.BATCH_TOKENS == 2048
 
 
 def test_keeping_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.dry_run import expect
 from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
-from secateur.commands.resume import resumable
+from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
 from secateur.report.summary import Summary
 
@@ -36,9 +36,13 @@ def prune(
     run = open_model(model, options, running, out=Path(out), watcher=watcher, **settings)
     if run.running.dry_run:
         return expect(run)
-    with resumable(run, Path(out)) as run:
-        rows = draw_rows(run)
-        findings = survey_model(run, rows)
-        plan = plan_widths(run, rows, findings)
-        blocks = fit_blocks(run, rows, plan)
-        return write_model(run, rows, plan, blocks, out)
+
+    def steps() -> Summary:
+        with resumable(run, Path(out)) as going:
+            rows = draw_rows(going)
+            findings = survey_model(going, rows)
+            plan = plan_widths(going, rows, findings)
+            blocks = fit_blocks(going, rows, plan)
+            return write_model(going, rows, plan, blocks, out)
+
+    return in_smaller_batches(steps, run.watcher)

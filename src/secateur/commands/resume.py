@@ -1,6 +1,6 @@
 """A run that goes on where it was stopped: what decides its result, and who may go on with it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,9 +12,15 @@ import transformers
 import secateur
 from secateur.base.errors import SecateurError
 from secateur.base.files import digest, hash_of
+from secateur.base.progress import Watcher
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.commands.open import OpenRun
+from secateur.model import rows as batches
+from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
+
+LEAST = 128
+"""Tokens at a time."""
 
 
 @contextmanager
@@ -36,6 +42,31 @@ def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
             raise
         finally:
             run.stream.scratch = None
+
+
+def in_smaller_batches(steps: Callable[[], Summary], watcher: Watcher) -> Summary:
+    """A run that goes on with half of the tokens at a time, again and again, where its device is out of memory.
+
+    Raises:
+        SecateurError: it is even with the fewest.
+    """
+    usual = batches.BATCH_TOKENS
+    try:
+        while True:
+            try:
+                return steps()
+            except torch.OutOfMemoryError as error:
+                if batches.BATCH_TOKENS <= LEAST:
+                    raise SecateurError(
+                        f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "
+                        "--device cpu"
+                    ) from error
+                batches.BATCH_TOKENS //= 2
+            watcher.note(f"The device is out of memory: going on with {batches.BATCH_TOKENS:,} tokens at a time")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    finally:
+        batches.BATCH_TOKENS = usual
 
 
 def decided_by(run: OpenRun) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 BATCH_TOKENS = 2048
-"""Tokens run through a block at once: large enough for fast products, small beside a block's weights."""
+"""Tokens run through a block at once: large enough for fast products, small beside a block's weights. A run on a device
+whose memory is too small takes fewer."""
 
 OPENING_SHARE = 8
 LEAST_OPENINGS = 256

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
+from secateur.model import rows as batches
 from secateur.model.arena import Activations, Arena
-from secateur.model.rows import BATCH_TOKENS, Rows
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
 from secateur.survey.curves import Probe
@@ -56,7 +57,7 @@ class Probes:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
         # Several streams a batch: one alone is too short for fast products.
-        together = max(1, BATCH_TOKENS // self.rows.tokens)
+        together = max(1, batches.BATCH_TOKENS // self.rows.tokens)
         for start in range(0, len(self.hidden), together):
             some = self.hidden[start : start + together]
             for at in self.rows.batches():
