@@ -12,6 +12,7 @@ from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_m
 from secateur.report.summary import Summary
 
 
+@in_smaller_batches
 def prune(
     model: str | Path,
     out: str | Path,
@@ -36,13 +37,9 @@ def prune(
     run = open_model(model, options, running, out=Path(out), watcher=watcher, **settings)
     if run.running.dry_run:
         return expect(run)
-
-    def steps() -> Summary:
-        with resumable(run, Path(out)) as going:
-            rows = draw_rows(going)
-            findings = survey_model(going, rows)
-            plan = plan_widths(going, rows, findings)
-            blocks = fit_blocks(going, rows, plan)
-            return write_model(going, rows, plan, blocks, out)
-
-    return in_smaller_batches(steps, run.watcher)
+    with resumable(run, Path(out)) as run:
+        rows = draw_rows(run)
+        findings = survey_model(run, rows)
+        plan = plan_widths(run, rows, findings)
+        blocks = fit_blocks(run, rows, plan)
+        return write_model(run, rows, plan, blocks, out)

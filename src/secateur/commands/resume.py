@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 import torch
 import transformers
@@ -12,13 +13,14 @@ import transformers
 import secateur
 from secateur.base.errors import SecateurError
 from secateur.base.files import digest, hash_of
-from secateur.base.progress import Watcher
+from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.commands.open import OpenRun
 from secateur.model import rows as batches
 from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
 
+P = ParamSpec("P")
 LEAST = 128
 """Tokens at a time."""
 
@@ -44,29 +46,33 @@ def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
             run.stream.scratch = None
 
 
-def in_smaller_batches(steps: Callable[[], Summary], watcher: Watcher) -> Summary:
-    """A run that goes on with half of the tokens at a time, again and again, where its device is out of memory.
+def in_smaller_batches(command: Callable[P, Summary]) -> Callable[P, Summary]:
+    """Let a resumable command go on with half of the tokens at a time, again and again, where its device has no memory.
 
-    Raises:
-        SecateurError: it is even with the fewest.
+    It raises `SecateurError` where even the fewest are too many.
     """
-    usual = batches.BATCH_TOKENS
-    try:
-        while True:
-            try:
-                return steps()
-            except torch.OutOfMemoryError as error:
-                if batches.BATCH_TOKENS <= LEAST:
-                    raise SecateurError(
-                        f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "
-                        "--device cpu"
-                    ) from error
-                batches.BATCH_TOKENS //= 2
-            watcher.note(f"The device is out of memory: going on with {batches.BATCH_TOKENS:,} tokens at a time")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    finally:
-        batches.BATCH_TOKENS = usual
+
+    @wraps(command)
+    def going_on(*given: P.args, **named: P.kwargs) -> Summary:
+        usual, watcher = batches.BATCH_TOKENS, cast("Watcher", named.get("watcher") or Silent())
+        try:
+            while True:
+                try:
+                    return command(*given, **named)
+                except torch.OutOfMemoryError as error:
+                    if batches.BATCH_TOKENS <= LEAST:
+                        raise SecateurError(
+                            f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "
+                            "--device cpu"
+                        ) from error
+                    batches.BATCH_TOKENS //= 2
+                watcher.note(f"The device is out of memory: going on with {batches.BATCH_TOKENS:,} tokens at a time")
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        finally:
+            batches.BATCH_TOKENS = usual
+
+    return going_on
 
 
 def decided_by(run: OpenRun) -> dict[str, Any]:
