@@ -100,8 +100,8 @@ def bounded(limit: int) -> Path | None:
     return None
 
 
-def measured(command: list[str], group: Path | None) -> tuple[float, int, str]:
-    """CPU seconds, peak resident bytes and what was said on standard error."""
+def measured(command: list[str], group: Path | None) -> tuple[float, int]:
+    """CPU seconds and peak resident bytes of a process."""
 
     def enter() -> None:
         if group is not None:
@@ -110,11 +110,10 @@ def measured(command: list[str], group: Path | None) -> tuple[float, int, str]:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=enter)
         _, status, usage = os.wait4(process.pid, 0)
-        said.seek(0)
-        text = said.read()
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{said.read()}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -145,7 +144,7 @@ def main() -> None:
             command = [sys.executable, "-m", "secateur", "prune", str(model), str(out), "--device", "cpu"]
             command += [f"--{name}={value}" for name, value in asked.items()]
             command += ["--memory", arguments.limit] if arguments.limit else []
-            seconds, peak, _ = measured(command, group)
+            seconds, peak = measured(command, group)
             exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
             floor = Speeds(quick, quick, exact, exact).seconds(work[arguments.effort])
             whole = seconds / blocks * shape.depth / 3600

@@ -7,9 +7,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from secateur.base.errors import StoppedError
 from secateur.base.files import damaged, is_disk_full, read_hashed, write_hashed
 from secateur.model.arena import Activations, memory_of
+from secateur.model.weights import read_into
 
 SPENT = 0.03
 """Share of the time that may go into keeping: where a block takes less than it costs to keep, some are not kept."""
@@ -53,14 +56,10 @@ class Journal:
             with file.open("rb", buffering=0) as stored:
                 for stream in streams:
                     for part, rows in stream.pieces():
-                        piece = part[rows].clone()
-                        view = memory_of(piece)
-                        while view:
-                            count = stored.readinto(view)
-                            if not count:
-                                raise EOFError
-                            read.update(view[:count])
-                            view = view[count:]
+                        piece = torch.empty((rows.stop - rows.start, *part.shape[1:]), dtype=part.dtype)
+                        if not read_into(stored, memory_of(piece)):
+                            raise EOFError
+                        read.update(memory_of(piece))
                         part[rows] = piece
                 whole = not stored.read(1) and read.hexdigest() == self._hash
         except (OSError, EOFError):
@@ -84,13 +83,13 @@ class Journal:
             self.folder.mkdir(exist_ok=True)
             found |= {name: give() for name, give in self.beside.items()}
             written = hashlib.sha256()
-            with file.open("wb", buffering=0) as stored:
+            with file.open("wb") as stored:
                 for stream in streams:
                     for part, rows in stream.pieces():
                         view = memory_of(part[rows])
                         written.update(view)
-                        while view:
-                            view = view[stored.write(view) :]
+                        stored.write(view)
+                stored.flush()
                 os.fsync(stored.fileno())
             state = {"done": done, "found": found, "activations": written.hexdigest()}
             write_hashed(self.folder / STATE, state)

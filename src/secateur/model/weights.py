@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +149,19 @@ def read_tensor(info: TensorInfo) -> Tensor:
         SecateurError: the file has become shorter since it was opened.
     """
     data = torch.empty(info.bytes, dtype=torch.uint8)
-    view = data.numpy().data
     with info.file.open("rb", buffering=0) as stream:
         stream.seek(info.offset)
-        # One read returns at most 2 GiB on Linux.
-        while view:
-            count = stream.readinto(view)
-            if not count:
-                raise SecateurError(f"{info.file}: ended early; it has changed since it was opened")
-            view = view[count:]
+        if not read_into(stream, data.numpy().data):
+            raise SecateurError(f"{info.file}: ended early; it has changed since it was opened")
     return data.view(info.dtype).view(info.shape)
+
+
+def read_into(stream: FileIO, view: memoryview) -> bool:
+    """Fill memory from a file; whether the file held as much."""
+    # One read returns at most 2 GiB on Linux.
+    while view and (count := stream.readinto(view)):
+        view = view[count:]
+    return not view
 
 
 def read_ahead(infos: Iterable[TensorInfo]) -> None:
