@@ -46,6 +46,7 @@ HISTORY = "docs/log.md"
 """Names options and files of its day."""
 ELSEWHERE = {
     r"pip install .+": "installs packages",
+    r"torchrun .+": "starts processes, as tests/commands/test_team.py does",
     r"vllm serve .+": "vLLM has an environment of its own, make test-vllm",
     r"llama-(cli|quantize) .+": "these are llama.cpp's own programs",
     r"secateur eval .+ --tasks piqa,arc_easy": "lm-eval's own tasks read their data from the hub",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Barrier
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur.base.team import Team
 from secateur.numerics import moments
 from secateur.numerics.moments import Moments, add_gram
 
@@ -177,3 +180,51 @@ def test_factors_for_single_rows_are_rows_of_that_weight(centre):
         )
     assert torch.allclose(weighted.mean_a, repeated.mean_a, atol=1e-6)
     assert torch.allclose(weighted.mean_o, repeated.mean_o, atol=1e-6)
+
+
+class Crew(Team):
+    """One of several threads that stand for processes."""
+
+    def __init__(self, rank: int, shared: list[Tensor | None], barrier: Barrier):
+        super().__init__(rank, len(shared))
+        self._shared, self._barrier = shared, barrier
+
+    def add(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self._shared[self.rank] = tensor.clone()
+            self._barrier.wait(10)
+            tensor.copy_(sum(one for one in self._shared if one is not None))
+            self._barrier.wait(10)
+
+    def add_at(self, owner: int, *tensors: Tensor) -> None:
+        before = [tensor.clone() for tensor in tensors]
+        self.add(*tensors)
+        for tensor, own in zip(tensors, before, strict=True):
+            if self.rank != owner:
+                tensor.copy_(own)
+
+
+@given(case=cases(), size=st.integers(2, 4), centre=st.booleans(), mean=st.sampled_from([0.0, 1000.0]))
+@settings(max_examples=50, deadline=None)
+def test_sums_of_several_processes_are_those_of_one(case: Case, size: int, centre: bool, mean: float) -> None:
+    """Some of them may have seen nothing, and each has another first batch."""
+    case.x, case.t = case.x / case.x.abs().amax(0) + mean, case.t + mean
+    crew = [Crew(rank, shared, barrier) for shared, barrier in [([None] * size, Barrier(size))] for rank in range(size)]
+    parts = [Moments(case.x.shape[1], case.t.shape[1], centre=centre) for _ in crew]
+    for number, (x, t, weight) in enumerate(case.batches()):
+        parts[number % size].update(x, t, weight)
+    owner = size - 1
+    with ThreadPoolExecutor(size) as threads:
+        list(threads.map(lambda part, one: part.reduce(one, owner), parts, crew))
+    found, wanted = parts[owner], streamed(case, centre=centre)
+    count, room = wanted.count, 1e-5 * wanted.count * (1 if centre else (1 + mean) ** 2)
+    assert found.count == pytest.approx(count)
+    torch.testing.assert_close(found.gram(), wanted.gram(), atol=room, rtol=1e-4)
+    torch.testing.assert_close(found.cross(), wanted.cross(), atol=100 * room, rtol=1e-4)
+    assert found.energy() == pytest.approx(wanted.energy(), rel=1e-4, abs=1e4 * room)
+    for part in parts:
+        # Means and counts are known to all, and what nobody else needs is gone.
+        torch.testing.assert_close(part.mean_a, wanted.mean_a)
+        torch.testing.assert_close(part.mean_o, wanted.mean_o)
+        assert part is found or part.gram().numel() == 0
+        assert part.finite()

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 
 from secateur.base.errors import SecateurError
+from secateur.base.launched import launched
 
 
 def pick_device(name: str) -> torch.device:
-    """The device by name; `auto` takes a GPU if there is one."""
+    """The device by name; `auto` takes a GPU if there is one. Processes of one run take a GPU each, in their order."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched().size > 1 and torch.cuda.is_available():
+        name = f"cuda:{launched().local}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

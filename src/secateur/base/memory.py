@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from secateur.base.errors import SecateurError
+from secateur.base.launched import launched
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SHARE = 0.5
@@ -33,8 +34,12 @@ def bytes_of(allowed: str | None) -> int:
 
 
 def free_bytes() -> int:
-    """What this process may have: what it has and what is free, within the control groups that it is in."""
-    found = psutil.virtual_memory().available + resident_now()
+    """What this process may have: what it has and what is free, within the control groups that it is in.
+
+    Processes of one run share it.
+    """
+    here = launched().here
+    found = psutil.virtual_memory().available + here * resident_now()
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
             _, kind, own = line.split(":", 2)
@@ -45,7 +50,7 @@ def free_bytes() -> int:
                     # Where nothing is limited, the file says so in words, or there is none.
                     with suppress(OSError, ValueError):
                         found = min(found, int((group / file).read_text()))
-    return found
+    return found // here
 
 
 def resident_now() -> int:

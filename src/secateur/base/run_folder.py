@@ -84,6 +84,10 @@ class RunFolder:
         shutil.rmtree(self.folder(name), ignore_errors=True)
         return read_hashed(file)
 
+    def has(self, name: str) -> bool:
+        """Whether a finding has been kept."""
+        return (self.path / f"{name}.json").exists()
+
     def folder(self, name: str) -> Path:
         """Where a long step keeps how far it has come."""
         return self.path / name

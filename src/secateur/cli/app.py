@@ -11,6 +11,7 @@ import typer
 
 from secateur import __version__
 from secateur.base.errors import SecateurError
+from secateur.base.launched import launched
 from secateur.cli.clean import clean
 from secateur.cli.compare import compare
 from secateur.cli.evaluate import evaluate
@@ -20,7 +21,7 @@ from secateur.cli.prune import prune
 from secateur.cli.retrain import retrain
 from secateur.cli.sizes import sizes
 from secateur.cli.survey import survey
-from secateur.cli.terminal import INTERRUPTED, interrupted
+from secateur.cli.terminal import INTERRUPTED, QUIET, interrupted
 
 app = typer.Typer(
     name="secateur",
@@ -40,6 +41,9 @@ app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(clean)
 
+TOGETHER = ("prune", "survey")
+"""What several processes do together."""
+
 # Newer typers carry a click of their own; its base class of mistakes is reached through what both export.
 _Mistake: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -55,6 +59,11 @@ def top(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif context.invoked_subcommand not in TOGETHER and (size := launched().size) > 1:
+        raise SecateurError(
+            f"{context.invoked_subcommand} runs in one process, and WORLD_SIZE is {size}; only "
+            f"{' and '.join(TOGETHER)} share their work"
+        )
 
 
 def main() -> None:
@@ -97,5 +106,6 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    place = f"process {os.environ['RANK']}: " if QUIET else ""
+    print(f"error: {place}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,5 +1,6 @@
 """What a person sees while a command runs and after it: bars and notes on standard error, tables on standard output."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +20,10 @@ EVERY = 30.0
 INTERRUPTED = 130
 """The exit code of shells for Ctrl-C."""
 
-log = Console(stderr=True, highlight=False, markup=False)
+QUIET = os.environ.get("RANK", "0") != "0"
+"""Of several processes, the first speaks; the others only say what is wrong."""
+
+log = Console(stderr=True, highlight=False, markup=False, quiet=QUIET)
 
 
 class Bars:
@@ -93,7 +97,7 @@ def _clock(seconds: float) -> str:
 
 def show(table: Table, lines: list[str], bars: Bars | None = None) -> None:
     """Print a result on standard output, and where the time went."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, quiet=QUIET)
     console.print(table)
     times = bars.times() if bars else ""
     for line in [*lines, f"Time: {times}."] if times else lines:

@@ -13,6 +13,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import Output, leftovers
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import GROWING, RunFolder, state_of
+from secateur.base.team import Team
 from secateur.commands.memory import allow
 from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
@@ -28,6 +29,7 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import cache_meter
+from secateur.plan.target import FASTER, Target
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
@@ -57,13 +59,20 @@ class OpenRun:
     state: RunFolder | None = None
     """Where what is done is kept, to go on from after a stop; None where nothing is."""
 
+    @property
+    def team(self) -> Team:
+        """The processes of this run."""
+        return self.stream.team
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A finding as JSON holds it, made unless it has been kept."""
-        return make() if self.state is None else self.state.once(name, make)
+        """A finding as JSON holds it, made by all processes together unless it has been kept."""
+        state = self.state
+        made = None if self.team.told(lambda: state is not None and state.has(name)) else make()
+        return self.team.told(lambda: made if state is None else state.once(name, lambda: made))
 
     def journal(self, name: str) -> Journal:
         """Of a long step on the way to a finding, or of the fit."""
-        return Journal(None if self.state is None else self.state.folder(name))
+        return Journal(None if self.state is None else self.state.folder(name), self.team)
 
     @property
     def row_request(self) -> RowRequest:
@@ -117,6 +126,7 @@ def open_model(
     *,
     out: Path | None = None,
     watcher: Watcher | None = None,
+    team: Team | None = None,
     **settings: Any,
 ) -> OpenRun:
     """Open a model, and find what is wrong with the request before any long work.
@@ -124,32 +134,41 @@ def open_model(
     Args:
         model: a folder, a .gguf file or a hub id.
         out: the folder or the .gguf file that will be written, to be checked too.
+        team: the processes that share the work, of which the first reads texts and writes.
         settings: in place of `options` and `running`, any of their fields by name.
 
     Raises:
         SecateurError: for anything wrong with the model or the request.
     """
     options, running = with_settings(options, running, settings)
-    watcher, started = watcher or Silent(), time.perf_counter()
+    team, started = team or Team(), time.perf_counter()
+    watcher = (watcher if team.leads else None) or Silent()
+    goal = options.goal
+    if isinstance(goal, Target) and goal.quantity in FASTER and not team.alone:
+        raise SecateurError(
+            f"target {goal} is measured by one process alone; let secateur plan write the widths to a file, and name "
+            "it by --plan"
+        )
     where = pick_device(running.device)
-    for source in dict.fromkeys(options.sources):
+    for source in dict.fromkeys(options.sources) if team.leads else ():
         check_calibration(source, samples=options.samples, length=options.length)
-    if out is not None:
+    if out is not None and team.leads:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, running.overwrite)
         for left in leftovers(out):
             watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
     wanted = getattr(torch, options.dtype) if options.dtype else None
-    with reading(watcher, "Opening", str(model)):
+    with reading(watcher, "Opening", str(model)), team.first_goes_first():
         checkpoint = open_checkpoint(
             model,
             revision=running.revision,
             trust_remote_code=running.trust_remote_code,
             dtype=wanted or torch.bfloat16,
         )
-        stream = BlockStream(checkpoint, device=where)
+    stream = BlockStream(checkpoint, device=where)
+    stream.team = team
     tokenizer, dtype = checkpoint.tokenizer(), wanted or checkpoint.dtype
-    if out is not None:
+    if out is not None and team.leads:
         _check_size(stream, out, options, running, dtype)
     request = check_request(stream, options, dtype, watcher)
     if options.format == "gguf":

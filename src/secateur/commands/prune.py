@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.progress import Watcher
+from secateur.base.team import Team
 from secateur.commands.dry_run import expect
 from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
@@ -25,6 +26,7 @@ def prune(
     """Prune a model in one shot and write the smaller one.
 
     A run that is stopped, by whatever, goes on where it was when it is called again: its state stands beside `out`.
+    Processes that a launcher such as torchrun starts share the work, and the first of them writes.
 
     Args:
         model: a folder, a .gguf file or a hub id.
@@ -34,7 +36,7 @@ def prune(
     Raises:
         SecateurError: for anything wrong with the input or the request, before anything is written.
     """
-    run = open_model(model, options, running, out=Path(out), watcher=watcher, **settings)
+    run = open_model(model, options, running, out=Path(out), watcher=watcher, team=Team.join(), **settings)
     if run.running.dry_run:
         return expect(run)
     with resumable(run, Path(out)) as run:

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 import secateur
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import digest, hash_of
+from secateur.base.launched import launched
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.commands.open import OpenRun
@@ -30,12 +31,18 @@ def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
     """The run with a place for its state beside `out`; what an earlier one has kept there is gone on with.
 
     Raises:
-        SecateurError: another run is at work there, or one that asked for something else was.
+        SecateurError: another run is at work there, or one that asked for something else was; processes of this run
+            were given different things.
     """
+    if not run.team.leads:
+        run.team.agree(decided_by(run))
+        yield run
+        return
     with RunFolder(out.expanduser().resolve(), decided_by(run), restart=run.running.restart) as state:
         if state.holds_work():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
         run.stream.scratch = state.path
+        run.team.agree(decided_by(run))
         try:
             yield replace(run, state=state)
         except BaseException as error:
@@ -60,6 +67,11 @@ def in_smaller_batches(command: Callable[P, Summary]) -> Callable[P, Summary]:
                 try:
                     return command(*given, **named)
                 except torch.OutOfMemoryError as error:
+                    if launched().size > 1:
+                        # The others have got no further than this one, and wait.
+                        raise StoppedError(
+                            f"the device of process {launched().rank} is out of memory; take devices with more"
+                        ) from error
                     if batches.BATCH_TOKENS <= LEAST:
                         raise SecateurError(
                             f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "

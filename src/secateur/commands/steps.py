@@ -118,8 +118,9 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     if not run.request.needs_survey:
         return found
     file, wanted = run.running.survey, survey_key(run, rows.text)
-    if file is not None and file.exists():
-        return replace(found, survey=read_survey(run, file, wanted))
+    if file is not None and run.team.told(file.exists):
+        there: Path = file
+        return replace(found, survey=Survey.of(run.team.told(lambda: asdict(read_survey(run, there, wanted)))))
     few, probe_rows = survey_rows(rows.text)
     fitted = Rows.of(few) if rows.sigma is None else Rows.of(few).scored_by(Rows.of(rows.sigma))
 
@@ -139,7 +140,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
         return asdict(result)
 
     made = replace(Survey.of(run.once("survey", made_anew)), asked=wanted)
-    if file is not None:
+    if file is not None and run.team.leads:
         save_survey(made, file)
     return replace(found, survey=made)
 
@@ -177,13 +178,19 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
 
     def timings() -> dict[str, float]:
         found = summary_of(run, rows, decided)
-        return {"seconds": found.seconds, "peak_bytes": found.peak_bytes}
+        crossed = {} if run.team.alone else {"processes": run.team.size, "moved_bytes": run.team.moved}
+        return {"seconds": found.seconds, "peak_bytes": found.peak_bytes} | crossed
 
     records = {
         "secateur.json": lambda: record(run, rows, decided, done, blocks.norm_scale),
         "timings.json": timings,
     }
     file = options.format == "gguf"
+    if not run.team.leads:
+        # Its share of the work is all that is wanted.
+        for _ in blocks:
+            pass
+        return summary_of(run, rows, decided)
     folder, at = out, None
     if run.state is not None:
         folder, at = run.state.path / "folder" if file else out, run.state.path / GROWING

@@ -8,6 +8,7 @@ from pathlib import Path
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
 from secateur.base.progress import Watcher
+from secateur.base.team import Team
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, Running, spelled
 from secateur.commands.resume import resumable
@@ -46,8 +47,10 @@ def survey_page(
     folder = Output(
         out, overwrite=running.overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
     )
-    folder.check()
-    opened = open_model(model, replace(options, sparsity=ANY_SHARE), running, watcher=watcher)
+    team = Team.join()
+    if team.leads:
+        folder.check()
+    opened = open_model(model, replace(options, sparsity=ANY_SHARE), running, watcher=watcher, team=team)
     with resumable(opened, out) as run:
         return _surveyed(run, model, out, folder, options, running)
 
@@ -71,10 +74,11 @@ def _surveyed(
         "parameters": int(counted.dense),
         "line": line,
     }
-    page = render(page_data(found, run.stream.blocks, plans, facts=facts, distances=distances))
-    with folder as partial:
-        save_survey(found, partial / FILE)
-        (partial / PAGE).write_text(page, encoding="utf-8")
+    if run.team.leads:
+        page = render(page_data(found, run.stream.blocks, plans, facts=facts, distances=distances))
+        with folder as partial:
+            save_survey(found, partial / FILE)
+            (partial / PAGE).write_text(page, encoding="utf-8")
     parameters = {share: counted.total(one.widths) for share, one in plans.items()}
     return Surveyed(tuple(block.width for block in run.stream.blocks), plans, parameters, line)
 

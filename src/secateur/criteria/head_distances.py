@@ -76,6 +76,7 @@ def head_distances(
     blocks = blocks if blocks is not None else range(len(stream))
     watcher, rows = watcher or Silent(), Rows.of(rows)
     counted = sum(weight * group.numel() for group, weight in zip(rows.groups, rows.weights, strict=True))
+    rows = stream.own(rows)
     found: dict[int, Tensor] = {}
     with stream.arena() as arena, _implementation(stream.model.config) as use:
         # Masks as the eager function wants them: others may be left out where a kernel knows them.
@@ -95,6 +96,7 @@ def head_distances(
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                     sums += at.weight * torch.stack(parts).sum(0)
             if index in blocks:
+                stream.team.add(sums)
                 found[index] = (sums / counted).cpu()
     return found
 

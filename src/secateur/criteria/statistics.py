@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from secateur.model.structure import Depth2
+from secateur.model.structure import Depth2, Kind
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import Normal, normal_equations
 
@@ -49,6 +49,11 @@ class Statistics:
         What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
         """
         return sum_by_unit(self.module, self.tensors, lambda part: getattr(part, function)().sum(1))
+
+
+def module_seed(seed: int, index: int, kind: Kind) -> int:
+    """A seed of its own for each module."""
+    return (seed * 1_000_003 + index) * 2 + (kind == "channels")
 
 
 def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:

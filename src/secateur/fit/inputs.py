@@ -44,9 +44,12 @@ class Inputs:
         return old if len(old) == len(self.entries) else old[self.entries]
 
 
-def collect(target: ModuleTarget, keep: tuple[int, ...] | None = None) -> tuple[Inputs, Moments, Moments | None]:
+def collect(
+    target: ModuleTarget, owner: int, keep: tuple[int, ...] | None = None
+) -> tuple[Inputs, Moments, Moments | None]:
     """Run the pruned stream up to the module's level 2, for the inputs of all units or of those that stay.
 
+    Of several processes, the owner has the moments of all rows.
     Beside what is fitted to: the moments to choose units by, which are the same ones unless the rows say
     otherwise, and for the same purpose those of the module's input. Neither is taken where units have been chosen.
     """
@@ -75,6 +78,9 @@ def collect(target: ModuleTarget, keep: tuple[int, ...] | None = None) -> tuple[
                     sums.update(x, wanted.target, weight, wanted.counts)
             if at.score and source is not None:
                 source.update(seen[module.source].reshape(-1, stream.width), weight=at.score)
+    for one in dict.fromkeys((moments, scored, source)):
+        if one is not None:
+            one.reduce(stream.team, owner)
     if not (moments.finite() and scored.finite()):
         what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
         raise SecateurError(f"block {state.index}: the {what} module gives NaN or infinite activations")

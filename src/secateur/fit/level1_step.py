@@ -24,7 +24,8 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
     batches = [at for at in state.rows.batches() if at.weight]
     source = state.arena.empty(state.rows, width, dtype)
     stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]
-    tangent = Tangent(fit.weight_ko, len(stored), width, sum(state.rows.ids(at).numel() for at in batches))
+    tokens = stream.team.total(sum(state.rows.ids(at).numel() for at in batches))
+    tangent = Tangent(fit.weight_ko, len(stored), width, int(tokens), stream.team)
     outputs_of = inputs.times(fit.weight_ko, kept)
     for at in batches:
         s = state.inputs_of(module, target.pruned, at, module.source)[module.source].reshape(-1, width)
@@ -49,9 +50,11 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
             yield Part(s, [room[at].to(device).reshape(len(s), -1) for room in stored])
 
     changes = tangent.step(parts, recovery.ridge, recovery.level1)
+    # Sums that were added up in another order elsewhere would let the weights drift apart.
+    shared = stream.team.shared({str(number): change for number, change in enumerate(changes)}, 0, device)
     for room in (source, *stored):
         state.arena.release(room)
     result = {slab.name: state.tensors[slab.name].clone() for slab in module.scored}
-    for slab, change in zip(module.scored, changes, strict=True):
+    for slab, change in zip(module.scored, shared.values(), strict=True):
         result[slab.name].index_add_(slab.axis, slab.offset + kept, change.movedim(0, slab.axis))
     return result

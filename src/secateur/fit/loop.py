@@ -45,7 +45,7 @@ def refit(
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
-            run along; blocks behind the plan's last one are then run as well.
+            run along, and of these with this process's share; blocks behind the plan's last one are then run as well.
         journal: behind whose last block to go on, and that keeps each block once the next one is asked for.
 
     Raises:
@@ -54,7 +54,7 @@ def refit(
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype
     watcher, journal = watcher or Silent(), journal or Journal()
-    rows = Rows.of(rows)
+    rows = stream.own(Rows.of(rows))
     with stream.arena() as arena, stream.quick():
         dense = stream.embed(rows, arena)
         counted, beside = rows.counted(), rows.counted(False)

@@ -6,12 +6,14 @@ are kept for the length of a module, so that outputs after the refit cost one pr
 Shapes: n tokens, a level-2 input entries, k of them kept, d residual width; rows x t x d for stored activations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from secateur.criteria.order import removal_order, survivors
-from secateur.criteria.statistics import Statistics
+from secateur.criteria.statistics import Statistics, module_seed
 from secateur.fit.block import BlockState
 from secateur.fit.inputs import Inputs, collect
 from secateur.fit.level1_step import level1_step
@@ -22,7 +24,6 @@ from secateur.model.structure import Kind, Pattern, Width
 from secateur.model.surgery import inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import residual
-from secateur.survey.survey import module_seed
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ModuleState:
         self.stream, self.method, self.recovery = state.stream, state.method, state.method.recovery
         self.target = ModuleTarget(state, self.module, pruned)
         self.norm = self.target.norm
+        inner = self.module.units * self.module.size
+        self.owner = self.stream.team.owner(inner**2 * (inner + 2 * self.stream.width))
+        """Of several processes, the one that solves what asks for the moments of all rows."""
 
     def prune(self, width: Width, given: tuple[int, ...] | None) -> tuple[tuple[int, ...], ModuleReport]:
         """Choose the module's units unless they are given, refit it, and put the pruned stream's output in place."""
@@ -55,12 +59,12 @@ class ModuleState:
         old = self.norm.scale(inner_weight(module, self.state.tensors))
         # Where units are given, a refit would not look at inputs that go.
         spared = bool(given) and recovery.method == "refit" and not recovery.before
-        inputs, scored, source = collect(self.target, given if spared else None)
+        inputs, scored, source = collect(self.target, self.owner, given if spared else None)
         stats = self._statistics(inputs.weights(old), inputs.moments, source)
         choice = stats if scored is inputs.moments else self._statistics(old, scored, source)
         weight, bias = old, None
         if recovery.before:
-            weight, bias, _ = fit_level2(inputs.moments, stats.normal, inputs.entries)
+            weight, bias, _ = self._solved(lambda: fit_level2(inputs.moments, stats.normal, inputs.entries))
             choice.weight_ao, choice.pull_ao = weight, old
             changed = {module.level2.name: stored_weight(module, self.norm.unscale(weight))}
             choice.tensors = self.state.tensors | changed
@@ -71,19 +75,18 @@ class ModuleState:
         if recovery.method == "paper" and not recovery.before:
             self._refit_level1()
             self.state.arena.release(inputs.stored)
-            inputs, _, _ = collect(self.target)
+            inputs, _, _ = collect(self.target, self.owner)
             stats = self._statistics(old, inputs.moments)
         if recovery.after:
-            fit, energy = fit_level2(inputs.moments, stats.normal, inputs.among(kept)), stats.normal.energy
+            fit = self._solved(lambda: fit_level2(inputs.moments, stats.normal, inputs.among(kept)))
             # As large as all that fitting both holds.
             del stats
             # An error that is rounding alone asks for nothing.
-            if recovery.fits_level1 and module.scored and keep and fit.error > ROUNDING * energy:
+            if recovery.fits_level1 and module.scored and keep and fit.error > ROUNDING * inputs.moments.energy():
                 inputs, fit = self._fit_both(keep, inputs, fit)
             fitted, bias, error = fit
         else:
-            fitted = weight[kept]
-            error = residual(stats.normal, fitted, kept)
+            fitted, _, error = self._solved(lambda: Fit(weight[kept], None, residual(stats.normal, weight[kept], kept)))
         if recovery.method == "bias" and self.target.fits_bias:
             bias = compensation(inputs.moments, old, kept, self.state.tensors.get(module.bias_name))
             # Centred moments leave the mean out of the error.
@@ -93,10 +96,21 @@ class ModuleState:
         self._store(old, fitted, bias, kept)
         self._advance(inputs, kept)
         self.state.arena.release(inputs.stored)
-        energy = self.state.goal[module.kind].energy(self.state.rows, self.norm.read_o)
+        energy = self.stream.team.total(self.state.goal[module.kind].energy(self.state.rows, self.norm.read_o))
         relative = error / energy if energy else 0.0
         report = ModuleReport(module.kind, len(keep), module.units, error / inputs.moments.count, relative)
         return keep, report
+
+    def _solved(self, make: Callable[[], Fit]) -> Fit:
+        """A fit that the module's owner makes of the moments."""
+
+        def made() -> dict[str, Tensor]:
+            fit = make()
+            found = {"weight": fit.weight_ko, "error": torch.tensor(fit.error, dtype=torch.float64)}
+            return found if fit.bias is None else found | {"bias": fit.bias}
+
+        found = self.stream.team.solved(self.owner, made, self.stream.device)
+        return Fit(found["weight"], found.get("bias"), float(found["error"]))
 
     def _entries(self, keep: tuple[int, ...]) -> Tensor:
         return inner_entries(self.module, keep).to(self.stream.device)
@@ -125,7 +139,11 @@ class ModuleState:
         if stop == module.steps(pattern):
             return tuple(range(module.units))
         criterion = self.method.criteria.module(self.state.index, module.kind)
-        return survivors(module, pattern, removal_order(criterion, stats, pattern, stop))
+
+        def made() -> dict[str, Tensor]:
+            return {"gone": removal_order(criterion, stats, pattern, stop)}
+
+        return survivors(module, pattern, self.stream.team.solved(self.owner, made, self.stream.device)["gone"])
 
     def _refit_level1(self) -> None:
         """Level 1 to the dense level-1 outputs, all rows: each is a regression of its own, whatever is kept."""
@@ -136,7 +154,12 @@ class ModuleState:
             dense = self.state.input[module.kind][at].to(self.stream.device)
             source = self.state.inputs_of(module, self.pruned, at, module.source)[module.source]
             moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
-        self.state.change(fit_level1(module, self.state.tensors, moments, self.recovery.ridge))
+        moments.reduce(self.stream.team, self.owner)
+
+        def made() -> dict[str, Tensor]:
+            return fit_level1(module, self.state.tensors, moments, self.recovery.ridge)
+
+        self.state.change(self.stream.team.solved(self.owner, made, self.stream.device))
 
     def _fit_both(self, keep: tuple[int, ...], inputs: Inputs, fit: Fit) -> tuple[Inputs, Fit]:
         """Level 1 of the feed-forward fitted along, then level 2 once more; all as it was where that gains nothing.
@@ -147,15 +170,17 @@ class ModuleState:
         before = {slab.name: state.tensors[slab.name] for slab in module.scored}
         state.change(level1_step(self.target, self._entries(keep), inputs, fit))
         state.arena.release(inputs.stored)
-        inputs, _, _ = collect(self.target, keep)
+        inputs, _, _ = collect(self.target, self.owner, keep)
         old = inputs.weights(self.norm.scale(inner_weight(module, state.tensors)))
         everything = inputs.among(inputs.entries)
-        again = fit_level2(inputs.moments, self._statistics(old, inputs.moments).normal, everything)
+        again = self._solved(
+            lambda: fit_level2(inputs.moments, self._statistics(old, inputs.moments).normal, everything)
+        )
         if again.error < fit.error:
             return inputs, again
         state.change(before)
         state.arena.release(inputs.stored)
-        return collect(self.target, keep)[0], fit
+        return collect(self.target, self.owner, keep)[0], fit
 
     def _store(self, old: Tensor, fitted: Tensor, bias: Tensor | None, kept: Tensor) -> None:
         """Put the fitted level 2 in place; entries that go are sliced away later."""

@@ -37,7 +37,7 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     Args:
         rows: all rows of the run.
         group: the rows that no refit has seen.
-        dense: the dense stream behind the last block.
+        dense: the dense stream behind the last block, of this process's share of the rows.
         pruned: the pruned one.
 
     Returns:
@@ -45,11 +45,10 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     """
     if not stream.final_norm:
         return 1.0
-    ids = rows.groups[group]
     norms = [scaled(stream, scale) for scale in SCALES]
     totals = [0.0] * len(SCALES)
     with stream.head() as head:
-        for row in range(len(ids)):
+        for row in range(len(stream.own(rows).groups[group])):
             wanted, found = (streams.parts[group][row][STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
             logs = head(wanted).log_softmax(-1)
             shares = logs.exp()
@@ -58,7 +57,9 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
                     missing = logs - head(found).log_softmax(-1)
                 totals[number] += float((shares * missing).sum(-1).mean())
     # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
-    return 1.0 if totals[SCALES.index(1.0)] < ROUNDING * len(ids) else _minimum(totals)
+    totals = [stream.team.total(one) for one in totals]
+    least = ROUNDING * len(rows.groups[group])
+    return 1.0 if totals[SCALES.index(1.0)] < least else _minimum(totals)
 
 
 def _minimum(totals: list[float]) -> float:

@@ -4,7 +4,6 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +16,7 @@ from secateur.base.files import is_disk_full
 from secateur.model.rows import Batch, Rows
 
 PIECE = 2**24
-"""Bytes that are read or written at once where a whole group of rows goes through memory."""
+"""Bytes that are read, written or sent at once where a whole group of rows goes through memory."""
 
 
 class FileRows:
@@ -84,14 +83,6 @@ class Activations:
         part = self.parts[at.group]
         shape = (at.rows.stop - at.rows.start, *part.shape[1:])
         part[at.rows] = values.detach().reshape(shape).cpu()
-
-    def pieces(self) -> Iterator[tuple[Tensor | FileRows, slice]]:
-        """All rows in order, in pieces that fit into memory."""
-        for part in self.parts:
-            size = math.prod(part.shape[1:]) * part.dtype.itemsize
-            step = max(1, PIECE // max(1, size))
-            for start in range(0, len(part), step):
-                yield part, slice(start, min(start + step, len(part)))
 
     def energy(self, rows: Rows, scale: Tensor | None = None) -> float:
         """Sum of the squared norms, each token counted by its weight, and each entry by a scale (width)."""

@@ -102,6 +102,30 @@ class Rows:
         groups = (ids if group in wanted else ids[:0] for group, ids in enumerate(self.groups))
         return replace(self, groups=tuple(groups), versions=())
 
+    def spans(self, rank: int, size: int) -> list[slice]:
+        """Which rows of each group one of several processes has: the same batches as one alone would run, dealt out.
+
+        A process may have none of a group; those that have fewest tokens so far get what is over. Where rows count
+        nowhere, what else is in their batch changes nothing, and they are dealt out one by one.
+        """
+        loads = [0] * size
+        result = []
+        for group, weight, score in zip(self.groups, self.weights, self.scores or self.weights, strict=True):
+            step = _rows_at_once(group) if weight or score else 1
+            each, over = divmod(-(-len(group) // step), size)
+            more = sorted(range(size), key=loads.__getitem__)[:over]
+            batches = [each + (other in more) for other in range(size)]
+            ends = [min(step * sum(batches[: other + 1]), len(group)) for other in range(size)]
+            spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+            loads = [load + (at.stop - at.start) * group.shape[1] for load, at in zip(loads, spans, strict=True)]
+            result.append(spans[rank])
+        return result
+
+    def share(self, rank: int, size: int) -> Rows:
+        """The rows that one of several processes has."""
+        parts = zip(self.groups, self.spans(rank, size), strict=True)
+        return replace(self, groups=tuple(group[at] for group, at in parts))
+
     @property
     def tokens(self) -> int:
         """How many tokens are run."""
@@ -111,10 +135,14 @@ class Rows:
         """Batches of at most `BATCH_TOKENS` tokens, group by group."""
         scores = self.weights if self.scores is None else self.scores
         for index, (group, weight, score) in enumerate(zip(self.groups, self.weights, scores, strict=True)):
-            step = max(1, BATCH_TOKENS // group.shape[1])
+            step = _rows_at_once(group)
             for start in range(0, group.shape[0], step):
                 yield Batch(index, slice(start, min(start + step, group.shape[0])), weight, score)
 
     def ids(self, at: Batch) -> Tensor:
         """Token ids of a batch (b x t)."""
         return self.groups[at.group][at.rows]
+
+
+def _rows_at_once(group: Tensor) -> int:
+    return max(1, BATCH_TOKENS // group.shape[1])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from secateur.base.device import fast_dtype, rounded_products
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
+from secateur.base.team import Team
 from secateur.model.arena import Activations, Arena
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import describe, family_of
@@ -77,6 +78,8 @@ class BlockStream:
         if not self.blocks:
             raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size
+        self.team = Team()
+        """The processes among which rows are shared."""
         self.products = torch.float32
         """What blocks multiply in; see `quick`."""
         self.spare: int | None = None
@@ -171,6 +174,10 @@ class BlockStream:
         """Room for activations, within what the model may take."""
         return Arena(self.spare, self.scratch)
 
+    def own(self, rows: Rows) -> Rows:
+        """This process's share of some rows."""
+        return rows.share(self.team.rank, self.team.size)
+
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.
 
@@ -183,7 +190,8 @@ class BlockStream:
             self._calls = []
             for group in rows.groups:
                 # One row: what the model prepares for it broadcasts over batches of any size.
-                base(group[:1].to(self.device), use_cache=False)
+                one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
+                base(one.to(self.device), use_cache=False)
                 self._calls.append([recorder.call for recorder in recorders])
             for at in rows.batches():
                 base(rows.ids(at).to(self.device), use_cache=False)

@@ -86,7 +86,7 @@ def gradients(
     """
     blocks = blocks if blocks is not None else range(len(stream))
     watcher = watcher or Silent()
-    rows = _predicting(Rows.of(rows))
+    rows = stream.own(_predicting(Rows.of(rows)))
     count = len(stream)
     with stream.arena() as arena:
         hidden = stream.embed(rows, arena)
@@ -131,14 +131,14 @@ def _singles(rows: Rows) -> Iterator[Batch]:
             yield Batch(index, slice(row, row + 1), weight, weight)
 
 
-def _predictions(rows: Rows) -> float:
-    """How many tokens are predicted, each counted by its weight."""
-    return sum(at.weight * (rows.ids(at).shape[1] - 1) for at in _singles(rows))
+def _predictions(stream: BlockStream, rows: Rows) -> float:
+    """How many tokens are predicted in all processes, each counted by its weight."""
+    return stream.team.total(sum(at.weight * (rows.ids(at).shape[1] - 1) for at in _singles(rows)))
 
 
 def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
     """Put the loss's gradient in the place of the stream behind the last block."""
-    total = _predictions(rows)
+    total = _predictions(stream, rows)
     with stream.head() as head, torch.enable_grad():
         # Row by row: the logits of one row are as large as the stream's batches.
         for at in _singles(rows):
@@ -166,7 +166,7 @@ def _through_block(
     weights = {name: layer.get_parameter(name).requires_grad_() for name in wanted}
     gradient = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items() if squares}
-    total, samples = _predictions(rows), sum(at.weight for at in _singles(rows))
+    total, samples = _predictions(stream, rows), stream.team.total(sum(at.weight for at in _singles(rows)))
     for at in _singles(rows) if squares and wanted else rows.batches():
         hidden = before[at].to(stream.device).requires_grad_()
         with torch.enable_grad():
@@ -181,6 +181,7 @@ def _through_block(
             gradient[name] += found
             if squares:
                 square[name] += found.mul_(own).square_().mul_(at.weight / samples)
+    stream.team.add(*gradient.values(), *square.values())
     for name, weight in weights.items():
         _check(gradient[name], f"block {index}")
         weight.requires_grad_(False)

@@ -27,12 +27,13 @@ def mean_loss(
 ) -> float:
     """Negative log-likelihood, in nats per token, of one group's rows from the stream behind the last block.
 
-    `norm` are other values for the final norm, by their names in the model.
+    `hidden` is this process's share, and the result that of all rows. `norm` are other values for the final norm, by
+    their names in the model.
     """
-    ids = rows.groups[group]
+    ids = stream.own(rows).groups[group]
     total, count = 0.0, 0
     with stream.head() as head, stream.replaced(norm or {}):
         for place, row in enumerate(ids):
             total += float(summed_loss(head, row, hidden.parts[group][place]))
             count += len(row) - 1
-    return total / count
+    return stream.team.total(total) / stream.team.total(count)

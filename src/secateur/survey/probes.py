@@ -49,7 +49,8 @@ class Probes:
     def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena, begun: Sequence[dict[str, Any]] = ()):
         """Prepare for the rows of one group of `rows`; `begun` are probes of an earlier run, with room for them."""
         self.stream, self.group, self.arena = stream, group, arena
-        self.rows = Rows((rows.groups[group],), (1.0,))
+        self.rows, self._count = Rows((stream.own(rows).groups[group],), (1.0,)), len(rows.groups[group])
+        self._first = rows.spans(stream.team.rank, stream.team.size)[group].start
         self.begun = [Probe(**one) for one in begun]
         """One for each stream, its divergence still unknown."""
         self.hidden: list[Activations] = [arena.empty(self.rows, stream.width) for _ in begun]
@@ -57,7 +58,7 @@ class Probes:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
         # Several streams a batch: one alone is too short for fast products.
-        together = max(1, batches.BATCH_TOKENS // self.rows.tokens)
+        together = max(1, batches.BATCH_TOKENS // max(1, self.rows.tokens))
         for start in range(0, len(self.hidden), together):
             some = self.hidden[start : start + together]
             for at in self.rows.batches():
@@ -82,10 +83,11 @@ class Probes:
 
     def finish(self, dense: Tensor, watcher: Watcher) -> list[Probe]:
         """The divergences, from the dense stream behind the last block (b x t x d); the streams are given back."""
-        rows, dice = len(self.rows.groups[0]), torch.Generator().manual_seed(0)
         totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
-            for row in watcher.track(range(rows), "Price"):
+            for row in watcher.track(range(len(self.rows.groups[0])), "Price"):
+                # Dice of its own: the same ones wherever the row is run.
+                dice = torch.Generator().manual_seed(self._first + row)
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
                 streams = torch.stack([part[row][STRIDE - 1 :: STRIDE] for part in parts])
                 tokens, shares = some_tokens(head(streams[0]), dice)
@@ -93,12 +95,13 @@ class Probes:
                     with self.stream.fewer_logits(some):
                         logits = head(streams[:, place])
                     totals += divergences(logits[0], logits[1:], weights) / len(tokens)
+        self.stream.team.add(totals)
         for hidden in self.hidden:
             self.arena.release(hidden)
         if not torch.isfinite(totals).all():
             source = self.stream.checkpoint.source
             raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
-        found = (totals / rows).tolist()
+        found = (totals / self._count).tolist()
         return [replace(probe, divergence=value) for probe, value in zip(self.begun, found, strict=True)]
 
 

@@ -131,16 +131,21 @@ def draw(
         """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
         how: dict[str, Any] = {"samples": count, "length": request.length, "seed": request.seed}
         checkpoint, text = stream.checkpoint, RANDOM if source == SELF else source
+        told = stream.team.told
         if source == SELF and not dry:
             where: dict[str, Any] = {"device": stream.device, "watcher": watcher}
-            return torch.tensor(
-                once(f"written-{option}", lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
-            )
+
+            def written() -> Any:
+                return told(lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
+
+            return torch.tensor(once(f"written-{option}", written))
         if source == SELF:
             watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
         how |= {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}
         with reading(watcher, "Reading", source):
-            return calibration_rows(tokenizer, text, **how, option=option, taken=taken)
+            return torch.tensor(
+                told(lambda: calibration_rows(tokenizer, text, **how, option=option, taken=taken).tolist())
+            )
 
     choose = request.samples + held
     if together:

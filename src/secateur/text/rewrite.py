@@ -41,10 +41,13 @@ def rewritten(
         Token ids (copies x rows x length); first tokens stay.
     """
     watcher, journal = watcher or Silent(), journal or Journal()
-    rows = Rows.of(text)
+    every = Rows.of(text)
+    rows, team = stream.own(every), stream.team
+    (mine,) = every.spans(team.rank, team.size)
     # Seeds have 32 bits; those of further copies lie far from the ones that people take.
     generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
     result = text.repeat(copies, 1, 1)
+    result[:, : mine.start], result[:, mine.stop :] = 0, 0
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
         journal.restore([hidden])
@@ -55,10 +58,12 @@ def rewritten(
         with stream.head() as head:
             for row in watcher.track(range(len(text)), "Draw"):
                 levels = [torch.rand(2, text.shape[1] - 1, generator=generator) for generator in generators]
+                if not mine.start <= row < mine.stop:
+                    continue
                 wanted = [first < SHARE for first, _ in levels]
                 for places in torch.stack(wanted).any(0).nonzero()[:, 0].split(AT_ONCE):
                     with stream.rounded():
-                        logits = head(hidden.parts[0][row][places])
+                        logits = head(hidden.parts[0][row - mine.start][places])
                     shares = logits.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
                     if not torch.isfinite(shares[:, -1]).all():
                         raise SecateurError(
@@ -68,4 +73,5 @@ def rewritten(
                         drawn = torch.searchsorted(shares, level[places, None].double() * shares[:, -1:], right=True)
                         chosen = anew[places]
                         copy[1 + places[chosen]] = drawn[chosen, 0]
+    team.add(result)
     return result

@@ -1,0 +1,249 @@
+"""Several processes prune as one does, go on with what one began, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from member import LENGTH
+from safetensors.torch import load_file
+from test_second_device import PRUNE
+from typer.testing import CliRunner
+
+from conftest import CheckpointFolder
+from models import token_rows
+from secateur import SecateurError
+from secateur.base.launched import Launched, launched
+from secateur.base.memory import free_bytes
+from secateur.base.team import Team
+from secateur.cli.app import app
+from secateur.commands.open import open_model
+from secateur.model import rows as batches
+from secateur.model.rows import Rows
+
+SAMPLES = 19
+"""Odd, and no multiple of a batch: one process has more rows than the other."""
+MEMBER = Path(__file__).with_name("member.py")
+Case = dict[str, Any]
+
+
+def start(place: Path, size: int, cases: Sequence[Case]) -> list[subprocess.Popen[str]]:
+    """As many processes that carry out the same cases; one alone without a launcher's variables."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    file = place / f"cases-{size}.json"
+    file.write_text(json.dumps(cases))
+    processes = []
+    for rank in range(size):
+        told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+        environment = os.environ | ({key: str(value) for key, value in told.items()} if size > 1 else {})
+        environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(MEMBER), str(file)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **pipes))
+    return processes
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit codes, and what was said on standard error."""
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def assert_alike(out: Path, other: Path) -> None:
+    """Two pruned models keep the same units, and have the same weights to rounding."""
+    records = [json.loads((path / "secateur.json").read_text()) for path in (out, other)]
+    kept = [[[block[kind] for kind in ("heads", "channels")] for block in one["blocks"]] for one in records]
+    assert kept[0] == kept[1]
+    found, wanted = (load_file(path / "model.safetensors") for path in (out, other))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        room = 1e-3 * float(value.float().abs().max()) + 1e-6
+        torch.testing.assert_close(found[key], value, atol=room, rtol=0)
+
+
+class Done(NamedTuple):
+    """All cases, carried out by one process and by two."""
+
+    place: Path
+    common: list[str]
+    models: dict[str, str]
+    differing: list[tuple[int, str]]
+    """How two ended that had different options."""
+
+    def words(self, name: str, out: str) -> list[str]:
+        """The command of a case."""
+        return ["prune", self.models[name], str(self.place / out), *self.common, *PRUNE[name][1].split()]
+
+    def both(self, name: str) -> tuple[Path, Path]:
+        """What two processes have written, and what one has."""
+        return self.place / f"2 {name}", self.place / f"1 {name}"
+
+
+@pytest.fixture(scope="module")
+def done(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """All cases, by one process and by two."""
+    place = tmp_path_factory.mktemp("teams")
+    text = place / "text.txt"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 4000)[0].tolist()))
+    common = ["--calibration", str(text), "--samples", str(SAMPLES), "--length", str(LENGTH)]
+    models = {name: str(checkpoint_folder(model)) for name, (model, _) in PRUNE.items()}
+    done, running = Done(place, common, models, []), []
+    for size in (1, 2):
+        cases: list[Case] = [{"words": done.words(name, f"{size} {name}")} for name in PRUNE]
+        cases.append({"words": ["survey", models["gradients"], "--out", str(place / f"{size} survey"), *common]})
+        if size > 1:
+            cases.append({"words": done.words("FLAP", "differing"), "own": {"1": {"words": ["--seed", "1"]}}})
+        running.append(start(place, size, cases))
+    ((code, said),), differing = map(ended, running)
+    assert code == 0, said
+    done.differing.extend(differing)
+    return done
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_two_prune_as_one(done: Done, name: str) -> None:
+    assert_alike(*done.both(name))
+
+
+def test_two_survey_as_one(done: Done) -> None:
+    found, wanted = (json.loads((path / "survey.json").read_text()) for path in done.both("survey"))
+    assert len(found["curves"]) == len(wanted["curves"]) > 0
+    for one, other in zip(found["curves"], wanted["curves"], strict=True):
+        assert one["errors"] == pytest.approx(other["errors"], rel=1e-4, abs=1e-6 * other["energy"])
+    for one, other in zip(found["probes"], wanted["probes"], strict=True):
+        assert one["divergence"] == pytest.approx(other["divergence"], rel=1e-3, abs=1e-6)
+
+
+def test_one_that_was_told_something_else(done: Done) -> None:
+    first, second = done.differing
+    assert (first[0], second[0]) == (2, 2)
+    assert first[1].splitlines()[-1].startswith("error: another process of this run has stopped")
+    wanted = "error: process 1: seed is 1 here and 0 in process 0; give all the same options and files"
+    assert second[1].splitlines()[-1] == wanted
+
+
+def test_nothing_but_the_output_is_left(done: Done) -> None:
+    assert not [path.name for path in done.place.iterdir() if path.name.startswith(".") or "differing" in path.name]
+
+
+def test_one_that_dies_ends_the_others_and_any_number_go_on(
+    done: Done, tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    words = done.words("two fits", "out")
+    state, out = done.place / ".out.run", done.place / "out"
+    # One process alone is killed in its survey, behind the pass that rewrites rows.
+    ((code, _),) = ended(start(tmp_path, 1, [{"words": words, "own": {"0": {"ends": 6}}}]))
+    assert code == -9
+    assert (state / "copies.json").exists()
+    assert (state / "survey" / "behind-00002.activations").exists()
+    # Two go on, and the second one is killed in the last block of the fit, when two blocks are written.
+    begin = time.monotonic()
+    (code, said), (killed, _) = ended(start(tmp_path, 2, [{"words": words, "own": {"1": {"ends": 4}}}]))
+    assert time.monotonic() - begin < 60
+    assert (code, killed) == (2, -9)
+    assert "Going on with a run that was stopped" in said
+    assert said.splitlines()[-1].startswith("error: another process of this run has stopped, and says why")
+    assert "Traceback" not in said
+    assert len(list(state.glob("fit-*/behind-00002.activations"))) == 1
+    assert not out.exists()
+    # One goes on once more.
+    ((code, said),) = ended(start(tmp_path, 1, [{"words": words}]))
+    assert code == 0, said
+    assert_alike(out, done.place / "1 two fits")
+    assert not state.exists()
+
+
+def test_what_one_process_does_alone(monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder) -> None:
+    with pytest.raises(SecateurError, match=r"decode=1\.01x is measured by one process alone; let secateur plan write"):
+        open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", team=Team(0, 2))
+    told(monkeypatch)
+    found = CliRunner().invoke(app, ["eval", str(checkpoint_folder("llama"))])
+    assert str(found.exception).startswith("eval runs in one process, and WORLD_SIZE is 2; only prune and survey share")
+
+
+def test_under_torchrun(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    words = ["prune", str(checkpoint_folder("llama")), str(tmp_path / "out"), "--calibration", "random"]
+    words += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--effort", "quick"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "secateur"]
+    found = subprocess.run([*launcher, *words], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    # One of them speaks.
+    assert found.stdout.count("Written to") == 1
+    assert found.stderr.count("Opened") == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+VARIABLES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+VARIABLES |= {"MASTER_ADDR": "here", "MASTER_PORT": "1"}
+
+
+def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
+    for name, value in (VARIABLES | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+def test_what_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch)
+    assert launched() == Launched(rank=1, size=2, here=2, local=1)
+    told(monkeypatch, WORLD_SIZE="1", MASTER_ADDR=None)
+    assert launched() == Launched()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MASTER_ADDR": None}, "WORLD_SIZE is 2, but MASTER_ADDR are not set; start all processes with torchrun"),
+        ({"RANK": None, "MASTER_PORT": ""}, "but RANK and MASTER_PORT are not set"),
+        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({"RANK": "first"}, "RANK is 'first', which is no number from 0 on"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', which is no number from 1 on"),
+    ],
+)
+def test_a_launcher_that_tells_too_little(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], said: str
+) -> None:
+    told(monkeypatch, **changes)
+    with pytest.raises(SecateurError, match="unset WORLD_SIZE") as error:
+        launched()
+    assert said in str(error.value)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_bytes()
+    told(monkeypatch)
+    assert free_bytes() < 0.7 * alone
+
+
+@given(
+    groups=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.booleans()), min_size=1, max_size=5),
+    size=st.integers(1, 6),
+)
+def test_rows_are_dealt_out_by_whole_batches(groups: list[tuple[int, int, bool]], size: int) -> None:
+    every = Rows(
+        tuple(torch.arange(count * length).view(count, length) for count, length, _ in groups),
+        tuple(float(counts) for *_, counts in groups),
+    )
+    shares = [every.share(rank, size) for rank in range(size)]
+    for number, (group, weight) in enumerate(zip(every.groups, every.weights, strict=True)):
+        assert torch.equal(torch.cat([share.groups[number] for share in shares]), group)
+        if weight:
+            wanted = [every.ids(at).tolist() for at in every.batches() if at.group == number]
+            found = [share.ids(at).tolist() for share in shares for at in share.batches() if at.group == number]
+            assert found == wanted
+    tokens = [share.tokens for share in shares]
+    assert max(tokens) - min(tokens) <= len(groups) * batches.BATCH_TOKENS
