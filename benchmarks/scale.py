@@ -1,21 +1,29 @@
 """Time and memory of `prune` against the size of a model: random blocks of a shape, in files.
 
     python benchmarks/scale.py 7b --blocks 2 4 8 --samples 32 --limit 6GiB
+    python benchmarks/scale.py 0.1b 1b --blocks 2 4 --samples 32 64
+    python benchmarks/scale.py 1b --processes 1 2 --threads 2 1
 
-makes a model of so many blocks, tensor by tensor, prunes it in a process of its own, and prints the CPU seconds, the
-seconds of a whole model of that shape by the ones of a block, the ratio to the products that must be made (see
-`floor.py`), and the peak resident set as the system counted it. `--limit` is passed on as `--memory`, and where control
-groups can be made, the process runs in one of that size.
+makes models, tensor by tensor, and prunes each in processes of its own. A row has wall and CPU seconds, the hours of a
+whole model of that shape by the seconds of a block, the ratio of CPU seconds to the products that must be made (see
+`floor.py`), the peak resident set as the system counted it, and what crossed between processes. Behind the rows stand
+the exponents with which seconds grow, beside those of the products. `--limit` is passed on as `--memory`; where control
+groups can be made, the processes run in one of that size.
 """
 
 import argparse
+import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -100,60 +108,117 @@ def bounded(limit: int) -> Path | None:
     return None
 
 
-def measured(command: list[str], group: Path | None) -> tuple[float, int]:
-    """CPU seconds and peak resident bytes of a process."""
+class Measured(NamedTuple):
+    """What a process and its children took."""
+
+    wall: float
+    cpu: float
+    peak: int
+    """Bytes; of the largest process."""
+
+
+def measured(command: list[str], group: Path | None, threads: int) -> Measured:
+    """Run a command, in a control group where there is one."""
 
     def enter() -> None:
         if group is not None:
             group.write_text(str(os.getpid()))
 
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=enter)
+        start, environment = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=enter, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
         if status:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{said.read()}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+class Case(NamedTuple):
+    """What is varied."""
+
+    shape: str
+    blocks: int
+    samples: int
+    team: tuple[int, int]
+    """Processes, and threads of each."""
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """What seconds may grow with, and all else that distinguishes cases."""
+        return {"tokens": self.samples, "depth": self.blocks, "width": SHAPES[self.shape].width}
+
+
+def carried_out(case: Case, effort: str, limit: str | None, group: Path | None, where: Path | None) -> tuple[Any, ...]:
+    """The case's measurement, its floor in seconds, and bytes that crossed."""
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        model, out = Path(folder) / "model", Path(folder) / "out"
+        model.mkdir()
+        make(SHAPES[case.shape], case.blocks, model)
+        asked = {"calibration": "random", "samples": case.samples, "effort": effort}
+        run = open_model(model, **asked)
+        work = works_of(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
+        before = rates(run.stream.quick_dtype)
+        processes, threads = case.team
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+        command = [sys.executable, *launcher, "-m", "secateur", "prune", str(model), str(out), "--device", "cpu"]
+        command += [f"--{name}={value}" for name, value in asked.items()]
+        command += ["--memory", limit] if limit else []
+        found = measured(command, group, threads)
+        exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
+        floor = Speeds(quick, quick, exact, exact).seconds(work[effort])
+        return found, floor, json.loads((out / "timings.json").read_text()).get("moved_bytes", 0)
+
+
+def exponents(seconds: dict[Case, tuple[float, float]]) -> Iterator[str]:
+    """How seconds and products grow with one size where all others are equal: the least-squares slope of logarithms."""
+    for name in ("tokens", "depth", "width"):
+        alike: dict[tuple[Any, ...], list[Case]] = {}
+        for case in seconds:
+            others = tuple(value for key, value in case.sizes.items() if key != name)
+            alike.setdefault((*others, case.team), []).append(case)
+        for cases in alike.values():
+            if len({case.sizes[name] for case in cases}) > 1:
+                x = torch.tensor([[math.log(case.sizes[name]), 1.0] for case in cases])
+                y = torch.tensor([seconds[case] for case in cases]).log()
+                slopes = torch.linalg.lstsq(x, y).solution[0].tolist()
+                told = ", ".join(f"{case.shape} {case.blocks} x {case.samples}" for case in cases)
+                yield f"Seconds grow as {name}^{slopes[0]:.2f}, products as {name}^{slopes[1]:.2f} ({told})."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shapes", choices=SHAPES, nargs="+")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2])
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, nargs="+", default=[32])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of each process, for each number of these")
     parser.add_argument("--effort", default="normal")
     parser.add_argument("--limit", help="memory, for example 6GiB")
     parser.add_argument("--folder", type=Path, help="where models are made, by default a temporary folder")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    shape = SHAPES[arguments.shape]
     group = bounded(bytes_of(arguments.limit)) if arguments.limit else None
-    heads = ("blocks", "samples", "effort", "limit", "CPU s", "floor, s", "ratio", f"{shape.depth} blocks, h", "GB")
+    teams = list(zip(arguments.processes, arguments.threads, strict=True))
+    heads = ("shape", "blocks", "samples", "effort", "processes x threads", "limit", "wall s", "CPU s", "floor, s")
+    heads += ("ratio", "whole model, h", "GB", "GB crossed")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     print("\n".join(lines), flush=True)
-    for blocks in arguments.blocks:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            model, out = Path(folder) / "model", Path(folder) / "out"
-            model.mkdir()
-            make(shape, blocks, model)
-            asked = {"calibration": "random", "samples": arguments.samples, "effort": arguments.effort}
-            run = open_model(model, **asked)
-            work = works_of(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
-            before = rates(run.stream.quick_dtype)
-            command = [sys.executable, "-m", "secateur", "prune", str(model), str(out), "--device", "cpu"]
-            command += [f"--{name}={value}" for name, value in asked.items()]
-            command += ["--memory", arguments.limit] if arguments.limit else []
-            seconds, peak = measured(command, group)
-            exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
-            floor = Speeds(quick, quick, exact, exact).seconds(work[arguments.effort])
-            whole = seconds / blocks * shape.depth / 3600
-            cells = (blocks, arguments.samples, f"`{arguments.effort}`", arguments.limit or "", f"{seconds:,.0f}")
-            cells += (f"{floor:,.0f}", f"{seconds / floor:.1f}", f"{whole:.1f}", f"{peak / 1e9:.2f}")
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-            print(lines[-1], flush=True)
-            if arguments.out:
-                put(arguments.out, f"scale {arguments.shape}", lines)
+    seconds: dict[Case, tuple[float, float]] = {}
+    for case in map(Case._make, product(arguments.shapes, arguments.blocks, arguments.samples, teams)):
+        found, floor, moved = carried_out(case, arguments.effort, arguments.limit, group, arguments.folder)
+        seconds[case] = found.cpu, floor
+        whole = found.wall / case.blocks * SHAPES[case.shape].depth / 3600
+        cells = (case.shape, case.blocks, case.samples, f"`{arguments.effort}`", " x ".join(map(str, case.team)))
+        cells += (arguments.limit or "", f"{found.wall:,.0f}", f"{found.cpu:,.0f}", f"{floor:,.0f}")
+        cells += (f"{found.cpu / floor:.1f}", f"{whole:.1f}", f"{found.peak / 1e9:.2f}", f"{moved / 1e9:.2f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        print(lines[-1], flush=True)
+        if arguments.out:
+            put(arguments.out, f"scale {' '.join(arguments.shapes)}", lines)
+    print(*exponents(seconds), sep="\n")
 
 
 if __name__ == "__main__":
