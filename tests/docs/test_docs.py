@@ -216,7 +216,9 @@ def test_a_page_runs(
                 carry_out(command, f"{page}:{line}", run, monkeypatch)
         else:
             # Text is for programs that are not here.
-            assert block.language in ("formula", "yaml", "text"), f"{where}: what is done with {block.language or 'it'}?"
+            assert block.language in ("formula", "yaml", "text"), (
+                f"{where}: what is done with {block.language or 'it'}?"
+            )
 
 
 def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
