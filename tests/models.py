@@ -84,6 +84,44 @@ ROWS: dict[str, Callable[[], Any]] = {
 }
 """Name of a case → its config. The first word is the family's model type, or its beginning."""
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+SIMILAR: dict[str, Callable[[], Any]] = {
+    "apertus": _config("apertus", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "arcee": _config("arcee", **GROUPED, mlp_bias=True),
+    "cohere": _config("cohere", **GROUPED, logit_scale=0.5),
+    "cohere normed": _config("cohere", **GROUPED, use_qk_norm=True),
+    "cohere2": _config("cohere2", **GROUPED, **WINDOWED, logit_scale=0.5, head_dim=8),
+    "cwm": _config("cwm", **GROUPED, **WINDOWED, head_dim=12, rope_parameters=YARN),
+    "ernie4_5": _config("ernie4_5", **GROUPED, head_dim=12, use_bias=True),
+    "exaone4": _config("exaone4", **GROUPED, **WINDOWED),
+    "gemma": _config("gemma", **TRIPLES, head_dim=12),
+    "glm": _config("glm", **GROUPED, head_dim=8),
+    "glm4": _config("glm4", **TRIPLES, head_dim=8),
+    "granite": _config(
+        "granite", **GROUPED, residual_multiplier=0.6, attention_multiplier=0.3, embedding_multiplier=1.5, mlp_bias=True
+    ),
+    "helium": _config("helium", **GROUPED, head_dim=8),
+    "hunyuan_v1_dense": _config("hunyuan_v1_dense", **GROUPED, head_dim=16),
+    "jais2": _config("jais2", **GROUPED),
+    "ministral": _config("ministral", **GROUPED, **WINDOWED, head_dim=12),
+    "ministral3": _config(
+        "ministral3", **GROUPED, head_dim=10, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0}
+    ),
+    "nanochat": _config("nanochat", **GROUPED),
+    "nemotron": _config("nemotron", **GROUPED, head_dim=8),
+    "olmo": _config("olmo", **GROUPED, clip_qkv=1.5),
+    "olmo3": _config("olmo3", **GROUPED, **WINDOWED),
+    "phi": _config("phi", **GROUPED, partial_rotary_factor=0.5, qk_layernorm=True),
+    "seed_oss": _config("seed_oss", **GROUPED, head_dim=12),
+    "smollm3": _config("smollm3", **GROUPED, no_rope_layers=[1, 0, 1]),
+    "stablelm": _config("stablelm", **GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
+    "stablelm beside": _config("stablelm", **TRIPLES, use_parallel_residual=True, qk_layernorm=True),
+    "starcoder2": _config("starcoder2", **GROUPED, sliding_window=7),
+    "vaultgemma": _config("vaultgemma", **GEMMA),
+    "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
+}
+"""More families, of mechanisms that those above have too: they go through the matrix alone."""
+
 
 @cache
 def _made(row: Callable[[], Any]) -> Any:
@@ -92,7 +130,7 @@ def _made(row: Callable[[], Any]) -> Any:
 
 def config_of(name: str) -> Any:
     """The config of a row; not to be changed. Files add rows of their own, whose names may be the same."""
-    return _made(ROWS[name])
+    return _made(ROWS[name] if name in ROWS else SIMILAR[name])
 
 
 def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
@@ -109,7 +147,7 @@ def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
             value.add_(0.3 * noise)
         elif "embed" in path or "wte" in path or "wpe" in path:
             # Gemma scales its embeddings up.
-            value.copy_(noise * (value.shape[1] ** -0.5 if name.startswith("gemma") else 1.0))
+            value.copy_(noise * (value.shape[1] ** -0.5 if "gemma" in name else 1.0))
         else:
             value.copy_(noise * value.shape[0 if path in transposed else 1] ** -0.5)
     return model

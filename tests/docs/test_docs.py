@@ -239,6 +239,12 @@ def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatc
     assert result.code == 0, f"{where}: {command}\n{result.err[-2000:]}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
+def test_every_family_is_named(page: str) -> None:
+    listed = source(page).partition("Families, by `model_type`: ")[2].partition(".")[0]
+    assert re.findall(r"`(\w+)`", listed) == sorted(FAMILIES)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
 def test_every_option_exists(page: str) -> None:
     """In commands that do not run here, and in the text around them."""

@@ -16,6 +16,7 @@ from secateur.cli.clean import clean
 from secateur.cli.compare import compare
 from secateur.cli.evaluate import evaluate
 from secateur.cli.export import export
+from secateur.cli.families import families
 from secateur.cli.plan import plan
 from secateur.cli.prune import prune
 from secateur.cli.retrain import retrain
@@ -40,6 +41,7 @@ app.command()(sizes)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(clean)
+app.command()(families)
 
 TOGETHER = ("prune", "survey")
 """What several processes do together."""

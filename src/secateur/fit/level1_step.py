@@ -20,7 +20,7 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
     """New level-1 weights, from one Gauss-Newton step at a fit of level 2."""
     module, state, stream = target.module, target.state, target.state.stream
     device, width, recovery = stream.device, stream.width, state.method.recovery
-    activation, dtype = activation_of(stream.checkpoint.config), fast_dtype(device)
+    activation, dtype = activation_of(stream.checkpoint.config, state.layer), fast_dtype(device)
     batches = [at for at in state.rows.batches() if at.weight]
     source = state.arena.empty(state.rows, width, dtype)
     stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]

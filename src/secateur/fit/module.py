@@ -97,6 +97,7 @@ class ModuleState:
         self._advance(inputs, kept)
         self.state.arena.release(inputs.stored)
         energy = self.stream.team.total(self.state.goal[module.kind].energy(self.state.rows, self.norm.read_o))
+        error *= self.target.multiplier**2
         relative = error / energy if energy else 0.0
         report = ModuleReport(module.kind, len(keep), module.units, error / inputs.moments.count, relative)
         return keep, report

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.fit.block import BlockState
 from secateur.model.arena import Activations
+from secateur.model.families import multiplier_of
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.structure import Depth2
@@ -52,6 +53,8 @@ class ModuleTarget:
         additive = getattr(state.stream.checkpoint.config, "do_layer_norm_before", True)
         self.repairs = additive and recovery.method != "paper"
         """Whether it aims at the error so far as well."""
+        self.multiplier = multiplier_of(state.stream.checkpoint.config)
+        """What the module's output is multiplied by on its way to the residual stream."""
         biased = module.bias is not None or recovery.method == "bias"
         self.fits_bias = recovery.method != "none" and module.free_bias and biased
         """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
@@ -90,7 +93,8 @@ class ModuleTarget:
         without = state.done(module, at) | {module: None}
         if module is state.block.attention:
             without[state.block.feed_forward] = None
-        return state.goal[module.kind][at].to(state.stream.device) - state.run(self.pruned, at, replay=without)
+        lacking = state.goal[module.kind][at].to(state.stream.device) - state.run(self.pruned, at, replay=without)
+        return lacking if self.multiplier == 1 else lacking / self.multiplier
 
     def _share_repairs(self) -> None:
         """Settle what each output behind a norm takes over of the error so far."""

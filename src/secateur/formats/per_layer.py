@@ -141,7 +141,7 @@ def widths_of(config: Any) -> list[Width]:
 
 def _keys(stock: Stock, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
     """How a config spells the width of one layer."""
-    grouped = {GROUPS: width.groups} if stock.heads != "dense" else {}
+    grouped = {GROUPS: width.groups} if stock.grouped else {}
     return {HEADS: width.heads, **grouped, stock.channels: width.channels, **dict(zip(BIASES, biases, strict=True))}
 
 

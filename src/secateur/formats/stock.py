@@ -25,6 +25,8 @@ class Stock:
     """The key of the feed-forward width."""
     heads: Literal["any", "divisors", "dense"] = "any"
     """Head counts that load: any; divisors of hidden_size; the dense one, which sets the head size."""
+    grouped: bool = True
+    """The config counts key/value heads."""
     heir: tuple[str, str] | None = None
     """A model_type with the same forward pass that takes the head counts this one refuses, and its class."""
     fused_longrope: bool = False
@@ -48,9 +50,36 @@ STOCK: dict[str, Stock] = {
     "gemma3_text": Stock(heads="divisors", local_theta="rope_local_base_freq"),
     "phi3": Stock(fused_longrope=True, partial="partial_rotary_factor", scaling_type="type"),
     "olmo2": Stock(scaling_type="type"),
-    "gpt2": Stock(channels="n_inner", heads="dense", theta=None),
-    "opt": Stock(channels="ffn_dim", heads="dense", theta=None),
-    "gpt_neox": Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
+    "apertus": Stock(),
+    "arcee": Stock(),
+    "cohere": Stock(),
+    "cohere2": Stock(),
+    "cwm": Stock(),
+    "ernie4_5": Stock(),
+    "exaone4": Stock(),
+    "gemma": Stock(),
+    "glm": Stock(partial="partial_rotary_factor"),
+    "glm4": Stock(partial="partial_rotary_factor"),
+    "granite": Stock(),
+    "helium": Stock(heads="dense"),
+    "hunyuan_v1_dense": Stock(),
+    "jais2": Stock(),
+    "ministral": Stock(),
+    "ministral3": Stock(),
+    "nanochat": Stock(),
+    "nemotron": Stock(partial="partial_rotary_factor"),
+    "olmo": Stock(),
+    "olmo3": Stock(),
+    "phi": Stock(heads="dense", partial="partial_rotary_factor"),
+    "seed_oss": Stock(),
+    "smollm3": Stock(),
+    "stablelm": Stock(heads="dense", partial="partial_rotary_factor"),
+    "starcoder2": Stock(),
+    "vaultgemma": Stock(),
+    "gptj": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
+    "gpt2": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
+    "opt": Stock(channels="ffn_dim", heads="dense", grouped=False, theta=None),
+    "gpt_neox": Stock(heads="dense", grouped=False, theta="rotary_emb_base", partial="rotary_pct"),
 }
 """The stock classes by model_type."""
 
@@ -128,8 +157,9 @@ def _rope(stock: Stock, config: Any) -> dict[str, Any]:
         return {}
     rope = copy.deepcopy(config.rope_parameters)
     keys: dict[str, Any] = {"rope_parameters": rope}
-    if stock.local_theta is not None:
-        keys[stock.local_theta] = rope["sliding_attention"]["rope_theta"]
+    if "full_attention" in rope:
+        if stock.local_theta is not None:
+            keys[stock.local_theta] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     kind = rope.get("rope_type", "default")
     keys[stock.theta] = rope["rope_theta"]

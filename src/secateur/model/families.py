@@ -4,6 +4,7 @@ One entry a family. An entry says how the layers are called; sizes, biases and t
 matrices are read off the block itself (on the meta device), so that an entry needs no more than names.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,10 @@ class Family:
     know how strongly later layers read what a module writes."""
     heads_locked: str | None = None
     """Why heads cannot be removed exactly, where that is so."""
+    multiplier: str | None = None
+    """The config's key of a factor between what a module gives and the residual stream."""
+    activation: str | None = None
+    """The function between the two levels of the feed-forward, where it has parameters of its own."""
 
 
 LLAMA = Family()
@@ -65,6 +70,10 @@ GEMMA = replace(
     norm_before_feed_forward="pre_feedforward_layernorm",
 )
 
+NO_GATE = replace(LLAMA, gate=None)
+OLMO2 = replace(POST_NORMS, heads_locked="its query and key norms run across all heads")
+GLM = replace(LLAMA, gate=None, fused_gate="gate_up_proj")
+
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -72,8 +81,49 @@ FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "olmo2": replace(POST_NORMS, heads_locked="its query and key norms run across all heads"),
-    "phi3": replace(LLAMA, fused="qkv_proj", gate=None, fused_gate="gate_up_proj"),
+    "olmo2": OLMO2,
+    "phi3": replace(GLM, fused="qkv_proj"),
+    "apertus": replace(NO_GATE, activation="act_fn"),
+    "arcee": NO_GATE,
+    "cohere": LLAMA,
+    "cohere2": LLAMA,
+    "cwm": LLAMA,
+    "ernie4_5": LLAMA,
+    "exaone4": POST_NORMS,
+    "gemma": replace(LLAMA, norm_offset=True),
+    "glm": GLM,
+    "glm4": replace(
+        GLM,
+        norm_after_attention="post_self_attn_layernorm",
+        norm_after_feed_forward="post_mlp_layernorm",
+        norm_before_attention="input_layernorm",
+        norm_before_feed_forward="post_attention_layernorm",
+    ),
+    "granite": replace(LLAMA, multiplier="residual_multiplier"),
+    "helium": LLAMA,
+    "hunyuan_v1_dense": LLAMA,
+    "jais2": NO_GATE,
+    "ministral": LLAMA,
+    "ministral3": LLAMA,
+    "nanochat": replace(NO_GATE, up="fc1", down="fc2"),
+    "nemotron": replace(NO_GATE, norm_offset=True),
+    "olmo": LLAMA,
+    "olmo3": OLMO2,
+    "phi": replace(NO_GATE, output="dense", up="fc1", down="fc2", final_norm="model.final_layernorm"),
+    "seed_oss": LLAMA,
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": replace(NO_GATE, up="c_fc", down="c_proj"),
+    "vaultgemma": replace(LLAMA, norm_offset=True),
+    "gptj": Family(
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention="attn",
+        output="out_proj",
+        up="fc_in",
+        gate=None,
+        down="fc_out",
+    ),
     "opt": Family(
         blocks="model.decoder.layers",
         output="out_proj",
@@ -129,8 +179,17 @@ def positions_of(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def activation_of(config: Any) -> Callable[[Tensor], Tensor]:
-    """The function between the two levels of the feed-forward."""
+def multiplier_of(config: Any) -> float:
+    """The factor between what a module gives and the residual stream."""
+    key = family_of(config).multiplier
+    return 1.0 if key is None else float(getattr(config, key))
+
+
+def activation_of(config: Any, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The function between the two levels of a filled block's feed-forward."""
+    family = family_of(config)
+    if family.activation is not None:
+        return layer.get_submodule(f"{family.feed_forward}.{family.activation}")
     names = ("hidden_activation", "activation_function", "hidden_act")
     return ACT2FN[next(value for name in names if (value := getattr(config, name, None)))]
 
@@ -179,7 +238,14 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         for start in (heads * dim, (heads + groups) * dim):
             level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
     level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
-    return Depth2("heads", level1, level2, bias, path, family.norm_after_attention, groups, family.heads_locked)
+    locked = family.heads_locked
+    inside = {*(slab.name for slab in level1), level2.name, bias}
+    others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
+    # One vector for all heads, or one for each of them.
+    apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
+    if locked is None and apart:
+        locked = "its query and key norms differ from head to head"
+    return Depth2("heads", level1, level2, bias, path, family.norm_after_attention, groups, locked)
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:

@@ -28,7 +28,7 @@ ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_outpu
 CHANNELS = ("ffn_dim", "n_inner", "intermediate_size")
 """Keys of the feed-forward width; a config has one of them."""
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "dense_4h_to_h")
 """The layers whose inputs are heads or channels; of the others these are the outputs."""
 
 FUSED_HEADS = ("c_attn", "query_key_value")

@@ -1,0 +1,24 @@
+"""`secateur families`: which models can be pruned."""
+
+from rich.table import Table
+
+from secateur.cli.generate import generated
+from secateur.cli.terminal import Bars, show
+
+
+@generated
+def families() -> None:
+    """Print which model families can be pruned, and what of them.
+
+    Example: secateur families
+    """
+    with Bars().busy("Loading transformers"):
+        from secateur.commands.families import families as rows
+
+    table = Table(title="Families", title_justify="left")
+    for name in ("model_type", "heads go", "stock takes", "llama.cpp's"):
+        table.add_column(name)
+    found = rows()
+    for row in found:
+        table.add_row(*row)
+    show(table, [f"{len(found)} families. Channels go in all of them, and --format hf holds any heads and channels."])

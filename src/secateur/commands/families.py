@@ -1,0 +1,35 @@
+"""`families`: which models can be pruned, what of them, and into which formats."""
+
+from typing import NamedTuple
+
+from secateur.formats.gguf_architectures import SOURCES
+from secateur.formats.stock import STOCK
+from secateur.model.families import FAMILIES
+
+STOCK_HEADS = {"any": "any heads", "divisors": "heads that divide the hidden size", "dense": "all heads"}
+
+
+class FamilyRow(NamedTuple):
+    """What is known of one family."""
+
+    name: str
+    """Its `model_type`."""
+    heads: str
+    """Whether attention heads go; why not, where they do not."""
+    stock: str
+    """Heads that the family's own class takes."""
+    gguf: str
+    """llama.cpp's architectures, the best known first; empty where there is none."""
+
+
+def families() -> list[FamilyRow]:
+    """All families, by name. Feed-forward channels go in each of them, and the format `hf` holds what goes."""
+    return [
+        FamilyRow(
+            name,
+            f"no: {family.heads_locked}" if family.heads_locked else "yes",
+            STOCK_HEADS["dense" if family.heads_locked else STOCK[name].heads],
+            ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
+        )
+        for name, family in sorted(FAMILIES.items())
+    ]
