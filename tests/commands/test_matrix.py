@@ -167,7 +167,7 @@ def test_groups_leave_with_their_keys_and_values(name):
 @pytest.mark.parametrize("name", [name for name in MATRIX if first_block(name).attention.locked])
 def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
     block = first_block(name)
-    with pytest.raises(SecateurError, match="norms (run across all heads|differ from head to head)"):
+    with pytest.raises(SecateurError, match=r"norms (run across all heads|differ from head to head)"):
         prune(checkpoint_folder(name), tmp_path / "out", **settings(modules=("heads",)))
     found = prune(checkpoint_folder(name), tmp_path / "out", **settings())
     for width in found.widths.values():
