@@ -157,14 +157,30 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+MECHANISMS = {
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"),
+    "latent attention": ("kv_lora_rank",),
+    "layers of linear attention, convolution or state space": (
+        *("linear_num_value_heads", "conv_L_cache", "mamba_d_state", "mamba_n_heads", "state_size", "ssm_cfg"),
+        *("attention_hidden_size", "lru_width"),
+    ),
+}
+"""What blocks without an entry may have beside an attention and a feed-forward, by keys of their configs."""
+
+
 def family_of(config: Any) -> Family:
-    """The entry for a config; `SecateurError` for an architecture that has none."""
+    """The entry for a config; `SecateurError` for an architecture that has none, with what it would need."""
     family = FAMILIES.get(config.model_type)
     if family is None:
+        wanting = [what for what, keys in MECHANISMS.items() if any(getattr(config, key, None) for key in keys)]
+        why = (
+            f"it has {' and '.join(wanting)}, for which there is no code yet"
+            if wanting
+            else "a new one whose blocks are an attention and a feed-forward needs an entry in "
+            "secateur/model/families.py: the names of its blocks and of their layers"
+        )
         raise SecateurError(
-            f"model type '{config.model_type}' is not supported; supported are {', '.join(sorted(FAMILIES))} "
-            "(a new one needs an entry in secateur/model/families.py: the names of its blocks, of its query, key, "
-            "value and output layers, and of its up, gate and down layers)"
+            f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"
         )
     return family
 
