@@ -83,6 +83,8 @@ def retrain(
     source = Path(folder).expanduser()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_ours(source)
+    if checkpoint.around is not None:
+        raise SecateurError(f"{folder}: a multimodal model; retrain takes language models alone")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
     teacher = None if training.teacher is None else _opened_teacher(checkpoint, training.teacher, watcher)

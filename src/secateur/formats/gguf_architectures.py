@@ -172,6 +172,11 @@ class Model:
 
     def __post_init__(self) -> None:
         kind = self.config.model_type
+        if self.checkpoint.around is not None:
+            raise SecateurError(
+                f"{self.checkpoint.source}: a multimodal model, which llama.cpp takes in two files; let its own "
+                "converter make them of the pruned folder"
+            )
         if kind not in SOURCES:
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"

@@ -238,7 +238,8 @@ def load(
         # For weights that are stored in another form than the model has them in.
         how = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
-        network, found = model_class(checkpoint.config).from_pretrained(
+        auto = model_class(checkpoint.config) if checkpoint.around is None else checkpoint.auto_class
+        network, found = auto.from_pretrained(
             checkpoint.path,
             dtype=dtype,
             trust_remote_code=checkpoint.trust_remote_code,

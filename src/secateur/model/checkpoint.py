@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
-from secateur.model.config_file import load_config, read_config
+from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_config
 from secateur.model.families import positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
@@ -28,6 +28,9 @@ _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.
 
 _ALIASES = {"lm_head.": "embed_out."}
 """What transformers 5 calls a tensor → what checkpoints call it, where the two differ (GPT-NeoX)."""
+
+_TOWERS = {"model.": ("model.language_model.", "language_model.model."), "lm_head.": ("language_model.lm_head.",)}
+"""What a language model calls a tensor → what checkpoints of multimodal models do, newer ones first."""
 
 _SAMPLE = 4096
 """Bytes that the fingerprint reads at each of three places of a tensor."""
@@ -44,6 +47,7 @@ _COPIED = (
     "chat_template*",
     "additional_chat_templates",
     "generation_config.json",
+    "*processor_config.json",
 )
 
 
@@ -54,11 +58,12 @@ class Checkpoint:
     Attributes:
         source: what the person named.
         path: the folder with the files.
-        config: the transformers config object.
-        raw_config: config.json as stored.
+        config: the transformers config object; of a multimodal model, that of its language model.
+        raw_config: config.json as stored, or the part of it that is the language model's.
         dtype: the most common floating dtype of the stored weights, by bytes.
         tensors: every stored tensor by its stored name.
         trust_remote_code: whether the checkpoint's own code is needed and may run.
+        around: config.json of a multimodal model, whose towers and projectors are handed on as they are.
     """
 
     source: str
@@ -68,6 +73,7 @@ class Checkpoint:
     dtype: torch.dtype
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
+    around: dict[str, Any] | None = None
 
     def read(self, name: str) -> Tensor:
         """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
@@ -86,6 +92,9 @@ class Checkpoint:
         candidates = [name]
         if self._prefix:
             candidates += [name.removeprefix(self._prefix), self._prefix + name]
+        if self.around is not None:
+            places = ((own, place) for own, places in _TOWERS.items() for place in places if name.startswith(own))
+            candidates = [*(place + name.removeprefix(own) for own, place in places), *candidates]
         candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
         return next((candidate for candidate in candidates if candidate in self.tensors), None)
 
@@ -124,6 +133,11 @@ class Checkpoint:
                     file.seek(info.offset + max(0, info.bytes - _SAMPLE) * part // 2)
                     digest.update(file.read(min(_SAMPLE, info.bytes)))
         return digest.hexdigest()[:32]
+
+    @property
+    def auto_class(self) -> Any:
+        """What transformers opens the whole model with."""
+        return AutoModelForCausalLM if self.around is None else AutoModelForImageTextToText
 
     @property
     def max_positions(self) -> int | None:
@@ -228,7 +242,11 @@ def open_checkpoint(
     source = str(model)
     folder = _locate(source, revision, dtype)
     raw = read_config(folder)
-    config = load_config(folder, raw, trust_remote_code=trust_remote_code)
+    config, around = load_config(folder, raw, trust_remote_code=trust_remote_code), None
+    if any(raw.get(key) for key in OTHER_SENSES):
+        # Whether the output layer is the embedding is the whole model's to say.
+        tied, around, raw, config = config.tie_word_embeddings, raw, raw.get(TEXT) or {}, config.text_config
+        config.tie_word_embeddings = tied
     tensors = list_tensors(folder)
     return Checkpoint(
         source=source,
@@ -238,6 +256,7 @@ def open_checkpoint(
         dtype=_common_dtype(source, tensors),
         tensors=tensors,
         trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
+        around=around,
     )
 
 

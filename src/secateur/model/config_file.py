@@ -7,13 +7,19 @@ from typing import Any
 import transformers
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
+from secateur.model.families import FAMILIES
 
-_OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
+OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
+TEXT = "text_config"
+"""Where the config of a multimodal model has that of its language model."""
 _QUANTISED = ("quantization_config", "compression_config")
 
 
@@ -41,7 +47,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
-    """The transformers config object of a decoder language model with unquantised weights.
+    """The transformers config object of a model with unquantised weights: a decoder language model, or one with towers.
 
     Stock classes are preferred: the checkpoint's own code runs only where transformers does not know the
     model_type, and only if it is trusted.
@@ -57,11 +63,6 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
             f"{file}: quantised weights ({method}), which transformers cannot dequantise here; "
             "use an unquantised checkpoint"
         )
-    for key in _OTHER_SENSES:
-        if raw.get(key):
-            raise SecateurError(
-                f"{file}: {kind} is a multimodal model ({key}); save its language model alone and prune that"
-            )
     own_code = raw.get("auto_map") or {}
     known = kind in CONFIG_MAPPING
     if not known and not own_code:
@@ -83,6 +84,15 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
     if config.is_encoder_decoder:
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
+    if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):
+        inner = getattr(getattr(config, TEXT, None), "model_type", None)
+        if inner not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            of = f"whose language model ({inner}) is not supported" if inner else "without a language model of its own"
+            raise SecateurError(
+                f"{file}: {kind} is a multimodal model ({sense}) {of}; save its language model alone, if secateur "
+                "families prints it, and prune that"
+            )
+        return config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
     return config

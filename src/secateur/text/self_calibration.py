@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import free_bytes, resident_now
@@ -107,7 +107,7 @@ def self_rows(
     rows: list[Tensor] = []
     try:
         with watcher.busy(f"Loading {checkpoint.source}"), quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = checkpoint.auto_class.from_pretrained(
                 checkpoint.path,
                 dtype=checkpoint.dtype,
                 use_safetensors=True,

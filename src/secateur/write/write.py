@@ -15,6 +15,7 @@ from secateur.base.files import Output
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
 from secateur.formats.stock import stock_config, stock_obstacle
+from secateur.model.config_file import TEXT
 from secateur.model.families import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
@@ -35,6 +36,11 @@ def format_obstacle(
     In the format `hf` blocks do not bind each other: ask for every width on its own.
     """
     config, dense = stream.checkpoint.config, stream.blocks[0].width
+    if format == "hf" and stream.checkpoint.around is not None:
+        return (
+            "a multimodal checkpoint opens in its own class alone, which has one width for all blocks; take "
+            "--widths uniform"
+        )
     if format == "hf":
         return per_layer_obstacle(config, stream.blocks[blocks.start], width)
     if len(blocks) < len(stream) and width != dense:
@@ -177,7 +183,10 @@ def _config(
     raw, config = stream.checkpoint.raw_config, stream.checkpoint.config
     width, dim = next(iter(plan.widths.values())), head_dim(config)
     if format == "stock":
-        return stock_config(raw, config, width=width, head_dim=dim, dtype=dtype)
+        own, around = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype), stream.checkpoint.around
+        if around is None:
+            return own
+        return around | {TEXT: own, "dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
     dense = stream.blocks[0].width
     return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
 

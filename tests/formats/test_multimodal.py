@@ -1,0 +1,184 @@
+"""Multimodal checkpoints: the language model inside is pruned, and all else handed on as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from models import GEMMA, GROUPED, SIZES, TRIPLES, VOCAB, make_tokenizer, relative, token_rows
+from secateur import SecateurError, prune
+from secateur.base.quiet import quiet
+from secateur.measure.compare import evaluate
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.surgery import inner_entries
+
+IMAGE = VOCAB - 1
+"""The token in whose place a part of the image stands."""
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 8, "patch_size": 4}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": SIZES | GEMMA | {"model_type": "gemma3_text"},
+            "vision_config": VISION | {"model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+            "image_token_id": IMAGE,
+            "boi_token_index": VOCAB - 2,
+            "eoi_token_index": VOCAB - 3,
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": SIZES | GROUPED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
+            "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+            "image_token_id": IMAGE,
+            "spatial_merge_size": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": SIZES | TRIPLES | {"model_type": "llama"},
+            "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 16},
+            "image_token_id": IMAGE,
+            "image_seq_length": 4,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+SMALL: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "widths": "uniform"}
+
+
+def save(name: str, folder: Path) -> Path:
+    """A tiny random model with a tower, and the files that go with it."""
+    kind, keys = CASES[name]
+    with quiet():
+        config = AutoConfig.for_model(kind, **json.loads(json.dumps(keys)))
+        model = AutoModelForImageTextToText.from_config(config).float().eval()
+        generator = torch.Generator().manual_seed(0)
+        for value in model.parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            value.data.copy_(value.data + 0.3 * noise if value.dim() == 1 else noise * value.shape[-1] ** -0.5)
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "of the test"}')
+    return folder
+
+
+def opened(folder: Path) -> Any:
+    with quiet():
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def logits(model: Any, image: bool) -> Tensor:
+    ids = token_rows(2)
+    more: dict[str, Any] = {}
+    if image:
+        ids[:, 3:7] = IMAGE
+        more["pixel_values"] = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        if model.config.model_type == "mistral3":
+            more["image_sizes"] = torch.tensor([[8, 8], [8, 8]])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+
+
+@contextmanager
+def masked(model: Any, folder: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Units that the record does not keep are silenced."""
+    stream, handles = BlockStream(open_checkpoint(folder)), []
+    layers: Any = model.model.language_model.layers
+    for block, said, layer in zip(stream.blocks, record["blocks"], layers, strict=True):
+        for module in block.modules:
+            mask = torch.zeros(module.units * module.size)
+            mask[inner_entries(module, said[module.kind])] = 1
+
+            def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
+                return (args[0] * mask,)
+
+            handles.append(layer.get_submodule(module.sink).register_forward_pre_hook(before))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> None:
+    folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
+    prune(folder, out, **SMALL, sparsity=0.4, recovery="none")
+    record = json.loads((out / "secateur.json").read_text())
+    dense, small = opened(folder), opened(out)
+    assert type(small) is type(dense)
+    for image in (False, True):
+        with masked(dense, folder, record):
+            wanted = logits(dense, image)
+        assert relative(logits(small, image), wanted) < 1e-5
+        assert relative(wanted, logits(dense, image)) > 1e-3
+    assert relative(logits(small, True), logits(small, False)) > 1e-3
+    before, after = (load_file(path / "model.safetensors") for path in (folder, out))
+    assert before.keys() == after.keys()
+    others = [key for key in before if ".layers." not in key or "vision" in key]
+    assert any("vision" in key for key in others)
+    assert any("project" in key for key in others)
+    assert all(torch.equal(before[key], after[key]) for key in others)
+    file = "preprocessor_config.json"
+    assert (out / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str) -> None:
+    folder = save(name, tmp_path / "dense")
+    gaps = []
+    for recovery in ("none", "refit"):
+        more = {"samples": 128, "length": 24, "sparsity": 0.4, "recovery": recovery}
+        prune(folder, tmp_path / recovery, **SMALL | more)
+        gaps.append((logits(opened(tmp_path / recovery), False) - logits(opened(folder), False)).square().sum())
+    assert gaps[1] < gaps[0]
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{int(token) - 4}" for token in token_rows(1, 300)[0]))
+    asked: dict[str, Any] = {"texts": [str(text)], "length": 16, "tokens": 128, "device": "cpu"}
+    found = evaluate(str(tmp_path / "refit"), against=str(folder), **asked)
+    assert all(model.texts[str(text)].perplexity > 1 for model in found.models)
+    with pytest.raises(SecateurError, match="multimodal"):
+        prune(folder, tmp_path / "hf", **SMALL | {"widths": "adaptive"}, sparsity=0.3)
+
+
+def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
+    """They put `model.` in front of all, where older ones have the language model's own names inside."""
+    folder = save("llava", tmp_path / "dense")
+    newer = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        key = key.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
+        newer[key if key.startswith("lm_head") else f"model.{key}"] = value
+    save_file(newer, folder / "model.safetensors", metadata={"format": "pt"})
+    opened(folder)
+    prune(folder, tmp_path / "out", **SMALL, sparsity=0.4)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == newer.keys()
+    opened(tmp_path / "out")
+
+
+def test_a_language_model_of_another_form(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "dense")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["model_type"] = "mamba"
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        SecateurError, match=r"multimodal model \(vision_config\) whose language model \(mamba\) is not"
+    ):
+        prune(folder, tmp_path / "out", **SMALL)
