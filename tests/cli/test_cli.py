@@ -1007,7 +1007,7 @@ def test_version_and_help(run: Run) -> None:
     target = "sparsity target plan blocks modules widths round"
     method = "criterion recovery recover ridge effort"
     rows = "calibration samples length refit-calibration refit-samples seed"
-    other = "device revision trust-remote-code dtype format type survey dry-run overwrite restart memory"
+    other = "device revision trust-remote-code dtype format type survey dry-run overwrite restart memory family"
     for option in f"{target} {method} tau sigma {rows} {other}".split():
         assert f"--{option} " in text
     panels = ("Target", "Method", "Calibration", "Output", "Computing", "The paper's variants")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.generate import Only, generated
+from secateur.cli.generate import Only, Without, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, check_survey, parse_shares
 from secateur.commands.options import TARGET, WIDTHS, Options, Running
@@ -19,7 +19,7 @@ TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed"
 def sizes(
     model: Model,
     options: Annotated[Options, Only(TAKEN)],
-    running: Annotated[Running, Only(("device", "memory", "revision", "trust_remote_code", "survey", "overwrite"))],
+    running: Annotated[Running, Without(("dry_run", "restart"))],
     out: Annotated[
         Path, typer.Option(help="Folder that gets a model for each size, a table and a plot.", show_default=False)
     ],

@@ -25,7 +25,9 @@ def _by_score(values: dict[str, Any]) -> None:
 def survey(
     model: Model,
     options: Annotated[Options, Only(SURVEYED, _by_score)],
-    running: Annotated[Running, Only(("device", "memory", "revision", "trust_remote_code", "overwrite", "restart"))],
+    running: Annotated[
+        Running, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
+    ],
     out: Annotated[
         Path, typer.Option(help="Folder to write; it appears whole or not at all.", rich_help_panel=OUTPUT)
     ] = Path("survey"),

@@ -21,6 +21,7 @@ from secateur.criteria.registry import Criteria, UnitScores
 from secateur.criteria.similarity import SimilarHeads
 from secateur.fit.block import Method
 from secateur.fit.recovery import Recovery
+from secateur.formats.family_file import read_family
 from secateur.formats.gguf_architectures import TYPES, check_type
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.model.checkpoint import open_checkpoint
@@ -149,6 +150,8 @@ def open_model(
             f"target {goal} is measured by one process alone; let secateur plan write the widths to a file, and name "
             "it by --plan"
         )
+    if running.family is not None:
+        read_family(running.family)
     where = pick_device(running.device)
     for source in dict.fromkeys(options.sources) if team.leads else ():
         check_calibration(source, samples=options.samples, length=options.length)

@@ -388,6 +388,12 @@ class Running:
     revision: str | None = option(
         None, COMPUTING, "Branch, tag or commit of MODEL, where that is a hub id.", shown="the main branch"
     )
+    family: Path | None = option(
+        None,
+        COMPUTING,
+        "YAML file that describes MODEL's family, where secateur families does not print it; see docs/extend.md.",
+        shown="none",
+    )
     trust_remote_code: bool = option(
         False, COMPUTING, "Let code that comes with the checkpoint run, where transformers does not know the model."
     )

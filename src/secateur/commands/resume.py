@@ -98,6 +98,7 @@ def decided_by(run: OpenRun) -> dict[str, Any]:
             f"contents of {path}": digest(Path(path).read_text(encoding="utf-8", errors="replace"))
             for path in files.values()
         },
+        **({} if run.running.family is None else {"family": digest(run.running.family.read_text(encoding="utf-8"))}),
         "dtype": str(run.dtype).removeprefix("torch."),
         "version of secateur": secateur.__version__,
         "version of torch": torch.__version__,

@@ -73,8 +73,14 @@ class BlockStream:
             ) from error
         self.model.requires_grad_(False)
         checkpoint.check_shapes(self.model)
-        self.layers = self.model.get_submodule(self.family.blocks)
-        self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
+        try:
+            self.layers = self.model.get_submodule(self.family.blocks)
+            self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
+        except AttributeError as error:
+            raise SecateurError(
+                f"{checkpoint.source}: the entry for {checkpoint.config.model_type} names a layer that is not there "
+                f"({first_line(error)}); correct the entry"
+            ) from error
         if not self.blocks:
             raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size

@@ -1,0 +1,102 @@
+"""A family that a person describes in a file is pruned as ours are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import CheckpointFolder
+from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, token_rows
+from secateur import SecateurError, prune
+from secateur.base.quiet import quiet
+from secateur.formats.family_file import read_family
+from secateur.formats.per_layer import model_class
+from secateur.formats.stock import STOCK
+from secateur.model.families import FAMILIES
+from secateur.model.structure import Keep
+
+BIOGPT = """
+model_type: biogpt  # layers called as in OPT
+blocks: biogpt.layers
+output: out_proj
+feed_forward: null
+up: fc1
+gate: null
+down: fc2
+final_norm: biogpt.layer_norm
+stock: {heads: dense, grouped: false, theta: null}
+"""
+SMALL: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "device": "cpu"}
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file; what it makes known is forgotten again."""
+    monkeypatch.setattr("secateur.formats.family_file._READ", set())
+    config = AutoConfig.for_model("biogpt", **SIZES)
+    monkeypatch.setitem(SIMILAR, "biogpt", lambda: config)
+    file = tmp_path / "biogpt.yaml"
+    file.write_text(BIOGPT)
+    yield file
+    for table in (FAMILIES, STOCK):
+        table.pop("biogpt", None)
+
+
+@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+def test_pruned_from_a_file(tmp_path: Path, family: Path, widths: str) -> None:
+    folder = save("biogpt", tmp_path / "dense")
+    with pytest.raises(SecateurError, match="secateur families prints those"):
+        prune(folder, tmp_path / "out", **SMALL)
+    prune(folder, tmp_path / "out", **SMALL, family=family, sparsity=0.3, widths=widths, recovery="none")
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    keeps = {block["block"]: Keep(tuple(block["heads"]), tuple(block["channels"])) for block in record["blocks"]}
+    dense, ids = build("biogpt"), token_rows()
+    with masked(dense, keeps):
+        wanted = logits_of(dense, ids)
+    assert relative(logits_of(dense, ids), wanted) > 1e-3
+    with quiet():
+        config = AutoConfig.from_pretrained(tmp_path / "out")
+        auto = AutoModelForCausalLM if widths == "uniform" else model_class(config)
+        found = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert relative(logits_of(found, ids), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b", "a family is a mapping with model_type"),
+        ("up: fc1", "a family is a mapping with model_type"),
+        ("model_type: [", "line 1: not YAML"),
+        ("model_type: llama", "secateur knows llama; leave --family out"),
+        (BIOGPT.replace("up:", "upp:"), "upp: no such field; there are blocks, attention"),
+        (BIOGPT.replace("fc1", "3"), "up: 3: Input should be a valid string"),
+        (BIOGPT.replace("heads: dense", "heads: some"), "stock.heads: 'some': Input should be 'any', 'divisors' or"),
+        (BIOGPT.replace("grouped", "groups"), "stock.groups: no such field"),
+        (BIOGPT.partition("stock")[0] + "stock: any", "stock is 'any'; write a mapping"),
+    ],
+)
+def test_a_file_with_mistakes(family: Path, text: str, said: str) -> None:
+    family.write_text(text)
+    with pytest.raises(SecateurError) as error:
+        read_family(family)
+    assert said in str(error.value)
+    assert str(error.value).startswith(str(family))
+    assert "biogpt" not in FAMILIES
+
+
+def test_a_layer_that_is_not_there(tmp_path: Path, family: Path) -> None:
+    folder = save("biogpt", tmp_path / "dense")
+    family.write_text(BIOGPT.replace("fc2", "fc3"))
+    with pytest.raises(SecateurError, match=r"the entry for biogpt names a layer that is not there .*fc3"):
+        prune(folder, tmp_path / "out", **SMALL, family=family)
+
+
+def test_no_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    with pytest.raises(SecateurError, match=r"none\.yaml: cannot be read .* name a YAML file"):
+        prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, family=tmp_path / "none.yaml")
