@@ -87,7 +87,8 @@ ROWS: dict[str, Callable[[], Any]] = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
 SIMILAR: dict[str, Callable[[], Any]] = {
     "apertus": _config("apertus", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
-    "arcee": _config("arcee", **GROUPED, mlp_bias=True),
+    "arcee": _config("arcee", **GROUPED),
+    "arcee biased": _config("arcee", **TRIPLES, mlp_bias=True, attention_bias=True),
     "cohere": _config("cohere", **GROUPED, logit_scale=0.5),
     "cohere normed": _config("cohere", **GROUPED, use_qk_norm=True),
     "cohere2": _config("cohere2", **GROUPED, **WINDOWED, logit_scale=0.5, head_dim=8),
@@ -98,8 +99,14 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "glm": _config("glm", **GROUPED, head_dim=8),
     "glm4": _config("glm4", **TRIPLES, head_dim=8),
     "granite": _config(
-        "granite", **GROUPED, residual_multiplier=0.6, attention_multiplier=0.3, embedding_multiplier=1.5, mlp_bias=True
+        "granite",
+        **GROUPED,
+        residual_multiplier=0.6,
+        attention_multiplier=0.3,
+        embedding_multiplier=1.5,
+        logits_scaling=2.0,
     ),
+    "granite biased": _config("granite", **TRIPLES, attention_bias=True, mlp_bias=True, residual_multiplier=1.4),
     "helium": _config("helium", **GROUPED, head_dim=8),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", **GROUPED, head_dim=16),
     "jais2": _config("jais2", **GROUPED),

@@ -218,8 +218,18 @@ UNIFORM = {
     "phi3 wide": (BOTH, "llama"),
     "gpt2 scaled": (CHANNELS, "gpt2"),
     "gpt_neox serial": (CHANNELS, "gptneox"),
+    "arcee": (BOTH, "arcee"),
+    "cwm": (BOTH, "llama"),
+    "ernie4_5": (BOTH, "llama"),
+    "gemma": (BOTH, "gemma"),
+    "granite": (BOTH, "granite"),
+    "granite biased": (BOTH, "granite"),
+    "helium": (CHANNELS, "llama"),
+    "ministral": (BOTH, "llama"),
+    "seed_oss": (BOTH, "llama"),
+    "starcoder2": (CHANNELS, "starcoder2"),
 }
-GELU = {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt2 scaled", "gpt_neox serial"}
+GELU = {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt2 scaled", "gpt_neox serial", "starcoder2"}
 """llama.cpp looks this function up in a table of half precision."""
 
 
@@ -260,6 +270,10 @@ UNEVEN = {
     "mistral window": "deci",
     "phi3 wide": "deci",
     "qwen3 tied": "openelm",
+    "cwm": "deci",
+    "ernie4_5": "deci",
+    "helium": "deci",
+    "seed_oss": "deci",
 }
 
 

@@ -75,6 +75,11 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     writer.add_value_length(model.dim)
     epsilon = float(getattr(config, model.source.epsilon))
     (writer.add_layer_norm_rms_eps if architecture.epsilon == "rms" else writer.add_layer_norm_eps)(epsilon)
+    if architecture.scales:
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if architecture.name == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":

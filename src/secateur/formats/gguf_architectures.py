@@ -88,8 +88,10 @@ class Architecture:
     """Layers may have sliding windows; elsewhere every layer sees everything."""
     output: Literal["either", "tied", "stored"] = "either"
     """The output matrix: the embedding where none is stored, always the embedding, or always stored."""
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Literal["silu", "gelu", "relu2"] = "silu"
     epsilon: Literal["rms", "layer"] = "rms"
+    scales: bool = False
+    """Embeddings, attention scores, module outputs and logits are each multiplied by a number of the file."""
 
 
 _LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"})
@@ -102,6 +104,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     for architecture in (
         _LLAMA,
         replace(_LLAMA, name="deci", per_layer=True, headless=True),
+        replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset()),
+        replace(_LLAMA, name="granite", scales=True),
+        Architecture("gemma", frozenset(), activation="gelu", output="tied"),
+        Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer"),
         Architecture("qwen2", QKV, square=True),
         Architecture("qwen3", QKV, head_norms=True),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
@@ -129,11 +135,19 @@ class Source:
     """Matrices inside blocks are stored input first."""
     shifted: bool = False
     """Norms are stored less one."""
+    paired: bool = False
+    """Consecutive entries of a head rotate together already."""
 
 
 SOURCES: dict[str, Source] = {
     "llama": Source(("llama", "deci")),
     "mistral": Source(("llama", "deci")),
+    **dict.fromkeys(("cwm", "ministral", "seed_oss"), Source(("llama", "deci"))),
+    **dict.fromkeys(("ernie4_5", "helium"), Source(("llama", "deci"), paired=True)),
+    "arcee": Source(("arcee",)),
+    "granite": Source(("granite",)),
+    "gemma": Source(("gemma",), shifted=True),
+    "starcoder2": Source(("starcoder2",), epsilon="norm_epsilon"),
     "qwen2": Source(("qwen2", "llama", "deci")),
     "qwen3": Source(("qwen3", "openelm")),
     "phi3": Source(("phi3", "llama", "deci")),
@@ -147,6 +161,7 @@ SOURCES: dict[str, Source] = {
 
 _ACTIVATIONS = {
     "silu": {"silu", "swish"},
+    "relu2": {"relu2"},
     "gelu": {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"},
 }
 """llama.cpp's name → transformers'; it has one gelu, and the exact one differs from it by less than 0.001."""

@@ -186,7 +186,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     if architecture.needs_biases:
         for layer in model.layers:
             parts.setdefault(f"{layer}.bias", Lazy.full(parts[f"{layer}.weight"].shape[:1], 0.0))
-    if architecture.pairs:
+    if architecture.pairs and not model.source.paired:
         for name in ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias"):
             if name in parts:
                 parts[name] = parts[name].then(partial(_in_pairs, dim=model.dim))
