@@ -20,7 +20,7 @@ EVERY = 30.0
 INTERRUPTED = 130
 """The exit code of shells for Ctrl-C."""
 
-QUIET = os.environ.get("RANK", "0") != "0"
+QUIET = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 """Of several processes, the first speaks; the others only say what is wrong."""
 
 log = Console(stderr=True, highlight=False, markup=False, quiet=QUIET)
