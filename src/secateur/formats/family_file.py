@@ -1,8 +1,8 @@
 """A family that a person describes in a YAML file, with the fields that an entry of ours has.
 
-model_type: arcee
-gate: null
-stock: {channels: intermediate_size}
+model_type: biogpt
+blocks: biogpt.layers
+stock: {heads: dense}
 """
 
 from dataclasses import fields
@@ -18,6 +18,8 @@ from secateur.model.families import FAMILIES, Family
 
 T = TypeVar("T", Family, Stock)
 KIND, WIDTHS = "model_type", "stock"
+_READ: set[str] = set()
+"""Families from files, which may be read again."""
 
 
 def read_family(path: Path) -> str:
@@ -42,9 +44,6 @@ def read_family(path: Path) -> str:
     FAMILIES[kind], STOCK[kind] = _made(path, Family, raw, ""), _made(path, Stock, widths, f"{WIDTHS}.")
     _READ.add(kind)
     return kind
-
-
-_READ: set[str] = set()
 
 
 def _made(path: Path, owner: type[T], raw: Any, place: str) -> T:
