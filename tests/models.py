@@ -110,6 +110,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "helium": _config("helium", **GROUPED, head_dim=8),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", **GROUPED, head_dim=16),
     "jais2": _config("jais2", **GROUPED),
+    "lfm2": _config("lfm2", **GROUPED, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
     "ministral": _config("ministral", **GROUPED, **WINDOWED, head_dim=12),
     "ministral3": _config(
         "ministral3", **GROUPED, head_dim=10, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0}
@@ -119,6 +120,16 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "olmo": _config("olmo", **GROUPED, clip_qkv=1.5),
     "olmo3": _config("olmo3", **GROUPED, **WINDOWED),
     "phi": _config("phi", **GROUPED, partial_rotary_factor=0.5, qk_layernorm=True),
+    "qwen3_5_text": _config(
+        "qwen3_5_text",
+        **TRIPLES,
+        head_dim=12,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=6,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
     "seed_oss": _config("seed_oss", **GROUPED, head_dim=12),
     "smollm3": _config("smollm3", **GROUPED, no_rope_layers=[1, 0, 1]),
     "stablelm": _config("stablelm", **GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
@@ -142,7 +153,9 @@ def config_of(name: str) -> Any:
 
 def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
     """The model of a row, float32, with weights that only the seed decides."""
-    with quiet():
+    with quiet(), torch.random.fork_rng():
+        # Some vectors are drawn when they are made.
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config_of(name)), **load).float().eval()
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from secateur.formats.gguf_architectures import SOURCES
 from secateur.formats.stock import STOCK
-from secateur.model.families import FAMILIES
+from secateur.model.families import FAMILIES, MIXED, Family
 
 STOCK_HEADS = {"any": "any heads", "divisors": "heads that divide the hidden size", "dense": "all heads"}
 
@@ -15,7 +15,7 @@ class FamilyRow(NamedTuple):
     name: str
     """Its `model_type`."""
     heads: str
-    """Whether attention heads go; why not, where they do not."""
+    """Whether single attention heads go; why not, where they do not."""
     stock: str
     """Heads that the family's own class takes."""
     gguf: str
@@ -27,9 +27,15 @@ def families() -> list[FamilyRow]:
     return [
         FamilyRow(
             name,
-            f"no: {family.heads_locked}" if family.heads_locked else "yes",
-            STOCK_HEADS["dense" if family.heads_locked else STOCK[name].heads],
+            _heads(family),
+            STOCK_HEADS["dense" if family.heads_locked or family.mixer else STOCK[name].heads],
             ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
         )
         for name, family in sorted(FAMILIES.items())
     ]
+
+
+def _heads(family: Family) -> str:
+    if family.mixer is not None:
+        return f"no: {MIXED}"
+    return "yes" if family.heads_locked is None else f"all of a block or none: {family.heads_locked}"

@@ -83,6 +83,8 @@ def head_distances(
         use("eager")
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(blocks.stop), "Compare"):
+            if stream.blocks[index].attention.fixed:
+                raise SecateurError(f"heads are not compared, as {stream.blocks[index].attention.locked}")
             with stream.filled(index) as layer:
                 heads = stream.blocks[index].attention.units
                 sums = torch.zeros(heads, heads, dtype=torch.float64, device=stream.device)

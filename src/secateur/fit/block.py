@@ -70,11 +70,11 @@ class DenseBlock:
             seen: dict[str, tuple[Tensor, Tensor]] = {}
             watch = {module.sink: _keep_both(seen, module.sink) for module in modules}
             if inputs:
-                watch |= {module.source: _keep_both(seen, module.source) for module in modules}
+                watch |= {module.source: _keep_both(seen, module.source) for module in modules if module.level1}
             after = stream.run_through(index, layer, dense[at], at.group, watch=watch)
             for module in modules:
                 output[module.kind][at] = seen[module.sink][1]
-                if inputs:
+                if inputs and module.level1:
                     before[module.kind][at] = seen[module.source][0]
             replay = dict(zip(modules, (output["heads"][at], None), strict=True))
             goal["heads"][at] = stream.run_through(index, layer, dense[at], at.group, replay=replay)

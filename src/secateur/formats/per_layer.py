@@ -35,6 +35,8 @@ def per_layer_obstacle(config: Any, block: Block, width: Width) -> str | None:
     kind = config.model_type
     if kind not in STOCK:
         return f"no layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
+    if block.attention.fixed and width.heads != block.width.heads:
+        return f"{kind} keeps all {block.width.heads} heads of a block, as {block.attention.locked}"
     if block.attention.locked and width.heads not in (0, block.width.heads):
         return f"{kind} keeps all {block.width.heads} heads of a block or none, as {block.attention.locked}"
     return None

@@ -51,6 +51,9 @@ class Family:
     know how strongly later layers read what a module writes."""
     heads_locked: str | None = None
     """Why heads cannot be removed exactly, where that is so."""
+    mixer: tuple[str, str] | None = None
+    """What stands in the attention's place in some blocks (linear attention, a convolution) and its output layer. These
+    blocks' mixers are left alone, all attention heads stay, and channels go everywhere."""
     multiplier: str | None = None
     """The config's key of a factor between what a module gives and the residual stream."""
     activation: str | None = None
@@ -103,6 +106,15 @@ FAMILIES: dict[str, Family] = {
     "helium": LLAMA,
     "hunyuan_v1_dense": LLAMA,
     "jais2": NO_GATE,
+    "lfm2": Family(
+        output="out_proj",
+        feed_forward="feed_forward",
+        up="w3",
+        gate="w1",
+        down="w2",
+        final_norm="model.embedding_norm",
+        mixer=("conv", "out_proj"),
+    ),
     "ministral": LLAMA,
     "ministral3": LLAMA,
     "nanochat": replace(NO_GATE, up="fc1", down="fc2"),
@@ -110,6 +122,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": LLAMA,
     "olmo3": OLMO2,
     "phi": replace(NO_GATE, output="dense", up="fc1", down="fc2", final_norm="model.final_layernorm"),
+    "qwen3_5_text": replace(LLAMA, norm_offset=True, mixer=("linear_attn", "out_proj")),
     "seed_oss": LLAMA,
     "smollm3": LLAMA,
     "stablelm": LLAMA,
@@ -195,6 +208,9 @@ def positions_of(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+MIXED = "some blocks have another kind of layer in the attention's place"
+
+
 def multiplier_of(config: Any) -> float:
     """The factor between what a module gives and the residual stream."""
     key = family_of(config).multiplier
@@ -207,7 +223,8 @@ def activation_of(config: Any, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     if family.activation is not None:
         return layer.get_submodule(f"{family.feed_forward}.{family.activation}")
     names = ("hidden_activation", "activation_function", "hidden_act")
-    return ACT2FN[next(value for name in names if (value := getattr(config, name, None)))]
+    # LFM2's config does not say.
+    return ACT2FN[next((value for name in names if (value := getattr(config, name, None))), "silu")]
 
 
 def describe(config: Any, layer: nn.Module) -> Block:
@@ -242,9 +259,17 @@ def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> t
 def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
+    if family.mixer is not None and hasattr(layer, family.mixer[0]):
+        path, output = family.mixer
+        inner: Any = layer.get_submodule(f"{path}.{output}")
+        level2, bias = _level2(layer, f"{path}.{output}", "head", heads, inner.weight.shape[1] // heads)
+        return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True, alone=True)
     dim, path = head_dim(config), family.attention
     if family.fused is None:
-        level1 = _level1(layer, f"{path}.{family.queries}", "head", heads, dim)
+        # Queries may carry a gate of the head's output with them.
+        queries: Any = layer.get_submodule(f"{path}.{family.queries}")
+        rows = int(queries.weight.shape[int(isinstance(queries, Conv1D))]) // heads
+        level1 = _level1(layer, f"{path}.{family.queries}", "head", heads, rows)
         for name in (family.keys, family.values):
             level1 += _level1(layer, f"{path}.{name}", "group", groups, dim)
     elif family.interleaved:
@@ -254,14 +279,15 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         for start in (heads * dim, (heads + groups) * dim):
             level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
     level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
-    locked = family.heads_locked
+    locked = MIXED if family.mixer else family.heads_locked
     inside = {*(slab.name for slab in level1), level2.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # One vector for all heads, or one for each of them.
     apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
     if locked is None and apart:
         locked = "its query and key norms differ from head to head"
-    return Depth2("heads", level1, level2, bias, path, family.norm_after_attention, groups, locked)
+    after, fixed = family.norm_after_attention, family.mixer is not None
+    return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed)
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:

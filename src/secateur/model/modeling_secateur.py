@@ -28,7 +28,7 @@ ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_outpu
 CHANNELS = ("ffn_dim", "n_inner", "intermediate_size")
 """Keys of the feed-forward width; a config has one of them."""
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "dense_4h_to_h")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h")
 """The layers whose inputs are heads or channels; of the others these are the outputs."""
 
 FUSED_HEADS = ("c_attn", "query_key_value")
@@ -99,14 +99,19 @@ def resize(
         channels: feed-forward width; 0 takes the feed-forward away.
         biases: whether the attention's and the feed-forward's output layers get a bias that they do not have yet.
     """
-    name = next(name for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
-    attention: Any = getattr(layer, name)
-    if heads:
+    name = next((name for name in ("self_attn", "attn", "attention") if hasattr(layer, name)), "")
+    attention: Any = getattr(layer, name, None)
+    if attention is None:
+        pass  # Another kind of layer, which keeps its width.
+    elif heads:
         dim = getattr(attention, "head_dim", None) or attention.head_size
         sizes = {"k_proj": groups * dim, "v_proj": groups * dim, "qkv_proj": (heads + 2 * groups) * dim}
         sizes |= dict.fromkeys(FUSED_HEADS, 3 * heads * dim)
         for child, linear in projections(attention):
-            narrow(linear, child in OUTPUTS, sizes.get(child, heads * dim), biases[0])
+            output = child in OUTPUTS
+            # Queries may carry a gate with them.
+            each = linear.weight.shape[0] // attention.config.num_attention_heads if child == "q_proj" else dim
+            narrow(linear, output, sizes.get(child, heads * each), biases[0])
         counts = {"num_attention_heads": heads, "num_key_value_heads": groups}
         counts |= {"num_heads": heads, "num_key_value_groups": heads // groups, "split_size": heads * dim}
         for key, count in counts.items():
@@ -116,14 +121,15 @@ def resize(
     else:
         setattr(layer, name, NoHeads(attention, biases[0]))
     # OPT's two feed-forward layers hang in the decoder layer itself.
-    mlp: Any = getattr(layer, "mlp", layer)
+    place = next((name for name in ("mlp", "feed_forward") if hasattr(layer, name)), "")
+    mlp: Any = getattr(layer, place, layer)
     if channels:
         for child, linear in projections(mlp):
             narrow(linear, child in OUTPUTS, channels * (2 if child == "gate_up_proj" else 1), biases[1])
     elif mlp is layer:
         layer.fc1, layer.fc2 = nn.Identity(), Constant(layer.fc2, biases[1])
     else:
-        layer.mlp = NoChannels(mlp, biases[1])
+        setattr(layer, place, NoChannels(mlp, biases[1]))
 
 
 def projections(module: nn.Module) -> list[tuple[str, Any]]:

@@ -356,7 +356,7 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (output, None) if module.kind == "heads" else output
+        return output if module.alone or module.kind == "channels" else (output, None)
 
     def nothing(hidden: Tensor) -> Tensor:
         return hidden[..., :1]

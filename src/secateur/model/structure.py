@@ -65,6 +65,10 @@ class Depth2:
     """Key/value heads; 1 for channels."""
     locked: str | None = None
     """Why no unit can be removed without changing what the others compute, where that is so."""
+    fixed: bool = False
+    """Nor can the whole module be."""
+    alone: bool = False
+    """Its submodule returns the output alone, and no attention weights with it."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
@@ -73,8 +77,8 @@ class Depth2:
 
     @property
     def source(self) -> str:
-        """A level-1 layer; its input is the module's input."""
-        return self.level1[0].layer
+        """A level-1 layer; its input is the module's input. The level-2 layer where no other one is known."""
+        return self.level1[0].layer if self.level1 else self.sink
 
     @property
     def sink(self) -> str:
@@ -109,7 +113,7 @@ class Depth2:
     @property
     def free_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
-        return self.post_norm is None
+        return self.post_norm is None and not self.fixed
 
     def steps(self, pattern: Pattern) -> int:
         """How many steps of width a pattern has: groups, heads per group, or channels."""
