@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import ROWS, logits_of, relative, token_rows
+from models import ROWS, SIMILAR, config_of, logits_of, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.commands.prune import prune
 
 IDS = token_rows(2, 20, seed=3)
-SMALL: dict[str, Any] = {"samples": 4, "length": 16, "calibration": "random", "sparsity": 0.4, "fits": 0, "level1": 2}
+KNOWN = Path(os.environ["TRANSFORMERS4"]) / "transformers" / "models"
+CASES = [name for name in ROWS | SIMILAR if (KNOWN / config_of(name).model_type.removesuffix("_text")).is_dir()]
+"""Rows of families that transformers 4.57 knows."""
+SMALL: dict[str, Any] = {"samples": 4, "length": 16, "calibration": "random", "sparsity": 0.4}
 FORMATS: dict[str, dict[str, Any]] = {
     "hf": {"format": "hf"},
-    "intercept": {"format": "hf", "intercept": True},
+    "bias": {"format": "hf", "recovery": "bias"},
     "stock": {"widths": "uniform"},
 }
 # Eager attention, as the quick kernels of either version leave out what some families ask for.
@@ -38,12 +41,16 @@ from transformers import AutoModelForCausalLM
 assert transformers.__version__.startswith("4.57."), transformers.__version__
 ids, found = torch.load(sys.argv[1]), {{}}
 for folder in json.load(sys.stdin):
-    model = AutoModelForCausalLM.from_pretrained(folder, **{LOAD!r}).float().eval()
-    with torch.no_grad():
-        whole = model(ids, use_cache=False).logits
-        start = model(ids[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], past_key_values=start.past_key_values).logits
-    found[folder] = (whole, last)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **{LOAD!r}).float().eval()
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+            start = model(ids[:, :-1], use_cache=True)
+            last = model(ids[:, -1:], past_key_values=start.past_key_values).logits
+    except Exception as error:
+        found[folder] = f"{{type(error).__name__}}: {{error}}"
+    else:
+        found[folder] = (whole, last)
 torch.save(found, sys.argv[2])
 """
 
@@ -54,7 +61,7 @@ class Folders:
     def __init__(self, place: Path, checkpoint_folder: CheckpointFolder):
         self.place = place
         self.written: dict[tuple[str, str], Path] = {}
-        for row in ROWS:
+        for row in CASES:
             for name, options in FORMATS.items():
                 out = place / f"{row} {name}".replace(" ", "-")
                 try:
@@ -66,7 +73,7 @@ class Folders:
                 self.written[row, name] = out
         self.found = self._run()
 
-    def _run(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _run(self) -> dict[str, tuple[Tensor, Tensor] | str]:
         torch.save(IDS, self.place / "ids")
         environment = {
             **os.environ,
@@ -86,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpo
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", CASES)
 def test_it_computes_the_same(folders: Folders, row: str, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -96,6 +103,13 @@ def test_it_computes_the_same(folders: Folders, row: str, name: str) -> None:
     folder = folders.written[row, name]
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, **LOAD).float().eval()
-    whole, last = folders.found[str(folder)]
-    assert relative(whole, logits_of(model, IDS)) < 1e-5
+    found = folders.found[str(folder)]
+    if row == "stablelm" and name != "stock":
+        # Its class there takes the width of all heads from the hidden size.
+        assert "is invalid for input of size" in found
+        return
+    assert not isinstance(found, str), found
+    whole, last = found
+    # Apertus' activation is rounded otherwise there, in a dense model too.
+    assert relative(whole, logits_of(model, IDS)) < (1e-3 if row == "apertus" else 1e-5)
     assert relative(last[:, -1], whole[:, -1]) < 1e-4
