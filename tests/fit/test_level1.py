@@ -14,7 +14,7 @@ from test_recovery import WIDTHS
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from models import ROWS, token_rows
+from models import ROWS, SIMILAR, token_rows
 from secateur.fit.average import FittedBlock
 from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.loop import Method, refit
@@ -142,7 +142,7 @@ def test_half_precision_steers_as_well():
 # In a model.
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS | SIMILAR)
 def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
     """Up and gate in the right order, with their biases, and the right function between the levels."""
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
@@ -160,7 +160,7 @@ def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
         kept = torch.tensor([2, 3, 11, 40])
         source = seen["source"].reshape(-1, stream.width)
         pre = outputs(block, dict(layer.named_parameters()), source, kept)
-    value = activation_of(stream.checkpoint.config)(pre[-1])
+        value = activation_of(stream.checkpoint.config, layer)(pre[-1])
     expected = value * pre[0] if len(pre) == 2 else value
     torch.testing.assert_close(expected, seen["sink"].reshape(len(source), -1)[:, kept], rtol=1e-4, atol=1e-5)
 
