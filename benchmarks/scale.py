@@ -103,8 +103,11 @@ def bounded(limit: int) -> Path | None:
         group = root / f"secateur-{os.getpid()}"
         with suppress(OSError):
             group.mkdir(exist_ok=True)
-            (group / file).write_text(str(limit))
-            return group / "cgroup.procs"
+            if (group / file).exists():
+                (group / file).write_text(str(limit))
+                return group / "cgroup.procs"
+            # A folder like any other: the system has its groups elsewhere.
+            group.rmdir()
     return None
 
 
