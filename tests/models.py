@@ -7,7 +7,7 @@ is forgotten, swapped or shifted then shows in the logits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -274,9 +274,16 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
 @contextmanager
 def masked(model: nn.Module, keeps: dict[int, Keep]) -> Iterator[None]:
     """Silence removed units: their entries of the level-2 input become zero."""
+    with silenced(layers_of(model), blocks_of(model), keeps):
+        yield
+
+
+@contextmanager
+def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, Keep]) -> Iterator[None]:
+    """`masked`, for blocks wherever they are."""
     handles = []
     for index, keep in keeps.items():
-        layer, block = layers_of(model)[index], blocks_of(model)[index]
+        layer, block = layers[index], blocks[index]
         for module in (block.attention, block.feed_forward):
             mask = torch.zeros(module.units * module.size)
             mask[inner_entries(module, keep.units(module.kind))] = 1

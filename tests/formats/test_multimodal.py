@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from models import GEMMA, GROUPED, SIZES, TRIPLES, VOCAB, make_letters, relative, token_rows
+from models import GEMMA, GROUPED, SIZES, TRIPLES, VOCAB, make_letters, relative, silenced, token_rows
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.surgery import inner_entries
+from secateur.model.structure import Keep
 
 IMAGE = VOCAB - 1
 """The token in whose place a part of the image stands."""
@@ -128,36 +126,16 @@ def logits(model: Any, image: bool) -> Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
 
 
-@contextmanager
-def masked(model: Any, folder: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Units that the record does not keep are silenced."""
-    stream, handles = BlockStream(open_checkpoint(folder)), []
-    layers: Any = model.model.language_model.layers
-    for block, said, layer in zip(stream.blocks, record["blocks"], layers, strict=True):
-        for module in block.modules:
-            mask = torch.zeros(module.units * module.size)
-            mask[inner_entries(module, said[module.kind])] = 1
-
-            def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
-                return (args[0] * mask,)
-
-            handles.append(layer.get_submodule(module.sink).register_forward_pre_hook(before))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> None:
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
     prune(folder, out, **SMALL, sparsity=0.4, recovery="none")
     record = json.loads((out / "secateur.json").read_text())
-    dense, small = opened(folder), opened(out)
+    keeps = {block["block"]: Keep(tuple(block["heads"]), tuple(block["channels"])) for block in record["blocks"]}
+    dense, small, blocks = opened(folder), opened(out), BlockStream(open_checkpoint(folder)).blocks
     assert type(small) is type(dense)
     for image in (False, True):
-        with masked(dense, folder, record):
+        with silenced(dense.model.language_model.layers, blocks, keeps):
             wanted = logits(dense, image)
         assert relative(logits(small, image), wanted) < 1e-5
         assert relative(wanted, logits(dense, image)) > 1e-3

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.words import some
 
@@ -260,6 +262,20 @@ def leftovers(path: Path) -> list[Path]:
     # A GGUF file is made from a folder with a hidden name of its own.
     patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*")
     return [left for pattern in patterns for left in path.parent.glob(pattern)]
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        SecateurError: it is no YAML, with the line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise SecateurError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); correct it") from error
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -119,8 +119,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
         return found
     file, wanted = run.running.survey, survey_key(run, rows.text)
     if file is not None and run.team.told(file.exists):
-        there: Path = file
-        return replace(found, survey=Survey.of(run.team.told(lambda: asdict(read_survey(run, there, wanted)))))
+        return replace(found, survey=Survey.of(run.team.told(lambda: asdict(read_survey(run, file, wanted)))))
     few, probe_rows = survey_rows(rows.text)
     fitted = Rows.of(few) if rows.sigma is None else Rows.of(few).scored_by(Rows.of(rows.sigma))
 

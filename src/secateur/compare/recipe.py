@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import read_yaml
 from secateur.commands.options import Options
 from secateur.compare.recipes import FOLDER, recipe_names
 from secateur.compare.training import Training
@@ -123,13 +124,9 @@ def read_recipe(name: str) -> Recipe:
             raise SecateurError(f"recipe '{name}' does not exist; name a .yaml file or one of {_some(recipe_names())}")
         path = FOLDER / f"{name}.yaml"
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = read_yaml(path, _Loader)
     except UnicodeDecodeError as error:
         raise SecateurError(f"{path}: not UTF-8; a recipe is a YAML file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise SecateurError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); correct it") from error
     if not isinstance(raw, dict):
         raise SecateurError(f"{path}: a recipe is a mapping with title, runs, evaluation, ...; see those of secateur")
     try:

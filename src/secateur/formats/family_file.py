@@ -9,10 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import read_yaml
 from secateur.formats.stock import STOCK, Stock
 from secateur.model.families import FAMILIES, Family
 
@@ -29,13 +29,9 @@ def read_family(path: Path) -> str:
         SecateurError: the file cannot be read, a field does not exist or has a wrong value, or the family is ours.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise SecateurError(f"{path}: cannot be read ({error}); name a YAML file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise SecateurError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); correct it") from error
     if not isinstance(raw, dict) or not isinstance(raw.get(KIND), str):
         raise SecateurError(f"{path}: a family is a mapping with {KIND} and the names of layers; see docs/extend.md")
     kind, widths = raw.pop(KIND), raw.pop(WIDTHS, {})

@@ -116,7 +116,9 @@ class Collector:
         weight = self.norm.unscale(cut.weight_ao)
         if not self.seen:
             return weight.new_empty(0, 1, weight.shape[1])
-        z = torch.cat(self.seen)[..., cut.kept].float() @ weight
+        if len(self.seen) > 1:
+            self.seen = [torch.cat(self.seen)]
+        z = self.seen[0][..., cut.kept].float() @ weight
         return z + self.tensors[self.module.bias] if self.module.bias else z
 
 
