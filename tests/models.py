@@ -140,6 +140,23 @@ SIMILAR: dict[str, Callable[[], Any]] = {
 }
 """More families, of mechanisms that those above have too: they go through the matrix alone."""
 
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+SHARED = {"shared_expert_intermediate_size": 28}
+_ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "glm4_moe": _config("glm4_moe", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
+    "glm4_moe groups": _config(
+        "glm4_moe", **TRIPLES, **(_ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1
+    ),
+    "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
+    "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),
+    "olmoe": _config("olmoe", **GROUPED, num_experts=8, num_experts_per_tok=3),
+    "qwen2_moe": _config("qwen2_moe", **TRIPLES, **_EXPERTS, **SHARED),
+    "qwen2_moe some": _config("qwen2_moe", **GROUPED, **_EXPERTS, **SHARED, mlp_only_layers=[0], norm_topk_prob=True),
+    "qwen3_moe": _config("qwen3_moe", **GROUPED, **_EXPERTS, head_dim=16, norm_topk_prob=True),
+}
+"""Families whose feed-forwards are mixtures of experts, in all blocks or behind the first."""
+
 
 @cache
 def _made(row: Callable[[], Any]) -> Any:
@@ -148,7 +165,7 @@ def _made(row: Callable[[], Any]) -> Any:
 
 def config_of(name: str) -> Any:
     """The config of a row; not to be changed. Files add rows of their own, whose names may be the same."""
-    return _made(ROWS[name] if name in ROWS else SIMILAR[name])
+    return _made((ROWS | SIMILAR | MIXTURES)[name])
 
 
 def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
@@ -160,7 +177,9 @@ def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
-    for path, value in model.named_parameters():
+    persistent = model.state_dict()
+    buffers = ((path, value) for path, value in model.named_buffers() if path in persistent and value.dim())
+    for path, value in (*model.named_parameters(), *buffers):
         noise = torch.randn(value.shape, generator=generator)
         if value.dim() == 1:
             # Norms hold ones, or zeros where they add one themselves; biases hold zeros.
@@ -169,7 +188,7 @@ def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
             # Gemma scales its embeddings up.
             value.copy_(noise * (value.shape[1] ** -0.5 if "gemma" in name else 1.0))
         else:
-            value.copy_(noise * value.shape[0 if path in transposed else 1] ** -0.5)
+            value.copy_(noise * value.shape[0 if path in transposed else -1] ** -0.5)
     return model
 
 
@@ -246,9 +265,9 @@ def reading(model: Any, index: int, kind: Kind) -> Tensor:
 
 
 def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Pattern) -> Keep:
-    """Units that differ from block to block and are no run: two thirds of the channels, part of the heads."""
+    """Units that differ from block to block and are no run: two thirds of the channels or experts, some heads."""
     generator = torch.Generator().manual_seed(index)
-    attention, channels = block.attention, block.feed_forward.units
+    attention, fed = block.attention, block.feed_forward
     heads = list(range(attention.units))
     if "heads" in kinds and pattern == "groups":
         gone = index % attention.groups
@@ -256,8 +275,10 @@ def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Patter
     elif "heads" in kinds:
         picks = [torch.randperm(attention.per_group, generator=generator)[1:] for _ in range(attention.groups)]
         heads = [group * attention.per_group + int(head) for group, pick in enumerate(picks) for head in pick]
-    kept = torch.randperm(channels, generator=generator)[: channels * 2 // 3 if "channels" in kinds else channels]
-    return Keep(tuple(sorted(heads)), tuple(sorted(kept.tolist())))
+    stay = fed.per_group * 2 // 3 if fed.kind in kinds else fed.per_group
+    picks = [torch.randperm(fed.per_group, generator=generator)[:stay] for _ in range(fed.groups)]
+    kept = [group * fed.per_group + int(unit) for group, pick in enumerate(picks) for unit in pick]
+    return Keep(tuple(sorted(heads)), **{fed.kind: tuple(sorted(kept))})
 
 
 def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
@@ -266,9 +287,40 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
     for index, keep in keeps.items():
         layer = layers_of(small)[index]
         block = describe(model.config, layer)
-        tensors = dict(layer.named_parameters()) | (changed or {}).get(index, {})
+        tensors = layer.state_dict() | (changed or {}).get(index, {})
         narrow(layer, slice_block(block, tensors, keep), width_of(block, keep))
     return small
+
+
+class _Unchosen:
+    """Some experts of a mixture as its router never chooses them: their logits are as low as can be."""
+
+    def __init__(self, mixture: Any, units: int, gone: list[int]):
+        router = getattr(mixture, "gate", None) or mixture.router
+        self.tensors = [
+            tensor
+            for owner in (mixture, *router.modules())
+            for tensor in (*owner._buffers.values(), *owner._parameters.values())
+            if tensor is not None and units in tensor.shape
+        ]
+        weight = next(tensor for tensor in self.tensors if tensor.dim() == 2)
+        self.biases = [(tensor, tensor.clone()) for tensor in self.tensors if tensor.dim() == 1]
+        for bias, _ in self.biases:
+            bias[gone] = float("-inf")
+        self.linear, self.owner = nn.functional.linear, nn.functional
+
+        def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+            y = self.linear(x, w, bias)
+            if w.data_ptr() == weight.data_ptr() and w.shape == weight.shape:
+                y[..., gone] = float("-inf")
+            return y
+
+        self.before, nn.functional.linear = nn.functional.linear, linear
+
+    def remove(self) -> None:
+        nn.functional.linear = self.before
+        for bias, value in self.biases:
+            bias.copy_(value)
 
 
 @contextmanager
@@ -284,7 +336,11 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
     handles = []
     for index, keep in keeps.items():
         layer, block = layers[index], blocks[index]
-        for module in (block.attention, block.feed_forward):
+        for module in block.modules:
+            if module.kind == "experts":
+                gone = [unit for unit in range(module.units) if unit not in keep.experts]
+                handles.append(_Unchosen(layer.get_submodule(module.sink), module.units, gone))
+                continue
             mask = torch.zeros(module.units * module.size)
             mask[inner_entries(module, keep.units(module.kind))] = 1
 
@@ -295,5 +351,5 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in reversed(handles):
             handle.remove()

@@ -11,7 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Width
+from secateur.model.structure import Width
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
@@ -58,7 +58,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
     choice = options.choice
     format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
     problem = _problem(stream, options, format)
-    if options.adds_biases and not any(block.module(kind).free_bias for block in stream.blocks for kind in KINDS):
+    if options.adds_biases and not any(module.free_bias for block in stream.blocks for module in block.modules):
         watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
     if choice.similar:
         check_heads(problem)
@@ -99,7 +99,7 @@ def check_plan(stream: BlockStream, options: Options, parameters: Meter, decided
 
 def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProblem:
     """The target of the parameters, and every width that the format can hold."""
-    chosen = options.chosen_blocks(len(stream))
+    chosen, dense = options.chosen_blocks(len(stream)), [block.width for block in stream.blocks]
     parameters = parameter_meter(stream, options.adds_biases)
     biases = any(parameters.added)
 
@@ -120,7 +120,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         goal=options.goal,
         meter=parameters,
         kinds=options.kinds,
-        multiple=options.round or usual_multiple(min(block.width.channels for block in stream.blocks)),
+        multiple=options.round or usual_multiple(min((w.channels for w in dense if w.channels), default=1)),
         obstacle=obstacle,
     )
 

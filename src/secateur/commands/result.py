@@ -91,9 +91,8 @@ def block_record(decided: Plan, block: FittedBlock) -> dict[str, Any]:
     """What became of one block."""
     return {
         "block": block.index,
-        "width": asdict(decided.widths[block.index]),
-        "heads": list(block.keep.heads),
-        "channels": list(block.keep.channels),
+        "width": decided.widths[block.index].as_dict(),
+        **{report.kind: list(block.keep.units(report.kind)) for report in block.reports},
         "modules": [asdict(report) for report in block.reports],
     }
 

@@ -263,16 +263,18 @@ def _described(run: OpenRun, decided: Plan) -> str:
     dense = [run.stream.blocks[index].width for index in decided.widths]
     price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token, module by module"
     if decided.uniform:
-        width = next(iter(decided.widths.values()))
+        width, full = max(zip(decided.widths.values(), dense, strict=True), key=lambda pair: pair[1].experts)
         what = (
-            f"{width.heads} of {dense[0].heads} query heads in {width.groups} of {dense[0].groups} groups, "
-            f"{width.channels:,} of {dense[0].channels:,} channels in every block"
+            f"{width.heads} of {full.heads} query heads in {width.groups} of {full.groups} groups, "
+            f"{width.fed:,} of {full.fed:,} {full.kinds[1]} in every block"
         )
     else:
         kept = list(decided.widths.values())
-        what = (
-            f"{sum(w.heads for w in kept)} of {sum(w.heads for w in dense)} query heads and "
-            f"{sum(w.channels for w in kept):,} of {sum(w.channels for w in dense):,} channels, "
-            f"{min(w.channels for w in kept):,} to {max(w.channels for w in kept):,} a block"
-        )
+        parts = [f"{sum(w.heads for w in kept)} of {sum(w.heads for w in dense)} query heads"]
+        for kind in sorted({width.kinds[1] for width in dense}):
+            now, before = (
+                [w.fed for w, full in zip(some, dense, strict=True) if full.kinds[1] == kind] for some in (kept, dense)
+            )
+            parts.append(f"{sum(now):,} of {sum(before):,} {kind}, {min(now):,} to {max(now):,} a block")
+        what = " and ".join(parts)
     return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"

@@ -156,7 +156,7 @@ class Planned:
             "sparsity": sparsity,
             "parameters": parameters,
             "heads": sum(width.heads for width in widths),
-            "channels": sum(width.channels for width in widths),
+            "channels": sum(width.fed for width in widths),
             "seconds": time.perf_counter() - start,
         }
 

@@ -2,12 +2,14 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.model.structure import KINDS, Kind
+from secateur.model.structure import Kind
 
+EXPERTS = ("reroute", "reap", "frequency", "random")
+"""Orders of experts (`secateur.criteria.experts`), the default first."""
 IDENTITY = "second-moment-identity"
 """What second-moment is with Σ = I, which a person writes as an option of its own."""
 _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
@@ -31,6 +33,8 @@ class Choice:
     """None: they stay."""
     similar: bool
     """Heads that resemble another one go first."""
+    experts: str = EXPERTS[0]
+    """Orders the experts."""
     text: str = field(default="", compare=False)
     """As it was written."""
 
@@ -41,6 +45,8 @@ class Choice:
 
     def of(self, kind: Kind) -> str:
         """The criterion for one kind."""
+        if kind == "experts":
+            return self.experts
         return self.heads if kind == "heads" or self.channels is None else self.channels
 
     def uses(self, criterion: str) -> bool:
@@ -49,18 +55,27 @@ class Choice:
 
 
 def parse_choice(text: str) -> Choice:
-    """Read a criterion: `X` for both, `heads=X,channels=Y`, and for heads `similarity` or `similarity+X`.
+    """Read a criterion: `X` for all units, `heads=X,channels=Y`, and for heads `similarity` or `similarity+X`.
+
+    An order of experts stands alone or as `experts=Z` behind a pair.
 
     Raises:
         SecateurError: it is none of these.
     """
+    pair, *experts = re.split(r"(?:^|,)\s*experts=", text)
+    if text in EXPERTS and text not in CRITERIA:
+        return Choice("surgeon", "surgeon", False, text, text)
+    if experts:
+        if len(experts) > 1 or experts[0] not in EXPERTS:
+            raise SecateurError(f"criterion is '{text}'; that of experts must be one of {', '.join(EXPERTS)}")
+        return replace(parse_choice(pair or "surgeon"), experts=experts[0], text=text)
     if "=" not in text:
         heads = _heads(text, text)
         # `similarity+X` is the paper's combination: X for channels too.
         rest = None if heads.alone else heads.heads
-        return Choice(heads.heads, rest, heads.similar, text)
+        return Choice(heads.heads, rest, heads.similar, text if text in EXPERTS else EXPERTS[0], text)
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
-    if set(parts) != set(KINDS) or text.count(",") != 1:
+    if set(parts) != {"heads", "channels"} or text.count(",") != 1:
         raise SecateurError(f"criterion is '{text}'; a pair is written heads=X,channels=Y")
     if parts["channels"] not in (*CRITERIA, IDENTITY):
         raise SecateurError(
@@ -70,7 +85,7 @@ def parse_choice(text: str) -> Choice:
     heads = _heads(parts["heads"], text)
     if heads.alone:
         raise SecateurError(f"criterion is '{text}'; similarity alone leaves all channels: write similarity+X")
-    return Choice(heads.heads, parts["channels"], heads.similar, text)
+    return replace(heads, channels=parts["channels"], text=text)
 
 
 def _heads(name: str, text: str) -> Choice:
@@ -81,6 +96,6 @@ def _heads(name: str, text: str) -> Choice:
     if not known:
         raise SecateurError(
             f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or similarity, similarity+X, or "
-            "heads=X,channels=Y"
+            f"heads=X,channels=Y; of experts {', '.join(EXPERTS)}"
         )
     return Choice(then or first, None, first == SIMILARITY)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.criteria.choice import SIMILARITY, parse_choice
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import KINDS, Depth2, Kind, Pattern
+from secateur.model.structure import Depth2, Kind, Pattern
 
 Score = Callable[[Statistics], Tensor]
 Ranking = Callable[[Statistics, Pattern, int], Tensor]
@@ -25,6 +25,8 @@ Named = Mapping[str, Tensor]
 GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]
 """A module's scores from its weights, their gradients and the mean squares of these."""
 Function = TypeVar("Function", bound=Callable[..., Tensor])
+STATISTICAL: tuple[Kind, ...] = ("heads", "channels")
+"""Kinds of units that are ordered by a module's statistics; experts are in `secateur.criteria.experts`."""
 UnitScores = Mapping[tuple[int, Kind], Tensor]
 """One score for each unit (units), float64, by block and module."""
 
@@ -113,9 +115,9 @@ class Criteria:
     @property
     def need_gradients(self) -> bool:
         """Scores of a module come from a backward pass."""
-        return any(self.named(kind).from_gradients is not None for kind in KINDS)
+        return any(self.named(kind).from_gradients is not None for kind in STATISTICAL)
 
     @property
     def need_squares(self) -> bool:
         """The backward pass must run the rows one by one."""
-        return any(self.named(kind).squares for kind in KINDS)
+        return any(self.named(kind).squares for kind in STATISTICAL)

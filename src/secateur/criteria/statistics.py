@@ -53,7 +53,7 @@ class Statistics:
 
 def module_seed(seed: int, index: int, kind: Kind) -> int:
     """A seed of its own for each module."""
-    return (seed * 1_000_003 + index) * 2 + (kind == "channels")
+    return (seed * 1_000_003 + index) * 2 + (kind != "heads")
 
 
 def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:

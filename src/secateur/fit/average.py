@@ -1,11 +1,14 @@
 """A block as a fit leaves it: the mean of several, and the dense block made to compute the same."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from secateur.fit.module import ModuleReport
+from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep
 from secateur.model.surgery import assign, masked_weight
@@ -52,10 +55,17 @@ def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> F
     return FittedBlock(first.index, first.keep, changed, reports)
 
 
-def put_in(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> None:
-    """Let a block compute what it will once its units are gone."""
+@contextmanager
+def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Iterator[None]:
+    """Let a block compute what it will once its units are gone; its parameters stay as they then are."""
     for name, tensor in fitted.changed.items():
         assign(layer, name, tensor.to(stream.device))
-    block, tensors = stream.blocks[fitted.index], dict(layer.named_parameters())
-    for module in (block.attention, block.feed_forward):
-        assign(layer, module.level2.name, masked_weight(module, tensors, fitted.keep.units(module.kind)))
+    tensors = layer.state_dict()
+    with ExitStack() as stack:
+        for module in stream.blocks[fitted.index].modules:
+            kept = fitted.keep.units(module.kind)
+            if module.kind == "experts":
+                stack.enter_context(Mixture(stream, layer, module).only(torch.tensor(kept, device=stream.device)))
+            else:
+                assign(layer, module.level2.name, masked_weight(module, tensors, kept))
+        yield

@@ -19,7 +19,7 @@ from secateur.fit.recovery import Recovery
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2, Kind
+from secateur.model.structure import Depth2, Kind
 from secateur.model.surgery import assign
 
 
@@ -62,8 +62,9 @@ class DenseBlock:
     ) -> "DenseBlock":
         """Advance the dense stream of some rows in place through a filled block."""
         modules = stream.blocks[index].modules
+        attention, feed_forward = stream.blocks[index].kinds
         goal, output, before = (
-            {kind: arena.empty(rows, stream.width) for kind in (KINDS if wanted else ())}
+            {kind: arena.empty(rows, stream.width) for kind in ((attention, feed_forward) if wanted else ())}
             for wanted in (True, True, inputs)
         )
         for at in rows.batches():
@@ -76,9 +77,9 @@ class DenseBlock:
                 output[module.kind][at] = seen[module.sink][1]
                 if inputs and module.level1:
                     before[module.kind][at] = seen[module.source][0]
-            replay = dict(zip(modules, (output["heads"][at], None), strict=True))
-            goal["heads"][at] = stream.run_through(index, layer, dense[at], at.group, replay=replay)
-            goal["channels"][at] = dense[at] = after
+            replay = dict(zip(modules, (output[attention][at], None), strict=True))
+            goal[attention][at] = stream.run_through(index, layer, dense[at], at.group, replay=replay)
+            goal[feed_forward][at] = dense[at] = after
         return cls(goal, output, before)
 
     def release(self, arena: Arena) -> None:
@@ -104,7 +105,7 @@ class BlockState:
         self.stream, self.index, self.layer, self.method = stream, index, layer, method
         self.dtype, self.rows, self.arena = dtype, rows, arena
         self.block = stream.blocks[index]
-        self.tensors: dict[str, Tensor] = dict(layer.named_parameters())
+        self.tensors: dict[str, Tensor] = layer.state_dict()
         self.changed: dict[str, Tensor] = {}
         """Tensors with new values, full width, float32."""
         self.goal, self.input = dense.goal, dense.input
@@ -114,7 +115,7 @@ class BlockState:
     def run_pruned(self, pruned: Activations) -> None:
         """Advance the pruned stream in place, and give the block's activations back."""
         for at in self.rows.batches():
-            replay = {m: self.output[m.kind][at] for m in (self.block.attention, self.block.feed_forward)}
+            replay = {module: self.output[module.kind][at] for module in self.block.modules}
             pruned[at] = self.run(pruned, at, replay=replay)
         for tensor in self.output.values():
             self.arena.release(tensor)

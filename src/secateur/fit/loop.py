@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from secateur.base.progress import Silent, Watcher
-from secateur.fit.average import FittedBlock, mean_of, put_in
+from secateur.fit.average import FittedBlock, as_fitted, mean_of
 from secateur.fit.block import BlockState, DenseBlock, Method
+from secateur.fit.experts import ExpertsState
 from secateur.fit.module import ModuleState
 from secateur.model.arena import Activations
 from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Keep, Kind, Width
+from secateur.model.structure import Keep, Kind, Width
 from secateur.model.surgery import restored
 from secateur.plan.problem import Plan
 
@@ -77,7 +78,8 @@ def refit(
                 )
                 for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
-                    chosen = {kind: found[0].keep.units(kind) for kind in KINDS} if found else plan.units.get(index, {})
+                    kinds = stream.blocks[index].kinds
+                    chosen = {kind: found[0].keep.units(kind) for kind in kinds} if found else plan.units.get(index, {})
                     with restored(layer):
                         state = BlockState(stream, index, layer, method, dtype, part, arena, given)
                         found.append(_fit(state, pruned, plan.widths[index], chosen))
@@ -86,8 +88,7 @@ def refit(
                 fitted = mean_of(found, layer, dtype)
                 for part, pruned in follow:
                     stream.advance(index, layer, part, dense)
-                    with restored(layer):
-                        put_in(stream, layer, fitted)
+                    with restored(layer), as_fitted(stream, layer, fitted):
                         stream.advance(index, layer, part, pruned)
                 # The dense weights must not stay in memory while the caller works on the block.
                 del layer, found
@@ -101,8 +102,9 @@ def refit(
 def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[Kind, tuple[int, ...]]) -> FittedBlock:
     """One fit of one block; its pruned stream is then behind it."""
     kept, reports = {}, []
-    for kind in KINDS:
-        kept[kind], report = ModuleState(state, kind, pruned).prune(width, chosen.get(kind))
+    for module in state.block.modules:
+        one = (ExpertsState if module.kind == "experts" else ModuleState)(state, module, pruned)
+        kept[module.kind], report = one.prune(width, chosen.get(module.kind))
         reports.append(report)
     state.run_pruned(pruned)
-    return FittedBlock(state.index, Keep(kept["heads"], kept["channels"]), state.changed, tuple(reports))
+    return FittedBlock(state.index, Keep(**kept), state.changed, tuple(reports))

@@ -20,7 +20,7 @@ from secateur.fit.level1_step import level1_step
 from secateur.fit.recovery import Fit, compensation, fit_level1, fit_level2, intercept
 from secateur.fit.target import ROUNDING, ModuleTarget
 from secateur.model.arena import Activations
-from secateur.model.structure import Kind, Pattern, Width
+from secateur.model.structure import Depth2, Kind, Pattern, Width
 from secateur.model.surgery import inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import residual
@@ -42,10 +42,10 @@ class ModuleReport:
 class ModuleState:
     """One module, while it is being pruned."""
 
-    def __init__(self, state: BlockState, kind: Kind, pruned: Activations):
-        self.state, self.module, self.pruned = state, state.block.module(kind), pruned
+    def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
+        self.state, self.module, self.pruned = state, module, pruned
         self.stream, self.method, self.recovery = state.stream, state.method, state.method.recovery
-        self.target = ModuleTarget(state, self.module, pruned)
+        self.target = ModuleTarget(state, module, pruned)
         self.norm = self.target.norm
         inner = self.module.units * self.module.size
         self.owner = self.stream.team.owner(inner**2 * (inner + 2 * self.stream.width))

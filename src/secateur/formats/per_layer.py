@@ -4,7 +4,7 @@ The folder carries `modeling_secateur.py`, which builds stock layers of those wi
 with trust_remote_code and without this library. Here the same classes are at hand, and no code of a folder runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.formats.stock import STOCK, Stock, stock_config
+from secateur.formats.stock import STOCK, stock_config
 from secateur.model import modeling_secateur
+from secateur.model.families import FAMILIES
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
 from secateur.model.structure import Block, Width
 
@@ -47,7 +48,7 @@ def per_layer_config(
     config: Any,
     *,
     widths: Mapping[int, Width],
-    dense: Width,
+    dense: Sequence[Width],
     biases: Mapping[int, tuple[bool, bool]],
     head_dim: int,
     dtype: torch.dtype,
@@ -58,15 +59,15 @@ def per_layer_config(
         raw_config: the dense checkpoint's config.json as stored; not changed.
         config: the config object made from it.
         widths: of the pruned blocks; the others are dense.
-        dense: the dense width of a block; the global values.
+        dense: the dense width of every block; the first one's are the global values.
         biases: blocks whose output layers (attention, feed-forward) got a bias that the stock class lacks.
         head_dim: entries per head.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
     """
-    stock = STOCK[config.model_type]
-    stored = stock_config(raw_config, config, width=dense, head_dim=head_dim, dtype=dtype)
+    first = next((width for width in dense if width.experts), dense[0])
+    stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
     stored["head_dim"] = head_dim
     config_class = type(config)
@@ -74,14 +75,17 @@ def per_layer_config(
     classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
-    if not any(_clashes(width, dense) for width in widths.values()):
+    fed = _fed_key(config, first)
+    if not any(_clashes(width, dense[index]) for index, width in widths.items()):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
         # width that no layer has, it fails.
-        stored[stock.channels] = dense.channels + 1
-    everywhere = _keys(stock, dense, (False, False)) | {stock.channels: stored[stock.channels]}
+        stored[fed] = first.fed + 1
+    # Of a model with experts, blocks without them have channels of their own.
+    other = {} if first.experts == dense[0].experts else {_fed_key(config, dense[0]): dense[0].channels}
+    everywhere = _keys(config, first, (False, False)) | {fed: stored.get(fed, first.fed)} | other
     layers: dict[str, dict[str, Any]] = {}
-    for index in range(config.num_hidden_layers):
-        own = _keys(stock, widths.get(index, dense), biases.get(index, (False, False)))
+    for index, usual in enumerate(dense):
+        own = _keys(config, widths.get(index, usual), biases.get(index, (False, False)))
         if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
             layers[str(index)] = differing
     stored["per_layer_config"] = layers
@@ -127,7 +131,7 @@ def widths_of(config: Any) -> list[Width]:
     with quiet():
         if isinstance(config, Mapping):
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        key = STOCK[config.model_type].channels
+        key, mixture = STOCK[config.model_type].channels, FAMILIES[config.model_type].experts
         heads, groups = config.num_attention_heads, getattr(config, GROUPS, None)
         channels = getattr(config, key) or 4 * config.hidden_size
     widths = []
@@ -137,20 +141,31 @@ def widths_of(config: Any) -> list[Width]:
         shared = own.get(GROUPS, groups or kept)
         if kept and not shared:
             raise SecateurError(f"layer {index} of the config has {kept} heads and no key/value heads; prune again")
-        widths.append(Width(shared, kept // shared if kept else 0, own.get(key, channels)))
+        each = kept // shared if kept else 0
+        if mixture is None:
+            widths.append(Width(shared, each, own.get(key, channels)))
+        else:
+            widths.append(Width(shared, each, 0, own.get(mixture.count, getattr(config, mixture.count))))
     return widths
 
 
-def _keys(stock: Stock, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
+def _keys(config: Any, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
     """How a config spells the width of one layer."""
-    grouped = {GROUPS: width.groups} if stock.grouped else {}
-    return {HEADS: width.heads, **grouped, stock.channels: width.channels, **dict(zip(BIASES, biases, strict=True))}
+    grouped = {GROUPS: width.groups} if STOCK[config.model_type].grouped else {}
+    fed = {_fed_key(config, width): width.fed}
+    return {HEADS: width.heads, **grouped, **fed, **dict(zip(BIASES, biases, strict=True))}
+
+
+def _fed_key(config: Any, width: Width) -> str:
+    """The key of the feed-forward's units."""
+    mixture = FAMILIES[config.model_type].experts
+    return mixture.count if mixture is not None and width.experts else STOCK[config.model_type].channels
 
 
 def _clashes(width: Width, dense: Width) -> bool:
     """Whether some tensor that is stored has another shape than in the dense block."""
     narrow_heads = width.heads > 0 and (width.heads, width.groups) != (dense.heads, dense.groups)
-    return narrow_heads or width.channels not in (0, dense.channels)
+    return narrow_heads or width.fed not in (0, dense.fed)
 
 
 def _causal_class(config_class: type) -> Any:

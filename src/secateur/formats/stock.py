@@ -14,6 +14,8 @@ import torch
 import transformers
 
 from secateur.base.errors import SecateurError
+from secateur.model.families import FAMILIES
+from secateur.model.modeling_secateur import EXPERTS
 from secateur.model.structure import Width
 
 
@@ -78,6 +80,12 @@ STOCK: dict[str, Stock] = {
     "stablelm": Stock(heads="dense", partial="partial_rotary_factor"),
     "starcoder2": Stock(),
     "vaultgemma": Stock(),
+    "glm4_moe": Stock(partial="partial_rotary_factor"),
+    "minimax_m2": Stock(),
+    "mixtral": Stock(),
+    "olmoe": Stock(),
+    "qwen2_moe": Stock(),
+    "qwen3_moe": Stock(),
     "gptj": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
     "gpt2": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
     "opt": Stock(channels="ffn_dim", heads="dense", grouped=False, theta=None),
@@ -94,7 +102,7 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     kind, stock = config.model_type, STOCK.get(config.model_type)
     if stock is None:
         return f"no stock layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
-    if min(width.groups, width.per_group, width.channels) < 1:
+    if min(width.groups, width.per_group, width.fed) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
@@ -139,7 +147,11 @@ def stock_config(
     stored = copy.deepcopy(raw_config)
     # The stock class needs no code of the checkpoint's own, and the files that auto_map names are not copied.
     stored.pop("auto_map", None)
-    stored[stock.channels] = width.channels
+    if (experts := FAMILIES[config.model_type].experts) is None:
+        stored[stock.channels] = width.channels
+    elif width.experts:
+        # Blocks without experts keep their channels. Some configs hold the number under two names.
+        stored |= {key: width.experts for key in (*EXPERTS, experts.count) if key in stored or key == experts.count}
     if stock.heads != "dense":
         stored |= {"num_attention_heads": width.heads, "num_key_value_heads": width.groups, "head_dim": head_dim}
     stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)

@@ -18,7 +18,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
 from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_config
-from secateur.model.families import positions_of
+from secateur.model.families import FAMILIES, Experts, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.weights import TensorInfo, list_tensors, read_tensor
@@ -96,7 +96,63 @@ class Checkpoint:
             places = ((own, place) for own, places in _TOWERS.items() for place in places if name.startswith(own))
             candidates = [*(place + name.removeprefix(own) for own, place in places), *candidates]
         candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
+        for own, stored in self._experts.renamed if self._experts else ():
+            candidates += [candidate.replace(own, stored, 1) for candidate in candidates if own in candidate]
         return next((candidate for candidate in candidates if candidate in self.tensors), None)
+
+    @cached_property
+    def _experts(self) -> Experts | None:
+        """How the family's mixtures of experts are called, if it has any."""
+        family = FAMILIES.get(self.config.model_type)
+        return None if family is None else family.experts
+
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """Stored names of all that a transformers parameter holds, in order; none where something is missing.
+
+        That is one tensor, but for the matrices of experts, which most checkpoints hold apart, expert by expert.
+        """
+        if found := self.resolve(name):
+            return (found,)
+        owner, _, leaf = name.rpartition(".")
+        parts = dict(self._experts.stored).get(leaf) if self._experts else None
+        if not parts or not self._experts:
+            return ()
+        count = getattr(self.config, self._experts.count)
+        names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
+        return () if None in names else tuple(map(str, names))
+
+    def read_parameter(self, name: str) -> Tensor:
+        """A transformers parameter as stored, put together where checkpoints hold it in pieces.
+
+        Raises:
+            SecateurError: it is missing.
+        """
+        pieces = self.pieces(name)
+        if not pieces:
+            raise SecateurError(f"{self.source}: tensor {name} is missing")
+        if len(pieces) == 1:
+            return self.read(pieces[0])
+        together = self._together(name)
+        first, *others = (self.tensors[piece].shape for piece in pieces[:together])
+        rows = first[0] + sum(shape[0] for shape in others)
+        result = torch.empty((len(pieces) // together, rows, first[1]), dtype=self.tensors[pieces[0]].dtype)
+        for expert, whole in enumerate(result):
+            own = pieces[expert * together : (expert + 1) * together]
+            torch.cat([self.read(piece) for piece in own], out=whole)
+        return result
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A parameter's values as the checkpoint holds them: by stored names, of as many experts as are left."""
+        pieces = self.pieces(name)
+        if len(pieces) == 1:
+            return {pieces[0]: tensor}
+        parts = (part for whole in tensor for part in whole.chunk(self._together(name)))
+        return dict(zip(pieces, parts, strict=False))
+
+    def _together(self, name: str) -> int:
+        """How many stored matrices of one expert a parameter holds."""
+        assert self._experts is not None
+        return len(dict(self._experts.stored)[name.rpartition(".")[2]])
 
     @cached_property
     def _prefix(self) -> str:
@@ -175,22 +231,25 @@ class Checkpoint:
                 "but not pruned again; prune the dense model"
             )
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        missing, wrong, used = [], [], set()
+        missing, wrong = list[str](), list[str]()
+        used = set[str]()
         for name, tensor in model.state_dict().items():
-            stored = self.resolve(name)
-            if stored is None:
-                if name not in tied:
-                    missing.append(name)
-                continue
-            used.add(stored)
-            found = self.tensors[stored]
-            if tensor.is_floating_point() and not found.dtype.is_floating_point:
-                raise SecateurError(
-                    f"{self.source}: {stored} holds {found.dtype}, whole numbers in place of weights; "
-                    "use an unquantised checkpoint"
-                )
-            if found.shape != tuple(tensor.shape):
-                wrong.append(f"{stored} is {list(found.shape)} where config.json makes it {list(tensor.shape)}")
+            pieces = self.pieces(name)
+            if not pieces and name not in tied:
+                missing.append(name)
+            used.update(pieces)
+            shape = tuple(tensor.shape)
+            if len(pieces) > 1:
+                shape = (shape[1] // self._together(name), *shape[2:])
+            for stored in pieces:
+                found = self.tensors[stored]
+                if tensor.is_floating_point() and not found.dtype.is_floating_point:
+                    raise SecateurError(
+                        f"{self.source}: {stored} holds {found.dtype}, whole numbers in place of weights; "
+                        "use an unquantised checkpoint"
+                    )
+                if found.shape != shape:
+                    wrong.append(f"{stored} is {list(found.shape)} where config.json makes it {list(shape)}")
         if missing:
             raise self.lacking(missing)
         if wrong:

@@ -18,6 +18,36 @@ from secateur.model.structure import Block, Depth2, Slab, Unit
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the feed-forward, in all blocks or in some."""
+
+    experts: str = "experts"
+    """The submodule that holds all experts' matrices, an axis of experts first."""
+    router: str = "gate"
+    """The submodule that says which experts a token meets, and how much each counts."""
+    bias: str | None = None
+    """What the feed-forward holds and hands to the router: a bias of the choice."""
+    count: str = "num_experts"
+    """The config's key of how many there are."""
+    chosen: str = "num_experts_per_tok"
+    """That of how many a token meets."""
+    groups: tuple[str, str] | None = None
+    """Those of the number of runs of experts, and of how many runs a token may choose from; all runs stay equally
+    long."""
+    shared: str | None = None
+    """The submodule of the expert that all tokens meet, where there is one."""
+    shared_gate: str | None = None
+    """What says how much that one counts, if it does not always count in full."""
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+        ("down_proj", ("down_proj",)),
+    )
+    """What checkpoints hold apart, expert by expert, in each of the submodule's tensors."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """What the block calls a part of a tensor's name, and what checkpoints do."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of one architecture's layers, relative to the block except for `blocks`."""
 
@@ -58,6 +88,8 @@ class Family:
     """The config's key of a factor between what a module gives and the residual stream."""
     activation: str | None = None
     """The function between the two levels of the feed-forward, where it has parameters of its own."""
+    experts: Experts | None = None
+    """The mixture of experts that stands in the feed-forward's place in some blocks, or in all."""
 
 
 LLAMA = Family()
@@ -170,6 +202,19 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_W = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
+QWEN_MOE = replace(LLAMA, experts=Experts(shared="shared_expert", shared_gate="shared_expert_gate"))
+DEEPSEEK = Experts(count="n_routed_experts", groups=("n_group", "topk_group"), shared="shared_experts")
+MIXTRAL = Experts(stored=_W, count="num_local_experts", renamed=(("mlp.", "block_sparse_moe."),))
+FAMILIES |= {
+    "glm4_moe": replace(LLAMA, experts=DEEPSEEK),
+    "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
+    "mixtral": replace(LLAMA, experts=MIXTRAL),
+    "olmoe": replace(OLMO2, experts=Experts(), norm_after_attention=None, norm_after_feed_forward=None),
+    "qwen2_moe": QWEN_MOE,
+    "qwen3_moe": replace(LLAMA, experts=Experts()),
+}
+
 MECHANISMS = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"),
     "latent attention": ("kv_lora_rank",),
@@ -235,8 +280,10 @@ def describe(config: Any, layer: nn.Module) -> Block:
         layer: one of its blocks, on any device; only names, types and shapes are read.
     """
     family = family_of(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-    return Block(_attention(config, family, layer), _feed_forward(family, layer), shapes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    mixed = family.experts is not None and hasattr(layer.get_submodule(str(family.feed_forward)), family.experts.router)
+    feed_forward = _mixture(config, family, layer) if mixed else _feed_forward(family, layer)
+    return Block(_attention(config, family, layer), feed_forward, shapes)
 
 
 def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
@@ -288,6 +335,27 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         locked = "its query and key norms differ from head to head"
     after, fixed = family.norm_after_attention, family.mixer is not None
     return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed)
+
+
+def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
+    """Experts: whatever has an axis of their number follows them."""
+    mixture, path = family.experts, str(family.feed_forward)
+    assert mixture is not None
+    units = int(getattr(config, mixture.count))
+    down = f"{path}.{mixture.experts}.{mixture.stored[-1][0]}"
+    inside = [f"{path}.{part}" for part in (mixture.experts, mixture.router, mixture.bias) if part is not None]
+    slabs = [
+        Slab(name, tuple(tensor.shape).index(units), "expert", units, 1)
+        for name, tensor in layer.state_dict().items()
+        if name.startswith(tuple(inside)) and units in tensor.shape
+    ]
+    level2 = next(slab for slab in slabs if slab.name == down)
+    others = tuple(slab for slab in slabs if slab is not level2)
+    groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
+    # Runs are compared by their two best experts, and those that are open hold all that a token meets.
+    each = max(-(-int(getattr(config, mixture.chosen)) // open_), 2 if groups > 1 else 1)
+    after = family.norm_after_feed_forward
+    return Depth2("experts", others, level2, None, path, after, groups, least=each * groups)
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:

@@ -2,7 +2,8 @@
 
 config.json is that of the dense model, and `per_layer_config` says where a layer differs: in query heads
 (`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels (`intermediate_size`,
-`n_inner` or `ffn_dim`), and in biases that only its output layers have. The stock class builds the dense layers,
+`n_inner` or `ffn_dim`) or experts (`num_experts`, `num_local_experts` or `n_routed_experts`), and in biases that only
+its output layers have. The stock class builds the dense layers,
 then each is cut down to its width; on the meta device, where `from_pretrained` builds, that costs nothing.
 A layer without heads or channels adds nothing but the bias of its output layer.
 
@@ -28,6 +29,12 @@ ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_outpu
 CHANNELS = ("ffn_dim", "n_inner", "intermediate_size")
 """Keys of the feed-forward width; a config has one of them."""
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys of the number of experts, in configs and in the modules that experts and routers are."""
+
+CHOSEN = ("top_k", "num_experts_per_tok")
+"""What routers call the number of experts that a token meets."""
+
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h")
 """The layers whose inputs are heads or channels; of the others these are the outputs."""
 
@@ -49,8 +56,11 @@ class PerLayer(nn.Module):
                 heads = own.get("num_attention_heads", config.num_attention_heads)
                 groups = own.get("num_key_value_heads", getattr(config, "num_key_value_heads", None) or heads)
                 channels = next(own.get(key, getattr(config, key)) for key in CHANNELS if hasattr(config, key))
+                # Some configs know the number by more than one of the names.
+                counts = (*(own[key] for key in EXPERTS if key in own), *(getattr(config, key, 0) for key in EXPERTS))
+                experts = next(filter(None, counts), 0)
                 biases = (own.get(ATTENTION_BIAS, False), own.get(FEED_FORWARD_BIAS, False))
-                resize(layer, heads, groups, channels, biases)
+                resize(layer, heads, groups, channels, biases, experts)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -88,7 +98,12 @@ def overrides(config: Any, index: int) -> dict[str, Any]:
 
 
 def resize(
-    layer: nn.Module, heads: int, groups: int, channels: int, biases: tuple[bool, bool] = (False, False)
+    layer: nn.Module,
+    heads: int,
+    groups: int,
+    channels: int,
+    biases: tuple[bool, bool] = (False, False),
+    experts: int = 0,
 ) -> None:
     """Cut one stock decoder layer down, in place.
 
@@ -98,6 +113,7 @@ def resize(
         groups: key/value heads.
         channels: feed-forward width; 0 takes the feed-forward away.
         biases: whether the attention's and the feed-forward's output layers get a bias that they do not have yet.
+        experts: how many there are, where the feed-forward is a mixture of them.
     """
     name = next((name for name in ("self_attn", "attn", "attention") if hasattr(layer, name)), "")
     attention: Any = getattr(layer, name, None)
@@ -123,13 +139,38 @@ def resize(
     # OPT's two feed-forward layers hang in the decoder layer itself.
     place = next((name for name in ("mlp", "feed_forward") if hasattr(layer, name)), "")
     mlp: Any = getattr(layer, place, layer)
-    if channels:
+    if hasattr(mlp, "experts"):
+        narrow_mixture(mlp, experts)
+    elif channels:
         for child, linear in projections(mlp):
             narrow(linear, child in OUTPUTS, channels * (2 if child == "gate_up_proj" else 1), biases[1])
     elif mlp is layer:
         layer.fc1, layer.fc2 = nn.Identity(), Constant(layer.fc2, biases[1])
     else:
         setattr(layer, place, NoChannels(mlp, biases[1]))
+
+
+def narrow_mixture(mixture: Any, experts: int) -> None:
+    """Keep the first experts of a mixture."""
+    if isinstance(mixture.experts, nn.ModuleList):  # transformers 4
+        dense = len(mixture.experts)
+        mixture.experts = nn.ModuleList(list(mixture.experts)[:experts])
+        owners = [mixture]
+    else:
+        dense = next(getattr(mixture.experts, key) for key in EXPERTS if hasattr(mixture.experts, key))
+        owners = [mixture, mixture.experts]
+    router = next(getattr(mixture, name) for name in ("gate", "router") if hasattr(mixture, name))
+    for owner in (*owners, *router.modules()):
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and dense in tensor.shape:
+                    less = tensor.detach().narrow(tensor.shape.index(dense), 0, experts).clone()
+                    tensors[name] = nn.Parameter(less) if isinstance(tensor, nn.Parameter) else less
+        for key, value in vars(owner).items():
+            if key in (*EXPERTS, "out_features") and value == dense:
+                setattr(owner, key, experts)
+            elif key in CHOSEN:
+                setattr(owner, key, min(value, experts))
 
 
 def projections(module: nn.Module) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2
+from secateur.model.structure import Depth2
 
 MUTED = 1e-2
 """Outputs whose scale is below this part of the median one count as if theirs were as large."""
@@ -40,7 +40,7 @@ class PostNorm:
         self._gain_o = self._size_o = self.norm(self._gain_o)
         gains = stream.reading_gains
         if gains is not None:
-            self.read_o = gains[2 * index + KINDS.index(module.kind) + 1 :].square().mean(0).sqrt()
+            self.read_o = gains[2 * index + 1 + (module.kind != "heads") :].square().mean(0).sqrt()
             self._size_o = self._gain_o * self.read_o
         least = MUTED * self._size_o.abs().median()
         self._size_o = torch.where(self._size_o.abs() < least, least, self._size_o)

@@ -8,7 +8,7 @@ Shapes: b rows of a batch, t positions, d residual width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,20 @@ class BlockStream:
         """A block's tensors as stored, by their names inside the block."""
         return {name: self._read_block(index, name) for name in self.blocks[index].shapes}
 
+    def stored_names(self, index: int, name: str) -> tuple[str, ...]:
+        """What the checkpoint calls a block's tensor, or the pieces of it."""
+        return self.checkpoint.pieces(self._inside(index, name))
+
     def stored_name(self, index: int, name: str) -> str:
-        """What the checkpoint calls a block's tensor."""
-        return self._resolve(f"{self.family.blocks}.{index}.{name}")
+        """The same, of a tensor in one piece."""
+        return self._resolve(self._inside(index, name))
+
+    def _inside(self, index: int, name: str) -> str:
+        return f"{self.family.blocks}.{index}.{name}"
+
+    def as_stored(self, index: int, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Values of a block's tensor by the names that the checkpoint has for them."""
+        return self.checkpoint.split(self._inside(index, name), tensor)
 
     @property
     def final_norm(self) -> list[str]:
@@ -135,7 +146,7 @@ class BlockStream:
         return self.checkpoint.read(self._resolve(name))
 
     def _read_block(self, index: int, name: str) -> Tensor:
-        return self.checkpoint.read(self.stored_name(index, name))
+        return self.checkpoint.read_parameter(self._inside(index, name))
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
@@ -146,7 +157,9 @@ class BlockStream:
                 assign(layer, name, self._read_block(index, name).to(self.device, torch.float32))
             layer.to(self.device)
             if index + 1 < len(self):
-                names = [self.stored_name(index + 1, name) for name in self.blocks[index + 1].shapes]
+                names = [
+                    stored for name in self.blocks[index + 1].shapes for stored in self.stored_names(index + 1, name)
+                ]
                 read_ahead(self.checkpoint.tensors[name] for name in names)
             yield layer
         finally:
@@ -171,6 +184,11 @@ class BlockStream:
     def quick_dtype(self) -> torch.dtype:
         """What blocks multiply in inside `quick`."""
         return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
+
+    def multiplying(self) -> AbstractContextManager[Any]:
+        """Products of layers as `quick` has them."""
+        quick = self.products != torch.float32
+        return torch.autocast(self.device.type, self.products) if quick else nullcontext()
 
     def rounded(self) -> AbstractContextManager[None]:
         """Products of float32 matrices as `quick` has them; for sums over tokens."""
@@ -292,8 +310,7 @@ class BlockStream:
                 stack.enter_context(_replayed(layer, module, hidden_btd, value))
             for path, see in (watch or {}).items():
                 stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
-            if self.products != torch.float32:
-                stack.enter_context(torch.autocast(self.device.type, self.products))
+            stack.enter_context(self.multiplying())
             try:
                 return layer(hidden_btd, *args, **kwargs)
             except Reached:
@@ -356,7 +373,7 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return output if module.alone or module.kind == "channels" else (output, None)
+        return (output, None) if module.kind == "heads" and not module.alone else output
 
     def nothing(hidden: Tensor) -> Tensor:
         return hidden[..., :1]

@@ -2,19 +2,22 @@
 
 A Transformer block holds two depth-2 modules (level-1 layers in parallel, then one level-2 layer).
 Pruning removes *units*: query heads (with the key/value heads that no kept query head uses) from the
-attention, channels from the feed-forward. A `Slab` says which part of a stored tensor follows a unit.
+attention, channels from the feed-forward, or whole experts where that is a mixture of them. A `Slab` says which
+part of a stored tensor follows a unit.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Unit = Literal["head", "group", "channel"]
-Kind = Literal["heads", "channels"]
-Pattern = Literal["groups", "heads", "channels"]
-"""How units may leave together: whole key/value groups, one query head of every group, or single channels."""
+Unit = Literal["head", "group", "channel", "expert"]
+Kind = Literal["heads", "channels", "experts"]
+Pattern = Literal["groups", "heads", "channels", "experts"]
+"""How units may leave together: whole key/value groups, one query head of every group, single channels or experts."""
 
-KINDS: tuple[Kind, ...] = ("heads", "channels")
+KINDS: tuple[Kind, ...] = ("heads", "channels", "experts")
+"""A block has the first and one of the others."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Depth2:
     """Nor can the whole module be."""
     alone: bool = False
     """Its submodule returns the output alone, and no attention weights with it."""
+    least: int = 0
+    """Units that must stay, or none of the others could be used: experts that a token meets."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
@@ -78,12 +83,12 @@ class Depth2:
     @property
     def source(self) -> str:
         """A level-1 layer; its input is the module's input. The level-2 layer where no other one is known."""
-        return self.level1[0].layer if self.level1 else self.sink
+        return self.level1[0].layer if self.level1 and self.kind != "experts" else self.sink
 
     @property
     def sink(self) -> str:
-        """The level-2 layer."""
-        return self.level2.layer
+        """The level-2 layer; of experts, which have one each, the whole mixture."""
+        return self.level2.layer if self.kind != "experts" else str(self.path)
 
     @property
     def scored(self) -> tuple[Slab, ...]:
@@ -92,7 +97,7 @@ class Depth2:
 
     @property
     def units(self) -> int:
-        """Query heads, or channels."""
+        """Query heads, channels or experts."""
         return self.level2.units
 
     @property
@@ -113,17 +118,17 @@ class Depth2:
     @property
     def free_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
-        return self.post_norm is None and not self.fixed
+        return self.post_norm is None and not self.fixed and self.kind != "experts"
 
     def steps(self, pattern: Pattern) -> int:
-        """How many steps of width a pattern has: groups, heads per group, or channels."""
-        return {"groups": self.groups, "heads": self.per_group, "channels": self.units}[pattern]
+        """How many steps of width a pattern has: groups, heads per group, channels or experts."""
+        return {"groups": self.groups, "heads": self.per_group}.get(pattern, self.units)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The ways in which units of this module may leave so that the tensors keep a loadable layout."""
-        if self.kind == "channels":
-            return ("channels",)
+        if self.kind != "heads":
+            return (self.kind,)
         if self.per_group == 1:
             return ("groups",)
         return ("groups", "heads") if self.groups > 1 else ("heads",)
@@ -131,11 +136,17 @@ class Depth2:
 
 @dataclass(frozen=True)
 class Width:
-    """How much of a block is kept: key/value groups, query heads in each of them, feed-forward channels."""
+    """How much of a block is kept: key/value groups, query heads in each of them, feed-forward channels or experts."""
 
     groups: int
     per_group: int
-    channels: int
+    channels: int = 0
+    experts: int = 0
+
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        """Of the units of both modules; of a block whose feed-forward is gone, as if those had been channels."""
+        return "heads", "experts" if self.experts else "channels"
 
     @property
     def heads(self) -> int:
@@ -145,23 +156,52 @@ class Width:
     @property
     def counts(self) -> dict[Unit, int]:
         """How many of each unit."""
-        return {"head": self.heads, "group": self.groups, "channel": self.channels}
+        return {"head": self.heads, "group": self.groups, "channel": self.channels, "expert": self.experts}
 
     def along(self, pattern: Pattern) -> int:
-        """How many units are kept as a pattern counts them: groups, heads in each, or channels."""
-        return {"groups": self.groups, "heads": self.per_group, "channels": self.channels}[pattern]
+        """How many units are kept as a pattern counts them: groups, heads in each, channels or experts."""
+        return {
+            "groups": self.groups,
+            "heads": self.per_group,
+            "channels": self.channels,
+            "experts": self.experts,
+        }[pattern]
+
+    def as_dict(self) -> dict[str, int]:
+        """As JSON holds it: what the block has."""
+        fed = "experts" if self.experts else "channels"
+        return {"groups": self.groups, "per_group": self.per_group, fed: self.fed}
+
+    @property
+    def fed(self) -> int:
+        """Units of the feed-forward."""
+        return self.channels or self.experts
+
+    def taking(self, kind: Kind, other: "Width") -> "Width":
+        """This width with one module's part taken from another one."""
+        if kind == "heads":
+            return replace(self, groups=other.groups, per_group=other.per_group)
+        return replace(self, channels=other.channels, experts=other.experts)
+
+
+def alike(widths: Iterable[Width]) -> bool:
+    """Whether blocks have one width; of those with experts and those without, each among themselves."""
+    every = set(widths)
+    heads = {(width.groups, width.per_group) for width in every}
+    return len(heads) == 1 and len(every) == len({width.kinds for width in every})
 
 
 @dataclass(frozen=True)
 class Keep:
-    """The kept units of a block, as sorted indices into the dense block's query heads and channels."""
+    """The kept units of a block, as sorted indices into the dense block's query heads, channels or experts."""
 
     heads: tuple[int, ...]
-    channels: tuple[int, ...]
+    channels: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
 
     def units(self, kind: Kind) -> tuple[int, ...]:
         """The indices for one module."""
-        return self.heads if kind == "heads" else self.channels
+        return {"heads": self.heads, "channels": self.channels, "experts": self.experts}[kind]
 
 
 @dataclass(frozen=True)
@@ -178,9 +218,14 @@ class Block:
         """Both, in the order in which they run and in which `KINDS` has them."""
         return self.attention, self.feed_forward
 
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        """Of the units in either."""
+        return self.attention.kind, self.feed_forward.kind
+
     def module(self, kind: Kind) -> Depth2:
         """The module that holds units of that kind."""
-        return self.modules[KINDS.index(kind)]
+        return self.modules[self.kinds.index(kind)]
 
     @property
     def parameters(self) -> int:
@@ -190,7 +235,8 @@ class Block:
     @property
     def width(self) -> Width:
         """The dense width."""
-        return Width(self.attention.groups, self.attention.per_group, self.feed_forward.units)
+        attention, feed_forward = self.modules
+        return Width(attention.groups, attention.per_group, **{feed_forward.kind: feed_forward.units})
 
     def inside(self, module: Depth2) -> list[str]:
         """Tensors that go with the module's last unit: all of it but the level-2 bias, which is still added."""
@@ -219,4 +265,4 @@ class Block:
     def kept_parameters(self, width: Width) -> int:
         """Parameters of the whole block at a width."""
         prunable = sum(math.prod(self.shapes[name]) for module in self.modules for name in self.inside(module))
-        return self.parameters - prunable + sum(self.held(width, kind) for kind in KINDS)
+        return self.parameters - prunable + sum(self.held(width, kind) for kind in self.kinds)

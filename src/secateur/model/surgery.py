@@ -68,24 +68,27 @@ def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[
 def width_of(block: Block, keep: Keep) -> Width:
     """The width that a selection amounts to."""
     groups = len({head // block.attention.per_group for head in keep.heads})
-    return Width(groups, len(keep.heads) // groups if groups else 0, len(keep.channels))
+    return Width(groups, len(keep.heads) // groups if groups else 0, len(keep.channels), len(keep.experts))
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Set a parameter of a module or of one inside it, whatever its shape was; None takes it away."""
-    owner, _, leaf = name.rpartition(".")
-    parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-    module.get_submodule(owner).register_parameter(leaf, parameter)
+    """Set a parameter or buffer of a module or of one inside it, whatever its shape was; None takes it away."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner.register_parameter(leaf, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
 @contextmanager
 def restored(layer: nn.Module) -> Iterator[None]:
     """On exit, a module's parameters are those that it had."""
-    before = {name: parameter.data for name, parameter in layer.named_parameters()}
+    before = layer.state_dict()
     try:
         yield
     finally:
-        for name in dict(layer.named_parameters()).keys() - before.keys():
+        for name in layer.state_dict().keys() - before.keys():
             assign(layer, name, None)
         for name, tensor in before.items():
             assign(layer, name, tensor)
@@ -93,6 +96,6 @@ def restored(layer: nn.Module) -> Iterator[None]:
 
 def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
     """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
-    resize(layer, width.heads, width.groups, width.channels)
+    resize(layer, width.heads, width.groups, width.channels, experts=width.experts)
     for name, tensor in tensors.items():
         assign(layer, name, tensor)

@@ -4,19 +4,21 @@ What a plan takes is a sum over modules (`plan/meters.py`), and so is what it co
 widths are then a separable knapsack (`plan/knapsack.py`).
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from secateur.model.structure import Width
 from secateur.plan.knapsack import choose
 from secateur.plan.problem import PlanProblem
-from secateur.plan.widths import attention_widths, merge, module_widths
+from secateur.plan.widths import attention_widths, expert_counts, module_widths
 from secateur.survey.prices import Prices
 
 
 def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
     """The widths of the chosen blocks that cost least within the budget, or None if nothing is small enough."""
     blocks, meter = problem.blocks, problem.meter
-    modules = [(index, kind) for index in problem.chosen for kind in problem.kinds]
+    modules = problem.modules
     options = [module_widths(blocks[index], kind, problem.multiple, problem.obstacle) for index, kind in modules]
     costs, sizes = [], []
     for (index, kind), widths in zip(modules, options, strict=True):
@@ -29,7 +31,7 @@ def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
     if best is None:
         return None
     for (index, kind), widths, option in zip(modules, options, best.options, strict=True):
-        result[index] = merge(result[index], kind, widths[option])
+        result[index] = result[index].taking(kind, widths[option])
     return result
 
 
@@ -37,11 +39,10 @@ def narrowest(problem: PlanProblem) -> float:
     """The least that the model can take where each module has its own width, in the meter's unit."""
     blocks, meter = problem.blocks, problem.meter
     total = meter.total({index: blocks[index].width for index in problem.chosen})
-    for index in problem.chosen:
-        for kind in problem.kinds:
-            widths = module_widths(blocks[index], kind, problem.multiple, problem.obstacle)
-            sizes = [meter.module(index, kind, width) for width in widths]
-            total += min(sizes) - sizes[0]
+    for index, kind in problem.modules:
+        widths = module_widths(blocks[index], kind, problem.multiple, problem.obstacle)
+        sizes = [meter.module(index, kind, width) for width in widths]
+        total += min(sizes) - sizes[0]
     return total
 
 
@@ -54,18 +55,26 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
         Widths with what the model takes at them; the least that it can take; and why some cuts were left out.
     """
     meter, budget, multiple = problem.meter, problem.budget, problem.multiple
-    block = problem.blocks[problem.chosen.start]
-    full = block.feed_forward.units
-    steps = sorted({full, *range(min(multiple, full), full, multiple)}) if "channels" in problem.kinds else [full]
+    block = problem.leading
+    kind, full = block.feed_forward.kind, block.feed_forward.units
+    if kind not in problem.kinds:
+        steps = [full]
+    elif kind == "experts":
+        steps = sorted(expert_counts(block.feed_forward))
+    else:
+        steps = sorted({full, *range(min(multiple, full), full, multiple)})
     found: list[tuple[Width, float]] = []
     reasons: list[str] = []
     least = meter.dense
 
+    def width_at(groups: int, heads: int, at: int) -> Width:
+        return replace(block.width, groups=groups, per_group=heads, **{kind: steps[at]})
+
     def taken(groups: int, heads: int, at: int) -> float:
-        return meter.total(dict.fromkeys(problem.chosen, Width(groups, heads, steps[at])))
+        return meter.total(problem.everywhere(width_at(groups, heads, at)))
 
     for groups, heads in attention_widths(block, problem.kinds):
-        narrow = Width(groups, heads, steps[0])
+        narrow = width_at(groups, heads, 0)
         if narrow == block.width:
             continue
         reason = problem.obstacle(narrow)
@@ -78,7 +87,7 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
             middle = (low + high + 1) // 2
             low, high = (middle, high) if taken(groups, heads, middle) <= budget else (low, middle - 1)
         near = [at for at in ((low, low + 1) if over else (low,)) if 0 <= at < len(steps)]
-        tried = [(Width(groups, heads, steps[at]), taken(groups, heads, at)) for at in near]
+        tried = [(width_at(groups, heads, at), taken(groups, heads, at)) for at in near]
         tried = [(width, size) for width, size in tried if width != block.width]
         if tried:
             found.append(min(tried, key=lambda one: abs(one[1] - budget)))

@@ -16,7 +16,7 @@ from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, cho
 from secateur.formats.gguf_tensors import block_entries, entries
 from secateur.model.families import head_dim
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Kind, Width
+from secateur.model.structure import Kind, Width
 from secateur.plan.latency import Timer, measured
 from secateur.plan.target import FASTER, Target
 
@@ -38,7 +38,8 @@ class Meter:
 
     def total(self, widths: Mapping[int, Width]) -> float:
         """What the model takes at some widths, with what a recovery adds; blocks that are absent are dense."""
-        parts = (self.module(i, kind, widths.get(i, dense)) for i, dense in enumerate(self.widths) for kind in KINDS)
+        now = [(i, dense.kinds, widths.get(i, dense)) for i, dense in enumerate(self.widths)]
+        parts = (self.module(i, kind, width) for i, kinds, width in now for kind in kinds)
         return self.fixed + sum(parts) + (sum(self.added[i] for i in widths) if self.added else 0)
 
     @property
@@ -65,6 +66,11 @@ def meter_of(
     if target.quantity == "kv":
         return cache_meter(stream, dtype)
     assert target.quantity != "ppl"
+    if any(block.width.experts for block in stream.blocks):
+        raise SecateurError(
+            f"target {target}: how long experts take depends on where tokens go, and is not measured; give params, "
+            "bytes or kv"
+        )
     return latency_meter(stream, target.quantity, device, dtype, watcher)
 
 
@@ -74,7 +80,7 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
     With `biases`, level-2 layers of pruned blocks get one where they have none, unless a norm follows.
     """
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
-    inside = sum(block.held(block.width, kind) for block in stream.blocks for kind in KINDS)
+    inside = sum(block.held(block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
         _dense(stream),
         stored - inside,
@@ -231,7 +237,7 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
         return taken(at[index], kind, replace(full, channels=channels))
 
     whole = sum(entry.bytes for entry in entries(model, architecture, type))
-    inside = sum(module(index, kind, width) for index, width in enumerate(dense) for kind in KINDS)
+    inside = sum(module(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
     return Meter(dense, whole - inside, module, _megabytes)
 
 

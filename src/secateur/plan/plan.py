@@ -9,7 +9,6 @@ from secateur.plan.allocation import adaptive, narrowest, uniform
 from secateur.plan.meters import unreachable
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import Target
-from secateur.plan.widths import merge
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.prices import Prices
 
@@ -44,7 +43,7 @@ def _even(problem: PlanProblem) -> Survey:
     curves = [
         Curve(index, module.kind, pattern, tuple((gone / units) ** 2 for gone in range(units)), 1.0)
         for index in problem.chosen
-        for module in (problem.blocks[index].attention, problem.blocks[index].feed_forward)
+        for module in problem.blocks[index].modules
         for pattern in module.patterns
         for units in [module.steps(pattern)]
     ]
@@ -62,7 +61,7 @@ def uniform_plans(problem: PlanProblem) -> list[Plan]:
     if not found or least > problem.budget + slack:
         raise _out_of_reach(problem, least, reasons)
     found.sort(key=lambda one: abs(one[1] - problem.budget))
-    plans = [problem.plan(dict.fromkeys(problem.chosen, width)) for width, _ in found]
+    plans = [problem.plan(problem.everywhere(width)) for width, _ in found]
     near = [one for one in plans if one.note is None]
     return near or plans[:1]
 
@@ -75,8 +74,8 @@ def nearest_uniform(sparsity: float) -> str:
 def check_reach(problem: PlanProblem) -> None:
     """See that adaptive widths can meet the target, before anything is measured."""
     least = narrowest(problem)
-    dense = problem.blocks[problem.chosen.start].width
-    reasons = list(filter(None, (problem.obstacle(merge(dense, kind, Width(0, 0, 0))) for kind in problem.kinds)))
+    dense = problem.leading.width
+    reasons = list(filter(None, (problem.obstacle(dense.taking(kind, Width(0, 0, 0))) for kind in problem.kinds)))
     if least >= problem.meter.dense and (reasons or not isinstance(problem.goal, Target)):
         raise SecateurError(_nothing(problem, reasons))
     # Sums in another order are rounded otherwise.
@@ -92,17 +91,17 @@ def _out_of_reach(problem: PlanProblem, least: float, reasons: list[str]) -> Sec
     most = math.floor(1000 * (problem.meter.dense - least) / problem.counted) / 1000
     return SecateurError(
         f"a sparsity of {problem.goal:.1%} of the blocks is more than the modules hold: at most {most:.1%} can go"
-        + (" (only heads or only channels were asked for)" if len(problem.kinds) == 1 else "")
+        + (f" (only {problem.kinds[0]} were asked for)" if len(problem.kinds) == 1 else "")
         + (f"; {reasons[0]}" if reasons and len(problem.kinds) > 1 else "")
     )
 
 
 def _nothing(problem: PlanProblem, reasons: list[str]) -> str:
     """Why no width is left at all."""
-    block = problem.blocks[problem.chosen.start]
+    block = problem.leading
     if reasons:
         return f"the format cannot hold this: {reasons[0]}"
-    if "channels" in problem.kinds and problem.multiple >= block.feed_forward.units:
+    if block.feed_forward.kind == "channels" in problem.kinds and problem.multiple >= block.feed_forward.units:
         return (
             f"round is {problem.multiple}, but the model has {block.feed_forward.units:,} channels; take a smaller one"
         )

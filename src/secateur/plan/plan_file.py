@@ -2,18 +2,19 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
-from secateur.model.structure import KINDS, Block, Keep, Kind, Width
+from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Width
 from secateur.model.surgery import width_of
-from secateur.plan.widths import attention_widths
+from secateur.plan.widths import attention_widths, expert_counts
 
 Units = dict[int, dict[Kind, tuple[int, ...]]]
 """The units to keep, by block and module."""
-KEYS = frozenset({"block", "width", "heads", "channels", "modules"})
+KEYS = frozenset({"block", "width", *KINDS, "modules"})
 """What a block's entry may hold; `modules` is what `prune` reports of it."""
 
 
@@ -51,11 +52,14 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             raise SecateurError(
                 f"{path}: block {index}: no key '{unknown[0]}' is known; write {', '.join(sorted(KEYS))}"
             )
-        if "heads" in entry or "channels" in entry:
-            heads, channels = (_units(path, index, blocks[index], kind, entry.get(kind)) for kind in KINDS)
-            _check_groups(path, index, blocks[index], heads)
-            units[index] = {"heads": heads, "channels": channels}
-            widths[index] = width_of(blocks[index], Keep(heads, channels))
+        if set(KINDS) & set(entry):
+            block = blocks[index]
+            if wrong := [kind for kind in KINDS if kind in entry and kind not in block.kinds]:
+                raise SecateurError(f"{path}: block {index} has no {wrong[0]}; list its {' and '.join(block.kinds)}")
+            units[index] = {kind: _units(path, index, block, kind, entry.get(kind)) for kind in block.kinds}
+            for module in block.modules:
+                _check_groups(path, index, module, units[index][module.kind])
+            widths[index] = width_of(block, Keep(**units[index]))
             if "width" in entry and _width(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
                     f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "
@@ -65,20 +69,24 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             widths[index] = _width(path, index, blocks[index], entry.get("width"))
     if units and len(units) < len(widths):
         bare = next(index for index in widths if index not in units)
-        raise SecateurError(f"{path}: block {bare} has no heads and channels, as others have; list them everywhere")
+        raise SecateurError(f"{path}: block {bare} has no lists of units, as others have; list them everywhere")
     return dict(sorted(widths.items())), dict(sorted(units.items()))
 
 
 def _width(path: Path, index: int, block: Block, given: Any) -> Width:
     """A width spelled as counts."""
-    names = ("groups", "per_group", "channels")
+    names = ("groups", "per_group", block.feed_forward.kind)
     where = f"{path}: block {index}"
     whole = isinstance(given, dict) and all(type(given.get(name)) is int for name in names)
     if not whole or set(given) != set(names):
-        raise SecateurError(f"{where}: list the heads and channels to keep, or give a width of {', '.join(names)}")
+        raise SecateurError(
+            f"{where}: list the {' and '.join(block.kinds)} to keep, or give a width of {', '.join(names)}"
+        )
     width, dense = Width(**given), block.width
-    if not 0 <= width.channels <= dense.channels:
-        raise SecateurError(f"{where}: {width.channels} channels, where the model has {dense.channels}")
+    if not 0 <= width.fed <= dense.fed:
+        raise SecateurError(f"{where}: {width.fed} {names[-1]}, where the model has {dense.fed}")
+    if dense.experts and width.experts not in (counts := expert_counts(block.feed_forward)):
+        raise SecateurError(f"{where}: {width.experts} experts cannot be had; possible are {counts[-1]} to {counts[0]}")
     possible = [*attention_widths(block, KINDS), (0, 0)]
     if (width.groups, width.per_group) not in possible:
         said = ", ".join(f"{groups} x {heads}" for groups, heads in possible)
@@ -102,20 +110,25 @@ def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tup
     if len(set(listed)) < len(listed):
         twice = next(unit for unit in listed if listed.count(unit) > 1)
         raise SecateurError(f"{where}: {twice} is there twice")
-    locked = block.module(kind).locked
-    if locked is not None and 0 < len(listed) < count:
-        raise SecateurError(f"{where}: single heads cannot be removed exactly, as {locked}; keep all of them")
+    module = block.module(kind)
+    if module.locked is not None and 0 < len(listed) < count:
+        raise SecateurError(f"{where}: single heads cannot be removed exactly, as {module.locked}; keep all of them")
+    if len(listed) < module.least:
+        raise SecateurError(f"{where}: a token meets {module.least} experts, and {len(listed)} are listed; keep more")
     return tuple(sorted(listed))
 
 
-def _check_groups(path: Path, index: int, block: Block, heads: tuple[int, ...]) -> None:
-    """Every key/value group that stays must keep the same number of query heads."""
-    per_group = block.attention.per_group
-    counts = {group: sum(head // per_group == group for head in heads) for group in {h // per_group for h in heads}}
+def _check_groups(path: Path, index: int, module: Depth2, listed: tuple[int, ...]) -> None:
+    """Every key/value group that stays must keep the same number of query heads; groups of experts all stay."""
+    if module.groups == 1:
+        return
+    owners = [unit // module.per_group for unit in listed]
+    counts = {group: owners.count(group) for group in (range(module.groups) if module.kind == "experts" else owners)}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"group {group} keeps {count}" for group, count in sorted(counts.items()))
+        each, none = ("group", "") if module.kind == "experts" else ("key/value group", ", or none")
         raise SecateurError(
-            f"{path}: block {index}, heads: each key/value group must keep as many as the others, or none ({said})"
+            f"{path}: block {index}, {module.kind}: each {each} must keep as many as the others{none} ({said})"
         )
 
 
@@ -138,7 +151,7 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
             number = isinstance(share, int | float) and not isinstance(share, bool)
             if kind not in KINDS or not number or not 0 <= share <= 1:
                 raise SecateurError(
-                    f"{path}: {key}: write the share that goes, from 0 to 1, or one each for heads and channels"
+                    f"{path}: {key}: write the share that goes, from 0 to 1, or one each for {', '.join(KINDS)}"
                 )
         for index in range(first, end):
             if index in widths:
@@ -154,12 +167,15 @@ def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
     wanted = block.attention.units * (1 - ratios.get("heads", 0.0))
     possible = [*attention_widths(block, KINDS), (0, 0)]
     groups, heads = min(possible, key=lambda width: abs(width[0] * width[1] - wanted))
-    full = block.feed_forward.units
-    share = ratios.get("channels", 0.0)
-    # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
-    steps = [full, *range(multiple, full, multiple)] if share < 1 else [0]
-    channels = full if share == 0 else min(steps, key=lambda count: abs(count - full * (1 - share)))
-    return Width(groups, heads, channels)
+    kind, full = block.feed_forward.kind, block.feed_forward.units
+    share = ratios.get(kind, 0.0)
+    if kind == "experts":
+        steps = expert_counts(block.feed_forward)
+    else:
+        # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
+        steps = [full, *range(multiple, full, multiple)] if share < 1 else [0]
+    fed = full if share == 0 else min(steps, key=lambda count: abs(count - full * (1 - share)))
+    return replace(block.width, groups=groups, per_group=heads, **{kind: fed})
 
 
 def _read(path: Path) -> dict[str, Any]:

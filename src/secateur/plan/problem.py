@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from secateur.criteria.similarity import SimilarHeads
-from secateur.model.structure import KINDS, Block, Kind, Width
+from secateur.model.structure import KINDS, Block, Kind, Width, alike
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
 from secateur.plan.widths import Obstacle
@@ -34,12 +34,12 @@ class Plan:
     @property
     def uniform(self) -> bool:
         """Whether all blocks of the plan have one width."""
-        return len(set(self.widths.values())) == 1
+        return alike(self.widths.values())
 
     @property
     def exact(self) -> bool:
         """Whether the units of every module are settled, so that no criterion is asked."""
-        return all(len(self.units.get(index, {})) == len(KINDS) for index in self.widths)
+        return all(len(self.units.get(index, {})) == 2 for index in self.widths)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,22 @@ class PlanProblem:
     kinds: tuple[Kind, ...] = KINDS
     multiple: int = 1
     obstacle: Obstacle = lambda _: None
+
+    @property
+    def modules(self) -> list[tuple[int, Kind]]:
+        """Those that may be cut, block by block."""
+        return [(index, kind) for index in self.chosen for kind in self.blocks[index].kinds if kind in self.kinds]
+
+    @property
+    def leading(self) -> Block:
+        """The chosen block that speaks for the others where all get one width: the first with experts, if any has."""
+        every = [self.blocks[index] for index in self.chosen]
+        return next((block for block in every if block.feed_forward.kind == "experts"), every[0])
+
+    def everywhere(self, width: Width) -> dict[int, Width]:
+        """One width for all chosen blocks; those whose feed-forward is of another kind keep that."""
+        dense = {index: self.blocks[index].width for index in self.chosen}
+        return {i: width if own.kinds == width.kinds else own.taking("heads", width) for i, own in dense.items()}
 
     @property
     def counted(self) -> float:
@@ -82,7 +98,7 @@ class PlanProblem:
             return Plan(widths, reached, reached, price)
         note = None
         if abs(reached - self.goal) > TOLERANCE:
-            best = "it is the nearest" if len(set(widths.values())) == 1 else "that costs least"
+            best = "it is the nearest" if alike(widths.values()) else "that costs least"
             among = "among the widths that the format and the rounding allow"
             note = f"{reached:.1%} goes in place of {self.goal:.1%}: {best} {among}"
         return Plan(widths, reached, self.goal, price, note)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.criteria.similarity import find_similar_heads
-from secateur.model.structure import KINDS, Block, Width
+from secateur.model.structure import Block, Width
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.widths import attention_widths
 
@@ -44,7 +44,7 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
         block = problem.blocks[index]
         removed[index], widths[index] = loadable(problem, index, heads)
         stay = tuple(head for head in range(block.attention.units) if head not in removed[index])
-        units[index] = dict(zip(KINDS, (stay, tuple(range(block.feed_forward.units))), strict=True))
+        units[index] = dict(zip(block.kinds, (stay, tuple(range(block.feed_forward.units))), strict=True))
     if not any(removed.values()):
         count = sum(map(len, found.candidates.values()))
         raise SecateurError(
@@ -91,4 +91,4 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
 def _narrower(block: Block) -> list[Width]:
     """The widths of a block with fewer heads, but some."""
     sizes = attention_widths(block, ("heads",))[1:]
-    return [Width(groups, heads, block.feed_forward.units) for groups, heads in sizes]
+    return [replace(block.width, groups=groups, per_group=heads) for groups, heads in sizes]

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from secateur.model.structure import Block, Kind, Width
+from secateur.model.structure import Block, Depth2, Kind, Width
 
 Obstacle = Callable[[Width], "str | None"]
 """Why the output format cannot hold a width, or None if it can."""
@@ -37,23 +38,24 @@ def module_widths(block: Block, kind: Kind, multiple: int, obstacle: Obstacle) -
     """What one module may be cut to, dense first and zero last, its neighbour dense."""
     dense = block.width
     if kind == "heads":
-        found = [Width(groups, heads, dense.channels) for groups, heads in attention_widths(block, (kind,))]
         # A module whose units cannot leave one by one can still leave as a whole.
-        found.append(Width(0, 0, dense.channels))
+        possible = [*attention_widths(block, (kind,)), (0, 0)]
+        found = [replace(dense, groups=groups, per_group=heads) for groups, heads in possible]
+    elif kind == "experts":
+        found = [replace(dense, experts=count) for count in expert_counts(block.feed_forward)]
     else:
         step = channel_step(dense.channels, multiple)
         counts = [dense.channels, *range((dense.channels - 1) // step * step, -1, -step)]
-        found = [Width(dense.groups, dense.per_group, count) for count in counts]
+        found = [replace(dense, channels=count) for count in counts]
     return [width for width in found if width == dense or obstacle(width) is None]
+
+
+def expert_counts(mixture: Depth2) -> list[int]:
+    """How many experts may stay, all of them first: as many of every group, and enough for a token to meet."""
+    groups = mixture.groups
+    return list(range(mixture.units, max(mixture.least, groups) - 1, -groups))
 
 
 def channel_step(channels: int, multiple: int) -> int:
     """The step between the widths that are offered: a power of two times the multiple, at most `LEVELS` of them."""
     return multiple * 2 ** max(0, math.ceil(math.log2(channels / multiple / LEVELS)))
-
-
-def merge(width: Width, kind: Kind, other: Width) -> Width:
-    """A width with one module's part taken from another one."""
-    if kind == "heads":
-        return Width(other.groups, other.per_group, width.channels)
-    return Width(width.groups, width.per_group, other.channels)

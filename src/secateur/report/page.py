@@ -6,6 +6,7 @@ small. Nothing is fetched when the page opens.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def page_data(
         "ridge": survey.ridge,
         "tokens": survey.tokens,
         "probed": bool(survey.probes),
-        "blocks": [[block.width.groups, block.width.per_group, block.width.channels] for block in blocks],
+        "blocks": [[block.width.groups, block.width.per_group, block.width.fed] for block in blocks],
         "modules": [_module(blocks[curves[0].block], curves, prices) for curves in modules.values()],
         "plans": [_plan(share, plan, blocks, prices) for share, plan in plans.items()],
         "distances": None if distances is None else {index: _triangle(rows) for index, rows in distances.items()},
@@ -122,13 +123,11 @@ def _price(block: Block, module: Depth2, curve: Curve, gone: int, prices: Prices
 
 def _width(dense: Width, pattern: Pattern, left: int) -> Width:
     """The dense width cut along one pattern."""
-    if pattern == "channels":
-        return Width(dense.groups, dense.per_group, left)
-    if not left:
-        return Width(0, 0, dense.channels)
     if pattern == "groups":
-        return Width(left, dense.per_group, dense.channels)
-    return Width(dense.groups, left, dense.channels)
+        return replace(dense, groups=left, per_group=dense.per_group if left else 0)
+    if pattern == "heads":
+        return replace(dense, groups=dense.groups if left else 0, per_group=left)
+    return replace(dense, **{pattern: left})
 
 
 def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> 
         "removed": removed,
         "price": _short(plan.price or 0.0),
         "note": plan.note,
-        "widths": [[width.groups, width.per_group, width.channels] for width in widths],
+        "widths": [[width.groups, width.per_group, width.fed] for width in widths],
         "goes": [_short(1 - now / block.parameters) for now, block in zip(kept, blocks, strict=True)],
         "prices": [
             _short(prices.total(blocks, {index: width})) if index in plan.widths else 0.0

@@ -1,6 +1,6 @@
 """The figures of each command, which its table shows."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from secateur.model.structure import Width
@@ -66,7 +66,9 @@ class Proposal:
         for index, width in self.plan.widths.items():
             # Units that are not settled are chosen while pruning.
             units = self.plan.units.get(index, {}) if self.plan.exact else {}
-            blocks.append({"block": index, "width": asdict(width)} | {kind: list(kept) for kind, kept in units.items()})
+            blocks.append(
+                {"block": index, "width": width.as_dict()} | {kind: list(kept) for kind, kept in units.items()}
+            )
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,

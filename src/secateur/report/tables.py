@@ -24,7 +24,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         ("cache per token", summary.cache_bytes, "{:,} B".format),
         ("query heads", (sum(w.heads for w in dense), sum(w.heads for w in now)), "{:,}".format),
         ("key/value heads", (sum(w.groups for w in dense), sum(w.groups for w in now)), "{:,}".format),
-        ("channels", (sum(w.channels for w in dense), sum(w.channels for w in now)), "{:,}".format),
+        *((name, sums, "{:,}".format) for name, sums in _fed(dense, now).items()),
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}")
@@ -58,9 +58,19 @@ def _where(summary: Summary) -> str:
     if not summary.uniform:
         return f"in {count} blocks of their own widths"
     width = next(iter(summary.widths.values()))
-    return (
-        f"in {count} blocks of {width.heads} query heads, {width.groups} key/value heads, {width.channels:,} channels"
-    )
+    width = next((width for width in summary.widths.values() if width.experts), width)
+    fed = f"{width.fed:,} {width.kinds[1]}"
+    return f"in {count} blocks of {width.heads} query heads, {width.groups} key/value heads, {fed}"
+
+
+def _fed(dense: Sequence[Width], now: Sequence[Width]) -> dict[str, tuple[int, int]]:
+    """Channels and experts of a model, those of them that it has, before and after."""
+    found = {}
+    for kind in ("channels", "experts"):
+        before, after = (sum(getattr(width, kind) for width in widths) for widths in (dense, now))
+        if before:
+            found[kind] = before, after
+    return found
 
 
 def _loads(summary: Summary, out: Path) -> str:
@@ -75,7 +85,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def profile(dense: list[Width], now: list[Width]) -> list[str]:
-    """Two lines, one character a block: the share of heads and of channels that stays."""
+    """Two lines, one character a block: the share of heads and of channels, or experts, that stays."""
 
     def line(label: str, shares: list[float]) -> str:
         # The lowest bar means that something is left; a blank, that nothing is.
@@ -84,7 +94,7 @@ def profile(dense: list[Width], now: list[Width]) -> list[str]:
 
     return [
         line("heads", [a.heads / b.heads for a, b in zip(now, dense, strict=True)]),
-        line("channels", [a.channels / b.channels for a, b in zip(now, dense, strict=True)]),
+        line(" and ".join(_fed(dense, now)), [a.fed / b.fed for a, b in zip(now, dense, strict=True)]),
     ]
 
 
@@ -92,7 +102,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """A plan block by block, and below it what it amounts to."""
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
-    for name in ("block", "query heads", "key/value heads", "channels"):
+    for name in ("block", "query heads", "key/value heads", " or ".join(_fed(proposal.dense, proposal.dense))):
         table.add_column(name, justify="right")
     table.add_column("stays")
     for index, dense in enumerate(proposal.dense):
@@ -101,8 +111,8 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
             str(index),
             f"{width.heads}/{dense.heads}",
             f"{width.groups}/{dense.groups}",
-            f"{width.channels:,}/{dense.channels:,}",
-            f"{_bar(width.heads / dense.heads, 8)} {_bar(width.channels / dense.channels, 16)}",
+            f"{width.fed:,}/{dense.fed:,}",
+            f"{_bar(width.heads / dense.heads, 8)} {_bar(width.fed / dense.fed, 16)}",
         )
     before, after = proposal.parameters
     lines = [f"{_goes(decided.sparsity)}: {counted(before)} to {counted(after)} in the model."]
@@ -123,16 +133,16 @@ def _bar(share: float, length: int) -> str:
 def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
     """One row for each share that the page offers, and below them where everything is."""
     table = Table(title="What would go", title_justify="left")
-    for name in ("goes", "parameters", "query heads", "channels", "nats per token"):
-        table.add_column(name, justify="right")
     dense = found.dense
+    for name in ("goes", "parameters", "query heads", *_fed(dense, dense), "nats per token"):
+        table.add_column(name, justify="right")
     for share, decided in found.plans.items():
         now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
         table.add_row(
             f"{decided.sparsity:.1%}",
             counted(found.parameters[share]),
             f"{sum(w.heads for w in now):,}/{sum(w.heads for w in dense):,}",
-            f"{sum(w.channels for w in now):,}/{sum(w.channels for w in dense):,}",
+            *(f"{after:,}/{before:,}" for before, after in _fed(dense, now).values()),
             f"{decided.price or 0.0:.3f}",
         )
     return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.criteria.order import error_curve, survivors
-from secateur.criteria.registry import Criterion
+from secateur.criteria.registry import Criteria, Criterion
 from secateur.criteria.statistics import Statistics, module_seed
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind
+from secateur.model.structure import Depth2
 from secateur.model.surgery import inner_entries, inner_weight
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve
@@ -28,15 +28,19 @@ PROBED = (0.5,)
 class Collector:
     """Sums one module's moments while the dense block runs."""
 
-    def __init__(self, stream: BlockStream, index: int, layer: nn.Module, kind: Kind, *, inputs: bool, apart: bool):
+    def __init__(
+        self, stream: BlockStream, index: int, layer: nn.Module, module: Depth2, criteria: Criteria, *, apart: bool
+    ):
         """Start with empty sums.
 
         Args:
-            inputs: those of the module's own input are wanted, too.
+            criteria: the order in which units leave.
             apart: some rows measure errors and others decide the order.
         """
-        self.stream, self.index, self.module = stream, index, stream.blocks[index].module(kind)
-        self.tensors: dict[str, Tensor] = dict(layer.named_parameters())
+        self.stream, self.index, self.module = stream, index, module
+        self._criterion = criteria.module(index, module.kind)
+        inputs = module.kind == "channels" and self._criterion.inputs
+        self.tensors: dict[str, Tensor] = layer.state_dict()
         self.norm = PostNorm(stream, index, layer, self.module)
         self.moments = Moments(self.module.units * self.module.size, device=stream.device)
         self.scored = Moments(self.module.units * self.module.size, device=stream.device) if apart else None
@@ -76,7 +80,7 @@ class Collector:
         if at.score and self.inputs is not None:
             self.inputs.update(self.source.reshape(-1, after.shape[-1]), weight=at.score)
 
-    def measure(self, criterion: Criterion, ridge: float, seed: int) -> None:
+    def measure(self, ridge: float, seed: int) -> None:
         """Let the module's owner find the curves and the cuts, which `told` gives."""
         inner, team = self.module.units * self.module.size, self.stream.team
         self._owner = team.owner(inner**3)
@@ -96,7 +100,7 @@ class Collector:
             seed=module_seed(seed, self.index, self.module.kind),
         )
         apart = None if self.scored is None else replace(stats, moments=self.scored)
-        self._found = _measured(self.index, criterion, stats, apart)
+        self._found = _measured(self.index, self._criterion, stats, apart)
 
     def told(self) -> tuple[list[Curve], list[Cut]]:
         """The module's curves, one for each way in which its units may leave together, and the cuts to be probed."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.criteria.llm_pruner import scored_weights
-from secateur.criteria.registry import Criteria, UnitScores
+from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
 from secateur.model.arena import Activations
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Kind
+from secateur.model.structure import Kind
 from secateur.survey.loss import summed_loss
 
 
@@ -57,7 +57,7 @@ def gradient_scores(
     criteria = Criteria.of(criterion)
     squares = criteria.need_squares
     for block in gradients(stream, rows, blocks=blocks, squares=squares, watcher=watcher):
-        for kind in KINDS:
+        for kind in stream.blocks[block.index].kinds:
             if (score := criteria.named(kind).from_gradients) is not None:
                 module = stream.blocks[block.index].module(kind)
                 found[block.index, kind] = score(module, block.weights, block.gradient, block.square)
@@ -105,7 +105,9 @@ def gradients(
                     hidden = after
                     continue
                 block = stream.blocks[index]
-                wanted = [name for kind in KINDS for name in scored_weights(block.module(kind))]
+                wanted = [
+                    name for module in block.modules if module.kind in STATISTICAL for name in scored_weights(module)
+                ]
                 found = _through_block(
                     stream, index, layer, rows, inputs[index], hidden, wanted if index in blocks else (), squares
                 )

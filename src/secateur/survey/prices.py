@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.model.structure import KINDS, Block, Depth2, Kind, Pattern, Width
+from secateur.model.structure import Block, Depth2, Kind, Pattern, Width
 from secateur.survey.curves import Curve, Survey
 
 SMALLEST = 1e-9
@@ -42,7 +42,7 @@ class Prices:
 
     def total(self, blocks: Sequence[Block], widths: Mapping[int, Width]) -> float:
         """What a plan costs, its modules taken one by one; blocks that are absent are dense."""
-        modules = [(index, blocks[index].module(kind), width) for index, width in widths.items() for kind in KINDS]
+        modules = [(index, module, width) for index, width in widths.items() for module in blocks[index].modules]
         return sum(self.of(*module) for module in modules)
 
     def of(self, block: int, module: Depth2, width: Width) -> float:

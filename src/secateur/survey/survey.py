@@ -16,9 +16,10 @@ from secateur.criteria.registry import Criteria
 from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind
+from secateur.model.structure import KINDS, Kind
 from secateur.survey.collector import Collector
 from secateur.survey.curves import Curve, Survey
+from secateur.survey.experts import ExpertsCollector
 from secateur.survey.probes import Probes
 
 
@@ -28,7 +29,7 @@ def survey(
     *,
     probe_rows: Tensor | None = None,
     blocks: range | None = None,
-    kinds: tuple[Kind, ...] = ("heads", "channels"),
+    kinds: tuple[Kind, ...] = KINDS,
     criterion: str | Criteria = "surgeon",
     ridge: float = 0.3,
     seed: int = 0,
@@ -62,16 +63,12 @@ def survey(
                 if index not in blocks:
                     stream.advance(index, layer, rows, hidden)
                     continue
+                wanted = [module for module in stream.blocks[index].modules if module.kind in kinds]
                 collectors = [
-                    Collector(
-                        stream,
-                        index,
-                        layer,
-                        kind,
-                        inputs=kind == "channels" and criteria.named(kind).inputs,
-                        apart=rows.scores is not None,
-                    )
-                    for kind in kinds
+                    ExpertsCollector(stream, index, layer, module, criteria.choice.experts, fitted.tokens)
+                    if module.kind == "experts"
+                    else Collector(stream, index, layer, module, criteria, apart=rows.scores is not None)
+                    for module in wanted
                 ]
                 before = None if probes is None else hidden.parts[probed][:].clone()
                 for at in rows.batches():
@@ -81,7 +78,7 @@ def survey(
                         for collector in collectors:
                             collector.update(after, at)
                 for collector in collectors:
-                    collector.measure(criteria.module(index, collector.module.kind), ridge, seed)
+                    collector.measure(ridge, seed)
                 # Each module's owner is through before any of them tells what it has found.
                 for collector in collectors:
                     found, cuts = collector.told()

@@ -19,7 +19,7 @@ from secateur.model.config_file import TEXT
 from secateur.model.families import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Width
+from secateur.model.structure import Width, alike
 from secateur.model.surgery import slice_block
 from secateur.plan.problem import Plan
 from secateur.write.shards import ShardWriter, header_room
@@ -35,7 +35,8 @@ def format_obstacle(
 
     In the format `hf` blocks do not bind each other: ask for every width on its own.
     """
-    config, dense = stream.checkpoint.config, stream.blocks[0].width
+    config = stream.checkpoint.config
+    dense = next(block.width for block in stream.blocks if block.width.kinds == width.kinds or not width.fed)
     if format == "hf" and stream.checkpoint.around is not None:
         return (
             "a multimodal checkpoint opens in its own class alone, which has one width for all blocks; take "
@@ -105,10 +106,13 @@ def write(
     dtype = dtype or checkpoint.dtype
     _check(stream, plan, format)
     journal = journal or Journal()
-    inside = {stream.stored_name(i, name) for i in plan.widths for name in stream.blocks[i].shapes}
+    inside = {
+        stored for i in plan.widths for name in stream.blocks[i].shapes for stored in stream.stored_names(i, name)
+    }
     last = {str(checkpoint.resolve(name)): name for name in stream.final_norm}
     # A refit may add biases to the output layers.
-    possible = {_stored_name(stream, i, m.bias_name) for i in plan.widths for m in stream.blocks[i].modules}
+    modules = [(index, module) for index in plan.widths for module in stream.blocks[index].modules]
+    possible = {_stored_name(stream, index, module.bias_name) for index, module in modules if module.free_bias}
     with replace(model_output(stream, out, plan, overwrite=overwrite, dtype=dtype), at=at) as folder:
         writer = ShardWriter(folder, header_bytes=header_room([*checkpoint.tensors, *inside, *possible]))
         if "shards" in journal.found:
@@ -120,7 +124,8 @@ def write(
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
             for name, tensor in tensors.items():
-                writer.add(_stored_name(stream, index, name), tensor)
+                for stored, part in _as_stored(stream, index, name, tensor).items():
+                    writer.add(stored, part)
         changed = late() if late else {}
         for stored, name in last.items():
             writer.add(stored, changed.get(name, checkpoint.read(stored)).to(dtype))
@@ -159,15 +164,16 @@ def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None 
     """
     dtype = dtype or stream.checkpoint.dtype
     tensors = stream.stored(block.index) | block.changed
-    return slice_block(
-        stream.blocks[block.index], {name: tensor.to(dtype) for name, tensor in tensors.items()}, block.keep
-    )
+    # What is finer than the other weights stays so: an expert's part in the choice of experts.
+    exact = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
+    rounded = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in tensors.items()}
+    return slice_block(stream.blocks[block.index], rounded, block.keep)
 
 
 def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
     """Refuse what the format cannot hold."""
     every = range(min(plan.widths), max(plan.widths) + 1)
-    if format == "stock" and (len(set(plan.widths.values())) != 1 or len(plan.widths) < len(every)):
+    if format == "stock" and (not alike(plan.widths.values()) or len(plan.widths) < len(every)):
         raise SecateurError("the stock format needs one width for all blocks; take --format hf")
     for index, width in plan.widths.items():
         blocks = every if format == "stock" else range(index, index + 1)
@@ -181,23 +187,31 @@ def _config(
 ) -> dict[str, Any]:
     """The contents of config.json."""
     raw, config = stream.checkpoint.raw_config, stream.checkpoint.config
-    width, dim = next(iter(plan.widths.values())), head_dim(config)
+    every, dim = list(plan.widths.values()), head_dim(config)
     if format == "stock":
+        width = next((width for width in every if width.experts), every[0])
         own, around = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype), stream.checkpoint.around
         if around is None:
             return own
         return around | {TEXT: own, "dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
-    dense = stream.blocks[0].width
+    dense = [block.width for block in stream.blocks]
     return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
 
 
 def _gained(stream: BlockStream, index: int, written: Container[str]) -> tuple[bool, bool]:
     """Whether each of a block's modules has a level-2 bias that the stock class lacks."""
     attention, feed_forward = (
-        module.bias is None and _stored_name(stream, index, module.bias_name) in written
+        module.free_bias and not module.bias and _stored_name(stream, index, module.bias_name) in written
         for module in stream.blocks[index].modules
     )
     return attention, feed_forward
+
+
+def _as_stored(stream: BlockStream, index: int, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A block's tensor as the output holds it, in as many pieces as the checkpoint does."""
+    if name in stream.blocks[index].shapes:
+        return stream.as_stored(index, name, tensor)
+    return {_stored_name(stream, index, name): tensor}
 
 
 def _stored_name(stream: BlockStream, index: int, name: str) -> str:

@@ -1,0 +1,162 @@
+"""The order in which the experts of a mixture leave, and what the layer's output loses by each.
+
+`reroute`, the default, takes out greedily whichever expert costs least once its tokens are routed again among those
+that are left: the squared error of the layer's output, by the model's own router. `reap` has the mean of the gate
+times the norm of the expert's output over the tokens that meet it (Lasby et al., ICLR 2026); `frequency` how many
+tokens meet it; `random` is for comparison.
+
+Shapes: n tokens, d residual width, k experts that a token meets.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.base.team import Team
+from secateur.model.mixture import Mixture, Routes
+
+TOKENS = 4096
+"""Of the calibration text, spaced evenly, on which orders are found: each is given to many experts."""
+STEP = 16
+"""One in so many experts leaves at a time."""
+
+
+@dataclass
+class Routed:
+    """What an order is found from: some tokens at a mixture."""
+
+    mixture: Mixture
+    x_nd: Tensor
+    """Inputs of the mixture."""
+    wanted_nd: Tensor
+    """What all routed experts together are to give, in the units in which errors count."""
+    weight_n: Tensor
+    """What each token counts."""
+    unit: Callable[[Tensor, Tensor], Tensor]
+    """What experts give to some tokens (m x d; m) in these units."""
+    team: Team
+    _place: Tensor = field(init=False)
+    """Where an expert's output for a token lies (n x experts); -1 where it was not asked for yet."""
+    _given: Tensor = field(init=False)
+    _count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.x_nd), self.mixture.module.units)
+        self._place = torch.full(shape, -1, dtype=torch.int64, device=self.x_nd.device)
+        self._given, self._count = self.wanted_nd.new_empty(0, self.wanted_nd.shape[1]), 0
+
+    def losses(self, tokens: Tensor, routes: Routes) -> Tensor:
+        """Squared errors of the output of some tokens on their routes (m)."""
+        found = (self._of(tokens, routes.experts) * routes.gates[..., None]).sum(1)
+        return (self.wanted_nd[tokens] - found).square().sum(1) * self.weight_n[tokens]
+
+    def outputs(self, expert: int, tokens: Tensor) -> Tensor:
+        """What one expert gives to tokens for which it counts one (m x d)."""
+        return self._of(tokens, torch.full((len(tokens), 1), expert, device=tokens.device))[:, 0]
+
+    def _of(self, tokens: Tensor, experts: Tensor) -> Tensor:
+        """What experts (m x k) give to tokens (m): m x k x d; each is run once."""
+        lacking = self._place[tokens[:, None], experts] < 0
+        for expert in experts[lacking].unique().tolist():
+            own = tokens[((experts == expert) & lacking).any(1)].unique()
+            first, self._count = self._count, self._count + len(own)
+            if self._count > len(self._given):
+                room = self._given.new_empty(max(self._count, 3 * len(self._given) // 2), self._given.shape[1])
+                room[:first] = self._given[:first]
+                self._given = room
+            self._given[first : self._count] = self.unit(self.mixture.given(expert, self.x_nd[own]), own)
+            self._place[own, expert] = torch.arange(first, self._count, device=own.device)
+        return self._given[self._place[tokens[:, None], experts]]
+
+
+class ExpertOrder(NamedTuple):
+    """How experts leave."""
+
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+    """Summed squared errors of the output, weights unchanged, once 0, 1, 2, ... of them have gone."""
+
+
+def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertOrder:
+    """Find the order in which experts leave until `stop` are left; as many of every group, where there are groups."""
+    team, mixture = routed.team, routed.mixture
+    groups, alive, everyone = mixture.module.groups, mixture.every, torch.arange(len(routed.x_nd))
+    everyone = everyone.to(alive.device)
+    scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
+    order: list[int] = []
+    counts, errors = [], []
+    while True:
+        routes = mixture.route(routed.x_nd, alive)
+        losses = routed.losses(everyone, routes)
+        counts.append(len(order))
+        errors.append(team.total(float(losses.sum(dtype=torch.float64))))
+        left = len(alive) - stop
+        if left <= 0:
+            break
+        costs = _rises(routed, alive, routes, losses) if scores is None else scores[alive]
+        step = max(groups, min(left, len(alive) // STEP) // groups * groups)
+        chosen = _cheapest(costs, alive, step // groups, groups, mixture.module.units)
+        order += alive[chosen].tolist()
+        alive = alive[torch.isin(torch.arange(len(alive), device=alive.device), chosen, invert=True)]
+    every = np.interp(np.arange(len(order) + 1), counts, errors)
+    return ExpertOrder(tuple(order), tuple(every.tolist()))
+
+
+def _rises(routed: Routed, alive: Tensor, routes: Routes, losses: Tensor) -> Tensor:
+    """What the error rises by if each of the experts went on its own (alive), float64."""
+    rises = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
+    groups, size = routed.mixture.module.groups, routed.mixture.module.per_group
+    # Groups must stay equally long: with an expert of one of them the least met of each other one goes.
+    met = _frequency(routed, routes, 0)
+    least = [alive[alive // size == group][met[alive[alive // size == group]].argmin()] for group in range(groups)]
+    for place, expert in enumerate(alive.tolist()):
+        tokens, _ = routes.of(expert)
+        if len(tokens):
+            gone = torch.stack([one if group != expert // size else alive[place] for group, one in enumerate(least)])
+            others = routed.mixture.route(routed.x_nd[tokens], alive[torch.isin(alive, gone, invert=True)])
+            rises[place] = (routed.losses(tokens, others) - losses[tokens]).sum(dtype=torch.float64)
+    routed.team.add(rises)
+    return rises
+
+
+def _cheapest(costs: Tensor, alive: Tensor, step: int, groups: int, units: int) -> Tensor:
+    """Where the cheapest experts of each group stand, the cheapest first."""
+    owner = alive // (units // groups)
+    found = [costs.masked_fill(owner != group, float("inf")).argsort(stable=True)[:step] for group in range(groups)]
+    return torch.stack(found, 1).reshape(-1)
+
+
+def _reap(routed: Routed, routes: Routes, _: int) -> Tensor:
+    sums = torch.zeros(2, routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
+    for expert in routes.experts.unique().tolist():
+        tokens, gates = routes.of(expert)
+        weight = routed.weight_n[tokens]
+        sums[0, expert] = (weight * gates * torch.linalg.vector_norm(routed.outputs(expert, tokens), dim=1)).sum()
+        sums[1, expert] = weight.sum()
+    routed.team.add(sums)
+    return sums[0] / sums[1].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _frequency(routed: Routed, routes: Routes, _: int) -> Tensor:
+    weights = routed.weight_n.double()[:, None].expand(routes.experts.shape)
+    found = torch.zeros(routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
+    found.index_add_(0, routes.experts.reshape(-1), weights.reshape(-1))
+    routed.team.add(found)
+    return found
+
+
+def _random(routed: Routed, _: Routes, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(routed.mixture.module.units, dtype=torch.float64, generator=generator).to(routed.x_nd.device)
+
+
+SCORES: dict[str, Callable[[Routed, Routes, int], Tensor]] = {
+    "reap": _reap,
+    "frequency": _frequency,
+    "random": _random,
+}
+"""Of each expert, higher for those that should stay."""

@@ -1,0 +1,139 @@
+"""The mixture of experts of a filled block, run by the model's own modules: who meets whom, and what each one gives.
+
+Shapes: n tokens, d residual width, k experts that a token meets, f channels of an expert.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from secateur.model.modeling_secateur import CHOSEN, EXPERTS
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Depth2
+
+
+class Routes(NamedTuple):
+    """Which experts tokens meet, and how much each counts."""
+
+    experts: Tensor
+    """n x k, as the dense block numbers them."""
+    gates: Tensor
+    """n x k."""
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens that meet an expert, and how much it counts for each of them (m; m)."""
+        tokens, places = (self.experts == expert).nonzero(as_tuple=True)
+        return tokens, self.gates[tokens, places]
+
+
+class Mixture:
+    """A filled block's experts, router and shared expert."""
+
+    def __init__(self, stream: BlockStream, layer: nn.Module, module: Depth2):
+        """Find the parts."""
+        assert stream.family.experts is not None
+        self.stream, self.module, self.names = stream, module, stream.family.experts
+        self.whole: Any = layer.get_submodule(module.sink)
+        self.experts: Any = self.whole.get_submodule(self.names.experts)
+        self.router: Any = self.whole.get_submodule(self.names.router)
+        self.shared: Any = self.whole.get_submodule(self.names.shared) if self.names.shared else None
+
+    @property
+    def every(self) -> Tensor:
+        """All experts."""
+        return torch.arange(self.module.units, device=self.stream.device)
+
+    def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
+        """Where tokens go while only some experts are there (ascending)."""
+        with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
+            beside = [] if self.names.bias is None else [getattr(self.whole, self.names.bias)]
+            found = self.router(x_nd, *beside)
+        chosen = next(part for part in found if not part.is_floating_point())
+        gates = next(part for part in found if part.is_floating_point() and part.shape == chosen.shape)
+        return Routes(alive[chosen], gates.float())
+
+    def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
+        """What the whole mixture gives while only some experts are there."""
+        with self.only(alive), self.stream.multiplying():
+            return self.whole(x_btd).float()
+
+    def inner(self, expert: int, x_nd: Tensor) -> Tensor:
+        """An expert's level-2 inputs (n x f)."""
+        weight, bias = self.experts.gate_up_proj[expert], self._bias("gate_up_proj_bias", expert)
+        with self.stream.multiplying():
+            rows = linear(x_nd, weight.T if self.experts.is_transposed else weight, bias)
+            return self.experts._apply_gate(rows).float()
+
+    def weight(self, expert: int) -> Tensor:
+        """An expert's level-2 weight, inner axis first (f x d), a view."""
+        weight = self.experts.down_proj[expert]
+        return weight if self.experts.is_transposed else weight.T
+
+    def given(self, expert: int, x_nd: Tensor) -> Tensor:
+        """What an expert gives to tokens for which it counts one (n x d)."""
+        with self.stream.multiplying():
+            y = self.inner(expert, x_nd) @ self.weight(expert)
+        bias = self._bias("down_proj_bias", expert)
+        return y.float() if bias is None else y.float() + bias
+
+    def beside(self, x_nd: Tensor) -> Tensor | None:
+        """What the shared expert gives (n x d), where there is one."""
+        if self.shared is None:
+            return None
+        with self.stream.multiplying():
+            return self.shared(x_nd[None])[0].float() * self.shared_gates(x_nd)[:, None]
+
+    def shared_inner(self, x_nd: Tensor) -> Tensor:
+        """The shared expert's level-2 inputs (n x f)."""
+        seen: list[Tensor] = []
+        handle = self.shared.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+        try:
+            with self.stream.multiplying():
+                self.shared(x_nd[None])
+        finally:
+            handle.remove()
+        return seen[0][0].float()
+
+    def shared_gates(self, x_nd: Tensor) -> Tensor:
+        """How much the shared expert counts for each token (n)."""
+        if self.names.shared_gate is None:
+            return x_nd.new_ones(len(x_nd))
+        with self.stream.multiplying():
+            return torch.sigmoid(self.whole.get_submodule(self.names.shared_gate)(x_nd)).float()[:, 0]
+
+    def _bias(self, name: str, expert: int) -> Tensor | None:
+        return getattr(self.experts, name)[expert] if self.experts.has_bias else None
+
+    def only(self, alive: Tensor) -> AbstractContextManager[None]:
+        """Let the block run as if the other experts were gone."""
+        return self._only(alive, self.whole, self.experts, *self.router.modules())
+
+    @contextmanager
+    def _only(self, alive: Tensor, *owners: nn.Module) -> Iterator[None]:
+        """Take other experts out of what modules hold themselves."""
+        count, before = self.module.units, [(owner, dict(vars(owner))) for owner in owners]
+        try:
+            for owner in owners if len(alive) < count else ():
+                for kind in ("_parameters", "_buffers"):
+                    tensors = {
+                        name: value
+                        if value is None or count not in value.shape
+                        else _like(value, value.index_select(value.shape.index(count), alive))
+                        for name, value in vars(owner)[kind].items()
+                    }
+                    vars(owner)[kind] = tensors
+                counts = {key: len(alive) for key in EXPERTS if vars(owner).get(key) == count}
+                fewer = {key: min(vars(owner)[key], len(alive)) for key in CHOSEN if key in vars(owner)}
+                vars(owner).update(counts | fewer)
+            yield
+        finally:
+            for owner, values in before:
+                vars(owner).update(values)
+
+
+def _like(value: Tensor, part: Tensor) -> Tensor:
+    return nn.Parameter(part, requires_grad=False) if isinstance(value, nn.Parameter) else part

@@ -1,0 +1,103 @@
+"""The curve of one mixture of experts: what its output loses, expert by expert, in the order in which they leave.
+
+Tokens are kept while the dense block runs, and their experts compared behind it; see `secateur.criteria.experts`. The
+errors are those of unchanged weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.criteria.experts import TOKENS, Routed, expert_order
+from secateur.criteria.statistics import module_seed
+from secateur.model.mixture import Mixture
+from secateur.model.post_norm import PostNorm
+from secateur.model.rows import Batch
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Depth2
+from secateur.survey.curves import Curve
+from secateur.survey.probes import Cut
+
+PROBED = 0.5
+"""The share of the experts that may leave whose removal is probed, beside that of the whole mixture."""
+
+
+class ExpertsCollector:
+    """Keeps some tokens of a mixture while the dense block runs; see `survey.collector.Collector`."""
+
+    def __init__(self, stream: BlockStream, index: int, layer: nn.Module, module: Depth2, order: str, tokens: int):
+        """Start without tokens.
+
+        Args:
+            order: of the experts, by its name.
+            tokens: that will come, in all processes.
+        """
+        self.stream, self.index, self.module, self.order = stream, index, module, order
+        self.norm, self.mixture = PostNorm(stream, index, layer, module), Mixture(stream, layer, module)
+        self._every = max(1, tokens // TOKENS)
+        self._met = 0
+        self._x = self._z = torch.empty(0)
+        self._kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._found = (list[Curve](), list[Cut]())
+        self.seen: list[Tensor] = []
+        """The mixture's inputs of the rows to be probed (b x t x d)."""
+
+    def watches(self) -> dict[str, Any]:
+        """What to watch, by layer path."""
+        return {self.module.sink: self._see}
+
+    def _see(self, x: Tensor, z: Tensor) -> None:
+        self._x, self._z = x, z
+
+    def update(self, after: Tensor, at: Batch) -> None:
+        """Keep what the last run has shown; `after` is the residual stream after the block (b, t, d)."""
+        if not (at.weight or at.score):
+            self.seen.append(self._x.reshape(after.shape))
+            return
+        width = after.shape[-1]
+        norms = torch.linalg.vector_norm(self.norm.read(after).reshape(-1, width), dim=1)
+        inverse = self.norm.inverse_rms(self._z)
+        scale = norms.clamp_min(1e-6).reciprocal()
+        scale = scale if inverse is None else scale * inverse.reshape(-1)
+        some = torch.arange(-self._met % self._every, len(scale), self._every, device=scale.device)
+        self._met += len(scale)
+        x, z = self._x.reshape(-1, width)[some], self._z.reshape(-1, width)[some]
+        self._kept.append((x, z, scale[some], torch.full_like(scale[some], at.score or at.weight)))
+
+    def measure(self, ridge: float, seed: int) -> None:
+        """Find the curve and the cuts, which `told` gives; all processes do it together."""
+        x, z, scale, weight = map(torch.cat, zip(*self._kept, strict=True))
+        beside, team = self.mixture.beside(x), self.stream.team
+
+        def unit(y: Tensor, tokens: Tensor) -> Tensor:
+            return self.norm.scale(y) * scale[tokens][:, None]
+
+        everyone = torch.arange(len(x), device=x.device)
+        wanted = unit(z if beside is None else z - beside, everyone)
+        routed = Routed(self.mixture, x, wanted, weight, unit, team)
+        module = self.module
+        found = expert_order(self.order, routed, module.least, module_seed(seed, self.index, module.kind))
+        count = team.total(float(weight.sum(dtype=torch.float64)))
+        energies = (unit(z, everyone).square().sum(1) * weight).sum(dtype=torch.float64)
+        energy = team.total(float(energies)) / count
+        errors = tuple(error / count for error in found.errors)
+        half = round(len(found.order) * PROBED) // module.groups * module.groups
+        every = self.mixture.every
+        stay = every[torch.isin(every, torch.tensor(found.order[:half], device=every.device), invert=True)]
+        none = z.new_empty(0, 0)
+        cuts = [Cut(self.index, module, energy, every[:0], none)]
+        if half:
+            cuts.insert(0, Cut(self.index, module, errors[half] - errors[0], stay, none))
+        self._found = [Curve(self.index, module.kind, "experts", errors, energy, found.order)], cuts
+
+    def told(self) -> tuple[list[Curve], list[Cut]]:
+        """The mixture's curve, and the cuts to be probed."""
+        return self._found
+
+    def output(self, cut: Cut) -> Tensor:
+        """What the mixture gives at a cut, on the rows to be probed (b x t x d)."""
+        if not self.seen:
+            return torch.empty(0, 1, self.stream.width, device=self.stream.device)
+        x = torch.cat(self.seen)
+        return self.mixture.output(x, cut.kept) if len(cut.kept) else torch.zeros_like(x)
