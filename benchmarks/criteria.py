@@ -18,13 +18,13 @@ import torch
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
 from secateur.commands.survey_file import survey_rows
 from secateur.criteria.choice import CRITERIA
-from secateur.criteria.registry import Criteria, UnitScores
+from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
 from secateur.model.rows import Rows
-from secateur.model.structure import KINDS, Width
+from secateur.model.structure import Width
 from secateur.model.surgery import assign, narrow
 from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import parameter_meter
@@ -150,7 +150,7 @@ class Bench:
         for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
             tensors = {name: tensor.float() for name, tensor in slice(self.stream, block).items()}
             layer = layers[block.index]
-            for module in (self.stream.blocks[block.index].module(kind) for kind in KINDS):
+            for module in (self.stream.blocks[block.index].module(kind) for kind in STATISTICAL):
                 if module.bias is None:
                     # What the last run may have added.
                     assign(layer, module.bias_name, None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.criteria import flap
 from secateur.criteria.order import removal_order, survivors
-from secateur.criteria.registry import all_criteria
+from secateur.criteria.registry import STATISTICAL, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
@@ -26,7 +26,7 @@ from secateur.measure.compare import load
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Block, Keep, Kind, Pattern, Width
+from secateur.model.structure import Block, Keep, Kind, Pattern, Width
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.model.tokens import begins_with_bos
 from secateur.numerics.moments import Moments
@@ -78,7 +78,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
         for index, width in widths.items():
             with stream.filled(index) as layer:
                 kept, changed = {}, {}
-                for kind in KINDS:
+                for kind in STATISTICAL:
                     stats = _statistics(stream, index, layer, kind, rows, hidden)
                     kept[kind] = _cheapest(stats, width)
                     at = inner_entries(stats.module, kept[kind])
@@ -253,7 +253,7 @@ def dense_statistics(stream: BlockStream, rows: Rows) -> Iterator[tuple[int, Sta
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
             with stream.filled(index) as layer:
-                yield from ((index, _statistics(stream, index, layer, kind, rows, hidden)) for kind in KINDS)
+                yield from ((index, _statistics(stream, index, layer, kind, rows, hidden)) for kind in STATISTICAL)
                 _advance(stream, index, layer, rows, hidden)
 
 

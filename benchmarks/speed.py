@@ -22,9 +22,10 @@ import torch
 from llama_cpp_py_sync import _cffi_bindings as bindings
 
 from secateur import BlockStream, open_checkpoint
+from secateur.criteria.registry import STATISTICAL
 from secateur.measure.compare import load
 from secateur.measure.speed import speeds
-from secateur.model.structure import KINDS, Width
+from secateur.model.structure import Width
 from secateur.plan.plan_file import read_plan
 from secateur.write.export import export
 from tables import put
@@ -100,7 +101,9 @@ def step_bytes(stream: BlockStream, widths: list[Width], batch: int, bytes_of: f
 
 def weights(stream: BlockStream, widths: list[Width]) -> int:
     """Of all blocks."""
-    return sum(block.held(width, kind) for block, width in zip(stream.blocks, widths, strict=True) for kind in KINDS)
+    return sum(
+        block.held(width, kind) for block, width in zip(stream.blocks, widths, strict=True) for kind in STATISTICAL
+    )
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from models import blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows, fit_blocks
+from secateur.criteria.registry import STATISTICAL
 from secateur.fit.average import FittedBlock
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Keep, Width
+from secateur.model.structure import Keep, Width
 from secateur.plan.problem import Plan
 
 BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
@@ -53,7 +54,7 @@ def metrics(weight: Tensor, inner: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("criterion", ["flap-wifv", "flap-ifv", "flap-wifn"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STATISTICAL)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name, kind, criterion):
     stats, _, inner, _ = statistics(name, kind)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows
-from secateur.criteria.registry import Criterion
+from secateur.criteria.registry import STATISTICAL, Criterion
 from secateur.fit import level1_step
 from secateur.fit import module as fit_module
 from secateur.fit.average import FittedBlock
@@ -25,7 +25,7 @@ from secateur.model.families import describe
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2, Width
+from secateur.model.structure import Depth2, Width
 from secateur.model.surgery import assign, inner_entries
 from secateur.plan.problem import Plan
 
@@ -130,7 +130,7 @@ def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) 
     for block in found:
         index, layer = block.index, layers_of(pruned)[block.index]
         described = describe(dense.config, layer)
-        for kind in KINDS:
+        for kind in STATISTICAL:
             module = described.module(kind)
             kept = inner_entries(module, block.keep.units(kind))
             everything = torch.arange(module.units * module.size)
@@ -154,7 +154,7 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
     blocks, wanted = blocks_of(build(name)), paper(name, found, when)
     for block, reference in zip(found, wanted, strict=True):
         names: set[str] = set()
-        for kind in KINDS:
+        for kind in STATISTICAL:
             module = blocks[block.index].module(kind)
             names |= {slab.name for slab in (*module.level1, module.level2)} | ({module.bias} - {None})
             for slab in module.level1:
@@ -175,7 +175,7 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
     found = run(checkpoint_folder(name), name, method="paper", when=when, ridge=0.0)
     model, wanted = build(name), paper(name, found, when, ridge=0.0)
     for block, reference in zip(found, wanted, strict=True):
-        for kind in KINDS:
+        for kind in STATISTICAL:
             module = blocks_of(model)[block.index].module(kind)
             for slab in module.level1:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name

@@ -10,6 +10,7 @@ from test_recovery import WIDTHS
 from torch import Tensor
 
 from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
+from secateur.criteria.registry import STATISTICAL
 from secateur.fit import inputs as inputs_module
 from secateur.fit import level1_step
 from secateur.fit.average import FittedBlock, mean_of
@@ -19,7 +20,7 @@ from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import OPENING_WEIGHT, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Keep
+from secateur.model.structure import Keep
 from secateur.model.surgery import assign, masked_weight, restored
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
@@ -64,7 +65,7 @@ def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monk
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
-    units = {index: {kind: keep.units(kind) for kind in KINDS} for index, keep in keeps.items()}
+    units = {index: {kind: keep.units(kind) for kind in STATISTICAL} for index, keep in keeps.items()}
     alone = [
         list(refit(stream, plan_of(name, units=units), Rows((TEXT, version), (1.0, 1.0)))) for version in (ONE, OTHER)
     ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ROWS, blocks_of, build, layers_of, relative, save, token_rows
+from secateur.criteria.registry import STATISTICAL
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
@@ -20,7 +21,7 @@ from secateur.model.arena import Activations, Arena, FileRows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2, Width
+from secateur.model.structure import Depth2, Width
 from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 
@@ -366,7 +367,7 @@ def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
 
 def test_every_kind_has_a_module(stream):
     for block in stream.blocks:
-        assert [block.module(kind).kind for kind in KINDS] == list(KINDS)
+        assert [block.module(kind).kind for kind in STATISTICAL] == list(STATISTICAL)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,7 +199,7 @@ def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
 def test_biases_of_a_block_without_heads(tmp_path, opened, type):
     """They go where an idle head is kept for them."""
     stream, widths = opened("llama 64"), (Width(2, 1, 40), Width(0, 0, 72), Width(2, 2, 0))
-    blocks = [{"block": index, "width": asdict(width)} for index, width in enumerate(widths)]
+    blocks = [{"block": index, "width": width.as_dict()} for index, width in enumerate(widths)]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
     how: Any = {"calibration": "random", "samples": 4, "length": 16, "recovery": "bias", "criterion": "l2"}
     out = tmp_path / "out.gguf"

@@ -15,14 +15,15 @@ from conftest import CheckpointFolder
 from models import ROWS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
+from secateur.criteria.registry import STATISTICAL
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Block, Width
+from secateur.model.structure import Block, Width
 from secateur.plan.meters import meter_of, parameter_meter
 from secateur.plan.plan import check_reach, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
-from secateur.plan.widths import LEVELS, attention_widths, channel_step, merge, module_widths
+from secateur.plan.widths import LEVELS, attention_widths, channel_step, module_widths
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
 from secateur.write.write import format_obstacle
@@ -58,7 +59,7 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
     dice = random.Random(seed)
     curves, probes = list[Curve](), list[Probe]()
     for index, block in enumerate(blocks):
-        for kind in KINDS:
+        for kind in STATISTICAL:
             module, energy = block.module(kind), dice.uniform(0.5, 2)
             for pattern in module.patterns:
                 steps = [0.0] + [dice.random() ** 3 for _ in range(module.steps(pattern))]
@@ -74,12 +75,13 @@ def every_plan(wish: PlanProblem) -> list[dict[int, Width]]:
     """All combinations of what each module may be cut to."""
     options = []
     for index in wish.chosen:
-        each = [module_widths(wish.blocks[index], kind, wish.multiple, wish.obstacle) for kind in wish.kinds]
+        kinds = [module.kind for module in wish.modules_of(index)]
+        each = [module_widths(wish.blocks[index], kind, wish.multiple, wish.obstacle) for kind in kinds]
         found = []
         for chosen in itertools.product(*each):
             width = wish.blocks[index].width
-            for kind, other in zip(wish.kinds, chosen, strict=True):
-                width = merge(width, kind, other)
+            for kind, other in zip(kinds, chosen, strict=True):
+                width = width.taking(kind, other)
             found.append(width)
         options.append(found)
     return [dict(zip(wish.chosen, widths, strict=True)) for widths in itertools.product(*options)]
@@ -205,7 +207,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
     for format in ("hf", "stock"):
         offered = {
             kind: module_widths(block, kind, 1, lambda w, f=format: format_obstacle(stream, range(3), w, format=f))  # type: ignore[misc]
-            for kind in KINDS
+            for kind in STATISTICAL
         }
         assert all(widths[0] == block.width for widths in offered.values())
         empty = [not offered["heads"][-1].heads, not offered["channels"][-1].channels]
@@ -214,7 +216,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
             # All or nothing.
             assert len(offered["heads"]) == (2 if format == "hf" else 1)
         elif format == "hf":
-            assert len(offered["heads"]) == len(attention_widths(block, KINDS)) + 1
+            assert len(offered["heads"]) == len(attention_widths(block, STATISTICAL)) + 1
     assert all(width.heads for one in uniform_plans(_wish(stream)) for width in one.widths.values())
 
 
@@ -291,7 +293,7 @@ def test_the_nearest_where_none_is_near(wishes: Wishes) -> None:
     ("goal", "more", "message"),
     [
         (0.9999, {}, r"a sparsity of 100.0% of the blocks is more than the modules hold: at most \d\d\.\d% can go"),
-        (0.9, {"kinds": ("channels",)}, r"\(only heads or only channels were asked for\)"),
+        (0.9, {"kinds": ("channels",)}, r"\(only channels were asked for\)"),
         ("params=100", {}, r"target params=100 is out of reach: the least is .*; ask for params=\d"),
         ("params=5%", {}, r"target params=5% is out of reach: .*; ask for params=\d\d(\.\d)?%, or let more go"),
         ("kv=90%", {"kinds": ("channels",)}, "what may be pruned here changes nothing of it; let other modules go"),

@@ -175,7 +175,7 @@ def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
         ({"1:1": 0.5}, "'1:1' is no range of blocks"),
         ({"-1:2": 0.5}, "'-1:2' is no range of blocks"),
         ({"0:2": 0.5, "1:3": 0.5}, "block 1 is in two ranges"),
-        ({"0:2": 1.5}, "0:2: write the share that goes, from 0 to 1, or one each for heads and channels"),
+        ({"0:2": 1.5}, "0:2: write the share that goes, from 0 to 1, or one each for heads, channels, experts"),
         ({"0:2": -0.1}, "write the share that goes"),
         ({"0:2": "half"}, "write the share that goes"),
         ({"0:2": True}, "write the share that goes"),

@@ -52,7 +52,7 @@ def test_parses(text, value, relative):
         ("", "params=80%"),
         ("params", "params=80%"),
         ("80%", "params=80%"),
-        ("sparsity=0.2", "one of params, bytes, kv"),
+        ("sparsity=0.2", "one of params, active, bytes, kv"),
         ("params=", "'' is no number"),
         ("params=many", "'many' is no number"),
         ("params=1.2.3M", "'1.2.3M' is no number"),

@@ -17,14 +17,14 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_weights
-from secateur.criteria.registry import Criteria, all_criteria
+from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
 from secateur.fit.loop import Method, refit
 from secateur.model import rows as rows_module
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2, Width
+from secateur.model.structure import Depth2, Width
 from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
@@ -96,7 +96,7 @@ def test_gradients_equal_the_whole_model(checkpoint_folder: CheckpointFolder, na
     _, own = whole(model, rows)
     for block in gradients(opened(checkpoint_folder(name)), rows, squares=squares):
         seen.append(block.index)
-        modules = [blocks_of(model)[block.index].module(kind) for kind in KINDS]
+        modules = [blocks_of(model)[block.index].module(kind) for kind in STATISTICAL]
         assert set(block.gradient) == {name for module in modules for name in scored_weights(module)}
         assert set(block.square) == (set(block.gradient) if squares else set())
         for path, found in block.gradient.items():
@@ -193,7 +193,7 @@ def test_scores(checkpoint_folder: CheckpointFolder, name: str) -> None:
     _, own = whole(model, rows)
     found = {criterion: gradient_scores(stream, rows, criterion) for criterion in FROM_GRADIENTS}
     for index, block in enumerate(blocks_of(model)):
-        for kind in KINDS:
+        for kind in STATISTICAL:
             module = block.module(kind)
             wanted: dict[str, list[float]] = {criterion: [] for criterion in FROM_GRADIENTS}
             for unit in range(module.units):

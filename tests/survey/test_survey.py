@@ -21,13 +21,13 @@ from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading
 from secateur.base.errors import SecateurError
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.order import removal_order, survivors
-from secateur.criteria.registry import Criteria, all_criteria
+from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2, Keep, Kind
+from secateur.model.structure import Depth2, Keep, Kind
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
@@ -172,7 +172,7 @@ def without(name: str, index: int, kind: Kind) -> dict[int, Keep]:
 def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """No module is left out, not even one whose single units cannot go."""
     found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
-    modules = {(index, kind) for index in range(3) for kind in KINDS}
+    modules = {(index, kind) for index in range(3) for kind in STATISTICAL}
     assert {(curve.block, curve.kind) for curve in found.curves} == modules
     whole = {(probe.block, probe.kind): probe for probe in found.probes if probe.whole}
     assert whole.keys() == modules
@@ -185,7 +185,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
         )
     parts = [probe for probe in found.probes if not probe.whole]
     locked = blocks_of(dense(name))[0].attention.locked
-    assert {probe.kind for probe in parts} == ({"channels"} if locked else set(KINDS))
+    assert {probe.kind for probe in parts} == ({"channels"} if locked else set(STATISTICAL))
     assert all(0 <= probe.divergence < float("inf") for probe in parts)
 
 

@@ -124,8 +124,9 @@ def gradient_work(stream: BlockStream, tokens: int) -> Work:
 
 
 def forward_flops(block: Block, tokens: int) -> float:
-    """One forward of a block: 2 n p."""
-    return 2.0 * tokens * block.parameters
+    """One forward of a block: 2 n p, p being what a token meets."""
+    unmet = sum(block.held(block.width, kind) - block.met(block.width, kind) for kind in block.kinds)
+    return 2.0 * tokens * (block.parameters - unmet)
 
 
 def gram_flops(inputs: int, width: int, tokens: int) -> float:

@@ -100,7 +100,8 @@ def _before_fits(run: OpenRun, rows: CalibrationRows, exact: bool) -> list[Work]
     found, file = [], run.running.survey
     if run.request.needs_survey and not (file and file.exists()):
         few, probed = survey_rows(rows.text)
-        probes = len(run.options.kinds) * (len(PROBED) + 1)
+        modules = max(len(run.request.problem.modules_of(index)) for index in run.request.chosen)
+        probes = modules * (len(PROBED) + 1)
         found.append(survey_work(run.stream, few.numel(), probed.numel(), probes))
     if Criteria(run.options.scores).need_gradients and not exact:
         found.append(gradient_work(run.stream, rows.groups.tokens))

@@ -11,7 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Width
+from secateur.model.structure import Kind, Width
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
@@ -119,10 +119,19 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         parameters=parameters,
         goal=options.goal,
         meter=parameters,
-        kinds=options.kinds,
+        kinds=_kinds(stream, options),
         multiple=options.round or usual_multiple(min((w.channels for w in dense if w.channels), default=1)),
         obstacle=obstacle,
     )
+
+
+def _kinds(stream: BlockStream, options: Options) -> tuple[Kind, ...]:
+    """The units that may go, of those that the model has."""
+    there = {kind for block in stream.blocks for kind in block.kinds}
+    if not (kinds := tuple(kind for kind in options.kinds if kind in there)):
+        known = " and ".join(sorted(there))
+        raise SecateurError(f"--modules {','.join(options.kinds)}: the model has {known} alone; name some of these")
+    return kinds
 
 
 def _needs_survey(problem: PlanProblem, options: Options) -> bool:

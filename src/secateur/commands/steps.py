@@ -129,7 +129,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
             fitted,
             probe_rows=probe_rows,
             blocks=run.request.chosen,
-            kinds=run.options.kinds,
+            kinds=run.request.problem.kinds,
             criterion=run.criteria("survey", fitted, found.similar, blocks=run.request.chosen),
             ridge=run.options.ridge,
             seed=run.options.seed,

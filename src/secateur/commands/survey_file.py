@@ -27,7 +27,7 @@ def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
     key: dict[str, Any] = {
         "fingerprint": run.stream.checkpoint.fingerprint,
         "blocks": f"{chosen.start}:{chosen.stop}",
-        "modules": ",".join(options.kinds),
+        "modules": ",".join(run.request.problem.kinds),
         "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
         "ridge": options.ridge,
     }
@@ -57,8 +57,8 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
     lengths = {(curve.block, curve.kind, curve.pattern): len(curve.errors) for curve in found.curves}
     whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
     for index in run.request.chosen:
-        for module in map(run.stream.blocks[index].module, run.options.kinds):
-            widths = {pattern: 1 if module.locked else module.steps(pattern) for pattern in module.patterns}
+        for module in run.request.problem.modules_of(index):
+            widths = {p: 1 if module.locked else module.steps(p) - max(0, module.least - 1) for p in module.patterns}
             here = {pattern: lengths.get((index, module.kind, pattern)) for pattern in module.patterns}
             if here != widths or (index, module.kind) not in whole:
                 raise SecateurError(

@@ -50,8 +50,8 @@ class Choice:
         return self.heads if kind == "heads" or self.channels is None else self.channels
 
     def uses(self, criterion: str) -> bool:
-        """Whether a criterion is one of the two."""
-        return criterion in (self.of("heads"), self.of("channels"))
+        """Whether a criterion is one of them."""
+        return criterion in (self.of("heads"), self.of("channels"), self.experts)
 
 
 def parse_choice(text: str) -> Choice:

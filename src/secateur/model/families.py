@@ -353,9 +353,10 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     others = tuple(slab for slab in slabs if slab is not level2)
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
-    each = max(-(-int(getattr(config, mixture.chosen)) // open_), 2 if groups > 1 else 1)
+    met = int(getattr(config, mixture.chosen))
+    each = max(-(-met // open_), 2 if groups > 1 else 1)
     after = family.norm_after_feed_forward
-    return Depth2("experts", others, level2, None, path, after, groups, least=each * groups)
+    return Depth2("experts", others, level2, None, path, after, groups, least=each * groups, met=met)
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:

@@ -53,7 +53,8 @@ class Mixture:
             beside = [] if self.names.bias is None else [getattr(self.whole, self.names.bias)]
             found = self.router(x_nd, *beside)
         chosen = next(part for part in found if not part.is_floating_point())
-        gates = next(part for part in found if part.is_floating_point() and part.shape == chosen.shape)
+        # Logits come first, and have the same shape where a token meets all that are left.
+        gates = next(part for part in reversed(found) if part.is_floating_point() and part.shape == chosen.shape)
         return Routes(alive[chosen], gates.float())
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:

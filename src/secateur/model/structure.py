@@ -73,7 +73,9 @@ class Depth2:
     alone: bool = False
     """Its submodule returns the output alone, and no attention weights with it."""
     least: int = 0
-    """Units that must stay, or none of the others could be used: experts that a token meets."""
+    """Units that must stay: experts without which a token would not meet as many as it does."""
+    met: int = 0
+    """Experts that a token meets."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
@@ -261,6 +263,15 @@ class Block:
     def held(self, width: Width, kind: Kind) -> int:
         """Parameters of a module at a width, without the level-2 bias; exact, from the stored shapes."""
         return sum(map(math.prod, self.shapes_at(width, kind).values()))
+
+    def met(self, width: Width, kind: Kind) -> float:
+        """Parameters of a module that a token meets, on average: of experts, those that it is routed to."""
+        module, shapes = self.module(kind), self.shapes_at(width, kind)
+        if kind != "experts":
+            return self.held(width, kind)
+        own = [name for name in shapes if name.rpartition(".")[0] == module.level2.layer]
+        inside = sum(math.prod(shapes[name]) for name in own)
+        return self.held(width, kind) - inside * (1 - module.met / width.experts)
 
     def kept_parameters(self, width: Width) -> int:
         """Parameters of the whole block at a width."""

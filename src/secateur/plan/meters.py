@@ -61,6 +61,8 @@ def meter_of(
     """The meter that a target is about; for `ppl` there is none, as it is no sum over modules."""
     if target.quantity == "params":
         return parameter_meter(stream, biases)
+    if target.quantity == "active":
+        return active_meter(stream, biases)
     if target.quantity == "bytes":
         return byte_meter(stream, dtype, gguf_type, biases)
     if target.quantity == "kv":
@@ -87,6 +89,16 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         module=lambda index, kind, width: stream.blocks[index].held(width, kind),
         form=lambda value: f"{counted(value, 1)} parameters",
         added=_added(stream) if biases else (),
+    )
+
+
+def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
+    """Parameters that a token meets: of experts, those that it is routed to; else all, as `parameter_meter` has it."""
+    every = parameter_meter(stream, biases)
+    return replace(
+        every,
+        module=lambda index, kind, width: stream.blocks[index].met(width, kind),
+        form=lambda value: f"{counted(round(value), 1)} active parameters",
     )
 
 

@@ -69,7 +69,8 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             widths[index] = _width(path, index, blocks[index], entry.get("width"))
     if units and len(units) < len(widths):
         bare = next(index for index in widths if index not in units)
-        raise SecateurError(f"{path}: block {bare} has no lists of units, as others have; list them everywhere")
+        kinds = " and ".join(blocks[bare].kinds)
+        raise SecateurError(f"{path}: block {bare} has no {kinds}, as others have; list them everywhere")
     return dict(sorted(widths.items())), dict(sorted(units.items()))
 
 

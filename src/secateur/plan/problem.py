@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from secateur.criteria.similarity import SimilarHeads
-from secateur.model.structure import KINDS, Block, Kind, Width, alike
+from secateur.model.structure import KINDS, Block, Depth2, Kind, Width, alike
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
 from secateur.plan.widths import Obstacle
@@ -62,7 +62,11 @@ class PlanProblem:
     @property
     def modules(self) -> list[tuple[int, Kind]]:
         """Those that may be cut, block by block."""
-        return [(index, kind) for index in self.chosen for kind in self.blocks[index].kinds if kind in self.kinds]
+        return [(index, module.kind) for index in self.chosen for module in self.modules_of(index)]
+
+    def modules_of(self, index: int) -> list[Depth2]:
+        """Those of one block that may be cut."""
+        return [module for module in self.blocks[index].modules if module.kind in self.kinds]
 
     @property
     def leading(self) -> Block:

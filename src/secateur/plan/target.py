@@ -9,7 +9,7 @@ from typing import Literal
 from secateur.base.errors import SecateurError
 from secateur.base.memory import UNITS
 
-Quantity = Literal["params", "bytes", "kv", "prefill", "decode", "ppl"]
+Quantity = Literal["params", "active", "bytes", "kv", "prefill", "decode", "ppl"]
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -28,6 +28,9 @@ class _Spelling:
 
 _SPELLINGS: dict[Quantity, _Spelling] = {
     "params": _Spelling(_COUNTS, "params=100M or params=80%", "{} of the parameters", "{} parameters"),
+    "active": _Spelling(
+        _COUNTS, "active=3B or active=80%", "{} of the parameters a token meets", "{} parameters that a token meets"
+    ),
     "bytes": _Spelling(UNITS, "bytes=60MB or bytes=50%", "{} of the bytes", "{}"),
     "kv": _Spelling(UNITS, "kv=12KB or kv=50%", "{} of the key/value cache", "{} of keys and values per token"),
     "prefill": _Spelling({}, "prefill=1.5x", "prompts read {} as fast"),

@@ -1,0 +1,214 @@
+"""Mixtures of experts: where tokens go, which experts leave, and what the others are refitted to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import CheckpointFolder
+from models import MIXTURES, blocks_of, build, layers_of, token_rows
+from secateur.base.team import Team
+from secateur.criteria.experts import Routed, expert_order
+from secateur.fit.block import Method
+from secateur.fit.experts import FEWEST
+from secateur.fit.loop import refit
+from secateur.fit.recovery import Recovery
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.mixture import Mixture
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Width
+from secateur.plan.problem import Plan
+
+TOKENS = 60
+
+
+@contextmanager
+def mixture_of(folder: CheckpointFolder, name: str, index: int = 2) -> Iterator[tuple[Mixture, nn.Module]]:
+    """The mixture of one filled block, and the block."""
+    stream = BlockStream(open_checkpoint(folder(name)))
+    with stream.filled(index) as layer, torch.no_grad():
+        yield Mixture(stream, layer, stream.blocks[index].feed_forward), layer
+
+
+def inputs(width: int, tokens: int = TOKENS) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(3))
+
+
+def routed_of(mixture: Mixture, tokens: int = TOKENS) -> Routed:
+    x = inputs(mixture.stream.width, tokens)
+    beside = mixture.beside(x)
+    wanted = mixture.whole(x[None])[0]
+    weight = torch.linspace(0.5, 1.5, tokens)
+    return Routed(mixture, x, wanted if beside is None else wanted - beside, weight, lambda y, _: y, Team())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        x = inputs(mixture.stream.width)
+        routes = mixture.route(x, mixture.every)
+        total = torch.zeros_like(x) if mixture.shared is None else mixture.beside(x)
+        for expert in range(mixture.module.units):
+            tokens, gates = routes.of(expert)
+            total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
+        torch.testing.assert_close(total, mixture.whole(x[None])[0], rtol=1e-4, atol=1e-5)
+        if mixture.shared is not None:
+            rows = mixture.shared_inner(x) * mixture.shared_gates(x)[:, None]
+            torch.testing.assert_close(
+                rows @ mixture.shared.down_proj.weight.T, mixture.beside(x), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """While some are gone no token meets them, the block computes so, and behind it all is as before."""
+    with mixture_of(checkpoint_folder, name) as (mixture, layer):
+        x, module = inputs(mixture.stream.width), mixture.module
+        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        dense = mixture.whole(x[None])
+        alive = torch.tensor([unit for unit in range(module.units) if unit % module.per_group])
+        routes = mixture.route(x, alive)
+        assert set(routes.experts.unique().tolist()) <= set(alive.tolist())
+        found = mixture.output(x[None], alive)[0]
+        total = torch.zeros_like(x) if mixture.shared is None else mixture.beside(x)
+        for expert in alive.tolist():
+            tokens, gates = routes.of(expert)
+            total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
+        torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, dense[0], atol=1e-3)
+        assert torch.equal(mixture.whole(x[None]), dense)
+        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:
+    """By the model's own forward."""
+    alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in gone])
+    found = mixture.output(routed.x_nd[None], alive)[0]
+    beside = mixture.beside(routed.x_nd)
+    found = found if beside is None else found - beside
+    return float(((found - routed.wanted_nd).square().sum(1) * routed.weight_n).sum())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "minimax_m2", "qwen3_moe"])
+def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        routed, module = routed_of(mixture), mixture.module
+        found = expert_order("reroute", routed, module.least)
+        assert len(found.order) == module.units - module.least
+        gone: list[int] = []
+        for place, expert in enumerate(found.order):
+            others = [unit for unit in range(module.units) if unit not in gone]
+            errors = {unit: error_without(mixture, routed, [*gone, unit]) for unit in others}
+            # Gates over all experts change a little where none of theirs goes, and that is left out.
+            assert errors[expert] <= 1.02 * min(errors.values())
+            gone.append(expert)
+            assert found.errors[place + 1] == pytest.approx(errors[expert], rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ["reroute", "reap", "frequency", "random"])
+def test_groups_stay_equally_long(checkpoint_folder: CheckpointFolder, order: str) -> None:
+    with mixture_of(checkpoint_folder, "glm4_moe groups") as (mixture, _):
+        module, routed = mixture.module, routed_of(mixture)
+        found = expert_order(order, routed, module.least)
+        for count in range(0, len(found.order), module.groups):
+            step = found.order[count : count + module.groups]
+            assert sorted(expert // module.per_group for expert in step) == list(range(module.groups))
+            assert found.errors[count] == pytest.approx(
+                error_without(mixture, routed, list(found.order[:count])), abs=1e-3
+            )
+
+
+def test_scores_by_hand(checkpoint_folder: CheckpointFolder) -> None:
+    with mixture_of(checkpoint_folder, "qwen2_moe") as (mixture, _):
+        routed = routed_of(mixture)
+        logits = routed.x_nd @ mixture.router.weight.T
+        gates, chosen = logits.softmax(1).topk(3)
+        scores, counts = [], []
+        for expert in range(8):
+            norms = torch.linalg.vector_norm(mixture.given(expert, routed.x_nd), dim=1)
+            met = (chosen == expert).any(1)
+            gate = (gates * (chosen == expert)).sum(1)
+            counts.append(float(routed.weight_n[met].sum()))
+            scores.append(float((routed.weight_n * gate * norms)[met].sum()) / counts[-1])
+        for name, wanted in (("reap", scores), ("frequency", counts)):
+            found = expert_order(name, routed, 3)
+            assert found.order == tuple(sorted(range(8), key=wanted.__getitem__)[:5])
+        assert expert_order("random", routed, 3, seed=1) != expert_order("random", routed, 3, seed=2)
+
+
+def fitted(folder: Any, experts: int, **recovery: Any) -> list[Any]:
+    stream = BlockStream(open_checkpoint(folder))
+    widths = {i: b.width.taking("experts", Width(0, 0, 0, experts)) for i, b in enumerate(stream.blocks)}
+    method = Method(recovery=Recovery(**recovery))
+    return list(refit(stream, Plan({2: widths[2]}, 0, 0), token_rows(24, 16, seed=5), method=method))
+
+
+def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder) -> None:
+    """Experts one after the other, each by float64 for what the output lacks."""
+    name, ridge = "qwen2_moe", 0.3
+    (block,) = fitted(checkpoint_folder(name), 5, ridge=ridge)
+    model, ids = build(name), token_rows(24, 16, seed=5)
+    seen: list[Tensor] = []
+    layer: Any = layers_of(model)[2]
+    layer.mlp.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    with torch.no_grad():
+        model(ids)
+        x, wanted = (value.reshape(-1, 48) for value in seen)
+        keep = list(block.keep.experts)
+        mlp = copy.deepcopy(layer.mlp)
+        gates, chosen = (x @ mlp.gate.weight[keep].T).softmax(1).topk(3)
+        x, wanted, gates = x.double(), wanted.double(), gates.double()
+        new = {
+            key: block.changed[f"mlp.{key}"].double() for key in ("experts.down_proj", "shared_expert.down_proj.weight")
+        }
+        tensors = {key: value.double() for key, value in mlp.state_dict().items()}
+        always = torch.sigmoid(x @ tensors["shared_expert_gate.weight"].T)
+        silu = nn.functional.silu
+        rows = {
+            -1: always
+            * silu(x @ tensors["shared_expert.gate_proj.weight"].T)
+            * (x @ tensors["shared_expert.up_proj.weight"].T)
+        }
+        weights = {-1: tensors["shared_expert.down_proj.weight"].T}
+        for place, expert in enumerate(keep):
+            gate, up = (x @ tensors["experts.gate_up_proj"][expert].T).chunk(2, 1)
+            rows[expert] = (gates * (chosen == place)).sum(1)[:, None] * silu(gate) * up
+            weights[expert] = tensors["experts.down_proj"][expert].T
+        left = wanted - sum(rows[one] @ weights[one] for one in rows)
+        for one, part in rows.items():
+            met = int(part.abs().sum(1).count_nonzero())
+            assert met >= FEWEST
+            hessian = part.T @ part
+            penalty = ridge * (1 + part.shape[1] / met) * hessian.diagonal().diag()
+            target = part.T @ (left + part @ weights[one])
+            solved = torch.linalg.solve(hessian + penalty, target + penalty @ weights[one])
+            found = new["shared_expert.down_proj.weight"] if one < 0 else new["experts.down_proj"][one]
+            torch.testing.assert_close(found.T, solved, rtol=1e-3, atol=1e-4)
+            left += part @ (weights[one] - solved)
+    error = float(left.square().sum(1).mean())
+    assert block.reports[1].error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    block = blocks_of(build(name))[2].feed_forward
+    stay = max(block.least, block.units * 3 // 4 // block.groups * block.groups)
+    errors = [fitted(checkpoint_folder(name), stay, method=method)[0].reports[1].error for method in ("none", "refit")]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_an_expert_that_few_tokens_meet_keeps_its_weights(checkpoint_folder: CheckpointFolder) -> None:
+    name = "qwen3_moe"
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    width = stream.blocks[2].width.taking("experts", Width(0, 0, 0, 6))
+    (block,) = refit(stream, Plan({2: width}, 0, 0), token_rows(1, 7, seed=5))
+    changed = block.changed["mlp.experts.down_proj"]
+    with mixture_of(lambda _: checkpoint_folder(name), name) as (mixture, _):
+        same = [bool(torch.equal(changed[e], mixture.experts.down_proj[e])) for e in block.keep.experts]
+    assert all(same)
