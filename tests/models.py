@@ -143,7 +143,31 @@ SIMILAR: dict[str, Callable[[], Any]] = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+_LINEAR = {
+    "head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 MIXTURES: dict[str, Callable[[], Any]] = {
+    "dots1": _config("dots1", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=1),
+    "ernie4_5_moe": _config(
+        "ernie4_5_moe",
+        **GROUPED,
+        moe_num_experts=8,
+        moe_k=3,
+        moe_intermediate_size=20,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+    ),
+    "flex_olmo": _config("flex_olmo", **GROUPED, num_experts=8, num_experts_per_tok=3),
+    "granitemoe": _config("granitemoe", **GROUPED, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.6),
+    "hunyuan_v1_moe": _config("hunyuan_v1_moe", **GROUPED, num_experts=8, moe_topk=3, head_dim=8),
+    "phimoe": _config("phimoe", **GROUPED, num_local_experts=8, num_experts_per_tok=2, attention_bias=True),
+    "qwen3_5_moe_text": _config("qwen3_5_moe_text", **TRIPLES, **_EXPERTS, **SHARED, **_LINEAR),
+    "qwen3_next": _config("qwen3_next", **TRIPLES, **_EXPERTS, **SHARED, **_LINEAR),
     "glm4_moe": _config("glm4_moe", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
     "glm4_moe groups": _config(
         "glm4_moe", **TRIPLES, **(_ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1
@@ -303,10 +327,10 @@ class _Unchosen:
             for tensor in (*owner._buffers.values(), *owner._parameters.values())
             if tensor is not None and units in tensor.shape
         ]
-        weight = next(tensor for tensor in self.tensors if tensor.dim() == 2)
-        self.biases = [(tensor, tensor.clone()) for tensor in self.tensors if tensor.dim() == 1]
+        weight = next(tensor for tensor in self.tensors if tensor.dim() == 2 and len(tensor) == units)
+        self.biases = [(tensor, tensor.clone()) for tensor in self.tensors if tensor is not weight]
         for bias, _ in self.biases:
-            bias[gone] = float("-inf")
+            bias[..., gone] = float("-inf")
         self.linear, self.owner = nn.functional.linear, nn.functional
 
         def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -173,7 +173,9 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
     if len(set(widths.values())) == 1 and min(widths[0].groups, widths[0].channels):
         stored = stock_config(raw, config, width=widths[0], **settings)
     else:
-        stored = per_layer_config(raw, config, widths=widths, dense=blocks[0].width, biases={}, **settings)
+        stored = per_layer_config(
+            raw, config, widths=widths, dense=[block.width for block in blocks], biases={}, **settings
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(stored))
     (folder / "secateur.json").write_text(json.dumps({"secateur": "0"}))

@@ -207,6 +207,37 @@ QWEN_MOE = replace(LLAMA, experts=Experts(shared="shared_expert", shared_gate="s
 DEEPSEEK = Experts(count="n_routed_experts", groups=("n_group", "topk_group"), shared="shared_experts")
 MIXTRAL = Experts(stored=_W, count="num_local_experts", renamed=(("mlp.", "block_sparse_moe."),))
 FAMILIES |= {
+    "dots1": replace(LLAMA, experts=DEEPSEEK),
+    "ernie4_5_moe": replace(
+        LLAMA,
+        experts=Experts(
+            count="moe_num_experts",
+            chosen="moe_k",
+            shared="shared_experts",
+            renamed=(("gate.moe_statics.", "moe_statics."),),
+        ),
+    ),
+    "flex_olmo": replace(OLMO2, experts=Experts()),
+    "granitemoe": replace(
+        LLAMA,
+        feed_forward="block_sparse_moe",
+        multiplier="residual_multiplier",
+        experts=Experts(
+            router="router",
+            count="num_local_experts",
+            renamed=(
+                ("experts.gate_up_proj", "input_linear.weight"),
+                ("experts.down_proj", "output_linear.weight"),
+                ("router.weight", "router.layer.weight"),
+            ),
+        ),
+    ),
+    "hunyuan_v1_moe": replace(LLAMA, experts=Experts(chosen="moe_topk", shared="shared_mlp")),
+    "phimoe": replace(
+        LLAMA, experts=replace(MIXTRAL, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate.")))
+    ),
+    "qwen3_5_moe_text": replace(QWEN_MOE, norm_offset=True, mixer=("linear_attn", "out_proj")),
+    "qwen3_next": replace(QWEN_MOE, norm_offset=True, mixer=("linear_attn", "out_proj")),
     "glm4_moe": replace(LLAMA, experts=DEEPSEEK),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
     "mixtral": replace(LLAMA, experts=MIXTRAL),

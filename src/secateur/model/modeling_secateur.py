@@ -2,8 +2,8 @@
 
 config.json is that of the dense model, and `per_layer_config` says where a layer differs: in query heads
 (`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels (`intermediate_size`,
-`n_inner` or `ffn_dim`) or experts (`num_experts`, `num_local_experts` or `n_routed_experts`), and in biases that only
-its output layers have. The stock class builds the dense layers,
+`n_inner` or `ffn_dim`) or experts (`num_experts`, `num_local_experts`, `n_routed_experts` or `moe_num_experts`), and in
+biases that only its output layers have. The stock class builds the dense layers,
 then each is cut down to its width; on the meta device, where `from_pretrained` builds, that costs nothing.
 A layer without heads or channels adds nothing but the bias of its output layer.
 
@@ -29,7 +29,7 @@ ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_outpu
 CHANNELS = ("ffn_dim", "n_inner", "intermediate_size")
 """Keys of the feed-forward width; a config has one of them."""
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of the number of experts, in configs and in the modules that experts and routers are."""
 
 CHOSEN = ("top_k", "num_experts_per_tok")
@@ -137,7 +137,7 @@ def resize(
     else:
         setattr(layer, name, NoHeads(attention, biases[0]))
     # OPT's two feed-forward layers hang in the decoder layer itself.
-    place = next((name for name in ("mlp", "feed_forward") if hasattr(layer, name)), "")
+    place = next((name for name in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, name)), "")
     mlp: Any = getattr(layer, place, layer)
     if hasattr(mlp, "experts"):
         narrow_mixture(mlp, experts)
