@@ -16,9 +16,9 @@ def families() -> None:
         from secateur.commands.families import families as rows
 
     table = Table(title="Families", title_justify="left")
-    for name in ("model_type", "heads go", "stock takes", "llama.cpp's"):
+    for name in ("model_type", "heads go", "of the feed-forward", "stock takes", "llama.cpp's"):
         table.add_column(name)
     found = rows()
     for row in found:
         table.add_row(*row)
-    show(table, [f"{len(found)} families. Channels go in all of them, and --format hf holds any heads and channels."])
+    show(table, [f"{len(found)} families. --format hf holds whatever goes, in each block its own width."])

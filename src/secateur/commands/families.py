@@ -16,6 +16,8 @@ class FamilyRow(NamedTuple):
     """Its `model_type`."""
     heads: str
     """Whether single attention heads go; why not, where they do not."""
+    fed: str
+    """What goes of the feed-forward."""
     stock: str
     """Heads that the family's own class takes."""
     gguf: str
@@ -23,11 +25,12 @@ class FamilyRow(NamedTuple):
 
 
 def families() -> list[FamilyRow]:
-    """All families, by name. Feed-forward channels go in each of them, and the format `hf` holds what goes."""
+    """All families, by name. The format `hf` holds whatever goes."""
     return [
         FamilyRow(
             name,
             _heads(family),
+            "channels" if family.experts is None else "experts; channels of blocks without them",
             STOCK_HEADS["dense" if family.heads_locked or family.mixer else STOCK[name].heads],
             ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
         )

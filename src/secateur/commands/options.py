@@ -79,8 +79,8 @@ class Options:
         None,
         TARGET,
         "The most that the result may take, in place of a share: params=100M, params=80%, bytes=60MB (of its tensors), "
-        "kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), ppl=1.2x (of prune alone: the smallest model "
-        "within that loss).",
+        "active=80% (parameters that a token meets), kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), "
+        "ppl=1.2x (of prune alone: the smallest model within that loss).",
         shown="none",
     )
     plan: str | None = option(

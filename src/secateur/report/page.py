@@ -56,6 +56,8 @@ def page_data(
         "ridge": survey.ridge,
         "tokens": survey.tokens,
         "probed": bool(survey.probes),
+        # Experts stand in the place of channels; blocks without them are shown alike.
+        "fed": "experts" if any(block.width.experts for block in blocks) else "channels",
         "blocks": [[block.width.groups, block.width.per_group, block.width.fed] for block in blocks],
         "modules": [_module(blocks[curves[0].block], curves, prices) for curves in modules.values()],
         "plans": [_plan(share, plan, blocks, prices) for share, plan in plans.items()],
@@ -69,7 +71,10 @@ def render(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for place, word in (("{{FED}}", data["fed"].capitalize()), ("{{fed}}", data["fed"]), ("{{one}}", data["fed"][:-1])):
+        page = page.replace(place, word)
+    return page.replace(PLACE, text)
 
 
 def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, 
     module = block.module(curves[0].kind)
     return {
         "block": curves[0].block,
-        "kind": module.kind,
+        "kind": "heads" if module.kind == "heads" else "channels",
         "units": module.units,
         "locked": module.locked,
         "curves": [_curve(block, module, curve, prices) for curve in curves],
@@ -92,7 +97,7 @@ def _curve(block: Block, module: Depth2, curve: Curve, prices: Prices) -> dict[s
     gone = [*_thinned(len(curve.errors)), units]
     lost = [_share(curve.errors[count], curve) for count in gone[:-1]]
     return {
-        "pattern": curve.pattern,
+        "pattern": "channels" if curve.pattern == "experts" else curve.pattern,
         "left": [units - count for count in gone],
         "lost": [_short(value) for value in (*lost, 1.0)],
         "price": [_short(_price(block, module, curve, count, prices)) for count in gone],
