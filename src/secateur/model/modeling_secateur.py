@@ -139,7 +139,7 @@ def resize(
     # OPT's two feed-forward layers hang in the decoder layer itself.
     place = next((name for name in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, name)), "")
     mlp: Any = getattr(layer, place, layer)
-    if hasattr(mlp, "experts"):
+    if hasattr(mlp, "experts") or hasattr(mlp, "input_linear"):
         narrow_mixture(mlp, experts)
     elif channels:
         for child, linear in projections(mlp):
@@ -152,15 +152,18 @@ def resize(
 
 def narrow_mixture(mixture: Any, experts: int) -> None:
     """Keep the first experts of a mixture."""
-    if isinstance(mixture.experts, nn.ModuleList):  # transformers 4
-        dense = len(mixture.experts)
-        mixture.experts = nn.ModuleList(list(mixture.experts)[:experts])
-        owners = [mixture]
+    held: Any = getattr(mixture, "experts", None)
+    names = ["gate", "router", "moe_statics", "input_linear", "output_linear"]
+    if isinstance(held, nn.ModuleList):  # transformers 4
+        dense = len(held)
+        mixture.experts = nn.ModuleList(list(held)[:experts])
     else:
-        dense = next(getattr(mixture.experts, key) for key in EXPERTS if hasattr(mixture.experts, key))
-        owners = [mixture, mixture.experts]
-    router = next(getattr(mixture, name) for name in ("gate", "router") if hasattr(mixture, name))
-    for owner in (*owners, *router.modules()):
+        # GraniteMoe has two layers of experts there.
+        first = mixture.input_linear if held is None else held
+        dense = next(getattr(first, key) for key in EXPERTS if hasattr(first, key))
+        names.append("experts")
+    parts = [getattr(mixture, name) for name in names if hasattr(mixture, name)]
+    for owner in (mixture, *(module for part in parts for module in part.modules())):
         for tensors in (owner._parameters, owner._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and dense in tensor.shape:
