@@ -31,6 +31,7 @@ from secateur.cli.app import app
 from secateur.commands.open import open_model
 from secateur.model import rows as batches
 from secateur.model.rows import Rows
+from secateur.model.structure import KINDS
 
 SAMPLES = 19
 """Odd, and no multiple of a batch: one process has more rows than the other."""
@@ -64,7 +65,7 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 def assert_alike(out: Path, other: Path) -> None:
     """Two pruned models keep the same units, and have the same weights to rounding."""
     records = [json.loads((path / "secateur.json").read_text()) for path in (out, other)]
-    kept = [[[block[kind] for kind in ("heads", "channels")] for block in one["blocks"]] for one in records]
+    kept = [[[block.get(kind) for kind in KINDS] for block in one["blocks"]] for one in records]
     assert kept[0] == kept[1]
     found, wanted = (load_file(path / "model.safetensors") for path in (out, other))
     assert found.keys() == wanted.keys()

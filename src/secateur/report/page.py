@@ -71,8 +71,8 @@ def render(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for place, word in (("{{FED}}", data["fed"].capitalize()), ("{{fed}}", data["fed"]), ("{{one}}", data["fed"][:-1])):
+    page, fed = TEMPLATE.read_text(encoding="utf-8"), data.get("fed", "channels")
+    for place, word in (("{{FED}}", fed.capitalize()), ("{{fed}}", fed), ("{{one}}", fed[:-1])):
         page = page.replace(place, word)
     return page.replace(PLACE, text)
 
