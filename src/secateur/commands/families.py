@@ -30,7 +30,7 @@ def families() -> list[FamilyRow]:
         FamilyRow(
             name,
             _heads(family),
-            "channels" if family.experts is None else "experts; channels of blocks without them",
+            "channels" if family.experts is None else "experts",
             STOCK_HEADS["dense" if family.heads_locked or family.mixer else STOCK[name].heads],
             ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
         )

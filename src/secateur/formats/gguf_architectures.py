@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.families import Family, family_of, head_dim
+from secateur.model.families import FAMILIES, Family, family_of, head_dim
 from secateur.model.structure import Width
 
 
@@ -191,6 +191,11 @@ class Model:
             raise SecateurError(
                 f"{self.checkpoint.source}: a multimodal model, which llama.cpp takes in two files; let its own "
                 "converter make them of the pruned folder"
+            )
+        if FAMILIES[kind].experts is not None:
+            raise SecateurError(
+                f"{self.checkpoint.source}: experts are not written as GGUF yet; let llama.cpp's own converter make the "
+                "file of a folder pruned with --widths uniform"
             )
         if kind not in SOURCES:
             raise SecateurError(
