@@ -194,7 +194,7 @@ class Model:
             )
         if FAMILIES[kind].experts is not None:
             raise SecateurError(
-                f"{self.checkpoint.source}: experts are not written as GGUF yet; let llama.cpp's own converter make the "
+                f"{self.checkpoint.source}: experts are not written as GGUF yet; let llama.cpp's converter make the "
                 "file of a folder pruned with --widths uniform"
             )
         if kind not in SOURCES:
