@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from floor import rates
 from secateur.base.memory import LIMITS, bytes_of
@@ -42,13 +42,18 @@ VOCABULARY = 32_000
 
 
 class Shape(NamedTuple):
-    """Of a Llama model."""
+    """Of a Llama model, or of a Qwen3 with experts."""
 
     width: int
     channels: int
+    """Of each expert, where there are such."""
     heads: int
     groups: int
     depth: int
+    experts: int = 0
+    chosen: int = 0
+    head: int = 0
+    """Entries of a head, where that is not the width over the heads."""
 
 
 SHAPES = {
@@ -57,31 +62,37 @@ SHAPES = {
     "7b": Shape(4096, 11_008, 32, 32, 32),
     "8b": Shape(4096, 14_336, 32, 8, 32),
     "70b": Shape(8192, 28_672, 64, 8, 80),
+    "30b-a3b": Shape(2048, 768, 32, 4, 48, experts=128, chosen=8, head=128),
 }
 
 
 def make(shape: Shape, blocks: int, folder: Path) -> None:
     """A model of random weights in bfloat16, one tensor in memory at a time."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.width,
-        intermediate_size=shape.channels,
-        num_hidden_layers=blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.groups,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
+    head = shape.head or shape.width // shape.heads
+    keys: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": shape.width, "num_hidden_layers": blocks}
+    keys |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups, "head_dim": head}
+    keys |= {"max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    if shape.experts:
+        keys |= {"num_experts": shape.experts, "num_experts_per_tok": shape.chosen, "norm_topk_prob": True}
+        keys |= {"moe_intermediate_size": shape.channels, "architectures": ["Qwen3MoeForCausalLM"]}
+        Qwen3MoeConfig(**keys).save_pretrained(folder)
+    else:
+        keys |= {"intermediate_size": shape.channels, "architectures": ["LlamaForCausalLM"]}
+        LlamaConfig(**keys).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
     d, f = shape.width, shape.channels
-    keys = d // shape.heads * shape.groups
-    sizes = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (keys, d), "self_attn.v_proj": (keys, d)}
-    sizes |= {"self_attn.o_proj": (d, d), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+    queries, shared = shape.heads * head, shape.groups * head
+    sizes = {"self_attn.q_proj": (queries, d), "self_attn.k_proj": (shared, d), "self_attn.v_proj": (shared, d)}
+    sizes |= {"self_attn.o_proj": (d, queries)}
+    norms = {"input_layernorm": d, "post_attention_layernorm": d}
+    places = [f"mlp.experts.{expert}" for expert in range(shape.experts)] or ["mlp"]
+    for place in places:
+        sizes |= {f"{place}.gate_proj": (f, d), f"{place}.up_proj": (f, d), f"{place}.down_proj": (d, f)}
+    if shape.experts:
+        sizes["mlp.gate"] = (shape.experts, d)
+        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
     writer, dice = ShardWriter(folder), torch.Generator().manual_seed(0)
 
     def add(name: str, *size: int) -> None:
@@ -91,8 +102,8 @@ def make(shape: Shape, blocks: int, folder: Path) -> None:
     for index in range(blocks):
         for name, size in sizes.items():
             add(f"model.layers.{index}.{name}.weight", *size)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            writer.add(f"model.layers.{index}.{norm}.weight", torch.ones(d, dtype=torch.bfloat16))
+        for norm, size in norms.items():
+            writer.add(f"model.layers.{index}.{norm}.weight", torch.ones(size, dtype=torch.bfloat16))
     writer.add("model.norm.weight", torch.ones(d, dtype=torch.bfloat16))
     writer.close()
 
