@@ -123,7 +123,9 @@ def _scores(block: Block, module: Depth2, curve: Curve, prices: Prices) -> list[
 
 def _price(block: Block, module: Depth2, curve: Curve, gone: int, prices: Prices) -> float:
     """Of a module with that many of the pattern's units gone, in nats per token."""
-    return prices.of(curve.block, module, _width(block.width, curve.pattern, module.steps(curve.pattern) - gone))
+    # What never leaves alone goes with the module.
+    left = module.steps(curve.pattern) - gone if gone < len(curve.errors) else 0
+    return prices.of(curve.block, module, _width(block.width, curve.pattern, left))
 
 
 def _width(dense: Width, pattern: Pattern, left: int) -> Width:

@@ -87,14 +87,16 @@ BARS = " ▁▂▃▄▅▆▇█"
 def profile(dense: list[Width], now: list[Width]) -> list[str]:
     """Two lines, one character a block: the share of heads and of channels, or experts, that stays."""
 
+    fed = " and ".join(_fed(dense, now))
+
     def line(label: str, shares: list[float]) -> str:
         # The lowest bar means that something is left; a blank, that nothing is.
         marks = "".join(BARS[math.ceil(share * 8)] for share in shares)
-        return f"{label:<9}|{marks}| block 0 to {len(dense) - 1}, full height: as before"
+        return f"{label:<{max(len(fed), 8) + 1}}|{marks}| block 0 to {len(dense) - 1}, full height: as before"
 
     return [
         line("heads", [a.heads / b.heads for a, b in zip(now, dense, strict=True)]),
-        line(" and ".join(_fed(dense, now)), [a.fed / b.fed for a, b in zip(now, dense, strict=True)]),
+        line(fed, [a.fed / b.fed for a, b in zip(now, dense, strict=True)]),
     ]
 
 
