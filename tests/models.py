@@ -164,7 +164,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
     "flex_olmo": _config("flex_olmo", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "granitemoe": _config("granitemoe", **GROUPED, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.6),
-    "hunyuan_v1_moe": _config("hunyuan_v1_moe", **GROUPED, num_experts=8, moe_topk=3, head_dim=8),
+    "hunyuan_v1_moe": _config("hunyuan_v1_moe", **GROUPED, num_experts=8, moe_topk=[3, 3, 3], head_dim=8),
     "phimoe": _config("phimoe", **GROUPED, num_local_experts=8, num_experts_per_tok=2, attention_bias=True),
     "qwen3_5_moe_text": _config("qwen3_5_moe_text", **TRIPLES, **_EXPERTS, **SHARED, **_LINEAR),
     "qwen3_next": _config("qwen3_next", **TRIPLES, **_EXPERTS, **SHARED, **_LINEAR),

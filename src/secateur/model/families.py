@@ -384,7 +384,9 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     others = tuple(slab for slab in slabs if slab is not level2)
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
-    met = int(getattr(config, mixture.chosen))
+    met = getattr(config, mixture.chosen)
+    # Hunyuan's config may have one for each block; the most is enough for all of them.
+    met = max(met) if isinstance(met, list) else int(met)
     each = max(-(-met // open_), 2 if groups > 1 else 1)
     after = family.norm_after_feed_forward
     return Depth2("experts", others, level2, None, path, after, groups, least=each * groups, met=met)
