@@ -84,6 +84,14 @@ ROWS: dict[str, Callable[[], Any]] = {
 }
 """Name of a case → its config. The first word is the family's model type, or its beginning."""
 
+LINEAR: dict[str, Any] = {
+    "head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
 SIMILAR: dict[str, Callable[[], Any]] = {
     "apertus": _config("apertus", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
@@ -120,16 +128,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "olmo": _config("olmo", **GROUPED, clip_qkv=1.5),
     "olmo3": _config("olmo3", **GROUPED, **WINDOWED),
     "phi": _config("phi", **GROUPED, partial_rotary_factor=0.5, qk_layernorm=True),
-    "qwen3_5_text": _config(
-        "qwen3_5_text",
-        **TRIPLES,
-        head_dim=12,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=6,
-        linear_value_head_dim=6,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-    ),
+    "qwen3_5_text": _config("qwen3_5_text", **TRIPLES, **LINEAR),
     "seed_oss": _config("seed_oss", **GROUPED, head_dim=12),
     "smollm3": _config("smollm3", **GROUPED, no_rope_layers=[1, 0, 1]),
     "stablelm": _config("stablelm", **GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
@@ -143,14 +142,6 @@ SIMILAR: dict[str, Callable[[], Any]] = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
-_LINEAR = {
-    "head_dim": 12,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 6,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
 MIXTURES: dict[str, Callable[[], Any]] = {
     "dots1": _config("dots1", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=1),
     "ernie4_5_moe": _config(
@@ -166,8 +157,8 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "granitemoe": _config("granitemoe", **GROUPED, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.6),
     "hunyuan_v1_moe": _config("hunyuan_v1_moe", **GROUPED, num_experts=8, moe_topk=[3, 3, 3], head_dim=8),
     "phimoe": _config("phimoe", **GROUPED, num_local_experts=8, num_experts_per_tok=2, attention_bias=True),
-    "qwen3_5_moe_text": _config("qwen3_5_moe_text", **TRIPLES, **_EXPERTS, **SHARED, **_LINEAR),
-    "qwen3_next": _config("qwen3_next", **TRIPLES, **_EXPERTS, **SHARED, **_LINEAR),
+    "qwen3_5_moe_text": _config("qwen3_5_moe_text", **TRIPLES, **_EXPERTS, **SHARED, **LINEAR),
+    "qwen3_next": _config("qwen3_next", **TRIPLES, **_EXPERTS, **SHARED, **LINEAR),
     "glm4_moe": _config("glm4_moe", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
     "glm4_moe groups": _config(
         "glm4_moe", **TRIPLES, **(_ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from models import GEMMA, GROUPED, SIZES, TRIPLES, VOCAB, make_letters, relative, silenced, token_rows
+from models import GEMMA, GROUPED, LINEAR, SIZES, TRIPLES, VOCAB, make_letters, relative, silenced, token_rows
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.measure.compare import evaluate
@@ -58,18 +58,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-HYBRID: dict[str, Any] = {
-    "head_dim": 12,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 6,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
 CASES["qwen3_5"] = (
     "qwen3_5",
     {
-        "text_config": SIZES | TRIPLES | HYBRID | {"model_type": "qwen3_5_text"},
+        "text_config": SIZES | TRIPLES | LINEAR | {"model_type": "qwen3_5_text"},
         "vision_config": {
             "depth": 1,
             "hidden_size": 16,

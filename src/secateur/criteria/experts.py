@@ -33,7 +33,7 @@ class Routed:
     x_nd: Tensor
     """Inputs of the mixture."""
     wanted_nd: Tensor
-    """What all routed experts together are to give, in the units in which errors count."""
+    """What the mixture is to give, in the units in which errors count; then what its routed experts are."""
     weight_n: Tensor
     """What each token counts."""
     unit: Callable[[Tensor, Tensor], Tensor]
@@ -45,9 +45,16 @@ class Routed:
     _count: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if (beside := self.mixture.beside(self.x_nd)) is not None:
+            self.wanted_nd = self.wanted_nd - self.unit(beside, self.everyone)
         shape = (len(self.x_nd), self.mixture.module.units)
         self._place = torch.full(shape, -1, dtype=torch.int64, device=self.x_nd.device)
         self._given, self._count = self.wanted_nd.new_empty(0, self.wanted_nd.shape[1]), 0
+
+    @property
+    def everyone(self) -> Tensor:
+        """All tokens (n)."""
+        return torch.arange(len(self.x_nd), device=self.x_nd.device)
 
     def losses(self, tokens: Tensor, routes: Routes) -> Tensor:
         """Squared errors of the output of some tokens on their routes (m)."""
@@ -84,14 +91,13 @@ class ExpertOrder(NamedTuple):
 def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertOrder:
     """Find the order in which experts leave until `stop` are left; as many of every group, where there are groups."""
     team, mixture = routed.team, routed.mixture
-    groups, alive, everyone = mixture.module.groups, mixture.every, torch.arange(len(routed.x_nd))
-    everyone = everyone.to(alive.device)
+    groups, alive = mixture.module.groups, mixture.every
     scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
     order: list[int] = []
     counts, errors = [], []
     while True:
         routes = mixture.route(routed.x_nd, alive)
-        losses = routed.losses(everyone, routes)
+        losses = routed.losses(routed.everyone, routes)
         counts.append(len(order))
         errors.append(team.total(float(losses.sum(dtype=torch.float64))))
         left = len(alive) - stop

@@ -15,7 +15,7 @@ from secateur.base.errors import SecateurError
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
-from secateur.fit.module import ModuleReport
+from secateur.fit.module import ModuleReport, report_of
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.mixture import Mixture
@@ -47,15 +47,10 @@ class ExpertsState:
             if self.recovery.fits:
                 self._refit(left, alive)
         self._advance(alive)
-        team, state = self.stream.team, self.state
+        team = self.stream.team
         error = team.total(float((self._weight * left.square().sum(1)).sum(dtype=torch.float64)))
         count = team.total(float(self._weight.sum(dtype=torch.float64)))
-        energy = team.total(state.goal[self.module.kind].energy(state.rows, self.norm.read_o))
-        error *= self.target.multiplier**2
-        report = ModuleReport(
-            self.module.kind, len(keep), self.module.units, error / count, error / energy if energy else 0.0
-        )
-        return keep, report
+        return keep, report_of(self.target, len(keep), error, count)
 
     def _collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of all tokens: inputs (n x d), what the mixture is to give (n x d), what they count in the fit and in the
@@ -91,12 +86,10 @@ class ExpertsState:
             return tuple(range(stay))
         counted = self._score.nonzero()[:, 0]
         some = counted[:: max(1, len(counted) * self.stream.team.size // TOKENS)]
-        beside = self.mixture.beside(self._x[some])
-        wanted = self._wanted[some]
         routed = Routed(
             self.mixture,
             self._x[some],
-            wanted if beside is None else wanted - self._unit(beside, some),
+            self._wanted[some],
             self._score[some],
             lambda y, tokens: self._unit(y, some[tokens]),
             self.stream.team,

@@ -39,6 +39,14 @@ class ModuleReport:
     """The same over the energy of the dense residual stream after the module."""
 
 
+def report_of(target: ModuleTarget, kept: int, error: float, count: float) -> ModuleReport:
+    """The report of a module whose fit leaves an error, summed over what `count` tokens count."""
+    state, module = target.state, target.module
+    energy = state.stream.team.total(state.goal[module.kind].energy(state.rows, target.norm.read_o))
+    error *= target.multiplier**2
+    return ModuleReport(module.kind, kept, module.units, error / count, error / energy if energy else 0.0)
+
+
 class ModuleState:
     """One module, while it is being pruned."""
 
@@ -96,11 +104,7 @@ class ModuleState:
         self._store(old, fitted, bias, kept)
         self._advance(inputs, kept)
         self.state.arena.release(inputs.stored)
-        energy = self.stream.team.total(self.state.goal[module.kind].energy(self.state.rows, self.norm.read_o))
-        error *= self.target.multiplier**2
-        relative = error / energy if energy else 0.0
-        report = ModuleReport(module.kind, len(keep), module.units, error / inputs.moments.count, relative)
-        return keep, report
+        return keep, report_of(self.target, len(keep), error, inputs.moments.count)
 
     def _solved(self, make: Callable[[], Fit]) -> Fit:
         """A fit that the module's owner makes of the moments."""

@@ -93,6 +93,8 @@ class Family:
 
 
 LLAMA = Family()
+LINEAR = ("linear_attn", "out_proj")
+"""Qwen's linear attention, as a mixer."""
 POST_NORMS = replace(
     LLAMA,
     norm_after_attention="post_attention_layernorm",
@@ -154,7 +156,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": LLAMA,
     "olmo3": OLMO2,
     "phi": replace(NO_GATE, output="dense", up="fc1", down="fc2", final_norm="model.final_layernorm"),
-    "qwen3_5_text": replace(LLAMA, norm_offset=True, mixer=("linear_attn", "out_proj")),
+    "qwen3_5_text": replace(LLAMA, norm_offset=True, mixer=LINEAR),
     "seed_oss": LLAMA,
     "smollm3": LLAMA,
     "stablelm": LLAMA,
@@ -204,6 +206,7 @@ FAMILIES: dict[str, Family] = {
 
 _W = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
 QWEN_MOE = replace(LLAMA, experts=Experts(shared="shared_expert", shared_gate="shared_expert_gate"))
+QWEN_NEXT = replace(QWEN_MOE, norm_offset=True, mixer=LINEAR)
 DEEPSEEK = Experts(count="n_routed_experts", groups=("n_group", "topk_group"), shared="shared_experts")
 MIXTRAL = Experts(stored=_W, count="num_local_experts", renamed=(("mlp.", "block_sparse_moe."),))
 FAMILIES |= {
@@ -236,8 +239,8 @@ FAMILIES |= {
     "phimoe": replace(
         LLAMA, experts=replace(MIXTRAL, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate.")))
     ),
-    "qwen3_5_moe_text": replace(QWEN_MOE, norm_offset=True, mixer=("linear_attn", "out_proj")),
-    "qwen3_next": replace(QWEN_MOE, norm_offset=True, mixer=("linear_attn", "out_proj")),
+    "qwen3_5_moe_text": QWEN_NEXT,
+    "qwen3_next": QWEN_NEXT,
     "glm4_moe": replace(LLAMA, experts=DEEPSEEK),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
     "mixtral": replace(LLAMA, experts=MIXTRAL),

@@ -110,7 +110,8 @@ class BlockStream:
 
     def stored_name(self, index: int, name: str) -> str:
         """The same, of a tensor in one piece."""
-        return self._resolve(self._inside(index, name))
+        (stored,) = self.stored_names(index, name)
+        return stored
 
     def _inside(self, index: int, name: str) -> str:
         return f"{self.family.blocks}.{index}.{name}"
@@ -138,18 +139,12 @@ class BlockStream:
         stored.append(self.read(f"{self.family.final_norm}.weight"))
         return torch.stack(stored).to(self.device, torch.float32) + self.family.norm_offset
 
-    def _resolve(self, name: str) -> str:
-        resolved = self.checkpoint.resolve(name)
-        if resolved is None:
-            raise SecateurError(f"{self.checkpoint.source}: tensor {name} is missing")
-        return resolved
-
     def read(self, name: str) -> Tensor:
         """A tensor as stored, by its name in the model."""
-        return self.checkpoint.read(self._resolve(name))
+        return self.checkpoint.read_parameter(name)
 
     def _read_block(self, index: int, name: str) -> Tensor:
-        return self.checkpoint.read_parameter(self._inside(index, name))
+        return self.read(self._inside(index, name))
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:

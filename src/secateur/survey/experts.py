@@ -16,11 +16,9 @@ from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
+from secateur.survey.collector import PROBED
 from secateur.survey.curves import Curve
 from secateur.survey.probes import Cut
-
-PROBED = 0.5
-"""The share of the experts that may leave whose removal is probed, beside that of the whole mixture."""
 
 
 class ExpertsCollector:
@@ -68,27 +66,24 @@ class ExpertsCollector:
     def measure(self, ridge: float, seed: int) -> None:
         """Find the curve and the cuts, which `told` gives; all processes do it together."""
         x, z, scale, weight = map(torch.cat, zip(*self._kept, strict=True))
-        beside, team = self.mixture.beside(x), self.stream.team
+        team = self.stream.team
 
         def unit(y: Tensor, tokens: Tensor) -> Tensor:
             return self.norm.scale(y) * scale[tokens][:, None]
 
-        everyone = torch.arange(len(x), device=x.device)
-        wanted = unit(z if beside is None else z - beside, everyone)
-        routed = Routed(self.mixture, x, wanted, weight, unit, team)
+        own = unit(z, torch.arange(len(z), device=z.device))
+        routed = Routed(self.mixture, x, own, weight, unit, team)
         module = self.module
         found = expert_order(self.order, routed, module.least, module_seed(seed, self.index, module.kind))
         count = team.total(float(weight.sum(dtype=torch.float64)))
-        energies = (unit(z, everyone).square().sum(1) * weight).sum(dtype=torch.float64)
-        energy = team.total(float(energies)) / count
+        energy = team.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64))) / count
         errors = tuple(error / count for error in found.errors)
-        half = round(len(found.order) * PROBED) // module.groups * module.groups
-        every = self.mixture.every
-        stay = every[torch.isin(every, torch.tensor(found.order[:half], device=every.device), invert=True)]
-        none = z.new_empty(0, 0)
-        cuts = [Cut(self.index, module, energy, every[:0], none)]
-        if half:
-            cuts.insert(0, Cut(self.index, module, errors[half] - errors[0], stay, none))
+        every, none, cuts = self.mixture.every, z.new_empty(0, 0), list[Cut]()
+        for share in PROBED:
+            if gone := round(len(found.order) * share) // module.groups * module.groups:
+                left = torch.isin(every, torch.tensor(found.order[:gone], device=every.device), invert=True)
+                cuts.append(Cut(self.index, module, errors[gone] - errors[0], every[left], none))
+        cuts.append(Cut(self.index, module, energy, every[:0], none))
         self._found = [Curve(self.index, module.kind, "experts", errors, energy, found.order)], cuts
 
     def told(self) -> tuple[list[Curve], list[Cut]]:
