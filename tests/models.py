@@ -93,6 +93,14 @@ LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 9,
+}
 SIMILAR: dict[str, Callable[[], Any]] = {
     "apertus": _config("apertus", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "arcee": _config("arcee", **GROUPED),
@@ -136,6 +144,11 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "starcoder2": _config("starcoder2", **GROUPED, sliding_window=7),
     "vaultgemma": _config("vaultgemma", **GEMMA),
     "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
+    # Its class sets the padding token's embedding to zero whenever it loads.
+    "youtu": _config("youtu", "pad_token_id", **LATENT),
+    "youtu plain": _config(
+        "youtu", "pad_token_id", **(LATENT | {"q_lora_rank": None}), attention_bias=True, rope_interleave=False
+    ),
 }
 """More families, of mechanisms that those above have too: they go through the matrix alone."""
 
@@ -155,13 +168,24 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
     "flex_olmo": _config("flex_olmo", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "granitemoe": _config("granitemoe", **GROUPED, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.6),
+    "gpt_oss": _config("gpt_oss", **GROUPED, **WINDOWED, num_local_experts=8, num_experts_per_tok=3, head_dim=12),
     "hunyuan_v1_moe": _config("hunyuan_v1_moe", **GROUPED, num_experts=8, moe_topk=[3, 3, 3], head_dim=8),
     "phimoe": _config("phimoe", **GROUPED, num_local_experts=8, num_experts_per_tok=2, attention_bias=True),
     "qwen3_5_moe_text": _config("qwen3_5_moe_text", **TRIPLES, **_EXPERTS, **SHARED, **LINEAR),
     "qwen3_next": _config("qwen3_next", **TRIPLES, **_EXPERTS, **SHARED, **LINEAR),
+    "deepseek_v2": _config(
+        "deepseek_v2", **LATENT, **_ROUTED, topk_method="group_limited_greedy", n_group=2, topk_group=2
+    ),
+    "deepseek_v3": _config("deepseek_v3", **LATENT, **_ROUTED, n_group=2, topk_group=2),
+    "deepseek_v3 plain": _config(
+        "deepseek_v3", **(LATENT | {"q_lora_rank": None}), **_ROUTED, n_group=1, topk_group=1, attention_bias=True
+    ),
     "glm4_moe": _config("glm4_moe", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
     "glm4_moe groups": _config(
         "glm4_moe", **TRIPLES, **(_ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1
+    ),
+    "glm4_moe_lite": _config(
+        "glm4_moe_lite", **LATENT, **_ROUTED, mlp_layer_types=["dense", "sparse", "sparse"], norm_topk_prob=True
     ),
     "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
     "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),

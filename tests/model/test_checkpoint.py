@@ -329,8 +329,11 @@ BROKEN = {
         keys(quantization_config={"quant_method": "gptq"}),
         r"quantised weights \(gptq\).*use an unquantised",
     ),
-    "fp8": (keys(quantization_config={"quant_method": "fp8"}), r"quantised weights \(fp8\)"),
-    "compressed": (keys(compression_config={"format": "x"}), r"quantised weights \(unknown\)"),
+    "bitsandbytes": (keys(quantization_config={"load_in_8bit": True}), r"quantised weights \(unknown\)"),
+    "compressed": (
+        keys(compression_config={"quant_method": "compressed-tensors", "format": "x"}),
+        r"quantised weights \(compressed-tensors, x\)",
+    ),
     "vision": (keys(vision_config={"hidden_size": 8}), r"llama is a multimodal model \(vision_config\)"),
     "audio": (keys(audio_config={"hidden_size": 8}), r"multimodal model \(audio_config\)"),
     "encoder-decoder": (config('{"model_type": "t5"}'), "t5 is an encoder-decoder model"),

@@ -17,6 +17,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.stock import STOCK, stock_config
 from secateur.model import modeling_secateur
+from secateur.model.config_file import stock_class
 from secateur.model.families import FAMILIES
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
 from secateur.model.structure import Block, Width
@@ -71,7 +72,7 @@ def per_layer_config(
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
     stored["head_dim"] = head_dim
     config_class = type(config)
-    causal = _causal_class(config_class).__name__
+    causal = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, config_class).__name__
     classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
@@ -108,7 +109,7 @@ def model_class(config: Any) -> Any:
     """
     if not is_per_layer(config):
         return AutoModelForCausalLM
-    return getattr(modeling_secateur, PREFIX + _causal_class(type(config)).__name__)
+    return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
 
 
 def register() -> None:
@@ -117,7 +118,7 @@ def register() -> None:
     Dense models keep their stock classes: `architectures` in config.json decides.
     """
     for kind in STOCK:
-        stock = _causal_class(CONFIG_MAPPING[kind])
+        stock = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, CONFIG_MAPPING[kind])
         ours = getattr(modeling_secateur, PREFIX + stock.__name__)
         AutoModelForCausalLM.register(CONFIG_MAPPING[kind], (stock, ours), exist_ok=True)
 
@@ -166,9 +167,3 @@ def _clashes(width: Width, dense: Width) -> bool:
     """Whether some tensor that is stored has another shape than in the dense block."""
     narrow_heads = width.heads > 0 and (width.heads, width.groups) != (dense.heads, dense.groups)
     return narrow_heads or width.fed not in (0, dense.fed)
-
-
-def _causal_class(config_class: type) -> Any:
-    """The stock causal language model; once `register` has run, it is the first of two."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    return found[0] if isinstance(found, tuple) else found

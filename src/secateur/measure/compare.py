@@ -231,6 +231,11 @@ def load(
     """
     size = sum(info.entries for info in checkpoint.weights.values()) * dtype.itemsize
     apart = not whole and device.type == "cpu" and size > bytes_of(memory) - resident_now()
+    if apart and checkpoint.quantised:
+        raise SecateurError(
+            f"{checkpoint.source}: quantised weights are put in memory whole, {size / 1e9:,.2f} GB, for which there is "
+            "no room; raise --memory, or evaluate what was pruned of it"
+        )
     if apart and watcher is not None:
         watcher.note(f"{checkpoint.source} is read from disk as it runs: whole it takes {size / 1e9:,.2f} GB")
     how: dict[str, Any] = {}
@@ -239,14 +244,7 @@ def load(
         how = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
         auto = model_class(checkpoint.config) if checkpoint.around is None else checkpoint.auto_class
-        network, found = auto.from_pretrained(
-            checkpoint.path,
-            dtype=dtype,
-            trust_remote_code=checkpoint.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **how,
-        )
+        network, found = checkpoint.loaded(auto, dtype, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     if found["missing_keys"]:
         raise checkpoint.lacking(sorted(found["missing_keys"]))
     if found["mismatched_keys"]:

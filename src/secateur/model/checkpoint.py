@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
-from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_config
+from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_config, stock_class
 from secateur.model.families import FAMILIES, Experts, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
-from secateur.model.weights import TensorInfo, list_tensors, read_tensor
+from secateur.model.quantised import dequantised, quantisation, without_quantisation
+from secateur.model.weights import TensorInfo, list_tensors
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Causal masks and rotary tables, which old checkpoints carry and every model computes anew."""
@@ -64,6 +68,7 @@ class Checkpoint:
         tensors: every stored tensor by its stored name.
         trust_remote_code: whether the checkpoint's own code is needed and may run.
         around: config.json of a multimodal model, whose towers and projectors are handed on as they are.
+        quantised: whether weights are stored in another form than `read` gives them.
     """
 
     source: str
@@ -74,6 +79,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
     around: dict[str, Any] | None = None
+    quantised: bool = False
 
     def read(self, name: str) -> Tensor:
         """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
@@ -81,7 +87,7 @@ class Checkpoint:
         Raises:
             KeyError: there is no such tensor.
         """
-        return read_tensor(self.tensors[name])
+        return self.tensors[name].read()
 
     def resolve(self, name: str) -> str | None:
         """The stored name of a transformers parameter, or None.
@@ -159,9 +165,7 @@ class Checkpoint:
         """What the causal language model calls its base model, with a dot; empty if that is unknown."""
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             return ""
-        stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-        # `secateur.register` puts its own class behind the stock one.
-        base = (stock[0] if isinstance(stock, tuple) else stock).base_model_prefix
+        base = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(self.config)).base_model_prefix
         return f"{base}." if base else ""
 
     @cached_property
@@ -184,16 +188,28 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name}|{info.shape}|{info.dtype}|".encode())
-            with info.file.open("rb") as file:
-                for part in range(3):
-                    file.seek(info.offset + max(0, info.bytes - _SAMPLE) * part // 2)
-                    digest.update(file.read(min(_SAMPLE, info.bytes)))
+            for stored in info.parts:
+                with stored.file.open("rb") as file:
+                    for part in range(3):
+                        file.seek(stored.offset + max(0, stored.bytes - _SAMPLE) * part // 2)
+                        digest.update(file.read(min(_SAMPLE, stored.bytes)))
         return digest.hexdigest()[:32]
 
     @property
     def auto_class(self) -> Any:
         """What transformers opens the whole model with."""
         return AutoModelForCausalLM if self.around is None else AutoModelForImageTextToText
+
+    def loaded(self, auto: Any, dtype: torch.dtype, **how: Any) -> Any:
+        """What a class's `from_pretrained` makes of the checkpoint; quantised weights are read by this one."""
+        if not self.quantised:
+            return auto.from_pretrained(self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, **how)
+        config = AutoConfig.from_pretrained(self.path)
+        del config.quantization_config
+        values = {name: self.read(name).to(dtype) for name in self.weights}
+        classes = MODEL_FOR_CAUSAL_LM_MAPPING if self.around is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        stock = stock_class(classes, type(config))
+        return stock.from_pretrained(None, config=config, state_dict=values, dtype=dtype, **how)
 
     @property
     def max_positions(self) -> int | None:
@@ -296,17 +312,21 @@ def open_checkpoint(
         dtype: of the weights that a GGUF file is dequantised to; others keep theirs.
 
     Raises:
-        SecateurError: it does not exist, is broken or incomplete, or no unquantised decoder-only model.
+        SecateurError: it does not exist, is broken or incomplete, no decoder-only model, or quantised in a way that
+            is not known here.
     """
     source = str(model)
     folder = _locate(source, revision, dtype)
     raw = read_config(folder)
     config, around = load_config(folder, raw, trust_remote_code=trust_remote_code), None
+    how, raw = quantisation(raw), without_quantisation(raw)
     if any(raw.get(key) for key in OTHER_SENSES):
         # Whether the output layer is the embedding is the whole model's to say.
         tied, around, raw, config = config.tie_word_embeddings, raw, raw.get(TEXT) or {}, config.text_config
         config.tie_word_embeddings = tied
     tensors = list_tensors(folder)
+    if how is not None:
+        tensors = dequantised(tensors, how, folder)
     return Checkpoint(
         source=source,
         path=folder,
@@ -316,6 +336,7 @@ def open_checkpoint(
         tensors=tensors,
         trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
         around=around,
+        quantised=how is not None,
     )
 
 

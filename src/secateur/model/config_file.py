@@ -16,11 +16,11 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
 from secateur.model.families import FAMILIES
+from secateur.model.quantised import quantisation, quantisation_obstacle
 
 OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
 TEXT = "text_config"
 """Where the config of a multimodal model has that of its language model."""
-_QUANTISED = ("quantization_config", "compression_config")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -47,22 +47,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
-    """The transformers config object of a model with unquantised weights: a decoder language model, or one with towers.
+    """The transformers config object of a decoder language model, or of one with towers.
 
     Stock classes are preferred: the checkpoint's own code runs only where transformers does not know the
     model_type, and only if it is trusted.
 
     Raises:
-        SecateurError: the model is of another kind, quantised, or unknown to transformers.
+        SecateurError: the model is of another kind, unknown to transformers, or quantised otherwise than can be read.
     """
     file, kind = folder / "config.json", raw["model_type"]
-    quantised = next((raw[key] for key in _QUANTISED if raw.get(key)), None)
-    if quantised is not None:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise SecateurError(
-            f"{file}: quantised weights ({method}), which transformers cannot dequantise here; "
-            "use an unquantised checkpoint"
-        )
+    how = quantisation(raw)
+    if how is not None and (why := quantisation_obstacle(how)):
+        raise SecateurError(f"{file}: {why}; use an unquantised checkpoint")
     own_code = raw.get("auto_map") or {}
     known = kind in CONFIG_MAPPING
     if not known and not own_code:
@@ -96,6 +92,12 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
     return config
+
+
+def stock_class(classes: Any, config_class: type) -> Any:
+    """transformers' own class for a config, out of one of its mappings; `secateur.register` puts ours behind it."""
+    found = classes[config_class]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _no_config(folder: Path) -> str:

@@ -38,6 +38,8 @@ class Experts:
     """The submodule of the expert that all tokens meet, where there is one."""
     shared_gate: str | None = None
     """What says how much that one counts, if it does not always count in full."""
+    scored: bool = False
+    """The feed-forward gives the router's scores behind its output."""
     stored: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
@@ -61,6 +63,12 @@ class Family:
     """One layer for queries, keys and values, in place of the three."""
     interleaved: bool = False
     """The fused layer holds query, key and value of one head after the other, not all queries first."""
+    latent: tuple[str, str] | None = None
+    """The layer that makes the vector that all heads share, and the one that makes keys and values of it (multi-head
+    latent attention); `queries` may make theirs of such a vector too, and is then called by `latent_queries`."""
+    latent_queries: str = "q_b_proj"
+    sinks: str | None = None
+    """A parameter of the attention that has one entry for each query head."""
     feed_forward: str | None = "mlp"
     """The feed-forward submodule; None where its layers hang in the block itself."""
     up: str = "up_proj"
@@ -110,6 +118,7 @@ GEMMA = replace(
 NO_GATE = replace(LLAMA, gate=None)
 OLMO2 = replace(POST_NORMS, heads_locked="its query and key norms run across all heads")
 GLM = replace(LLAMA, gate=None, fused_gate="gate_up_proj")
+LATENT = replace(LLAMA, latent=("kv_a_proj_with_mqa", "kv_b_proj"))
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -162,6 +171,7 @@ FAMILIES: dict[str, Family] = {
     "stablelm": LLAMA,
     "starcoder2": replace(NO_GATE, up="c_fc", down="c_proj"),
     "vaultgemma": replace(LLAMA, norm_offset=True),
+    "youtu": LATENT,
     "gptj": Family(
         blocks="transformer.h",
         final_norm="transformer.ln_f",
@@ -235,13 +245,17 @@ FAMILIES |= {
             ),
         ),
     ),
+    "gpt_oss": replace(LLAMA, sinks="sinks", experts=Experts(router="router", count="num_local_experts", scored=True)),
     "hunyuan_v1_moe": replace(LLAMA, experts=Experts(chosen="moe_topk", shared="shared_mlp")),
     "phimoe": replace(
         LLAMA, experts=replace(MIXTRAL, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate.")))
     ),
     "qwen3_5_moe_text": QWEN_NEXT,
     "qwen3_next": QWEN_NEXT,
+    "deepseek_v2": replace(LATENT, experts=DEEPSEEK),
+    "deepseek_v3": replace(LATENT, experts=DEEPSEEK),
     "glm4_moe": replace(LLAMA, experts=DEEPSEEK),
+    "glm4_moe_lite": replace(LATENT, experts=DEEPSEEK),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
     "mixtral": replace(LLAMA, experts=MIXTRAL),
     "olmoe": replace(OLMO2, experts=Experts(), norm_after_attention=None, norm_after_feed_forward=None),
@@ -280,6 +294,13 @@ def family_of(config: Any) -> Family:
 def head_dim(config: Any) -> int:
     """Entries per attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def latent_width(config: Any) -> int | None:
+    """Entries that one token has in a block's cache, however many heads there are; None where each has its own."""
+    if family_of(config).latent is None:
+        return None
+    return int(config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def positions_of(config: Any) -> int | None:
@@ -344,8 +365,10 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         path, output = family.mixer
         inner: Any = layer.get_submodule(f"{path}.{output}")
         level2, bias = _level2(layer, f"{path}.{output}", "head", heads, inner.weight.shape[1] // heads)
-        return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True, alone=True)
+        return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True)
     dim, path = head_dim(config), family.attention
+    if family.latent is not None:
+        return _latent(family, layer, heads)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
         queries: Any = layer.get_submodule(f"{path}.{family.queries}")
@@ -353,6 +376,8 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         level1 = _level1(layer, f"{path}.{family.queries}", "head", heads, rows)
         for name in (family.keys, family.values):
             level1 += _level1(layer, f"{path}.{name}", "group", groups, dim)
+        if family.sinks is not None:
+            level1 += (Slab(f"{path}.{family.sinks}", 0, "head", heads, 1),)
     elif family.interleaved:
         level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, 3 * dim)
     else:
@@ -368,7 +393,22 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     if locked is None and apart:
         locked = "its query and key norms differ from head to head"
     after, fixed = family.norm_after_attention, family.mixer is not None
-    return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed)
+    return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed, pair=True)
+
+
+def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
+    """Heads that make keys and values of one vector: each has rows of its own in what makes them, and in no more."""
+    assert family.latent is not None
+    path, (reader, maker) = family.attention, family.latent
+    both = getattr(layer.get_submodule(path), family.latent_queries, None) is not None
+    level1: tuple[Slab, ...] = ()
+    for name in (family.latent_queries if both else family.queries, maker):
+        linear: Any = layer.get_submodule(f"{path}.{name}")
+        level1 += _level1(layer, f"{path}.{name}", "head", heads, linear.weight.shape[0] // heads)
+    output: Any = layer.get_submodule(f"{path}.{family.output}")
+    level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, output.weight.shape[1] // heads)
+    after = family.norm_after_attention
+    return Depth2("heads", level1, level2, bias, path, after, heads, pair=True, reader=f"{path}.{reader}")
 
 
 def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
@@ -392,7 +432,9 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     met = max(met) if isinstance(met, list) else int(met)
     each = max(-(-met // open_), 2 if groups > 1 else 1)
     after = family.norm_after_feed_forward
-    return Depth2("experts", others, level2, None, path, after, groups, least=each * groups, met=met)
+    return Depth2(
+        "experts", others, level2, None, path, after, groups, pair=mixture.scored, least=each * groups, met=met
+    )
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:

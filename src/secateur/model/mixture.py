@@ -60,7 +60,8 @@ class Mixture:
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """What the whole mixture gives while only some experts are there."""
         with self.only(alive), self.stream.multiplying():
-            return self.whole(x_btd).float()
+            found = self.whole(x_btd)
+            return (found[0] if isinstance(found, tuple) else found).float()
 
     def inner(self, expert: int, x_nd: Tensor) -> Tensor:
         """An expert's level-2 inputs (n x f)."""

@@ -38,8 +38,8 @@ CHOSEN = ("top_k", "num_experts_per_tok")
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h")
 """The layers whose inputs are heads or channels; of the others these are the outputs."""
 
-FUSED_HEADS = ("c_attn", "query_key_value")
-"""Queries, keys and values in one layer, as many of each."""
+SHARED = ("q_a_proj", "kv_a_proj_with_mqa")
+"""Layers of an attention that make what all its heads share."""
 
 
 class PerLayer(nn.Module):
@@ -120,16 +120,22 @@ def resize(
     if attention is None:
         pass  # Another kind of layer, which keeps its width.
     elif heads:
-        dim = getattr(attention, "head_dim", None) or attention.head_size
-        sizes = {"k_proj": groups * dim, "v_proj": groups * dim, "qkv_proj": (heads + 2 * groups) * dim}
-        sizes |= dict.fromkeys(FUSED_HEADS, 3 * heads * dim)
+        every = attention.config.num_attention_heads
+        pairs = getattr(attention.config, "num_key_value_heads", None) or every
+        shares = {"k_proj": (groups, pairs), "v_proj": (groups, pairs)}
+        shares["qkv_proj"] = (heads + 2 * groups, every + 2 * pairs)
         for child, linear in projections(attention):
+            if child in SHARED:
+                continue
             output = child in OUTPUTS
-            # Queries may carry a gate with them.
-            each = linear.weight.shape[0] // attention.config.num_attention_heads if child == "q_proj" else dim
-            narrow(linear, output, sizes.get(child, heads * each), biases[0])
+            kept, dense = shares.get(child, (heads, every))
+            narrow(linear, output, width_of(linear, output) // dense * kept, biases[0])
+        if hasattr(attention, "sinks"):
+            attention.sinks = nn.Parameter(attention.sinks.detach()[:heads].clone())
         counts = {"num_attention_heads": heads, "num_key_value_heads": groups}
-        counts |= {"num_heads": heads, "num_key_value_groups": heads // groups, "split_size": heads * dim}
+        counts |= {"num_heads": heads, "num_key_value_groups": heads // groups}
+        if hasattr(attention, "split_size"):
+            counts["split_size"] = attention.split_size // every * heads
         for key, count in counts.items():
             if hasattr(attention, key):
                 setattr(attention, key, count)
@@ -186,10 +192,20 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def inner_axis(linear: Any, output: bool) -> int:
+    """The axis of a weight that runs over heads or channels: an output layer's inputs, another one's outputs."""
+    # Linear stores outputs first, Conv1D inputs first.
+    return int(output) if is_linear(linear) else int(not output)
+
+
+def width_of(linear: Any, output: bool) -> int:
+    """How long that axis is."""
+    return int(linear.weight.shape[inner_axis(linear, output)])
+
+
 def narrow(linear: Any, output: bool, size: int, biased: bool) -> None:
     """Keep the first `size` inputs of an output layer, or the first `size` outputs of another one."""
-    # Linear stores outputs first, Conv1D inputs first.
-    axis = int(output) if is_linear(linear) else int(not output)
+    axis = inner_axis(linear, output)
     linear.weight = nn.Parameter(linear.weight.detach().narrow(axis, 0, size).clone())
     if linear.bias is not None and not output:
         linear.bias = nn.Parameter(linear.bias.detach()[:size].clone())

@@ -158,7 +158,7 @@ class BlockStream:
                 names = [
                     stored for name in self.blocks[index + 1].shapes for stored in self.stored_names(index + 1, name)
                 ]
-                read_ahead(self.checkpoint.tensors[name] for name in names)
+                read_ahead(part for name in names for part in self.checkpoint.tensors[name].parts)
             yield layer
         finally:
             for name, shape in self.blocks[index].shapes.items():
@@ -355,8 +355,9 @@ def _watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: 
         see(args[0], args[0].new_empty(0))
         raise Reached
 
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        see(args[0], output)
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        # A whole mixture may give scores behind its output.
+        see(args[0], output[0] if isinstance(output, tuple) else output)
 
     handle = module.register_forward_pre_hook(before) if stop else module.register_forward_hook(after)
     try:
@@ -371,7 +372,7 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (output, None) if module.kind == "heads" and not module.alone else output
+        return (output, None) if module.pair else output
 
     def nothing(hidden: Tensor) -> Tensor:
         return hidden[..., :1]

@@ -70,12 +70,14 @@ class Depth2:
     """Why no unit can be removed without changing what the others compute, where that is so."""
     fixed: bool = False
     """Nor can the whole module be."""
-    alone: bool = False
-    """Its submodule returns the output alone, and no attention weights with it."""
+    pair: bool = False
+    """Its submodule returns something else behind the output: attention weights, or the router's scores."""
     least: int = 0
     """Units that must stay: experts without which a token would not meet as many as it does."""
     met: int = 0
     """Experts that a token meets."""
+    reader: str | None = None
+    """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
@@ -84,7 +86,9 @@ class Depth2:
 
     @property
     def source(self) -> str:
-        """A level-1 layer; its input is the module's input. The level-2 layer where no other one is known."""
+        """A layer, of level 1 as a rule, whose input is the module's input; the level-2 layer where none is known."""
+        if self.reader is not None:
+            return self.reader
         return self.level1[0].layer if self.level1 and self.kind != "experts" else self.sink
 
     @property

@@ -30,6 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -65,6 +66,15 @@ class TensorInfo:
     def bytes(self) -> int:
         """Bytes in the file."""
         return self.entries * self.dtype.itemsize
+
+    @property
+    def parts(self) -> "tuple[TensorInfo, ...]":
+        """The stored tensors that it is made of: itself."""
+        return (self,)
+
+    def read(self) -> Tensor:
+        """Its values; see `read_tensor`."""
+        return read_tensor(self)
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:

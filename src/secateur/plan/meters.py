@@ -14,7 +14,7 @@ from secateur.base.progress import Watcher
 from secateur.base.words import counted
 from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, choose, filled
 from secateur.formats.gguf_tensors import block_entries, entries
-from secateur.model.families import head_dim
+from secateur.model.families import head_dim, latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind, Width
 from secateur.plan.latency import Timer, measured
@@ -125,11 +125,19 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = 
 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     """Bytes of the keys and values of one token in all blocks."""
-    entry = 2 * head_dim(stream.checkpoint.config) * dtype.itemsize
+    config = stream.checkpoint.config
+    latent = latent_width(config)
+    entry = 2 * head_dim(config) * dtype.itemsize
+
+    def module(index: int, kind: Kind, width: Width) -> float:
+        if kind != "heads" or not width.groups:
+            return 0
+        return width.groups * entry if latent is None else latent * dtype.itemsize
+
     return Meter(
         _dense(stream),
         fixed=0,
-        module=lambda index, kind, width: width.groups * entry if kind == "heads" else 0,
+        module=module,
         form=lambda value: f"{value:,.0f} B per token",
     )
 

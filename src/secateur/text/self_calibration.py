@@ -107,12 +107,7 @@ def self_rows(
     rows: list[Tensor] = []
     try:
         with watcher.busy(f"Loading {checkpoint.source}"), quiet():
-            model = checkpoint.auto_class.from_pretrained(
-                checkpoint.path,
-                dtype=checkpoint.dtype,
-                use_safetensors=True,
-                trust_remote_code=checkpoint.trust_remote_code,
-            )
+            model = checkpoint.loaded(checkpoint.auto_class, checkpoint.dtype, use_safetensors=True)
             model = model.eval().to(device)
         ends = {*_ids(getattr(tokenizer, "eos_token_id", None)), *_ids(model.generation_config.eos_token_id)}
         untrained = list(range(len(tokenizer), checkpoint.config.vocab_size))

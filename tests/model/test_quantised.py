@@ -1,0 +1,259 @@
+"""Quantised weights: read as the libraries that wrote them read them, and pruned like the weights they stand for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import models
+from models import logits_of, save, token_rows
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.measure.compare import load
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.quantised import dequantised
+from secateur.model.weights import read_header
+
+DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 20]}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rewritten(folder: Path, how: dict[str, Any], change: Any) -> Path:
+    """The folder with other tensors: `change` gives the parts of each by its name and value."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        tensors |= change(name, value)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | ({"quantization_config": how} if how else {})))
+    return folder
+
+
+def opened(tmp_path: Path, tensors: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
+    """What is read of some tensors."""
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "t.safetensors")
+    found = dequantised(read_header(tmp_path / "t.safetensors"), how, tmp_path)
+    values = {name: info.read() for name, info in found.items()}
+    assert {name: (info.shape, info.dtype) for name, info in found.items()} == {
+        name: (tuple(value.shape), value.dtype) for name, value in values.items()
+    }
+    return values
+
+
+def blocks(weight: Tensor, block: list[int], dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Tensor]:
+    """A weight in float8 with one factor a block, entry by entry."""
+    *stack, high, wide = weight.shape
+    scale = torch.empty(*stack, math.ceil(high / block[0]), math.ceil(wide / block[1]))
+    quantised = torch.empty_like(weight)
+    for row in range(scale.shape[-2]):
+        for column in range(scale.shape[-1]):
+            part = (..., slice(row * block[0], (row + 1) * block[0]), slice(column * block[1], (column + 1) * block[1]))
+            scale[..., row, column] = weight[part].abs().amax((-2, -1)) / torch.finfo(dtype).max
+            quantised[part] = weight[part] / scale[..., row, column, None, None]
+    return {"w": quantised.to(dtype), "w_scale_inv": scale}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(32, 40), (3, 32, 40)])
+def test_float8_blocks_as_transformers_reads_them(tmp_path, shape, dtype):
+    parts = blocks(draw(*shape), [16, 20], dtype)
+    found = opened(tmp_path, parts | {"w_activation_scale": torch.ones(1)}, **DEEPSEEK)
+    wanted = Fp8Dequantize(None)._dequantize_one(parts["w"], parts["w_scale_inv"], torch.bfloat16)
+    assert found.keys() == {"w"}
+    assert torch.equal(found["w"], wanted)
+
+
+def test_blocks_that_are_cut_short(tmp_path):
+    weight = draw(2, 37, 45)
+    parts = blocks(weight, [16, 20])
+    found = opened(tmp_path, parts, **DEEPSEEK)["w"]
+    for stack, row, column in torch.cartesian_prod(torch.arange(2), torch.arange(37), torch.arange(45)).tolist():
+        scale = parts["w_scale_inv"][stack, row // 16, column // 20]
+        assert found[stack, row, column] == (parts["w"][stack, row, column].float() * scale).bfloat16()
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.tensor([0.25]), torch.tensor([[125]], dtype=torch.uint8)])
+def test_one_factor_for_all(tmp_path, scale):
+    weight = draw(5, 7).to(torch.float8_e4m3fn)
+    found = opened(tmp_path, {"w": weight, "w_scale_inv": scale}, quant_method="fp8", weight_block_size=None)
+    assert torch.equal(found["w"], (weight.float() / 4).bfloat16())
+
+
+SCHEMES = {
+    "row": QuantizationArgs(num_bits=8, strategy="channel"),
+    "row, zeros": QuantizationArgs(num_bits=8, strategy="channel", symmetric=False),
+    "groups": QuantizationArgs(num_bits=8, strategy="group", group_size=8),
+    "float8": QuantizationArgs(num_bits=8, type="float", strategy="channel"),
+    "float8, all": QuantizationArgs(num_bits=8, type="float", strategy="tensor"),
+    "float8, blocks": QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[16, 20]),
+    "4 bits": QuantizationArgs(num_bits=4, strategy="group", group_size=8),
+    "4 bits, row": QuantizationArgs(num_bits=4, strategy="channel"),
+    "4 bits, zeros": QuantizationArgs(num_bits=4, strategy="group", group_size=8, symmetric=False),
+    "2 bits": QuantizationArgs(num_bits=2, strategy="group", group_size=8),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_compressed_tensors_as_their_library_reads_them(tmp_path, name):
+    weight, args = draw(19, 40).bfloat16(), SCHEMES[name]
+    if args.strategy == "group":
+        low, high = (function(weight.reshape(19, 5, 8), -1) for function in (torch.amin, torch.amax))
+    elif args.strategy == "channel":
+        low, high = (function(weight, 1, keepdim=True) for function in (torch.amin, torch.amax))
+    elif args.strategy == "block":
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, 13)).reshape(2, 16, 2, 20)
+        low, high = (function(padded, (1, 3)) for function in (torch.amin, torch.amax))
+    else:
+        low, high = weight.min().reshape(1), weight.max().reshape(1)
+    scale, zero = calculate_qparams(low, high, args)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    packs = args.num_bits < 8
+    form = "pack-quantized" if packs else "naive-quantized"
+    compressor = BaseCompressor.get_value_from_registry(form)
+    stored = compressor.compress(state, scheme)
+    wanted = compressor.decompress(stored, scheme)["weight"]
+    how = {"quant_method": "compressed-tensors", "format": form}
+    how["config_groups"] = {"group_0": {"weights": json.loads(args.model_dump_json())}}
+    found = opened(tmp_path, stored, **how)
+    assert found.keys() == {"weight"}
+    # The library multiplies in the factors' own dtype.
+    assert (found["weight"].float() - wanted.float()).abs().max() <= 2**-7 * wanted.abs().max()
+    assert (found["weight"].float() - weight.float()).abs().mean() < (0.5 if args.num_bits == 2 else 0.1)
+
+
+def test_entries_of_groups_in_another_order(tmp_path):
+    values, scale = torch.randint(-8, 8, (3, 16), dtype=torch.int8), draw(3, 2)
+    order = torch.randperm(16) % 2
+    words = torch.zeros(3, 2, dtype=torch.int64)
+    for column in range(16):
+        words[:, column // 8] |= (values[:, column].long() + 8) << (4 * (column % 8))
+    packed = {"w_packed": words.to(torch.int32), "w_scale": scale, "w_shape": torch.tensor([3, 16])}
+    found = opened(tmp_path, packed | {"w_g_idx": order.int()}, quant_method="compressed-tensors")
+    assert torch.equal(found["w"], (values.float() * scale[:, order]).bfloat16())
+
+
+def fp8(name: str, value: Tensor) -> dict[str, Tensor]:
+    """As DeepSeek and Qwen store their weights."""
+    if value.dim() < 2 or "embed" in name or "head" in name:
+        return {name: value}
+    return {name + part.removeprefix("w"): value for part, value in blocks(value, [16, 20]).items()}
+
+
+def in_bfloat16(name: str, value: Tensor) -> dict[str, Tensor]:
+    parts = list(fp8(name, value).values())
+    if len(parts) == 1:
+        return {name: value}
+    spread = parts[1].repeat_interleave(16, -2)[..., : value.shape[-2], :].repeat_interleave(20, -1)
+    return {name: (parts[0].float() * spread[..., : value.shape[-1]]).bfloat16()}
+
+
+@pytest.mark.parametrize("row", ["llama", "deepseek_v3"])
+def test_pruned_like_the_weights_that_they_stand_for(tmp_path, row):
+    for name, change in {"quantised": fp8, "plain": in_bfloat16}.items():
+        rewritten(save(row, tmp_path / name, torch.bfloat16), DEEPSEEK if change is fp8 else {}, change)
+        options = {"widths": "uniform", "sparsity": 0.3, "effort": "quick", "samples": 4, "length": 16}
+        prune(tmp_path / name, tmp_path / f"{name}-out", calibration="random", **options)
+    config = json.loads((tmp_path / "quantised-out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    weights = [(tmp_path / f"{name}-out" / "model.safetensors").read_bytes() for name in ("quantised", "plain")]
+    assert weights[0] == weights[1]
+    dense = [open_checkpoint(tmp_path / name) for name in ("quantised", "plain")]
+    logits = [logits_of(load(one, torch.float32, torch.device("cpu")), token_rows()) for one in dense]
+    assert torch.equal(logits[0], logits[1])
+
+
+def mxfp4(name: str, value: Tensor) -> dict[str, Tensor]:
+    """As gpt_oss's experts are stored: rows are outputs, of 32 entries each half a byte."""
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        return {name: value}
+    experts, inputs, outputs = value.shape
+    generator = torch.Generator().manual_seed(len(name))
+    halves = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(122, 126, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
+    return {f"{name}_blocks": halves, f"{name}_scales": scales}
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+
+
+def test_experts_of_gpt_oss(tmp_path, monkeypatch):
+    row = models.MIXTURES["gpt_oss"]
+
+    def wide() -> Any:
+        config = row()
+        for key, value in WIDE.items():
+            setattr(config, key, value)
+        return config
+
+    monkeypatch.setitem(models.MIXTURES, "gpt_oss", wide)
+    folder = rewritten(save("gpt_oss", tmp_path / "m", torch.bfloat16), {"quant_method": "mxfp4"}, mxfp4)
+    stored, checkpoint = load_file(folder / "model.safetensors"), open_checkpoint(folder)
+    for name in ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"):
+        wanted = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+        assert torch.equal(checkpoint.read_parameter(name), wanted)
+    prune(folder, tmp_path / "out", calibration="random", samples=4, length=16, widths="uniform", sparsity=0.3)
+    written = read_header(tmp_path / "out" / "model.safetensors")
+    assert written["model.layers.0.mlp.experts.down_proj"].dtype == torch.bfloat16
+    assert not [name for name in written if name.endswith(("_blocks", "_scales"))]
+
+
+BROKEN = {
+    "no scales": ({"w": torch.zeros(4, 4, dtype=torch.int8)}, "the quantised weight w lacks w_scale;"),
+    "scales": (
+        {"w": torch.zeros(4, 6, dtype=torch.int8), "w_scale": torch.ones(4, 4)},
+        r"w is \[4, 6\] and has scales of \[4, 4\]; download",
+    ),
+    "three bits": (
+        {"w_packed": torch.zeros(4, 3, dtype=torch.int32), "w_shape": torch.tensor([4, 32]), "w_scale": torch.ones(4)},
+        r"w_packed is \[4, 3\] for \[4, 32\], and only 2, 4 and 8 bits can be read",
+    ),
+    "no shape": ({"w_packed": torch.zeros(4, 3, dtype=torch.int32)}, "w_packed lacks w_shape"),
+    "4-bit floats": (
+        {"w_blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8), "w_scales": torch.zeros(2, 4, dtype=torch.uint8)},
+        r"w_blocks has scales of \[2, 4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_parts_that_do_not_fit(tmp_path, case):
+    tensors, message = BROKEN[case]
+    with pytest.raises(SecateurError, match=message):
+        opened(tmp_path, tensors)
+
+
+REFUSED = {
+    "another method": ({"quant_method": "awq"}, r"quantised weights \(awq\), which .*; fp8, mxfp4, compressed-tensors"),
+    "another form": (
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        r"\(compressed-tensors, nvfp4-pack-quantized\), which cannot be dequantised here; float-quantized",
+    ),
+    "a group's form": (
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "mxfp4-pack-quantized"}}},
+        r"\(compressed-tensors, mxfp4-pack-quantized\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_any_work(tmp_path, case):
+    how, message = REFUSED[case]
+    folder = rewritten(save("llama", tmp_path / "m"), how, lambda name, value: {name: value})
+    with pytest.raises(SecateurError, match=message):
+        open_checkpoint(folder)
