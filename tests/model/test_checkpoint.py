@@ -595,3 +595,19 @@ def test_quiet_restores_what_was_set():
     finally:
         logging.set_verbosity_warning()
         logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("kind", ["named", "blocks"])
+def test_further_heads_are_left_out(folder, kind):
+    """Heads that predict later tokens, and keys that count them: DeepSeek's are blocks behind the last."""
+    plain = open_checkpoint(folder)
+    tensors = load_file(folder / "model.safetensors")
+    place = {"named": "mtp.layers.0", "blocks": "model.layers.2"}[kind]
+    more = {name.replace("model.layers.0", place): value.clone() for name, value in tensors.items() if ".0." in name}
+    assert more
+    save_file(tensors | more | {f"{place}.eh_proj.weight": torch.ones(2)}, folder / "model.safetensors")
+    edit(folder, num_nextn_predict_layers=1)
+    found = open_checkpoint(folder)
+    assert found.tensors.keys() == plain.tensors.keys()
+    assert set(found.heads) == {*more, f"{place}.eh_proj.weight"}
+    assert found.raw_config == plain.raw_config | {"num_nextn_predict_layers": 0}

@@ -97,6 +97,13 @@ def _describe(run: OpenRun, rows: CalibrationRows) -> None:
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(run.stream)} blocks, "
         f"{counted(parameter_meter(run.stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
     )
+    if checkpoint.quantised:
+        run.watcher.note(f"Its weights are quantised; they are read, and written, as {_name(checkpoint.dtype)}")
+    if checkpoint.heads:
+        run.watcher.note(
+            f"Left out: {len(checkpoint.heads)} tensors of heads that predict tokens beyond the next one, or of blocks "
+            "behind the last that config.json counts"
+        )
     own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
     run.watcher.note(
         f"Calibrating on {options.samples} rows of {options.length} tokens{own}, computing on {run.stream.device}; "

@@ -36,6 +36,12 @@ _ALIASES = {"lm_head.": "embed_out."}
 _TOWERS = {"model.": ("model.language_model.", "language_model.model."), "lm_head.": ("language_model.lm_head.",)}
 """What a language model calls a tensor → what checkpoints of multimodal models do, newer ones first."""
 
+_HEADS = re.compile(r"(^|\.)mtp[._]")
+"""Heads that predict tokens beyond the next one, where they are not blocks behind the last."""
+
+HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""The config's keys of their number."""
+
 _SAMPLE = 4096
 """Bytes that the fingerprint reads at each of three places of a tensor."""
 
@@ -69,6 +75,7 @@ class Checkpoint:
         trust_remote_code: whether the checkpoint's own code is needed and may run.
         around: config.json of a multimodal model, whose towers and projectors are handed on as they are.
         quantised: whether weights are stored in another form than `read` gives them.
+        heads: stored tensors of prediction heads that are left out; see `leave_heads`.
     """
 
     source: str
@@ -80,6 +87,7 @@ class Checkpoint:
     trust_remote_code: bool = False
     around: dict[str, Any] | None = None
     quantised: bool = False
+    heads: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
@@ -95,6 +103,10 @@ class Checkpoint:
         The stored name may lack the base model's prefix (GPT-2's own checkpoints) or carry it where the given
         one does not.
         """
+        return next((candidate for candidate in self._spelled(name) if candidate in self.tensors), None)
+
+    def _spelled(self, name: str) -> list[str]:
+        """What checkpoints may call a transformers parameter, or the first part of its name."""
         candidates = [name]
         if self._prefix:
             candidates += [name.removeprefix(self._prefix), self._prefix + name]
@@ -104,7 +116,25 @@ class Checkpoint:
         candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
         for own, stored in self._experts.renamed if self._experts else ():
             candidates += [candidate.replace(own, stored, 1) for candidate in candidates if own in candidate]
-        return next((candidate for candidate in candidates if candidate in self.tensors), None)
+        return candidates
+
+    def leave_heads(self) -> None:
+        """Forget heads that predict tokens beyond the next one: they read what the dense model gives.
+
+        They stand under a name of their own, or as blocks behind the last.
+        """
+        family = FAMILIES.get(self.config.model_type)
+        places = self._spelled(f"{family.blocks}.") if family else []
+        count = self.config.num_hidden_layers
+
+        def further(name: str) -> bool:
+            indices = (name.removeprefix(place).partition(".")[0] for place in places if name.startswith(place))
+            return bool(_HEADS.search(name)) or any(index.isdecimal() and int(index) >= count for index in indices)
+
+        self.heads = tuple(filter(further, self.tensors))
+        if self.heads:
+            self.tensors = {name: info for name, info in self.tensors.items() if name not in self.heads}
+            self.raw_config |= {key: 0 for key in HEADS if self.raw_config.get(key)}
 
     @cached_property
     def _experts(self) -> Experts | None:
@@ -327,7 +357,7 @@ def open_checkpoint(
     tensors = list_tensors(folder)
     if how is not None:
         tensors = dequantised(tensors, how, folder)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         source=source,
         path=folder,
         config=config,
@@ -338,6 +368,8 @@ def open_checkpoint(
         around=around,
         quantised=how is not None,
     )
+    checkpoint.leave_heads()
+    return checkpoint
 
 
 def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
