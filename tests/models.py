@@ -154,9 +154,9 @@ SIMILAR: dict[str, Callable[[], Any]] = {
 
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}
-_ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
 MIXTURES: dict[str, Callable[[], Any]] = {
-    "dots1": _config("dots1", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=1),
+    "dots1": _config("dots1", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=1),
     "ernie4_5_moe": _config(
         "ernie4_5_moe",
         **GROUPED,
@@ -174,18 +174,18 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "qwen3_5_moe_text": _config("qwen3_5_moe_text", **TRIPLES, **_EXPERTS, **SHARED, **LINEAR),
     "qwen3_next": _config("qwen3_next", **TRIPLES, **_EXPERTS, **SHARED, **LINEAR),
     "deepseek_v2": _config(
-        "deepseek_v2", **LATENT, **_ROUTED, topk_method="group_limited_greedy", n_group=2, topk_group=2
+        "deepseek_v2", **LATENT, **ROUTED, topk_method="group_limited_greedy", n_group=2, topk_group=2
     ),
-    "deepseek_v3": _config("deepseek_v3", **LATENT, **_ROUTED, n_group=2, topk_group=2),
+    "deepseek_v3": _config("deepseek_v3", **LATENT, **ROUTED, n_group=2, topk_group=2),
     "deepseek_v3 plain": _config(
-        "deepseek_v3", **(LATENT | {"q_lora_rank": None}), **_ROUTED, n_group=1, topk_group=1, attention_bias=True
+        "deepseek_v3", **(LATENT | {"q_lora_rank": None}), **ROUTED, n_group=1, topk_group=1, attention_bias=True
     ),
-    "glm4_moe": _config("glm4_moe", **GROUPED, **_ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
+    "glm4_moe": _config("glm4_moe", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
     "glm4_moe groups": _config(
-        "glm4_moe", **TRIPLES, **(_ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1
+        "glm4_moe", **TRIPLES, **(ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1
     ),
     "glm4_moe_lite": _config(
-        "glm4_moe_lite", **LATENT, **_ROUTED, mlp_layer_types=["dense", "sparse", "sparse"], norm_topk_prob=True
+        "glm4_moe_lite", **LATENT, **ROUTED, mlp_layer_types=["dense", "sparse", "sparse"], norm_topk_prob=True
     ),
     "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
     "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),

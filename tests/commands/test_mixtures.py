@@ -81,7 +81,7 @@ REFUSED = {
     "more than a token meets leaves": ({"sparsity": 0.9, "modules": ("experts",)}, "only experts were asked for"),
     "no channels": ({"sparsity": 0.2, "modules": ("channels",)}, "the model has experts and heads alone"),
     "speed": ({"target": "decode=1.1x"}, "how long experts take depends on where tokens go"),
-    "gguf": ({"sparsity": 0.2, "format": "gguf"}, "experts are not written as GGUF yet"),
+    "gguf": ({"sparsity": 0.2, "format": "gguf"}, "qwen3moe has one width for all blocks, so prune all of them"),
     "some blocks": ({"sparsity": 0.2, "widths": "uniform", "blocks": "1:3"}, "only 1:3 are to be pruned"),
     "an order": ({"sparsity": 0.2, "criterion": "experts=l1"}, "that of experts must be one of reroute, reap"),
 }

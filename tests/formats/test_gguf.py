@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import models as tiny
 from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, some_keep
+from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_architectures import TYPES, gguf_obstacle
@@ -31,11 +32,13 @@ from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, voca
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.families import head_dim
+from secateur.model.families import family_of, head_dim
 from secateur.model.gguf_config import _complete_rotation, _llama3
 from secateur.model.gguf_source import gguf_folder
-from secateur.model.structure import Keep
+from secateur.model.stream import BlockStream
+from secateur.model.structure import Keep, alike
 from secateur.model.surgery import width_of
+from secateur.plan.meters import byte_meter
 from secateur.write.export import Exported, export
 
 ffi, lib = bindings.get_ffi(), bindings.get_lib()
@@ -71,6 +74,8 @@ MORE_ROWS = {
     "qwen3 tied": row("qwen3", **tiny.GROUPED, head_dim=16, tie_word_embeddings=True),
     "llama 64": row("llama", **WIDE, num_attention_heads=4),
     "mistral 64": row("mistral", **WIDE, sliding_window=None),
+    "olmoe every head": row("olmoe", num_key_value_heads=6, num_experts=8, num_experts_per_tok=3),
+    "dots1 every head": row("dots1", num_key_value_heads=6, **tiny.ROUTED, head_dim=12, n_shared_experts=1),
     "gemma2 deep": row("gemma2", **{**tiny.GEMMA, "layer_types": DEEP * 23}, num_hidden_layers=46),
     "gemma3 deep": row("gemma3_text", **{**tiny.GEMMA, "layer_types": DEEP * 31}, num_hidden_layers=62),
     **{
@@ -170,8 +175,8 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
     widths = {i: width_of(blocks[i], keep) for i, keep in keeps.items()}
     settings = {"head_dim": head_dim(config), "dtype": torch.float32}
     raw = json.loads(config.to_json_string(use_diff=False))
-    if len(set(widths.values())) == 1 and min(widths[0].groups, widths[0].channels):
-        stored = stock_config(raw, config, width=widths[0], **settings)
+    if alike(widths.values()) and min(widths[0].groups, widths[0].fed):
+        stored = stock_config(raw, config, width=widths[len(widths) - 1], **settings)
     else:
         stored = per_layer_config(
             raw, config, widths=widths, dense=[block.width for block in blocks], biases={}, **settings
@@ -182,6 +187,9 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
     tensors = {key: value.clone() for key, value in small.state_dict().items()}
     if config.tie_word_embeddings:
         tensors = {key: value for key, value in tensors.items() if not key.startswith(("lm_head", "embed_out"))}
+    # As checkpoints call what transformers renames.
+    for own, stored in family.experts.renamed if (family := family_of(config)).experts else ():
+        tensors = {key.replace(own, stored): value for key, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (tokenizer or byte_level()).save_pretrained(folder)
     return small
@@ -200,6 +208,7 @@ def compare(small: Any, done: Exported) -> float:
 
 
 BOTH, CHANNELS = ("heads", "channels"), ("channels",)
+ALL, EXPERTS = ("heads", "experts"), ("experts",)
 UNIFORM = {
     "llama": (BOTH, "llama"),
     "mistral": (BOTH, "llama"),
@@ -230,6 +239,14 @@ UNIFORM = {
     "ministral": (BOTH, "llama"),
     "seed_oss": (BOTH, "llama"),
     "starcoder2": (CHANNELS, "starcoder2"),
+    "mixtral": (ALL, "llama"),
+    "qwen2_moe": (EXPERTS, "qwen2moe"),
+    "qwen3_moe": (ALL, "qwen3moe"),
+    "olmoe every head": (EXPERTS, "olmoe"),
+    "granitemoe": (EXPERTS, "granitemoe"),
+    "dots1 every head": (ALL, "dots1"),
+    "glm4_moe": (ALL, "glm4moe"),
+    "glm4_moe groups": (ALL, "glm4moe"),
 }
 GELU = {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt2 scaled", "gpt_neox serial", "starcoder2"}
 """llama.cpp looks this function up in a table of half precision."""
@@ -247,6 +264,31 @@ def test_uniform_widths(tmp_path, name):
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
     assert done.architecture == architecture
     assert compare(small, done) < (1e-3 if name in GELU else 2e-6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
+def test_experts_go_straight_into_a_file(tmp_path, name):
+    """Checkpoints hold these experts one by one; the meter counts what the file takes."""
+    folder = tiny.save(name, tmp_path / "dense", torch.float32)
+    byte_level().save_pretrained(folder)
+    stream = BlockStream(open_checkpoint(folder))
+    keeps = uniform_keeps(name, EXPERTS)
+    plan = [
+        {"block": i, "experts": keep.experts} if keep.experts else {"block": i, "channels": keep.channels}
+        for i, keep in keeps.items()
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": plan}))
+    how = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
+    prune(folder, tmp_path / "m.gguf", format="gguf", type="f32", **how)
+    prune(folder, tmp_path / "m", format="stock", **how)
+    assert compare(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), export_of(tmp_path)) < 2e-6
+    widths = {i: width_of(stream.blocks[i], keep) for i, keep in keeps.items()}
+    stored = sum(tensor.n_bytes for tensor in GGUFReader(tmp_path / "m.gguf").tensors)
+    assert byte_meter(stream, torch.float32, "f32").total(widths) == stored
+
+
+def export_of(folder: Path) -> Exported:
+    return Exported(folder / "m.gguf", 0, "", LENGTH)
 
 
 def uneven(name: str, empty: bool) -> dict[int, Keep]:

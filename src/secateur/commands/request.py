@@ -11,7 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind, Width
+from secateur.model.structure import Kind, Width, alike
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
@@ -169,7 +169,7 @@ def _check_given(stream: BlockStream, options: Options, problem: PlanProblem, gi
     for width in set(given.widths.values()):
         if (reason := problem.obstacle(width)) is not None:
             raise SecateurError(f"{file}: the format cannot hold this: {reason}")
-    if format == "stock" and len({given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)}) > 1:
+    if format == "stock" and not alike(given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)):
         raise SecateurError(
             f"{file}: the stock format holds one width for all blocks; take --format hf, "
             f"or the nearest that fits: {nearest_uniform(given.sparsity)}"

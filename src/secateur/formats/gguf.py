@@ -67,7 +67,7 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     counts = {
         writer.add_head_count: [width.heads for width in widths],
         writer.add_head_count_kv: [width.groups for width in widths],
-        writer.add_feed_forward_length: [width.channels for width in widths],
+        writer.add_feed_forward_length: [width.channels or config.intermediate_size for width in widths],
     }
     for add, values in counts.items():
         add(values if architecture.per_layer else values[0])
@@ -80,6 +80,8 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if any(width.experts for width in widths):
+        _add_experts(writer, model, architecture)
     if architecture.name == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
@@ -92,6 +94,29 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     elif architecture.name == "gemma2":
         # Its graph has windows always.
         writer.add_sliding_window(config.max_position_embeddings)
+
+
+def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -> None:
+    config, names, widths = model.config, model.family.experts, model.widths
+    assert names is not None
+    first = next(index for index, width in enumerate(widths) if width.experts)
+    writer.add_expert_count(widths[first].experts)
+    writer.add_expert_used_count(getattr(config, names.chosen))
+    down = model.checkpoint.parameter_shape(model.parameter(first, "down_proj"))
+    writer.add_expert_feed_forward_length(down[2])
+    if names.shared is not None:
+        name = f"{model.family.feed_forward}.{names.shared}.down_proj.weight"
+        writer.add_expert_shared_feed_forward_length(model.checkpoint.tensors[model.inside[first][name]].shape[1])
+        writer.add_expert_shared_count(getattr(config, "n_shared_experts", 1))
+    if architecture.leading:
+        writer.add_leading_dense_block_count(first)
+    if architecture.normed is None:
+        # Of those that a file tells more about, all have DeepSeek's router.
+        writer.add_expert_weights_norm(model.normed)
+        writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_group_count(config.n_group or 1)
+        writer.add_expert_group_used_count(config.topk_group or 1)
 
 
 def _add_rope(writer: GGUFWriter, model: Model) -> None:

@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.families import FAMILIES, Family, family_of, head_dim
-from secateur.model.structure import Width
+from secateur.model.families import Family, family_of, head_dim
+from secateur.model.structure import Width, alike
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Architecture:
     """Blocks without heads are skipped over; elsewhere they keep one head that adds nothing."""
     square: bool = False
     """Query rows are as many as the residual stream is wide."""
+    ungrouped: bool = False
+    """Every query head has a key/value head of its own."""
     pairs: bool = False
     """Consecutive entries of a head rotate together, not entries half a head apart."""
     head_norms: bool = False
@@ -92,27 +94,42 @@ class Architecture:
     epsilon: Literal["rms", "layer"] = "rms"
     scales: bool = False
     """Embeddings, attention scores, module outputs and logits are each multiplied by a number of the file."""
+    experts: bool = False
+    """Feed-forwards may be mixtures of experts, as many in every block that has some."""
+    normed: bool | None = None
+    """The gates of what a token meets add up to one: always, never, or as the file says."""
+    leading: bool = False
+    """The first blocks may have channels in place of experts."""
 
 
-_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"})
+_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"}, experts=True, normed=True)
 _GEMMA3 = Architecture("gemma3", QKV, head_norms=True, windows=True, scalings=_SCALINGS - {"yarn"}, activation="gelu")
 _PHI3 = Architecture("phi3", QKV, square=True, fused_qkv=True, partial=True, scalings=_SCALINGS | {"longrope"})
+_QWEN3 = Architecture("qwen3", QKV, head_norms=True)
+_OLMO2 = Architecture("olmo2", frozenset(), square=True, output="stored")
+_GLM = replace(_QWEN3, name="glm4moe", partial=True, experts=True, leading=True)
 _GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
         _LLAMA,
-        replace(_LLAMA, name="deci", per_layer=True, headless=True),
-        replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset()),
-        replace(_LLAMA, name="granite", scales=True),
+        replace(_LLAMA, name="deci", per_layer=True, headless=True, experts=False),
+        replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset(), experts=False),
+        replace(_LLAMA, name="granite", scales=True, experts=False),
         Architecture("gemma", frozenset(), activation="gelu", output="tied"),
         Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer"),
         Architecture("qwen2", QKV, square=True),
-        Architecture("qwen3", QKV, head_norms=True),
+        _QWEN3,
+        Architecture("qwen2moe", QKV, experts=True, normed=False),
+        replace(_QWEN3, name="qwen3moe", experts=True, normed=True),
+        replace(_OLMO2, name="olmoe", ungrouped=True, experts=True, normed=False),
+        replace(_LLAMA, name="granitemoe", scales=True, experts=True, normed=True),
+        _GLM,
+        replace(_GLM, name="dots1", partial=False, ungrouped=True),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
         replace(_PHI3, fused_gate=True),
-        Architecture("olmo2", frozenset(), square=True, output="stored"),
+        _OLMO2,
         replace(_GEMMA3, name="gemma2", head_norms=False, output="tied"),
         _GEMMA3,
         replace(_GPT, needs_biases=True),
@@ -151,6 +168,13 @@ SOURCES: dict[str, Source] = {
     "qwen2": Source(("qwen2", "llama", "deci")),
     "qwen3": Source(("qwen3", "openelm")),
     "phi3": Source(("phi3", "llama", "deci")),
+    "mixtral": Source(("llama",)),
+    "qwen2_moe": Source(("qwen2moe",)),
+    "qwen3_moe": Source(("qwen3moe",)),
+    "olmoe": Source(("olmoe",)),
+    "granitemoe": Source(("granitemoe",)),
+    "dots1": Source(("dots1",)),
+    "glm4_moe": Source(("glm4moe",)),
     "olmo2": Source(("olmo2",)),
     "gemma2": Source(("gemma2",), activation="hidden_activation", shifted=True),
     "gemma3_text": Source(("gemma3",), activation="hidden_activation", shifted=True),
@@ -192,16 +216,18 @@ class Model:
                 f"{self.checkpoint.source}: a multimodal model, which llama.cpp takes in two files; let its own "
                 "converter make them of the pruned folder"
             )
-        if FAMILIES[kind].experts is not None:
-            raise SecateurError(
-                f"{self.checkpoint.source}: experts are not written as GGUF yet; let llama.cpp's converter make the "
-                "file of a folder pruned with --widths uniform"
-            )
         if kind not in SOURCES:
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"
             )
         self.source, self.family = SOURCES[kind], family_of(self.config)
+        # Configs have no common way to say which blocks have no experts.
+        self.widths = [
+            replace(width, channels=self.config.intermediate_size, experts=0)
+            if width.experts and not self.checkpoint.pieces(self.parameter(index, "down_proj"))
+            else width
+            for index, width in enumerate(self.widths)
+        ]
         self.inside, self.outside = [{} for _ in self.widths], []
         in_block = re.compile(rf"(?:.*\.)?{self.family.blocks.rpartition('.')[2]}\.(\d+)\.(.+)")
         for stored in self.checkpoint.weights:
@@ -258,9 +284,21 @@ class Model:
         qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
         attention = zip(("attn_q", "attn_k", "attn_v", "attn_output"), (*qkv, family.output), strict=True)
         names = {layer: f"{family.attention}.{name}" for layer, name in attention}
+        if family.experts is not None and all(width.experts for width in self.widths):
+            return names
         if gate := family.fused_gate or family.gate:
             names["ffn_gate"] = feed + gate
         return names | {"ffn_up": feed + (family.fused_gate or family.up), "ffn_down": feed + family.down}
+
+    @property
+    def normed(self) -> bool:
+        """Whether the gates of what a token meets add up to one; Mixtral's and Granite's always do."""
+        return bool(getattr(self.config, "norm_topk_prob", True))
+
+    def parameter(self, index: int, leaf: str) -> str:
+        """What transformers calls one of the tensors of a block's experts."""
+        assert self.family.experts is not None
+        return f"{self.family.blocks}.{index}.{self.family.feed_forward}.{self.family.experts.experts}.{leaf}"
 
     @property
     def biases(self) -> frozenset[str]:
@@ -273,6 +311,11 @@ def filled(channels: int, type: str) -> int:
     """Channels of whole rows. llama.cpp's graphs leave a block without any before its attention has been added."""
     multiple = TYPES[type].multiple
     return max(1, -(-channels // multiple)) * multiple
+
+
+def in_file(width: Width, type: str) -> Width:
+    """A width as a file has it."""
+    return width if width.experts else replace(width, channels=filled(width.channels, type))
 
 
 def choose(model: Model, type: str) -> Architecture:
@@ -313,13 +356,20 @@ def check_type(type: str) -> None:
 def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None:
     """What an architecture lacks for a model, as the rest of a sentence that begins with its name."""
     config, hidden = model.config, model.config.hidden_size
-    widths = [replace(width, channels=filled(width.channels, type)) for width in model.widths]
+    widths = [in_file(width, type) for width in model.widths]
+    experts = [bool(width.experts) for width in widths]
     around = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
     activation = getattr(config, model.source.activation)
     extra = model.biases - architecture.biases
     tied = bool(config.tie_word_embeddings)
-    if len(set(widths)) > 1 and not architecture.per_layer:
+    if not alike(widths) and not architecture.per_layer:
         return "has one width for all blocks, so prune all of them with uniform widths"
+    if experts != sorted(experts) or (not all(experts) and any(experts) and not architecture.leading):
+        return "has experts in all blocks" + (" behind the first ones" if architecture.leading else "")
+    if any(experts) and architecture.normed not in (None, model.normed):
+        return "makes gates add up to one" if architecture.normed else "leaves gates as they are"
+    if architecture.ungrouped and widths[0].groups != widths[0].heads:
+        return "has as many key/value heads as query heads"
     if architecture.square and widths[0].heads * model.dim != hidden:
         return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
     if activation not in _ACTIVATIONS[architecture.activation]:

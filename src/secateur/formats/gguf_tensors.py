@@ -6,7 +6,7 @@ Letters of shapes: d residual width, h entries per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.errors import SecateurError
-from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, filled
+from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, in_file
 from secateur.model.structure import Width
 
 
@@ -91,7 +91,8 @@ def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]
         biased = "attn_output" in model.added_biases or f"{model.layers['attn_output']}.bias" in model.inside[index]
         # The first block tells llama.cpp how large heads are.
         least = int(not architecture.headless or index == 0 or biased)
-        result.append(Width(width.groups or least, width.per_group or least, filled(width.channels, type)))
+        heads = replace(width, groups=width.groups or least, per_group=width.per_group or least)
+        result.append(in_file(heads, type))
     return result
 
 
@@ -115,7 +116,7 @@ def block_entries(model: Model, architecture: Architecture, index: int, type: st
 def _type(name: str, shape: tuple[int, ...], file: str) -> GGMLQuantizationType:
     """The type of one tensor: vectors stay as they are, rows that do not divide fall back on f16."""
     storage = TYPES[file]
-    if len(shape) == 1 or name == "position_embd.weight":
+    if len(shape) == 1 or name in ("position_embd.weight", "ffn_gate_inp.weight"):
         return GGMLQuantizationType.F32
     if shape[-1] % storage.multiple:
         return GGMLQuantizationType.F16
@@ -171,10 +172,14 @@ def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
 def _block(model: Model, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
     """The tensors of a block by llama.cpp's names inside a block, at the width that it has in the file."""
     parts = _parts(model, index)
-    layers = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
+    used = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
+    experts, pieces = _experts(model, index)
+    parts |= experts
     for name, stored in model.inside[index].items():
-        if name not in layers:
-            renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{name}")
+        if name not in used and stored not in pieces:
+            # A bias that the gguf package knows as one.
+            known = name.replace("correction_bias", "correction.bias")
+            renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
             parts[renamed.removeprefix(f"blk.{index}.")] = _norm(model, _stored(model, stored))
     if model.widths[index].heads:
         _rescale(parts, _score_ratio(model, architecture, index))
@@ -182,7 +187,8 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
         parts |= _idle_head(model, architecture)
     else:
         parts = {name: lazy for name, lazy in parts.items() if not name.startswith("attn_")}
-    _fill(parts, width.channels, model)
+    if not width.experts:
+        _fill(parts, width.channels, model)
     if architecture.needs_biases:
         for layer in model.layers:
             parts.setdefault(f"{layer}.bias", Lazy.full(parts[f"{layer}.weight"].shape[:1], 0.0))
@@ -211,7 +217,7 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
     parts: dict[str, Lazy] = {}
     for layer, name in model.layers.items():
-        for leaf in ("weight", "bias"):
+        for leaf in ("weight", "bias") if layer.startswith("attn") or not width.experts else ():
             shape = shapes[layer][: 2 if leaf == "weight" else 1]
             stored = model.inside[index].get(f"{name}.{leaf}")
             if stored is None:
@@ -232,6 +238,35 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
                 )
             parts[f"{layer}.{leaf}"] = lazy
     return parts
+
+
+def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]:
+    """What a block's experts hold, and the stored names that it is taken from; nothing where there are none.
+
+    Raises:
+        SecateurError: a tensor of the experts is missing.
+    """
+    if not model.widths[index].experts:
+        return {}, frozenset()
+    checkpoint, pieces, found = model.checkpoint, list[str](), dict[str, Lazy]()
+    for leaf, names in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
+        name = model.parameter(index, leaf)
+        stored = checkpoint.pieces(name)
+        if not stored:
+            raise SecateurError(f"{checkpoint.source}: block {index} has no {name}; restore it")
+        pieces += stored
+        # Its shape without reading it.
+        shape = checkpoint.parameter_shape(name)
+        whole = Lazy(shape, partial(checkpoint.read_parameter, name))
+        rows = shape[1] // len(names)
+        for place, part in enumerate(names):
+            found[f"ffn_{part}_exps.weight"] = whole.then(partial(_rows_of, start=place * rows, count=rows))
+    return found, frozenset(pieces)
+
+
+def _rows_of(experts: Tensor, start: int, count: int) -> Tensor:
+    """Some rows of every expert's matrix."""
+    return experts[:, start : start + count]
 
 
 def _every_third(fused: Tensor, at: int, dim: int) -> Tensor:

@@ -24,6 +24,7 @@ from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_con
 from secateur.model.families import FAMILIES, Experts, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
+from secateur.model.modeling_secateur import overrides
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
 from secateur.model.weights import TensorInfo, list_tensors
 
@@ -153,7 +154,9 @@ class Checkpoint:
         parts = dict(self._experts.stored).get(leaf) if self._experts else None
         if not parts or not self._experts:
             return ()
-        count = getattr(self.config, self._experts.count)
+        index = re.search(r"\.(\d+)\.", name)
+        own = overrides(self.config, int(index[1])) if index else {}
+        count = own.get(self._experts.count) or getattr(self.config, self._experts.count)
         names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
         return () if None in names else tuple(map(str, names))
 
@@ -169,13 +172,20 @@ class Checkpoint:
         if len(pieces) == 1:
             return self.read(pieces[0])
         together = self._together(name)
-        first, *others = (self.tensors[piece].shape for piece in pieces[:together])
-        rows = first[0] + sum(shape[0] for shape in others)
-        result = torch.empty((len(pieces) // together, rows, first[1]), dtype=self.tensors[pieces[0]].dtype)
+        result = torch.empty(self.parameter_shape(name), dtype=self.tensors[pieces[0]].dtype)
         for expert, whole in enumerate(result):
             own = pieces[expert * together : (expert + 1) * together]
             torch.cat([self.read(piece) for piece in own], out=whole)
         return result
+
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what `read_parameter` gives."""
+        pieces = self.pieces(name)
+        shapes = [self.tensors[piece].shape for piece in pieces]
+        if len(pieces) == 1:
+            return shapes[0]
+        together = self._together(name)
+        return (len(pieces) // together, sum(shape[0] for shape in shapes[:together]), shapes[0][1])
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """A parameter's values as the checkpoint holds them: by stored names, of as many experts as are left."""

@@ -247,11 +247,22 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     def taken(index: int, kind: Kind, width: Width) -> int:
         return _gguf_bytes(stream, model, architecture, type, index, kind, width)
 
+    @cache
+    def experts(index: int) -> tuple[float, float]:
+        """Bytes of a block's mixture beside its experts, and of one of these with its part of the router."""
+        every = block_entries(model, architecture, index, type)
+        parts = [entry for entry in every if ".ffn_" in entry.name or ".exp_" in entry.name]
+        count = dense[index].experts
+        own = sum(entry.bytes for entry in parts if entry.tensor.shape[0] == count)
+        return sum(entry.bytes for entry in parts) - own, own / count
+
     def module(index: int, kind: Kind, width: Width) -> float:
         full = dense[index]
         if kind == "heads":
-            kept = replace(width, channels=full.channels) if width.heads else Width(0, 0, full.channels)
-            return taken(at[index], kind, kept)
+            return taken(at[index], kind, replace(full, groups=width.groups, per_group=width.per_group))
+        if kind == "experts":
+            shared, each = experts(at[index])
+            return shared + each * width.experts
         # Rows are filled up, so a few channels fewer may be as large.
         channels = min(filled(width.channels, type), full.channels) if width.channels else 0
         return taken(at[index], kind, replace(full, channels=channels))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.model.structure import Width
+from secateur.model.structure import Width, alike
 from secateur.plan.problem import Plan
 
 
@@ -41,7 +41,7 @@ class Summary:
     @property
     def uniform(self) -> bool:
         """Whether the pruned blocks have one width."""
-        return len(set(self.widths.values())) == 1
+        return alike(self.widths.values())
 
     def now(self) -> list[Width]:
         """The width of every block after pruning."""

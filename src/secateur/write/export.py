@@ -16,7 +16,7 @@ from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.structure import Width
+from secateur.model.structure import Width, alike
 from secateur.plan.plan import nearest_uniform
 
 RECORD = "secateur.json"
@@ -91,7 +91,7 @@ def export(
 def _nearest(folder: Path, widths: Sequence[Width]) -> str:
     """How to come by the nearest plan that every format holds, where it is the widths that differ."""
     match _record(folder):
-        case {"sparsity": {"reached": float(reached)}} if len(set(widths)) > 1:
+        case {"sparsity": {"reached": float(reached)}} if not alike(widths):
             return f"; the nearest that fits: prune again with {nearest_uniform(reached)}"
     return ""
 
