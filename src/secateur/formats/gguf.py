@@ -66,13 +66,16 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     writer.add_block_count(len(widths))
     counts = {
         writer.add_head_count: [width.heads for width in widths],
-        writer.add_head_count_kv: [width.groups for width in widths],
+        writer.add_head_count_kv: [1 if architecture.latent else width.groups for width in widths],
         writer.add_feed_forward_length: [width.channels or config.intermediate_size for width in widths],
     }
     for add, values in counts.items():
         add(values if architecture.per_layer else values[0])
-    writer.add_key_length(model.dim)
-    writer.add_value_length(model.dim)
+    if architecture.latent:
+        _add_latent(writer, model)
+    else:
+        writer.add_key_length(model.dim)
+        writer.add_value_length(model.dim)
     epsilon = float(getattr(config, model.source.epsilon))
     (writer.add_layer_norm_rms_eps if architecture.epsilon == "rms" else writer.add_layer_norm_eps)(epsilon)
     if architecture.scales:
@@ -82,6 +85,10 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_logit_scale(config.logits_scaling)
     if any(width.experts for width in widths):
         _add_experts(writer, model, architecture)
+    elif architecture.leading:
+        writer.add_leading_dense_block_count(len(widths))
+        writer.add_expert_feed_forward_length(0)
+        writer.add_expert_shared_count(0)
     if architecture.name == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
@@ -94,6 +101,18 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     elif architecture.name == "gemma2":
         # Its graph has windows always.
         writer.add_sliding_window(config.max_position_embeddings)
+
+
+def _add_latent(writer: GGUFWriter, model: Model) -> None:
+    """What is kept of a token is the latent vector and the rotated part of a key."""
+    config = model.config
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    if config.q_lora_rank:
+        writer.add_q_lora_rank(config.q_lora_rank)
 
 
 def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -> None:
@@ -111,12 +130,13 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
     if architecture.leading:
         writer.add_leading_dense_block_count(first)
     if architecture.normed is None:
-        # Of those that a file tells more about, all have DeepSeek's router.
         writer.add_expert_weights_norm(model.normed)
         writer.add_expert_weights_scale(float(config.routed_scaling_factor))
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        writer.add_expert_group_count(config.n_group or 1)
-        writer.add_expert_group_used_count(config.topk_group or 1)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType[model.source.router.upper()])
+        groups, used = ((getattr(config, key, None) or 1) for key in ("n_group", "topk_group"))
+        # Where all groups are open there are none for llama.cpp.
+        writer.add_expert_group_count(groups if used < groups else 1)
+        writer.add_expert_group_used_count(used if used < groups else 1)
 
 
 def _add_rope(writer: GGUFWriter, model: Model) -> None:
@@ -143,4 +163,8 @@ def _add_rope(writer: GGUFWriter, model: Model) -> None:
         for key in ("beta_fast", "beta_slow"):
             if rope.get(key) is not None:
                 getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
+        if model.family.latent is not None:
+            # llama.cpp multiplies scores by its square, and rotated entries by nothing.
+            writer.add_rope_scaling_yarn_log_mul(0.1 * (rope.get("mscale_all_dim") or 0.0))
+            return
     writer.add_rope_scaling_attn_factors(factor)

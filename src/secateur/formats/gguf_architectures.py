@@ -100,6 +100,8 @@ class Architecture:
     """The gates of what a token meets add up to one: always, never, or as the file says."""
     leading: bool = False
     """The first blocks may have channels in place of experts."""
+    latent: bool = False
+    """All heads share one key and one value, a latent vector, and what each makes of it is put off."""
 
 
 _LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"}, experts=True, normed=True)
@@ -127,6 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_LLAMA, name="granitemoe", scales=True, experts=True, normed=True),
         _GLM,
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
+        replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset()),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
         replace(_PHI3, fused_gate=True),
         _OLMO2,
@@ -154,6 +157,10 @@ class Source:
     """Norms are stored less one."""
     paired: bool = False
     """Consecutive entries of a head rotate together already."""
+    router: Literal["softmax", "sigmoid"] = "sigmoid"
+    """What makes gates of a router's logits, where a file says so."""
+    normed: bool | None = None
+    """Gates add up to one: always, never, or as the config says."""
 
 
 SOURCES: dict[str, Source] = {
@@ -168,13 +175,15 @@ SOURCES: dict[str, Source] = {
     "qwen2": Source(("qwen2", "llama", "deci")),
     "qwen3": Source(("qwen3", "openelm")),
     "phi3": Source(("phi3", "llama", "deci")),
-    "mixtral": Source(("llama",)),
+    "mixtral": Source(("llama",), normed=True),
     "qwen2_moe": Source(("qwen2moe",)),
     "qwen3_moe": Source(("qwen3moe",)),
     "olmoe": Source(("olmoe",)),
-    "granitemoe": Source(("granitemoe",)),
+    "granitemoe": Source(("granitemoe",), normed=True),
     "dots1": Source(("dots1",)),
     "glm4_moe": Source(("glm4moe",)),
+    "deepseek_v2": Source(("deepseek2",), router="softmax", normed=False),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "youtu"), Source(("deepseek2",))),
     "olmo2": Source(("olmo2",)),
     "gemma2": Source(("gemma2",), activation="hidden_activation", shifted=True),
     "gemma3_text": Source(("gemma3",), activation="hidden_activation", shifted=True),
@@ -247,6 +256,11 @@ class Model:
         return head_dim(self.config)
 
     @property
+    def value_dim(self) -> int:
+        """Entries that a head hands to the output layer."""
+        return self.dim if self.family.latent is None else int(self.config.v_head_dim)
+
+    @property
     def rope(self) -> dict[str, Any]:
         """Rotary settings of layers without a window; empty where positions are learned."""
         rope = getattr(self.config, "rope_parameters", None) or {}
@@ -282,8 +296,10 @@ class Model:
         family = self.family
         feed = "" if family.feed_forward is None else f"{family.feed_forward}."
         qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
-        attention = zip(("attn_q", "attn_k", "attn_v", "attn_output"), (*qkv, family.output), strict=True)
-        names = {layer: f"{family.attention}.{name}" for layer, name in attention}
+        attention = dict(zip(("attn_q", "attn_k", "attn_v"), qkv, strict=True)) if family.latent is None else {}
+        names = {
+            layer: f"{family.attention}.{name}" for layer, name in (attention | {"attn_output": family.output}).items()
+        }
         if family.experts is not None and all(width.experts for width in self.widths):
             return names
         if gate := family.fused_gate or family.gate:
@@ -292,8 +308,8 @@ class Model:
 
     @property
     def normed(self) -> bool:
-        """Whether the gates of what a token meets add up to one; Mixtral's and Granite's always do."""
-        return bool(getattr(self.config, "norm_topk_prob", True))
+        """Whether the gates of what a token meets add up to one."""
+        return bool(self.config.norm_topk_prob) if self.source.normed is None else self.source.normed
 
     def parameter(self, index: int, leaf: str) -> str:
         """What transformers calls one of the tensors of a block's experts."""
@@ -370,6 +386,8 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "makes gates add up to one" if architecture.normed else "leaves gates as they are"
     if architecture.ungrouped and widths[0].groups != widths[0].heads:
         return "has as many key/value heads as query heads"
+    if architecture.latent and (reason := _latent_obstacle(model)):
+        return reason
     if architecture.square and widths[0].heads * model.dim != hidden:
         return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
     if activation not in _ACTIVATIONS[architecture.activation]:
@@ -392,6 +410,24 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "caps logits, which this model does not"
     if architecture.name != "gemma2" and getattr(config, "attn_logit_softcapping", None):
         return "does not cap attention logits, which this model does"
+    return None
+
+
+def _latent_obstacle(model: Model) -> str | None:
+    """What the graph of latent attention lacks."""
+    config, rope = model.config, model.rope
+    if not min(width.heads for width in model.widths):
+        return "has heads in all blocks"
+    if not config.q_lora_rank and len(model.widths) not in (26, 27):
+        return "has a latent vector for queries too, but in models of 26 and 27 blocks"
+    if getattr(config, "attention_bias", False):
+        return "has no place for the biases of what makes latent vectors"
+    if not getattr(config, "rope_interleave", True):
+        return "rotates neighbouring entries of a head, unlike this model"
+    if model.kind == "yarn" and (rope.get("mscale_all_dim") or 0) != rope.get("mscale"):
+        return "takes yarn's mscale and mscale_all_dim for the same number"
+    if model.source.router == "softmax" and getattr(config, "topk_method", "greedy") != "greedy":
+        return "chooses groups of experts by their best two, and this model by their best"
     return None
 
 

@@ -174,7 +174,9 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     parts = _parts(model, index)
     used = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
     experts, pieces = _experts(model, index)
-    parts |= experts
+    parts |= experts | _latent(model, index)
+    if model.family.latent is not None:
+        used.add(f"{model.family.attention}.{model.family.latent[1]}.weight")
     for name, stored in model.inside[index].items():
         if name not in used and stored not in pieces:
             # A bias that the gguf package knows as one.
@@ -213,7 +215,7 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     rows, shared, channels = width.heads * dim, width.groups * dim, width.channels
     outputs = {"attn_q": rows, "attn_k": shared, "attn_v": shared, "ffn_gate": channels, "ffn_up": channels}
     shapes = {layer: (count, hidden) for layer, count in outputs.items()}
-    shapes |= {"attn_output": (hidden, rows), "ffn_down": (hidden, channels)}
+    shapes |= {"attn_output": (hidden, width.heads * model.value_dim), "ffn_down": (hidden, channels)}
     starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
     parts: dict[str, Lazy] = {}
     for layer, name in model.layers.items():
@@ -238,6 +240,20 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
                 )
             parts[f"{layer}.{leaf}"] = lazy
     return parts
+
+
+def _latent(model: Model, index: int) -> dict[str, Lazy]:
+    """What makes keys and values of the latent vector, head by head; keys' is applied to queries, so it is turned."""
+    family, config, heads = model.family, model.config, model.widths[index].heads
+    if family.latent is None:
+        return {}
+    maker = _stored(model, model.inside[index][f"{family.attention}.{family.latent[1]}.weight"])
+    apart = maker.then(lambda rows: rows.unflatten(0, (heads, -1)))
+    keys = config.qk_nope_head_dim
+    return {
+        "attn_k_b.weight": apart.then(lambda own: own[:, :keys].transpose(1, 2)),
+        "attn_v_b.weight": apart.then(lambda own: own[:, keys:]),
+    }
 
 
 def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]:
