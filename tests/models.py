@@ -93,6 +93,7 @@ LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+CONV = {"layer_types": ["conv", "full_attention", "conv"]}
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 6,
     "q_lora_rank": 20,
@@ -126,7 +127,8 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "helium": _config("helium", **GROUPED, head_dim=8),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", **GROUPED, head_dim=16),
     "jais2": _config("jais2", **GROUPED),
-    "lfm2": _config("lfm2", **GROUPED, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
+    # Two thirds of this, rounded up: 72.
+    "lfm2": _config("lfm2", **GROUPED, **CONV, block_ff_dim=100, block_multiple_of=8),
     "ministral": _config("ministral", **GROUPED, **WINDOWED, head_dim=12),
     "ministral3": _config(
         "ministral3", **GROUPED, head_dim=10, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0}

@@ -17,7 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import GEMMA, GROUPED, ROWS, TRIPLES, _config, blocks_of, build, relative, token_rows
+from models import (
+    _EXPERTS,
+    GEMMA,
+    GROUPED,
+    ROWS,
+    TRIPLES,
+    _config,
+    blocks_of,
+    build,
+    relative,
+    token_rows,
+)
 from secateur.base.quiet import quiet
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import model_class, widths_of
@@ -39,6 +50,7 @@ BLOCKS, PROMPT, NEW = 3, 24, 12
 # vLLM's attention takes no head smaller than 32 on a CPU. For Qwen2 and others that is hidden size / heads.
 HEAD = {"head_dim": 32}
 WIDE = {"hidden_size": 192}
+SIZE, FED = {"hidden_size": 64}, {"moe_intermediate_size": 32}
 ROWS |= {
     "llama": _config("llama", **GROUPED, **HEAD),
     "llama every head": _config("llama", num_key_value_heads=6, **HEAD),
@@ -53,6 +65,9 @@ ROWS |= {
     "opt": _config("opt", "intermediate_size", **WIDE, ffn_dim=96, word_embed_proj_dim=192),
     "gpt2": _config("gpt2", "intermediate_size", **WIDE, n_inner=96),
     "gpt_neox": _config("gpt_neox", **WIDE, rotary_pct=0.5, intermediate_size=96),
+    # Its kernels of experts take sizes that 32 divides.
+    "qwen3_moe served": _config("qwen3_moe", **GROUPED, **HEAD, **SIZE, **_EXPERTS | FED, norm_topk_prob=True),
+    "mixtral served": _config("mixtral", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96),
 }
 
 PLANS: dict[str, Callable[[Width], list[Width]]] = {
@@ -96,6 +111,8 @@ SERVED = [
     Case("qwen3", Width(3, 1, 40)),
     Case("phi3", Width(2, 2, 40)),
     Case("gpt2", Width(6, 1, 40)),
+    Case("qwen3_moe served", Width(2, 2, experts=5)),
+    Case("mixtral served", Width(3, 1, experts=4)),
 ]
 REFUSED = {
     Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
@@ -120,7 +137,8 @@ def last_units(block: Block, width: Width) -> Keep:
     full = block.width
     groups = range(full.groups - width.groups, full.groups)
     heads = [full.per_group * (group + 1) - 1 - head for group in groups for head in range(width.per_group)]
-    return Keep(tuple(sorted(heads)), tuple(range(full.channels - width.channels, full.channels)))
+    fed = block.feed_forward.kind
+    return Keep(tuple(sorted(heads)), **{fed: tuple(range(full.fed - width.fed, full.fed))})
 
 
 def write_case(case: Case, source: Path, folder: Path) -> None:

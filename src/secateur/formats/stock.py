@@ -25,6 +25,10 @@ class Stock:
 
     channels: str = "intermediate_size"
     """The key of the feed-forward width."""
+    same: tuple[str, ...] = ()
+    """Other keys of it, as the family's own checkpoints have them."""
+    also: tuple[tuple[str, Any], ...] = ()
+    """Keys that make the class take the width as it is written."""
     heads: Literal["any", "divisors", "dense"] = "any"
     """Head counts that load: any; divisors of hidden_size; the dense one, which sets the head size."""
     grouped: bool = True
@@ -66,7 +70,7 @@ STOCK: dict[str, Stock] = {
     "helium": Stock(heads="dense"),
     "hunyuan_v1_dense": Stock(),
     "jais2": Stock(),
-    "lfm2": Stock(),
+    "lfm2": Stock(same=("block_ff_dim",), also=(("block_auto_adjust_ff_dim", False),)),
     "ministral": Stock(),
     "ministral3": Stock(),
     "nanochat": Stock(),
@@ -161,7 +165,7 @@ def stock_config(
     # The stock class needs no code of the checkpoint's own, and the files that auto_map names are not copied.
     stored.pop("auto_map", None)
     if (experts := FAMILIES[config.model_type].experts) is None:
-        stored[stock.channels] = width.channels
+        stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
     elif width.experts:
         # Blocks without experts keep their channels. Some configs hold the number under two names.
         stored |= {key: width.experts for key in (*EXPERTS, experts.count) if key in stored or key == experts.count}

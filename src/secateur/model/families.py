@@ -364,6 +364,11 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     if family.mixer is not None and hasattr(layer, family.mixer[0]):
         path, output = family.mixer
         inner: Any = layer.get_submodule(f"{path}.{output}")
+        if inner.weight.shape[1] % heads:
+            raise SecateurError(
+                f"{config.model_type}: {heads} heads do not divide the {inner.weight.shape[1]} inputs of "
+                f"{path}.{output}, and no such model is known"
+            )
         level2, bias = _level2(layer, f"{path}.{output}", "head", heads, inner.weight.shape[1] // heads)
         return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True)
     dim, path = head_dim(config), family.attention
