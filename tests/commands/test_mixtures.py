@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import CheckpointFolder
 from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
 from secateur.commands.options import Options, Running
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
@@ -121,3 +124,37 @@ def test_active_parameters_are_those_that_a_token_meets(tmp_path: Path, checkpoi
     assert stored.dense - active.dense == 3 * 5 * 3 * 20 * 48
     found = prune(model, tmp_path / "out", target="active=90%", **SMALL)
     assert active.total(found.widths) <= 0.9 * active.dense
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "more"), [(1, 3, ", more than half; take more rows, or a text of more kinds"), (2, 7, "")]
+)
+def test_experts_that_hardly_meet_a_token_are_listed(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, samples: int, length: int, more: str
+) -> None:
+    """And keep their weights: a text of two rows sends most of them nothing."""
+    model, notes = checkpoint_folder("qwen3_moe"), Notes()
+    how = {"calibration": "random", "sparsity": 0.1, "modules": ("experts",), "effort": "quick"}
+    prune(model, tmp_path / "out", samples=samples, length=length, watcher=notes, **how)
+    blocks = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
+    kept = sum(len(block["experts"]) for block in blocks)
+    few = [(block["block"], expert) for block in blocks for expert in block["modules"][1]["unfitted"]]
+    assert 0 < len(few) <= kept
+    assert f"{len(few)} of {kept} experts met fewer than 8 tokens and keep their weights{more}" in notes.said
+    dense = open_checkpoint(model)
+    name = "model.layers.{}.mlp.experts.{}.down_proj.weight"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for block in blocks:
+        for place, expert in enumerate(block["experts"]):
+            same = torch.equal(
+                written[name.format(block["block"], place)], dense.read(name.format(block["block"], expert))
+            )
+            assert same == ((block["block"], expert) in few)

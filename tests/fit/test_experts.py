@@ -43,7 +43,7 @@ def inputs(width: int, tokens: int = TOKENS) -> Tensor:
 def routed_of(mixture: Mixture, tokens: int = TOKENS) -> Routed:
     x = inputs(mixture.stream.width, tokens)
     weight = torch.linspace(0.5, 1.5, tokens)
-    return Routed(mixture, x, mixture.whole(x[None])[0], weight, lambda y, _: y, Team())
+    return Routed(mixture, x, mixture.output(x[None], mixture.every)[0], weight, lambda y, _: y, Team())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -55,7 +55,7 @@ def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str
         for expert in range(mixture.module.units):
             tokens, gates = routes.of(expert)
             total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
-        torch.testing.assert_close(total, mixture.whole(x[None])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(total, mixture.output(x[None], mixture.every)[0], rtol=1e-4, atol=1e-5)
         if mixture.shared is not None:
             rows = mixture.shared_inner(x) * mixture.shared_gates(x)[:, None]
             torch.testing.assert_close(
@@ -69,7 +69,7 @@ def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name:
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
         x, module = inputs(mixture.stream.width), mixture.module
         before = {key: value.clone() for key, value in layer.state_dict().items()}
-        dense = mixture.whole(x[None])
+        dense = mixture.output(x[None], mixture.every)
         alive = torch.tensor([unit for unit in range(module.units) if unit % module.per_group])
         routes = mixture.route(x, alive)
         assert set(routes.experts.unique().tolist()) <= set(alive.tolist())
@@ -80,7 +80,7 @@ def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name:
             total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
         torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(found, dense[0], atol=1e-3)
-        assert torch.equal(mixture.whole(x[None]), dense)
+        assert torch.equal(mixture.output(x[None], mixture.every), dense)
         assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 

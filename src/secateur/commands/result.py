@@ -13,6 +13,7 @@ import secateur
 from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
 from secateur.fit.average import FittedBlock
+from secateur.fit.experts import FEWEST
 from secateur.formats.vllm import vllm_obstacle
 from secateur.plan.meters import Meter, byte_meter, cache_meter
 from secateur.plan.problem import Plan
@@ -95,6 +96,16 @@ def block_record(decided: Plan, block: FittedBlock) -> dict[str, Any]:
         **{report.kind: list(block.keep.units(report.kind)) for report in block.reports},
         "modules": [asdict(report) for report in block.reports],
     }
+
+
+def unfitted(done: list[dict[str, Any]]) -> str | None:
+    """What is said where experts met too few tokens to be refitted; `done` are the `block_record`s."""
+    modules = [module for block in done for module in block["modules"] if module["kind"] == "experts"]
+    few, kept = sum(len(module["unfitted"]) for module in modules), sum(module["kept"] for module in modules)
+    if not few:
+        return None
+    most = ", more than half; take more rows, or a text of more kinds" if 2 * few > kept else ""
+    return f"{few:,} of {kept:,} experts met fewer than {FEWEST} tokens and keep their weights{most}"
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from secateur.base.words import counted
 from secateur.commands.fitted import FittedBlocks, key_of, perplexity_ratio
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
-from secateur.commands.result import block_record, record, summary_of
+from secateur.commands.result import block_record, record, summary_of, unfitted
 from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.criteria.head_distances import head_distances
@@ -219,6 +219,8 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
                     journal=journal,
                     at=at,
                 )
+        if few := unfitted(done):
+            run.watcher.note(few)
         if file:
             growing = None if run.state is None else run.state.path / out.name
             how: dict[str, Any] = {"overwrite": run.running.overwrite, "watcher": run.watcher, "at": growing}

@@ -8,6 +8,8 @@ weighted by its gate, and it is pulled to its old weights the more the fewer tok
 Shapes: n tokens, d residual width, f channels of an expert.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,7 @@ class ExpertsState:
         self.target = ModuleTarget(state, module, pruned)
         self.norm, self.mixture = self.target.norm, Mixture(state.stream, state.layer, module)
         self._x, self._wanted, self._weight, self._score, self._scale = self._collect()
+        self._unfitted: list[int] = []
 
     def prune(self, width: Width, given: tuple[int, ...] | None) -> tuple[tuple[int, ...], ModuleReport]:
         """Choose the experts unless they are given, refit them, and put the pruned stream's output in place."""
@@ -50,7 +53,8 @@ class ExpertsState:
         team = self.stream.team
         error = team.total(float((self._weight * left.square().sum(1)).sum(dtype=torch.float64)))
         count = team.total(float(self._weight.sum(dtype=torch.float64)))
-        return keep, report_of(self.target, len(keep), error, count)
+        report = report_of(self.target, len(keep), error, count)
+        return keep, replace(report, unfitted=tuple(self._unfitted))
 
     def _collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of all tokens: inputs (n x d), what the mixture is to give (n x d), what they count in the fit and in the
@@ -114,7 +118,9 @@ class ExpertsState:
             tokens, gates = routes.of(expert)
             rows = mixture.inner(expert, self._x[tokens]) * gates[:, None]
             fitted = self._solve(left, tokens, rows, mixture.weight(expert))
-            if fitted is not None:
+            if fitted is None:
+                self._unfitted.append(expert)
+            else:
                 changed[expert] = fitted if mixture.experts.is_transposed else fitted.T
         self.state.change({module.level2.name: changed})
 

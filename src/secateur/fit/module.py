@@ -37,6 +37,8 @@ class ModuleReport:
     """||XW - T||^2 per token, without the penalty; in the residual stream's units, or as later layers read it."""
     relative: float
     """The same over the energy of the dense residual stream after the module."""
+    unfitted: tuple[int, ...] = ()
+    """Experts that met too few tokens to be refitted, and keep their weights."""
 
 
 def report_of(target: ModuleTarget, kept: int, error: float, count: float) -> ModuleReport:
