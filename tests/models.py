@@ -168,6 +168,14 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         moe_num_shared_experts=2,
         moe_layer_start_index=1,
     ),
+    "exaone_moe": _config(
+        "exaone_moe",
+        **GROUPED,
+        **_EXPERTS,
+        **WINDOWED,
+        num_shared_experts=1,
+        mlp_layer_types=["dense"] + ["sparse"] * 2,
+    ),
     "flex_olmo": _config("flex_olmo", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "granitemoe": _config("granitemoe", **GROUPED, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.6),
     "gpt_oss": _config("gpt_oss", **GROUPED, **WINDOWED, num_local_experts=8, num_experts_per_tok=3, head_dim=12),
@@ -189,11 +197,13 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "glm4_moe_lite": _config(
         "glm4_moe_lite", **LATENT, **ROUTED, mlp_layer_types=["dense", "sparse", "sparse"], norm_topk_prob=True
     ),
+    "lfm2_moe": _config("lfm2_moe", **GROUPED, **CONV, **_EXPERTS, num_dense_layers=1),
     "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
     "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),
     "olmoe": _config("olmoe", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "qwen2_moe": _config("qwen2_moe", **TRIPLES, **_EXPERTS, **SHARED),
     "qwen2_moe some": _config("qwen2_moe", **GROUPED, **_EXPERTS, **SHARED, mlp_only_layers=[0], norm_topk_prob=True),
+    "solar_open": _config("solar_open", "intermediate_size", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=1),
     "qwen3_moe": _config("qwen3_moe", **GROUPED, **_EXPERTS, head_dim=16, norm_topk_prob=True),
 }
 """Families whose feed-forwards are mixtures of experts, in all blocks or behind the first."""

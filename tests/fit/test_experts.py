@@ -20,7 +20,7 @@ from secateur.fit.experts import FEWEST
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.mixture import Mixture
+from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Width
 from secateur.plan.problem import Plan
@@ -107,6 +107,30 @@ def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFol
             assert errors[expert] <= 1.02 * min(errors.values())
             gone.append(expert)
             assert found.errors[place + 1] == pytest.approx(errors[expert], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_outputs_on_other_routes(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """From what they were, by the two experts that change places; as the sum over all that a token meets."""
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        routed, every = routed_of(mixture), mixture.every
+        before = mixture.route(routed.x_nd, every)
+        given = routed.given(routed.everyone, before)
+        looked_up: list[int] = []
+        whole = routed.given
+        routed.given = lambda tokens, routes: looked_up.append(len(tokens)) or whole(tokens, routes)  # type: ignore[method-assign]
+        size = mixture.module.per_group
+        for ones in ([1], [0, 3]):
+            gone = torch.tensor([one + group * size for one in ones for group in range(mixture.module.groups)])
+            after = mixture.route(routed.x_nd, every[torch.isin(every, gone, invert=True)])
+            found = routed.rerouted(routed.everyone, before, given, after)
+            torch.testing.assert_close(found, whole(routed.everyone, after), rtol=1e-3, atol=1e-4)
+        if mixture.module.groups == 1:
+            # Where one goes, all gates of the others keep their ratios.
+            tokens, looked_up[:] = before.of(1)[0], []
+            after = mixture.route(routed.x_nd[tokens], every[every != 1])
+            routed.rerouted(tokens, Routes(before.experts[tokens], before.gates[tokens]), given[tokens], after)
+            assert not looked_up
 
 
 @pytest.mark.parametrize("order", ["reroute", "reap", "frequency", "random"])

@@ -40,9 +40,14 @@ def run(folder: Path, name: str, rows: Tensor | Rows, criterion: str = "wanda", 
     return list(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))
 
 
-@pytest.mark.parametrize("criterion", ["surgeon", "second-moment", "wanda", "flap-wifv", "l2"])
-@pytest.mark.parametrize("when", ["after", "before", "both"])
-@pytest.mark.parametrize("method", ["refit", "paper"])
+@pytest.mark.parametrize(
+    ("method", "when", "criterion"),
+    [
+        *(("refit", "after", criterion) for criterion in ("surgeon", "second-moment", "wanda", "flap-wifv", "l2")),
+        *(("refit", when, "surgeon") for when in ("before", "both")),
+        *(("paper", when, "wanda") for when in ("after", "before", "both")),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_rows_for_both_change_nothing(
     checkpoint_folder: CheckpointFolder, name: str, method: str, when: str, criterion: str

@@ -81,7 +81,7 @@ MORE_ROWS = {
     "olmoe every head": row("olmoe", num_key_value_heads=6, num_experts=8, num_experts_per_tok=3),
     "dots1 every head": row("dots1", num_key_value_heads=6, **tiny.ROUTED, head_dim=12, n_shared_experts=1),
     "deepseek_v2 greedy": row("deepseek_v2", **tiny.LATENT, **tiny.ROUTED),
-    "deepseek_v3 yarn": row("deepseek_v3", **tiny.LATENT, **ONE_GROUP, rope_parameters=YARN_ALL),
+    "deepseek_v3 scaled": row("deepseek_v3", **tiny.LATENT, **ONE_GROUP, rope_parameters=YARN_ALL),
     "deepseek_v3 queries": row(
         "deepseek_v3", **(tiny.LATENT | {"q_lora_rank": None}), **ONE_GROUP, num_hidden_layers=27
     ),
@@ -258,7 +258,7 @@ UNIFORM = {
     "glm4_moe groups": (ALL, "glm4moe"),
     "deepseek_v2 greedy": (EXPERTS, "deepseek2"),
     "deepseek_v3": (ALL, "deepseek2"),
-    "deepseek_v3 yarn": (ALL, "deepseek2"),
+    "deepseek_v3 scaled": (ALL, "deepseek2"),
     "deepseek_v3 queries": (ALL, "deepseek2"),
     "glm4_moe_lite": (ALL, "deepseek2"),
     "youtu": (BOTH, "deepseek2"),

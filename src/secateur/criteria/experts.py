@@ -23,6 +23,8 @@ TOKENS = 4096
 """Of the calibration text, spaced evenly, on which orders are found: each is given to many experts."""
 STEP = 16
 """One in so many experts leaves at a time."""
+_EVEN = 1e-5
+"""Ratios of gates that differ by less are one."""
 
 
 @dataclass
@@ -56,10 +58,37 @@ class Routed:
         """All tokens (n)."""
         return torch.arange(len(self.x_nd), device=self.x_nd.device)
 
-    def losses(self, tokens: Tensor, routes: Routes) -> Tensor:
-        """Squared errors of the output of some tokens on their routes (m)."""
-        found = (self._of(tokens, routes.experts) * routes.gates[..., None]).sum(1)
-        return (self.wanted_nd[tokens] - found).square().sum(1) * self.weight_n[tokens]
+    def given(self, tokens: Tensor, routes: Routes) -> Tensor:
+        """The output of some tokens on their routes (m x d)."""
+        return (self._of(tokens, routes.experts) * routes.gates[..., None]).sum(1)
+
+    def losses(self, tokens: Tensor, given_md: Tensor) -> Tensor:
+        """Squared errors of the output of some tokens (m)."""
+        return (self.wanted_nd[tokens] - given_md).square().sum(1) * self.weight_n[tokens]
+
+    def rerouted(self, tokens: Tensor, before: Routes, given_md: Tensor, after: Routes) -> Tensor:
+        """The output of some tokens on other routes (m x d), from what it was before.
+
+        Where one expert takes the place of another and the gates of the rest keep their ratios, only these two are
+        looked up: k of them for each token and each expert that may leave are most of what an order costs.
+        """
+        if before.experts.shape != after.experts.shape:
+            return self.given(tokens, after)
+        same = before.experts[:, :, None] == after.experts[:, None, :]
+        gone, new = ~same.any(2), ~same.any(1)
+        now = (same * after.gates[:, None, :]).sum(2)
+        ratio = now.sum(1) / (before.gates * ~gone).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+        kept = ((now - ratio[:, None] * before.gates) * ~gone).abs().amax(1) <= _EVEN * after.gates.abs().amax(1)
+        simple = (gone.sum(1) == 1) & (new.sum(1) == 1) & kept
+        result = torch.empty_like(given_md)
+        if not bool(simple.all()):
+            hard = ~simple
+            result[hard] = self.given(tokens[hard], Routes(after.experts[hard], after.gates[hard]))
+        which, away, come = tokens[simple], gone & simple[:, None], new & simple[:, None]
+        less = self._of(which, before.experts[away][:, None])[:, 0] * before.gates[away][:, None]
+        more = self._of(which, after.experts[come][:, None])[:, 0] * after.gates[come][:, None]
+        result[simple] = (given_md[simple] - less) * ratio[simple, None] + more
+        return result
 
     def outputs(self, expert: int, tokens: Tensor) -> Tensor:
         """What one expert gives to tokens for which it counts one (m x d)."""
@@ -97,13 +126,14 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
     counts, errors = [], []
     while True:
         routes = mixture.route(routed.x_nd, alive)
-        losses = routed.losses(routed.everyone, routes)
+        given = routed.given(routed.everyone, routes)
+        losses = routed.losses(routed.everyone, given)
         counts.append(len(order))
         errors.append(team.total(float(losses.sum(dtype=torch.float64))))
         left = len(alive) - stop
         if left <= 0:
             break
-        costs = _rises(routed, alive, routes, losses) if scores is None else scores[alive]
+        costs = _rises(routed, alive, routes, given, losses) if scores is None else scores[alive]
         step = max(groups, min(left, len(alive) // STEP) // groups * groups)
         chosen = _cheapest(costs, alive, step // groups, groups, mixture.module.units)
         order += alive[chosen].tolist()
@@ -112,7 +142,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
     return ExpertOrder(tuple(order), tuple(every.tolist()))
 
 
-def _rises(routed: Routed, alive: Tensor, routes: Routes, losses: Tensor) -> Tensor:
+def _rises(routed: Routed, alive: Tensor, routes: Routes, given_nd: Tensor, losses: Tensor) -> Tensor:
     """What the error rises by if each of the experts went on its own (alive), float64."""
     rises = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
     groups, size = routed.mixture.module.groups, routed.mixture.module.per_group
@@ -124,7 +154,9 @@ def _rises(routed: Routed, alive: Tensor, routes: Routes, losses: Tensor) -> Ten
         if len(tokens):
             gone = torch.stack([one if group != expert // size else alive[place] for group, one in enumerate(least)])
             others = routed.mixture.route(routed.x_nd[tokens], alive[torch.isin(alive, gone, invert=True)])
-            rises[place] = (routed.losses(tokens, others) - losses[tokens]).sum(dtype=torch.float64)
+            before = Routes(routes.experts[tokens], routes.gates[tokens])
+            found = routed.rerouted(tokens, before, given_nd[tokens], others)
+            rises[place] = (routed.losses(tokens, found) - losses[tokens]).sum(dtype=torch.float64)
     routed.team.add(rises)
     return rises
 

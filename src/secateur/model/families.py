@@ -120,6 +120,16 @@ OLMO2 = replace(POST_NORMS, heads_locked="its query and key norms run across all
 GLM = replace(LLAMA, gate=None, fused_gate="gate_up_proj")
 LATENT = replace(LLAMA, latent=("kv_a_proj_with_mqa", "kv_b_proj"))
 
+LFM2 = Family(
+    output="out_proj",
+    feed_forward="feed_forward",
+    up="w3",
+    gate="w1",
+    down="w2",
+    final_norm="model.embedding_norm",
+    mixer=("conv", "out_proj"),
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -149,15 +159,7 @@ FAMILIES: dict[str, Family] = {
     "helium": LLAMA,
     "hunyuan_v1_dense": LLAMA,
     "jais2": NO_GATE,
-    "lfm2": Family(
-        output="out_proj",
-        feed_forward="feed_forward",
-        up="w3",
-        gate="w1",
-        down="w2",
-        final_norm="model.embedding_norm",
-        mixer=("conv", "out_proj"),
-    ),
+    "lfm2": LFM2,
     "ministral": LLAMA,
     "ministral3": LLAMA,
     "nanochat": replace(NO_GATE, up="fc1", down="fc2"),
@@ -230,6 +232,10 @@ FAMILIES |= {
             renamed=(("gate.moe_statics.", "moe_statics."),),
         ),
     ),
+    "exaone_moe": replace(
+        LLAMA,
+        experts=replace(DEEPSEEK, count="num_experts", renamed=(("gate.e_score_correction", "e_score_correction"),)),
+    ),
     "flex_olmo": replace(OLMO2, experts=Experts()),
     "granitemoe": replace(
         LLAMA,
@@ -251,11 +257,13 @@ FAMILIES |= {
         LLAMA, experts=replace(MIXTRAL, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate.")))
     ),
     "qwen3_5_moe_text": QWEN_NEXT,
+    "solar_open": replace(LLAMA, experts=DEEPSEEK),
     "qwen3_next": QWEN_NEXT,
     "deepseek_v2": replace(LATENT, experts=DEEPSEEK),
     "deepseek_v3": replace(LATENT, experts=DEEPSEEK),
     "glm4_moe": replace(LLAMA, experts=DEEPSEEK),
     "glm4_moe_lite": replace(LATENT, experts=DEEPSEEK),
+    "lfm2_moe": replace(LFM2, experts=Experts(bias="expert_bias", stored=_W)),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
     "mixtral": replace(LLAMA, experts=MIXTRAL),
     "olmoe": replace(OLMO2, experts=Experts(), norm_after_attention=None, norm_after_feed_forward=None),

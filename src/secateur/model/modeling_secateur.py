@@ -55,7 +55,7 @@ class PerLayer(nn.Module):
             if own:
                 heads = own.get("num_attention_heads", config.num_attention_heads)
                 groups = own.get("num_key_value_heads", getattr(config, "num_key_value_heads", None) or heads)
-                channels = next(own.get(key, getattr(config, key)) for key in CHANNELS if hasattr(config, key))
+                channels = next((own.get(key, getattr(config, key)) for key in CHANNELS if hasattr(config, key)), 0)
                 # Some configs know the number by more than one of the names.
                 counts = (*(own[key] for key in EXPERTS if key in own), *(getattr(config, key, 0) for key in EXPERTS))
                 experts = next(filter(None, counts), 0)
