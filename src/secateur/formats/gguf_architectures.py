@@ -94,8 +94,6 @@ class Architecture:
     epsilon: Literal["rms", "layer"] = "rms"
     scales: bool = False
     """Embeddings, attention scores, module outputs and logits are each multiplied by a number of the file."""
-    experts: bool = False
-    """Feed-forwards may be mixtures of experts, as many in every block that has some."""
     normed: bool | None = None
     """The gates of what a token meets add up to one: always, never, or as the file says."""
     leading: bool = False
@@ -104,29 +102,29 @@ class Architecture:
     """All heads share one key and one value, a latent vector, and what each makes of it is put off."""
 
 
-_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"}, experts=True, normed=True)
+_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3", "longrope"}, normed=True)
 _GEMMA3 = Architecture("gemma3", QKV, head_norms=True, windows=True, scalings=_SCALINGS - {"yarn"}, activation="gelu")
 _PHI3 = Architecture("phi3", QKV, square=True, fused_qkv=True, partial=True, scalings=_SCALINGS | {"longrope"})
 _QWEN3 = Architecture("qwen3", QKV, head_norms=True)
 _OLMO2 = Architecture("olmo2", frozenset(), square=True, output="stored")
-_GLM = replace(_QWEN3, name="glm4moe", partial=True, experts=True, leading=True)
+_GLM = replace(_QWEN3, name="glm4moe", partial=True, leading=True)
 _GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
         _LLAMA,
-        replace(_LLAMA, name="deci", per_layer=True, headless=True, experts=False),
-        replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset(), experts=False),
-        replace(_LLAMA, name="granite", scales=True, experts=False),
+        replace(_LLAMA, name="deci", per_layer=True, headless=True),
+        replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset()),
+        replace(_LLAMA, name="granite", scales=True),
         Architecture("gemma", frozenset(), activation="gelu", output="tied"),
         Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer"),
         Architecture("qwen2", QKV, square=True),
         _QWEN3,
-        Architecture("qwen2moe", QKV, experts=True, normed=False),
-        replace(_QWEN3, name="qwen3moe", experts=True, normed=True),
-        replace(_OLMO2, name="olmoe", ungrouped=True, experts=True, normed=False),
-        replace(_LLAMA, name="granitemoe", scales=True, experts=True, normed=True),
+        Architecture("qwen2moe", QKV, normed=False),
+        replace(_QWEN3, name="qwen3moe", normed=True),
+        replace(_OLMO2, name="olmoe", ungrouped=True, normed=False),
+        replace(_LLAMA, name="granitemoe", scales=True),
         _GLM,
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
         replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset()),
@@ -233,7 +231,7 @@ class Model:
         # Configs have no common way to say which blocks have no experts.
         self.widths = [
             replace(width, channels=self.config.intermediate_size, experts=0)
-            if width.experts and not self.checkpoint.pieces(self.parameter(index, "down_proj"))
+            if width.experts and not self.checkpoint.holds_experts(self.parameter(index, "down_proj"))
             else width
             for index, width in enumerate(self.widths)
         ]

@@ -24,7 +24,6 @@ from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_con
 from secateur.model.families import FAMILIES, Experts, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
-from secateur.model.modeling_secateur import overrides
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
 from secateur.model.weights import TensorInfo, list_tensors
 
@@ -150,15 +149,25 @@ class Checkpoint:
         """
         if found := self.resolve(name):
             return (found,)
-        owner, _, leaf = name.rpartition(".")
-        parts = dict(self._experts.stored).get(leaf) if self._experts else None
-        if not parts or not self._experts:
+        if not self._experts:
             return ()
+        from secateur.model.modeling_secateur import overrides  # which takes a second
+
         index = re.search(r"\.(\d+)\.", name)
         own = overrides(self.config, int(index[1])) if index else {}
         count = own.get(self._experts.count) or getattr(self.config, self._experts.count)
+        return self._apart(name, count)
+
+    def _apart(self, name: str, count: int) -> tuple[str, ...]:
+        """The stored matrices of the first experts, if they are stored one by one; none where one is missing."""
+        owner, _, leaf = name.rpartition(".")
+        parts = dict(self._experts.stored).get(leaf, ()) if self._experts else ()
         names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
         return () if None in names else tuple(map(str, names))
+
+    def holds_experts(self, name: str) -> bool:
+        """Whether a tensor of a block's experts is stored, together or apart."""
+        return bool(self.resolve(name) or self._apart(name, 1))
 
     def read_parameter(self, name: str) -> Tensor:
         """A transformers parameter as stored, put together where checkpoints hold it in pieces.

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from secateur.base.errors import SecateurError
 from secateur.model.weights import TensorInfo, read_tensor
@@ -122,7 +121,7 @@ def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: di
         if (scales := tensors[f"{place}_scales"].shape) != info.shape[:-1]:
             raise ValueError(f"has scales of {list(scales)}")
         shape = (experts, groups * half * 2, rows)
-        return _Found(place, shape, [name, f"{place}_scales"], convert_moe_packed_tensors)
+        return _Found(place, shape, [name, f"{place}_scales"], _halves)
     if name.endswith("_packed") and info.dtype == torch.int32:
         return _integers(name, info, tensors)
     if info.dtype not in _NARROW or name.endswith("_zero_point"):
@@ -134,6 +133,14 @@ def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: di
     zero = f"{name}_zero_point"
     _check(info.shape, tensors[scale].shape, block)
     return _Found(name, info.shape, [name, scale, *([zero] * (zero in tensors))], partial(_scaled, block=block))
+
+
+def _halves(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The weight that 4-bit floats and their powers of two stand for."""
+    # A second of imports, which most runs do without.
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(blocks, scales)
 
 
 def _integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Found:
