@@ -181,7 +181,7 @@ class Checkpoint:
         if len(pieces) == 1:
             return self.read(pieces[0])
         together = self._together(name)
-        result = torch.empty(self.parameter_shape(name), dtype=self.tensors[pieces[0]].dtype)
+        result = torch.empty(self._shape_of(name, pieces), dtype=self.tensors[pieces[0]].dtype)
         for expert, whole in enumerate(result):
             own = pieces[expert * together : (expert + 1) * together]
             torch.cat([self.read(piece) for piece in own], out=whole)
@@ -189,7 +189,10 @@ class Checkpoint:
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """The shape of what `read_parameter` gives."""
-        pieces = self.pieces(name)
+        return self._shape_of(name, self.pieces(name))
+
+    def _shape_of(self, name: str, pieces: tuple[str, ...]) -> tuple[int, ...]:
+        """The same, of the pieces that were found."""
         shapes = [self.tensors[piece].shape for piece in pieces]
         if len(pieces) == 1:
             return shapes[0]
