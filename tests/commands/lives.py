@@ -1,7 +1,8 @@
-"""Runs `prune` in children that are killed: `python lives.py MODEL FOLDER POINTS KEY=VALUE ...`, figures as JSON.
+"""Runs `prune` in children that are killed: `python lives.py MODEL FOLDER CASES`, a JSON file; figures as JSON.
 
-A run that lives writes down each time it touches the disk. At so many of these points, spread over the run, another
-child is killed by SIGKILL and a third one goes on; what comes out is held against the first.
+A case is a name, a number of points, and what is asked of `prune`. A run that lives writes down each time it
+touches the disk. At so many of these points, spread over the run, another child is killed by SIGKILL and a third one
+goes on; what comes out is held against the first.
 """
 
 import hashlib
@@ -70,10 +71,9 @@ def bytes_of(out: Path) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    model, folder, points = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    asked = {name: json.loads(value) for name, value in (word.split("=", 1) for word in sys.argv[4:])}
+def killed_anywhere(model: Path, folder: Path, points: int, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """What became of each life that was ended."""
+    folder.mkdir()
     name = "out.gguf" if asked.get("format") == "gguf" else "out"
     first, log = folder / "first", folder / "log"
     first.mkdir()
@@ -93,7 +93,16 @@ def main() -> None:
         same = lived == 0 and bytes_of(place / name) == wanted
         left = [one.name for one in place.iterdir() if one.name != name]
         found.append({"at": touches[end - 1], "killed": killed, "early": early, "same": same, "left": left})
-    print(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    # What every child would import.
+    prune(model, folder / "warm", calibration="random", samples=8, length=24, effort="quick")
+    cases = json.loads(Path(sys.argv[3]).read_text())
+    print(json.dumps({name: killed_anywhere(model, folder / name, *case) for name, case in cases.items()}))
 
 
 if __name__ == "__main__":

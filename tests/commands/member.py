@@ -1,16 +1,20 @@
-"""One process of several that prune together: `RANK=0 WORLD_SIZE=2 ... python member.py CASES`, a JSON file.
+"""Processes that prune together, each a child of this one, which imports what they need once.
 
-A case has the words of a command, and what single processes have of their own: more `words`, or the block, counted as
-blocks are filled, at which they are killed. Without a launcher's variables, this is a process on its own.
+A line of standard input is a team as JSON: the environment of each member, a launcher's variables or none, and the
+cases that all of them carry out. The answer is a line: how each ended, and what it said on standard error. A case has
+the words of a command, and what single members have of their own: more `words`, or the block, counted as blocks are
+filled, at which they are killed.
 """
 
 import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -18,11 +22,12 @@ from torch import nn
 import secateur.fit.level1_step
 import secateur.model.journal
 import secateur.model.rows
-from secateur.cli import main
 from secateur.model.stream import BlockStream
 
 LENGTH, TOGETHER = 24, 4
 """Tokens of a row, and rows of a batch."""
+PATIENCE = 180
+"""Seconds."""
 
 
 def end_at(filling: int | None) -> None:
@@ -41,23 +46,64 @@ def end_at(filling: int | None) -> None:
 
 def run(words: list[str]) -> int:
     """A command's exit code."""
+    # What it says depends on the launcher's variables, when it is imported.
+    from secateur import cli
+
     sys.argv = ["secateur", *words]
     try:
-        main()
+        cli.main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
 
 
-if __name__ == "__main__":
+def carry_out(cases: list[dict[str, Any]]) -> int:
+    """A member's exit code: that of the first case that fails."""
     torch.set_num_threads(1)
     # Rounding is all that may differ; bfloat16 would make much of it.
     secateur.fit.level1_step.fast_dtype = lambda _: torch.float32
     secateur.model.rows.BATCH_TOKENS = TOGETHER * LENGTH
     # Every block is kept, whatever that costs.
     secateur.model.journal.SPENT = float("inf")
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+    for case in cases:
         own: dict[str, Any] = case.get("own", {}).get(os.environ.get("RANK", "0"), {})
         end_at(own.get("ends"))
         if code := run([*case["words"], *own.get("words", [])]):
-            sys.exit(code)
+            return code
+    return 0
+
+
+def born(environment: dict[str, str], cases: list[dict[str, Any]], said: IO[bytes]) -> int:
+    """A child's number."""
+    if child := os.fork():
+        return child
+    # A team that waits for ever fails in place of the whole test run.
+    signal.alarm(PATIENCE)
+    os.environ.update(environment)
+    os.dup2(said.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    code = 1
+    try:
+        code = carry_out(cases)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    # A command imports a model's code when it opens the model.
+    import_module("transformers.models.llama.modeling_llama")
+    for line in sys.stdin:
+        team = json.loads(line)
+        files = [tempfile.TemporaryFile() for _ in team["members"]]  # noqa: SIM115
+        children = [born(own, team["cases"], file) for own, file in zip(team["members"], files, strict=True)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        for file in files:
+            file.seek(0)
+        answer = [(code, file.read().decode()) for code, file in zip(codes, files, strict=True)]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

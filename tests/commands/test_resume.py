@@ -38,16 +38,22 @@ KILLED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", KILLED)
-def test_killed_anywhere(case: str, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    points, more = KILLED[case]
-    model = shutil.copytree(checkpoint_folder("llama"), tmp_path / "dense")
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: CheckpointFolder) -> dict[str, Any]:
+    """All cases in one process."""
+    place = tmp_path_factory.mktemp("lives")
+    model = shutil.copytree(checkpoint_folder("llama"), place / "dense")
     make_letters().save_pretrained(model)
-    words = [f"{name}={json.dumps(value)}" for name, value in (ASKED | more).items()]
-    command = [sys.executable, str(Path(__file__).with_name("lives.py")), str(model), str(tmp_path), str(points)]
-    found = json.loads(subprocess.check_output([*command, *words]))
-    assert len(found) == points
-    for one in found:
+    cases = place / "cases.json"
+    cases.write_text(json.dumps({name: (points, ASKED | more) for name, (points, more) in KILLED.items()}))
+    command = [sys.executable, str(Path(__file__).with_name("lives.py")), str(model), str(place), str(cases)]
+    return json.loads(subprocess.check_output(command))
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_killed_anywhere(case: str, lives: dict[str, Any]) -> None:
+    assert len(lives[case]) == KILLED[case][0]
+    for one in lives[case]:
         assert one["killed"] == signal.SIGKILL, one
         assert one["same"], one
         assert not one["early"], one

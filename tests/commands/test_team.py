@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,27 +39,27 @@ MEMBER = Path(__file__).with_name("member.py")
 Case = dict[str, Any]
 
 
-def start(place: Path, size: int, cases: Sequence[Case]) -> list[subprocess.Popen[str]]:
-    """As many processes that carry out the same cases; one alone without a launcher's variables."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    file = place / f"cases-{size}.json"
-    file.write_text(json.dumps(cases))
-    processes = []
-    for rank in range(size):
-        told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | ({key: str(value) for key, value in told.items()} if size > 1 else {})
-        environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(MEMBER), str(file)]
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))
-    return processes
+Together = Callable[[int, Sequence[Case]], list[tuple[int, str]]]
+"""As many processes carry out the same cases: their exit codes, and what was said on standard error."""
 
 
-def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit codes, and what was said on standard error."""
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+@pytest.fixture(scope="module")
+def together() -> Iterator[Together]:
+    """One process alone is without a launcher's variables."""
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(MEMBER)], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as parent:
+
+        def ended(size: int, cases: Sequence[Case]) -> list[tuple[int, str]]:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            members = [{key: str(value) for key, value in (told | {"RANK": rank}).items()} for rank in range(size)]
+            parent.stdin.write(json.dumps({"members": members if size > 1 else [{}], "cases": cases}) + "\n")
+            parent.stdin.flush()
+            return json.loads(parent.stdout.readline())
+
+        yield ended
+        parent.stdin.close()
 
 
 def assert_alike(out: Path, other: Path) -> None:
@@ -93,23 +93,22 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def done(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(together: Together, checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All cases, by one process and by two."""
     place = tmp_path_factory.mktemp("teams")
     text = place / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 4000)[0].tolist()))
     common = ["--calibration", str(text), "--samples", str(SAMPLES), "--length", str(LENGTH)]
     models = {name: str(checkpoint_folder(model)) for name, (model, _) in PRUNE.items()}
-    done, running = Done(place, common, models, []), []
+    done = Done(place, common, models, [])
     for size in (1, 2):
         cases: list[Case] = [{"words": done.words(name, f"{size} {name}")} for name in PRUNE]
         cases.append({"words": ["survey", models["gradients"], "--out", str(place / f"{size} survey"), *common]})
         if size > 1:
             cases.append({"words": done.words("FLAP", "differing"), "own": {"1": {"words": ["--seed", "1"]}}})
-        running.append(start(place, size, cases))
-    ((code, said),), differing = map(ended, running)
-    assert code == 0, said
-    done.differing.extend(differing)
+        ended = together(size, cases)
+        assert size > 1 or ended[0][0] == 0, ended
+    done.differing.extend(ended)
     return done
 
 
@@ -140,18 +139,18 @@ def test_nothing_but_the_output_is_left(done: Done) -> None:
 
 
 def test_one_that_dies_ends_the_others_and_any_number_go_on(
-    done: Done, tmp_path: Path, checkpoint_folder: CheckpointFolder
+    done: Done, together: Together, checkpoint_folder: CheckpointFolder
 ) -> None:
     words = done.words("two fits", "out")
     state, out = done.place / ".out.run", done.place / "out"
     # One process alone is killed in its survey, behind the pass that rewrites rows.
-    ((code, _),) = ended(start(tmp_path, 1, [{"words": words, "own": {"0": {"ends": 6}}}]))
+    ((code, _),) = together(1, [{"words": words, "own": {"0": {"ends": 6}}}])
     assert code == -9
     assert (state / "copies.json").exists()
     assert (state / "survey" / "behind-00002.activations").exists()
     # Two go on, and the second one is killed in the last block of the fit, when two blocks are written.
     begin = time.monotonic()
-    (code, said), (killed, _) = ended(start(tmp_path, 2, [{"words": words, "own": {"1": {"ends": 4}}}]))
+    (code, said), (killed, _) = together(2, [{"words": words, "own": {"1": {"ends": 4}}}])
     assert time.monotonic() - begin < 60
     assert (code, killed) == (2, -9)
     assert "Going on with a run that was stopped" in said
@@ -160,7 +159,7 @@ def test_one_that_dies_ends_the_others_and_any_number_go_on(
     assert len(list(state.glob("fit-*/behind-00002.activations"))) == 1
     assert not out.exists()
     # One goes on once more.
-    ((code, said),) = ended(start(tmp_path, 1, [{"words": words}]))
+    ((code, said),) = together(1, [{"words": words}])
     assert code == 0, said
     assert_alike(out, done.place / "1 two fits")
     assert not state.exists()
