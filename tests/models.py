@@ -112,7 +112,33 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "cwm": _config("cwm", **GROUPED, **WINDOWED, head_dim=12, rope_parameters=YARN),
     "ernie4_5": _config("ernie4_5", **GROUPED, head_dim=12, use_bias=True),
     "exaone4": _config("exaone4", **GROUPED, **WINDOWED),
+    "bloom": _config("bloom", "intermediate_size"),
+    "falcon": _config("falcon", "intermediate_size", ffn_hidden_size=72),
+    "falcon new": _config(
+        "falcon", "intermediate_size", ffn_hidden_size=72, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "falcon old": _config(
+        "falcon",
+        "intermediate_size",
+        ffn_hidden_size=72,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+    ),
     "gemma": _config("gemma", **TRIPLES, head_dim=12),
+    "gemma4_text": _config(
+        "gemma4_text",
+        **TRIPLES,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        sliding_window=7,
+        head_dim=12,
+        global_head_dim=16,
+        num_global_key_value_heads=3,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+    ),
+    "mpt": _config("mpt", "intermediate_size", max_seq_len=POSITIONS, attn_config={"clip_qkv": 1.5}),
     "glm": _config("glm", **GROUPED, head_dim=8),
     "glm4": _config("glm4", **TRIPLES, head_dim=8),
     "granite": _config(
@@ -199,6 +225,9 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
     "lfm2_moe": _config("lfm2_moe", **GROUPED, **CONV, **_EXPERTS, num_dense_layers=1),
     "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
+    "mistral4": _config(
+        "mistral4", **LATENT, **ROUTED, n_group=2, topk_group=2, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}
+    ),
     "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),
     "olmoe": _config("olmoe", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "qwen2_moe": _config("qwen2_moe", **TRIPLES, **_EXPERTS, **SHARED),
@@ -216,7 +245,10 @@ def _made(row: Callable[[], Any]) -> Any:
 
 def config_of(name: str) -> Any:
     """The config of a row; not to be changed. Files add rows of their own, whose names may be the same."""
-    return _made((ROWS | SIMILAR | MIXTURES)[name])
+    config = _made((ROWS | SIMILAR | MIXTURES)[name])
+    # As opened checkpoints have it.
+    config.allow_global_per_layer_attribute_access = True
+    return config
 
 
 def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
@@ -295,7 +327,9 @@ def begins(name: str) -> bool:
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A row's checkpoint with a tokenizer; the variants' begins texts with BOS, the families' does not."""
     with quiet():
-        build(name).to(dtype).save_pretrained(folder)
+        model: Any = build(name).to(dtype)
+        vars(model.config).pop("allow_global_per_layer_attribute_access")
+        model.save_pretrained(folder)
         make_tokenizer(bos=begins(name)).save_pretrained(folder)
     return folder
 

@@ -3,6 +3,7 @@
 import platform
 import resource
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,10 +16,15 @@ from secateur.commands.open import OpenRun
 from secateur.fit.average import FittedBlock
 from secateur.fit.experts import FEWEST
 from secateur.formats.vllm import vllm_obstacle
+from secateur.model.structure import Block
 from secateur.plan.meters import Meter, byte_meter, cache_meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
+from secateur.survey.curves import Curve
 from secateur.text.draw import CalibrationRows
+
+UNLIKE = 0.25
+"""The share of a mixture's output, as energy, that costs too much to lose."""
 
 
 def summary_of(
@@ -96,6 +102,21 @@ def block_record(decided: Plan, block: FittedBlock) -> dict[str, Any]:
         **{report.kind: list(block.keep.units(report.kind)) for report in block.reports},
         "modules": [asdict(report) for report in block.reports],
     }
+
+
+def unlike_experts(blocks: Sequence[Block], curves: Iterable[Curve], decided: Plan) -> str | None:
+    """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
+    lost = []
+    for curve in curves:
+        if curve.kind == "experts" and curve.energy and (width := decided.widths.get(curve.block)):
+            gone = blocks[curve.block].width.experts - width.experts
+            lost.append(curve.errors[gone] / curve.energy if gone < len(curve.errors) else 1.0)
+    if not lost or (share := sum(lost) / len(lost)) < UNLIKE:
+        return None
+    return (
+        f"The experts are little alike: without those that go, mixtures lose {share:.0%} of their outputs' energy "
+        "before the refit, and the model will lose much; a smaller size, or heads and channels alone, keep more"
+    )
 
 
 def unfitted(done: list[dict[str, Any]]) -> str | None:

@@ -16,7 +16,7 @@ from secateur.base.words import counted
 from secateur.commands.fitted import FittedBlocks, key_of, perplexity_ratio
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
-from secateur.commands.result import block_record, record, summary_of, unfitted
+from secateur.commands.result import block_record, record, summary_of, unfitted, unlike_experts
 from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.criteria.head_distances import head_distances
@@ -159,6 +159,8 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
     """
     decided = _plan(run, rows, found)
     run.watcher.note(_described(run, decided))
+    if found.survey is not None and (alert := unlike_experts(run.stream.blocks, found.survey.curves, decided)):
+        run.watcher.note(alert)
     return decided
 
 

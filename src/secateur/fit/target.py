@@ -53,7 +53,7 @@ class ModuleTarget:
         additive = getattr(state.stream.checkpoint.config, "do_layer_norm_before", True)
         self.repairs = additive and recovery.method != "paper"
         """Whether it aims at the error so far as well."""
-        self.multiplier = multiplier_of(state.stream.checkpoint.config)
+        self.multiplier = multiplier_of(state.stream.checkpoint.config, state.layer)
         """What the module's output is multiplied by on its way to the residual stream."""
         biased = module.bias is not None or recovery.method == "bias"
         self.fits_bias = recovery.method != "none" and module.free_bias and biased

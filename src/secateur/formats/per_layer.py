@@ -19,7 +19,7 @@ from secateur.formats.stock import STOCK, stock_config
 from secateur.model import modeling_secateur
 from secateur.model.config_file import stock_class
 from secateur.model.families import FAMILIES
-from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, overrides
+from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, WIDTHS, overrides
 from secateur.model.structure import Block, Width
 
 MODELING_FILE = Path(modeling_secateur.__file__)
@@ -70,7 +70,8 @@ def per_layer_config(
     first = next((width for width in dense if width.experts), dense[0])
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
-    stored["head_dim"] = head_dim
+    if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon's says the same, and takes none.
+        stored["head_dim"] = head_dim
     config_class = type(config)
     causal = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, config_class).__name__
     classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
@@ -89,7 +90,7 @@ def per_layer_config(
         own = _keys(config, widths.get(index, usual), biases.get(index, (False, False)))
         if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
             layers[str(index)] = differing
-    stored["per_layer_config"] = layers
+    stored[WIDTHS if any(overrides(config, index) for index in range(len(dense))) else "per_layer_config"] = layers
     # A key that only some layers have must have a value for the others.
     stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.
@@ -134,7 +135,7 @@ def widths_of(config: Any) -> list[Width]:
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         key, mixture = STOCK[config.model_type].channels, FAMILIES[config.model_type].experts
         heads, groups = config.num_attention_heads, getattr(config, GROUPS, None)
-        channels = getattr(config, key) or 4 * config.hidden_size
+        channels = getattr(config, key, None) or 4 * config.hidden_size
     widths = []
     for index in range(config.num_hidden_layers):
         own = overrides(config, index)

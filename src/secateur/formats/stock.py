@@ -25,6 +25,8 @@ class Stock:
 
     channels: str = "intermediate_size"
     """The key of the feed-forward width."""
+    derived: bool = False
+    """The class derives that width and reads no key of it; only the per-layer format can change it."""
     same: tuple[str, ...] = ()
     """Other keys of it, as the family's own checkpoints have them."""
     also: tuple[tuple[str, Any], ...] = ()
@@ -64,6 +66,7 @@ STOCK: dict[str, Stock] = {
     "ernie4_5": Stock(),
     "exaone4": Stock(),
     "gemma": Stock(),
+    "gemma4_text": Stock(theta=None),
     "glm": Stock(partial="partial_rotary_factor"),
     "glm4": Stock(partial="partial_rotary_factor"),
     "granite": Stock(),
@@ -101,12 +104,16 @@ STOCK: dict[str, Stock] = {
     "glm4_moe_lite": Stock(partial="partial_rotary_factor"),
     "lfm2_moe": Stock(),
     "minimax_m2": Stock(),
+    "mistral4": Stock(theta=None),
     "mixtral": Stock(),
     "olmoe": Stock(),
     "qwen2_moe": Stock(heads="dense"),
     "qwen3_moe": Stock(),
     "solar_open": Stock(channels="moe_intermediate_size", partial="partial_rotary_factor"),
     "gptj": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
+    "bloom": Stock(channels="ffn_dim", derived=True, heads="dense", grouped=False, theta=None),
+    "falcon": Stock(channels="ffn_hidden_size", heads="dense", grouped=False, theta=None),
+    "mpt": Stock(channels="ffn_dim", derived=True, heads="dense", grouped=False, theta=None),
     "gpt2": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
     "opt": Stock(channels="ffn_dim", heads="dense", grouped=False, theta=None),
     "gpt_neox": Stock(heads="dense", grouped=False, theta="rotary_emb_base", partial="rotary_pct"),
@@ -124,6 +131,8 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         return f"no stock layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
     if min(width.groups, width.per_group, width.fed) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
+    if stock.derived and width.channels != dense.channels:
+        return f"{kind} derives its feed-forward width from hidden_size; take --format hf"
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
     bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
@@ -17,6 +18,9 @@ from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
 from secateur.model.families import FAMILIES
 from secateur.model.quantised import quantisation, quantisation_obstacle
+
+# transformers 5 has the class, and lists it among those for images alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
 OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
 TEXT = "text_config"
@@ -78,6 +82,10 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         # The validators put what is wrong on the last line.
         reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
         raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
+    for one in (config, getattr(config, TEXT, None)):
+        if one is not None:
+            # Gemma 4 has heads of their own in some blocks; what is read of the whole is the same in all.
+            one.allow_global_per_layer_attribute_access = True
     if config.is_encoder_decoder:
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
     if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):

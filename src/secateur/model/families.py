@@ -54,6 +54,8 @@ class Family:
     """Names of one architecture's layers, relative to the block except for `blocks`."""
 
     blocks: str = "model.layers"
+    tupled: bool = False
+    """Blocks give more behind the residual stream."""
     attention: str = "self_attn"
     queries: str = "q_proj"
     keys: str = "k_proj"
@@ -87,20 +89,29 @@ class Family:
     norm_before_feed_forward: str | None = None
     """Norms between the residual stream and level 1; named only where there are norms behind the modules as well, to
     know how strongly later layers read what a module writes."""
+    heads_fixed: bool = False
+    """The attention cannot go as a whole either."""
+    adds: bool = False
+    """The attention adds its output to the residual stream itself, and so does the feed-forward."""
     heads_locked: str | None = None
-    """Why heads cannot be removed exactly, where that is so."""
+    """Why heads cannot be removed exactly, where that is so; all or none then stay."""
     mixer: tuple[str, str] | None = None
     """What stands in the attention's place in some blocks (linear attention, a convolution) and its output layer. These
     blocks' mixers are left alone, all attention heads stay, and channels go everywhere."""
     multiplier: str | None = None
     """The config's key of a factor between what a module gives and the residual stream."""
+    scalar: str | None = None
+    """The block's factor for the whole residual stream behind it."""
     activation: str | None = None
     """The function between the two levels of the feed-forward, where it has parameters of its own."""
     experts: Experts | None = None
     """The mixture of experts that stands in the feed-forward's place in some blocks, or in all."""
+    without: tuple[tuple[str, str], ...] = ()
+    """Keys of the config for which there is no code yet, and what a model has that sets them."""
 
 
 LLAMA = Family()
+ALIBI = "the position of a head decides how fast its attention fades"
 LINEAR = ("linear_attn", "out_proj")
 """Qwen's linear attention, as a mixer."""
 POST_NORMS = replace(
@@ -147,6 +158,17 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": LLAMA,
     "exaone4": POST_NORMS,
     "gemma": replace(LLAMA, norm_offset=True),
+    "gemma4_text": replace(
+        GEMMA,
+        norm_offset=False,
+        scalar="layer_scalar",
+        heads_locked="its windowed blocks have other heads than its blocks of full attention",
+        without=(
+            ("num_kv_shared_layers", "blocks that reuse the keys and values of earlier ones"),
+            ("hidden_size_per_layer_input", "blocks that read inputs of their own"),
+            ("enable_moe_block", "experts beside the feed-forward, with norms of their own"),
+        ),
+    ),
     "glm": GLM,
     "glm4": replace(
         GLM,
@@ -182,6 +204,47 @@ FAMILIES: dict[str, Family] = {
         up="fc_in",
         gate=None,
         down="fc_out",
+    ),
+    "bloom": Family(
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention="self_attention",
+        output="dense",
+        feed_forward=None,
+        up="mlp.dense_h_to_4h",
+        gate=None,
+        down="mlp.dense_4h_to_h",
+        activation="mlp.gelu_impl",
+        tupled=True,
+        adds=True,
+        heads_fixed=True,
+        heads_locked=ALIBI,
+    ),
+    "falcon": Family(
+        tupled=True,
+        heads_fixed=True,
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention="self_attention",
+        output="dense",
+        up="dense_h_to_4h",
+        gate=None,
+        down="dense_4h_to_h",
+        activation="act",
+        heads_locked="its kinds lay queries, keys and values out in three ways, for which there is no code",
+    ),
+    "mpt": Family(
+        tupled=True,
+        blocks="transformer.blocks",
+        final_norm="transformer.norm_f",
+        attention="attn",
+        output="out_proj",
+        feed_forward=None,
+        up="ffn.up_proj",
+        gate=None,
+        down="ffn.down_proj",
+        activation="ffn.act",
+        heads_locked=ALIBI,
     ),
     "opt": Family(
         blocks="model.decoder.layers",
@@ -265,6 +328,7 @@ FAMILIES |= {
     "glm4_moe_lite": replace(LATENT, experts=DEEPSEEK),
     "lfm2_moe": replace(LFM2, experts=Experts(bias="expert_bias", stored=_W)),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
+    "mistral4": replace(LATENT, experts=replace(DEEPSEEK, shared="shared_experts")),
     "mixtral": replace(LLAMA, experts=MIXTRAL),
     "olmoe": replace(OLMO2, experts=Experts(), norm_after_attention=None, norm_after_feed_forward=None),
     "qwen2_moe": QWEN_MOE,
@@ -296,6 +360,10 @@ def family_of(config: Any) -> Family:
         raise SecateurError(
             f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"
         )
+    if lacks := [what for key, what in family.without if getattr(config, key, None)]:
+        raise SecateurError(
+            f"this {config.model_type} has {' and '.join(lacks)}, for which there is no code yet; take a model without"
+        )
     return family
 
 
@@ -319,17 +387,18 @@ def positions_of(config: Any) -> int | None:
 MIXED = "some blocks have another kind of layer in the attention's place"
 
 
-def multiplier_of(config: Any) -> float:
-    """The factor between what a module gives and the residual stream."""
-    key = family_of(config).multiplier
-    return 1.0 if key is None else float(getattr(config, key))
+def multiplier_of(config: Any, layer: nn.Module) -> float:
+    """The factor between what a module of a filled block gives and the residual stream behind the block."""
+    family = family_of(config)
+    own = 1.0 if family.scalar is None else float(layer.get_buffer(family.scalar))
+    return own if family.multiplier is None else own * float(getattr(config, family.multiplier))
 
 
 def activation_of(config: Any, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The function between the two levels of a filled block's feed-forward."""
     family = family_of(config)
     if family.activation is not None:
-        return layer.get_submodule(f"{family.feed_forward}.{family.activation}")
+        return layer.get_submodule(".".join(filter(None, (family.feed_forward, family.activation))))
     names = ("hidden_activation", "activation_function", "hidden_act")
     # LFM2's config does not say.
     return ACT2FN[next((value for name in names if (value := getattr(config, name, None))), "silu")]
@@ -379,9 +448,15 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
             )
         level2, bias = _level2(layer, f"{path}.{output}", "head", heads, inner.weight.shape[1] // heads)
         return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True)
-    dim, path = head_dim(config), family.attention
+    dim, path, after = head_dim(config), family.attention, family.norm_after_attention
     if family.latent is not None:
         return _latent(family, layer, heads)
+    if family.heads_locked is not None:
+        inner = layer.get_submodule(f"{path}.{family.output}")
+        level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, inner.weight.shape[1] // heads)
+        own = None if family.adds else path
+        fixed = family.heads_fixed
+        return Depth2("heads", (), level2, bias, own, after, groups, family.heads_locked, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
         queries: Any = layer.get_submodule(f"{path}.{family.queries}")
@@ -398,14 +473,14 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         for start in (heads * dim, (heads + groups) * dim):
             level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
     level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
-    locked = MIXED if family.mixer else family.heads_locked
+    locked = MIXED if family.mixer else None
     inside = {*(slab.name for slab in level1), level2.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # One vector for all heads, or one for each of them.
     apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
     if locked is None and apart:
         locked = "its query and key norms differ from head to head"
-    after, fixed = family.norm_after_attention, family.mixer is not None
+    fixed = family.mixer is not None
     return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed, pair=True)
 
 

@@ -23,10 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PREFIX = "Secateur"
 """Of class names: what follows is the name of a class in transformers."""
 
+WIDTHS = "layer_widths"
+"""What stands for `per_layer_config` where the stock model has one, in which layers of a type are alike (Gemma 4)."""
+
 ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_output_bias"
 """Keys of `per_layer_config`: the output layer has a bias, although the stock class gives it none."""
 
-CHANNELS = ("ffn_dim", "n_inner", "intermediate_size")
+CHANNELS = ("ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size")
 """Keys of the feed-forward width; a config has one of them."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -34,6 +37,9 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 CHOSEN = ("top_k", "num_experts_per_tok")
 """What routers call the number of experts that a token meets."""
+
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+"""What layers call their attention."""
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h")
 """The layers whose inputs are heads or channels; of the others these are the outputs."""
@@ -94,6 +100,7 @@ def overrides(config: Any, index: int) -> dict[str, Any]:
     # transformers 5.15 and newer parse `per_layer_config`; older ones keep the JSON, whose keys are strings.
     spec = vars(config).get("_heterogeneity_spec")
     stored = vars(config).get("per_layer_config", {}) if spec is None else spec.per_layer_overrides
+    stored = vars(config).get(WIDTHS, stored)
     return next((own for key, own in stored.items() if int(key) == index), {})
 
 
@@ -115,12 +122,16 @@ def resize(
         biases: whether the attention's and the feed-forward's output layers get a bias that they do not have yet.
         experts: how many there are, where the feed-forward is a mixture of them.
     """
-    name = next((name for name in ("self_attn", "attn", "attention") if hasattr(layer, name)), "")
+    name = next((name for name in ATTENTIONS if hasattr(layer, name)), "")
     attention: Any = getattr(layer, name, None)
+    every = attention.config.num_attention_heads if hasattr(attention, "config") else heads
     if attention is None:
         pass  # Another kind of layer, which keeps its width.
+    elif heads and heads == every:
+        for child, linear in projections(attention):
+            if child in OUTPUTS:
+                narrow(linear, True, width_of(linear, True), biases[0])
     elif heads:
-        every = attention.config.num_attention_heads
         pairs = getattr(attention.config, "num_key_value_heads", None) or every
         shares = {"k_proj": (groups, pairs), "v_proj": (groups, pairs)}
         shares["qkv_proj"] = (heads + 2 * groups, every + 2 * pairs)
@@ -143,7 +154,7 @@ def resize(
     else:
         setattr(layer, name, NoHeads(attention, biases[0]))
     # OPT's two feed-forward layers hang in the decoder layer itself.
-    place = next((name for name in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, name)), "")
+    place = next((name for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe") if hasattr(layer, name)), "")
     mlp: Any = getattr(layer, place, layer)
     if hasattr(mlp, "experts") or hasattr(mlp, "input_linear"):
         narrow_mixture(mlp, experts)
@@ -257,9 +268,10 @@ class NoChannels(nn.Module):
         # The stock name, so that the bias is stored under it.
         self.add_module(self.output, Constant(getattr(mlp, self.output), biased))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The bias of the output layer."""
-        return getattr(self, self.output)(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The bias of the output layer; some models let the feed-forward add the residual stream."""
+        bias = getattr(self, self.output)(hidden_states)
+        return bias if residual is None else bias + residual
 
 
 class NoHeads(NoChannels):

@@ -38,17 +38,19 @@ class Reached(Exception):
 class _Recorder(nn.Module):
     """Stands in for a block while the model prepares its arguments; passes its input through, or `instead`."""
 
-    def __init__(self, original: nn.Module):
+    def __init__(self, original: nn.Module, tupled: bool):
         super().__init__()
+        self._tupled = tupled
         # Some models read attributes of their layers, such as the attention type.
         self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"})
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.input_btd = torch.empty(0)
         self.instead: Tensor | None = None
 
-    def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.input_btd, self.call = hidden_btd, (args, kwargs)
-        return hidden_btd if self.instead is None else self.instead
+        result = hidden_btd if self.instead is None else self.instead
+        return (result, None) if self._tupled else result
 
 
 class BlockStream:
@@ -206,7 +208,7 @@ class BlockStream:
         Also records what the model hands to each block for each group of rows, for `run`.
         """
         base = self.model.get_submodule(self.model.base_model_prefix)
-        recorders = [_Recorder(layer) for layer in self.layers.children()]
+        recorders = self._recorders()
         result = arena.empty(rows, self.width)
         with self._around(base, recorders):
             self._calls = []
@@ -220,13 +222,16 @@ class BlockStream:
                 result[at] = recorders[0].input_btd
         return result
 
+    def _recorders(self) -> list[_Recorder]:
+        return [_Recorder(layer, self.family.tupled) for layer in self.layers.children()]
+
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from the stream behind the last block (k x d) to logits (k x v).
 
         It is the model's own final norm and output layer, run as k texts of one token.
         """
-        recorders = [_Recorder(layer) for layer in self.layers.children()]
+        recorders = self._recorders()
         with self._around(self.model, recorders):
 
             def logits(hidden_kd: Tensor) -> Tensor:
@@ -303,6 +308,9 @@ class BlockStream:
         """
         args, kwargs = self._calls[group][index]
         hidden_btd = hidden_btd.to(self.device)
+        if (slopes := kwargs.get("alibi")) is not None and slopes.dim() == 3:
+            # Bloom has rows and heads on one axis.
+            kwargs = kwargs | {"alibi": slopes.repeat(len(hidden_btd), 1, 1)}
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
                 stack.enter_context(_replayed(layer, module, hidden_btd, value))
@@ -310,7 +318,8 @@ class BlockStream:
                 stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
             stack.enter_context(self.multiplying())
             try:
-                return layer(hidden_btd, *args, **kwargs)
+                found = layer(hidden_btd, *args, **kwargs)
+                return found[0] if self.family.tupled else found
             except Reached:
                 return None
 
@@ -372,7 +381,8 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (output, None) if module.pair else output
+        # Falcon adds to what it is given.
+        return (output.clone(), None) if module.pair else output.clone()
 
     def nothing(hidden: Tensor) -> Tensor:
         return hidden[..., :1]
@@ -381,7 +391,9 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
         # The layers hang in the block itself, which may have folded rows and positions into one axis.
         return output.reshape(hidden.shape[:-1] + output.shape[-1:])
 
-    changes = {module.path: forward} if module.path else {module.source: nothing, module.sink: flat}
+    changes = {module.path: forward} if module.path else {module.sink: flat}
+    if not module.path and module.level1:
+        changes[module.source] = nothing
     for path, function in changes.items():
         layer.get_submodule(path).__dict__["forward"] = function
     try:
