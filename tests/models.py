@@ -54,6 +54,16 @@ def _config(model_type: str, *without: str, **keys: Any) -> Callable[[], Any]:
 GROUPED = {"num_key_value_heads": 3}
 TRIPLES = {"num_key_value_heads": 2}
 GEMMA = {**TRIPLES, **WINDOWED, "head_dim": 12, "query_pre_attn_scalar": 10}
+GEMMA4 = {
+    **TRIPLES,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 7,
+    "head_dim": 12,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 3,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+}
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 48}
 
 ROWS: dict[str, Callable[[], Any]] = {
@@ -127,17 +137,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
         bias=True,
     ),
     "gemma": _config("gemma", **TRIPLES, head_dim=12),
-    "gemma4_text": _config(
-        "gemma4_text",
-        **TRIPLES,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        sliding_window=7,
-        head_dim=12,
-        global_head_dim=16,
-        num_global_key_value_heads=3,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
-    ),
+    "gemma4_text": _config("gemma4_text", **GEMMA4),
     "mpt": _config("mpt", "intermediate_size", max_seq_len=POSITIONS, attn_config={"clip_qkv": 1.5}),
     "glm": _config("glm", **GROUPED, head_dim=8),
     "glm4": _config("glm4", **TRIPLES, head_dim=8),
@@ -183,6 +183,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+MISTRAL4 = LATENT | ROUTED | {"n_group": 2, "topk_group": 2, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}
 MIXTURES: dict[str, Callable[[], Any]] = {
     "dots1": _config("dots1", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=1),
     "ernie4_5_moe": _config(
@@ -225,9 +226,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
     "lfm2_moe": _config("lfm2_moe", **GROUPED, **CONV, **_EXPERTS, num_dense_layers=1),
     "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
-    "mistral4": _config(
-        "mistral4", **LATENT, **ROUTED, n_group=2, topk_group=2, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}
-    ),
+    "mistral4": _config("mistral4", **MISTRAL4),
     "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),
     "olmoe": _config("olmoe", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "qwen2_moe": _config("qwen2_moe", **TRIPLES, **_EXPERTS, **SHARED),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import CheckpointFolder
 from secateur.base.errors import SecateurError
@@ -90,6 +92,24 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("num_kv_shared_layers", "blocks that reuse the keys and values of earlier ones"),
+        ("hidden_size_per_layer_input", "blocks that read inputs of their own"),
+        ("enable_moe_block", "experts beside the feed-forward"),
+    ],
+)
+def test_a_kind_without_code_is_named(tmp_path: Path, checkpoint_folder: CheckpointFolder, key: str, what: str) -> None:
+    model = tmp_path / "dense"
+    shutil.copytree(checkpoint_folder("gemma4_text"), model)
+    config = json.loads((model / "config.json").read_text())
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
+    (model / "config.json").write_text(json.dumps(config | {key: True if key == "enable_moe_block" else 1} | experts))
+    with pytest.raises(SecateurError, match=rf"this gemma4_text has {what}.*, for which there is no code yet"):
+        prune(model, tmp_path / "out", sparsity=0.2, **SMALL)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder, case: str
@@ -132,6 +152,24 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.said.append(text)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_experts_that_are_little_alike_are_said_beforehand(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, alike: bool
+) -> None:
+    """Of copies, the ones that stay do the work of those that go."""
+    model, notes = tmp_path / "dense", Notes()
+    shutil.copytree(checkpoint_folder("qwen3_moe"), model)
+    tensors = load_file(model / "model.safetensors")
+    if alike:
+        for name in tensors:
+            tensors[name] = tensors[re.sub(r"experts\.\d+", "experts.0", name)].clone()
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    how = {"sparsity": 0.35, "modules": ("experts",), "effort": "quick"}
+    prune(model, tmp_path / "out", watcher=notes, **SMALL | how)
+    said = [note for note in notes.said if note.startswith("The experts are little alike: without those that go, ")]
+    assert len(said) == (0 if alike else 1)
 
 
 @pytest.mark.parametrize(

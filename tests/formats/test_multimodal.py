@@ -13,13 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from models import GEMMA, GROUPED, LINEAR, SIZES, TRIPLES, VOCAB, make_letters, relative, silenced, token_rows
+from models import (
+    GEMMA,
+    GEMMA4,
+    GROUPED,
+    LINEAR,
+    MISTRAL4,
+    SIZES,
+    TRIPLES,
+    VOCAB,
+    make_letters,
+    relative,
+    silenced,
+    token_rows,
+)
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
+from secateur.model.structure import KINDS, Keep
 
 IMAGE = VOCAB - 1
 """The token in whose place a part of the image stands."""
@@ -76,6 +89,17 @@ CASES["qwen3_5"] = (
         "image_token_id": IMAGE,
     },
 )
+CASES["gemma4"] = (
+    "gemma4",
+    {
+        "text_config": SIZES | GEMMA4 | {"model_type": "gemma4_text"},
+        "vision_config": VISION
+        | {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2}
+        | {"pooling_kernel_size": 2, "position_embedding_size": 16},
+        "image_token_id": IMAGE,
+    },
+)
+CASES["mistral4"] = ("mistral3", CASES["mistral3"][1] | {"text_config": SIZES | MISTRAL4 | {"model_type": "mistral4"}})
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "widths": "uniform"}
 
 
@@ -110,6 +134,11 @@ def logits(model: Any, image: bool) -> Tensor:
         more["pixel_values"] = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         if model.config.model_type == "mistral3":
             more["image_sizes"] = torch.tensor([[8, 8], [8, 8]])
+        if model.config.model_type == "gemma4":
+            # Four by four patches, pooled two by two.
+            more["pixel_values"] = torch.rand(2, 16, 48, generator=torch.Generator().manual_seed(1))
+            more["image_position_ids"] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, 16, 2)
+            more["mm_token_type_ids"] = (ids == IMAGE).long()
         if model.config.model_type == "qwen3_5":
             more["pixel_values"] = more["pixel_values"].reshape(8, 48)
             more["image_grid_thw"] = torch.tensor([[1, 2, 2], [1, 2, 2]])
@@ -123,7 +152,8 @@ def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> Non
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
     prune(folder, out, **SMALL, sparsity=0.4, recovery="none")
     record = json.loads((out / "secateur.json").read_text())
-    keeps = {block["block"]: Keep(tuple(block["heads"]), tuple(block["channels"])) for block in record["blocks"]}
+    units = {block["block"]: {kind: tuple(block.get(kind, ())) for kind in KINDS} for block in record["blocks"]}
+    keeps = {index: Keep(**kept) for index, kept in units.items()}
     dense, small, blocks = opened(folder), opened(out), BlockStream(open_checkpoint(folder)).blocks
     assert type(small) is type(dense)
     for image in (False, True):

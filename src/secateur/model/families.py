@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
 from secateur.model.structure import Block, Depth2, Slab, Unit
 
 
@@ -54,8 +55,6 @@ class Family:
     """Names of one architecture's layers, relative to the block except for `blocks`."""
 
     blocks: str = "model.layers"
-    tupled: bool = False
-    """Blocks give more behind the residual stream."""
     attention: str = "self_attn"
     queries: str = "q_proj"
     keys: str = "k_proj"
@@ -106,6 +105,8 @@ class Family:
     """The function between the two levels of the feed-forward, where it has parameters of its own."""
     experts: Experts | None = None
     """The mixture of experts that stands in the feed-forward's place in some blocks, or in all."""
+    tupled: bool = False
+    """Blocks give more behind the residual stream."""
     without: tuple[tuple[str, str], ...] = ()
     """Keys of the config for which there is no code yet, and what a model has that sets them."""
 
@@ -368,8 +369,9 @@ def family_of(config: Any) -> Family:
 
 
 def head_dim(config: Any) -> int:
-    """Entries per attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Entries per attention head; of most blocks, where they differ."""
+    with quiet():
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def latent_width(config: Any) -> int | None:
@@ -415,7 +417,9 @@ def describe(config: Any, layer: nn.Module) -> Block:
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     mixed = family.experts is not None and hasattr(layer.get_submodule(str(family.feed_forward)), family.experts.router)
     feed_forward = _mixture(config, family, layer) if mixed else _feed_forward(family, layer)
-    return Block(_attention(config, family, layer), feed_forward, shapes)
+    with quiet():
+        # transformers warns of what is read of the whole where some blocks have their own.
+        return Block(_attention(config, family, layer), feed_forward, shapes)
 
 
 def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
