@@ -29,7 +29,7 @@ from models import (
 )
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
-from secateur.measure.compare import evaluate
+from secateur.measure.compare import evaluate, load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Keep
@@ -119,9 +119,10 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-def opened(folder: Path) -> Any:
+def opened(folder: Path, **how: Any) -> Any:
+    how |= {"dtype": torch.float32, "output_loading_info": True}
     with quiet():
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, **how)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
@@ -173,6 +174,27 @@ def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
+    """A folder that brings its code opens with the same auto class, and is what silencing its units is."""
+    folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
+    found = prune(folder, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3, recovery="none")
+    assert not found.uniform
+    record = json.loads((out / "secateur.json").read_text())
+    units = {block["block"]: {kind: tuple(block.get(kind, ())) for kind in KINDS} for block in record["blocks"]}
+    dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks
+    loaded = [opened(out, trust_remote_code=True), load(open_checkpoint(out), torch.float32, torch.device("cpu"))]
+    for image in (False, True):
+        with silenced(dense.model.language_model.layers, blocks, {at: Keep(**kept) for at, kept in units.items()}):
+            wanted = logits(dense, image)
+        for small in loaded:
+            assert type(small).__name__ == f"Secateur{type(dense).__name__}"
+            assert relative(logits(small, image), wanted) < 1e-5
+        assert relative(wanted, logits(dense, image)) > 1e-3
+    with pytest.raises(SecateurError, match="its blocks differ in width"):
+        prune(out, tmp_path / "again", **SMALL, sparsity=0.3)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str) -> None:
     folder = save(name, tmp_path / "dense")
     gaps = []
@@ -186,8 +208,6 @@ def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str) -> None:
     asked: dict[str, Any] = {"texts": [str(text)], "length": 16, "tokens": 128, "device": "cpu"}
     found = evaluate(str(tmp_path / "refit"), against=str(folder), **asked)
     assert all(model.texts[str(text)].perplexity > 1 for model in found.models)
-    with pytest.raises(SecateurError, match="multimodal"):
-        prune(folder, tmp_path / "hf", **SMALL | {"widths": "adaptive"}, sparsity=0.3)
 
 
 def test_names_of_newer_checkpoints(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from secateur.commands.open import OpenRun
 from secateur.fit.average import FittedBlock
 from secateur.fit.experts import FEWEST
 from secateur.formats.vllm import vllm_obstacle
-from secateur.model.structure import Block
+from secateur.model.structure import Block, Width
 from secateur.plan.meters import Meter, byte_meter, cache_meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
@@ -52,15 +52,21 @@ def summary_of(
         format="gguf" if gguf_type else run.request.format,
         sparsity=decided.sparsity,
         note=decided.note,
-        vllm=None
-        if gguf_type
-        else vllm_obstacle(stream.checkpoint.config, every, per_layer=run.request.format == "hf"),
+        vllm=None if gguf_type else _not_served(run, every),
         bos=run.begins_with_bos,
         tokens=rows.groups.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
         efforts={name: took for name, (took, _) in (expected or {}).items()},
     )
+
+
+def _not_served(run: OpenRun, widths: Sequence[Width]) -> str | None:
+    """Why vLLM does not serve what comes out, if so."""
+    checkpoint, apart = run.stream.checkpoint, run.request.format == "hf"
+    if apart and checkpoint.around is not None:
+        return "its multimodal models have one width for all blocks; take --widths uniform"
+    return vllm_obstacle(checkpoint.config, widths, per_layer=apart)
 
 
 def record(

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.stock import STOCK, stock_config
 from secateur.model import modeling_secateur
-from secateur.model.config_file import stock_class
+from secateur.model.config_file import TEXT, stock_class
 from secateur.model.families import FAMILIES
-from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, PREFIX, WIDTHS, overrides
+from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
 from secateur.model.structure import Block, Width
 
 MODELING_FILE = Path(modeling_secateur.__file__)
@@ -98,19 +102,36 @@ def per_layer_config(
     return stored
 
 
+def around_per_layer(around: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a multimodal model's config.json, with its language model's as `per_layer_config` has them."""
+    config_class = CONFIG_MAPPING[around["model_type"]]
+    whole, inner = stock_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config_class), MODEL_MAPPING[config_class]
+    classes = {"AutoModel": inner.__name__, IMAGES: whole.__name__}
+    kept = {key: value for key, value in own.items() if key not in ("architectures", "auto_map")}
+    if named := around[TEXT].get("architectures"):
+        kept["architectures"] = named
+    return around | {
+        TEXT: kept,
+        "architectures": [PREFIX + whole.__name__],
+        "auto_map": {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()},
+    }
+
+
 def is_per_layer(config: Any) -> bool:
     """Whether a config object comes from a folder of this format."""
     return any(name.startswith(PREFIX) for name in config.architectures or ())
 
 
-def model_class(config: Any) -> Any:
-    """The class to call `from_pretrained` of: transformers' AutoModelForCausalLM, or ours for a folder of this format.
+def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
+    """The class to call `from_pretrained` of: transformers' auto class, or ours for a folder of this format.
 
-    No code of the folder runs, and nothing is registered.
+    `around` is config.json of a multimodal model. No code of the folder runs, and nothing is registered.
     """
-    if not is_per_layer(config):
-        return AutoModelForCausalLM
-    return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
+    names = config.architectures if around is None else around.get("architectures")
+    ours = [name for name in names or () if name.startswith(PREFIX)]
+    if ours:
+        return getattr(modeling_secateur, ours[0])
+    return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
 
 
 def register() -> None:

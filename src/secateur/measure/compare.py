@@ -243,7 +243,7 @@ def load(
         # For weights that are stored in another form than the model has them in.
         how = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
-        auto = model_class(checkpoint.config) if checkpoint.around is None else checkpoint.auto_class
+        auto = model_class(checkpoint.config, checkpoint.around)
         network, found = checkpoint.loaded(auto, dtype, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     if found["missing_keys"]:
         raise checkpoint.lacking(sorted(found["missing_keys"]))

@@ -293,7 +293,8 @@ class Checkpoint:
             SecateurError: tensors are missing (tied ones may be) or have another shape, or widths differ from block
                 to block, which the stock model does not show.
         """
-        if any(name.startswith("Secateur") for name in self.raw_config.get("architectures") or ()):
+        whole = self.raw_config if self.around is None else self.around
+        if any(name.startswith("Secateur") for name in whole.get("architectures") or ()):
             raise SecateurError(
                 f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
                 "but not pruned again; prune the dense model"

@@ -1,10 +1,10 @@
 """Stock transformers models whose layers differ in width. This file comes with the weights and needs nothing else.
 
-config.json is that of the dense model, and `per_layer_config` says where a layer differs: in query heads
-(`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels (`intermediate_size`,
-`n_inner` or `ffn_dim`) or experts (`num_experts`, `num_local_experts`, `n_routed_experts` or `moe_num_experts`), and in
-biases that only its output layers have. The stock class builds the dense layers,
-then each is cut down to its width; on the meta device, where `from_pretrained` builds, that costs nothing.
+config.json is that of the dense model, and `per_layer_config` (inside `text_config`, where there is one) says where a
+layer differs: in query heads (`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels
+(`intermediate_size`, `n_inner`, `ffn_dim` or `ffn_hidden_size`) or experts (`num_experts`, `num_local_experts`,
+`n_routed_experts` or `moe_num_experts`), and in biases that only its output layers have. The stock class builds the
+dense layers, then each is cut down to its width; on the meta device, where `from_pretrained` builds, this is free.
 A layer without heads or channels adds nothing but the bias of its output layer.
 
 `SecateurLlamaForCausalLM` is transformers' `LlamaForCausalLM` built this way, and so on for every such name.
@@ -22,6 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "Secateur"
 """Of class names: what follows is the name of a class in transformers."""
+
+IMAGES = "AutoModelForImageTextToText"
+"""What opens models that see images too."""
 
 WIDTHS = "layer_widths"
 """What stands for `per_layer_config` where the stock model has one, in which layers of a type are alike (Gemma 4)."""
@@ -53,8 +56,11 @@ class PerLayer(nn.Module):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
+        # Of a model that sees images too, the decoder inside is pruned.
+        config = getattr(config, "text_config", config)
+        decoder = next((part for name, part in self.named_modules() if name.endswith("language_model")), self)
         # Every stock decoder keeps its layers in one list.
-        lists = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
+        lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
         layers = next(found for found in lists if len(found) == config.num_hidden_layers)
         for index, layer in enumerate(layers):
             own = overrides(config, index)
@@ -76,6 +82,7 @@ def __getattr__(name: str) -> type[nn.Module]:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     # `_auto_class` makes save_pretrained copy this file.
     auto = "AutoModel" if name.endswith("Model") and not name.endswith("LMHeadModel") else "AutoModelForCausalLM"
+    auto = IMAGES if name.endswith("ForConditionalGeneration") else auto
     globals()[name] = type(name, (PerLayer, stock), {"__module__": __name__, "_auto_class": auto})
     share_renames(stock.__name__, name)
     return globals()[name]
@@ -91,6 +98,9 @@ def share_renames(stock: str, ours: str) -> None:
     except ImportError:  # transformers 4 renames nothing
         return
     found = renames.get_checkpoint_conversion_mapping(stock)
+    if found is None and stock.endswith("ForConditionalGeneration"):
+        # Theirs are kept by the kind of model.
+        found = renames.get_checkpoint_conversion_mapping(getattr(transformers, stock).config_class.model_type)
     if found:
         renames.register_checkpoint_conversion_mapping(ours, found, overwrite=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
 from secateur.fit.average import FittedBlock
-from secateur.formats.per_layer import MODELING_FILE, per_layer_config, per_layer_obstacle
+from secateur.formats.per_layer import MODELING_FILE, around_per_layer, per_layer_config, per_layer_obstacle
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.config_file import TEXT
 from secateur.model.families import head_dim
@@ -37,11 +37,6 @@ def format_obstacle(
     """
     config = stream.checkpoint.config
     dense = next(block.width for block in stream.blocks if block.width.kinds == width.kinds or not width.fed)
-    if format == "hf" and stream.checkpoint.around is not None:
-        return (
-            "a multimodal checkpoint opens in its own class alone, which has one width for all blocks; take "
-            "--widths uniform"
-        )
     if format == "hf":
         return per_layer_obstacle(config, stream.blocks[blocks.start], width)
     if len(blocks) < len(stream) and width != dense:
@@ -190,12 +185,15 @@ def _config(
     every, dim = list(plan.widths.values()), head_dim(config)
     if format == "stock":
         width = next((width for width in every if width.experts), every[0])
-        own, around = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype), stream.checkpoint.around
-        if around is None:
-            return own
-        return around | {TEXT: own, "dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
-    dense = [block.width for block in stream.blocks]
-    return per_layer_config(raw, config, widths=plan.widths, dense=dense, biases=biases, head_dim=dim, dtype=dtype)
+        own = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype)
+    else:
+        dense = [block.width for block in stream.blocks]
+        how: dict[str, Any] = {"widths": plan.widths, "dense": dense, "biases": biases, "head_dim": dim, "dtype": dtype}
+        own = per_layer_config(raw, config, **how)
+    if (around := stream.checkpoint.around) is None:
+        return own
+    whole = around | {TEXT: own} if format == "stock" else around_per_layer(around, own)
+    return whole | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
 
 
 def _gained(stream: BlockStream, index: int, written: Container[str]) -> tuple[bool, bool]:
