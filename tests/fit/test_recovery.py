@@ -21,7 +21,7 @@ from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.families import describe
+from secateur.model.describe import describe
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream

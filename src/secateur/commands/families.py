@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from secateur.formats.gguf_architectures import SOURCES
 from secateur.formats.stock import STOCK
-from secateur.model.families import FAMILIES, MIXED, Family
+from secateur.model.describe import MIXED
+from secateur.model.families import FAMILIES, Family
 
 STOCK_HEADS = {"any": "any heads", "divisors": "heads that divide the hidden size", "dense": "all heads"}
 

@@ -4,18 +4,15 @@ One entry a family. An entry says how the layers are called; sizes, biases and t
 matrices are read off the block itself (on the meta device), so that an entry needs no more than names.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.model.structure import Block, Depth2, Slab, Unit
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,12 @@ LFM2 = Family(
     final_norm="model.embedding_norm",
     mixer=("conv", "out_proj"),
 )
+
+_W = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
+QWEN_MOE = replace(LLAMA, experts=Experts(shared="shared_expert", shared_gate="shared_expert_gate"))
+QWEN_NEXT = replace(QWEN_MOE, norm_offset=True, mixer=LINEAR)
+DEEPSEEK = Experts(count="n_routed_experts", groups=("n_group", "topk_group"), shared="shared_experts")
+MIXTRAL = Experts(stored=_W, count="num_local_experts", renamed=(("mlp.", "block_sparse_moe."),))
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -277,15 +280,6 @@ FAMILIES: dict[str, Family] = {
         gate=None,
         down="dense_4h_to_h",
     ),
-}
-
-
-_W = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
-QWEN_MOE = replace(LLAMA, experts=Experts(shared="shared_expert", shared_gate="shared_expert_gate"))
-QWEN_NEXT = replace(QWEN_MOE, norm_offset=True, mixer=LINEAR)
-DEEPSEEK = Experts(count="n_routed_experts", groups=("n_group", "topk_group"), shared="shared_experts")
-MIXTRAL = Experts(stored=_W, count="num_local_experts", renamed=(("mlp.", "block_sparse_moe."),))
-FAMILIES |= {
     "dots1": replace(LLAMA, experts=DEEPSEEK),
     "ernie4_5_moe": replace(
         LLAMA,
@@ -386,9 +380,6 @@ def positions_of(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-MIXED = "some blocks have another kind of layer in the attention's place"
-
-
 def multiplier_of(config: Any, layer: nn.Module) -> float:
     """The factor between what a module of a filled block gives and the residual stream behind the block."""
     family = family_of(config)
@@ -404,142 +395,3 @@ def activation_of(config: Any, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     names = ("hidden_activation", "activation_function", "hidden_act")
     # LFM2's config does not say.
     return ACT2FN[next((value for name in names if (value := getattr(config, name, None))), "silu")]
-
-
-def describe(config: Any, layer: nn.Module) -> Block:
-    """Lay a block out as its two depth-2 modules.
-
-    Args:
-        config: the model's config.
-        layer: one of its blocks, on any device; only names, types and shapes are read.
-    """
-    family = family_of(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    mixed = family.experts is not None and hasattr(layer.get_submodule(str(family.feed_forward)), family.experts.router)
-    feed_forward = _mixture(config, family, layer) if mixed else _feed_forward(family, layer)
-    with quiet():
-        # transformers warns of what is read of the whole where some blocks have their own.
-        return Block(_attention(config, family, layer), feed_forward, shapes)
-
-
-def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
-    """Weight and, if there is one, bias of a level-1 layer."""
-    linear = layer.get_submodule(path)
-    # Conv1D stores its weight input first, Linear output first.
-    slabs = [Slab(f"{path}.weight", int(isinstance(linear, Conv1D)), unit, units, size, offset)]
-    if getattr(linear, "bias", None) is not None:
-        slabs.append(Slab(f"{path}.bias", 0, unit, units, size, offset))
-    return tuple(slabs)
-
-
-def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> tuple[Slab, str | None]:
-    """Weight and, if there is one, the name of the bias of the level-2 layer."""
-    linear = layer.get_submodule(path)
-    slab = Slab(f"{path}.weight", int(not isinstance(linear, Conv1D)), unit, units, size)
-    return slab, slab.bias if getattr(linear, "bias", None) is not None else None
-
-
-def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    if family.mixer is not None and hasattr(layer, family.mixer[0]):
-        path, output = family.mixer
-        inner: Any = layer.get_submodule(f"{path}.{output}")
-        if inner.weight.shape[1] % heads:
-            raise SecateurError(
-                f"{config.model_type}: {heads} heads do not divide the {inner.weight.shape[1]} inputs of "
-                f"{path}.{output}, and no such model is known"
-            )
-        level2, bias = _level2(layer, f"{path}.{output}", "head", heads, inner.weight.shape[1] // heads)
-        return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True)
-    dim, path, after = head_dim(config), family.attention, family.norm_after_attention
-    if family.latent is not None:
-        return _latent(family, layer, heads)
-    if family.heads_locked is not None:
-        inner = layer.get_submodule(f"{path}.{family.output}")
-        level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, inner.weight.shape[1] // heads)
-        own = None if family.adds else path
-        fixed = family.heads_fixed
-        return Depth2("heads", (), level2, bias, own, after, groups, family.heads_locked, fixed=fixed, pair=True)
-    if family.fused is None:
-        # Queries may carry a gate of the head's output with them.
-        queries: Any = layer.get_submodule(f"{path}.{family.queries}")
-        rows = int(queries.weight.shape[int(isinstance(queries, Conv1D))]) // heads
-        level1 = _level1(layer, f"{path}.{family.queries}", "head", heads, rows)
-        for name in (family.keys, family.values):
-            level1 += _level1(layer, f"{path}.{name}", "group", groups, dim)
-        if family.sinks is not None:
-            level1 += (Slab(f"{path}.{family.sinks}", 0, "head", heads, 1),)
-    elif family.interleaved:
-        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, 3 * dim)
-    else:
-        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, dim)
-        for start in (heads * dim, (heads + groups) * dim):
-            level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
-    level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
-    locked = MIXED if family.mixer else None
-    inside = {*(slab.name for slab in level1), level2.name, bias}
-    others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
-    # One vector for all heads, or one for each of them.
-    apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
-    if locked is None and apart:
-        locked = "its query and key norms differ from head to head"
-    fixed = family.mixer is not None
-    return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed, pair=True)
-
-
-def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
-    """Heads that make keys and values of one vector: each has rows of its own in what makes them, and in no more."""
-    assert family.latent is not None
-    path, (reader, maker) = family.attention, family.latent
-    both = getattr(layer.get_submodule(path), family.latent_queries, None) is not None
-    level1: tuple[Slab, ...] = ()
-    for name in (family.latent_queries if both else family.queries, maker):
-        linear: Any = layer.get_submodule(f"{path}.{name}")
-        level1 += _level1(layer, f"{path}.{name}", "head", heads, linear.weight.shape[0] // heads)
-    output: Any = layer.get_submodule(f"{path}.{family.output}")
-    level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, output.weight.shape[1] // heads)
-    after = family.norm_after_attention
-    return Depth2("heads", level1, level2, bias, path, after, heads, pair=True, reader=f"{path}.{reader}")
-
-
-def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
-    """Experts: whatever has an axis of their number follows them."""
-    mixture, path = family.experts, str(family.feed_forward)
-    assert mixture is not None
-    units = int(getattr(config, mixture.count))
-    down = f"{path}.{mixture.experts}.{mixture.stored[-1][0]}"
-    inside = [f"{path}.{part}" for part in (mixture.experts, mixture.router, mixture.bias) if part is not None]
-    slabs = [
-        Slab(name, tuple(tensor.shape).index(units), "expert", units, 1)
-        for name, tensor in layer.state_dict().items()
-        if name.startswith(tuple(inside)) and units in tensor.shape
-    ]
-    level2 = next(slab for slab in slabs if slab.name == down)
-    others = tuple(slab for slab in slabs if slab is not level2)
-    groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
-    # Runs are compared by their two best experts, and those that are open hold all that a token meets.
-    met = getattr(config, mixture.chosen)
-    # Hunyuan's config may have one for each block; the most is enough for all of them.
-    met = max(met) if isinstance(met, list) else int(met)
-    each = max(-(-met // open_), 2 if groups > 1 else 1)
-    after = family.norm_after_feed_forward
-    return Depth2(
-        "experts", others, level2, None, path, after, groups, pair=mixture.scored, least=each * groups, met=met
-    )
-
-
-def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
-    prefix = "" if family.feed_forward is None else f"{family.feed_forward}."
-    down: Any = layer.get_submodule(prefix + family.down)
-    channels = int(down.weight.shape[0 if isinstance(down, Conv1D) else 1])
-    if family.fused_gate is not None:
-        # Up first, as everywhere, although the gate's rows come first in the tensor.
-        level1 = _level1(layer, prefix + family.fused_gate, "channel", channels, 1, channels)
-        level1 += _level1(layer, prefix + family.fused_gate, "channel", channels, 1)
-    else:
-        level1 = _level1(layer, prefix + family.up, "channel", channels, 1)
-        if family.gate is not None:
-            level1 += _level1(layer, prefix + family.gate, "channel", channels, 1)
-    level2, bias = _level2(layer, prefix + family.down, "channel", channels, 1)
-    return Depth2("channels", level1, level2, bias, family.feed_forward, family.norm_after_feed_forward)

@@ -24,7 +24,8 @@ from secateur.base.quiet import first_line
 from secateur.base.team import Team
 from secateur.model.arena import Activations, Arena
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.families import describe, family_of
+from secateur.model.describe import describe
+from secateur.model.families import family_of
 from secateur.model.rows import Rows
 from secateur.model.structure import Block, Depth2
 from secateur.model.surgery import assign
