@@ -50,17 +50,19 @@ PRODUCTS = {"forward": 1.0, "quick": 1.0, "exact": 1.0}
 """One operation a second, writing aside."""
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize(
+    ("name", "effort"), [*(("llama", effort) for effort in EFFORTS), ("qwen3_moe", "quick"), ("mixtral", "best")]
+)
 def test_fits_take_what_is_counted(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any, effort: str
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any, name: str, effort: str
 ) -> None:
     """Torch counts products, but no factorisations; and those inside the attention, which are left out here."""
     how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "effort": effort, "survey": tmp_path / "survey.json"}
-    model = checkpoint_folder("llama")
+    model = checkpoint_folder(name)
     prune(model, tmp_path / "first", **how | {"dry_run": False})
     with FlopCounterMode(display=False) as counter:
         prune(model, tmp_path / "out", **how | {"dry_run": False})
-    summary = expected(speeds=PRODUCTS, **how)
+    summary = expected(name, speeds=PRODUCTS, **how)
     assert 0.7 < summary.seconds / dry_run.SLACK / counter.get_total_flops() < 1.4
     assert summary.efforts["quick"] < summary.efforts["normal"] < summary.efforts["best"]
     assert summary.seconds == summary.efforts[effort]
@@ -157,6 +159,6 @@ def test_speeds_are_those_of_what_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_steps_add_up() -> None:
-    assert Work.of([Work(1, 2, 3, 4, 5, 6), Work(10, 20, 30, 40, 4, 7)]) == Work(11, 22, 33, 44, 5, 7)
+    assert Work.of([Work(1, 2, 3, 4, 5, 6, 7), Work(10, 20, 30, 40, 50, 4, 8)]) == Work(11, 22, 33, 44, 55, 6, 8)
     assert Work.of([]) == Work()
-    assert Speeds(1.0, 2.0, 4.0, NEVER).seconds(Work(1, 2, 4, 8, 16)) == 3
+    assert Speeds(1.0, 2.0, 4.0, NEVER, 8.0).seconds(Work(1, 2, 4, 8, 16, 32)) == 5

@@ -1,18 +1,23 @@
 """What each step of `prune` computes and holds: floating-point operations, and bytes in memory or in files.
 
 n tokens, p parameters of a block's matrices, d residual width, a inputs of a level-2 layer, k channels, m level-1
-matrices of a feed-forward module. Left out are the products inside the attention, which depend on the rows' length,
-and whatever takes no matrix product.
+matrices of a feed-forward module; of a mixture, each expert has a level 2 of its own. Left out are the products inside
+the attention, which depend on the rows' length, and whatever takes no matrix product.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from secateur.base.device import fast_dtype
+from secateur.criteria.experts import STEP, TOKENS
 from secateur.fit.level1 import SAMPLED
 from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Depth2, Width
+
+LOOKED_UP = 8
+"""Times that what an expert gives to a token is read or written for each look."""
 
 
 class Work(NamedTuple):
@@ -26,6 +31,8 @@ class Work(NamedTuple):
     """In float32: products, factorisations, solves."""
     written: float = 0.0
     """In writing text token by token."""
+    moved: float = 0.0
+    """Bytes, where these set the time and not the operations."""
     resident: int = 0
     """Bytes that must be in memory, above what Python and its libraries take."""
     streams: int = 0
@@ -34,8 +41,9 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, parts: Iterable["Work"]) -> "Work":
         """The work of steps one after the other."""
-        forward, quick, exact, written, resident, streams = zip(cls(), *parts, strict=True)
-        return cls(sum(forward), sum(quick), sum(exact), sum(written), max(resident), max(streams))
+        *summed, resident, streams = zip(cls(), *parts, strict=True)
+        forward, quick, exact, written, moved = map(sum, summed)
+        return cls(forward, quick, exact, written, moved, max(resident), max(streams))
 
 
 def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> Work:
@@ -45,12 +53,18 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
     """
     blocks, width = stream.blocks, stream.width
     streams = sum(probes * (number + 0.5) * forward_flops(block, probed) for number, block in enumerate(blocks))
-    return Work(
-        forward=sum(forward_flops(block, tokens + probed) for block in blocks) + streams,
-        quick=sum(gram_flops(a, 0, tokens) for a in _level2_inputs(blocks)),
-        exact=sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
-        resident=resident_bytes(stream),
-        streams=4 * width * (tokens + probed * (1 + probes * len(blocks))),
+    orders = [order_work(block, width, tokens, block.feed_forward.least) for block in blocks]
+    return Work.of(
+        [
+            Work(
+                forward=sum(forward_flops(block, tokens + probed) for block in blocks) + streams,
+                quick=sum(gram_flops(a, 0, tokens) for a in _level2_inputs(blocks)),
+                exact=sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
+                resident=resident_bytes(stream),
+                streams=4 * width * (tokens + probed * (1 + probes * len(blocks))),
+            ),
+            *orders,
+        ]
     )
 
 
@@ -77,6 +91,8 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
     resting, apart = sum(others) + beside, rows.scores is not None
     fitted = [(stream.blocks[index], now.channels) for index, now in widths.items() if level1 and now.channels]
     parts = [level1_work(stream, block, kept, tokens, level1) for tokens in each for block, kept in fitted]
+    mixed = [(stream.blocks[index], now.experts) for index, now in widths.items() if now.experts]
+    parts += [mixture_work(block, width, tokens, left) for tokens in each for block, left in mixed]
     return Work.of(
         [
             Work(
@@ -107,6 +123,40 @@ def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps
         quick=(m + 1) * product * (2 * steps + 2) + gram_flops(k, d, tokens),
         exact=preconditioner + steps * m * 2 * k * d * (k + d) + k**3 / 3 + 2 * k**2 * d,
         streams=tokens * (d + m * k) * fast_dtype(stream.device).itemsize,
+    )
+
+
+def mixture_work(block: Block, width: int, tokens: int, left: int) -> Work:
+    """The order of a mixture's experts and the refit of those that are left: statistics and a solve of each.
+
+    Its output is made before and behind the refit, and the inputs of level 2 once.
+    """
+    module, inner = block.feed_forward, _inner(block, width)
+    met = tokens * min(module.met, left) / left
+    work = Work(
+        forward=2.6 * 2.0 * tokens * module.met * _expert(block),
+        quick=left * gram_flops(inner, width, round(met)),
+        exact=left * (inner**3 / 3 + 2 * inner**2 * width),
+    )
+    return Work.of([work, order_work(block, width, tokens, left)])
+
+
+def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
+    """The order in which experts leave, by rerouting (`criteria/experts.py`); nothing without experts.
+
+    For each expert that may leave, its tokens are routed again and two outputs of each looked up, which is what takes
+    the time. An output is made when it is first asked for: k of a token's at once, and one more for each that leaves.
+    """
+    module = block.feed_forward
+    if module.kind != "experts" or left >= module.units:
+        return Work()
+    n, alive, steps, routed = min(tokens, TOKENS), module.units, 0, 0.0
+    while alive > left:
+        steps, routed = steps + 1, routed + 2.0 * n * (module.met + 1) * width * alive
+        alive -= max(module.groups, min(alive - left, alive // STEP) // module.groups * module.groups)
+    made = n * module.met * (2 + math.log(module.units / left))
+    return Work(
+        forward=2.0 * made * _expert(block), quick=routed, moved=LOOKED_UP * 4.0 * steps * n * module.met * width
     )
 
 
@@ -148,6 +198,8 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
     """
     block, d = max(stream.blocks, key=lambda b: b.parameters), stream.width
     a, m = max(_level2_inputs([block])), len(block.feed_forward.scored)
+    if block.feed_forward.kind == "experts":
+        a = max(a, _inner(block, d))
     solve = (2.3 + apart) * a * a + (7 + apart) * a * d
     step = m * (2 * a * a + 6 * a * d) if level1 else 0.0
     batch = BATCH_TOKENS * (3 * a + 4 * d)
@@ -157,6 +209,19 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
 
 
 def _level2_inputs(blocks: Iterable[Block]) -> list[int]:
-    """How many inputs each module's level-2 layer has."""
-    modules: list[Depth2] = [module for block in blocks for module in block.modules]
+    """How many inputs each module's level-2 layer has; mixtures aside."""
+    modules: list[Depth2] = [module for block in blocks for module in block.modules if module.kind != "experts"]
     return [module.units * module.size for module in modules]
+
+
+def _inner(block: Block, width: int) -> int:
+    """Channels of each of a mixture's experts."""
+    module = block.feed_forward
+    return math.prod(block.shapes[module.level2.name]) // module.units // width
+
+
+def _expert(block: Block) -> int:
+    """Parameters of each of a mixture's experts."""
+    module = block.feed_forward
+    names = [name for name in block.inside(module) if name.rpartition(".")[0] == module.level2.layer]
+    return sum(math.prod(block.shapes[name]) for name in names) // module.units

@@ -45,6 +45,8 @@ class Speeds(NamedTuple):
     quick: float
     exact: float
     written: float
+    moved: float = float("inf")
+    """Bytes a second."""
 
     def seconds(self, work: Work) -> float:
         """How long the counted operations take."""
@@ -131,7 +133,20 @@ def speeds(run: OpenRun, text: Tensor) -> Speeds:
         written=product_rate(stream.device, WRITING, rows=batch, dtype=checkpoint.dtype)
         if SELF in run.options.sources
         else float("inf"),
+        moved=copy_rate(stream),
     )
+
+
+def copy_rate(stream: BlockStream, rows: int = 8192, repeats: int = 3) -> float:
+    """Bytes per second, read and written, of putting rows of the residual width into another order."""
+    source = torch.ones(rows, stream.width, device=stream.device)
+    order = torch.randperm(rows, device=stream.device)
+    best = 0.0
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        source[order][0, 0].item()
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
 
 
 def forward_rate(stream: BlockStream, text: Tensor, repeats: int = 3) -> float:
