@@ -278,6 +278,18 @@ BROKEN = {
         index({"a": "a.safetensors", "b": "b.safetensors", "c": "c.safetensors"}),
         "shards missing: b.safetensors, c.safetensors; download",
     ),
+    "a shard elsewhere": (index({"a": "../a.safetensors"}), "'../a.safetensors' is no file beside it"),
+    "header overlaps": (
+        header(
+            x={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            y={"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        ),
+        r"header broken \(y\)",
+    ),
+    "header of fractions": (
+        header(x={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}),
+        "header broken .*whole numbers",
+    ),
     "shard lacks a tensor": (
         index({"b": "a.safetensors"}),
         "a.safetensors: tensors missing that .* names: b;",

@@ -173,6 +173,8 @@ def open_model(
     tokenizer, dtype = checkpoint.tokenizer(), wanted or checkpoint.dtype
     if out is not None and team.leads:
         _check_size(stream, out, options, running, dtype)
+        if dtype == torch.float16 or (options.format == "gguf" and options.type == "f16"):
+            checkpoint.check_range(torch.float16)
     request = check_request(stream, options, dtype, watcher)
     if options.format == "gguf":
         vocabulary(tokenizer, checkpoint.config.vocab_size)

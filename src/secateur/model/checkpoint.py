@@ -46,6 +46,10 @@ _SAMPLE = 4096
 """Bytes that the fingerprint reads at each of three places of a tensor."""
 
 _COPIED = (
+    # What a licence asks for goes with the weights.
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
     "tokenizer*",
     "vocab.*",
     "merges.txt",
@@ -279,6 +283,22 @@ class Checkpoint:
         wanted = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
         entries = sorted(self.path.iterdir())
         return tuple(entry for entry in entries if any(fnmatch(entry.name, glob) for glob in wanted))
+
+    def check_range(self, dtype: torch.dtype) -> None:
+        """Check that a dtype holds every weight; all are read.
+
+        Raises:
+            SecateurError: one of them would become infinite there; with its name.
+        """
+        most = torch.finfo(dtype).max
+        for name, info in self.weights.items():
+            if info.dtype.is_floating_point and torch.finfo(info.dtype).max > most:
+                largest = float(self.read(name).abs().max()) if info.entries else 0.0
+                if most < largest < float("inf"):
+                    raise SecateurError(
+                        f"{self.source}: {name} holds {largest:,.0f}, and {str(dtype).removeprefix('torch.')} no more "
+                        f"than {most:,.0f}; take bfloat16 or float32"
+                    )
 
     def check_shapes(self, model: nn.Module) -> tuple[str, ...]:
         """Check that the stored tensors are those of the model that the config describes.

@@ -110,6 +110,8 @@ def index_shards(index: Path) -> dict[str, list[str]]:
         weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
+            if Path(str(shard)).name != shard:
+                raise SecateurError(f"{index}: {shard!r} is no file beside it; download the model again")
             shards.setdefault(str(shard), []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{index}: not a safetensors index; download it again") from error
@@ -134,19 +136,21 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         entries: dict[str, dict[str, Any]] = parse_json(text)
         entries.pop("__metadata__", None)
-        tensors, ends = {}, [0]
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            info = TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin)
-            if end - begin != info.bytes or begin < 0:
+        tensors, last = {}, 0
+        for name, entry in sorted(entries.items(), key=lambda one: tuple(one[1]["data_offsets"])):
+            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+                raise ValueError(f"{name}: sizes are whole numbers")
+            info = TensorInfo(file, shape, DTYPES[entry["dtype"]], 8 + length + begin)
+            if end - begin != info.bytes or begin < last:
                 raise ValueError(name)
-            tensors[name] = info
-            ends.append(end)
+            tensors[name], last = info, max(last, end)
+        tensors = {name: tensors[name] for name in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{file}: header broken ({error}); download it again") from error
-    if 8 + length + max(ends) != size:
+    if 8 + length + last != size:
         raise SecateurError(
-            f"{file}: truncated or damaged, {size:,} bytes where the header says {8 + length + max(ends):,}; "
+            f"{file}: truncated or damaged, {size:,} bytes where the header says {8 + length + last:,}; "
             "download it again"
         )
     return tensors

@@ -162,6 +162,12 @@ def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None 
     # What is finer than the other weights stays so: an expert's part in the choice of experts.
     exact = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
     rounded = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in tensors.items()}
+    for name in block.changed:
+        if not bool(torch.isfinite(rounded[name]).all()):
+            raise SecateurError(
+                f"block {block.index}: the refitted {name} is more than {str(dtype).removeprefix('torch.')} holds; "
+                "take bfloat16 or float32"
+            )
     return slice_block(stream.blocks[block.index], rounded, block.keep)
 
 
