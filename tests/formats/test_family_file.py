@@ -30,7 +30,8 @@ up: fc1
 gate: null
 down: fc2
 final_norm: biogpt.layer_norm
-stock: {heads: dense, grouped: false, theta: null}
+ungrouped: true
+stock: {heads: dense, theta: null}
 """
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "device": "cpu"}
 
@@ -77,7 +78,7 @@ def test_pruned_from_a_file(tmp_path: Path, family: Path, widths: str) -> None:
         (BIOGPT.replace("up:", "upp:"), "upp: no such field; there are blocks, attention"),
         (BIOGPT.replace("fc1", "3"), "up: 3: Input should be a valid string"),
         (BIOGPT.replace("heads: dense", "heads: some"), "stock.heads: 'some': Input should be 'any', 'divisors' or"),
-        (BIOGPT.replace("grouped", "groups"), "stock.groups: no such field"),
+        (BIOGPT.replace("theta", "thetas"), "stock.thetas: no such field"),
         (BIOGPT.partition("stock")[0] + "stock: any", "stock is 'any'; write a mapping"),
     ],
 )

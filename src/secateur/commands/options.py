@@ -202,6 +202,10 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        for name in declared(Options):
+            # A file may be given as a path.
+            if isinstance(value := getattr(self, name), Path):
+                object.__setattr__(self, name, str(value))
         share = self.sparsity
         if share is not None and not (isinstance(share, int | float) and math.isfinite(share) and 0 < share < 1):
             raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
@@ -366,6 +370,11 @@ class Options:
 @dataclass(frozen=True)
 class Running:
     """Where and how a run goes; nothing here decides the result."""
+
+    def __post_init__(self) -> None:
+        for name in ("survey", "family"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
 
     survey: Path | None = option(
         None,

@@ -75,7 +75,7 @@ def per_layer_config(
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
     if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon's says the same, and takes none.
-        stored["head_dim"] = head_dim
+        stored["head_dim"] = stored.get("head_dim") or head_dim
     config_class = type(config)
     causal = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, config_class).__name__
     classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
@@ -174,7 +174,7 @@ def widths_of(config: Any) -> list[Width]:
 
 def _keys(config: Any, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
     """How a config spells the width of one layer."""
-    grouped = {GROUPS: width.groups} if STOCK[config.model_type].grouped else {}
+    grouped = {} if FAMILIES[config.model_type].ungrouped else {GROUPS: width.groups}
     fed = {_fed_key(config, width): width.fed}
     return {HEADS: width.heads, **grouped, **fed, **dict(zip(BIASES, biases, strict=True))}
 

@@ -33,8 +33,6 @@ class Stock:
     """Keys that make the class take the width as it is written."""
     heads: Literal["any", "divisors", "dense"] = "any"
     """Head counts that load: any; divisors of hidden_size; the dense one, which sets the head size."""
-    grouped: bool = True
-    """The config counts key/value heads."""
     heir: tuple[str, str] | None = None
     """A model_type with the same forward pass that takes the head counts this one refuses, and its class."""
     fused_longrope: bool = False
@@ -110,13 +108,13 @@ STOCK: dict[str, Stock] = {
     "qwen2_moe": Stock(heads="dense"),
     "qwen3_moe": Stock(),
     "solar_open": Stock(channels="moe_intermediate_size", partial="partial_rotary_factor"),
-    "gptj": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
-    "bloom": Stock(channels="ffn_dim", derived=True, heads="dense", grouped=False, theta=None),
-    "falcon": Stock(channels="ffn_hidden_size", heads="dense", grouped=False, theta=None),
-    "mpt": Stock(channels="ffn_dim", derived=True, heads="dense", grouped=False, theta=None),
-    "gpt2": Stock(channels="n_inner", heads="dense", grouped=False, theta=None),
-    "opt": Stock(channels="ffn_dim", heads="dense", grouped=False, theta=None),
-    "gpt_neox": Stock(heads="dense", grouped=False, theta="rotary_emb_base", partial="rotary_pct"),
+    "gptj": Stock(channels="n_inner", heads="dense", theta=None),
+    "bloom": Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
+    "falcon": Stock(channels="ffn_hidden_size", heads="dense", theta=None),
+    "mpt": Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
+    "gpt2": Stock(channels="n_inner", heads="dense", theta=None),
+    "opt": Stock(channels="ffn_dim", heads="dense", theta=None),
+    "gpt_neox": Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
 }
 """The stock classes by model_type."""
 
@@ -176,7 +174,11 @@ def stock_config(
     stored = copy.deepcopy(raw_config)
     # The stock class needs no code of the checkpoint's own, and the files that auto_map names are not copied.
     stored.pop("auto_map", None)
-    if (experts := FAMILIES[config.model_type].experts) is None:
+    family = FAMILIES[config.model_type]
+    if family.ungrouped:
+        # The class does not read it; other readers might.
+        stored.pop("num_key_value_heads", None)
+    if (experts := family.experts) is None:
         stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
     elif width.experts:
         # Blocks without experts keep their channels. Some configs hold the number under two names.

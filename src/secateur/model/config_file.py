@@ -86,6 +86,9 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         if one is not None:
             # Gemma 4 has heads of their own in some blocks; what is read of the whole is the same in all.
             one.allow_global_per_layer_attribute_access = True
+            # How a model is to be run elsewhere; here blocks are run by themselves.
+            one._attn_implementation = None
+            one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
     if config.is_encoder_decoder:
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
     if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):

@@ -10,8 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.base.errors import SecateurError
-from secateur.base.quiet import quiet
-from secateur.model.families import Family, family_of, head_dim
+from secateur.model.families import Family, family_of, groups_of, head_dim
 from secateur.model.structure import Block, Depth2, Slab, Unit
 
 MIXED = "some blocks have another kind of layer in the attention's place"
@@ -28,9 +27,7 @@ def describe(config: Any, layer: nn.Module) -> Block:
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     mixed = family.experts is not None and hasattr(layer.get_submodule(str(family.feed_forward)), family.experts.router)
     feed_forward = _mixture(config, family, layer) if mixed else _feed_forward(family, layer)
-    with quiet():
-        # transformers warns of what is read of the whole where some blocks have their own.
-        return Block(_attention(config, family, layer), feed_forward, shapes)
+    return Block(_attention(config, family, layer), feed_forward, shapes)
 
 
 def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
@@ -52,7 +49,7 @@ def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> t
 
 def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = groups_of(config)
     if family.mixer is not None and hasattr(layer, family.mixer[0]):
         path, output = family.mixer
         inner: Any = layer.get_submodule(f"{path}.{output}")

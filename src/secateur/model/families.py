@@ -61,6 +61,9 @@ class Family:
     """One layer for queries, keys and values, in place of the three."""
     interleaved: bool = False
     """The fused layer holds query, key and value of one head after the other, not all queries first."""
+    ungrouped: bool = False
+    """Every query head has a key and a value of its own, and sizes follow from the number of heads, whatever else the
+    config says."""
     latent: tuple[str, str] | None = None
     """The layer that makes the vector that all heads share, and the one that makes keys and values of it (multi-head
     latent attention); `queries` may make theirs of such a vector too, and is then called by `latent_queries`."""
@@ -201,6 +204,7 @@ FAMILIES: dict[str, Family] = {
     "vaultgemma": replace(LLAMA, norm_offset=True),
     "youtu": LATENT,
     "gptj": Family(
+        ungrouped=True,
         blocks="transformer.h",
         final_norm="transformer.ln_f",
         attention="attn",
@@ -210,6 +214,7 @@ FAMILIES: dict[str, Family] = {
         down="fc_out",
     ),
     "bloom": Family(
+        ungrouped=True,
         blocks="transformer.h",
         final_norm="transformer.ln_f",
         attention="self_attention",
@@ -225,6 +230,7 @@ FAMILIES: dict[str, Family] = {
         heads_locked=ALIBI,
     ),
     "falcon": Family(
+        ungrouped=True,
         tupled=True,
         heads_fixed=True,
         blocks="transformer.h",
@@ -238,6 +244,7 @@ FAMILIES: dict[str, Family] = {
         heads_locked="its kinds lay queries, keys and values out in three ways, for which there is no code",
     ),
     "mpt": Family(
+        ungrouped=True,
         tupled=True,
         blocks="transformer.blocks",
         final_norm="transformer.norm_f",
@@ -251,6 +258,7 @@ FAMILIES: dict[str, Family] = {
         heads_locked=ALIBI,
     ),
     "opt": Family(
+        ungrouped=True,
         blocks="model.decoder.layers",
         output="out_proj",
         feed_forward=None,
@@ -260,6 +268,7 @@ FAMILIES: dict[str, Family] = {
         final_norm="model.decoder.final_layer_norm",
     ),
     "gpt2": Family(
+        ungrouped=True,
         blocks="transformer.h",
         final_norm="transformer.ln_f",
         attention="attn",
@@ -270,6 +279,7 @@ FAMILIES: dict[str, Family] = {
         down="c_proj",
     ),
     "gpt_neox": Family(
+        ungrouped=True,
         blocks="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
         attention="attention",
@@ -365,7 +375,15 @@ def family_of(config: Any) -> Family:
 def head_dim(config: Any) -> int:
     """Entries per attention head; of most blocks, where they differ."""
     with quiet():
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        own = None if family_of(config).ungrouped else getattr(config, "head_dim", None)
+        return own or config.hidden_size // config.num_attention_heads
+
+
+def groups_of(config: Any) -> int:
+    """Key/value heads of a block; of most, where they differ."""
+    with quiet():
+        own = None if family_of(config).ungrouped else getattr(config, "num_key_value_heads", None)
+        return int(config.num_attention_heads if own is None else own)
 
 
 def latent_width(config: Any) -> int | None:

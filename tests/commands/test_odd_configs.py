@@ -1,0 +1,73 @@
+"""Configs that other tools have left odd keys in: a right result, or a line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import CheckpointFolder
+from models import logits_of, token_rows
+from secateur import SecateurError, prune
+from secateur.commands.options import Options, Running
+from secateur.formats.per_layer import model_class
+from secateur.model.checkpoint import open_checkpoint
+
+SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
+
+
+def edited(dense: Path, folder: Path, **keys: Any) -> Path:
+    shutil.copytree(dense, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
+@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+def test_sizes_that_the_class_does_not_read(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str, widths: str
+) -> None:
+    stray = edited(checkpoint_folder(name), tmp_path / "dense", num_key_value_heads=2, head_dim=5)
+    outs = []
+    for source, out in ((checkpoint_folder(name), tmp_path / "plain"), (stray, tmp_path / "stray")):
+        prune(source, out, **SMALL, widths=widths)
+        auto = AutoModelForCausalLM if widths == "uniform" else model_class(open_checkpoint(out).config)
+        outs.append(logits_of(auto.from_pretrained(out, dtype=torch.float32).eval(), token_rows()))
+    assert torch.equal(*outs)
+
+
+def test_how_a_model_runs_elsewhere_does_not_matter(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    keys = {"attn_implementation": "flash_attention_2", "return_dict": False}
+    for source, out in (
+        (checkpoint_folder("llama"), tmp_path / "plain"),
+        (edited(checkpoint_folder("llama"), tmp_path / "dense", **keys), tmp_path / "odd"),
+    ):
+        prune(source, out, **SMALL)
+    plain, odd = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("plain", "odd"))
+    assert plain == odd
+
+
+WRONG = {
+    "a padding token beyond the vocabulary": ({"pad_token_id": 9999}, r"makes no model of config.json .*Padding_idx"),
+    "no key/value heads": ({"num_key_value_heads": 0}, r"makes no model of config.json \(ZeroDivisionError"),
+    "more layers than tensors": ({"num_hidden_layers": 10**9}, "is 1,000,000,000, and 30 tensors are stored"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_no_model_can_be_made_of(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
+    keys, said = WRONG[case]
+    with pytest.raises(SecateurError, match=said):
+        prune(edited(checkpoint_folder("llama"), tmp_path / "dense", **keys), tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_may_be_paths_or_strings() -> None:
+    assert Options(calibration=Path("text.txt")).calibration == "text.txt"
+    assert Running(survey="survey.json", family="mine.yaml").survey == Path("survey.json")
