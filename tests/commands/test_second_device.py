@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.utils import backend_registration
 
 from conftest import CheckpointFolder
 from models import token_rows
+from secateur.base.device import onto
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -96,6 +97,22 @@ def test_prune(carried_out: CarriedOut, name: str) -> None:
         # An intercept that is rounding alone has no size to be relative to.
         room = 1e-3 * float(value.float().abs().max()) + 1e-6
         torch.testing.assert_close(found[key], value, atol=room, rtol=0)
+
+
+def test_copies_to_a_gpu_go_on_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is here: what is asked of torch, and nothing of the kind on other devices."""
+    asked: list[Any] = []
+
+    def to(tensor: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
+        asked.append((*where, how))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    there, here = torch.device("cuda", 0), torch.device("cpu")
+    for device in (there, here):
+        onto(torch.ones(2), device)
+    assert asked == ["pinned", (there, {"non_blocking": True}), (here, {})]
 
 
 def test_survey(carried_out: CarriedOut) -> None:

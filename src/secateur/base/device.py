@@ -31,6 +31,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device; to a GPU it is copied while the program goes on, from memory that stays put."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """What to multiply in where float32 is not needed: bfloat16 where there are instructions for it, else float32."""
     if device.type == "cuda":

@@ -333,7 +333,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": replace(LATENT, experts=DEEPSEEK),
     "lfm2_moe": replace(LFM2, experts=Experts(bias="expert_bias", stored=_W)),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
-    "mistral4": replace(LATENT, experts=replace(DEEPSEEK, shared="shared_experts")),
+    "mistral4": replace(LATENT, experts=DEEPSEEK),
     "mixtral": replace(LLAMA, experts=MIXTRAL),
     "olmoe": replace(OLMO2, experts=Experts(), norm_after_attention=None, norm_after_feed_forward=None),
     "qwen2_moe": QWEN_MOE,

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secateur.base.device import fast_dtype, rounded_products
+from secateur.base.device import fast_dtype, onto, rounded_products
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
 from secateur.base.team import Team
@@ -155,7 +155,8 @@ class BlockStream:
         layer = self.layers.get_submodule(str(index))
         try:
             for name in self.blocks[index].shapes:
-                assign(layer, name, self._read_block(index, name).to(self.device, torch.float32))
+                # In the dtype that it is stored in: float32 is twice as much to copy.
+                assign(layer, name, onto(self._read_block(index, name), self.device).to(torch.float32))
             layer.to(self.device)
             if index + 1 < len(self):
                 names = [
@@ -308,7 +309,7 @@ class BlockStream:
             until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
         """
         args, kwargs = self._calls[group][index]
-        hidden_btd = hidden_btd.to(self.device)
+        hidden_btd = onto(hidden_btd, self.device)
         if (slopes := kwargs.get("alibi")) is not None and slopes.dim() == 3:
             # Bloom has rows and heads on one axis.
             kwargs = kwargs | {"alibi": slopes.repeat(len(hidden_btd), 1, 1)}
