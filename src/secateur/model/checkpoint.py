@@ -398,11 +398,6 @@ def open_checkpoint(
         tied, around, raw, config = config.tie_word_embeddings, raw, raw.get(TEXT) or {}, config.text_config
         config.tie_word_embeddings = tied
     tensors = list_tensors(folder)
-    if config.num_hidden_layers > len(tensors):
-        raise SecateurError(
-            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers:,}, and {len(tensors):,} "
-            "tensors are stored; find the config.json of these weights"
-        )
     if how is not None:
         tensors = dequantised(tensors, how, folder)
     checkpoint = Checkpoint(
@@ -416,6 +411,11 @@ def open_checkpoint(
         around=around,
         quantised=how is not None,
     )
+    if config.num_hidden_layers > len(tensors):
+        raise SecateurError(
+            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers:,}, and {len(tensors):,} "
+            "tensors are stored; find the config.json of these weights"
+        )
     checkpoint.leave_heads()
     return checkpoint
 
