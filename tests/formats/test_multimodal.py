@@ -179,6 +179,7 @@ def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
     found = prune(folder, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3, recovery="none")
     assert not found.uniform
+    assert found.opens == "AutoModelForImageTextToText"
     record = json.loads((out / "secateur.json").read_text())
     units = {block["block"]: {kind: tuple(block.get(kind, ())) for kind in KINDS} for block in record["blocks"]}
     dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks

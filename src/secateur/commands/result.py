@@ -50,6 +50,7 @@ def summary_of(
         dense=tuple(block.width for block in blocks),
         widths=decided.widths,
         format="gguf" if gguf_type else run.request.format,
+        opens=stream.checkpoint.auto_class.__name__,
         sparsity=decided.sparsity,
         note=decided.note,
         vllm=None if gguf_type else _not_served(run, every),

@@ -21,6 +21,8 @@ class Summary:
     widths: dict[int, Width]
     """The width of every pruned block."""
     format: str
+    opens: str
+    """transformers' auto class for a folder."""
     sparsity: float
     note: str | None
     vllm: str | None

@@ -78,7 +78,7 @@ def _loads(summary: Summary, out: Path) -> str:
     if summary.format == "gguf":
         return f"Run it: llama-cli -m {out}"
     extra = ", trust_remote_code=True" if summary.format == "hf" else ""
-    return f'Load it: AutoModelForCausalLM.from_pretrained("{out}"{extra})'
+    return f'Load it: {summary.opens}.from_pretrained("{out}"{extra})'
 
 
 BARS = " ▁▂▃▄▅▆▇█"
