@@ -20,7 +20,7 @@ class FamilyRow(NamedTuple):
     fed: str
     """What goes of the feed-forward."""
     stock: str
-    """Heads that the family's own class takes."""
+    """What the family's own class takes."""
     gguf: str
     """llama.cpp's architectures, the best known first; empty where there is none."""
 
@@ -32,7 +32,7 @@ def families() -> list[FamilyRow]:
             name,
             _heads(family),
             "channels" if family.experts is None else "experts",
-            STOCK_HEADS["dense" if family.heads_locked or family.mixer else STOCK[name].heads],
+            _stock(name, family),
             ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
         )
         for name, family in sorted(FAMILIES.items())
@@ -42,4 +42,12 @@ def families() -> list[FamilyRow]:
 def _heads(family: Family) -> str:
     if family.mixer is not None:
         return f"no: {MIXED}"
-    return "yes" if family.heads_locked is None else f"all of a block or none: {family.heads_locked}"
+    if family.heads_locked is None:
+        return "yes"
+    return f"{'no' if family.heads_fixed else 'all of a block or none'}: {family.heads_locked}"
+
+
+def _stock(name: str, family: Family) -> str:
+    if STOCK[name].derived:
+        return "the dense model alone"
+    return STOCK_HEADS["dense" if family.heads_locked or family.mixer else STOCK[name].heads]
