@@ -127,6 +127,12 @@ def opened(folder: Path, **how: Any) -> Any:
     return model.eval()
 
 
+def keeps_of(out: Path) -> dict[int, Keep]:
+    """What a run has kept, by its record."""
+    blocks = json.loads((out / "secateur.json").read_text())["blocks"]
+    return {block["block"]: Keep(**{kind: tuple(block.get(kind, ())) for kind in KINDS}) for block in blocks}
+
+
 def logits(model: Any, image: bool) -> Tensor:
     ids = token_rows(2)
     more: dict[str, Any] = {}
@@ -152,9 +158,7 @@ def logits(model: Any, image: bool) -> Tensor:
 def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> None:
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
     prune(folder, out, **SMALL, sparsity=0.4, recovery="none")
-    record = json.loads((out / "secateur.json").read_text())
-    units = {block["block"]: {kind: tuple(block.get(kind, ())) for kind in KINDS} for block in record["blocks"]}
-    keeps = {index: Keep(**kept) for index, kept in units.items()}
+    keeps = keeps_of(out)
     dense, small, blocks = opened(folder), opened(out), BlockStream(open_checkpoint(folder)).blocks
     assert type(small) is type(dense)
     for image in (False, True):
@@ -180,12 +184,10 @@ def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
     found = prune(folder, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3, recovery="none")
     assert not found.uniform
     assert found.opens == "AutoModelForImageTextToText"
-    record = json.loads((out / "secateur.json").read_text())
-    units = {block["block"]: {kind: tuple(block.get(kind, ())) for kind in KINDS} for block in record["blocks"]}
     dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks
     loaded = [opened(out, trust_remote_code=True), load(open_checkpoint(out), torch.float32, torch.device("cpu"))]
     for image in (False, True):
-        with silenced(dense.model.language_model.layers, blocks, {at: Keep(**kept) for at, kept in units.items()}):
+        with silenced(dense.model.language_model.layers, blocks, keeps_of(out)):
             wanted = logits(dense, image)
         for small in loaded:
             assert type(small).__name__ == f"Secateur{type(dense).__name__}"

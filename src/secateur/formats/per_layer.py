@@ -119,7 +119,7 @@ def around_per_layer(around: dict[str, Any], own: dict[str, Any]) -> dict[str, A
 
 def is_per_layer(config: Any) -> bool:
     """Whether a config object comes from a folder of this format."""
-    return any(name.startswith(PREFIX) for name in config.architectures or ())
+    return bool(_own_classes(config.architectures))
 
 
 def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
@@ -127,11 +127,14 @@ def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
 
     `around` is config.json of a multimodal model. No code of the folder runs, and nothing is registered.
     """
-    names = config.architectures if around is None else around.get("architectures")
-    ours = [name for name in names or () if name.startswith(PREFIX)]
-    if ours:
+    if ours := _own_classes(config.architectures if around is None else around.get("architectures")):
         return getattr(modeling_secateur, ours[0])
     return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
+
+
+def _own_classes(names: Sequence[str] | None) -> list[str]:
+    """Those of a config's architectures that are ours."""
+    return [name for name in names or () if name.startswith(PREFIX)]
 
 
 def register() -> None:

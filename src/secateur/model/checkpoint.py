@@ -313,8 +313,10 @@ class Checkpoint:
             SecateurError: tensors are missing (tied ones may be) or have another shape, or widths differ from block
                 to block, which the stock model does not show.
         """
+        from secateur.model.modeling_secateur import PREFIX
+
         whole = self.raw_config if self.around is None else self.around
-        if any(name.startswith("Secateur") for name in whole.get("architectures") or ()):
+        if any(name.startswith(PREFIX) for name in whole.get("architectures") or ()):
             raise SecateurError(
                 f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
                 "but not pruned again; prune the dense model"

@@ -47,6 +47,12 @@ def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> t
     return slab, slab.bias if getattr(linear, "bias", None) is not None else None
 
 
+def _heads_output(layer: nn.Module, path: str, heads: int) -> tuple[Slab, str | None]:
+    """Level 2 of an attention whose heads have the size that its inputs give them."""
+    linear: Any = layer.get_submodule(path)
+    return _level2(layer, path, "head", heads, linear.weight.shape[1] // heads)
+
+
 def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     heads = config.num_attention_heads
     groups = groups_of(config)
@@ -58,16 +64,14 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
                 f"{config.model_type}: {heads} heads do not divide the {inner.weight.shape[1]} inputs of "
                 f"{path}.{output}, and no such model is known"
             )
-        level2, bias = _level2(layer, f"{path}.{output}", "head", heads, inner.weight.shape[1] // heads)
+        level2, bias = _heads_output(layer, f"{path}.{output}", heads)
         return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True)
     dim, path, after = head_dim(config), family.attention, family.norm_after_attention
     if family.latent is not None:
         return _latent(family, layer, heads)
     if family.heads_locked is not None:
-        inner = layer.get_submodule(f"{path}.{family.output}")
-        level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, inner.weight.shape[1] // heads)
-        own = None if family.adds else path
-        fixed = family.heads_fixed
+        level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
+        own, fixed = None if family.adds else path, family.heads_fixed
         return Depth2("heads", (), level2, bias, own, after, groups, family.heads_locked, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
@@ -105,8 +109,7 @@ def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
     for name in (family.latent_queries if both else family.queries, maker):
         linear: Any = layer.get_submodule(f"{path}.{name}")
         level1 += _level1(layer, f"{path}.{name}", "head", heads, linear.weight.shape[0] // heads)
-    output: Any = layer.get_submodule(f"{path}.{family.output}")
-    level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, output.weight.shape[1] // heads)
+    level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
     after = family.norm_after_attention
     return Depth2("heads", level1, level2, bias, path, after, heads, pair=True, reader=f"{path}.{reader}")
 

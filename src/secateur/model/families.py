@@ -112,6 +112,20 @@ class Family:
 
 
 LLAMA = Family()
+FALCON = Family(
+    blocks="transformer.h",
+    final_norm="transformer.ln_f",
+    attention="self_attention",
+    output="dense",
+    ungrouped=True,
+    up="dense_h_to_4h",
+    gate=None,
+    down="dense_4h_to_h",
+    activation="act",
+    heads_locked="its kinds lay queries, keys and values out in three ways, for which there is no code",
+    heads_fixed=True,
+    tupled=True,
+)
 ALIBI = "the position of a head decides how fast its attention fades"
 LINEAR = ("linear_attn", "out_proj")
 """Qwen's linear attention, as a mixer."""
@@ -213,36 +227,16 @@ FAMILIES: dict[str, Family] = {
         gate=None,
         down="fc_out",
     ),
-    "bloom": Family(
-        ungrouped=True,
-        blocks="transformer.h",
-        final_norm="transformer.ln_f",
-        attention="self_attention",
-        output="dense",
+    "bloom": replace(
+        FALCON,
         feed_forward=None,
         up="mlp.dense_h_to_4h",
-        gate=None,
         down="mlp.dense_4h_to_h",
         activation="mlp.gelu_impl",
-        tupled=True,
         adds=True,
-        heads_fixed=True,
         heads_locked=ALIBI,
     ),
-    "falcon": Family(
-        ungrouped=True,
-        tupled=True,
-        heads_fixed=True,
-        blocks="transformer.h",
-        final_norm="transformer.ln_f",
-        attention="self_attention",
-        output="dense",
-        up="dense_h_to_4h",
-        gate=None,
-        down="dense_4h_to_h",
-        activation="act",
-        heads_locked="its kinds lay queries, keys and values out in three ways, for which there is no code",
-    ),
+    "falcon": FALCON,
     "mpt": Family(
         ungrouped=True,
         tupled=True,
