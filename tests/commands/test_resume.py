@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,14 @@ import secateur.model.journal
 from conftest import CheckpointFolder
 from models import make_letters
 from secateur import SecateurError, cli, prune
+from secateur.base.files import read_hashed
 from secateur.base.progress import Silent
 from secateur.commands import resume
 from secateur.commands.clean import clean
+from secateur.commands.options import Options, Running
+from secateur.commands.plan import propose
+from secateur.commands.sizes import sizes
+from secateur.commands.survey import survey_page
 from secateur.model import rows as batches
 from secateur.model.arena import Arena
 from secateur.model.journal import Journal
@@ -63,14 +69,14 @@ def test_killed_anywhere(case: str, lives: dict[str, Any]) -> None:
 class Stopping(Silent):
     """Stops a step before one of its items, as Ctrl-C would."""
 
-    def __init__(self, what: str = "Prune", item: int = 2):
-        self.what, self.item = what, item
+    def __init__(self, what: str = "Prune", item: int = 2, times: int = 1):
+        self.what, self.item, self.times = what, item, times
         self.notes: list[str] = []
         self.seen: dict[str, list[Any]] = {}
 
     def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
         for item in items:
-            if what == self.what and item == self.item:
+            if (what, item) == (self.what, self.item) and self.seen.get(what, []).count(item) == self.times - 1:
                 raise KeyboardInterrupt
             self.seen.setdefault(what, []).append(item)
             yield item
@@ -92,13 +98,62 @@ def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: py
 
 
 def test_nothing_is_done_twice(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+    (kept,) = stopped.with_name(".out.run").glob("fit-*/state.json")
+    before = read_hashed(kept)["found"]["seconds"]
     watcher = Stopping(what="never")
-    prune(checkpoint_folder("llama"), stopped, **ASKED, watcher=watcher)
+    started = time.perf_counter()
+    found = prune(checkpoint_folder("llama"), stopped, **ASKED, watcher=watcher)
+    assert before < found.seconds < before + time.perf_counter() - started
     assert watcher.seen == {"Prune": [2]}
     assert any("Going on" in note for note in watcher.notes)
     prune(checkpoint_folder("llama"), stopped.with_name("whole"), **ASKED)
     assert bytes_of(stopped) == bytes_of(stopped.with_name("whole"))
     assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
+
+
+def test_several_sizes_go_on_within_one(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the third block of the second size: the rows, the survey and the first size are there."""
+    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    asked = {name: value for name, value in ASKED.items() if name != "device"}
+    options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]
+
+    def made(name: str, watcher: Stopping, some: list[Options] = options) -> None:
+        running = Running(device="cpu")
+        sizes(checkpoint_folder("llama"), tmp_path / name, some, running, texts=[], tokens=None, watcher=watcher)
+
+    with pytest.raises(KeyboardInterrupt):
+        made("out", Stopping(times=2))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".out.run", "out"]
+    with pytest.raises(SecateurError, match=r"sparsities \[0.2, 0.4\], now \[0.3, 0.4\]; ask for the same"):
+        made("out", Stopping("never"), [Options(**asked, sparsity=0.3), options[1]])
+    watcher = Stopping("never")
+    made("out", watcher)
+    assert watcher.seen == {"Prune": [2]}
+    made("whole", Stopping("never"))
+    for share in (0.2, 0.4):
+        assert bytes_of(tmp_path / "out" / f"sparsity-{share}") == bytes_of(tmp_path / "whole" / f"sparsity-{share}")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("beside", ["out", "survey"])
+def test_a_plan_goes_on_within_its_survey(
+    beside: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    options = Options(**{name: value for name, value in ASKED.items() if name != "device"})
+    running = Running(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
+    out = tmp_path / "plan.json" if beside == "out" else None
+    with pytest.raises(KeyboardInterrupt):
+        propose(checkpoint_folder("llama"), options, running, out=out, watcher=Stopping("Survey"))
+    (state,) = tmp_path.iterdir()
+    assert state.name == {"out": ".plan.json.run", "survey": ".survey.json.run"}[beside]
+    watcher = Stopping("never")
+    found = propose(checkpoint_folder("llama"), options, running, out=out, watcher=watcher)
+    assert watcher.seen["Survey"] == [2]
+    assert found == propose(checkpoint_folder("llama"), options, Running(device="cpu"))
+    assert not state.exists()
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -241,6 +296,29 @@ def test_a_disk_that_fills(
     watcher = Stopping(what="never")
     prune(checkpoint_folder("llama"), out, **ASKED, watcher=watcher)
     assert watcher.seen["Prune"] == ([1, 2] if where == "activations" else [2])
+
+
+@pytest.mark.parametrize("command", ["plan", "survey", "sizes"])
+def test_other_commands_on_a_small_device(
+    command: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = BlockStream.run
+
+    def small(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
+        if hidden.numel() // hidden.shape[-1] > 300:
+            raise torch.OutOfMemoryError
+        return run(self, index, layer, hidden, *given, **named)
+
+    monkeypatch.setattr(BlockStream, "run", small)
+    watcher, running, options = Stopping("never"), Running(device="cpu"), Options(0.25, calibration="random", length=24)
+    model, out = checkpoint_folder("llama"), tmp_path / "out"
+    if command == "plan":
+        propose(model, options, running, out=out, watcher=watcher)
+    elif command == "survey":
+        survey_page(model, out, options, running, watcher=watcher)
+    else:
+        sizes(model, out, [options], running, texts=[], tokens=None, watcher=watcher)
+    assert "256 tokens at a time" in [note for note in watcher.notes if "tokens at a time" in note][-1]
 
 
 @pytest.mark.parametrize("room", [300, 30])

@@ -1,6 +1,7 @@
 """`plan`: the widths that `prune` would choose, or a plan that a person wrote, checked."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
@@ -8,10 +9,12 @@ from secateur.base.files import write_whole
 from secateur.base.progress import Watcher
 from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
+from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, plan_widths, survey_model
 from secateur.report.summary import Proposal
 
 
+@in_smaller_batches
 def propose(
     model: str | Path,
     options: Options,
@@ -24,7 +27,8 @@ def propose(
 
     Args:
         model: see `prune`.
-        out: a JSON file for the plan.
+        out: a JSON file for the plan. A run that is stopped goes on where it was if there is one, or a file for the
+            survey: its state stands beside.
 
     Raises:
         SecateurError: as `prune` does.
@@ -34,8 +38,10 @@ def propose(
             "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
         )
     run = open_model(model, options, running, watcher=watcher)
-    rows = draw_rows(run, fitted=False)
-    decided = plan_widths(run, rows, survey_model(run, rows))
+    beside = out or run.running.survey
+    with nullcontext(run) if beside is None else resumable(run, beside) as run:
+        rows = draw_rows(run, fitted=False)
+        decided = plan_widths(run, rows, survey_model(run, rows))
     counted, checkpoint = run.request.parameters, run.stream.checkpoint
     proposal = Proposal(
         model=checkpoint.source,

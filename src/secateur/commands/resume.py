@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import transformers
@@ -18,31 +18,37 @@ from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.commands.open import OpenRun
 from secateur.model import rows as batches
-from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
 
 P = ParamSpec("P")
+R = TypeVar("R")
 LEAST = 128
 """Tokens at a time."""
 
 
 @contextmanager
-def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
+def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
     """The run with a place for its state beside `out`; what an earlier one has kept there is gone on with.
+
+    Args:
+        run: from `open_model`.
+        out: what the run makes.
+        asked: what decides the result beside the run's own options.
 
     Raises:
         SecateurError: another run is at work there, or one that asked for something else was; processes of this run
             were given different things.
     """
+    asked = decided_by(run) | asked
     if not run.team.leads:
-        run.team.agree(decided_by(run))
+        run.team.agree(asked)
         yield run
         return
-    with RunFolder(out.expanduser().resolve(), decided_by(run), restart=run.running.restart) as state:
+    with RunFolder(out.expanduser().resolve(), asked, restart=run.running.restart) as state:
         if state.holds_work():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
         run.stream.scratch = state.path
-        run.team.agree(decided_by(run))
+        run.team.agree(asked)
         try:
             yield replace(run, state=state)
         except BaseException as error:
@@ -53,14 +59,14 @@ def resumable(run: OpenRun, out: Path) -> Iterator[OpenRun]:
             run.stream.scratch = None
 
 
-def in_smaller_batches(command: Callable[P, Summary]) -> Callable[P, Summary]:
+def in_smaller_batches(command: Callable[P, R]) -> Callable[P, R]:
     """Let a resumable command go on with half of the tokens at a time, again and again, where its device has no memory.
 
     It raises `SecateurError` where even the fewest are too many.
     """
 
     @wraps(command)
-    def going_on(*given: P.args, **named: P.kwargs) -> Summary:
+    def going_on(*given: P.args, **named: P.kwargs) -> R:
         usual, watcher = batches.BATCH_TOKENS, cast("Watcher", named.get("watcher") or Silent())
         try:
             while True:

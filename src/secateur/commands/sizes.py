@@ -13,6 +13,7 @@ from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.request import check_request
 from secateur.commands.result import summary_of
+from secateur.commands.resume import check_rows, in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, rewrite_rows, survey_model, write_model
 from secateur.commands.survey_file import check_survey_file
 from secateur.measure.compare import evaluate, scored_rows
@@ -25,6 +26,7 @@ from secateur.write.export import RECORD
 TABLE, PLOT = "sizes.json", "sizes.png"
 
 
+@in_smaller_batches
 def sizes(
     model: str | Path,
     out: Path,
@@ -42,8 +44,8 @@ def sizes(
         out: the folder for the models, `sizes.json` and `sizes.png`; a model in it appears whole or not at all.
         options: one for each size, alike in all that a survey depends on.
         running: see `prune`; the survey is kept in `out` where it names no file. With `overwrite`, models that are
-            there are replaced; otherwise those that this very call has made are taken as they are, so that it goes on
-            where it was stopped.
+            there are replaced; otherwise those that this very call has made are taken as they are. The one that it
+            was stopped in goes on where it was: the state stands beside `out`.
         texts: to measure the perplexity of.
         tokens: of each text; all of them by default.
 
@@ -79,6 +81,36 @@ def sizes(
         if new:
             out.rmdir()
         raise
+    # A model in the making goes on as what it was to be: the sizes decide which that is.
+    with resumable(last, out, sparsities=[one.sparsity for one in options]) as last:
+        check_rows(last, plain)
+        runs = [replace(run, state=last.state) for run in runs]
+        return _carried_out(last, runs, plain, folders, there, file if own else None, texts, tokens)
+
+
+def _carried_out(
+    last: OpenRun,
+    runs: list[OpenRun],
+    plain: CalibrationRows,
+    folders: list[Path],
+    there: list[Path],
+    own: Path | None,
+    texts: list[str],
+    tokens: int | None,
+) -> list[Size]:
+    """All sizes made and scored; see `sizes`.
+
+    Args:
+        last: the run of the last size, which stands for what all have in common.
+        runs: one for each size.
+        plain: the rows, before they are rewritten.
+        folders: one for each size.
+        there: those of them that are made already.
+        own: the file of the survey, where a person named none.
+        texts: see `sizes`.
+        tokens: see `sizes`.
+    """
+    out = folders[0].parent
     rows = rewrite_rows(last, plain)
     weighing = next((run for run in runs if run.request.needs_survey), last)
     if own:
@@ -86,7 +118,7 @@ def sizes(
         try:
             check_survey_file(weighing, rows.text)
         except SecateurError:
-            file.unlink()
+            own.unlink()
     found = survey_model(weighing, rows)
     plans = [plan_widths(run, rows, found) for run in runs]
     results: list[Size] = []
@@ -99,7 +131,7 @@ def sizes(
             run = replace(run, started=time.perf_counter())
             summary = write_model(run, rows, decided, fit_blocks(run, rows, decided), folder)
         if not results:
-            results.append(Size(str(model), 0.0, summary.parameters[0], summary.bytes[0], {}))
+            results.append(Size(last.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
         results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
         _keep(results, out)
     # A plot of other models would be taken for one of these.

@@ -2,6 +2,7 @@
 
 import secrets
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -176,6 +177,9 @@ def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBloc
 def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
     """Write the pruned model with its record; it appears whole or not at all."""
     stream, options, out, journal = run.stream, run.options, Path(out), blocks.journal
+    # What a run that was stopped had taken counts as well.
+    run = replace(run, started=run.started - journal.found.get("seconds", 0.0))
+    journal.beside["seconds"] = lambda: time.perf_counter() - run.started
     done: list[dict[str, Any]] = journal.found.get("blocks", [])
     journal.beside["blocks"] = lambda: done
 

@@ -11,7 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.base.team import Team
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, Running, spelled
-from secateur.commands.resume import resumable
+from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, survey_model
 from secateur.criteria.head_distances import head_distances
 from secateur.plan.plan import check_reach, plan
@@ -30,6 +30,7 @@ LIKENESS_ROWS = 16
 """Calibration rows on which heads are compared: the paper's count."""
 
 
+@in_smaller_batches
 def survey_page(
     model: str | Path, out: Path, options: Options, running: Running | None = None, *, watcher: Watcher | None = None
 ) -> Surveyed:
