@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.base.quiet import quiet
 from secateur.model.describe import describe
 from secateur.model.families import family_of
-from secateur.model.structure import Block, Keep, Kind, Pattern
+from secateur.model.structure import Block, Depth2, Keep, Kind, Pattern
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 
 VOCAB = 128
@@ -362,8 +362,15 @@ def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Patter
         heads = [group * attention.per_group + int(head) for group, pick in enumerate(picks) for head in pick]
     stay = fed.per_group * 2 // 3 if fed.kind in kinds else fed.per_group
     picks = [torch.randperm(fed.per_group, generator=generator)[:stay] for _ in range(fed.groups)]
-    kept = [group * fed.per_group + int(unit) for group, pick in enumerate(picks) for unit in pick]
-    return Keep(tuple(sorted(heads)), **{fed.kind: tuple(sorted(kept))})
+    kept = sorted(group * fed.per_group + int(unit) for group, pick in enumerate(picks) for unit in pick)
+    inner: list[int] = []
+    if fed.kind == "experts" and "channels" in kinds:
+        # Others of each expert, as many as kernels take.
+        picks = [torch.randperm(fed.inner, generator=generator)[: fed.inner * 2 // 24 * 8].sort().values for _ in kept]
+        inner = [
+            expert * fed.inner + int(channel) for expert, pick in zip(kept, picks, strict=True) for channel in pick
+        ]
+    return Keep(tuple(sorted(heads)), **{fed.kind: tuple(kept)}, **({"channels": tuple(inner)} if inner else {}))
 
 
 def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
@@ -375,6 +382,21 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
         tensors = layer.state_dict() | (changed or {}).get(index, {})
         narrow(layer, slice_block(block, tensors, keep), width_of(block, keep))
     return small
+
+
+class _Idle:
+    """Some channels of experts that give nothing: their weights of the last layer are zero."""
+
+    def __init__(self, layer: nn.Module, module: Depth2, keep: Keep):
+        weight = layer.get_parameter(module.level2.name)
+        axis = next(slab.axis for slab in module.slabs if slab.unit == "channel" and slab.name == module.level2.name)
+        mask = torch.zeros(module.units, module.inner)
+        mask.view(-1)[list(keep.channels)] = 1
+        self.weight, self.before = weight, weight.detach().clone()
+        weight.data *= mask[:, None, :] if axis == 2 else mask[:, :, None]
+
+    def remove(self) -> None:
+        self.weight.data.copy_(self.before)
 
 
 class _Unchosen:
@@ -425,6 +447,8 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
             if module.kind == "experts":
                 gone = [unit for unit in range(module.units) if unit not in keep.experts]
                 handles.append(_Unchosen(layer.get_submodule(module.sink), module.units, gone))
+                if keep.channels:
+                    handles.append(_Idle(layer, module, keep))
                 continue
             mask = torch.zeros(module.units * module.size)
             mask[inner_entries(module, keep.units(module.kind))] = 1

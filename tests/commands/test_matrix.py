@@ -97,11 +97,21 @@ def keeps_of(name: str, kinds: tuple[Kind, ...], pattern: Pattern) -> dict[int, 
 
 def with_another_unit(block: Block, keep: Keep, kind: Kind, pattern: Pattern) -> Keep:
     """The same widths, but one removed unit stays and a kept one goes in its place."""
+    if kind == "channels" and keep.experts:
+        # Of the last expert.
+        inner, last = block.feed_forward.inner, keep.experts[-1]
+        kept = list(keep.channels)
+        kept[-1] = next(unit for unit in range(last * inner, (last + 1) * inner) if unit not in kept)
+        return replace(keep, channels=tuple(sorted(kept)))
     module, kept = block.module(kind), list(keep.units(kind))
     gone = [unit for unit in range(module.units) if unit not in kept]
     if kind != "heads":
         same = [unit for unit in kept if unit // module.per_group == gone[0] // module.per_group]
         kept[kept.index(same[-1])] = gone[0]
+        if kind == "experts":
+            # The same places in another expert.
+            moved = [c + (gone[0] - same[-1]) * module.inner * (c // module.inner == same[-1]) for c in keep.channels]
+            keep = replace(keep, channels=tuple(sorted(moved)))
     elif pattern == "groups":
         size = module.per_group
         kept = [unit for unit in kept if unit // size != kept[0] // size] + gone
@@ -151,7 +161,8 @@ def test_another_unit_than_planned_is_noticed(name, kinds, pattern):
         expected = logits_of(model, ids)
     blocks = blocks_of(model)
     for kind in kinds:
-        index = next((index for index, block in enumerate(blocks) if kind in block.kinds), None)
+        inner = kind == "channels" and bool(keeps[len(blocks) - 1].channels)
+        index = next((i for i, block in enumerate(blocks) if kind in block.kinds or (inner and keeps[i].experts)), None)
         if index is None:
             continue
         wrong = keeps | {index: with_another_unit(blocks[index], keeps[index], kind, pattern)}

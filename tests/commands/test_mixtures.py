@@ -31,7 +31,7 @@ NAME = "qwen2_moe some"
 
 def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
-    propose(model, Options(sparsity=0.3, **ROWS), Running(device="cpu"), out=file)
+    propose(model, Options(sparsity=0.3, modules=("heads", "experts"), **ROWS), Running(device="cpu"), out=file)
     for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
         prune(model, tmp_path / out, plan=str(given), **SMALL)
     first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
@@ -39,6 +39,58 @@ def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder:
     blocks = json.loads((tmp_path / "first" / "secateur.json").read_text())["blocks"]
     assert ["experts" in block for block in blocks] == [False, True, True]
     assert all(len(block["experts"]) == block["width"]["experts"] < 8 for block in blocks[1:])
+    assert all("channels" not in block and block["width"]["channels"] == 20 for block in blocks[1:])
+
+
+def test_channels_of_experts_are_a_plan_too(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """As many of each; where experts go as well, of those that stay."""
+    model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
+    entries = [{"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 6, "channels": 8}}]
+    entries.append({"block": 2, "width": {"groups": 3, "per_group": 2, "experts": 8, "channels": 16}})
+    file.write_text(json.dumps({"blocks": entries}))
+    for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
+        found = prune(model, tmp_path / out, plan=str(given), **SMALL)
+        assert [(width.experts, width.channels) for width in found.now()] == [(0, 72), (6, 8), (8, 16)]
+    first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    blocks = json.loads((tmp_path / "first" / "secateur.json").read_text())["blocks"]
+    for block, each in zip(blocks, (8, 16), strict=True):
+        owners = [unit // 20 for unit in block["channels"]]
+        assert {expert: owners.count(expert) for expert in block["experts"]} == dict.fromkeys(block["experts"], each)
+    shapes = {name: value.shape for name, value in load_file(first).items()}
+    assert shapes["model.layers.1.mlp.experts.5.down_proj.weight"] == (48, 8)
+    assert shapes["model.layers.2.mlp.experts.7.up_proj.weight"] == (16, 48)
+    assert shapes["model.layers.1.mlp.shared_expert.up_proj.weight"] == (28, 48)
+
+
+def test_channels_alone(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """No expert goes, and a survey of channels has no order of experts."""
+    model, file = checkpoint_folder(NAME), tmp_path / "survey.json"
+    found = prune(model, tmp_path / "out", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
+    assert {width.experts for width in found.now()[1:]} == {8}
+    assert min(width.channels for width in found.now()[1:]) < 20
+    curves = json.loads(file.read_text())["curves"]
+    assert {(one["kind"], one["pattern"], len(one["errors"])) for one in curves if one["block"]} == {
+        ("experts", "experts", 1),
+        ("experts", "channels", 20),
+    }
+    again = prune(model, tmp_path / "again", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
+    assert again.widths == found.widths
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_one_width_of_channels_in_the_stock_format(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str
+) -> None:
+    """It has a key for the channels of experts; of some that key counts for the shared expert too."""
+    how: dict[str, Any] = {"sparsity": 0.2, "modules": ("channels",), "widths": "uniform", "recovery": "none"}
+    if name == "deepseek_v3":
+        with pytest.raises(SecateurError, match=r"derives its shared expert's channels .* or take --format hf"):
+            prune(checkpoint_folder(name), tmp_path / "out", **SMALL, **how)
+        how["format"] = "hf"
+    prune(checkpoint_folder(name), tmp_path / "out", **SMALL, **how)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["moe_intermediate_size"] == (16 if name == "qwen3_moe" else 20)
 
 
 def test_ratios_are_of_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
@@ -46,9 +98,12 @@ def test_ratios_are_of_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFo
     file.write_text('{"0:2": {"experts": 0.25, "channels": 0.5}, "2:3": {"heads": 0.34}}')
     found = prune(checkpoint_folder(NAME), tmp_path / "out", widths=str(file), **SMALL)
     widths = [found.widths[index] for index in range(3)]
-    assert [width.channels for width in widths] == [36, 0, 0]
+    assert [width.channels for width in widths] == [36, 8, 20]
     assert [width.experts for width in widths] == [0, 6, 8]
     assert [width.heads for width in widths] == [6, 6, 4]
+    file.write_text('{"0:3": 0.25}')
+    found = prune(checkpoint_folder(NAME), tmp_path / "all", widths=str(file), **SMALL)
+    assert [(width.experts, width.channels) for width in found.now()] == [(0, 54), (6, 20), (6, 20)]
 
 
 WRONG = {
@@ -56,12 +111,28 @@ WRONG = {
     "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; the module has 0 to 7"),
     "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
     "a width too narrow": (
-        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 2}},
+        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 2, "channels": 20}},
         "2 experts cannot be had; possible are 3 to 8",
+    ),
+    "no channels": (
+        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 8, "channels": 0}},
+        "0 channels, where the model has 20",
+    ),
+    "channels of which no kernel is": (
+        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 8, "channels": 13}},
+        "kernels of experts take channels that 8 divides, not 13",
+    ),
+    "channels of an expert that goes": (
+        {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},
+        "channels: 60 is of expert 3, which is not kept; remove it",
+    ),
+    "channels not of all": (
+        {"block": 1, "experts": [0, 1, 2], "channels": list(range(8))},
+        "each expert must keep as many as the others, and at least one",
     ),
     "a width of channels": (
         {"block": 1, "width": {"groups": 3, "per_group": 2, "channels": 2}},
-        "list the heads and experts to keep, or give a width of groups, per_group, experts",
+        "list the heads and experts to keep, or give a width of groups, per_group, experts, channels",
     ),
 }
 
@@ -84,7 +155,7 @@ def test_groups_must_stay_alike(tmp_path: Path, checkpoint_folder: CheckpointFol
 
 REFUSED = {
     "more than a token meets leaves": ({"sparsity": 0.9, "modules": ("experts",)}, "only experts were asked for"),
-    "no channels": ({"sparsity": 0.2, "modules": ("channels",)}, "the model has experts and heads alone"),
+    "more than the channels are": ({"sparsity": 0.9, "modules": ("channels",)}, "only channels were asked for"),
     "speed": ({"target": "decode=1.1x"}, "how long experts take depends on where tokens go"),
     "gguf": ({"sparsity": 0.2, "format": "gguf"}, "qwen3moe has one width for all blocks, so prune all of them"),
     "some blocks": ({"sparsity": 0.2, "widths": "uniform", "blocks": "1:3"}, "only 1:3 are to be pruned"),
@@ -130,6 +201,7 @@ def test_the_survey_has_a_page_and_serves_every_size(tmp_path: Path, checkpoint_
     survey_page(model, tmp_path / "survey", Options(**ROWS), Running(device="cpu"))
     page = (tmp_path / "survey" / "survey.html").read_text()
     assert "Experts kept, by block" in page
+    assert "channels of experts that go are shown as the experts that would hold them" in page
     assert "{{" not in page
     running = Running(device="cpu", survey=tmp_path / "survey" / "survey.json")
     found = prune(model, tmp_path / "out", Options(sparsity=0.3, **ROWS), running)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Width
 from secateur.plan.problem import Plan
+from secateur.survey.experts import channel_errors
 
 TOKENS = 60
 
@@ -164,17 +165,41 @@ def test_scores_by_hand(checkpoint_folder: CheckpointFolder) -> None:
         assert expert_order("random", routed, 3, seed=1) != expert_order("random", routed, 3, seed=2)
 
 
-def fitted(folder: Any, experts: int, **recovery: Any) -> list[Any]:
+def fitted(folder: Any, experts: int, channels: int | None = None, criterion: str = "surgeon", **recovery: Any) -> Any:
+    """Block 2 with so many experts, and so many channels of each."""
     stream = BlockStream(open_checkpoint(folder))
-    widths = {i: b.width.taking("experts", Width(0, 0, 0, experts)) for i, b in enumerate(stream.blocks)}
-    method = Method(recovery=Recovery(**recovery))
-    return list(refit(stream, Plan({2: widths[2]}, 0, 0), token_rows(24, 16, seed=5), method=method))
+    dense = stream.blocks[2].width
+    width = replace(dense, experts=experts, channels=channels or dense.channels)
+    method = Method(criterion, Recovery(**recovery))
+    (block,) = refit(stream, Plan({2: width}, 0, 0), token_rows(24, 16, seed=5), method=method)
+    return block
 
 
-def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder) -> None:
-    """Experts one after the other, each by float64 for what the output lacks."""
+def channels_of(block: Any, inner: int) -> dict[int, list[int]]:
+    """The channels that each expert keeps."""
+    every = [(unit // inner, unit % inner) for unit in block.keep.channels]
+    return {expert: [one for owner, one in every if owner == expert] for expert in block.keep.experts}
+
+
+def first_to_leave(hessian: Tensor, right: Tensor, count: int) -> list[int]:
+    """Greedily, whatever raises the least penalised error: every candidate solved for anew."""
+    alive = list(range(len(hessian)))
+
+    def gain(units: list[int]) -> float:
+        return float((right[units] * torch.linalg.solve(hessian[units][:, units], right[units])).sum())
+
+    for _ in range(count):
+        alive.remove(max(alive, key=lambda unit: gain([one for one in alive if one != unit])))
+    return alive
+
+
+@pytest.mark.parametrize("channels", [20, 8])
+def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channels: int) -> None:
+    """Experts one after the other, each by float64 for what the output lacks, by the channels that stay."""
     name, ridge = "qwen2_moe", 0.3
-    (block,) = fitted(checkpoint_folder(name), 5, ridge=ridge)
+    block = fitted(checkpoint_folder(name), 5, channels, ridge=ridge)
+    stay = channels_of(block, 20) if channels < 20 else {}
+    assert bool(block.keep.channels) == (channels < 20)
     model, ids = build(name), token_rows(24, 16, seed=5)
     seen: list[Tensor] = []
     layer: Any = layers_of(model)[2]
@@ -208,8 +233,12 @@ def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder) -> None
             assert met >= FEWEST
             hessian = part.T @ part
             penalty = ridge * (1 + part.shape[1] / met) * hessian.diagonal().diag()
-            target = part.T @ (left + part @ weights[one])
-            solved = torch.linalg.solve(hessian + penalty, target + penalty @ weights[one])
+            right = part.T @ (left + part @ weights[one]) + penalty @ weights[one]
+            units = stay.get(one, list(range(part.shape[1])))
+            if one >= 0 and stay:
+                assert units == first_to_leave(hessian + penalty, right, 20 - channels)
+            solved = torch.zeros_like(right)
+            solved[units] = torch.linalg.solve((hessian + penalty)[units][:, units], right[units])
             found = new["shared_expert.down_proj.weight"] if one < 0 else new["experts.down_proj"][one]
             torch.testing.assert_close(found.T, solved, rtol=1e-3, atol=1e-4)
             left += part @ (weights[one] - solved)
@@ -221,16 +250,69 @@ def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder) -> None
 def test_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
     block = blocks_of(build(name))[2].feed_forward
     stay = max(block.least, block.units * 3 // 4 // block.groups * block.groups)
-    errors = [fitted(checkpoint_folder(name), stay, method=method)[0].reports[1].error for method in ("none", "refit")]
+    errors = [fitted(checkpoint_folder(name), stay, method=method).reports[1].error for method in ("none", "refit")]
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_channels_of_experts_go_and_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    module = blocks_of(build(name))[2].feed_forward
+    how: dict[str, Any] = {"experts": module.units, "channels": 8}
+    plain, block = (fitted(checkpoint_folder(name), method=method, **how) for method in ("none", "refit"))
+    assert block.reports[1].error < 0.95 * plain.reports[1].error
+    for one in (plain, block):
+        assert {len(units) for units in channels_of(one, module.inner).values()} == {8}
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "flap-wifv", "second-moment", "l2", "random", "llm-pruner-vector"])
+def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: CheckpointFolder, criterion: str) -> None:
+    """By what an expert is on its own; where one asks for gradients, the default stands in."""
+    folder = checkpoint_folder("gpt_oss")
+    found, usual = (fitted(folder, 8, 24, name, method="none") for name in (criterion, "surgeon"))
+    same = found.keep.channels == usual.keep.channels
+    assert same == criterion.startswith("llm-pruner")
+    if criterion == "l2":
+        with mixture_of(lambda _: folder, "gpt_oss") as (mixture, _):
+            up, down = mixture.experts.gate_up_proj, mixture.experts.down_proj
+            squares = up.square().sum(1).view(8, -1, 2).sum(2) + down.square().sum(2)
+        for expert, units in channels_of(found, 72).items():
+            assert units == sorted(squares[expert].argsort(descending=True)[:24].tolist())
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        routed, inner = routed_of(mixture), mixture.module.inner
+        errors = channel_errors(routed)
+        assert len(errors) == inner
+        assert errors[0] == 0
+        every, dense = mixture.every, mixture.output(routed.x_nd[None], mixture.every)[0]
+        routes, down = mixture.route(routed.x_nd, every), mixture.experts.down_proj
+        before, gone = down.detach().clone(), round(inner / 2)
+        for expert in every.tolist():
+            tokens, gates = routes.of(expert)
+            rows = mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
+            energy = (routed.weight_n[tokens][:, None] * rows.square()).sum(0) * mixture.weight(expert).square().sum(1)
+            mixture.weight(expert).data[energy.argsort()[:gone]] = 0
+        lost = mixture.output(routed.x_nd[None], every)[0] - dense
+        down.data.copy_(before)
+        assert errors[gone] == pytest.approx(float((lost.square().sum(1) * routed.weight_n).sum()), rel=1e-3)
+        assert list(errors) == sorted(errors)
 
 
 def test_an_expert_that_few_tokens_meet_keeps_its_weights(checkpoint_folder: CheckpointFolder) -> None:
     name = "qwen3_moe"
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    width = stream.blocks[2].width.taking("experts", Width(0, 0, 0, 6))
+    width = replace(stream.blocks[2].width, experts=6)
     (block,) = refit(stream, Plan({2: width}, 0, 0), token_rows(1, 7, seed=5))
     changed = block.changed["mlp.experts.down_proj"]
     with mixture_of(lambda _: checkpoint_folder(name), name) as (mixture, _):
         same = [bool(torch.equal(changed[e], mixture.experts.down_proj[e])) for e in block.keep.experts]
     assert all(same)
+    narrow = replace(width, channels=8)
+    (block,) = refit(stream, Plan({2: narrow}, 0, 0), token_rows(1, 7, seed=5))
+    changed = block.changed["mlp.experts.down_proj"]
+    with mixture_of(lambda _: checkpoint_folder(name), name) as (mixture, _):
+        for expert, units in channels_of(block, mixture.module.inner).items():
+            assert len(units) == 8
+            assert torch.equal(changed[expert][:, units], mixture.experts.down_proj[expert][:, units])

@@ -181,7 +181,9 @@ def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> Non
 def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
     """A folder that brings its code opens with the same auto class, and is what silencing its units is."""
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
-    found = prune(folder, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3, recovery="none")
+    # Without channels of experts, of which so narrow ones have two sizes at most.
+    how = SMALL | {"widths": "adaptive", "modules": ("heads", "experts") if name == "mistral4" else KINDS}
+    found = prune(folder, out, **how, sparsity=0.3, recovery="none")
     assert not found.uniform
     assert found.opens == "AutoModelForImageTextToText"
     dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks

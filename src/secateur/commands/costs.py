@@ -89,10 +89,12 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
     each = [first, *others]
     streams = rows.tokens + beside + sum(each)
     resting, apart = sum(others) + beside, rows.scores is not None
-    fitted = [(stream.blocks[index], now.channels) for index, now in widths.items() if level1 and now.channels]
+    fitted = [
+        (stream.blocks[i], now.channels) for i, now in widths.items() if level1 and now.channels and not now.experts
+    ]
     parts = [level1_work(stream, block, kept, tokens, level1) for tokens in each for block, kept in fitted]
-    mixed = [(stream.blocks[index], now.experts) for index, now in widths.items() if now.experts]
-    parts += [mixture_work(block, width, tokens, left) for tokens in each for block, left in mixed]
+    mixed = [(stream.blocks[index], now) for index, now in widths.items() if now.experts]
+    parts += [mixture_work(block, width, tokens, now) for tokens in each for block, now in mixed]
     return Work.of(
         [
             Work(
@@ -126,17 +128,19 @@ def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps
     )
 
 
-def mixture_work(block: Block, width: int, tokens: int, left: int) -> Work:
+def mixture_work(block: Block, width: int, tokens: int, now: Width) -> Work:
     """The order of a mixture's experts and the refit of those that are left: statistics and a solve of each.
 
-    Its output is made before and behind the refit, and the inputs of level 2 once.
+    Its output is made before and behind the refit, and the inputs of level 2 once. Where channels go, each expert has
+    an elimination of its own.
     """
-    module, inner = block.feed_forward, _inner(block, width)
+    module, left, inner = block.feed_forward, now.experts, block.feed_forward.inner
     met = tokens * min(module.met, left) / left
+    cut = now.channels < inner
     work = Work(
         forward=2.6 * 2.0 * tokens * module.met * _expert(block),
         quick=left * gram_flops(inner, width, round(met)),
-        exact=left * (inner**3 / 3 + 2 * inner**2 * width),
+        exact=left * (solve_flops(inner, width) if cut else inner**3 / 3 + 2 * inner**2 * width),
     )
     return Work.of([work, order_work(block, width, tokens, left)])
 
@@ -198,8 +202,7 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
     """
     block, d = max(stream.blocks, key=lambda b: b.parameters), stream.width
     a, m = max(_level2_inputs([block])), len(block.feed_forward.scored)
-    if block.feed_forward.kind == "experts":
-        a = max(a, _inner(block, d))
+    a = max(a, block.feed_forward.inner)
     solve = (2.3 + apart) * a * a + (7 + apart) * a * d
     step = m * (2 * a * a + 6 * a * d) if level1 else 0.0
     batch = BATCH_TOKENS * (3 * a + 4 * d)
@@ -212,12 +215,6 @@ def _level2_inputs(blocks: Iterable[Block]) -> list[int]:
     """How many inputs each module's level-2 layer has; mixtures aside."""
     modules: list[Depth2] = [module for block in blocks for module in block.modules if module.kind != "experts"]
     return [module.units * module.size for module in modules]
-
-
-def _inner(block: Block, width: int) -> int:
-    """Channels of each of a mixture's experts."""
-    module = block.feed_forward
-    return math.prod(block.shapes[module.level2.name]) // module.units // width
 
 
 def _expert(block: Block) -> int:

@@ -31,7 +31,7 @@ def families() -> list[FamilyRow]:
         FamilyRow(
             name,
             _heads(family),
-            "channels" if family.experts is None else "experts",
+            "channels" if family.experts is None else "experts, channels",
             _stock(name, family),
             ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
         )

@@ -101,7 +101,7 @@ class Options:
     blocks: str | None = option(
         None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", shown="all"
     )
-    modules: tuple[Kind, ...] = option(KINDS, TARGET, "Units that may go: heads, channels, experts.")
+    modules: tuple[Kind, ...] = option(KINDS, TARGET, "Units that may go: heads, channels (of experts, too), experts.")
     round: int | None = option(
         None,
         TARGET,

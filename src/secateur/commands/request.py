@@ -9,6 +9,7 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
+from secateur.criteria.registry import Criteria
 from secateur.formats.gguf_architectures import gguf_obstacle
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind, Width, alike
@@ -120,7 +121,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         goal=options.goal,
         meter=parameters,
         kinds=_kinds(stream, options),
-        multiple=options.round or usual_multiple(min((w.channels for w in dense if w.channels), default=1)),
+        multiple=options.round or min(usual_multiple(width) for width in dense),
         obstacle=obstacle,
     )
 
@@ -128,6 +129,9 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
 def _kinds(stream: BlockStream, options: Options) -> tuple[Kind, ...]:
     """The units that may go, of those that the model has."""
     there = {kind for block in stream.blocks for kind in block.kinds}
+    if "experts" in there and not Criteria(options.scores).need_gradients:
+        # Theirs are no part of what is trained backward.
+        there.add("channels")
     if not (kinds := tuple(kind for kind in options.kinds if kind in there)):
         known = " and ".join(sorted(there))
         raise SecateurError(f"--modules {','.join(options.kinds)}: the model has {known} alone; name some of these")

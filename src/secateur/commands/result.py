@@ -102,12 +102,12 @@ def record(
     return found | ({"similarity": decided.similar.as_dict()} if decided.similar else {})
 
 
-def block_record(decided: Plan, block: FittedBlock) -> dict[str, Any]:
+def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, Any]:
     """What became of one block."""
     return {
         "block": block.index,
         "width": decided.widths[block.index].as_dict(),
-        **{report.kind: list(block.keep.units(report.kind)) for report in block.reports},
+        **{kind: list(units) for kind, units in block.keep.chosen(dense).items()},
         "modules": [asdict(report) for report in block.reports],
     }
 
@@ -116,7 +116,7 @@ def unlike_experts(blocks: Sequence[Block], curves: Iterable[Curve], decided: Pl
     """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
     lost = []
     for curve in curves:
-        if curve.kind == "experts" and curve.energy and (width := decided.widths.get(curve.block)):
+        if curve.pattern == "experts" and curve.energy and (width := decided.widths.get(curve.block)):
             gone = blocks[curve.block].width.experts - width.experts
             lost.append(curve.errors[gone] / curve.energy if gone < len(curve.errors) else 1.0)
     if not lost or (share := sum(lost) / len(lost)) < UNLIKE:

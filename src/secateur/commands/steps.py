@@ -185,7 +185,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
 
     def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         for block in blocks:
-            done.append(block_record(decided, block))
+            done.append(block_record(stream.blocks[block.index], decided, block))
             yield block.index, slice(stream, block, dtype=run.dtype)
 
     def timings() -> dict[str, float]:
@@ -279,9 +279,10 @@ def _described(run: OpenRun, decided: Plan) -> str:
     price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token, module by module"
     if decided.uniform:
         width, full = max(zip(decided.widths.values(), dense, strict=True), key=lambda pair: pair[1].experts)
+        inner = f" of {width.channels:,} channels each" if width.experts and width.channels < full.channels else ""
         what = (
             f"{width.heads} of {full.heads} query heads in {width.groups} of {full.groups} groups, "
-            f"{width.fed:,} of {full.fed:,} {full.kinds[1]} in every block"
+            f"{width.fed:,} of {full.fed:,} {full.kinds[1]}{inner} in every block"
         )
     else:
         kept = list(decided.widths.values())
@@ -291,5 +292,9 @@ def _described(run: OpenRun, decided: Plan) -> str:
                 [w.fed for w, full in zip(some, dense, strict=True) if full.kinds[1] == kind] for some in (kept, dense)
             )
             parts.append(f"{sum(now):,} of {sum(before):,} {kind}, {min(now):,} to {max(now):,} a block")
+        pairs = [(w.channels, full.channels) for w, full in zip(kept, dense, strict=True) if full.experts]
+        if any(left < full for left, full in pairs):
+            each = [left for left, _ in pairs]
+            parts.append(f"{min(each):,} to {max(each):,} of {pairs[0][1]:,} channels an expert")
         what = " and ".join(parts)
     return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"

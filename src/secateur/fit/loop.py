@@ -78,8 +78,7 @@ def refit(
                 )
                 for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
-                    kinds = stream.blocks[index].kinds
-                    chosen = {kind: found[0].keep.units(kind) for kind in kinds} if found else plan.units.get(index, {})
+                    chosen = found[0].keep.chosen(stream.blocks[index]) if found else plan.units.get(index, {})
                     with restored(layer):
                         state = BlockState(stream, index, layer, method, dtype, part, arena, given)
                         found.append(_fit(state, pruned, plan.widths[index], chosen))
@@ -101,10 +100,14 @@ def refit(
 
 def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[Kind, tuple[int, ...]]) -> FittedBlock:
     """One fit of one block; its pruned stream is then behind it."""
-    kept, reports = {}, []
+    kept: dict[Kind, tuple[int, ...]] = {}
+    reports = []
     for module in state.block.modules:
-        one = (ExpertsState if module.kind == "experts" else ModuleState)(state, module, pruned)
-        kept[module.kind], report = one.prune(width, chosen.get(module.kind))
+        if module.kind == "experts":
+            units, report = ExpertsState(state, module, pruned).prune(width, chosen)
+            kept |= units
+        else:
+            kept[module.kind], report = ModuleState(state, module, pruned).prune(width, chosen.get(module.kind))
         reports.append(report)
     state.run_pruned(pruned)
     return FittedBlock(state.index, Keep(**kept), state.changed, tuple(reports))

@@ -67,7 +67,7 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     counts = {
         writer.add_head_count: [width.heads for width in widths],
         writer.add_head_count_kv: [1 if architecture.latent else width.groups for width in widths],
-        writer.add_feed_forward_length: [width.channels or config.intermediate_size for width in widths],
+        writer.add_feed_forward_length: [config.intermediate_size if w.experts else w.channels for w in widths],
     }
     for add, values in counts.items():
         add(values if architecture.per_layer else values[0])
@@ -121,8 +121,7 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
     first = next(index for index, width in enumerate(widths) if width.experts)
     writer.add_expert_count(widths[first].experts)
     writer.add_expert_used_count(getattr(config, names.chosen))
-    down = model.checkpoint.parameter_shape(model.parameter(first, "down_proj"))
-    writer.add_expert_feed_forward_length(down[2])
+    writer.add_expert_feed_forward_length(widths[first].channels)
     if names.shared is not None:
         name = f"{model.family.feed_forward}.{names.shared}.down_proj.weight"
         writer.add_expert_shared_feed_forward_length(model.checkpoint.tensors[model.inside[first][name]].shape[1])

@@ -380,6 +380,8 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "has one width for all blocks, so prune all of them with uniform widths"
     if experts != sorted(experts) or (not all(experts) and any(experts) and not architecture.leading):
         return "has experts in all blocks" + (" behind the first ones" if architecture.leading else "")
+    if len({width.channels for width in widths if width.experts}) > 1:
+        return "has as many channels in all experts"
     if any(experts) and architecture.normed not in (None, model.normed):
         return "makes gates add up to one" if architecture.normed else "leaves gates as they are"
     if architecture.ungrouped and widths[0].groups != widths[0].heads:

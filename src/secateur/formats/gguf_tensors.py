@@ -113,6 +113,11 @@ def block_entries(model: Model, architecture: Architecture, index: int, type: st
     return [Entry(f"blk.{index}.{name}", lazy, _type(name, lazy.shape, type)) for name, lazy in named]
 
 
+def bytes_at(entry: Entry, shape: tuple[int, ...], type: str) -> int:
+    """What a tensor of a block would take if it had another shape."""
+    return replace(entry, tensor=Lazy.full(shape, 0.0), type=_type(entry.name.split(".", 2)[2], shape, type)).bytes
+
+
 def _type(name: str, shape: tuple[int, ...], file: str) -> GGMLQuantizationType:
     """The type of one tensor: vectors stay as they are, rows that do not divide fall back on f16."""
     storage = TYPES[file]

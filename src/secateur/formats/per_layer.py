@@ -171,7 +171,8 @@ def widths_of(config: Any) -> list[Width]:
         if mixture is None:
             widths.append(Width(shared, each, own.get(key, channels)))
         else:
-            widths.append(Width(shared, each, 0, own.get(mixture.count, getattr(config, mixture.count))))
+            inner, count = (own.get(key, getattr(config, key)) for key in (mixture.width, mixture.count))
+            widths.append(Width(shared, each, inner, count))
     return widths
 
 
@@ -179,6 +180,8 @@ def _keys(config: Any, width: Width, biases: tuple[bool, bool]) -> dict[str, Any
     """How a config spells the width of one layer."""
     grouped = {} if FAMILIES[config.model_type].ungrouped else {GROUPS: width.groups}
     fed = {_fed_key(config, width): width.fed}
+    if (mixture := FAMILIES[config.model_type].experts) is not None and width.experts:
+        fed[mixture.width] = width.channels
     return {HEADS: width.heads, **grouped, **fed, **dict(zip(BIASES, biases, strict=True))}
 
 
@@ -191,4 +194,4 @@ def _fed_key(config: Any, width: Width) -> str:
 def _clashes(width: Width, dense: Width) -> bool:
     """Whether some tensor that is stored has another shape than in the dense block."""
     narrow_heads = width.heads > 0 and (width.heads, width.groups) != (dense.heads, dense.groups)
-    return narrow_heads or width.fed not in (0, dense.fed)
+    return narrow_heads or (width.fed > 0 and (width.experts, width.channels) != (dense.experts, dense.channels))

@@ -131,6 +131,8 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
     if stock.derived and width.channels != dense.channels:
         return f"{kind} derives its feed-forward width from hidden_size; take --format hf"
+    if (obstacle := _experts_obstacle(config, width, dense)) is not None:
+        return obstacle
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
     bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
@@ -148,6 +150,19 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         if biases := [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]:
             lacks = " or ".join(biases)
             return f"{refusal} and {stock.heir[0]}, which takes {width.heads}, has no {lacks}; {instead}"
+    return None
+
+
+def _experts_obstacle(config: Any, width: Width, dense: Width) -> str | None:
+    """Why a stock class cannot hold experts of a width."""
+    mixture = FAMILIES[config.model_type].experts
+    if mixture is None or not width.experts or width.channels == dense.channels:
+        return None
+    if mixture.shared is not None and mixture.shared_width is None:
+        return (
+            f"{config.model_type} derives its shared expert's channels from those of the others; prune whole experts, "
+            "or take --format hf"
+        )
     return None
 
 
@@ -183,6 +198,7 @@ def stock_config(
     elif width.experts:
         # Blocks without experts keep their channels. Some configs hold the number under two names.
         stored |= {key: width.experts for key in (*EXPERTS, experts.count) if key in stored or key == experts.count}
+        stored[experts.width] = width.channels
     if stock.heads != "dense":
         stored |= {"num_attention_heads": width.heads, "num_key_value_heads": width.groups, "head_dim": head_dim}
     stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)

@@ -128,6 +128,7 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     ]
     level2 = next(slab for slab in slabs if slab.name == down)
     others = tuple(slab for slab in slabs if slab is not level2)
+    inner, channels = _inside_experts(layer, f"{path}.{mixture.experts}", mixture.stored)
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
     met = getattr(config, mixture.chosen)
@@ -136,8 +137,37 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     each = max(-(-met // open_), 2 if groups > 1 else 1)
     after = family.norm_after_feed_forward
     return Depth2(
-        "experts", others, level2, None, path, after, groups, pair=mixture.scored, least=each * groups, met=met
+        "experts",
+        (*others, *channels),
+        level2,
+        None,
+        path,
+        after,
+        groups,
+        pair=mixture.scored,
+        least=each * groups,
+        met=met,
+        inner=inner,
     )
+
+
+def _inside_experts(
+    layer: nn.Module, path: str, stored: tuple[tuple[str, tuple[str, ...]], ...]
+) -> tuple[int, tuple[Slab, ...]]:
+    """How many channels each expert has, and what follows them in the matrices that hold all experts."""
+    experts: Any = layer.get_submodule(path)
+    (up, _), (down, _) = stored
+    axis = 1 if experts.is_transposed else 2
+    inner = int(getattr(experts, down).shape[axis])
+
+    def rows(name: str, axis: int) -> tuple[Slab, ...]:
+        # Gate and up lie one behind the other, or in turn.
+        if not experts.is_concatenated:
+            return (Slab(f"{path}.{name}", axis, "channel", inner, 2),)
+        return tuple(Slab(f"{path}.{name}", axis, "channel", inner, 1, start) for start in (0, inner))
+
+    biased = rows(f"{up}_bias", 1) if experts.has_bias else ()
+    return inner, (*rows(up, 3 - axis), *biased, Slab(f"{path}.{down}", axis, "channel", inner, 1))
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:

@@ -29,6 +29,10 @@ class Experts:
     """The config's key of how many there are."""
     chosen: str = "num_experts_per_tok"
     """That of how many a token meets."""
+    width: str = "moe_intermediate_size"
+    """That of how many channels each has."""
+    shared_width: str | None = None
+    """That of how many the shared expert has, where it does not follow from the others'."""
     groups: tuple[str, str] | None = None
     """Those of the number of runs of experts, and of how many runs a token may choose from; all runs stay equally
     long."""
@@ -157,10 +161,17 @@ LFM2 = Family(
 )
 
 _W = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
-QWEN_MOE = replace(LLAMA, experts=Experts(shared="shared_expert", shared_gate="shared_expert_gate"))
+QWEN_MOE = replace(
+    LLAMA,
+    experts=Experts(
+        shared="shared_expert", shared_gate="shared_expert_gate", shared_width="shared_expert_intermediate_size"
+    ),
+)
 QWEN_NEXT = replace(QWEN_MOE, norm_offset=True, mixer=LINEAR)
 DEEPSEEK = Experts(count="n_routed_experts", groups=("n_group", "topk_group"), shared="shared_experts")
-MIXTRAL = Experts(stored=_W, count="num_local_experts", renamed=(("mlp.", "block_sparse_moe."),))
+MIXTRAL = Experts(
+    stored=_W, count="num_local_experts", width="intermediate_size", renamed=(("mlp.", "block_sparse_moe."),)
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -298,7 +309,7 @@ FAMILIES: dict[str, Family] = {
         LLAMA,
         experts=replace(DEEPSEEK, count="num_experts", renamed=(("gate.e_score_correction", "e_score_correction"),)),
     ),
-    "flex_olmo": replace(OLMO2, experts=Experts()),
+    "flex_olmo": replace(OLMO2, experts=Experts(width="intermediate_size")),
     "granitemoe": replace(
         LLAMA,
         feed_forward="block_sparse_moe",
@@ -306,6 +317,7 @@ FAMILIES: dict[str, Family] = {
         experts=Experts(
             router="router",
             count="num_local_experts",
+            width="intermediate_size",
             renamed=(
                 ("experts.gate_up_proj", "input_linear.weight"),
                 ("experts.down_proj", "output_linear.weight"),
@@ -313,8 +325,14 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
     ),
-    "gpt_oss": replace(LLAMA, sinks="sinks", experts=Experts(router="router", count="num_local_experts", scored=True)),
-    "hunyuan_v1_moe": replace(LLAMA, experts=Experts(chosen="moe_topk", shared="shared_mlp")),
+    "gpt_oss": replace(
+        LLAMA,
+        sinks="sinks",
+        experts=Experts(router="router", count="num_local_experts", width="intermediate_size", scored=True),
+    ),
+    "hunyuan_v1_moe": replace(
+        LLAMA, experts=Experts(chosen="moe_topk", width="intermediate_size", shared="shared_mlp")
+    ),
     "phimoe": replace(
         LLAMA, experts=replace(MIXTRAL, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate.")))
     ),
@@ -329,7 +347,9 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
     "mistral4": replace(LATENT, experts=DEEPSEEK),
     "mixtral": replace(LLAMA, experts=MIXTRAL),
-    "olmoe": replace(OLMO2, experts=Experts(), norm_after_attention=None, norm_after_feed_forward=None),
+    "olmoe": replace(
+        OLMO2, experts=Experts(width="intermediate_size"), norm_after_attention=None, norm_after_feed_forward=None
+    ),
     "qwen2_moe": QWEN_MOE,
     "qwen3_moe": replace(LLAMA, experts=Experts()),
 }

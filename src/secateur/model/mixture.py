@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from secateur.model.modeling_secateur import CHOSEN, EXPERTS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import Depth2, Slab
 
 
 class Routes(NamedTuple):
@@ -74,6 +74,21 @@ class Mixture:
         """An expert's level-2 weight, inner axis first (f x d), a view."""
         weight = self.experts.down_proj[expert]
         return weight if self.experts.is_transposed else weight.T
+
+    def alone(self, expert: int) -> tuple[Depth2, dict[str, Tensor]]:
+        """One expert as a feed-forward of its own, and its tensors by the names in that: views."""
+        held, f = self.experts, self.module.inner
+        both, down = held.gate_up_proj[expert], self.weight(expert).T
+        rows, bias = both.T if held.is_transposed else both, self._bias("gate_up_proj_bias", expert)
+        parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
+        tensors, slabs = {"down_proj.weight": down}, []
+        for place, name in enumerate(("gate_proj", "up_proj")):
+            for value, leaf in parts:
+                own = value[place * f :][:f] if held.is_concatenated else value[place::2]
+                tensors[f"{name}.{leaf}"] = own
+                slabs.append(Slab(f"{name}.{leaf}", 0, "channel", f, 1))
+        level2 = Slab("down_proj.weight", 1, "channel", f, 1)
+        return Depth2("channels", tuple(slabs), level2, None, None, None), tensors
 
     def given(self, expert: int, x_nd: Tensor) -> Tensor:
         """What an expert gives to tokens for which it counts one (n x d)."""

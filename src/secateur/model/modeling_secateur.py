@@ -38,6 +38,9 @@ CHANNELS = ("ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of the number of experts, in configs and in the modules that experts and routers are."""
 
+INNER = ("moe_intermediate_size", "intermediate_size")
+"""Keys of how many channels each expert has."""
+
 CHOSEN = ("top_k", "num_experts_per_tok")
 """What routers call the number of experts that a token meets."""
 
@@ -71,8 +74,9 @@ class PerLayer(nn.Module):
                 # Some configs know the number by more than one of the names.
                 counts = (*(own[key] for key in EXPERTS if key in own), *(getattr(config, key, 0) for key in EXPERTS))
                 experts = next(filter(None, counts), 0)
+                inner = next((own[key] for key in INNER if key in own), 0)
                 biases = (own.get(ATTENTION_BIAS, False), own.get(FEED_FORWARD_BIAS, False))
-                resize(layer, heads, groups, channels, biases, experts)
+                resize(layer, heads, groups, channels, biases, experts, inner)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -121,6 +125,7 @@ def resize(
     channels: int,
     biases: tuple[bool, bool] = (False, False),
     experts: int = 0,
+    inner: int = 0,
 ) -> None:
     """Cut one stock decoder layer down, in place.
 
@@ -131,6 +136,7 @@ def resize(
         channels: feed-forward width; 0 takes the feed-forward away.
         biases: whether the attention's and the feed-forward's output layers get a bias that they do not have yet.
         experts: how many there are, where the feed-forward is a mixture of them.
+        inner: channels of each of these; 0 leaves them as they are.
     """
     name = next((name for name in ATTENTIONS if hasattr(layer, name)), "")
     attention: Any = getattr(layer, name, None)
@@ -167,7 +173,7 @@ def resize(
     place = next((name for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe") if hasattr(layer, name)), "")
     mlp: Any = getattr(layer, place, layer)
     if hasattr(mlp, "experts") or hasattr(mlp, "input_linear"):
-        narrow_mixture(mlp, experts)
+        narrow_mixture(mlp, experts, inner)
     elif channels:
         for child, linear in projections(mlp):
             narrow(linear, child in OUTPUTS, channels * (2 if child == "gate_up_proj" else 1), biases[1])
@@ -177,8 +183,8 @@ def resize(
         setattr(layer, place, NoChannels(mlp, biases[1]))
 
 
-def narrow_mixture(mixture: Any, experts: int) -> None:
-    """Keep the first experts of a mixture."""
+def narrow_mixture(mixture: Any, experts: int, inner: int) -> None:
+    """Keep the first experts of a mixture, and the first channels of each where their number is given."""
     held: Any = getattr(mixture, "experts", None)
     names = ["gate", "router", "moe_statics", "input_linear", "output_linear"]
     if isinstance(held, nn.ModuleList):  # transformers 4
@@ -201,6 +207,30 @@ def narrow_mixture(mixture: Any, experts: int) -> None:
                 setattr(owner, key, experts)
             elif key in CHOSEN:
                 setattr(owner, key, min(value, experts))
+    if not inner:
+        return
+    if isinstance(held, nn.ModuleList):
+        for expert in mixture.experts:
+            for child, linear in projections(expert):
+                narrow(linear, child in OUTPUTS, inner * (2 if child == "gate_up_proj" else 1), False)
+    else:
+        both = (mixture.input_linear, mixture.output_linear) if held is None else (held, held)
+        narrow_experts(*both, inner)
+
+
+def narrow_experts(first: Any, second: Any, inner: int) -> None:
+    """Keep the first channels of matrices that hold all experts."""
+    up, down = (name if hasattr(first, name) else "weight" for name in ("gate_up_proj", "down_proj"))
+    # Inputs come first in some, and there are twice as many rows of gate and up together as inputs of down.
+    turned = getattr(first, up).shape[2] == 2 * getattr(second, down).shape[1]
+    places = [
+        (first, up, 1 + turned, 2 * inner),
+        (first, f"{up}_bias", 1, 2 * inner),
+        (second, down, 2 - turned, inner),
+    ]
+    for owner, name, axis, size in places:
+        if getattr(owner, name, None) is not None:
+            setattr(owner, name, nn.Parameter(getattr(owner, name).detach().narrow(axis, 0, size).clone()))
 
 
 def projections(module: nn.Module) -> list[tuple[str, Any]]:

@@ -2,19 +2,23 @@
 
 A Transformer block holds two depth-2 modules (level-1 layers in parallel, then one level-2 layer).
 Pruning removes *units*: query heads (with the key/value heads that no kept query head uses) from the
-attention, channels from the feed-forward, or whole experts where that is a mixture of them. A `Slab` says which
-part of a stored tensor follows a unit.
+attention, channels from the feed-forward; where that is a mixture, whole experts, or as many channels of each. A `Slab`
+says which part of a stored tensor follows a unit.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["head", "group", "channel", "expert"]
 Kind = Literal["heads", "channels", "experts"]
 Pattern = Literal["groups", "heads", "channels", "experts"]
-"""How units may leave together: whole key/value groups, one query head of every group, single channels or experts."""
+"""How units may leave together: whole key/value groups, one query head of every group, single channels or experts, or
+one channel of every expert."""
+
+EXPERTS_MULTIPLE = 8
+"""Kernels of experts take rows of 16 bytes: so many channels, in half precision."""
 
 KINDS: tuple[Kind, ...] = ("heads", "channels", "experts")
 """A block has the first and one of the others."""
@@ -76,6 +80,8 @@ class Depth2:
     """Units that must stay: experts without which a token would not meet as many as it does."""
     met: int = 0
     """Experts that a token meets."""
+    inner: int = 0
+    """Channels of each expert. They are counted through: those of the second expert follow those of the first."""
     reader: str | None = None
     """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector."""
 
@@ -121,18 +127,26 @@ class Depth2:
         """What level 2's bias is called, or would be."""
         return self.level2.bias
 
+    def may_go(self, kinds: Sequence[Kind]) -> bool:
+        """Whether it has units of some kinds: experts have channels, too."""
+        return self.kind in kinds or (self.kind == "experts" and "channels" in kinds)
+
     @property
     def free_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
         return self.post_norm is None and not self.fixed and self.kind != "experts"
 
     def steps(self, pattern: Pattern) -> int:
-        """How many steps of width a pattern has: groups, heads per group, channels or experts."""
+        """How many steps of width a pattern has: groups, heads per group, channels (of each expert) or experts."""
+        if pattern == "channels" and self.kind == "experts":
+            return self.inner
         return {"groups": self.groups, "heads": self.per_group}.get(pattern, self.units)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The ways in which units of this module may leave so that the tensors keep a loadable layout."""
+        if self.kind == "experts":
+            return ("experts", "channels")
         if self.kind != "heads":
             return (self.kind,)
         if self.per_group == 1:
@@ -147,6 +161,7 @@ class Width:
     groups: int
     per_group: int
     channels: int = 0
+    """Of the feed-forward, or of each of its experts."""
     experts: int = 0
 
     @property
@@ -175,13 +190,13 @@ class Width:
 
     def as_dict(self) -> dict[str, int]:
         """As JSON holds it: what the block has."""
-        fed = "experts" if self.experts else "channels"
-        return {"groups": self.groups, "per_group": self.per_group, fed: self.fed}
+        experts = {"experts": self.experts} if self.experts else {}
+        return {"groups": self.groups, "per_group": self.per_group, **experts, "channels": self.channels}
 
     @property
     def fed(self) -> int:
         """Units of the feed-forward."""
-        return self.channels or self.experts
+        return self.experts or self.channels
 
     def taking(self, kind: Kind, other: "Width") -> "Width":
         """This width with one module's part taken from another one."""
@@ -203,11 +218,17 @@ class Keep:
 
     heads: tuple[int, ...]
     channels: tuple[int, ...] = ()
+    """Of experts, where some of theirs go: as many of each, counted through; else none are named, and all stay."""
     experts: tuple[int, ...] = ()
 
     def units(self, kind: Kind) -> tuple[int, ...]:
         """The indices for one module."""
         return {"heads": self.heads, "channels": self.channels, "experts": self.experts}[kind]
+
+    def chosen(self, block: "Block") -> dict[Kind, tuple[int, ...]]:
+        """The indices by kind: those of both modules, and channels of experts where some go."""
+        inner: tuple[Kind, ...] = ("channels",) if self.channels and self.experts else ()
+        return {kind: self.units(kind) for kind in (*block.kinds, *inner)}
 
 
 @dataclass(frozen=True)
@@ -242,7 +263,8 @@ class Block:
     def width(self) -> Width:
         """The dense width."""
         attention, feed_forward = self.modules
-        return Width(attention.groups, attention.per_group, **{feed_forward.kind: feed_forward.units})
+        inner = {"channels": feed_forward.inner} if feed_forward.kind == "experts" else {}
+        return Width(attention.groups, attention.per_group, **{feed_forward.kind: feed_forward.units}, **inner)
 
     def inside(self, module: Depth2) -> list[str]:
         """Tensors that go with the module's last unit: all of it but the level-2 bias, which is still added."""

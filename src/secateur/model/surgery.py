@@ -31,18 +31,37 @@ def inner_entries(module: Depth2, keep: Sequence[int]) -> Tensor:
     return entries(module.level2, keep)
 
 
-def slice_module(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> dict[str, Tensor]:
-    """The module's tensors with only the kept units, level 2 included."""
+def slice_module(
+    module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int], inner: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """The module's tensors with only the kept units, level 2 included; of experts with only these channels, if any."""
     # A group stays while one of its heads does; for channels there are no groups.
     kept = {"group": sorted({head // module.per_group for head in keep})}
     parts: dict[tuple[str, int], list[Tensor]] = {}
     # Fused layers are several slabs of one tensor, in order of their offsets.
     for slab in sorted(module.slabs, key=lambda slab: slab.offset):
-        parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept.get(slab.unit, keep)))
-    return {
+        if slab.unit != "channel" or module.kind != "experts":
+            parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept.get(slab.unit, keep)))
+    found = {
         name: tensors[name].index_select(axis, torch.cat(index).to(tensors[name].device))
         for (name, axis), index in parts.items()
     }
+    return found | _slice_experts(module, found, torch.tensor(inner).view(len(keep), -1)) if len(inner) else found
+
+
+def _slice_experts(module: Depth2, tensors: Mapping[str, Tensor], inner_ek: Tensor) -> dict[str, Tensor]:
+    """The matrices of experts with only some channels of each (experts x channels, counted through)."""
+    places: dict[tuple[str, int], list[Tensor]] = {}
+    for slab in sorted(module.slabs, key=lambda slab: slab.offset):
+        if slab.unit == "channel":
+            own = slab.offset + (inner_ek % module.inner)[..., None] * slab.size + torch.arange(slab.size)
+            places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
+    result = {}
+    for (name, axis), parts in places.items():
+        tensor, index = tensors[name], torch.cat(parts, 1)
+        shape = [len(index), *(index.shape[1] if at == axis else 1 for at in range(1, tensor.ndim))]
+        result[name] = tensor.take_along_dim(index.view(shape).to(tensor.device), axis)
+    return result
 
 
 def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
@@ -50,7 +69,8 @@ def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict
     result = dict(tensors)
     for module in block.modules:
         if kept := keep.units(module.kind):
-            result.update(slice_module(module, tensors, kept))
+            inner = keep.channels if module.kind == "experts" else ()
+            result.update(slice_module(module, tensors, kept, inner))
         else:
             for name in block.inside(module):
                 del result[name]
@@ -68,7 +88,10 @@ def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[
 def width_of(block: Block, keep: Keep) -> Width:
     """The width that a selection amounts to."""
     groups = len({head // block.attention.per_group for head in keep.heads})
-    return Width(groups, len(keep.heads) // groups if groups else 0, len(keep.channels), len(keep.experts))
+    channels = len(keep.channels)
+    if keep.experts:
+        channels = channels // len(keep.experts) or block.feed_forward.inner
+    return Width(groups, len(keep.heads) // groups if groups else 0, channels, len(keep.experts))
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
@@ -96,6 +119,6 @@ def restored(layer: nn.Module) -> Iterator[None]:
 
 def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
     """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
-    resize(layer, width.heads, width.groups, width.channels, experts=width.experts)
+    resize(layer, width.heads, width.groups, width.channels, experts=width.experts, inner=width.channels)
     for name, tensor in tensors.items():
         assign(layer, name, tensor)

@@ -5,13 +5,14 @@ widths are then a separable knapsack (`plan/knapsack.py`).
 """
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
 from secateur.model.structure import Width
 from secateur.plan.knapsack import choose
 from secateur.plan.problem import PlanProblem
-from secateur.plan.widths import attention_widths, expert_counts, module_widths
+from secateur.plan.widths import attention_widths, expert_counts, module_widths, multiple_of
 from secateur.survey.prices import Prices
 
 
@@ -19,7 +20,9 @@ def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
     """The widths of the chosen blocks that cost least within the budget, or None if nothing is small enough."""
     blocks, meter = problem.blocks, problem.meter
     modules = problem.modules
-    options = [module_widths(blocks[index], kind, problem.multiple, problem.obstacle) for index, kind in modules]
+    options = [
+        module_widths(blocks[index], kind, problem.multiple, problem.obstacle, problem.kinds) for index, kind in modules
+    ]
     costs, sizes = [], []
     for (index, kind), widths in zip(modules, options, strict=True):
         module = blocks[index].module(kind)
@@ -40,54 +43,55 @@ def narrowest(problem: PlanProblem) -> float:
     blocks, meter = problem.blocks, problem.meter
     total = meter.total({index: blocks[index].width for index in problem.chosen})
     for index, kind in problem.modules:
-        widths = module_widths(blocks[index], kind, problem.multiple, problem.obstacle)
+        widths = module_widths(blocks[index], kind, problem.multiple, problem.obstacle, problem.kinds)
         sizes = [meter.module(index, kind, width) for width in widths]
         total += min(sizes) - sizes[0]
     return total
 
 
 def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, float]], float, list[str]]:
-    """One width for all chosen blocks: for each way of cutting the attention, the feed-forward that fills the budget.
+    """One width for all chosen blocks: for each way of cutting the attention, feed-forwards that fill the budget.
 
     With `over`, the nearest width is taken, even if it exceeds the budget by less than the next one falls short of it.
 
     Returns:
         Widths with what the model takes at them; the least that it can take; and why some cuts were left out.
     """
-    meter, budget, multiple = problem.meter, problem.budget, problem.multiple
+    meter, budget = problem.meter, problem.budget
     block = problem.leading
-    kind, full = block.feed_forward.kind, block.feed_forward.units
-    if kind not in problem.kinds:
-        steps = [full]
-    elif kind == "experts":
-        steps = sorted(expert_counts(block.feed_forward))
-    else:
-        steps = sorted({full, *range(min(multiple, full), full, multiple)})
+    full, kind = block.width, block.feed_forward.kind
+    # Narrowest first; experts leave, or channels of every one.
+    ways: list[list[Width]] = []
+    if kind == "experts" and "experts" in problem.kinds:
+        ways.append([replace(full, experts=count) for count in sorted(expert_counts(block.feed_forward))])
+    if "channels" in problem.kinds:
+        step = multiple_of(full, problem.multiple)
+        counts = sorted({full.channels, *range(min(step, full.channels), full.channels, step)})
+        ways.append([replace(full, channels=count) for count in counts])
+    ways = ways or [[full]]
     found: list[tuple[Width, float]] = []
     reasons: list[str] = []
     least = meter.dense
 
-    def width_at(groups: int, heads: int, at: int) -> Width:
-        return replace(block.width, groups=groups, per_group=heads, **{kind: steps[at]})
+    def taken(width: Width) -> float:
+        return meter.total(problem.everywhere(width))
 
-    def taken(groups: int, heads: int, at: int) -> float:
-        return meter.total(problem.everywhere(width_at(groups, heads, at)))
-
-    for groups, heads in attention_widths(block, problem.kinds):
-        narrow = width_at(groups, heads, 0)
+    for (groups, heads), way in product(attention_widths(block, problem.kinds), ways):
+        steps = [replace(width, groups=groups, per_group=heads) for width in way]
+        narrow = steps[0]
         if narrow == block.width:
             continue
         reason = problem.obstacle(narrow)
         if reason is not None:
             reasons.append(reason)
             continue
-        least = min(least, taken(groups, heads, 0))
+        least = min(least, taken(narrow))
         low, high = -1, len(steps) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if taken(groups, heads, middle) <= budget else (low, middle - 1)
+            low, high = (middle, high) if taken(steps[middle]) <= budget else (low, middle - 1)
         near = [at for at in ((low, low + 1) if over else (low,)) if 0 <= at < len(steps)]
-        tried = [(width_at(groups, heads, at), taken(groups, heads, at)) for at in near]
+        tried = [(steps[at], taken(steps[at])) for at in near]
         tried = [(width, size) for width, size in tried if width != block.width]
         if tried:
             found.append(min(tried, key=lambda one: abs(one[1] - budget)))

@@ -13,7 +13,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.base.words import counted
 from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, choose, filled
-from secateur.formats.gguf_tensors import block_entries, entries
+from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
 from secateur.model.families import head_dim, latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind, Width
@@ -248,21 +248,25 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
         return _gguf_bytes(stream, model, architecture, type, index, kind, width)
 
     @cache
-    def experts(index: int) -> tuple[float, float]:
-        """Bytes of a block's mixture beside its experts, and of one of these with its part of the router."""
-        every = block_entries(model, architecture, index, type)
-        parts = [entry for entry in every if ".ffn_" in entry.name or ".exp_" in entry.name]
-        count = dense[index].experts
-        own = sum(entry.bytes for entry in parts if entry.tensor.shape[0] == count)
-        return sum(entry.bytes for entry in parts) - own, own / count
+    def experts(index: int, width: Width) -> int:
+        """Bytes of a block's mixture: its experts' matrices shrink along two axes, the router's along one."""
+        full, total = dense[index], 0
+        for entry in block_entries(model, architecture, index, type):
+            shape = list(entry.tensor.shape)
+            if ".ffn_" in entry.name or ".exp_" in entry.name:
+                if shape[0] == full.experts:
+                    shape[0] = width.experts
+                if len(shape) == 3:
+                    shape[2 if ".ffn_down_exps" in entry.name else 1] = width.channels
+                total += bytes_at(entry, tuple(shape), type)
+        return total
 
     def module(index: int, kind: Kind, width: Width) -> float:
         full = dense[index]
         if kind == "heads":
             return taken(at[index], kind, replace(full, groups=width.groups, per_group=width.per_group))
         if kind == "experts":
-            shared, each = experts(at[index])
-            return shared + each * width.experts
+            return experts(at[index], replace(full, experts=width.experts, channels=width.channels))
         # Rows are filled up, so a few channels fewer may be as large.
         channels = min(filled(width.channels, type), full.channels) if width.channels else 0
         return taken(at[index], kind, replace(full, channels=channels))

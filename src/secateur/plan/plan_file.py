@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Width
 from secateur.model.surgery import width_of
-from secateur.plan.widths import attention_widths, expert_counts
+from secateur.plan.widths import attention_widths, expert_counts, multiple_of
 
 Units = dict[int, dict[Kind, tuple[int, ...]]]
 """The units to keep, by block and module."""
@@ -54,11 +54,13 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             )
         if set(KINDS) & set(entry):
             block = blocks[index]
-            if wrong := [kind for kind in KINDS if kind in entry and kind not in block.kinds]:
+            if wrong := [kind for kind in KINDS if kind in entry and not _may_be_listed(block, kind)]:
                 raise SecateurError(f"{path}: block {index} has no {wrong[0]}; list its {' and '.join(block.kinds)}")
             units[index] = {kind: _units(path, index, block, kind, entry.get(kind)) for kind in block.kinds}
             for module in block.modules:
                 _check_groups(path, index, module, units[index][module.kind])
+            if "channels" in entry and block.feed_forward.kind == "experts":
+                units[index]["channels"] = _inner(path, index, block, units[index]["experts"], entry["channels"])
             widths[index] = width_of(block, Keep(**units[index]))
             if "width" in entry and _width(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
@@ -74,9 +76,15 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     return dict(sorted(widths.items())), dict(sorted(units.items()))
 
 
+def _may_be_listed(block: Block, kind: Kind) -> bool:
+    """Whether a block has units of a kind."""
+    return kind in block.kinds or (kind == "channels" and block.feed_forward.kind == "experts")
+
+
 def _width(path: Path, index: int, block: Block, given: Any) -> Width:
     """A width spelled as counts."""
-    names = ("groups", "per_group", block.feed_forward.kind)
+    fed = ("experts", "channels") if block.feed_forward.kind == "experts" else ("channels",)
+    names = ("groups", "per_group", *fed)
     where = f"{path}: block {index}"
     whole = isinstance(given, dict) and all(type(given.get(name)) is int for name in names)
     if not whole or set(given) != set(names):
@@ -84,8 +92,8 @@ def _width(path: Path, index: int, block: Block, given: Any) -> Width:
             f"{where}: list the {' and '.join(block.kinds)} to keep, or give a width of {', '.join(names)}"
         )
     width, dense = Width(**given), block.width
-    if not 0 <= width.fed <= dense.fed:
-        raise SecateurError(f"{where}: {width.fed} {names[-1]}, where the model has {dense.fed}")
+    if not bool(dense.experts) <= width.channels <= dense.channels:
+        raise SecateurError(f"{where}: {width.channels} channels, where the model has {dense.channels}")
     if dense.experts and width.experts not in (counts := expert_counts(block.feed_forward)):
         raise SecateurError(f"{where}: {width.experts} experts cannot be had; possible are {counts[-1]} to {counts[0]}")
     possible = [*attention_widths(block, KINDS), (0, 0)]
@@ -103,6 +111,30 @@ def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tup
     if listed is None:
         return tuple(range(count))
     where = f"{path}: block {index}, {kind}"
+    found, module = _indices(where, listed, count), block.module(kind)
+    if module.locked is not None and 0 < len(found) < count:
+        raise SecateurError(f"{where}: single heads cannot be removed exactly, as {module.locked}; keep all of them")
+    if len(found) < module.least:
+        raise SecateurError(f"{where}: a token meets {module.least} experts, and {len(found)} are listed; keep more")
+    return found
+
+
+def _inner(path: Path, index: int, block: Block, experts: tuple[int, ...], listed: Any) -> tuple[int, ...]:
+    """The kept channels of experts, counted through: as many of each that stays, and of no other."""
+    module, where = block.feed_forward, f"{path}: block {index}, channels"
+    found = _indices(where, listed, module.units * module.inner)
+    counts = dict.fromkeys(experts, 0)
+    for unit in found:
+        if (expert := unit // module.inner) not in counts:
+            raise SecateurError(f"{where}: {unit} is of expert {expert}, which is not kept; remove it")
+        counts[expert] += 1
+    if len(set(counts.values())) > 1 or not found:
+        raise SecateurError(f"{where}: each expert must keep as many as the others, and at least one")
+    return found
+
+
+def _indices(where: str, listed: Any, count: int) -> tuple[int, ...]:
+    """Indices as a file lists them, sorted."""
     if not isinstance(listed, list) or not all(type(unit) is int for unit in listed):
         raise SecateurError(f"{where}: must be a list of indices to keep")
     wrong = [unit for unit in listed if not 0 <= unit < count]
@@ -111,11 +143,6 @@ def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tup
     if len(set(listed)) < len(listed):
         twice = next(unit for unit in listed if listed.count(unit) > 1)
         raise SecateurError(f"{where}: {twice} is there twice")
-    module = block.module(kind)
-    if module.locked is not None and 0 < len(listed) < count:
-        raise SecateurError(f"{where}: single heads cannot be removed exactly, as {module.locked}; keep all of them")
-    if len(listed) < module.least:
-        raise SecateurError(f"{where}: a token meets {module.least} experts, and {len(listed)} are listed; keep more")
     return tuple(sorted(listed))
 
 
@@ -136,7 +163,8 @@ def _check_groups(path: Path, index: int, module: Depth2, listed: tuple[int, ...
 def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int, Width]:
     """Ratios for ranges of blocks: `{"4:20": 0.25, "20:30": {"heads": 0.1, "channels": 0.4}}`, the share that goes.
 
-    Blocks that no range names stay dense. A single ratio counts for both modules.
+    Blocks that no range names stay dense. A single ratio counts for both modules; of a mixture, experts then leave, and
+    no channels of those that stay.
 
     Raises:
         SecateurError: it does not parse, ranges overlap or exceed the model, or nothing goes.
@@ -147,7 +175,8 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
         first, end = (int(match[1]), int(match[2])) if match else (0, 0)
         if not first < end <= len(blocks):
             raise SecateurError(f"{path}: '{key}' is no range of blocks; write first:end within 0:{len(blocks)}")
-        ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(KINDS, ratio)
+        each = isinstance(ratio, dict)
+        ratios = ratio if each else dict.fromkeys(KINDS, ratio)
         for kind, share in ratios.items():
             number = isinstance(share, int | float) and not isinstance(share, bool)
             if kind not in KINDS or not number or not 0 <= share <= 1:
@@ -157,7 +186,8 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
         for index in range(first, end):
             if index in widths:
                 raise SecateurError(f"{path}: block {index} is in two ranges")
-            widths[index] = _nearest(blocks[index], ratios, multiple)
+            mixed = blocks[index].feed_forward.kind == "experts"
+            widths[index] = _nearest(blocks[index], ratios | ({} if each or not mixed else {"channels": 0}), multiple)
     if all(width == blocks[index].width for index, width in widths.items()):
         raise SecateurError(f"{path}: nothing goes: no range, or ratios too small to remove a unit")
     return dict(sorted(widths.items()))
@@ -168,15 +198,17 @@ def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
     wanted = block.attention.units * (1 - ratios.get("heads", 0.0))
     possible = [*attention_widths(block, KINDS), (0, 0)]
     groups, heads = min(possible, key=lambda width: abs(width[0] * width[1] - wanted))
-    kind, full = block.feed_forward.kind, block.feed_forward.units
-    share = ratios.get(kind, 0.0)
-    if kind == "experts":
-        steps = expert_counts(block.feed_forward)
-    else:
+    dense, mixed = block.width, block.feed_forward.kind == "experts"
+    found = replace(dense, groups=groups, per_group=heads)
+    if mixed and (share := ratios.get("experts", 0.0)):
+        counts = expert_counts(block.feed_forward)
+        found = replace(found, experts=min(counts, key=lambda count: abs(count - dense.experts * (1 - share))))
+    if share := ratios.get("channels", 0.0):
         # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
-        steps = [full, *range(multiple, full, multiple)] if share < 1 else [0]
-    fed = full if share == 0 else min(steps, key=lambda count: abs(count - full * (1 - share)))
-    return replace(block.width, groups=groups, per_group=heads, **{kind: fed})
+        step = multiple_of(dense, multiple)
+        steps = [dense.channels, *range(step, dense.channels, step)] if share < 1 or mixed else [0]
+        found = replace(found, channels=min(steps, key=lambda count: abs(count - dense.channels * (1 - share))))
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the units of every module are settled, so that no criterion is asked."""
-        return all(len(self.units.get(index, {})) == 2 for index in self.widths)
+        return all(len(self.units.get(index, {})) > 1 for index in self.widths)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PlanProblem:
 
     def modules_of(self, index: int) -> list[Depth2]:
         """Those of one block that may be cut."""
-        return [module for module in self.blocks[index].modules if module.kind in self.kinds]
+        return [module for module in self.blocks[index].modules if module.may_go(self.kinds)]
 
     @property
     def leading(self) -> Block:

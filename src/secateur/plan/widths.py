@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from secateur.model.structure import Block, Depth2, Kind, Width
+from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Block, Depth2, Kind, Width
 
 Obstacle = Callable[[Width], "str | None"]
 """Why the output format cannot hold a width, or None if it can."""
@@ -13,12 +13,13 @@ LEVELS = 256
 """Most widths that a feed-forward module is offered: finer steps gain nothing and make odd sizes."""
 
 
-def usual_multiple(channels: int) -> int:
-    """What channels are rounded to where nobody says; narrow modules would lose too much choice.
+def usual_multiple(width: Width) -> int:
+    """What channels of a dense width are rounded to where nobody says; narrow modules would lose too much choice.
 
-    Products in bfloat16 take a third longer at odd multiples of 8, and quantised GGUF types store 32 numbers at a time.
+    Products in bfloat16 take a third longer at odd multiples of 8, quantised GGUF types store 32 numbers at a time, and
+    kernels of experts, which are narrow everywhere, take no others.
     """
-    return 32 if channels >= 1024 else 1
+    return 32 if width.channels >= (256 if width.experts else 1024) else 1
 
 
 def attention_widths(block: Block, kinds: Sequence[Kind]) -> list[tuple[int, int]]:
@@ -34,20 +35,31 @@ def attention_widths(block: Block, kinds: Sequence[Kind]) -> list[tuple[int, int
     return widths
 
 
-def module_widths(block: Block, kind: Kind, multiple: int, obstacle: Obstacle) -> list[Width]:
-    """What one module may be cut to, dense first and zero last, its neighbour dense."""
+def module_widths(
+    block: Block, kind: Kind, multiple: int, obstacle: Obstacle, kinds: Sequence[Kind] = KINDS
+) -> list[Width]:
+    """What one module may be cut to by units of some kinds, dense first and zero last, its neighbour dense."""
     dense = block.width
     if kind == "heads":
         # A module whose units cannot leave one by one can still leave as a whole.
         possible = [*attention_widths(block, (kind,)), (0, 0)]
         found = [replace(dense, groups=groups, per_group=heads) for groups, heads in possible]
-    elif kind == "experts":
-        found = [replace(dense, experts=count) for count in expert_counts(block.feed_forward)]
     else:
-        step = channel_step(dense.channels, multiple)
-        counts = [dense.channels, *range((dense.channels - 1) // step * step, -1, -step)]
-        found = [replace(dense, channels=count) for count in counts]
+        found = [dense]
+        if kind == "experts" and "experts" in kinds:
+            found += [replace(dense, experts=count) for count in expert_counts(block.feed_forward)[1:]]
+        if "channels" in kinds:
+            step = channel_step(dense.channels, multiple_of(dense, multiple))
+            # Experts stay, so that something of each must.
+            last = 0 if kind == "experts" else -1
+            counts = range((dense.channels - 1) // step * step, last, -step)
+            found += [replace(dense, channels=count) for count in counts]
     return [width for width in found if width == dense or obstacle(width) is None]
+
+
+def multiple_of(dense: Width, multiple: int) -> int:
+    """What a block's channels are rounded to: those of experts at least as their kernels need it."""
+    return math.lcm(multiple, EXPERTS_MULTIPLE) if dense.experts else multiple
 
 
 def expert_counts(mixture: Depth2) -> list[int]:

@@ -49,7 +49,9 @@ def page_data(
     prices = Prices(survey)
     modules: dict[tuple[int, str], list[Curve]] = {}
     for curve in survey.curves:
-        modules.setdefault((curve.block, curve.kind), []).append(curve)
+        # Of a mixture the page shows experts; what channels of these cost is in the prices of plans.
+        if curve.pattern in ("groups", "heads", curve.kind):
+            modules.setdefault((curve.block, curve.kind), []).append(curve)
     return {
         **facts,
         "criterion": survey.criterion,
@@ -147,14 +149,32 @@ def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> 
         "reached": _short(plan.sparsity),
         "removed": removed,
         "price": _short(plan.price or 0.0),
-        "note": plan.note,
-        "widths": [[width.groups, width.per_group, width.fed] for width in widths],
+        "note": "; ".join(filter(None, (plan.note, _drawn(widths, blocks)))) or None,
+        "widths": [
+            [width.groups, width.per_group, _fed(width, block)] for width, block in zip(widths, blocks, strict=True)
+        ],
         "goes": [_short(1 - now / block.parameters) for now, block in zip(kept, blocks, strict=True)],
         "prices": [
             _short(prices.total(blocks, {index: width})) if index in plan.widths else 0.0
             for index, width in enumerate(widths)
         ],
     }
+
+
+def _fed(width: Width, block: Block) -> float:
+    """Channels, or experts; where channels of these go, the experts that hold as many as are left."""
+    if not width.experts or width.channels == block.width.channels:
+        return width.fed
+    return _short(width.experts * width.channels / block.width.channels)
+
+
+def _drawn(widths: Sequence[Width], blocks: Sequence[Block]) -> str | None:
+    """A note where experts stand for their channels."""
+    if all(
+        width.channels == block.width.channels for width, block in zip(widths, blocks, strict=True) if width.experts
+    ):
+        return None
+    return "channels of experts that go are shown as the experts that would hold them"
 
 
 def _share(error: float, curve: Curve) -> float:

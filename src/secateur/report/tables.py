@@ -66,11 +66,16 @@ def _where(summary: Summary) -> str:
 def _fed(dense: Sequence[Width], now: Sequence[Width]) -> dict[str, tuple[int, int]]:
     """Channels and experts of a model, those of them that it has, before and after."""
     found = {}
-    for kind in ("channels", "experts"):
-        before, after = (sum(getattr(width, kind) for width in widths) for widths in (dense, now))
+    for kind, count in FED.items():
+        before, after = (sum(map(count, widths)) for widths in (dense, now))
         if before:
             found[kind] = before, after
     return found
+
+
+def _stays(now: Width, dense: Width) -> float:
+    """The share of a feed-forward that stays."""
+    return now.fed / dense.fed * (now.channels / dense.channels if now.experts else 1.0)
 
 
 def _loads(summary: Summary, out: Path) -> str:
@@ -81,13 +86,21 @@ def _loads(summary: Summary, out: Path) -> str:
     return f'Load it: {summary.opens}.from_pretrained("{out}"{extra})'
 
 
+INNER = "channels of experts"
+FED: dict[str, Callable[[Width], int]] = {
+    "channels": lambda width: 0 if width.experts else width.channels,
+    "experts": lambda width: width.experts,
+    INNER: lambda width: width.experts * width.channels,
+}
+"""What feed-forwards have, and how much of it at a width."""
+
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def profile(dense: list[Width], now: list[Width]) -> list[str]:
     """Two lines, one character a block: the share of heads and of channels, or experts, that stays."""
 
-    fed = " and ".join(_fed(dense, now))
+    fed = " and ".join(kind for kind in _fed(dense, now) if kind != INNER)
 
     def line(label: str, shares: list[float]) -> str:
         # The lowest bar means that something is left; a blank, that nothing is.
@@ -96,7 +109,7 @@ def profile(dense: list[Width], now: list[Width]) -> list[str]:
 
     return [
         line("heads", [a.heads / b.heads for a, b in zip(now, dense, strict=True)]),
-        line(fed, [a.fed / b.fed for a, b in zip(now, dense, strict=True)]),
+        line(fed, [_stays(a, b) for a, b in zip(now, dense, strict=True)]),
     ]
 
 
@@ -104,7 +117,9 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """A plan block by block, and below it what it amounts to."""
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
-    for name in ("block", "query heads", "key/value heads", " or ".join(_fed(proposal.dense, proposal.dense))):
+    fed = _fed(proposal.dense, proposal.dense)
+    names = ["block", "query heads", "key/value heads", " or ".join(kind for kind in fed if kind != INNER)]
+    for name in names + ["channels of each"] * (INNER in fed):
         table.add_column(name, justify="right")
     table.add_column("stays")
     for index, dense in enumerate(proposal.dense):
@@ -114,7 +129,8 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
             f"{width.heads}/{dense.heads}",
             f"{width.groups}/{dense.groups}",
             f"{width.fed:,}/{dense.fed:,}",
-            f"{_bar(width.heads / dense.heads, 8)} {_bar(width.fed / dense.fed, 16)}",
+            *([f"{width.channels:,}/{dense.channels:,}" if dense.experts else ""] if INNER in fed else []),
+            f"{_bar(width.heads / dense.heads, 8)} {_bar(_stays(width, dense), 16)}",
         )
     before, after = proposal.parameters
     lines = [f"{_goes(decided.sparsity)}: {counted(before)} to {counted(after)} in the model."]

@@ -1,39 +1,56 @@
-"""The curve of one mixture of experts: what its output loses, expert by expert, in the order in which they leave.
+"""The curves of one mixture of experts: what its output loses as experts leave, or channels of all of them.
 
-Tokens are kept while the dense block runs, and their experts compared behind it; see `secateur.criteria.experts`. The
-errors are those of unchanged weights.
+Tokens are kept while the dense block runs, and their experts compared behind it; see `secateur.criteria.experts`. Of
+every expert those channels leave first whose part of its output has the least energy. The errors are those of unchanged
+weights.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.statistics import module_seed
-from secateur.model.mixture import Mixture
+from secateur.model.mixture import Mixture, Routes
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import KINDS, Depth2, Kind
 from secateur.survey.collector import PROBED
 from secateur.survey.curves import Curve
 from secateur.survey.probes import Cut
+
+COUNTS = 16
+"""How many numbers of channels errors are measured at."""
 
 
 class ExpertsCollector:
     """Keeps some tokens of a mixture while the dense block runs; see `survey.collector.Collector`."""
 
-    def __init__(self, stream: BlockStream, index: int, layer: nn.Module, module: Depth2, order: str, tokens: int):
+    def __init__(
+        self,
+        stream: BlockStream,
+        index: int,
+        layer: nn.Module,
+        module: Depth2,
+        order: str,
+        tokens: int,
+        kinds: Sequence[Kind] = KINDS,
+    ):
         """Start without tokens.
 
         Args:
             order: of the experts, by its name.
             tokens: that will come, in all processes.
+            kinds: of units that may leave: experts, channels, or both.
         """
         self.stream, self.index, self.module, self.order = stream, index, module, order
         self.norm, self.mixture = PostNorm(stream, index, layer, module), Mixture(stream, layer, module)
-        self._every = max(1, tokens // TOKENS)
+        self._kinds, self._every = kinds, max(1, tokens // TOKENS)
         self._met = 0
         self._x = self._z = torch.empty(0)
         self._kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -74,7 +91,8 @@ class ExpertsCollector:
         own = unit(z, torch.arange(len(z), device=z.device))
         routed = Routed(self.mixture, x, own, weight, unit, team)
         module = self.module
-        found = expert_order(self.order, routed, module.least, module_seed(seed, self.index, module.kind))
+        stop = module.least if "experts" in self._kinds else module.units
+        found = expert_order(self.order, routed, stop, module_seed(seed, self.index, module.kind))
         count = team.total(float(weight.sum(dtype=torch.float64)))
         energy = team.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64))) / count
         errors = tuple(error / count for error in found.errors)
@@ -84,7 +102,11 @@ class ExpertsCollector:
                 left = torch.isin(every, torch.tensor(found.order[:gone], device=every.device), invert=True)
                 cuts.append(Cut(self.index, module, errors[gone] - errors[0], every[left], none))
         cuts.append(Cut(self.index, module, energy, every[:0], none))
-        self._found = [Curve(self.index, module.kind, "experts", errors, energy, found.order)], cuts
+        curves = [Curve(self.index, module.kind, "experts", errors, energy, found.order)]
+        if "channels" in self._kinds:
+            lost = tuple(error / count for error in channel_errors(routed))
+            curves.append(Curve(self.index, module.kind, "channels", lost, energy))
+        self._found = curves, cuts
 
     def told(self) -> tuple[list[Curve], list[Cut]]:
         """The mixture's curve, and the cuts to be probed."""
@@ -96,3 +118,40 @@ class ExpertsCollector:
             return torch.empty(0, 1, self.stream.width, device=self.stream.device)
         x = torch.cat(self.seen)
         return self.mixture.output(x, cut.kept) if len(cut.kept) else torch.zeros_like(x)
+
+
+def channel_errors(routed: Routed) -> tuple[float, ...]:
+    """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, as many as may.
+
+    They are measured at some counts, of all experts' losses together, and lie on a line between.
+    """
+    mixture, team = routed.mixture, routed.team
+    inner, x = mixture.module.inner, routed.x_nd
+    routes = mixture.route(x, mixture.every)
+    energies = torch.zeros(mixture.module.units, inner, dtype=torch.float64, device=x.device)
+    met = routes.experts.unique().tolist()
+    for expert in met:
+        tokens, rows = _inputs(routed, routes, expert)
+        mean = (routed.weight_n[tokens][:, None] * rows.square()).sum(0, dtype=torch.float64)
+        energies[expert] = mean * mixture.weight(expert).double().square().sum(1)
+    team.add(energies)
+    order = energies.argsort(dim=1, stable=True)
+    counts = np.unique(np.linspace(0, inner, COUNTS + 1).round().astype(int)).tolist()
+    # What has been lost so far, of every count.
+    lost = [torch.zeros_like(routed.wanted_nd) for _ in counts[1:]]
+    for expert in met:
+        tokens, rows = _inputs(routed, routes, expert)
+        total, weight = torch.zeros(len(tokens), x.shape[1], device=x.device), mixture.weight(expert)
+        for place, (start, stop) in enumerate(itertools.pairwise(counts)):
+            gone = order[expert, start:stop]
+            total += rows[:, gone] @ weight[gone]
+            lost[place].index_add_(0, tokens, routed.unit(total, tokens))
+    sums = [float((part.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for part in lost]
+    errors = [0.0, *(team.total(value) for value in sums)]
+    return tuple(np.interp(np.arange(inner), counts, errors).tolist())
+
+
+def _inputs(routed: Routed, routes: Routes, expert: int) -> tuple[Tensor, Tensor]:
+    """The tokens that meet an expert, and its level-2 inputs times its gate."""
+    tokens, gates = routes.of(expert)
+    return tokens, routed.mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]

@@ -63,9 +63,9 @@ def survey(
                 if index not in blocks:
                     stream.advance(index, layer, rows, hidden)
                     continue
-                wanted = [module for module in stream.blocks[index].modules if module.kind in kinds]
+                wanted = [module for module in stream.blocks[index].modules if module.may_go(kinds)]
                 collectors = [
-                    ExpertsCollector(stream, index, layer, module, criteria.choice.experts, fitted.tokens)
+                    ExpertsCollector(stream, index, layer, module, criteria.choice.experts, fitted.tokens, kinds)
                     if module.kind == "experts"
                     else Collector(stream, index, layer, module, criteria, apart=rows.scores is not None)
                     for module in wanted

@@ -19,7 +19,7 @@ from secateur.model.config_file import TEXT
 from secateur.model.families import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Width, alike
+from secateur.model.structure import EXPERTS_MULTIPLE, Width, alike
 from secateur.model.surgery import slice_block
 from secateur.plan.problem import Plan
 from secateur.write.shards import ShardWriter, header_room
@@ -37,6 +37,8 @@ def format_obstacle(
     """
     config = stream.checkpoint.config
     dense = next(block.width for block in stream.blocks if block.width.kinds == width.kinds or not width.fed)
+    if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
+        return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
     if format == "hf":
         return per_layer_obstacle(config, stream.blocks[blocks.start], width)
     if len(blocks) < len(stream) and width != dense:
