@@ -24,6 +24,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.plan.problem import Plan
+from secateur.survey.expert_refit import left_by_refit, left_out
 from secateur.survey.experts import channel_errors
 
 TOKENS = 60
@@ -283,7 +284,7 @@ def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: Check
 def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, inner = routed_of(mixture), mixture.module.inner
-        errors = channel_errors(routed)
+        errors, _ = channel_errors(routed)
         assert len(errors) == inner
         assert errors[0] == 0
         every, dense = mixture.every, mixture.output(routed.x_nd[None], mixture.every)[0]
@@ -298,6 +299,55 @@ def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: Check
         down.data.copy_(before)
         assert errors[gone] == pytest.approx(float((lost.square().sum(1) * routed.weight_n).sum()), rel=1e-3)
         assert list(errors) == sorted(errors)
+
+
+@pytest.mark.parametrize(("rows", "inputs_"), [(30, 7), (7, 30), (12, 12)])
+def test_a_row_is_judged_by_the_others(rows: int, inputs_: int) -> None:
+    """By float64 and as many fits as rows, the penalty being that of all of them."""
+    dice = torch.Generator().manual_seed(1)
+    x, r = (torch.randn(rows, size, generator=dice, dtype=torch.float64) for size in (inputs_, 5))
+    x[:, 2] = 0
+    penalty = (0.3 * x.square().sum(0) + 1e-12).diag()
+    wanted = []
+    for row in range(rows):
+        others = [one for one in range(rows) if one != row]
+        solved = torch.linalg.solve(x[others].T @ x[others] + penalty, x[others].T @ r[others])
+        wanted.append(r[row] - x[row] @ solved)
+    torch.testing.assert_close(left_out(x.float(), r.float(), 0.3).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Nothing is gained where nothing may change, and what is gained is what fits by hand gain."""
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        routed = routed_of(mixture, 2000)
+        scale, alive = torch.linspace(1, 2, 2000), mixture.every[2:]
+
+        def unit(weight: Tensor) -> Tensor:
+            return weight
+
+        routed.wanted_nd *= scale[:, None]
+        assert left_by_refit(routed, scale, unit, mixture.every, None, 0.3) == 1.0
+        _, order = channel_errors(routed)
+        half = order[:, mixture.module.inner // 2 :]
+        for some, stay in ((alive, None), (mixture.every, half)):
+            weak, strong = (left_by_refit(routed, scale, unit, some, stay, ridge) for ridge in (3.0, 1e6))
+            assert 0 < weak < 1
+            assert strong == pytest.approx(1.0, abs=1e-3)
+        # By hand: the last expert alone, on the tokens that meet it, in the units that errors have.
+        routes = mixture.route(routed.x_nd, alive)
+        given = routed.given(routed.everyone, routes) * scale[:, None]
+        left = routed.wanted_nd - given
+        before = (left.square().sum(1) * routed.weight_n).sum()
+        for expert in alive.tolist():
+            tokens, gates = routes.of(expert)
+            root = routed.weight_n[tokens].sqrt()[:, None]
+            rows = mixture.inner(expert, routed.x_nd[tokens]) * (gates * scale[tokens])[:, None] * root
+            judged = left_out(rows, left[tokens] * root, 3.0 * (1 + mixture.module.inner / len(tokens)))
+            left[tokens] = judged / root
+        after = (left.square().sum(1) * routed.weight_n).sum()
+        found = left_by_refit(routed, scale, unit, alive, None, 3.0)
+        assert found == pytest.approx(float(after / before), rel=1e-3)
 
 
 def test_an_expert_that_few_tokens_meet_keeps_its_weights(checkpoint_folder: CheckpointFolder) -> None:

@@ -65,7 +65,7 @@ class Mixture:
 
     def inner(self, expert: int, x_nd: Tensor) -> Tensor:
         """An expert's level-2 inputs (n x f)."""
-        weight, bias = self.experts.gate_up_proj[expert], self._bias("gate_up_proj_bias", expert)
+        weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         with self.stream.multiplying():
             rows = linear(x_nd, weight.T if self.experts.is_transposed else weight, bias)
             return self.experts._apply_gate(rows).float()
@@ -79,7 +79,7 @@ class Mixture:
         """One expert as a feed-forward of its own, and its tensors by the names in that: views."""
         held, f = self.experts, self.module.inner
         both, down = held.gate_up_proj[expert], self.weight(expert).T
-        rows, bias = both.T if held.is_transposed else both, self._bias("gate_up_proj_bias", expert)
+        rows, bias = both.T if held.is_transposed else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
         tensors, slabs = {"down_proj.weight": down}, []
         for place, name in enumerate(("gate_proj", "up_proj")):
@@ -94,7 +94,7 @@ class Mixture:
         """What an expert gives to tokens for which it counts one (n x d)."""
         with self.stream.multiplying():
             y = self.inner(expert, x_nd) @ self.weight(expert)
-        bias = self._bias("down_proj_bias", expert)
+        bias = self.bias(expert)
         return y.float() if bias is None else y.float() + bias
 
     def beside(self, x_nd: Tensor) -> Tensor | None:
@@ -122,7 +122,11 @@ class Mixture:
         with self.stream.multiplying():
             return torch.sigmoid(self.whole.get_submodule(self.names.shared_gate)(x_nd)).float()[:, 0]
 
-    def _bias(self, name: str, expert: int) -> Tensor | None:
+    def bias(self, expert: int) -> Tensor | None:
+        """An expert's level-2 bias (d), where it has one."""
+        return self._leaf("down_proj_bias", expert)
+
+    def _leaf(self, name: str, expert: int) -> Tensor | None:
         return getattr(self.experts, name)[expert] if self.experts.has_bias else None
 
     def only(self, alive: Tensor) -> AbstractContextManager[None]:

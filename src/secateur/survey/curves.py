@@ -26,6 +26,8 @@ class Curve:
     order: tuple[int, ...] = ()
     """Units as they leave: key/value groups, query heads (one of every group in turn) or channels. What never leaves
     alone is not in it."""
+    left: float = 1.0
+    """The share of the errors that stays behind the refit, where they are those of unchanged weights."""
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Curve":

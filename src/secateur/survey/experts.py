@@ -2,7 +2,7 @@
 
 Tokens are kept while the dense block runs, and their experts compared behind it; see `secateur.criteria.experts`. Of
 every expert those channels leave first whose part of its output has the least energy. The errors are those of unchanged
-weights.
+weights; how much of them is left behind the refit is estimated at one cut of each kind, the middle one.
 """
 
 import itertools
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.statistics import module_seed
-from secateur.model.mixture import Mixture, Routes
+from secateur.model.mixture import Mixture
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Kind
 from secateur.survey.collector import PROBED
 from secateur.survey.curves import Curve
+from secateur.survey.expert_refit import inputs, left_by_refit
 from secateur.survey.probes import Cut
 
 COUNTS = 16
@@ -96,16 +97,19 @@ class ExpertsCollector:
         count = team.total(float(weight.sum(dtype=torch.float64)))
         energy = team.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64))) / count
         errors = tuple(error / count for error in found.errors)
-        every, none, cuts = self.mixture.every, z.new_empty(0, 0), list[Cut]()
-        for share in PROBED:
-            if gone := round(len(found.order) * share) // module.groups * module.groups:
-                left = torch.isin(every, torch.tensor(found.order[:gone], device=every.device), invert=True)
-                cuts.append(Cut(self.index, module, errors[gone] - errors[0], every[left], none))
+        every, none, cuts, share = self.mixture.every, z.new_empty(0, 0), list[Cut](), 1.0
+        for part in PROBED:
+            if gone := round(len(found.order) * part) // module.groups * module.groups:
+                alive = every[torch.isin(every, torch.tensor(found.order[:gone], device=every.device), invert=True)]
+                cuts.append(Cut(self.index, module, errors[gone] - errors[0], alive, none))
+                share = left_by_refit(routed, scale, self.norm.scale, alive, None, ridge)
         cuts.append(Cut(self.index, module, energy, every[:0], none))
-        curves = [Curve(self.index, module.kind, "experts", errors, energy, found.order)]
+        curves = [Curve(self.index, module.kind, "experts", errors, energy, found.order, share)]
         if "channels" in self._kinds:
-            lost = tuple(error / count for error in channel_errors(routed))
-            curves.append(Curve(self.index, module.kind, "channels", lost, energy))
+            lost, order = channel_errors(routed)
+            share = left_by_refit(routed, scale, self.norm.scale, every, order[:, module.inner // 2 :], ridge)
+            lost = tuple(error / count for error in lost)
+            curves.append(Curve(self.index, module.kind, "channels", lost, energy, left=share))
         self._found = curves, cuts
 
     def told(self) -> tuple[list[Curve], list[Cut]]:
@@ -120,8 +124,8 @@ class ExpertsCollector:
         return self.mixture.output(x, cut.kept) if len(cut.kept) else torch.zeros_like(x)
 
 
-def channel_errors(routed: Routed) -> tuple[float, ...]:
-    """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, as many as may.
+def channel_errors(routed: Routed) -> tuple[tuple[float, ...], Tensor]:
+    """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, and their order.
 
     They are measured at some counts, of all experts' losses together, and lie on a line between.
     """
@@ -131,7 +135,7 @@ def channel_errors(routed: Routed) -> tuple[float, ...]:
     energies = torch.zeros(mixture.module.units, inner, dtype=torch.float64, device=x.device)
     met = routes.experts.unique().tolist()
     for expert in met:
-        tokens, rows = _inputs(routed, routes, expert)
+        tokens, rows = inputs(routed, routes, expert)
         mean = (routed.weight_n[tokens][:, None] * rows.square()).sum(0, dtype=torch.float64)
         energies[expert] = mean * mixture.weight(expert).double().square().sum(1)
     team.add(energies)
@@ -140,7 +144,7 @@ def channel_errors(routed: Routed) -> tuple[float, ...]:
     # What has been lost so far, of every count.
     lost = [torch.zeros_like(routed.wanted_nd) for _ in counts[1:]]
     for expert in met:
-        tokens, rows = _inputs(routed, routes, expert)
+        tokens, rows = inputs(routed, routes, expert)
         total, weight = torch.zeros(len(tokens), x.shape[1], device=x.device), mixture.weight(expert)
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
             gone = order[expert, start:stop]
@@ -148,10 +152,4 @@ def channel_errors(routed: Routed) -> tuple[float, ...]:
             lost[place].index_add_(0, tokens, routed.unit(total, tokens))
     sums = [float((part.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for part in lost]
     errors = [0.0, *(team.total(value) for value in sums)]
-    return tuple(np.interp(np.arange(inner), counts, errors).tolist())
-
-
-def _inputs(routed: Routed, routes: Routes, expert: int) -> tuple[Tensor, Tensor]:
-    """The tokens that meet an expert, and its level-2 inputs times its gate."""
-    tokens, gates = routes.of(expert)
-    return tokens, routed.mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
+    return tuple(np.interp(np.arange(inner), counts, errors).tolist()), order

@@ -61,7 +61,7 @@ class Prices:
 
 def _priced(curve: Curve, points: list[tuple[float, float]], energy: tuple[float, float]) -> NDArray[np.float64]:
     """The price with 0, 1, 2, ... units gone; never falling."""
-    errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0)
+    errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0) * curve.left
     # A module whose loss costs less than the loss of a part of it is priced by the part.
     known = sorted({(max(e, SMALLEST), max(d, SMALLEST)) for e, d in [*points, energy]})
     x, y = np.log([e for e, _ in known]), np.log(np.maximum.accumulate([d for _, d in known]))

@@ -1,0 +1,104 @@
+"""How much of what a mixture loses is left behind the refit, when experts leave or channels of all of them.
+
+Experts are solved one after the other for what the output lacks, as in `secateur.fit.experts`. An expert often meets
+fewer tokens than it has channels, so that each token is judged by the fit without it: for ridge regression the
+residual then is r_i / (1 - h_i), with h the diagonal of the hat matrix (Allen's PRESS, 1974).
+
+Shapes: n tokens, m of them at an expert, s of its channels, d residual width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secateur.base.team import Team
+from secateur.criteria.experts import Routed
+from secateur.model.mixture import Routes
+
+
+def left_by_refit(
+    routed: Routed,
+    scale_n: Tensor,
+    unit: Callable[[Tensor], Tensor],
+    alive: Tensor,
+    stay_es: Tensor | None,
+    ridge: float,
+) -> float:
+    """The share of the squared error of a cut that is left once experts are refitted, at most one.
+
+    Args:
+        routed: tokens at the mixture, what they want, and what they count.
+        scale_n: of each token's error.
+        unit: a level-2 weight in the units in which errors count, but for that scale.
+        alive: the experts that stay.
+        stay_es: channels of each expert that stay (experts x s); None for all.
+        ridge: of the refit.
+    """
+    mixture, team = routed.mixture, routed.team
+    routes, left = mixture.route(routed.x_nd, alive), routed.wanted_nd.clone()
+
+    def at(expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens at an expert, its level-2 inputs by gate and scale, and its weight."""
+        tokens, rows = inputs(routed, routes, expert)
+        weight = unit(mixture.weight(expert))
+        if stay_es is not None:
+            rows, weight = rows[:, stay_es[expert]], weight[stay_es[expert]]
+        return tokens, rows * scale_n[tokens][:, None], weight
+
+    def error() -> float:
+        return team.total(float((left.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
+
+    for expert in alive.tolist():
+        tokens, rows, weight = at(expert)
+        lost = rows @ weight
+        if (bias := mixture.bias(expert)) is not None:
+            lost += (routes.of(expert)[1] * scale_n[tokens])[:, None] * unit(bias)
+        left.index_add_(0, tokens, -lost)
+    before = error()
+    for expert in alive.tolist():
+        tokens, rows, _ = at(expert)
+        root = routed.weight_n[tokens].sqrt()[:, None]
+        every, start = _gathered(team, torch.cat([rows * root, left[tokens] * root], 1))
+        if len(every):
+            wide = ridge * (1 + mixture.module.inner / len(every))
+            judged = left_out(every[:, : rows.shape[1]], every[:, rows.shape[1] :], wide)
+            left[tokens] = judged[start : start + len(tokens)] / root
+    return min(error() / before, 1.0) if before else 1.0
+
+
+def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
+    """Each row's residual (m x d) in the ridge regression of r on x from all other rows.
+
+    The penalty is `ridge` times each input's energy. The smaller of two systems is solved, m x m or s x s.
+    """
+    energy = x_ms.square().sum(0)
+    penalty = ridge * energy.clamp_min(torch.finfo(x_ms.dtype).eps * max(float(energy.mean()), 1e-30))
+    if len(x_ms) <= x_ms.shape[1]:
+        kernel = (x_ms / penalty) @ x_ms.T
+        kernel.diagonal().add_(1)
+        inverse = torch.linalg.inv(kernel)
+        return (inverse @ r_md) / inverse.diagonal()[:, None]
+    gram = x_ms.T @ x_ms
+    gram.diagonal().add_(penalty)
+    factor = torch.linalg.cholesky(gram)
+    fitted = x_ms @ torch.cholesky_solve(x_ms.T @ r_md, factor)
+    leverage = torch.linalg.solve_triangular(factor, x_ms.T, upper=False).square().sum(0)
+    return (r_md - fitted) / (1 - leverage)[:, None]
+
+
+def inputs(routed: Routed, routes: Routes, expert: int) -> tuple[Tensor, Tensor]:
+    """The tokens that meet an expert, and its level-2 inputs times its gate."""
+    tokens, gates = routes.of(expert)
+    return tokens, routed.mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
+
+
+def _gathered(team: Team, rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes, and where this one's begin."""
+    if team.alone:
+        return rows, 0
+    counts = team.each(len(rows))
+    every, start = rows.new_zeros(sum(counts), rows.shape[1]), sum(counts[: team.rank])
+    every[start : start + len(rows)] = rows
+    team.add(every)
+    return every, start
