@@ -64,6 +64,7 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
                 streams=4 * width * (tokens + probed * (1 + probes * len(blocks))),
             ),
             *orders,
+            *(expert_survey_work(block, width, tokens) for block in blocks),
         ]
     )
 
@@ -162,6 +163,22 @@ def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
     return Work(
         forward=2.0 * made * _expert(block), quick=routed, moved=LOOKED_UP * 4.0 * steps * n * module.met * width
     )
+
+
+def expert_survey_work(block: Block, width: int, tokens: int) -> Work:
+    """The curve of experts' channels and what the refit leaves of it and of the experts' own; nothing without experts.
+
+    Experts are run again for each, and solved with half of them there, and with half of their channels.
+    """
+    module = block.feed_forward
+    if module.kind != "experts":
+        return Work()
+    n, solves = min(tokens, TOKENS), 0.0
+    for alive, inputs in ((module.units / 2, module.inner), (module.units, module.inner / 2)):
+        met = n * min(module.met, alive) / alive
+        less = min(met, inputs)
+        solves += alive * (2 * met * inputs * less + 2 * less**3 + 4 * met * inputs * width)
+    return Work(forward=6 * 2.0 * n * module.met * _expert(block), exact=solves)
 
 
 def gradient_work(stream: BlockStream, tokens: int) -> Work:
