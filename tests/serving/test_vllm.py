@@ -111,8 +111,8 @@ SERVED = [
     Case("qwen3", Width(3, 1, 40)),
     Case("phi3", Width(2, 2, 40)),
     Case("gpt2", Width(6, 1, 40)),
-    Case("qwen3_moe served", Width(2, 2, experts=5)),
-    Case("mixtral served", Width(3, 1, experts=4)),
+    Case("qwen3_moe served", Width(2, 2, 32, experts=5)),
+    Case("mixtral served", Width(3, 1, 64, experts=4)),
 ]
 REFUSED = {
     Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
@@ -137,8 +137,13 @@ def last_units(block: Block, width: Width) -> Keep:
     full = block.width
     groups = range(full.groups - width.groups, full.groups)
     heads = [full.per_group * (group + 1) - 1 - head for group in groups for head in range(width.per_group)]
-    fed = block.feed_forward.kind
-    return Keep(tuple(sorted(heads)), **{fed: tuple(range(full.fed - width.fed, full.fed))})
+    fed, some = block.feed_forward.kind, range(full.fed - width.fed, full.fed)
+    units = {fed: tuple(some)}
+    if width.experts and width.channels < full.channels:
+        units["channels"] = tuple(
+            full.channels * (one + 1) - 1 - c for one in some for c in reversed(range(width.channels))
+        )
+    return Keep(tuple(sorted(heads)), **units)
 
 
 def write_case(case: Case, source: Path, folder: Path) -> None:
