@@ -36,7 +36,7 @@ from secateur.model.families import family_of, head_dim
 from secateur.model.gguf_config import _complete_rotation, _llama3
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep, alike
+from secateur.model.structure import KINDS, Keep, alike
 from secateur.model.surgery import width_of
 from secateur.plan.meters import byte_meter
 from secateur.write.export import Exported, export
@@ -218,6 +218,8 @@ def compare(small: Any, done: Exported) -> float:
 
 BOTH, CHANNELS = ("heads", "channels"), ("channels",)
 ALL, EXPERTS = ("heads", "experts"), ("experts",)
+NARROW = ("experts", "channels")
+"""Experts leave, and channels of those that stay."""
 UNIFORM = {
     "llama": (BOTH, "llama"),
     "mistral": (BOTH, "llama"),
@@ -248,11 +250,11 @@ UNIFORM = {
     "ministral": (BOTH, "llama"),
     "seed_oss": (BOTH, "llama"),
     "starcoder2": (CHANNELS, "starcoder2"),
-    "mixtral": (ALL, "llama"),
-    "qwen2_moe": (EXPERTS, "qwen2moe"),
-    "qwen3_moe": (ALL, "qwen3moe"),
-    "olmoe every head": (EXPERTS, "olmoe"),
-    "granitemoe": (EXPERTS, "granitemoe"),
+    "mixtral": (KINDS, "llama"),
+    "qwen2_moe": (NARROW, "qwen2moe"),
+    "qwen3_moe": (KINDS, "qwen3moe"),
+    "olmoe every head": (NARROW, "olmoe"),
+    "granitemoe": (NARROW, "granitemoe"),
     "dots1 every head": (ALL, "dots1"),
     "glm4_moe": (ALL, "glm4moe"),
     "glm4_moe groups": (ALL, "glm4moe"),
@@ -282,17 +284,14 @@ def test_uniform_widths(tmp_path, name):
     assert compare(small, done) < (1e-3 if name in GELU else 2e-5 if architecture == "deepseek2" else 2e-6)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
-def test_experts_go_straight_into_a_file(tmp_path, name):
+@pytest.mark.parametrize(("name", "kinds"), [("mixtral", NARROW), ("glm4_moe", EXPERTS)])
+def test_experts_go_straight_into_a_file(tmp_path, name, kinds):
     """Checkpoints hold these experts one by one; the meter counts what the file takes."""
     folder = tiny.save(name, tmp_path / "dense", torch.float32)
     byte_level().save_pretrained(folder)
     stream = BlockStream(open_checkpoint(folder))
-    keeps = uniform_keeps(name, EXPERTS)
-    plan = [
-        {"block": i, "experts": keep.experts} if keep.experts else {"block": i, "channels": keep.channels}
-        for i, keep in keeps.items()
-    ]
+    keeps = uniform_keeps(name, kinds)
+    plan = [{"block": i, **keep.chosen(stream.blocks[i])} for i, keep in keeps.items()]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": plan}))
     how = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
     prune(folder, tmp_path / "m.gguf", format="gguf", type="f32", **how)

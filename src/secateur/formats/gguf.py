@@ -61,13 +61,16 @@ def context_length(model: Model, architecture: Architecture) -> int:
 
 def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, type: str) -> None:
     config, widths = model.config, laid_out(model, architecture, type)
+    # What blocks without experts have, where the config says both.
+    apart = model.family.experts is not None and model.family.experts.width != "intermediate_size"
+    dense = config.intermediate_size if apart else 0
     writer.add_context_length(context_length(model, architecture))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(widths))
     counts = {
         writer.add_head_count: [width.heads for width in widths],
         writer.add_head_count_kv: [1 if architecture.latent else width.groups for width in widths],
-        writer.add_feed_forward_length: [config.intermediate_size if w.experts else w.channels for w in widths],
+        writer.add_feed_forward_length: [dense if width.experts and dense else width.channels for width in widths],
     }
     for add, values in counts.items():
         add(values if architecture.per_layer else values[0])
