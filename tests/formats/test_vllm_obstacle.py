@@ -23,6 +23,10 @@ FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
         ("qwen2", [FULL, FULL], False, None),
         ("qwen2", [FEWER, FEWER], False, "which 3 heads of 8 do not give; serve it with --model-impl transformers"),
         ("qwen2 window", [FULL, FULL], True, None),
+        ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 20, 5)], True, None),
+        ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 16, 8)], True, "or leave theirs by --modules heads,experts"),
+        ("qwen3_moe", [Width(3, 2, 16, 8), Width(3, 2, 16, 8)], False, None),
+        ("mixtral", [Width(3, 2, 72, 8), Width(3, 2, 72, 5)], True, "by the names of mixtral's files"),
         ("qwen2 window", [FULL, FULL], False, "all blocks or none; serve it with --model-impl transformers"),
     ],
 )

@@ -8,7 +8,7 @@ attention of that layer's head counts.
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.model.families import head_dim
+from secateur.model.families import FAMILIES, head_dim
 from secateur.model.structure import Width
 
 OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
@@ -31,6 +31,14 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
         return (
             "its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and the class "
             "reshapes what vLLM's attention returns to one row; prune channels only, in the stock format"
+        )
+    mixture = FAMILIES[kind].experts
+    if mixture is not None and mixture.renamed:
+        return f"its transformers backend does not find experts by the names of {kind}'s files; take --widths uniform"
+    if mixture is not None and any(w.experts and w.channels != getattr(config, mixture.width) for w in widths):
+        return (
+            "its transformers backend gives experts of all blocks as many channels; take --widths uniform, or leave "
+            "theirs by --modules heads,experts"
         )
     if not any(width.heads for width in widths):
         return "its attention divides by the largest head count of all blocks; keep a head in one of them"
