@@ -66,6 +66,7 @@ KNOWN = {"llama": list(ROPES), "qwen2": list(ROPES), "phi3": ["longrope"], "gemm
 
 
 YARN_ALL = {**tiny.YARN, "mscale": 0.7, "mscale_all_dim": 0.7}
+OSS = {**tiny.GROUPED, **tiny.WINDOWED, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 12}
 ONE_GROUP = {**tiny.ROUTED, "n_group": 1, "topk_group": 1}
 
 
@@ -79,6 +80,7 @@ MORE_ROWS = {
     "llama 64": row("llama", **WIDE, num_attention_heads=4),
     "mistral 64": row("mistral", **WIDE, sliding_window=None),
     "olmoe every head": row("olmoe", num_key_value_heads=6, num_experts=8, num_experts_per_tok=3),
+    "gpt_oss plain": row("gpt_oss", **OSS, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "dots1 every head": row("dots1", num_key_value_heads=6, **tiny.ROUTED, head_dim=12, n_shared_experts=1),
     "deepseek_v2 greedy": row("deepseek_v2", **tiny.LATENT, **tiny.ROUTED),
     "deepseek_v3 scaled": row("deepseek_v3", **tiny.LATENT, **ONE_GROUP, rope_parameters=YARN_ALL),
@@ -255,6 +257,7 @@ UNIFORM = {
     "qwen3_moe": (KINDS, "qwen3moe"),
     "olmoe every head": (NARROW, "olmoe"),
     "granitemoe": (NARROW, "granitemoe"),
+    "gpt_oss plain": (KINDS, "gpt-oss"),
     "dots1 every head": (ALL, "dots1"),
     "glm4_moe": (ALL, "glm4moe"),
     "glm4_moe groups": (ALL, "glm4moe"),

@@ -126,6 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_OLMO2, name="olmoe", ungrouped=True, normed=False),
         replace(_LLAMA, name="granitemoe", scales=True),
         _GLM,
+        Architecture("gpt-oss", QKV | {"attn_output"}, windows=True, scalings=frozenset({"default", "yarn"}), normed=True),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
         replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset()),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
@@ -159,6 +160,8 @@ class Source:
     """What makes gates of a router's logits, where a file says so."""
     normed: bool | None = None
     """Gates add up to one: always, never, or as the config says."""
+    turned: bool = False
+    """Matrices of experts are stored input first, with the outputs of gate and up in turn."""
 
 
 SOURCES: dict[str, Source] = {
@@ -178,6 +181,7 @@ SOURCES: dict[str, Source] = {
     "qwen3_moe": Source(("qwen3moe",)),
     "olmoe": Source(("olmoe",)),
     "granitemoe": Source(("granitemoe",), normed=True),
+    "gpt_oss": Source(("gpt-oss",), normed=True, turned=True),
     "dots1": Source(("dots1",)),
     "glm4_moe": Source(("glm4moe",)),
     "deepseek_v2": Source(("deepseek2",), router="softmax", normed=False),
@@ -196,6 +200,9 @@ _ACTIVATIONS = {
     "gelu": {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"},
 }
 """llama.cpp's name → transformers'; it has one gelu, and the exact one differs from it by less than 0.001."""
+
+SWIGLU_LIMIT = 7.0
+"""Of gpt-oss's activation, in llama.cpp."""
 
 LEVEL2 = frozenset({"attn_output", "ffn_down"})
 """The output layers of both modules, to which a recovery may add biases."""
@@ -396,7 +403,13 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return f"has no place for the biases of {', '.join(sorted(extra))}"
     if model.kind not in architecture.scalings:
         return f"does not know {model.kind} rotary scaling"
-    if model.kind == "yarn" and model.rope.get("truncate") is False:
+    if architecture.name == "gpt-oss":
+        # Files that others make of it are rounded as well.
+        if model.window is None or model.period != 2:
+            return "has a window in every other block, the first one among them"
+        if config.swiglu_limit != SWIGLU_LIMIT:
+            return f"limits what experts compute to {SWIGLU_LIMIT:g}, and this model to {config.swiglu_limit:g}"
+    elif model.kind == "yarn" and model.rope.get("truncate") is False:
         return "rounds the limits of yarn, which this model does not (truncate)"
     if around.get("rope_type", "default") != "default":
         return "does not scale the rotation of layers with a window"

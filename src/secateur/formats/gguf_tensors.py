@@ -185,7 +185,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     for name, stored in model.inside[index].items():
         if name not in used and stored not in pieces:
             # A bias that the gguf package knows as one.
-            known = name.replace("correction_bias", "correction.bias")
+            known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
             renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
             parts[renamed.removeprefix(f"blk.{index}.")] = _norm(model, _stored(model, stored))
     if model.widths[index].heads:
@@ -279,15 +279,28 @@ def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]
         # Its shape without reading it.
         shape = checkpoint.parameter_shape(name)
         whole = Lazy(shape, partial(checkpoint.read_parameter, name))
-        rows = shape[1] // len(names)
+        if model.source.turned:
+            whole = whole.then(lambda tensor: tensor.transpose(1, 2))
+            pieces += checkpoint.pieces(f"{name}_bias")
+            bias = _stored(model, pieces[-1])
+        rows = whole.shape[1] // len(names)
         for place, part in enumerate(names):
-            found[f"ffn_{part}_exps.weight"] = whole.then(partial(_rows_of, start=place * rows, count=rows))
+            pick = partial(_rows_of, start=place * rows, count=rows)
+            if model.source.turned:
+                pick = partial(_every, start=place, step=len(names))
+                found[f"ffn_{part}_exps.bias"] = bias.then(pick)
+            found[f"ffn_{part}_exps.weight"] = whole.then(pick)
     return found, frozenset(pieces)
 
 
 def _rows_of(experts: Tensor, start: int, count: int) -> Tensor:
     """Some rows of every expert's matrix."""
     return experts[:, start : start + count]
+
+
+def _every(experts: Tensor, start: int, step: int) -> Tensor:
+    """Every second row of each expert's matrix, or all of them."""
+    return experts[:, start::step]
 
 
 def _every_third(fused: Tensor, at: int, dim: int) -> Tensor:
@@ -308,7 +321,7 @@ def _norm(model: Model, stored: Lazy) -> Lazy:
 def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:
     """The model's scale of attention scores over llama.cpp's."""
     config = model.config
-    if architecture.windows:
+    if architecture.name in ("gemma2", "gemma3"):
         # It tells Gemma's 27B models by their depth, and takes their scale from the width per head.
         deepest = {"gemma2": 46, "gemma3": 62}[architecture.name] == len(model.widths)
         assumed = config.hidden_size // model.widths[0].heads if deepest else model.dim
