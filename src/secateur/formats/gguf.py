@@ -123,7 +123,8 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
     assert names is not None
     first = next(index for index, width in enumerate(widths) if width.experts)
     writer.add_expert_count(widths[first].experts)
-    writer.add_expert_used_count(getattr(config, names.chosen))
+    met = getattr(config, names.chosen)
+    writer.add_expert_used_count(max(met) if isinstance(met, list) else met)
     writer.add_expert_feed_forward_length(widths[first].channels)
     if names.shared is not None:
         name = f"{model.family.feed_forward}.{names.shared}.down_proj.weight"
@@ -131,6 +132,8 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
         writer.add_expert_shared_count(getattr(config, "n_shared_experts", 1))
     if architecture.leading:
         writer.add_leading_dense_block_count(first)
+    if architecture.name == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(1)
     if architecture.normed is None:
         writer.add_expert_weights_norm(model.normed)
         writer.add_expert_weights_scale(float(config.routed_scaling_factor))

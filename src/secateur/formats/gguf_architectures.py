@@ -126,7 +126,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_OLMO2, name="olmoe", ungrouped=True, normed=False),
         replace(_LLAMA, name="granitemoe", scales=True),
         _GLM,
-        Architecture("gpt-oss", QKV | {"attn_output"}, windows=True, scalings=frozenset({"default", "yarn"}), normed=True),
+        replace(_LLAMA, name="smollm3", biases=frozenset()),
+        Architecture("glm4", QKV, pairs=True, fused_gate=True, partial=True),
+        Architecture("exaone4", frozenset(), square=True, head_norms=True),
+        Architecture("hunyuan-dense", frozenset(), head_norms=True),
+        Architecture("hunyuan-moe", frozenset(), head_norms=True, normed=True),
+        replace(_LLAMA, name="ernie4_5-moe", biases=frozenset(), leading=True, normed=True),
+        Architecture(
+            "gpt-oss", QKV | {"attn_output"}, windows=True, scalings=frozenset({"default", "yarn"}), normed=True
+        ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
         replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset()),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
@@ -181,6 +189,12 @@ SOURCES: dict[str, Source] = {
     "qwen3_moe": Source(("qwen3moe",)),
     "olmoe": Source(("olmoe",)),
     "granitemoe": Source(("granitemoe",), normed=True),
+    "smollm3": Source(("smollm3",)),
+    "glm4": Source(("glm4",), paired=True),
+    "exaone4": Source(("exaone4",)),
+    "hunyuan_v1_dense": Source(("hunyuan-dense",)),
+    "hunyuan_v1_moe": Source(("hunyuan-moe",), normed=True),
+    "ernie4_5_moe": Source(("ernie4_5-moe",), paired=True, normed=True),
     "gpt_oss": Source(("gpt-oss",), normed=True, turned=True),
     "dots1": Source(("dots1",)),
     "glm4_moe": Source(("glm4moe",)),
@@ -403,6 +417,10 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return f"has no place for the biases of {', '.join(sorted(extra))}"
     if model.kind not in architecture.scalings:
         return f"does not know {model.kind} rotary scaling"
+    if architecture.name == "smollm3" and config.no_rope_layers != [int((i + 1) % 4 != 0) for i in range(len(widths))]:
+        return "leaves positions out in every fourth block"
+    if architecture.name == "exaone4" and model.window is not None:
+        return "turns all positions where no block has a window, and this model has windows"
     if architecture.name == "gpt-oss":
         # Files that others make of it are rounded as well.
         if model.window is None or model.period != 2:
