@@ -85,20 +85,26 @@ def sizes(
     with resumable(last, out, sparsities=[one.sparsity for one in options]) as last:
         check_rows(last, plain)
         runs = [replace(run, state=last.state) for run in runs]
-        return _carried_out(last, runs, plain, folders, there, file if own else None, texts, tokens)
+        results = _pruned(last, runs, plain, folders, there, file if own else None)
+    # A plot of other models would be taken for one of these.
+    (out / PLOT).unlink(missing_ok=True)
+    if texts:
+        results = [replace(one, perplexity=_score(one.folder, texts, tokens, last)) for one in results]
+        _keep(results, out)
+        scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
+        plot_sizes([one.parameters for one in results], scored, out / PLOT)
+    return results
 
 
-def _carried_out(
+def _pruned(
     last: OpenRun,
     runs: list[OpenRun],
     plain: CalibrationRows,
     folders: list[Path],
     there: list[Path],
     own: Path | None,
-    texts: list[str],
-    tokens: int | None,
 ) -> list[Size]:
-    """All sizes made and scored; see `sizes`.
+    """The dense model and a model of each size, from one survey.
 
     Args:
         last: the run of the last size, which stands for what all have in common.
@@ -107,10 +113,7 @@ def _carried_out(
         folders: one for each size.
         there: those of them that are made already.
         own: the file of the survey, where a person named none.
-        texts: see `sizes`.
-        tokens: see `sizes`.
     """
-    out = folders[0].parent
     rows = rewrite_rows(last, plain)
     weighing = next((run for run in runs if run.request.needs_survey), last)
     if own:
@@ -133,14 +136,7 @@ def _carried_out(
         if not results:
             results.append(Size(last.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
         results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
-        _keep(results, out)
-    # A plot of other models would be taken for one of these.
-    (out / PLOT).unlink(missing_ok=True)
-    if texts:
-        results = [replace(one, perplexity=_score(one.folder, texts, tokens, last)) for one in results]
-        _keep(results, out)
-        scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
-        plot_sizes([one.parameters for one in results], scored, out / PLOT)
+        _keep(results, folders[0].parent)
     return results
 
 

@@ -11,6 +11,7 @@ Shapes: n tokens, d residual width, f channels of an expert.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.order import removal_order, survivors
-from secateur.criteria.registry import Criterion, all_criteria
+from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics, module_seed
 from secateur.fit.block import BlockState
 from secateur.fit.module import ModuleReport, report_of
@@ -32,6 +33,26 @@ from secateur.numerics.ridge import least_squares
 
 FEWEST = 8
 """An expert that meets fewer tokens keeps its weights."""
+
+
+class _Part(NamedTuple):
+    """One expert's part of the least squares."""
+
+    expert: int | None
+    """None for the shared one."""
+    tokens: Tensor
+    """Those that meet it (m)."""
+    rows: Tensor
+    """Its level-2 inputs times its gate (m x f)."""
+    target: Tensor
+    """What it is to give (m x d)."""
+    old: Tensor
+    """Its level-2 weight (f x d), in the units in which errors count."""
+    owner: int
+    """Of several processes, the one that solves it."""
+    met: float
+    """How many tokens count in the fit."""
+    ridge: float
 
 
 class ExpertsState:
@@ -155,80 +176,65 @@ class ExpertsState:
         `left` loses what it gains. Of an expert with a number, so many channels stay, and the rows of others are zero.
         None where nothing changes, as there is nothing to go by.
         """
-        stream, old, count = self.stream, self.norm.scale(old_fd), len(old_fd)
-        cut = expert is not None and stay < count
+        team, old = self.stream.team, self.norm.scale(old_fd)
         if self._scale is not None:
             rows = rows * self._scale[tokens][:, None]
-        target, owner = left[tokens] + rows @ old, stream.team.owner(count**2 * (count + 2 * stream.width))
-
-        def summed(weight: Tensor) -> Moments:
-            moments = Moments(count, stream.width, device=stream.device)
-            moments.update(rows, target, 1.0, weight[tokens])
-            moments.reduce(stream.team, owner)
-            return moments
-
-        moments, met = summed(self._weight), stream.team.total(float(self._weight[tokens].count_nonzero()))
-        # Rows may choose that nothing is fitted to.
-        scored = summed(self._score) if cut and self.state.rows.scores is not None else moments
-        refitted, given = (
-            self.recovery.fits and met >= FEWEST,
-            self._kept.get(expert) if cut and expert is not None else None,
-        )
+        met = team.total(float(self._weight[tokens].count_nonzero()))
+        refitted, cut = self.recovery.fits and met >= FEWEST, expert is not None and stay < len(old)
         if expert is not None and self.recovery.fits and not refitted:
             self._unfitted.append(expert)
         if not (refitted or cut):
             return None
-        ridge = self.recovery.ridge * (1 + count / max(met, 1.0))
-        source = None if expert is None or not cut or given is not None else self._sources(tokens, owner)
-
-        def made() -> dict[str, Tensor]:
-            stats = self._statistics(expert, moments, old, ridge)
-            kept = torch.arange(count, device=rows.device) if given is None else given
-            if expert is not None and cut and given is None:
-                choice = stats if scored is moments else self._statistics(expert, scored, old, ridge)
-                choice.inputs = source
-                kept = self._channels(choice, stay, blind=met < FEWEST)
-            weight = least_squares(stats.normal, kept)[0] if refitted else old[kept]
-            return {"weight": weight, "kept": kept}
-
-        found = stream.team.solved(owner, made, stream.device)
-        kept = found["kept"]
-        if expert is not None and cut:
-            self._kept[expert] = kept
+        ridge = self.recovery.ridge * (1 + len(old) / max(met, 1.0))
+        owner = team.owner(len(old) ** 2 * (len(old) + 2 * self.stream.width))
+        part = _Part(expert, tokens, rows, left[tokens] + rows @ old, old, owner, met, ridge)
+        stats = self._statistics(part, self._weight)
+        kept = self._channels(part, stats, stay) if cut else torch.arange(len(old), device=rows.device)
         fitted = torch.zeros_like(old)
-        fitted[kept] = found["weight"]
+        if refitted:
+            # Each asks for the normal equations, which the owner alone sets up, and once.
+            found = team.solved(owner, lambda: {"w": least_squares(stats.normal, kept)[0]}, self.stream.device)
+            fitted[kept] = found["w"]
+        else:
+            fitted[kept] = old[kept]
         fitted = self.norm.unscale(fitted).to(self.state.dtype).float()
         left.index_add_(0, tokens, rows @ (old - self.norm.scale(fitted)))
         return fitted
 
-    def _statistics(self, expert: int | None, moments: Moments, old: Tensor, ridge: float) -> Statistics:
-        module, tensors = (self.module, {}) if expert is None else self.mixture.alone(expert)
-        seed = module_seed(self.state.method.seed, self.state.index, "channels")
-        return Statistics(module, tensors, old, moments, None, ridge, own_target=False, seed=seed + (expert or 0))
+    def _statistics(self, part: _Part, weight_n: Tensor) -> Statistics:
+        """What the criterion and the refit of one expert go by; its owner's are of the tokens of all processes."""
+        moments = Moments(len(part.old), self.stream.width, device=self.stream.device)
+        moments.update(part.rows, part.target, 1.0, weight_n[part.tokens])
+        moments.reduce(self.stream.team, part.owner)
+        module, tensors = (self.module, {}) if part.expert is None else self.mixture.alone(part.expert)
+        seed = module_seed(self.state.method.seed, self.state.index, "channels") + (part.expert or 0)
+        return Statistics(module, tensors, part.old, moments, None, part.ridge, own_target=False, seed=seed)
 
-    def _sources(self, tokens: Tensor, owner: int) -> Moments | None:
-        """The moments of an expert's own input, where the criterion asks for them."""
-        if not self._criterion.inputs:
-            return None
-        moments = Moments(self.stream.width, device=self.stream.device)
-        moments.update(self._x[tokens], weights_n=self._score[tokens])
-        moments.reduce(self.stream.team, owner)
-        return moments
-
-    @property
-    def _criterion(self) -> Criterion:
-        """Of the channels. No backward pass is made through experts: where one is asked for, the default takes over."""
-        named = self.state.method.criteria.named("channels")
-        return all_criteria()["surgeon"] if named.from_gradients is not None else named
-
-    def _channels(self, stats: Statistics, stay: int, *, blind: bool) -> Tensor:
+    def _channels(self, part: _Part, stats: Statistics, stay: int) -> Tensor:
         """The channels of one expert that stay, by their weights alone where next to no token met it."""
-        if blind:
-            kept = stats.unit_sums("square").argsort(descending=True, stable=True)[:stay].sort().values
-        else:
-            gone = removal_order(self._criterion, stats, "channels", stay)
-            kept = torch.tensor(survivors(stats.module, "channels", gone))
-        return kept.to(self.stream.device)
+        assert part.expert is not None
+        if part.expert in self._kept:
+            return self._kept[part.expert]
+        team, named = self.stream.team, self.state.method.criteria.named("channels")
+        # No backward pass is made through experts: where one is asked for, the default takes over.
+        criterion = all_criteria()["surgeon"] if named.from_gradients is not None else named
+        if self.state.rows.scores is not None:
+            # Rows may choose that nothing is fitted to.
+            stats = self._statistics(part, self._score)
+        if criterion.inputs:
+            stats.inputs = Moments(self.stream.width, device=self.stream.device)
+            stats.inputs.update(self._x[part.tokens], weights_n=self._score[part.tokens])
+            stats.inputs.reduce(team, part.owner)
+
+        def chosen() -> dict[str, Tensor]:
+            if part.met < FEWEST:
+                worth = stats.unit_sums("square")
+                return {"kept": worth.argsort(descending=True, stable=True)[:stay].sort().values}
+            gone = removal_order(criterion, stats, "channels", stay)
+            return {"kept": torch.tensor(survivors(stats.module, "channels", gone))}
+
+        self._kept[part.expert] = team.solved(part.owner, chosen, self.stream.device)["kept"]
+        return self._kept[part.expert]
 
     def _advance(self, alive: Tensor) -> None:
         """The mixture's outputs in the pruned stream."""

@@ -54,7 +54,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             )
         if set(KINDS) & set(entry):
             block = blocks[index]
-            if wrong := [kind for kind in KINDS if kind in entry and not _may_be_listed(block, kind)]:
+            if wrong := [kind for kind in KINDS if kind in entry and not any(m.may_go([kind]) for m in block.modules)]:
                 raise SecateurError(f"{path}: block {index} has no {wrong[0]}; list its {' and '.join(block.kinds)}")
             units[index] = {kind: _units(path, index, block, kind, entry.get(kind)) for kind in block.kinds}
             for module in block.modules:
@@ -74,11 +74,6 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
         kinds = " and ".join(blocks[bare].kinds)
         raise SecateurError(f"{path}: block {bare} has no {kinds}, as others have; list them everywhere")
     return dict(sorted(widths.items())), dict(sorted(units.items()))
-
-
-def _may_be_listed(block: Block, kind: Kind) -> bool:
-    """Whether a block has units of a kind."""
-    return kind in block.kinds or (kind == "channels" and block.feed_forward.kind == "experts")
 
 
 def _width(path: Path, index: int, block: Block, given: Any) -> Width:
