@@ -27,7 +27,8 @@ from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, some
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.formats.gguf_architectures import TYPES, gguf_obstacle
+from secateur.formats.gguf_architectures import TYPES
+from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config

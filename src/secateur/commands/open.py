@@ -22,7 +22,8 @@ from secateur.criteria.similarity import SimilarHeads
 from secateur.fit.block import Method
 from secateur.fit.recovery import Recovery
 from secateur.formats.family_file import read_family
-from secateur.formats.gguf_architectures import TYPES, check_type
+from secateur.formats.gguf_architectures import TYPES
+from secateur.formats.gguf_choice import check_type
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.journal import Journal

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.criteria.registry import Criteria
-from secateur.formats.gguf_architectures import gguf_obstacle
+from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind, Width, alike
 from secateur.plan.meters import Meter, meter_of, parameter_meter

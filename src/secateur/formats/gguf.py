@@ -11,7 +11,8 @@ from gguf import GGUFWriter, RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.progress import Watcher
-from secateur.formats.gguf_architectures import TYPES, Architecture, Model
+from secateur.formats.gguf_architectures import TYPES, Architecture
+from secateur.formats.gguf_choice import Model
 from secateur.formats.gguf_tensors import Entry, laid_out
 from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
 

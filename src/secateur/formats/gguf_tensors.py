@@ -19,7 +19,8 @@ from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.errors import SecateurError
-from secateur.formats.gguf_architectures import QKV, TYPES, Architecture, Model, in_file
+from secateur.formats.gguf_architectures import QKV, TYPES, Architecture
+from secateur.formats.gguf_choice import Model, in_file
 from secateur.model.structure import Width
 
 

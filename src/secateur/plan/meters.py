@@ -12,7 +12,8 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.base.words import counted
-from secateur.formats.gguf_architectures import LEVEL2, Architecture, Model, choose, filled
+from secateur.formats.gguf_architectures import LEVEL2, Architecture
+from secateur.formats.gguf_choice import Model, choose, filled
 from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
 from secateur.model.families import head_dim, latent_width
 from secateur.model.stream import BlockStream

@@ -11,7 +11,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import Output, parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.gguf import context_length, write_gguf
-from secateur.formats.gguf_architectures import Model, check_type, choose
+from secateur.formats.gguf_choice import Model, check_type, choose
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import widths_of
