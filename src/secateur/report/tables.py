@@ -118,18 +118,17 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
     fed = _fed(proposal.dense, proposal.dense)
-    names = ["block", "query heads", "key/value heads", " or ".join(kind for kind in fed if kind != INNER)]
-    for name in names + ["channels of each"] * (INNER in fed):
+    each = " x channels of each" if INNER in fed else ""
+    for name in ("block", "query heads", "key/value heads", " or ".join(kind for kind in fed if kind != INNER) + each):
         table.add_column(name, justify="right")
-    table.add_column("stays")
+    table.add_column("stays", min_width=25)
     for index, dense in enumerate(proposal.dense):
         width = decided.widths.get(index, dense)
         table.add_row(
             str(index),
             f"{width.heads}/{dense.heads}",
             f"{width.groups}/{dense.groups}",
-            f"{width.fed:,}/{dense.fed:,}",
-            *([f"{width.channels:,}/{dense.channels:,}" if dense.experts else ""] if INNER in fed else []),
+            f"{width.fed:,}/{dense.fed:,}" + (f" x {width.channels:,}" if dense.experts else ""),
             f"{_bar(width.heads / dense.heads, 8)} {_bar(_stays(width, dense), 16)}",
         )
     before, after = proposal.parameters
