@@ -118,10 +118,16 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
     fed = _fed(proposal.dense, proposal.dense)
-    each = " x channels of each" if INNER in fed else ""
-    for name in ("block", "query heads", "key/value heads", " or ".join(kind for kind in fed if kind != INNER) + each):
+    each = " x\nchannels of each" if INNER in fed else ""
+    # Two lines, so that bars fit beside them.
+    for name in (
+        "block",
+        "query\nheads",
+        "key/value\nheads",
+        " or ".join(kind for kind in fed if kind != INNER) + each,
+    ):
         table.add_column(name, justify="right")
-    table.add_column("stays", min_width=25)
+    table.add_column("stays")
     for index, dense in enumerate(proposal.dense):
         width = decided.widths.get(index, dense)
         table.add_row(
