@@ -231,7 +231,7 @@ class ExpertsState:
                 worth = stats.unit_sums("square")
                 return {"kept": worth.argsort(descending=True, stable=True)[:stay].sort().values}
             gone = removal_order(criterion, stats, "channels", stay)
-            return {"kept": torch.tensor(survivors(stats.module, "channels", gone))}
+            return {"kept": torch.tensor(survivors(stats.module, "channels", gone), device=self.stream.device)}
 
         self._kept[part.expert] = team.solved(part.owner, chosen, self.stream.device)["kept"]
         return self._kept[part.expert]
