@@ -78,7 +78,8 @@ class ExpertsState:
         keep = given["experts"] if "experts" in given else self._choose(width.experts)
         cut = width.channels < self.module.inner
         if cut and given.get("channels"):
-            self._kept |= self._by_expert(given["channels"])
+            each = torch.tensor(given["channels"], device=self.stream.device).view(len(keep), -1)
+            self._kept |= dict(zip(keep, each % self.module.inner, strict=True))
         alive = torch.tensor(keep, device=self.stream.device)
         with self.stream.rounded():
             left = self._wanted - self._unit(self._output(self._x, alive))
@@ -94,13 +95,6 @@ class ExpertsState:
             every = torch.cat([expert * self.module.inner + self._kept[expert].cpu() for expert in keep])
             found["channels"] = tuple(every.tolist())
         return found, replace(report, unfitted=tuple(self._unfitted))
-
-    def _by_expert(self, channels: tuple[int, ...]) -> dict[int, Tensor]:
-        """The channels of each expert, of those of all counted through."""
-        each: dict[int, list[int]] = {}
-        for channel in channels:
-            each.setdefault(channel // self.module.inner, []).append(channel % self.module.inner)
-        return {expert: torch.tensor(own, device=self.stream.device) for expert, own in each.items()}
 
     def _collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of all tokens: inputs (n x d), what the mixture is to give (n x d), what they count in the fit and in the
@@ -161,8 +155,7 @@ class ExpertsState:
                 self.state.change({name: fitted.T.contiguous()})
         routes = mixture.route(self._x, alive)
         for expert in alive.tolist():
-            tokens, gates = routes.of(expert)
-            rows = mixture.inner(expert, self._x[tokens]) * gates[:, None]
+            tokens, rows = mixture.gated(expert, self._x, routes)
             fitted = self._solve(left, tokens, rows, mixture.weight(expert), expert, stay)
             if fitted is not None:
                 changed[expert] = fitted if mixture.experts.is_transposed else fitted.T

@@ -286,22 +286,17 @@ def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]
             bias = _stored(model, pieces[-1])
         rows = whole.shape[1] // len(names)
         for place, part in enumerate(names):
-            pick = partial(_rows_of, start=place * rows, count=rows)
+            pick = partial(_rows_of, which=slice(place * rows, (place + 1) * rows))
             if model.source.turned:
-                pick = partial(_every, start=place, step=len(names))
+                pick = partial(_rows_of, which=slice(place, None, len(names)))
                 found[f"ffn_{part}_exps.bias"] = bias.then(pick)
             found[f"ffn_{part}_exps.weight"] = whole.then(pick)
     return found, frozenset(pieces)
 
 
-def _rows_of(experts: Tensor, start: int, count: int) -> Tensor:
+def _rows_of(experts: Tensor, which: slice) -> Tensor:
     """Some rows of every expert's matrix."""
-    return experts[:, start : start + count]
-
-
-def _every(experts: Tensor, start: int, step: int) -> Tensor:
-    """Every second row of each expert's matrix, or all of them."""
-    return experts[:, start::step]
+    return experts[:, which]
 
 
 def _every_third(fused: Tensor, at: int, dim: int) -> Tensor:

@@ -70,6 +70,11 @@ class Mixture:
             rows = linear(x_nd, weight.T if self.experts.is_transposed else weight, bias)
             return self.experts._apply_gate(rows).float()
 
+    def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        """The tokens that meet an expert (m), and its level-2 inputs times its gate (m x f)."""
+        tokens, gates = routes.of(expert)
+        return tokens, self.inner(expert, x_nd[tokens]) * gates[:, None]
+
     def weight(self, expert: int) -> Tensor:
         """An expert's level-2 weight, inner axis first (f x d), a view."""
         weight = self.experts.down_proj[expert]

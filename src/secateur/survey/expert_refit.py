@@ -14,7 +14,6 @@ from torch import Tensor
 
 from secateur.base.team import Team
 from secateur.criteria.experts import Routed
-from secateur.model.mixture import Routes
 
 
 def left_by_refit(
@@ -40,7 +39,7 @@ def left_by_refit(
 
     def at(expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens at an expert, its level-2 inputs by gate and scale, and its weight."""
-        tokens, rows = inputs(routed, routes, expert)
+        tokens, rows = mixture.gated(expert, routed.x_nd, routes)
         weight = unit(mixture.weight(expert))
         if stay_es is not None:
             rows, weight = rows[:, stay_es[expert]], weight[stay_es[expert]]
@@ -85,12 +84,6 @@ def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     fitted = x_ms @ torch.cholesky_solve(x_ms.T @ r_md, factor)
     leverage = torch.linalg.solve_triangular(factor, x_ms.T, upper=False).square().sum(0)
     return (r_md - fitted) / (1 - leverage)[:, None]
-
-
-def inputs(routed: Routed, routes: Routes, expert: int) -> tuple[Tensor, Tensor]:
-    """The tokens that meet an expert, and its level-2 inputs times its gate."""
-    tokens, gates = routes.of(expert)
-    return tokens, routed.mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
 
 
 def _gathered(team: Team, rows: Tensor) -> tuple[Tensor, int]:

@@ -22,7 +22,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Depth2, Kind
 from secateur.survey.collector import PROBED
 from secateur.survey.curves import Curve
-from secateur.survey.expert_refit import inputs, left_by_refit
+from secateur.survey.expert_refit import left_by_refit
 from secateur.survey.probes import Cut
 
 COUNTS = 16
@@ -135,7 +135,7 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], Tensor]:
     energies = torch.zeros(mixture.module.units, inner, dtype=torch.float64, device=x.device)
     met = routes.experts.unique().tolist()
     for expert in met:
-        tokens, rows = inputs(routed, routes, expert)
+        tokens, rows = mixture.gated(expert, x, routes)
         mean = (routed.weight_n[tokens][:, None] * rows.square()).sum(0, dtype=torch.float64)
         energies[expert] = mean * mixture.weight(expert).double().square().sum(1)
     team.add(energies)
@@ -144,7 +144,7 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], Tensor]:
     # What has been lost so far, of every count.
     lost = [torch.zeros_like(routed.wanted_nd) for _ in counts[1:]]
     for expert in met:
-        tokens, rows = inputs(routed, routes, expert)
+        tokens, rows = mixture.gated(expert, x, routes)
         total, weight = torch.zeros(len(tokens), x.shape[1], device=x.device), mixture.weight(expert)
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
             gone = order[expert, start:stop]
