@@ -17,6 +17,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(threads)
 
+os.fsync = lambda _: None
+"""What tests write need not outlive a power cut, and each of thousands of files would wait for the disk."""
+
 collect_ignore = ["serving", "older", "larger"]
 """They need environments of their own: `make test-vllm`, `make test-transformers4`."""
 

@@ -40,7 +40,7 @@ from models import (
     token_rows,
 )
 from secateur.base.errors import SecateurError
-from secateur.commands.options import EFFORTS
+from secateur.commands.options import Options
 from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
@@ -224,6 +224,7 @@ class Job:
     dtype: torch.dtype = torch.float32
     widths: str = "uniform"
     recovery: str = "refit"
+    effort: str = "quick"
 
     def __str__(self) -> str:
         half = "" if self.dtype == torch.float32 else "-half"
@@ -259,7 +260,8 @@ def jobs() -> Iterator[Job]:
             yield Job(name, ("heads",), heads_share(name), source)
         # Enough that some modules go as a whole.
         less = 0.2 if first_block(name).attention.fixed else 0.35 if name in MIXTURES else 0.6
-        yield Job(name, KINDS, less, source, widths="adaptive")
+        # Level 1, with which the whole block runs, once in each row.
+        yield Job(name, KINDS, less, source, widths="adaptive", effort="normal")
     yield Job("llama", KINDS, 0.3, "text", torch.bfloat16)
     yield Job("mistral", KINDS, 0.6, "text", torch.bfloat16, widths="adaptive")
     yield Job("gpt2", ("channels",), 0.2, "random", torch.bfloat16)
@@ -318,7 +320,7 @@ class Pruned:
 
     def options(self, job: Job) -> dict[str, Any]:
         wishes = {"modules": job.modules, "sparsity": job.sparsity, "widths": job.widths, "recovery": job.recovery}
-        return settings(**wishes, calibration=self.source(job))
+        return settings(**wishes, effort=job.effort, calibration=self.source(job))
 
     @cache  # noqa: B019
     def out(self, job: Job) -> Path:
@@ -361,8 +363,8 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     rows = Rows.of(text)
     if record["options"]["recovery"] == "refit":
         rows = rows if said["begins_with_bos"] else rows.with_openings()
-        effort = EFFORTS[record["options"]["effort"]]
-        rows = rows.with_versions(*rewritten(stream, text, copies=effort.fits * effort.copies))
+        if fits := Options(effort=record["options"]["effort"]).fits:
+            rows = rows.with_versions(*rewritten(stream, text, copies=fits))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
     assert list(rows.versions) == said["versions"]
@@ -390,7 +392,7 @@ def test_reloaded_equals_memory(pruned, job):
     text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
     assert record["calibration"]["begins_with_bos"] == bos
     full = rounded_model(job.name, job.dtype)
-    method = Method(recovery=Recovery(job.recovery))
+    method = Method(recovery=Recovery(job.recovery, level1=Options(effort=job.effort).level1))
     found = list(refit(stream, recorded_plan(record), recorded_rows(record, stream, text), method=method))
     for block, said in zip(found, record["blocks"], strict=True):
         for kind in stream.blocks[block.index].kinds:
