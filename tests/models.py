@@ -65,6 +65,16 @@ GEMMA4 = {
     "attention_k_eq_v": True,
     "hidden_size_per_layer_input": 0,
 }
+GEMMA4_SMALL = GEMMA4 | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_global_key_value_heads": None,
+    "attention_k_eq_v": False,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "num_kv_shared_layers": 2,
+}
+"""The last blocks attend with what earlier ones store, and every block reads the token once more."""
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 48}
 
 ROWS: dict[str, Callable[[], Any]] = {
@@ -94,6 +104,9 @@ ROWS: dict[str, Callable[[], Any]] = {
     "gpt_neox serial": _config("gpt_neox", intermediate_size=80, use_parallel_residual=False, tie_word_embeddings=True),
 }
 """Name of a case → its config. The first word is the family's model type, or its beginning."""
+
+STREAMED = (*ROWS, "gemma4_text small")
+"""Rows whose blocks are run one by one in ways of their own."""
 
 LINEAR: dict[str, Any] = {
     "head_dim": 12,
@@ -139,6 +152,8 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     ),
     "gemma": _config("gemma", **TRIPLES, head_dim=12),
     "gemma4_text": _config("gemma4_text", **GEMMA4),
+    "gemma4_text small": _config("gemma4_text", "num_hidden_layers", **GEMMA4_SMALL),
+    "gemma4_text wide": _config("gemma4_text", "num_hidden_layers", **GEMMA4_SMALL, use_double_wide_mlp=True),
     "mpt": _config("mpt", "intermediate_size", max_seq_len=POSITIONS, attn_config={"clip_qkv": 1.5}),
     "glm": _config("glm", **GROUPED, head_dim=8),
     "glm4": _config("glm4", **TRIPLES, head_dim=8),

@@ -190,12 +190,11 @@ def test_groups_leave_with_their_keys_and_values(name):
 def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
     block = first_block(name)
     assert block.attention.locked
-    derived = STOCK[config_of(name).model_type].derived
-    asked = settings(format="hf") if derived else settings()
+    asked = settings() if writable_channels(name) else settings(format="hf")
     with pytest.raises(SecateurError, match=re.escape(block.attention.locked)):
         prune(checkpoint_folder(name), tmp_path / "out", **asked | {"modules": ("heads",)})
-    if derived:
-        with pytest.raises(SecateurError, match=r"derives its feed-forward width .*; take --format hf"):
+    if not writable_channels(name):
+        with pytest.raises(SecateurError, match=r"(derives its feed-forward width|twice as wide) .*; take --format hf"):
             prune(checkpoint_folder(name), tmp_path / "out", **settings())
     found, blocks = prune(checkpoint_folder(name), tmp_path / "out", **asked), blocks_of(dense(name))
     for index, width in found.widths.items():
@@ -235,6 +234,11 @@ def writable_heads(name: str) -> bool:
     return STOCK[config_of(name).model_type].heads != "dense" and not first_block(name).attention.locked
 
 
+def writable_channels(name: str) -> bool:
+    """Fewer channels in every block."""
+    return not (STOCK[config_of(name).model_type].derived or getattr(config_of(name), "use_double_wide_mlp", False))
+
+
 def heads_share(name: str) -> float:
     """A sparsity that one group, or one head of every group, makes up."""
     block, width = first_block(name), first_block(name).width
@@ -253,7 +257,7 @@ def jobs() -> Iterator[Job]:
         source = "text" if position % 2 and "qwen3_5" not in name else "random"
         # What is fitted, and where it is written, the other job of these shows.
         recovery = "refit" if name in ROWS else "none"
-        if not STOCK[config_of(name).model_type].derived:
+        if writable_channels(name):
             yield Job(name, KINDS if writable_heads(name) else FED, 0.3, source, recovery=recovery)
         # Heads alone need no file of their own for each family: the first job writes heads as well.
         if name in HEADS_ALONE:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from models import (
     GEMMA,
     GEMMA4,
+    GEMMA4_SMALL,
     GROUPED,
     LINEAR,
     MISTRAL4,
@@ -98,6 +99,11 @@ CASES["gemma4"] = (
         | {"pooling_kernel_size": 2, "position_embedding_size": 16},
         "image_token_id": IMAGE,
     },
+)
+CASES["gemma4 small"] = (
+    "gemma4",
+    {key: value for key, value in CASES["gemma4"][1].items() if key != "text_config"}
+    | {"text_config": SIZES | GEMMA4_SMALL | {"model_type": "gemma4_text"}},
 )
 CASES["mistral4"] = ("mistral3", CASES["mistral3"][1] | {"text_config": SIZES | MISTRAL4 | {"model_type": "mistral4"}})
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "widths": "uniform"}

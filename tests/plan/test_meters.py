@@ -494,6 +494,9 @@ def test_meters_by_target(opened, monkeypatch):
     meter = meter_of(parse_target("decode=2x"), stream, **how)
     assert meter.form(0.0123) == "12.3 ms"
     assert meter.dense > 0
+    for target in ("kv=80%", "decode=2x"):
+        with pytest.raises(SecateurError, match="attend with keys and values of others"):
+            meter_of(parse_target(target), opened("gemma4_text small"), **how)
 
 
 @given(st.integers(0, 10**12))

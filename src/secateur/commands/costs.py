@@ -51,7 +51,7 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
 
     An upper bound where only some blocks are chosen: fewer streams begin then. The output layer is left out.
     """
-    blocks, width = stream.blocks, stream.width
+    blocks, width, columns, kept = stream.blocks, stream.width, stream.columns, stream.beside.kept
     streams = sum(probes * (number + 0.5) * forward_flops(block, probed) for number, block in enumerate(blocks))
     orders = [order_work(block, width, tokens, block.feed_forward.least) for block in blocks]
     return Work.of(
@@ -61,7 +61,7 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
                 quick=sum(gram_flops(a, 0, tokens) for a in _level2_inputs(blocks)),
                 exact=sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
                 resident=resident_bytes(stream),
-                streams=4 * width * (tokens + probed * (1 + probes * len(blocks))),
+                streams=4 * (columns * (tokens + probed * (1 + probes * len(blocks))) + kept * (tokens + probed)),
             ),
             *orders,
             *(expert_survey_work(block, width, tokens) for block in blocks),
@@ -76,7 +76,7 @@ def rewriting_work(stream: BlockStream, tokens: int) -> Work:
         forward=sum(forward_flops(block, tokens) for block in stream.blocks),
         quick=logits,
         resident=resident_bytes(stream),
-        streams=4 * tokens * stream.width,
+        streams=4 * tokens * (stream.columns + stream.beside.kept),
     )
 
 
@@ -85,7 +85,8 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
 
     `widths` are those of the pruned blocks.
     """
-    blocks, width, beside = [stream.blocks[index] for index in widths], stream.width, rows.counted(False).tokens
+    blocks, width, columns = [stream.blocks[index] for index in widths], stream.width, stream.columns
+    beside = rows.counted(False).tokens
     first, *others = (part.tokens for part in rows.fits())
     each = [first, *others]
     streams = rows.tokens + beside + sum(each)
@@ -104,7 +105,8 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
                 exact=len(each) * sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
                 resident=resident_bytes(stream, level1=bool(fitted), apart=apart),
                 # Of all fits but the one under way both streams are there, and nothing else.
-                streams=4 * (first * (6 * width + max(_level2_inputs(blocks))) + resting * 2 * width)
+                streams=4 * (first * (4 * width + 2 * columns + max(_level2_inputs(blocks))) + resting * 2 * columns)
+                + 4 * (first + resting) * stream.beside.kept
                 + max((part.streams for part in parts), default=0),
             ),
             *(part._replace(streams=0) for part in parts),
@@ -190,7 +192,7 @@ def gradient_work(stream: BlockStream, tokens: int) -> Work:
     return Work(
         exact=sum(4 * forward_flops(block, tokens) for block in stream.blocks),
         resident=4 * 3 * block.parameters,
-        streams=4 * tokens * stream.width * (len(stream.blocks) + 1),
+        streams=4 * tokens * (stream.columns * (len(stream.blocks) + 1) + stream.beside.kept),
     )
 
 

@@ -92,7 +92,7 @@ def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | N
             with stream.filled(index) as layer:
                 for at in rows.batches():
                     before = hidden[at]
-                    entering.add(before, before)
+                    entering.add(stream.residual(before), before)
                     hidden[at] = stream.run_through(index, layer, before, at.group, watch=watch)
             result.append(Magnitudes(*(mean.total / mean.count for mean in (entering, heads, channels))))
     return result

@@ -7,7 +7,7 @@ outputs.
 Shapes: rows x t x d for stored activations, t positions, d residual width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +78,26 @@ class DenseBlock:
                 if inputs and module.level1:
                     before[module.kind][at] = seen[module.source][0]
             replay = dict(zip(modules, (output[attention][at], None), strict=True))
-            goal[attention][at] = stream.run_through(index, layer, dense[at], at.group, replay=replay)
-            goal[feed_forward][at] = dense[at] = after
+            goal[attention][at] = cls._modules(stream, index, layer, dense, at, replay)
+            if stream.beside.own_inputs:
+                replay = {module: output[module.kind][at] for module in modules}
+                goal[feed_forward][at] = cls._modules(stream, index, layer, dense, at, replay)
+            else:
+                goal[feed_forward][at] = stream.residual(after)
+            dense[at] = after
         return cls(goal, output, before)
+
+    @staticmethod
+    def _modules(
+        stream: BlockStream,
+        index: int,
+        layer: nn.Module,
+        dense: Activations,
+        at: Batch,
+        replay: Mapping[Depth2, Tensor | None],
+    ) -> Tensor:
+        """The residual stream behind modules that are replayed."""
+        return stream.residual(stream.run_through(index, layer, dense[at], at.group, replay=replay, modules=True))
 
     def release(self, arena: Arena) -> None:
         """Give all room back."""

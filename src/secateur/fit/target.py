@@ -93,7 +93,8 @@ class ModuleTarget:
         without = state.done(module, at) | {module: None}
         if module is state.block.attention:
             without[state.block.feed_forward] = None
-        lacking = state.goal[module.kind][at].to(state.stream.device) - state.run(self.pruned, at, replay=without)
+        found = state.stream.residual(state.run(self.pruned, at, replay=without, modules=True))
+        lacking = state.goal[module.kind][at].to(state.stream.device) - found
         return lacking if self.multiplier == 1 else lacking / self.multiplier
 
     def _share_repairs(self) -> None:

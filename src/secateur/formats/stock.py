@@ -129,6 +129,8 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         return f"no stock layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
     if min(width.groups, width.per_group, width.fed) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
+    if getattr(config, "use_double_wide_mlp", False) and width.channels != dense.channels:
+        return f"the last blocks of this {kind} are twice as wide as the others; take --format hf"
     if stock.derived and width.channels != dense.channels:
         return f"{kind} derives its feed-forward width from hidden_size; take --format hf"
     if (obstacle := _experts_obstacle(config, width, dense)) is not None:

@@ -71,8 +71,12 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         return _latent(family, layer, heads)
     if family.heads_locked is not None:
         level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
-        own, fixed = None if family.adds else path, family.heads_fixed
-        return Depth2("heads", (), level2, bias, own, after, groups, family.heads_locked, fixed=fixed, pair=True)
+        own: Any = layer.get_submodule(path)
+        # Keys and values that later blocks attend with are made of nothing but this block's input.
+        lent = bool(family.shared_blocks and getattr(config, family.shared_blocks) and own.store_full_length_kv)
+        fixed = family.heads_fixed or lent
+        joins = None if family.adds else path
+        return Depth2("heads", (), level2, bias, joins, after, groups, family.heads_locked, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
         queries: Any = layer.get_submodule(f"{path}.{family.queries}")

@@ -105,6 +105,13 @@ class Family:
     """The config's key of a factor between what a module gives and the residual stream."""
     scalar: str | None = None
     """The block's factor for the whole residual stream behind it."""
+    own_inputs: str | None = None
+    """The config's key of the width of what each block reads of every token beside the residual stream, behind both
+    modules."""
+    own_output: str = "per_layer_projection"
+    """The layer by which a block adds what it makes of that."""
+    shared_blocks: str | None = None
+    """The config's key of how many of the last blocks attend with keys and values of earlier ones."""
     activation: str | None = None
     """The function between the two levels of the feed-forward, where it has parameters of its own."""
     experts: Experts | None = None
@@ -195,11 +202,9 @@ FAMILIES: dict[str, Family] = {
         norm_offset=False,
         scalar="layer_scalar",
         heads_locked="its windowed blocks have other heads than its blocks of full attention",
-        without=(
-            ("num_kv_shared_layers", "blocks that reuse the keys and values of earlier ones"),
-            ("hidden_size_per_layer_input", "blocks that read inputs of their own"),
-            ("enable_moe_block", "experts beside the feed-forward, with norms of their own"),
-        ),
+        own_inputs="hidden_size_per_layer_input",
+        shared_blocks="num_kv_shared_layers",
+        without=(("enable_moe_block", "experts beside the feed-forward, with norms of their own"),),
     ),
     "glm": GLM,
     "glm4": replace(

@@ -4,7 +4,8 @@ The model is built without weights. Its embedding is run once, with the blocks r
 the arguments which the model prepares for each of them (masks, rotary tables); afterwards any block can be
 run on stored activations, alone. Hooks live inside context managers only.
 
-Shapes: b rows of a batch, t positions, d residual width.
+Shapes: b rows of a batch, t positions, d residual width, c columns of what flows from block to block: d, unless blocks
+read something beside the residual stream (`secateur.model.beside`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
 from secateur.base.team import Team
 from secateur.model.arena import Activations, Arena
+from secateur.model.beside import Beside
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
 from secateur.model.families import family_of
@@ -90,6 +92,8 @@ class BlockStream:
         if not self.blocks:
             raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size
+        """d."""
+        self.beside = Beside(checkpoint.config, self.family, [*self.layers.children()], self.width)
         self.team = Team()
         """The processes among which rows are shared."""
         self.products = torch.float32
@@ -211,9 +215,10 @@ class BlockStream:
         """
         base = self.model.get_submodule(self.model.base_model_prefix)
         recorders = self._recorders()
-        result = arena.empty(rows, self.width)
+        result = arena.empty(rows, self.columns)
         with self._around(base, recorders):
             self._calls = []
+            self.beside.prepare(rows, arena)
             for group in rows.groups:
                 # One row: what the model prepares for it broadcasts over batches of any size.
                 one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
@@ -221,24 +226,33 @@ class BlockStream:
                 self._calls.append([recorder.call for recorder in recorders])
             for at in rows.batches():
                 base(rows.ids(at).to(self.device), use_cache=False)
-                result[at] = recorders[0].input_btd
+                result[at] = self.beside.note(at, recorders[0].input_btd, [recorder.call[0] for recorder in recorders])
         return result
+
+    @property
+    def columns(self) -> int:
+        """c."""
+        return self.beside.columns
+
+    def residual(self, hidden_btc: Tensor) -> Tensor:
+        """The residual stream alone (b x t x d)."""
+        return hidden_btc[..., : self.width]
 
     def _recorders(self) -> list[_Recorder]:
         return [_Recorder(layer, self.family.tupled) for layer in self.layers.children()]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from the stream behind the last block (k x d) to logits (k x v).
+        """A function from the stream behind the last block (k x c) to logits (k x v).
 
         It is the model's own final norm and output layer, run as k texts of one token.
         """
         recorders = self._recorders()
         with self._around(self.model, recorders):
 
-            def logits(hidden_kd: Tensor) -> Tensor:
-                recorders[-1].instead = hidden_kd.to(self.device)[:, None]
-                ids = torch.zeros(len(hidden_kd), 1, dtype=torch.long, device=self.device)
+            def logits(hidden_kc: Tensor) -> Tensor:
+                recorders[-1].instead = self.residual(hidden_kc.to(self.device))[:, None]
+                ids = torch.zeros(len(hidden_kc), 1, dtype=torch.long, device=self.device)
                 return self.model(ids, use_cache=False).logits[:, 0]
 
             yield logits
@@ -291,50 +305,56 @@ class BlockStream:
         self,
         index: int,
         layer: nn.Module,
-        hidden_btd: Tensor,
+        hidden_btc: Tensor,
         group: int,
         *,
         replay: Mapping[Depth2, Tensor | None] | None = None,
         watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
         until: str | None = None,
+        modules: bool = False,
     ) -> Tensor | None:
         """Run a filled block on one batch.
 
         Args:
             layer: the block, from `filled`.
-            hidden_btd: its input, on any device.
+            hidden_btc: its input, on any device.
             group: which group of rows the batch belongs to.
             replay: outputs to use in place of computing a module: (b, t, d), or None for zero.
             watch: called with a layer's input and output, by the layer's path.
             until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
+            modules: leave out what the block adds of inputs of its own, behind its two modules.
         """
-        args, kwargs = self._calls[group][index]
-        hidden_btd = onto(hidden_btd, self.device)
+        hidden_btc = onto(hidden_btc, self.device)
+        args, kwargs = self.beside.given(index, group, hidden_btc, *self._calls[group][index])
+        hidden_btd = self.residual(hidden_btc)
         if (slopes := kwargs.get("alibi")) is not None and slopes.dim() == 3:
             # Bloom has rows and heads on one axis.
             kwargs = kwargs | {"alibi": slopes.repeat(len(hidden_btd), 1, 1)}
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
-                stack.enter_context(_replayed(layer, module, hidden_btd, value))
+                lends = module.kind == "heads" and self.beside.stores(index)
+                stack.enter_context(_replayed(layer, module, hidden_btd, value, lends))
+            if modules and self.beside.own_inputs:
+                stack.enter_context(_silent(layer.get_submodule(self.family.own_output), hidden_btd))
             for path, see in (watch or {}).items():
                 stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
             stack.enter_context(self.multiplying())
             try:
                 found = layer(hidden_btd, *args, **kwargs)
-                return found[0] if self.family.tupled else found
+                return self.beside.behind(index, hidden_btc, found[0] if self.family.tupled else found, kwargs)
             except Reached:
                 return None
 
-    def run_through(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int, **how: Any) -> Tensor:
-        """`run` to the block's end, on values that must be finite.
+    def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **how: Any) -> Tensor:
+        """`run` to the block's end, on values that must be finite (b x t x c).
 
         Raises:
             SecateurError: they are not; with the block and the module.
         """
-        after = self.run(index, layer, hidden_btd, group, **how)
+        after = self.run(index, layer, hidden_btc, group, **how)
         assert after is not None
         if not _finite(after):
-            raise self.trouble(index, layer, hidden_btd, group)
+            raise self.trouble(index, layer, hidden_btc, group)
         return after
 
     def advance(self, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
@@ -342,16 +362,16 @@ class BlockStream:
         for at in rows.batches():
             hidden[at] = self.run_through(index, layer, hidden[at], at.group)
 
-    def trouble(self, index: int, layer: nn.Module, hidden_btd: Tensor, group: int) -> SecateurError:
+    def trouble(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int) -> SecateurError:
         """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""
         block = self.blocks[index]
-        broken = {"the norms": True, "the input": not _finite(hidden_btd)}
+        broken = {"the norms": True, "the input": not _finite(hidden_btc)}
         names = {"the attention module": block.attention, "the feed-forward module": block.feed_forward}
 
         def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
             return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})
 
-        self.run(index, layer, hidden_btd, group, watch={m.sink: watcher(name) for name, m in names.items()})
+        self.run(index, layer, hidden_btc, group, watch={m.sink: watcher(name) for name, m in names.items()})
         where = next(name for name in ("the input", *names, "the norms") if broken[name])
         return SecateurError(f"block {index}: {where} gives NaN or infinite activations; are the weights intact?")
 
@@ -378,11 +398,16 @@ def _watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: 
 
 
 @contextmanager
-def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor | None) -> Iterator[None]:
-    """Let a module return a stored output in place of computing it."""
+def _replayed(
+    layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor | None, lends: bool
+) -> Iterator[None]:
+    """Let a module return a stored output in place of computing it, unless it `lends` what it makes on the way."""
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if lends:
+            part = layer.get_submodule(str(module.path))
+            type(part).forward(part, *args, **kwargs)
         # Falcon adds to what it is given.
         return (output.clone(), None) if module.pair else output.clone()
 
@@ -403,3 +428,13 @@ def _replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tenso
     finally:
         for path in changes:
             del layer.get_submodule(path).__dict__["forward"]
+
+
+@contextmanager
+def _silent(module: nn.Module, like: Tensor) -> Iterator[None]:
+    """Let a module give zeros of another tensor's shape."""
+    module.__dict__["forward"] = lambda *_: torch.zeros_like(like)
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]

@@ -66,9 +66,14 @@ def meter_of(
         return active_meter(stream, biases)
     if target.quantity == "bytes":
         return byte_meter(stream, dtype, gguf_type, biases)
+    assert target.quantity != "ppl"
+    if stream.beside.lent:
+        raise SecateurError(
+            f"target {target}: blocks attend with keys and values of others, so that what one of them takes cannot be "
+            "told apart; give params or bytes"
+        )
     if target.quantity == "kv":
         return cache_meter(stream, dtype)
-    assert target.quantity != "ppl"
     if any(block.width.experts for block in stream.blocks):
         raise SecateurError(
             f"target {target}: how long experts take depends on where tokens go, and is not measured; give params, "

@@ -97,7 +97,7 @@ def gradients(
                 _through_head(stream, rows, hidden)
             with stream.filled(index) as layer:
                 if step < count:
-                    after = arena.empty(rows, stream.width) if index >= blocks.start else hidden
+                    after = arena.empty(rows, stream.columns) if index >= blocks.start else hidden
                     for at in rows.batches():
                         after[at] = stream.run_through(index, layer, hidden[at], at.group)
                     if index >= blocks.start:

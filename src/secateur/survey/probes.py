@@ -53,7 +53,7 @@ class Probes:
         self._first = rows.spans(stream.team.rank, stream.team.size)[group].start
         self.begun = [Probe(**one) for one in begun]
         """One for each stream, its divergence still unknown."""
-        self.hidden: list[Activations] = [arena.empty(self.rows, stream.width) for _ in begun]
+        self.hidden: list[Activations] = [arena.empty(self.rows, stream.columns) for _ in begun]
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
@@ -70,11 +70,11 @@ class Probes:
         """Start a stream at a filled block.
 
         Args:
-            dense: the block's input in the dense model (b x t x d).
+            dense: the block's input in the dense model (b x t x c).
             output: what the level 2 of the module that is cut yields there (b x t x d).
             cut: which cut it is.
         """
-        hidden = self.arena.empty(self.rows, self.stream.width)
+        hidden = self.arena.empty(self.rows, self.stream.columns)
         for at in self.rows.batches():
             replay = {cut.module: output[at.rows]}
             hidden[at] = self.stream.run_through(cut.block, layer, dense[at.rows], self.group, replay=replay)
@@ -82,7 +82,7 @@ class Probes:
         self.begun.append(Probe(cut.block, cut.module.kind, cut.error, not len(cut.kept), float("nan")))
 
     def finish(self, dense: Tensor, watcher: Watcher) -> list[Probe]:
-        """The divergences, from the dense stream behind the last block (b x t x d); the streams are given back."""
+        """The divergences, from the dense stream behind the last block (b x t x c); the streams are given back."""
         totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
             for row in watcher.track(range(len(self.rows.groups[0])), "Price"):

@@ -76,7 +76,7 @@ def survey(
                     hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
                     with stream.rounded():
                         for collector in collectors:
-                            collector.update(after, at)
+                            collector.update(stream.residual(after), at)
                 for collector in collectors:
                     collector.measure(ridge, seed)
                 # Each module's owner is through before any of them tells what it has found.
