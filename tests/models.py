@@ -220,6 +220,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         mlp_layer_types=["dense"] + ["sparse"] * 2,
     ),
     "flex_olmo": _config("flex_olmo", **GROUPED, num_experts=8, num_experts_per_tok=3),
+    "gemma4_text mixture": _config("gemma4_text", **GEMMA4, **_EXPERTS, enable_moe_block=True, top_k_experts=3),
     "granitemoe": _config("granitemoe", **GROUPED, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.6),
     "gpt_oss": _config("gpt_oss", **GROUPED, **WINDOWED, num_local_experts=8, num_experts_per_tok=3, head_dim=12),
     "hunyuan_v1_moe": _config("hunyuan_v1_moe", **GROUPED, num_experts=8, moe_topk=[3, 3, 3], head_dim=8),
@@ -461,7 +462,8 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
         for module in block.modules:
             if module.kind == "experts":
                 gone = [unit for unit in range(module.units) if unit not in keep.experts]
-                handles.append(_Unchosen(layer.get_submodule(module.sink), module.units, gone))
+                home = layer if module.outer_norm else layer.get_submodule(module.sink)
+                handles.append(_Unchosen(home, module.units, gone))
                 if keep.channels:
                     handles.append(_Idle(layer, module, keep))
                 continue

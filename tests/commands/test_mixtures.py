@@ -163,16 +163,6 @@ REFUSED = {
 }
 
 
-def test_a_kind_without_code_is_named(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    model = tmp_path / "dense"
-    shutil.copytree(checkpoint_folder("gemma4_text"), model)
-    config = json.loads((model / "config.json").read_text())
-    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
-    (model / "config.json").write_text(json.dumps(config | experts))
-    with pytest.raises(SecateurError, match=r"this gemma4_text has experts .*, for which there is no code yet"):
-        prune(model, tmp_path / "out", sparsity=0.2, **SMALL)
-
-
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder, case: str

@@ -111,7 +111,7 @@ class ExpertsState:
         return torch.cat(x), torch.cat(target), torch.cat(weight), torch.cat(score), scales
 
     def _inputs(self, at: Batch) -> Tensor:
-        found = self.state.inputs_of(self.module, self.pruned, at, self.module.sink)[self.module.sink]
+        found = self.state.inputs_of(self.module, self.pruned, at, self.module.source)[self.module.source]
         return found.reshape(-1, self.stream.width)
 
     def _unit(self, y_nd: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -216,7 +216,7 @@ class ExpertsState:
             stats = self._statistics(part, self._score)
         if criterion.inputs:
             stats.inputs = Moments(self.stream.width, device=self.stream.device)
-            stats.inputs.update(self._x[part.tokens], weights_n=self._score[part.tokens])
+            stats.inputs.update(self.mixture.read(self._x[part.tokens]), weights_n=self._score[part.tokens])
             stats.inputs.reduce(team, part.owner)
 
         def chosen() -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ class ModuleTarget:
         recovery = state.method.recovery
         # Where the residual stream itself is normalised (OPT-350m), the error so far cannot be repaired.
         additive = getattr(state.stream.checkpoint.config, "do_layer_norm_before", True)
-        self.repairs = additive and recovery.method != "paper"
+        # Nor where another norm weighs the module's output against what stands beside it.
+        self.repairs = additive and module.outer_norm is None and recovery.method != "paper"
         """Whether it aims at the error so far as well."""
         self.multiplier = multiplier_of(state.stream.checkpoint.config, state.layer)
         """What the module's output is multiplied by on its way to the residual stream."""

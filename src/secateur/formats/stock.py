@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from secateur.base.errors import SecateurError
-from secateur.model.families import FAMILIES
+from secateur.model.families import FAMILIES, mixture_of
 from secateur.model.modeling_secateur import EXPERTS
 from secateur.model.structure import Width
 
@@ -157,7 +157,7 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
 
 def _experts_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     """Why a stock class cannot hold experts of a width."""
-    mixture = FAMILIES[config.model_type].experts
+    mixture = mixture_of(config)
     if mixture is None or not width.experts or width.channels == dense.channels:
         return None
     if mixture.shared is not None and mixture.shared_width is None:
@@ -195,7 +195,7 @@ def stock_config(
     if family.ungrouped:
         # The class does not read it; other readers might.
         stored.pop("num_key_value_heads", None)
-    if (experts := family.experts) is None:
+    if (experts := mixture_of(config)) is None:
         stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
     elif width.experts:
         # Blocks without experts keep their channels. Some configs hold the number under two names.

@@ -21,7 +21,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
 from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_config, stock_class
-from secateur.model.families import FAMILIES, Experts, positions_of
+from secateur.model.families import FAMILIES, Experts, mixture_of, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
@@ -142,9 +142,8 @@ class Checkpoint:
 
     @cached_property
     def _experts(self) -> Experts | None:
-        """How the family's mixtures of experts are called, if it has any."""
-        family = FAMILIES.get(self.config.model_type)
-        return None if family is None else family.experts
+        """How the model's mixtures of experts are called, if it has any."""
+        return mixture_of(self.config)
 
     def pieces(self, name: str) -> tuple[str, ...]:
         """Stored names of all that a transformers parameter holds, in order; none where something is missing.

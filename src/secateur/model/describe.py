@@ -25,9 +25,16 @@ def describe(config: Any, layer: nn.Module) -> Block:
     """
     family = family_of(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    mixed = family.experts is not None and hasattr(layer.get_submodule(str(family.feed_forward)), family.experts.router)
-    feed_forward = _mixture(config, family, layer) if mixed else _feed_forward(family, layer)
+    feed_forward = _mixture(config, family, layer) if _mixed(family, layer) else _feed_forward(family, layer)
     return Block(_attention(config, family, layer), feed_forward, shapes)
+
+
+def _mixed(family: Family, layer: nn.Module) -> bool:
+    """Whether the block has experts."""
+    if family.experts is None:
+        return False
+    home = layer if family.experts.apart else layer.get_submodule(str(family.feed_forward))
+    return hasattr(home, family.experts.router)
 
 
 def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
@@ -65,7 +72,7 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
                 f"{path}.{output}, and no such model is known"
             )
         level2, bias = _heads_output(layer, f"{path}.{output}", heads)
-        return Depth2("heads", (), level2, bias, path, None, groups, MIXED, fixed=True)
+        return Depth2("heads", (), level2, bias, path, None, None, groups, MIXED, fixed=True)
     dim, path, after = head_dim(config), family.attention, family.norm_after_attention
     if family.latent is not None:
         return _latent(family, layer, heads)
@@ -76,7 +83,8 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         lent = bool(family.shared_blocks and getattr(config, family.shared_blocks) and own.store_full_length_kv)
         fixed = family.heads_fixed or lent
         joins = None if family.adds else path
-        return Depth2("heads", (), level2, bias, joins, after, groups, family.heads_locked, fixed=fixed, pair=True)
+        why = family.heads_locked
+        return Depth2("heads", (), level2, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
         queries: Any = layer.get_submodule(f"{path}.{family.queries}")
@@ -101,7 +109,7 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     if locked is None and apart:
         locked = "its query and key norms differ from head to head"
     fixed = family.mixer is not None
-    return Depth2("heads", level1, level2, bias, path, after, groups, locked, fixed=fixed, pair=True)
+    return Depth2("heads", level1, level2, bias, path, after, None, groups, locked, fixed=fixed, pair=True)
 
 
 def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
@@ -115,16 +123,17 @@ def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
         level1 += _level1(layer, f"{path}.{name}", "head", heads, linear.weight.shape[0] // heads)
     level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
     after = family.norm_after_attention
-    return Depth2("heads", level1, level2, bias, path, after, heads, pair=True, reader=f"{path}.{reader}")
+    return Depth2("heads", level1, level2, bias, path, after, None, heads, pair=True, reader=f"{path}.{reader}")
 
 
 def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     """Experts: whatever has an axis of their number follows them."""
-    mixture, path = family.experts, str(family.feed_forward)
+    mixture = family.experts
     assert mixture is not None
+    home = "" if mixture.apart else f"{family.feed_forward}."
     units = int(getattr(config, mixture.count))
-    down = f"{path}.{mixture.experts}.{mixture.stored[-1][0]}"
-    inside = [f"{path}.{part}" for part in (mixture.experts, mixture.router, mixture.bias) if part is not None]
+    down = f"{home}{mixture.experts}.{mixture.stored[-1][0]}"
+    inside = [f"{home}{part}" for part in (mixture.experts, mixture.router, mixture.bias) if part is not None]
     slabs = [
         Slab(name, tuple(tensor.shape).index(units), "expert", units, 1)
         for name, tensor in layer.state_dict().items()
@@ -132,26 +141,28 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     ]
     level2 = next(slab for slab in slabs if slab.name == down)
     others = tuple(slab for slab in slabs if slab is not level2)
-    inner, channels = _inside_experts(layer, f"{path}.{mixture.experts}", mixture.stored)
+    inner, channels = _inside_experts(layer, home + mixture.experts, mixture.stored)
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
     met = getattr(config, mixture.chosen)
     # Hunyuan's config may have one for each block; the most is enough for all of them.
     met = max(met) if isinstance(met, list) else int(met)
     each = max(-(-met // open_), 2 if groups > 1 else 1)
-    after = family.norm_after_feed_forward
+    outer = family.norm_after_feed_forward
     return Depth2(
         "experts",
         (*others, *channels),
         level2,
         None,
-        path,
-        after,
+        mixture.experts if mixture.apart else family.feed_forward,
+        mixture.apart[1] if mixture.apart else outer,
+        outer if mixture.apart else None,
         groups,
         pair=mixture.scored,
         least=each * groups,
         met=met,
         inner=inner,
+        reader=mixture.router if mixture.apart else None,
     )
 
 

@@ -40,6 +40,9 @@ class Experts:
     """The submodule of the expert that all tokens meet, where there is one."""
     shared_gate: str | None = None
     """What says how much that one counts, if it does not always count in full."""
+    apart: tuple[str, str] | None = None
+    """Where experts and router hang in the block itself, beside a feed-forward that stays: the norm through which the
+    experts read what the router does, and the one behind them. The feed-forward's own follows on the sum of both."""
     scored: bool = False
     """The feed-forward gives the router's scores behind its output."""
     stored: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -118,8 +121,6 @@ class Family:
     """The mixture of experts that stands in the feed-forward's place in some blocks, or in all."""
     tupled: bool = False
     """Blocks give more behind the residual stream."""
-    without: tuple[tuple[str, str], ...] = ()
-    """Keys of the config for which there is no code yet, and what a model has that sets them."""
 
 
 LLAMA = Family()
@@ -204,7 +205,11 @@ FAMILIES: dict[str, Family] = {
         heads_locked="its windowed blocks have other heads than its blocks of full attention",
         own_inputs="hidden_size_per_layer_input",
         shared_blocks="num_kv_shared_layers",
-        without=(("enable_moe_block", "experts beside the feed-forward, with norms of their own"),),
+        experts=Experts(
+            router="router",
+            chosen="top_k_experts",
+            apart=("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
+        ),
     ),
     "glm": GLM,
     "glm4": replace(
@@ -384,11 +389,13 @@ def family_of(config: Any) -> Family:
         raise SecateurError(
             f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"
         )
-    if lacks := [what for key, what in family.without if getattr(config, key, None)]:
-        raise SecateurError(
-            f"this {config.model_type} has {' and '.join(lacks)}, for which there is no code yet; take a model without"
-        )
     return family
+
+
+def mixture_of(config: Any) -> Experts | None:
+    """How a model's experts are called; None where it has none, as its family has none or its config asks for none."""
+    found = family.experts if (family := FAMILIES.get(config.model_type)) else None
+    return found if found and getattr(config, found.count, None) else None
 
 
 def head_dim(config: Any) -> int:

@@ -31,13 +31,16 @@ class Routes(NamedTuple):
 
 
 class Mixture:
-    """A filled block's experts, router and shared expert."""
+    """A filled block's experts, router and shared expert. The mixture's inputs are what the router reads."""
 
     def __init__(self, stream: BlockStream, layer: nn.Module, module: Depth2):
         """Find the parts."""
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
-        self.whole: Any = layer.get_submodule(module.sink)
+        apart = self.names.apart
+        self.whole: Any = layer if apart else layer.get_submodule(module.sink)
+        """What holds experts and router."""
+        self._norm: Any = layer.get_submodule(apart[0]) if apart else None
         self.experts: Any = self.whole.get_submodule(self.names.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
         self.shared: Any = self.whole.get_submodule(self.names.shared) if self.names.shared else None
@@ -51,23 +54,27 @@ class Mixture:
         """Where tokens go while only some experts are there (ascending)."""
         with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
             beside = [] if self.names.bias is None else [getattr(self.whole, self.names.bias)]
-            found = self.router(x_nd, *beside)
-        chosen = next(part for part in found if not part.is_floating_point())
-        # Logits come first, and have the same shape where a token meets all that are left.
-        gates = next(part for part in reversed(found) if part.is_floating_point() and part.shape == chosen.shape)
-        return Routes(alive[chosen], gates.float())
+            found = _routes(self.router(x_nd, *beside))
+        return Routes(alive[found.experts], found.gates.float())
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """What the whole mixture gives while only some experts are there."""
         with self.only(alive), self.stream.multiplying():
+            if self._norm is not None:
+                x_nd = x_btd.flatten(0, 1)
+                return self.experts(self.read(x_nd), *_routes(self.router(x_nd))).float().view_as(x_btd)
             found = self.whole(x_btd)
             return (found[0] if isinstance(found, tuple) else found).float()
+
+    def read(self, x_nd: Tensor) -> Tensor:
+        """What the experts see of the mixture's inputs."""
+        return x_nd if self._norm is None else self._norm(x_nd)
 
     def inner(self, expert: int, x_nd: Tensor) -> Tensor:
         """An expert's level-2 inputs (n x f)."""
         weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         with self.stream.multiplying():
-            rows = linear(x_nd, weight.T if self.experts.is_transposed else weight, bias)
+            rows = linear(self.read(x_nd), weight.T if self.experts.is_transposed else weight, bias)
             return self.experts._apply_gate(rows).float()
 
     def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
@@ -159,6 +166,14 @@ class Mixture:
         finally:
             for owner, values in before:
                 vars(owner).update(values)
+
+
+def _routes(found: tuple[Tensor, ...]) -> Routes:
+    """What a router gives; logits come first, and have the same shape where a token meets all that are left."""
+    chosen = next(part for part in found if not part.is_floating_point())
+    return Routes(
+        chosen, next(part for part in reversed(found) if part.is_floating_point() and part.shape == chosen.shape)
+    )
 
 
 def _like(value: Tensor, part: Tensor) -> Tensor:

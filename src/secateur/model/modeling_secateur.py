@@ -172,7 +172,10 @@ def resize(
     # OPT's two feed-forward layers hang in the decoder layer itself.
     place = next((name for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe") if hasattr(layer, name)), "")
     mlp: Any = getattr(layer, place, layer)
-    if hasattr(mlp, "experts") or hasattr(mlp, "input_linear"):
+    if hasattr(layer, "experts"):
+        # Beside a feed-forward, which stays.
+        narrow_mixture(layer, experts, inner)
+    elif hasattr(mlp, "experts") or hasattr(mlp, "input_linear"):
         narrow_mixture(mlp, experts, inner)
     elif channels:
         for child, linear in projections(mlp):

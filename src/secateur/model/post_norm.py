@@ -42,6 +42,9 @@ class PostNorm:
         if gains is not None:
             self.read_o = gains[2 * index + 1 + (module.kind != "heads") :].square().mean(0).sqrt()
             self._size_o = self._gain_o * self.read_o
+        if module.outer_norm is not None:
+            # Its gains count as well; its scale is much the same whatever goes.
+            self._size_o = self._size_o * layer.get_submodule(module.outer_norm)(torch.ones_like(self._gain_o))
         least = MUTED * self._size_o.abs().median()
         self._size_o = torch.where(self._size_o.abs() < least, least, self._size_o)
 

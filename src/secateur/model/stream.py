@@ -322,7 +322,7 @@ class BlockStream:
             replay: outputs to use in place of computing a module: (b, t, d), or None for zero.
             watch: called with a layer's input and output, by the layer's path.
             until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
-            modules: leave out what the block adds of inputs of its own, behind its two modules.
+            modules: leave out what the block adds to the residual stream beside its two modules.
         """
         hidden_btc = onto(hidden_btc, self.device)
         args, kwargs = self.beside.given(index, group, hidden_btc, *self._calls[group][index])
@@ -334,8 +334,9 @@ class BlockStream:
             for module, value in (replay or {}).items():
                 lends = module.kind == "heads" and self.beside.stores(index)
                 stack.enter_context(_replayed(layer, module, hidden_btd, value, lends))
-            if modules and self.beside.own_inputs:
-                stack.enter_context(_silent(layer.get_submodule(self.family.own_output), hidden_btd))
+            if modules:
+                for path in self._aside(index):
+                    stack.enter_context(_silent(layer.get_submodule(path), hidden_btd))
             for path, see in (watch or {}).items():
                 stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
             stack.enter_context(self.multiplying())
@@ -344,6 +345,13 @@ class BlockStream:
                 return self.beside.behind(index, hidden_btc, found[0] if self.family.tupled else found, kwargs)
             except Reached:
                 return None
+
+    def _aside(self, index: int) -> Iterator[str]:
+        """What adds to the residual stream in a block, and is none of its two modules."""
+        if self.beside.own_inputs:
+            yield self.family.own_output
+        if self.blocks[index].feed_forward.outer_norm is not None:
+            yield str(self.family.feed_forward)
 
     def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **how: Any) -> Tensor:
         """`run` to the block's end, on values that must be finite (b x t x c).

@@ -68,6 +68,8 @@ class Depth2:
     """The submodule whose output joins the residual stream; None where the layers hang in the block itself."""
     post_norm: str | None
     """A norm between level 2 and the residual stream (Gemma 2 and 3, OLMo-2)."""
+    outer_norm: str | None = None
+    """A norm behind that one, on the sum of this module's output and another's."""
     groups: int = 1
     """Key/value heads; 1 for channels."""
     locked: str | None = None
@@ -83,7 +85,8 @@ class Depth2:
     inner: int = 0
     """Channels of each expert. They are counted through: those of the second expert follow those of the first."""
     reader: str | None = None
-    """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector."""
+    """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector, experts
+    beside a feed-forward."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:

@@ -61,10 +61,15 @@ class ExpertsCollector:
 
     def watches(self) -> dict[str, Any]:
         """What to watch, by layer path."""
-        return {self.module.sink: self._see}
+        if self.module.source == self.module.sink:
+            return {self.module.sink: self._see}
+        return {self.module.source: self._read, self.module.sink: lambda _, z: self._see(self._x, z)}
 
     def _see(self, x: Tensor, z: Tensor) -> None:
         self._x, self._z = x, z
+
+    def _read(self, x: Tensor, _: Tensor) -> None:
+        self._x = x
 
     def update(self, after: Tensor, at: Batch) -> None:
         """Keep what the last run has shown; `after` is the residual stream after the block (b, t, d)."""
