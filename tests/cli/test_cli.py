@@ -458,6 +458,9 @@ ARGUMENTS = [
     ("sizes model --out sizes --sparsities .1,x", "sparsities is '.1,x'; write numbers with commas, for example .1,"),
     ("sizes model --out sizes --sparsities .1,,.2", "write numbers with commas"),
     ("sizes model --out sizes --sparsities .1,.2,.1", "sparsities is '.1,.2,.1', where one is there twice"),
+    ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a share, as 0.25 or 25%"),
+    ("prune model out --sparsity 25", "sparsity is 25.0; it must lie between 0 and 1, for example 0.25"),
+    ("prune model out --sparsity 0%", "sparsity is 0.0; it must lie between 0 and 1"),
     ("sizes model --out sizes --sparsities .1,2", "sparsity is 2.0; it must lie between 0 and 1"),
     ("sizes model --out sizes --sparsities .1,.999", "99.9% of the blocks is more than the modules hold: at most"),
     (
@@ -480,10 +483,9 @@ ARGUMENTS = [
     ("plan model --survey a.json --out a.json", "a.json: the survey needs a place of its own beside a.json"),
     ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
     ("export", "Missing argument 'DIR'; see secateur export --help"),
-    ("export model out.gguf", "model: not a folder that secateur's prune wrote (config.json with secateur.json beside"),
-    ("export nowhere out.gguf", "nowhere: not a folder that secateur's prune wrote"),
+    ("export nowhere out.gguf", "nowhere: no folder with a config.json; name one that secateur prune wrote"),
     ("export model out", "out: the file's name must end in .gguf; name it so"),
-    ("retrain model out --calibration text.txt", "model: not a folder that secateur's prune wrote"),
+    ("retrain nowhere out --calibration text.txt", "nowhere: no folder with a config.json; name one that secateur"),
     ("retrain model out --rank -1", "rank is -1; it must be at least 0"),
     ("retrain model out --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     ("eval", "Missing argument 'MODEL'; see secateur eval --help"),
@@ -612,7 +614,6 @@ WRONG_FILES = [
     ("plan adaptive", "can be evaluated but not pruned again; prune the dense model"),
     ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output holds"),
     ("export gpt2-adaptive out.gguf", "uniform widths; the nearest that fits: prune again with --widths uniform --sp"),
-    ("export mistral out.gguf", "mistral: not a folder that secateur's prune wrote"),
 ]
 
 

@@ -74,6 +74,19 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
+def test_what_others_saved_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, widths: str) -> None:
+    """A pruned model that was loaded, trained and saved by other tools has no record, and its config says it all."""
+    folder, saved, out = pruned(checkpoint_folder("llama"), tmp_path / "pruned", widths), tmp_path / "s", tmp_path / "o"
+    network = load(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    network.save_pretrained(saved)
+    open_checkpoint(folder).tokenizer().save_pretrained(saved)
+    retrain(saved, out, calibration=str(text), **SMALL)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, out))
+    assert {name: value.shape for name, value in before.items()} == {name: v.shape for name, v in after.items()}
+    assert list(record(out)) == ["retrained"]
+
+
 @pytest.mark.parametrize(("name", "widths"), CASES, ids=["-".join(case) for case in CASES])
 def test_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, name: str, widths: str) -> None:
     folder, out = pruned(checkpoint_folder(name), tmp_path / "pruned", widths), tmp_path / "out"
@@ -244,8 +257,8 @@ def test_mistakes(
 
 def test_folders_that_cannot_be(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
     settings = {**SMALL, "calibration": str(text)}
-    with pytest.raises(SecateurError, match="not a folder that secateur's prune wrote"):
-        retrain(checkpoint_folder("llama"), tmp_path / "out", **settings)
+    with pytest.raises(SecateurError, match=r"no folder with a config\.json; name one that secateur prune wrote"):
+        retrain(tmp_path, tmp_path / "out", **settings)
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     with pytest.raises(SecateurError, match="this is the model's own folder"):
         retrain(folder, folder, overwrite=True, **settings)

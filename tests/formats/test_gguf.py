@@ -700,8 +700,8 @@ def test_refused_requests(tmp_path):
         export(folder, out)
     assert out.read_text() == "mine"
     export(folder, out, overwrite=True)
-    (folder / "secateur.json").unlink()
-    with pytest.raises(SecateurError, match="not a folder that secateur's prune wrote"):
+    (folder / "config.json").unlink()
+    with pytest.raises(SecateurError, match=r"no folder with a config\.json; name one that secateur prune wrote"):
         export(folder, tmp_path / "n.gguf")
 
 

@@ -8,10 +8,12 @@ the function an object of the class. `Only(...)` and `Without(...)` in the annot
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from secateur.cli.values import parse_share
 from secateur.commands.options import Declared, declared, spelled
 
 _ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing")
@@ -80,7 +82,10 @@ def _parameter(name: str, one: Declared, owner: type, hint: Any) -> inspect.Para
     shown: Any = one.shown if one.shown is not None else True
     if get_origin(hint) is tuple:
         hint, default = str, ",".join(default)
-    what = typer.Option(f"--{spelled(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown)
+    how: dict[str, Any] = (
+        {"parser": partial(parse_share, f"--{spelled(name)}"), "metavar": "<float>"} if one.share else {}
+    )
+    what = typer.Option(f"--{spelled(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown, **how)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
 
 

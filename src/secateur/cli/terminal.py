@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -62,7 +63,8 @@ class Bars:
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Turn a spinner, on a terminal only."""
-        return log.status(f"{what} ...")
+        # As text: a string would be read as markup, and a path may hold brackets.
+        return log.status(Text(f"{what} ..."))
 
 
 def _told(items: Iterable[T], what: str, before: int) -> Iterator[T]:

@@ -38,10 +38,25 @@ def parse_whole_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     return numbers
 
 
+def parse_share(name: str, text: str) -> float:
+    """A share of one, or in per cent."""
+    try:
+        return _share(text)
+    except ValueError:
+        raise SecateurError(f"{name} is '{text}'; write a share, as 0.25 or 25%") from None
+
+
+def _share(text: str) -> float:
+    number, sign, rest = text.strip().partition("%")
+    if rest:
+        raise ValueError
+    return float(number) / 100 if sign else float(number)
+
+
 def parse_shares(text: str) -> list[float]:
     """Numbers between commas, in ascending order."""
     try:
-        shares = [float(part) for part in text.split(",")]
+        shares = [_share(part) for part in text.split(",")]
     except ValueError:
         raise SecateurError(f"sparsities is '{text}'; write numbers with commas, for example .1,.25,.5") from None
     if len(set(shares)) < len(shares):

@@ -50,6 +50,8 @@ class Declared(NamedTuple):
     """The default in words."""
     choices: Collection[str] = ()
     least: int | None = None
+    share: bool = False
+    """A person may write it in per cent."""
 
 
 def option(default: Any, panel: str, help: str, **how: Any) -> Any:
@@ -74,7 +76,9 @@ class Options:
     Raises `SecateurError` for a value that makes no sense whatever the model.
     """
 
-    sparsity: float | None = option(None, TARGET, "Share of the parameters to remove, between 0 and 1.", shown="0.25")
+    sparsity: float | None = option(
+        None, TARGET, "Share of the parameters to remove, between 0 and 1, or as 25%.", shown="0.25", share=True
+    )
     target: str | None = option(
         None,
         TARGET,

@@ -18,7 +18,7 @@ from transformers import set_seed
 import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, hash_of, parse_json
+from secateur.base.files import Output, hash_of
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import RunFolder
 from secateur.compare.train import adapted_layers, train, trained
@@ -27,7 +27,7 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.measure import compare, perplexity
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.text.calibration import calibration_rows
-from secateur.write.export import RECORD, open_ours
+from secateur.write.export import RECORD, open_folder, record_of
 from secateur.write.shards import ShardWriter, header_room
 from secateur.write.write import copy_into, write_json
 
@@ -64,7 +64,7 @@ def retrain(
     A training that is killed goes on where it was when it is called again: its state stands beside `out` meanwhile.
 
     Args:
-        folder: with config.json, secateur.json, weights and tokenizer.
+        folder: with config.json, weights and tokenizer.
         out: the new folder; it appears complete or not at all.
         training: how; or give any of its fields by name (`epochs=1`, ...).
         device: `auto`, where the Trainer takes a GPU if there is one, or `cpu`.
@@ -72,7 +72,7 @@ def retrain(
         restart: begin anew where an earlier training was stopped.
 
     Raises:
-        SecateurError: peft is missing, the folder is not one of ours, the teacher does not fit it, the text is too
+        SecateurError: peft is missing, the folder is no model's, the teacher does not fit it, the text is too
             short, another training was begun there, the training diverges, or the output cannot be written.
     """
     training, watcher = training or Training(**settings), watcher or Silent()
@@ -82,7 +82,7 @@ def retrain(
     where = pick_device(device)
     source = Path(folder).expanduser()
     with watcher.busy(f"Opening {folder}"):
-        checkpoint = open_ours(source)
+        checkpoint = open_folder(source)
     if checkpoint.around is not None:
         raise SecateurError(f"{folder}: a multimodal model; retrain takes language models alone")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
@@ -182,5 +182,5 @@ def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], s
         modeling = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
         for file in (source / "config.json", *checkpoint.files, *modeling):
             copy_into(partial, file)
-        record = parse_json((source / RECORD).read_text(encoding="utf-8"))
+        record = record_of(source)
         write_json(partial / RECORD, record | {"retrained": [*record.get("retrained", []), said]})

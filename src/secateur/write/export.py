@@ -1,4 +1,4 @@
-"""`export`: a folder that `prune` wrote, as a GGUF file."""
+"""`export`: a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,21 +48,22 @@ def export(
     """Convert a folder that `prune` wrote to a GGUF file, which appears complete or not at all.
 
     Args:
-        folder: with config.json, secateur.json, weights and tokenizer.
+        folder: with config.json, weights and tokenizer; widths are read from the config, so that it may have been
+            loaded, trained and saved again.
         out: the file, `*.gguf`.
         type: of the weights in it: f32, f16, bf16, q8_0 or q4_0.
         at: where the file grows, in place of a hidden name beside it.
 
     Raises:
-        SecateurError: the folder is not one of ours, llama.cpp cannot compute the model, GGUF cannot hold its
-            tokenizer, or the output cannot be written.
+        SecateurError: the folder is no model's, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
+            the output cannot be written.
     """
     watcher = watcher or Silent()
     folder, path = Path(folder).expanduser(), Path(out).expanduser().resolve()
     check_type(type)
     Output(path, file=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
-        checkpoint = open_ours(folder)
+        checkpoint = open_folder(folder)
         model = Model(checkpoint, widths_of(checkpoint.config))
         try:
             architecture = choose(model, type)
@@ -90,29 +91,25 @@ def export(
 
 def _nearest(folder: Path, widths: Sequence[Width]) -> str:
     """How to come by the nearest plan that every format holds, where it is the widths that differ."""
-    match _record(folder):
+    match record_of(folder):
         case {"sparsity": {"reached": float(reached)}} if not alike(widths):
             return f"; the nearest that fits: prune again with {nearest_uniform(reached)}"
     return ""
 
 
-def open_ours(folder: Path) -> Checkpoint:
-    """Open a folder that `prune` wrote.
+def open_folder(folder: Path) -> Checkpoint:
+    """Open a model's folder.
 
     Raises:
-        SecateurError: another one, or a broken one.
+        SecateurError: there is none, or a broken one.
     """
-    try:
-        record = _record(folder) if (folder / "config.json").is_file() else None
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or "secateur" not in record:
-        raise SecateurError(
-            f"{folder}: not a folder that secateur's prune wrote (config.json with {RECORD} beside it); "
-            "name one, or prune a model first"
-        )
+    if not (folder / "config.json").is_file():
+        raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")
     return open_checkpoint(folder)
 
 
-def _record(folder: Path) -> Any:
-    return parse_json((folder / RECORD).read_text(encoding="utf-8"))
+def record_of(folder: Path) -> dict[str, Any]:
+    """What `prune` said of a model; nothing where the model was saved by something else since."""
+    path = folder / RECORD
+    found = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
