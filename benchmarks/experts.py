@@ -8,6 +8,7 @@ share of the nats that `reap` without a refit loses. Every block keeps as many e
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def nats(
 ) -> list[float]:
     """What a token of each text loses."""
     widths = {index: block.width for index, block in enumerate(stream.blocks)}
-    plan = Plan({i: w.taking("experts", _fewer(w, share)) for i, w in widths.items()}, share, share)
+    fewer = {index: replace(width, experts=math.ceil(width.experts * (1 - share))) for index, width in widths.items()}
+    plan = Plan(fewer, share, share)
     method = Method(f"experts={order}", Recovery("refit" if fits else "none", ridge=ridge), seed)
     every, lost = rows.along(*texts), list[float]()
 
@@ -98,10 +100,6 @@ def nats(
     for _ in refit(stream, plan, every, method=method, judge=judge):
         pass
     return lost
-
-
-def _fewer(width: Any, share: float) -> Any:
-    return type(width)(0, 0, 0, math.ceil(width.experts * (1 - share)))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,23 @@ def evaluate(
             "spoil their ratio.",
         ),
     ] = False,
+    prompt: Annotated[
+        list[str] | None,
+        _measured(
+            help="A beginning, or a question to a chat model, behind which each model writes up to 80 tokens. May be "
+            "given several times.",
+            show_default="none",
+        ),
+    ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Put what is measured into README.md and report.html of MODEL, a folder that secateur prune wrote. "
+            "Needs --against.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="Dtype to compute in: float32, bfloat16 or float16.", rich_help_panel=COMPUTING)
     ] = "float32",
@@ -83,8 +100,13 @@ def evaluate(
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.measure.compare import evaluate as run
-        from secateur.report.tables import eval_table
+        from secateur.report.folder import add_measured, check_described
+        from secateur.report.tables import eval_table, measured_rows
 
+    if report:
+        if against is None:
+            raise SecateurError("--report needs --against, the model that this one was pruned from")
+        check_described(Path(model))
     result = run(
         model,
         against=against,
@@ -95,6 +117,7 @@ def evaluate(
         limit=limit or None,
         task_path=task_path,
         speed=speed,
+        prompts=prompt or [],
         device=running.device,
         memory=running.memory,
         dtype=dtype,
@@ -104,4 +127,8 @@ def evaluate(
     )
     if json_ is not None:
         write_whole(json_, json.dumps(result.as_dict(), indent=2) + "\n")
+    if report:
+        here, base = result.models
+        texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
+        add_measured(Path(model), measured_rows(result), texts)
     show(*eval_table(result))

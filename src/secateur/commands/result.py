@@ -2,9 +2,11 @@
 
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import transformers
 import secateur
 from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
+from secateur.commands.options import Options, declared, spelled
 from secateur.fit.average import FittedBlock
 from secateur.fit.experts import FEWEST
 from secateur.formats.vllm import vllm_obstacle
@@ -23,6 +26,8 @@ from secateur.report.summary import Summary
 from secateur.survey.curves import Curve
 from secateur.text.draw import CalibrationRows
 
+FILES = ("plan", "widths", "calibration", "refit_calibration")
+"""Options that may be files."""
 UNLIKE = 0.1
 """The share of a mixture's output, as energy, that costs much to lose: of a mixture made of SmolLM2, 8 % were 0.42 nats
 before the refit and 0.21 behind it, 20 % 1.34 and 0.31 (docs/results.md)."""
@@ -75,12 +80,14 @@ def record(
 ) -> dict[str, Any]:
     """The contents of secateur.json; `done` are the `block_record`s."""
     stream, groups = run.stream, rows.groups
+    summary = summary_of(run, rows, decided)
     found = {
         "secateur": secateur.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
         "fingerprint": stream.checkpoint.fingerprint,
+        "command": command(stream.checkpoint.source, run.options),
         "options": asdict(run.options),
         "calibration": {
             "groups": [list(group.shape) for group in groups.groups],
@@ -96,10 +103,29 @@ def record(
             "note": decided.note,
         },
         "price": decided.price,
+        "sizes": {name: getattr(summary, name) for name in ("parameters", "bytes", "cache_bytes")},
+        "dense": [width.as_dict() for width in summary.dense],
+        "loads": {
+            "class": summary.opens,
+            "format": summary.format,
+            "task": "text-generation" if stream.checkpoint.around is None else "image-text-to-text",
+            "vllm": summary.vllm,
+        },
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "blocks": done,
     }
     return found | ({"similarity": decided.similar.as_dict()} if decided.similar else {})
+
+
+def command(source: str, options: Options) -> str:
+    """The command that makes the model once more; of files it has the names alone, as others read it too."""
+    words = ["secateur", "prune", Path(source).name if Path(source).exists() else source, "OUT"]
+    for key in declared(Options):
+        value = getattr(options, key)
+        if value != getattr(Options, key):
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            words += [f"--{spelled(key)}", Path(text).name if key in FILES and Path(text).exists() else text]
+    return shlex.join(words)
 
 
 def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from secateur.report.plots import plot_sizes
 from secateur.report.summary import Size
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
-from secateur.write.export import RECORD
+from secateur.write.record import RECORD
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 

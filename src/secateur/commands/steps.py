@@ -30,6 +30,8 @@ from secateur.plan.problem import Plan
 from secateur.plan.search import smallest_within
 from secateur.plan.similar_heads import similar_plan
 from secateur.plan.target import Target
+from secateur.report.card import CARD
+from secateur.report.folder import described, text_of
 from secateur.report.summary import Summary
 from secateur.survey.curves import Survey, save_survey
 from secateur.survey.survey import survey
@@ -193,10 +195,10 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         crossed = {} if run.team.alone else {"processes": run.team.size, "moved_bytes": run.team.moved}
         return {"seconds": found.seconds, "peak_bytes": found.peak_bytes} | crossed
 
-    records = {
-        "secateur.json": lambda: record(run, rows, decided, done, blocks.norm_scale),
-        "timings.json": timings,
-    }
+    def said() -> dict[str, Any]:
+        return record(run, rows, decided, done, blocks.norm_scale)
+
+    records = {"secateur.json": said, "timings.json": timings} | described(text_of(stream.checkpoint.path / CARD), said)
     file = options.format == "gguf"
     if not run.team.leads:
         # Its share of the work is all that is wanted.

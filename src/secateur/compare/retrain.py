@@ -26,8 +26,11 @@ from secateur.compare.training import Training
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.measure import compare, perplexity
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.report.card import BASE_CARD
+from secateur.report.folder import described, text_of
 from secateur.text.calibration import calibration_rows
-from secateur.write.export import RECORD, open_folder, record_of
+from secateur.write.export import open_folder
+from secateur.write.record import RECORD, record_of
 from secateur.write.shards import ShardWriter, header_room
 from secateur.write.write import copy_into, write_json
 
@@ -183,4 +186,9 @@ def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], s
         for file in (source / "config.json", *checkpoint.files, *modeling):
             copy_into(partial, file)
         record = record_of(source)
-        write_json(partial / RECORD, record | {"retrained": [*record.get("retrained", []), said]})
+        record["retrained"] = [*record.get("retrained", []), said]
+        write_json(partial / RECORD, record)
+        # What another tool has saved has no record to be described by.
+        files = described(text_of(source / BASE_CARD), lambda: record) if "sizes" in record else {}
+        for name, contents in files.items():
+            (partial / name).write_text(contents() if callable(contents) else contents, encoding="utf-8")

@@ -83,18 +83,21 @@ class ExpertsState:
         alive = torch.tensor(keep, device=self.stream.device)
         with self.stream.rounded():
             left = self._wanted - self._unit(self._output(self._x, alive))
+            plain = self._sum(left)
             if self.recovery.fits or cut:
                 self._refit(left, alive, width.channels)
         self._advance(alive)
-        team = self.stream.team
-        error = team.total(float((self._weight * left.square().sum(1)).sum(dtype=torch.float64)))
-        count = team.total(float(self._weight.sum(dtype=torch.float64)))
-        report = report_of(self.target, len(keep), error, count)
+        count = self.stream.team.total(float(self._weight.sum(dtype=torch.float64)))
+        report = report_of(self.target, len(keep), self._sum(left), plain, count)
         found: dict[Kind, tuple[int, ...]] = {"experts": keep}
         if cut:
             every = torch.cat([expert * self.module.inner + self._kept[expert].cpu() for expert in keep])
             found["channels"] = tuple(every.tolist())
         return found, replace(report, unfitted=tuple(self._unfitted))
+
+    def _sum(self, left: Tensor) -> float:
+        """The squared error of all tokens."""
+        return self.stream.team.total(float((self._weight * left.square().sum(1)).sum(dtype=torch.float64)))
 
     def _collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of all tokens: inputs (n x d), what the mixture is to give (n x d), what they count in the fit and in the

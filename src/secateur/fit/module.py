@@ -37,16 +37,19 @@ class ModuleReport:
     """||XW - T||^2 per token, without the penalty; in the residual stream's units, or as later layers read it."""
     relative: float
     """The same over the energy of the dense residual stream after the module."""
+    plain: float
+    """What that was before the refit, with the old weights of the units that stay."""
     unfitted: tuple[int, ...] = ()
     """Experts that met too few tokens to be refitted, and keep their weights."""
 
 
-def report_of(target: ModuleTarget, kept: int, error: float, count: float) -> ModuleReport:
-    """The report of a module whose fit leaves an error, summed over what `count` tokens count."""
+def report_of(target: ModuleTarget, kept: int, error: float, plain: float, count: float) -> ModuleReport:
+    """The report of a module whose fit leaves an error, and began with a plain one, summed over what tokens count."""
     state, module = target.state, target.module
     energy = state.stream.team.total(state.goal[module.kind].energy(state.rows, target.norm.read_o))
-    error *= target.multiplier**2
-    return ModuleReport(module.kind, kept, module.units, error / count, error / energy if energy else 0.0)
+    error, plain = (value * target.multiplier**2 for value in (error, plain))
+    after, before = (value / energy if energy else 0.0 for value in (error, plain))
+    return ModuleReport(module.kind, kept, module.units, error / count, after, before)
 
 
 class ModuleState:
@@ -74,7 +77,7 @@ class ModuleState:
         choice = stats if scored is inputs.moments else self._statistics(old, scored, source)
         weight, bias = old, None
         if recovery.before:
-            weight, bias, _ = self._solved(lambda: fit_level2(inputs.moments, stats.normal, inputs.entries))
+            weight, bias, *_ = self._solved(lambda: fit_level2(inputs.moments, stats.normal, inputs.entries))
             choice.weight_ao, choice.pull_ao = weight, old
             changed = {module.level2.name: stored_weight(module, self.norm.unscale(weight))}
             choice.tensors = self.state.tensors | changed
@@ -89,14 +92,21 @@ class ModuleState:
             stats = self._statistics(old, inputs.moments)
         if recovery.after:
             fit = self._solved(lambda: fit_level2(inputs.moments, stats.normal, inputs.among(kept)))
+            plain = fit.plain
             # As large as all that fitting both holds.
             del stats
             # An error that is rounding alone asks for nothing.
             if recovery.fits_level1 and module.scored and keep and fit.error > ROUNDING * inputs.moments.energy():
                 inputs, fit = self._fit_both(keep, inputs, fit)
-            fitted, bias, error = fit
+            fitted, bias, error, _ = fit
         else:
-            fitted, _, error = self._solved(lambda: Fit(weight[kept], None, residual(stats.normal, weight[kept], kept)))
+
+            def unchanged() -> Fit:
+                left = residual(stats.normal, weight[kept], kept)
+                return Fit(weight[kept], None, left, left)
+
+            fit = self._solved(unchanged)
+            fitted, _, error, plain = fit
         if recovery.method == "bias" and self.target.fits_bias:
             bias = compensation(inputs.moments, old, kept, self.state.tensors.get(module.bias_name))
             # Centred moments leave the mean out of the error.
@@ -106,18 +116,18 @@ class ModuleState:
         self._store(old, fitted, bias, kept)
         self._advance(inputs, kept)
         self.state.arena.release(inputs.stored)
-        return keep, report_of(self.target, len(keep), error, inputs.moments.count)
+        return keep, report_of(self.target, len(keep), error, plain, inputs.moments.count)
 
     def _solved(self, make: Callable[[], Fit]) -> Fit:
         """A fit that the module's owner makes of the moments."""
 
         def made() -> dict[str, Tensor]:
             fit = make()
-            found = {"weight": fit.weight_ko, "error": torch.tensor(fit.error, dtype=torch.float64)}
+            found = {"weight": fit.weight_ko, "errors": torch.tensor([fit.error, fit.plain], dtype=torch.float64)}
             return found if fit.bias is None else found | {"bias": fit.bias}
 
         found = self.stream.team.solved(self.owner, made, self.stream.device)
-        return Fit(found["weight"], found.get("bias"), float(found["error"]))
+        return Fit(found["weight"], found.get("bias"), *found["errors"].tolist())
 
     def _entries(self, keep: tuple[int, ...]) -> Tensor:
         return inner_entries(self.module, keep).to(self.stream.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.model.structure import Depth2
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import Normal, least_squares, normal_equations
+from secateur.numerics.ridge import Normal, least_squares, normal_equations, residual
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,15 @@ class Fit(NamedTuple):
     bias: Tensor | None
     error: float
     """||XW - T||^2, the penalty left out."""
+    plain: float
+    """The same with the old weights."""
 
 
 def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
     """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
+    plain = residual(normal, normal.old_ao[keep], keep)
     weight, error = least_squares(normal, keep)
-    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
+    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error, plain)
 
 
 def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:

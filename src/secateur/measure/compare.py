@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from secateur.formats.per_layer import model_class
 from secateur.measure.perplexity import Perplexity, perplexity
 from secateur.measure.speed import Speed, speeds
 from secateur.measure.tasks import Kept, TaskResult, kept, open_tasks, zero_shot
+from secateur.measure.writing import check_prompts, written
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.families import positions_of
 from secateur.model.tokens import begins_with_bos
@@ -44,6 +45,8 @@ class ModelScore:
     """By source."""
     tasks: list[TaskResult]
     speed: Speed | None = None
+    written: dict[str, str] = field(default_factory=dict)
+    """What it writes, by prompt."""
 
 
 class Figure(NamedTuple):
@@ -133,6 +136,7 @@ def evaluate(
     limit: int | None = None,
     task_path: str | Path | None = None,
     speed: bool = False,
+    prompts: Sequence[str] = (),
     device: str = "auto",
     memory: str | None = None,
     dtype: str = "float32",
@@ -152,6 +156,7 @@ def evaluate(
         limit: items from the start of each task; None for all.
         task_path: a folder with task files of one's own.
         speed: measure prefill and decoding; two models are measured in turns, so that their ratio holds.
+        prompts: behind which each model writes.
         memory: the most that the process may take: `8GB`, or `50%` of what is free; half of it by default.
         dtype: to compute in, on `device`.
         revision: of `model`, where that is a hub id.
@@ -165,6 +170,7 @@ def evaluate(
         raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
     where = pick_device(device)
     bytes_of(memory)
+    check_prompts(prompts)
     for text in texts:
         if text == RANDOM:
             raise SecateurError("random ids cannot be scored; name a text file or a data set")
@@ -177,7 +183,7 @@ def evaluate(
             )
     # All texts and tasks are read before a model is loaded: mistakes come first.
     opened = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
-    tokenizers = [checkpoint.tokenizer() if texts or opened else None for checkpoint in checkpoints]
+    tokenizers = [checkpoint.tokenizer() if texts or opened or prompts else None for checkpoint in checkpoints]
     rows: list[dict[str, torch.Tensor]] = [{} for _ in checkpoints]
     for checkpoint, tokenizer, found in zip(checkpoints, tokenizers, rows, strict=True):
         for text in texts:
@@ -196,10 +202,11 @@ def evaluate(
             text: perplexity(network, found[text], watcher=watcher, what=f"{name} on {short(text)}") for text in texts
         }
         answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{name} on")
+        wrote = {prompt: written(network, tokenizer, prompt) for prompt in watcher.track(prompts, f"{name} writes")}
         bos = tokenizer is not None and begins_with_bos(tokenizer)
         count = sum(parameter.numel() for parameter in network.parameters())
         size = count * checkpoints[0].dtype.itemsize
-        scores.append(ModelScore(checkpoint.source, count, size, bos, scored, answered))
+        scores.append(ModelScore(checkpoint.source, count, size, bos, scored, answered, written=wrote))
         # Two models stay in memory only where they are run in turns.
         loaded += [network] if speed else []
         del network

@@ -86,6 +86,8 @@ def _loads(summary: Summary, out: Path) -> str:
     return f'Load it: {summary.opens}.from_pretrained("{out}"{extra})'
 
 
+UNMEASURED = ("parameters", "bytes at equal dtype")
+"""Figures that are known without a measurement."""
 INNER = "channels of experts"
 FED: dict[str, Callable[[Width], int]] = {
     "channels": lambda width: 0 if width.experts else width.channels,
@@ -217,7 +219,22 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
             f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; medians over {len(speed.prefill_seconds)} runs"
             + (", ratios of runs that took turns." if len(names) == 2 else ".")
         )
+    for prompt in first.written:
+        lines += [
+            "",
+            prompt,
+            *(f"{name}: {model.written[prompt]}" for name, model in zip(names, result.models, strict=True)),
+        ]
     return table, lines
+
+
+def measured_rows(result: Evaluation) -> list[tuple[str, ...]]:
+    """What was measured of a model and the one that it is held against: label, its figure, the other's, their ratio."""
+    return [
+        (figure.label, *_values(figure), *_ratio(figure))
+        for figure in result.figures()
+        if figure.label not in UNMEASURED
+    ]
 
 
 def _values(figure: Figure) -> list[str]:

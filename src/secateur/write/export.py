@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, parse_json
+from secateur.base.files import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.gguf import context_length, write_gguf
 from secateur.formats.gguf_choice import Model, check_type, choose
@@ -18,9 +17,7 @@ from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.structure import Width, alike
 from secateur.plan.plan import nearest_uniform
-
-RECORD = "secateur.json"
-"""What `prune` puts beside a model."""
+from secateur.write.record import record_of
 
 
 @dataclass(frozen=True)
@@ -106,10 +103,3 @@ def open_folder(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")
     return open_checkpoint(folder)
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """What `prune` said of a model; nothing where the model was saved by something else since."""
-    path = folder / RECORD
-    found = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}

@@ -88,7 +88,8 @@ def write(
         format: of the folder.
         dtype: of the weights; the checkpoint's by default.
         overwrite: replace a model folder that is there.
-        records: JSON files to add, name to contents; contents may be callables, called once the blocks are done.
+        records: files to add, name to contents: text, or what is to be JSON, or a function that gives either once the
+            blocks are done.
         late: other values for the final norm, by their names in the model; asked for once the blocks are done.
         journal: of the pass that the blocks come from, which begins behind those that an earlier run has written.
         at: where the folder grows, to be gone on with after a stop.
@@ -134,7 +135,11 @@ def write(
         for file in checkpoint.files:
             copy_into(folder, file)
         for file_name, record in (records or {}).items():
-            write_json(folder / file_name, record() if callable(record) else record)
+            contents = record() if callable(record) else record
+            if isinstance(contents, str):
+                (folder / file_name).write_text(contents, encoding="utf-8")
+            else:
+                write_json(folder / file_name, contents)
         return writer.total_bytes
 
 

@@ -1,0 +1,235 @@
+"""What a pruned folder says of itself to people: README.md and report.html, made, measured and opened in a browser."""
+# ruff: noqa: F811 - pytest finds fixtures of another file by their names.
+
+from __future__ import annotations
+
+import json
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser
+from test_cli import SMALL, Run, place, refused, run  # noqa: F401
+
+from secateur.report.card import card, what_goes
+from secateur.report.model_page import model_page
+
+NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
+
+
+def pruned(place: Path, run: Run, *more: str, out: str = "out") -> dict[str, Any]:
+    assert run("prune", "model", out, *SMALL, *more).code == 0
+    found: dict[str, Any] = json.loads((place / out / "secateur.json").read_text())
+    return found
+
+
+def front(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+def text_of(page: str) -> str:
+    """What a browser shows as text."""
+    parts: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = parts.append  # type: ignore[method-assign]
+    parser.feed(page)
+    return " ".join(" ".join(parts).split())
+
+
+def test_the_card_says_what_was_done(place: Path, run: Run) -> None:
+    (place / "model" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: of-its-own\nlanguage: [en, de]\nmodel-index: {}\n---\n# The base model\n"
+    )
+    (place / "model" / "LICENSE").write_text("all rights")
+    record = pruned(place, run, "--widths", "uniform")
+    text = (place / "out" / "README.md").read_text()
+    assert front(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": "of-its-own",
+        "language": ["en", "de"],
+        "tags": ["pruned", "secateur"],
+    }
+    assert (place / "out" / "README.base.md").read_text().endswith("# The base model\n")
+    assert (place / "out" / "LICENSE").read_text() == "all rights"
+    assert f"{record['sparsity']['reached']:.1%} of the blocks' parameters" in text
+    before, after = record["sizes"]["parameters"]
+    assert f"| parameters | {before:,} | {after:,} | {after / before:.3f} |" in text
+    assert 'from_pretrained("THIS_FOLDER")' in text
+    # The command makes the same model, byte for byte.
+    (command,) = [line for line in text.splitlines() if line.startswith("secateur prune")]
+    assert command == record["command"]
+    _, *words = shlex.split(command)
+    assert run(*[{"OUT": "again"}.get(word, word) for word in words]).code == 0
+    for file in (place / "out").iterdir():
+        if file.name != "timings.json":
+            assert (place / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        None,
+        "",
+        "# no front matter",
+        "---\n: [\n---\n",
+        "---\nlicense: 5\nlanguage: [1]\n---\n",
+        "---\na: &a [x]\nb: [*a, *a]\nlicense: mit\n---\n",
+        "---\n" + "[" * 100_000 + "\n---\n",
+        "---\nlicense: mit",
+        "---\n- a list\n---",
+    ],
+)
+def test_a_base_card_that_says_nothing(base: str | None) -> None:
+    assert "license" not in front(card(made(), base_card=base))
+
+
+def made(**changes: Any) -> dict[str, Any]:
+    """A record of one block of each kind."""
+    dense = {"groups": 2, "per_group": 2, "channels": 10}
+    mixture = {"groups": 2, "per_group": 2, "experts": 4, "channels": 5}
+    heads = {"kind": "heads", "kept": 2, "units": 4, "plain": 0.2, "relative": 0.1}
+    fed = {"kind": "channels", "kept": 5, "units": 10, "plain": 0.0, "relative": 0.0}
+    return {
+        "secateur": "1",
+        "torch": "2",
+        "transformers": "5",
+        "model": "owner/name",
+        "command": "secateur prune owner/name OUT",
+        "sparsity": {"reached": 0.4},
+        "price": 0.25,
+        "sizes": {"parameters": [1000, 600], "bytes": [2000, 1200], "cache_bytes": [0, 0]},
+        "dense": [dense, mixture],
+        "loads": {"class": "AutoModelForCausalLM", "format": "hf", "task": "text-generation", "vllm": None},
+        "blocks": [
+            {"block": 0, "width": dense | {"groups": 1, "channels": 5}, "modules": [heads, fed]},
+            {"block": 1, "width": mixture | {"experts": 3}, "modules": [fed | {"kind": "experts"}]},
+        ],
+    } | changes
+
+
+def test_what_stays_is_counted_by_kind() -> None:
+    words = "6 of 8 query heads and 5 of 10 feed-forward channels and 3 of 4 experts and 15 of 20 channels of experts"
+    assert what_goes(made()) == f"{words} stay"
+    assert what_goes(made(blocks=[])) == "no unit, as nothing had to go"
+
+
+def test_a_hub_model_is_named_as_the_base() -> None:
+    assert front(card(made()))["base_model"] == "owner/name"
+    assert "base_model" not in front(card(made(model="/home/me/models/name")))
+    assert "/home/me" not in card(made(model="/home/me/models/name"))
+
+
+def test_names_are_no_markup() -> None:
+    text = card(made(model=f"/x/{NASTY}"), measured=[(NASTY, "1", "2", "0.5")])
+    assert "<script>" not in text.replace("`<script>", "")
+    (row,) = [line for line in text.splitlines() if line.endswith("| 2 | 1 | 0.5 |")]
+    assert row.count(" | ") == 3
+    assert "\\|" in row
+    page = model_page(made(model=f"/x/{NASTY}"), [(NASTY, "1", "2", "0.5")], [(NASTY, NASTY, NASTY)])
+    assert "<script" not in page
+    # In the figures, and in the prompt and what two models wrote; of a path the name alone is shown.
+    assert text_of(page).count("window.broken") == 4
+
+
+def test_measured_afterwards(place: Path, run: Run) -> None:
+    pruned(place, run)
+    before = {name: (place / "out" / name).read_text() for name in ("README.md", "report.html")}
+    assert "was not measured here" in before["README.md"]
+    result = run(
+        *("eval", "out", "--against", "model", "--perplexity", "text.txt", "--length", "16", "--tokens", "64"),
+        *("--prompt", "w1 w2 w3", "--report", "--json", "figures.json"),
+    )
+    assert result.code == 0, result.err
+    here, base = json.loads((place / "figures.json").read_text())["models"]
+    scores = [model["texts"]["text.txt"]["perplexity"] for model in (base, here)]
+    row = " | ".join([*(f"{score:,.3f}" for score in scores), f"{scores[1] / scores[0]:.3f}"])
+    card_now, page = ((place / "out" / name).read_text() for name in before)
+    assert f"| perplexity text.txt | {row} |" in card_now
+    assert "was not measured here" not in card_now
+    wrote = [model["written"]["w1 w2 w3"] for model in (here, base)]
+    assert all(20 < len(text.split()) <= 80 for text in wrote)
+    assert wrote[0] != wrote[1]
+    for text in (*wrote, f"{scores[1]:,.3f}"):
+        assert " ".join(text.split()) in text_of(page)
+        assert " ".join(text.split()) in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("model", "--against", "out", "--report"),
+            "model: no folder that secateur prune wrote, with its secateur.json",
+        ),
+        (("out", "--report"), "--report needs --against, the model that this one was pruned from"),
+        (("out", "--prompt", " "), "a prompt is empty; give some words"),
+        (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, and the model 64 positions; shorten it"),
+    ],
+)
+def test_eval_refuses(place: Path, run: Run, words: tuple[str, ...], message: str) -> None:
+    pruned(place, run)
+    result = run("eval", *words)
+    assert (result.code, message in result.err) == (2, True), result.err
+    if "64" not in message:
+        refused(result, message)
+
+
+def test_a_retrained_folder_says_so(place: Path, run: Run) -> None:
+    pruned(place, run)
+    asked = ("--calibration", "text.txt", "--samples", "8", "--length", "16", "--epochs", "1")
+    assert run("retrain", "out", "trained", *asked).code == 0
+    text = (place / "trained" / "README.md").read_text()
+    (said,) = json.loads((place / "trained" / "secateur.json").read_text())["retrained"]
+    assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
+    assert (place / "trained" / "report.html").exists()
+
+
+def test_errors_before_and_after_the_refit(place: Path, run: Run) -> None:
+    """A refit leaves less than what it begins with, which is what a run without one has in the first block."""
+    refit = pruned(place, run, "--widths", "uniform", "--modules", "channels", "--effort", "quick")
+    none = pruned(place, run, "--plan", "out/secateur.json", "--recovery", "none", out="none")
+    (plain, left), (same, without) = (
+        (one["plain"], one["relative"]) for one in (record["blocks"][0]["modules"][1] for record in (refit, none))
+    )
+    assert plain > 1.2 * left > 0
+    assert same == without
+    # Rows of one token count in the fit alone.
+    assert plain == pytest.approx(without, rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1280])
+def test_in_a_browser(tmp_path: Path, browser: Browser, scheme: Any, width: int) -> None:
+    """Nothing is fetched or complained of, all fits, every part is reached by the keyboard, and axe finds no fault."""
+    file = tmp_path / "report.html"
+    dense = made()["dense"][0]
+    blocks = [made()["blocks"][0] | {"block": index} for index in range(40)]
+    many = made(model=NASTY, dense=[dense] * 40, blocks=blocks)
+    file.write_text(model_page(many, [("perplexity", "2", "1", "2.0")], [(NASTY, "a " * 200, "b")]), encoding="utf-8")
+    assert file.stat().st_size < 100_000
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    try:
+        page, seen = context.new_page(), list[str]()
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: seen.append(request.url))
+        page.goto(file.as_uri())
+        assert seen == [file.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("window.broken") is None
+        reached = set()
+        for _ in range(6):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.tagName + document.activeElement.ariaLabel"))
+        assert {"SUMMARYnull", "DIVShare of each block's heads, and below of its feed-forward, that is gone"} <= reached
+        page.evaluate("document.querySelector('details').open = true")
+        assert Axe().run(page).response["violations"] == []
+    finally:
+        context.close()
