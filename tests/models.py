@@ -75,6 +75,8 @@ GEMMA4_SMALL = GEMMA4 | {
     "num_kv_shared_layers": 2,
 }
 """The last blocks attend with what earlier ones store, and every block reads the token once more."""
+WIDE4 = GEMMA4_SMALL | {"use_double_wide_mlp": True, "global_head_dim": 12}
+"""The last blocks are twice as wide; but for that, all are alike."""
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 48}
 
 ROWS: dict[str, Callable[[], Any]] = {
@@ -153,7 +155,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "gemma": _config("gemma", **TRIPLES, head_dim=12),
     "gemma4_text": _config("gemma4_text", **GEMMA4),
     "gemma4_text small": _config("gemma4_text", "num_hidden_layers", **GEMMA4_SMALL),
-    "gemma4_text wide": _config("gemma4_text", "num_hidden_layers", **GEMMA4_SMALL, use_double_wide_mlp=True),
+    "gemma4_text wide": _config("gemma4_text", "num_hidden_layers", **WIDE4),
     "mpt": _config("mpt", "intermediate_size", max_seq_len=POSITIONS, attn_config={"clip_qkv": 1.5}),
     "glm": _config("glm", **GROUPED, head_dim=8),
     "glm4": _config("glm4", **TRIPLES, head_dim=8),

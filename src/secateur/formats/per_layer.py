@@ -94,7 +94,8 @@ def per_layer_config(
         own = _keys(config, widths.get(index, usual), biases.get(index, (False, False)))
         if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
             layers[str(index)] = differing
-    stored[WIDTHS if any(overrides(config, index) for index in range(len(dense))) else "per_layer_config"] = layers
+    apart = STOCK[config.model_type].by_type or any(overrides(config, index) for index in range(len(dense)))
+    stored[WIDTHS if apart else "per_layer_config"] = layers
     # A key that only some layers have must have a value for the others.
     stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.

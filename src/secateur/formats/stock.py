@@ -43,6 +43,8 @@ class Stock:
     """4.57's key of the rotary base in sliding-window layers, where rope_parameters is by layer type."""
     partial: str | None = None
     """4.57's key of the rotated share of a head."""
+    by_type: bool = False
+    """The class reads `per_layer_config` by types of layers, which must then be alike in it."""
     scaling_type: str = "rope_type"
     """4.57's name, inside rope_scaling, of the kind of scaling."""
 
@@ -64,7 +66,7 @@ STOCK: dict[str, Stock] = {
     "ernie4_5": Stock(),
     "exaone4": Stock(),
     "gemma": Stock(),
-    "gemma4_text": Stock(theta=None),
+    "gemma4_text": Stock(theta=None, by_type=True),
     "glm": Stock(partial="partial_rotary_factor"),
     "glm4": Stock(partial="partial_rotary_factor"),
     "granite": Stock(),

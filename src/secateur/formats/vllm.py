@@ -40,6 +40,8 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
             "its transformers backend gives experts of all blocks as many channels; take --widths uniform, or leave "
             "theirs by --modules heads,experts"
         )
+    if mixture is not None and mixture.apart and any(width.experts for width in widths):
+        return "its transformers backend gives other numbers for experts beside a feed-forward; take --widths uniform"
     if not any(width.heads for width in widths):
         return "its attention divides by the largest head count of all blocks; keep a head in one of them"
     return None

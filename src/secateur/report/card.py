@@ -126,7 +126,7 @@ def _retrained(record: Mapping[str, Any]) -> str:
 def _served(record: Mapping[str, Any]) -> str:
     why = record["loads"]["vllm"]
     flag = " --trust-remote-code" * (record["loads"]["format"] == "hf")
-    vllm = f"vLLM does not serve it: {why}." if why else f"vLLM serves it: `vllm serve THIS_FOLDER{flag}`."
+    vllm = f"vLLM does not serve it: {why}." if why else f"With vLLM: `vllm serve THIS_FOLDER{flag}`."
     return f"{vllm} For llama.cpp: `secateur export THIS_FOLDER model.gguf`, where it knows the architecture."
 
 
