@@ -458,6 +458,7 @@ ARGUMENTS = [
     ("sizes model --out sizes --sparsities .1,x", "sparsities is '.1,x'; write numbers with commas, for example .1,"),
     ("sizes model --out sizes --sparsities .1,,.2", "write numbers with commas"),
     ("sizes model --out sizes --sparsities .1,.2,.1", "sparsities is '.1,.2,.1', where one is there twice"),
+    ("prune model out --calibration random --length 32 --samples 100000000000", "samples is 100,000,000,000: the ids"),
     ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a share, as 0.25 or 25%"),
     ("prune model out --sparsity 25", "sparsity is 25.0; it must lie between 0 and 1, for example 0.25"),
     ("prune model out --sparsity 0%", "sparsity is 0.0; it must lie between 0 and 1"),
@@ -979,6 +980,16 @@ def test_eval_of_two_models_on_one_pipe(place: Path, run: Run, monkeypatch: pyte
     result = run("eval", "model", "--against", "model", "--perplexity", "-", "--length", "16", "--tokens", "64")
     assert result.code == 0
     assert "1.000" in next(line for line in result.out.splitlines() if "perplexity" in line)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_standard_output_on_a_full_device() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "secateur", "families"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: standard output: the device is full")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_eval_with_nothing_to_do_prints_sizes(place: Path, run: Run) -> None:

@@ -9,8 +9,10 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import DTYPES
@@ -62,6 +64,34 @@ def option(default: Any, panel: str, help: str, **how: Any) -> Any:
 def declared(owner: type) -> dict[str, Declared]:
     """All options of a dataclass, by name."""
     return {one.name: one.metadata["option"] for one in fields(owner) if "option" in one.metadata}
+
+
+TYPES: dict[type, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    bool: (bool, "True or False"),
+    Path: (Path, "a path"),
+    tuple: ((tuple, list), "a list of names"),
+}
+"""What an option of a type takes, and what that is called."""
+
+
+def check_types(owner: Any) -> None:
+    """See that what Python gave has the types that options are declared with.
+
+    Raises:
+        SecateurError: another one.
+    """
+    hints = get_type_hints(type(owner))
+    for name in declared(type(owner)):
+        hint = hints[name]
+        value, kinds = getattr(owner, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if value is None and NoneType in kinds:
+            continue
+        takes, called = TYPES[get_origin(kinds[0]) or kinds[0]]
+        if not isinstance(value, takes) or (isinstance(value, bool) and takes is not bool):
+            raise SecateurError(f"{name} is {value!r}; it must be {called}")
 
 
 def spelled(name: str) -> str:
@@ -210,8 +240,9 @@ class Options:
             # A file may be given as a path.
             if isinstance(value := getattr(self, name), Path):
                 object.__setattr__(self, name, str(value))
+        check_types(self)
         share = self.sparsity
-        if share is not None and not (isinstance(share, int | float) and math.isfinite(share) and 0 < share < 1):
+        if share is not None and not (math.isfinite(share) and 0 < share < 1):
             raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
         self._check_target()
         for name, one in declared(Options).items():
@@ -379,6 +410,7 @@ class Running:
         for name in ("survey", "family"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
+        check_types(self)
 
     survey: Path | None = option(
         None,

@@ -202,7 +202,8 @@ def evaluate(
             text: perplexity(network, found[text], watcher=watcher, what=f"{name} on {short(text)}") for text in texts
         }
         answered = zero_shot(network, tokenizer, opened, watcher=watcher, what=f"{name} on")
-        wrote = {prompt: written(network, tokenizer, prompt) for prompt in watcher.track(prompts, f"{name} writes")}
+        each = watcher.track(prompts, f"{name} writes") if prompts else ()
+        wrote = {prompt: written(network, tokenizer, prompt) for prompt in each}
         bos = tokenizer is not None and begins_with_bos(tokenizer)
         count = sum(parameter.numel() for parameter in network.parameters())
         size = count * checkpoints[0].dtype.itemsize

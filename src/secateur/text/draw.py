@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.base.errors import SecateurError
+from secateur.base.memory import free_bytes
 from secateur.base.progress import Watcher, reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -125,6 +127,7 @@ def draw(
         SecateurError: a source that cannot be read or is too short, or a model that cannot write.
     """
     held, apart = request.held_out, request.refit_samples or 0
+    _check_room(request)
     together = apart if request.refit_source == request.source else 0
 
     def rows(source: str, count: int, option: str, taken: int = 0) -> Tensor:
@@ -157,3 +160,14 @@ def draw(
         own = rows(request.refit_source, apart, request.refit_option)
     sigma = rows(RANDOM, request.samples, "samples") if request.random_sigma else None
     return CalibrationRows(request, text, own if apart else text, held_out if held else None, sigma, begins_with_bos)
+
+
+def _check_room(request: RowRequest) -> None:
+    """Sources without end give as many rows as they are asked for, and their ids alone may be too many."""
+    rows = request.samples + request.held_out + (request.refit_samples or 0)
+    needed, free = 8 * rows * request.length, free_bytes()
+    if needed > free:
+        raise SecateurError(
+            f"samples is {request.samples:,}: the ids of such rows take {needed / 1e9:,.0f} GB, and "
+            f"{free / 1e9:,.0f} GB are free; take fewer"
+        )

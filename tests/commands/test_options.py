@@ -1,0 +1,42 @@
+"""What is wrong with options is said at once, whoever gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from secateur.base.errors import SecateurError
+from secateur.commands.options import Options, Running
+
+
+@pytest.mark.parametrize(
+    ("owner", "given", "message"),
+    [
+        (Options, {"calibration": 5}, "calibration is 5; it must be text"),
+        (Options, {"samples": "8"}, "samples is '8'; it must be a whole number"),
+        (Options, {"samples": 8.5}, "samples is 8.5; it must be a whole number"),
+        (Options, {"samples": True}, "samples is True; it must be a whole number"),
+        (Options, {"samples": None}, "samples is None; it must be a whole number"),
+        (Options, {"round": "8"}, "round is '8'; it must be a whole number"),
+        (Options, {"sparsity": "25%"}, "sparsity is '25%'; it must be a number"),
+        (Options, {"modules": "heads"}, "modules is 'heads'; it must be a list of names"),
+        (Options, {"target": 0.8}, "target is 0.8; it must be text"),
+        (Running, {"device": 0}, "device is 0; it must be text"),
+        (Running, {"survey": 1}, "survey is 1; it must be a path"),
+        (Running, {"overwrite": "yes"}, "overwrite is 'yes'; it must be True or False"),
+    ],
+)
+def test_types(owner: type, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SecateurError) as error:
+        owner(**given)
+    assert str(error.value) == message
+
+
+def test_what_is_as_good_as_the_type() -> None:
+    file = Path(__file__)
+    given = Options(sparsity=np.float32(0.25), samples=np.int64(8), modules=["heads"], calibration=file)  # type: ignore[arg-type]
+    assert (given.samples, given.calibration) == (8, str(file))
+    assert Running(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
