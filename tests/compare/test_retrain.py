@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from conftest import CheckpointFolder
@@ -72,6 +73,21 @@ def pruned(model: Path, out: Path, widths: str = "adaptive", **more: Any) -> Pat
 def record(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "secateur.json").read_text())
     return found
+
+
+def test_peft_adapts_what_is_left(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """By the names that people give it, also where some blocks have no heads or no channels."""
+    blocks = [{"groups": 0, "per_group": 0, "channels": 40}, {"groups": 3, "per_group": 2, "channels": 0}]
+    plan = {"blocks": [{"block": index, "width": width} for index, width in enumerate(blocks)]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    prune(checkpoint_folder("llama"), tmp_path / "out", plan=str(tmp_path / "plan.json"), **PRUNE | {"sparsity": None})
+    network = load(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
+    adapted: Any = get_peft_model(network, LoraConfig(target_modules=["down_proj", "o_proj"], task_type="CAUSAL_LM"))
+    names = {name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    assert len(names) == 4
+    loss = adapted(token_rows(2), labels=token_rows(2)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])

@@ -308,12 +308,16 @@ class NoChannels(nn.Module):
     def __init__(self, mlp: nn.Module, biased: bool):
         super().__init__()
         self.output = next(name for name, _ in projections(mlp) if name in OUTPUTS)
-        # The stock name, so that the bias is stored under it.
-        self.add_module(self.output, Constant(getattr(mlp, self.output), biased))
+        left = Constant(getattr(mlp, self.output), biased)
+        if left.bias is not None:
+            # The stock name, so that the bias is stored under it. Without one nothing has that name: peft takes what
+            # has it for a layer to adapt.
+            self.add_module(self.output, left)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The bias of the output layer; some models let the feed-forward add the residual stream."""
-        bias = getattr(self, self.output)(hidden_states)
+        left = getattr(self, self.output, None)
+        bias = torch.zeros_like(hidden_states) if left is None else left(hidden_states)
         return bias if residual is None else bias + residual
 
 

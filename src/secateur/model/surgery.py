@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from secateur.model.modeling_secateur import resize
+from secateur.model.modeling_secateur import ATTENTIONS, OUTPUTS, resize
 from secateur.model.structure import Block, Depth2, Keep, Slab, Width
 
 
@@ -119,6 +119,8 @@ def restored(layer: nn.Module) -> Iterator[None]:
 
 def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
     """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
-    resize(layer, width.heads, width.groups, width.channels, experts=width.experts, inner=width.channels)
+    added = [name.split(".")[0] in ATTENTIONS for name in tensors if name.endswith(tuple(f"{o}.bias" for o in OUTPUTS))]
+    biases = (any(added), not all(added))
+    resize(layer, width.heads, width.groups, width.channels, biases, width.experts, width.channels)
     for name, tensor in tensors.items():
         assign(layer, name, tensor)
