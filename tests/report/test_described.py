@@ -102,6 +102,7 @@ def made(**changes: Any) -> dict[str, Any]:
         "transformers": "5",
         "model": "owner/name",
         "command": "secateur prune owner/name OUT",
+        "options": {"recovery": "refit"},
         "sparsity": {"reached": 0.4},
         "price": 0.25,
         "sizes": {"parameters": [1000, 600], "bytes": [2000, 1200], "cache_bytes": [0, 0]},
@@ -112,6 +113,15 @@ def made(**changes: Any) -> dict[str, Any]:
             {"block": 1, "width": mixture | {"experts": 3}, "modules": [fed | {"kind": "experts"}]},
         ],
     } | changes
+
+
+@pytest.mark.parametrize(
+    ("recovery", "words"), [("refit", "was fitted"), ("none", "is as it was."), ("bias", "biases")]
+)
+def test_the_card_tells_a_fit_from_none(recovery: str, words: str) -> None:
+    text = card(made(options={"recovery": recovery}))
+    assert words in text
+    assert ("was fitted" in text) == (recovery == "refit")
 
 
 def test_what_stays_is_counted_by_kind() -> None:

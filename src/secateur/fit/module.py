@@ -23,7 +23,7 @@ from secateur.model.arena import Activations
 from secateur.model.structure import Depth2, Kind, Pattern, Width
 from secateur.model.surgery import inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import residual
+from secateur.numerics.ridge import Normal, residual
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ def report_of(target: ModuleTarget, kept: int, error: float, plain: float, count
     error, plain = (value * target.multiplier**2 for value in (error, plain))
     after, before = (value / energy if energy else 0.0 for value in (error, plain))
     return ModuleReport(module.kind, kept, module.units, error / count, after, before)
+
+
+def _fitted(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
+    """A fit of level 2, with the error that it began with."""
+    plain = residual(normal, normal.old_ao[keep], keep)
+    return fit_level2(moments, normal, keep)._replace(plain=plain)
 
 
 class ModuleState:
@@ -91,7 +97,7 @@ class ModuleState:
             inputs, _, _ = collect(self.target, self.owner)
             stats = self._statistics(old, inputs.moments)
         if recovery.after:
-            fit = self._solved(lambda: fit_level2(inputs.moments, stats.normal, inputs.among(kept)))
+            fit = self._solved(lambda: _fitted(inputs.moments, stats.normal, inputs.among(kept)))
             plain = fit.plain
             # As large as all that fitting both holds.
             del stats

@@ -7,6 +7,7 @@ sees repaired weights; `after` refits the kept ones. `bias` leaves the weights a
 removed units gave on average (FLAP); `none` leaves everything.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from secateur.model.structure import Depth2
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import Normal, least_squares, normal_equations, residual
+from secateur.numerics.ridge import Normal, least_squares, normal_equations
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,14 @@ class Fit(NamedTuple):
     bias: Tensor | None
     error: float
     """||XW - T||^2, the penalty left out."""
-    plain: float
-    """The same with the old weights."""
+    plain: float = math.nan
+    """The same with the old weights, where it was asked for."""
 
 
 def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
     """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
-    plain = residual(normal, normal.old_ao[keep], keep)
     weight, error = least_squares(normal, keep)
-    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error, plain)
+    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
 
 
 def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:

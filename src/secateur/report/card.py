@@ -18,6 +18,14 @@ BASE_CARD = "README.base.md"
 """The card of the model that was pruned, as it was."""
 HANDED_ON = ("license", "license_name", "license_link", "language")
 """What a card says of the base model that holds for the pruned one too."""
+FITTED = "What is left was fitted, without training, to give what the whole model gives."
+REPAIRS = {
+    "refit": FITTED,
+    "paper": FITTED,
+    "bias": "What is left is as it was, but for biases that make up for the mean of what is gone.",
+    "none": "What is left is as it was.",
+}
+"""What was done about the loss, by the recovery."""
 FRONT = re.compile(r"\A---\s*\n(.{0,20000}?)\n---\s*(\n|\Z)", re.DOTALL)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -44,15 +52,14 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         "---",
         f"# {_plain(name)}, pruned",
         f"Of `{_code(name)}`, {record['sparsity']['reached']:.1%} of the blocks' parameters are gone: "
-        f"{what_goes(record)}. What is left was fitted, without training, to give what the whole model gives. "
-        f"[{PAGE}]({PAGE}) shows what was removed where.",
+        f"{what_goes(record)}. {REPAIRS[record['options']['recovery']]} [{PAGE}]({PAGE}) shows what was removed where.",
         "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows]),
         expected(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
         "## How to open it",
         f"```python\n{opening(record, 'THIS_FOLDER')}\n```",
         _served(record),
         "## How it was made",
-        f"```bash\n{record['command']}\n```",
+        f"```bash\n{_code(record['command'])}\n```",
         _retrained(record),
         f"{versions(record)}. The licence of the model that it is made of holds for this one; its files lie beside"
         + (f", its card as [{BASE_CARD}]({BASE_CARD})." if base_card else "."),
