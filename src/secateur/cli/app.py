@@ -88,12 +88,8 @@ def main() -> None:
         where = getattr(getattr(error, "ctx", None), "command_path", "secateur")
         _fail(f"{error.format_message().rstrip('.')}; see {where} --help")  # type: ignore[attr-defined]
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         if error.filename is None:
-            # What is still in the buffer would fail once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _fail("standard output: the device is full; what was to be written to files is complete")
+            raise
         advice = (
             "make room and run again"
             if error.errno in (errno.ENOSPC, errno.EDQUOT)

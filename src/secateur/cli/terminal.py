@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from secateur.base.errors import SecateurError
+from secateur.base.files import is_disk_full
+
 T = TypeVar("T")
 
 EVERY = 30.0
@@ -98,12 +101,21 @@ def _clock(seconds: float) -> str:
 
 
 def show(table: Table, lines: list[str], bars: Bars | None = None) -> None:
-    """Print a result on standard output, and where the time went."""
+    """Print a result on standard output, and where the time went; files are written by then."""
     console = Console(highlight=False, markup=False, quiet=QUIET)
-    console.print(table)
     times = bars.times() if bars else ""
-    for line in [*lines, f"Time: {times}."] if times else lines:
-        console.print(line, soft_wrap=True)
+    try:
+        console.print(table)
+        for line in [*lines, f"Time: {times}."] if times else lines:
+            console.print(line, soft_wrap=True)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        # What is still in the buffer would fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SecateurError(
+            "standard output: the device is full; what was to be written to files is complete"
+        ) from error
 
 
 def interrupted(state: str) -> NoReturn:
