@@ -7,7 +7,7 @@ The command line, the Python signature, recipes and the record in secateur.json 
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -92,6 +92,16 @@ def check_types(owner: Any) -> None:
         takes, called = TYPES[get_origin(kinds[0]) or kinds[0]]
         if not isinstance(value, takes) or (isinstance(value, bool) and takes is not bool):
             raise SecateurError(f"{name} is {value!r}; it must be {called}")
+
+
+def given(options: Any, names: Iterable[str]) -> dict[str, str]:
+    """Those options of some that are not the default, as a command line has them."""
+    values = {name: getattr(options, name) for name in names}
+    return {
+        name: ",".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in values.items()
+        if value != getattr(type(options), name)
+    }
 
 
 def spelled(name: str) -> str:

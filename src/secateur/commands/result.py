@@ -15,7 +15,7 @@ import transformers
 import secateur
 from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
-from secateur.commands.options import Options, declared, spelled
+from secateur.commands.options import Options, declared, given, spelled
 from secateur.fit.average import FittedBlock
 from secateur.fit.experts import FEWEST
 from secateur.formats.vllm import vllm_obstacle
@@ -120,11 +120,8 @@ def record(
 def command(source: str, options: Options) -> str:
     """The command that makes the model once more; of files it has the names alone, as others read it too."""
     words = ["secateur", "prune", Path(source).name if Path(source).exists() else source, "OUT"]
-    for key in declared(Options):
-        value = getattr(options, key)
-        if value != getattr(Options, key):
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            words += [f"--{spelled(key)}", Path(text).name if key in FILES and Path(text).exists() else text]
+    for name, value in given(options, declared(Options)).items():
+        words += [f"--{spelled(name)}", Path(value).name if name in FILES and Path(value).exists() else value]
     return shlex.join(words)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import secateur
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, hash_of, parse_json, write_whole
+from secateur.base.files import Output, hash_of, write_whole
 from secateur.base.progress import Watcher, reading
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, Running
@@ -21,7 +21,7 @@ from secateur.report.plots import plot_sizes
 from secateur.report.summary import Size
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
-from secateur.write.record import RECORD
+from secateur.write.record import RECORD, record_of
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 
@@ -165,7 +165,7 @@ def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]
 def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
     """Whether a folder is what a run of this version would give; rows decide their copies."""
     try:
-        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        record = record_of(folder)
         same = {
             "secateur": secateur.__version__,
             "fingerprint": run.stream.checkpoint.fingerprint,

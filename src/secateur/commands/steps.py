@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         crossed = {} if run.team.alone else {"processes": run.team.size, "moved_bytes": run.team.moved}
         return {"seconds": found.seconds, "peak_bytes": found.peak_bytes} | crossed
 
+    @cache
     def said() -> dict[str, Any]:
         return record(run, rows, decided, done, blocks.norm_scale)
 

@@ -10,7 +10,7 @@ from secateur.base.files import Output
 from secateur.base.progress import Watcher
 from secateur.base.team import Team
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import SURVEYED, Options, Running, spelled
+from secateur.commands.options import SURVEYED, Options, Running, given, spelled
 from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, survey_model
 from secateur.criteria.head_distances import head_distances
@@ -111,10 +111,8 @@ def _plans(problem: PlanProblem, found: Survey, shares: Iterable[float]) -> dict
 def _line(model: str | Path, options: Options, share: float, file: Path, running: Running) -> str:
     """The command that prunes from a survey: what the survey depends on must be said again."""
     words = ["secateur", "prune", str(model), "OUT", "--sparsity", f"{share:g}", "--survey", str(file)]
-    for name in SURVEYED:
-        value = getattr(options, name)
-        if value != getattr(Options, name):
-            words += [f"--{spelled(name)}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    for name, value in given(options, SURVEYED).items():
+        words += [f"--{spelled(name)}", value]
     words += [] if running.revision is None else ["--revision", running.revision]
     words += ["--trust-remote-code"] * running.trust_remote_code
     return shlex.join(words)

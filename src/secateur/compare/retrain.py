@@ -32,7 +32,7 @@ from secateur.text.calibration import calibration_rows
 from secateur.write.export import open_folder
 from secateur.write.record import RECORD, record_of
 from secateur.write.shards import ShardWriter, header_room
-from secateur.write.write import copy_into, write_json
+from secateur.write.write import copy_into, write_json, write_record
 
 HELD_OUT = 16
 """Rows of the same text that are not trained on, to measure perplexity before and after."""
@@ -191,4 +191,4 @@ def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], s
         # What another tool has saved has no record to be described by.
         files = described(text_of(source / BASE_CARD), lambda: record) if "sizes" in record else {}
         for name, contents in files.items():
-            (partial / name).write_text(contents() if callable(contents) else contents, encoding="utf-8")
+            write_record(partial / name, contents)

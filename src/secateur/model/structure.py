@@ -201,6 +201,11 @@ class Width:
         """Units of the feed-forward."""
         return self.experts or self.channels
 
+    def fed_share(self, dense: "Width") -> float:
+        """The share of a dense feed-forward that is kept; of one without anything, all."""
+        full = (dense.experts or 1) * dense.channels
+        return (self.experts if dense.experts else 1) * self.channels / full if full else 1.0
+
     def taking(self, kind: Kind, other: "Width") -> "Width":
         """This width with one module's part taken from another one."""
         if kind == "heads":

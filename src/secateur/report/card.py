@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from secateur.base.words import counted
+from secateur.model.structure import Width
+from secateur.report.summary import fed_counts, loading
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
@@ -89,18 +91,15 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def what_goes(record: Mapping[str, Any]) -> str:
     """How many units of each kind stay, in words."""
-    kept = {block["block"]: block["width"] for block in record["blocks"]}
-    parts = []
-    for kind, count in (
-        ("query heads", lambda width: width["groups"] * width["per_group"]),
-        ("feed-forward channels", lambda width: 0 if width.get("experts") else width["channels"]),
-        ("experts", lambda width: width.get("experts", 0)),
-        ("channels of experts", lambda width: width.get("experts", 0) * width["channels"]),
-    ):
-        before = sum(map(count, record["dense"]))
-        after = sum(count(kept.get(index, dense)) for index, dense in enumerate(record["dense"]))
-        if after < before:
-            parts.append(f"{after:,} of {before:,} {kind}")
+    dense = [Width(**width) for width in record["dense"]]
+    kept = {block["block"]: Width(**block["width"]) for block in record["blocks"]}
+    now = [kept.get(index, width) for index, width in enumerate(dense)]
+    counts = {"query heads": (sum(w.heads for w in dense), sum(w.heads for w in now)), **fed_counts(dense, now)}
+    parts = [
+        f"{after:,} of {before:,} {'feed-forward ' * (kind == 'channels')}{kind}"
+        for kind, (before, after) in counts.items()
+        if after < before
+    ]
     return f"{' and '.join(parts)} stay" if parts else "no unit, as nothing had to go"
 
 
@@ -113,8 +112,8 @@ def expected(record: Mapping[str, Any]) -> str:
 
 def opening(record: Mapping[str, Any], folder: str) -> str:
     """Python that opens the model."""
-    auto, extra = record["loads"]["class"], ", trust_remote_code=True" * (record["loads"]["format"] == "hf")
-    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{folder}"{extra})'
+    said = record["loads"]
+    return f"from transformers import {said['class']}\n\nmodel = {loading(said['class'], said['format'], folder)}"
 
 
 def versions(record: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from secateur.model.structure import Width
 from secateur.report.card import expected, name_of, opening, sizes, versions, what_goes
 
 TEMPLATE = Path(__file__).with_name("model_page.html")
@@ -61,15 +62,12 @@ def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     pruned = {block["block"]: block for block in record["blocks"]}
     for index, dense in enumerate(record["dense"]):
         block = pruned.get(index, {"width": dense, "modules": []})
-        now, experts = block["width"], dense.get("experts", 0)
-        full = (experts or 1) * dense["channels"]
-        left = (now.get("experts", 0) if experts else 1) * now["channels"]
-        heads = dense["groups"] * dense["per_group"]
+        now, full = Width(**block["width"]), Width(**dense)
         yield {
             "index": index,
-            "heads": now["groups"] * now["per_group"] / heads if heads else 1.0,
-            "fed": left / full if full else 1.0,
-            "named": "experts" if experts else "channels",
+            "heads": now.heads / full.heads if full.heads else 1.0,
+            "fed": now.fed_share(full),
+            "named": full.kinds[1],
             "modules": {"heads" if one["kind"] == "heads" else "fed": one for one in block["modules"]},
         }
 

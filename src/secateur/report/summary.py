@@ -1,5 +1,6 @@
 """The figures of each command, which its table shows."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,3 +105,28 @@ class Surveyed:
     """The wanted share → what the model then has."""
     line: str
     """The command that prunes from this survey."""
+
+
+INNER = "channels of experts"
+FED: dict[str, Callable[[Width], int]] = {
+    "channels": lambda width: 0 if width.experts else width.channels,
+    "experts": lambda width: width.experts,
+    INNER: lambda width: width.experts * width.channels,
+}
+"""What feed-forwards have, and how much of it at a width."""
+
+
+def fed_counts(dense: Sequence[Width], now: Sequence[Width]) -> dict[str, tuple[int, int]]:
+    """Channels and experts of a model, those of them that it has, before and after."""
+    found = {}
+    for kind, count in FED.items():
+        before, after = (sum(map(count, widths)) for widths in (dense, now))
+        if before:
+            found[kind] = before, after
+    return found
+
+
+def loading(opens: str, format: str, folder: str) -> str:
+    """Python that opens a folder of a format, by transformers' auto class."""
+    extra = ", trust_remote_code=True" if format == "hf" else ""
+    return f'{opens}.from_pretrained("{folder}"{extra})'

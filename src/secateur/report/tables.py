@@ -9,7 +9,7 @@ from rich.table import Table
 from secateur.base.words import counted
 from secateur.measure.compare import Evaluation, Figure, short
 from secateur.model.structure import Width
-from secateur.report.summary import Proposal, Size, Summary, Surveyed
+from secateur.report.summary import INNER, Proposal, Size, Summary, Surveyed, fed_counts, loading
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -24,7 +24,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         ("cache per token", summary.cache_bytes, "{:,} B".format),
         ("query heads", (sum(w.heads for w in dense), sum(w.heads for w in now)), "{:,}".format),
         ("key/value heads", (sum(w.groups for w in dense), sum(w.groups for w in now)), "{:,}".format),
-        *((name, sums, "{:,}".format) for name, sums in _fed(dense, now).items()),
+        *((name, sums, "{:,}".format) for name, sums in fed_counts(dense, now).items()),
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}")
@@ -63,46 +63,22 @@ def _where(summary: Summary) -> str:
     return f"in {count} blocks of {width.heads} query heads, {width.groups} key/value heads, {fed}"
 
 
-def _fed(dense: Sequence[Width], now: Sequence[Width]) -> dict[str, tuple[int, int]]:
-    """Channels and experts of a model, those of them that it has, before and after."""
-    found = {}
-    for kind, count in FED.items():
-        before, after = (sum(map(count, widths)) for widths in (dense, now))
-        if before:
-            found[kind] = before, after
-    return found
-
-
-def _stays(now: Width, dense: Width) -> float:
-    """The share of a feed-forward that stays."""
-    return now.fed / dense.fed * (now.channels / dense.channels if now.experts else 1.0)
-
-
 def _loads(summary: Summary, out: Path) -> str:
     """How the result is opened."""
     if summary.format == "gguf":
         return f"Run it: llama-cli -m {out}"
-    extra = ", trust_remote_code=True" if summary.format == "hf" else ""
-    return f'Load it: {summary.opens}.from_pretrained("{out}"{extra})'
+    return f"Load it: {loading(summary.opens, summary.format, str(out))}"
 
 
 UNMEASURED = ("parameters", "bytes at equal dtype")
 """Figures that are known without a measurement."""
-INNER = "channels of experts"
-FED: dict[str, Callable[[Width], int]] = {
-    "channels": lambda width: 0 if width.experts else width.channels,
-    "experts": lambda width: width.experts,
-    INNER: lambda width: width.experts * width.channels,
-}
-"""What feed-forwards have, and how much of it at a width."""
-
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def profile(dense: list[Width], now: list[Width]) -> list[str]:
     """Two lines, one character a block: the share of heads and of channels, or experts, that stays."""
 
-    fed = " and ".join(kind for kind in _fed(dense, now) if kind != INNER)
+    fed = " and ".join(kind for kind in fed_counts(dense, now) if kind != INNER)
 
     def line(label: str, shares: list[float]) -> str:
         # The lowest bar means that something is left; a blank, that nothing is.
@@ -111,7 +87,7 @@ def profile(dense: list[Width], now: list[Width]) -> list[str]:
 
     return [
         line("heads", [a.heads / b.heads for a, b in zip(now, dense, strict=True)]),
-        line(fed, [_stays(a, b) for a, b in zip(now, dense, strict=True)]),
+        line(fed, [a.fed_share(b) for a, b in zip(now, dense, strict=True)]),
     ]
 
 
@@ -119,7 +95,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """A plan block by block, and below it what it amounts to."""
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
-    fed = _fed(proposal.dense, proposal.dense)
+    fed = fed_counts(proposal.dense, proposal.dense)
     each = " x\nchannels of each" if INNER in fed else ""
     # Two lines, so that bars fit beside them.
     for name in (
@@ -137,7 +113,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
             f"{width.heads}/{dense.heads}",
             f"{width.groups}/{dense.groups}",
             f"{width.fed:,}/{dense.fed:,}" + (f" x {width.channels:,}" if dense.experts else ""),
-            f"{_bar(width.heads / dense.heads, 8)} {_bar(_stays(width, dense), 16)}",
+            f"{_bar(width.heads / dense.heads, 8)} {_bar(width.fed_share(dense), 16)}",
         )
     before, after = proposal.parameters
     lines = [f"{_goes(decided.sparsity)}: {counted(before)} to {counted(after)} in the model."]
@@ -159,7 +135,7 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
     """One row for each share that the page offers, and below them where everything is."""
     table = Table(title="What would go", title_justify="left")
     dense = found.dense
-    for name in ("goes", "parameters", "query heads", *_fed(dense, dense), "nats per token"):
+    for name in ("goes", "parameters", "query heads", *fed_counts(dense, dense), "nats per token"):
         table.add_column(name, justify="right")
     for share, decided in found.plans.items():
         now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
@@ -167,7 +143,7 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
             f"{decided.sparsity:.1%}",
             counted(found.parameters[share]),
             f"{sum(w.heads for w in now):,}/{sum(w.heads for w in dense):,}",
-            *(f"{after:,}/{before:,}" for before, after in _fed(dense, now).values()),
+            *(f"{after:,}/{before:,}" for before, after in fed_counts(dense, now).values()),
             f"{decided.price or 0.0:.3f}",
         )
     return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]

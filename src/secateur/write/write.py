@@ -135,12 +135,17 @@ def write(
         for file in checkpoint.files:
             copy_into(folder, file)
         for file_name, record in (records or {}).items():
-            contents = record() if callable(record) else record
-            if isinstance(contents, str):
-                (folder / file_name).write_text(contents, encoding="utf-8")
-            else:
-                write_json(folder / file_name, contents)
+            write_record(folder / file_name, record)
         return writer.total_bytes
+
+
+def write_record(path: Path, record: Any) -> None:
+    """A file of text, or of what is to be JSON; a function gives either."""
+    contents = record() if callable(record) else record
+    if isinstance(contents, str):
+        path.write_text(contents, encoding="utf-8")
+    else:
+        write_json(path, contents)
 
 
 def write_json(path: Path, contents: Any) -> None:
