@@ -202,6 +202,16 @@ _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size":
 SHARED = {"shared_expert_intermediate_size": 28}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
 MISTRAL4 = LATENT | ROUTED | {"n_group": 2, "topk_group": 2, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}
+LLAMA4 = GROUPED | {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "head_dim": 12,
+    "moe_layers": [1, 2],
+    "intermediate_size_mlp": 64,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 7,
+    "floor_scale": 5,
+}
 MIXTURES: dict[str, Callable[[], Any]] = {
     "dots1": _config("dots1", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=1),
     "ernie4_5_moe": _config(
@@ -246,6 +256,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "lfm2_moe": _config("lfm2_moe", **GROUPED, **CONV, **_EXPERTS, num_dense_layers=1),
     "minimax_m2": _config("minimax_m2", **GROUPED, num_local_experts=8, num_experts_per_tok=3, head_dim=8),
     "mistral4": _config("mistral4", **MISTRAL4),
+    "llama4_text": _config("llama4_text", **LLAMA4),
     "mixtral": _config("mixtral", **GROUPED, num_local_experts=6, num_experts_per_tok=2, head_dim=10),
     "olmoe": _config("olmoe", **GROUPED, num_experts=8, num_experts_per_tok=3),
     "qwen2_moe": _config("qwen2_moe", **TRIPLES, **_EXPERTS, **SHARED),

@@ -95,7 +95,7 @@ def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:
     return float(((found - routed.wanted_nd).square().sum(1) * routed.weight_n).sum())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "minimax_m2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "minimax_m2", "qwen3_moe", "llama4_text"])
 def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, module = routed_of(mixture), mixture.module

@@ -27,6 +27,7 @@ FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
         ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 16, 8)], True, "or leave theirs by --modules heads,experts"),
         ("qwen3_moe", [Width(3, 2, 16, 8), Width(3, 2, 16, 8)], False, None),
         ("mixtral", [Width(3, 2, 72, 8), Width(3, 2, 72, 5)], True, "by the names of mixtral's files"),
+        ("llama4_text", [Width(3, 2, 64), Width(3, 2, 72, 8)], True, "cannot load the experts of llama4_text"),
         ("gemma4_text mixture", [Width(2, 3, 20, 8), Width(2, 3, 20, 5)], True, "for experts beside a feed-forward"),
         ("gemma4_text", [Width(2, 3, 72), Width(2, 3, 40)], True, None),
         ("qwen2 window", [FULL, FULL], False, "all blocks or none; serve it with --model-impl transformers"),

@@ -75,6 +75,9 @@ ROWS |= {
     ),
     # Its kernels of experts take sizes that 32 divides.
     "qwen3_moe served": _config("qwen3_moe", **GROUPED, **HEAD, **SIZE, **_EXPERTS | FED, norm_topk_prob=True),
+    "llama4_text served": _config(
+        "llama4_text", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96, num_experts_per_tok=1
+    ),
     "mixtral served": _config("mixtral", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96),
 }
 
@@ -125,11 +128,13 @@ SERVED = [
     Case("gpt2", Width(6, 1, 40)),
     Case("qwen3_moe served", Width(2, 2, 32, experts=5)),
     Case("mixtral served", Width(3, 1, 64, experts=4)),
+    Case("llama4_text served", Width(3, 1, 96, experts=4)),
     *(Case(row, plan) for row in ("gemma4_text served", "gemma4_text small served") for plan in ("channels", FOUR)),
     Case("gemma4_text mixture served", Width(2, 3, 32, experts=5)),
 ]
 REFUSED = {
     Case("mixtral served", "experts"): "no module or parameter named 'model.layers.0.block_sparse_moe'",
+    Case("llama4_text served", "experts"): "must match the size of tensor b",
     Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
     Case("qwen2", Width(2, 2, 40)): "exceeds dimension size",
     Case("qwen2 window", Width(3, 2, 40)): "Sliding window for some but all layers is not supported",

@@ -161,7 +161,7 @@ class ExpertsState:
             tokens, rows = mixture.gated(expert, self._x, routes)
             fitted = self._solve(left, tokens, rows, mixture.weight(expert), expert, stay)
             if fitted is not None:
-                changed[expert] = fitted if mixture.experts.is_transposed else fitted.T
+                changed[expert] = fitted if mixture.layout.inputs_first else fitted.T
         self.state.change({module.level2.name: changed})
 
     def _solve(
@@ -219,7 +219,7 @@ class ExpertsState:
             stats = self._statistics(part, self._score)
         if criterion.inputs:
             stats.inputs = Moments(self.stream.width, device=self.stream.device)
-            stats.inputs.update(self.mixture.read(self._x[part.tokens]), weights_n=self._score[part.tokens])
+            stats.inputs.update(self.mixture.read(part.expert, self._x[part.tokens]), weights_n=self._score[part.tokens])
             stats.inputs.reduce(team, part.owner)
 
         def chosen() -> dict[str, Tensor]:

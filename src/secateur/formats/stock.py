@@ -105,6 +105,7 @@ STOCK: dict[str, Stock] = {
     "lfm2_moe": Stock(),
     "minimax_m2": Stock(),
     "mistral4": Stock(theta=None),
+    "llama4_text": Stock(channels="intermediate_size_mlp"),
     "mixtral": Stock(),
     "olmoe": Stock(),
     "qwen2_moe": Stock(heads="dense"),

@@ -35,6 +35,8 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
     mixture = FAMILIES[kind].experts
     if mixture is not None and mixture.renamed:
         return f"its transformers backend does not find experts by the names of {kind}'s files; take --widths uniform"
+    if mixture is not None and mixture.scales_inputs:
+        return f"its transformers backend cannot load the experts of {kind}; take --widths uniform"
     if mixture is not None and any(w.experts and w.channels != getattr(config, mixture.width) for w in widths):
         return (
             "its transformers backend gives experts of all blocks as many channels; take --widths uniform, or leave "

@@ -218,10 +218,8 @@ class Checkpoint:
     @cached_property
     def _prefix(self) -> str:
         """What the causal language model calls its base model, with a dot; empty if that is unknown."""
-        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return ""
-        base = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(self.config)).base_model_prefix
-        return f"{base}." if base else ""
+        family = FAMILIES.get(self.config.model_type)
+        return "" if family is None else f"{family.base}."
 
     @cached_property
     def ignorable(self) -> frozenset[str]:

@@ -4,7 +4,7 @@ Sizes, biases and the orientation of stored matrices are read off the block itse
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -166,22 +166,42 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     )
 
 
+class ExpertLayout(NamedTuple):
+    """How a module holds the matrices of all its experts."""
+
+    inputs_first: bool
+    """A matrix has an axis of inputs, then one of outputs."""
+    in_turn: bool
+    """Outputs of gate and up lie in turn, not one behind the other."""
+    biased: bool
+
+
+def layout_of(experts: Any) -> ExpertLayout:
+    """What a module of experts says of itself; Llama 4's says nothing."""
+    return ExpertLayout(
+        getattr(experts, "is_transposed", True),
+        not getattr(experts, "is_concatenated", True),
+        getattr(experts, "has_bias", False),
+    )
+
+
 def _inside_experts(
     layer: nn.Module, path: str, stored: tuple[tuple[str, tuple[str, ...]], ...]
 ) -> tuple[int, tuple[Slab, ...]]:
     """How many channels each expert has, and what follows them in the matrices that hold all experts."""
     experts: Any = layer.get_submodule(path)
     (up, _), (down, _) = stored
-    axis = 1 if experts.is_transposed else 2
+    layout = layout_of(experts)
+    axis = 1 if layout.inputs_first else 2
     inner = int(getattr(experts, down).shape[axis])
 
     def rows(name: str, axis: int) -> tuple[Slab, ...]:
         # Gate and up lie one behind the other, or in turn.
-        if not experts.is_concatenated:
+        if layout.in_turn:
             return (Slab(f"{path}.{name}", axis, "channel", inner, 2),)
         return tuple(Slab(f"{path}.{name}", axis, "channel", inner, 1, start) for start in (0, inner))
 
-    biased = rows(f"{up}_bias", 1) if experts.has_bias else ()
+    biased = rows(f"{up}_bias", 1) if layout.biased else ()
     return inner, (*rows(up, 3 - axis), *biased, Slab(f"{path}.{down}", axis, "channel", inner, 1))
 
 

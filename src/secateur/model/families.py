@@ -45,6 +45,8 @@ class Experts:
     experts read what the router does, and the one behind them. The feed-forward's own follows on the sum of both."""
     scored: bool = False
     """The feed-forward gives the router's scores behind its output."""
+    scales_inputs: bool = False
+    """What an expert counts is a factor of what it reads, not of what it gives."""
     stored: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
@@ -121,6 +123,11 @@ class Family:
     """The mixture of experts that stands in the feed-forward's place in some blocks, or in all."""
     tupled: bool = False
     """Blocks give more behind the residual stream."""
+
+    @property
+    def base(self) -> str:
+        """What the whole model calls all but its output layer; Llama 4's `base_model_prefix` is another model's."""
+        return self.blocks.partition(".")[0]
 
 
 LLAMA = Family()
@@ -356,6 +363,18 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": replace(LFM2, experts=Experts(bias="expert_bias", stored=_W)),
     "minimax_m2": replace(LLAMA, experts=replace(MIXTRAL, bias="e_score_correction_bias")),
     "mistral4": replace(LATENT, experts=DEEPSEEK),
+    "llama4_text": replace(
+        LLAMA,
+        feed_forward="feed_forward",
+        experts=Experts(
+            router="router",
+            count="num_local_experts",
+            width="intermediate_size",
+            shared="shared_expert",
+            scored=True,
+            scales_inputs=True,
+        ),
+    ),
     "mixtral": replace(LLAMA, experts=MIXTRAL),
     "olmoe": replace(
         OLMO2, experts=Experts(width="intermediate_size"), norm_after_attention=None, norm_after_feed_forward=None

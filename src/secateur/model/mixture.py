@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from secateur.model.describe import layout_of
 from secateur.model.modeling_secateur import CHOSEN, EXPERTS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2, Slab
@@ -42,6 +43,7 @@ class Mixture:
         """What holds experts and router."""
         self._norm: Any = layer.get_submodule(apart[0]) if apart else None
         self.experts: Any = self.whole.get_submodule(self.names.experts)
+        self.layout = layout_of(self.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
         self.shared: Any = self.whole.get_submodule(self.names.shared) if self.names.shared else None
 
@@ -54,7 +56,7 @@ class Mixture:
         """Where tokens go while only some experts are there (ascending)."""
         with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
             beside = [] if self.names.bias is None else [getattr(self.whole, self.names.bias)]
-            found = _routes(self.router(x_nd, *beside))
+            found = self._routes(self.router(x_nd, *beside))
         return Routes(alive[found.experts], found.gates.float())
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
@@ -62,20 +64,36 @@ class Mixture:
         with self.only(alive), self.stream.multiplying():
             if self._norm is not None:
                 x_nd = x_btd.flatten(0, 1)
-                return self.experts(self.read(x_nd), *_routes(self.router(x_nd))).float().view_as(x_btd)
+                return self.experts(self._norm(x_nd), *self._routes(self.router(x_nd))).float().view_as(x_btd)
             found = self.whole(x_btd)
-            return (found[0] if isinstance(found, tuple) else found).float()
+            return (found[0] if isinstance(found, tuple) else found).float().view_as(x_btd)
 
-    def read(self, x_nd: Tensor) -> Tensor:
-        """What the experts see of the mixture's inputs."""
+    def _routes(self, found: tuple[Tensor, ...]) -> Routes:
+        """What a router gives; logits come first, and have the same shape where a token meets all that are left."""
+        if self.names.scales_inputs:
+            # Logits come last, and what an expert counts is in what it reads.
+            chosen = found[-1].topk(self.router.top_k, dim=1).indices
+            return Routes(chosen, torch.ones_like(chosen, dtype=torch.float32))
+        chosen = next(part for part in found if not part.is_floating_point())
+        floats = [part for part in found if part.is_floating_point() and part.shape == chosen.shape]
+        return Routes(chosen, floats[-1])
+
+    def read(self, expert: int, x_nd: Tensor) -> Tensor:
+        """What an expert sees of the mixture's inputs."""
+        if self.names.scales_inputs:
+            gates = torch.sigmoid(linear(x_nd, self.router.weight[expert : expert + 1]).float())
+            return x_nd * gates.to(x_nd.dtype)
         return x_nd if self._norm is None else self._norm(x_nd)
 
     def inner(self, expert: int, x_nd: Tensor) -> Tensor:
         """An expert's level-2 inputs (n x f)."""
         weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         with self.stream.multiplying():
-            rows = linear(self.read(x_nd), weight.T if self.experts.is_transposed else weight, bias)
-            return self.experts._apply_gate(rows).float()
+            rows = linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
+            if hasattr(self.experts, "_apply_gate"):
+                return self.experts._apply_gate(rows).float()
+            gate, up = rows.chunk(2, dim=-1)
+            return (up * self.experts.act_fn(gate)).float()
 
     def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """The tokens that meet an expert (m), and its level-2 inputs times its gate (m x f)."""
@@ -85,18 +103,18 @@ class Mixture:
     def weight(self, expert: int) -> Tensor:
         """An expert's level-2 weight, inner axis first (f x d), a view."""
         weight = self.experts.down_proj[expert]
-        return weight if self.experts.is_transposed else weight.T
+        return weight if self.layout.inputs_first else weight.T
 
     def alone(self, expert: int) -> tuple[Depth2, dict[str, Tensor]]:
         """One expert as a feed-forward of its own, and its tensors by the names in that: views."""
-        held, f = self.experts, self.module.inner
-        both, down = held.gate_up_proj[expert], self.weight(expert).T
-        rows, bias = both.T if held.is_transposed else both, self._leaf("gate_up_proj_bias", expert)
+        layout, f = self.layout, self.module.inner
+        both, down = self.experts.gate_up_proj[expert], self.weight(expert).T
+        rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
         tensors, slabs = {"down_proj.weight": down}, []
         for place, name in enumerate(("gate_proj", "up_proj")):
             for value, leaf in parts:
-                own = value[place * f :][:f] if held.is_concatenated else value[place::2]
+                own = value[place::2] if layout.in_turn else value[place * f :][:f]
                 tensors[f"{name}.{leaf}"] = own
                 slabs.append(Slab(f"{name}.{leaf}", 0, "channel", f, 1))
         level2 = Slab("down_proj.weight", 1, "channel", f, 1)
@@ -139,7 +157,7 @@ class Mixture:
         return self._leaf("down_proj_bias", expert)
 
     def _leaf(self, name: str, expert: int) -> Tensor | None:
-        return getattr(self.experts, name)[expert] if self.experts.has_bias else None
+        return getattr(self.experts, name)[expert] if self.layout.biased else None
 
     def only(self, alive: Tensor) -> AbstractContextManager[None]:
         """Let the block run as if the other experts were gone."""
@@ -166,14 +184,6 @@ class Mixture:
         finally:
             for owner, values in before:
                 vars(owner).update(values)
-
-
-def _routes(found: tuple[Tensor, ...]) -> Routes:
-    """What a router gives; logits come first, and have the same shape where a token meets all that are left."""
-    chosen = next(part for part in found if not part.is_floating_point())
-    return Routes(
-        chosen, next(part for part in reversed(found) if part.is_floating_point() and part.shape == chosen.shape)
-    )
 
 
 def _like(value: Tensor, part: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 config.json is that of the dense model, and `per_layer_config` (inside `text_config`, where there is one) says where a
 layer differs: in query heads (`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels
-(`intermediate_size`, `n_inner`, `ffn_dim` or `ffn_hidden_size`) or experts (`num_experts`, `num_local_experts`,
-`n_routed_experts` or `moe_num_experts`), and in biases that only its output layers have. The stock class builds the
-dense layers, then each is cut down to its width; on the meta device, where `from_pretrained` builds, this is free.
+(`intermediate_size`, `intermediate_size_mlp`, `n_inner`, `ffn_dim` or `ffn_hidden_size`) or experts (`num_experts`,
+`num_local_experts`, `n_routed_experts` or `moe_num_experts`), and in biases that only its output layers have. The stock
+class builds the dense layers, then each is cut down to its width; on the meta device, where `from_pretrained` builds,
+this is free.
 A layer without heads or channels adds nothing but the bias of its output layer.
 
 `SecateurLlamaForCausalLM` is transformers' `LlamaForCausalLM` built this way, and so on for every such name.
@@ -32,7 +33,7 @@ WIDTHS = "layer_widths"
 ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_output_bias"
 """Keys of `per_layer_config`: the output layer has a bias, although the stock class gives it none."""
 
-CHANNELS = ("ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size")
+CHANNELS = ("ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size_mlp", "intermediate_size")
 """Keys of the feed-forward width; a config has one of them."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -213,7 +213,7 @@ class BlockStream:
 
         Also records what the model hands to each block for each group of rows, for `run`.
         """
-        base = self.model.get_submodule(self.model.base_model_prefix)
+        base = self.model.get_submodule(self.family.base)
         recorders = self._recorders()
         result = arena.empty(rows, self.columns)
         with self._around(base, recorders):
@@ -281,7 +281,7 @@ class BlockStream:
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
-        prefix = "" if part is self.model else self.model.base_model_prefix
+        prefix = "" if part is self.model else self.family.base
         names = [name for name, _ in part.named_parameters(prefix=prefix, remove_duplicate=False)]
         outside = [name for name in names if name not in inside]
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
