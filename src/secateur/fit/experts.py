@@ -219,7 +219,8 @@ class ExpertsState:
             stats = self._statistics(part, self._score)
         if criterion.inputs:
             stats.inputs = Moments(self.stream.width, device=self.stream.device)
-            stats.inputs.update(self.mixture.read(part.expert, self._x[part.tokens]), weights_n=self._score[part.tokens])
+            read = self.mixture.read(part.expert, self._x[part.tokens])
+            stats.inputs.update(read, weights_n=self._score[part.tokens])
             stats.inputs.reduce(team, part.owner)
 
         def chosen() -> dict[str, Tensor]:
