@@ -29,6 +29,7 @@ from secateur import cli
 from secateur.base.quiet import quiet
 from secateur.cli import terminal
 from secateur.commands import fitted, plan, prune, sizes, steps
+from secateur.model.families import FAMILIES
 from secateur.write import shards
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
@@ -1025,12 +1026,45 @@ def test_version_and_help(run: Run) -> None:
     other = "device revision trust-remote-code dtype format type survey dry-run overwrite restart memory family"
     for option in f"{target} {method} tau sigma {rows} {other}".split():
         assert f"--{option} " in text
-    panels = ("Target", "Method", "Calibration", "Output", "Computing", "The paper's variants")
+    panels = ("Target", "Method", "Calibration", "Output", "Computing", "Messages", "The paper's variants")
     assert re.findall("─ ([A-Z][\\w' ]+) ─", text)[2:] == list(panels)
     text = run("eval", "--help").out
     options = "perplexity length tokens speed against json device dtype revision trust-remote-code"
     for option in options.split():
         assert f"--{option} " in text
+
+
+def test_every_command_speaks_as_it_is_asked(run: Run) -> None:
+    for command in re.findall("^│ ([a-z]+)", run("--help").out, flags=re.MULTILINE):
+        text = run(command, "--help").out
+        assert all(f"--{option} " in text for option in ("json", "quiet", "verbose")), command
+
+
+def test_results_as_json(place: Path, run: Run) -> None:
+    result = run("prune", "model", "out", *SMALL, "--json", "-", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert found["out"] == "out"
+    record = json.loads((place / "out" / "secateur.json").read_text())
+    assert found["parameters"] == record["sizes"]["parameters"]
+    assert list(found["widths"].values()) == [block["width"] for block in record["blocks"]]
+    assert run("families", "--json", "families.json").out
+    families = json.loads((place / "families.json").read_text())
+    assert {family["name"] for family in families} == set(FAMILIES)
+    plan = json.loads(run("plan", "model", *SMALL, "--json", "-").out)
+    assert plan["sparsity"]["reached"] > 0
+    (model,) = json.loads(run("eval", "out", "--json", "-").out)["models"]
+    assert model["parameters"] == found["parameters"][1]
+    assert json.loads(run("clean", "out", "--json", "-").out) == {"removed": []}
+    assert "families.json: exists" in run("families", "--json", "families.json").err
+
+
+def test_more_is_said_where_that_is_wanted(place: Path, run: Run) -> None:
+    few, many = (run("plan", "missing", *SMALL, *more) for more in ([], ["--verbose"]))
+    assert few.code == many.code == 2
+    assert few.err.count("\n") == 1
+    assert "Traceback" in many.err
+    assert many.err.splitlines()[-1] == few.err.strip()
 
 
 def test_help_is_quick() -> None:

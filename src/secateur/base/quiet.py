@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import DEBUG, getLogger
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
@@ -10,7 +11,13 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings below errors and no progress bars inside; what was set before holds again after."""
+    """No warnings below errors and no progress bars inside; what was set before holds again after.
+
+    Where the logger `secateur` is to say everything, so may they.
+    """
+    if getLogger("secateur").isEnabledFor(DEBUG):
+        yield
+        return
     verbosity, bars, hub_silent = (
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from secateur import __version__
 from secateur.base.errors import SecateurError
 from secateur.base.launched import launched
+from secateur.cli import terminal
 from secateur.cli.clean import clean
 from secateur.cli.compare import compare
 from secateur.cli.evaluate import evaluate
@@ -73,8 +75,8 @@ def main() -> None:
     # Threads that wait for each other sleep: spinning, they take the cores from whatever else runs here. torch reads it
     # when it is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    for library in () if "--verbose" in sys.argv else ("transformers", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
@@ -83,6 +85,8 @@ def main() -> None:
     try:
         code: Any = app(prog_name="secateur", standalone_mode=False)
     except SecateurError as error:
+        if terminal.speech.verbose:
+            traceback.print_exc()
         _fail(str(error))
     except _Mistake as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "secateur")

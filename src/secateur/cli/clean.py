@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli.generate import generated
-from secateur.cli.terminal import Bars
+from secateur.cli.terminal import show
 
 
 @generated
@@ -20,7 +20,5 @@ def clean(
     from secateur.commands.clean import clean as run
 
     removed = run(out)
-    for path in removed:
-        Bars().note(f"Removed {path}")
-    if not removed:
-        Bars().note(f"Nothing is left of a run beside {out}")
+    lines = [f"Removed {path}" for path in removed] or [f"Nothing is left of a run beside {out}"]
+    show({"removed": removed}, None, lines)

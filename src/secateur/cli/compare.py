@@ -106,12 +106,13 @@ def compare(
     how: dict[str, Any] = {"device": running.device, "trust_remote_code": running.trust_remote_code, "watcher": bars}
     try:
         if recipe.kind != "grid":
-            typer.echo(f"{compare_dense(recipe, models, out, **how)} are in {out}")
+            made = compare_dense(recipe, models, out, **how)
+            show({"out": out, "files": made}, None, [f"{made} are in {out}"])
             return
         found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
     except KeyboardInterrupt:
         interrupted(f"finished runs are in {out}; the same command goes on from there")
     plot_comparison(found, out)
-    show(*compare_table(found, out), bars)
+    show(found, *compare_table(found, out), bars)
     if found.failed:
         raise SecateurError(f"{len(found.failed)} of {found.planned} runs failed; the first, {found.failed[0]}")

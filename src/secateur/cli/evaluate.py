@@ -1,6 +1,5 @@
 """`secateur eval`: one model measured, or two side by side."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,6 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, write_whole
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, parse_list
@@ -82,10 +80,6 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="Dtype to compute in: float32, bfloat16 or float16.", rich_help_panel=COMPUTING)
     ] = "float32",
-    json_: Annotated[
-        Path | None,
-        typer.Option("--json", help="File for the figures, too.", show_default="none", rich_help_panel=OUTPUT),
-    ] = None,
 ) -> None:
     """Measure MODEL: size, perplexity of texts, accuracy on tasks, speed; --against puts another beside it.
 
@@ -95,8 +89,6 @@ def evaluate(
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for the whole text")
     if limit < 0:
         raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
-    if json_ is not None:
-        Output(json_, file="", overwrite=running.overwrite).check()
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.measure.compare import evaluate as run
@@ -125,10 +117,8 @@ def evaluate(
         trust_remote_code=running.trust_remote_code,
         watcher=bars,
     )
-    if json_ is not None:
-        write_whole(json_, json.dumps(result.as_dict(), indent=2) + "\n")
     if report:
         here, base = result.models
         texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
         add_measured(Path(model), measured_rows(result), texts)
-    show(*eval_table(result))
+    show(result, *eval_table(result))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars
+from secateur.cli.terminal import Bars, show
 from secateur.cli.values import PrunedFolder
 from secateur.commands.options import Options, Running
 
@@ -29,4 +29,5 @@ def export(
         from secateur.write.export import export as run
 
     done = run(folder, out, type=type_, overwrite=running.overwrite, watcher=bars)
-    typer.echo(f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}")
+    line = f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}"
+    show(done, None, [line])

@@ -21,4 +21,4 @@ def families() -> None:
     found = rows()
     for row in found:
         table.add_row(*row)
-    show(table, [f"{len(found)} families. --format hf holds whatever goes, in each block its own width."])
+    show(found, table, [f"{len(found)} families. --format hf holds whatever goes, in each block its own width."])

@@ -13,10 +13,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from secateur.cli.terminal import MESSAGES, Speech, speak
 from secateur.cli.values import parse_share
 from secateur.commands.options import Declared, declared, spelled
 
-_ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing")
+_ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing", MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,21 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
         owners[parameter.name] = owner, list(found), pick.check
         hints = get_type_hints(owner)
         options += [(one.panel, _parameter(name, one, owner, hints[name])) for name, one in found.items()]
+    spoken = declared(Speech)
+    hints = get_type_hints(Speech)
+    options += [(one.panel, _parameter(name, one, Speech, hints[name])) for name, one in spoken.items()]
     # What is declared in no panel of the usual ones, the paper's, stands last.
     options.sort(key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else len(_ORDER))
     parameters = [*plain, *(parameter for _, parameter in options)]
 
     def command(**values: Any) -> None:
-        made = {}
+        made: dict[str, Any] = {}
+        speech = Speech(**{name: values.pop(name) for name in spoken})
         for name, (owner, names, check) in owners.items():
             given = {field: _read(owner, field, values.pop(field)) for field in names}
             check(given)
             made[name] = owner(**given)
+        speak(speech, any(getattr(one, "overwrite", False) for one in made.values()))
         function(**values, **made)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__

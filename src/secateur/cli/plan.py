@@ -41,4 +41,5 @@ def plan(
         from secateur.commands.plan import propose
         from secateur.report.tables import plan_table
 
-    show(*plan_table(propose(model, options, running, out=out, watcher=bars), out))
+    found = propose(model, options, running, out=out, watcher=bars)
+    show(found, *plan_table(found, out))

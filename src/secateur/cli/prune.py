@@ -31,6 +31,8 @@ def prune(
     bars = Bars()
     with bars.busy("Loading torch and transformers"):
         from secateur.commands.prune import prune as run
+        from secateur.report.plain import plain
         from secateur.report.tables import prune_table
 
-    show(*prune_table(run(model, out, options, running, watcher=bars), out), bars)
+    done = run(model, out, options, running, watcher=bars)
+    show({"out": out, **plain(done)}, *prune_table(done, out), bars)

@@ -2,10 +2,8 @@
 
 from typing import Annotated
 
-import typer
-
 from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars
+from secateur.cli.terminal import Bars, show
 from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import Running
 from secateur.compare.training import Training
@@ -36,4 +34,5 @@ def retrain(
         watcher=bars,
     )
     before, after = done.perplexity
-    typer.echo(f"Perplexity on rows not trained on: {before:.3f} before, {after:.3f} after. Written to {done.path}")
+    line = f"Perplexity on rows not trained on: {before:.3f} before, {after:.3f} after. Written to {done.path}"
+    show(done, None, [line])

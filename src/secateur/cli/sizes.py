@@ -57,4 +57,4 @@ def sizes(
         from secateur.report.tables import sizes_table
 
     found = run(model, out, each, running, texts=perplexity or [], tokens=tokens or None, watcher=bars)
-    show(*sizes_table(found, out), bars)
+    show(found, *sizes_table(found, out), bars)

@@ -41,4 +41,5 @@ def survey(
         from secateur.commands.survey import survey_page
         from secateur.report.tables import survey_table
 
-    show(*survey_table(survey_page(model, out, options, running, watcher=bars), out), bars)
+    found = survey_page(model, out, options, running, watcher=bars)
+    show(found, *survey_table(found, out), bars)

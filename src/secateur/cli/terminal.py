@@ -1,10 +1,14 @@
 """What a person sees while a command runs and after it: bars and notes on standard error, tables on standard output."""
 
+import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from operator import length_hint
+from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
@@ -15,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import is_disk_full
+from secateur.base.files import Output, is_disk_full, write_whole
+from secateur.commands.options import option
+from secateur.report.plain import plain
 
 T = TypeVar("T")
 
@@ -24,10 +30,44 @@ EVERY = 30.0
 INTERRUPTED = 130
 """The exit code of shells for Ctrl-C."""
 
+MESSAGES = "Messages"
+"""The panel of options that every command has."""
+
 QUIET = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 """Of several processes, the first speaks; the others only say what is wrong."""
 
 log = Console(stderr=True, highlight=False, markup=False, quiet=QUIET)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """How a command talks."""
+
+    json: Path | None = option(
+        None, MESSAGES, "File for the results as JSON; - for standard output, in place of the table.", shown="none"
+    )
+    quiet: bool = option(False, MESSAGES, "Say nothing on the way: no progress, no notes.")
+    verbose: bool = option(
+        False, MESSAGES, "Let the libraries' warnings through, and show where in the code an error arose."
+    )
+
+    @property
+    def printed(self) -> bool:
+        """JSON takes the table's place."""
+        return str(self.json) == "-"
+
+
+speech = Speech()
+"""Of the command that runs in this process."""
+
+
+def speak(how: Speech, overwrite: bool) -> None:
+    """Set how the command talks; a file that JSON could not be written to is refused before the work."""
+    global speech
+    speech, log.quiet = how, QUIET or how.quiet
+    logging.getLogger("secateur").setLevel(logging.DEBUG if how.verbose else logging.NOTSET)
+    if how.json is not None and not how.printed:
+        Output(how.json, file="", overwrite=overwrite).check()
 
 
 class Bars:
@@ -100,12 +140,22 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def show(table: Table, lines: list[str], bars: Bars | None = None) -> None:
-    """Print a result on standard output, and where the time went; files are written by then."""
+def show(figures: Any, table: Table | None, lines: list[str], bars: Bars | None = None) -> None:
+    """Print a result on standard output, and where the time went; files are written by then.
+
+    Where JSON is asked for, that is made of `figures`.
+    """
     console = Console(highlight=False, markup=False, quiet=QUIET)
     times = bars.times() if bars else ""
+    if (file := None if QUIET else speech.json) is not None:
+        found = json.dumps(plain(figures), indent=2)
+        if speech.printed:
+            table, lines, times = None, [found], ""
+        else:
+            write_whole(file, f"{found}\n")
     try:
-        console.print(table)
+        if table is not None:
+            console.print(table)
         for line in [*lines, f"Time: {times}."] if times else lines:
             console.print(line, soft_wrap=True)
     except OSError as error:
