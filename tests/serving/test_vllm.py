@@ -32,6 +32,7 @@ from models import (
     token_rows,
 )
 from secateur.base.quiet import quiet
+from secateur.commands.doctor import examine
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_obstacle
@@ -269,6 +270,15 @@ def test_served(expected: dict[Case, Expected], case: Case) -> None:
         assert relative(scored(model, meant.ids), meant.scores) < TOLERANCE[case.dtype]
         if case.dtype == "float32":
             assert continued(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
+
+
+def test_the_doctor_finds_that_it_runs(expected: dict[Case, Expected]) -> None:
+    """In a process of its own, with transformers' own tokens."""
+    found = {engine.name: engine for engine in examine(expected[SERVED[0]].folder)}
+    assert (found["vLLM"].runs, found["vLLM"].says) == (
+        True,
+        "writes 8 tokens, 8 of them as transformers does",
+    )
 
 
 @pytest.mark.parametrize(("case", "message"), REFUSED.items(), ids=str)

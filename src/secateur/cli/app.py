@@ -16,6 +16,7 @@ from secateur.base.launched import launched
 from secateur.cli import terminal
 from secateur.cli.clean import clean
 from secateur.cli.compare import compare
+from secateur.cli.doctor import doctor
 from secateur.cli.evaluate import evaluate
 from secateur.cli.export import export
 from secateur.cli.families import families
@@ -41,6 +42,7 @@ app.command()(plan)
 app.command()(survey)
 app.command()(sizes)
 app.command(name="eval")(evaluate)
+app.command()(doctor)
 app.command()(compare)
 app.command()(clean)
 app.command()(families)
