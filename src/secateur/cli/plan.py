@@ -19,7 +19,7 @@ FITTED = ("recovery", "effort", "recover", "refit_calibration", "refit_samples")
 def plan(
     model: Model,
     options: Annotated[Options, Without(FITTED)],
-    running: Annotated[Running, Without(("dry_run",))],
+    running: Annotated[Running, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path | None,
         typer.Option(

@@ -19,7 +19,7 @@ TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed"
 def sizes(
     model: Model,
     options: Annotated[Options, Only(TAKEN)],
-    running: Annotated[Running, Without(("dry_run",))],
+    running: Annotated[Running, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path, typer.Option(help="Folder that gets a model for each size, a table and a plot.", show_default=False)
     ],

@@ -67,8 +67,8 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
         code = path / MODELING_FILE.name
         if code.is_file() and code.read_bytes() != MODELING_FILE.read_bytes() and not trust_remote_code:
             raise SecateurError(
-                f"{code}: another version's file or a changed one, and opening the folder runs it; look at it, then say "
-                "--trust-remote-code"
+                f"{code}: another version's file or a changed one, and opening the folder runs it; look at it, then "
+                "say --trust-remote-code"
             )
     how = {"out": str(path), "class": checkpoint.auto_class.__name__, "ids": _prompt(checkpoint), "new": NEW}
     found: list[Engine] = []
@@ -156,7 +156,8 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
         vocabulary(checkpoint.tokenizer(), checkpoint.config.vocab_size)
     except SecateurError as error:
         return Engine("llama.cpp", None, False, str(error).removeprefix(f"{checkpoint.source}: "), line)
-    return Engine("llama.cpp", None, None, f"takes it as a .gguf file ({graph.name}): export it, then examine that", line)
+    says = f"takes it as a .gguf file ({graph.name}): export it, then examine that"
+    return Engine("llama.cpp", None, None, says, line)
 
 
 def _llama_cpp(path: Path) -> Engine:

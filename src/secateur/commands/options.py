@@ -78,7 +78,7 @@ TYPES: dict[type, tuple[Any, str]] = {
 
 
 def check_types(owner: Any) -> None:
-    """See that what Python gave has the types that options are declared with.
+    """See that what Python gave has the types that options are declared with; numbers may be NumPy's.
 
     Raises:
         SecateurError: another one.
@@ -90,8 +90,14 @@ def check_types(owner: Any) -> None:
         if value is None and NoneType in kinds:
             continue
         takes, called = TYPES[get_origin(kinds[0]) or kinds[0]]
-        if not isinstance(value, takes) or (isinstance(value, bool) and takes is not bool):
+        items = value if takes == TYPES[tuple][0] and isinstance(value, takes) else ()
+        known = isinstance(value, takes) and all(isinstance(item, str) for item in items)
+        if not known or (isinstance(value, bool) and takes is not bool):
             raise SecateurError(f"{name} is {value!r}; it must be {called}")
+        if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+            raise SecateurError(f"{name} is a number of more than 18 digits; take a smaller one")
+        if takes in (Integral, Real) and not isinstance(value, int | float):
+            object.__setattr__(owner, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def given(options: Any, names: Iterable[str]) -> dict[str, str]:
@@ -271,7 +277,7 @@ class Options:
             raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MOST_RIDGE:,}, for example 0.3")
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
-        if self.blocks is not None and re.fullmatch("[0-9]*:[0-9]*", self.blocks) is None:
+        if self.blocks is not None and re.fullmatch("[0-9]{0,18}:[0-9]{0,18}", self.blocks) is None:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
         if self.recover != Options.recover and self.recovery != "paper":
             raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
@@ -431,6 +437,9 @@ class Running:
     dry_run: bool = option(False, OUTPUT, "Print sizes, memory and time to expect; OUT is not written.")
     overwrite: bool = option(False, OUTPUT, "Replace what is there already under the name of an output.")
     restart: bool = option(False, OUTPUT, "Begin anew where an earlier run to OUT was stopped; without it, it goes on.")
+    push_to_hub: str | None = option(
+        None, OUTPUT, "Send OUT to this repository of the hub, owner/name; a new one is private.", shown="none"
+    )
     device: str = option(
         "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
     )

@@ -1,0 +1,51 @@
+"""A finished model sent to the hub, by huggingface_hub's client."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Watcher
+from secateur.base.quiet import first_line
+from secateur.model.hub_source import looks_like_id
+
+
+def check_upload(repo: str) -> None:
+    """See that a model could be sent to a repository, `owner/name`.
+
+    Raises:
+        SecateurError: the name is none, nobody is logged in, or the hub does not answer.
+    """
+    if "/" not in repo or not looks_like_id(repo):
+        raise SecateurError(f"push-to-hub is '{repo}'; write owner/name")
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise SecateurError(f"{repo}: nobody is logged in to the hub; run hf auth login first") from error
+    except Exception as error:
+        # The client hands on errors of several libraries.
+        raise SecateurError(f"{repo}: the hub does not let anything be sent: {first_line(error)}") from error
+
+
+def upload(out: Path, repo: str, watcher: Watcher) -> str:
+    """Send a folder, or a .gguf file, and return its address. A repository that is new is private.
+
+    Raises:
+        SecateurError: it did not arrive; what is on disk is complete.
+    """
+    api, message = HfApi(), "Pruned by secateur"
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        with watcher.busy(f"Sending {out} to {repo}"):
+            if out.is_dir():
+                # Shards of an earlier model would stay beside these.
+                stale = ["*.safetensors", "*.safetensors.index.json"]
+                api.upload_folder(repo_id=repo, folder_path=out, commit_message=message, delete_patterns=stale)
+            else:
+                api.upload_file(repo_id=repo, path_or_fileobj=out, path_in_repo=out.name, commit_message=message)
+    except Exception as error:
+        raise SecateurError(
+            f"{out} is complete, but was not sent: {first_line(error)}; try again with hf upload {repo} {out}"
+        ) from error
+    return f"{api.endpoint}/{repo}"
