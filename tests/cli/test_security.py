@@ -1,0 +1,133 @@
+"""What a stranger's files cannot make any command do: unpickle, run their code, leave their folder, mark up a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_cli import SMALL, TEXT, Run, listing, place, refused, run  # noqa: F401
+
+TINY = " ".join(SMALL)
+COMMANDS = [
+    f"prune model out {TINY}",
+    f"prune model out.gguf {TINY} --format gguf --widths uniform",
+    "prune out.gguf again --calibration random --samples 4 --length 16",
+    f"sizes model --out sizes --sparsities 0.2,0.4 {TINY} --perplexity text.txt",
+    f"survey model --out survey {TINY}",
+    f"plan model --out plan.json {TINY}",
+    "eval out --against model --perplexity text.txt --length 16 --speed --prompt a",
+    "export out exported.gguf",
+    "retrain out retrained --calibration text.txt --samples 8 --length 16",
+    "compare model grid.yaml --out table",
+    "families",
+    "clean out",
+]
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.usefixtures("letters")
+def test_no_command_unpickles(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """With pickles beside the weights that other tools would open, and every way to open one closed."""
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "adapter_model.bin"):
+        (place / "model" / name).write_bytes(pickle.dumps(Trap()))
+    torch.save({"weight": torch.ones(1)}, place / "model" / "consolidated.00.pth")
+    recipe = {
+        "title": "one",
+        "options": {"calibration": "text.txt", "samples": 4, "length": 16, "recovery": "none"},
+        "runs": {"wanda": {"criterion": "wanda"}},
+        "evaluation": {"perplexity": ["text.txt"], "tokens": 64},
+    }
+    (place / "grid.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("families").code == 0
+
+    def poisoned(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, poisoned)
+    monkeypatch.setattr(torch, "load", poisoned)
+    for command in COMMANDS:
+        result = run(*command.split())
+        assert result.code == 0, (command, result.err)
+    assert not (place / "trapped").exists()
+
+
+@pytest.fixture
+def letters(place: Path) -> None:  # noqa: F811
+    """A tokenizer that GGUF can hold."""
+    from models import make_letters
+
+    for file in (place / "model").glob("*token*"):
+        file.unlink()
+    make_letters().save_pretrained(place / "model")
+
+
+def test_pickles_alone_are_refused(place: Path, run: Run) -> None:  # noqa: F811
+    (place / "model" / "model.safetensors").unlink()
+    (place / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    for command in (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"]):
+        refused(run(*command), "only pickled weights")
+    assert not (place / "trapped").exists()
+
+
+def test_a_tokenizer_of_code_asks_first(place: Path, run: Run) -> None:  # noqa: F811
+    """Code in a folder runs when the flag is given, and not before."""
+    file = place / "model" / "tokenizer_config.json"
+    own = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tok.Own", None]}, "tokenizer_class": "Own"}
+    file.write_text(json.dumps(own))
+    (place / "model" / "tok.py").write_text("import os\nos.mkdir('trapped')\n")
+    (place / "model" / "tokenizer.json").unlink()
+    before = listing(place)
+    for command in (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"]):
+        assert run(*command).code == 2
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [trapped]", "!!python/name:os.system"])
+def test_yaml_makes_no_objects(tag: str, place: Path, run: Run) -> None:  # noqa: F811
+    for name, command in {
+        "recipe.yaml": ["compare", "recipe.yaml", "--out", "table"],
+        "family.yaml": ["prune", "model", "out", *SMALL, "--family", "family.yaml"],
+    }.items():
+        (place / name).write_text(f"title: {tag}\n")
+        result = run(*command)
+        assert result.code == 2, result
+        assert result.err.count("\n") == 1
+    (place / "model" / "README.md").write_text(f"---\nlicense: {tag}\n---\n")
+    assert run("prune", "model", "out", *SMALL).code == 0
+    assert not (place / "trapped").exists()
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "sub/../../outside.safetensors"])
+def test_an_index_stays_in_its_folder(shard: str, place: Path, run: Run) -> None:  # noqa: F811
+    weights = place / "model" / "model.safetensors"
+    weights.rename(place / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
+    (place / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(run("prune", "model", "out", *SMALL), "model.safetensors.index.json")
+
+
+def test_pages_hold_what_strangers_write_as_text(place: Path, run: Run) -> None:  # noqa: F811
+    """A name of a folder, of a text and of a model are on the pages; none of them opens a tag."""
+    model, text = "<img src=x onerror=alert(1)>", "text<script>.txt"
+    (place / "model").rename(place / model)
+    (place / text).write_text(TEXT)
+    small = ["--calibration", text, "--samples", "4", "--length", "16"]
+    assert run("prune", model, "o<b>ut", *small).code == 0
+    assert run("survey", model, "--out", "s<b>", *small).code == 0
+    for page in (place / "o<b>ut" / "report.html", place / "s<b>" / "survey.html"):
+        found = page.read_text()
+        assert not any(tag in found for tag in ("<img", "text<script", "o<b>ut", "s<b>", "<b>")), page
+        assert "&lt;img" in found or "\\u003cimg" in found
