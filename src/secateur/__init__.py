@@ -13,8 +13,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
+    from secateur.cli.terminal import Bars
     from secateur.commands.open import open_model
     from secateur.commands.options import Options, Running
+    from secateur.commands.plan import propose
     from secateur.commands.prune import prune
     from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
     from secateur.compare.retrain import retrain
@@ -33,6 +35,8 @@ _HOMES = {
     "plan_widths": "secateur.commands.steps",
     "fit_blocks": "secateur.commands.steps",
     "write_model": "secateur.commands.steps",
+    "propose": "secateur.commands.plan",
+    "Bars": "secateur.cli.terminal",
     "Options": "secateur.commands.options",
     "Running": "secateur.commands.options",
     "retrain": "secateur.compare.retrain",
@@ -47,8 +51,8 @@ _HOMES = {
     "SecateurError": "secateur.base.errors",
 }
 
-__all__ = ["BlockStream", "Options", "Rows", "Running", "SecateurError", "calibration_rows", "consecutive_rows"]
-__all__ += ["draw_rows", "fit_blocks", "open_checkpoint", "open_model", "perplexity", "plan_widths", "prune"]
+__all__ = ["Bars", "BlockStream", "Options", "Rows", "Running", "SecateurError", "calibration_rows", "consecutive_rows"]
+__all__ += ["draw_rows", "fit_blocks", "open_checkpoint", "open_model", "perplexity", "plan_widths", "propose", "prune"]
 __all__ += ["register", "retrain", "speed", "survey_model", "write_model"]
 
 

@@ -15,6 +15,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 from test_cli import SMALL, Run, place, refused, run  # noqa: F401
 
+from secateur import Options, Running, prune
+from secateur.commands.plan import propose
 from secateur.report.card import card, what_goes
 from secateur.report.model_page import model_page
 
@@ -39,6 +41,23 @@ def text_of(page: str) -> str:
     parser.handle_data = parts.append  # type: ignore[method-assign]
     parser.feed(page)
     return " ".join(" ".join(parts).split())
+
+
+def test_a_notebook_shows_a_plan(place: Path) -> None:
+    """As a table, and as a picture whose bars are the shares that stay."""
+    asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
+    found = propose("model", Options(sparsity=0.4, **asked), Running(device="cpu"))
+    table = found._repr_html_()
+    assert table.startswith("<pre")
+    assert "key/value" in table
+    (axes,) = found.plot().axes
+    bars = [bar.get_height() for bar in axes.patches]
+    blocks = list(zip(found.now(), found.dense, strict=True))
+    assert bars[: len(blocks)] == [now.heads / dense.heads for now, dense in blocks]
+    assert bars[len(blocks) :] == [now.channels / dense.channels for now, dense in blocks]
+    done = prune("model", "out", sparsity=0.4, device="cpu", **asked)
+    assert "weights on disk" in done._repr_html_()
+    assert len(done.plot().axes[0].patches) == 2 * len(blocks)
 
 
 def test_the_card_says_what_was_done(place: Path, run: Run) -> None:

@@ -141,7 +141,7 @@ def _front(text: str) -> dict[str, Any]:
     found = FRONT.match(text.replace("\r\n", "\n"))
     try:
         values = yaml.safe_load(found[1]) if found and "&" not in found[1] else None
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError):
         values = None
     plain = values if isinstance(values, dict) else {}
     return {

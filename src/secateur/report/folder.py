@@ -6,6 +6,7 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_whole
+from secateur.base.quiet import first_line
 from secateur.report.card import BASE_CARD, CARD, PAGE, card
 from secateur.report.model_page import model_page
 from secateur.write.record import RECORD, record_of
@@ -28,8 +29,16 @@ def text_of(path: Path) -> str | None:
 
 
 def check_described(folder: Path) -> None:
-    """Raise `SecateurError` where a folder has no record that a card can be made of."""
-    _record(folder)
+    """Raise `SecateurError` where a folder has no record that card and page can be made of."""
+    record = _record(folder)
+    try:
+        card(record)
+        model_page(record)
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise SecateurError(
+            f"{folder / RECORD}: not as secateur prune wrote it ({what}); bring it back, or delete it"
+        ) from error
 
 
 def add_measured(folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]]) -> None:

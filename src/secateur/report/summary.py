@@ -2,14 +2,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from secateur.model.structure import Width, alike
 from secateur.plan.problem import Plan
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Shown:
+    """Widths that a notebook shows: as a table where they stand at the end of a cell, and as a picture."""
+
+    dense: tuple[Width, ...]
+
+    def now(self) -> list[Width]:
+        """The width of every block after pruning."""
+        raise NotImplementedError
+
+    def plot(self) -> "Figure":
+        """What stays of each block, as a figure of matplotlib."""
+        from secateur.report.plots import plot_widths
+
+        return plot_widths(self.dense, self.now())
+
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Shown):
     """Before and after; what the command prints as its table."""
 
     parameters: tuple[int, int]
@@ -50,9 +70,14 @@ class Summary:
         """The width of every block after pruning."""
         return [self.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
+    def _repr_html_(self) -> str:
+        from secateur.report.tables import as_html, prune_table
+
+        return as_html(prune_table(self, Path())[0])
+
 
 @dataclass(frozen=True)
-class Proposal:
+class Proposal(Shown):
     """A plan with what it belongs to."""
 
     model: str
@@ -62,6 +87,15 @@ class Proposal:
     plan: Plan
     parameters: tuple[float, float]
     """Of the whole model, before and after."""
+
+    def now(self) -> list[Width]:
+        """The width of every block after pruning."""
+        return [self.plan.widths.get(index, dense) for index, dense in enumerate(self.dense)]
+
+    def _repr_html_(self) -> str:
+        from secateur.report.tables import as_html, plan_table
+
+        return as_html(plan_table(self, None)[0])
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of a plan file, as `secateur prune --plan` reads it."""

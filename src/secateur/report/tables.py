@@ -1,9 +1,11 @@
 """Tables for the terminal."""
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from secateur.base.words import counted
@@ -106,8 +108,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     ):
         table.add_column(name, justify="right")
     table.add_column("stays")
-    for index, dense in enumerate(proposal.dense):
-        width = decided.widths.get(index, dense)
+    for index, (dense, width) in enumerate(zip(proposal.dense, proposal.now(), strict=True)):
         table.add_row(
             str(index),
             f"{width.heads}/{dense.heads}",
@@ -124,6 +125,13 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     if out is not None:
         lines.append(f"Written to {out}; prune with --plan {out}")
     return table, lines
+
+
+def as_html(table: Table) -> str:
+    """For a notebook."""
+    console = Console(file=io.StringIO(), record=True, width=100)
+    console.print(table)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def _bar(share: float, length: int) -> str:
