@@ -151,6 +151,12 @@ class Moments:
             stop = min(start + panel, a)
             outer = torch.outer(self._sum_a[start:stop], self._sum_a) / (self.count or 1.0)
             gram_aa[start:stop] -= outer.to(gram_aa.dtype)
+        if self._origin_a is not None and a:
+            # Of an input that is always the same, rounding is left.
+            noise = (4 * torch.finfo(torch.float32).eps * self._origin_a).square() * self.count
+            constant = gram_aa.diagonal() <= noise
+            gram_aa[constant] = 0
+            gram_aa[:, constant] = 0
         return gram_aa
 
     def _diagonal(self) -> Tensor:

@@ -88,7 +88,8 @@ def normal_equations(
     matrix = gram_aa.to(dtype, copy=not overwrite)
     old = old_ao.to(dtype)
     diagonal = matrix.diagonal().clone()
-    dead = diagonal <= diagonal.mean() * torch.finfo(torch.float32).eps
+    # Of a ten millionth of the others' size; not of a thousandth, as next to a massive activation all others are.
+    dead = diagonal <= diagonal.mean() * torch.finfo(torch.float32).eps ** 2
     scale = torch.where(dead, torch.ones_like(diagonal), diagonal).sqrt()
     penalty = torch.where(dead, torch.ones_like(diagonal), torch.full_like(diagonal, ridge))
     matrix /= scale[:, None]

@@ -1,0 +1,165 @@
+"""Models and texts on a bad day: the refit still is the least-squares solution, in float64, and all is finite."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_recovery import RIDGE, WIDTHS, matrix, seen
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import CheckpointFolder
+from models import SIZES, blocks_of, layers_of, relative, token_rows
+from secateur.base.errors import SecateurError
+from secateur.commands.prune import prune
+from secateur.fit.loop import Method, refit
+from secateur.fit.recovery import Recovery
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.surgery import inner_entries
+from secateur.plan.problem import Plan
+
+IDS = token_rows(12, 20, seed=9)
+DIM = 8
+"""Entries of a head of the tiny Llama, whose six heads share three pairs of keys and values."""
+Tensors = dict[str, Tensor]
+
+
+def _attention(tensors: Tensors, index: int, name: str) -> Tensor:
+    return tensors[f"model.layers.{index}.self_attn.{name}_proj.weight"]
+
+
+def _massive(tensors: Tensors) -> None:
+    """One entry of every value is ten thousand times the others."""
+    for index in range(3):
+        _attention(tensors, index, "v")[::DIM] *= 1e4
+        tensors[f"model.layers.{index}.mlp.up_proj.weight"][3] *= 1e4
+
+
+def _dead(tensors: Tensors) -> None:
+    """A pair of heads, and every third channel, give nothing."""
+    for index in range(3):
+        _attention(tensors, index, "v")[:DIM] = 0
+        tensors[f"model.layers.{index}.mlp.up_proj.weight"][::3] = 0
+
+
+def _equal(tensors: Tensors) -> None:
+    """The second head of each pair is the first once more."""
+    for index in range(3):
+        for name, axis in (("q", 0), ("o", 1)):
+            heads = _attention(tensors, index, name).unflatten(axis, (3, 2, DIM)).movedim(axis + 1, 0)
+            heads[1] = heads[0]
+
+
+def _holes(tensors: Tensors) -> None:
+    """Half of the vocabulary was never trained."""
+    tensors["model.embed_tokens.weight"][::2] = 0
+
+
+def _faint(tensors: Tensors) -> None:
+    """Values that hardly count."""
+    for index in range(3):
+        _attention(tensors, index, "v").mul_(1e-2)
+
+
+def _nothing(_: Tensors) -> None:
+    pass
+
+
+CASES: dict[str, tuple[Callable[[Tensors], None], Tensor]] = {
+    "constant": (_nothing, torch.full((4, 20), 7)),
+    "one token": (_nothing, torch.tensor([[5]])),
+    "fewer tokens than channels": (_nothing, IDS[:1, :8]),
+    "massive activations": (_massive, IDS),
+    "dead units": (_dead, IDS),
+    "equal heads": (_equal, IDS),
+    "holes in the vocabulary": (_holes, IDS),
+    "faint values": (_faint, IDS),
+}
+
+
+ONE = SIZES | {"num_attention_heads": 1, "intermediate_size": 1, "head_dim": 8}
+MORE_ROWS = {"one of each": lambda: AutoConfig.for_model("llama", **ONE)}
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> Callable[[str], Path]:
+    """The tiny Llama, spoiled."""
+
+    def folder(case: str) -> Path:
+        place = tmp_path / "model"
+        shutil.copytree(checkpoint_folder("llama"), place)
+        tensors = load_file(place / "model.safetensors")
+        CASES[case][0](tensors)
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        return place
+
+    return folder
+
+
+def best(x: Tensor, t: Tensor, old: Tensor) -> Tensor:
+    """Ridge regression in float64; inputs that are always zero keep their weights."""
+    energy = x.square().sum(0)
+    live = energy > 0
+    gram = x[:, live].T @ x[:, live] + RIDGE * torch.diag(energy[live])
+    change = torch.linalg.solve(gram, x[:, live].T @ (t - x @ old))
+    weight = old.clone()
+    weight[live] += change
+    return weight
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -> None:
+    """The first attention's, where nothing is broken before it; the blocks behind it are finite."""
+    folder, ids = spoiled(case), CASES[case][1]
+    plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3)
+    found = list(refit(BlockStream(open_checkpoint(folder)), plan, ids, method=Method(recovery=Recovery(ridge=RIDGE))))
+    for block in found:
+        assert all(torch.isfinite(value).all() for value in block.changed.values())
+        assert all(report.error >= 0 for report in block.reports)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    module = blocks_of(model)[0].attention
+    x, z = seen(model, 0, module.sink, ids)
+    kept = inner_entries(module, found[0].keep.heads)
+    old = matrix(layers_of(model)[0], module.sink)
+    weight = found[0].changed.get(module.level2.name)
+    weight = old[kept] if weight is None else weight.double().T[kept]
+    # By what they give: of inputs that are alike, weights may be shared out otherwise.
+    given, wanted = x[:, kept] @ weight, x[:, kept] @ best(x[:, kept], z, old[kept])
+    assert relative(given, wanted) < 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_whole_run(tmp_path: Path, spoiled: Callable[[str], Path], case: str) -> None:
+    """Survey, plan and fits as by default; what comes out is finite, and as before where dead units alone go."""
+    folder, ids = spoiled(case), CASES[case][1]
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{token - 4}" for token in ids.flatten().tolist() if token >= 4))
+    how = {"samples": min(len(ids), 4), "length": max(2, ids.shape[1])}
+    if case == "one token":
+        with pytest.raises(SecateurError, match="tokens"):
+            prune(folder, tmp_path / "out", sparsity=0.1, calibration=str(text), device="cpu", **how)
+        return
+    prune(folder, tmp_path / "out", sparsity=0.1, calibration=str(text), device="cpu", **how)
+    models = [
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=True)
+        for place in (folder, tmp_path / "out")
+    ]
+    with torch.no_grad():
+        dense, small = (model(ids).logits for model in models)
+    assert torch.isfinite(small).all()
+    if case == "dead units":
+        assert relative(small, dense) < 0.02
+
+
+def test_a_module_of_one_unit(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """It goes as a whole, or stays."""
+    how = {"calibration": "random", "samples": 4, "length": 16, "device": "cpu"}
+    found = prune(checkpoint_folder("one of each"), tmp_path / "out", sparsity=0.3, **how)
+    assert all(width.heads in (0, 1) and width.channels in (0, 1) for width in found.now())
+    assert found.parameters[1] < found.parameters[0]
