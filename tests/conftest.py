@@ -22,8 +22,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 os.fsync = lambda _: None
 """What tests write need not outlive a power cut, and each of thousands of files would wait for the disk."""
 
-collect_ignore = ["serving", "older", "larger"]
-"""They need environments of their own: `make test-vllm`, `make test-transformers4`."""
+collect_ignore = ["serving", "older", "larger", "engines"]
+"""They need environments or time of their own: `make test-vllm`, `make test-engines`, `make test-transformers4`."""
 
 CheckpointFolder = Callable[[str], Path]
 

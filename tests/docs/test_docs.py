@@ -53,6 +53,7 @@ ELSEWHERE = {
 }
 """Commands that cannot run here, and why."""
 OF_OTHERS = {"--model-impl": "vLLM's", "--nproc-per-node": "torchrun's", "--methods": "benchmarks/quality.py's"}
+OF_OTHERS |= {"--model": "lm-eval's", "--model_args": "lm-eval's", "--hf-path": "mlx-lm's", "--no-deps": "pip's"}
 """Options that are not of secateur's command line, and whose they are."""
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "tokens": 256, "overwrite": True}

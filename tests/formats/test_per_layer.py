@@ -35,6 +35,7 @@ from models import (
 )
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
+from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_obstacle, widths_of
 from secateur.measure.compare import evaluate
@@ -211,7 +212,7 @@ def test_the_folder_says_what_it_holds(written, name, case, intercept):
         assert widths_of(given) == [made.widths.get(index, block.width) for index in range(BLOCKS)]
     assert stored["model_type"] == dense(name).config.model_type
     assert stored["head_dim"] == block.attention.size
-    assert set(stored["auto_map"]) == {"AutoModel", "AutoModelForCausalLM"}
+    assert set(stored["auto_map"]) >= {"AutoModel", "AutoModelForCausalLM"}
     assert (made.folder / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
     source = open_checkpoint(made.source)
     removed = sum(block.parameters - block.kept_parameters(width) for width in made.widths.values())
@@ -263,6 +264,36 @@ def test_transformers_alone(written, tmp_path):
     logits = load_file(tmp_path / "logits.safetensors")
     for (name, *_), found in made.items():
         assert relative(logits[str(found.folder)], logits_of(silenced(name, found), ids)) < TOLERANCE, name
+
+
+HEADED = """
+import sys
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification
+from transformers.utils import logging
+
+sys.modules["secateur"] = None
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+how = {"trust_remote_code": True, "output_loading_info": True}
+trunk = AutoModelForCausalLM.from_pretrained(sys.argv[1], **how)[0].base_model.state_dict()
+for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    model, found = auto.from_pretrained(sys.argv[1], **how)
+    assert type(model).__name__.startswith("Secateur")
+    assert all(name.startswith(("score", "classifier")) for name in found["missing_keys"]), found
+    same = model.base_model.state_dict()
+    assert same.keys() == trunk.keys() and all(torch.equal(same[name], trunk[name]) for name in trunk)
+model.save_pretrained(sys.argv[2])
+assert type(auto.from_pretrained(sys.argv[2], trust_remote_code=True)).__name__ == type(model).__name__
+"""
+
+
+def test_other_heads_on_the_same_trunk(tmp_path, checkpoint_folder):
+    """Of a mixture, whose experts checkpoints hold one by one, under names of their own."""
+    given = {"calibration": "random", "samples": 4, "length": 8, "effort": "quick"}
+    prune(checkpoint_folder("mixtral"), tmp_path / "out", **given)
+    run_alone(HEADED, tmp_path, str(tmp_path / "out"), str(tmp_path / "again"))
 
 
 REGISTERED = """

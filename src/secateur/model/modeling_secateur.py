@@ -13,6 +13,7 @@ A layer without heads or channels adds nothing but the bias of its output layer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ PREFIX = "Secateur"
 
 IMAGES = "AutoModelForImageTextToText"
 """What opens models that see images too."""
+
+AUTO = {
+    "ForConditionalGeneration": IMAGES,
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "Model": "AutoModel",
+}
+"""How names of classes end, and what opens such; the others are causal language models."""
 
 WIDTHS = "layer_widths"
 """What stands for `per_layer_config` where the stock model has one, in which layers of a type are alike (Gemma 4)."""
@@ -78,6 +88,11 @@ class PerLayer(nn.Module):
                 inner = next((own[key] for key in INNER if key in own), 0)
                 biases = (own.get(ATTENTION_BIAS, False), own.get(FEED_FORWARD_BIAS, False))
                 resize(layer, heads, groups, channels, biases, experts, inner)
+        attentions = [getattr(layer, name) for layer in layers for name in ATTENTIONS if hasattr(layer, name)]
+        gone = [isinstance(attention, NoHeads) for attention in attentions]
+        if any(gone):
+            owner = next(module for module in decoder.modules() if layers in module.children())
+            owner.register_forward_hook(partial(note_no_heads, gone))
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -86,28 +101,39 @@ def __getattr__(name: str) -> type[nn.Module]:
     if stock is None:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     # `_auto_class` makes save_pretrained copy this file.
-    auto = "AutoModel" if name.endswith("Model") and not name.endswith("LMHeadModel") else "AutoModelForCausalLM"
-    auto = IMAGES if name.endswith("ForConditionalGeneration") else auto
+    auto = next((auto for end, auto in AUTO.items() if name.endswith(end)), "AutoModelForCausalLM")
     globals()[name] = type(name, (PerLayer, stock), {"__module__": __name__, "_auto_class": auto})
-    share_renames(stock.__name__, name)
+    share_renames(stock.__name__, name, auto)
     return globals()[name]
 
 
-def share_renames(stock: str, ours: str) -> None:
+def share_renames(stock: str, ours: str, auto: str) -> None:
     """Let a class read and write tensors under the names that its stock class gives them in checkpoints.
 
-    transformers 5 keeps them by class name (GPT-NeoX's `embed_out` is its `lm_head`), and not for other people's.
+    transformers 5 keeps them by class name (GPT-NeoX's `embed_out` is its `lm_head`), and not for other people's. The
+    others are kept by the kind of model (Mixtral's experts): they reach the stock model inside, where there is one.
     """
     try:
         from transformers import conversion_mapping as renames
     except ImportError:  # transformers 4 renames nothing
         return
     found = renames.get_checkpoint_conversion_mapping(stock)
-    if found is None and stock.endswith("ForConditionalGeneration"):
-        # Theirs are kept by the kind of model.
+    if found is None and auto in (IMAGES, "AutoModel"):
         found = renames.get_checkpoint_conversion_mapping(getattr(transformers, stock).config_class.model_type)
     if found:
         renames.register_checkpoint_conversion_mapping(ours, found, overwrite=True)
+
+
+def note_no_heads(gone: list[bool], decoder: nn.Module, args: Any, output: Any) -> None:
+    """Put weights of no heads among the attention weights that are handed on, where a layer has none to give.
+
+    Args:
+        gone: of each attention, whether its heads are gone.
+    """
+    seen = getattr(output, "attentions", None)
+    if seen and len(seen) == gone.count(False):
+        rest = iter(seen)
+        output.attentions = tuple(seen[0][:, :0] if none else next(rest) for none in gone)
 
 
 def overrides(config: Any, index: int) -> dict[str, Any]:
@@ -335,10 +361,12 @@ class NoHeads(NoChannels):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         """The bias of the output layer, and no attention weights."""
-        # Transformers reads the length of the text from any layer's cache: this one notes one number a token.
+        # Transformers reads the length of the text from any layer's cache: this one notes one number a token, or as
+        # many as are quantised together.
         for cache in (*args, *kwargs.values()):
             if isinstance(cache, Cache):
-                note = hidden_states.new_zeros(*hidden_states.shape[:2], 1).unsqueeze(1)
+                size = next((layer.q_group_size for layer in cache.layers if hasattr(layer, "q_group_size")), 1)
+                note = hidden_states.new_zeros(*hidden_states.shape[:2], size).unsqueeze(1)
                 cache.update(note, note, self.layer_idx, {"cache_position": kwargs.get("cache_position")})
         if self.heads:  # Never: vLLM refuses a model with a layer in whose source it does not find this call.
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)

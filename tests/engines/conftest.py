@@ -1,0 +1,100 @@
+"""What the engines' tests share: folders that secateur writes of tiny models, and how people load them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Code of folders is copied here, and nothing is asked for elsewhere: both are read when transformers is imported.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(), "TOKENIZERS_PARALLELISM": "false"}
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import secateur
+from models import GROUPED, ROWS, _config, save, token_rows
+from secateur.base.quiet import quiet
+
+# Widths that the kernels of quantised weights take.
+SIZE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+ROWS |= {
+    "llama engines": _config("llama", **SIZE, intermediate_size=256),
+    "qwen3_moe engines": _config("qwen3_moe", **GROUPED | SIZE, **EXPERTS),
+}
+LLAMA, MIXTURE = "llama engines", "qwen3_moe engines"
+PLANS: dict[tuple[str, str], list[dict[str, int]]] = {
+    (LLAMA, "stock"): [{"heads": 4, "channels": 160}] * 3,
+    # A block without heads, one without channels and one that has few of both.
+    (LLAMA, "hf"): [{"heads": 0, "channels": 192}, {"heads": 8, "channels": 0}, {"heads": 2, "channels": 96}],
+    (MIXTURE, "stock"): [{"heads": 4, "experts": 5}] * 3,
+    (MIXTURE, "hf"): [{"heads": 8, "experts": 6}, {"heads": 0, "experts": 4}, {"heads": 2, "experts": 8}],
+}
+"""How many of the first units stay in each block, by row and format."""
+DENSE = [LLAMA, MIXTURE]
+CASES = list(PLANS)
+OF_LLAMA = [case for case in CASES if case[0] == LLAMA]
+
+Case = tuple[str, str]
+Folders = Callable[[Case], Path]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A pruned folder, or the dense one of a row; not to be changed."""
+    place = tmp_path_factory.mktemp("engines")
+    made: dict[Case, Path] = {}
+
+    def folder(case: Case) -> Path:
+        if case not in made:
+            row, format = case
+            out = place / "-".join(case).replace(" ", "-")
+            if format == "dense":
+                save(row, out)
+            else:
+                prune(folder((row, "dense")), out, format, PLANS[case])
+            made[case] = out
+        return made[case]
+
+    return folder
+
+
+def prune(source: Path, out: Path, format: str, counts: list[dict[str, int]], **more: Any) -> None:
+    """Keep the first units of each block."""
+    blocks = [{"block": i, **{kind: list(range(n)) for kind, n in own.items()}} for i, own in enumerate(counts)]
+    plan = out.with_suffix(".json")
+    plan.write_text(json.dumps({"blocks": blocks}))
+    how = {"calibration": "random", "samples": 8, "length": 16, "effort": "quick"}
+    secateur.prune(source, out, plan=plan, format=format, **how | more)
+
+
+def load(folder: Path, **how: Any) -> Any:
+    """A folder as its model card says: the code beside the weights builds it."""
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how).eval()
+
+
+def logits(model: Any, ids: Tensor | None = None, **how: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS if ids is None else ids, **how).logits.float()
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """Mean deviation over the mean size: where a router's choice is close, rounding decides it for a single token."""
+    return float((found - expected).abs().mean() / expected.abs().mean())
+
+
+IDS = token_rows(2, 24)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    gc.collect()

@@ -1,0 +1,39 @@
+"""Pruned folders in mergekit: a merge of a model with its own copy changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+
+from conftest import CASES, Case, Folders, load, logits
+from models import relative
+from secateur.formats.per_layer import MODELING_FILE
+
+LAYERS = 3
+
+
+@pytest.mark.parametrize("method", ["passthrough", "linear"])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_merged(folders: Folders, case: Case, method: str, tmp_path: Path) -> None:
+    shutil.copytree(folders(case), tmp_path / "copy")
+    recipe: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
+    if method == "linear":
+        both = (folders(case), tmp_path / "copy")
+        recipe["models"] = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in both]
+    else:
+        recipe["slices"] = [{"sources": [{"model": str(tmp_path / "copy"), "layer_range": [0, LAYERS]}]}]
+    options = MergeOptions(copy_tokenizer=True, trust_remote_code=True)
+    run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "merged"), options)
+    if case[1] == "hf":
+        # mergekit leaves code of folders behind.
+        assert not (tmp_path / "merged" / MODELING_FILE.name).exists()
+        shutil.copy(folders(case) / MODELING_FILE.name, tmp_path / "merged")
+    found, expected = logits(load(tmp_path / "merged")), logits(load(folders(case)))
+    assert relative(found, expected) < 1e-6
+    assert method == "linear" or torch.equal(found, expected)

@@ -1,0 +1,107 @@
+"""Pruned folders in the newest transformers: caches, saving, dtypes, training, compiling and pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import QuantizedCache, pipeline
+
+from conftest import CASES, IDS, MIXTURE, Case, Folders, apart, load, logits
+from models import relative
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+PROMPT = 20
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_caches(folders: Folders, case: Case) -> None:
+    model = load(folders(case))
+    plain = model.generate(IDS, use_cache=False, **GREEDY)
+    for cache in ("dynamic", "static"):
+        # Static caches would compile, which says nothing more.
+        assert torch.equal(model.generate(IDS, cache_implementation=cache, disable_compile=True, **GREEDY), plain)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_quantised_cache(folders: Folders, case: Case) -> None:
+    model = load(folders(case))
+    cache = QuantizedCache(backend="quanto", config=model.config, nbits=4)
+    logits(model, IDS[:, :PROMPT], past_key_values=cache, use_cache=True)
+    found, expected = logits(model, IDS[:, PROMPT:], past_key_values=cache, use_cache=True), logits(model)[:, PROMPT:]
+    assert 0 < relative(found, expected) < 0.25
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_saved_twice(folders: Folders, case: Case, tmp_path: Path) -> None:
+    model = load(folders(case))
+    expected = logits(model)
+    for name in ("once", "twice"):
+        model.save_pretrained(tmp_path / name)
+        model = load(tmp_path / name)
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_dtypes_and_devices(folders: Folders, case: Case) -> None:
+    expected = logits(load(folders(case)))
+    for place in ("cpu", "auto"):
+        assert torch.equal(logits(load(folders(case), device_map=place)), expected)
+    half = load(folders(case), dtype="bfloat16")
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert apart(logits(half), expected) < 0.05
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_gradient_checkpointing(folders: Folders, case: Case) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        model = load(folders(case)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            loss = model(IDS, labels=IDS, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_attention_weights(folders: Folders, case: Case) -> None:
+    """Every layer has an entry; one without heads has weights of no heads."""
+    model = load(folders(case), attn_implementation="eager")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    heads = [getattr(attention, "heads", attention.config.num_attention_heads) for attention in attentions]
+    with torch.no_grad():
+        found = model(IDS, output_attentions=True).attentions
+    assert [tuple(weights.shape) for weights in found] == [(*IDS.shape[:1], n, *[IDS.shape[1]] * 2) for n in heads]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_no_new_graph_breaks(folders: Folders, case: Case) -> None:
+    def breaks(folder: Path) -> int:
+        torch._dynamo.reset()
+        return torch._dynamo.explain(load(folder))(IDS, use_cache=False).graph_break_count
+
+    assert breaks(folders(case)) <= breaks(folders((case[0], "dense")))
+    if case[0] != MIXTURE:
+        # A dense mixture breaks graphs too, where its experts are run one by one.
+        model = load(folders(case))
+        assert relative(logits(torch.compile(model, backend="aot_eager", fullgraph=True)), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_pipelines(folders: Folders, case: Case) -> None:
+    writer = pipeline("text-generation", model=str(folders(case)), trust_remote_code=True)
+    (found,) = writer("w1 w2", max_new_tokens=5, do_sample=False)
+    ids = writer.tokenizer("w1 w2", return_tensors="pt").input_ids
+    plain = load(folders(case)).generate(ids, use_cache=False, max_new_tokens=5, do_sample=False)
+    # Pipelines decode what is new apart, and the blank before it is lost.
+    text = writer.tokenizer.decode(plain[0], skip_special_tokens=True)
+    assert found["generated_text"].replace(" ", "") == text.replace(" ", "")
