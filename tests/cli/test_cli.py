@@ -484,6 +484,7 @@ ARGUMENTS = [
     ),
     ("plan model --survey a.json --out a.json", "a.json: the survey needs a place of its own beside a.json"),
     ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
+    ("prune model out --blocks " + "9" * 5000 + ":", "write first:end, for example 4:30"),
     ("export", "Missing argument 'DIR'; see secateur export --help"),
     ("export nowhere out.gguf", "nowhere: no folder with a config.json; name one that secateur prune wrote"),
     ("export model out", "out: the file's name must end in .gguf; name it so"),
@@ -984,13 +985,52 @@ def test_eval_of_two_models_on_one_pipe(place: Path, run: Run, monkeypatch: pyte
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
-def test_standard_output_on_a_full_device() -> None:
+@pytest.mark.parametrize("asked", ["families", "--help"])
+def test_standard_output_on_a_full_device(asked: str) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "secateur", "families"]
+        command = [sys.executable, "-m", "secateur", asked]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: standard output: the device is full")
     assert ended.stderr.count("\n") == 1
+
+
+def test_standard_input_that_is_closed(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    result = run("prune", "model", "out", *SMALL, "--calibration", "-")
+    assert (result.code, result.err.splitlines()[-1]) == (
+        2,
+        "error: standard input is closed: pipe a text in, or name a file",
+    )
+
+
+def test_random_ids_need_no_tokenizer(place: Path, run: Run) -> None:
+    no_tokenizer(place / "model", lambda _: place)
+    assert run("prune", "model", "out", *SMALL, "--calibration", "random", "--effort", "quick").code == 0
+    gguf = ["--calibration", "random", "--format", "gguf"]
+    refused(run("prune", "model", "o.gguf", *SMALL, *gguf), "model: no tokenizer files; copy the model's into the fold")
+
+
+def test_an_interrupt_in_the_middle_of_imports() -> None:
+    """A library that is being imported would make a crash of it; no trace of that is to be seen."""
+    code = (
+        "import os, signal, sys\n"
+        "library, number = sys.argv[1], int(sys.argv[2])\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == library:\n"
+        "            os.kill(os.getpid(), number)\n"
+        "            sum(range(1000))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from secateur import cli\n"
+        "sys.argv = ['secateur', 'families']\n"
+        "cli.main()\n"
+    )
+    for name, number, ended in (("typer", signal.SIGINT, -signal.SIGINT), ("transformers", signal.SIGTERM, 130)):
+        command = [sys.executable, "-c", code, name, str(int(number))]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (ended, "")
+        assert result.stderr == ("interrupted: nothing is left half-written\n" if ended > 0 else "")
 
 
 def test_eval_with_nothing_to_do_prints_sizes(place: Path, run: Run) -> None:
@@ -1065,6 +1105,14 @@ def test_more_is_said_where_that_is_wanted(place: Path, run: Run) -> None:
     assert few.err.count("\n") == 1
     assert "Traceback" in many.err
     assert many.err.splitlines()[-1] == few.err.strip()
+
+
+def test_shells_complete_names() -> None:
+    for words, wanted in (("secateur pr", "prune"), ("secateur prune --crit", "--criterion")):
+        asked = {"_SECATEUR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-m", "secateur"]
+        result = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
+        assert result.stdout.split() == [wanted]
 
 
 def test_help_is_quick() -> None:

@@ -16,6 +16,7 @@ from models import logits_of, token_rows
 from secateur import SecateurError, prune
 from secateur.commands.options import Options, Running
 from secateur.formats.per_layer import model_class
+from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
@@ -53,9 +54,36 @@ def test_how_a_model_runs_elsewhere_does_not_matter(tmp_path: Path, checkpoint_f
     assert plain == odd
 
 
+def test_an_evaluation_does_not_run_as_the_config_says(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    keys = {"_attn_implementation": "flash_attention_2", "return_dict": False}
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 " * 16)
+    odd = edited(checkpoint_folder("llama"), tmp_path / "dense", **keys)
+    found = evaluate(str(odd), against=str(checkpoint_folder("llama")), texts=[str(tmp_path / "text.txt")], length=8)
+    first, second = (score.texts for score in found.models)
+    assert first == second
+
+
+@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+def test_a_padding_token_beyond_the_vocabulary(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, widths: str
+) -> None:
+    """transformers makes no model of such a config; of what is written it does."""
+    source = edited(checkpoint_folder("llama"), tmp_path / "dense", pad_token_id=9999)
+    prune(source, tmp_path / "out", **SMALL, widths=widths)
+    prune(checkpoint_folder("llama"), tmp_path / "plain", **SMALL, widths=widths)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] is None
+    outs = []
+    for out in (tmp_path / "out", tmp_path / "plain"):
+        auto = AutoModelForCausalLM if widths == "uniform" else model_class(open_checkpoint(out).config)
+        outs.append(logits_of(auto.from_pretrained(out, dtype=torch.float32).eval(), token_rows()))
+    assert torch.equal(*outs)
+    evaluate(str(source), texts=[])
+
+
 WRONG = {
-    "a padding token beyond the vocabulary": ({"pad_token_id": 9999}, r"makes no model of config.json .*Padding_idx"),
     "no key/value heads": ({"num_key_value_heads": 0}, r"makes no model of config.json \(ZeroDivisionError"),
+    "architectures that are none": ({"architectures": [1]}, r"config.json: architectures is \[1\], no list of class"),
+    "a text config that is none": ({"text_config": 5}, "config.json: text_config is 5, no config of a model"),
     "more layers than tensors": ({"num_hidden_layers": 10**9}, "is 1,000,000,000, and 30 tensors are stored"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from secateur.commands.options import Options, Running
         (Options, {"round": "8"}, "round is '8'; it must be a whole number"),
         (Options, {"sparsity": "25%"}, "sparsity is '25%'; it must be a number"),
         (Options, {"modules": "heads"}, "modules is 'heads'; it must be a list of names"),
+        (Options, {"modules": ["heads", 1]}, "modules is ['heads', 1]; it must be a list of names"),
+        (Options, {"samples": 10**5000}, "samples is a number of more than 18 digits; take a smaller one"),
         (Options, {"target": 0.8}, "target is 0.8; it must be text"),
         (Running, {"device": 0}, "device is 0; it must be text"),
         (Running, {"survey": 1}, "survey is 1; it must be a path"),
@@ -39,4 +42,6 @@ def test_what_is_as_good_as_the_type() -> None:
     file = Path(__file__)
     given = Options(sparsity=np.float32(0.25), samples=np.int64(8), modules=["heads"], calibration=file)  # type: ignore[arg-type]
     assert (given.samples, given.calibration) == (8, str(file))
+    # As the record keeps them.
+    assert json.dumps([given.sparsity, given.samples]) == "[0.25, 8]"
     assert Running(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]

@@ -282,6 +282,11 @@ def test_folders_that_cannot_be(checkpoint_folder: CheckpointFolder, tmp_path: P
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(SecateurError, match="exists and is not empty"):
         retrain(folder, tmp_path / "full", **settings)
+    record = json.loads((folder / "secateur.json").read_text())
+    for damaged in ({"sizes": {"parameters": [1]}}, {"blocks": [{"block": 0}]}, {"retrained": 5}):
+        (folder / "secateur.json").write_text(json.dumps(record | damaged))
+        with pytest.raises(SecateurError, match=r"secateur\.json: not as secateur prune wrote it .*bring it back"):
+            retrain(folder, tmp_path / "out", **settings)
 
 
 def test_a_training_that_diverges(

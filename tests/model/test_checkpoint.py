@@ -90,7 +90,8 @@ def test_reads_what_was_saved(tmp_path, shard):
     assert checkpoint.dtype == torch.bfloat16
     assert checkpoint.bytes == sum(2 * value.numel() for value in parameters.values())
     assert [file.name for file in checkpoint.files] == ["generation_config.json"]
-    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+    checkpoint.check_shapes(meta_model(checkpoint))
+    assert checkpoint.left_out == ()
     for name, value in parameters.items():
         assert checkpoint.resolve(name) == name
         assert checkpoint.tensors[name].shape == tuple(value.shape)
@@ -155,7 +156,8 @@ def test_names_without_the_base_prefix(tmp_path, model_type, prefix, name):
     assert checkpoint.ignorable == {"h.0.attn.bias", "h.0.attn.masked_bias"}
     assert checkpoint.bytes == sum(value.nbytes for value in stored.values())
     assert checkpoint.dtype == torch.bfloat16
-    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+    checkpoint.check_shapes(meta_model(checkpoint))
+    assert checkpoint.left_out == ()
 
 
 def test_names_with_a_prefix_that_the_model_lacks(folder):
@@ -166,16 +168,19 @@ def test_names_that_transformers_5_changed(tmp_path):
     save(tmp_path, "gpt_neox")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.resolve("lm_head.weight") == "embed_out.weight"
-    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+    checkpoint.check_shapes(meta_model(checkpoint))
+    assert checkpoint.left_out == ()
 
 
-def test_tied_weights_may_be_absent_and_strangers_are_named(tmp_path):
+def test_tied_weights_may_be_absent_and_strangers_are_left_out(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
     stored = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in stored
     save_file({**stored, "extra.head": torch.ones(2)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.check_shapes(meta_model(checkpoint)) == ("extra.head",)
+    checkpoint.check_shapes(meta_model(checkpoint))
+    assert checkpoint.left_out == ("extra.head",)
+    assert checkpoint.tensors.keys() == stored.keys()
 
 
 def test_missing_tensors_are_named(folder):
@@ -530,7 +535,8 @@ def test_gguf_is_dequantised_once(tmp_path, cache, monkeypatch, capfd):
     assert checkpoint.dtype == torch.bfloat16
     assert checkpoint.config.eos_token_id == 39
     assert "quantization_config" not in checkpoint.raw_config
-    assert checkpoint.check_shapes(meta_model(checkpoint)) == ()
+    checkpoint.check_shapes(meta_model(checkpoint))
+    assert checkpoint.left_out == ()
     assert (checkpoint.read("model.layers.0.mlp.up_proj.weight") == 0.5).all()
     assert checkpoint.tokenizer().chat_template == "{{ messages }}"
     assert json.loads((checkpoint.path / "generation_config.json").read_text())["eos_token_id"] == 39
@@ -621,5 +627,5 @@ def test_further_heads_are_left_out(folder, kind):
     edit(folder, num_nextn_predict_layers=1)
     found = open_checkpoint(folder)
     assert found.tensors.keys() == plain.tensors.keys()
-    assert set(found.heads) == {*more, f"{place}.eh_proj.weight"}
+    assert set(found.left_out) == {*more, f"{place}.eh_proj.weight"}
     assert found.raw_config == plain.raw_config | {"num_nextn_predict_layers": 0}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ROWS, STREAMED, blocks_of, build, layers_of, relative, save, token_rows
+from secateur.base.errors import SecateurError
 from secateur.criteria.registry import STATISTICAL
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
@@ -152,7 +153,7 @@ def test_weights_go_after_an_exception(stream):
 
 def test_a_broken_embedding_leaves_the_model_whole(stream):
     layers = stream.layers
-    with pytest.raises(IndexError), Arena() as arena:
+    with pytest.raises(SecateurError, match="IndexError"), Arena() as arena:
         stream.embed(Rows.of(torch.full((2, 8), 100_000)), arena)
     assert stream.model.model.layers is layers
     assert on_meta(stream.model)

@@ -282,7 +282,13 @@ def test_the_nearest_where_none_is_near(wishes: Wishes) -> None:
     found = plan(wishes(0.2, kinds=("heads",)), "uniform")
     assert abs(found.sparsity - 0.2) > TOLERANCE
     assert found.note is not None
-    assert f"{found.sparsity:.1%} goes in place of 20.0%" in found.note
+    assert f"{found.sparsity:.1%} goes in place of 20.0%: it is the nearest among the widths" in found.note
+
+
+def test_units_that_give_nothing_go_beyond_the_target(wishes: Wishes) -> None:
+    wish = wishes(0.1)
+    found = wish.plan({index: replace(block.width, channels=9) for index, block in enumerate(wish.blocks)}, 0.0)
+    assert found.note == f"{found.sparsity:.1%} goes in place of 10.0%: all of it is of units that give next to nothing"
 
 
 # Out of reach.

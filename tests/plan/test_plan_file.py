@@ -250,6 +250,17 @@ def test_edited_units_are_obeyed(tmp_path: Path, checkpoint_folder: CheckpointFo
     assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
 
 
+def test_units_of_a_width_that_no_plan_has(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """One of two heads of one group: the record of such a run is a plan, too."""
+    asked = {"blocks": [{"block": 0, "heads": [3], "channels": [0]}]}
+    (tmp_path / "plan.json").write_text(json.dumps(asked))
+    prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
+    record = tmp_path / "out" / "secateur.json"
+    widths, units = read_plan(record, blocks(), json.loads(record.read_text())["fingerprint"])
+    assert widths == {0: Width(1, 1, 1)}
+    assert units == {0: {"heads": (3,), "channels": (0,)}}
+
+
 def test_the_print_tells_weights_apart(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """The folder's name does not matter; one changed weight does."""
     import shutil

@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from secateur.base.words import some
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_ENTRIES = 1_000_000
+"""Of a YAML file, whose aliases make much of few lines."""
 _SPARE = 16 * 2**20
 """Room kept beside the expected bytes of a folder, for configs and the tokenizer."""
 
@@ -237,13 +240,13 @@ class Output:
             raise SecateurError(f"{path}: no regular file is there; choose another name")
         if path.is_file():
             if not self.overwrite:
-                raise SecateurError(f"{path}: exists; choose another name, or overwrite it")
+                raise SecateurError(f"{path}: exists; choose another name, or overwrite it (--overwrite)")
             return
         present = sorted(file.name for file in path.iterdir())
         if not present:
             return
         if not self.overwrite:
-            raise SecateurError(f"{path}: exists and is not empty; choose another name, or overwrite it")
+            raise SecateurError(f"{path}: exists and is not empty; choose another name, or overwrite it (--overwrite)")
         others = [] if self.files is None else [name for name in present if name not in self.files]
         if others:
             raise SecateurError(
@@ -268,14 +271,34 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """What a YAML file holds.
 
     Raises:
-        SecateurError: it is no YAML, with the line.
+        SecateurError: it is no YAML, with the line, or holds more than any file of ours.
     """
+    text = path.read_text(encoding="utf-8")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        found = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         raise SecateurError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); correct it") from error
+    except RecursionError as error:
+        raise SecateurError(f"{path}: nested too deeply; correct it") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # A day that no month has, a number with more digits than Python reads.
+        raise SecateurError(f"{path}: a value in it cannot be read ({error}); correct it") from error
+    if _entries(found, {}) > _MOST_ENTRIES:
+        raise SecateurError(f"{path}: its aliases come to more than {_MOST_ENTRIES:,} entries; write out what is meant")
+    return found
+
+
+def _entries(value: Any, known: dict[int, float]) -> float:
+    """Entries of a value, as often as they are seen; infinitely many where it is part of itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_entries(one, known) for one in inner)
+    return known[id(value)]
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """All commands in the order of the help, and `main`: one line for every mistake."""
 
-import errno
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ import typer
 
 from secateur import __version__
 from secateur.base.errors import SecateurError
+from secateur.base.files import is_disk_full
 from secateur.base.launched import launched
 from secateur.cli import terminal
 from secateur.cli.clean import clean
@@ -31,7 +31,6 @@ app = typer.Typer(
     name="secateur",
     help="Prune a pretrained language model in one shot: fewer attention heads, narrower feed-forward layers, "
     "an ordinary checkpoint out. By default nothing is trained, and one block is in memory at a time.",
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -95,12 +94,10 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {where} --help")  # type: ignore[attr-defined]
     except OSError as error:
         if error.filename is None:
-            raise
-        advice = (
-            "make room and run again"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "check the path and its permissions"
-        )
+            if not (is_disk_full(error) and _printing(error)):
+                raise
+            _fail(str(terminal.output_is_full()))
+        advice = "make room and run again" if is_disk_full(error) else "check the path and its permissions"
         _fail(f"{error.filename}: {error.strerror}; {advice}")
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
@@ -111,6 +108,12 @@ def main() -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def _printing(error: OSError) -> bool:
+    """Whether it came up where text is printed, help among it."""
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return frame.f_globals["__name__"].partition(".")[0] in ("rich", "typer", "click")
 
 
 def _fail(message: str) -> NoReturn:

@@ -97,7 +97,7 @@ def compare(
         seeds=parse_whole_numbers("seeds", seeds),
     )
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.compare.dense import compare_dense
         from secateur.compare.grid import compare as run
         from secateur.compare.plots import plot_comparison

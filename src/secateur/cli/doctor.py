@@ -25,7 +25,7 @@ def doctor(
     Example: secateur doctor ./SmolLM2-pruned
     """
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.commands.doctor import examine
 
     found = examine(out, trust_remote_code=running.trust_remote_code, watcher=bars)

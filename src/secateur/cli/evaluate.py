@@ -90,7 +90,7 @@ def evaluate(
     if limit < 0:
         raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.measure.compare import evaluate as run
         from secateur.report.folder import add_measured, check_described
         from secateur.report.tables import eval_table, measured_rows

@@ -25,7 +25,7 @@ def export(
     Example: secateur export ./SmolLM2-pruned SmolLM2-pruned.gguf --type q8_0
     """
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.write.export import export as run
 
     done = run(folder, out, type=type_, overwrite=running.overwrite, watcher=bars)

@@ -12,7 +12,7 @@ def families() -> None:
 
     Example: secateur families
     """
-    with Bars().busy("Loading transformers"):
+    with Bars().loading():
         from secateur.commands.families import families as rows
 
     table = Table(title="Families", title_justify="left")

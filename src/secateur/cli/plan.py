@@ -37,7 +37,7 @@ def plan(
     if out is not None:
         Output(out, file="", overwrite=running.overwrite).check()
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.commands.plan import propose
         from secateur.report.tables import plan_table
 

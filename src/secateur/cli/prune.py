@@ -29,7 +29,7 @@ def prune(
     """
     check_survey(running.survey, out)
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.commands.prune import prune as run
         from secateur.report.plain import plain
         from secateur.report.tables import prune_table

@@ -21,7 +21,7 @@ def retrain(
     Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-retrained --calibration text.txt
     """
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.compare.retrain import retrain as run
 
     done = run(

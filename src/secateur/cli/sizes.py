@@ -52,7 +52,7 @@ def sizes(
         raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
     each = [replace(options, sparsity=share) for share in shares]
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.commands.sizes import sizes as run
         from secateur.report.tables import sizes_table
 

@@ -37,7 +37,7 @@ def survey(
     Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
     """
     bars = Bars()
-    with bars.busy("Loading torch and transformers"):
+    with bars.loading():
         from secateur.commands.survey import survey_page
         from secateur.report.tables import survey_table
 

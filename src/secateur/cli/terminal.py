@@ -3,9 +3,10 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
@@ -109,6 +110,27 @@ class Bars:
         # As text: a string would be read as markup, and a path may hold brackets.
         return log.status(Text(f"{what} ..."))
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Turn a spinner while libraries are imported, which end in a crash where an interrupt is raised within."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: found for number in numbers if callable(found := signal.getsignal(number))}
+        with self.busy("Loading torch and transformers"):
+            try:
+                for number in before:
+                    signal.signal(number, _leave)
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+
+def _leave(*_: object) -> NoReturn:
+    """End at once: nothing has been written yet."""
+    log.show_cursor()
+    log.print("interrupted: nothing is left half-written")
+    os._exit(INTERRUPTED)
+
 
 def _told(items: Iterable[T], what: str, before: int) -> Iterator[T]:
     """Lines about a loop: every half minute, also while one item takes longer, and one at its end."""
@@ -161,11 +183,13 @@ def show(figures: Any, table: Table | None, lines: list[str], bars: Bars | None 
     except OSError as error:
         if not is_disk_full(error):
             raise
-        # What is still in the buffer would fail once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SecateurError(
-            "standard output: the device is full; what was to be written to files is complete"
-        ) from error
+        raise output_is_full("; what was to be written to files is complete") from error
+
+
+def output_is_full(more: str = "") -> SecateurError:
+    """What to say of it; what is still in its buffer, which would fail once more at the end, is forgotten."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return SecateurError(f"standard output: the device is full{more}")
 
 
 def interrupted(state: str) -> NoReturn:

@@ -36,8 +36,8 @@ from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
 from secateur.text.self_calibration import check_self
-from secateur.text.sources import SELF
-from secateur.write.write import model_output
+from secateur.text.sources import RANDOM, SELF
+from secateur.write.write import check_entry, model_output
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,17 @@ def open_model(
         )
     stream = BlockStream(checkpoint, device=where)
     stream.team = team
-    tokenizer, dtype = checkpoint.tokenizer(), wanted or checkpoint.dtype
+    dtype = wanted or checkpoint.dtype
+    # Random ids need none, where none must go into a GGUF file either.
+    spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and options.format != "gguf"
+    tokenizer = None if spared else checkpoint.tokenizer()
     if out is not None and team.leads:
         _check_size(stream, out, options, running, dtype)
         if dtype == torch.float16 or (options.format == "gguf" and options.type == "f16"):
             checkpoint.check_range(torch.float16)
     request = check_request(stream, options, dtype, watcher)
+    if running.family is not None:
+        check_entry(stream, request.chosen, request.format, dtype)
     if options.format == "gguf":
         vocabulary(tokenizer, checkpoint.config.vocab_size)
     if SELF in options.sources:

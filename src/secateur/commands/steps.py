@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.run_folder import GROWING
-from secateur.base.words import counted
+from secateur.base.words import counted, some
 from secateur.commands.fitted import FittedBlocks, key_of, perplexity_ratio
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
@@ -103,10 +103,10 @@ def _describe(run: OpenRun, rows: CalibrationRows) -> None:
     )
     if checkpoint.quantised:
         run.watcher.note(f"Its weights are quantised; they are read, and written, as {_name(checkpoint.dtype)}")
-    if checkpoint.heads:
+    if checkpoint.left_out:
         run.watcher.note(
-            f"Left out: {len(checkpoint.heads)} tensors of heads that predict tokens beyond the next one, or of blocks "
-            "behind the last that config.json counts"
+            f"Left out, as the model has no place for them: {some(checkpoint.left_out)}; such are heads that predict "
+            "tokens beyond the next one, and blocks behind the last that config.json counts"
         )
     own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
     run.watcher.note(

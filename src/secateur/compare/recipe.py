@@ -5,6 +5,7 @@ where several places give one, the run wins over the model, and the model over w
 """
 
 import itertools
+import math
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ T = TypeVar("T")
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _NO_TEXT = (RANDOM, SELF)
 """Sources that are no text: another text does not take their place."""
+_MOST_RUNS = 10_000
 _SPREAD = "seed"
 """The axis whose values are repetitions of one row and not rows of their own."""
 
@@ -166,6 +168,9 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
         raise SecateurError("nothing to run; give runs, a grid, or both")
     if not (recipe.evaluation.perplexity or recipe.evaluation.tasks):
         raise SecateurError("evaluation: nothing is measured; give perplexity texts, tasks, or both")
+    count = math.prod(map(len, recipe.grid.values())) * max(1, len(recipe.runs))
+    if count > _MOST_RUNS:
+        raise SecateurError(f"grid: {count:,} runs, and a comparison has {_MOST_RUNS:,} at most; leave values out")
     for axis, values in recipe.grid.items():
         if not values:
             raise SecateurError(f"grid.{axis}: the grid is empty; give at least one value")

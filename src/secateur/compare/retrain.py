@@ -27,7 +27,7 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.measure import compare, perplexity
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.report.card import BASE_CARD
-from secateur.report.folder import described, text_of
+from secateur.report.folder import check_described, described, text_of
 from secateur.text.calibration import calibration_rows
 from secateur.write.export import open_folder
 from secateur.write.record import RECORD, record_of
@@ -90,6 +90,8 @@ def retrain(
         raise SecateurError(f"{folder}: a multimodal model; retrain takes language models alone")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
+    if "sizes" in record_of(source):
+        check_described(source)
     teacher = None if training.teacher is None else _opened_teacher(checkpoint, training.teacher, watcher)
     rows = training_rows(checkpoint, training, watcher)
     fitted, held_out = rows[: training.samples], rows[training.samples :]
@@ -183,7 +185,8 @@ def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], s
             writer.add(name, stored[name].to(info.dtype) if name in stored else checkpoint.read(name))
         writer.close()
         modeling = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
-        for file in (source / "config.json", *checkpoint.files, *modeling):
+        write_json(partial / "config.json", checkpoint.raw_config)
+        for file in (*checkpoint.files, *modeling):
             copy_into(partial, file)
         record = record_of(source)
         record["retrained"] = [*record.get("retrained", []), said]

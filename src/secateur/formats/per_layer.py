@@ -14,6 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
 
@@ -29,6 +31,11 @@ from secateur.model.structure import Block, Width
 MODELING_FILE = Path(modeling_secateur.__file__)
 """The file that goes beside the weights."""
 
+HEADED = {
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
+"""What opens the pruned model under a fresh head, and the stock classes."""
 HEADS, GROUPS = "num_attention_heads", "num_key_value_heads"
 BIASES = (ATTENTION_BIAS, FEED_FORWARD_BIAS)
 
@@ -79,6 +86,9 @@ def per_layer_config(
     config_class = type(config)
     causal = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, config_class).__name__
     classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
+    for auto, others in HEADED.items():
+        if config_class in others:
+            classes[auto] = stock_class(others, config_class).__name__
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
     fed = _fed_key(config, first)
@@ -129,7 +139,10 @@ def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
     `around` is config.json of a multimodal model. No code of the folder runs, and nothing is registered.
     """
     if ours := _own_classes(config.architectures if around is None else around.get("architectures")):
-        return getattr(modeling_secateur, ours[0])
+        try:
+            return getattr(modeling_secateur, ours[0])
+        except (AttributeError, TypeError) as error:
+            raise SecateurError(f"config.json names the class {ours[0]}, which nothing has; prune again") from error
     return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
 
 
@@ -164,6 +177,8 @@ def widths_of(config: Any) -> list[Width]:
     widths = []
     for index in range(config.num_hidden_layers):
         own = overrides(config, index)
+        if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
+            raise SecateurError(f"layer {index} of the config has {own[odd]!r} for {odd}, no number; prune again")
         kept = own.get(HEADS, heads)
         shared = own.get(GROUPS, groups or kept)
         if kept and not shared:

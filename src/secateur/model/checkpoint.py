@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -20,11 +22,12 @@ from transformers.models.auto.modeling_auto import (
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
-from secateur.model.config_file import OTHER_SENSES, TEXT, load_config, read_config, stock_class
+from secateur.model.config_file import OTHER_SENSES, TEXT, check_generation, load_config, read_config, stock_class
 from secateur.model.families import FAMILIES, Experts, mixture_of, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
+from secateur.model.tokens import is_fault
 from secateur.model.weights import TensorInfo, list_tensors
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
@@ -79,7 +82,7 @@ class Checkpoint:
         trust_remote_code: whether the checkpoint's own code is needed and may run.
         around: config.json of a multimodal model, whose towers and projectors are handed on as they are.
         quantised: whether weights are stored in another form than `read` gives them.
-        heads: stored tensors of prediction heads that are left out; see `leave_heads`.
+        left_out: stored tensors that the model has no place for; see `leave_heads` and `check_shapes`.
     """
 
     source: str
@@ -91,7 +94,7 @@ class Checkpoint:
     trust_remote_code: bool = False
     around: dict[str, Any] | None = None
     quantised: bool = False
-    heads: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
@@ -135,10 +138,14 @@ class Checkpoint:
             indices = (name.removeprefix(place).partition(".")[0] for place in places if name.startswith(place))
             return bool(_HEADS.search(name)) or any(index.isdecimal() and int(index) >= count for index in indices)
 
-        self.heads = tuple(filter(further, self.tensors))
-        if self.heads:
-            self.tensors = {name: info for name, info in self.tensors.items() if name not in self.heads}
+        self._leave(list(filter(further, self.tensors)))
+        if self.left_out:
             self.raw_config |= {key: 0 for key in HEADS if self.raw_config.get(key)}
+
+    def _leave(self, names: Collection[str]) -> None:
+        """Forget some tensors, which are then neither counted nor written."""
+        self.tensors = {name: info for name, info in self.tensors.items() if name not in names}
+        self.left_out += tuple(names)
 
     @cached_property
     def _experts(self) -> Experts | None:
@@ -241,12 +248,17 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name}|{info.shape}|{info.dtype}|".encode())
-            for stored in info.parts:
-                with stored.file.open("rb") as file:
-                    for part in range(3):
-                        file.seek(stored.offset + max(0, stored.bytes - _SAMPLE) * part // 2)
-                        digest.update(file.read(min(_SAMPLE, stored.bytes)))
+            for sample in self._samples(name):
+                digest.update(sample)
         return digest.hexdigest()[:32]
+
+    def _samples(self, name: str) -> Iterator[bytes]:
+        """Some bytes at a stored tensor's start, middle and end."""
+        for stored in self.tensors[name].parts:
+            with stored.file.open("rb") as file:
+                for part in range(3):
+                    file.seek(stored.offset + max(0, stored.bytes - _SAMPLE) * part // 2)
+                    yield file.read(min(_SAMPLE, stored.bytes))
 
     @property
     def auto_class(self) -> Any:
@@ -254,15 +266,30 @@ class Checkpoint:
         return AutoModelForCausalLM if self.around is None else AutoModelForImageTextToText
 
     def loaded(self, auto: Any, dtype: torch.dtype, **how: Any) -> Any:
-        """What a class's `from_pretrained` makes of the checkpoint; quantised weights are read by this one."""
-        if not self.quantised:
-            return auto.from_pretrained(self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, **how)
-        config = AutoConfig.from_pretrained(self.path)
-        del config.quantization_config
-        values = {name: self.read(name).to(dtype) for name in self.weights}
-        classes = MODEL_FOR_CAUSAL_LM_MAPPING if self.around is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        stock = stock_class(classes, type(config))
-        return stock.from_pretrained(None, config=config, state_dict=values, dtype=dtype, **how)
+        """What a class's `from_pretrained` makes of the checkpoint; quantised weights are read by this one.
+
+        Raises:
+            SecateurError: transformers makes no model of it.
+        """
+        config = load_config(self.path, read_config(self.path), trust_remote_code=self.trust_remote_code)
+        how |= {"config": config, "dtype": dtype}
+        try:
+            if not self.quantised:
+                return auto.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **how)
+            del config.quantization_config
+            values = {name: self.read(name).to(dtype) for name in self.weights}
+            classes = MODEL_FOR_CAUSAL_LM_MAPPING if self.around is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            stock = stock_class(classes, type(config))
+            return stock.from_pretrained(None, state_dict=values, **how)
+        except (SecateurError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self.no_model(error) from error
+
+    def no_model(self, error: Exception) -> SecateurError:
+        """What is said where the classes stumble over something in config.json, whatever that is."""
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return SecateurError(f"{self.source}: transformers makes no model of config.json ({reason})")
 
     @property
     def max_positions(self) -> int | None:
@@ -297,19 +324,8 @@ class Checkpoint:
                         f"than {most:,.0f}; take bfloat16 or float32"
                     )
 
-    def check_shapes(self, model: nn.Module) -> tuple[str, ...]:
-        """Check that the stored tensors are those of the model that the config describes.
-
-        Args:
-            model: the transformers model, on the meta device or not.
-
-        Returns:
-            Stored names that the model has no place for, `ignorable` ones aside. transformers drops them too.
-
-        Raises:
-            SecateurError: tensors are missing (tied ones may be) or have another shape, or widths differ from block
-                to block, which the stock model does not show.
-        """
+    def check_dense(self) -> None:
+        """Raise `SecateurError` where widths differ from block to block, which the stock model does not show."""
         from secateur.model.modeling_secateur import PREFIX
 
         whole = self.raw_config if self.around is None else self.around
@@ -318,6 +334,32 @@ class Checkpoint:
                 f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
                 "but not pruned again; prune the dense model"
             )
+
+    def empty(self, auto: Any) -> Any:
+        """What a class makes of the config, float32 and without weights.
+
+        Raises:
+            SecateurError: it makes none.
+        """
+        make = getattr(auto, "from_config", None) or auto._from_config
+        try:
+            with init_empty_weights(include_buffers=False):
+                return make(self.config, dtype=torch.float32).eval()
+        except Exception as error:
+            raise self.no_model(error) from error
+
+    def check_shapes(self, model: nn.Module) -> None:
+        """Check that the stored tensors are those of the model that the config describes.
+
+        Others, but for the towers of a multimodal model, are left out: transformers drops them too. An output layer
+        that is said to be the embedding, and is not, is one of its own from here on.
+
+        Args:
+            model: the transformers model, on the meta device or not.
+
+        Raises:
+            SecateurError: tensors are missing (tied ones may be) or have another shape.
+        """
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         missing, wrong = list[str](), list[str]()
         used = set[str]()
@@ -343,7 +385,15 @@ class Checkpoint:
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise SecateurError(f"{self.source}: {wrong[0]}{more}; find the config.json of these weights")
-        return tuple(name for name in self.weights if name not in used)
+        if self.around is None:
+            self._leave([name for name in self.weights if name not in used])
+        for name, source in tied.items():
+            own, other = self.resolve(name), self.resolve(source)
+            if own and other and list(self._samples(own)) != list(self._samples(other)):
+                # transformers 5 takes both, whatever config.json says; engines go by that.
+                self.config.tie_word_embeddings = False
+                for part in (self.raw_config, self.around or {}):
+                    part["tie_word_embeddings"] = False
 
     def lacking(self, names: list[str]) -> SecateurError:
         """What is said where weights of the model are not stored."""
@@ -352,19 +402,25 @@ class Checkpoint:
             "download them again, or check that config.json belongs to them"
         )
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer's files lie in the folder."""
+        return any(file.name in TOKENIZER or file.suffix == ".tiktoken" for file in self.files)
+
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer.
 
         Raises:
             SecateurError: there is none, or transformers cannot load it.
         """
-        names = {file.name for file in self.files}
-        if not names.intersection(TOKENIZER) and not any(name.endswith(".tiktoken") for name in names):
+        if not self.has_tokenizer:
             raise SecateurError(f"{self.source}: no tokenizer files; copy the model's into the folder")
         try:
             with quiet():
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             raise SecateurError(f"{self.source}: the tokenizer does not load ({first_line(error)})") from error
 
 
@@ -396,6 +452,7 @@ def open_checkpoint(
         # Whether the output layer is the embedding is the whole model's to say.
         tied, around, raw, config = config.tie_word_embeddings, raw, raw.get(TEXT) or {}, config.text_config
         config.tie_word_embeddings = tied
+    check_generation(folder)
     tensors = list_tensors(folder)
     if how is not None:
         tensors = dequantised(tensors, how, folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,6 +23,9 @@ from secateur.model.quantised import quantisation, quantisation_obstacle
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
 OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+_DROPPED = ("dropout", "pdrop", "layerdrop")
+"""How keys of shares end that torch looks at when a block runs."""
 TEXT = "text_config"
 """Where the config of a multimodal model has that of its language model."""
 
@@ -31,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as stored.
 
     Raises:
-        SecateurError: there is none, it is not JSON, or it does not say what kind of model this is.
+        SecateurError: there is none, it is not JSON, or it does not say what kind of model this is, or how.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -47,6 +50,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SecateurError(f"{file}: {error} for a config; download it again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise SecateurError(f"{file}: no model_type, so this is not a transformers model; check the folder")
+    named, inner = raw.get("architectures") or [], raw.get(TEXT) or {}
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise SecateurError(f"{file}: architectures is {named!r}, no list of class names; correct the file")
+    if not isinstance(inner, dict):
+        raise SecateurError(f"{file}: {TEXT} is {inner!r}, no config of a model; correct the file")
+    for key, value in (*raw.items(), *inner.items()):
+        if key.endswith(_DROPPED) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise SecateurError(f"{file}: {key} is {value}, no share between 0 and 1; correct the file")
     return raw
 
 
@@ -54,7 +65,8 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     """The transformers config object of a decoder language model, or of one with towers.
 
     Stock classes are preferred: the checkpoint's own code runs only where transformers does not know the
-    model_type, and only if it is trusted.
+    model_type, and only if it is trusted. A padding token that is not in the vocabulary, of which transformers makes no
+    model, is taken out of the object and of `raw`.
 
     Raises:
         SecateurError: the model is of another kind, unknown to transformers, or quantised otherwise than can be read.
@@ -82,8 +94,18 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         # The validators put what is wrong on the last line.
         reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
         raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
-    for one in (config, getattr(config, TEXT, None)):
+    for one, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
         if one is not None:
+            experts = getattr(FAMILIES.get(one.model_type), "experts", None)
+            for key in (*_SIZES, *([experts.count] if experts else [])):
+                # As it is stored, by whichever of its names.
+                size = vars(one).get(one.attribute_map.get(key, key))
+                if size is not None and (type(size) is not int or size < 0):
+                    raise SecateurError(f"{file}: {key} is {size!r}, no whole number; correct the file")
+            if (getattr(one, "pad_token_id", None) or 0) >= getattr(one, "vocab_size", float("inf")):
+                one.pad_token_id = None
+                if stored is not None:
+                    stored["pad_token_id"] = None
             # Gemma 4 has heads of their own in some blocks; what is read of the whole is the same in all.
             one.allow_global_per_layer_attribute_access = True
             # How a model is to be run elsewhere; here blocks are run by themselves.
@@ -94,15 +116,29 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):
         inner = getattr(getattr(config, TEXT, None), "model_type", None)
         if inner not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            of = f"whose language model ({inner}) is not supported" if inner else "without a language model of its own"
-            raise SecateurError(
-                f"{file}: {kind} is a multimodal model ({sense}) {of}; save its language model alone, if secateur "
-                "families prints it, and prune that"
-            )
+            if inner in FAMILIES:
+                of = f"that is opened in a way of its own; save its {inner} as a causal language model, and prune that"
+            else:
+                said = f"whose language model ({inner})" if inner else "whose language model"
+                of = f"{said} is not supported; secateur families prints those that are"
+            raise SecateurError(f"{file}: {kind} is a multimodal model ({sense}) {of}")
         return config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
     return config
+
+
+def check_generation(folder: Path) -> None:
+    """Raise `SecateurError` where generation_config.json, which is handed on, keeps transformers from opening it."""
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(folder)
+    except OSError:
+        # None, or one that cannot be read, which transformers does without.
+        pass
+    except Exception as error:
+        file = folder / "generation_config.json"
+        raise SecateurError(f"{file}: transformers refuses it ({first_line(error)}); correct or remove it") from error
 
 
 def stock_class(classes: Any, config_class: type) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.base.errors import SecateurError
+from secateur.base.words import twice
 from secateur.model.families import Family, family_of, groups_of, head_dim
 from secateur.model.structure import Block, Depth2, Slab, Unit
 
@@ -26,7 +27,17 @@ def describe(config: Any, layer: nn.Module) -> Block:
     family = family_of(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     feed_forward = _mixture(config, family, layer) if _mixed(family, layer) else _feed_forward(family, layer)
-    return Block(_attention(config, family, layer), feed_forward, shapes)
+    block = Block(_attention(config, family, layer), feed_forward, shapes)
+    names = list[str]()
+    for module in block.modules:
+        # Layers that are fused have slabs of their own, and what experts end in narrows on two sides.
+        level1 = dict.fromkeys(slab.name for slab in module.level1)
+        names += {*level1, module.level2.name} if module.inner else [*level1, module.level2.name]
+        names += [slab.name for slab in module.level1 if module.level1.count(slab) > 1]
+    if wrong := next((name for name in names if name not in shapes), None) or twice(names):
+        what = "stands for two layers" if wrong in shapes else "is no tensor of a block"
+        raise SecateurError(f"{config.model_type}: by its entry {wrong} {what}; correct the entry")
+    return block
 
 
 def _mixed(family: Family, layer: nn.Module) -> bool:

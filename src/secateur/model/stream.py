@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -68,14 +67,8 @@ class BlockStream:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.family = family_of(checkpoint.config)
-        try:
-            with init_empty_weights(include_buffers=False):
-                self.model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32).eval()
-        except Exception as error:  # whatever a config makes the classes stumble over
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise SecateurError(
-                f"{checkpoint.source}: transformers makes no model of config.json ({reason})"
-            ) from error
+        checkpoint.check_dense()
+        self.model: Any = checkpoint.empty(AutoModelForCausalLM)
         self.model.requires_grad_(False)
         if self.family.experts is not None and self.device.type != "cuda":
             # Grouped products stay float32 here, and take twice as long as one expert after the other.
@@ -222,7 +215,8 @@ class BlockStream:
             for group in rows.groups:
                 # One row: what the model prepares for it broadcasts over batches of any size.
                 one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
-                base(one.to(self.device), use_cache=False)
+                with self._understood():
+                    base(one.to(self.device), use_cache=False)
                 self._calls.append([recorder.call for recorder in recorders])
             for at in rows.batches():
                 base(rows.ids(at).to(self.device), use_cache=False)
@@ -253,7 +247,8 @@ class BlockStream:
             def logits(hidden_kc: Tensor) -> Tensor:
                 recorders[-1].instead = self.residual(hidden_kc.to(self.device))[:, None]
                 ids = torch.zeros(len(hidden_kc), 1, dtype=torch.long, device=self.device)
-                return self.model(ids, use_cache=False).logits[:, 0]
+                with self._understood():
+                    return self.model(ids, use_cache=False).logits[:, 0]
 
             yield logits
 
@@ -345,6 +340,24 @@ class BlockStream:
                 return self.beside.behind(index, hidden_btc, found[0] if self.family.tupled else found, kwargs)
             except Reached:
                 return None
+            except (SecateurError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                stack.close()
+                # Ours, unless the block has it by itself.
+                with self._understood():
+                    layer(hidden_btd, *args, **kwargs)
+                raise
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What transformers' classes trip over in a config that makes no sense, as an error of ours."""
+        try:
+            yield
+        except (SecateurError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self.checkpoint.no_model(error) from error
 
     def _aside(self, index: int) -> Iterator[str]:
         """What adds to the residual stream in a block, and is none of its two modules."""

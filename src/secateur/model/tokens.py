@@ -21,9 +21,16 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
             return_attention_mask=False,
             verbose=False,
         )
-    except Exception as error:  # of the tokenizers library, which has no class of its own for it
+    except BaseException as error:  # of the tokenizers library, which has no class of its own for it
+        if not is_fault(error):
+            raise
         raise SecateurError(f"the model's tokenizer cannot read this text: {first_line(error)}") from error
     return list(encoded["input_ids"])
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether something has failed, and nobody stopped it: panics of the tokenizers library are no `Exception`s."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

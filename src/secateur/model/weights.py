@@ -43,6 +43,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """What a header calls a dtype."""
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name; the system has no answer for longer ones."""
 _HEADER_LIMIT = 100_000_000
 """The format's own limit; a longer header is a broken file."""
 
@@ -110,7 +112,7 @@ def index_shards(index: Path) -> dict[str, list[str]]:
         weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
-            if Path(str(shard)).name != shard:
+            if Path(str(shard)).name != shard or len(os.fsencode(shard)) > _LONGEST_NAME:
                 raise SecateurError(f"{index}: {shard!r} is no file beside it; download the model again")
             shards.setdefault(str(shard), []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -135,16 +137,18 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         text = stream.read(length)
     try:
         entries: dict[str, dict[str, Any]] = parse_json(text)
-        entries.pop("__metadata__", None)
+        said = entries.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in said.values()):
+            raise ValueError("its metadata are no text")
         tensors, last = {}, 0
         for name, entry in sorted(entries.items(), key=lambda one: tuple(one[1]["data_offsets"])):
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
             if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
                 raise ValueError(f"{name}: sizes are whole numbers")
             info = TensorInfo(file, shape, DTYPES[entry["dtype"]], 8 + length + begin)
-            if end - begin != info.bytes or begin < last:
+            if end - begin != info.bytes or begin != last:
                 raise ValueError(name)
-            tensors[name], last = info, max(last, end)
+            tensors[name], last = info, end
         tensors = {name: tensors[name] for name in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{file}: header broken ({error}); download it again") from error

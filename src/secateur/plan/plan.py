@@ -61,14 +61,14 @@ def uniform_plans(problem: PlanProblem) -> list[Plan]:
     if not found or least > problem.budget + slack:
         raise _out_of_reach(problem, least, reasons)
     found.sort(key=lambda one: abs(one[1] - problem.budget))
-    plans = [problem.plan(problem.everywhere(width)) for width, _ in found]
+    plans = [problem.plan(problem.everywhere(width), nearest=True) for width, _ in found]
     near = [one for one in plans if one.note is None]
     return near or plans[:1]
 
 
 def nearest_uniform(sparsity: float) -> str:
-    """How to ask for as much with one width for all blocks, which every format holds."""
-    return f"--widths uniform --sparsity {sparsity:.3g}"
+    """How to ask for as much with one width for all blocks, as far as a format holds it."""
+    return f"--widths uniform --sparsity {sparsity:.3g}, or less where that is refused"
 
 
 def check_reach(problem: PlanProblem) -> None:

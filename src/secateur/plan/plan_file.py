@@ -62,7 +62,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             if "channels" in entry and block.feed_forward.kind == "experts":
                 units[index]["channels"] = _inner(path, index, block, units[index]["experts"], entry["channels"])
             widths[index] = width_of(block, Keep(**units[index]))
-            if "width" in entry and _width(path, index, blocks[index], entry["width"]) != widths[index]:
+            if "width" in entry and _counts(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
                     f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "
                     "remove both of these from every block to have units chosen"
@@ -76,17 +76,22 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     return dict(sorted(widths.items())), dict(sorted(units.items()))
 
 
-def _width(path: Path, index: int, block: Block, given: Any) -> Width:
-    """A width spelled as counts."""
+def _counts(path: Path, index: int, block: Block, given: Any) -> Width:
+    """A width spelled as counts, whether it can be had or not: exact units may leave one that no plan has."""
     fed = ("experts", "channels") if block.feed_forward.kind == "experts" else ("channels",)
     names = ("groups", "per_group", *fed)
-    where = f"{path}: block {index}"
     whole = isinstance(given, dict) and all(type(given.get(name)) is int for name in names)
     if not whole or set(given) != set(names):
         raise SecateurError(
-            f"{where}: list the {' and '.join(block.kinds)} to keep, or give a width of {', '.join(names)}"
+            f"{path}: block {index}: list the {' and '.join(block.kinds)} to keep, or give a width of "
+            f"{', '.join(names)}"
         )
-    width, dense = Width(**given), block.width
+    return Width(**given)
+
+
+def _width(path: Path, index: int, block: Block, given: Any) -> Width:
+    """A width that a plan may have, spelled as counts."""
+    width, dense, where = _counts(path, index, block, given), block.width, f"{path}: block {index}"
     if not bool(dense.experts) <= width.channels <= dense.channels:
         raise SecateurError(f"{where}: {width.channels} channels, where the model has {dense.channels}")
     if dense.experts and width.experts not in (counts := expert_counts(block.feed_forward)):

@@ -11,6 +11,8 @@ from secateur.plan.widths import Obstacle
 
 TOLERANCE = 0.005
 """A plan within half a point of the wanted sparsity is on target."""
+NOTHING = 1e-3
+"""Nats per token that no one would notice."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,16 @@ class PlanProblem:
         """Share of the counted parameters that goes at some widths."""
         return (self.parameters.dense - self.parameters.total(widths)) / self.counted
 
-    def plan(self, widths: dict[int, Width], price: float | None = None) -> Plan:
-        """A plan of these widths, with a note where it is off target."""
+    def plan(self, widths: dict[int, Width], price: float | None = None, *, nearest: bool = False) -> Plan:
+        """A plan of these widths, the nearest or those that cost least, with a note where it is off target."""
         reached = self.sparsity(widths)
         if isinstance(self.goal, Target):
             return Plan(widths, reached, reached, price)
         note = None
         if abs(reached - self.goal) > TOLERANCE:
-            best = "it is the nearest" if alike(widths.values()) else "that costs least"
-            among = "among the widths that the format and the rounding allow"
-            note = f"{reached:.1%} goes in place of {self.goal:.1%}: {best} {among}"
+            best = "it is the nearest" if nearest else "that costs least"
+            why = f"{best} among the widths that the format and the rounding allow"
+            if reached > self.goal and price is not None and price < NOTHING:
+                why = "all of it is of units that give next to nothing"
+            note = f"{reached:.1%} goes in place of {self.goal:.1%}: {why}"
         return Plan(widths, reached, self.goal, price, note)

@@ -13,7 +13,7 @@ import yaml
 
 from secateur.base.words import counted
 from secateur.model.structure import Width
-from secateur.report.summary import fed_counts, loading
+from secateur.report.summary import REGISTER, fed_counts, loading, registered
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
@@ -59,6 +59,7 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         expected(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
         "## How to open it",
         f"```python\n{opening(record, 'THIS_FOLDER')}\n```",
+        _without_code(record),
         _served(record),
         "## How it was made",
         f"```bash\n{_code(record['command'])}\n```",
@@ -127,6 +128,16 @@ def _retrained(record: Mapping[str, Any]) -> str:
         return ""
     each = ", then ".join(f"{one['before']:.2f} to {one['after']:.2f}" for one in times)
     return f"It was trained afterwards (`secateur retrain`): perplexity on rows held out of that text from {each}."
+
+
+def _without_code(record: Mapping[str, Any]) -> str:
+    """The other way to open it, where there is one."""
+    if not registered(record["loads"]["class"], record["loads"]["format"]):
+        return ""
+    return (
+        f"Where secateur is installed, `import secateur; {REGISTER}` does in place of `trust_remote_code=True`. "
+        "Without either, transformers stops at tensors of other shapes and speaks of `ignore_mismatched_sizes`."
+    )
 
 
 def _served(record: Mapping[str, Any]) -> str:

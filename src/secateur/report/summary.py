@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.model.structure import Width, alike
@@ -26,6 +25,13 @@ class Shown:
         from secateur.report.plots import plot_widths
 
         return plot_widths(self.dense, self.now())
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, ...]] = [("block", "query heads", "key/value heads", "feed-forward")]
+        for index, (now, dense) in enumerate(zip(self.now(), self.dense, strict=True)):
+            pairs = ((now.heads, dense.heads), (now.groups, dense.groups), (now.fed, dense.fed))
+            rows.append((str(index), *(f"{left:,}/{before:,}" for left, before in pairs)))
+        return f"<table>{''.join('<tr><td>' + '</td><td>'.join(row) + '</td></tr>' for row in rows)}</table>"
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,6 @@ class Summary(Shown):
         """The width of every block after pruning."""
         return [self.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
-    def _repr_html_(self) -> str:
-        from secateur.report.tables import as_html, prune_table
-
-        return as_html(prune_table(self, Path())[0])
-
 
 @dataclass(frozen=True)
 class Proposal(Shown):
@@ -91,11 +92,6 @@ class Proposal(Shown):
     def now(self) -> list[Width]:
         """The width of every block after pruning."""
         return [self.plan.widths.get(index, dense) for index, dense in enumerate(self.dense)]
-
-    def _repr_html_(self) -> str:
-        from secateur.report.tables import as_html, plan_table
-
-        return as_html(plan_table(self, None)[0])
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of a plan file, as `secateur prune --plan` reads it."""
@@ -158,6 +154,15 @@ def fed_counts(dense: Sequence[Width], now: Sequence[Width]) -> dict[str, tuple[
         if before:
             found[kind] = before, after
     return found
+
+
+REGISTER = "secateur.register()"
+"""What lets transformers open a folder without running its code."""
+
+
+def registered(opens: str, format: str) -> bool:
+    """Whether that is of use for a folder."""
+    return format == "hf" and opens == "AutoModelForCausalLM"
 
 
 def loading(opens: str, format: str, folder: str) -> str:

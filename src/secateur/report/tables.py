@@ -1,17 +1,25 @@
 """Tables for the terminal."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from secateur.base.words import counted
 from secateur.measure.compare import Evaluation, Figure, short
 from secateur.model.structure import Width
-from secateur.report.summary import INNER, Proposal, Size, Summary, Surveyed, fed_counts, loading
+from secateur.report.summary import (
+    INNER,
+    REGISTER,
+    Proposal,
+    Size,
+    Summary,
+    Surveyed,
+    fed_counts,
+    loading,
+    registered,
+)
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -69,7 +77,8 @@ def _loads(summary: Summary, out: Path) -> str:
     """How the result is opened."""
     if summary.format == "gguf":
         return f"Run it: llama-cli -m {out}"
-    return f"Load it: {loading(summary.opens, summary.format, str(out))}"
+    other = f", or after {REGISTER} without it" if registered(summary.opens, summary.format) else ""
+    return f"Load it: {loading(summary.opens, summary.format, str(out))}{other}"
 
 
 UNMEASURED = ("parameters", "bytes at equal dtype")
@@ -125,13 +134,6 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     if out is not None:
         lines.append(f"Written to {out}; prune with --plan {out}")
     return table, lines
-
-
-def as_html(table: Table) -> str:
-    """For a notebook."""
-    console = Console(file=io.StringIO(), record=True, width=100)
-    console.print(table)
-    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def _bar(share: float, length: int) -> str:

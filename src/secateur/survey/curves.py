@@ -6,14 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+
 from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json, write_whole
+from secateur.base.files import write_whole
 from secateur.model.structure import Kind, Pattern
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+"""Of what a file holds."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """One module's error against width."""
+
+    __pydantic_config__ = _STRICT
 
     block: int
     kind: Kind
@@ -39,6 +46,8 @@ class Curve:
 class Probe:
     """What one cut of one module costs at the model's output."""
 
+    __pydantic_config__ = _STRICT
+
     block: int
     kind: Kind
     error: float
@@ -52,6 +61,8 @@ class Probe:
 @dataclass(frozen=True)
 class Survey:
     """All curves and probes of a model."""
+
+    __pydantic_config__ = _STRICT
 
     criterion: str
     ridge: float
@@ -84,14 +95,14 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
         SecateurError: it is no survey, or one of another model or with other options.
     """
     try:
-        survey = Survey.of(parse_json(path.read_text(encoding="utf-8")))
+        survey = TypeAdapter(Survey).validate_json(path.read_bytes())
         curves, probes = survey.curves, survey.probes
         found = dict(survey.asked or {})
         figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
-        figures += [curve.energy for curve in curves]
+        figures += [figure for curve in curves for figure in (curve.energy, curve.left)]
         if not probes or not all(math.isfinite(value) for value in figures):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise SecateurError(f"{path}: not a survey of secateur's; name another file, or delete it") from error
     for name, wanted in asked.items():
         if found.get(name) != wanted:

@@ -100,6 +100,8 @@ def read_documents(
         raise SecateurError("self is what the model writes to prune itself by: name a file or a data set")
     if source == STDIN:
         source = "standard input"
+        if sys.stdin is None:
+            raise SecateurError("standard input is closed: pipe a text in, or name a file")
         documents = [_decode(_piped(sys.stdin), source)]
     elif is_file(source):
         text = _decode(_read(source), source)

@@ -13,7 +13,7 @@ from secateur.formats.gguf import context_length, write_gguf
 from secateur.formats.gguf_choice import Model, check_type, choose
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
-from secateur.formats.per_layer import widths_of
+from secateur.formats.per_layer import model_class, widths_of
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.structure import Width, alike
 from secateur.plan.plan import nearest_uniform
@@ -61,6 +61,7 @@ def export(
     Output(path, file=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
+        checkpoint.check_shapes(checkpoint.empty(model_class(checkpoint.config, checkpoint.around)))
         model = Model(checkpoint, widths_of(checkpoint.config))
         try:
             architecture = choose(model, type)

@@ -153,7 +153,8 @@ class ShardWriter:
             raise ValueError(f"the header takes {len(header)} bytes, and {self.header_bytes} were reserved")
         with self._file as file:
             file.seek(0)
-            file.write(self.header_bytes.to_bytes(8, "little") + header)
+            # All of the room, whatever a stop has left in it.
+            file.write(self.header_bytes.to_bytes(8, "little") + header.ljust(self.header_bytes))
         self._file, self._size = None, 0
 
 

@@ -9,19 +9,28 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
+from secateur.base.quiet import first_line, quiet
 from secateur.fit.average import FittedBlock
-from secateur.formats.per_layer import MODELING_FILE, around_per_layer, per_layer_config, per_layer_obstacle
+from secateur.formats.per_layer import (
+    MODELING_FILE,
+    around_per_layer,
+    model_class,
+    per_layer_config,
+    per_layer_obstacle,
+)
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.config_file import TEXT
 from secateur.model.families import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
-from secateur.model.structure import EXPERTS_MULTIPLE, Width, alike
-from secateur.model.surgery import slice_block
+from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Keep, Width, alike
+from secateur.model.surgery import slice_block, width_of
 from secateur.plan.problem import Plan
+from secateur.plan.widths import attention_widths
 from secateur.write.shards import ShardWriter, header_room
 
 Format = Literal["stock", "hf"]
@@ -53,6 +62,54 @@ def format_obstacle(
             "out, or take --format hf"
         )
     return reason
+
+
+def check_entry(stream: BlockStream, blocks: range, format: Format, dtype: torch.dtype) -> None:
+    """See that a family's entries fit its class: a config of ours, with narrower blocks, must make just such blocks.
+
+    Raises:
+        SecateurError: it makes none, or others; with the first tensor that differs.
+    """
+    checkpoint = stream.checkpoint
+    # What only some blocks have, the config must give to the others as well.
+    cut = blocks if format == "stock" else blocks[::2]
+    keeps = {index: keep for index in cut if (keep := _narrower(stream, index, blocks, format))}
+    if not keeps or checkpoint.around is not None:
+        return
+    plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
+    wrong = f"{checkpoint.source}: the entry for {checkpoint.config.model_type} does not fit its class"
+    try:
+        stored = _config(stream, plan, format, dict.fromkeys(keeps, (False, False)), dtype)
+        with quiet():
+            made = CONFIG_MAPPING[stored["model_type"]].from_dict(stored)
+            layers = replace(checkpoint, config=made).empty(model_class(made)).get_submodule(stream.family.blocks)
+    except Exception as error:
+        raise SecateurError(f"{wrong} ({first_line(error)}); correct the entry") from error
+    for index, keep in keeps.items():
+        block = stream.blocks[index]
+        whole = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
+        wanted, found = (
+            {name: list(tensor.shape) for name, tensor in tensors.items()}
+            for tensors in (slice_block(block, whole, keep), layers[index].state_dict())
+        )
+        if name := next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None):
+            raise SecateurError(
+                f"{wrong}, which makes {name} {found.get(name)} where {wanted.get(name)} would be stored; correct the "
+                "entry"
+            )
+
+
+def _narrower(stream: BlockStream, index: int, blocks: range, format: Format) -> Keep | None:
+    """The first units of a block, as few heads as a format holds and half of the channels; None where it holds none."""
+    block, dense = stream.blocks[index], stream.blocks[index].width
+    channels = dense.channels if dense.experts else -(-dense.channels // 2)
+    for groups, each in reversed(attention_widths(block, KINDS)):
+        width = replace(dense, groups=groups, per_group=each, channels=channels)
+        if format_obstacle(stream, blocks, width, format=format) is None:
+            heads = tuple(group * dense.per_group + head for group in range(groups) for head in range(each))
+            fed = {"experts": tuple(range(dense.experts))} if dense.experts else {"channels": tuple(range(channels))}
+            return Keep(heads, **fed)
+    return None
 
 
 def model_output(

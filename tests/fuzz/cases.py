@@ -1,0 +1,739 @@
+"""Cases by number: an input of some kind, damaged, through the library or the command line.
+
+A case ends in a right result or in `SecateurError`, in seconds, in little memory, and leaves nothing half-made. What a
+result is held against does not come from secateur where that can be: transformers' own reading of the damaged folder,
+the safetensors library, the bytes of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import safetensors
+import torch
+import yaml
+from mutate import DEEP, DIGITS, changed, damaged, damaged_file, damaged_header, spelled
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import secateur.model.journal
+from models import (
+    MIXTURES,
+    ROWS,
+    SIMILAR,
+    SIZES,
+    blocks_of,
+    layers_of,
+    logits_of,
+    make_letters,
+    make_tokenizer,
+    masked,
+    narrowed,
+    relative,
+    save,
+    token_rows,
+)
+from secateur import cli, prune
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.base.quiet import quiet
+from secateur.commands import steps
+from secateur.commands.open import open_model
+from secateur.compare.recipe import expand, read_recipe
+from secateur.compare.recipes import FOLDER
+from secateur.compare.retrain import retrain
+from secateur.compare.training import Training
+from secateur.fit.average import FittedBlock
+from secateur.fit.temper import scaled
+from secateur.formats import family_file
+from secateur.formats.per_layer import model_class
+from secateur.formats.stock import STOCK
+from secateur.measure.compare import evaluate
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.families import FAMILIES
+from secateur.model.stream import BlockStream
+from secateur.model.surgery import assign
+from secateur.text.calibration import calibration_rows
+from secateur.write.export import export
+
+SECONDS = 10
+"""Of processor time that a case may take; the usual one takes a tenth of one."""
+MEMORY = 2**30
+"""Of address space that it may ask for; the files have some 100 kB."""
+GROWTH = 300 * 2**20
+"""Of memory that it may come to hold; libraries that are first loaded take the most of it."""
+TOLERANCE = 2e-4
+WHOLE = 99
+"""More items than a run has."""
+SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
+TEXT = " ".join(f"w{i * 37 % 116}" for i in range(600))
+
+CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
+"""Rows whose config.json is damaged."""
+NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24})
+"""What all other files are of."""
+
+
+class Hung(BaseException):
+    """A case has taken too long."""
+
+
+class Fault(AssertionError):
+    """A case has ended otherwise than it may."""
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """An end to time and memory."""
+
+    def stop(*_: object) -> None:
+        raise Hung(f"more than {SECONDS} s")
+
+    now, held = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split()[:2])
+    # The most that was ever held begins anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGPROF, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.signal(signal.SIGPROF, handler)
+    most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    if int(most.split()[1]) * 1024 - held > GROWTH:
+        raise Fault(f"{most}, before it {held // 1024} kB")
+
+
+class Stopping(Silent):
+    """Stops a run before its n-th item, as Ctrl-C would."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
+        for item in items:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            yield item
+
+
+class Bench:
+    """Sound inputs, made once, and what cases have in common."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    @cache  # noqa: B019
+    def dense(self, name: str) -> Path:
+        """A row's folder."""
+        return save(name, self.place / name)
+
+    @cached_property
+    def tiny(self) -> Path:
+        """The smallest model, with a tokenizer whose words are seldom spelled."""
+        return self.saved("llama tiny", TINY)
+
+    @cached_property
+    def letters(self) -> Path:
+        """The same with a tokenizer that a GGUF file holds."""
+        folder = shutil.copytree(self.tiny, self.place / "letters")
+        make_letters().save_pretrained(folder)
+        return folder
+
+    @cached_property
+    def gguf(self) -> Path:
+        """As a GGUF file."""
+        prune(self.letters, self.place / "tiny.gguf", **SMALL, widths="uniform", format="gguf", type="f32")
+        return self.place / "tiny.gguf"
+
+    @cached_property
+    def shards(self) -> Path:
+        """The same in two shards."""
+        folder = shutil.copytree(self.tiny, self.place / "shards")
+        (folder / "model.safetensors").unlink()
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(self.tiny, dtype=torch.float32)
+            model.save_pretrained(folder, max_shard_size="12kB")
+        return folder
+
+    @cached_property
+    def text(self) -> Path:
+        file = self.place / "text.txt"
+        file.write_text(TEXT)
+        return file
+
+    @cached_property
+    def survey(self) -> Path:
+        """What a survey of the smallest model keeps."""
+        run = open_model(self.tiny, **SMALL, survey=self.place / "survey.json")
+        steps.survey_model(run, steps.draw_rows(run))
+        return self.place / "survey.json"
+
+    @cache  # noqa: B019
+    def pruned(self, widths: str) -> Path:
+        """What `prune` made of the smallest model."""
+        out = self.place / f"pruned-{widths}"
+        prune(self.letters, out, **SMALL, widths=widths)
+        return out
+
+    @cache  # noqa: B019
+    def stopped(self, item: int) -> Path:
+        """What is left of a run that was stopped before its n-th item."""
+        out = self.place / f"stopped-{item}"
+        with patch.object(secateur.model.journal, "SPENT", float("inf")), contextlib.suppress(KeyboardInterrupt):
+            prune(self.tiny, out, **SMALL, watcher=Stopping(item))
+        return out.with_name(f".{out.name}.run")
+
+    @cached_property
+    def biogpt(self) -> Path:
+        """A model of a family that only a file describes."""
+        family_file._READ.add("biogpt")
+        with known("biogpt"):
+            family_file.read_family(self.described)
+            return self.saved("biogpt", AutoConfig.for_model("biogpt", **SIZES))
+
+    @cached_property
+    def described(self) -> Path:
+        file = self.place / "biogpt.yaml"
+        file.write_text(yaml.safe_dump(BIOGPT))
+        return file
+
+    def saved(self, name: str, config: Any) -> Path:
+        """A folder of a config."""
+        with patch.dict(ROWS, {name: lambda: config}):
+            return save(name, self.place / name)
+
+
+BIOGPT: dict[str, Any] = {
+    "model_type": "biogpt",
+    "blocks": "biogpt.layers",
+    "output": "out_proj",
+    "feed_forward": None,
+    "up": "fc1",
+    "gate": None,
+    "down": "fc2",
+    "final_norm": "biogpt.layer_norm",
+    "ungrouped": True,
+    "stock": {"heads": "dense", "theta": None},
+}
+
+
+@contextlib.contextmanager
+def known(kind: str) -> Iterator[None]:
+    """A family that a file describes, forgotten again."""
+    before = [dict(table) for table in (FAMILIES, STOCK)]
+    try:
+        yield
+    finally:
+        for table, entries in zip((FAMILIES, STOCK), before, strict=True):
+            table.clear()
+            table.update(entries)  # type: ignore[arg-type]
+
+
+def command(*arguments: str | Path) -> None:
+    """`secateur` with some arguments, inside this process; its mistake is raised as the library would."""
+    out, log = io.StringIO(), io.StringIO()
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with (
+            patch.object(sys, "argv", ["secateur", *map(str, arguments)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(log),
+        ):
+            cli.main()
+    except SystemExit as end:
+        said = log.getvalue().strip().splitlines()
+        if end.code == 2 and said and said[-1].startswith("error: ") and "Traceback" not in log.getvalue():
+            raise SecateurError(said[-1]) from None
+        if end.code:
+            raise Fault(f"exit code {end.code}: {said}") from None
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[FittedBlock]:
+    """`prune` by the library or, at times, the command line; the blocks that were written."""
+    settings = SMALL | settings
+    blocks: list[FittedBlock] = []
+    cut = steps.slice
+
+    def noticed(stream: BlockStream, block: FittedBlock, **how: Any) -> Any:
+        blocks.append(block)
+        return cut(stream, block, **how)
+
+    with patch.object(steps, "slice", noticed):
+        if rng.random() < 0.15:
+            given = (part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value))
+            command("prune", model, out, *map(str, given))
+        else:
+            prune(model, out, **settings)
+    return blocks
+
+
+def loaded(folder: Path) -> Any:
+    """A folder's model as transformers reads it."""
+    config = AutoConfig.from_pretrained(folder)
+    with quiet():
+        model, found = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"] or found["mismatched_keys"]:
+        raise Fault(f"{folder.name}: {sorted(found['missing_keys'])[:3]} {sorted(found['mismatched_keys'])[:3]}")
+    model.config.allow_global_per_layer_attribute_access = True
+    return model.eval().requires_grad_(False)
+
+
+def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) -> None:
+    """What was written computes what the dense model does without the units that went."""
+    ids = token_rows(2, 6)
+    try:
+        full = loaded(dense)
+        ids %= full.config.vocab_size
+        logits_of(full, ids)
+        keeps = {block.index: block.keep for block in blocks}
+        described = blocks_of(full)
+    except (Exception, Fault):
+        # transformers alone cannot run it, whatever is made of it here.
+        loaded_or_not(out)
+        return
+    if recovery == "none":
+        with masked(full, keeps):
+            wanted = logits_of(full, ids)
+    else:
+        small = narrowed(full, keeps, {block.index: block.changed for block in blocks})
+        scale = json.loads((out / "secateur.json").read_text())["final_norm_scale"]
+        if scale is not None:
+            for path, tensor in scaled(BlockStream(open_checkpoint(dense)), scale).items():
+                assign(small, path, tensor.float())
+        wanted = logits_of(small, ids)
+    assert len(described) == len(layers_of(full))
+    found = logits_of(loaded(out), ids)
+    if not torch.isfinite(wanted).all():
+        return
+    # Zeros are right where a config makes all logits zero.
+    if not (torch.equal(found, wanted) or relative(found, wanted) < TOLERANCE):
+        raise Fault(f"logits differ by {relative(found, wanted):.2e}")
+
+
+def loaded_or_not(folder: Path) -> None:
+    """A folder that this library opens, whatever transformers says."""
+    open_checkpoint(folder)
+
+
+# The kinds. `at` is a folder for each case: the input in at/in, the output in at/out.
+
+
+def weights(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A safetensors file."""
+    folder = shutil.copytree(bench.tiny, at / "in")
+    file = folder / "model.safetensors"
+    if rng.random() < 0.5:
+        damaged_header(rng, file)
+    else:
+        file.write_bytes(damaged(rng, file.read_bytes(), 2500))
+    _opened(rng, folder, at)
+
+
+def index(bench: Bench, rng: random.Random, at: Path) -> None:
+    """The index of shards, or one of them."""
+    folder = shutil.copytree(bench.shards, at / "in")
+    if rng.random() < 0.7:
+        damaged_file(rng, folder / "model.safetensors.index.json")
+    else:
+        file = rng.choice(sorted(folder.glob("*.safetensors")))
+        file.unlink() if rng.random() < 0.2 else damaged_header(rng, file)
+    _opened(rng, folder, at)
+
+
+def _opened(rng: random.Random, folder: Path, at: Path) -> None:
+    """Tensors as the safetensors library reads them; a few of the models are pruned."""
+    checkpoint = open_checkpoint(folder)
+    fingerprint = checkpoint.fingerprint
+    assert fingerprint
+    seen = {}
+    for file in {info.file for whole in checkpoint.tensors.values() for info in whole.parts}:
+        with safetensors.safe_open(file, "pt") as stored:
+            seen |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    for name in checkpoint.tensors:
+        mine = checkpoint.read(name)
+        assert mine.dtype == seen[name].dtype, name
+        assert torch.equal(mine.view(-1).view(torch.uint8), seen[name].reshape(-1).view(torch.uint8)), name
+    if rng.random() < 0.3:
+        recovery = rng.choice(["none", "refit"])
+        compare(folder, at / "out", pruned(rng, folder, at / "out", recovery=recovery), recovery)
+
+
+def config(bench: Bench, rng: random.Random, at: Path) -> None:
+    """config.json."""
+    folder = shutil.copytree(bench.dense(rng.choice(CONFIGS)), at / "in")
+    damaged_file(rng, folder / ("config.json" if rng.random() < 0.9 else "generation_config.json"))
+    recovery = rng.choice(["none", "refit"])
+    how: dict[str, Any] = {"recovery": recovery, "widths": rng.choice(["adaptive", "uniform"])}
+    compare(folder, at / "out", pruned(rng, folder, at / "out", **how), recovery)
+
+
+def tokenizer(bench: Bench, rng: random.Random, at: Path) -> None:
+    """tokenizer.json or tokenizer_config.json."""
+    folder = shutil.copytree(rng.choice([bench.tiny, bench.letters]), at / "in")
+    damaged_file(rng, folder / rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"]))
+    if rng.random() < 0.2:
+        pruned(rng, folder, at / "out", calibration=str(bench.text), recovery="none")
+        loaded(at / "out")
+        return
+    checkpoint = open_checkpoint(folder)
+    rows = _rows(checkpoint.tokenizer(), bench.text)
+    assert rows.shape == (4, 8)
+
+
+def _rows(words: Any, source: Path) -> Any:
+    found = calibration_rows(words, str(source), samples=4, length=8, seed=0, vocab_size=128)
+    assert 0 <= int(found.min()) <= int(found.max()) < 128
+    return found
+
+
+def rows(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A file of text to calibrate on."""
+    template = "{% for one in messages %}{{ one.role }} {{ one.content }} {% endfor %}"
+    words = make_tokenizer(
+        bos=rng.random() < 0.5, template=rng.choice([template, template, None, "{{ messages[9].x }}"])
+    )
+    if rng.random() < 0.3:
+        file = at / "in.txt"
+        file.write_bytes(damaged(rng, TEXT.encode()))
+    else:
+        file, entry = at / "in.jsonl", {"messages": [{"role": "user", "content": TEXT}]}
+        entries = [changed(rng, rng.choice([entry, {"text": TEXT}]), times=1) for _ in range(rng.randint(1, 3))]
+        whole = "\n".join(map(spelled, entries)).encode("utf-8", "surrogatepass")
+        file.write_bytes(damaged(rng, whole) if rng.random() < 0.3 else whole)
+    assert _rows(words, file).shape == (4, 8)
+
+
+def gguf(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A GGUF file."""
+    file = at / "in.gguf"
+    file.write_bytes(damaged(rng, bench.gguf.read_bytes(), rng.choice([64, 1200, 8000])))
+    with patch.dict("os.environ", {"XDG_CACHE_HOME": str(at / "cache")}):
+        try:
+            checkpoint = open_checkpoint(file, dtype=torch.float32)
+            checkpoint.tokenizer()
+            loaded(checkpoint.path)
+            if rng.random() < 0.3:
+                pruned(rng, file, at / "out", recovery="none")
+                loaded(at / "out")
+        finally:
+            kept = list((at / "cache").glob("secateur/.*"))
+            shutil.rmtree(at / "cache", ignore_errors=True)
+    assert not kept, kept
+
+
+def plan(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A plan, or ratios for ranges of blocks."""
+    file, out = at / "in.json", at / "out"
+    recovery = rng.choice(["none", "refit"])
+    if rng.random() < 0.4:
+        # Sound, or nearly.
+        blocks = [_units(rng, index) for index in rng.sample(range(2), rng.choice([1, 2, 2]))]
+        file.write_text(json.dumps({"blocks": blocks}))
+        compare(bench.tiny, out, pruned(rng, bench.tiny, out, plan=str(file), recovery=recovery), recovery)
+        return
+    if rng.random() < 0.3:
+        file.write_text(json.dumps(rng.choice([{"0:2": 0.25}, {"0:1": {"heads": 0.5, "channels": 0.1}, "1:2": 0.2}])))
+        how = {"widths": str(file)}
+    else:
+        record = json.loads((bench.pruned("adaptive") / "secateur.json").read_text())
+        entries = [{key: one[key] for key in ("block", "width", "heads", "channels")} for one in record["blocks"]]
+        for entry in entries if rng.random() < 0.5 else ():
+            del entry["heads"], entry["channels"]
+        file.write_text(json.dumps({"blocks": entries, "fingerprint": record.get("fingerprint")}))
+        how = {"plan": str(file)}
+    damaged_file(rng, file)
+    compare(bench.tiny, out, pruned(rng, bench.tiny, out, **how, recovery=recovery), recovery)
+
+
+def _units(rng: random.Random, index: int) -> dict[str, Any]:
+    """A block's units, or its width: one head of each of two groups, both of some, or any."""
+    groups = rng.sample(range(2), rng.choice([0, 1, 2]))
+    heads = [2 * group + head for group in groups for head in rng.sample(range(2), rng.choice([1, 2, 2]))]
+    channels = rng.sample(range(24), rng.choice([0, 1, 5, 24]))
+    if rng.random() < 0.7:
+        return {"block": index, "heads": heads, "channels": channels}
+    each = rng.choice([0, 1, 2, 2])
+    return {"block": index, "width": {"groups": len(groups), "per_group": each, "channels": len(channels)}}
+
+
+def survey(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A survey that was kept."""
+    file = shutil.copy(bench.survey, at / "in.json")
+    damaged_file(rng, Path(file))
+    run = open_model(bench.tiny, **SMALL, survey=Path(file))
+    drawn = steps.draw_rows(run)
+    decided = steps.plan_widths(run, drawn, steps.survey_model(run, drawn))
+    assert 0.2 < decided.sparsity < 0.5, decided
+
+
+def state(bench: Bench, rng: random.Random, at: Path) -> None:
+    """What a run that was killed has left."""
+    kept = shutil.copytree(bench.stopped(rng.choice([1, 2, 4, 5])), at / ".out.run")
+    files = sorted(file for file in kept.rglob("*") if file.is_file() and file.name != "lock")
+    for file in rng.sample(files, min(len(files), rng.choice([1, 1, 2]))):
+        what = rng.random()
+        if what < 0.2:
+            file.unlink()
+        elif what < 0.4 and file.suffix == ".json":
+            damaged_file(rng, file)
+        else:
+            file.write_bytes(damaged(rng, file.read_bytes()))
+    try:
+        prune(bench.tiny, at / "out", **SMALL)
+    except SecateurError:
+        # Left for the person to decide on.
+        shutil.rmtree(kept, ignore_errors=True)
+        raise
+    whole = bench.stopped(WHOLE).with_name(f"stopped-{WHOLE}")
+    for file in whole.rglob("*"):
+        if file.is_file() and file.name != "timings.json":
+            assert file.read_bytes() == (at / "out" / file.relative_to(whole)).read_bytes(), file.name
+
+
+_RECIPE = "title: t\nevaluation: {perplexity: [wikitext2]}\n"
+RECIPES = (
+    "a: " + "[" * DEEP,
+    "a: " + "[" * 900 + "]" * 900,
+    "{a: " * DEEP,
+    "- " * DEEP,
+    _RECIPE
+    + "a: &a [x, x]\n"
+    + "".join(
+        f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n"
+        for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu", strict=False)
+    ),
+    _RECIPE + "options: &a {x: *a}",
+    _RECIPE + "runs: &a {x: *a}",
+    _RECIPE + "options: &a {<<: *a}",
+    _RECIPE + "grid: {seed: 2020-02-31}",
+    _RECIPE + "grid: {seed: [2020-01-01 25:61:61]}",
+    _RECIPE + "grid: {seed: [!!int x]}",
+    _RECIPE + "grid: {seed: [!!binary x]}",
+    _RECIPE + f"grid: {{seed: [{DIGITS}]}}",
+    _RECIPE + f"grid: {{sparsity: [{DIGITS}.5, .inf, .nan, 1e400]}}",
+    _RECIPE + "grid: {seed: [0b, 0x, 1_0, 190:20:30, 1:1]}",
+    _RECIPE + "{a: b}: c",
+    _RECIPE + "? [a, [b]]\n: c",
+    _RECIPE + "!!python/object/apply:os.system [ls]",
+    _RECIPE + "grid: " + str({name: list(range(1, 3001)) for name in ("seed", "samples", "length")}),
+    "%YAML 9.9\n---\na: b",
+    "a: b\n---\nc: d",
+    "\ufeff" + _RECIPE,
+    "a: \x07",
+    "",
+    "[]",
+)
+
+
+def recipe(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A recipe of `secateur compare`."""
+    file, what = at / "in.yaml", rng.random()
+    if what < 0.25:
+        file.write_text(rng.choice(RECIPES))
+    else:
+        text = rng.choice(sorted(FOLDER.glob("*.yaml"))).read_text()
+        if what < 0.75:
+            file.write_text(spelled(changed(rng, yaml.safe_load(text))), errors="surrogatepass")
+        else:
+            file.write_bytes(damaged(rng, text.encode()))
+    if rng.random() < 0.1:
+        command("compare", file, "--model", bench.tiny, "--out", at / "out", "--dry-run")
+        return
+    found = read_recipe(str(file))
+    assert expand(found, None)
+
+
+def family(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A family that a file describes."""
+    model, file = bench.biogpt, at / "in.yaml"
+    what = rng.random()
+    if what < 0.2:
+        file.write_text(
+            spelled(BIOGPT | rng.choice([{"heads_locked": "no"}, {"queries": "q_proj"}, {"norm_offset": False}]))
+        )
+    elif what < 0.9:
+        file.write_text(spelled(changed(rng, BIOGPT)), errors="surrogatepass")
+    else:
+        file.write_bytes(damaged(rng, bench.described.read_bytes()))
+    with known("biogpt"):
+        blocks = pruned(rng, model, at / "out", family=file, recovery="none")
+        compare(model, at / "out", blocks, "none")
+
+
+def _folder(bench: Bench, rng: random.Random, at: Path) -> Path:
+    """What `prune` wrote, with a file of it damaged."""
+    folder = shutil.copytree(bench.pruned(rng.choice(["adaptive", "uniform"])), at / "in")
+    name = rng.choice(["config.json", "config.json", "secateur.json", "generation_config.json", "model.safetensors"])
+    if name == "model.safetensors":
+        damaged_header(rng, folder / name)
+    else:
+        damaged_file(rng, folder / name)
+    return folder
+
+
+def evaluated(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A pruned folder that `eval` reads."""
+    folder = _folder(bench, rng, at)
+    if rng.random() < 0.2:
+        more = ("--report", "--against", bench.letters) if rng.random() < 0.7 else ()
+        command("eval", folder, "--perplexity", bench.text, "--length", "8", "--tokens", "64", *more)
+        return
+    found = evaluate(str(folder), texts=[str(bench.text)], length=8, tokens=64)
+    assert found.models[0].parameters > 0
+
+
+def exported(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A pruned folder that `export` reads, held against what transformers makes of the file."""
+    folder, out = _folder(bench, rng, at), at / "out.gguf"
+    found = export(folder, out, type="f32")
+    out.rename(at / "in.gguf")
+    if found.architecture != "llama":
+        return
+    with patch.dict("os.environ", {"XDG_CACHE_HOME": str(at / "cache")}):
+        try:
+            again = open_checkpoint(at / "in.gguf", dtype=torch.float32)
+            ids = token_rows(2, 6)
+            difference = relative(logits_of(loaded(again.path), ids), logits_of(loaded(folder), ids))
+        finally:
+            shutil.rmtree(at / "cache", ignore_errors=True)
+    if not (difference < TOLERANCE or math.isnan(difference)):
+        raise Fault(f"logits differ by {difference:.2e}")
+
+
+def retrained(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A pruned folder that `retrain` reads."""
+    folder = _folder(bench, rng, at)
+    how: dict[str, Any] = {"samples": 2, "length": 8, "epochs": 1, "batch": 2, "rank": rng.choice([0, 2])}
+    retrain(folder, at / "out", Training(calibration=str(bench.text), **how), device="cpu")
+    loaded(at / "out")
+
+
+def model(bench: Bench, rng: random.Random, at: Path) -> None:
+    """A model of any family, of sizes of its own."""
+    name = rng.choice(sorted(ROWS | SIMILAR | MIXTURES))
+    sizes = (ROWS | SIMILAR | MIXTURES)[name]().to_dict()
+    made = resized(rng, sizes)
+    folder = at / "in"
+    try:
+        config = AutoConfig.for_model(**made)
+        with patch.dict(ROWS, {name: lambda: config}):
+            save(name, folder)
+        logits_of(loaded(folder), token_rows(2, 6))
+    except Exception:
+        # No model: its class does not take these sizes.
+        raise Skipped from None
+    recovery = rng.choice(["none", "refit"])
+    how: dict[str, Any] = {"recovery": recovery, "widths": rng.choice(["adaptive", "uniform"])}
+    how["sparsity"] = rng.choice([0.1, 0.25, 0.4])
+    compare(folder, at / "out", pruned(rng, folder, at / "out", **how), recovery)
+
+
+class Skipped(Exception):
+    """A case that is none."""
+
+
+def resized(rng: random.Random, sizes: dict[str, Any]) -> dict[str, Any]:
+    """A config with other widths and depths."""
+    made = {key: value for key, value in sizes.items() if value is not None and key != "transformers_version"}
+    made["dtype"] = "float32"
+
+    def put(value: int, *keys: str) -> None:
+        for key in keys:
+            if isinstance(made.get(key), int) and not isinstance(made.get(key), bool):
+                made[key] = value
+
+    groups = rng.choice([1, 2, 3, 4])
+    heads = groups * rng.choice([1, 1, 2, 3])
+    grouped = made.get("num_key_value_heads") not in (None, made.get("num_attention_heads"))
+    put(heads, "num_attention_heads", "n_head", "n_heads")
+    put(groups if grouped else heads, "num_key_value_heads")
+    put(heads * rng.choice([4, 6, 8]), "hidden_size", "n_embd", "d_model")
+    put(rng.choice([4, 6, 8, 10, 16]), "head_dim")
+    put(rng.choice([5, 16, 31, 64, 100]), "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    put(rng.choice([8, 20, 24]), "moe_intermediate_size")
+    put(rng.choice([128, 131, 200]), "vocab_size")
+    if rng.random() < 0.5 and "layer_types" not in made:
+        put(rng.choice([1, 2, 4]), "num_hidden_layers", "n_layer", "n_layers")
+        for key in ("mlp_layer_types", "no_rope_layers", "moe_layers", "moe_topk"):
+            made.pop(key, None)
+    return made
+
+
+KINDS: dict[str, tuple[int, Callable[[Bench, random.Random, Path], None]]] = {
+    "safetensors": (12, weights),
+    "index": (6, index),
+    "config": (13, config),
+    "tokenizer": (8, tokenizer),
+    "rows": (7, rows),
+    "gguf": (7, gguf),
+    "plan": (7, plan),
+    "survey": (5, survey),
+    "state": (6, state),
+    "recipe": (8, recipe),
+    "family": (5, family),
+    "eval": (6, evaluated),
+    "export": (5, exported),
+    "retrain": (2, retrained),
+    "model": (3, model),
+}
+"""How many of a hundred cases are of each kind."""
+ORDER = [kind for kind, (weight, _) in KINDS.items() for _ in range(weight)]
+random.Random(0).shuffle(ORDER)
+assert len(ORDER) == 100
+
+
+def kind_of(number: int) -> str:
+    return ORDER[number % len(ORDER)]
+
+
+def run(bench: Bench, number: int) -> str:
+    """Carry a case out: `right`, `refused` or `skipped`; a `Fault` for anything else, with its number."""
+    kind, rng = kind_of(number), random.Random(number)
+    at = Path(tempfile.mkdtemp(prefix=f"case-{number}-", dir=bench.place))
+    why = ""
+    try:
+        with limits():
+            KINDS[kind][1](bench, rng, at)
+        end = "right"
+    except SecateurError as error:
+        end, why = "refused", str(error)
+    except Skipped:
+        end = "skipped"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        lines = (f"  {one.filename}:{one.lineno}: {one.line}" for one in traceback.extract_tb(error.__traceback__))
+        trace = "\n".join(line for line in lines if "site-packages/torch" not in line)
+        raise Fault(f"case {number} ({kind}): {type(error).__name__}: {str(error)[:300]}\n{trace}") from None
+    finally:
+        left = sorted(file.name for file in at.iterdir() if not file.name.startswith("in"))
+        shutil.rmtree(at, ignore_errors=True)
+    if left not in ([], ["out"]) or (end == "refused" and left):
+        # What is held against another once it is written may be refused then.
+        raise Fault(f"case {number} ({kind}): {end}, and left are {left} ({why})")
+    if end == "refused" and not (why.strip() and len(why) < 3000):
+        raise Fault(f"case {number} ({kind}): refused in {len(why)} characters: {why[:200]}")
+    return end

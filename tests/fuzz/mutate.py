@@ -1,0 +1,205 @@
+"""Damage to files: bytes, JSON and the headers of safetensors, decided by a random generator alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+DIGITS = "9" * 5000
+"""A number longer than Python reads."""
+DEEP = 100_000
+"""Levels of brackets, beyond any recursion limit."""
+
+_RAW = "@raw "
+"""What begins a string that is written as it is, without quotes."""
+
+ODD: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 10**9, -(10**9), 2**31, 2**63, 2**64 - 1, 10**30),
+    *(0.0, -0.0, 0.5, 1.5, -2.5, 1e-300, 1e38, 1e308, float("nan"), float("inf"), -float("inf")),
+    *("", "a", "0", "1", "48", "true", "None", "auto", "float16", "../x", "/", "\0", "\n", "\ud800", "é" * 300, "{{"),
+    *([], {}, [[]], [None], [1, "a"], [0] * 50, [-1], {"a": 1}, {"": {}}, [[[[[[1]]]]]], {"0": 1}, {"rope_type": "x"}),
+    _RAW + DIGITS,
+    _RAW + f"-{DIGITS}.5",
+    _RAW + "1e400",
+    _RAW + "[" * 400 + "]" * 400,
+)
+"""Values that may stand anywhere."""
+
+
+class _Again(str):
+    """A key that may stand in an object twice."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def spelled(value: Any) -> str:
+    """JSON, with what is written as it is."""
+    parts = json.dumps(value).split(f'"{_RAW}')
+    return parts[0] + "".join(part.replace('"', "", 1) for part in parts[1:])
+
+
+def _near(rng: random.Random, value: Any) -> Any:
+    """A value much like one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return rng.choice([value + 1, value - 1, value * 2, -value, value * 1000, value / 2, str(value), [value]])
+    if isinstance(value, str):
+        return rng.choice([value + "x", value[:-1], value.upper(), [value], value * 2, value[::-1]])
+    if isinstance(value, list):
+        return rng.choice([value[:-1], value + value[:1], value[::-1], value * 2, dict.fromkeys(map(str, value)), []])
+    if isinstance(value, dict):
+        return rng.choice([list(value), {**value, "a": 1}, dict(list(value.items())[:-1]), {}])
+    return 0
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Owners and keys of what is inside a value, down to where lists and mappings are long."""
+    found = []
+    entries: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        entries = list(value.items())
+    elif isinstance(value, list):
+        entries = list(enumerate(value))
+    for key, inner in entries:
+        found.append((value, key))
+        if isinstance(inner, dict | list):
+            found += _places(inner)[:60]
+    return found
+
+
+def changed(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD, times: int = 2) -> Any:
+    """JSON with a few values replaced, keys dropped, renamed or doubled."""
+    whole = [copy.deepcopy(value)]
+    for _ in range(rng.choice([1, 1, times])):
+        places = _places(whole[0])
+        if not places or rng.random() < 0.02:
+            whole[0] = rng.choice(odd)
+            continue
+        owner, key = rng.choice(places)
+        what = rng.random()
+        if what < 0.5:
+            owner[key] = copy.deepcopy(rng.choice(odd))
+        elif what < 0.75:
+            owner[key] = _near(rng, owner[key])
+        elif what < 0.85:
+            other, name = rng.choice(places)
+            owner[key] = copy.deepcopy(other[name] if name in other or isinstance(other, list) else None)
+        elif what < 0.93:
+            del owner[key]
+        elif isinstance(owner, list):
+            owner.insert(key, copy.deepcopy(rng.choice(odd)))
+        elif what < 0.97:
+            owner[_Again(key)] = copy.deepcopy(rng.choice(odd))
+        else:
+            owner[key + rng.choice("x_ A")] = owner.pop(key)
+    return whole[0]
+
+
+def _cut(rng: random.Random, data: bytearray) -> None:
+    del data[rng.randrange(len(data)) :]
+
+
+def _flip(rng: random.Random, data: bytearray) -> None:
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def _noise(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data))
+    data[start : start + 16] = rng.randbytes(min(16, len(data) - start))
+
+
+def _zero(rng: random.Random, data: bytearray) -> None:
+    start, count = rng.randrange(len(data)), rng.choice([1, 8, 4096])
+    data[start : start + count] = bytes(len(data[start : start + count]))
+
+
+def _insert(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data))
+    data[start:start] = rng.choice([b"\0", b'"', b"{", b"\xff", b"9", b"-", b",", rng.randbytes(8)])
+
+
+def _lose(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data))
+    del data[start : start + rng.choice([1, 1, 8, 100])]
+
+
+def _repeat(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data))
+    data[start:start] = data[start : start + rng.choice([1, 16, 500])]
+
+
+def _extreme(rng: random.Random, data: bytearray) -> None:
+    start, size = rng.randrange(len(data)), rng.choice([4, 8])
+    number = rng.choice([0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]) % 2 ** (8 * size)
+    data[start : start + size] = number.to_bytes(size, "little")
+
+
+def _append(rng: random.Random, data: bytearray) -> None:
+    data += rng.choice([b"\0", b"}", b"\n", rng.randbytes(64)])
+
+
+_DAMAGES: tuple[Callable[[random.Random, bytearray], None], ...] = (
+    *(_cut, _flip, _flip, _noise, _zero, _insert, _lose, _repeat, _extreme, _extreme, _append),
+)
+
+
+def damaged(rng: random.Random, data: bytes, within: int | None = None) -> bytes:
+    """Bytes with a damage or two, by preference near the start."""
+    found = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        head = found[:within] if within is not None and rng.random() < 0.8 else found
+        if not head:
+            break
+        rest = found[len(head) :]
+        rng.choice(_DAMAGES)(rng, head)
+        found = head if head is found else head + rest
+    return bytes(found)
+
+
+def damaged_file(rng: random.Random, file: Path, odd: tuple[Any, ...] = ODD) -> None:
+    """A file of JSON, as text or by its values; most of the time by its values."""
+    what = rng.random()
+    if what < 0.8:
+        text = spelled(changed(rng, json.loads(file.read_bytes()), odd)).encode("utf-8", "surrogatepass")
+    elif what < 0.97:
+        text = damaged(rng, file.read_bytes())
+    else:
+        text = rng.choice([b"", b"null", b"[" * DEEP, b'{"a":' * DEEP, DIGITS.encode(), b"\xff\xfe{", b'"' * 3])
+    file.write_bytes(text)
+
+
+_HEADER: tuple[Any, ...] = (
+    *(None, True, 0, 1, -1, -8, 48.0, 0.5, 2**31, 2**62, 2**63, 2**64, 10**30, "F32", "F4", "F8_E4M3", "I64", "U8"),
+    *("BOOL", "", [], {}, [0], [0, 0], [-4, 0], [1, 2**62], [48.0, 48], [2**32, 2**32], [0, 1, 2], [True, 48], "F64"),
+    _RAW + DIGITS,
+    _RAW + "1e400",
+)
+
+
+def damaged_header(rng: random.Random, file: Path) -> None:
+    """A safetensors file whose header says something else, with the data as they were."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if rng.random() < 0.3:
+        # Two tensors on one place, or on each other's.
+        names = [name for name in header if name != "__metadata__"]
+        first, second = rng.choice(names), rng.choice(names)
+        key = rng.choice(["data_offsets", "shape", "dtype"])
+        header[first][key] = copy.deepcopy(header[second][key])
+    else:
+        header = changed(rng, header, _HEADER)
+    text = spelled(header).encode("utf-8", "surrogatepass")
+    said = len(text) if rng.random() < 0.95 else rng.choice([0, 1, len(text) - 1, len(text) + 8, 2**40, 2**64 - 1])
+    file.write_bytes(struct.pack("<Q", said) + text + data[8 + length :])

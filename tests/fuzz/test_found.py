@@ -1,0 +1,179 @@
+"""What the cases have found, each once more by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import BIOGPT, RECIPES, SMALL, WHOLE, Bench, known
+from mutate import spelled
+
+from secateur import SecateurError, prune
+from secateur.compare.recipe import read_recipe
+from secateur.model.checkpoint import open_checkpoint
+from secateur.text.calibration import calibration_rows
+from secateur.write.export import export
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("found"))
+
+
+def edited(folder: Path, file: str, **keys: Any) -> None:
+    path = folder / file
+    path.write_text(spelled(json.loads(path.read_text()) | keys))
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_recipes(tmp_path: Path, number: int) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPES[number])
+    with pytest.raises(SecateurError, match=r"recipe\.yaml"):
+        read_recipe(str(file))
+
+
+ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
+    "two layers in one": ({"gate": "fc1"}, "fc1.weight stands for two layers"),
+    "both levels in one": ({"down": "fc1"}, "fc1.weight stands for two layers"),
+    "the block itself": ({"gate": ""}, "is no tensor of a block"),
+    "a key that is not there": ({"stock": {"heads": "dense"}}, "no attribute 'rope_parameters'"),
+    "a key that only some blocks get": ({"ungrouped": False}, "attributes are missing: .'num_key_value_heads'"),
+    "another key of the width": (
+        {"stock": {"heads": "dense", "theta": None, "channels": "inner"}},
+        r"which makes fc\d.\w+ .72.* where .36.* would be stored",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_a_family_whose_entry_does_not_fit(tmp_path: Path, bench: Bench, case: str) -> None:
+    keys, said = ENTRIES[case]
+    file = tmp_path / "family.yaml"
+    model = bench.biogpt
+    file.write_text(json.dumps(BIOGPT | keys))
+    with known("biogpt"), pytest.raises(SecateurError, match=said):
+        prune(model, tmp_path / "out", **SMALL, family=file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"attention_dropout": -0.1}, "attention_dropout is -0.1, no share"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4, no whole number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "auto"}}, "makes no model of config.json"),
+    ],
+)
+def test_configs(tmp_path: Path, bench: Bench, keys: dict[str, Any], said: str) -> None:
+    folder = shutil.copytree(bench.tiny, tmp_path / "in")
+    edited(folder, "config.json", **keys)
+    with pytest.raises(SecateurError, match=said):
+        prune(folder, tmp_path / "out", **SMALL)
+
+
+def test_a_block_that_transformers_cannot_run(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.dense("phi3"), tmp_path / "in")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    edited(folder, "config.json", rope_parameters=rope | {"partial_rotary_factor": 7})
+    with pytest.raises(SecateurError, match=r"config.json \(RuntimeError: The size of tensor"):
+        prune(folder, tmp_path / "out", **SMALL)
+
+
+def test_a_number_of_experts_under_another_name(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.dense("qwen3_moe"), tmp_path / "in")
+    edited(folder, "config.json", num_local_experts=float("-inf"))
+    with pytest.raises(SecateurError, match="num_experts is -inf, no whole number"):
+        open_checkpoint(folder)
+
+
+def test_an_output_layer_that_is_not_the_embedding_is_said_to_be(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.tiny, tmp_path / "in")
+    edited(folder, "config.json", tie_word_embeddings=True)
+    for out in (folder, bench.tiny):
+        prune(out, tmp_path / f"{out.name}-out", **SMALL)
+    written = tmp_path / "in-out"
+    assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is False
+    same = tmp_path / f"{bench.tiny.name}-out"
+    assert (written / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
+
+
+def test_a_class_that_nothing_has(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.pruned("adaptive"), tmp_path / "in")
+    edited(folder, "config.json", architectures=["SecateurLlamaForCausal"])
+    with pytest.raises(SecateurError, match="names the class SecateurLlamaForCausal, which nothing has"):
+        export(folder, tmp_path / "out.gguf")
+
+
+def test_generation_settings_that_no_model_opens_with(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.tiny, tmp_path / "in")
+    edited(folder, "generation_config.json", pad_token_id=[-1])
+    with pytest.raises(SecateurError, match=r"generation_config.json: transformers refuses it"):
+        open_checkpoint(folder)
+
+
+def test_a_file_with_a_name_that_is_too_long(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.shards, tmp_path / "in")
+    edited(folder, "model.safetensors.index.json", weight_map={"a": "é" * 200})
+    with pytest.raises(SecateurError, match="is no file beside it"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("case", ["metadata", "hole"])
+def test_headers_that_the_library_refuses(tmp_path: Path, bench: Bench, case: str) -> None:
+    file = shutil.copytree(bench.tiny, tmp_path / "in") / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    if case == "metadata":
+        header["__metadata__"] = {"format": 1}
+    else:
+        for one in header.values():
+            if "data_offsets" in one:
+                one["data_offsets"] = [place + 8 for place in one["data_offsets"]]
+        rest = bytes(8) + rest
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+    with pytest.raises(SecateurError, match="header broken"):
+        open_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize("keys", [{"left": float("nan")}, {"kind": ["heads"]}, {"errors": [True]}, {"energy": "1"}])
+def test_surveys(tmp_path: Path, bench: Bench, keys: dict[str, Any]) -> None:
+    file, raw = tmp_path / "survey.json", json.loads(bench.survey.read_text())
+    raw["curves"][0] |= keys
+    file.write_text(json.dumps(raw))
+    with pytest.raises(SecateurError, match=r"survey.json: not a survey of secateur's"):
+        prune(bench.tiny, tmp_path / "out", **SMALL, survey=file)
+
+
+def test_a_tokenizer_that_panics(tmp_path: Path, bench: Bench) -> None:
+    """A template of a token that is not listed; the tokenizers library does not see it before it is used."""
+    folder = shutil.copytree(bench.tiny, tmp_path / "in")
+    single = [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    edited(folder, "tokenizer.json", post_processor=template)
+    how: dict[str, Any] = {"samples": 4, "length": 8, "seed": 0, "vocab_size": 128}
+    with pytest.raises(SecateurError, match="tokenizer"):
+        calibration_rows(open_checkpoint(folder).tokenizer(), str(bench.text), **how)
+
+
+def test_an_export_of_other_sizes_than_stored(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.pruned("uniform"), tmp_path / "in")
+    edited(folder, "config.json", vocab_size=127)
+    with pytest.raises(SecateurError, match=r"is \[128, 16\] where config.json makes it \[127, 16\]"):
+        export(folder, tmp_path / "out.gguf")
+
+
+def test_what_a_stop_has_left_before_the_weights(tmp_path: Path, bench: Bench) -> None:
+    state = shutil.copytree(bench.stopped(5), tmp_path / ".out.run")
+    (shard,) = state.glob("model/.shard-*")
+    shard.write_bytes(b"\xff" * 4096 + shard.read_bytes()[4096:])
+    prune(bench.tiny, tmp_path / "out", **SMALL)
+    bench.stopped(WHOLE)
+    whole = bench.place / f"stopped-{WHOLE}" / "model.safetensors"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole.read_bytes()

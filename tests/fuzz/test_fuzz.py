@@ -1,0 +1,21 @@
+"""Damaged inputs end in a right result or in one line that says what is wrong; `make fuzz` runs many more cases."""
+
+from __future__ import annotations
+
+import pytest
+from cases import KINDS, Bench, kind_of, run
+
+CASES = 300
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_or_refused(bench: Bench, kind: str) -> None:
+    ends = [run(bench, number) for number in range(CASES) if kind_of(number) == kind]
+    assert len(ends) == 3 * KINDS[kind][0]
+    # Most configs that are drawn make a model.
+    assert ends.count("skipped") < len(ends) / 2
