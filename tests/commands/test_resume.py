@@ -236,7 +236,7 @@ def test_clean_removes_what_is_left(
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert end.value.code == 0
-        assert re.search(said, capsys.readouterr().err)
+        assert re.search(said, capsys.readouterr().out)
     assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]
 
 

@@ -316,6 +316,13 @@ def test_the_map_names_every_file() -> None:
     assert set(named) == there
 
 
+def test_promises_have_their_tests() -> None:
+    """What docs/quality.md names is there."""
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", source("docs/quality.md"))
+    assert len(named) > 15
+    assert not [name for file, name in named if f"def {name}(" not in source(file)]
+
+
 def test_the_readme_is_read_in_one_sitting() -> None:
     lines = source("README.md").split("\n")
     assert len(lines) <= 200

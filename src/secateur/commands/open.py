@@ -37,6 +37,7 @@ from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
 from secateur.text.self_calibration import check_self
 from secateur.text.sources import RANDOM, SELF
+from secateur.write.hub import check_upload
 from secateur.write.write import check_entry, model_output
 
 
@@ -161,6 +162,8 @@ def open_model(
         _check_out(out, options, Path(model) if Path(model).is_dir() else None, running.overwrite)
         for left in leftovers(out):
             watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
+    if running.push_to_hub is not None and team.leads:
+        check_upload(running.push_to_hub)
     wanted = getattr(torch, options.dtype) if options.dtype else None
     with reading(watcher, "Opening", str(model)), team.first_goes_first():
         checkpoint = open_checkpoint(

@@ -11,7 +11,6 @@ from secateur.commands.options import Options, Running
 from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
 from secateur.report.summary import Summary
-from secateur.write.hub import check_upload, upload
 
 
 @in_smaller_batches
@@ -38,8 +37,6 @@ def prune(
         SecateurError: for anything wrong with the input or the request, before anything is written.
     """
     run = open_model(model, options, running, out=Path(out), watcher=watcher, team=Team.join(), **settings)
-    if (repo := run.running.push_to_hub) is not None:
-        check_upload(repo)
     if run.running.dry_run:
         return expect(run)
     with resumable(run, Path(out)) as run:
@@ -47,7 +44,4 @@ def prune(
         findings = survey_model(run, rows)
         plan = plan_widths(run, rows, findings)
         blocks = fit_blocks(run, rows, plan)
-        summary = write_model(run, rows, plan, blocks, out)
-    if repo is not None and run.stream.team.leads:
-        run.watcher.note(f"Sent to {upload(Path(out), repo, run.watcher)}")
-    return summary
+        return write_model(run, rows, plan, blocks, out)

@@ -39,6 +39,7 @@ from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows, draw
 from secateur.text.rewrite import rewritten
 from secateur.write.export import export
+from secateur.write.hub import upload
 from secateur.write.write import slice, write
 
 
@@ -238,6 +239,8 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
     finally:
         if file and run.state is None:
             shutil.rmtree(folder, ignore_errors=True)
+    if run.running.push_to_hub is not None:
+        run.watcher.note(f"Sent to {upload(out, run.running.push_to_hub, run.watcher)}")
     return summary_of(run, rows, decided)
 
 

@@ -1,0 +1,36 @@
+"""Fifty prunes in one process: memory, open files and threads are after the last what they were after the tenth."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from models import save
+from secateur import prune
+
+WARM, RUNS = 10, 50
+SLACK = 16 * 2**20
+"""Bytes that an allocator may keep."""
+
+
+def state() -> tuple[int, int, int]:
+    """Resident bytes, open files and threads."""
+    gc.collect()
+    process = psutil.Process()
+    return process.memory_info().rss, process.num_fds(), process.num_threads()
+
+
+def test_nothing_grows(tmp_path: Path) -> None:
+    names = ("llama", "gemma2", "gpt2", "qwen3_moe")
+    folders = [save(name, tmp_path / name) for name in names]
+    how: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 24, "device": "cpu", "overwrite": True}
+    warm = state()
+    for number in range(RUNS):
+        if number == WARM:
+            warm = state()
+        prune(folders[number % len(folders)], tmp_path / "out", sparsity=0.2 + 0.01 * (number % 7), **how)
+    memory, files, threads = state()
+    print(f"after {WARM}: {warm}, after {RUNS}: {(memory, files, threads)}")
+    assert memory < warm[0] + SLACK
+    assert (files, threads) == warm[1:]
