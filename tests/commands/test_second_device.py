@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no devices made in Python",
 )
 
-LENGTH = 24
+LENGTH = 16
 PRUNE: dict[str, tuple[str, str]] = {
     "two fits": ("llama", "--effort best"),
     "a norm behind each module": ("gemma3_text", "--effort quick"),
@@ -70,7 +70,7 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     task = YAML.format(name="items", output="multiple_choice", file=place / "items.jsonl")
     (place / "items.yaml").write_text(task)
-    common = ["--calibration", str(text), "--samples", "8", "--length", str(LENGTH)]
+    common = ["--calibration", str(text), "--samples", "4", "--length", str(LENGTH)]
     dense = str(checkpoint_folder("llama"))
     cases = {
         name: ["prune", str(checkpoint_folder(model)), str(place / f"{{device}} {name}"), *common, *asked.split()]
