@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.fit.recovery import fit_level2
-from secateur.numerics import elimination
+from secateur.numerics import elimination, ridge
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import Normal, factorise, factorise_each, least_squares, normal_equations, residual
@@ -520,3 +520,16 @@ def test_a_singular_matrix_gets_a_small_jitter():
 def test_a_matrix_that_is_none_of_this_is_refused():
     with pytest.raises(FloatingPointError, match="not positive definite"):
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
+
+
+def test_directions_that_rounding_made_keep_the_old_weights():
+    """A matrix that a factorisation takes, and of which the least eigenvalue says nothing."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator))
+    values = torch.ones(8, dtype=torch.float64)
+    values[-1] = ridge.ROUNDING * 8**0.5 / 4
+    matrix, old = (vectors * values) @ vectors.T, torch.randn(8, 2, dtype=torch.float64, generator=generator)
+    right = matrix @ old + 1e-3 * vectors[:, -1:] + vectors[:, :1]
+    found = ridge._solve(matrix, right, old)
+    assert_near(vectors[:, -1] @ found, vectors[:, -1] @ old, 1e-6)
+    assert_near(vectors[:, 0] @ found, vectors[:, 0] @ old + 1, 1e-6)

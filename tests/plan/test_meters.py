@@ -29,7 +29,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep, Width
 from secateur.model.surgery import slice_block
-from secateur.plan import latency
+from secateur.plan import latency, meters
 from secateur.plan.latency import Latency, grid, measured, medians, stopwatch
 from secateur.plan.meters import (
     Meter,
@@ -294,6 +294,15 @@ def test_latency_between_measured_widths(opened):
     heads = [meter.module(1, "heads", Width(groups, 1, 0)) for groups in range(7)]
     assert heads == sorted(heads)
     assert heads[-1] > 0
+
+
+def test_latency_of_what_is_no_module(opened, monkeypatch):
+    """Embedding and output layer count once, norms and the like in every block."""
+    line = ((0, 0.0), (6, 1.0))
+    table = Latency(line, line, line, outside=5.0, rest=2.0)
+    monkeypatch.setattr(meters, "measured", lambda *_: table)
+    meter = latency_meter(opened("llama"), "decode", CPU, torch.float32, Silent())
+    assert meter.total(dict.fromkeys(range(3), Width(0, 0, 0))) == 5.0 + 3 * 2.0
 
 
 def test_latency_where_groups_and_heads_are_gone():

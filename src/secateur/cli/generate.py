@@ -8,7 +8,6 @@ the function an object of the class. `Only(...)` and `Without(...)` in the annot
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
-from functools import partial
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -88,11 +87,17 @@ def _parameter(name: str, one: Declared, owner: type, hint: Any) -> inspect.Para
     shown: Any = one.shown if one.shown is not None else True
     if get_origin(hint) is tuple:
         hint, default = str, ",".join(default)
-    how: dict[str, Any] = (
-        {"parser": partial(parse_share, f"--{spelled(name)}"), "metavar": "<float>"} if one.share else {}
-    )
+    how: dict[str, Any] = {"parser": _share_of(f"--{spelled(name)}"), "metavar": "<float>"} if one.share else {}
     what = typer.Option(f"--{spelled(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown, **how)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
+
+
+def _share_of(option: str) -> Callable[[str], float]:
+    # Older typers ask for a name, which a partial function has not.
+    def share(text: str) -> float:
+        return parse_share(option, text)
+
+    return share
 
 
 def _read(owner: type, name: str, value: Any) -> Any:
