@@ -76,6 +76,21 @@ def test_code_that_is_not_ours_does_not_run(tmp_path: Path, checkpoint_folder: C
         examine(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_strangers_code_does_not_run(file: str, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Beside our file, or where a config asks for it in another repository."""
+    prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
+    (tmp_path / "out" / "more.py").write_text("raise SystemExit\n")
+    with pytest.raises(SecateurError, match=r"more\.py: .*opening the folder runs it"):
+        examine(tmp_path / "out")
+    (tmp_path / "out" / "more.py").unlink()
+    stored = json.loads((tmp_path / "out" / file).read_text())
+    stored.setdefault("auto_map", {})["AutoTokenizer"] = [None, "me/mine--more.Own"]
+    (tmp_path / "out" / file).write_text(json.dumps(stored))
+    with pytest.raises(SecateurError, match=f"{file}: .*opening the folder runs it"):
+        examine(tmp_path / "out")
+
+
 def test_a_file_for_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the program on the path, here a stand-in."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")

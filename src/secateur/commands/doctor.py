@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
 from secateur.formats.gguf import Model
@@ -64,17 +65,18 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
             return [_llama_cpp(path)]
     with watcher.busy(f"Opening {path}"):
         checkpoint = open_folder(path)
-        code = path / MODELING_FILE.name
-        if code.is_file() and code.read_bytes() != MODELING_FILE.read_bytes() and not trust_remote_code:
+        if (code := _foreign(path)) is not None and not trust_remote_code:
             raise SecateurError(
-                f"{code}: another version's file or a changed one, and opening the folder runs it; look at it, then "
-                "say --trust-remote-code"
+                f"{code}: another version's code, a changed one or a stranger's, and opening the folder runs it; look "
+                "at it, then say --trust-remote-code"
             )
+        own = (path / MODELING_FILE.name).is_file()
     how = {"out": str(path), "class": checkpoint.auto_class.__name__, "ids": _prompt(checkpoint), "new": NEW}
+    how["trust"] = own or trust_remote_code
     found: list[Engine] = []
     written: list[int] | None = None
-    for name, (package, line) in _engines(checkpoint, path).items():
-        obstacle = _vllm(checkpoint, code.is_file()) if name == "vLLM" else None
+    for name, (package, line) in _engines(checkpoint, path, own).items():
+        obstacle = _vllm(checkpoint, own) if name == "vLLM" else None
         if (version := _version(package)) is None:
             says = NOT_HERE + (f", and would not run it: {obstacle}" if obstacle else "")
             found.append(Engine(name, None, None, says, line))
@@ -89,9 +91,26 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
     return [*found, _as_gguf(checkpoint, path)]
 
 
-def _engines(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[str, str]]:
+def _foreign(path: Path) -> Path | None:
+    """What in a folder runs when it is opened, or says that something does, and is not the file that `prune` writes."""
+    for file in sorted(path.glob("*.py")):
+        if file.name != MODELING_FILE.name or file.read_bytes() != MODELING_FILE.read_bytes():
+            return file
+    for file in sorted(path.glob("*config.json")):
+        try:
+            found = parse_json(file.read_bytes())
+        except ValueError:
+            continue  # No engine reads it either.
+        named = found.get("auto_map") if isinstance(found, dict) else None
+        values = named.values() if isinstance(named, dict) else [named]
+        classes = [one for value in values for one in (value if isinstance(value, list) else [value]) if one]
+        if not all(str(one).startswith(f"{MODELING_FILE.stem}.") for one in classes):
+            return file
+    return None
+
+
+def _engines(checkpoint: Checkpoint, path: Path, own: bool) -> dict[str, tuple[str, str]]:
     """Name → package, and how a person opens the model with it."""
-    own = (path / MODELING_FILE.name).is_file()
     code = " --trust-remote-code" if own else ""
     args = f"pretrained={path}" + (",trust_remote_code=True" if own else "")
     return {

@@ -15,7 +15,7 @@ def _model(how: dict[str, Any]) -> Any:
     import transformers
 
     auto = getattr(transformers, how["class"])
-    return auto.from_pretrained(how["out"], dtype="auto", trust_remote_code=True).eval()
+    return auto.from_pretrained(how["out"], dtype="auto", trust_remote_code=how["trust"]).eval()
 
 
 def _transformers(how: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,9 @@ def _transformers(how: dict[str, Any]) -> dict[str, Any]:
 def _vllm(how: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    model = LLM(how["out"], trust_remote_code=True, enforce_eager=True, max_model_len=len(how["ids"]) + how["new"])
+    model = LLM(
+        how["out"], trust_remote_code=how["trust"], enforce_eager=True, max_model_len=len(how["ids"]) + how["new"]
+    )
     sampling = SamplingParams(temperature=0, max_tokens=how["new"], ignore_eos=True)
     (found,) = model.generate([{"prompt_token_ids": how["ids"]}], sampling, use_tqdm=False)
     return {"says": "", "tokens": list(found.outputs[0].token_ids)}
@@ -43,7 +45,7 @@ def _lm_eval(how: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=how["out"], trust_remote_code=True, batch_size=1, device=device)
+    model = HFLM(pretrained=how["out"], trust_remote_code=how["trust"], batch_size=1, device=device)
     asked = Instance("loglikelihood", {}, ("The capital of France", " is Paris"), 0)
     ((score, _),) = model.loglikelihood([asked], disable_tqdm=True)
     return {"says": f"scores a text, {score:.2f} nats"}
