@@ -399,6 +399,8 @@ def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Patter
         inner = [
             expert * fed.inner + int(channel) for expert, pick in zip(kept, picks, strict=True) for channel in pick
         ]
+        every = torch.randperm(fed.times * fed.inner, generator=generator)[: fed.times * len(picks[0])]
+        inner += (fed.units * fed.inner + every.sort().values).tolist()
     return Keep(tuple(sorted(heads)), **{fed.kind: tuple(kept)}, **({"channels": tuple(inner)} if inner else {}))
 
 
@@ -417,15 +419,21 @@ class _Idle:
     """Some channels of experts that give nothing: their weights of the last layer are zero."""
 
     def __init__(self, layer: nn.Module, module: Depth2, keep: Keep):
-        weight = layer.get_parameter(module.level2.name)
         axis = next(slab.axis for slab in module.slabs if slab.unit == "channel" and slab.name == module.level2.name)
-        mask = torch.zeros(module.units, module.inner)
-        mask.view(-1)[list(keep.channels)] = 1
-        self.weight, self.before = weight, weight.detach().clone()
-        weight.data *= mask[:, None, :] if axis == 2 else mask[:, :, None]
+        every = torch.zeros((module.units + module.times) * module.inner)
+        every[list(keep.channels)] = 1
+        own = module.units * module.inner
+        mask = every[:own].view(module.units, module.inner)
+        masks = {module.level2.name: mask[:, None, :] if axis == 2 else mask[:, :, None]}
+        masks |= {slab.name: every[own:] for slab in module.shared[-1:]}
+        self.weights = [layer.get_parameter(name) for name in masks]
+        self.before = [weight.detach().clone() for weight in self.weights]
+        for weight, part in zip(self.weights, masks.values(), strict=True):
+            weight.data *= part
 
     def remove(self) -> None:
-        self.weight.data.copy_(self.before)
+        for weight, before in zip(self.weights, self.before, strict=True):
+            weight.data.copy_(before)
 
 
 class _Unchosen:

@@ -98,10 +98,12 @@ def keeps_of(name: str, kinds: tuple[Kind, ...], pattern: Pattern) -> dict[int, 
 def with_another_unit(block: Block, keep: Keep, kind: Kind, pattern: Pattern) -> Keep:
     """The same widths, but one removed unit stays and a kept one goes in its place."""
     if kind == "channels" and keep.experts:
-        # Of the last expert.
-        inner, last = block.feed_forward.inner, keep.experts[-1]
-        kept = list(keep.channels)
-        kept[-1] = next(unit for unit in range(last * inner, (last + 1) * inner) if unit not in kept)
+        # Of the last expert, or the shared one.
+        fed, kept = block.feed_forward, list(keep.channels)
+        first, own = kept[-1] // fed.inner * fed.inner, fed.inner
+        if first >= fed.units * fed.inner:
+            first, own = fed.units * fed.inner, fed.times * fed.inner
+        kept[-1] = next(unit for unit in range(first, first + own) if unit not in kept)
         return replace(keep, channels=tuple(sorted(kept)))
     module, kept = block.module(kind), list(keep.units(kind))
     gone = [unit for unit in range(module.units) if unit not in kept]

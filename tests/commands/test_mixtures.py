@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conftest import CheckpointFolder
 from secateur.base.errors import SecateurError
@@ -82,15 +83,46 @@ def test_channels_alone(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> 
 def test_one_width_of_channels_in_the_stock_format(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str
 ) -> None:
-    """It has a key for the channels of experts; of some that key counts for the shared expert too."""
+    """It has a key for the channels of experts; of some that key counts for the shared expert too, which follows."""
     how: dict[str, Any] = {"sparsity": 0.2, "modules": ("channels",), "widths": "uniform", "recovery": "none"}
-    if name == "deepseek_v3":
-        with pytest.raises(SecateurError, match=r"derives its shared expert's channels .* or take --format hf"):
-            prune(checkpoint_folder(name), tmp_path / "out", **SMALL, **how)
-        how["format"] = "hf"
     prune(checkpoint_folder(name), tmp_path / "out", **SMALL, **how)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["moe_intermediate_size"] == (16 if name == "qwen3_moe" else 20)
+    assert config["moe_intermediate_size"] == 16
+    shapes = {key: value.shape for key, value in load_file(tmp_path / "out" / "model.safetensors").items()}
+    shared = [shape for key, shape in shapes.items() if "shared_experts.up_proj" in key]
+    assert shared == ([] if name == "qwen3_moe" else [(16 * config["n_shared_experts"], 48)] * 2)
+
+
+def test_a_plan_may_narrow_blocks_without_experts_in_the_stock_format(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """They have a key of their own."""
+    entries = [{"block": 0, "channels": list(range(48))}]
+    entries += [{"block": index, "experts": list(range(6))} for index in (1, 2)]
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": entries}))
+    prune(checkpoint_folder(NAME), tmp_path / "out", plan=str(tmp_path / "plan.json"), format="stock", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size == 48
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 48)
+    assert model.model.layers[1].mlp.experts.down_proj.shape == (6, 48, 20)
+
+
+def test_channels_of_a_shared_expert_are_a_plan_too(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """They are counted behind those of the last other one."""
+    model, file = checkpoint_folder("hunyuan_v1_moe"), tmp_path / "plan.json"
+    each = [expert * 72 + channel for expert in range(4) for channel in range(8)]
+    beside = [8 * 72 + channel for channel in range(60, 68)]
+    entry = {"block": 1, "experts": [0, 1, 2, 3], "channels": each + beside}
+    file.write_text(json.dumps({"blocks": [entry]}))
+    prune(model, tmp_path / "out", plan=str(file), recovery="none", **SMALL)
+    blocks = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
+    assert blocks[0]["channels"] == each + beside
+    dense, found = (load_file(folder / "model.safetensors") for folder in (Path(model), tmp_path / "out"))
+    name = "model.layers.1.mlp.shared_mlp.up_proj.weight"
+    assert torch.equal(found[name], dense[name][60:68])
+    file.write_text(json.dumps({"blocks": [entry | {"channels": each + beside[1:]}]}))
+    with pytest.raises(SecateurError, match=r"the shared expert, whose channels begin at 576, must keep 8, not 7"):
+        prune(model, tmp_path / "wrong", plan=str(file), **SMALL)
 
 
 def test_ratios_are_of_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:

@@ -59,10 +59,12 @@ def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str
             total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
         torch.testing.assert_close(total, mixture.output(x[None], mixture.every)[0], rtol=1e-4, atol=1e-5)
         if mixture.shared is not None:
-            rows = mixture.shared_inner(x) * mixture.shared_gates(x)[:, None]
-            torch.testing.assert_close(
-                rows @ mixture.shared.down_proj.weight.T, mixture.beside(x), rtol=1e-4, atol=1e-5
-            )
+            first, *others = mixture.parts(mixture.every)
+            assert others == mixture.every.tolist()
+            tokens, rows = mixture.gated(first, x, routes)
+            assert tokens.tolist() == list(range(TOKENS))
+            bias = 0 if mixture.bias(first) is None else mixture.bias(first)
+            torch.testing.assert_close(rows @ mixture.weight(first) + bias, mixture.beside(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -247,6 +249,31 @@ def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channel
     assert block.reports[1].error == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "deepseek_v3", "ernie4_5_moe"])
+def test_channels_of_the_shared_expert_go_along(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Where its width follows from that of the others: chosen and solved by float64 ahead of them."""
+    ridge, experts = 0.3, blocks_of(build(name))[2].feed_forward.units
+    block = fitted(checkpoint_folder(name), experts, 8, ridge=ridge)
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        module, seen = mixture.module, list[Tensor]()
+        model, ids = build(name), token_rows(24, 16, seed=5)
+        layers_of(model)[2].get_submodule(module.path).register_forward_hook(lambda _, args, __: seen.append(args[0]))
+        model(ids)
+        rows = mixture.inner(module.units, seen[0].flatten(0, 1)).double()
+        old = mixture.weight(module.units).double()
+    stay = 8 * module.times
+    assert len(old) == module.times * module.inner
+    kept = [unit - module.units * module.inner for unit in block.keep.channels[-stay:]]
+    hessian = rows.T @ rows
+    penalty = ridge * (1 + len(old) / len(rows)) * hessian.diagonal().diag()
+    right = (hessian + penalty) @ old
+    assert kept == first_to_leave(hessian + penalty, right, len(old) - stay)
+    solved = torch.zeros_like(old)
+    solved[kept] = torch.linalg.solve((hessian + penalty)[kept][:, kept], right[kept])
+    found = next(value for key, value in block.changed.items() if "shared" in key)
+    torch.testing.assert_close(found.double().T, solved, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
     block = blocks_of(build(name))[2].feed_forward
@@ -284,12 +311,18 @@ def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: Check
 def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, inner = routed_of(mixture), mixture.module.inner
-        errors, _ = channel_errors(routed)
+        errors, orders = channel_errors(routed)
         assert len(errors) == inner
         assert errors[0] == 0
         every, dense = mixture.every, mixture.output(routed.x_nd[None], mixture.every)[0]
         routes, down = mixture.route(routed.x_nd, every), mixture.experts.down_proj
         before, gone = down.detach().clone(), round(inner / 2)
+        beside = set(orders) - set(every.tolist())
+        assert beside == ({mixture.module.units} if mixture.module.times else set())
+        for shared in beside:
+            _, rows = mixture.gated(shared, routed.x_nd, routes)
+            energy = (routed.weight_n[:, None] * rows.square()).sum(0) * mixture.weight(shared).square().sum(1)
+            mixture.shared.down_proj.weight.data[:, energy.argsort()[: gone * mixture.module.times]] = 0
         for expert in every.tolist():
             tokens, gates = routes.of(expert)
             rows = mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
@@ -316,7 +349,7 @@ def test_a_row_is_judged_by_the_others(rows: int, inputs_: int) -> None:
     torch.testing.assert_close(left_out(x.float(), r.float(), 0.3).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "hunyuan_v1_moe"])
 def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """Nothing is gained where nothing may change, and what is gained is what fits by hand gain."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
@@ -328,8 +361,8 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
 
         routed.wanted_nd *= scale[:, None]
         assert left_by_refit(routed, scale, unit, mixture.every, None, 0.3) == 1.0
-        _, order = channel_errors(routed)
-        half = order[:, mixture.module.inner // 2 :]
+        _, orders = channel_errors(routed)
+        half = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
         for some, stay in ((alive, None), (mixture.every, half)):
             weak, strong = (left_by_refit(routed, scale, unit, some, stay, ridge) for ridge in (3.0, 1e6))
             assert 0 < weak < 1
@@ -339,11 +372,11 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
         given = routed.given(routed.everyone, routes) * scale[:, None]
         left = routed.wanted_nd - given
         before = (left.square().sum(1) * routed.weight_n).sum()
-        for expert in alive.tolist():
-            tokens, gates = routes.of(expert)
+        for expert in mixture.parts(alive):
+            tokens, rows = mixture.gated(expert, routed.x_nd, routes)
             root = routed.weight_n[tokens].sqrt()[:, None]
-            rows = mixture.inner(expert, routed.x_nd[tokens]) * (gates * scale[tokens])[:, None] * root
-            judged = left_out(rows, left[tokens] * root, 3.0 * (1 + mixture.module.inner / len(tokens)))
+            rows *= scale[tokens][:, None] * root
+            judged = left_out(rows, left[tokens] * root, 3.0 * (1 + rows.shape[1] / len(tokens)))
             left[tokens] = judged / root
         after = (left.square().sum(1) * routed.weight_n).sum()
         found = left_by_refit(routed, scale, unit, alive, None, 3.0)

@@ -23,6 +23,7 @@ from models import (
     GEMMA4,
     GEMMA4_SMALL,
     GROUPED,
+    ROUTED,
     ROWS,
     TRIPLES,
     _config,
@@ -55,6 +56,7 @@ HEAD = {"head_dim": 32}
 HEADS = HEAD | {"global_head_dim": 32}
 WIDE = {"hidden_size": 192}
 SIZE, FED = {"hidden_size": 64}, {"moe_intermediate_size": 64}
+LEAD = ROUTED | {"first_k_dense_replace": 0}
 ROWS |= {
     "llama": _config("llama", **GROUPED, **HEAD),
     "llama every head": _config("llama", num_key_value_heads=6, **HEAD),
@@ -76,6 +78,9 @@ ROWS |= {
     ),
     # Its kernels of experts take sizes that 32 divides.
     "qwen3_moe served": _config("qwen3_moe", **GROUPED, **HEAD, **SIZE, **_EXPERTS | FED, norm_topk_prob=True),
+    "glm4_moe served": _config(
+        "glm4_moe", **GROUPED, **HEAD, **SIZE, **LEAD | FED, n_shared_experts=2, n_group=1, topk_group=1
+    ),
     "llama4_text served": _config(
         "llama4_text", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96, num_experts_per_tok=1
     ),
@@ -130,6 +135,7 @@ SERVED = [
     Case("qwen3_moe served", Width(2, 2, 32, experts=5)),
     Case("mixtral served", Width(3, 1, 64, experts=4)),
     Case("llama4_text served", Width(3, 1, 96, experts=4)),
+    Case("glm4_moe served", Width(2, 2, 32, experts=5)),
     *(Case(row, plan) for row in ("gemma4_text served", "gemma4_text small served") for plan in ("channels", FOUR)),
     Case("gemma4_text mixture served", Width(2, 3, 32, experts=5)),
 ]
@@ -172,6 +178,8 @@ def last_units(block: Block, width: Width) -> Keep:
         units["channels"] = tuple(
             full.channels * (one + 1) - 1 - c for one in some for c in reversed(range(width.channels))
         )
+        beside = range(block.feed_forward.times * width.channels)
+        units["channels"] += tuple(full.experts * full.channels + channel for channel in beside)
     return Keep(tuple(sorted(heads)), **units)
 
 

@@ -28,6 +28,7 @@ from secateur.model.arena import Activations
 from secateur.model.mixture import Mixture
 from secateur.model.rows import Batch
 from secateur.model.structure import Depth2, Kind, Width
+from secateur.model.surgery import inner_by_expert
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares
 
@@ -38,8 +39,7 @@ FEWEST = 8
 class _Part(NamedTuple):
     """One expert's part of the least squares."""
 
-    expert: int | None
-    """None for the shared one."""
+    expert: int
     tokens: Tensor
     """Those that meet it (m)."""
     rows: Tensor
@@ -78,8 +78,9 @@ class ExpertsState:
         keep = given["experts"] if "experts" in given else self._choose(width.experts)
         cut = width.channels < self.module.inner
         if cut and given.get("channels"):
-            each = torch.tensor(given["channels"], device=self.stream.device).view(len(keep), -1)
-            self._kept |= dict(zip(keep, each % self.module.inner, strict=True))
+            each, beside = inner_by_expert(self.module, len(keep), given["channels"])
+            self._kept |= {expert: part.to(self.stream.device) for expert, part in zip(keep, each, strict=True)}
+            self._kept[self.module.units] = beside.to(self.stream.device)
         alive = torch.tensor(keep, device=self.stream.device)
         with self.stream.rounded():
             left = self._wanted - self._unit(self._output(self._x, alive))
@@ -91,7 +92,8 @@ class ExpertsState:
         report = report_of(self.target, len(keep), self._sum(left), plain, count)
         found: dict[Kind, tuple[int, ...]] = {"experts": keep}
         if cut:
-            every = torch.cat([expert * self.module.inner + self._kept[expert].cpu() for expert in keep])
+            parts = [*keep, *([self.module.units] if self.module.times else [])]
+            every = torch.cat([expert * self.module.inner + self._kept[expert].cpu() for expert in parts])
             found["channels"] = tuple(every.tolist())
         return found, replace(report, unfitted=tuple(self._unfitted))
 
@@ -149,35 +151,32 @@ class ExpertsState:
         """Solve one expert after the other for what the output lacks (n x d), which is kept up to date."""
         mixture, module = self.mixture, self.module
         changed = self.state.tensors[module.level2.name].clone()
-        if mixture.shared is not None and self.recovery.fits:
-            everyone = torch.arange(len(left), device=left.device)
-            rows = mixture.shared_inner(self._x) * mixture.shared_gates(self._x)[:, None]
-            name = f"{module.path}.{mixture.names.shared}.down_proj.weight"
-            fitted = self._solve(left, everyone, rows, self.state.tensors[name].T)
-            if fitted is not None:
-                self.state.change({name: fitted.T.contiguous()})
         routes = mixture.route(self._x, alive)
-        for expert in alive.tolist():
+        for expert in mixture.parts(alive):
             tokens, rows = mixture.gated(expert, self._x, routes)
-            fitted = self._solve(left, tokens, rows, mixture.weight(expert), expert, stay)
-            if fitted is not None:
+            beside = expert == module.units
+            fitted = self._solve(left, tokens, rows, expert, stay * module.times if beside else stay)
+            if fitted is None:
+                continue
+            if beside:
+                name = f"{module.path}.{mixture.names.shared}.down_proj.weight"
+                self.state.change({name: fitted.T.contiguous()})
+            else:
                 changed[expert] = fitted if mixture.layout.inputs_first else fitted.T
         self.state.change({module.level2.name: changed})
 
-    def _solve(
-        self, left: Tensor, tokens: Tensor, rows: Tensor, old_fd: Tensor, expert: int | None = None, stay: int = 0
-    ) -> Tensor | None:
+    def _solve(self, left: Tensor, tokens: Tensor, rows: Tensor, expert: int, stay: int) -> Tensor | None:
         """The level-2 weight (f x d) of one expert, from its inputs times its gate at the tokens that it meets.
 
-        `left` loses what it gains. Of an expert with a number, so many channels stay, and the rows of others are zero.
+        `left` loses what it gains. So many channels stay, and the rows of others are zero; none given is all of them.
         None where nothing changes, as there is nothing to go by.
         """
-        team, old = self.stream.team, self.norm.scale(old_fd)
+        team, old = self.stream.team, self.norm.scale(self.mixture.weight(expert))
         if self._scale is not None:
             rows = rows * self._scale[tokens][:, None]
         met = team.total(float(self._weight[tokens].count_nonzero()))
-        refitted, cut = self.recovery.fits and met >= FEWEST, expert is not None and stay < len(old)
-        if expert is not None and self.recovery.fits and not refitted:
+        refitted, cut = self.recovery.fits and met >= FEWEST, 0 < stay < len(old)
+        if expert < self.module.units and self.recovery.fits and not refitted:
             self._unfitted.append(expert)
         if not (refitted or cut):
             return None
@@ -202,13 +201,12 @@ class ExpertsState:
         moments = Moments(len(part.old), self.stream.width, device=self.stream.device)
         moments.update(part.rows, part.target, 1.0, weight_n[part.tokens])
         moments.reduce(self.stream.team, part.owner)
-        module, tensors = (self.module, {}) if part.expert is None else self.mixture.alone(part.expert)
-        seed = module_seed(self.state.method.seed, self.state.index, "channels") + (part.expert or 0)
+        module, tensors = self.mixture.alone(part.expert)
+        seed = module_seed(self.state.method.seed, self.state.index, "channels") + part.expert
         return Statistics(module, tensors, part.old, moments, None, part.ridge, own_target=False, seed=seed)
 
     def _channels(self, part: _Part, stats: Statistics, stay: int) -> Tensor:
         """The channels of one expert that stay, by their weights alone where next to no token met it."""
-        assert part.expert is not None
         if part.expert in self._kept:
             return self._kept[part.expert]
         team, named = self.stream.team, self.state.method.criteria.named("channels")

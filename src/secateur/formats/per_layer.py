@@ -192,6 +192,12 @@ def widths_of(config: Any) -> list[Width]:
     return widths
 
 
+def dense_channels(config: Any, index: int) -> int:
+    """The channels of a block without experts, in a folder of ours whose others have some."""
+    key = STOCK[config.model_type].channels
+    return int(overrides(config, index).get(key, getattr(config, key)))
+
+
 def _keys(config: Any, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
     """How a config spells the width of one layer."""
     grouped = {} if FAMILIES[config.model_type].ungrouped else {GROUPS: width.groups}

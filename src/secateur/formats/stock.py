@@ -136,8 +136,6 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         return f"the last blocks of this {kind} are twice as wide as the others; take --format hf"
     if stock.derived and width.channels != dense.channels:
         return f"{kind} derives its feed-forward width from hidden_size; take --format hf"
-    if (obstacle := _experts_obstacle(config, width, dense)) is not None:
-        return obstacle
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
     bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
@@ -158,21 +156,14 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     return None
 
 
-def _experts_obstacle(config: Any, width: Width, dense: Width) -> str | None:
-    """Why a stock class cannot hold experts of a width."""
-    mixture = mixture_of(config)
-    if mixture is None or not width.experts or width.channels == dense.channels:
-        return None
-    if mixture.shared is not None and mixture.shared_width is None:
-        return (
-            f"{config.model_type} derives its shared expert's channels from those of the others; prune whole experts, "
-            "or take --format hf"
-        )
-    return None
-
-
 def stock_config(
-    raw_config: dict[str, Any], config: Any, *, width: Width, head_dim: int, dtype: torch.dtype
+    raw_config: dict[str, Any],
+    config: Any,
+    *,
+    width: Width,
+    head_dim: int,
+    dtype: torch.dtype,
+    channels: int | None = None,
 ) -> dict[str, Any]:
     """The contents of config.json for a model of one width; see `stock_obstacle` for which widths are legal.
 
@@ -181,6 +172,7 @@ def stock_config(
         config: the config object made from it, which holds the settings that the file leaves to defaults.
         width: the width of every block; the dense one gives the dense model back.
         head_dim: entries per head.
+        channels: of the blocks without experts, in a model that has both; None for as many as they had.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
@@ -201,7 +193,9 @@ def stock_config(
     if (experts := mixture_of(config)) is None:
         stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
     elif width.experts:
-        # Blocks without experts keep their channels. Some configs hold the number under two names.
+        if channels is not None:
+            stored |= dict.fromkeys((stock.channels, *stock.same), channels)
+        # Some configs hold the number under two names.
         stored |= {key: width.experts for key in (*EXPERTS, experts.count) if key in stored or key == experts.count}
         stored[experts.width] = width.channels
     if stock.heads != "dense":

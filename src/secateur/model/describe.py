@@ -153,6 +153,8 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     level2 = next(slab for slab in slabs if slab.name == down)
     others = tuple(slab for slab in slabs if slab is not level2)
     inner, channels = _inside_experts(layer, home + mixture.experts, mixture.stored)
+    shared = mixture.shared if mixture.shared_width is None else None
+    beside = _shared(layer, f"{home}{shared}", inner) if shared is not None else ()
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
     met = getattr(config, mixture.chosen)
@@ -173,8 +175,19 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
         least=each * groups,
         met=met,
         inner=inner,
+        shared=beside,
         reader=mixture.router if mixture.apart else None,
     )
+
+
+def _shared(layer: nn.Module, path: str, inner: int) -> tuple[Slab, ...]:
+    """The expert that all tokens meet, in units of which there are as many as another expert has channels."""
+    down: Any = layer.get_submodule(f"{path}.down_proj")
+    times = down.weight.shape[1] // inner
+    level1 = (
+        slab for name in ("up_proj", "gate_proj") for slab in _level1(layer, f"{path}.{name}", "channel", inner, times)
+    )
+    return (*level1, _level2(layer, f"{path}.down_proj", "channel", inner, times)[0])
 
 
 class ExpertLayout(NamedTuple):

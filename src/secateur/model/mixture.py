@@ -5,6 +5,7 @@ Shapes: n tokens, d residual width, k experts that a token meets, f channels of 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +47,17 @@ class Mixture:
         self.layout = layout_of(self.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
         self.shared: Any = self.whole.get_submodule(self.names.shared) if self.names.shared else None
+        self._beside = module.units
+        """The shared expert's number."""
 
     @property
     def every(self) -> Tensor:
         """All experts."""
         return torch.arange(self.module.units, device=self.stream.device)
+
+    def parts(self, alive: Tensor) -> list[int]:
+        """The experts by their numbers, ahead of them the shared one: its number is that behind the last."""
+        return [*([] if self.shared is None else [self._beside]), *alive.tolist()]
 
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
         """Where tokens go while only some experts are there (ascending)."""
@@ -80,6 +87,8 @@ class Mixture:
 
     def read(self, expert: int, x_nd: Tensor) -> Tensor:
         """What an expert sees of the mixture's inputs."""
+        if expert == self._beside:
+            return x_nd
         if self.names.scales_inputs:
             gates = torch.sigmoid(linear(x_nd, self.router.weight[expert : expert + 1]).float())
             return x_nd * gates.to(x_nd.dtype)
@@ -87,6 +96,8 @@ class Mixture:
 
     def inner(self, expert: int, x_nd: Tensor) -> Tensor:
         """An expert's level-2 inputs (n x f)."""
+        if expert == self._beside:
+            return self._shared_inner(x_nd)
         weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         with self.stream.multiplying():
             rows = linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
@@ -97,28 +108,40 @@ class Mixture:
 
     def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """The tokens that meet an expert (m), and its level-2 inputs times its gate (m x f)."""
+        if expert == self._beside:
+            everyone = torch.arange(len(x_nd), device=x_nd.device)
+            return everyone, self.inner(expert, x_nd) * self._shared_gates(x_nd)[:, None]
         tokens, gates = routes.of(expert)
         return tokens, self.inner(expert, x_nd[tokens]) * gates[:, None]
 
     def weight(self, expert: int) -> Tensor:
         """An expert's level-2 weight, inner axis first (f x d), a view."""
+        if expert == self._beside:
+            return self.shared.down_proj.weight.data.T
         weight = self.experts.down_proj[expert]
         return weight if self.layout.inputs_first else weight.T
 
     def alone(self, expert: int) -> tuple[Depth2, dict[str, Tensor]]:
         """One expert as a feed-forward of its own, and its tensors by the names in that: views."""
+        if expert == self._beside:
+            tensors = {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
+        else:
+            tensors = self._apart(expert)
+        level2 = Slab("down_proj.weight", 1, "channel", len(self.weight(expert)), 1)
+        slabs = (replace(level2, name=name, axis=0) for name in tensors if name != level2.name)
+        return Depth2("channels", tuple(slabs), level2, None, None, None), tensors
+
+    def _apart(self, expert: int) -> dict[str, Tensor]:
+        """The tensors of one of those that the block holds together, as views."""
         layout, f = self.layout, self.module.inner
-        both, down = self.experts.gate_up_proj[expert], self.weight(expert).T
+        both = self.experts.gate_up_proj[expert]
         rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
-        tensors, slabs = {"down_proj.weight": down}, []
+        tensors = {"down_proj.weight": self.weight(expert).T}
         for place, name in enumerate(("gate_proj", "up_proj")):
             for value, leaf in parts:
-                own = value[place::2] if layout.in_turn else value[place * f :][:f]
-                tensors[f"{name}.{leaf}"] = own
-                slabs.append(Slab(f"{name}.{leaf}", 0, "channel", f, 1))
-        level2 = Slab("down_proj.weight", 1, "channel", f, 1)
-        return Depth2("channels", tuple(slabs), level2, None, None, None), tensors
+                tensors[f"{name}.{leaf}"] = value[place::2] if layout.in_turn else value[place * f :][:f]
+        return tensors
 
     def given(self, expert: int, x_nd: Tensor) -> Tensor:
         """What an expert gives to tokens for which it counts one (n x d)."""
@@ -132,9 +155,9 @@ class Mixture:
         if self.shared is None:
             return None
         with self.stream.multiplying():
-            return self.shared(x_nd[None])[0].float() * self.shared_gates(x_nd)[:, None]
+            return self.shared(x_nd[None])[0].float() * self._shared_gates(x_nd)[:, None]
 
-    def shared_inner(self, x_nd: Tensor) -> Tensor:
+    def _shared_inner(self, x_nd: Tensor) -> Tensor:
         """The shared expert's level-2 inputs (n x f)."""
         seen: list[Tensor] = []
         handle = self.shared.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
@@ -145,7 +168,7 @@ class Mixture:
             handle.remove()
         return seen[0][0].float()
 
-    def shared_gates(self, x_nd: Tensor) -> Tensor:
+    def _shared_gates(self, x_nd: Tensor) -> Tensor:
         """How much the shared expert counts for each token (n)."""
         if self.names.shared_gate is None:
             return x_nd.new_ones(len(x_nd))
@@ -154,6 +177,8 @@ class Mixture:
 
     def bias(self, expert: int) -> Tensor | None:
         """An expert's level-2 bias (d), where it has one."""
+        if expert == self._beside:
+            return self.shared.down_proj.bias
         return self._leaf("down_proj_bias", expert)
 
     def _leaf(self, name: str, expert: int) -> Tensor | None:

@@ -65,6 +65,10 @@ SHARED = ("q_a_proj", "kv_a_proj_with_mqa")
 """Layers of an attention that make what all its heads share."""
 
 
+SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")
+"""What mixtures call the expert that all tokens meet."""
+
+
 class PerLayer(nn.Module):
     """Goes before a stock model class: its layers get the widths that the config gives each of them."""
 
@@ -240,19 +244,26 @@ def narrow_mixture(mixture: Any, experts: int, inner: int) -> None:
     if not inner:
         return
     if isinstance(held, nn.ModuleList):
-        for expert in mixture.experts:
-            for child, linear in projections(expert):
-                narrow(linear, child in OUTPUTS, inner * (2 if child == "gate_up_proj" else 1), False)
+        parts = [projections(expert) for expert in mixture.experts]
+        full = next(width_of(linear, True) for child, linear in parts[0] if child in OUTPUTS)
+        for child, linear in (pair for part in parts for pair in part):
+            narrow(linear, child in OUTPUTS, inner * (2 if child == "gate_up_proj" else 1), False)
     else:
         both = (mixture.input_linear, mixture.output_linear) if held is None else (held, held)
-        narrow_experts(*both, inner)
+        full = narrow_experts(*both, inner)
+    # Qwen's has a width of its own, and a gate.
+    shared = [] if hasattr(mixture, "shared_expert_gate") else [getattr(mixture, name, None) for name in SHARED_EXPERTS]
+    for child, linear in (pair for part in shared if part is not None for pair in projections(part)):
+        output = child in OUTPUTS
+        narrow(linear, output, width_of(linear, output) // full * inner, False)
 
 
-def narrow_experts(first: Any, second: Any, inner: int) -> None:
-    """Keep the first channels of matrices that hold all experts."""
+def narrow_experts(first: Any, second: Any, inner: int) -> int:
+    """Keep the first channels of matrices that hold all experts; gives how many there were."""
     up, down = (name if hasattr(first, name) else "weight" for name in ("gate_up_proj", "down_proj"))
     # Inputs come first in some, and there are twice as many rows of gate and up together as inputs of down.
     turned = getattr(first, up).shape[2] == 2 * getattr(second, down).shape[1]
+    full = int(getattr(second, down).shape[2 - turned])
     places = [
         (first, up, 1 + turned, 2 * inner),
         (first, f"{up}_bias", 1, 2 * inner),
@@ -261,6 +272,7 @@ def narrow_experts(first: Any, second: Any, inner: int) -> None:
     for owner, name, axis, size in places:
         if getattr(owner, name, None) is not None:
             setattr(owner, name, nn.Parameter(getattr(owner, name).detach().narrow(axis, 0, size).clone()))
+    return full
 
 
 def projections(module: nn.Module) -> list[tuple[str, Any]]:

@@ -84,6 +84,9 @@ class Depth2:
     """Experts that a token meets."""
     inner: int = 0
     """Channels of each expert. They are counted through: those of the second expert follow those of the first."""
+    shared: tuple[Slab, ...] = ()
+    """Of the expert that all tokens meet, where its width follows from that of the others: level 1, then level 2. A
+    unit is as many of its channels as leave with one of each of the others; they are counted behind all of those."""
     reader: str | None = None
     """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector, experts
     beside a feed-forward."""
@@ -91,7 +94,7 @@ class Depth2:
     @property
     def slabs(self) -> tuple[Slab, ...]:
         """Of both levels."""
-        return (*self.level1, self.level2)
+        return (*self.level1, *self.shared, self.level2)
 
     @property
     def source(self) -> str:
@@ -104,6 +107,11 @@ class Depth2:
     def sink(self) -> str:
         """The level-2 layer; of experts, which have one each, the whole mixture."""
         return self.level2.layer if self.kind != "experts" else str(self.path)
+
+    @property
+    def times(self) -> int:
+        """How many times as wide as another expert the shared one is; 0 where its width does not follow from theirs."""
+        return self.shared[0].size if self.shared else 0
 
     @property
     def scored(self) -> tuple[Slab, ...]:
@@ -226,7 +234,8 @@ class Keep:
 
     heads: tuple[int, ...]
     channels: tuple[int, ...] = ()
-    """Of experts, where some of theirs go: as many of each, counted through; else none are named, and all stay."""
+    """Of experts, where some of theirs go: as many of each, counted through, and the shared expert's behind them; else
+    none are named, and all stay."""
     experts: tuple[int, ...] = ()
 
     def units(self, kind: Kind) -> tuple[int, ...]:

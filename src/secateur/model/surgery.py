@@ -46,17 +46,30 @@ def slice_module(
         name: tensors[name].index_select(axis, torch.cat(index).to(tensors[name].device))
         for (name, axis), index in parts.items()
     }
-    return found | _slice_experts(module, found, torch.tensor(inner).view(len(keep), -1)) if len(inner) else found
+    return found | _slice_experts(module, {**tensors, **found}, len(keep), inner) if len(inner) else found
 
 
-def _slice_experts(module: Depth2, tensors: Mapping[str, Tensor], inner_ek: Tensor) -> dict[str, Tensor]:
-    """The matrices of experts with only some channels of each (experts x channels, counted through)."""
+def inner_by_expert(module: Depth2, experts: int, inner: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The channels that stay, each counted inside its own expert: of so many (experts x c), and of the shared one."""
+    every = torch.tensor(inner)
+    own = len(every) // (experts + module.times) * experts
+    return every[:own].view(experts, -1) % module.inner, every[own:] - module.units * module.inner
+
+
+def _slice_experts(
+    module: Depth2, tensors: Mapping[str, Tensor], experts: int, inner: Sequence[int]
+) -> dict[str, Tensor]:
+    """The matrices of experts with only some channels of each."""
+    inner_ec, beside = inner_by_expert(module, experts, inner)
+    result = {
+        slab.name: tensors[slab.name].index_select(slab.axis, beside.to(tensors[slab.name].device))
+        for slab in module.shared
+    }
     places: dict[tuple[str, int], list[Tensor]] = {}
-    for slab in sorted(module.slabs, key=lambda slab: slab.offset):
+    for slab in sorted((*module.level1, module.level2), key=lambda slab: slab.offset):
         if slab.unit == "channel":
-            own = slab.offset + (inner_ek % module.inner)[..., None] * slab.size + torch.arange(slab.size)
+            own = slab.offset + inner_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
-    result = {}
     for (name, axis), parts in places.items():
         tensor, index = tensors[name], torch.cat(parts, 1)
         shape = [len(index), *(index.shape[1] if at == axis else 1 for at in range(1, tensor.ndim))]
@@ -90,7 +103,7 @@ def width_of(block: Block, keep: Keep) -> Width:
     groups = len({head // block.attention.per_group for head in keep.heads})
     channels = len(keep.channels)
     if keep.experts:
-        channels = channels // len(keep.experts) or block.feed_forward.inner
+        channels = channels // (len(keep.experts) + block.feed_forward.times) or block.feed_forward.inner
     return Width(groups, len(keep.heads) // groups if groups else 0, channels, len(keep.experts))
 
 

@@ -256,11 +256,13 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     @cache
     def experts(index: int, width: Width) -> int:
         """Bytes of a block's mixture: its experts' matrices shrink along two axes, the router's along one."""
-        full, total = dense[index], 0
+        full, total, times = dense[index], 0, stream.blocks[index].feed_forward.times
         for entry in block_entries(model, architecture, index, type):
             shape = list(entry.tensor.shape)
             if ".ffn_" in entry.name or ".exp_" in entry.name:
-                if shape[0] == full.experts:
+                if times and "_shexp." in entry.name:
+                    shape["ffn_down" in entry.name] = times * width.channels
+                elif shape[0] == full.experts:
                     shape[0] = width.experts
                 if len(shape) == 3:
                     shape[2 if ".ffn_down_exps" in entry.name else 1] = width.channels

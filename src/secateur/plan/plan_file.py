@@ -120,16 +120,23 @@ def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tup
 
 
 def _inner(path: Path, index: int, block: Block, experts: tuple[int, ...], listed: Any) -> tuple[int, ...]:
-    """The kept channels of experts, counted through: as many of each that stays, and of no other."""
+    """The kept channels of experts, counted through: as many of each that stays, and of no other but the shared one."""
     module, where = block.feed_forward, f"{path}: block {index}, channels"
-    found = _indices(where, listed, module.units * module.inner)
+    # Those of the shared expert come last.
+    found = _indices(where, listed, (module.units + module.times) * module.inner)
     counts = dict.fromkeys(experts, 0)
-    for unit in found:
+    beside = sum(unit >= module.units * module.inner for unit in found)
+    for unit in found[: len(found) - beside]:
         if (expert := unit // module.inner) not in counts:
             raise SecateurError(f"{where}: {unit} is of expert {expert}, which is not kept; remove it")
         counts[expert] += 1
     if len(set(counts.values())) > 1 or not found:
         raise SecateurError(f"{where}: each expert must keep as many as the others, and at least one")
+    if beside != (wanted := module.times * counts[experts[0]]):
+        raise SecateurError(
+            f"{where}: the shared expert, whose channels begin at {module.units * module.inner}, must keep {wanted}, "
+            f"not {beside}"
+        )
     return found
 
 

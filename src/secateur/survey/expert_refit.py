@@ -7,7 +7,7 @@ residual then is r_i / (1 - h_i), with h the diagonal of the hat matrix (Allen's
 Shapes: n tokens, m of them at an expert, s of its channels, d residual width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def left_by_refit(
     scale_n: Tensor,
     unit: Callable[[Tensor], Tensor],
     alive: Tensor,
-    stay_es: Tensor | None,
+    stay: Mapping[int, Tensor] | None,
     ridge: float,
 ) -> float:
     """The share of the squared error of a cut that is left once experts are refitted, at most one.
@@ -31,37 +31,44 @@ def left_by_refit(
         scale_n: of each token's error.
         unit: a level-2 weight in the units in which errors count, but for that scale.
         alive: the experts that stay.
-        stay_es: channels of each expert that stay (experts x s); None for all.
+        stay: channels that stay of each expert some of whose go; None where none do.
         ridge: of the refit.
     """
     mixture, team = routed.mixture, routed.team
     routes, left = mixture.route(routed.x_nd, alive), routed.wanted_nd.clone()
+    parts, beside = mixture.parts(alive), mixture.module.units
 
-    def at(expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens at an expert, its level-2 inputs by gate and scale, and its weight."""
+    def at(expert: int) -> tuple[Tensor, Tensor]:
+        """Tokens at an expert, and its level-2 inputs by gate and scale."""
         tokens, rows = mixture.gated(expert, routed.x_nd, routes)
-        weight = unit(mixture.weight(expert))
-        if stay_es is not None:
-            rows, weight = rows[:, stay_es[expert]], weight[stay_es[expert]]
-        return tokens, rows * scale_n[tokens][:, None], weight
+        return tokens, rows * scale_n[tokens][:, None]
+
+    def kept(expert: int, values: Tensor, axis: int) -> Tensor:
+        """The part of its channels."""
+        return values if stay is None or expert not in stay else values.index_select(axis, stay[expert])
 
     def error() -> float:
         return team.total(float((left.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
 
-    for expert in alive.tolist():
-        tokens, rows, weight = at(expert)
-        lost = rows @ weight
-        if (bias := mixture.bias(expert)) is not None:
+    for expert in parts:
+        tokens, rows = at(expert)
+        weight = unit(mixture.weight(expert))
+        lost = kept(expert, rows, 1) @ kept(expert, weight, 0)
+        if expert == beside:
+            # What is wanted is without it.
+            lost -= rows @ weight
+        elif (bias := mixture.bias(expert)) is not None:
             lost += (routes.of(expert)[1] * scale_n[tokens])[:, None] * unit(bias)
         left.index_add_(0, tokens, -lost)
     before = error()
-    for expert in alive.tolist():
-        tokens, rows, _ = at(expert)
+    for expert in parts:
+        tokens, rows = at(expert)
+        wide, rows = rows.shape[1], kept(expert, rows, 1)
         root = routed.weight_n[tokens].sqrt()[:, None]
         every, start = _gathered(team, torch.cat([rows * root, left[tokens] * root], 1))
         if len(every):
-            wide = ridge * (1 + mixture.module.inner / len(every))
-            judged = left_out(every[:, : rows.shape[1]], every[:, rows.shape[1] :], wide)
+            penalty = ridge * (1 + wide / len(every))
+            judged = left_out(every[:, : rows.shape[1]], every[:, rows.shape[1] :], penalty)
             left[tokens] = judged[start : start + len(tokens)] / root
     return min(error() / before, 1.0) if before else 1.0
 

@@ -111,8 +111,9 @@ class ExpertsCollector:
         cuts.append(Cut(self.index, module, energy, every[:0], none))
         curves = [Curve(self.index, module.kind, "experts", errors, energy, found.order, share)]
         if "channels" in self._kinds:
-            lost, order = channel_errors(routed)
-            share = left_by_refit(routed, scale, self.norm.scale, every, order[:, module.inner // 2 :], ridge)
+            lost, orders = channel_errors(routed)
+            stay = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
+            share = left_by_refit(routed, scale, self.norm.scale, every, stay, ridge)
             lost = tuple(error / count for error in lost)
             curves.append(Curve(self.index, module.kind, "channels", lost, energy, left=share))
         self._found = curves, cuts
@@ -129,32 +130,33 @@ class ExpertsCollector:
         return self.mixture.output(x, cut.kept) if len(cut.kept) else torch.zeros_like(x)
 
 
-def channel_errors(routed: Routed) -> tuple[tuple[float, ...], Tensor]:
-    """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, and their order.
+def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]]:
+    """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, and the order in each.
 
     They are measured at some counts, of all experts' losses together, and lie on a line between.
     """
     mixture, team = routed.mixture, routed.team
-    inner, x = mixture.module.inner, routed.x_nd
+    module, inner, x = mixture.module, mixture.module.inner, routed.x_nd
     routes = mixture.route(x, mixture.every)
-    energies = torch.zeros(mixture.module.units, inner, dtype=torch.float64, device=x.device)
-    met = routes.experts.unique().tolist()
-    for expert in met:
+    every = torch.zeros((module.units + module.times) * inner, dtype=torch.float64, device=x.device)
+    parts = mixture.parts(mixture.every)[0 if module.times or mixture.shared is None else 1 :]
+    energies = {expert: every[expert * inner :][: len(mixture.weight(expert))] for expert in parts}
+    for expert in parts:
         tokens, rows = mixture.gated(expert, x, routes)
         mean = (routed.weight_n[tokens][:, None] * rows.square()).sum(0, dtype=torch.float64)
-        energies[expert] = mean * mixture.weight(expert).double().square().sum(1)
-    team.add(energies)
-    order = energies.argsort(dim=1, stable=True)
+        energies[expert] += mean * mixture.weight(expert).double().square().sum(1)
+    team.add(every)
+    orders = {expert: energy.argsort(stable=True) for expert, energy in energies.items()}
     counts = np.unique(np.linspace(0, inner, COUNTS + 1).round().astype(int)).tolist()
     # What has been lost so far, of every count.
     lost = [torch.zeros_like(routed.wanted_nd) for _ in counts[1:]]
-    for expert in met:
+    for expert, order in orders.items():
         tokens, rows = mixture.gated(expert, x, routes)
         total, weight = torch.zeros(len(tokens), x.shape[1], device=x.device), mixture.weight(expert)
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
-            gone = order[expert, start:stop]
+            gone = order[start * len(order) // inner : stop * len(order) // inner]
             total += rows[:, gone] @ weight[gone]
             lost[place].index_add_(0, tokens, routed.unit(total, tokens))
     sums = [float((part.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for part in lost]
     errors = [0.0, *(team.total(value) for value in sums)]
-    return tuple(np.interp(np.arange(inner), counts, errors).tolist()), order
+    return tuple(np.interp(np.arange(inner), counts, errors).tolist()), orders

@@ -260,7 +260,8 @@ def _config(
     every, dim = list(plan.widths.values()), head_dim(config)
     if format == "stock":
         width = next((width for width in every if width.experts), every[0])
-        own = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype)
+        channels = next((other.channels for other in every if not other.experts), None)
+        own = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype, channels=channels)
     else:
         dense = [block.width for block in stream.blocks]
         how: dict[str, Any] = {"widths": plan.widths, "dense": dense, "biases": biases, "head_dim": dim, "dtype": dtype}
