@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CheckpointFolder
+from models import config_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
+from secateur.base.quiet import quiet
 from secateur.commands.options import Options, Running
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
@@ -282,3 +285,16 @@ def test_experts_that_hardly_meet_a_token_are_listed(
                 written[name.format(block["block"], place)], dense.read(name.format(block["block"], expert))
             )
             assert same == ((block["block"], expert) in few)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("ernie4_5_moe", "moe_num_shared_experts"), ("deepseek_v3", "n_shared_experts")]
+)
+def test_a_config_may_have_no_shared_expert(tmp_path: Path, name: str, key: str) -> None:
+    config = copy.deepcopy(config_of(name))
+    setattr(config, key, 0)
+    with quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    how: dict[str, Any] = {"modules": ("channels",), "widths": "uniform", "sparsity": 0.15}
+    found = prune(tmp_path / "dense", tmp_path / "out", **SMALL, **how)
+    assert {width.channels for width in found.now() if width.experts} == {16}

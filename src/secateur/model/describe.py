@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import twice
-from secateur.model.families import Family, family_of, groups_of, head_dim
+from secateur.model.families import Experts, Family, family_of, groups_of, head_dim
 from secateur.model.structure import Block, Depth2, Slab, Unit
 
 MIXED = "some blocks have another kind of layer in the attention's place"
@@ -153,8 +153,8 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     level2 = next(slab for slab in slabs if slab.name == down)
     others = tuple(slab for slab in slabs if slab is not level2)
     inner, channels = _inside_experts(layer, home + mixture.experts, mixture.stored)
-    shared = mixture.shared if mixture.shared_width is None else None
-    beside = _shared(layer, f"{home}{shared}", inner) if shared is not None else ()
+    follows = mixture.shared_width is None and shared_of(mixture, layer.get_submodule(home.rstrip("."))) is not None
+    shared = _shared(layer, f"{home}{mixture.shared}", inner) if follows else ()
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
     met = getattr(config, mixture.chosen)
@@ -175,7 +175,7 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
         least=each * groups,
         met=met,
         inner=inner,
-        shared=beside,
+        shared=shared,
         reader=mixture.router if mixture.apart else None,
     )
 
@@ -188,6 +188,12 @@ def _shared(layer: nn.Module, path: str, inner: int) -> tuple[Slab, ...]:
         slab for name in ("up_proj", "gate_proj") for slab in _level1(layer, f"{path}.{name}", "channel", inner, times)
     )
     return (*level1, _level2(layer, f"{path}.down_proj", "channel", inner, times)[0])
+
+
+def shared_of(names: Experts, mixture: Any) -> Any:
+    """The expert that all tokens meet; None where the config gives it no channels."""
+    found = getattr(mixture, names.shared, None) if names.shared else None
+    return found if found is not None and found.down_proj.weight.shape[1] else None
 
 
 class ExpertLayout(NamedTuple):

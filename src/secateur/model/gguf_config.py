@@ -5,6 +5,7 @@ the tensors of rotary factors, as llama.cpp reads them; and what has no place in
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,13 @@ def complete(config: Any, reader: GGUFReader) -> None:
         config.sliding_window = facts["attention.sliding_window"]
 
 
-def check_read(model: Any, reader: GGUFReader) -> None:
-    """Raise `SecateurError` unless every weight of a file has become one of the model's, and the other way around."""
+def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None:
+    """Raise `SecateurError` unless every weight of a file has become one of the model's, and the other way around.
+
+    Those that transformers does not find it fills with random numbers, without a word.
+    """
+    if missing:
+        raise SecateurError(f"transformers does not find {min(missing)} in it")
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in _FACTORS)
     read = sum(parameter.numel() for parameter in model.parameters())
     if stored != read:

@@ -22,7 +22,7 @@ from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_config import check_read, complete
 
 ADVICE = "make room, or set XDG_CACHE_HOME to another folder"
-_LAYOUT = "3"
+_LAYOUT = "4"
 """Part of the cache key; to be raised when the conversion changes."""
 
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
@@ -97,8 +97,10 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
         with quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once(reader):
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             complete(config, reader)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=dtype)
-            check_read(model, reader)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
+            )
+            check_read(model, reader, found["missing_keys"])
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             _split_digits(tokenizer, reader)
     except SecateurError as error:

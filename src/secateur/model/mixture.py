@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.model.describe import layout_of
+from secateur.model.describe import layout_of, shared_of
 from secateur.model.modeling_secateur import CHOSEN, EXPERTS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2, Slab
@@ -46,7 +46,7 @@ class Mixture:
         self.experts: Any = self.whole.get_submodule(self.names.experts)
         self.layout = layout_of(self.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
-        self.shared: Any = self.whole.get_submodule(self.names.shared) if self.names.shared else None
+        self.shared: Any = shared_of(self.names, self.whole)
         self._beside = module.units
         """The shared expert's number."""
 
