@@ -27,32 +27,11 @@ from secateur.model.beside import Beside
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
 from secateur.model.families import family_of
+from secateur.model.hooks import Reached, Recorder, replayed, silent, watched
 from secateur.model.rows import Rows
 from secateur.model.structure import Block, Depth2
 from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
-
-
-class Reached(Exception):
-    """Raised by a hook to end a block's forward once what was wanted has been seen."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block while the model prepares its arguments; passes its input through, or `instead`."""
-
-    def __init__(self, original: nn.Module, tupled: bool):
-        super().__init__()
-        self._tupled = tupled
-        # Some models read attributes of their layers, such as the attention type.
-        self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"})
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.input_btd = torch.empty(0)
-        self.instead: Tensor | None = None
-
-    def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.input_btd, self.call = hidden_btd, (args, kwargs)
-        result = hidden_btd if self.instead is None else self.instead
-        return (result, None) if self._tupled else result
 
 
 class BlockStream:
@@ -232,8 +211,8 @@ class BlockStream:
         """The residual stream alone (b x t x d)."""
         return hidden_btc[..., : self.width]
 
-    def _recorders(self) -> list[_Recorder]:
-        return [_Recorder(layer, self.family.tupled) for layer in self.layers.children()]
+    def _recorders(self) -> list[Recorder]:
+        return [Recorder(layer, self.family.tupled) for layer in self.layers.children()]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -271,7 +250,7 @@ class BlockStream:
         return self.replaced({f"{path}.{name}": value.data[tokens] for name, value in layer.named_parameters()})
 
     @contextmanager
-    def _around(self, part: nn.Module, recorders: list[_Recorder]) -> Iterator[None]:
+    def _around(self, part: nn.Module, recorders: list[Recorder]) -> Iterator[None]:
         """The weights of a part of the model outside its blocks, filled, with recorders for the blocks."""
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
@@ -328,12 +307,12 @@ class BlockStream:
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
                 lends = module.kind == "heads" and self.beside.stores(index)
-                stack.enter_context(_replayed(layer, module, hidden_btd, value, lends))
+                stack.enter_context(replayed(layer, module, hidden_btd, value, lends))
             if modules:
                 for path in self._aside(index):
-                    stack.enter_context(_silent(layer.get_submodule(path), hidden_btd))
+                    stack.enter_context(silent(layer.get_submodule(path), hidden_btd))
             for path, see in (watch or {}).items():
-                stack.enter_context(_watched(layer.get_submodule(path), see, stop=path == until))
+                stack.enter_context(watched(layer.get_submodule(path), see, stop=path == until))
             stack.enter_context(self.multiplying())
             try:
                 found = layer(hidden_btd, *args, **kwargs)
@@ -399,63 +378,3 @@ class BlockStream:
 
 def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum()))
-
-
-@contextmanager
-def _watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: bool) -> Iterator[None]:
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(args[0], args[0].new_empty(0))
-        raise Reached
-
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        # A whole mixture may give scores behind its output.
-        see(args[0], output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_pre_hook(before) if stop else module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replayed(
-    layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor | None, lends: bool
-) -> Iterator[None]:
-    """Let a module return a stored output in place of computing it, unless it `lends` what it makes on the way."""
-    output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if lends:
-            part = layer.get_submodule(str(module.path))
-            type(part).forward(part, *args, **kwargs)
-        # Falcon adds to what it is given.
-        return (output.clone(), None) if module.pair else output.clone()
-
-    def nothing(hidden: Tensor) -> Tensor:
-        return hidden[..., :1]
-
-    def flat(hidden: Tensor) -> Tensor:
-        # The layers hang in the block itself, which may have folded rows and positions into one axis.
-        return output.reshape(hidden.shape[:-1] + output.shape[-1:])
-
-    changes = {module.path: forward} if module.path else {module.sink: flat}
-    if not module.path and module.level1:
-        changes[module.source] = nothing
-    for path, function in changes.items():
-        layer.get_submodule(path).__dict__["forward"] = function
-    try:
-        yield
-    finally:
-        for path in changes:
-            del layer.get_submodule(path).__dict__["forward"]
-
-
-@contextmanager
-def _silent(module: nn.Module, like: Tensor) -> Iterator[None]:
-    """Let a module give zeros of another tensor's shape."""
-    module.__dict__["forward"] = lambda *_: torch.zeros_like(like)
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
