@@ -162,7 +162,10 @@ class BlockState:
 
     def change(self, tensors: dict[str, Tensor]) -> None:
         """Use new values from here on, rounded as they will be written."""
-        rounded = {name: tensor.to(self.dtype).float() for name, tensor in tensors.items()}
+        self.use({name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
+
+    def use(self, rounded: dict[str, Tensor]) -> None:
+        """The same, of values that are rounded already."""
         self.changed |= {name: tensor.cpu() for name, tensor in rounded.items()}
         self.tensors |= rounded
         for name, tensor in rounded.items():

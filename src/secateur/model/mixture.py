@@ -68,12 +68,16 @@ class Mixture:
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """What the whole mixture gives while only some experts are there."""
-        with self.only(alive), self.stream.multiplying():
-            if self._norm is not None:
-                x_nd = x_btd.flatten(0, 1)
-                return self.experts(self._norm(x_nd), *self._routes(self.router(x_nd))).float().view_as(x_btd)
-            found = self.whole(x_btd)
-            return (found[0] if isinstance(found, tuple) else found).float().view_as(x_btd)
+        if self.names.scales_inputs:
+            # They are run together, each on all tokens.
+            with self.only(alive), self.stream.multiplying():
+                return self.whole(x_btd)[0].float().view_as(x_btd)
+        # By their own numbers: nothing is copied of those that stay.
+        x_nd = x_btd.flatten(0, 1)
+        routes, beside = self.route(x_nd, alive), self.beside(x_nd)
+        with self.stream.multiplying():
+            y_nd = self.experts(x_nd if self._norm is None else self._norm(x_nd), *routes).float()
+        return (y_nd if beside is None else y_nd + beside).view_as(x_btd)
 
     def _routes(self, found: tuple[Tensor, ...]) -> Routes:
         """What a router gives; logits come first, and have the same shape where a token meets all that are left."""
@@ -185,12 +189,12 @@ class Mixture:
         return getattr(self.experts, name)[expert] if self.layout.biased else None
 
     def only(self, alive: Tensor) -> AbstractContextManager[None]:
-        """Let the block run as if the other experts were gone."""
+        """Let the block run as if the other experts were gone; those that stay are copied."""
         return self._only(alive, self.whole, self.experts, *self.router.modules())
 
     @contextmanager
     def _only(self, alive: Tensor, *owners: nn.Module) -> Iterator[None]:
-        """Take other experts out of what modules hold themselves."""
+        """Let modules work as if the other experts were gone: these are taken out of what the modules hold."""
         count, before = self.module.units, [(owner, dict(vars(owner))) for owner in owners]
         try:
             for owner in owners if len(alive) < count else ():
