@@ -8,7 +8,7 @@ Shapes: b rows of a batch, t positions, d residual width, c columns of what flow
 read something beside the residual stream (`secateur.model.beside`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -79,9 +79,9 @@ class BlockStream:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def stored(self, index: int) -> dict[str, Tensor]:
-        """A block's tensors as stored, by their names inside the block."""
-        return {name: self._read_block(index, name) for name in self.blocks[index].shapes}
+    def stored(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
+        """A block's tensors as stored, by their names inside the block, but for some."""
+        return {name: self._read_block(index, name) for name in self.blocks[index].shapes if name not in without}
 
     def stored_names(self, index: int, name: str) -> tuple[str, ...]:
         """What the checkpoint calls a block's tensor, or the pieces of it."""

@@ -71,9 +71,9 @@ def _slice_experts(
             own = slab.offset + inner_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
     for (name, axis), parts in places.items():
-        tensor, index = tensors[name], torch.cat(parts, 1)
-        shape = [len(index), *(index.shape[1] if at == axis else 1 for at in range(1, tensor.ndim))]
-        result[name] = tensor.take_along_dim(index.view(shape).to(tensor.device), axis)
+        # One after the other: an index for all entries at once is several times as large as the weights.
+        each = zip(tensors[name], torch.cat(parts, 1).to(tensors[name].device), strict=True)
+        result[name] = torch.stack([own.index_select(axis - 1, index) for own, index in each])
     return result
 
 

@@ -227,7 +227,7 @@ def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None 
         dtype: of the result; the checkpoint's by default.
     """
     dtype = dtype or stream.checkpoint.dtype
-    tensors = stream.stored(block.index) | block.changed
+    tensors = stream.stored(block.index, without=block.changed) | block.changed
     # What is finer than the other weights stays so: an expert's part in the choice of experts.
     exact = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
     rounded = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in tensors.items()}
