@@ -40,7 +40,7 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(words.tokens))
     _add_sizes(writer, model, architecture, type)
-    _add_rope(writer, model)
+    _add_rope(writer, model, architecture)
     add_vocabulary(writer, words)
     for entry in tensors:
         writer.add_tensor_info(entry.name, entry.tensor.shape, np.dtype(np.float32), entry.bytes, entry.type)
@@ -56,7 +56,7 @@ def write_gguf(
 
 def context_length(model: Model, architecture: Architecture) -> int:
     """Positions over which llama.cpp computes what the model does: a window that it does not apply ends them."""
-    longest = int(model.config.max_position_embeddings)
+    longest = model.positions
     return longest if architecture.windows or model.window is None else min(longest, model.window)
 
 
@@ -64,23 +64,30 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     config, widths = model.config, laid_out(model, architecture, type)
     # What blocks without experts have, where the config says both.
     apart = model.family.experts is not None and model.family.experts.width != "intermediate_size"
-    dense = config.intermediate_size if apart else 0
+    dense = getattr(config, "intermediate_size", 0) if apart else 0
     writer.add_context_length(context_length(model, architecture))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(widths))
     counts = {
         writer.add_head_count: [width.heads for width in widths],
-        writer.add_head_count_kv: [1 if architecture.latent else width.groups for width in widths],
+        writer.add_head_count_kv: [
+            1 if architecture.latent else 0 if model.mixes(index) else model.groups(width)
+            for index, width in enumerate(widths)
+        ],
         writer.add_feed_forward_length: [dense if width.experts and dense else width.channels for width in widths],
     }
     for add, values in counts.items():
-        add(values if architecture.per_layer else values[0])
+        # Where something else stands in the attention's place there are no keys and values.
+        add(values if architecture.per_layer or 0 in values else values[0])
+    if model.family.mixer is not None:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
     if architecture.latent:
         _add_latent(writer, model)
     else:
         writer.add_key_length(model.dim)
         writer.add_value_length(model.dim)
-    epsilon = float(getattr(config, model.source.epsilon))
+    # OLMo's first norms have it in their code.
+    epsilon = 1e-5 if architecture.final_norm is None else float(getattr(config, model.source.epsilon))
     (writer.add_layer_norm_rms_eps if architecture.epsilon == "rms" else writer.add_layer_norm_eps)(epsilon)
     if architecture.scales:
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -93,6 +100,16 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_leading_dense_block_count(len(widths))
         writer.add_expert_feed_forward_length(0)
         writer.add_expert_shared_count(0)
+    if architecture.name in ("command-r", "cohere2"):
+        writer.add_logit_scale(config.logit_scale)
+    if clip := getattr(getattr(config, "attn_config", config), "clip_qkv", None):
+        writer.add_clamp_kqv(clip)
+    if architecture.name == "apertus":
+        for key in ("alpha_n", "alpha_p", "beta", "eps"):
+            stored = [inside[f"mlp.act_fn.{key}"] for inside in model.inside]
+            getattr(writer, f"add_xielu_{key}")([float(model.checkpoint.read(name)) for name in stored])
+    if architecture.name == "mpt":
+        writer.add_max_alibi_bias(8.0)
     if architecture.name == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
@@ -133,11 +150,11 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
         writer.add_expert_shared_count(getattr(config, "n_shared_experts", 1))
     if architecture.leading:
         writer.add_leading_dense_block_count(first)
-    if architecture.name == "ernie4_5-moe":
+    if architecture.name in ("ernie4_5-moe", "llama4"):
         writer.add_interleave_moe_layer_step(1)
-    if architecture.normed is None:
+    if architecture.normed is None or architecture.name == "lfm2moe":
         writer.add_expert_weights_norm(model.normed)
-        writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+        writer.add_expert_weights_scale(float(getattr(config, "routed_scaling_factor", 1.0)))
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType[model.source.router.upper()])
         groups, used = ((getattr(config, key, None) or 1) for key in ("n_group", "topk_group"))
         # Where all groups are open there are none for llama.cpp.
@@ -145,9 +162,9 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
         writer.add_expert_group_used_count(used if used < groups else 1)
 
 
-def _add_rope(writer: GGUFWriter, model: Model) -> None:
+def _add_rope(writer: GGUFWriter, model: Model, architecture: Architecture) -> None:
     rope, kind = model.rope, model.kind
-    if not rope:
+    if architecture.distances or not rope:
         return
     writer.add_rope_dimension_count(model.rotated)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -156,12 +173,17 @@ def _add_rope(writer: GGUFWriter, model: Model) -> None:
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    original = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+    if beta := rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(beta)
+        writer.add_attn_temperature_length(original)
+    if beta or kind in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(original)
     if kind not in ("yarn", "longrope"):
         return
-    factor = float(ROPE_INIT_FUNCTIONS[kind](model.config, torch.device("cpu"), seq_len=1)[1])
+    of = {"layer_type": "full_attention"} if rope is not model.config.rope_parameters else {}
+    factor = float(ROPE_INIT_FUNCTIONS[kind](model.config, torch.device("cpu"), seq_len=1, **of)[1])
     writer.add_rope_scaling_type(RopeScalingType(kind))
-    original = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
-    writer.add_rope_scaling_orig_ctx_len(original)
     if kind == "yarn":
         writer.add_rope_scaling_factor(rope["factor"])
         # llama.cpp multiplies by this formula, and by the factor of the file.

@@ -83,8 +83,12 @@ class Architecture:
     """Layers may have sliding windows; elsewhere every layer sees everything."""
     output: Literal["either", "tied", "stored"] = "either"
     """The output matrix: the embedding where none is stored, always the embedding, or always stored."""
-    activation: Literal["silu", "gelu", "relu2"] = "silu"
+    activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"
     epsilon: Literal["rms", "layer"] = "rms"
+    final_norm: str | None = "output_norm.weight"
+    """None where no norm has factors."""
+    distances: bool = False
+    """Attention fades with the distance (ALiBi), and nothing rotates."""
     scales: bool = False
     """Embeddings, attention scores, module outputs and logits are each multiplied by a number of the file."""
     normed: bool | None = None
@@ -99,9 +103,15 @@ _LLAMA = Architecture("llama", _ALL, pairs=True, scalings=_SCALINGS | {"llama3",
 _GEMMA3 = Architecture("gemma3", QKV, head_norms=True, windows=True, scalings=_SCALINGS - {"yarn"}, activation="gelu")
 _PHI3 = Architecture("phi3", QKV, square=True, fused_qkv=True, partial=True, scalings=_SCALINGS | {"longrope"})
 _QWEN3 = Architecture("qwen3", QKV, head_norms=True)
-_OLMO2 = Architecture("olmo2", frozenset(), square=True, output="stored")
+_OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=True, output="stored")
 _GLM = replace(_QWEN3, name="glm4moe", partial=True, leading=True)
+_DEEPSEEK2 = replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset())
+_LFM2 = replace(_QWEN3, name="lfm2", biases=frozenset(), final_norm="token_embd_norm.weight")
 _GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
+_COHERE = Architecture("command-r", frozenset(), square=True, pairs=True, output="tied", epsilon="layer")
+_NEMOTRON = Architecture(
+    "nemotron", _ALL - {"ffn_gate"}, square=True, partial=True, output="stored", activation="relu2", epsilon="layer"
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -121,7 +131,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _GLM,
         replace(_LLAMA, name="smollm3", biases=frozenset()),
         Architecture("glm4", QKV, pairs=True, fused_gate=True, partial=True),
-        Architecture("exaone4", frozenset(), square=True, head_norms=True),
+        Architecture("exaone4", frozenset(), square=True, head_norms=True, windows=True),
         Architecture("hunyuan-dense", frozenset(), head_norms=True),
         Architecture("hunyuan-moe", frozenset(), head_norms=True, normed=True),
         replace(_LLAMA, name="ernie4_5-moe", biases=frozenset(), leading=True, normed=True),
@@ -129,7 +139,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             "gpt-oss", QKV | {"attn_output"}, windows=True, scalings=frozenset({"default", "yarn"}), normed=True
         ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
-        replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset()),
+        _DEEPSEEK2,
+        replace(_DEEPSEEK2, name="mistral4", partial=True),
+        replace(_LLAMA, name="llama4", biases=frozenset(), normed=False, windows=True),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
         replace(_PHI3, fused_gate=True),
         _OLMO2,
@@ -137,6 +149,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         _GEMMA3,
         replace(_GPT, needs_biases=True),
         replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
+        replace(_GPT, name="phi2", fused_qkv=False, needs_biases=True, partial=True, output="stored"),
+        replace(_LLAMA, name="mistral3"),
+        Architecture("chatglm", QKV, square=True, pairs=True, fused_gate=True, partial=True),
+        replace(_GPT, name="falcon", biases=frozenset()),
+        replace(_GPT, name="bloom", needs_biases=True, distances=True),
+        replace(_GPT, name="mpt", biases=frozenset(), distances=True),
+        replace(_GLM, name="minimax-m2", biases=frozenset(), output="stored", leading=False),
+        _COHERE,
+        replace(_COHERE, name="cohere2", windows=True),
+        _NEMOTRON,
+        replace(_NEMOTRON, name="jais2", partial=False, needs_biases=True, ungrouped=True),
+        replace(_NEMOTRON, name="stablelm", biases=QKV, activation="silu"),
+        Architecture("olmo", frozenset(), square=True, pairs=True, final_norm=None, epsilon="layer"),
+        replace(
+            _QWEN3,
+            name="apertus",
+            biases=frozenset(),
+            scalings=_SCALINGS | {"llama3"},
+            output="stored",
+            activation="xielu",
+        ),
+        _LFM2,
+        replace(_LFM2, name="lfm2moe", leading=True, normed=True, output="tied"),
+        replace(_GLM, name="exaone-moe", partial=False, windows=True, biases=frozenset(), output="stored"),
     )
 }
 """By llama.cpp's name."""
@@ -150,7 +186,11 @@ class Source:
     """llama.cpp's, the best known first."""
     activation: str = "hidden_act"
     epsilon: str = "rms_norm_eps"
-    """Keys of the config."""
+    """Keys of the config; or the function itself, where the code has it."""
+    fused: str | None = None
+    """One layer for queries, keys and values, of which no head can go."""
+    interleaved: bool = False
+    """It holds queries, key and value of one group after the other."""
     transposed: bool = False
     """Matrices inside blocks are stored input first."""
     shifted: bool = False
@@ -162,7 +202,9 @@ class Source:
     normed: bool | None = None
     """Gates add up to one: always, never, or as the config says."""
     turned: bool = False
-    """Matrices of experts are stored input first, with the outputs of gate and up in turn."""
+    """Matrices of experts are stored input first ..."""
+    alternating: bool = False
+    """... with the outputs of gate and up in turn, and biases."""
 
 
 SOURCES: dict[str, Source] = {
@@ -170,7 +212,14 @@ SOURCES: dict[str, Source] = {
     "mistral": Source(("llama", "deci")),
     **dict.fromkeys(("cwm", "ministral", "seed_oss"), Source(("llama", "deci"))),
     **dict.fromkeys(("ernie4_5", "helium"), Source(("llama", "deci"), paired=True)),
-    "arcee": Source(("arcee",)),
+    "ministral3": Source(("mistral3",)),
+    "cohere": Source(("command-r",), epsilon="layer_norm_eps", paired=True),
+    "cohere2": Source(("cohere2",), epsilon="layer_norm_eps", paired=True),
+    "nemotron": Source(("nemotron",), epsilon="norm_eps", shifted=True),
+    "jais2": Source(("jais2",), epsilon="layer_norm_eps"),
+    "stablelm": Source(("stablelm",), epsilon="layer_norm_eps"),
+    "phi": Source(("phi2",), epsilon="layer_norm_eps"),
+    **{name: Source((name,)) for name in ("apertus", "arcee")},
     "granite": Source(("granite",)),
     "gemma": Source(("gemma",), shifted=True),
     "starcoder2": Source(("starcoder2",), epsilon="norm_epsilon"),
@@ -183,27 +232,43 @@ SOURCES: dict[str, Source] = {
     "olmoe": Source(("olmoe",)),
     "granitemoe": Source(("granitemoe",), normed=True),
     "smollm3": Source(("smollm3",)),
+    "glm": Source(("chatglm",), paired=True),
     "glm4": Source(("glm4",), paired=True),
     "exaone4": Source(("exaone4",)),
     "hunyuan_v1_dense": Source(("hunyuan-dense",)),
     "hunyuan_v1_moe": Source(("hunyuan-moe",), normed=True),
     "ernie4_5_moe": Source(("ernie4_5-moe",), paired=True, normed=True),
-    "gpt_oss": Source(("gpt-oss",), normed=True, turned=True),
+    "gpt_oss": Source(("gpt-oss",), normed=True, turned=True, alternating=True),
     "dots1": Source(("dots1",)),
-    "glm4_moe": Source(("glm4moe",)),
+    **dict.fromkeys(("glm4_moe", "solar_open"), Source(("glm4moe",))),
+    "exaone_moe": Source(("exaone-moe",)),
+    "minimax_m2": Source(("minimax-m2",), normed=True),
+    "llama4_text": Source(("llama4",), normed=False, paired=True, turned=True),
+    "mistral4": Source(("mistral4",), router="softmax"),
     "deepseek_v2": Source(("deepseek2",), router="softmax", normed=False),
     **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "youtu"), Source(("deepseek2",))),
-    "olmo2": Source(("olmo2",)),
+    "olmo": Source(("olmo",)),
+    **dict.fromkeys(("olmo2", "olmo3"), Source(("olmo2",))),
     "gemma2": Source(("gemma2",), activation="hidden_activation", shifted=True),
     "gemma3_text": Source(("gemma3",), activation="hidden_activation", shifted=True),
     "gpt2": Source(("gpt2",), activation="activation_function", epsilon="layer_norm_epsilon", transposed=True),
     "gpt_neox": Source(("gptneox",), epsilon="layer_norm_eps"),
+    "falcon": Source(
+        ("falcon",), activation="activation", epsilon="layer_norm_epsilon", fused="query_key_value", interleaved=True
+    ),
+    "bloom": Source(
+        ("bloom",), activation="gelu", epsilon="layer_norm_epsilon", fused="query_key_value", interleaved=True
+    ),
+    "lfm2": Source(("lfm2",), activation="silu", epsilon="norm_eps"),
+    "lfm2_moe": Source(("lfm2moe",), activation="silu", epsilon="norm_eps"),
+    "mpt": Source(("mpt",), activation="gelu", epsilon="layer_norm_epsilon", fused="Wqkv"),
 }
-"""By model_type. OPT is missing: llama.cpp has no such graph."""
+"""By model_type. OPT and GPT-J are missing: llama.cpp has no such graphs."""
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},
     "relu2": {"relu2"},
+    "xielu": {"xielu"},
     "gelu": {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"},
 }
 """llama.cpp's name → transformers'; it has one gelu, and the exact one differs from it by less than 0.001."""

@@ -19,8 +19,9 @@ from secateur.formats.gguf_architectures import (
     Architecture,
     Source,
 )
+from secateur.formats.per_layer import dense_channels
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.families import Family, family_of, head_dim
+from secateur.model.families import Family, family_of, head_dim, positions_of
 from secateur.model.structure import Width, alike
 
 
@@ -53,7 +54,7 @@ class Model:
         self.source, self.family = SOURCES[kind], family_of(self.config)
         # Configs have no common way to say which blocks have no experts.
         self.widths = [
-            replace(width, channels=self.config.intermediate_size, experts=0)
+            replace(width, channels=dense_channels(self.config, index), experts=0)
             if width.experts and not self.checkpoint.holds_experts(self.parameter(index, "down_proj"))
             else width
             for index, width in enumerate(self.widths)
@@ -75,6 +76,19 @@ class Model:
     def dim(self) -> int:
         """Entries per head."""
         return head_dim(self.config)
+
+    @property
+    def positions(self) -> int:
+        """How many the config allows; those whose attention fades with the distance call them otherwise, or not."""
+        others = (getattr(self.config, key, None) for key in ("max_seq_len", "seq_length"))
+        return int(positions_of(self.config) or next(filter(None, others), 2048))
+
+    @property
+    def fused(self) -> tuple[str, bool] | None:
+        """The one layer for queries, keys and values, and whether it holds them group by group."""
+        family, source = self.family, self.source
+        name = family.fused or source.fused
+        return None if name is None else (name, family.interleaved or source.interleaved)
 
     @property
     def value_dim(self) -> int:
@@ -116,7 +130,7 @@ class Model:
         """llama.cpp's names of the layers that pruning cuts → names inside a block; fused ones appear again."""
         family = self.family
         feed = "" if family.feed_forward is None else f"{family.feed_forward}."
-        qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
+        qkv = (self.fused[0],) * 3 if self.fused else (family.queries, family.keys, family.values)
         attention = dict(zip(("attn_q", "attn_k", "attn_v"), qkv, strict=True)) if family.latent is None else {}
         names = {
             layer: f"{family.attention}.{name}" for layer, name in (attention | {"attn_output": family.output}).items()
@@ -126,6 +140,18 @@ class Model:
         if gate := family.fused_gate or family.gate:
             names["ffn_gate"] = feed + gate
         return names | {"ffn_up": feed + (family.fused_gate or family.up), "ffn_down": feed + family.down}
+
+    def groups(self, width: Width) -> int:
+        """Key/value heads of a block; Falcon's family says nothing of them."""
+        config = self.config
+        if config.model_type != "falcon":
+            return width.groups
+        return int(config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else width.heads)
+
+    def mixes(self, index: int) -> bool:
+        """Whether something else stands in the place of a block's attention."""
+        mixer = self.family.mixer
+        return mixer is not None and any(name.startswith(f"{mixer[0]}.") for name in self.inside[index])
 
     @property
     def normed(self) -> bool:
@@ -196,7 +222,7 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
     widths = [in_file(width, type) for width in model.widths]
     experts = [bool(width.experts) for width in widths]
     around = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
-    activation = getattr(config, model.source.activation)
+    activation = getattr(config, model.source.activation, model.source.activation)
     extra = model.biases - architecture.biases
     tied = bool(config.tie_word_embeddings)
     if not alike(widths) and not architecture.per_layer:
@@ -209,7 +235,7 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "makes gates add up to one" if architecture.normed else "leaves gates as they are"
     if architecture.ungrouped and widths[0].groups != widths[0].heads:
         return "has as many key/value heads as query heads"
-    if architecture.latent and (reason := _latent_obstacle(model)):
+    if architecture.latent and (reason := _latent_obstacle(model, architecture)):
         return reason
     if architecture.square and widths[0].heads * model.dim != hidden:
         return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
@@ -221,8 +247,10 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return f"does not know {model.kind} rotary scaling"
     if architecture.name == "smollm3" and config.no_rope_layers != [int((i + 1) % 4 != 0) for i in range(len(widths))]:
         return "leaves positions out in every fourth block"
-    if architecture.name == "exaone4" and model.window is not None:
-        return "turns all positions where no block has a window, and this model has windows"
+    if architecture.name == "exaone4" and (model.window is None) is (len(widths) == 64):
+        return "has windows in models of 64 blocks, and in no others"
+    if architecture.name == "llama4" and (reason := _llama4_obstacle(config, widths)):
+        return reason
     if architecture.name == "gpt-oss":
         # Files that others make of it are rounded as well.
         if model.window is None or model.period != 2:
@@ -235,8 +263,26 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "does not scale the rotation of layers with a window"
     if model.rotated != model.dim and not architecture.partial:
         return f"rotates whole heads, and here {model.rotated} of {model.dim} entries are"
-    if architecture.windows and model.window is not None and model.period is None:
-        return "has windows at regular intervals only"
+    if architecture.windows and model.window is not None and not model.period:
+        return "has windows at regular intervals only, and blocks without between them"
+    if architecture.name in ("cohere2", "exaone-moe") and model.window is None:
+        return "has windows in some blocks, and turns positions there"
+    if architecture.name == "olmo2" and around and around["rope_theta"] != model.rope["rope_theta"]:
+        return "turns positions of all blocks equally fast"
+    if architecture.name == "command-r" and config.use_qk_norm != (len(widths) >= 64):
+        return "norms queries and keys in models of 64 blocks and more, and in no others"
+    if getattr(config, "qk_layernorm", False):
+        return "has no place here for norms of queries and keys"
+    if architecture.name == "falcon" and (config.alibi or not config.parallel_attn):
+        return "turns positions, and has both modules beside each other"
+    if architecture.name == "bloom" and config.apply_residual_connection_post_layernorm:
+        return "adds to what has not been normed"
+    if getattr(config, "conv_bias", False):
+        return "has no place for the biases of convolutions"
+    if architecture.name == "lfm2moe" and (not config.use_expert_bias or config.routed_scaling_factor != 1):
+        return "has a bias of the choice, and multiplies gates by nothing"
+    if architecture.name == "mpt" and config.attn_config.softmax_scale is not None:
+        return "takes the scale of attention scores from the head size"
     if architecture.output == "tied" and not tied:
         return "has the embedding for its output matrix, and this model has another one (tie_word_embeddings)"
     if architecture.name == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
@@ -246,7 +292,7 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
     return None
 
 
-def _latent_obstacle(model: Model) -> str | None:
+def _latent_obstacle(model: Model, architecture: Architecture) -> str | None:
     """What the graph of latent attention lacks."""
     config, rope = model.config, model.rope
     if not min(width.heads for width in model.widths):
@@ -259,9 +305,26 @@ def _latent_obstacle(model: Model) -> str | None:
         return "rotates neighbouring entries of a head, unlike this model"
     if model.kind == "yarn" and (rope.get("mscale_all_dim") or 0) != rope.get("mscale"):
         return "takes yarn's mscale and mscale_all_dim for the same number"
+    if model.kind == "yarn" and architecture.name == "mistral4" and rope["mscale"] != 1:
+        return "takes yarn's mscale for 1"
     if model.source.router == "softmax" and getattr(config, "topk_method", "greedy") != "greedy":
         return "chooses groups of experts by their best two, and this model by their best"
     return None
+
+
+def _llama4_obstacle(config: Any, widths: Sequence[Width]) -> str | None:
+    """What is fixed in the graph of Llama 4."""
+    fixed: dict[str, Any] = {
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+    }
+    fixed["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(len(widths))]
+    # It tells Maverick, which has no such norms, by the number of its experts.
+    fixed["use_qk_norm"] = widths[0].experts != 128
+    other = next((key for key, value in fixed.items() if getattr(config, key) != value), None)
+    return None if other is None else f"takes {other} for {fixed[other]} here"
 
 
 def gguf_obstacle(

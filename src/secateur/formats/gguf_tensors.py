@@ -122,7 +122,8 @@ def bytes_at(entry: Entry, shape: tuple[int, ...], type: str) -> int:
 def _type(name: str, shape: tuple[int, ...], file: str) -> GGMLQuantizationType:
     """The type of one tensor: vectors stay as they are, rows that do not divide fall back on f16."""
     storage = TYPES[file]
-    if len(shape) == 1 or name in ("position_embd.weight", "ffn_gate_inp.weight"):
+    exact = ("position_embd.weight", "ffn_gate_inp.weight", "shortconv.conv.weight")
+    if len(shape) == 1 or name in exact or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32
     if shape[-1] % storage.multiple:
         return GGMLQuantizationType.F16
@@ -138,7 +139,10 @@ def _names(architecture: str, blocks: int) -> Any:
 
 def _renamed(model: Model, architecture: Architecture, stored: str) -> str:
     """llama.cpp's name of a tensor."""
-    found = _names(architecture.name, len(model.widths)).get_name(stored, try_suffixes=(".weight", ".bias"))
+    names = _names(architecture.name, len(model.widths))
+    # Bloom's stand there without what they are part of.
+    tried = (names.get_name(name, (".weight", ".bias")) for name in (stored, stored.removeprefix("transformer.")))
+    found = next(filter(None, tried), None)
     if found is None:
         raise SecateurError(
             f"{model.checkpoint.source}: GGUF has no place for tensor {stored}; "
@@ -155,14 +159,14 @@ def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
     """Tensors that belong to no block."""
     tied = bool(model.config.tie_word_embeddings)
     found = {_renamed(model, architecture, stored): _stored(model, stored) for stored in model.outside}
-    for name in ("token_embd.weight", "output_norm.weight", *(() if tied else ("output.weight",))):
-        if name not in found:
+    for name in ("token_embd.weight", architecture.final_norm, None if tied else "output.weight"):
+        if name is not None and name not in found:
             raise SecateurError(f"{model.checkpoint.source}: no tensor for {name} among the weights; restore it")
     if tied:
         found.pop("output.weight", None)
         if architecture.output == "stored":
             found["output.weight"] = found["token_embd.weight"]
-    found["output_norm.weight"] = _norm(model, found["output_norm.weight"])
+    found = {name: _norm(model, name, lazy) for name, lazy in found.items()}
     # By how much each frequency is divided, where that is not a formula of llama.cpp's.
     if model.kind == "longrope":
         for length in ("long", "short"):
@@ -184,11 +188,15 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     if model.family.latent is not None:
         used.add(f"{model.family.attention}.{model.family.latent[1]}.weight")
     for name, stored in model.inside[index].items():
-        if name not in used and stored not in pieces:
-            # A bias that the gguf package knows as one.
+        if name not in used and stored not in pieces and ".act_fn." not in name:
+            # As the gguf package knows them.
             known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
+            known = known.replace(".expert_bias", ".expert_bias.bias")
             renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
-            parts[renamed.removeprefix(f"blk.{index}.")] = _norm(model, _stored(model, stored))
+            lazy = _norm(model, renamed, _stored(model, stored))
+            # A convolution of one channel each.
+            one = renamed.endswith("conv.weight")
+            parts[renamed.removeprefix(f"blk.{index}.")] = lazy.then(partial(torch.squeeze, dim=1)) if one else lazy
     if model.widths[index].heads:
         _rescale(parts, _score_ratio(model, architecture, index))
     elif width.heads:
@@ -218,13 +226,14 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
         SecateurError: one is missing, or has another shape than the width in the config.
     """
     width, family, hidden, dim = model.widths[index], model.family, model.config.hidden_size, model.dim
-    rows, shared, channels = width.heads * dim, width.groups * dim, width.channels
+    rows, shared, channels = width.heads * dim, model.groups(width) * dim, width.channels
     outputs = {"attn_q": rows, "attn_k": shared, "attn_v": shared, "ffn_gate": channels, "ffn_up": channels}
     shapes = {layer: (count, hidden) for layer, count in outputs.items()}
     shapes |= {"attn_output": (hidden, width.heads * model.value_dim), "ffn_down": (hidden, channels)}
     starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
     parts: dict[str, Lazy] = {}
-    for layer, name in model.layers.items():
+    here = {layer: name for layer, name in model.layers.items() if layer[:4] == "ffn_" or not model.mixes(index)}
+    for layer, name in here.items():
         for leaf in ("weight", "bias") if layer.startswith("attn") or not width.experts else ():
             shape = shapes[layer][: 2 if leaf == "weight" else 1]
             stored = model.inside[index].get(f"{name}.{leaf}")
@@ -235,9 +244,9 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
             lazy = _stored(model, stored)
             if model.source.transposed and leaf == "weight":
                 lazy = lazy.then(torch.t)
-            if family.fused and family.interleaved and layer in QKV:
-                lazy = lazy.then(partial(_every_third, at="qkv".index(layer[-1]), dim=dim))
-            elif (family.fused and layer in QKV) or (family.fused_gate and layer in ("ffn_gate", "ffn_up")):
+            if model.fused and model.fused[1] and layer in QKV:
+                lazy = lazy.then(partial(_of_groups, which=layer[-1], groups=model.groups(width), dim=dim))
+            elif (model.fused and layer in QKV) or (family.fused_gate and layer in ("ffn_gate", "ffn_up")):
                 lazy = lazy.rows(starts[layer], starts[layer] + shape[0])
             if lazy.shape != shape:
                 raise SecateurError(
@@ -282,12 +291,13 @@ def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]
         whole = Lazy(shape, partial(checkpoint.read_parameter, name))
         if model.source.turned:
             whole = whole.then(lambda tensor: tensor.transpose(1, 2))
+        if model.source.alternating:
             pieces += checkpoint.pieces(f"{name}_bias")
             bias = _stored(model, pieces[-1])
         rows = whole.shape[1] // len(names)
         for place, part in enumerate(names):
             pick = partial(_rows_of, which=slice(place * rows, (place + 1) * rows))
-            if model.source.turned:
+            if model.source.alternating:
                 pick = partial(_rows_of, which=slice(place, None, len(names)))
                 found[f"ffn_{part}_exps.bias"] = bias.then(pick)
             found[f"ffn_{part}_exps.weight"] = whole.then(pick)
@@ -299,9 +309,10 @@ def _rows_of(experts: Tensor, which: slice) -> Tensor:
     return experts[:, which]
 
 
-def _every_third(fused: Tensor, at: int, dim: int) -> Tensor:
-    """The rows of queries, keys or values, where these three of each head lie together."""
-    return fused.unflatten(0, (-1, 3, dim))[:, at].flatten(0, 1)
+def _of_groups(fused: Tensor, which: str, groups: int, dim: int) -> Tensor:
+    """The rows of queries, keys or values, where those of each group lie together."""
+    part = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[which]
+    return fused.unflatten(0, (groups, -1, dim))[:, part].flatten(0, 2)
 
 
 def _in_pairs(rows: Tensor, dim: int) -> Tensor:
@@ -309,9 +320,10 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def _norm(model: Model, stored: Lazy) -> Lazy:
-    """The factors of a norm, also of one that adds one to what it stores."""
-    return stored.then(lambda values: values.float() + 1) if model.source.shifted else stored
+def _norm(model: Model, name: str, stored: Lazy) -> Lazy:
+    """The factors of a norm, also of one that adds one to what it stores; other tensors as they are."""
+    shifted = model.source.shifted and name.endswith("_norm.weight")
+    return stored.then(lambda values: values.float() + 1) if shifted else stored
 
 
 def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:

@@ -21,10 +21,12 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST_SLASH = _REST.replace(r"\r\n]*", r"\r\n/]*")
 _WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST_ONE = r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+_PHRASE = r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|"
 _LOWER_END = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _UPPER_START = r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 
-_DIGITS, _WORDS = "single digits", "GPT-2 words"
+_DIGITS, _NUMBERS, _PUNCTUATION, _WORDS = "single digits", "numbers", "punctuation", "GPT-2 words"
 
 _GPT_4O = f"{_LOWER_END}{_CONTRACTION}?{_UPPER_START}{_CONTRACTION}?" + r"|\p{N}{1,3}" + _REST_SLASH
 _BY_THREES = _CONTRACTION + _WORD + r"\p{N}{1,3}" + _REST
@@ -37,6 +39,9 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_CONTRACTION + _WORD + r"\p{N}" + _REST,), False): "qwen2",
     ((_LOWER_END + _UPPER_START + r"|\p{N}" + _REST_SLASH,), True): "tekken",
     ((_GPT_4O,), False): "gpt-4o",
+    ((_PUNCTUATION, _WORDS, _NUMBERS, "[0-9][0-9][0-9]"), False): "falcon",
+    ((r" ?[^(\s|[.,!?…。，、।۔،])]+",), False): "bloom",
+    ((_CONTRACTION + _PHRASE + r"\p{N}" + _REST_ONE,), False): "exaone-moe",
 }
 """Splits in order, and whether a word that is in the vocabulary is taken whole → llama.cpp's name for it."""
 
@@ -184,8 +189,10 @@ def _split(step: dict[str, Any]) -> str:
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return _WORDS if use_regex else ""
-        case {"type": "Digits", "individual_digits": True}:
-            return _DIGITS
+        case {"type": "Digits", "individual_digits": single}:
+            return _DIGITS if single else _NUMBERS
+        case {"type": "Punctuation", "behavior": "Contiguous"}:
+            return _PUNCTUATION
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}:
             # Keeping every match and dropping what is between is the same where a regex matches everything.
             if (behavior, invert) in (("Isolated", False), ("Removed", True)):

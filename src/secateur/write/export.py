@@ -7,7 +7,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output
+from secateur.base.files import Output, local_path
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.gguf import context_length, write_gguf
 from secateur.formats.gguf_choice import Model, check_type, choose
@@ -56,7 +56,7 @@ def export(
             the output cannot be written.
     """
     watcher = watcher or Silent()
-    folder, path = Path(folder).expanduser(), Path(out).expanduser().resolve()
+    folder, path = local_path(folder), local_path(out).resolve()
     check_type(type)
     Output(path, file=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
@@ -74,7 +74,7 @@ def export(
         except SecateurError as error:
             raise SecateurError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
     total, context = sum(entry.bytes for entry in tensors), context_length(model, architecture)
-    if context < checkpoint.config.max_position_embeddings:
+    if context < model.positions:
         watcher.note(
             f"llama.cpp's {architecture.name} has no sliding window, so the file declares {context:,} positions: "
             "over these it computes what the model does"
