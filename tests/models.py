@@ -277,6 +277,8 @@ def config_of(name: str) -> Any:
     config = _made((ROWS | SIMILAR | MIXTURES)[name])
     # As opened checkpoints have it.
     config.allow_global_per_layer_attribute_access = True
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
     return config
 
 

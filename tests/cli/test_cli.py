@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -440,6 +442,9 @@ ARGUMENTS = [
     ("prun model out", "No such command 'prun'"),
     ("--frobnicate", "--frobnicate"),
     ("prune nowhere/at/all out", "nowhere/at/all: does not exist; name a folder, a .gguf file or a hub id"),
+    ("prune ~no.such.user/model out", "~no.such.user/model: does not exist; name a folder, a .gguf file or a hub id"),
+    ("prune model ~no.such.user/out", "~no.such.user does not exist; create it first"),
+    ("eval model --perplexity ~no.such.user/text", "~no.such.user/text does not exist: check the path of the text"),
     ("prune text.txt out", "text.txt: a file, but no .gguf; name the model's folder"),
     ("prune model out.gguf", "out.gguf: a folder is to be written; add --format gguf, or name a folder"),
     ("prune model missing/out.gguf --format gguf", "missing does not exist; create it first"),
@@ -679,6 +684,9 @@ def test_a_mistake_in_a_real_process(place: Path) -> None:
     command = [sys.executable, "-m", "secateur", "prune", "model", "out", "--sparsity", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(Result(result.returncode, result.stdout, result.stderr), "sparsity is 2.0; it must lie between 0 and 1")
+    # Nowhere to say it.
+    closed = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (2, "", "")
 
 
 @pytest.mark.parametrize(
@@ -995,6 +1003,32 @@ def test_standard_output_on_a_full_device(asked: str) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_standard_error_on_a_full_device(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to be said is lost; the work, its results and the exit code are not."""
+    command = ["eval", "model", "--perplexity", "text.txt", "--length", "16", "--tokens", "64", "--json", "-"]
+    plain = run(*command)
+    with suppress(OSError), Path("/dev/full").open("w") as full:
+        for name in ("stderr", "__stderr__"):
+            monkeypatch.setattr(sys, name, full)
+        found, wrong = run(*command), run("eval", "nowhere/at/all")
+    assert plain.err
+    assert (found.code, found.out) == (plain.code, plain.out)
+    assert found.code == 0
+    assert (wrong.code, wrong.out) == (2, "")
+
+
+def test_a_user_without_a_home(
+    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    refused(run("prune", "m.gguf", "out", *SMALL), "no home to keep a cache in; set XDG_CACHE_HOME to a folder")
+    logging.getLogger("matplotlib").warning("a temporary cache directory was made")
+    assert capsys.readouterr().err == ""
+
+
 def test_standard_input_that_is_closed(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     result = run("prune", "model", "out", *SMALL, "--calibration", "-")
@@ -1187,7 +1221,11 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
     )
     before = listing(place)
     arguments = ["prune", "model", "out", *SMALL]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    # Beside that, not even root can write into this home.
+    home = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "HF_HOME": "/dev/null/hub"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=os.environ | home, capture_output=True, text=True, timeout=120
+    )
     assert result.stdout.count("ended 130") == 2, result.stdout
     assert result.stderr.splitlines()[-1] == "interrupted: nothing is left half-written"
     assert apart_from_state(place) == before

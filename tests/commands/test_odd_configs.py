@@ -54,6 +54,14 @@ def test_how_a_model_runs_elsewhere_does_not_matter(tmp_path: Path, checkpoint_f
     assert plain == odd
 
 
+@pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
+def test_caps_of_attention_are_computed(name: str, checkpoint_folder: CheckpointFolder) -> None:
+    """By the one way that knows them in every version of transformers."""
+    config = open_checkpoint(checkpoint_folder(name)).config
+    assert config.attn_logit_softcapping
+    assert config._attn_implementation == "eager"
+
+
 def test_an_evaluation_does_not_run_as_the_config_says(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     keys = {"_attn_implementation": "flash_attention_2", "return_dict": False}
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 " * 16)

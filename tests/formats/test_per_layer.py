@@ -195,9 +195,11 @@ def test_what_is_written_is_what_was_meant(written, name, case, intercept):
     assert relative(logits_of(model, ids), expected) < TOLERANCE
     with torch.no_grad():
         seen = model(ids[:, :FIRST], use_cache=True)
-        parts, store = [seen.logits], seen.cache
+        # Its name before transformers 5.24.
+        key = "cache" if "cache" in seen else "past_key_values"
+        parts, store = [seen.logits], seen[key]
         for step in (ids[:, FIRST : FIRST + 1], ids[:, FIRST + 1 :]):
-            parts.append(model(step, cache=store, use_cache=True).logits)
+            parts.append(model(step, **{key: store}, use_cache=True).logits)
     assert relative(torch.cat(parts, dim=1), expected) < TOLERANCE
 
 

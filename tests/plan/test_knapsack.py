@@ -24,7 +24,8 @@ def brute(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float | 
     within = [
         sum(float(cost[o]) for cost, o in zip(costs, selection, strict=True))
         for selection in selections
-        if sum(float(size[o]) for size, o in zip(sizes, selection, strict=True)) <= budget
+        # Not as Python's own floats, whose sums Python 3.12 and newer round otherwise than numpy's.
+        if sum(size[o] for size, o in zip(sizes, selection, strict=True)) <= budget
     ]
     return min(within, default=None)
 

@@ -31,9 +31,20 @@ _SPARE = 16 * 2**20
 """Room kept beside the expected bytes of a folder, for configs and the tokenizer."""
 
 
+def local_path(name: str | Path) -> Path:
+    """A path as a shell reads it: `~` is a home, where there is such a user."""
+    return Path(os.path.expanduser(name))
+
+
 def cache_folder() -> Path:
-    """The user's cache of secateur: dequantised models, and whatever else is worth keeping from run to run."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The user's cache of secateur: dequantised models, and whatever else is worth keeping from run to run.
+
+    Raises:
+        SecateurError: the user has no home, as may be in a container.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise SecateurError("this user has no home to keep a cache in; set XDG_CACHE_HOME to a folder")
     return Path(home) / "secateur"
 
 
@@ -170,7 +181,7 @@ class Output:
 
     def __post_init__(self) -> None:
         # Through symbolic links, so that the folder itself is replaced and not a link to it.
-        self.path = Path(self.path).expanduser().resolve()
+        self.path = local_path(self.path).resolve()
         self.source = None if self.source is None else self.source.resolve()
 
     def check(self) -> None:

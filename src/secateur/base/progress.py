@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from secateur.base.files import local_path
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ class Watcher(Protocol):
 
 def reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[Any]:
     """`busy` for what lies on disk; a download draws bars of its own, which a spinner would hide."""
-    return watcher.busy(f"{what} {source}") if Path(source).expanduser().exists() else nullcontext()
+    return watcher.busy(f"{what} {source}") if local_path(source).exists() else nullcontext()
 
 
 class Silent:

@@ -73,10 +73,11 @@ def top(
 
 def main() -> None:
     """Run the command line; mistakes are one line on standard error and exit code 2."""
+    terminal.settle_streams()
     # Threads that wait for each other sleep: spinning, they take the cores from whatever else runs here. torch reads it
     # when it is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for library in () if "--verbose" in sys.argv else ("transformers", "datasets"):
+    for library in () if "--verbose" in sys.argv else ("transformers", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,6 +38,39 @@ QUIET = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0")
 """Of several processes, the first speaks; the others only say what is wrong."""
 
 log = Console(stderr=True, highlight=False, markup=False, quiet=QUIET)
+
+
+class _Forgiving:
+    """A stream for remarks alone: what it does not take is lost, and the work goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def settle_streams() -> None:
+    """Let the work, its results and its exit code stand where standard error is full or closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Otherwise the next file that is opened takes the number, and gets what libraries write there.
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stderr is sys.__stderr__:
+        sys.stderr = cast(TextIO, _Forgiving(cast(TextIO, sys.stderr)))
 
 
 @dataclass(frozen=True)

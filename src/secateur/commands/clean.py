@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from secateur.base.files import leftovers, remove
+from secateur.base.files import leftovers, local_path, remove
 from secateur.base.run_folder import RunFolder
 
 
@@ -18,7 +18,7 @@ def clean(out: str | Path) -> list[Path]:
     Raises:
         SecateurError: a run is at work there.
     """
-    out = Path(out).expanduser().resolve()
+    out = local_path(out).resolve()
     state = RunFolder(out, {})
     removed = [state.path] if state.path.exists() else []
     state.clean()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json
+from secateur.base.files import local_path, parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
 from secateur.formats.gguf import Model
@@ -59,7 +59,7 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
     Raises:
         SecateurError: no model is there, it is damaged, or its code is not secateur's.
     """
-    path, watcher = Path(out).expanduser(), watcher or Silent()
+    path, watcher = local_path(out), watcher or Silent()
     if path.suffix == ".gguf" and path.is_file():
         with watcher.busy("Trying llama.cpp"):
             return [_llama_cpp(path)]

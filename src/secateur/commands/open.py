@@ -10,7 +10,7 @@ import torch
 
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, leftovers
+from secateur.base.files import Output, leftovers, local_path
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import GROWING, RunFolder, state_of
 from secateur.base.team import Team
@@ -214,7 +214,7 @@ def _check_size(stream: BlockStream, out: Path, options: Options, running: Runni
     file, checkpoint = options.format == "gguf", stream.checkpoint
     # The folder that comes before a GGUF file lies beside it, with a name like this one.
     place = out.with_name(f".{out.name}.folder") if file else out
-    growing = state_of(out.expanduser().resolve()) / GROWING
+    growing = state_of(local_path(out).resolve()) / GROWING
     output = replace(model_output(stream, place, None, overwrite=running.overwrite, dtype=dtype), at=growing)
     if file:
         # Both are there for a moment.

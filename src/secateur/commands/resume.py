@@ -12,7 +12,7 @@ import transformers
 
 import secateur
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import digest, hash_of
+from secateur.base.files import digest, hash_of, local_path
 from secateur.base.launched import launched
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import ROWS, RunFolder
@@ -44,7 +44,7 @@ def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
         run.team.agree(asked)
         yield run
         return
-    with RunFolder(out.expanduser().resolve(), asked, restart=run.running.restart) as state:
+    with RunFolder(local_path(out).resolve(), asked, restart=run.running.restart) as state:
         if state.holds_work():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
         run.stream.scratch = state.path

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import read_yaml
+from secateur.base.files import local_path, read_yaml
 from secateur.commands.options import Options
 from secateur.compare.recipes import FOLDER, recipe_names
 from secateur.compare.training import Training
@@ -120,7 +120,7 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         SecateurError: it does not exist, is no recipe, or a run of it makes no sense; with the place in the file.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.is_file():
         if name not in recipe_names():
             raise SecateurError(f"recipe '{name}' does not exist; name a .yaml file or one of {_some(recipe_names())}")
@@ -304,7 +304,7 @@ def _first(error: ValidationError) -> str:
 
 def _last(source: str) -> str:
     """The last part of a path or hub id, in small letters."""
-    return Path(source).expanduser().name.lower()
+    return local_path(source).name.lower()
 
 
 def _some(values: Any) -> str:

@@ -18,7 +18,7 @@ from transformers import set_seed
 import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, hash_of
+from secateur.base.files import Output, hash_of, local_path
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import RunFolder
 from secateur.compare.train import adapted_layers, train, trained
@@ -83,7 +83,7 @@ def retrain(
     if Path(out).suffix == ".gguf":
         raise SecateurError(f"{out}: a folder is to be written; name a folder, then secateur export it")
     where = pick_device(device)
-    source = Path(folder).expanduser()
+    source = local_path(folder)
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(source)
     if checkpoint.around is not None:

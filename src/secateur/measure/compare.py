@@ -12,6 +12,7 @@ import torch
 
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
+from secateur.base.files import local_path
 from secateur.base.memory import bytes_of, resident_now
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.quiet import quiet
@@ -121,7 +122,7 @@ class Evaluation:
 
 def short(source: str) -> str:
     """A name for a table: the last part of a path; hub ids and data sets stay as they are."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return path.absolute().name if path.exists() else source
 
 

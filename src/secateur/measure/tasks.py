@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import local_path
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
 from secateur.measure.perplexity import device_of, scoring
@@ -200,7 +201,7 @@ def open_tasks(
     """
     if limit is not None and limit < 1:
         raise SecateurError(f"the limit is {limit}; it must be at least 1 item")
-    folder = None if task_path is None else Path(task_path).expanduser()
+    folder = None if task_path is None else local_path(task_path)
     if folder is not None and not folder.is_dir():
         raise SecateurError(f"{task_path}: no such folder; name one with task files (.yaml)")
     if not names:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import local_path
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
 from secateur.model.config_file import OTHER_SENSES, TEXT, check_generation, load_config, read_config, stock_class
@@ -478,7 +479,7 @@ def open_checkpoint(
 
 def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
     """The folder of a checkpoint."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.exists() and revision is not None:
         raise SecateurError(f"{source}: a local path has no revision {revision!r}; leave it out")
     if path.is_dir():

@@ -108,8 +108,9 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
                     stored["pad_token_id"] = None
             # Gemma 4 has heads of their own in some blocks; what is read of the whole is the same in all.
             one.allow_global_per_layer_attribute_access = True
-            # How a model is to be run elsewhere; here blocks are run by themselves.
-            one._attn_implementation = None
+            # How a model is to be run elsewhere; here blocks are run by themselves. Before transformers 5.22 its own
+            # choice leaves caps of attention out.
+            one._attn_implementation = "eager" if getattr(one, "attn_logit_softcapping", None) else None
             one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
     if config.is_encoder_decoder:
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")

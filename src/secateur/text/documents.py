@@ -6,11 +6,10 @@ from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json
+from secateur.base.files import local_path, parse_json
 from secateur.base.quiet import first_line
 from secateur.model.hub_source import out_of_reach
 from secateur.model.tokens import begins_with_bos
@@ -121,9 +120,9 @@ def is_file(source: str) -> bool:
         return False
     if not source.strip():
         raise SecateurError("no text is named: give a .txt or .jsonl file, - or a data set")
-    path = Path(source).expanduser()
+    path = local_path(source)
     suffix = path.suffix.lower()
-    folder = Path(source.split(":")[0]).expanduser()
+    folder = local_path(source.split(":")[0])
     if suffix not in _EXTENSIONS and folder.is_dir():
         if next(folder.rglob("*.parquet"), None) is None:
             raise SecateurError(f"{source} is a folder without Parquet files: name a .txt or .jsonl file")
@@ -149,7 +148,7 @@ def _piped(stream: TextIO) -> bytes:
 
 def _read(source: str) -> bytes:
     try:
-        return Path(source).expanduser().read_bytes()
+        return local_path(source).read_bytes()
     except OSError as error:
         raise SecateurError(f"{source} cannot be read: {error.strerror or error}") from error
 
@@ -256,7 +255,7 @@ def _open_dataset(dataset: _Dataset, source: str) -> dict[str, Any]:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    local = os.path.isdir(Path(dataset.name).expanduser())
+    local = os.path.isdir(local_path(dataset.name))
     if not local:
         # Asked first: the hub's client would retry for minutes before it looked at the local copy.
         try:
@@ -278,7 +277,7 @@ def _open_dataset(dataset: _Dataset, source: str) -> dict[str, Any]:
     try:
         # Without a split this reads the index only; a big data set is streamed, never downloaded whole.
         loaded = datasets.load_dataset(
-            os.path.expanduser(dataset.name) if local else dataset.name,
+            str(local_path(dataset.name)) if local else dataset.name,
             dataset.config,
             revision=dataset.revision,
             data_files=dataset.data_files,

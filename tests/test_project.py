@@ -1,0 +1,60 @@
+"""What the project's own files promise each other: the Makefile, its help, and the lock that the tests are run with."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+
+
+def variable(name: str) -> str:
+    """What the Makefile sets."""
+    found = re.search(rf"^{name} \??:?= (.+)$", MAKEFILE, re.MULTILINE)
+    assert found, name
+    return found[1]
+
+
+def locked() -> dict[str, str]:
+    return {canonicalize_name(name): version for name, version in re.findall(r"^(\S+)==(\S+)", LOCK, re.MULTILINE)}
+
+
+def test_the_lock_is_names_and_hashes() -> None:
+    """No address, no option of pip, and nothing without a hash."""
+    comment, *lines = LOCK.removesuffix("\n").split("\n")
+    assert comment.startswith("# Made by make lock")
+    assert re.fullmatch(r"([a-z0-9-]+==[\w.]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n?)+", "\n".join(lines))
+    assert len(locked()) == len(re.findall("==", LOCK)) > 100
+
+
+def test_the_lock_is_within_the_ranges() -> None:
+    """Of everything that the tests need, but for torch."""
+    wanted = [Requirement(text) for text in requires("secateur") or ()]
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": "test"})]
+    wanted += [Requirement(variable(name)) for name in ("MODEL", "PEER")]
+    versions = locked()
+    assert {one.name for one in wanted if canonicalize_name(one.name) not in versions} == {"torch"}
+    there = [one for one in wanted if one.name != "torch"]
+    assert not [str(one) for one in there if versions[canonicalize_name(one.name)] not in one.specifier]
+    assert not [name for name in versions if name.startswith(("torch", "nvidia-", "cuda-", "triton"))]
+
+
+def test_help_names_every_target() -> None:
+    found = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)
+    assert found
+    targets = set(found[1].split()) - {"help", "browser"}
+    assert set(re.findall(r'@echo "make ([\w-]+)  ', MAKEFILE)) == targets
+    assert {name for name in targets if re.search(rf"^{name}:", MAKEFILE, re.MULTILINE)} == targets
+
+
+def test_clean_removes_every_environment() -> None:
+    recipe = MAKEFILE.partition("\nclean:\n")[2].partition("\n\n")[0]
+    made = re.findall(r"^(VENV|\w+_VENV|\w+_DIR) \?= ", MAKEFILE, re.MULTILINE)
+    assert len(made) > 4
+    assert all(f"$({name})" in recipe for name in made)
