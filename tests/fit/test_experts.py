@@ -23,6 +23,7 @@ from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
+from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 from secateur.survey.expert_refit import left_by_refit, left_out
 from secateur.survey.experts import channel_errors
@@ -200,7 +201,7 @@ def first_to_leave(hessian: Tensor, right: Tensor, count: int) -> list[int]:
 def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channels: int) -> None:
     """Experts one after the other, each by float64 for what the output lacks, by the channels that stay."""
     name, ridge = "qwen2_moe", 0.3
-    block = fitted(checkpoint_folder(name), 5, channels, ridge=ridge)
+    block = fitted(checkpoint_folder(name), 5, channels, ridge=ridge, level1=0)
     stay = channels_of(block, 20) if channels < 20 else {}
     assert bool(block.keep.channels) == (channels < 20)
     model, ids = build(name), token_rows(24, 16, seed=5)
@@ -272,6 +273,44 @@ def test_channels_of_the_shared_expert_go_along(checkpoint_folder: CheckpointFol
     solved[kept] = torch.linalg.solve((hessian + penalty)[kept][:, kept], right[kept])
     found = next(value for key, value in block.changed.items() if "shared" in key)
     torch.testing.assert_close(found.double().T, solved, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_slopes_are_what_a_small_change_gives(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        x, dice, expert = inputs(mixture.stream.width), torch.Generator().manual_seed(1), 2
+        own, tensors = mixture.alone(expert)
+        source, before = mixture.read(expert, x), mixture.inner(expert, x)
+        expected = torch.zeros_like(before)
+        for slab, slope in zip(own.scored, mixture.slopes(expert, x), strict=True):
+            value = tensors[slab.name]
+            change = 1e-3 * value.std() * torch.randn(value.shape, generator=dice)
+            expected += slope * (source @ change.T)
+            value += change
+        found = mixture.inner(expert, x) - before
+        assert torch.linalg.vector_norm(found - expected) < 0.01 * torch.linalg.vector_norm(found)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4_text", "deepseek_v3"])
+def test_level1_of_experts_is_fitted_along(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """What is reported is what the block with the new weights loses, and that is less."""
+    folder, experts = checkpoint_folder(name), blocks_of(build(name))[2].feed_forward.units - 2
+    plain, block = (fitted(folder, experts, level1=steps) for steps in (0, 2))
+    assert block.keep == plain.keep
+    assert block.reports[1].error < 0.95 * plain.reports[1].error
+    assert {key.rpartition(".")[2] for key in set(block.changed) - set(plain.changed)} == {"gate_up_proj"}
+    model, seen = build(name), list[Tensor]()
+    with mixture_of(checkpoint_folder, name) as (mixture, layer):
+        layers_of(model)[2].get_submodule(mixture.module.sink).register_forward_hook(
+            lambda _, args, __: seen.append(args[0].flatten(0, -2))
+        )
+        model(token_rows(24, 16, seed=5))
+        wanted = mixture.output(seen[0][None], mixture.every)[0]
+        for key, value in block.changed.items():
+            assign(layer, key, value)
+        found = mixture.output(seen[0][None], torch.tensor(block.keep.experts))[0]
+    error = float((found - wanted).square().sum(1).mean())
+    assert block.reports[1].error == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

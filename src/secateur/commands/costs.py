@@ -96,7 +96,7 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
     ]
     parts = [level1_work(stream, block, kept, tokens, level1) for tokens in each for block, kept in fitted]
     mixed = [(stream.blocks[index], now) for index, now in widths.items() if now.experts]
-    parts += [mixture_work(block, width, tokens, now) for tokens in each for block, now in mixed]
+    parts += [mixture_work(block, width, tokens, now, level1) for tokens in each for block, now in mixed]
     return Work.of(
         [
             Work(
@@ -131,11 +131,12 @@ def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps
     )
 
 
-def mixture_work(block: Block, width: int, tokens: int, now: Width) -> Work:
+def mixture_work(block: Block, width: int, tokens: int, now: Width, level1: int) -> Work:
     """The order of a mixture's experts and the refit of those that are left: statistics and a solve of each.
 
     Its output is made before and behind the refit, and the inputs of level 2 once. Where channels go, each expert has
-    an elimination of its own.
+    an elimination of its own. Level 1 is fitted along as in `level1_work`, in each for the tokens that meet it, and
+    what is linearised is one more run of each.
     """
     module, left, inner = block.feed_forward, now.experts, block.feed_forward.inner
     met = tokens * min(module.met, left) / left
@@ -145,7 +146,23 @@ def mixture_work(block: Block, width: int, tokens: int, now: Width) -> Work:
         quick=left * gram_flops(inner, width, round(met)),
         exact=left * (solve_flops(inner, width) if cut else inner**3 / 3 + 2 * inner**2 * width),
     )
-    return Work.of([work, order_work(block, width, tokens, left)])
+    steps = [
+        Work(
+            forward=2 * 2.0 * left * met * _expert(block),
+            quick=left
+            * (3 * 2.0 * met * now.channels * width * (2 * level1 + 2) + gram_flops(inner, width, round(met))),
+            exact=left
+            * (
+                2 * (now.channels**3 / 3 + 2 * now.channels**2 * min(met, SAMPLED))
+                + width**3 / 3
+                + 2.0 * width**2 * min(met, SAMPLED)
+                + level1 * 4 * now.channels * width * (now.channels + width)
+                + inner**3 / 3
+                + 2 * inner**2 * width
+            ),
+        )
+    ]
+    return Work.of([work, order_work(block, width, tokens, left), *(steps if level1 else [])])
 
 
 def order_work(block: Block, width: int, tokens: int, left: int) -> Work:

@@ -16,24 +16,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics, module_seed
 from secateur.fit.block import BlockState
+from secateur.fit.level1 import Part, Tangent
 from secateur.fit.module import ModuleReport, report_of
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
-from secateur.model.mixture import Mixture
+from secateur.model.mixture import Mixture, Routes
 from secateur.model.rows import Batch
 from secateur.model.structure import Depth2, Kind, Width
-from secateur.model.surgery import inner_by_expert
+from secateur.model.surgery import assign, inner_by_expert
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares
 
-FEWEST = 8
-"""An expert that meets fewer tokens keeps its weights."""
+FEWEST, FEWEST_LEVEL1 = 8, 64
+"""An expert that meets fewer tokens keeps its weights, or those of level 1."""
 
 
 class _Part(NamedTuple):
@@ -97,9 +99,10 @@ class ExpertsState:
             found["channels"] = tuple(every.tolist())
         return found, replace(report, unfitted=tuple(self._unfitted))
 
-    def _sum(self, left: Tensor) -> float:
-        """The squared error of all tokens."""
-        return self.stream.team.total(float((self._weight * left.square().sum(1)).sum(dtype=torch.float64)))
+    def _sum(self, left: Tensor, tokens: Tensor | None = None) -> float:
+        """The squared error of all tokens, or of some."""
+        weight = self._weight if tokens is None else self._weight[tokens]
+        return self.stream.team.total(float((weight * left.square().sum(1)).sum(dtype=torch.float64)))
 
     def _collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of all tokens: inputs (n x d), what the mixture is to give (n x d), what they count in the fit and in the
@@ -150,32 +153,87 @@ class ExpertsState:
     def _refit(self, left: Tensor, alive: Tensor, stay: int) -> None:
         """Solve one expert after the other for what the output lacks (n x d), which is kept up to date."""
         mixture, module = self.mixture, self.module
-        # Rounded here, as this is a third of the block: one more copy shows in the peak.
-        changed = self.state.tensors[module.level2.name].to(self.state.dtype).to(torch.float32, copy=True)
+        # Rounded here, as these are all of the block: one more copy shows in the peak.
+        both, level1 = self.recovery.fits_level1, f"{module.level2.layer}.{mixture.names.stored[0][0]}"
+        names = [module.level2.name, *([level1] if both else [])]
+        changed = {name: self.state.tensors[name].to(self.state.dtype).to(torch.float32, copy=True) for name in names}
+        for name in names[1:]:
+            assign(self.state.layer, name, changed[name])
         routes = mixture.route(self._x, alive)
         for expert in mixture.parts(alive):
-            tokens, rows = mixture.gated(expert, self._x, routes)
             beside = expert == module.units
-            fitted = self._solve(left, tokens, rows, expert, stay * module.times if beside else stay)
+            share = stay * module.times if beside else stay
+            tokens, rows = self._rows(expert, routes)
+            fitted = self._solve(left, tokens, rows, expert, share)
             if fitted is None:
                 continue
             if beside:
                 name = f"{module.path}.{mixture.names.shared}.down_proj.weight"
                 self.state.change({name: fitted.T.contiguous()})
-            else:
-                changed[expert] = fitted if mixture.layout.inputs_first else fitted.T
-        self.state.use({module.level2.name: changed})
+                continue
+            if both and self._met(tokens) >= FEWEST_LEVEL1:
+                fitted = self._fit_both(left, expert, routes, share, rows, fitted)
+            changed[module.level2.name][expert] = fitted if mixture.layout.inputs_first else fitted.T
+        self.state.use(changed)
 
-    def _solve(self, left: Tensor, tokens: Tensor, rows: Tensor, expert: int, stay: int) -> Tensor | None:
-        """The level-2 weight (f x d) of one expert, from its inputs times its gate at the tokens that it meets.
+    def _fit_both(
+        self, left: Tensor, expert: int, routes: Routes, stay: int, rows: Tensor, fitted_fd: Tensor
+    ) -> Tensor:
+        """Level 1 of an expert after a fit of level 2, and level 2 anew; as they were where nothing is gained."""
+        tokens, _ = routes.of(expert)
+        tensors, before = self.mixture.alone(expert)[1], left[tokens]
+        kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._step(left, tokens, expert, routes, fitted_fd)
+        _, new = self._rows(expert, routes)
+        left.index_add_(0, tokens, (rows - new) @ self.norm.scale(fitted_fd))
+        again = self._solve(left, tokens, new, expert, stay, fitted_fd)
+        errors = [self._sum(error, tokens) for error in (before, left[tokens])]
+        if again is not None and errors[1] < errors[0]:
+            return again
+        left[tokens] = before
+        for name, tensor in kept.items():
+            tensors[name].copy_(tensor)
+        return fitted_fd
 
-        `left` loses what it gains. So many channels stay, and the rows of others are zero; none given is all of them.
-        None where nothing changes, as there is nothing to go by.
+    def _rows(self, expert: int, routes: Routes) -> tuple[Tensor, Tensor]:
+        """The tokens that meet an expert, and its level-2 inputs as errors count."""
+        tokens, rows = self.mixture.gated(expert, self._x, routes)
+        return tokens, rows if self._scale is None else rows * self._scale[tokens][:, None]
+
+    def _met(self, tokens: Tensor) -> float:
+        """How many of the tokens of all processes count in the fit."""
+        return self.stream.team.total(float(self._weight[tokens].count_nonzero()))
+
+    def _step(self, left: Tensor, tokens: Tensor, expert: int, routes: Routes, fitted_fd: Tensor) -> None:
+        """Level 1 of one expert, in place, by a Gauss-Newton step at a fit of level 2 (`fit/level1.py`)."""
+        mixture, team, device = self.mixture, self.stream.team, self.stream.device
+        own, tensors = mixture.alone(expert)
+        kept = self._kept.get(expert, torch.arange(len(fitted_fd), device=device))
+        x, root, dtype = self._x[tokens], self._weight[tokens].sqrt()[:, None], fast_dtype(device)
+        weight = root * routes.of(expert)[1][:, None] * (1 if self._scale is None else self._scale[tokens][:, None])
+        found, source = [slope[:, kept] * weight for slope in mixture.slopes(expert, x)], mixture.read(expert, x)
+        part = Part(source.to(dtype), [factor.to(dtype) for factor in found])
+        met = self._met(tokens)
+        tangent = Tangent(self.norm.scale(fitted_fd)[kept], len(found), source.shape[1], int(met), team)
+        tangent.add(part, (left[tokens] * root).to(dtype), root)
+        ridge = self.recovery.ridge * (1 + len(fitted_fd) / met)
+        changes = tangent.step(lambda: [part], ridge, self.recovery.level1)
+        shared = team.shared({str(number): change for number, change in enumerate(changes)}, 0, device)
+        for slab, change in zip(own.scored, shared.values(), strict=True):
+            value = tensors[slab.name]
+            value[kept] = (value[kept] + change).to(self.state.dtype).float()
+
+    def _solve(
+        self, left: Tensor, tokens: Tensor, rows: Tensor, expert: int, stay: int, now_fd: Tensor | None = None
+    ) -> Tensor | None:
+        """The level-2 weight (f x d) of one expert, from its `_rows`.
+
+        `left` loses what it gains over the weight that is there now, the old one by default. So many channels stay, and
+        the rows of others are zero; none given is all of them. None where there is nothing to go by.
         """
         team, old = self.stream.team, self.norm.scale(self.mixture.weight(expert))
-        if self._scale is not None:
-            rows = rows * self._scale[tokens][:, None]
-        met = team.total(float(self._weight[tokens].count_nonzero()))
+        now = old if now_fd is None else self.norm.scale(now_fd)
+        met = self._met(tokens)
         refitted, cut = self.recovery.fits and met >= FEWEST, 0 < stay < len(old)
         if expert < self.module.units and self.recovery.fits and not refitted:
             self._unfitted.append(expert)
@@ -183,7 +241,7 @@ class ExpertsState:
             return None
         ridge = self.recovery.ridge * (1 + len(old) / max(met, 1.0))
         owner = team.owner(len(old) ** 2 * (len(old) + 2 * self.stream.width))
-        part = _Part(expert, tokens, rows, left[tokens] + rows @ old, old, owner, met, ridge)
+        part = _Part(expert, tokens, rows, left[tokens] + rows @ now, old, owner, met, ridge)
         stats = self._statistics(part, self._weight)
         kept = self._channels(part, stats, stay) if cut else torch.arange(len(old), device=rows.device)
         fitted = torch.zeros_like(old)
@@ -194,7 +252,7 @@ class ExpertsState:
         else:
             fitted[kept] = old[kept]
         fitted = self.norm.unscale(fitted).to(self.state.dtype).float()
-        left.index_add_(0, tokens, rows @ (old - self.norm.scale(fitted)))
+        left.index_add_(0, tokens, rows @ (now - self.norm.scale(fitted)))
         return fitted
 
     def _statistics(self, part: _Part, weight_n: Tensor) -> Statistics:

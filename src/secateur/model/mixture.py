@@ -6,7 +6,7 @@ Shapes: n tokens, d residual width, k experts that a token meets, f channels of 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +102,31 @@ class Mixture:
         """An expert's level-2 inputs (n x f)."""
         if expert == self._beside:
             return self._shared_inner(x_nd)
-        weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         with self.stream.multiplying():
-            rows = linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
-            if hasattr(self.experts, "_apply_gate"):
-                return self.experts._apply_gate(rows).float()
-            gate, up = rows.chunk(2, dim=-1)
-            return (up * self.experts.act_fn(gate)).float()
+            return self._between(self._level1(expert, x_nd)).float()
+
+    def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
+        """What level-2 inputs gain with the output of the up rows, and of the gate rows (n x f each)."""
+        rows = self._level1(expert, x_nd)
+        # Entry by entry, so that the gradient of the sum is the derivative.
+        with torch.inference_mode(False), torch.enable_grad():
+            given = rows.clone().requires_grad_()
+            self._between(given).sum().backward()
+        assert given.grad is not None
+        gate, up = (given.grad[:, ::2], given.grad[:, 1::2]) if self.layout.in_turn else given.grad.chunk(2, dim=1)
+        return up, gate
+
+    def _level1(self, expert: int, x_nd: Tensor) -> Tensor:
+        """What an expert's gate and up rows give (n x 2f)."""
+        weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
+        return linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
+
+    def _between(self, rows: Tensor) -> Tensor:
+        """Level-2 inputs of these."""
+        if hasattr(self.experts, "_apply_gate"):
+            return cast(Tensor, self.experts._apply_gate(rows))
+        gate, up = rows.chunk(2, dim=-1)
+        return cast(Tensor, up * self.experts.act_fn(gate))
 
     def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """The tokens that meet an expert (m), and its level-2 inputs times its gate (m x f)."""
@@ -132,7 +150,9 @@ class Mixture:
         else:
             tensors = self._apart(expert)
         level2 = Slab("down_proj.weight", 1, "channel", len(self.weight(expert)), 1)
-        slabs = (replace(level2, name=name, axis=0) for name in tensors if name != level2.name)
+        # Up first, as everywhere.
+        names = (f"{name}.{leaf}" for name in ("up_proj", "gate_proj") for leaf in ("weight", "bias"))
+        slabs = (replace(level2, name=name, axis=0) for name in names if name in tensors)
         return Depth2("channels", tuple(slabs), level2, None, None, None), tensors
 
     def _apart(self, expert: int) -> dict[str, Tensor]:
