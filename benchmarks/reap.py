@@ -7,10 +7,12 @@ releases of transformers. What the result loses is told by `secateur eval MIXTUR
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import REAPPruningModifier
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,6 +43,13 @@ def main() -> None:
     )
     model.to(torch.bfloat16).save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
+    if model.config.model_type == "mixtral":
+        # It stores experts under other names than Mixtral's classes look for.
+        file = Path(given.out) / "model.safetensors"
+        tensors = load_file(file)
+        for old, new in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -129,6 +129,9 @@ class Written:
         """The model through the classes of this library, and what was missing."""
         with quiet():
             config = open_checkpoint(self.folder).config
+            if getattr(config, "attn_logit_softcapping", None):
+                # Before transformers 5.22 its own choice leaves caps of attention out.
+                how = {"attn_implementation": "eager"} | how
             model, info = model_class(config).from_pretrained(self.folder, output_loading_info=True, **how)
         return model.eval(), info
 
