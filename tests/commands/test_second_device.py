@@ -42,7 +42,7 @@ PRUNE: dict[str, tuple[str, str]] = {
     "rows of its own for the refit": ("llama", "--refit-samples 9 --recovery paper --recover before"),
     "a target of perplexity": ("llama", "--target ppl=1.3x --effort quick"),
     "experts": ("qwen2_moe", "--sparsity 0.3 --effort quick"),
-    "experts in groups": ("glm4_moe groups", "--sparsity 0.15 --widths uniform --effort quick"),
+    "experts in groups": ("glm4_moe groups", "--sparsity 0.15 --widths uniform --samples 24"),
     "experts by their norms": ("mixtral", "--sparsity 0.2 --modules experts --criterion reap --effort quick"),
 }
 """Name → model, and what is asked beside what all ask."""

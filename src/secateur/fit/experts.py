@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.order import removal_order, survivors
@@ -209,13 +208,14 @@ class ExpertsState:
         mixture, team, device = self.mixture, self.stream.team, self.stream.device
         own, tensors = mixture.alone(expert)
         kept = self._kept.get(expert, torch.arange(len(fitted_fd), device=device))
-        x, root, dtype = self._x[tokens], self._weight[tokens].sqrt()[:, None], fast_dtype(device)
+        x, root = self._x[tokens], self._weight[tokens].sqrt()[:, None]
         weight = root * routes.of(expert)[1][:, None] * (1 if self._scale is None else self._scale[tokens][:, None])
         found, source = [slope[:, kept] * weight for slope in mixture.slopes(expert, x)], mixture.read(expert, x)
-        part = Part(source.to(dtype), [factor.to(dtype) for factor in found])
+        # Float32: sums over tokens would be rounded otherwise by two processes than by one.
+        part = Part(source, found)
         met = self._met(tokens)
         tangent = Tangent(self.norm.scale(fitted_fd)[kept], len(found), source.shape[1], int(met), team)
-        tangent.add(part, (left[tokens] * root).to(dtype), root)
+        tangent.add(part, left[tokens] * root, root)
         ridge = self.recovery.ridge * (1 + len(fitted_fd) / met)
         changes = tangent.step(lambda: [part], ridge, self.recovery.level1)
         shared = team.shared({str(number): change for number, change in enumerate(changes)}, 0, device)
