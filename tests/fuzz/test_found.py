@@ -177,3 +177,11 @@ def test_what_a_stop_has_left_before_the_weights(tmp_path: Path, bench: Bench) -
     bench.stopped(WHOLE)
     whole = bench.place / f"stopped-{WHOLE}" / "model.safetensors"
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_half_a_surrogate_pair_in_a_config(tmp_path: Path, bench: Bench) -> None:
+    folder = shutil.copytree(bench.tiny, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text()) | {"note": "a\ud800"}
+    (folder / "config.json").write_text(json.dumps(config))
+    prune(folder, tmp_path / "out", **SMALL)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["note"] == "a\ud800"

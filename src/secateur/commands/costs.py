@@ -103,7 +103,7 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
                 forward=sum(forward_flops(block, streams) for block in stream.blocks),
                 quick=sum(gram_flops(a, width, tokens) for tokens in each for a in _level2_inputs(blocks)),
                 exact=len(each) * sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
-                resident=resident_bytes(stream, level1=bool(fitted), apart=apart),
+                resident=resident_bytes(stream, level1=bool(fitted) or (level1 > 0 and bool(mixed)), apart=apart),
                 # Of all fits but the one under way both streams are there, and nothing else.
                 streams=4 * (first * (4 * width + 2 * columns + max(_level2_inputs(blocks))) + resting * 2 * columns)
                 + 4 * (first + resting) * stream.beside.kept
@@ -244,7 +244,9 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
     batch = BATCH_TOKENS * (3 * a + 4 * d)
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
     ends = stored - sum(block.parameters for block in stream.blocks)
-    return round(4.2 * max(1.2 * block.parameters + max(solve, step) + batch, ends))
+    # Of experts, what gets new values is there twice.
+    copied = _expert(block) * block.feed_forward.units / (1 if level1 else 3) if block.feed_forward.inner else 0.0
+    return round(4.2 * max(1.2 * block.parameters + copied + max(solve, step) + batch, ends))
 
 
 def _level2_inputs(blocks: Iterable[Block]) -> list[int]:

@@ -152,12 +152,9 @@ class ExpertsState:
     def _refit(self, left: Tensor, alive: Tensor, stay: int) -> None:
         """Solve one expert after the other for what the output lacks (n x d), which is kept up to date."""
         mixture, module = self.mixture, self.module
-        # Rounded here, as these are all of the block: one more copy shows in the peak.
         both, level1 = self.recovery.fits_level1, f"{module.level2.layer}.{mixture.names.stored[0][0]}"
         names = [module.level2.name, *([level1] if both else [])]
-        changed = {name: self.state.tensors[name].to(self.state.dtype).to(torch.float32, copy=True) for name in names}
-        for name in names[1:]:
-            assign(self.state.layer, name, changed[name])
+        changed = {name: self._copied(name) for name in names}
         routes = mixture.route(self._x, alive)
         for expert in mixture.parts(alive):
             beside = expert == module.units
@@ -174,6 +171,18 @@ class ExpertsState:
                 fitted = self._fit_both(left, expert, routes, share, rows, fitted)
             changed[module.level2.name][expert] = fitted if mixture.layout.inputs_first else fitted.T
         self.state.use(changed)
+
+    def _copied(self, name: str) -> Tensor:
+        """A tensor of all experts in the place of the dense one, rounded as it will be written.
+
+        This is most of the block: whatever else is made of it in one piece shows in the peak.
+        """
+        copied = self.state.tensors[name].clone()
+        for own in copied:
+            own.copy_(own.to(self.state.dtype))
+        assign(self.state.layer, name, copied)
+        self.state.tensors[name] = copied
+        return copied
 
     def _fit_both(
         self, left: Tensor, expert: int, routes: Routes, stay: int, rows: Tensor, fitted_fd: Tensor

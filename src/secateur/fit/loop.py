@@ -7,6 +7,7 @@ follow the averaged model.
 """
 
 from collections.abc import Callable, Generator, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ def refit(
                 for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
                     chosen = found[0].keep.chosen(stream.blocks[index]) if found else plan.units.get(index, {})
-                    with restored(layer):
+                    # Where nothing else asks for the dense weights, they need not stay.
+                    with restored(layer) if len(fits) + len(follow) > 1 else nullcontext():
                         state = BlockState(stream, index, layer, method, dtype, part, arena, given)
                         found.append(_fit(state, pruned, plan.widths[index], chosen))
                         del state

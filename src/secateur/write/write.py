@@ -200,14 +200,15 @@ def write_record(path: Path, record: Any) -> None:
     """A file of text, or of what is to be JSON; a function gives either."""
     contents = record() if callable(record) else record
     if isinstance(contents, str):
-        path.write_text(contents, encoding="utf-8")
+        path.write_text(contents, encoding="utf-8", errors="backslashreplace")
     else:
         write_json(path, contents)
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """A JSON file as people read it."""
-    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """A JSON file as people read it; half a surrogate pair stays the escape that it came as."""
+    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def copy_into(folder: Path, file: Path) -> None:
