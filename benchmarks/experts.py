@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--ridge", type=float, default=0.3)
+    parser.add_argument("--level1", type=int, default=2, help="steps of the refit's level 1; 0: level 2 alone")
     given = parser.parse_args()
     checkpoint = open_checkpoint(given.model)
     stream, tokenizer = BlockStream(checkpoint), checkpoint.tokenizer()
@@ -53,7 +54,9 @@ def main() -> None:
         rows = Rows.of(text).with_openings()
         for share in given.shares:
             for name in given.methods:
-                lost = nats(stream, rows, texts, share, *METHODS[name], seed, given.ridge)
+                order, fits = METHODS[name]
+                recovery = Recovery("refit" if fits else "none", ridge=given.ridge, level1=given.level1)
+                lost = nats(stream, rows, texts, share, Method(f"experts={order}", recovery, seed))
                 found.setdefault((name, share), []).append(lost)
                 print(f"seed {seed}, {share:.0%}, {name}: " + ", ".join(f"{value:.4f}" for value in lost), flush=True)
     names = [Path(text).stem for text in given.evaluate]
@@ -75,21 +78,11 @@ def cells(values: list[list[float]], reap: list[list[float]] | None) -> list[str
     return result
 
 
-def nats(
-    stream: BlockStream,
-    rows: Rows,
-    texts: list[Tensor],
-    share: float,
-    order: str,
-    fits: bool,
-    seed: int,
-    ridge: float,
-) -> list[float]:
+def nats(stream: BlockStream, rows: Rows, texts: list[Tensor], share: float, method: Method) -> list[float]:
     """What a token of each text loses."""
     widths = {index: block.width for index, block in enumerate(stream.blocks)}
     fewer = {index: replace(width, experts=math.ceil(width.experts * (1 - share))) for index, width in widths.items()}
     plan = Plan(fewer, share, share)
-    method = Method(f"experts={order}", Recovery("refit" if fits else "none", ridge=ridge), seed)
     every, lost = rows.along(*texts), list[float]()
 
     def judge(dense: Activations, pruned: Activations) -> None:

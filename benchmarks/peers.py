@@ -327,8 +327,8 @@ def _cut(
     stream: BlockStream, network: Any, index: int, keep: Keep, changed: Mapping[str, Tensor], width: Width
 ) -> None:
     """Cut one block of the network down."""
-    layer = layers_of(stream, network)[index]
-    narrow(layer, slice_block(stream.blocks[index], dict(layer.named_parameters()) | dict(changed), keep), width)
+    layer, new = layers_of(stream, network)[index], {name: tensor.float() for name, tensor in changed.items()}
+    narrow(layer, slice_block(stream.blocks[index], dict(layer.named_parameters()) | new, keep), width)
 
 
 def _leave(stream: BlockStream, network: Any, layers: list[nn.Module], kept: list[int]) -> None:

@@ -21,7 +21,7 @@ class FittedBlock:
     index: int
     keep: Keep
     changed: dict[str, Tensor]
-    """Tensors with new values at full width, float32, already rounded to the dtype of the output."""
+    """Tensors with new values at full width, in the dtype of the output."""
     reports: tuple[ModuleReport, ...]
 
 
@@ -37,12 +37,11 @@ def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> F
 
     def value(one: FittedBlock, name: str) -> Tensor:
         # Where one fit had nothing to gain, its weights are the dense ones.
-        return one.changed[name] if name in one.changed else dense.get_parameter(name).data.cpu()
+        return one.changed[name].float() if name in one.changed else dense.get_parameter(name).data.cpu()
 
     names = dict.fromkeys(name for one in found for name in one.changed)
     changed = {
-        name: (sum((value(one, name) for one in others), value(first, name)) / len(found)).to(dtype).float()
-        for name in names
+        name: (sum((value(one, name) for one in others), value(first, name)) / len(found)).to(dtype) for name in names
     }
     reports = tuple(
         replace(
@@ -61,7 +60,7 @@ def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> F
 def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Iterator[None]:
     """Let a block compute what it will once its units are gone; its parameters stay as they then are."""
     for name, tensor in fitted.changed.items():
-        assign(layer, name, tensor.to(stream.device))
+        assign(layer, name, tensor.to(stream.device, torch.float32))
     tensors = layer.state_dict()
     with ExitStack() as stack:
         for module in stream.blocks[fitted.index].modules:

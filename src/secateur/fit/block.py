@@ -124,7 +124,7 @@ class BlockState:
         self.block = stream.blocks[index]
         self.tensors: dict[str, Tensor] = layer.state_dict()
         self.changed: dict[str, Tensor] = {}
-        """Tensors with new values, full width, float32."""
+        """Tensors with new values, full width, as they will be written."""
         self.goal, self.input = dense.goal, dense.input
         self.output = dict(dense.output)
         """Level-2 outputs: the dense model's at first, the pruned model's once a module is done."""
@@ -166,7 +166,7 @@ class BlockState:
 
     def use(self, rounded: dict[str, Tensor]) -> None:
         """The same, of values that are rounded already."""
-        self.changed |= {name: tensor.cpu() for name, tensor in rounded.items()}
+        self.changed |= {name: tensor.to(self.dtype).cpu() for name, tensor in rounded.items()}
         self.tensors |= rounded
         for name, tensor in rounded.items():
             assign(self.layer, name, tensor)
