@@ -412,7 +412,10 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
     for index, keep in keeps.items():
         layer = layers_of(small)[index]
         block = describe(model.config, layer)
-        tensors = layer.state_dict() | (changed or {}).get(index, {})
+        # They come in the dtype of the output.
+        dtype = next(layer.parameters()).dtype
+        own = {name: value.to(dtype) for name, value in (changed or {}).get(index, {}).items()}
+        tensors = layer.state_dict() | own
         narrow(layer, slice_block(block, tensors, keep), width_of(block, keep))
     return small
 
