@@ -22,6 +22,7 @@ from torch import nn
 import secateur.fit.level1_step
 import secateur.model.journal
 import secateur.model.rows
+import secateur.model.stream
 from secateur.model.stream import BlockStream
 
 LENGTH, TOGETHER = 24, 4
@@ -63,6 +64,7 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
     # Rounding is all that may differ; bfloat16 would make much of it.
     secateur.fit.level1_step.fast_dtype = lambda _: torch.float32
     secateur.model.rows.BATCH_TOKENS = TOGETHER * LENGTH
+    secateur.model.stream.MIXED = 1
     # Every block is kept, whatever that costs.
     secateur.model.journal.SPENT = float("inf")
     for case in cases:

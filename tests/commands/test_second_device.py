@@ -43,7 +43,8 @@ PRUNE: dict[str, tuple[str, str]] = {
     "a target of perplexity": ("llama", "--target ppl=1.3x --effort quick"),
     "experts": ("qwen2_moe", "--sparsity 0.3 --effort quick"),
     "experts in groups": ("glm4_moe groups", "--sparsity 0.15 --widths uniform --samples 24"),
-    "experts by their norms": ("mixtral", "--sparsity 0.2 --modules experts --criterion reap --effort quick"),
+    # Four rows are one batch: of two processes, one has none.
+    "experts by norms": ("mixtral", "--sparsity 0.2 --modules experts --criterion reap --effort quick --samples 4"),
 }
 """Name → model, and what is asked beside what all ask."""
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from models import MIXTURES, blocks_of, build, layers_of, token_rows
 from secateur.base.team import Team
 from secateur.criteria.experts import Routed, expert_order
 from secateur.fit.block import Method
-from secateur.fit.experts import FEWEST
+from secateur.fit.expert_fit import FEWEST
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.held import plain
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
@@ -87,6 +89,24 @@ def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name:
         assert not torch.allclose(found, dense[0], atol=1e-3)
         assert torch.equal(mixture.output(x[None], mixture.every), dense)
         assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_stay_as_they_are_stored(tmp_path: Path, name: str) -> None:
+    """They take half of float32's memory where weights are bfloat16, and give the same to the bit."""
+    build(name).to(torch.bfloat16).save_pretrained(tmp_path)
+    stream = BlockStream(open_checkpoint(tmp_path))
+    with stream.filled(2) as layer, torch.no_grad():
+        mixture = Mixture(stream, layer, stream.blocks[2].feed_forward)
+        x, own = inputs(stream.width), mixture.experts
+        found, slopes = mixture.output(x[None], mixture.every), mixture.slopes(1, x)
+        stacks = {leaf: value for leaf, value in own.named_parameters() if value.dim() == 3}
+        together = mixture.names.scales_inputs
+        assert {value.dtype for value in stacks.values()} == {torch.float32 if together else torch.bfloat16}
+        for leaf, value in stacks.items():
+            assign(own, leaf, plain(value.data).float())
+        assert torch.equal(found, mixture.output(x[None], mixture.every))
+        assert all(torch.equal(*pair) for pair in zip(slopes, mixture.slopes(1, x), strict=True))
 
 
 def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:

@@ -7,19 +7,13 @@ the safetensors library, the bytes of a run that was never stopped.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import random
-import resource
 import shutil
-import signal
-import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache, cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,317 +21,37 @@ from unittest.mock import patch
 import safetensors
 import torch
 import yaml
-from mutate import DEEP, DIGITS, changed, damaged, damaged_file, damaged_header, spelled
-from transformers import AutoConfig, AutoModelForCausalLM
+from bench import BIOGPT, SMALL, TEXT, WHOLE, Bench, known
+from mutate import changed, damaged, damaged_file, damaged_header, spelled
+from recipes import RECIPES
+from right import TOLERANCE, Fault, Skipped, command, compare, limits, loaded, pruned
+from transformers import AutoConfig
 
-import secateur.model.journal
 from models import (
     MIXTURES,
     ROWS,
     SIMILAR,
-    SIZES,
-    blocks_of,
-    layers_of,
     logits_of,
-    make_letters,
     make_tokenizer,
-    masked,
-    narrowed,
     relative,
     save,
     token_rows,
 )
-from secateur import cli, prune
+from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
-from secateur.base.quiet import quiet
 from secateur.commands import steps
 from secateur.commands.open import open_model
 from secateur.compare.recipe import expand, read_recipe
 from secateur.compare.recipes import FOLDER
 from secateur.compare.retrain import retrain
 from secateur.compare.training import Training
-from secateur.fit.average import FittedBlock
-from secateur.fit.temper import scaled
-from secateur.formats import family_file
-from secateur.formats.per_layer import model_class
-from secateur.formats.stock import STOCK
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.families import FAMILIES
-from secateur.model.stream import BlockStream
-from secateur.model.surgery import assign
 from secateur.text.calibration import calibration_rows
 from secateur.write.export import export
 
-SECONDS = 10
-"""Of processor time that a case may take; the usual one takes a tenth of one."""
-MEMORY = 2**30
-"""Of address space that it may ask for; the files have some 100 kB."""
-GROWTH = 300 * 2**20
-"""Of memory that it may come to hold; libraries that are first loaded take the most of it."""
-TOLERANCE = 2e-4
-WHOLE = 99
-"""More items than a run has."""
-SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
-TEXT = " ".join(f"w{i * 37 % 116}" for i in range(600))
-
 CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
 """Rows whose config.json is damaged."""
-NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-TINY = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24})
-"""What all other files are of."""
-
-
-class Hung(BaseException):
-    """A case has taken too long."""
-
-
-class Fault(AssertionError):
-    """A case has ended otherwise than it may."""
-
-
-@contextlib.contextmanager
-def limits() -> Iterator[None]:
-    """An end to time and memory."""
-
-    def stop(*_: object) -> None:
-        raise Hung(f"more than {SECONDS} s")
-
-    now, held = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split()[:2])
-    # The most that was ever held begins anew.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGPROF, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.signal(signal.SIGPROF, handler)
-    most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    if int(most.split()[1]) * 1024 - held > GROWTH:
-        raise Fault(f"{most}, before it {held // 1024} kB")
-
-
-class Stopping(Silent):
-    """Stops a run before its n-th item, as Ctrl-C would."""
-
-    def __init__(self, left: int):
-        self.left = left
-
-    def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
-        for item in items:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-            yield item
-
-
-class Bench:
-    """Sound inputs, made once, and what cases have in common."""
-
-    def __init__(self, place: Path):
-        self.place = place
-
-    @cache  # noqa: B019
-    def dense(self, name: str) -> Path:
-        """A row's folder."""
-        return save(name, self.place / name)
-
-    @cached_property
-    def tiny(self) -> Path:
-        """The smallest model, with a tokenizer whose words are seldom spelled."""
-        return self.saved("llama tiny", TINY)
-
-    @cached_property
-    def letters(self) -> Path:
-        """The same with a tokenizer that a GGUF file holds."""
-        folder = shutil.copytree(self.tiny, self.place / "letters")
-        make_letters().save_pretrained(folder)
-        return folder
-
-    @cached_property
-    def gguf(self) -> Path:
-        """As a GGUF file."""
-        prune(self.letters, self.place / "tiny.gguf", **SMALL, widths="uniform", format="gguf", type="f32")
-        return self.place / "tiny.gguf"
-
-    @cached_property
-    def shards(self) -> Path:
-        """The same in two shards."""
-        folder = shutil.copytree(self.tiny, self.place / "shards")
-        (folder / "model.safetensors").unlink()
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(self.tiny, dtype=torch.float32)
-            model.save_pretrained(folder, max_shard_size="12kB")
-        return folder
-
-    @cached_property
-    def text(self) -> Path:
-        file = self.place / "text.txt"
-        file.write_text(TEXT)
-        return file
-
-    @cached_property
-    def survey(self) -> Path:
-        """What a survey of the smallest model keeps."""
-        run = open_model(self.tiny, **SMALL, survey=self.place / "survey.json")
-        steps.survey_model(run, steps.draw_rows(run))
-        return self.place / "survey.json"
-
-    @cache  # noqa: B019
-    def pruned(self, widths: str) -> Path:
-        """What `prune` made of the smallest model."""
-        out = self.place / f"pruned-{widths}"
-        prune(self.letters, out, **SMALL, widths=widths)
-        return out
-
-    @cache  # noqa: B019
-    def stopped(self, item: int) -> Path:
-        """What is left of a run that was stopped before its n-th item."""
-        out = self.place / f"stopped-{item}"
-        with patch.object(secateur.model.journal, "SPENT", float("inf")), contextlib.suppress(KeyboardInterrupt):
-            prune(self.tiny, out, **SMALL, watcher=Stopping(item))
-        return out.with_name(f".{out.name}.run")
-
-    @cached_property
-    def biogpt(self) -> Path:
-        """A model of a family that only a file describes."""
-        family_file._READ.add("biogpt")
-        with known("biogpt"):
-            family_file.read_family(self.described)
-            return self.saved("biogpt", AutoConfig.for_model("biogpt", **SIZES))
-
-    @cached_property
-    def described(self) -> Path:
-        file = self.place / "biogpt.yaml"
-        file.write_text(yaml.safe_dump(BIOGPT))
-        return file
-
-    def saved(self, name: str, config: Any) -> Path:
-        """A folder of a config."""
-        with patch.dict(ROWS, {name: lambda: config}):
-            return save(name, self.place / name)
-
-
-BIOGPT: dict[str, Any] = {
-    "model_type": "biogpt",
-    "blocks": "biogpt.layers",
-    "output": "out_proj",
-    "feed_forward": None,
-    "up": "fc1",
-    "gate": None,
-    "down": "fc2",
-    "final_norm": "biogpt.layer_norm",
-    "ungrouped": True,
-    "stock": {"heads": "dense", "theta": None},
-}
-
-
-@contextlib.contextmanager
-def known(kind: str) -> Iterator[None]:
-    """A family that a file describes, forgotten again."""
-    before = [dict(table) for table in (FAMILIES, STOCK)]
-    try:
-        yield
-    finally:
-        for table, entries in zip((FAMILIES, STOCK), before, strict=True):
-            table.clear()
-            table.update(entries)  # type: ignore[arg-type]
-
-
-def command(*arguments: str | Path) -> None:
-    """`secateur` with some arguments, inside this process; its mistake is raised as the library would."""
-    out, log = io.StringIO(), io.StringIO()
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with (
-            patch.object(sys, "argv", ["secateur", *map(str, arguments)]),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(log),
-        ):
-            cli.main()
-    except SystemExit as end:
-        said = log.getvalue().strip().splitlines()
-        if end.code == 2 and said and said[-1].startswith("error: ") and "Traceback" not in log.getvalue():
-            raise SecateurError(said[-1]) from None
-        if end.code:
-            raise Fault(f"exit code {end.code}: {said}") from None
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[FittedBlock]:
-    """`prune` by the library or, at times, the command line; the blocks that were written."""
-    settings = SMALL | settings
-    blocks: list[FittedBlock] = []
-    cut = steps.slice
-
-    def noticed(stream: BlockStream, block: FittedBlock, **how: Any) -> Any:
-        blocks.append(block)
-        return cut(stream, block, **how)
-
-    with patch.object(steps, "slice", noticed):
-        if rng.random() < 0.15:
-            given = (part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value))
-            command("prune", model, out, *map(str, given))
-        else:
-            prune(model, out, **settings)
-    return blocks
-
-
-def loaded(folder: Path) -> Any:
-    """A folder's model as transformers reads it."""
-    config = AutoConfig.from_pretrained(folder)
-    with quiet():
-        model, found = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if found["missing_keys"] or found["mismatched_keys"]:
-        raise Fault(f"{folder.name}: {sorted(found['missing_keys'])[:3]} {sorted(found['mismatched_keys'])[:3]}")
-    model.config.allow_global_per_layer_attribute_access = True
-    return model.eval().requires_grad_(False)
-
-
-def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) -> None:
-    """What was written computes what the dense model does without the units that went."""
-    ids = token_rows(2, 6)
-    try:
-        full = loaded(dense)
-        ids %= full.config.vocab_size
-        logits_of(full, ids)
-        keeps = {block.index: block.keep for block in blocks}
-        described = blocks_of(full)
-    except (Exception, Fault):
-        # transformers alone cannot run it, whatever is made of it here.
-        loaded_or_not(out)
-        return
-    if recovery == "none":
-        with masked(full, keeps):
-            wanted = logits_of(full, ids)
-    else:
-        small = narrowed(full, keeps, {block.index: block.changed for block in blocks})
-        scale = json.loads((out / "secateur.json").read_text())["final_norm_scale"]
-        if scale is not None:
-            for path, tensor in scaled(BlockStream(open_checkpoint(dense)), scale).items():
-                assign(small, path, tensor.float())
-        wanted = logits_of(small, ids)
-    assert len(described) == len(layers_of(full))
-    found = logits_of(loaded(out), ids)
-    if not torch.isfinite(wanted).all():
-        return
-    # Zeros are right where a config makes all logits zero.
-    if not (torch.equal(found, wanted) or relative(found, wanted) < TOLERANCE):
-        raise Fault(f"logits differ by {relative(found, wanted):.2e}")
-
-
-def loaded_or_not(folder: Path) -> None:
-    """A folder that this library opens, whatever transformers says."""
-    open_checkpoint(folder)
-
-
 # The kinds. `at` is a folder for each case: the input in at/in, the output in at/out.
 
 
@@ -513,41 +227,6 @@ def state(bench: Bench, rng: random.Random, at: Path) -> None:
             assert file.read_bytes() == (at / "out" / file.relative_to(whole)).read_bytes(), file.name
 
 
-_RECIPE = "title: t\nevaluation: {perplexity: [wikitext2]}\n"
-RECIPES = (
-    "a: " + "[" * DEEP,
-    "a: " + "[" * 900 + "]" * 900,
-    "{a: " * DEEP,
-    "- " * DEEP,
-    _RECIPE
-    + "a: &a [x, x]\n"
-    + "".join(
-        f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n"
-        for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu", strict=False)
-    ),
-    _RECIPE + "options: &a {x: *a}",
-    _RECIPE + "runs: &a {x: *a}",
-    _RECIPE + "options: &a {<<: *a}",
-    _RECIPE + "grid: {seed: 2020-02-31}",
-    _RECIPE + "grid: {seed: [2020-01-01 25:61:61]}",
-    _RECIPE + "grid: {seed: [!!int x]}",
-    _RECIPE + "grid: {seed: [!!binary x]}",
-    _RECIPE + f"grid: {{seed: [{DIGITS}]}}",
-    _RECIPE + f"grid: {{sparsity: [{DIGITS}.5, .inf, .nan, 1e400]}}",
-    _RECIPE + "grid: {seed: [0b, 0x, 1_0, 190:20:30, 1:1]}",
-    _RECIPE + "{a: b}: c",
-    _RECIPE + "? [a, [b]]\n: c",
-    _RECIPE + "!!python/object/apply:os.system [ls]",
-    _RECIPE + "grid: " + str({name: list(range(1, 3001)) for name in ("seed", "samples", "length")}),
-    "%YAML 9.9\n---\na: b",
-    "a: b\n---\nc: d",
-    "\ufeff" + _RECIPE,
-    "a: \x07",
-    "",
-    "[]",
-)
-
-
 def recipe(bench: Bench, rng: random.Random, at: Path) -> None:
     """A recipe of `secateur compare`."""
     file, what = at / "in.yaml", rng.random()
@@ -649,10 +328,6 @@ def model(bench: Bench, rng: random.Random, at: Path) -> None:
     how: dict[str, Any] = {"recovery": recovery, "widths": rng.choice(["adaptive", "uniform"])}
     how["sparsity"] = rng.choice([0.1, 0.25, 0.4])
     compare(folder, at / "out", pruned(rng, folder, at / "out", **how), recovery)
-
-
-class Skipped(Exception):
-    """A case that is none."""
 
 
 def resized(rng: random.Random, sizes: dict[str, Any]) -> dict[str, Any]:

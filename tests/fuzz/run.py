@@ -23,7 +23,9 @@ def child(place: str, numbers: range) -> None:
     """Cases one after the other, a line for each."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     import torch
-    from cases import Bench, Fault, kind_of, run
+    from bench import Bench
+    from cases import kind_of, run
+    from right import Fault
 
     torch.set_num_threads(1)
     os.fsync = lambda _: None

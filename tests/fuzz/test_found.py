@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import BIOGPT, RECIPES, SMALL, WHOLE, Bench, known
+from bench import BIOGPT, SMALL, WHOLE, Bench, known
 from mutate import spelled
+from recipes import RECIPES
 
 from secateur import SecateurError, prune
 from secateur.compare.recipe import read_recipe

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cases import KINDS, Bench, kind_of, run
+from bench import Bench
+from cases import KINDS, kind_of, run
 
 CASES = 300
 

@@ -117,17 +117,25 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
 def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps: int) -> Work:
     """Level 1 of the feed-forward fitted along, k channels kept; held is what it stores on top of the rest.
 
-    J and its transpose take m + 1 products of 2 n k d each, one of the two for the right-hand side, and as many what is
-    linearised. The new inputs are one more run of the block.
+    The new inputs are one more run of the block.
     """
-    k, d, m = kept, stream.width, len(block.feed_forward.scored)
-    product = 2.0 * tokens * k * d
-    preconditioner = m * (k**3 / 3 + 2 * k**2 * min(tokens, SAMPLED)) + 2 * k**2 * d
+    d, m = stream.width, len(block.feed_forward.scored)
+    return step_work(kept, d, m, tokens, steps)._replace(
+        forward=forward_flops(block, tokens), streams=tokens * (d + m * kept) * fast_dtype(stream.device).itemsize
+    )
+
+
+def step_work(k: int, d: int, m: int, tokens: float, steps: int) -> Work:
+    """Level 1 of k channels fitted along, and level 2 anew.
+
+    J and its transpose take m + 1 products of 2 n k d each, one of the two for the right-hand side, and as many what is
+    linearised.
+    """
+    sampled = min(tokens, SAMPLED)
+    preconditioner = m * (k**3 / 3 + 2 * k**2 * sampled) + d**3 / 3 + 2 * d**2 * sampled + 2 * k**2 * d
     return Work(
-        forward=forward_flops(block, tokens),
-        quick=(m + 1) * product * (2 * steps + 2) + gram_flops(k, d, tokens),
+        quick=(m + 1) * 2.0 * tokens * k * d * (2 * steps + 2) + gram_flops(k, d, round(tokens)),
         exact=preconditioner + steps * m * 2 * k * d * (k + d) + k**3 / 3 + 2 * k**2 * d,
-        streams=tokens * (d + m * k) * fast_dtype(stream.device).itemsize,
     )
 
 
@@ -135,8 +143,8 @@ def mixture_work(block: Block, width: int, tokens: int, now: Width, level1: int)
     """The order of a mixture's experts and the refit of those that are left: statistics and a solve of each.
 
     Its output is made before and behind the refit, and the inputs of level 2 once. Where channels go, each expert has
-    an elimination of its own. Level 1 is fitted along as in `level1_work`, in each for the tokens that meet it, and
-    what is linearised is one more run of each.
+    an elimination of its own. Level 1 is fitted along in each for the tokens that meet it, two more runs of which make
+    what is linearised and the new inputs.
     """
     module, left, inner = block.feed_forward, now.experts, block.feed_forward.inner
     met = tokens * min(module.met, left) / left
@@ -146,23 +154,12 @@ def mixture_work(block: Block, width: int, tokens: int, now: Width, level1: int)
         quick=left * gram_flops(inner, width, round(met)),
         exact=left * (solve_flops(inner, width) if cut else inner**3 / 3 + 2 * inner**2 * width),
     )
-    steps = [
-        Work(
-            forward=2 * 2.0 * left * met * _expert(block),
-            quick=left
-            * (3 * 2.0 * met * now.channels * width * (2 * level1 + 2) + gram_flops(inner, width, round(met))),
-            exact=left
-            * (
-                2 * (now.channels**3 / 3 + 2 * now.channels**2 * min(met, SAMPLED))
-                + width**3 / 3
-                + 2.0 * width**2 * min(met, SAMPLED)
-                + level1 * 4 * now.channels * width * (now.channels + width)
-                + inner**3 / 3
-                + 2 * inner**2 * width
-            ),
-        )
-    ]
-    return Work.of([work, order_work(block, width, tokens, left), *(steps if level1 else [])])
+    parts = [work, order_work(block, width, tokens, left)]
+    if level1:
+        step = step_work(now.channels, width, 2, met, level1)
+        runs = 2 * 2.0 * left * met * _expert(block)
+        parts.append(Work(forward=runs, quick=left * step.quick, exact=left * step.exact))
+    return Work.of(parts)
 
 
 def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
@@ -241,12 +238,13 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
     a = max(a, block.feed_forward.inner)
     solve = (2.3 + apart) * a * a + (7 + apart) * a * d
     step = m * (2 * a * a + 6 * a * d) if level1 else 0.0
-    batch = BATCH_TOKENS * (3 * a + 4 * d)
+    batch = stream.batch * BATCH_TOKENS * (3 * a + 4 * d)
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
     ends = stored - sum(block.parameters for block in stream.blocks)
+    experts = _expert(block) * block.feed_forward.units if block.feed_forward.inner else 0
     # Of experts, what gets new values is there twice.
-    copied = _expert(block) * block.feed_forward.units / (1 if level1 else 3) if block.feed_forward.inner else 0.0
-    return round(4.2 * max(1.2 * block.parameters + copied + max(solve, step) + batch, ends))
+    copied = (1.2 + (1 if level1 else 1 / 3)) * experts * stream.expert_bytes / 4
+    return round(4.2 * max(1.2 * (block.parameters - experts) + copied + max(solve, step) + batch, ends))
 
 
 def _level2_inputs(blocks: Iterable[Block]) -> list[int]:

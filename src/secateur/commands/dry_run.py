@@ -151,7 +151,8 @@ def copy_rate(stream: BlockStream, rows: int = 8192, repeats: int = 3) -> float:
 
 def forward_rate(stream: BlockStream, text: Tensor, repeats: int = 3) -> float:
     """Operations per second, 2 n p in all, of the first block on a batch of the text; the best of a few."""
-    rows = Rows.of(text[: max(1, BATCH_TOKENS // text.shape[1])])
+    some = text[: max(1, stream.batch * BATCH_TOKENS // text.shape[1])]
+    rows = replace(Rows.of(some), batch=stream.batch)
     best = 0.0
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)

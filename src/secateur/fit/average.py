@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.fit.module import ModuleReport
+from secateur.model.held import plain
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep
@@ -37,7 +38,8 @@ def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> F
 
     def value(one: FittedBlock, name: str) -> Tensor:
         # Where one fit had nothing to gain, its weights are the dense ones.
-        return one.changed[name].float() if name in one.changed else dense.get_parameter(name).data.cpu()
+        own = one.changed[name] if name in one.changed else plain(dense.get_parameter(name).data).cpu()
+        return own.float()
 
     names = dict.fromkeys(name for one in found for name in one.changed)
     changed = {
@@ -60,7 +62,7 @@ def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> F
 def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Iterator[None]:
     """Let a block compute what it will once its units are gone; its parameters stay as they then are."""
     for name, tensor in fitted.changed.items():
-        assign(layer, name, tensor.to(stream.device, torch.float32))
+        assign(layer, name, stream.held(name, tensor.to(stream.device)))
     tensors = layer.state_dict()
     with ExitStack() as stack:
         for module in stream.blocks[fitted.index].modules:

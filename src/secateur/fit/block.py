@@ -162,14 +162,11 @@ class BlockState:
 
     def change(self, tensors: dict[str, Tensor]) -> None:
         """Use new values from here on, rounded as they will be written."""
-        self.use({name: tensor.to(self.dtype).float() for name, tensor in tensors.items()})
-
-    def use(self, rounded: dict[str, Tensor]) -> None:
-        """The same, of values that are rounded already."""
-        self.changed |= {name: tensor.to(self.dtype).cpu() for name, tensor in rounded.items()}
-        self.tensors |= rounded
-        for name, tensor in rounded.items():
-            assign(self.layer, name, tensor)
+        for name, tensor in tensors.items():
+            rounded = tensor.to(self.dtype)
+            self.changed[name] = rounded.cpu()
+            self.tensors[name] = self.stream.held(name, rounded)
+            assign(self.layer, name, self.tensors[name])
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Tensor], None]:

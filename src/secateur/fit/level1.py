@@ -99,7 +99,7 @@ class Tangent:
     def step(self, parts: Callable[[], Iterable[Part]], ridge: float, iterations: int) -> list[Tensor]:
         """The changes V, one (k x d) for each level-1 matrix, after so many steps of conjugate gradients.
 
-        `parts` gives, each time anew, the tokens that were added. The sums are used up.
+        `parts` gives, each time anew, the tokens that were added. The sums are used up. All processes get the same.
         """
         team = self._team
         self._weight = team.total(self._weight)
@@ -146,7 +146,9 @@ class Tangent:
             towards, before = preconditioned(gap), slope
             slope = _dot(gap, towards)
             way = [t.add_(w, alpha=slope / before) for t, w in zip(towards, way, strict=True)]
-        return changes
+        # Sums that were added up in another order elsewhere would let the weights drift apart.
+        shared = team.shared({str(number): change for number, change in enumerate(changes)}, 0, self.weight_ko.device)
+        return list(shared.values())
 
     def _pushed(self, part: Part, change: Sequence[Tensor]) -> Tensor:
         """J(V) of some tokens (n x o), computed as they are stored."""

@@ -50,11 +50,9 @@ def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) ->
             yield Part(s, [room[at].to(device).reshape(len(s), -1) for room in stored])
 
     changes = tangent.step(parts, recovery.ridge, recovery.level1)
-    # Sums that were added up in another order elsewhere would let the weights drift apart.
-    shared = stream.team.shared({str(number): change for number, change in enumerate(changes)}, 0, device)
     for room in (source, *stored):
         state.arena.release(room)
     result = {slab.name: state.tensors[slab.name].clone() for slab in module.scored}
-    for slab, change in zip(module.scored, shared.values(), strict=True):
+    for slab, change in zip(module.scored, changes, strict=True):
         result[slab.name].index_add_(slab.axis, slab.offset + kept, change.movedim(0, slab.axis))
     return result

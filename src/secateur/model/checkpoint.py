@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,21 +24,16 @@ from secateur.base.files import local_path
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
 from secateur.model.config_file import OTHER_SENSES, TEXT, check_generation, load_config, read_config, stock_class
-from secateur.model.families import FAMILIES, Experts, mixture_of, positions_of
+from secateur.model.families import FAMILIES, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
+from secateur.model.stored import Stored
 from secateur.model.tokens import is_fault
 from secateur.model.weights import TensorInfo, list_tensors
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Causal masks and rotary tables, which old checkpoints carry and every model computes anew."""
-
-_ALIASES = {"lm_head.": "embed_out."}
-"""What transformers 5 calls a tensor → what checkpoints call it, where the two differ (GPT-NeoX)."""
-
-_TOWERS = {"model.": ("model.language_model.", "language_model.model."), "lm_head.": ("language_model.lm_head.",)}
-"""What a language model calls a tensor → what checkpoints of multimodal models do, newer ones first."""
 
 _HEADS = re.compile(r"(^|\.)mtp[._]")
 """Heads that predict tokens beyond the next one, where they are not blocks behind the last."""
@@ -69,62 +64,25 @@ _COPIED = (
 )
 
 
-@dataclass
-class Checkpoint:
+@dataclass(kw_only=True)
+class Checkpoint(Stored):
     """A decoder language model on disk.
 
     Attributes:
-        source: what the person named.
         path: the folder with the files.
-        config: the transformers config object; of a multimodal model, that of its language model.
         raw_config: config.json as stored, or the part of it that is the language model's.
         dtype: the most common floating dtype of the stored weights, by bytes.
-        tensors: every stored tensor by its stored name.
         trust_remote_code: whether the checkpoint's own code is needed and may run.
-        around: config.json of a multimodal model, whose towers and projectors are handed on as they are.
         quantised: whether weights are stored in another form than `read` gives them.
         left_out: stored tensors that the model has no place for; see `leave_heads` and `check_shapes`.
     """
 
-    source: str
     path: Path
-    config: Any
     raw_config: dict[str, Any]
     dtype: torch.dtype
-    tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
-    around: dict[str, Any] | None = None
     quantised: bool = False
     left_out: tuple[str, ...] = ()
-
-    def read(self, name: str) -> Tensor:
-        """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
-
-        Raises:
-            KeyError: there is no such tensor.
-        """
-        return self.tensors[name].read()
-
-    def resolve(self, name: str) -> str | None:
-        """The stored name of a transformers parameter, or None.
-
-        The stored name may lack the base model's prefix (GPT-2's own checkpoints) or carry it where the given
-        one does not.
-        """
-        return next((candidate for candidate in self._spelled(name) if candidate in self.tensors), None)
-
-    def _spelled(self, name: str) -> list[str]:
-        """What checkpoints may call a transformers parameter, or the first part of its name."""
-        candidates = [name]
-        if self._prefix:
-            candidates += [name.removeprefix(self._prefix), self._prefix + name]
-        if self.around is not None:
-            places = ((own, place) for own, places in _TOWERS.items() for place in places if name.startswith(own))
-            candidates = [*(place + name.removeprefix(own) for own, place in places), *candidates]
-        candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
-        for own, stored in self._experts.renamed if self._experts else ():
-            candidates += [candidate.replace(own, stored, 1) for candidate in candidates if own in candidate]
-        return candidates
 
     def leave_heads(self) -> None:
         """Forget heads that predict tokens beyond the next one: they read what the dense model gives.
@@ -132,7 +90,7 @@ class Checkpoint:
         They stand under a name of their own, or as blocks behind the last.
         """
         family = FAMILIES.get(self.config.model_type)
-        places = self._spelled(f"{family.blocks}.") if family else []
+        places = self.spelled(f"{family.blocks}.") if family else []
         count = self.config.num_hidden_layers
 
         def further(name: str) -> bool:
@@ -147,87 +105,6 @@ class Checkpoint:
         """Forget some tensors, which are then neither counted nor written."""
         self.tensors = {name: info for name, info in self.tensors.items() if name not in names}
         self.left_out += tuple(names)
-
-    @cached_property
-    def _experts(self) -> Experts | None:
-        """How the model's mixtures of experts are called, if it has any."""
-        return mixture_of(self.config)
-
-    def pieces(self, name: str) -> tuple[str, ...]:
-        """Stored names of all that a transformers parameter holds, in order; none where something is missing.
-
-        That is one tensor, but for the matrices of experts, which most checkpoints hold apart, expert by expert.
-        """
-        if found := self.resolve(name):
-            return (found,)
-        if not self._experts:
-            return ()
-        from secateur.model.modeling_secateur import overrides  # which takes a second
-
-        index = re.search(r"\.(\d+)\.", name)
-        own = overrides(self.config, int(index[1])) if index else {}
-        count = own.get(self._experts.count) or getattr(self.config, self._experts.count)
-        return self._apart(name, count)
-
-    def _apart(self, name: str, count: int) -> tuple[str, ...]:
-        """The stored matrices of the first experts, if they are stored one by one; none where one is missing."""
-        owner, _, leaf = name.rpartition(".")
-        parts = dict(self._experts.stored).get(leaf, ()) if self._experts else ()
-        names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
-        return () if None in names else tuple(map(str, names))
-
-    def holds_experts(self, name: str) -> bool:
-        """Whether a tensor of a block's experts is stored, together or apart."""
-        return bool(self.resolve(name) or self._apart(name, 1))
-
-    def read_parameter(self, name: str) -> Tensor:
-        """A transformers parameter as stored, put together where checkpoints hold it in pieces.
-
-        Raises:
-            SecateurError: it is missing.
-        """
-        pieces = self.pieces(name)
-        if not pieces:
-            raise SecateurError(f"{self.source}: tensor {name} is missing")
-        if len(pieces) == 1:
-            return self.read(pieces[0])
-        together = self._together(name)
-        result = torch.empty(self._shape_of(name, pieces), dtype=self.tensors[pieces[0]].dtype)
-        for expert, whole in enumerate(result):
-            own = pieces[expert * together : (expert + 1) * together]
-            torch.cat([self.read(piece) for piece in own], out=whole)
-        return result
-
-    def parameter_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of what `read_parameter` gives."""
-        return self._shape_of(name, self.pieces(name))
-
-    def _shape_of(self, name: str, pieces: tuple[str, ...]) -> tuple[int, ...]:
-        """The same, of the pieces that were found."""
-        shapes = [self.tensors[piece].shape for piece in pieces]
-        if len(pieces) == 1:
-            return shapes[0]
-        together = self._together(name)
-        return (len(pieces) // together, sum(shape[0] for shape in shapes[:together]), shapes[0][1])
-
-    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A parameter's values as the checkpoint holds them: by stored names, of as many experts as are left."""
-        pieces = self.pieces(name)
-        if len(pieces) == 1:
-            return {pieces[0]: tensor}
-        parts = (part for whole in tensor for part in whole.chunk(self._together(name)))
-        return dict(zip(pieces, parts, strict=False))
-
-    def _together(self, name: str) -> int:
-        """How many stored matrices of one expert a parameter holds."""
-        assert self._experts is not None
-        return len(dict(self._experts.stored)[name.rpartition(".")[2]])
-
-    @cached_property
-    def _prefix(self) -> str:
-        """What the causal language model calls its base model, with a dot; empty if that is unknown."""
-        family = FAMILIES.get(self.config.model_type)
-        return "" if family is None else f"{family.base}."
 
     @cached_property
     def ignorable(self) -> frozenset[str]:
@@ -371,7 +248,7 @@ class Checkpoint:
             used.update(pieces)
             shape = tuple(tensor.shape)
             if len(pieces) > 1:
-                shape = (shape[1] // self._together(name), *shape[2:])
+                shape = (shape[1] // self.together(name), *shape[2:])
             for stored in pieces:
                 found = self.tensors[stored]
                 if tensor.is_floating_point() and not found.dtype.is_floating_point:

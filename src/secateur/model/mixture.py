@@ -3,7 +3,7 @@
 Shapes: n tokens, d residual width, k experts that a token meets, f channels of an expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.model.describe import layout_of, shared_of
+from secateur.model.held import plain
 from secateur.model.modeling_secateur import CHOSEN, EXPERTS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2, Slab
@@ -137,31 +138,37 @@ class Mixture:
         return tokens, self.inner(expert, x_nd[tokens]) * gates[:, None]
 
     def weight(self, expert: int) -> Tensor:
-        """An expert's level-2 weight, inner axis first (f x d), a view."""
+        """An expert's level-2 weight, inner axis first (f x d)."""
         if expert == self._beside:
             return self.shared.down_proj.weight.data.T
         weight = self.experts.down_proj[expert]
         return weight if self.layout.inputs_first else weight.T
 
     def alone(self, expert: int) -> tuple[Depth2, dict[str, Tensor]]:
-        """One expert as a feed-forward of its own, and its tensors by the names in that: views."""
+        """One expert as a feed-forward of its own, and its tensors by the names in that, float32."""
         if expert == self._beside:
             tensors = {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
         else:
-            tensors = self._apart(expert)
+            tensors = {name: value.float() for name, value in self._views(expert).items()}
         level2 = Slab("down_proj.weight", 1, "channel", len(self.weight(expert)), 1)
         # Up first, as everywhere.
         names = (f"{name}.{leaf}" for name in ("up_proj", "gate_proj") for leaf in ("weight", "bias"))
         slabs = (replace(level2, name=name, axis=0) for name in names if name in tensors)
         return Depth2("channels", tuple(slabs), level2, None, None, None), tensors
 
-    def _apart(self, expert: int) -> dict[str, Tensor]:
-        """The tensors of one of those that the block holds together, as views."""
+    def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give one of those that the block holds together other values, by the names in `alone`."""
+        views = self._views(expert)
+        for name, tensor in tensors.items():
+            views[name].copy_(tensor)
+
+    def _views(self, expert: int) -> dict[str, Tensor]:
+        """The tensors of one of those that the block holds together, where and as they are held."""
         layout, f = self.layout, self.module.inner
-        both = self.experts.gate_up_proj[expert]
+        both, down = (plain(held.data)[expert] for held in (self.experts.gate_up_proj, self.experts.down_proj))
         rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
-        tensors = {"down_proj.weight": self.weight(expert).T}
+        tensors = {"down_proj.weight": down.T if layout.inputs_first else down}
         for place, name in enumerate(("gate_proj", "up_proj")):
             for value, leaf in parts:
                 tensors[f"{name}.{leaf}"] = value[place::2] if layout.in_turn else value[place * f :][:f]

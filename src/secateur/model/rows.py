@@ -41,6 +41,8 @@ class Rows:
     """What a token of each group counts when units are chosen, where that is not its weight."""
     versions: tuple[int, ...] = ()
     """Groups of which each fit takes one: as many fits are made, and their weights averaged."""
+    batch: int = 1
+    """How many times `BATCH_TOKENS` are run at once."""
 
     @classmethod
     def of(cls, rows: Tensor | Rows) -> Rows:
@@ -68,7 +70,7 @@ class Rows:
         """These rows for fits, and others behind them by which alone units are chosen."""
         mine, theirs = (0.0,) * len(self.groups), (0.0,) * len(others.groups)
         groups, weights = (*self.groups, *others.groups), (*self.weights, *theirs)
-        return Rows(groups, weights, (*mine, *others.weights), self.versions)
+        return replace(self, groups=groups, weights=weights, scores=(*mine, *others.weights))
 
     def along(self, *groups: Tensor) -> Rows:
         """These rows, and groups behind them that count nowhere: they only run along."""
@@ -96,7 +98,7 @@ class Rows:
         """More groups, which count alike in fits and in the choice of units."""
         more = (weight,) * len(groups)
         scores = None if self.scores is None else (*self.scores, *more)
-        return Rows((*self.groups, *groups), (*self.weights, *more), scores, self.versions)
+        return replace(self, groups=(*self.groups, *groups), weights=(*self.weights, *more), scores=scores)
 
     def _only(self, wanted: Collection[int]) -> Rows:
         groups = (ids if group in wanted else ids[:0] for group, ids in enumerate(self.groups))
@@ -111,7 +113,7 @@ class Rows:
         loads = [0] * size
         result = []
         for group, weight, score in zip(self.groups, self.weights, self.scores or self.weights, strict=True):
-            step = _rows_at_once(group) if weight or score else 1
+            step = self._at_once(group) if weight or score else 1
             each, over = divmod(-(-len(group) // step), size)
             more = sorted(range(size), key=loads.__getitem__)[:over]
             batches = [each + (other in more) for other in range(size)]
@@ -132,10 +134,10 @@ class Rows:
         return sum(group.numel() for group in self.groups)
 
     def batches(self) -> Iterator[Batch]:
-        """Batches of at most `BATCH_TOKENS` tokens, group by group."""
+        """Batches of at most `batch` times `BATCH_TOKENS` tokens, group by group."""
         scores = self.weights if self.scores is None else self.scores
         for index, (group, weight, score) in enumerate(zip(self.groups, self.weights, scores, strict=True)):
-            step = _rows_at_once(group)
+            step = self._at_once(group)
             for start in range(0, group.shape[0], step):
                 yield Batch(index, slice(start, min(start + step, group.shape[0])), weight, score)
 
@@ -143,6 +145,5 @@ class Rows:
         """Token ids of a batch (b x t)."""
         return self.groups[at.group][at.rows]
 
-
-def _rows_at_once(group: Tensor) -> int:
-    return max(1, BATCH_TOKENS // group.shape[1])
+    def _at_once(self, group: Tensor) -> int:
+        return max(1, self.batch * BATCH_TOKENS // group.shape[1])

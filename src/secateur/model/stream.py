@@ -10,6 +10,7 @@ read something beside the residual stream (`secateur.model.beside`).
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,15 @@ from secateur.model.beside import Beside
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
 from secateur.model.families import family_of
+from secateur.model.held import Held
 from secateur.model.hooks import Reached, Recorder, replayed, silent, watched
 from secateur.model.rows import Rows
 from secateur.model.structure import Block, Depth2
 from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
+
+MIXED = 4
+"""Times the tokens of a batch where experts' matrices are made float32 for each: that took a quarter of a forward."""
 
 
 class BlockStream:
@@ -49,9 +54,13 @@ class BlockStream:
         checkpoint.check_dense()
         self.model: Any = checkpoint.empty(AutoModelForCausalLM)
         self.model.requires_grad_(False)
+        self._held: tuple[str, ...] = ()
+        """What a block's tensors are called that are run expert by expert."""
         if self.family.experts is not None and self.device.type != "cuda":
             # Grouped products stay float32 here, and take twice as long as one expert after the other.
             self.model.set_experts_implementation("eager")
+        if self.family.experts is not None and self.device.type == "cpu" and not self.family.experts.scales_inputs:
+            self._held = tuple(dict(self.family.experts.stored))
         checkpoint.check_shapes(self.model)
         try:
             self.layers = self.model.get_submodule(self.family.blocks)
@@ -125,14 +134,23 @@ class BlockStream:
     def _read_block(self, index: int, name: str) -> Tensor:
         return self.read(self._inside(index, name))
 
+    def held(self, name: str, tensor: Tensor) -> Tensor:
+        """A block's tensor as a filled block holds it: in float32, but for the matrices of experts."""
+        return Held.of(tensor) if name.endswith(self._held) else tensor.float()
+
+    @property
+    def expert_bytes(self) -> int:
+        """What an entry of these matrices takes in a filled block."""
+        return self.checkpoint.dtype.itemsize if self._held else 4
+
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights in float32 on the device; they go on exit. The next one is fetched meanwhile."""
+        """One block with its weights on the device, as `held`; they go on exit. The next one is fetched meanwhile."""
         layer = self.layers.get_submodule(str(index))
         try:
             for name in self.blocks[index].shapes:
                 # In the dtype that it is stored in: float32 is twice as much to copy.
-                assign(layer, name, onto(self._read_block(index, name), self.device).to(torch.float32))
+                assign(layer, name, self.held(name, onto(self._read_block(index, name), self.device)))
             layer.to(self.device)
             if index + 1 < len(self):
                 names = [
@@ -176,9 +194,18 @@ class BlockStream:
         """Room for activations, within what the model may take."""
         return Arena(self.spare, self.scratch)
 
+    @property
+    def batch(self) -> int:
+        """How many times the usual tokens are run at once: more where each has a few experts alone."""
+        return MIXED if self._held else 1
+
     def own(self, rows: Rows) -> Rows:
         """This process's share of some rows."""
-        return rows.share(self.team.rank, self.team.size)
+        return replace(rows, batch=self.batch).share(self.team.rank, self.team.size)
+
+    def spans(self, rows: Rows) -> list[slice]:
+        """Which of each group these are."""
+        return replace(rows, batch=self.batch).spans(self.team.rank, self.team.size)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.

@@ -1,6 +1,6 @@
 """How much of what a mixture loses is left behind the refit, when experts leave or channels of all of them.
 
-Experts are solved one after the other for what the output lacks, as in `secateur.fit.experts`. An expert often meets
+Experts are solved one after the other for what the output lacks, as in `secateur.fit.expert_fit`. An expert often meets
 fewer tokens than it has channels, so that each token is judged by the fit without it: for ridge regression the
 residual then is r_i / (1 - h_i), with h the diagonal of the hat matrix (Allen's PRESS, 1974).
 

@@ -54,7 +54,9 @@ class ExpertsCollector:
         self._kinds, self._every = kinds, max(1, tokens // TOKENS)
         self._met = 0
         self._x = self._z = torch.empty(0)
-        self._kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        # One of several processes may have no tokens.
+        none = torch.empty(0, stream.width, device=stream.device)
+        self._kept = [(none, none, none[:, 0], none[:, 0])]
         self._found = (list[Curve](), list[Cut]())
         self.seen: list[Tensor] = []
         """The mixture's inputs of the rows to be probed (b x t x d)."""

@@ -50,7 +50,7 @@ class Probes:
         """Prepare for the rows of one group of `rows`; `begun` are probes of an earlier run, with room for them."""
         self.stream, self.group, self.arena = stream, group, arena
         self.rows, self._count = Rows((stream.own(rows).groups[group],), (1.0,)), len(rows.groups[group])
-        self._first = rows.spans(stream.team.rank, stream.team.size)[group].start
+        self._first = stream.spans(rows)[group].start
         self.begun = [Probe(**one) for one in begun]
         """One for each stream, its divergence still unknown."""
         self.hidden: list[Activations] = [arena.empty(self.rows, stream.columns) for _ in begun]

@@ -43,7 +43,7 @@ def rewritten(
     watcher, journal = watcher or Silent(), journal or Journal()
     every = Rows.of(text)
     rows, team = stream.own(every), stream.team
-    (mine,) = every.spans(team.rank, team.size)
+    (mine,) = stream.spans(every)
     # Seeds have 32 bits; those of further copies lie far from the ones that people take.
     generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
     result = text.repeat(copies, 1, 1)

@@ -1,0 +1,162 @@
+"""Sound inputs for the cases, each made once."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import secateur.model.journal
+from models import ROWS, SIZES, make_letters, save
+from secateur import prune
+from secateur.base.progress import Silent
+from secateur.base.quiet import quiet
+from secateur.commands import steps
+from secateur.commands.open import open_model
+from secateur.formats import family_file
+from secateur.formats.stock import STOCK
+from secateur.model.families import FAMILIES
+
+WHOLE = 99
+"""More items than a run has."""
+SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
+TEXT = " ".join(f"w{i * 37 % 116}" for i in range(600))
+
+NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24})
+"""What all other files are of."""
+
+
+class Stopping(Silent):
+    """Stops a run before its n-th item, as Ctrl-C would."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
+        for item in items:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            yield item
+
+
+class Bench:
+    """Sound inputs, made once, and what cases have in common."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    @cache  # noqa: B019
+    def dense(self, name: str) -> Path:
+        """A row's folder."""
+        return save(name, self.place / name)
+
+    @cached_property
+    def tiny(self) -> Path:
+        """The smallest model, with a tokenizer whose words are seldom spelled."""
+        return self.saved("llama tiny", TINY)
+
+    @cached_property
+    def letters(self) -> Path:
+        """The same with a tokenizer that a GGUF file holds."""
+        folder = shutil.copytree(self.tiny, self.place / "letters")
+        make_letters().save_pretrained(folder)
+        return folder
+
+    @cached_property
+    def gguf(self) -> Path:
+        """As a GGUF file."""
+        prune(self.letters, self.place / "tiny.gguf", **SMALL, widths="uniform", format="gguf", type="f32")
+        return self.place / "tiny.gguf"
+
+    @cached_property
+    def shards(self) -> Path:
+        """The same in two shards."""
+        folder = shutil.copytree(self.tiny, self.place / "shards")
+        (folder / "model.safetensors").unlink()
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(self.tiny, dtype=torch.float32)
+            model.save_pretrained(folder, max_shard_size="12kB")
+        return folder
+
+    @cached_property
+    def text(self) -> Path:
+        file = self.place / "text.txt"
+        file.write_text(TEXT)
+        return file
+
+    @cached_property
+    def survey(self) -> Path:
+        """What a survey of the smallest model keeps."""
+        run = open_model(self.tiny, **SMALL, survey=self.place / "survey.json")
+        steps.survey_model(run, steps.draw_rows(run))
+        return self.place / "survey.json"
+
+    @cache  # noqa: B019
+    def pruned(self, widths: str) -> Path:
+        """What `prune` made of the smallest model."""
+        out = self.place / f"pruned-{widths}"
+        prune(self.letters, out, **SMALL, widths=widths)
+        return out
+
+    @cache  # noqa: B019
+    def stopped(self, item: int) -> Path:
+        """What is left of a run that was stopped before its n-th item."""
+        out = self.place / f"stopped-{item}"
+        with patch.object(secateur.model.journal, "SPENT", float("inf")), contextlib.suppress(KeyboardInterrupt):
+            prune(self.tiny, out, **SMALL, watcher=Stopping(item))
+        return out.with_name(f".{out.name}.run")
+
+    @cached_property
+    def biogpt(self) -> Path:
+        """A model of a family that only a file describes."""
+        family_file._READ.add("biogpt")
+        with known("biogpt"):
+            family_file.read_family(self.described)
+            return self.saved("biogpt", AutoConfig.for_model("biogpt", **SIZES))
+
+    @cached_property
+    def described(self) -> Path:
+        file = self.place / "biogpt.yaml"
+        file.write_text(yaml.safe_dump(BIOGPT))
+        return file
+
+    def saved(self, name: str, config: Any) -> Path:
+        """A folder of a config."""
+        with patch.dict(ROWS, {name: lambda: config}):
+            return save(name, self.place / name)
+
+
+BIOGPT: dict[str, Any] = {
+    "model_type": "biogpt",
+    "blocks": "biogpt.layers",
+    "output": "out_proj",
+    "feed_forward": None,
+    "up": "fc1",
+    "gate": None,
+    "down": "fc2",
+    "final_norm": "biogpt.layer_norm",
+    "ungrouped": True,
+    "stock": {"heads": "dense", "theta": None},
+}
+
+
+@contextlib.contextmanager
+def known(kind: str) -> Iterator[None]:
+    """A family that a file describes, forgotten again."""
+    before = [dict(table) for table in (FAMILIES, STOCK)]
+    try:
+        yield
+    finally:
+        for table, entries in zip((FAMILIES, STOCK), before, strict=True):
+            table.clear()
+            table.update(entries)  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""What a case may take, and what its result is held against."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from bench import SMALL
+from transformers import AutoConfig
+
+from models import blocks_of, layers_of, logits_of, masked, narrowed, relative, token_rows
+from secateur import cli, prune
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.commands import steps
+from secateur.fit.average import FittedBlock
+from secateur.fit.temper import scaled
+from secateur.formats.per_layer import model_class
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.stream import BlockStream
+from secateur.model.surgery import assign
+
+SECONDS = 10
+"""Of processor time that a case may take; the usual one takes a tenth of one."""
+MEMORY = 2**30
+"""Of address space that it may ask for; the files have some 100 kB."""
+GROWTH = 300 * 2**20
+"""Of memory that it may come to hold; libraries that are first loaded take the most of it."""
+TOLERANCE = 2e-4
+
+
+class Hung(BaseException):
+    """A case has taken too long."""
+
+
+class Fault(AssertionError):
+    """A case has ended otherwise than it may."""
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """An end to time and memory."""
+
+    def stop(*_: object) -> None:
+        raise Hung(f"more than {SECONDS} s")
+
+    now, held = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split()[:2])
+    # The most that was ever held begins anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGPROF, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.signal(signal.SIGPROF, handler)
+    most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    if int(most.split()[1]) * 1024 - held > GROWTH:
+        raise Fault(f"{most}, before it {held // 1024} kB")
+
+
+class Skipped(Exception):
+    """A case that is none."""
+
+
+def command(*arguments: str | Path) -> None:
+    """`secateur` with some arguments, inside this process; its mistake is raised as the library would."""
+    out, log = io.StringIO(), io.StringIO()
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with (
+            patch.object(sys, "argv", ["secateur", *map(str, arguments)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(log),
+        ):
+            cli.main()
+    except SystemExit as end:
+        said = log.getvalue().strip().splitlines()
+        if end.code == 2 and said and said[-1].startswith("error: ") and "Traceback" not in log.getvalue():
+            raise SecateurError(said[-1]) from None
+        if end.code:
+            raise Fault(f"exit code {end.code}: {said}") from None
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[FittedBlock]:
+    """`prune` by the library or, at times, the command line; the blocks that were written."""
+    settings = SMALL | settings
+    blocks: list[FittedBlock] = []
+    cut = steps.slice
+
+    def noticed(stream: BlockStream, block: FittedBlock, **how: Any) -> Any:
+        blocks.append(block)
+        return cut(stream, block, **how)
+
+    with patch.object(steps, "slice", noticed):
+        if rng.random() < 0.15:
+            given = (part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value))
+            command("prune", model, out, *map(str, given))
+        else:
+            prune(model, out, **settings)
+    return blocks
+
+
+def loaded(folder: Path) -> Any:
+    """A folder's model as transformers reads it."""
+    config = AutoConfig.from_pretrained(folder)
+    with quiet():
+        model, found = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"] or found["mismatched_keys"]:
+        raise Fault(f"{folder.name}: {sorted(found['missing_keys'])[:3]} {sorted(found['mismatched_keys'])[:3]}")
+    model.config.allow_global_per_layer_attribute_access = True
+    return model.eval().requires_grad_(False)
+
+
+def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) -> None:
+    """What was written computes what the dense model does without the units that went."""
+    ids = token_rows(2, 6)
+    try:
+        full = loaded(dense)
+        ids %= full.config.vocab_size
+        logits_of(full, ids)
+        keeps = {block.index: block.keep for block in blocks}
+        described = blocks_of(full)
+    except (Exception, Fault):
+        # transformers alone cannot run it, whatever is made of it here.
+        loaded_or_not(out)
+        return
+    if recovery == "none":
+        with masked(full, keeps):
+            wanted = logits_of(full, ids)
+    else:
+        small = narrowed(full, keeps, {block.index: block.changed for block in blocks})
+        scale = json.loads((out / "secateur.json").read_text())["final_norm_scale"]
+        if scale is not None:
+            for path, tensor in scaled(BlockStream(open_checkpoint(dense)), scale).items():
+                assign(small, path, tensor.float())
+        wanted = logits_of(small, ids)
+    assert len(described) == len(layers_of(full))
+    found = logits_of(loaded(out), ids)
+    if not torch.isfinite(wanted).all():
+        return
+    # Zeros are right where a config makes all logits zero.
+    if not (torch.equal(found, wanted) or relative(found, wanted) < TOLERANCE):
+        raise Fault(f"logits differ by {relative(found, wanted):.2e}")
+
+
+def loaded_or_not(folder: Path) -> None:
+    """A folder that this library opens, whatever transformers says."""
+    open_checkpoint(folder)
