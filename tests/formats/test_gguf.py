@@ -658,8 +658,6 @@ NOT_READ = {
     "qwen2 llama3": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the checkp",
     "qwen2 longrope": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the chec",
     "nemotron biased": "of its 45,888 weights transformers makes a model with 45,216, without its biases; use the che",
-    "gpt_oss plain": "transformers does not find model.layers.0.mlp.experts.down_proj in it; use the checkpoint",
-    "mixtral": "transformers does not find model.layers.0.mlp.down_proj.weight in it; use the checkpoint",
     "mistral 64": "transformers cannot load it (Class validation error",
     "olmo2": "transformers cannot read the architecture 'olmo2' from GGUF; use the checkpoint that it was made from",
 }

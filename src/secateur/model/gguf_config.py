@@ -15,19 +15,19 @@ from secateur.base.errors import SecateurError
 
 _DEEPEST = {"gemma2": 46, "gemma3": 62}
 """Blocks of Gemma's 27B models, by which llama.cpp tells them: their scores are scaled otherwise."""
-_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are no weights: by how much each frequency is divided."""
 
 
 def complete(config: Any, reader: GGUFReader) -> None:
     """Put into a config, in place, what transformers has not taken over; `SecateurError` for what no config holds."""
     architecture = str(reader.fields["general.architecture"].contents())
-    start = f"{architecture}."
-    facts = {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
+    facts = facts_of(reader)
     factors = {
-        tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in _FACTORS
+        tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
     }
-    if "attention.key_length" in facts and hasattr(config, "head_dim"):
+    # Where heads share a latent vector, it is the length of that.
+    if "attention.key_length" in facts and hasattr(config, "head_dim") and "attention.kv_lora_rank" not in facts:
         config.head_dim = facts["attention.key_length"]
     if architecture == "gpt2":
         config.n_inner = facts.get("feed_forward_length")
@@ -35,7 +35,7 @@ def complete(config: Any, reader: GGUFReader) -> None:
         config.vocab_size = facts.get("vocab_size", config.vocab_size)
     _complete_rotation(config, facts, factors)
     if architecture in _DEEPEST:
-        _complete_windows(config, facts)
+        complete_windows(config, facts)
         deepest = config.num_hidden_layers == _DEEPEST[architecture]
         per_head = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = per_head if deepest else config.head_dim
@@ -46,6 +46,12 @@ def complete(config: Any, reader: GGUFReader) -> None:
         config.sliding_window = facts["attention.sliding_window"]
 
 
+def facts_of(reader: GGUFReader) -> dict[str, Any]:
+    """What a file says of its architecture, by keys without its name."""
+    start = f"{reader.fields['general.architecture'].contents()}."
+    return {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
+
+
 def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None:
     """Raise `SecateurError` unless every weight of a file has become one of the model's, and the other way around.
 
@@ -53,7 +59,7 @@ def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None
     """
     if missing:
         raise SecateurError(f"transformers does not find {min(missing)} in it")
-    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in _FACTORS)
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
     read = sum(parameter.numel() for parameter in model.parameters())
     if stored != read:
         raise SecateurError(
@@ -84,7 +90,7 @@ def _complete_rotation(config: Any, facts: dict[str, Any], factors: dict[str, An
         rope |= {f"{name}_factor": factors[f"rope_factors_{name}.weight"].tolist() for name in ("long", "short")}
         rope["attention_factor"] = float(facts.get("rope.scaling.attn_factor", 1.0))
     elif factors:
-        rope |= {"rope_type": "llama3"} | _llama3(factors[_FACTORS[0]], rope["rope_theta"], rotated)
+        rope |= {"rope_type": "llama3"} | _llama3(factors[FACTORS[0]], rope["rope_theta"], rotated)
     elif kind == "linear":
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
@@ -133,7 +139,7 @@ def _llama3(factors: Any, theta: float, rotated: int) -> dict[str, Any]:
     }
 
 
-def _complete_windows(config: Any, facts: dict[str, Any]) -> None:
+def complete_windows(config: Any, facts: dict[str, Any]) -> None:
     """Which of Gemma's blocks see everything: every so many-th one, none, or those of a list."""
     pattern = facts.get("attention.sliding_window_pattern")
     if pattern is None:

@@ -1,38 +1,49 @@
-"""A GGUF file to a folder: dequantised once by transformers and kept in the user's cache."""
+"""A GGUF file to a folder: dequantised once, by transformers where it has no experts, and kept in the user's cache."""
 
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import gguf
 import torch
 from gguf import GGUFReader
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import cache_folder, whole
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_config import check_read, complete
+from secateur.model.gguf_mixtures import is_mixture
+from secateur.model.gguf_weights import planned
 
 ADVICE = "make room, or set XDG_CACHE_HOME to another folder"
-_LAYOUT = "4"
+_LAYOUT = "5"
 """Part of the cache key; to be raised when the conversion changes."""
 
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 """Values of tokenizer.ggml.pre whose split into single digits transformers does not rebuild from a GGUF file."""
+_ALIKE = {
+    **dict.fromkeys(("hunyuan", "solar-open"), "qwen2"),
+    **dict.fromkeys(("chatglm-bpe", "glm4", "glm5"), "llama-bpe"),
+}
+"""Others that it does not know, and what they split like."""
+_WORDS = frozenset({"gpt-2", "jais", "mpt", "olmo", "phi-2"})
+"""Those that split as GPT-2, which is what it takes where it does not know."""
 
 
 def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     """The folder with a GGUF file's model as safetensors.
 
-    The first call for a file takes as long as dequantising takes and needs memory for the whole model.
+    The first call for a file takes as long as dequantising takes. It needs memory for the whole model, or, where that
+    is a mixture of experts, for one block of it.
 
     Args:
         dtype: of the weights to write.
@@ -82,7 +93,8 @@ def _opened(file: Path) -> GGUFReader:
     if count > 1:
         raise SecateurError(f"{file}: one of {count} parts; merge them with llama-gguf-split --merge first")
     # The list spells some names with an underscore that files spell with a hyphen.
-    if architecture.replace("-", "_") not in (name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES):
+    known = {name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES}
+    if not is_mixture(reader) and architecture.replace("-", "_") not in known:
         raise SecateurError(
             f"{file}: transformers cannot read the architecture {architecture!r} from GGUF; "
             "use the checkpoint that it was made from"
@@ -95,14 +107,12 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
     try:
         # The progress bar of the dequantisation cannot be switched off otherwise.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once(reader):
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            complete(config, reader)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
-            )
-            check_read(model, reader, found["missing_keys"])
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            _split_digits(tokenizer, reader)
+            if is_mixture(reader):
+                write = planned(reader, dtype)
+                tokenizer = _tokenizer(PreTrainedTokenizerFast, file, reader)
+            else:
+                write = _loaded(file, reader, dtype)
+                tokenizer = _tokenizer(AutoTokenizer, file, reader)
     except SecateurError as error:
         raise SecateurError(f"{file}: {error}; use the checkpoint that it was made from") from error
     except Exception as error:
@@ -110,13 +120,24 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
         raise SecateurError(
             f"{file}: transformers cannot load it ({reason}); use the checkpoint that it was made from"
         ) from error
+    with quiet():
+        write(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
+    """Let transformers read a file, whole; gives what writes it into a folder."""
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    complete(config, reader)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
+    )
+    check_read(model, reader, found["missing_keys"])
     # The weights are quantised no longer; a model that still says so refuses to be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    return cast(Callable[[Path], None], model.save_pretrained)
 
 
 @contextlib.contextmanager
@@ -127,9 +148,22 @@ def _read_once(reader: GGUFReader) -> Iterator[None]:
         yield
 
 
-def _split_digits(tokenizer: Any, reader: GGUFReader) -> None:
-    """Let numbers fall into single digits where the file says so: other splits give ids unseen in training."""
-    pre = reader.fields.get("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() in _SINGLE_DIGITS:
+def _tokenizer(kind: Any, file: Path, reader: GGUFReader) -> Any:
+    """A file's tokenizer, which splits text before merges as the file says: other splits give ids unseen in training.
+
+    Raises:
+        SecateurError: the file is a mixture whose split is not known here.
+    """
+    field = reader.fields.get("tokenizer.ggml.pre")
+    name = "" if field is None else str(field.contents())
+    alike = {other: GGUF_PRE_TOKENIZER_SPLITS[known] for other, known in _ALIKE.items()}
+    with patch.dict(GGUF_PRE_TOKENIZER_SPLITS, alike):
+        known = name in GGUF_PRE_TOKENIZER_SPLITS or name in _SINGLE_DIGITS | _WORDS
+        byte_level = reader.fields["tokenizer.ggml.model"].contents() == "gpt2"
+        if is_mixture(reader) and byte_level and not known:
+            raise SecateurError(f"its text is split in a way that is not known here ({name or 'it does not say how'})")
+        tokenizer = kind.from_pretrained(file.parent, gguf_file=file.name)
+    if name in _SINGLE_DIGITS:
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+    return tokenizer

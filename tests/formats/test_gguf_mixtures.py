@@ -1,0 +1,273 @@
+"""Mixtures of experts out of GGUF files: the same weights and logits as the model that a file was made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import test_gguf
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from test_gguf import IDS, KINDS, NARROW, TEXT, UNIFORM, _llama_cpp, byte_level, row, run, uniform_keeps  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models as tiny
+from models import build, logits_of, masked, relative
+from secateur import prune
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.gguf_mixtures import MIXTURES
+from secateur.write.export import export
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+MORE_ROWS = test_gguf.MORE_ROWS | {
+    "mixtral wide": row("mixtral", **WIDE, num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss wide": row("gpt_oss", **test_gguf.OSS | WIDE),
+}
+READ = [name for name, (kinds, _) in UNIFORM.items() if "experts" in kinds]
+TWINS = {"glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
+"""Of these, other classes compute the same."""
+BLOCK = r"blk\.(\d+)\."
+
+Change = Callable[[str, Any], "list[tuple[str, Any, GGMLQuantizationType]]"]
+"""From a tensor's name and values to names, bytes and types of what stands in its place."""
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def dense(name: str, folder: Path) -> Checkpoint:
+    """A row's checkpoint, of which files can be made."""
+    tiny.save(name, folder, torch.float32)
+    byte_level().save_pretrained(folder)
+    return open_checkpoint(str(folder))
+
+
+def made(name: str, folder: Path) -> Path:
+    """A GGUF file of a row's model."""
+    dense(name, folder / "dense")
+    return export(folder / "dense", folder / "m.gguf", type="f32").path
+
+
+def read(file: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    return open_checkpoint(str(file), dtype=dtype)
+
+
+def rewritten(file: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Change] | None = None) -> Path:
+    """A copy with other metadata, None for none of a key, and other tensors, by patterns of their names."""
+    reader, facts = GGUFReader(file), facts or {}
+    path = file.with_name(f"other-{len(list(file.parent.iterdir()))}.gguf")
+    writer = GGUFWriter(path, str(facts.get("general.architecture", reader.fields["general.architecture"].contents())))
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        float: GGUFValueType.FLOAT32,
+        str: GGUFValueType.STRING,
+    }
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in facts and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for key, value in facts.items():
+        if value is not None and key != "general.architecture":
+            writer.add_key_value(key, value, kinds[type(value)])
+    for tensor in reader.tensors:
+        changes = [change for pattern, change in (tensors or {}).items() if re.fullmatch(pattern, tensor.name)]
+        kept = [(tensor.name, np.array(tensor.data), tensor.tensor_type)]
+        for name, values, kind in changes[0](tensor.name, np.array(tensor.data)) if changes else kept:
+            writer.add_tensor(name, np.ascontiguousarray(values), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def plain(name: str, values: Any) -> tuple[str, Any, GGMLQuantizationType]:
+    return name, values, GGMLQuantizationType.F32
+
+
+def same(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same."""
+    return first.tensors.keys() == second.tensors.keys() and all(
+        torch.equal(first.read(stored), second.read(stored)) for stored in first.tensors
+    )
+
+
+def test_every_architecture_is_read() -> None:
+    assert {UNIFORM[name][1] for name in READ} == MIXTURES.keys()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
+    """Every weight by the name that checkpoints have for it, and the config behind the logits."""
+    source = dense(name, tmp_path / "dense")
+    found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path)
+    assert found.config.model_type == TWINS.get(name, source.config.model_type)
+    # That graph has an output matrix even where it is the embedding.
+    assert same(found, source) or name == "minimax_m2 part"
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(found.path)
+    ids = tiny.token_rows(1, 60)
+    assert torch.equal(logits_of(again, ids), logits_of(build(name), ids))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mixtral wide", "Q8_0"), ("gpt_oss wide", "MXFP4")])
+def test_quantised_experts(tmp_path: Path, name: str, kind: str) -> None:
+    """They are read one by one as what they stand for."""
+    file, type = made(name, tmp_path), GGMLQuantizationType[kind]
+    packed: dict[str, Any] = {}
+
+    def pack(name: str, values: Any) -> list[Any]:
+        packed[name] = gguf.quantize(values, type)
+        return [(name, packed[name], type)]
+
+    def unpack(name: str, _: Any) -> list[Any]:
+        return [plain(name, gguf.dequantize(packed[name], type))]
+
+    pattern = BLOCK + r"ffn_.*_exps\.weight"
+    quantised = read(rewritten(file, tensors={pattern: pack}))
+    assert same(quantised, read(rewritten(file, tensors={pattern: unpack})))
+    assert not same(quantised, read(file))
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """Only what is added to choose experts stays as it is."""
+    file = made("glm4_moe", tmp_path)
+    found, exact = read(file, torch.bfloat16), read(file)
+    for stored in exact.tensors:
+        own = torch.float32 if stored.endswith("e_score_correction_bias") else torch.bfloat16
+        assert torch.equal(found.read(stored), exact.read(stored).to(own)), stored
+        assert found.read(stored).dtype == own
+
+
+def test_other_ways_to_write_the_same(tmp_path: Path) -> None:
+    """Experts' gate and up in one tensor; keys and values of a latent vector in one; blocks behind the last; gates that
+    follow from the bias of the choice."""
+    file = made("deepseek_v3", tmp_path)
+    exact, held = read(file), {tensor.name: np.array(tensor.data) for tensor in GGUFReader(file).tensors}
+
+    def fused(name: str, values: Any) -> list[Any]:
+        return [plain(name.replace("gate", "gate_up"), np.concatenate([values, held[name.replace("gate", "up")]], 1))]
+
+    def latent(name: str, values: Any) -> list[Any]:
+        both = np.concatenate([values.swapaxes(1, 2), held[name.replace("attn_k_b", "attn_v_b")]], 1)
+        return [plain(name.replace("attn_k_b", "attn_kv_b"), both.reshape(-1, both.shape[2]))]
+
+    def one_more(name: str, values: Any) -> list[Any]:
+        return [plain(name, values), plain("blk.3.nextn.enorm.weight", values)]
+
+    gone = lambda name, values: []  # noqa: E731
+    sizes = {"attention.key_length_mla": None, "attention.value_length_mla": None}
+    sizes |= {"attention.key_length": 12, "attention.value_length": 9}
+    for facts, tensors in (
+        ({}, {BLOCK + r"ffn_gate_exps\.weight": fused, BLOCK + r"ffn_up_exps\.weight": gone}),
+        (sizes, {BLOCK + r"attn_k_b\.weight": latent, BLOCK + r"attn_v_b\.weight": gone}),
+        ({"expert_gating_func": None}, {}),
+        ({"block_count": 4, "nextn_predict_layers": 1}, {r"output_norm\.weight": one_more}),
+    ):
+        own = {f"deepseek2.{key}": value for key, value in facts.items()}
+        assert same(read(rewritten(file, own, tensors)), exact)
+
+
+def drop(name: str, values: Any) -> list[Any]:
+    return []
+
+
+def apart(name: str, values: Any) -> list[Any]:
+    return [plain(name.replace("_exps", f".{expert}"), own) for expert, own in enumerate(values)]
+
+
+def shorter(name: str, values: Any) -> list[Any]:
+    return [plain(name, values[:, :-1])]
+
+
+def twice(name: str, values: Any) -> list[Any]:
+    return [plain(name, values), plain(name.replace("ffn_norm", "attn_post_norm"), values)]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
+    "older files": ({}, {BLOCK + r"ffn_.*_exps\.weight": apart}, "there is no blk.0.ffn_down_exps.weight in it"),
+    "a tensor is missing": ({}, {r"blk\.2\.attn_q_norm\.weight": drop}, "there is no blk.2.attn_q_norm.weight in it"),
+    "another shape": (
+        {},
+        {r"blk\.1\.ffn_up_exps\.weight": shorter},
+        "blk.1.ffn_gate_exps.weight is [8, 39, 48] where [8, 40, 48] are wanted",
+    ),
+    "one tensor more": ({}, {r"blk\.1\.ffn_norm\.weight": twice}, "qwen3_moe has no place for blk.1.attn_post_norm.w"),
+    "an unknown key": ({"qwen3moe.expert_group_scale": 0.5}, {}, "its qwen3moe.expert_group_scale is not known here"),
+    "a key of others": (
+        {"qwen3moe.expert_weights_scale": 2.5},
+        {},
+        "qwen3_moe does not compute what it says: routed_s",
+    ),
+    "too many blocks": (
+        {"qwen3moe.block_count": 10**9},
+        {},
+        "it says that it has 1,000,000,000 blocks, and holds 39 t",
+    ),
+    "other gates": ({"qwen3moe.expert_gating_func": 2}, {}, "its qwen3moe.expert_gating_func says another thing than"),
+    "another split": ({"tokenizer.ggml.pre": "deepseek-llm"}, {}, "its text is split in a way that is not known here"),
+    "another architecture": (
+        {"general.architecture": "arctic", "arctic.expert_count": 8},
+        {},
+        "mixtures of experts of the architecture 'arctic' are not read from GGUF",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    facts, tensors, message = REFUSED[case]
+    file = rewritten(made("qwen3_moe", tmp_path), facts, tensors)
+    with pytest.raises(SecateurError, match=f"{re.escape(message)}.*; use the checkpoint that it was made from$"):
+        read(file)
+    assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
+
+
+def test_a_tensor_that_transformers_misses(tmp_path: Path) -> None:
+    """Files without experts are read by it."""
+    file = rewritten(made("llama", tmp_path), tensors={r"blk\.1\.ffn_norm\.weight": drop})
+    with pytest.raises(
+        SecateurError, match=r"does not find model\.layers\.1\.post_attention_layernorm\.weight in it; use"
+    ):
+        read(file)
+
+
+def test_what_a_family_must_say(tmp_path: Path) -> None:
+    file = made("granitemoe", tmp_path)
+    with pytest.raises(SecateurError, match=r"its granitemoe.attention.scale is missing; use the checkpoint"):
+        read(rewritten(file, {"granitemoe.attention.scale": None}))
+    scaled = made("deepseek_v3 scaled", tmp_path / "latent")
+    with pytest.raises(SecateurError, match="its yarn has no yarn_log_multiplier, so that it scales what is rotated"):
+        read(rewritten(scaled, {"deepseek2.rope.scaling.yarn_log_multiplier": None}))
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("glm4", 2), ("hunyuan", 4), ("olmo", 1), ("refact", 4)])
+def test_splits_of_text(tmp_path: Path, name: str, numbers: int) -> None:
+    """Into how many tokens a number of four digits falls where nothing is merged but within a split."""
+    file = rewritten(made("qwen3_moe", tmp_path), {"tokenizer.ggml.pre": name})
+    steps = AutoTokenizer.from_pretrained(read(file).path).backend_tokenizer.pre_tokenizer
+    assert len(steps.pre_tokenize_str("1984")) == numbers
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("mixtral", NARROW), ("qwen3_moe", KINDS)])
+def test_from_a_file_to_a_file(tmp_path: Path, name: str, kinds: Any) -> None:
+    """Pruned by a plan and refitted by nothing, llama.cpp computes what the model does without what is gone."""
+    file, keeps = made(name, tmp_path), uniform_keeps(name, kinds)
+    model = build(name)
+    plan = [{"block": i, **keep.chosen(tiny.blocks_of(model)[i])} for i, keep in keeps.items()]
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": plan}))
+    how: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
+    prune(file, tmp_path / "out.gguf", format="gguf", type="f32", dtype="float32", recovery="none", **how)
+    with masked(model, keeps):
+        expected = logits_of(model, torch.tensor([IDS]))[0]
+    assert relative(run(tmp_path / "out.gguf", IDS), expected) < 2e-6
