@@ -204,6 +204,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
     ),
     "one tensor more": ({}, {r"blk\.1\.ffn_norm\.weight": twice}, "qwen3_moe has no place for blk.1.attn_post_norm.w"),
     "an unknown key": ({"qwen3moe.expert_group_scale": 0.5}, {}, "its qwen3moe.expert_group_scale is not known here"),
+    "another rotation in windows": ({"qwen3moe.rope.freq_base_swa": 9.0}, {}, "its qwen3moe.rope.freq_base_swa is not"),
     "a key of others": (
         {"qwen3moe.expert_weights_scale": 2.5},
         {},
@@ -214,7 +215,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
         {},
         "it says that it has 1,000,000,000 blocks, and holds 39 t",
     ),
-    "other gates": ({"qwen3moe.expert_gating_func": 2}, {}, "its qwen3moe.expert_gating_func says another thing than"),
+    "too many at once": ({"qwen3moe.expert_used_count": 9}, {}, "it says that a token meets 9 of its 8 experts"),
+    "no length": ({"qwen3moe.context_length": None}, {}, "its qwen3moe.context_length is missing"),
+    "other gates": (
+        {"qwen3moe.expert_gating_func": 2},
+        {},
+        "its qwen3moe.expert_gating_func is not the softmax of qwen3_moe",
+    ),
     "another split": ({"tokenizer.ggml.pre": "deepseek-llm"}, {}, "its text is split in a way that is not known here"),
     "another architecture": (
         {"general.architecture": "arctic", "arctic.expert_count": 8},
@@ -249,6 +256,8 @@ def test_what_a_family_must_say(tmp_path: Path) -> None:
     scaled = made("deepseek_v3 scaled", tmp_path / "latent")
     with pytest.raises(SecateurError, match="its yarn has no yarn_log_multiplier, so that it scales what is rotated"):
         read(rewritten(scaled, {"deepseek2.rope.scaling.yarn_log_multiplier": None}))
+    with pytest.raises(SecateurError, match="deepseek_v3 does not scale queries with their positions, as it says"):
+        read(rewritten(scaled, {"deepseek2.attention.temperature_scale": 0.1}))
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("glm4", 2), ("hunyuan", 4), ("olmo", 1), ("refact", 4)])

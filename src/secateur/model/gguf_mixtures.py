@@ -89,13 +89,19 @@ _KEYS = {
     "expert_group_used_count": "topk_group",
 }
 """The usual keys → the config's."""
+_NEEDED = (
+    *("context_length", "embedding_length", "feed_forward_length", "expert_used_count"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
 _DEFAULTS = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "clip_qkv": None}
 """What llama.cpp takes where a file says nothing."""
 _ELSEWHERE = re.compile(
-    r"rope\..*|vocab_size|block_count|nextn_predict_layers|leading_dense_block_count|interleave_moe_layer_step|"
+    r"vocab_size|block_count|nextn_predict_layers|leading_dense_block_count|interleave_moe_layer_step|"
     r"expert_(count|used_count|shared_count|feed_forward_length|shared_feed_forward_length|gating_func)|"
-    r"attention\.(layer_norm_rms_epsilon|causal|sliding_window_pattern|value_length|(key|value)_length_mla|"
-    r"q_lora_rank|temperature_(scale|length))|tensor_data_layout"
+    r"attention\.(layer_norm_rms_epsilon|sliding_window_pattern|value_length|(key|value)_length_mla|q_lora_rank|"
+    r"temperature_(scale|length))|"
+    r"rope\.(dimension_count|freq_base|scale_linear|scaling\.(type|factor|attn_factor|original_context_length|finetuned|"
+    r"yarn_(beta_fast|beta_slow|log_multiplier)))|tensor_data_layout"
 )
 """Keys that are read one by one, or follow from the tensors."""
 
@@ -168,20 +174,20 @@ class MixtureFile:
         row, facts, start = self.row, self._facts, f"its {self.architecture}."
         gating = gguf.ExpertGatingFuncType[row.gating.upper()]
         if facts.get("expert_gating_func", gating) != gating:
-            raise SecateurError(f"{start}expert_gating_func says another thing than {row.gating}, as {row.model_type}")
+            raise SecateurError(f"{start}expert_gating_func is not the {row.gating} of {row.model_type}")
         keys = {**_KEYS, **row.keys}
         for key in facts:
             if key not in keys and not _ELSEWHERE.fullmatch(key):
                 raise SecateurError(f"{start}{key} is not known here")
-        for key in row.keys:
+        for key in (*_NEEDED, *row.keys):
             if key not in facts:
                 raise SecateurError(f"{start}{key} is missing")
         default = AutoConfig.for_model(row.model_type)
         values = _DEFAULTS | {own: facts[key] for key, own in keys.items() if key in facts}
         for own, value in values.items():
             # Some classes take a head size without naming it.
-            placed = own == "head_dim" or hasattr(default, own)
-            if value not in (row.fixed.get(own, value if placed else None), _DEFAULTS.get(own)):
+            has_place = own == "head_dim" or hasattr(default, own)
+            if value not in (row.fixed.get(own, value if has_place else None), _DEFAULTS.get(own)):
                 raise SecateurError(f"{row.model_type} does not compute what it says: {own} = {value}")
         values |= {**row.fixed, **self._sizes(default)}
         placed = {key: value for key, value in values.items() if key == "head_dim" or hasattr(default, key)}
@@ -203,13 +209,15 @@ class MixtureFile:
         inside = {name.removeprefix(f"blk.{first}.") for name in tensors}
         count, _, channels = self.shape(f"blk.{first}.ffn_down_exps.weight")
         shared = self.shape(f"blk.{first}.ffn_down_shexp.weight")[1] if "ffn_down_shexp.weight" in inside else 0
-        heads = facts["attention.head_count"]
+        heads, met = facts["attention.head_count"], facts["expert_used_count"]
+        if not 0 < met <= count:
+            raise SecateurError(f"it says that a token meets {met:,} of its {count:,} experts")
         values = {
             "num_hidden_layers": self.blocks,
             "vocab_size": self.shape("token_embd.weight")[0],
             "tie_word_embeddings": "output.weight" not in tensors,
             experts.count: count,
-            experts.chosen: facts["expert_used_count"],
+            experts.chosen: met,
             experts.width: channels,
             "shared_expert_intermediate_size": shared,
             "intermediate_size_mlp": facts["feed_forward_length"],
@@ -255,6 +263,8 @@ class MixtureFile:
         """What is settled otherwise in some families, in place."""
         rope = config.rope_parameters
         if beta := self._facts.get("attention.temperature_scale"):
+            if self.row.model_type != "mistral4":
+                raise SecateurError(f"{self.row.model_type} does not scale queries with their positions, as it says")
             rope["llama_4_scaling_beta"] = beta
         if rope["rope_type"] != "yarn":
             return
