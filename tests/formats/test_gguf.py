@@ -608,8 +608,7 @@ def test_byte_level_tokenizers(tmp_path, key):
         assert tokens(file, sample) == tokenizer(sample).input_ids
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_tokenizers(tmp_path, prefix):
+def sentencepiece(prefix: bool) -> PreTrainedTokenizerFast:
     """Llama 2 puts a blank before a text, Gemma does not; bytes stand for characters that are missing."""
     blanks = [normalizers.Prepend("▁")] if prefix else []
     backend = Tokenizer(models.BPE())
@@ -622,9 +621,14 @@ def test_sentencepiece_tokenizers(tmp_path, prefix):
     vocab = {word: index for index, word in enumerate(words)}
     backend.model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template="{{ messages }}"
     )
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenizers(tmp_path, prefix):
+    tokenizer = sentencepiece(prefix)
     tokenizer.add_tokens(["▁▁▁▁"] if prefix else ["\n\n"])
     file = vocabulary_file(tokenizer, tmp_path / "t.gguf")
     for sample in ("the sea takes IT'S steps", "ä€ x", "   12345  ", "steps\n\nsteps"):

@@ -14,7 +14,20 @@ import pytest
 import test_gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from test_gguf import IDS, KINDS, NARROW, TEXT, UNIFORM, _llama_cpp, byte_level, row, run, uniform_keeps  # noqa: F401
+from test_gguf import (  # noqa: F401
+    IDS,
+    KINDS,
+    NARROW,
+    TEXT,
+    UNIFORM,
+    _llama_cpp,
+    byte_level,
+    row,
+    run,
+    sentencepiece,
+    tokens,
+    uniform_keeps,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models as tiny
@@ -29,6 +42,8 @@ from secateur.write.export import export
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MORE_ROWS = test_gguf.MORE_ROWS | {
     "mixtral wide": row("mixtral", **WIDE, num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2),
+    "llama 400": row("llama", num_key_value_heads=3, vocab_size=400),
+    "mixtral 400": row("mixtral", num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2, vocab_size=400),
     "gpt_oss wide": row("gpt_oss", **test_gguf.OSS | WIDE),
 }
 READ = [name for name, (kinds, _) in UNIFORM.items() if "experts" in kinds]
@@ -258,6 +273,23 @@ def test_what_a_family_must_say(tmp_path: Path) -> None:
         read(rewritten(scaled, {"deepseek2.rope.scaling.yarn_log_multiplier": None}))
     with pytest.raises(SecateurError, match="deepseek_v3 does not scale queries with their positions, as it says"):
         read(rewritten(scaled, {"deepseek2.attention.temperature_scale": 0.1}))
+
+
+@pytest.mark.parametrize("name", ["llama 400", "mixtral 400"])
+@pytest.mark.parametrize("kind", ["bytes", "prefix", "no prefix"])
+def test_text_becomes_the_same_tokens(tmp_path: Path, name: str, kind: str) -> None:
+    """As llama.cpp makes of it, and as the tokenizer did of which the file was made."""
+    tokenizer = byte_level(size=300) if kind == "bytes" else sentencepiece(kind == "prefix")
+    tiny.save(name, tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    file = export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path
+    again = AutoTokenizer.from_pretrained(read(file).path)
+    for sample in (TEXT, "   12345  ", "ä€ x", "</s> the sea"):
+        ids = again(sample).input_ids
+        assert ids == tokenizer(sample).input_ids == tokens(file, sample)
+        if kind != "bytes":
+            # Its words have no umlaut.
+            assert again.decode(ids, skip_special_tokens=True) == sample.removeprefix("</s>")
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("glm4", 2), ("hunyuan", 4), ("olmo", 1), ("refact", 4)])

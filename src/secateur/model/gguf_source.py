@@ -12,6 +12,8 @@ from unittest.mock import patch
 import gguf
 import torch
 from gguf import GGUFReader
+from tokenizers import decoders, normalizers
+from tokenizers.normalizers import Prepend, Replace
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -149,21 +151,30 @@ def _read_once(reader: GGUFReader) -> Iterator[None]:
 
 
 def _tokenizer(kind: Any, file: Path, reader: GGUFReader) -> Any:
-    """A file's tokenizer, which splits text before merges as the file says: other splits give ids unseen in training.
+    """A file's tokenizer, which cuts text as llama.cpp does: cut otherwise, it becomes ids unseen in training.
 
     Raises:
         SecateurError: the file is a mixture whose split is not known here.
     """
-    field = reader.fields.get("tokenizer.ggml.pre")
-    name = "" if field is None else str(field.contents())
+    said = {key.removeprefix("tokenizer.ggml."): field for key, field in reader.fields.items()}
+    name = str(said["pre"].contents()) if "pre" in said else ""
+    model = said["model"].contents()
     alike = {other: GGUF_PRE_TOKENIZER_SPLITS[known] for other, known in _ALIKE.items()}
     with patch.dict(GGUF_PRE_TOKENIZER_SPLITS, alike):
         known = name in GGUF_PRE_TOKENIZER_SPLITS or name in _SINGLE_DIGITS | _WORDS
-        byte_level = reader.fields["tokenizer.ggml.model"].contents() == "gpt2"
-        if is_mixture(reader) and byte_level and not known:
+        if is_mixture(reader) and model == "gpt2" and not known:
             raise SecateurError(f"its text is split in a way that is not known here ({name or 'it does not say how'})")
         tokenizer = kind.from_pretrained(file.parent, gguf_file=file.name)
+    backend = tokenizer.backend_tokenizer
     if name in _SINGLE_DIGITS:
-        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if model == "llama":
+        # transformers puts a blank before the first word alone, and where the file wants none, too.
+        blank = "add_space_prefix" not in said or said["add_space_prefix"].contents()
+        into = [Prepend("▁")] if blank else []
+        back = [decoders.Strip(" ", 1, 0)] if blank else []
+        backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([*into, Replace(" ", "▁")]), None
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *back]
+        )
     return tokenizer
