@@ -18,6 +18,7 @@ from test_gguf import (  # noqa: F401
     IDS,
     KINDS,
     NARROW,
+    SAMPLES,
     TEXT,
     UNIFORM,
     _llama_cpp,
@@ -25,6 +26,7 @@ from test_gguf import (  # noqa: F401
     row,
     run,
     sentencepiece,
+    steps_of,
     tokens,
     uniform_keeps,
 )
@@ -35,6 +37,7 @@ from models import build, logits_of, masked, relative
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
+from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.gguf_mixtures import MIXTURES
 from secateur.write.export import export
@@ -290,6 +293,20 @@ def test_text_becomes_the_same_tokens(tmp_path: Path, name: str, kind: str) -> N
         if kind != "bytes":
             # Its words have no umlaut.
             assert again.decode(ids, skip_special_tokens=True) == sample.removeprefix("</s>")
+
+
+UNKNOWN = ("bloom", "exaone-moe", "falcon")
+
+
+@pytest.mark.parametrize("key", [key for key, name in PRE_TOKENIZERS.items() if name not in UNKNOWN])
+def test_text_is_split_as_it_was(tmp_path: Path, key: tuple[tuple[str, ...], bool]) -> None:
+    """A file that is made of what was read goes by the same name."""
+    tokenizer = byte_level(steps_of(key[0]), key[1], size=400)
+    tiny.save("mixtral 400", tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    again = AutoTokenizer.from_pretrained(read(export(tmp_path / "dense", tmp_path / "m.gguf").path).path)
+    assert [again(sample).input_ids for sample in SAMPLES] == [tokenizer(sample).input_ids for sample in SAMPLES]
+    assert vocabulary(again, 400).pre == PRE_TOKENIZERS[key]
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("glm4", 2), ("hunyuan", 4), ("olmo", 1), ("refact", 4)])

@@ -40,6 +40,11 @@ _ALIKE = {
 _WORDS = frozenset({"gpt-2", "jais", "mpt", "olmo", "phi-2"})
 """Those that split as GPT-2, which is what it takes where it does not know."""
 
+_WHOLE = frozenset(
+    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "glm4", "glm5", "lfm2", "midm-2.0", "pixtral", "tekken"}
+)
+"""Those under which llama.cpp merges nothing inside a word that is a token itself; transformers does."""
+
 
 def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     """The folder with a GGUF file's model as safetensors.
@@ -168,6 +173,8 @@ def _tokenizer(kind: Any, file: Path, reader: GGUFReader) -> Any:
     backend = tokenizer.backend_tokenizer
     if name in _SINGLE_DIGITS:
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if name in _WHOLE:
+        backend.model.ignore_merges = True
     if model == "llama":
         # transformers puts a blank before the first word alone, and where the file wants none, too.
         blank = "add_space_prefix" not in said or said["add_space_prefix"].contents()
