@@ -71,7 +71,7 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     counts = {
         writer.add_head_count: [width.heads for width in widths],
         writer.add_head_count_kv: [
-            1 if architecture.latent else 0 if model.mixes(index) else model.groups(width)
+            1 if architecture.latent else 0 if model.mixes(index) and not architecture.linear else model.groups(width)
             for index, width in enumerate(widths)
         ],
         writer.add_feed_forward_length: [dense if width.experts and dense else width.channels for width in widths],
@@ -79,7 +79,9 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     for add, values in counts.items():
         # Where something else stands in the attention's place there are no keys and values.
         add(values if architecture.per_layer or 0 in values else values[0])
-    if model.family.mixer is not None:
+    if architecture.linear:
+        _add_linear(writer, model)
+    elif model.family.mixer is not None:
         writer.add_shortconv_l_cache(config.conv_L_cache)
     if architecture.latent:
         _add_latent(writer, model)
@@ -122,6 +124,16 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     elif architecture.name == "gemma2":
         # Its graph has windows always.
         writer.add_sliding_window(config.max_position_embeddings)
+
+
+def _add_linear(writer: GGUFWriter, model: Model) -> None:
+    config = model.config
+    writer.add_full_attention_interval(model.period)
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
 
 
 def _add_latent(writer: GGUFWriter, model: Model) -> None:
@@ -168,6 +180,10 @@ def _add_rope(writer: GGUFWriter, model: Model, architecture: Architecture) -> N
         return
     writer.add_rope_dimension_count(model.rotated)
     writer.add_rope_freq_base(rope["rope_theta"])
+    if architecture.linear == "tiled":
+        # How many frequencies time, height and width of a picture have; a text's tokens are at one place in all three.
+        thirds = [(model.rotated // 2 + 2 - direction) // 3 for direction in range(3)]
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", thirds), 0])
     if around := model.config.rope_parameters.get("sliding_attention"):
         writer.add_rope_freq_base_swa(around["rope_theta"])
     if kind == "linear":

@@ -95,6 +95,9 @@ class Architecture:
     """The gates of what a token meets add up to one: always, never, or as the file says."""
     leading: bool = False
     """The first blocks may have channels in place of experts."""
+    linear: Literal["grouped", "tiled"] | None = None
+    """Linear attention stands in the attention's place but in every so-manieth block; its value heads lie group by
+    group, or the first of all groups before the second ones."""
     latent: bool = False
     """All heads share one key and one value, a latent vector, and what each makes of it is put off."""
 
@@ -107,6 +110,7 @@ _OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=True, output="s
 _GLM = replace(_QWEN3, name="glm4moe", partial=True, leading=True)
 _DEEPSEEK2 = replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset())
 _LFM2 = replace(_QWEN3, name="lfm2", biases=frozenset(), final_norm="token_embd_norm.weight")
+_NEXT = replace(_QWEN3, name="qwen3next", biases=frozenset(), partial=True, normed=True, linear="grouped")
 _GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
 _COHERE = Architecture("command-r", frozenset(), square=True, pairs=True, output="tied", epsilon="layer")
 _NEMOTRON = Architecture(
@@ -172,6 +176,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _LFM2,
         replace(_LFM2, name="lfm2moe", leading=True, normed=True, output="tied"),
+        _NEXT,
+        replace(_NEXT, name="qwen35", linear="tiled"),
+        replace(_NEXT, name="qwen35moe", linear="tiled"),
         replace(_GLM, name="exaone-moe", partial=False, windows=True, biases=frozenset(), output="stored"),
     )
 }
@@ -189,6 +196,8 @@ class Source:
     """Keys of the config; or the function itself, where the code has it."""
     fused: str | None = None
     """One layer for queries, keys and values, of which no head can go."""
+    gated: bool = False
+    """The query layer holds the rows of a head's gate behind those of its query."""
     interleaved: bool = False
     """It holds queries, key and value of one group after the other."""
     transposed: bool = False
@@ -261,6 +270,9 @@ SOURCES: dict[str, Source] = {
     ),
     "lfm2": Source(("lfm2",), activation="silu", epsilon="norm_eps"),
     "lfm2_moe": Source(("lfm2moe",), activation="silu", epsilon="norm_eps"),
+    "qwen3_next": Source(("qwen3next",), shifted=True, gated=True),
+    "qwen3_5_text": Source(("qwen35",), shifted=True, gated=True),
+    "qwen3_5_moe_text": Source(("qwen35moe",), shifted=True, gated=True, normed=True),
     "mpt": Source(("mpt",), activation="gelu", epsilon="layer_norm_epsilon", fused="Wqkv"),
 }
 """By model_type. OPT and GPT-J are missing: llama.cpp has no such graphs."""

@@ -120,8 +120,9 @@ class Model:
 
     @property
     def period(self) -> int | None:
-        """Every how many blocks one sees everything; 0 for never, None where there is no such number."""
-        kinds = [kind == "sliding_attention" for kind in self.config.layer_types]
+        """Every how many blocks one has full attention, and those before it windows or a linear one; 0 for never, None
+        where there is no such number."""
+        kinds = [kind in ("sliding_attention", "linear_attention") for kind in self.config.layer_types]
         count = len(kinds)
         return next((p for p in range(count + 1) if kinds == [not p or i % p < p - 1 for i in range(count)]), None)
 
@@ -263,6 +264,12 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "does not scale the rotation of layers with a window"
     if model.rotated != model.dim and not architecture.partial:
         return f"rotates whole heads, and here {model.rotated} of {model.dim} entries are"
+    if model.rotated % 2:
+        return f"rotates entries of a head by pairs, and here {model.rotated} are"
+    if architecture.linear and not model.period:
+        return "has full attention at regular intervals, and linear attention before each of them"
+    if architecture.linear and config.linear_key_head_dim != config.linear_value_head_dim:
+        return "has keys and values of linear attention of one size"
     if architecture.windows and model.window is not None and not model.period:
         return "has windows at regular intervals only, and blocks without between them"
     if architecture.name in ("cohere2", "exaone-moe") and model.window is None:

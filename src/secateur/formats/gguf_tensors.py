@@ -122,7 +122,7 @@ def bytes_at(entry: Entry, shape: tuple[int, ...], type: str) -> int:
 def _type(name: str, shape: tuple[int, ...], file: str) -> GGMLQuantizationType:
     """The type of one tensor: vectors stay as they are, rows that do not divide fall back on f16."""
     storage = TYPES[file]
-    exact = ("position_embd.weight", "ffn_gate_inp.weight", "shortconv.conv.weight")
+    exact = ("position_embd.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight")
     if len(shape) == 1 or name in exact or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32
     if shape[-1] % storage.multiple:
@@ -187,16 +187,22 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     parts |= experts | _latent(model, index)
     if model.family.latent is not None:
         used.add(f"{model.family.attention}.{model.family.latent[1]}.weight")
-    for name, stored in model.inside[index].items():
-        if name not in used and stored not in pieces and ".act_fn." not in name:
-            # As the gguf package knows them.
-            known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
-            known = known.replace(".expert_bias", ".expert_bias.bias")
-            renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
-            lazy = _norm(model, renamed, _stored(model, stored))
-            # A convolution of one channel each.
-            one = renamed.endswith("conv.weight")
-            parts[renamed.removeprefix(f"blk.{index}.")] = lazy.then(partial(torch.squeeze, dim=1)) if one else lazy
+    others = {
+        name: _stored(model, stored)
+        for name, stored in model.inside[index].items()
+        if name not in used and stored not in pieces and ".act_fn." not in name
+    }
+    if architecture.linear and model.mixes(index):
+        others = _linear(model, architecture, others)
+    for name, lazy in others.items():
+        # As the gguf package knows them.
+        known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
+        known = known.replace(".expert_bias", ".expert_bias.bias").replace(".dt_bias", ".dt_proj.bias")
+        renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
+        normed = _norm(model, renamed, lazy)
+        # A convolution of one channel each.
+        one = renamed.endswith(("conv.weight", "conv1d.weight"))
+        parts[renamed.removeprefix(f"blk.{index}.")] = normed.then(partial(torch.squeeze, dim=1)) if one else normed
     if model.widths[index].heads:
         _rescale(parts, _score_ratio(model, architecture, index))
     elif width.heads:
@@ -227,7 +233,13 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     """
     width, family, hidden, dim = model.widths[index], model.family, model.config.hidden_size, model.dim
     rows, shared, channels = width.heads * dim, model.groups(width) * dim, width.channels
-    outputs = {"attn_q": rows, "attn_k": shared, "attn_v": shared, "ffn_gate": channels, "ffn_up": channels}
+    outputs = {
+        "attn_q": rows * (2 if model.source.gated else 1),
+        "attn_k": shared,
+        "attn_v": shared,
+        "ffn_gate": channels,
+        "ffn_up": channels,
+    }
     shapes = {layer: (count, hidden) for layer, count in outputs.items()}
     shapes |= {"attn_output": (hidden, width.heads * model.value_dim), "ffn_down": (hidden, channels)}
     starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
@@ -269,6 +281,47 @@ def _latent(model: Model, index: int) -> dict[str, Lazy]:
         "attn_k_b.weight": apart.then(lambda own: own[:, :keys].transpose(1, 2)),
         "attn_v_b.weight": apart.then(lambda own: own[:, keys:]),
     }
+
+
+def _linear(model: Model, architecture: Architecture, stored: dict[str, Lazy]) -> dict[str, Lazy]:
+    """Tensors of a block with linear attention, as llama.cpp lays their heads out."""
+    assert model.family.mixer is not None
+    config, result = model.config, {name: lazy for name, lazy in stored.items() if "in_proj_qkvz" not in name}
+    keys, size, inside = config.linear_num_key_heads, config.linear_key_head_dim, f"{model.family.mixer[0]}."
+    per_key = config.linear_num_value_heads // keys
+    if fused := stored.get(f"{inside}in_proj_qkvz.weight"):
+        sizes = (size, size, per_key * size, per_key * size)
+        for layer, which in {"qkv": slice(3), "z": slice(3, None)}.items():
+            result[f"{inside}in_proj_{layer}.weight"] = fused.then(
+                partial(_of_keys, keys=keys, sizes=sizes, which=which)
+            )
+    result[f"{inside}A_log"] = result[f"{inside}A_log"].then(lambda values: -values.float().exp())
+    if architecture.linear == "tiled":
+        for leaf, (axis, behind) in _OF_VALUES.items():
+            tiled = partial(_tiled, axis=axis, ahead=2 * keys * size if behind else 0, groups=keys, per_group=per_key)
+            result[inside + leaf] = result[inside + leaf].then(tiled)
+    return result
+
+
+_OF_VALUES = {
+    **dict.fromkeys(("in_proj_qkv.weight", "conv1d.weight"), (0, True)),
+    **dict.fromkeys(("in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight", "A_log", "dt_bias"), (0, False)),
+    "out_proj.weight": (1, False),
+}
+"""What belongs to the value heads of linear attention: along which axis, and whether queries and keys come first."""
+
+
+def _of_keys(fused: Tensor, keys: int, sizes: tuple[int, ...], which: slice) -> Tensor:
+    """Rows of some kinds, one kind after the other, where those of each key head lie together."""
+    kinds = fused.unflatten(0, (keys, -1)).split(sizes, dim=1)
+    return torch.cat([kind.flatten(0, 1) for kind in kinds[which]])
+
+
+def _tiled(tensor: Tensor, axis: int, ahead: int, groups: int, per_group: int) -> Tensor:
+    """Heads reordered along an axis: the first of every group, then the second ones, and so on."""
+    first, heads = tensor.tensor_split([ahead], dim=axis)
+    apart = heads.unflatten(axis, (groups, per_group, -1)).transpose(axis, axis + 1)
+    return torch.cat((first, apart.flatten(axis, axis + 2)), axis)
 
 
 def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]:
@@ -322,7 +375,8 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
 
 def _norm(model: Model, name: str, stored: Lazy) -> Lazy:
     """The factors of a norm, also of one that adds one to what it stores; other tensors as they are."""
-    shifted = model.source.shifted and name.endswith("_norm.weight")
+    # Linear attention's own norm is behind it, and stored as it is.
+    shifted = model.source.shifted and name.endswith("_norm.weight") and not name.endswith("ssm_norm.weight")
     return stored.then(lambda values: values.float() + 1) if shifted else stored
 
 

@@ -20,6 +20,8 @@ from secateur.model.tokens import begins_with_bos, encode
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST_SLASH = _REST.replace(r"\r\n]*", r"\r\n/]*")
+_REST_MARKED = _REST.replace(r"\p{L}", r"\p{L}\p{M}")
+_WORD_MARKED = r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|"
 _WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST_ONE = r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 _PHRASE = r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|"
@@ -37,6 +39,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_BY_THREES,), True): "llama-bpe",
     ((_BY_THREES,), False): "dbrx",
     ((_CONTRACTION + _WORD + r"\p{N}" + _REST,), False): "qwen2",
+    ((_CONTRACTION + _WORD_MARKED + r"\p{N}" + _REST_MARKED,), False): "qwen35",
     ((_LOWER_END + _UPPER_START + r"|\p{N}" + _REST_SLASH,), True): "tekken",
     ((_GPT_4O,), False): "gpt-4o",
     ((_PUNCTUATION, _WORDS, _NUMBERS, "[0-9][0-9][0-9]"), False): "falcon",
