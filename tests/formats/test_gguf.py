@@ -20,6 +20,7 @@ from llama_cpp_py_sync import _cffi_bindings as bindings
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import models as tiny
@@ -77,6 +78,7 @@ WINDOWED4 = {"layer_types": (DEEP[:1] * 3 + DEEP[1:]) * 16, "sliding_window": 7,
 LINEAR = {**tiny.TRIPLES, **tiny.LINEAR, "head_dim": 16, "linear_num_value_heads": 6}
 FOURTH = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 NEXT = {**LINEAR, **tiny.SHARED, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+SMALL4 = tiny.GEMMA4_SMALL
 LFM2_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "num_dense_layers": 1}
 SCOUT = {
     **tiny.LLAMA4,
@@ -147,6 +149,11 @@ MORE_ROWS = {
     "falcon alibi": row("falcon", ffn_hidden_size=72, alibi=True),
     "bloom after": row("bloom", apply_residual_connection_post_layernorm=True),
     "mpt scaled": row("mpt", attn_config={"softmax_scale": 0.3}),
+    "gemma4_text swapped": row("gemma4_text", **SMALL4 | {"layer_types": [*DEEP[::-1], *DEEP]}),
+    "gemma4_text fewer": row("gemma4_text", **SMALL4 | {"vocab_size_per_layer_input": 64}),
+    "gemma4_text open": row("gemma4_text", **tiny.GEMMA4 | {"layer_types": ["full_attention"] * 3}),
+    "gemma4_text ahead": row("gemma4_text", **tiny.GEMMA4, use_bidirectional_attention="all"),
+    "gemma4_text default": row("gemma4_text", **tiny.GEMMA4, rope_parameters=dict.fromkeys(DEEP, FULL)),
     "lfm2 untied": row(
         "lfm2", **tiny.TRIPLES, layer_types=[*DEEP[1:], "conv", "conv"], conv_L_cache=4, tie_word_embeddings=False
     ),
@@ -187,6 +194,20 @@ MORE_ROWS = {
         "mistral4", **tiny.MISTRAL4 | {"rope_parameters": tiny.YARN | SCALED4 | {"mscale": 1.0, "mscale_all_dim": 1.0}}
     ),
     "mistral4 half": row("mistral4", **tiny.MISTRAL4 | {"rope_parameters": YARN_ALL | SCALED4}),
+    "gemma4_text turned": row(
+        "gemma4_text",
+        **tiny.GEMMA4,
+        final_logit_softcapping=5.0,
+        rope_parameters={
+            "sliding_attention": FULL | {"rope_theta": 500.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 1e3,
+                "factor": 3.0,
+            },
+        },
+    ),
     "gemma2 deep": row("gemma2", **{**tiny.GEMMA, "layer_types": DEEP * 23}, num_hidden_layers=46),
     "gemma3 deep": row("gemma3_text", **{**tiny.GEMMA, "layer_types": DEEP * 31}, num_hidden_layers=62),
     **{
@@ -311,6 +332,14 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
 IDS = tiny.token_rows(1).tolist()[0]
 
 
+def with_the_table(small: Any) -> Any:
+    """The model with llama.cpp's gelu, which is looked up in a table of half precision."""
+    for name, module in small.named_modules():
+        if name.endswith("act_fn"):
+            module.forward = lambda x: functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return small
+
+
 def compare(small: Any, done: Exported) -> float:
     """How far llama.cpp's logits are from transformers', over the positions that the file declares."""
     count = min(LENGTH, done.context)
@@ -405,6 +434,11 @@ UNIFORM = {
     "solar_open": (KINDS, "glm4moe"),
     "apertus": (BOTH, "apertus"),
     "apertus scaled": (CHANNELS, "apertus"),
+    "gemma4_text": (CHANNELS, "gemma4"),
+    "gemma4_text small": (CHANNELS, "gemma4"),
+    "gemma4_text wide": (CHANNELS, "gemma4"),
+    "gemma4_text turned": (CHANNELS, "gemma4"),
+    "gemma4_text mixture": (NARROW, "gemma4"),
     "lfm2": (CHANNELS, "lfm2"),
     "lfm2 untied": (CHANNELS, "lfm2"),
     "lfm2_moe": (NARROW, "lfm2moe"),
@@ -419,7 +453,7 @@ UNIFORM = {
     "llama4_text scout": (KINDS, "llama4"),
     "mistral4 scaled": (ALL, "mistral4"),
 }
-GELU = {"gemma", "gemma2", "gemma3", "gpt2", "gptneox", "starcoder2", "phi2", "falcon", "bloom", "mpt"}
+GELU = {"gemma", "gemma2", "gemma3", "gemma4", "gpt2", "gptneox", "starcoder2", "phi2", "falcon", "bloom", "mpt"}
 """Graphs with this function, which llama.cpp looks up in a table of half precision."""
 
 
@@ -434,6 +468,8 @@ def test_uniform_widths(tmp_path, name):
     small = write_folder(name, uniform_keeps(name, kinds), tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
     assert done.architecture == architecture
+    if architecture == "gemma4":
+        small = with_the_table(small)
     # Latent vectors are multiplied in another order, linear attention has another epsilon, rounding adds up in depth.
     looser = architecture in ("deepseek2", "mistral4", "nemotron", "qwen3next", "qwen35", "qwen35moe") or "deep" in name
     assert compare(small, done) < (1e-3 if architecture in GELU else 2e-5 if looser else 2e-6)
@@ -445,6 +481,7 @@ STRAIGHT = {
     "falcon new": CHANNELS,
     "lfm2_moe": NARROW,
     "qwen3_next even": NARROW,
+    "gemma4_text mixture": NARROW,
 }
 
 
@@ -460,7 +497,7 @@ def test_straight_into_a_file(tmp_path, name, kinds):
     how = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
     prune(folder, tmp_path / "m.gguf", format="gguf", type="f32", **how)
     prune(folder, tmp_path / "m", format="stock", **how)
-    bound = 1e-3 if "falcon" in name else 2e-5 if "next" in name else 2e-6
+    bound = 1e-3 if "falcon" in name or "gemma4" in name else 2e-5 if "next" in name else 2e-6
     assert compare(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), export_of(tmp_path)) < bound
     widths = {i: width_of(stream.blocks[i], keep) for i, keep in keeps.items()}
     stored = sum(tensor.n_bytes for tensor in GGUFReader(tmp_path / "m.gguf").tensors)
@@ -508,6 +545,16 @@ def test_uneven_widths(tmp_path, name, empty):
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
     assert done.architecture == UNEVEN[name]
     assert compare(small, done) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4_text small"])
+def test_uneven_channels(tmp_path, name):
+    blocks = blocks_of(build(name))
+    kept = [range(3, 40), range(0, 71, 3), (), range(1, 60)]
+    keeps = {i: Keep(tuple(range(block.width.heads)), tuple(kept[i])) for i, block in enumerate(blocks)}
+    small = write_folder(name, keeps, tmp_path / "folder")
+    done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
+    assert compare(with_the_table(small), done) < 1e-3
 
 
 @pytest.mark.parametrize("name", [f"{kind} {name}" for kind, names in KNOWN.items() for name in names])
@@ -839,6 +886,12 @@ REFUSED = {
     "qwen3_5_text odd": (CHANNELS, "qwen35 has keys and values of linear attention of one size"),
     "qwen3_next gates": (EXPERTS, "qwen3next makes gates add up to one"),
     "qwen3_next dense": (EXPERTS, "qwen3next has experts in all blocks"),
+    "phimoe": (EXPERTS, "llama.cpp's phimoe norms without taking the mean off, and makes gates add up to one, unlike"),
+    "gemma4_text swapped": (CHANNELS, "gemma4 takes shared keys and values from two blocks, first one with a window"),
+    "gemma4_text fewer": (CHANNELS, "gemma4 reads inputs of blocks for all tokens"),
+    "gemma4_text open": (CHANNELS, "gemma4 has windows in some blocks"),
+    "gemma4_text default": (CHANNELS, "gemma4 does not know default rotary scaling"),
+    "gemma4_text ahead": (CHANNELS, "gemma4 does not look ahead"),
     "lfm2 biased": (CHANNELS, "lfm2 has no place for the biases of convolutions"),
     "lfm2_moe unbiased": (EXPERTS, "lfm2moe has a bias of the choice, and multiplies gates by nothing"),
     "lfm2_moe scaled": (EXPERTS, "lfm2moe has a bias of the choice, and multiplies gates by nothing"),

@@ -15,6 +15,7 @@ from secateur.formats.gguf_architectures import TYPES, Architecture
 from secateur.formats.gguf_choice import Model
 from secateur.formats.gguf_tensors import Entry, laid_out
 from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
+from secateur.model.structure import Width
 
 
 def write_gguf(
@@ -70,14 +71,10 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     writer.add_block_count(len(widths))
     counts = {
         writer.add_head_count: [width.heads for width in widths],
-        writer.add_head_count_kv: [
-            1 if architecture.latent else 0 if model.mixes(index) and not architecture.linear else model.groups(width)
-            for index, width in enumerate(widths)
-        ],
+        writer.add_head_count_kv: [_shared_heads(model, architecture, i, width) for i, width in enumerate(widths)],
         writer.add_feed_forward_length: [dense if width.experts and dense else width.channels for width in widths],
     }
     for add, values in counts.items():
-        # Where something else stands in the attention's place there are no keys and values.
         add(values if architecture.per_layer or 0 in values else values[0])
     if architecture.linear:
         _add_linear(writer, model)
@@ -85,6 +82,8 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_shortconv_l_cache(config.conv_L_cache)
     if architecture.latent:
         _add_latent(writer, model)
+    elif model.source.mixed:
+        _add_mixed(writer, model)
     else:
         writer.add_key_length(model.dim)
         writer.add_value_length(model.dim)
@@ -116,14 +115,40 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-    if getattr(config, "final_logit_softcapping", None):
+    if getattr(config, "final_logit_softcapping", None) and not model.source.mixed:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if architecture.windows and model.window is not None:
+    if model.source.mixed:
+        writer.add_sliding_window(model.window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    elif architecture.windows and model.window is not None:
         writer.add_sliding_window(model.window)
         writer.add_sliding_window_pattern(model.period)
     elif architecture.name == "gemma2":
         # Its graph has windows always.
         writer.add_sliding_window(config.max_position_embeddings)
+
+
+def _shared_heads(model: Model, architecture: Architecture, index: int, width: Width) -> int:
+    """Key/value heads of a block in a file."""
+    if model.source.mixed:
+        return model.heads_of(index)[1]
+    # None where something else stands in the attention's place, unless the file says otherwise which blocks these are.
+    if model.mixes(index) and not architecture.linear:
+        return 0
+    return 1 if architecture.latent else model.groups(width)
+
+
+def _add_mixed(writer: GGUFWriter, model: Model) -> None:
+    config, kinds = model.config, model.config.layer_types
+    full, around = (model.heads_of(kinds.index(f"{kind}_attention"))[0] for kind in ("full", "sliding"))
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(full)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(around)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    # Else llama.cpp takes 30 for the cap.
+    writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
 
 
 def _add_linear(writer: GGUFWriter, model: Model) -> None:
@@ -178,7 +203,8 @@ def _add_rope(writer: GGUFWriter, model: Model, architecture: Architecture) -> N
     rope, kind = model.rope, model.kind
     if architecture.distances or not rope:
         return
-    writer.add_rope_dimension_count(model.rotated)
+    if not model.source.mixed:
+        writer.add_rope_dimension_count(model.rotated)
     writer.add_rope_freq_base(rope["rope_theta"])
     if architecture.linear == "tiled":
         # How many frequencies time, height and width of a picture have; a text's tokens are at one place in all three.

@@ -151,6 +151,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         _OLMO2,
         replace(_GEMMA3, name="gemma2", head_norms=False, output="tied"),
         _GEMMA3,
+        replace(
+            _GEMMA3,
+            name="gemma4",
+            biases=frozenset(),
+            per_layer=True,
+            scalings=frozenset({"proportional"}),
+            normed=True,
+        ),
         replace(_GPT, needs_biases=True),
         replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
         replace(_GPT, name="phi2", fused_qkv=False, needs_biases=True, partial=True, output="stored"),
@@ -206,6 +214,8 @@ class Source:
     """Norms are stored less one."""
     paired: bool = False
     """Consecutive entries of a head rotate together already."""
+    mixed: bool = False
+    """Blocks with a window have heads of another size, and the last blocks may attend with what earlier ones keep."""
     router: Literal["softmax", "sigmoid"] = "sigmoid"
     """What makes gates of a router's logits, where a file says so."""
     normed: bool | None = None
@@ -260,6 +270,7 @@ SOURCES: dict[str, Source] = {
     **dict.fromkeys(("olmo2", "olmo3"), Source(("olmo2",))),
     "gemma2": Source(("gemma2",), activation="hidden_activation", shifted=True),
     "gemma3_text": Source(("gemma3",), activation="hidden_activation", shifted=True),
+    "gemma4_text": Source(("gemma4",), activation="hidden_activation", normed=True, mixed=True),
     "gpt2": Source(("gpt2",), activation="activation_function", epsilon="layer_norm_epsilon", transposed=True),
     "gpt_neox": Source(("gptneox",), epsilon="layer_norm_eps"),
     "falcon": Source(
@@ -276,6 +287,9 @@ SOURCES: dict[str, Source] = {
     "mpt": Source(("mpt",), activation="gelu", epsilon="layer_norm_epsilon", fused="Wqkv"),
 }
 """By model_type. OPT and GPT-J are missing: llama.cpp has no such graphs."""
+
+OTHERWISE = {"phimoe": "norms without taking the mean off, and makes gates add up to one"}
+"""What llama.cpp's graph of a model_type does, and the model does not."""
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},

@@ -13,6 +13,7 @@ from secateur.formats.gguf_architectures import (
     ACTIVATIONS,
     ARCHITECTURES,
     LEVEL2,
+    OTHERWISE,
     SOURCES,
     SWIGLU_LIMIT,
     TYPES,
@@ -47,6 +48,11 @@ class Model:
                 f"{self.checkpoint.source}: a multimodal model, which llama.cpp takes in two files; let its own "
                 "converter make them of the pruned folder"
             )
+        if kind in OTHERWISE:
+            raise SecateurError(
+                f"{self.checkpoint.source}: llama.cpp's {kind} {OTHERWISE[kind]}, unlike the model; keep the "
+                "safetensors folder"
+            )
         if kind not in SOURCES:
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"
@@ -76,6 +82,14 @@ class Model:
     def dim(self) -> int:
         """Entries per head."""
         return head_dim(self.config)
+
+    def heads_of(self, index: int) -> tuple[int, int]:
+        """Entries per head and key/value heads of a block, where blocks with a window have others (Gemma 4)."""
+        kinds, attention, tensors = self.config.layer_types, self.family.attention, self.checkpoint.tensors
+        # The last blocks may have no keys; earlier ones of their kind have.
+        first = self.inside[kinds.index(kinds[index])]
+        dim, rows = (tensors[first[f"{attention}.{name}.weight"]].shape[0] for name in ("q_norm", self.family.keys))
+        return dim, rows // dim
 
     @property
     def positions(self) -> int:
@@ -108,8 +122,8 @@ class Model:
 
     @property
     def rotated(self) -> int:
-        """Rotated entries of a head."""
-        return int(self.dim * self.rope.get("partial_rotary_factor", 1.0))
+        """Rotated entries of a head; of proportional ones some have the frequency zero."""
+        return self.dim if self.kind == "proportional" else int(self.dim * self.rope.get("partial_rotary_factor", 1.0))
 
     @property
     def window(self) -> int | None:
@@ -136,7 +150,8 @@ class Model:
         names = {
             layer: f"{family.attention}.{name}" for layer, name in (attention | {"attn_output": family.output}).items()
         }
-        if family.experts is not None and all(width.experts for width in self.widths):
+        beside = family.experts is not None and family.experts.apart
+        if family.experts is not None and not beside and all(width.experts for width in self.widths):
             return names
         if gate := family.fused_gate or family.gate:
             names["ffn_gate"] = feed + gate
@@ -148,6 +163,11 @@ class Model:
         if config.model_type != "falcon":
             return width.groups
         return int(config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else width.heads)
+
+    def fed(self, width: Width) -> int:
+        """Channels of a block's feed-forward, also of one that stands beside experts."""
+        apart = self.family.experts is not None and self.family.experts.apart
+        return int(self.config.intermediate_size) if width.experts and apart else width.channels
 
     def mixes(self, index: int) -> bool:
         """Whether something else stands in the place of a block's attention."""
@@ -162,7 +182,8 @@ class Model:
     def parameter(self, index: int, leaf: str) -> str:
         """What transformers calls one of the tensors of a block's experts."""
         assert self.family.experts is not None
-        return f"{self.family.blocks}.{index}.{self.family.feed_forward}.{self.family.experts.experts}.{leaf}"
+        inside = "" if self.family.experts.apart else f"{self.family.feed_forward}."
+        return f"{self.family.blocks}.{index}.{inside}{self.family.experts.experts}.{leaf}"
 
     @property
     def biases(self) -> frozenset[str]:
@@ -230,8 +251,8 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "has one width for all blocks, so prune all of them with uniform widths"
     if experts != sorted(experts) or (not all(experts) and any(experts) and not architecture.leading):
         return "has experts in all blocks" + (" behind the first ones" if architecture.leading else "")
-    if len({width.channels for width in widths if width.experts}) > 1:
-        return "has as many channels in all experts"
+    if len({(width.experts, width.channels) for width in widths if width.experts}) > 1:
+        return "has as many experts in all blocks that have some, and as many channels in all experts"
     if any(experts) and architecture.normed not in (None, model.normed):
         return "makes gates add up to one" if architecture.normed else "leaves gates as they are"
     if architecture.ungrouped and widths[0].groups != widths[0].heads:
@@ -270,7 +291,9 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "has full attention at regular intervals, and linear attention before each of them"
     if architecture.linear and config.linear_key_head_dim != config.linear_value_head_dim:
         return "has keys and values of linear attention of one size"
-    if architecture.windows and model.window is not None and not model.period:
+    if model.source.mixed and (reason := _mixed_obstacle(model)):
+        return reason
+    if architecture.windows and model.window is not None and not model.period and not model.source.mixed:
         return "has windows at regular intervals only, and blocks without between them"
     if architecture.name in ("cohere2", "exaone-moe") and model.window is None:
         return "has windows in some blocks, and turns positions there"
@@ -316,6 +339,23 @@ def _latent_obstacle(model: Model, architecture: Architecture) -> str | None:
         return "takes yarn's mscale for 1"
     if model.source.router == "softmax" and getattr(config, "topk_method", "greedy") != "greedy":
         return "chooses groups of experts by their best two, and this model by their best"
+    return None
+
+
+def _mixed_obstacle(model: Model) -> str | None:
+    """What is fixed in the graph of Gemma 4."""
+    config, kinds = model.config, model.config.layer_types
+    if not min(width.heads for width in model.widths):
+        return "has heads in all blocks"
+    if model.window is None or "full_attention" not in kinds:
+        return "has windows in some blocks"
+    shared = config.num_kv_shared_layers
+    if shared and kinds[: len(kinds) - shared][-2:] != ["sliding_attention", "full_attention"]:
+        return "takes shared keys and values from two blocks, first one with a window and then one without"
+    if config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size:
+        return "reads inputs of blocks for all tokens (vocab_size_per_layer_input)"
+    if config.use_bidirectional_attention == "all":
+        return "does not look ahead"
     return None
 
 

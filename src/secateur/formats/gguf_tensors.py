@@ -127,7 +127,8 @@ def _type(name: str, shape: tuple[int, ...], file: str) -> GGMLQuantizationType:
         return GGMLQuantizationType.F32
     if shape[-1] % storage.multiple:
         return GGMLQuantizationType.F16
-    return storage.ends if name in ("token_embd.weight", "output.weight") else storage.matrices
+    ends = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+    return storage.ends if name in ends else storage.matrices
 
 
 @lru_cache
@@ -172,11 +173,20 @@ def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
         for length in ("long", "short"):
             factors = torch.tensor(model.rope[f"{length}_factor"], dtype=torch.float32)
             found[f"rope_factors_{length}.weight"] = Lazy.of(factors)
+    if model.kind == "proportional":
+        half = model.heads_of(model.config.layer_types.index("full_attention"))[0] // 2
+        factors = torch.full((half,), _STILL)
+        factors[: int(half * model.rope.get("partial_rotary_factor", 1.0))] = model.rope.get("factor", 1.0)
+        found["rope_freqs.weight"] = Lazy.of(factors)
     if model.kind == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
         plain = model.rope["rope_theta"] ** -(torch.arange(0, model.dim, 2, dtype=torch.float32) / model.dim)
         found["rope_freqs.weight"] = Lazy.of(plain / scaled)
     return found
+
+
+_STILL = 1e30
+"""A frequency divided by it turns nothing."""
 
 
 def _block(model: Model, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
@@ -198,7 +208,8 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
         # As the gguf package knows them.
         known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
         known = known.replace(".expert_bias", ".expert_bias.bias").replace(".dt_bias", ".dt_proj.bias")
-        renamed = _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
+        known = known.replace("layer_scalar", "layer_scalar.weight")
+        renamed = _SCALES.get(known) or _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
         normed = _norm(model, renamed, lazy)
         # A convolution of one channel each.
         one = renamed.endswith(("conv.weight", "conv1d.weight"))
@@ -231,8 +242,9 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     Raises:
         SecateurError: one is missing, or has another shape than the width in the config.
     """
-    width, family, hidden, dim = model.widths[index], model.family, model.config.hidden_size, model.dim
-    rows, shared, channels = width.heads * dim, model.groups(width) * dim, width.channels
+    width, family, hidden, mixed = model.widths[index], model.family, model.config.hidden_size, model.source.mixed
+    dim, groups = model.heads_of(index) if mixed else (model.dim, model.groups(width))
+    rows, shared, channels = width.heads * dim, groups * dim, model.fed(width)
     outputs = {
         "attn_q": rows * (2 if model.source.gated else 1),
         "attn_k": shared,
@@ -241,16 +253,20 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
         "ffn_up": channels,
     }
     shapes = {layer: (count, hidden) for layer, count in outputs.items()}
-    shapes |= {"attn_output": (hidden, width.heads * model.value_dim), "ffn_down": (hidden, channels)}
+    shapes |= {
+        "attn_output": (hidden, width.heads * (dim if mixed else model.value_dim)),
+        "ffn_down": (hidden, channels),
+    }
     starts = {"attn_q": 0, "attn_k": rows, "attn_v": rows + shared, "ffn_gate": 0, "ffn_up": channels}
     parts: dict[str, Lazy] = {}
     here = {layer: name for layer, name in model.layers.items() if layer[:4] == "ffn_" or not model.mixes(index)}
     for layer, name in here.items():
-        for leaf in ("weight", "bias") if layer.startswith("attn") or not width.experts else ():
+        for leaf in ("weight", "bias") if layer.startswith("attn") or mixed or not width.experts else ():
             shape = shapes[layer][: 2 if leaf == "weight" else 1]
             stored = model.inside[index].get(f"{name}.{leaf}")
             if stored is None:
-                if leaf == "weight" and 0 not in shape:
+                # The last blocks may have no keys and values, and values may be keys.
+                if leaf == "weight" and 0 not in shape and not (mixed and layer in ("attn_k", "attn_v")):
                     raise SecateurError(f"{model.checkpoint.source}: block {index} has no {name}.weight; restore it")
                 continue
             lazy = _stored(model, stored)
@@ -267,6 +283,10 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
                 )
             parts[f"{layer}.{leaf}"] = lazy
     return parts
+
+
+_SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+"""What the gguf package does not know by name, in Gemma 4."""
 
 
 def _latent(model: Model, index: int) -> dict[str, Lazy]:

@@ -24,7 +24,7 @@ from secateur.base.quiet import quiet
 from secateur.formats.stock import STOCK, stock_config
 from secateur.model import modeling_secateur
 from secateur.model.config_file import TEXT, stock_class
-from secateur.model.families import FAMILIES
+from secateur.model.families import FAMILIES, mixture_of
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
 from secateur.model.structure import Block, Width
 
@@ -171,7 +171,7 @@ def widths_of(config: Any) -> list[Width]:
     with quiet():
         if isinstance(config, Mapping):
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        key, mixture = STOCK[config.model_type].channels, FAMILIES[config.model_type].experts
+        key, mixture = STOCK[config.model_type].channels, mixture_of(config)
         heads, groups = config.num_attention_heads, getattr(config, GROUPS, None)
         channels = getattr(config, key, None) or 4 * config.hidden_size
     widths = []
