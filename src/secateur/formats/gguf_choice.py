@@ -85,10 +85,14 @@ class Model:
 
     def heads_of(self, index: int) -> tuple[int, int]:
         """Entries per head and key/value heads of a block, where blocks with a window have others (Gemma 4)."""
-        kinds, attention, tensors = self.config.layer_types, self.family.attention, self.checkpoint.tensors
+        kinds, names = (
+            self.config.layer_types,
+            [f"{self.family.attention}.{own}.weight" for own in ("q_norm", "k_proj")],
+        )
         # The last blocks may have no keys; earlier ones of their kind have.
-        first = self.inside[kinds.index(kinds[index])]
-        dim, rows = (tensors[first[f"{attention}.{name}.weight"]].shape[0] for name in ("q_norm", self.family.keys))
+        alike = (own for own, kind in zip(self.inside, kinds, strict=True) if kind == kinds[index])
+        first = next(own for own in alike if names[1] in own)
+        dim, rows = (self.checkpoint.tensors[first[name]].shape[0] for name in names)
         return dim, rows // dim
 
     @property

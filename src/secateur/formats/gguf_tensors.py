@@ -243,7 +243,7 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
         SecateurError: one is missing, or has another shape than the width in the config.
     """
     width, family, hidden, mixed = model.widths[index], model.family, model.config.hidden_size, model.source.mixed
-    dim, groups = model.heads_of(index) if mixed else (model.dim, model.groups(width))
+    dim, groups = model.heads_of(index) if mixed and width.heads else (model.dim, model.groups(width))
     rows, shared, channels = width.heads * dim, groups * dim, model.fed(width)
     outputs = {
         "attn_q": rows * (2 if model.source.gated else 1),
