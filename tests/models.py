@@ -116,10 +116,10 @@ LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 6,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
-CONV = {"layer_types": ["conv", "full_attention", "conv"]}
+CONV = {"layer_types": ["conv", "full_attention", "full_attention"]}
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 6,
     "q_lora_rank": 20,
@@ -385,7 +385,9 @@ def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Patter
     generator = torch.Generator().manual_seed(index)
     attention, fed = block.attention, block.feed_forward
     heads = list(range(attention.units))
-    if "heads" in kinds and pattern == "groups":
+    if attention.locked:
+        pass
+    elif "heads" in kinds and pattern == "groups":
         gone = index % attention.groups
         heads = [head for head in heads if head // attention.per_group != gone]
     elif "heads" in kinds:

@@ -893,6 +893,7 @@ REFUSED = {
     "gemma4_text open": (CHANNELS, "gemma4 has windows in some blocks"),
     "gemma4_text default": (CHANNELS, "gemma4 does not know default rotary scaling"),
     "gemma4_text ahead": (CHANNELS, "gemma4 does not look ahead"),
+    "lfm2": (BOTH, "lfm2 wants heads x head size = 48, so all 6 heads"),
     "lfm2 biased": (CHANNELS, "lfm2 has no place for the biases of convolutions"),
     "lfm2_moe unbiased": (EXPERTS, "lfm2moe has a bias of the choice, and multiplies gates by nothing"),
     "lfm2_moe scaled": (EXPERTS, "lfm2moe has a bias of the choice, and multiplies gates by nothing"),

@@ -64,6 +64,9 @@ MORE_ROWS = {
     "gemma3 linear": _config("gemma3_text", **GEMMA, rope_parameters=LINEAR),
 }
 
+HYBRID = ("qwen3_5_text", "lfm2")
+"""The first block has another kind of layer in the attention's place, the others have heads that can go."""
+
 
 @cache
 def dense(name: str) -> Any:
@@ -72,8 +75,13 @@ def dense(name: str) -> Any:
 
 
 @cache
+def every_block(name: str) -> list[Block]:
+    return blocks_of(dense(name))
+
+
 def block_of(name: str) -> Block:
-    return blocks_of(dense(name))[0]
+    """One whose heads can go, where there is any."""
+    return next((block for block in every_block(name) if not block.attention.locked), every_block(name)[0])
 
 
 def plan_of(name: str, case: str) -> dict[int, Width]:
@@ -92,7 +100,7 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
     }[case]
     if block.attention.locked:
         return {i: Width(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
-    return widths
+    return {i: w.taking("heads", full) if every_block(name)[i].attention.fixed else w for i, w in widths.items()}
 
 
 def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
@@ -112,12 +120,11 @@ class Written:
     """One folder of the format, and what it should compute."""
 
     def __init__(self, name: str, case: str, intercept: bool, source: Path, folder: Path):
-        block = block_of(name)
         self.widths = plan_of(name, case)
-        self.keeps = {i: keep_of(block, width, seed=i) for i, width in self.widths.items()}
+        self.keeps = {i: keep_of(every_block(name)[i], width, seed=i) for i, width in self.widths.items()}
         self.changed: dict[int, dict[str, Tensor]] = {i: {} for i in self.keeps}
         for index, tensors in self.changed.items() if intercept else ():
-            for module in without_bias(name):
+            for module in without_bias(every_block(name)[index]):
                 tensors[f"{module.sink}.bias"] = 0.3 * token_noise(dense(name).config.hidden_size, index)
         self.folder, self.source = folder, source
         stream = BlockStream(open_checkpoint(source))
@@ -136,10 +143,9 @@ class Written:
         return model.eval(), info
 
 
-def without_bias(name: str) -> list[Any]:
+def without_bias(block: Block) -> list[Any]:
     """Modules that may get an intercept; behind a norm there is none."""
-    block = block_of(name)
-    return [m for m in (block.attention, block.feed_forward) if m.bias is None and m.post_norm is None]
+    return [module for module in block.modules if module.bias is None and module.free_bias]
 
 
 def token_noise(size: int, seed: int) -> Tensor:
@@ -148,12 +154,12 @@ def token_noise(size: int, seed: int) -> Tensor:
 
 def silenced(name: str, written: Written) -> nn.Module:
     """The dense model with the removed units' entries of the level-2 inputs zero, and the same new biases."""
-    model, block = copy.deepcopy(dense(name)), block_of(name)
+    model = copy.deepcopy(dense(name))
     for index, keep in written.keeps.items():
         layer = layers_of(model)[index]
         for path, tensor in written.changed[index].items():
             assign(layer, path, tensor)
-        for module in (block.attention, block.feed_forward):
+        for module in every_block(name)[index].modules:
             mask = torch.zeros(module.units * module.size)
             mask[inner_entries(module, keep.units(module.kind))] = 1
             layer.get_submodule(module.sink).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
@@ -179,10 +185,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def cases() -> Iterator[Any]:
-    for name in (*ROWS, *MORE_ROWS):
+    for name in (*ROWS, *MORE_ROWS, *HYBRID):
         for case in ("uneven", "gone", "one block"):
             yield pytest.param(name, case, False, id=f"{name}-{case}")
-    for name in ("llama", "mistral window", "qwen2", "qwen3", "phi3", "llama tied"):
+    for name in ("llama", "mistral window", "qwen2", "qwen3", "phi3", "llama tied", *HYBRID):
         for case in ("uneven", "gone", "one block", "one bias"):
             yield pytest.param(name, case, True, id=f"{name}-{case}-intercept")
 
@@ -220,7 +226,8 @@ def test_the_folder_says_what_it_holds(written, name, case, intercept):
     assert set(stored["auto_map"]) >= {"AutoModel", "AutoModelForCausalLM"}
     assert (made.folder / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
     source = open_checkpoint(made.source)
-    removed = sum(block.parameters - block.kept_parameters(width) for width in made.widths.values())
+    cut = ((every_block(name)[index], width) for index, width in made.widths.items())
+    removed = sum(block.parameters - block.kept_parameters(width) for block, width in cut)
     added = sum(tensor.numel() for tensors in made.changed.values() for tensor in tensors.values())
     assert made.bytes == source.bytes - 4 * removed + 4 * added
 
@@ -352,6 +359,16 @@ def test_generation(written, name):
     expected = model.generate(ids, use_cache=False, **how)
     static = {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(model.generate(ids, **static, **how), expected)
+
+
+@pytest.mark.parametrize("case", ["uneven", "one block"])
+@pytest.mark.parametrize("name", HYBRID)
+def test_generation_of_hybrids(written, name, case):
+    """Whether the first block with an attention has heads left or not."""
+    model, _ = written(name, case).load()
+    how = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 2}
+    expected = model.generate(token_rows(2, 8), use_cache=False, **how)
+    assert torch.equal(model.generate(token_rows(2, 8), use_cache=True, **how), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma3_text"])

@@ -22,6 +22,8 @@ FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
         ("qwen2", [FULL, NONE], True, None),
         ("qwen2", [FULL, FULL], False, None),
         ("qwen2", [FEWER, FEWER], False, "which 3 heads of 8 do not give; serve it with --model-impl transformers"),
+        ("lfm2", [Width(3, 2, 72), Width(2, 2, 72)], False, "which 4 heads of 8 do not give; prune channels only"),
+        ("lfm2", [Width(3, 2, 40), Width(3, 2, 40)], False, None),
         ("qwen2 window", [FULL, FULL], True, None),
         ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 20, 5)], True, None),
         ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 16, 8)], True, "or leave theirs by --modules heads,experts"),

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from secateur.formats.gguf_architectures import SOURCES
 from secateur.formats.stock import STOCK
-from secateur.model.describe import MIXED
 from secateur.model.families import FAMILIES, Family
 
 STOCK_HEADS = {"any": "any heads", "divisors": "heads that divide the hidden size", "dense": "all heads"}
@@ -41,7 +40,7 @@ def families() -> list[FamilyRow]:
 
 def _heads(family: Family) -> str:
     if family.mixer is not None:
-        return f"no: {MIXED}"
+        return "yes, of blocks that have some"
     if family.heads_locked is None:
         return "yes"
     return f"{'no' if family.heads_fixed else 'all of a block or none'}: {family.heads_locked}"
@@ -50,4 +49,4 @@ def _heads(family: Family) -> str:
 def _stock(name: str, family: Family) -> str:
     if STOCK[name].derived:
         return "the dense model alone"
-    return STOCK_HEADS["dense" if family.heads_locked or family.mixer else STOCK[name].heads]
+    return STOCK_HEADS["dense" if family.heads_locked else STOCK[name].heads]

@@ -12,7 +12,7 @@ from secateur.commands.options import WIDTHS, Options
 from secateur.criteria.registry import Criteria
 from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind, Width, alike
+from secateur.model.structure import Kind, Width, alike, levelled
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
@@ -109,7 +109,8 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         reason = format_obstacle(stream, chosen, width, format=format, biases=biases)
         if reason is None and options.format == "gguf" and not options.gives_widths:
             # Blocks that the plan leaves alone stay dense; otherwise all may come out alike.
-            cut = chosen if options.widths == "uniform" else range(chosen.start, chosen.start + 1)
+            first = next((i for i in chosen if not stream.blocks[i].attention.fixed), chosen.start)
+            cut = chosen if options.widths == "uniform" else range(first, first + 1)
             widths = [width if index in cut else block.width for index, block in enumerate(stream.blocks)]
             reason = gguf_obstacle(stream.checkpoint, widths, options.type, biases=biases)
         return reason
@@ -173,7 +174,8 @@ def _check_given(stream: BlockStream, options: Options, problem: PlanProblem, gi
     for width in set(given.widths.values()):
         if (reason := problem.obstacle(width)) is not None:
             raise SecateurError(f"{file}: the format cannot hold this: {reason}")
-    if format == "stock" and not alike(given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)):
+    every = {i: given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)}
+    if format == "stock" and not alike(levelled(stream.blocks, every)):
         raise SecateurError(
             f"{file}: the stock format holds one width for all blocks; take --format hf, "
             f"or the nearest that fits: {nearest_uniform(given.sparsity)}"

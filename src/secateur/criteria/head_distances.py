@@ -68,7 +68,7 @@ def head_distances(
         distance: between probability rows; by default the Jensen-Shannon divergence, in nats.
 
     Returns:
-        For each block the means over samples and positions (h x h, float64, on the host).
+        For each block with an attention of its own the means over samples and positions (h x h, float64, on the host).
 
     Raises:
         SecateurError: the attention of this model cannot be watched, or gives NaN or infinite values.
@@ -78,26 +78,29 @@ def head_distances(
     counted = sum(weight * group.numel() for group, weight in zip(rows.groups, rows.weights, strict=True))
     rows = stream.own(rows)
     found: dict[int, Tensor] = {}
+    free = any(not block.attention.locked for block in stream.blocks)
     with stream.arena() as arena, _implementation(stream.model.config) as use:
         # Masks as the eager function wants them: others may be left out where a kernel knows them.
         use("eager")
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(blocks.stop), "Compare"):
-            if stream.blocks[index].attention.fixed:
-                raise SecateurError(f"heads are not compared, as {stream.blocks[index].attention.locked}")
+            attention = stream.blocks[index].attention
+            if attention.fixed and not free:
+                raise SecateurError(f"heads are not compared, as {attention.locked}")
+            watched = index in blocks and not attention.fixed
             with stream.filled(index) as layer:
-                heads = stream.blocks[index].attention.units
+                heads = attention.units
                 sums = torch.zeros(heads, heads, dtype=torch.float64, device=stream.device)
                 for at in rows.batches():
-                    if index not in blocks or not at.weight:
+                    if not watched or not at.weight:
                         use("eager")
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                         continue
-                    with _watched(layer, stream.blocks[index].attention.path, distance) as parts:
+                    with _watched(layer, attention.path, distance) as parts:
                         use(NAME)
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                     sums += at.weight * torch.stack(parts).sum(0)
-            if index in blocks:
+            if watched:
                 stream.team.add(sums)
                 found[index] = (sums / counted).cpu()
     return found

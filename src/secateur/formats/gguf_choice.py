@@ -72,6 +72,12 @@ class Model:
                 self.inside[int(match[1])][match[2]] = stored
             else:
                 self.outside.append(stored)
+        # Where something else stands in the attention's place, heads are a number alone: that of the others.
+        own = next((width for index, width in enumerate(self.widths) if not self.mixes(index)), None)
+        self.widths = [
+            width.taking("heads", own) if own and self.mixes(index) else width
+            for index, width in enumerate(self.widths)
+        ]
 
     @property
     def config(self) -> Any:

@@ -13,6 +13,9 @@ from secateur.model.structure import Width
 
 OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
 
+DERIVING = {"qwen2": OTHERWISE, "lfm2": "prune channels only", "lfm2_moe": "prune experts and channels only"}
+"""Families whose class there derives the head size, and what to do instead of fewer heads."""
+
 
 def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> str | None:
     """Why vLLM does not compute a model, as a clause that ends in what can be done instead; or None when it does.
@@ -26,7 +29,8 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
     """
     kind = config.model_type
     if not per_layer:
-        return _stock_obstacle(config, widths[0]) if kind == "qwen2" else None
+        # Where another kind of layer stands in its place, heads are a number alone.
+        return _stock_obstacle(config, min(widths, key=lambda width: width.heads)) if kind in DERIVING else None
     if kind == "gpt2":
         return (
             "its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and the class "
@@ -50,12 +54,13 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
 
 
 def _stock_obstacle(config: Any, width: Width) -> str | None:
-    """vLLM's own Qwen2 class does not read all that transformers' does."""
+    """vLLM's own classes of some families do not read all that transformers' do."""
+    kind = config.model_type
     if config.hidden_size // width.heads != head_dim(config):
         return (
-            f"its class for qwen2 derives the head size from hidden_size / heads, which {width.heads} heads of "
-            f"{head_dim(config)} do not give; {OTHERWISE}"
+            f"its class for {kind} derives the head size from hidden_size / heads, which {width.heads} heads of "
+            f"{head_dim(config)} do not give; {DERIVING[kind]}"
         )
-    if len(set(config.layer_types)) > 1 and config.max_window_layers != config.num_hidden_layers:
+    if kind == "qwen2" and len(set(config.layer_types)) > 1 and config.max_window_layers != config.num_hidden_layers:
         return f"its class for qwen2 has a sliding window in all blocks or none; {OTHERWISE}"
     return None

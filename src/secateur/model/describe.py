@@ -14,7 +14,7 @@ from secateur.base.words import twice
 from secateur.model.families import Experts, Family, family_of, groups_of, head_dim
 from secateur.model.structure import Block, Depth2, Slab, Unit
 
-MIXED = "some blocks have another kind of layer in the attention's place"
+MIXED = "another kind of layer stands in the attention's place"
 
 
 def describe(config: Any, layer: nn.Module) -> Block:
@@ -83,7 +83,7 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
                 f"{path}.{output}, and no such model is known"
             )
         level2, bias = _heads_output(layer, f"{path}.{output}", heads)
-        return Depth2("heads", (), level2, bias, path, None, None, groups, MIXED, fixed=True)
+        return Depth2("heads", (), level2, bias, path, None, None, groups, MIXED, fixed=True, mixes=True)
     dim, path, after = head_dim(config), family.attention, family.norm_after_attention
     if family.latent is not None:
         return _latent(family, layer, heads)
@@ -112,15 +112,12 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         for start in (heads * dim, (heads + groups) * dim):
             level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
     level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
-    locked = MIXED if family.mixer else None
     inside = {*(slab.name for slab in level1), level2.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # One vector for all heads, or one for each of them.
     apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
-    if locked is None and apart:
-        locked = "its query and key norms differ from head to head"
-    fixed = family.mixer is not None
-    return Depth2("heads", level1, level2, bias, path, after, None, groups, locked, fixed=fixed, pair=True)
+    locked = "its query and key norms differ from head to head" if apart else None
+    return Depth2("heads", level1, level2, bias, path, after, None, groups, locked, pair=True)
 
 
 def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:

@@ -104,8 +104,8 @@ class Family:
     heads_locked: str | None = None
     """Why heads cannot be removed exactly, where that is so; all or none then stay."""
     mixer: tuple[str, str] | None = None
-    """What stands in the attention's place in some blocks (linear attention, a convolution) and its output layer. These
-    blocks' mixers are left alone, all attention heads stay, and channels go everywhere."""
+    """What stands in the attention's place in some blocks (linear attention, a convolution) and its output layer. It is
+    left alone there: heads go from the other blocks, and channels from all of them."""
     multiplier: str | None = None
     """The config's key of a factor between what a module gives and the residual stream."""
     scalar: str | None = None

@@ -7,7 +7,7 @@ says which part of a stored tensor follows a unit.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -76,6 +76,8 @@ class Depth2:
     """Why no unit can be removed without changing what the others compute, where that is so."""
     fixed: bool = False
     """Nor can the whole module be."""
+    mixes: bool = False
+    """Another kind of layer in an attention's place, without keys and values; its heads are a number alone."""
     pair: bool = False
     """Its submodule returns something else behind the output: attention weights, or the router's scores."""
     least: int = 0
@@ -226,6 +228,15 @@ def alike(widths: Iterable[Width]) -> bool:
     every = set(widths)
     heads = {(width.groups, width.per_group) for width in every}
     return len(heads) == 1 and len(every) == len({width.kinds for width in every})
+
+
+def levelled(blocks: Sequence["Block"], widths: Mapping[int, Width]) -> list[Width]:
+    """Widths of some blocks as a class of one width says them: those whose heads are fixed take the others' number."""
+    free = next((width for index, width in widths.items() if not blocks[index].attention.fixed), None)
+    return [
+        width.taking("heads", free) if free and blocks[index].attention.fixed else width
+        for index, width in widths.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def meter_of(
             f"target {target}: how long experts take depends on where tokens go, and is not measured; give params, "
             "bytes or kv"
         )
+    if any(block.attention.mixes for block in stream.blocks):
+        raise SecateurError(
+            f"target {target}: how long the layers in the attention's place of some blocks take is not "
+            "measured; give params, bytes or kv"
+        )
     return latency_meter(stream, target.quantity, device, dtype, watcher)
 
 
@@ -136,7 +141,7 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     entry = 2 * head_dim(config) * dtype.itemsize
 
     def module(index: int, kind: Kind, width: Width) -> float:
-        if kind != "heads" or not width.groups:
+        if kind != "heads" or not width.groups or stream.blocks[index].attention.mixes:
             return 0
         return width.groups * entry if latent is None else latent * dtype.itemsize
 

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Width
 from secateur.model.surgery import width_of
-from secateur.plan.widths import attention_widths, expert_counts, multiple_of
+from secateur.plan.widths import expert_counts, multiple_of, possible_heads
 
 Units = dict[int, dict[Kind, tuple[int, ...]]]
 """The units to keep, by block and module."""
@@ -96,7 +96,7 @@ def _width(path: Path, index: int, block: Block, given: Any) -> Width:
         raise SecateurError(f"{where}: {width.channels} channels, where the model has {dense.channels}")
     if dense.experts and width.experts not in (counts := expert_counts(block.feed_forward)):
         raise SecateurError(f"{where}: {width.experts} experts cannot be had; possible are {counts[-1]} to {counts[0]}")
-    possible = [*attention_widths(block, KINDS), (0, 0)]
+    possible = possible_heads(block, KINDS)
     if (width.groups, width.per_group) not in possible:
         said = ", ".join(f"{groups} x {heads}" for groups, heads in possible)
         raise SecateurError(
@@ -112,7 +112,7 @@ def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tup
         return tuple(range(count))
     where = f"{path}: block {index}, {kind}"
     found, module = _indices(where, listed, count), block.module(kind)
-    if module.locked is not None and 0 < len(found) < count:
+    if module.locked is not None and len(found) not in ((count,) if module.fixed else (0, count)):
         raise SecateurError(f"{where}: single heads cannot be removed exactly, as {module.locked}; keep all of them")
     if len(found) < module.least:
         raise SecateurError(f"{where}: a token meets {module.least} experts, and {len(found)} are listed; keep more")
@@ -203,8 +203,7 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
 def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
     """The width nearest to the ratios: heads by their number, whole groups first; channels in multiples."""
     wanted = block.attention.units * (1 - ratios.get("heads", 0.0))
-    possible = [*attention_widths(block, KINDS), (0, 0)]
-    groups, heads = min(possible, key=lambda width: abs(width[0] * width[1] - wanted))
+    groups, heads = min(possible_heads(block, KINDS), key=lambda width: abs(width[0] * width[1] - wanted))
     dense, mixed = block.width, block.feed_forward.kind == "experts"
     found = replace(dense, groups=groups, per_group=heads)
     if mixed and (share := ratios.get("experts", 0.0)):

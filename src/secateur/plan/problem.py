@@ -72,14 +72,19 @@ class PlanProblem:
 
     @property
     def leading(self) -> Block:
-        """The chosen block that speaks for the others where all get one width: the first with experts, if any has."""
+        """The chosen block that speaks for the others where all get one width: the first with experts, if any has, and
+        with heads that can go."""
         every = [self.blocks[index] for index in self.chosen]
-        return next((block for block in every if block.feed_forward.kind == "experts"), every[0])
+        return max(every, key=lambda block: (block.feed_forward.kind == "experts", not block.attention.fixed))
 
     def everywhere(self, width: Width) -> dict[int, Width]:
-        """One width for all chosen blocks; those whose feed-forward is of another kind keep that."""
-        dense = {index: self.blocks[index].width for index in self.chosen}
-        return {i: width if own.kinds == width.kinds else own.taking("heads", width) for i, own in dense.items()}
+        """One width for all chosen blocks; those whose feed-forward is of another kind keep that, or fixed heads."""
+        found = {}
+        for index in self.chosen:
+            block, own = self.blocks[index], self.blocks[index].width
+            here = width if own.kinds == width.kinds else own.taking("heads", width)
+            found[index] = here.taking("heads", own) if block.attention.fixed else here
+        return found
 
     @property
     def counted(self) -> float:

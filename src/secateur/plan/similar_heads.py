@@ -19,10 +19,11 @@ def check_heads(problem: PlanProblem) -> None:
         SecateurError: the model or the output format holds no fewer heads.
     """
     reasons = []
-    for index in problem.chosen:
-        block = problem.blocks[index]
-        if block.attention.locked:
-            raise SecateurError(f"heads cannot be removed exactly, as {block.attention.locked}; take another criterion")
+    blocks = [problem.blocks[index] for index in problem.chosen]
+    if all(block.attention.locked for block in blocks):
+        why = blocks[0].attention.locked
+        raise SecateurError(f"heads cannot be removed exactly, as {why}; take another criterion")
+    for block in blocks:
         obstacles = [problem.obstacle(width) for width in _narrower(block)]
         if None in obstacles:
             return

@@ -35,15 +35,19 @@ def attention_widths(block: Block, kinds: Sequence[Kind]) -> list[tuple[int, int
     return widths
 
 
+def possible_heads(block: Block, kinds: Sequence[Kind]) -> list[tuple[int, int]]:
+    """The same, and none at all where that can be: what cannot leave one by one may still leave as a whole."""
+    widths = attention_widths(block, kinds)
+    return widths if block.attention.fixed else [*widths, (0, 0)]
+
+
 def module_widths(
     block: Block, kind: Kind, multiple: int, obstacle: Obstacle, kinds: Sequence[Kind] = KINDS
 ) -> list[Width]:
     """What one module may be cut to by units of some kinds, dense first and zero last, its neighbour dense."""
     dense = block.width
     if kind == "heads":
-        # A module whose units cannot leave one by one can still leave as a whole.
-        possible = [*attention_widths(block, (kind,)), (0, 0)]
-        found = [replace(dense, groups=groups, per_group=heads) for groups, heads in possible]
+        found = [replace(dense, groups=groups, per_group=heads) for groups, heads in possible_heads(block, (kind,))]
     else:
         found = [dense]
         if kind == "experts" and "experts" in kinds:

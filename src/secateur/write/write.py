@@ -27,7 +27,7 @@ from secateur.model.config_file import TEXT
 from secateur.model.families import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
-from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Keep, Width, alike
+from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Keep, Width, alike, levelled
 from secateur.model.surgery import slice_block, width_of
 from secateur.plan.problem import Plan
 from secateur.plan.widths import attention_widths
@@ -49,14 +49,16 @@ def format_obstacle(
     if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
         return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
     if format == "hf":
-        return per_layer_obstacle(config, stream.blocks[blocks.start], width)
+        # One whose heads can go speaks for those where another kind of layer has its place.
+        free = next((index for index in blocks if not stream.blocks[index].attention.locked), blocks.start)
+        return per_layer_obstacle(config, stream.blocks[free], width)
     if len(blocks) < len(stream) and width != dense:
         return (
             f"a stock class has one width for all {len(stream)} blocks, and only {blocks.start}:{blocks.stop} are "
             "to be pruned; leave the block range out, or take --format hf"
         )
     reason = stock_obstacle(config, width, dense)
-    if reason is None and biases and any(m.free_bias and not m.bias for m in stream.blocks[0].modules):
+    if reason is None and biases and any(m.free_bias and not m.bias for b in stream.blocks for m in b.modules):
         return (
             f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
             "out, or take --format hf"
@@ -244,7 +246,7 @@ def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None 
 def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
     """Refuse what the format cannot hold."""
     every = range(min(plan.widths), max(plan.widths) + 1)
-    if format == "stock" and (not alike(plan.widths.values()) or len(plan.widths) < len(every)):
+    if format == "stock" and (not alike(levelled(stream.blocks, plan.widths)) or len(plan.widths) < len(every)):
         raise SecateurError("the stock format needs one width for all blocks; take --format hf")
     for index, width in plan.widths.items():
         blocks = every if format == "stock" else range(index, index + 1)
@@ -258,8 +260,9 @@ def _config(
 ) -> dict[str, Any]:
     """The contents of config.json."""
     raw, config = stream.checkpoint.raw_config, stream.checkpoint.config
-    every, dim = list(plan.widths.values()), head_dim(config)
+    dim = head_dim(config)
     if format == "stock":
+        every = levelled(stream.blocks, plan.widths)
         width = next((width for width in every if width.experts), every[0])
         channels = next((other.channels for other in every if not other.experts), None)
         own = stock_config(raw, config, width=width, head_dim=dim, dtype=dtype, channels=channels)
