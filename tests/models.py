@@ -143,6 +143,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "falcon new": _config(
         "falcon", "intermediate_size", ffn_hidden_size=72, num_kv_heads=2, new_decoder_architecture=True
     ),
+    "falcon biased": _config("falcon", "intermediate_size", ffn_hidden_size=72, multi_query=False, bias=True),
     "falcon old": _config(
         "falcon",
         "intermediate_size",

@@ -34,7 +34,7 @@ from secateur.criteria.similarity import candidates, find_similar_heads
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep, Width
-from secateur.model.surgery import width_of
+from secateur.model.surgery import entries, width_of
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
 from secateur.plan.similar_heads import loadable, similar_plan
@@ -261,8 +261,8 @@ def copied(name: str, folder: Path, pairs: list[tuple[int, int]], blocks: tuple[
         layer, module = layers_of(model)[index], blocks_of(model)[index].attention
         tensors = dict(layer.named_parameters())
         for slab, (to, source) in itertools.product(module.level1, pairs):
-            part = tensors[slab.name].data.movedim(slab.axis, 0)[slice(*slab.span)]
-            part[to * slab.size : (to + 1) * slab.size] = part[source * slab.size : (source + 1) * slab.size]
+            part = tensors[slab.name].data.movedim(slab.axis, 0)
+            part[entries(slab, [to])] = part[entries(slab, [source])]
     with quiet():
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)

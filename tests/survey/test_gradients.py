@@ -25,6 +25,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2, Width
+from secateur.model.surgery import entries
 from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
@@ -181,8 +182,7 @@ def columns(module: Depth2, unit: int) -> list[tuple[str, int, int, float]]:
         shared = slab.unit == "group"
         at = unit // module.per_group if shared else unit
         share = 1 / module.per_group if shared else 1.0
-        for entry in range(slab.size):
-            found.append((slab.name, slab.axis, slab.offset + at * slab.size + entry, share))
+        found += [(slab.name, slab.axis, entry, share) for entry in entries(slab, [at]).tolist()]
     return found
 
 

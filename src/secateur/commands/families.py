@@ -43,10 +43,12 @@ def _heads(family: Family) -> str:
         return "yes, of blocks that have some"
     if family.heads_locked is None:
         return "yes"
+    if family.locking is not None:
+        return f"yes; with {family.locking} no: {family.heads_locked}"
     return f"{'no' if family.heads_fixed else 'all of a block or none'}: {family.heads_locked}"
 
 
 def _stock(name: str, family: Family) -> str:
     if STOCK[name].derived:
         return "the dense model alone"
-    return STOCK_HEADS["dense" if family.heads_locked else STOCK[name].heads]
+    return STOCK_HEADS["dense" if family.heads_locked and not family.locking else STOCK[name].heads]

@@ -11,12 +11,15 @@ S comes from the rows that the statistics were taken of: calibration text, or ra
 for X^ as for x, and the mean of both is zero.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Slab
+from secateur.model.surgery import rows_of
 
 
 @criterion("second-moment", inputs=True)
@@ -39,10 +42,9 @@ def identity(stats: Statistics) -> Tensor:
         return stats.per_unit(half_norm * _value_norms(stats))
     result = torch.ones_like(half_norm)
     for slab in stats.module.scored:
-        start, stop = slab.span
-        square = stats.tensors[slab.name].movedim(slab.axis, 0)[start:stop].double().square().sum(1)
-        bias = stats.tensors.get(slab.bias)
-        result = result * half_norm * (square if bias is None else square + bias[start:stop].double().square())
+        square = rows_of(slab, stats.tensors).double().square().sum(1)
+        bias = _bias(stats, slab)
+        result = result * half_norm * (square if bias is None else square + bias.square())
     return result
 
 
@@ -51,13 +53,12 @@ def _value_norms(stats: Statistics) -> Tensor:
     module = stats.module
     total = torch.zeros(module.units * module.size, dtype=torch.float64, device=stats.weight_ao.device)
     for leaf in ("weight", "bias"):
-        # The values come last: of the slabs, or inside each unit where one slab holds all three layers.
+        # The values come last.
         slab = next((slab for slab in reversed(module.level1) if slab.name.endswith(leaf)), None)
         if slab is None:
             continue
-        start, stop = slab.span
-        rows = stats.tensors[slab.name].movedim(slab.axis, 0)[start:stop].double().reshape(stop - start, -1)
-        norms = rows.square().sum(1).view(slab.units, slab.size)[:, -module.size :]
+        rows = rows_of(slab, stats.tensors).double()
+        norms = rows.square().view(slab.units, slab.size, -1).sum(2)
         shared = module.per_group if slab.unit == "group" else 1
         total += norms.repeat_interleave(shared, dim=0).flatten()
     return total
@@ -66,12 +67,17 @@ def _value_norms(stats: Statistics) -> Tensor:
 def _mean_square(stats: Statistics, slab: Slab) -> Tensor:
     """E[(A_j x + b_j)^2] of one level-1 layer's rows."""
     assert stats.inputs is not None
-    start, stop = slab.span
-    rows = stats.tensors[slab.name].movedim(slab.axis, 0)[start:stop]
+    rows = rows_of(slab, stats.tensors)
     count = max(stats.inputs.count, 1)
     mean_square = ((rows @ stats.inputs.gram()) * rows).sum(1).double() / count
-    bias = stats.tensors.get(slab.bias)
-    if bias is None:
+    b = _bias(stats, slab)
+    if b is None:
         return mean_square
-    b = bias[start:stop].double()
     return mean_square + 2 * b * (rows.double() @ stats.inputs.mean_a) + b.square()
+
+
+def _bias(stats: Statistics, slab: Slab) -> Tensor | None:
+    """What the layer adds to a slab's rows, if it has a bias."""
+    if slab.bias not in stats.tensors:
+        return None
+    return rows_of(replace(slab, name=slab.bias, axis=0), stats.tensors).double()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.model.structure import Depth2, Kind
+from secateur.model.surgery import rows_of
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import Normal, normal_equations
 
@@ -70,9 +71,7 @@ def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callabl
     for slab in (*module.level1, module.level2):
         if slab.name.endswith(".bias"):
             continue
-        start, stop = slab.span
-        part = tensors[slab.name].movedim(slab.axis, 0)[start:stop].double()
-        sums = function(part).view(slab.units, -1).sum(1)
+        sums = function(rows_of(slab, tensors).double()).view(slab.units, -1).sum(1)
         if slab.unit == "group":
             sums = (sums / module.per_group).repeat_interleave(module.per_group)
         total += sums

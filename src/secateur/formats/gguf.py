@@ -135,7 +135,7 @@ def _shared_heads(model: Model, architecture: Architecture, index: int, width: W
     # None where something else stands in the attention's place, unless the file says otherwise which blocks these are.
     if model.mixes(index) and not architecture.linear:
         return 0
-    return 1 if architecture.latent else model.groups(width)
+    return 1 if architecture.latent else width.groups
 
 
 def _add_mixed(writer: GGUFWriter, model: Model) -> None:

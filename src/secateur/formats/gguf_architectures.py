@@ -273,9 +273,7 @@ SOURCES: dict[str, Source] = {
     "gemma4_text": Source(("gemma4",), activation="hidden_activation", normed=True, mixed=True),
     "gpt2": Source(("gpt2",), activation="activation_function", epsilon="layer_norm_epsilon", transposed=True),
     "gpt_neox": Source(("gptneox",), epsilon="layer_norm_eps"),
-    "falcon": Source(
-        ("falcon",), activation="activation", epsilon="layer_norm_epsilon", fused="query_key_value", interleaved=True
-    ),
+    "falcon": Source(("falcon",), activation="activation", epsilon="layer_norm_epsilon"),
     "bloom": Source(
         ("bloom",), activation="gelu", epsilon="layer_norm_epsilon", fused="query_key_value", interleaved=True
     ),

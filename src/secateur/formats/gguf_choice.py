@@ -167,13 +167,6 @@ class Model:
             names["ffn_gate"] = feed + gate
         return names | {"ffn_up": feed + (family.fused_gate or family.up), "ffn_down": feed + family.down}
 
-    def groups(self, width: Width) -> int:
-        """Key/value heads of a block; Falcon's family says nothing of them."""
-        config = self.config
-        if config.model_type != "falcon":
-            return width.groups
-        return int(config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else width.heads)
-
     def fed(self, width: Width) -> int:
         """Channels of a block's feed-forward, also of one that stands beside experts."""
         apart = self.family.experts is not None and self.family.experts.apart

@@ -243,7 +243,7 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
         SecateurError: one is missing, or has another shape than the width in the config.
     """
     width, family, hidden, mixed = model.widths[index], model.family, model.config.hidden_size, model.source.mixed
-    dim, groups = model.heads_of(index) if mixed and width.heads else (model.dim, model.groups(width))
+    dim, groups = model.heads_of(index) if mixed and width.heads else (model.dim, width.groups)
     rows, shared, channels = width.heads * dim, groups * dim, model.fed(width)
     outputs = {
         "attn_q": rows * (2 if model.source.gated else 1),
@@ -273,7 +273,7 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
             if model.source.transposed and leaf == "weight":
                 lazy = lazy.then(torch.t)
             if model.fused and model.fused[1] and layer in QKV:
-                lazy = lazy.then(partial(_of_groups, which=layer[-1], groups=model.groups(width), dim=dim))
+                lazy = lazy.then(partial(_of_groups, which=layer[-1], groups=width.groups, dim=dim))
             elif (model.fused and layer in QKV) or (family.fused_gate and layer in ("ffn_gate", "ffn_up")):
                 lazy = lazy.rows(starts[layer], starts[layer] + shape[0])
             if lazy.shape != shape:

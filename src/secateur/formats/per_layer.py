@@ -24,7 +24,7 @@ from secateur.base.quiet import quiet
 from secateur.formats.stock import STOCK, stock_config
 from secateur.model import modeling_secateur
 from secateur.model.config_file import TEXT, stock_class
-from secateur.model.families import FAMILIES, mixture_of
+from secateur.model.families import FAMILIES, groups_of, mixture_of
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
 from secateur.model.structure import Block, Width
 
@@ -81,7 +81,8 @@ def per_layer_config(
     first = next((width for width in dense if width.experts), dense[0])
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
-    if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon's says the same, and takes none.
+    derived = isinstance(getattr(type(config), "head_dim", None), property)  # Falcon's says the same, and takes none.
+    if not derived:
         stored["head_dim"] = stored.get("head_dim") or head_dim
     config_class = type(config)
     causal = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, config_class).__name__
@@ -104,9 +105,12 @@ def per_layer_config(
         own = _keys(config, widths.get(index, usual), biases.get(index, (False, False)))
         if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
             layers[str(index)] = differing
-    apart = STOCK[config.model_type].by_type or any(overrides(config, index) for index in range(len(dense)))
+    # What derives a layer's head size cannot read that it has no heads.
+    apart = STOCK[config.model_type].by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     stored[WIDTHS if apart else "per_layer_config"] = layers
     # A key that only some layers have must have a value for the others.
+    if not FAMILIES[config.model_type].ungrouped:
+        stored.setdefault(GROUPS, first.groups)
     stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.
     stored["allow_global_per_layer_attribute_access"] = True
@@ -172,7 +176,8 @@ def widths_of(config: Any) -> list[Width]:
         if isinstance(config, Mapping):
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         key, mixture = STOCK[config.model_type].channels, mixture_of(config)
-        heads, groups = config.num_attention_heads, getattr(config, GROUPS, None)
+        heads = config.num_attention_heads
+        groups = None if FAMILIES[config.model_type].ungrouped else groups_of(config)
         channels = getattr(config, key, None) or 4 * config.hidden_size
     widths = []
     for index in range(config.num_hidden_layers):

@@ -48,13 +48,15 @@ def _mixed(family: Family, layer: nn.Module) -> bool:
     return hasattr(home, family.experts.router)
 
 
-def _level1(layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0) -> tuple[Slab, ...]:
+def _level1(
+    layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0, run: int = 1, gap: int = 0
+) -> tuple[Slab, ...]:
     """Weight and, if there is one, bias of a level-1 layer."""
     linear = layer.get_submodule(path)
     # Conv1D stores its weight input first, Linear output first.
-    slabs = [Slab(f"{path}.weight", int(isinstance(linear, Conv1D)), unit, units, size, offset)]
+    slabs = [Slab(f"{path}.weight", int(isinstance(linear, Conv1D)), unit, units, size, offset, run, gap)]
     if getattr(linear, "bias", None) is not None:
-        slabs.append(Slab(f"{path}.bias", 0, unit, units, size, offset))
+        slabs.append(Slab(f"{path}.bias", 0, unit, units, size, offset, run, gap))
     return tuple(slabs)
 
 
@@ -87,14 +89,13 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     dim, path, after = head_dim(config), family.attention, family.norm_after_attention
     if family.latent is not None:
         return _latent(family, layer, heads)
-    if family.heads_locked is not None:
+    if (why := family.lock(config)) is not None:
         level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
         own: Any = layer.get_submodule(path)
         # Keys and values that later blocks attend with are made of nothing but this block's input.
         lent = bool(family.shared_blocks and getattr(config, family.shared_blocks) and own.store_full_length_kv)
         fixed = family.heads_fixed or lent
         joins = None if family.adds else path
-        why = family.heads_locked
         return Depth2("heads", (), level2, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
@@ -106,7 +107,10 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         if family.sinks is not None:
             level1 += (Slab(f"{path}.{family.sinks}", 0, "head", heads, 1),)
     elif family.interleaved:
-        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, 3 * dim)
+        each = heads // groups * dim
+        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, dim, 0, heads // groups, 2 * dim)
+        for start in (each, each + dim):
+            level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start, 1, each + dim)
     else:
         level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, dim)
         for start in (heads * dim, (heads + groups) * dim):

@@ -69,7 +69,9 @@ class Family:
     fused: str | None = None
     """One layer for queries, keys and values, in place of the three."""
     interleaved: bool = False
-    """The fused layer holds query, key and value of one head after the other, not all queries first."""
+    """The fused layer holds the queries, the key and the value of one group after the other, not all queries first."""
+    groups: Callable[[Any], int] | None = None
+    """How many key/value heads a config means, where that is not its num_key_value_heads."""
     ungrouped: bool = False
     """Every query head has a key and a value of its own, and sizes follow from the number of heads, whatever else the
     config says."""
@@ -103,6 +105,8 @@ class Family:
     """The attention adds its output to the residual stream itself, and so does the feed-forward."""
     heads_locked: str | None = None
     """Why heads cannot be removed exactly, where that is so; all or none then stay."""
+    locking: str | None = None
+    """The config's key under which alone that is so."""
     mixer: tuple[str, str] | None = None
     """What stands in the attention's place in some blocks (linear attention, a convolution) and its output layer. It is
     left alone there: heads go from the other blocks, and channels from all of them."""
@@ -129,23 +133,29 @@ class Family:
         """What the whole model calls all but its output layer; Llama 4's `base_model_prefix` is another model's."""
         return self.blocks.partition(".")[0]
 
+    def lock(self, config: Any) -> str | None:
+        """Why heads cannot be removed exactly from the blocks of a config."""
+        return self.heads_locked if self.locking is None or getattr(config, self.locking) else None
+
 
 LLAMA = Family()
-FALCON = Family(
+ALIBI = "the position of a head decides how fast its attention fades"
+BLOOM = Family(
     blocks="transformer.h",
     final_norm="transformer.ln_f",
     attention="self_attention",
     output="dense",
     ungrouped=True,
-    up="dense_h_to_4h",
+    feed_forward=None,
+    up="mlp.dense_h_to_4h",
     gate=None,
-    down="dense_4h_to_h",
-    activation="act",
-    heads_locked="its kinds lay queries, keys and values out in three ways, for which there is no code",
+    down="mlp.dense_4h_to_h",
+    activation="mlp.gelu_impl",
+    adds=True,
+    heads_locked=ALIBI,
     heads_fixed=True,
     tupled=True,
 )
-ALIBI = "the position of a head decides how fast its attention fades"
 LINEAR = ("linear_attn", "out_proj")
 """Qwen's linear attention, as a mixer."""
 POST_NORMS = replace(
@@ -255,16 +265,22 @@ FAMILIES: dict[str, Family] = {
         gate=None,
         down="fc_out",
     ),
-    "bloom": replace(
-        FALCON,
-        feed_forward=None,
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        activation="mlp.gelu_impl",
-        adds=True,
-        heads_locked=ALIBI,
+    "bloom": BLOOM,
+    "falcon": replace(
+        BLOOM,
+        ungrouped=False,
+        fused="query_key_value",
+        interleaved=True,
+        groups=lambda config: (
+            1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
+        ),
+        feed_forward="mlp",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="act",
+        adds=False,
+        locking="alibi",
     ),
-    "falcon": FALCON,
     "mpt": Family(
         ungrouped=True,
         tupled=True,
@@ -426,8 +442,11 @@ def head_dim(config: Any) -> int:
 
 def groups_of(config: Any) -> int:
     """Key/value heads of a block; of most, where they differ."""
+    family = family_of(config)
+    if family.groups is not None:
+        return family.groups(config)
     with quiet():
-        own = None if family_of(config).ungrouped else getattr(config, "num_key_value_heads", None)
+        own = None if family.ungrouped else getattr(config, "num_key_value_heads", None)
         return int(config.num_attention_heads if own is None else own)
 
 

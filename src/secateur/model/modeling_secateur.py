@@ -179,9 +179,11 @@ def resize(
             if child in OUTPUTS:
                 narrow(linear, True, width_of(linear, True), biases[0])
     elif heads:
-        pairs = getattr(attention.config, "num_key_value_heads", None) or every
+        # Falcon's config does not say it for all of its kinds.
+        pairs = getattr(attention, "num_kv_heads", None) or getattr(attention.config, "num_key_value_heads", every)
+        pairs = pairs or every
         shares = {"k_proj": (groups, pairs), "v_proj": (groups, pairs)}
-        shares["qkv_proj"] = (heads + 2 * groups, every + 2 * pairs)
+        shares |= dict.fromkeys(("qkv_proj", "query_key_value"), (heads + 2 * groups, every + 2 * pairs))
         for child, linear in projections(attention):
             if child in SHARED:
                 continue
@@ -191,7 +193,7 @@ def resize(
         if hasattr(attention, "sinks"):
             attention.sinks = nn.Parameter(attention.sinks.detach()[:heads].clone())
         counts = {"num_attention_heads": heads, "num_key_value_heads": groups}
-        counts |= {"num_heads": heads, "num_key_value_groups": heads // groups}
+        counts |= {"num_heads": heads, "num_kv_heads": groups, "num_key_value_groups": heads // groups}
         if hasattr(attention, "split_size"):
             counts["split_size"] = attention.split_size // every * heads
         for key, count in counts.items():

@@ -36,11 +36,9 @@ class Slab:
     size: int
     offset: int = 0
     """First entry along `axis`; not zero where several layers are fused into one tensor."""
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """First and one past the last entry along `axis`."""
-        return self.offset, self.offset + self.units * self.size
+    run: int = 1
+    gap: int = 0
+    """So many entries of other layers follow each `run` of units."""
 
     @property
     def layer(self) -> str:

@@ -13,7 +13,16 @@ from secateur.model.structure import Block, Depth2, Keep, Slab, Width
 def entries(slab: Slab, keep: Sequence[int]) -> Tensor:
     """Positions along the slab's axis, offset included, of the kept units."""
     units = torch.tensor(keep, dtype=torch.long)
-    return (slab.offset + units[:, None] * slab.size + torch.arange(slab.size)).reshape(-1)
+    first = slab.offset + units * slab.size + units // slab.run * slab.gap
+    return (first[:, None] + torch.arange(slab.size)).reshape(-1)
+
+
+def rows_of(slab: Slab, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What the tensor holds for a slab, its axis first (units * size x ...); a view where it lies in one piece."""
+    stored = tensors[slab.name].movedim(slab.axis, 0)
+    if not slab.gap:
+        return stored[slab.offset : slab.offset + slab.units * slab.size]
+    return stored[entries(slab, range(slab.units)).to(stored.device)]
 
 
 def inner_weight(module: Depth2, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -38,12 +47,12 @@ def slice_module(
     # A group stays while one of its heads does; for channels there are no groups.
     kept = {"group": sorted({head // module.per_group for head in keep})}
     parts: dict[tuple[str, int], list[Tensor]] = {}
-    # Fused layers are several slabs of one tensor, in order of their offsets.
-    for slab in sorted(module.slabs, key=lambda slab: slab.offset):
+    # Fused layers are several slabs of one tensor.
+    for slab in module.slabs:
         if slab.unit != "channel" or module.kind != "experts":
             parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept.get(slab.unit, keep)))
     found = {
-        name: tensors[name].index_select(axis, torch.cat(index).to(tensors[name].device))
+        name: tensors[name].index_select(axis, torch.cat(index).sort().values.to(tensors[name].device))
         for (name, axis), index in parts.items()
     }
     return found | _slice_experts(module, {**tensors, **found}, len(keep), inner) if len(inner) else found
