@@ -109,8 +109,8 @@ def per_layer_config(
     apart = STOCK[config.model_type].by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     stored[WIDTHS if apart else "per_layer_config"] = layers
     # A key that only some layers have must have a value for the others.
-    if not FAMILIES[config.model_type].ungrouped:
-        stored.setdefault(GROUPS, first.groups)
+    if FAMILIES[config.model_type].groups is not None:
+        stored[GROUPS] = first.groups
     stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.
     stored["allow_global_per_layer_attribute_access"] = True

@@ -135,7 +135,7 @@ class Family:
 
     def lock(self, config: Any) -> str | None:
         """Why heads cannot be removed exactly from the blocks of a config."""
-        return self.heads_locked if self.locking is None or getattr(config, self.locking) else None
+        return self.heads_locked if self.locking is None or getattr(config, self.locking, None) else None
 
 
 LLAMA = Family()
