@@ -75,7 +75,8 @@ FULL = {"rope_type": "default", "rope_theta": 1e4}
 SCALED4 = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
 FALCON = {"ffn_hidden_size": 72, "num_kv_heads": 3, "new_decoder_architecture": True}
 WINDOWED4 = {"layer_types": (DEEP[:1] * 3 + DEEP[1:]) * 16, "sliding_window": 7, "num_hidden_layers": 64}
-LINEAR = {**tiny.TRIPLES, **tiny.LINEAR, "head_dim": 16, "linear_num_value_heads": 6}
+SECOND = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+LINEAR = {**tiny.TRIPLES, **tiny.LINEAR, **SECOND, "head_dim": 16, "linear_num_value_heads": 6}
 FOURTH = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 NEXT = {**LINEAR, **tiny.SHARED, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SMALL4 = tiny.GEMMA4_SMALL
@@ -165,10 +166,8 @@ MORE_ROWS = {
     "qwen3_5_text scaled": row(
         "qwen3_5_text", **LINEAR, rope_parameters=tiny.YARN | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     ),
-    "qwen3_5_text last": row("qwen3_5_text", **LINEAR | {"layer_types": ["linear_attention"] * 3}),
-    "qwen3_5_text first": row(
-        "qwen3_5_text", **LINEAR | {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
-    ),
+    "qwen3_5_text last": row("qwen3_5_text", **LINEAR | {"layer_types": ["linear_attention"] * 4}),
+    "qwen3_5_text first": row("qwen3_5_text", **LINEAR | {"layer_types": SECOND["layer_types"][::-1]}),
     "qwen3_5_text odd": row("qwen3_5_text", **LINEAR | {"linear_value_head_dim": 8}),
     "qwen3_5_text biased": row("qwen3_5_text", **LINEAR, attention_bias=True),
     "qwen3_5_moe_text even": row("qwen3_5_moe_text", **NEXT),
@@ -442,12 +441,12 @@ UNIFORM = {
     "lfm2": (CHANNELS, "lfm2"),
     "lfm2 untied": (CHANNELS, "lfm2"),
     "lfm2_moe": (NARROW, "lfm2moe"),
-    "qwen3_5_text even": (CHANNELS, "qwen35"),
-    "qwen3_5_text fourth": (CHANNELS, "qwen35"),
+    "qwen3_5_text even": (BOTH, "qwen35"),
+    "qwen3_5_text fourth": (BOTH, "qwen35"),
     "qwen3_5_text scaled": (CHANNELS, "qwen35"),
     "qwen3_5_moe_text even": (NARROW, "qwen35moe"),
     "qwen3_next even": (NARROW, "qwen3next"),
-    "qwen3_next fourth": (EXPERTS, "qwen3next"),
+    "qwen3_next fourth": (ALL, "qwen3next"),
     "minimax_m2": (NARROW, "minimax-m2"),
     "minimax_m2 part": (NARROW, "minimax-m2"),
     "llama4_text scout": (KINDS, "llama4"),
