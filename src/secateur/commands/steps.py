@@ -191,6 +191,8 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         for block in blocks:
             done.append(block_record(stream.blocks[block.index], decided, block))
             yield block.index, slice(stream, block, dtype=run.dtype)
+            # It must not stay in memory while the next one is fitted.
+            del block
 
     def timings() -> dict[str, float]:
         found = summary_of(run, rows, decided)

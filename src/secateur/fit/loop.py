@@ -94,6 +94,8 @@ def refit(
                 # The dense weights must not stay in memory while the caller works on the block.
                 del layer, found
             yield fitted
+            # Nor a block that is done while the next one is at work.
+            del fitted
             journal.keep(index + 1, streams)
         for _, pruned in follow:
             assert judge is not None

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.base.device import fast_dtype, onto, rounded_products
 from secateur.base.errors import SecateurError
+from secateur.base.memory import trim
 from secateur.base.quiet import first_line
 from secateur.base.team import Team
 from secateur.model.arena import Activations, Arena
@@ -163,6 +164,9 @@ class BlockStream:
                 assign(layer, name, torch.empty(shape, device="meta"))
             for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
                 assign(layer, name, None)
+            if self._held:
+                # Thousands of matrices have come and gone; one block left two gigabytes of holes to the next.
+                trim()
 
     @contextmanager
     def quick(self) -> Iterator[None]:

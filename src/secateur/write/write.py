@@ -180,9 +180,9 @@ def write(
                 tensor = checkpoint.read(name)
                 writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in blocks:
-            for name, tensor in tensors.items():
-                for stored, part in _as_stored(stream, index, name, tensor).items():
-                    writer.add(stored, part)
+            _add(writer, stream, index, tensors)
+            # The next one is made behind this line.
+            del tensors
         changed = late() if late else {}
         for stored, name in last.items():
             writer.add(stored, changed.get(name, checkpoint.read(stored)).to(dtype))
@@ -241,6 +241,13 @@ def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None 
                 "take bfloat16 or float32"
             )
     return slice_block(stream.blocks[block.index], rounded, block.keep)
+
+
+def _add(writer: ShardWriter, stream: BlockStream, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write a block's tensors."""
+    for name, tensor in tensors.items():
+        for stored, part in _as_stored(stream, index, name, tensor).items():
+            writer.add(stored, part)
 
 
 def _check(stream: BlockStream, plan: Plan, format: Format) -> None:
