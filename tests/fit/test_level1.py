@@ -122,6 +122,33 @@ def test_every_step_comes_nearer_and_nothing_asks_for_nothing():
     assert all(not change.any() for change in tangent.step(lambda: parts, 0.3, 4))
 
 
+def test_as_many_steps_as_unknowns_solve_it():
+    """Steps build on each other: two for two unknowns, where steepest descent would take many more."""
+    matrices, weight, source = [drawn(0, 1, 2)], drawn(1, 1, 3), drawn(2, 30, 2) * torch.tensor([1.0, 5.0])
+    residual, counts = drawn(3, 30, 3), drawn(4, 30).square()
+    found = []
+    for steps in (1, 2, 200):
+        tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
+        found.append(tangent.step(lambda parts=parts: parts, 0.3, steps)[0])
+    torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=0)
+    assert not torch.allclose(found[0], found[2], rtol=1e-3)
+
+
+def test_one_step_is_enough_where_factors_and_inputs_are_independent():
+    """There the preconditioner is the curvature itself, but for a little on its diagonal."""
+    matrices, weight = [drawn(0, 5, 4)], drawn(1, 5, 6) * torch.tensor([[0.1], [0.3], [1.0], [3.0], [10.0]])
+    source = drawn(2, 50, 4) * torch.tensor([0.1, 1.0, 3.0, 10.0])
+    residual, counts = drawn(4, 50, 6), torch.ones(50, dtype=torch.float64)
+    tangent, parts = tangent_of(lambda x: 2 * x, matrices, weight, source, residual, counts)
+    changes = tangent.step(lambda: parts, 0.0, 1)
+    left = residual - torch.cat([tangent._pushed(part, changes) for part in parts])
+    reach = torch.linalg.lstsq(source, residual).solution
+    best = torch.linalg.lstsq(weight.T, reach.T).solution.T
+    least = residual - source @ best @ weight
+    gained, possible = ((residual.square() - one.square()).sum() for one in (left, least))
+    assert gained > 0.99 * possible > 0
+
+
 def test_half_precision_steers_as_well():
     matrices, weight, source = ([drawn(i, 24, 16).float() / 4 for i in range(2)], drawn(2, 24, 16), drawn(3, 400, 16))
     weight, source, residual = weight.float() / 5, source.float(), drawn(4, 400, 16).float()

@@ -41,6 +41,7 @@ WIDTHS = {
     "olmo2": Width(3, 2, 50),
     "opt": Width(4, 1, 60),
     "gpt_neox": Width(4, 1, 60),
+    "granite biased": Width(2, 2, 50),
 }
 """Two thirds or so of each module."""
 
@@ -328,7 +329,7 @@ def test_outputs_that_a_norm_mutes_keep_their_weights(checkpoint_folder):
     assert norm.own(z)[:, :3].abs().min() > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt", "gpt_neox", "granite biased"])
 def test_the_error_aware_target_repairs_more(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     aware = output_error(name, run(folder, name))
@@ -337,7 +338,7 @@ def test_the_error_aware_target_repairs_more(checkpoint_folder, name):
     assert aware < own < bare
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "granite biased"])
 def test_reported_errors_are_those_of_the_model(checkpoint_folder, name):
     """The last module's report against the pruned model itself: the whole residual error after the last block."""
     found = run(checkpoint_folder(name), name)

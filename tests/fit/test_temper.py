@@ -1,0 +1,69 @@
+"""The scale on the final norm: there the pruned model's distribution is nearest to the dense model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CheckpointFolder
+from models import build, token_rows
+from secateur.fit.temper import SCALES, _minimum, temper
+from secateur.model.arena import Activations
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.rows import Rows
+from secateur.model.stream import BlockStream
+
+LENGTH = 9
+ROWS = Rows.of(token_rows(4, LENGTH, seed=0)).along(token_rows(3, LENGTH, seed=1))
+
+
+def divergences(name: str, stream: BlockStream, dense: Tensor, pruned: Tensor, scales: list[float]) -> list[float]:
+    """KL(dense || pruned) of the model's own final norm and output layer, the norm's output times each scale."""
+    model = build(name)
+    norm, head = model.get_submodule(stream.family.final_norm), model.get_output_embeddings()
+    with torch.no_grad():
+        wanted, normed = head(norm(dense)).log_softmax(-1), norm(pruned)
+        found = (head(scale * normed).log_softmax(-1) for scale in scales)
+        return [float((wanted.exp() * (wanted - one)).sum(-1).mean()) for one in found]
+
+
+def streams(width: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Streams of the unseen rows that differ by noise at every second position, and by far more between these."""
+    dice = torch.Generator().manual_seed(0)
+    dense, beside = torch.randn(2, len(ROWS.groups[1]), LENGTH, width, generator=dice)
+    pruned = dense + noise * beside
+    pruned[:, ::2] = 5 * beside[:, ::2]
+    return dense, pruned
+
+
+@pytest.mark.parametrize(("name", "noise"), [("llama", 0.3), ("llama", 0.6), ("gemma3_text", 0.1), ("gpt2", 0.6)])
+def test_no_other_scale_comes_nearer(checkpoint_folder: CheckpointFolder, name: str, noise: float) -> None:
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    dense, pruned = streams(stream.width, noise)
+    none = torch.empty(0)
+    scale = temper(stream, ROWS, 1, Activations([none, dense]), Activations([none, pruned]))
+    tried = [step / 200 for step in range(120, 211)]
+    seen = divergences(name, stream, dense[:, 1::2], pruned[:, 1::2], tried)
+    best = tried[seen.index(min(seen))]
+    assert (best in (tried[0], tried[-1])) == (name == "gpt2"), "no scale that is tried is small enough for it"
+    assert scale == pytest.approx(best, abs=5e-3)
+
+
+def test_streams_that_agree_up_to_rounding_need_no_scale(checkpoint_folder: CheckpointFolder) -> None:
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    dense, _ = streams(stream.width, 0.0)
+    none = torch.empty(0)
+    assert temper(stream, ROWS, 1, Activations([none, dense]), Activations([none, dense * 1.0001])) == 1
+
+
+@pytest.mark.parametrize("least", [0.61, 0.7, 0.83, 1.0, 1.02])
+def test_a_parabola_has_its_minimum_between_the_grids_points(least: float) -> None:
+    assert _minimum([3 * (scale - least) ** 2 + 1 for scale in SCALES]) == pytest.approx(least if least > 0.62 else 0.6)
+
+
+def test_ends_of_the_grid_are_not_left() -> None:
+    rising = list(SCALES)
+    assert _minimum(rising) == pytest.approx(0.6)
+    assert _minimum(rising[::-1]) == pytest.approx(1.05)
+    assert _minimum([1.0] * 3 + [0.5] * 3 + [1.0] * 4) == pytest.approx(SCALES[3] + 0.025), "half way, of two equals"
