@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CheckpointFolder
-from models import config_of
+from models import blocks_of, build, config_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
@@ -298,3 +298,18 @@ def test_a_config_may_have_no_shared_expert(tmp_path: Path, name: str, key: str)
     how: dict[str, Any] = {"modules": ("channels",), "widths": "uniform", "sparsity": 0.15}
     found = prune(tmp_path / "dense", tmp_path / "out", **SMALL, **how)
     assert {width.channels for width in found.now() if width.experts} == {16}
+
+
+def test_norms_behind_a_mixture() -> None:
+    """Only where a feed-forward stands beside it does a further one follow."""
+    mixture = blocks_of(build("gemma4_text mixture"))[-1].feed_forward
+    norms = ("post_feedforward_layernorm_2", "post_feedforward_layernorm")
+    assert (mixture.post_norm, mixture.outer_norm) == norms
+    assert blocks_of(build("qwen2_moe"))[-1].feed_forward.outer_norm is None
+
+
+def test_a_config_may_name_no_groups() -> None:
+    model = build("deepseek_v3 plain")
+    model.config.n_group = model.config.topk_group = None
+    mixture = blocks_of(model)[-1].feed_forward
+    assert (mixture.groups, mixture.least) == (1, model.config.num_experts_per_tok)

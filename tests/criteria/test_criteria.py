@@ -370,6 +370,16 @@ def test_surgeon_is_the_elimination():
     assert float(found.errors[1]) < float((plain - target).square().sum())
 
 
+def test_the_order_is_that_of_other_rows():
+    """Errors are of the rows that are fitted to, in the order that those for the choice give."""
+    stats, choice = statistics("llama", "channels")[0], statistics("llama", "channels", index=2)[0]
+    found = error_curve(all_criteria()["surgeon"], stats, "channels", 1, choice)
+    own, other = (error_curve(all_criteria()["surgeon"], one, "channels", 1) for one in (stats, choice))
+    assert torch.equal(found.order, other.order)
+    assert not torch.equal(found.order, own.order)
+    assert float(found.errors[-1]) == pytest.approx(float(own.errors[-1]), rel=0.5)
+
+
 def test_surgeon_errors_are_lowest():
     """On its own terms the greedy order beats chance."""
     stats = statistics("llama", "channels")[0]

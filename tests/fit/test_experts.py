@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, token_rows
 from secateur.base.team import Team
+from secateur.criteria import experts
 from secateur.criteria.experts import Routed, expert_order
 from secateur.fit.block import Method
 from secateur.fit.expert_fit import FEWEST
@@ -123,7 +124,7 @@ def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFol
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, module = routed_of(mixture), mixture.module
         found = expert_order("reroute", routed, module.least)
-        assert len(found.order) == module.units - module.least
+        assert len(found.order) == module.units - module.least == len(found.errors) - 1
         gone: list[int] = []
         for place, expert in enumerate(found.order):
             others = [unit for unit in range(module.units) if unit not in gone]
@@ -132,6 +133,26 @@ def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFol
             assert errors[expert] <= 1.02 * min(errors.values())
             gone.append(expert)
             assert found.errors[place + 1] == pytest.approx(errors[expert], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe groups"])
+def test_several_leave_at_a_time(
+    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Half of what is left, as many of each group; between such steps errors are interpolated."""
+    with mixture_of(checkpoint_folder, name) as (mixture, _):
+        routed, groups = routed_of(mixture), mixture.module.groups
+        found = expert_order("frequency", routed, mixture.module.least)
+        monkeypatch.setattr(experts, "STEP", 2)
+        quick = expert_order("frequency", routed, mixture.module.least)
+        assert quick.order == found.order
+        assert quick.errors[0] == found.errors[0]
+        assert quick.errors[-1] == pytest.approx(found.errors[-1])
+        step = min(mixture.module.units // 2, len(found.order)) // groups * groups
+        first = torch.tensor(quick.errors[: step + 1])
+        assert step > 1
+        assert first[-1] == pytest.approx(found.errors[step])
+        torch.testing.assert_close(first.diff(), ((first[-1] - first[0]) / step).expand(step), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -522,6 +522,12 @@ def test_a_matrix_that_is_none_of_this_is_refused():
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
 
 
+def test_the_least_eigenvalue_is_found_from_the_factor():
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
+    matrix = basis @ torch.diag(torch.tensor([1e-3, 0.5, 1.0, 1.5, 2.0, 3.0])) @ basis.T
+    assert ridge._least_eigenvalue(factorise(matrix)) == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_directions_that_rounding_made_keep_the_old_weights():
     """A matrix that a factorisation takes, and of which the least eigenvalue says nothing."""
     generator = torch.Generator().manual_seed(0)

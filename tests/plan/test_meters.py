@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -336,6 +336,8 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
         assert line[0] == 0
         assert line[-1] > 0
     assert meter.fixed > 0
+    table = measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
+    assert table.groups[-1][1] == table.per_group[-1][1], "the dense attention takes one time, however it is narrowed"
 
 
 def test_latency_is_kept(tmp_path, opened, monkeypatch):
@@ -345,6 +347,10 @@ def test_latency_is_kept(tmp_path, opened, monkeypatch):
     for kind, dtype in (("prefill", torch.float32), ("decode", torch.bfloat16)):
         with pytest.raises(AssertionError, match="measured again"):
             measured(stream, 0, kind, CPU, dtype, Silent(), fails)
+    other = measured(stream, 0, "prefill", CPU, torch.float32, Silent(), operations)
+    assert measured(stream, 0, "prefill", CPU, torch.float32, Silent(), fails) == other
+    assert other.channels[-1][1] == (tiny.POSITIONS - 1) * first.channels[-1][1], "a prompt has as many tokens"
+    assert other.outside == first.outside, "logits are asked for of one token"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     with pytest.raises(AssertionError, match="measured again"):
         measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
@@ -429,6 +435,7 @@ def test_medians_end_in_time(monkeypatch):
 
 
 @given(full=st.integers(1, 20_000), points=st.integers(3, 14))
+@example(full=60, points=10)
 def test_grid(full, points):
     counts = grid(full, points)
     assert counts == sorted(set(counts))
@@ -436,6 +443,8 @@ def test_grid(full, points):
     assert len(counts) <= points
     if full < points:
         assert counts == list(range(full + 1))
+    unit = max(unit for unit in (2**power for power in range(8)) if unit == 1 or full >= unit * (points - 1))
+    assert all(count % unit == 0 for count in counts[:-1])
     if full >= 128 * points:
         assert len(counts) == points
         assert all(count % 128 == 0 for count in counts[:-1])
@@ -473,6 +482,7 @@ def test_a_budget_above_the_dense_model():
     ("target", "least", "says"),
     [
         ("params=10%", 33.33e6, "params=33.4%"),
+        ("params=10%", 33.395e6, "params=33.4%"),
         ("params=10M", 33.33e6, "params=33.4M"),
         ("bytes=10MB", 99.99e6, "bytes=99.99MB"),
         ("prefill=9x", 33.33e6, "prefill=3x"),

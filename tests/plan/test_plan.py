@@ -23,7 +23,7 @@ from secateur.plan.meters import meter_of, parameter_meter
 from secateur.plan.plan import check_reach, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
-from secateur.plan.widths import LEVELS, attention_widths, channel_step, module_widths
+from secateur.plan.widths import LEVELS, attention_widths, channel_step, module_widths, usual_multiple
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
 from secateur.write.write import format_obstacle
@@ -157,6 +157,19 @@ def test_steps_of_wide_modules_are_coarse(channels: int, multiple: int) -> None:
     assert step == multiple or channels / (step / 2) > LEVELS
 
 
+def test_wide_modules_are_rounded_where_nobody_says() -> None:
+    assert [usual_multiple(Width(1, 1, channels)) for channels in (256, 1023, 1024)] == [1, 1, 32]
+    assert [usual_multiple(Width(1, 1, channels, 8)) for channels in (255, 256, 1024)] == [1, 32, 32]
+
+
+def test_experts_that_stay_keep_channels(wishes: Wishes) -> None:
+    block = wishes(0.2, "qwen2_moe").blocks[-1]
+    found = module_widths(block, "experts", 1, lambda _: None, ("channels",))
+    assert [width.experts for width in found] == [block.feed_forward.units] * len(found)
+    assert found[-1].channels > 0
+    assert len(found) > 1
+
+
 @pytest.mark.parametrize("kinds", [("heads",), ("channels",)])
 def test_other_modules_stay(wishes: Wishes, kinds: Any) -> None:
     wish = wishes(0.1, kinds=kinds)
@@ -258,6 +271,18 @@ def test_a_target_is_a_limit(wishes: Wishes, goal: str) -> None:
         wider = dict.fromkeys(range(3), replace(one.widths[0], channels=one.widths[0].channels + 1))
         assert one.widths[0].channels == 72 or wish.meter.total(wider) > wish.budget
     assert wish.meter.total(plans[0].widths) == max(wish.meter.total(one.widths) for one in plans)
+
+
+def test_a_plan_says_what_is_settled(wishes: Wishes) -> None:
+    wish = wishes(0.2)
+    dense = wish.blocks[0].width
+    assert wish.plan(dict.fromkeys(range(3), dense)).uniform is True
+    several = wish.plan({0: dense, 1: replace(dense, channels=1)})
+    assert several.uniform is False
+    assert several.exact is False
+    settled = {"heads": (0,), "channels": (1,)}
+    assert replace(several, units={0: settled, 1: settled}).exact is True
+    assert replace(several, units={0: settled, 1: {"heads": (0,)}}).exact is False
 
 
 def test_the_split_that_costs_least(wishes: Wishes) -> None:

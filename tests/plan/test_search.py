@@ -98,6 +98,15 @@ def test_limits_of_the_wish_hold(wish: PlanProblem) -> None:
     assert (found.widths[1].groups, found.widths[1].channels % 8) == (3, 0)
 
 
+def test_what_seems_dear_is_cut_little(wish: PlanProblem) -> None:
+    """Where the survey expects even the least cut to cost too much, that is the first one to be tried."""
+    dear = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
+    loss = Loss(lambda _: 1.1)
+    found = smallest_within(wish, "adaptive", replace(SURVEY, probes=dear), 1.2, loss)
+    assert 0 < loss.seen[0].sparsity < 0.01
+    assert found.sparsity < 0.2
+
+
 def test_what_no_plan_meets_is_said(wish: PlanProblem) -> None:
     loss = Loss(lambda price: 4 + price)
     with pytest.raises(SecateurError, match=r"target ppl=1.2x: the best .* came to 4\.\d+x; ask for more than that"):

@@ -448,6 +448,9 @@ def test_spellings() -> None:
     assert parse_choice("heads=l1,channels=surgeon") == Choice("l1", "surgeon", False)
     assert [Options(criterion=text).choice.of("channels") for text in ("l1", "heads=l1,channels=l2")] == ["l1", "l2"]
     assert Options(criterion="similarity", tau=0.1).kinds == ("heads",)
+    assert parse_choice("reap") == Choice("surgeon", "surgeon", False, "reap")
+    assert parse_choice("l1,experts=reap") == Choice("l1", "l1", False, "reap")
+    assert parse_choice("experts=frequency") == Choice("surgeon", "surgeon", False, "frequency")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -461,6 +464,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "heads=l1,layers=l2"}, "a pair is written heads=X,channels=Y"),
     ({"criterion": "heads=l1,channels=similarity", "tau": 0.1}, "that of channels must be one of surgeon"),
     ({"criterion": "heads=best,channels=l1"}, "it must be one of surgeon"),
+    ({"criterion": "l1,experts=reap,experts=random"}, "that of experts must be one of reroute, reap"),
+    ({"criterion": "experts=l1"}, "that of experts must be one of reroute, reap"),
     ({"tau": 0.2}, "tau is about similar heads: leave --tau out, or take --criterion similarity"),
     ({"criterion": "heads=l1,channels=l2", "tau": 0.2}, "tau is about similar heads"),
     ({"criterion": "similarity"}, "similarity needs a threshold: add --tau, for example 0.19"),
