@@ -303,6 +303,8 @@ def test_latency_of_what_is_no_module(opened, monkeypatch):
     monkeypatch.setattr(meters, "measured", lambda *_: table)
     meter = latency_meter(opened("llama"), "decode", CPU, torch.float32, Silent())
     assert meter.total(dict.fromkeys(range(3), Width(0, 0, 0))) == 5.0 + 3 * 2.0
+    single: Any = SimpleNamespace(blocks=opened("llama").blocks[:1])
+    assert latency_meter(single, "decode", CPU, torch.float32, Silent()).total({0: Width(0, 0, 0)}) == 5.0 + 2.0
 
 
 def test_latency_where_groups_and_heads_are_gone():

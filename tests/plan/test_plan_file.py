@@ -203,6 +203,11 @@ def test_a_mark_at_the_beginning(file: Callable[[Any], Path]) -> None:
     assert read_ratios(path, blocks(), 1) == {0: Width(3, 1, 36)}
 
 
+def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match="not readable as JSON"):
+        read_plan(tmp_path, blocks(), "")
+
+
 def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """The same units on the same text are the same weights to rounding, as sums over the inputs that stay need not
     round like parts of longer ones; other text refits the same units."""
