@@ -11,6 +11,7 @@ import pytest
 
 from secateur.base.errors import SecateurError
 from secateur.commands.options import Options, Running
+from secateur.fit.recovery import Recovery
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,8 @@ def test_what_is_as_good_as_the_type() -> None:
     # As the record keeps them.
     assert json.dumps([given.sparsity, given.samples]) == "[0.25, 8]"
     assert Running(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
+
+
+def test_a_program_and_the_command_repair_alike_where_nobody_says() -> None:
+    options = Options()
+    assert Recovery(options.recovery, options.recover, options.ridge, options.level1) == Recovery()

@@ -522,6 +522,14 @@ def test_a_matrix_that_is_none_of_this_is_refused():
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
 
 
+@pytest.mark.parametrize(
+    ("strength", "dtype"),
+    [(0.0, torch.float64), (0.029, torch.float64), (0.03, torch.float32), (0.3, torch.float32)],
+)
+def test_a_small_ridge_asks_for_double_precision(strength: float, dtype: torch.dtype) -> None:
+    assert normal_equations(torch.eye(3), None, 0.0, torch.ones(3, 2), strength).matrix_aa.dtype == dtype
+
+
 def test_the_least_eigenvalue_is_found_from_the_factor():
     basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
     matrix = basis @ torch.diag(torch.tensor([1e-3, 0.5, 1.0, 1.5, 2.0, 3.0])) @ basis.T
