@@ -431,6 +431,15 @@ def test_the_cheapest_wide_unit_leaves(seed: int, size: int) -> None:
         left.remove(unit)
 
 
+def test_of_wide_twins_one_stays():
+    """Each unit has a twin, which grows dear once the first of the two has left; of many units, a few are gone."""
+    half = layer(5, 200, 14, 4)
+    twin = half.x + 0.05 * layer(6, 200, 14, 4).x
+    case = Layer(torch.cat([half.x, twin], 1), half.t, torch.cat([half.old, half.old]) / 2)
+    order = eliminate(case.normal(0.03), 2, stop=7).order.tolist()
+    assert sorted(unit % 7 for unit in order) == list(range(7))
+
+
 def test_within_a_step_prices_are_updated():
     """Two copies of one input: each is nearly free, but only until the other one has left."""
     case = layer(8, 400, 96, 6)
