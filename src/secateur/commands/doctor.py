@@ -175,7 +175,8 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
         vocabulary(checkpoint.tokenizer(), checkpoint.config.vocab_size)
     except SecateurError as error:
         return Engine("llama.cpp", None, False, str(error).removeprefix(f"{checkpoint.source}: "), line)
-    says = f"takes it as a .gguf file ({graph.name}): export it, then examine that"
+    what = "it" if checkpoint.around is None else "its language model"
+    says = f"takes {what} as a .gguf file ({graph.name}): export it, then examine that"
     return Engine("llama.cpp", None, None, says, line)
 
 

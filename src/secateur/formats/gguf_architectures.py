@@ -286,8 +286,11 @@ SOURCES: dict[str, Source] = {
 }
 """By model_type. OPT and GPT-J are missing: llama.cpp has no such graphs."""
 
-OTHERWISE = {"phimoe": "norms without taking the mean off, and makes gates add up to one"}
-"""What llama.cpp's graph of a model_type does, and the model does not."""
+OTHERWISE = {
+    "phimoe": "norms without taking the mean off, and makes gates add up to one",
+    "paligemma": "sees nothing ahead within a prompt",
+}
+"""What llama.cpp's graph of a model_type, or of the decoder in a multimodal one, does, and the model does not."""
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},

@@ -38,20 +38,14 @@ class Model:
     source: Source = field(init=False)
     inside: list[dict[str, str]] = field(init=False)
     """By block: name inside the block → stored name."""
-    outside: list[str] = field(init=False)
-    """Stored names of the other tensors."""
+    outside: dict[str, str] = field(init=False)
+    """The language model's name of each of its other tensors → stored name."""
 
     def __post_init__(self) -> None:
         kind = self.config.model_type
-        if self.checkpoint.around is not None:
+        if other := OTHERWISE.get((self.checkpoint.around or {}).get("model_type", kind)):
             raise SecateurError(
-                f"{self.checkpoint.source}: a multimodal model, which llama.cpp takes in two files; let its own "
-                "converter make them of the pruned folder"
-            )
-        if kind in OTHERWISE:
-            raise SecateurError(
-                f"{self.checkpoint.source}: llama.cpp's {kind} {OTHERWISE[kind]}, unlike the model; keep the "
-                "safetensors folder"
+                f"{self.checkpoint.source}: llama.cpp's {kind} {other}, unlike the model; keep the safetensors folder"
             )
         if kind not in SOURCES:
             raise SecateurError(
@@ -65,13 +59,14 @@ class Model:
             else width
             for index, width in enumerate(self.widths)
         ]
-        self.inside, self.outside = [{} for _ in self.widths], []
+        self.inside, self.outside = [{} for _ in self.widths], {}
         in_block = re.compile(rf"(?:.*\.)?{self.family.blocks.rpartition('.')[2]}\.(\d+)\.(.+)")
         for stored in self.checkpoint.weights:
-            if match := in_block.fullmatch(stored):
+            name = self.checkpoint.own_name(stored)
+            if name is not None and (match := in_block.fullmatch(name)):
                 self.inside[int(match[1])][match[2]] = stored
-            else:
-                self.outside.append(stored)
+            elif name is not None:
+                self.outside[name] = stored
         # Where something else stands in the attention's place, heads are a number alone: that of the others.
         own = next((width for index, width in enumerate(self.widths) if not self.mixes(index)), None)
         self.widths = [

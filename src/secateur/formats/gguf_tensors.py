@@ -159,7 +159,7 @@ def _stored(model: Model, name: str) -> Lazy:
 def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
     """Tensors that belong to no block."""
     tied = bool(model.config.tie_word_embeddings)
-    found = {_renamed(model, architecture, stored): _stored(model, stored) for stored in model.outside}
+    found = {_renamed(model, architecture, name): _stored(model, stored) for name, stored in model.outside.items()}
     for name in ("token_embd.weight", architecture.final_norm, None if tied else "output.weight"):
         if name is not None and name not in found:
             raise SecateurError(f"{model.checkpoint.source}: no tensor for {name} among the weights; restore it")

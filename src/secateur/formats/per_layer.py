@@ -150,6 +150,13 @@ def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
     return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
 
 
+def decoder_class(config: Any, around: Mapping[str, Any] | None) -> Any:
+    """The class of the language model alone, also of one inside a multimodal model."""
+    if around is None or not _own_classes(around.get("architectures")):
+        return model_class(config)
+    return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
+
+
 def _own_classes(names: Sequence[str] | None) -> list[str]:
     """Those of a config's architectures that are ours."""
     return [name for name in names or () if name.startswith(PREFIX)]

@@ -64,6 +64,13 @@ class Stored:
             candidates += [candidate.replace(own, stored, 1) for candidate in candidates if own in candidate]
         return candidates
 
+    def own_name(self, stored: str) -> str | None:
+        """What a language model calls a stored tensor; None for one of the towers and projectors around it."""
+        if self.around is None or stored.startswith("lm_head."):
+            return stored
+        parts = ((own, place) for own, places in _TOWERS.items() for place in places if stored.startswith(place))
+        return next((own + stored.removeprefix(place) for own, place in parts), None)
+
     @cached_property
     def _experts(self) -> Experts | None:
         """How the model's mixtures of experts are called, if it has any."""

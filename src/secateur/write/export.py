@@ -1,23 +1,29 @@
 """`export`: a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, local_path
+from secateur.base.files import Output, local_path, parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.gguf import context_length, write_gguf
 from secateur.formats.gguf_choice import Model, check_type, choose
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
-from secateur.formats.per_layer import model_class, widths_of
+from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.structure import Width, alike
 from secateur.plan.plan import nearest_uniform
 from secateur.write.record import record_of
+
+ALONE = (
+    "The file holds the language model alone. llama.cpp takes towers and projector from a second file (mmproj), where "
+    "it knows them; that of the dense model fits, as pruning leaves them and the width of the residual stream alone"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def export(
     Output(path, file=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
-        checkpoint.check_shapes(checkpoint.empty(model_class(checkpoint.config, checkpoint.around)))
+        checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
         model = Model(checkpoint, widths_of(checkpoint.config))
         try:
             architecture = choose(model, type)
@@ -71,8 +77,11 @@ def export(
         rows = next(entry.tensor.shape[0] for entry in tensors if entry.name == "token_embd.weight")
         try:
             words = vocabulary(checkpoint.tokenizer(), rows)
+            words = replace(words, chat_template=words.chat_template or _processors_template(folder))
         except SecateurError as error:
             raise SecateurError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
+    if checkpoint.around is not None:
+        watcher.note(ALONE)
     total, context = sum(entry.bytes for entry in tensors), context_length(model, architecture)
     if context < model.positions:
         watcher.note(
@@ -85,6 +94,19 @@ def export(
     with Output(path, file=".gguf", overwrite=overwrite, expected_bytes=total, at=at) as partial:
         write_gguf(partial, model, architecture, tensors, words, type=type, name=path.stem, watcher=watcher)
     return Exported(path, total, architecture.name, context)
+
+
+def _processors_template(folder: Path) -> Any:
+    """The chat template of a processor's older file, which tokenizers do not read; None where there is none.
+
+    Raises:
+        SecateurError: the file is damaged.
+    """
+    file = folder / "chat_template.json"
+    try:
+        return parse_json(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise SecateurError(f"{file}: no chat template as JSON; download it again, or remove it") from error
 
 
 def _nearest(folder: Path, widths: Sequence[Width]) -> str:

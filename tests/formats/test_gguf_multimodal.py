@@ -1,0 +1,232 @@
+"""GGUF files of multimodal checkpoints: the language model inside, with the logits of the whole one for a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_gguf
+import test_multimodal
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from test_gguf import GELU, IDS, TEXT, _llama_cpp, byte_level, run, tokens, with_the_table  # noqa: F401
+from test_multimodal import CASES, IMAGE, SMALL, VISION, _llama4, opened, save  # noqa: F401
+
+import models as tiny
+from models import SIZES, relative
+from secateur import SecateurError, prune
+from secateur.base.progress import Silent
+from secateur.commands import doctor
+from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.formats.per_layer import widths_of
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.structure import KINDS
+from secateur.write.export import ALONE, export
+
+
+def around(case: str, text: dict[str, Any], **keys: Any) -> tuple[str, dict[str, Any]]:
+    """A case of `test_multimodal` around another language model."""
+    kind, whole = CASES[case]
+    return kind, whole | {"text_config": SIZES | text} | keys
+
+
+ROPE = test_gguf.FULL | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5 even": around("qwen3_5", test_gguf.LINEAR | {"model_type": "qwen3_5_text", "rope_parameters": ROPE}),
+    "llama4 scout": around("llama4", test_gguf.SCOUT | {"model_type": "llama4_text"}),
+    "mistral3 plain": around(
+        "mistral3",
+        tiny.GROUPED
+        | {"model_type": "ministral3", "head_dim": 10, "rope_parameters": test_gguf.FULL | test_gguf.SCALED4},
+        tie_word_embeddings=True,
+    ),
+    "mistral4 scaled": around(
+        "mistral4",
+        tiny.MISTRAL4
+        | {"model_type": "mistral4"}
+        | {"rope_parameters": tiny.YARN | test_gguf.SCALED4 | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "llava qwen2": around("llava", tiny.GROUPED | {"model_type": "qwen2"}),
+    # What the whole model says of its output matrix holds.
+    "llava tied inside": around("llava", tiny.TRIPLES | {"model_type": "llama", "tie_word_embeddings": True}),
+    "qwen3_5_moe even": (
+        "qwen3_5_moe",
+        CASES["qwen3_5"][1] | {"text_config": SIZES | test_gguf.NEXT | {"model_type": "qwen3_5_moe_text"}},
+    ),
+    "internvl": (
+        "internvl",
+        {
+            "text_config": SIZES | tiny.GROUPED | {"model_type": "qwen3"},
+            "vision_config": VISION | {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [4, 4]},
+            "image_token_id": IMAGE,
+            "image_seq_length": 4,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2_vl": (
+        "lfm2_vl",
+        {
+            "text_config": SIZES | tiny.GROUPED | tiny.CONV | {"model_type": "lfm2", "block_auto_adjust_ff_dim": False},
+            "vision_config": VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
+            "image_token_id": IMAGE,
+            "downsample_factor": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "paligemma": (
+        "paligemma",
+        {
+            "text_config": SIZES | tiny.TRIPLES | {"model_type": "gemma", "head_dim": 12},
+            "vision_config": VISION | {"model_type": "siglip_vision_model"},
+            "image_token_index": IMAGE,
+            "projection_dim": 48,
+        },
+    ),
+}
+
+WRITTEN = {
+    "gemma3": ("gemma3", KINDS),
+    "gemma4": ("gemma4", KINDS),
+    "gemma4 small": ("gemma4", KINDS),
+    "mistral3": ("llama", KINDS),
+    "mistral3 plain": ("mistral3", KINDS),
+    "mistral4 scaled": ("mistral4", ("heads", "experts")),
+    "llama4 scout": ("llama4", KINDS),
+    "qwen3_5 even": ("qwen35", KINDS),
+    "qwen3_5_moe even": ("qwen35moe", KINDS),
+    "llava": ("llama", KINDS),
+    "llava tied inside": ("llama", KINDS),
+    "llava qwen2": ("qwen2", ("channels",)),
+    "internvl": ("qwen3", KINDS),
+    "lfm2_vl": ("lfm2", ("channels",)),
+}
+"""Name → the graph that computes it, and what is removed."""
+
+
+@pytest.fixture(autouse=True)
+def _cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_multimodal, "CASES", CASES | MORE)
+
+
+def saved(name: str, folder: Path) -> Path:
+    save(name, folder)
+    byte_level().save_pretrained(folder)
+    return folder
+
+
+class Notes(Silent):
+    """What was noted."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+def gap(folder: Path, file: Path, graph: str) -> float:
+    """How far llama.cpp's logits of a text are from those of the whole multimodal model."""
+    model, ids = opened(folder, trust_remote_code=True), torch.tensor([IDS])
+    if graph == "gemma4":
+        with_the_table(model)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    return relative(run(file, IDS), wanted)
+
+
+def bound(graph: str) -> float:
+    # As test_gguf has them.
+    return 1e-3 if graph in GELU else 2e-5 if graph.startswith(("qwen35", "mistral4")) else 2e-6
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
+    """A file straight from the checkpoint is that of the pruned folder; no tower is in it."""
+    graph, kinds = WRITTEN[name]
+    dense, notes = saved(name, tmp_path / "dense"), Notes()
+    done = export(dense, tmp_path / "dense.gguf", type="f32", watcher=notes)
+    assert notes.said == [ALONE]
+    assert done.architecture == graph
+    assert gap(dense, done.path, graph) < bound(graph)
+    how = SMALL | {"modules": kinds, "sparsity": 0.3}
+    found = prune(dense, tmp_path / "m.gguf", **how, format="gguf", type="f32")
+    prune(dense, tmp_path / "out", **how)
+    (tmp_path / "again").mkdir()
+    again = export(tmp_path / "out", tmp_path / "again" / "m.gguf", type="f32")
+    assert again.path.read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    assert gap(tmp_path / "out", again.path, graph) < bound(graph)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(again.path).tensors}
+    assert found.bytes == (done.bytes, sum(tensor.n_bytes for tensor in tensors.values()))
+    assert {name.split(".")[0].split("_")[0] for name in tensors} <= {"blk", "token", "output", "per", "rope"}
+    assert tokens(again.path, TEXT) == open_checkpoint(dense).tokenizer()(TEXT).input_ids
+
+
+@pytest.mark.parametrize(("name", "graph"), {"mistral3": "deci", "llava": "deci", "gemma4 small": "gemma4"}.items())
+def test_widths_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, graph: str) -> None:
+    dense, out = saved(name, tmp_path / "dense"), tmp_path / "out"
+    found = prune(dense, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3)
+    assert not found.uniform
+    done = export(out, tmp_path / "m.gguf", type="f32")
+    assert done.architecture == graph
+    assert gap(out, done.path, graph) < bound(graph)
+    monkeypatch.setattr(doctor, "_engines", lambda *of: {})
+    (llama_cpp,) = doctor.examine(out)
+    assert llama_cpp.says == f"takes its language model as a .gguf file ({graph}): export it, then examine that"
+
+
+def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
+    folder = saved("llava", tmp_path / "dense")
+    export(folder, tmp_path / "m.gguf")
+    newer = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        key = key.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
+        newer[key if key.startswith("lm_head") else f"model.{key}"] = value
+    save_file(newer, folder / "model.safetensors", metadata={"format": "pt"})
+    before = (tmp_path / "m.gguf").read_bytes()
+    export(folder, tmp_path / "m.gguf", overwrite=True)
+    assert (tmp_path / "m.gguf").read_bytes() == before
+
+
+def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
+    """Older checkpoints hold it apart; a tokenizer's own one goes first."""
+    folder, template = saved("llava", tmp_path / "dense"), tmp_path / "dense" / "chat_template.json"
+
+    def written() -> Any:
+        done = export(folder, tmp_path / "m.gguf", overwrite=True)
+        field = GGUFReader(done.path).fields.get("tokenizer.chat_template")
+        return field and field.contents()
+
+    assert written() is None
+    template.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert written() == "{{ messages }}"
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ own }}"
+    tokenizer.save_pretrained(folder)
+    assert written() == "{{ own }}"
+    byte_level().save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    for damaged in ("{", "[]"):
+        template.write_text(damaged)
+        with pytest.raises(SecateurError, match=r"chat_template\.json: no chat template as JSON; download it again"):
+            written()
+
+
+REFUSED = {
+    "paligemma": "llama.cpp's gemma sees nothing ahead within a prompt, unlike the model; keep the safetensors folder",
+    "llama4": "llama4 has experts in all blocks",
+    "qwen3_5": "qwen35 rotates entries of a head by pairs, and here 3 are",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(saved(name, tmp_path / "dense"))
+    assert REFUSED[name] in (gguf_obstacle(checkpoint, widths_of(checkpoint.config)) or "")
+    with pytest.raises(SecateurError, match="dense: "):
+        export(tmp_path / "dense", tmp_path / "m.gguf")
+    with pytest.raises(SecateurError):
+        prune(tmp_path / "dense", tmp_path / "m.gguf", **SMALL, sparsity=0.3, format="gguf")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dense"]
