@@ -10,10 +10,25 @@ import pytest
 import test_gguf
 import test_multimodal
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
+from llama_cpp_py_sync._cffi_bindings import get_mtmd_lib
 from safetensors.torch import load_file, save_file
-from test_gguf import GELU, IDS, TEXT, _llama_cpp, byte_level, run, tokens, with_the_table  # noqa: F401
+from test_gguf import (  # noqa: F401
+    GELU,
+    IDS,
+    TEXT,
+    _llama_cpp,
+    byte_level,
+    ffi,
+    lib,
+    loaded,
+    log,
+    run,
+    tokens,
+    with_the_table,
+)
 from test_multimodal import CASES, IMAGE, SMALL, VISION, _llama4, opened, save  # noqa: F401
+from torch import Tensor
 
 import models as tiny
 from models import SIZES, relative
@@ -212,6 +227,98 @@ def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
         template.write_text(damaged)
         with pytest.raises(SecateurError, match=r"chat_template\.json: no chat template as JSON; download it again"):
             written()
+
+
+ENDS = {
+    **{f"v.patch_embd.{leaf}": f"patch_embedding.{leaf}" for leaf in ("weight", "bias")},
+    **{f"v.post_ln.{leaf}": f"post_layernorm.{leaf}" for leaf in ("weight", "bias")},
+    "v.position_embd.weight": "position_embedding.weight",
+    "mm.input_projection.weight": "mm_input_projection_weight",
+    "mm.soft_emb_norm.weight": "mm_soft_emb_norm.weight",
+}
+INSIDE = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_out": "out_proj"}
+INSIDE |= {"ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "fc1", "ffn_down": "fc2"}
+ENDS |= {f"v.blk.0.{ours}.{leaf}": f"{name}.{leaf}" for ours, name in INSIDE.items() for leaf in ("weight", "bias")}
+"""llama.cpp's name of a tensor of Gemma 3's tower and projector → how its stored name ends."""
+
+
+def towers(folder: Path, file: Path) -> Path:
+    """The second file of a tiny Gemma 3."""
+    writer, numbers = GGUFWriter(file, "clip"), {"image_size": 8, "patch_size": 4, "projection_dim": 48}
+    numbers |= {"embedding_length": 16, "feed_forward_length": 24, "block_count": 1, "attention.head_count": 2}
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", True)
+    writer.add_string("clip.projector_type", "gemma3")
+    for key, number in (numbers | {"projector.scale_factor": 1}).items():
+        writer.add_uint32(f"clip.vision.{key}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    for key in ("mean", "std"):
+        writer.add_array(f"clip.vision.image_{key}", [0.5] * 3)
+    tower = {
+        key: value
+        for key, value in load_file(folder / "model.safetensors").items()
+        if key.startswith(("vision_tower.", "multi_modal_projector.")) and ".head." not in key
+    }
+    for ours, end in ENDS.items():
+        (values,) = (value.numpy() for key, value in tower.items() if key.endswith(end))
+        # The norm of the projector is stored less one.
+        writer.add_tensor(ours, values + 1 if "soft_emb_norm" in ours else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def seen(file: Path, second: Path, picture: Tensor, text: bytes) -> tuple[list[int], Tensor]:
+    """llama.cpp's ids of a text with a picture, and its logits of what comes behind; picture: y x X x rgb, bytes."""
+    mtmd = get_mtmd_lib()
+    with loaded(file) as model:
+        how = mtmd.mtmd_context_params_default()
+        how.use_gpu, how.n_threads, how.warmup = False, 1, False
+        both = mtmd.mtmd_init_from_file(str(second).encode(), model, how)
+        assert both != ffi.NULL, "".join(log[-8:])
+        bitmap = mtmd.mtmd_bitmap_init(picture.shape[1], picture.shape[0], picture.numpy().tobytes())
+        chunks, given, raw = mtmd.mtmd_input_chunks_init(), ffi.new("mtmd_input_text *"), ffi.new("char[]", text)
+        given.text, given.text_len, given.add_special, given.parse_special = raw, len(text), True, True
+        assert mtmd.mtmd_tokenize(both, chunks, given, ffi.new("const mtmd_bitmap *[]", [bitmap]), 1) == 0
+        ids, count = list[int](), ffi.new("size_t *")
+        for index in range(mtmd.mtmd_input_chunks_size(chunks)):
+            chunk = mtmd.mtmd_input_chunks_get(chunks, index)
+            found = mtmd.mtmd_input_chunk_get_tokens_text(chunk, count)
+            length = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+            ids += [IMAGE] * length if found == ffi.NULL else ffi.unpack(found, length)
+        settings = lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = 64
+        settings.n_threads = settings.n_threads_batch = 1
+        settings.type_k = settings.type_v = settings.flash_attn_type = 0
+        context = lib.llama_init_from_model(model, settings)
+        try:
+            assert mtmd.mtmd_helper_eval_chunks(both, context, chunks, 0, 0, 64, True, ffi.new("llama_pos *")) == 0
+            return ids, torch.tensor(ffi.unpack(lib.llama_get_logits_ith(context, -1), tiny.VOCAB))
+        finally:
+            lib.llama_free(context)
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+            mtmd.mtmd_free(both)
+
+
+def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path: Path) -> None:
+    dense = saved("gemma3", tmp_path / "dense")
+    prune(dense, tmp_path / "out", **SMALL, sparsity=0.3)
+    done = export(tmp_path / "out", tmp_path / "m.gguf", type="f32")
+    picture = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    second = towers(dense, tmp_path / "mmproj.gguf")
+    found, logits = seen(done.path, second, picture, b"the sea <__media__> takes the steps")
+    assert found.count(IMAGE) == 4
+    ids = torch.tensor([found])
+    more = {"attention_mask": torch.ones_like(ids), "token_type_ids": (ids == IMAGE).long()}
+    pixels = (picture.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+    small = opened(tmp_path / "out")
+    with torch.no_grad():
+        wanted, blank = (small(ids, pixel_values=values, **more).logits[0, -1] for values in (pixels, 0 * pixels))
+    assert relative(logits, wanted) < 1e-3
+    assert relative(blank, wanted) > 0.1
 
 
 REFUSED = {
