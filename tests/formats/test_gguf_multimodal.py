@@ -324,6 +324,8 @@ def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path: Path) ->
 REFUSED = {
     "paligemma": "llama.cpp's gemma sees nothing ahead within a prompt, unlike the model; keep the safetensors folder",
     "llama4": "llama4 has experts in all blocks",
+    "qwen2_5_vl": "llama.cpp's qwen2 turns heads by one position of each token, unlike the model; keep the safetensors",
+    "qwen3_vl": "llama.cpp's qwen3 turns heads by one position",
     "qwen3_5": "qwen35 rotates entries of a head by pairs, and here 3 are",
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from models import (
@@ -121,6 +121,27 @@ CASES["llama4"] = (
     },
 )
 CASES["mistral4"] = ("mistral3", CASES["mistral3"][1] | {"text_config": SIZES | MISTRAL4 | {"model_type": "mistral4"}})
+TURNED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+QWEN_VISION = {"depth": 1, "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1}
+QWEN_TOWERS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 16, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
+    "qwen2_5_vl": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
+    | {"window_size": 8, "fullatt_block_indexes": [0]},
+    "qwen3_vl": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
+    | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+}
+for kind, tower in QWEN_TOWERS.items():
+    more = {"head_dim": 8} if kind == "qwen3_vl" else {}
+    CASES[kind] = (
+        kind,
+        {
+            "text_config": SIZES | TRIPLES | more | {"model_type": f"{kind}_text", "rope_parameters": TURNED},
+            "vision_config": QWEN_VISION | tower,
+            "image_token_id": IMAGE,
+            "vision_start_token_id": VOCAB - 2,
+            "video_token_id": VOCAB - 3,
+        },
+    )
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "widths": "uniform"}
 
 
@@ -182,7 +203,7 @@ def logits(model: Any, image: bool) -> Tensor:
             more["pixel_values"] = torch.rand(2, 16, 48, generator=torch.Generator().manual_seed(1))
             more["image_position_ids"] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, 16, 2)
             more["mm_token_type_ids"] = (ids == IMAGE).long()
-        if model.config.model_type == "qwen3_5":
+        if model.config.model_type.startswith("qwen"):
             more["pixel_values"] = more["pixel_values"].reshape(8, 48)
             more["image_grid_thw"] = torch.tensor([[1, 2, 2], [1, 2, 2]])
             more["mm_token_type_ids"] = (ids == IMAGE).long()
@@ -264,6 +285,61 @@ def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
     prune(folder, tmp_path / "out", **SMALL, sparsity=0.4)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == newer.keys()
     opened(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", QWEN_TOWERS)
+def test_sections_of_positions_in_both_spellings(tmp_path: Path, name: str) -> None:
+    prune(save(name, tmp_path / "dense"), tmp_path / "out", **SMALL, sparsity=0.4)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert stored["model_type"] == f"{name}_text"
+    assert stored["rope_parameters"] == TURNED
+    # 4.57 reads these two.
+    assert stored["rope_scaling"] | {"rope_theta": stored["rope_theta"]} == TURNED
+
+
+@pytest.mark.parametrize("name", QWEN_TOWERS)
+def test_twins_compute_the_same(tmp_path: Path, name: str) -> None:
+    """With values in the config that are no defaults of either class."""
+    folder = save(name, tmp_path / "dense")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"] |= {"rms_norm_eps": 0.01, "rope_parameters": TURNED | {"rope_theta": 50.0}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    checkpoint = open_checkpoint(folder)
+    twin = AutoModelForCausalLM.from_config(checkpoint.config).float().eval()
+    twin.load_state_dict({name: checkpoint.read_parameter(name) for name in twin.state_dict()})
+    with torch.no_grad():
+        assert relative(twin(token_rows(2)).logits, logits(opened(folder), False)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_head_sizes_that_classes_derive(tmp_path: Path, name: str) -> None:
+    folder, how = save(name, tmp_path / "dense"), SMALL | {"modules": ("heads",)}
+    with pytest.raises(SecateurError, match=f"{name}_text derives its head size .* keeps all 6 heads"):
+        prune(folder, tmp_path / "out", **how, sparsity=0.3)
+    prune(folder, tmp_path / "out", **how | {"widths": "adaptive"}, sparsity=0.3)
+    assert any(0 < len(keep.heads) < 6 for keep in keeps_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+def test_configs_of_older_checkpoints(tmp_path: Path, widths: str) -> None:
+    """Qwen2-VL's own have the language model's keys among all others, and name the turning by sections."""
+    folder = save("qwen2_vl", tmp_path / "dense")
+    raw = json.loads((folder / "config.json").read_text())
+    inside = raw.pop("text_config")
+    turned = inside.pop("rope_parameters")
+    # As large a base as is no default of any class.
+    inside |= {"rope_theta": 5000.0, "rope_scaling": {"type": "mrope", "mrope_section": turned["mrope_section"]}}
+    (folder / "config.json").write_text(json.dumps(inside | raw | {"tie_word_embeddings": False}))
+    dense, how = opened(folder), SMALL | {"widths": widths}
+    assert dense.config.text_config.rope_parameters["rope_theta"] == 5000.0
+    prune(folder, tmp_path / "out", **how, sparsity=0.4, recovery="none")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"hidden_size", "intermediate_size", "rope_scaling", "rope_theta"} & stored.keys()
+    small, blocks = opened(tmp_path / "out", trust_remote_code=True), BlockStream(open_checkpoint(folder)).blocks
+    for image in (False, True):
+        with silenced(decoder(dense).layers, blocks, keeps_of(tmp_path / "out")):
+            wanted = logits(dense, image)
+        assert relative(logits(small, image), wanted) < 1e-5
 
 
 def test_a_language_model_of_another_form(tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ STOCK: dict[str, Stock] = {
 }
 """The stock classes by model_type."""
 
+DERIVING = ("qwen2_vl_text", "qwen2_5_vl_text")
+"""Decoders of multimodal models whose class derives the head size, as that of their family does not."""
+
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     """Why a stock class cannot hold blocks of one width, as a clause that ends in what can be done instead; or None.
@@ -139,8 +142,9 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
     bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
-    if stock.heads == "dense":
-        return f"{kind} derives its head size from hidden_size / heads, {bound}"
+    own = getattr(config, "twin_of", kind)
+    if stock.heads == "dense" or own in DERIVING:
+        return f"{own} derives its head size from hidden_size / heads, {bound}"
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
         return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"
@@ -235,5 +239,6 @@ def _rope(stock: Stock, config: Any) -> dict[str, Any]:
         if (factor := rope.get("factor")) and rope.get("attention_factor") is None:
             rope["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
     scaling = {key: value for key, value in rope.items() if key not in elsewhere}
-    keys["rope_scaling"] = None if kind == "default" else {stock.scaling_type: kind, **scaling}
+    sections = "mrope_section" in scaling and stock.partial is None
+    keys["rope_scaling"] = None if kind == "default" and not sections else {stock.scaling_type: kind, **scaling}
     return keys

@@ -23,7 +23,15 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
-from secateur.model.config_file import OTHER_SENSES, TEXT, check_generation, load_config, read_config, stock_class
+from secateur.model.config_file import (
+    OTHER_SENSES,
+    TEXT,
+    check_generation,
+    decoder_config,
+    load_config,
+    read_config,
+    stock_class,
+)
 from secateur.model.families import FAMILIES, positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
@@ -327,9 +335,7 @@ def open_checkpoint(
     config, around = load_config(folder, raw, trust_remote_code=trust_remote_code), None
     how, raw = quantisation(raw), without_quantisation(raw)
     if any(raw.get(key) for key in OTHER_SENSES):
-        # Whether the output layer is the embedding is the whole model's to say.
-        tied, around, raw, config = config.tie_word_embeddings, raw, raw.get(TEXT) or {}, config.text_config
-        config.tie_word_embeddings = tied
+        around, raw, config = raw, raw.get(TEXT) or {}, decoder_config(config)
     check_generation(folder)
     tensors = list_tensors(folder)
     if how is not None:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
-from secateur.model.families import FAMILIES
+from secateur.model.families import FAMILIES, TWINS
 from secateur.model.quantised import quantisation, quantisation_obstacle
 
 # transformers 5 has the class, and lists it among those for images alone.
@@ -26,6 +26,8 @@ OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_confi
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _DROPPED = ("dropout", "pdrop", "layerdrop")
 """How keys of shares end that torch looks at when a block runs."""
+_SHARED = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
+"""Keys that a multimodal model has of its own, as well as its language model."""
 TEXT = "text_config"
 """Where the config of a multimodal model has that of its language model."""
 
@@ -116,17 +118,44 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
     if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):
         inner = getattr(getattr(config, TEXT, None), "model_type", None)
-        if inner not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            if inner in FAMILIES:
+        family = TWINS.get(inner or "", inner)
+        if family not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            if family in FAMILIES:
                 of = f"that is opened in a way of its own; save its {inner} as a causal language model, and prune that"
             else:
                 said = f"whose language model ({inner})" if inner else "whose language model"
                 of = f"{said} is not supported; secateur families prints those that are"
             raise SecateurError(f"{file}: {kind} is a multimodal model ({sense}) {of}")
+        if inner in TWINS and not raw.get(TEXT):
+            _nest(raw, config)
         return config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
     return config
+
+
+def decoder_config(whole: Any) -> Any:
+    """The config object of a multimodal model's language model: that of its twin, which knows whose it is, if it has
+    one."""
+    own = whole.text_config
+    if own.model_type in TWINS:
+        values = {key: value for key, value in own.to_dict().items() if key not in ("model_type", "architectures")}
+        with quiet():
+            twin = CONFIG_MAPPING[TWINS[own.model_type]].from_dict(values)
+        twin.allow_global_per_layer_attribute_access, twin.twin_of = True, own.model_type
+        own = twin
+    # Whether the output layer is the embedding is the whole model's to say.
+    own.tie_word_embeddings = whole.tie_word_embeddings
+    return own
+
+
+def _nest(raw: dict[str, Any], config: Any) -> None:
+    """Give the language model of an older config.json, whose keys stand among all others, a part of its own."""
+    own = config.text_config.to_dict()
+    for key in (*own, "rope_scaling", "rope_theta"):
+        if key not in _SHARED and not key.endswith("token_id"):
+            raw.pop(key, None)
+    raw[TEXT] = own
 
 
 def check_generation(folder: Path) -> None:

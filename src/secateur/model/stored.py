@@ -18,6 +18,9 @@ _ALIASES = {"lm_head.": "embed_out."}
 _TOWERS = {"model.": ("model.language_model.", "language_model.model."), "lm_head.": ("language_model.lm_head.",)}
 """What a language model calls a tensor → what checkpoints of multimodal models do, newer ones first."""
 
+_PLAIN = ("lm_head.", "model.layers.", "model.embed_tokens.", "model.norm.")
+"""How names begin in multimodal checkpoints that call the language model's tensors as it does itself (Qwen2-VL's)."""
+
 
 @dataclass(kw_only=True)
 class Stored:
@@ -66,7 +69,7 @@ class Stored:
 
     def own_name(self, stored: str) -> str | None:
         """What a language model calls a stored tensor; None for one of the towers and projectors around it."""
-        if self.around is None or stored.startswith("lm_head."):
+        if self.around is None or stored.startswith(_PLAIN):
             return stored
         parts = ((own, place) for own, places in _TOWERS.items() for place in places if stored.startswith(place))
         return next((own + stored.removeprefix(place) for own, place in parts), None)
