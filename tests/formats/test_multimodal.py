@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from secateur.measure.compare import evaluate, load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Keep
+from secateur.write.write import format_obstacle
 
 IMAGE = VOCAB - 1
 """The token in whose place a part of the image stands."""
@@ -127,11 +129,16 @@ QWEN_TOWERS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"embed_dim": 16, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
     "qwen2_5_vl": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
     | {"window_size": 8, "fullatt_block_indexes": [0]},
-    "qwen3_vl": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
-    | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe"),
+        {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
+        | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
 }
 for kind, tower in QWEN_TOWERS.items():
-    more = {"head_dim": 8} if kind == "qwen3_vl" else {}
+    more = {"head_dim": 8} if kind.startswith("qwen3") else {}
+    if kind == "qwen3_vl_moe":
+        more |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     CASES[kind] = (
         kind,
         {
@@ -340,6 +347,38 @@ def test_configs_of_older_checkpoints(tmp_path: Path, widths: str) -> None:
         with silenced(decoder(dense).layers, blocks, keeps_of(tmp_path / "out")):
             wanted = logits(dense, image)
         assert relative(logits(small, image), wanted) < 1e-5
+
+
+def turned(folder: Path) -> dict[str, Tensor]:
+    """A folder's tensors, with matrices of experts the other way around."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("how", [{}, {"widths": "adaptive", "blocks": "1:"}])
+def test_experts_that_are_stored_with_inputs_first(tmp_path: Path, how: dict[str, Any]) -> None:
+    """As Qwen3-VL's own are."""
+    folder = save("qwen3_vl_moe", tmp_path / "dense")
+    prune(folder, tmp_path / "plain", **SMALL | how, sparsity=0.4)
+    save_file(turned(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    prune(folder, tmp_path / "out", **SMALL | how, sparsity=0.4)
+    found, wanted = load_file(tmp_path / "out" / "model.safetensors"), turned(tmp_path / "plain")
+    assert found.keys() == wanted.keys()
+    experts = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    assert found[experts].shape[1] == 48
+    assert found[experts].numel() < load_file(folder / "model.safetensors")[experts].numel()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    small, plain = (opened(tmp_path / name, trust_remote_code=True) for name in ("out", "plain"))
+    assert torch.equal(logits(small, True), logits(plain, True))
+
+
+def test_channels_of_experts_whose_direction_shapes_do_not_tell(tmp_path: Path) -> None:
+    stream = BlockStream(open_checkpoint(save("qwen3_vl_moe", tmp_path / "dense")))
+    width = stream.blocks[0].width
+    for channels, refused in ((16, False), (24, True)):
+        for format in ("hf", "stock"):
+            reason = format_obstacle(stream, range(3), replace(width, channels=channels), format=format)
+            assert bool(reason) == refused
 
 
 def test_a_language_model_of_another_form(tmp_path: Path) -> None:

@@ -290,7 +290,9 @@ OTHERWISE = {
     "phimoe": "norms without taking the mean off, and makes gates add up to one",
     "paligemma": "sees nothing ahead within a prompt",
     # It has graphs of their own, for which there is no entry yet.
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "turns heads by one position of each token"),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), "turns heads by one position of each token"
+    ),
 }
 """What llama.cpp's graph of a model_type, or of the decoder in a multimodal one, does, and the model does not."""
 

@@ -38,7 +38,7 @@ from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
 from secateur.model.stored import Stored
 from secateur.model.tokens import is_fault
-from secateur.model.weights import TensorInfo, list_tensors
+from secateur.model.weights import TensorInfo, Turned, list_tensors
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Causal masks and rotary tables, which old checkpoints carry and every model computes anew."""
@@ -340,6 +340,8 @@ def open_checkpoint(
     tensors = list_tensors(folder)
     if how is not None:
         tensors = dequantised(tensors, how, folder)
+    if getattr(config, "twin_of", None) == "qwen3_vl_moe_text":
+        tensors = {name: _upright(name, info, config.hidden_size) for name, info in tensors.items()}
     checkpoint = Checkpoint(
         source=source,
         path=folder,
@@ -374,6 +376,15 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
     if not looks_like_id(source):
         raise SecateurError(f"{source}: does not exist; name a folder, a .gguf file or a hub id (owner/name)")
     return hub_folder(source, revision)
+
+
+def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:
+    """A stored tensor as transformers 5 takes it: experts' matrices with inputs first, as 4.57 has them, are turned."""
+    place = 2 if name.endswith(".mlp.experts.gate_up_proj") else 1 if name.endswith(".mlp.experts.down_proj") else None
+    if place is None or len(info.shape) != 3 or info.shape[place] == hidden:
+        return info
+    experts, inputs, outputs = info.shape
+    return Turned(info.file, (experts, outputs, inputs), info.dtype, info.offset, info)
 
 
 def _common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:

@@ -399,9 +399,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": replace(LLAMA, experts=Experts()),
 }
 
-TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+}
 """Decoders inside multimodal models that have no causal language model class → the family that computes the same of a
-text: the positions that they turn heads by, in sections, are all alike there, and no picture adds anything."""
+text, and what its config must say for that. The positions that such a decoder turns heads by, in sections, are all
+alike there, and no picture adds anything."""
 
 MECHANISMS = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"),

@@ -140,7 +140,7 @@ class Stored:
         """A parameter's values as the checkpoint holds them: by stored names, of as many experts as are left."""
         pieces = self.pieces(name)
         if len(pieces) == 1:
-            return {pieces[0]: tensor}
+            return {pieces[0]: self.tensors[pieces[0]].as_stored(tensor)}
         parts = (part for whole in tensor for part in whole.chunk(self.together(name)))
         return dict(zip(pieces, parts, strict=False))
 

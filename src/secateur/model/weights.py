@@ -78,6 +78,31 @@ class TensorInfo:
         """Its values; see `read_tensor`."""
         return read_tensor(self)
 
+    def as_stored(self, tensor: Tensor) -> Tensor:
+        """Other values of it, as they are to be stored."""
+        return tensor
+
+
+@dataclass(frozen=True)
+class Turned(TensorInfo):
+    """Matrices (expert x outputs x inputs) of which the file holds the transposes."""
+
+    whole: TensorInfo
+    """The tensor as the file has it."""
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """What has to be read."""
+        return self.whole.parts
+
+    def read(self) -> Tensor:
+        """Its values."""
+        return self.as_stored(self.whole.read())
+
+    def as_stored(self, tensor: Tensor) -> Tensor:
+        """The transposes."""
+        return tensor.transpose(1, 2).contiguous()
+
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a folder, from the headers of its safetensors files.

@@ -48,6 +48,8 @@ def format_obstacle(
     dense = next(block.width for block in stream.blocks if block.width.kinds == width.kinds or not width.fed)
     if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
         return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
+    if getattr(config, "twin_of", None) == "qwen3_vl_moe_text" and 2 * width.channels == config.hidden_size:
+        return f"transformers could not tell which way {width.channels} channels of experts are stored; keep others"
     if format == "hf":
         # One whose heads can go speaks for those where another kind of layer has its place.
         free = next((index for index in blocks if not stream.blocks[index].attention.locked), blocks.start)
@@ -178,7 +180,7 @@ def write(
         for name, info in checkpoint.weights.items():
             if name not in inside and name not in last and name not in writer:
                 tensor = checkpoint.read(name)
-                writer.add(name, tensor.to(dtype) if info.dtype.is_floating_point else tensor)
+                writer.add(name, info.as_stored(tensor.to(dtype) if info.dtype.is_floating_point else tensor))
         for index, tensors in blocks:
             _add(writer, stream, index, tensors)
             # The next one is made behind this line.
