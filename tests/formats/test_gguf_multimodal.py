@@ -51,36 +51,15 @@ def around(case: str, text: dict[str, Any], **keys: Any) -> tuple[str, dict[str,
 ROPE = test_gguf.FULL | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5 even": around("qwen3_5", test_gguf.LINEAR | {"model_type": "qwen3_5_text", "rope_parameters": ROPE}),
-    "llama4 scout": around("llama4", test_gguf.SCOUT | {"model_type": "llama4_text"}),
     "mistral3 plain": around(
         "mistral3",
         tiny.GROUPED
         | {"model_type": "ministral3", "head_dim": 10, "rope_parameters": test_gguf.FULL | test_gguf.SCALED4},
         tie_word_embeddings=True,
     ),
-    "mistral4 scaled": around(
-        "mistral4",
-        tiny.MISTRAL4
-        | {"model_type": "mistral4"}
-        | {"rope_parameters": tiny.YARN | test_gguf.SCALED4 | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-    ),
     "llava qwen2": around("llava", tiny.GROUPED | {"model_type": "qwen2"}),
     # What the whole model says of its output matrix holds.
     "llava tied inside": around("llava", tiny.TRIPLES | {"model_type": "llama", "tie_word_embeddings": True}),
-    "qwen3_5_moe even": (
-        "qwen3_5_moe",
-        CASES["qwen3_5"][1] | {"text_config": SIZES | test_gguf.NEXT | {"model_type": "qwen3_5_moe_text"}},
-    ),
-    "internvl": (
-        "internvl",
-        {
-            "text_config": SIZES | tiny.GROUPED | {"model_type": "qwen3"},
-            "vision_config": VISION | {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [4, 4]},
-            "image_token_id": IMAGE,
-            "image_seq_length": 4,
-            "tie_word_embeddings": False,
-        },
-    ),
     "lfm2_vl": (
         "lfm2_vl",
         {
@@ -104,18 +83,13 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 
 WRITTEN = {
     "gemma3": ("gemma3", KINDS),
-    "gemma4": ("gemma4", KINDS),
     "gemma4 small": ("gemma4", KINDS),
     "mistral3": ("llama", KINDS),
     "mistral3 plain": ("mistral3", KINDS),
-    "mistral4 scaled": ("mistral4", ("heads", "experts")),
-    "llama4 scout": ("llama4", KINDS),
     "qwen3_5 even": ("qwen35", KINDS),
-    "qwen3_5_moe even": ("qwen35moe", KINDS),
     "llava": ("llama", KINDS),
     "llava tied inside": ("llama", KINDS),
     "llava qwen2": ("qwen2", ("channels",)),
-    "internvl": ("qwen3", KINDS),
     "lfm2_vl": ("lfm2", ("channels",)),
 }
 """Name → the graph that computes it, and what is removed."""

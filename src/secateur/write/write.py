@@ -49,7 +49,7 @@ def format_obstacle(
     if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
         return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
     if getattr(config, "twin_of", None) == "qwen3_vl_moe_text" and 2 * width.channels == config.hidden_size:
-        return f"transformers could not tell which way {width.channels} channels of experts are stored; keep others"
+        return f"transformers cannot tell which way {width.channels} channels of experts lie; take another size"
     if format == "hf":
         # One whose heads can go speaks for those where another kind of layer has its place.
         free = next((index for index in blocks if not stream.blocks[index].attention.locked), blocks.start)
