@@ -86,10 +86,8 @@ class Model:
 
     def heads_of(self, index: int) -> tuple[int, int]:
         """Entries per head and key/value heads of a block, where blocks with a window have others (Gemma 4)."""
-        kinds, names = (
-            self.config.layer_types,
-            [f"{self.family.attention}.{own}.weight" for own in ("q_norm", "k_proj")],
-        )
+        kinds = self.config.layer_types
+        names = [f"{self.family.attention}.{own}.weight" for own in ("q_norm", "k_proj")]
         # The last blocks may have no keys; earlier ones of their kind have.
         alike = (own for own, kind in zip(self.inside, kinds, strict=True) if kind == kinds[index])
         first = next(own for own in alike if names[1] in own)
@@ -155,8 +153,7 @@ class Model:
         names = {
             layer: f"{family.attention}.{name}" for layer, name in (attention | {"attn_output": family.output}).items()
         }
-        beside = family.experts is not None and family.experts.apart
-        if family.experts is not None and not beside and all(width.experts for width in self.widths):
+        if family.experts is not None and not family.experts.apart and all(width.experts for width in self.widths):
             return names
         if gate := family.fused_gate or family.gate:
             names["ffn_gate"] = feed + gate

@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from secateur.base.errors import SecateurError
 from secateur.formats.gguf_architectures import QKV, TYPES, Architecture
 from secateur.formats.gguf_choice import Model, in_file
+from secateur.model.gguf_config import known_name
 from secateur.model.structure import Width
 
 
@@ -205,10 +206,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     if architecture.linear and model.mixes(index):
         others = _linear(model, architecture, others)
     for name, lazy in others.items():
-        # As the gguf package knows them.
-        known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
-        known = known.replace(".expert_bias", ".expert_bias.bias").replace(".dt_bias", ".dt_proj.bias")
-        known = known.replace("layer_scalar", "layer_scalar.weight")
+        known = known_name(name)
         renamed = _SCALES.get(known) or _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
         normed = _norm(model, renamed, lazy)
         # A convolution of one channel each.

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from secateur.base.errors import SecateurError
-from secateur.model.families import FAMILIES, mixture_of
+from secateur.model.families import FAMILIES, mixture_of, twin_of
 from secateur.model.modeling_secateur import EXPERTS
 from secateur.model.structure import Width
 
@@ -121,9 +121,6 @@ STOCK: dict[str, Stock] = {
 }
 """The stock classes by model_type."""
 
-DERIVING = ("qwen2_vl_text", "qwen2_5_vl_text")
-"""Decoders of multimodal models whose class derives the head size, as that of their family does not."""
-
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     """Why a stock class cannot hold blocks of one width, as a clause that ends in what can be done instead; or None.
@@ -142,9 +139,9 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
     if width.heads == dense.heads and width.groups == dense.groups:
         return None
     bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
-    own = getattr(config, "twin_of", kind)
-    if stock.heads == "dense" or own in DERIVING:
-        return f"{own} derives its head size from hidden_size / heads, {bound}"
+    twin = twin_of(config)
+    if stock.heads == "dense" or (twin and twin.derives):
+        return f"{getattr(config, 'twin_of', kind)} derives its head size from hidden_size / heads, {bound}"
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
         return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"

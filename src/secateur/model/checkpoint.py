@@ -32,7 +32,7 @@ from secateur.model.config_file import (
     read_config,
     stock_class,
 )
-from secateur.model.families import FAMILIES, positions_of
+from secateur.model.families import FAMILIES, positions_of, twin_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
@@ -340,7 +340,7 @@ def open_checkpoint(
     tensors = list_tensors(folder)
     if how is not None:
         tensors = dequantised(tensors, how, folder)
-    if getattr(config, "twin_of", None) == "qwen3_vl_moe_text":
+    if (twin := twin_of(config)) and twin.turned:
         tensors = {name: _upright(name, info, config.hidden_size) for name, info in tensors.items()}
     checkpoint = Checkpoint(
         source=source,

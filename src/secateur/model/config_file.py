@@ -98,7 +98,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
     for one, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
         if one is not None:
-            experts = getattr(FAMILIES.get(TWINS.get(one.model_type, (one.model_type,))[0]), "experts", None)
+            experts = getattr(FAMILIES.get(_family(one.model_type)), "experts", None)
             for key in (*_SIZES, *([experts.count] if experts else [])):
                 # As it is stored, by whichever of its names.
                 size = vars(one).get(one.attribute_map.get(key, key))
@@ -118,7 +118,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
     if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):
         inner = getattr(getattr(config, TEXT, None), "model_type", None)
-        family = TWINS[inner][0] if inner in TWINS else inner
+        family = _family(inner)
         if family not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             if family in FAMILIES:
                 of = f"that is opened in a way of its own; save its {inner} as a causal language model, and prune that"
@@ -134,15 +134,20 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     return config
 
 
+def _family(kind: Any) -> Any:
+    """The family by which a model type is read."""
+    return TWINS[kind].family if kind in TWINS else kind
+
+
 def decoder_config(whole: Any) -> Any:
     """The config object of a multimodal model's language model: that of its twin, which knows whose it is, if it has
     one."""
     own = whole.text_config
     if own.model_type in TWINS:
-        kind, more = TWINS[own.model_type]
+        found = TWINS[own.model_type]
         values = {key: value for key, value in own.to_dict().items() if key not in ("model_type", "architectures")}
         with quiet():
-            twin = CONFIG_MAPPING[kind].from_dict(values | more)
+            twin = CONFIG_MAPPING[found.family].from_dict(values | found.more)
         twin.allow_global_per_layer_attribute_access, twin.twin_of = True, own.model_type
         own = twin
     # Whether the output layer is the embedding is the whole model's to say.

@@ -5,7 +5,7 @@ matrices are read off the block itself (on the meta device), so that an entry ne
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -399,15 +399,28 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": replace(LLAMA, experts=Experts()),
 }
 
-TWINS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2_vl_text": ("qwen2", {}),
-    "qwen2_5_vl_text": ("qwen2", {}),
-    "qwen3_vl_text": ("qwen3", {}),
-    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+
+@dataclass(frozen=True)
+class Twin:
+    """A family that computes the same of a text as a decoder without a causal language model class of its own."""
+
+    family: str
+    more: dict[str, Any] = field(default_factory=dict)
+    """What the family's config must say for that."""
+    derives: bool = False
+    """The decoder's class derives the head size, as that of the family does not."""
+    turned: bool = False
+    """Its checkpoints may hold matrices of experts with inputs first."""
+
+
+TWINS: dict[str, Twin] = {
+    "qwen2_vl_text": Twin("qwen2", derives=True),
+    "qwen2_5_vl_text": Twin("qwen2", derives=True),
+    "qwen3_vl_text": Twin("qwen3"),
+    "qwen3_vl_moe_text": Twin("qwen3_moe", {"norm_topk_prob": True}, turned=True),
 }
-"""Decoders inside multimodal models that have no causal language model class → the family that computes the same of a
-text, and what its config must say for that. The positions that such a decoder turns heads by, in sections, are all
-alike there, and no picture adds anything."""
+"""Decoders inside multimodal models → their twins. The positions that such a decoder turns heads by, in sections, are
+all alike where there is text alone, and no picture adds anything."""
 
 MECHANISMS = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"),
@@ -418,6 +431,11 @@ MECHANISMS = {
     ),
 }
 """What blocks without an entry may have beside an attention and a feed-forward, by keys of their configs."""
+
+
+def twin_of(config: Any) -> Twin | None:
+    """The twin whose config this is, in the place of a decoder's own; None where it is a family's."""
+    return TWINS.get(getattr(config, "twin_of", ""))
 
 
 def family_of(config: Any) -> Family:

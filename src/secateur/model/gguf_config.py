@@ -46,6 +46,22 @@ def complete(config: Any, reader: GGUFReader) -> None:
         config.sliding_window = facts["attention.sliding_window"]
 
 
+def known_name(name: str) -> str:
+    """What the gguf package calls a checkpoint's tensor where it does not know it by its name."""
+    for own, known in _KNOWN.items():
+        name = name.replace(own, known)
+    return name
+
+
+_KNOWN = {
+    "correction_bias": "correction.bias",
+    ".sinks": ".sinks.weight",
+    ".expert_bias": ".expert_bias.bias",
+    ".dt_bias": ".dt_proj.bias",
+    "layer_scalar": "layer_scalar.weight",
+}
+
+
 def facts_of(reader: GGUFReader) -> dict[str, Any]:
     """What a file says of its architecture, by keys without its name."""
     start = f"{reader.fields['general.architecture'].contents()}."

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.base.errors import SecateurError
 from secateur.model.families import Experts, Family, family_of, head_dim
+from secateur.model.gguf_config import known_name
 from secateur.model.gguf_mixtures import MixtureFile
 from secateur.model.weights import INDEX
 
@@ -181,10 +182,7 @@ def _stored(experts: Experts | None, name: str) -> str:
 
 def _in_file(file: MixtureFile, name: str) -> str | None:
     """What llama.cpp calls a parameter, or None."""
-    # As the gguf package knows them.
-    known = name.replace("correction_bias", "correction.bias").replace(".sinks", ".sinks.weight")
-    known = known.replace(".expert_bias", ".expert_bias.bias")
-    found: str | None = _names(file.architecture, file.blocks).get_name(known, (".weight", ".bias"))
+    found: str | None = _names(file.architecture, file.blocks).get_name(known_name(name), (".weight", ".bias"))
     return found
 
 
