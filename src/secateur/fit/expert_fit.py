@@ -108,20 +108,24 @@ class ExpertFits:
         A new level 1 is in the block already.
         """
         tokens, rows = self._rows(expert)
-        level2 = self._solve(expert, tokens, rows)
+        met = self._tokens.met(tokens)
+        level2 = self._solve(expert, tokens, rows, met)
         # The shared one has a level 1 of its own kind, which is left as it is.
         apart = expert < self._mixture.module.units
-        if level2 is None or not (apart and self._recovery.fits_level1 and self._tokens.met(tokens) >= FEWEST_LEVEL1):
+        if level2 is None or not (apart and self._recovery.fits_level1 and met >= FEWEST_LEVEL1):
             return level2
-        return self._fit_both(expert, tokens, rows, level2)
+        return self._fit_both(expert, tokens, rows, met, level2)
 
     def _rows(self, expert: int) -> tuple[Tensor, Tensor]:
         """The tokens that meet an expert, and its inputs of level 2 (m x f) as errors count."""
         tokens, rows = self._mixture.gated(expert, self._tokens.x_nd, self._routes)
         return tokens, self._tokens.scaled(rows, tokens)
 
-    def _solve(self, expert: int, tokens: Tensor, rows: Tensor, now_fd: Tensor | None = None) -> Tensor | None:
-        """The level-2 weight (f x d) of one expert, from its `_rows`; None where there is nothing to go by.
+    def _solve(
+        self, expert: int, tokens: Tensor, rows: Tensor, met: float, now_fd: Tensor | None = None
+    ) -> Tensor | None:
+        """The level-2 weight (f x d) of one expert, from its `_rows`, of which so many count; None where there is
+        nothing to go by.
 
         What the output lacks loses what this gains over the weight that is there now, the old one by default.
         """
@@ -130,7 +134,6 @@ class ExpertFits:
         now = old if now_fd is None else self._norm.scale(now_fd)
         beside = expert == mixture.module.units
         stay = self._channels * (mixture.module.times if beside else 1)
-        met = self._tokens.met(tokens)
         refitted, cut = self._recovery.fits and met >= FEWEST, 0 < stay < len(old)
         if self._recovery.fits and not refitted and not beside:
             self.unfitted.append(expert)
@@ -192,15 +195,15 @@ class ExpertFits:
         self.kept[part.expert] = team.solved(part.owner, chosen, self._stream.device)["kept"]
         return self.kept[part.expert]
 
-    def _fit_both(self, expert: int, tokens: Tensor, rows: Tensor, level2_fd: Tensor) -> Tensor:
+    def _fit_both(self, expert: int, tokens: Tensor, rows: Tensor, met: float, level2_fd: Tensor) -> Tensor:
         """Level 1 of an expert after a fit of level 2, and level 2 anew; as they were where nothing is gained."""
         own, tensors = self._mixture.alone(expert)
         level1 = {slab.name: tensors[slab.name].clone() for slab in own.scored}
         before = self.left[tokens]
-        self._mixture.put(expert, self._level1(expert, tokens, level1, level2_fd))
+        self._mixture.put(expert, self._level1(expert, tokens, met, level1, level2_fd))
         _, new = self._rows(expert)
         self.left.index_add_(0, tokens, (rows - new) @ self._norm.scale(level2_fd))
-        again = self._solve(expert, tokens, new, level2_fd)
+        again = self._solve(expert, tokens, new, met, level2_fd)
         errors = [self._tokens.error(error, tokens) for error in (before, self.left[tokens])]
         if again is not None and errors[1] < errors[0]:
             return again
@@ -208,7 +211,9 @@ class ExpertFits:
         self._mixture.put(expert, level1)
         return level2_fd
 
-    def _level1(self, expert: int, tokens: Tensor, old: Mapping[str, Tensor], level2_fd: Tensor) -> dict[str, Tensor]:
+    def _level1(
+        self, expert: int, tokens: Tensor, met: float, old: Mapping[str, Tensor], level2_fd: Tensor
+    ) -> dict[str, Tensor]:
         """New matrices of level 1 in the place of the old ones (f x d each), by a step at a fit of level 2."""
         mixture, every = self._mixture, torch.arange(len(level2_fd), device=self._stream.device)
         kept, x = self.kept.get(expert, every), self._tokens.x_nd[tokens]
@@ -216,7 +221,6 @@ class ExpertFits:
         weight = self._tokens.scaled(root * self._routes.of(expert)[1][:, None], tokens)
         # Float32: sums over tokens would be rounded otherwise by two processes than by one.
         part = Part(mixture.read(expert, x), [slope[:, kept] * weight for slope in mixture.slopes(expert, x)])
-        met = self._tokens.met(tokens)
         tangent = Tangent(self._norm.scale(level2_fd)[kept], len(old), x.shape[1], int(met), self._stream.team)
         tangent.add(part, self.left[tokens] * root, root)
         changes = tangent.step(lambda: [part], self._ridge(len(level2_fd), met), self._recovery.level1)
