@@ -40,7 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def score(folder: Path, text: Path) -> float:
     checkpoint = open_checkpoint(folder)
     rows = consecutive_rows(
-        checkpoint.tokenizer(), str(text), length=64, tokens=1024, vocab_size=checkpoint.config.vocab_size
+        checkpoint.tokenizer(), str(text), length=64, tokens=512, vocab_size=checkpoint.config.vocab_size
     )
     return perplexity(load(checkpoint, torch.float32, torch.device("cpu")), rows).perplexity
 

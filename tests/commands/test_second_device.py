@@ -27,20 +27,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 LENGTH = 16
+ROUGH = "--criterion second-moment"
 PRUNE: dict[str, tuple[str, str]] = {
     "two fits": ("llama", "--effort best"),
-    "a norm behind each module": ("gemma3_text", "--effort quick"),
-    "layers in one tensor": ("phi3 wide", "--effort quick"),
     "no gate": ("gpt2", "--effort normal"),
     "modules beside each other": ("gpt_neox", "--effort quick"),
-    "the paper's recovery": ("llama biased", "--criterion second-moment --recovery paper"),
+    "similar heads, norms behind": ("gemma3_text", "--criterion similarity --tau 0.16 --effort quick"),
+    "its own text, layers in one tensor": ("phi3 wide", "--calibration self --effort quick"),
+    "the paper's recovery, rows apart": (
+        "llama biased",
+        f"{ROUGH} --recovery paper --refit-samples 9 --recover before",
+    ),
     "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
-    "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform --effort quick"),
-    "similar heads": ("llama", "--criterion similarity --tau 0.16 --effort quick"),
-    "random ids for the score": ("llama", "--criterion second-moment --sigma random --recovery none"),
-    "what the model writes": ("llama", "--calibration self --effort quick"),
-    "rows of its own for the refit": ("llama", "--refit-samples 9 --recovery paper --recover before"),
-    "a target of perplexity": ("llama", "--target ppl=1.3x --effort quick"),
+    "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform --recovery paper"),
+    "random ids for the score, perplexity": ("llama", f"{ROUGH} --sigma random --target ppl=1.3x --effort quick"),
     "experts": ("qwen2_moe", "--sparsity 0.3 --effort quick"),
     "experts in groups": ("glm4_moe groups", "--sparsity 0.15 --widths uniform --samples 24"),
     # Four rows are one batch: of two processes, one has none.

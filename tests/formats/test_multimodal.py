@@ -270,7 +270,7 @@ def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str) -> None:
     folder = save(name, tmp_path / "dense")
     gaps = []
     for recovery in ("none", "refit"):
-        more = {"samples": 128, "length": 24, "sparsity": 0.4, "recovery": recovery}
+        more = {"samples": 64, "length": 24, "sparsity": 0.4, "recovery": recovery}
         prune(folder, tmp_path / recovery, **SMALL | more)
         gaps.append((logits(opened(tmp_path / recovery), False) - logits(opened(folder), False)).square().sum())
     assert gaps[1] < gaps[0]

@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -229,7 +230,8 @@ class Checkpoint(Stored):
         """
         make = getattr(auto, "from_config", None) or auto._from_config
         try:
-            with init_empty_weights(include_buffers=False):
+            # Most of the time would go into drawing values for weights that hold none.
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 return make(self.config, dtype=torch.float32).eval()
         except Exception as error:
             raise self.no_model(error) from error

@@ -18,6 +18,7 @@ from gguf import GGUFReader
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from secateur.base.errors import SecateurError
 from secateur.model.families import Experts, Family, family_of, head_dim
@@ -66,7 +67,7 @@ def _shards(file: MixtureFile, config: Any) -> list[list[Make]]:
     Raises:
         SecateurError: the file lacks something that the model has, has something else, or in another shape.
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     config.architectures = [type(model).__name__]
     family = family_of(config)
