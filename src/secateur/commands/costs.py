@@ -171,10 +171,9 @@ def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
     module = block.feed_forward
     if module.kind != "experts" or left >= module.units:
         return Work()
-    n, alive, steps, routed = min(tokens, TOKENS), module.units, 0, 0.0
-    while alive > left:
-        steps, routed = steps + 1, routed + 2.0 * n * (module.met + 1) * width * alive
-        alive -= max(module.groups, min(alive - left, alive // STEP) // module.groups * module.groups)
+    n, several = min(tokens, TOKENS), max(module.groups, module.units // STEP // module.groups * module.groups)
+    rounds = range(module.units, left, -several)
+    steps, routed = len(rounds), 2.0 * n * (module.met + 1) * width * sum(rounds)
     made = n * module.met * (2 + math.log(module.units / left))
     return Work(
         forward=2.0 * made * _expert(block), quick=routed, moved=LOOKED_UP * 4.0 * steps * n * module.met * width

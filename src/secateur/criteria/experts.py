@@ -22,7 +22,7 @@ from secateur.model.mixture import Mixture, Routes
 TOKENS = 4096
 """Of the calibration text, spaced evenly, on which orders are found: each is given to many experts."""
 STEP = 16
-"""One in so many experts leaves at a time."""
+"""One in so many of all experts leaves at a time."""
 _EVEN = 1e-5
 """Ratios of gates that differ by less are one."""
 
@@ -60,7 +60,7 @@ class Routed:
 
     def given(self, tokens: Tensor, routes: Routes) -> Tensor:
         """The output of some tokens on their routes (m x d)."""
-        return (self._of(tokens, routes.experts) * routes.gates[..., None]).sum(1)
+        return (routes.gates[:, None] @ self._of(tokens, routes.experts))[:, 0]
 
     def losses(self, tokens: Tensor, given_md: Tensor) -> Tensor:
         """Squared errors of the output of some tokens (m)."""
@@ -95,10 +95,17 @@ class Routed:
         return self._of(tokens, torch.full((len(tokens), 1), expert, device=tokens.device))[:, 0]
 
     def _of(self, tokens: Tensor, experts: Tensor) -> Tensor:
-        """What experts (m x k) give to tokens (m): m x k x d; each is run once."""
-        lacking = self._place[tokens[:, None], experts] < 0
-        for expert in experts[lacking].unique().tolist():
-            own = tokens[((experts == expert) & lacking).any(1)].unique()
+        """What experts (m x k) give to tokens (m): m x k x d."""
+        self.ask(tokens, experts)
+        return self._given[self._place[tokens[:, None], experts]]
+
+    def ask(self, tokens: Tensor, experts: Tensor) -> None:
+        """Run experts (m x k) on the tokens (m) for which they were not run yet: the more together, the faster."""
+        lacking, everyone = self._place[tokens[:, None], experts] < 0, len(self.x_nd)
+        # By expert, each pair once.
+        pairs = (experts * everyone + tokens[:, None])[lacking].unique()
+        found, counts = (pairs // everyone).unique_consecutive(return_counts=True)
+        for expert, own in zip(found.tolist(), (pairs % everyone).split(counts.tolist()), strict=True):
             first, self._count = self._count, self._count + len(own)
             if self._count > len(self._given):
                 room = self._given.new_empty(max(self._count, 3 * len(self._given) // 2), self._given.shape[1])
@@ -106,7 +113,6 @@ class Routed:
                 self._given = room
             self._given[first : self._count] = self.unit(self.mixture.given(expert, self.x_nd[own]), own)
             self._place[own, expert] = torch.arange(first, self._count, device=own.device)
-        return self._given[self._place[tokens[:, None], experts]]
 
 
 class ExpertOrder(NamedTuple):
@@ -121,6 +127,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
     """Find the order in which experts leave until `stop` are left; as many of every group, where there are groups."""
     team, mixture = routed.team, routed.mixture
     groups, alive = mixture.module.groups, mixture.every
+    several = max(groups, len(alive) // STEP // groups * groups)
     scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
     order: list[int] = []
     counts, errors = [], []
@@ -134,7 +141,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
         if left <= 0:
             break
         costs = _rises(routed, alive, routes, given, losses) if scores is None else scores[alive]
-        step = max(groups, min(left, len(alive) // STEP) // groups * groups)
+        step = min(left, several)
         chosen = _cheapest(costs, alive, step // groups, groups, mixture.module.units)
         order += alive[chosen].tolist()
         alive = alive[torch.isin(torch.arange(len(alive), device=alive.device), chosen, invert=True)]
@@ -149,14 +156,19 @@ def _rises(routed: Routed, alive: Tensor, routes: Routes, given_nd: Tensor, loss
     # Groups must stay equally long: with an expert of one of them the least met of each other one goes.
     met = _frequency(routed, routes, 0)
     least = [alive[alive // size == group][met[alive[alive // size == group]].argmin()] for group in range(groups)]
+    cases: list[tuple[int, Tensor, Routes]] = []
     for place, expert in enumerate(alive.tolist()):
         tokens, _ = routes.of(expert)
         if len(tokens):
             gone = torch.stack([one if group != expert // size else alive[place] for group, one in enumerate(least)])
             others = routed.mixture.route(routed.x_nd[tokens], alive[torch.isin(alive, gone, invert=True)])
-            before = Routes(routes.experts[tokens], routes.gates[tokens])
-            found = routed.rerouted(tokens, before, given_nd[tokens], others)
-            rises[place] = (routed.losses(tokens, found) - losses[tokens]).sum(dtype=torch.float64)
+            cases.append((place, tokens, others))
+    if cases:
+        routed.ask(torch.cat([tokens for _, tokens, _ in cases]), torch.cat([others.experts for *_, others in cases]))
+    for place, tokens, others in cases:
+        before = Routes(routes.experts[tokens], routes.gates[tokens])
+        found = routed.rerouted(tokens, before, given_nd[tokens], others)
+        rises[place] = (routed.losses(tokens, found) - losses[tokens]).sum(dtype=torch.float64)
     routed.team.add(rises)
     return rises
 
