@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import resident_now
-from secateur.commands.costs import Work, fit_work, gradient_work, rewriting_work, survey_work
+from secateur.commands.costs import Work, fit_work, forward_flops, gradient_work, rewriting_work, survey_work
 from secateur.commands.open import OpenRun
 from secateur.commands.options import EFFORTS
 from secateur.commands.result import summary_of
@@ -150,7 +150,7 @@ def copy_rate(stream: BlockStream, rows: int = 8192, repeats: int = 3) -> float:
 
 
 def forward_rate(stream: BlockStream, text: Tensor, repeats: int = 3) -> float:
-    """Operations per second, 2 n p in all, of the first block on a batch of the text; the best of a few."""
+    """Operations per second of the first block on a batch of the text; the best of a few."""
     some = text[: max(1, stream.batch * BATCH_TOKENS // text.shape[1])]
     rows = replace(Rows.of(some), batch=stream.batch)
     best = 0.0
@@ -161,7 +161,7 @@ def forward_rate(stream: BlockStream, text: Tensor, repeats: int = 3) -> float:
                 start = time.perf_counter()
                 for at in rows.batches():
                     stream.run_through(0, layer, hidden[at], at.group)
-                best = max(best, 2 * rows.tokens * stream.blocks[0].parameters / (time.perf_counter() - start))
+                best = max(best, forward_flops(stream.blocks[0], rows.tokens) / (time.perf_counter() - start))
     return best
 
 
