@@ -321,6 +321,15 @@ def test_splits_of_text(tmp_path: Path, name: str, numbers: int) -> None:
     assert len(steps.pre_tokenize_str("1984")) == numbers
 
 
+def test_a_dense_model_whose_split_is_not_known(tmp_path: Path) -> None:
+    """transformers would cut its text as GPT-2 does."""
+    file = rewritten(made("llama", tmp_path), {"tokenizer.ggml.pre": "deepseek-llm"})
+    with pytest.raises(
+        SecateurError, match=r"not known here \(deepseek-llm\); use the checkpoint that it was made from"
+    ):
+        read(file)
+
+
 @pytest.mark.parametrize(("name", "kinds"), [("mixtral", NARROW), ("qwen3_moe", KINDS)])
 def test_from_a_file_to_a_file(tmp_path: Path, name: str, kinds: Any) -> None:
     """Pruned by a plan and refitted by nothing, llama.cpp computes what the model does without what is gone."""

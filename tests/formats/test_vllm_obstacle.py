@@ -38,3 +38,11 @@ FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
 def test_obstacle(name: str, widths: list[Width], per_layer: bool, reason: str | None) -> None:
     found = vllm_obstacle(config_of(name), widths, per_layer=per_layer)
     assert (found is None) if reason is None else (reason in (found or "")), found
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_inside_a_multimodal_checkpoint(per_layer: bool) -> None:
+    found = vllm_obstacle(config_of("llama"), [FULL, FULL], per_layer=per_layer, multimodal=True)
+    assert found == (
+        "its multimodal models have one width for all blocks; take --widths uniform" if per_layer else None
+    )

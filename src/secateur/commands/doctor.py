@@ -131,7 +131,8 @@ def _version(package: str) -> str | None:
 
 def _vllm(checkpoint: Checkpoint, per_layer: bool) -> str | None:
     """What is known to keep vLLM from it."""
-    return vllm_obstacle(checkpoint.config, widths_of(checkpoint.config), per_layer=per_layer)
+    widths, inside = widths_of(checkpoint.config), checkpoint.around is not None
+    return vllm_obstacle(checkpoint.config, widths, per_layer=per_layer, multimodal=inside)
 
 
 def _prompt(checkpoint: Checkpoint) -> list[int]:

@@ -70,9 +70,7 @@ def summary_of(
 def _not_served(run: OpenRun, widths: Sequence[Width]) -> str | None:
     """Why vLLM does not serve what comes out, if so."""
     checkpoint, apart = run.stream.checkpoint, run.request.format == "hf"
-    if apart and checkpoint.around is not None:
-        return "its multimodal models have one width for all blocks; take --widths uniform"
-    return vllm_obstacle(checkpoint.config, widths, per_layer=apart)
+    return vllm_obstacle(checkpoint.config, widths, per_layer=apart, multimodal=checkpoint.around is not None)
 
 
 def record(

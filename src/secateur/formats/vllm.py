@@ -17,7 +17,7 @@ DERIVING = {"qwen2": OTHERWISE, "lfm2": "prune channels only", "lfm2_moe": "prun
 """Families whose class there derives the head size, and what to do instead of fewer heads."""
 
 
-def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> str | None:
+def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:
     """Why vLLM does not compute a model, as a clause that ends in what can be done instead; or None when it does.
 
     On CPUs vLLM also wants head sizes of 32, 64, 80 and some larger ones; the dense model meets the same.
@@ -26,11 +26,14 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool) -> s
         config: the config object of the dense model, or of the folder.
         widths: of every block.
         per_layer: the folder gives each block its width (`--format hf`), else it is of the stock format.
+        multimodal: the model is one inside a multimodal checkpoint.
     """
     kind = config.model_type
     if not per_layer:
         # Where another kind of layer stands in its place, heads are a number alone.
         return _stock_obstacle(config, min(widths, key=lambda width: width.heads)) if kind in DERIVING else None
+    if multimodal:
+        return "its multimodal models have one width for all blocks; take --widths uniform"
     if kind == "gpt2":
         return (
             "its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and the class "

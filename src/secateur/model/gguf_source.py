@@ -159,7 +159,7 @@ def _tokenizer(kind: Any, file: Path, reader: GGUFReader) -> Any:
     """A file's tokenizer, which cuts text as llama.cpp does: cut otherwise, it becomes ids unseen in training.
 
     Raises:
-        SecateurError: the file is a mixture whose split is not known here.
+        SecateurError: its split is not known here.
     """
     said = {key.removeprefix("tokenizer.ggml."): field for key, field in reader.fields.items()}
     name = str(said["pre"].contents()) if "pre" in said else ""
@@ -167,7 +167,7 @@ def _tokenizer(kind: Any, file: Path, reader: GGUFReader) -> Any:
     alike = {other: GGUF_PRE_TOKENIZER_SPLITS[known] for other, known in _ALIKE.items()}
     with patch.dict(GGUF_PRE_TOKENIZER_SPLITS, alike):
         known = name in GGUF_PRE_TOKENIZER_SPLITS or name in _SINGLE_DIGITS | _WORDS
-        if is_mixture(reader) and model == "gpt2" and not known:
+        if model == "gpt2" and not known:
             raise SecateurError(f"its text is split in a way that is not known here ({name or 'it does not say how'})")
         tokenizer = kind.from_pretrained(file.parent, gguf_file=file.name)
     backend = tokenizer.backend_tokenizer
