@@ -76,6 +76,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+CASES["smolvlm"] = (
+    "smolvlm",
+    {
+        "text_config": SIZES | TRIPLES | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "smolvlm_vision"},
+        "image_token_id": IMAGE,
+        "scale_factor": 1,
+        "tie_word_embeddings": True,
+    },
+)
 CASES["qwen3_5"] = (
     "qwen3_5",
     {
@@ -192,7 +202,9 @@ def _llama4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def decoder(model: Any) -> Any:
     """The part of a model that holds the blocks."""
-    return model.language_model.model if model.config.model_type == "llama4" else model.model.language_model
+    if model.config.model_type == "llama4":
+        return model.language_model.model
+    return model.model.text_model if model.config.model_type == "smolvlm" else model.model.language_model
 
 
 def logits(model: Any, image: bool) -> Tensor:
@@ -203,6 +215,9 @@ def logits(model: Any, image: bool) -> Tensor:
         more["pixel_values"] = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         if model.config.model_type == "llama4":
             more["pixel_values"] = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        if model.config.model_type == "smolvlm":
+            # Each row has a list of pictures.
+            more["pixel_values"] = more["pixel_values"][:, None]
         if model.config.model_type == "mistral3":
             more["image_sizes"] = torch.tensor([[8, 8], [8, 8]])
         if model.config.model_type == "gemma4":

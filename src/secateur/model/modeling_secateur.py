@@ -76,7 +76,8 @@ class PerLayer(nn.Module):
         super().__init__(config, *args, **kwargs)
         # Of a model that sees images too, the decoder inside is pruned.
         config = getattr(config, "text_config", config)
-        decoder = next((part for name, part in self.named_modules() if name.endswith("language_model")), self)
+        inside = ("language_model", "text_model")
+        decoder = next((part for name, part in self.named_modules() if name.endswith(inside)), self)
         # Every stock decoder keeps its layers in one list.
         lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
         layers = next(found for found in lists if len(found) == config.num_hidden_layers)

@@ -15,7 +15,10 @@ from secateur.model.weights import TensorInfo
 _ALIASES = {"lm_head.": "embed_out."}
 """What transformers 5 calls a tensor → what checkpoints call it, where the two differ (GPT-NeoX)."""
 
-_TOWERS = {"model.": ("model.language_model.", "language_model.model."), "lm_head.": ("language_model.lm_head.",)}
+_TOWERS = {
+    "model.": ("model.language_model.", "model.text_model.", "language_model.model."),
+    "lm_head.": ("language_model.lm_head.",),
+}
 """What a language model calls a tensor → what checkpoints of multimodal models do, newer ones first."""
 
 _PLAIN = ("lm_head.", "model.layers.", "model.embed_tokens.", "model.norm.")
