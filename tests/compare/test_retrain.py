@@ -23,10 +23,10 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
 from secateur.compare import retrain as steps
-from secateur.compare.retrain import retrain
+from secateur.compare.retrain import retrain, training_rows
 from secateur.compare.train import adapted_layers, distance
 from secateur.compare.training import Training
-from secateur.measure import compare
+from secateur.measure import compare, perplexity
 from secateur.measure.compare import load
 from secateur.model.checkpoint import open_checkpoint
 
@@ -127,6 +127,28 @@ def test_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Pa
     # Adapters of rank 8 on each matrix.
     shapes = [network.get_submodule(layer).weight.shape for layer in adapted_layers(network)]
     assert done.adapted == sum(8 * sum(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("rank", [8, 0])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
+def test_experts_learn(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, name: str, rank: int) -> None:
+    """Stored one by one or together; what is written is what was measured."""
+    folder, out = tmp_path / "pruned", tmp_path / "out"
+    prune(checkpoint_folder(name), folder, widths="uniform", modules=("experts",), **PRUNE | {"sparsity": 0.2})
+    training = Training(
+        **{key: value for key, value in SMALL.items() if key != "device"}, calibration=str(text), rank=rank
+    )
+    done = retrain(folder, out, training, device="cpu")
+    assert done.perplexity[1] < 0.8 * done.perplexity[0]
+    before, after = (load_file(path / "model.safetensors") for path in (folder, out))
+    assert before.keys() == after.keys()
+    experts = [key for key in before if ".experts." in key and "bias" not in key]
+    assert experts
+    assert not any(torch.equal(before[key], after[key]) for key in experts)
+    written = open_checkpoint(out)
+    held_out = training_rows(written, training, Silent())[training.samples :]
+    found = perplexity(load(written, torch.float32, torch.device("cpu")), held_out).perplexity
+    assert found == pytest.approx(done.perplexity[1], rel=1e-5)
 
 
 def test_reloaded_equals_memory(

@@ -177,7 +177,8 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
 
 def _write(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], said: dict[str, Any]) -> None:
     """The folder once more, with other values for some tensors, and `said` of it in the record."""
-    stored = {checkpoint.resolve(name): weight for name, weight in changed.items()}
+    # Experts may be stored one by one.
+    stored = {piece: part for name, weight in changed.items() for piece, part in checkpoint.split(name, weight).items()}
     source = checkpoint.path
     with target as partial:
         writer = ShardWriter(partial, header_bytes=header_room(checkpoint.tensors))

@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
 from secateur.compare.training import Training
-from secateur.model.families import family_of
+from secateur.model.families import family_of, mixture_of
 
 SCALE = 2
 """The adapters' product counts so many times over its rank: alpha = 2 r, as in LLM-Pruner."""
 DROPOUT = 0.05
-"""Share of an adapter's inputs left out in a step, as in LLM-Pruner."""
+"""Share of an adapter's inputs left out in a step, as in LLM-Pruner; none where there are experts."""
 KEPT = 10
 """The state is written so many times in a training."""
 STATE = "trainer_state.json"
@@ -110,15 +110,28 @@ def train(
 
 def adapted_layers(network: Any) -> tuple[str, ...]:
     """Paths of the layers that get adapters: every matrix of the blocks, as in LLM-Pruner; not the output layer."""
-    prefix = family_of(network.config).blocks
+    prefix, mixture = family_of(network.config).blocks, mixture_of(network.config)
     found = ((f"{prefix}.{name}", module) for name, module in network.get_submodule(prefix).named_modules())
-    return tuple(name for name, module in found if isinstance(module, nn.Linear | Conv1D))
+    # A router may be a layer that gives more than its product.
+    routers = () if mixture is None else (f".{mixture.router}",)
+    return tuple(
+        name for name, module in found if isinstance(module, nn.Linear | Conv1D) and not name.endswith(routers)
+    )
+
+
+def adapted_experts(network: Any) -> tuple[str, ...]:
+    """Names of the parameters that hold the matrices of a block's experts, which get adapters too."""
+    if (mixture := mixture_of(network.config)) is None:
+        return ()
+    prefix, leaves = f"{family_of(network.config).blocks}.", dict(mixture.stored)
+    ends = tuple(f".{mixture.experts}.{leaf}" for leaf in leaves)
+    return tuple(name for name, _ in network.named_parameters() if name.startswith(prefix) and name.endswith(ends))
 
 
 def trained(network: Any, rank: int) -> tuple[str, ...]:
     """Names of the parameters that a training changes: those that adapters are merged into, or all of the blocks."""
     if rank:
-        return tuple(f"{layer}.weight" for layer in adapted_layers(network))
+        return (*(f"{layer}.weight" for layer in adapted_layers(network)), *adapted_experts(network))
     prefix = f"{family_of(network.config).blocks}."
     return tuple(name for name, _ in network.named_parameters() if name.startswith(prefix))
 
@@ -132,12 +145,14 @@ def _adapted(network: Any, rank: int) -> Any:
         return network
     from peft import LoraConfig, get_peft_model
 
-    layers = adapted_layers(network)
+    layers, experts = adapted_layers(network), adapted_experts(network)
     config = LoraConfig(
         r=rank,
         lora_alpha=SCALE * rank,
-        lora_dropout=DROPOUT,
+        # peft leaves no inputs of experts out.
+        lora_dropout=0.0 if experts else DROPOUT,
         target_modules=list(layers),
+        target_parameters=list(experts) or None,
         fan_in_fan_out=isinstance(network.get_submodule(layers[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
