@@ -84,6 +84,11 @@ ROWS |= {
     "llama4_text served": _config(
         "llama4_text", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96, num_experts_per_tok=1
     ),
+    "phimoe served": _config("phimoe", **GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
+    "ernie4_5_moe served": _config(
+        "ernie4_5_moe", **GROUPED, **HEAD, **SIZE, **FED, moe_num_experts=6, moe_k=2, moe_layer_start_index=0
+    ),
+    "granitemoe served": _config("granitemoe", **GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
     "mixtral served": _config("mixtral", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96),
 }
 
@@ -135,12 +140,14 @@ SERVED = [
     Case("qwen3_moe served", Width(2, 2, 32, experts=5)),
     Case("mixtral served", Width(3, 1, 64, experts=4)),
     Case("llama4_text served", Width(3, 1, 96, experts=4)),
+    # Their files call experts otherwise than transformers does.
+    *(Case(f"{name} served", "experts") for name in ("mixtral", "ernie4_5_moe", "granitemoe")),
     Case("glm4_moe served", Width(2, 2, 32, experts=5)),
     *(Case(row, plan) for row in ("gemma4_text served", "gemma4_text small served") for plan in ("channels", FOUR)),
     Case("gemma4_text mixture served", Width(2, 3, 32, experts=5)),
 ]
 REFUSED = {
-    Case("mixtral served", "experts"): "no module or parameter named 'model.layers.0.block_sparse_moe'",
+    Case("phimoe served", "experts"): "too many values to unpack",
     Case("llama4_text served", "experts"): "must match the size of tensor b",
     Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
     Case("qwen2", Width(2, 2, 40)): "exceeds dimension size",

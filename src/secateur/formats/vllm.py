@@ -16,6 +16,12 @@ OTHERWISE = "serve it with --model-impl transformers, or write it with --format 
 DERIVING = {"qwen2": OTHERWISE, "lfm2": "prune channels only", "lfm2_moe": "prune experts and channels only"}
 """Families whose class there derives the head size, and what to do instead of fewer heads."""
 
+BACKEND = {
+    "phimoe": "cannot run the attention of phimoe",
+    "minimax_m2": "does not know the router of minimax_m2",
+}
+"""What its transformers backend makes of some mixtures, dense or pruned."""
+
 
 def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:
     """Why vLLM does not compute a model, as a clause that ends in what can be done instead; or None when it does.
@@ -40,8 +46,8 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, mult
             "reshapes what vLLM's attention returns to one row; prune channels only, in the stock format"
         )
     mixture = FAMILIES[kind].experts
-    if mixture is not None and mixture.renamed:
-        return f"its transformers backend does not find experts by the names of {kind}'s files; take --widths uniform"
+    if kind in BACKEND:
+        return f"its transformers backend {BACKEND[kind]}; take --widths uniform"
     if mixture is not None and mixture.scales_inputs:
         return f"its transformers backend cannot load the experts of {kind}; take --widths uniform"
     if mixture is not None and any(w.experts and w.channels != getattr(config, mixture.width) for w in widths):
