@@ -27,7 +27,7 @@ from test_gguf import (  # noqa: F401
     tokens,
     with_the_table,
 )
-from test_multimodal import CASES, IMAGE, SMALL, VISION, _llama4, opened, save  # noqa: F401
+from test_multimodal import CASES, IMAGE, SMALL, TURNED, VISION, _llama4, opened, save  # noqa: F401
 from torch import Tensor
 
 import models as tiny
@@ -48,6 +48,13 @@ def around(case: str, text: dict[str, Any], **keys: Any) -> tuple[str, dict[str,
     return kind, whole | {"text_config": SIZES | text} | keys
 
 
+def qwen(case: str, rope: dict[str, Any] | None = None, **keys: Any) -> tuple[str, dict[str, Any]]:
+    """A case of Qwen's with other settings; without an epsilon of norms, as llama.cpp b11739 forgets qwen2vl's."""
+    text = CASES[case][1]["text_config"]
+    return around(case, text | {"rms_norm_eps": 1e-12, "rope_parameters": TURNED | (rope or {})} | keys)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROPE = test_gguf.FULL | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5 even": around("qwen3_5", test_gguf.LINEAR | {"model_type": "qwen3_5_text", "rope_parameters": ROPE}),
@@ -56,6 +63,17 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         tiny.GROUPED
         | {"model_type": "ministral3", "head_dim": 10, "rope_parameters": test_gguf.FULL | test_gguf.SCALED4},
         tie_word_embeddings=True,
+    ),
+    "qwen2_vl": qwen("qwen2_vl"),
+    "qwen2_5_vl": qwen("qwen2_5_vl"),
+    "qwen2_5_vl yarn": qwen("qwen2_5_vl", YARN),
+    "qwen3_vl yarn": qwen("qwen3_vl", YARN),
+    # Of another width than the one whose direction cannot be told.
+    "qwen3_vl_moe": qwen("qwen3_vl_moe", moe_intermediate_size=20),
+    # Height and width have no frequencies, and every third one would be theirs.
+    "qwen3_5 time": around(
+        "qwen3_5",
+        test_gguf.LINEAR | {"model_type": "qwen3_5_text", "rope_parameters": ROPE | {"mrope_section": [4, 0, 0]}},
     ),
     "llava qwen2": around("llava", tiny.GROUPED | {"model_type": "qwen2"}),
     # What the whole model says of its output matrix holds.
@@ -90,6 +108,10 @@ WRITTEN = {
     "llava": ("llama", KINDS),
     "llava tied inside": ("llama", KINDS),
     "llava qwen2": ("qwen2", ("channels",)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_vl yarn"), ("qwen2vl", ("channels",))),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl yarn"), ("qwen3vl", KINDS)),
+    "qwen3_vl_moe": ("qwen3vlmoe", KINDS),
+    "qwen3_5 time": ("qwen35", KINDS),
     "lfm2_vl": ("lfm2", ("channels",)),
 }
 """Name → the graph that computes it, and what is removed."""
@@ -164,6 +186,20 @@ def test_widths_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setattr(doctor, "_engines", lambda *of: {})
     (llama_cpp,) = doctor.examine(out)
     assert llama_cpp.says == f"takes its language model as a .gguf file ({graph}): export it, then examine that"
+
+
+@pytest.mark.parametrize(("name", "graph"), {"qwen2_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}.items())
+def test_widths_that_only_folders_hold(tmp_path: Path, name: str, graph: str) -> None:
+    dense, out, how = saved(name, tmp_path / "dense"), tmp_path / "out", SMALL | {"modules": ("heads",)}
+    why = f"{graph} has one width for all blocks, so prune all of them with uniform widths"
+    prune(dense, out, **how | {"widths": "adaptive"}, sparsity=0.1)
+    with pytest.raises(SecateurError, match=why):
+        export(out, tmp_path / "m.gguf")
+    with pytest.raises(SecateurError, match=why):
+        prune(dense, tmp_path / "m.gguf", **how | {"widths": "adaptive"}, sparsity=0.1, format="gguf")
+    if name == "qwen2_vl":
+        with pytest.raises(SecateurError, match="qwen2vl wants heads x head size = 48, so all 6 heads"):
+            prune(dense, tmp_path / "m.gguf", **how, sparsity=0.1, format="gguf")
 
 
 def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
@@ -298,8 +334,6 @@ def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path: Path) ->
 REFUSED = {
     "paligemma": "llama.cpp's gemma sees nothing ahead within a prompt, unlike the model; keep the safetensors folder",
     "llama4": "llama4 has experts in all blocks",
-    "qwen2_5_vl": "llama.cpp's qwen2 turns heads by one position of each token, unlike the model; keep the safetensors",
-    "qwen3_vl": "llama.cpp's qwen3 turns heads by one position",
     "qwen3_5": "qwen35 rotates entries of a head by pairs, and here 3 are",
 }
 

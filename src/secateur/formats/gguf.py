@@ -1,6 +1,7 @@
 """A GGUF file for llama.cpp: metadata, tokenizer and tensors, written from start to end."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def write_gguf(
             writer.write_tensor_data(entry.data())
     finally:
         writer.close()
+
+
+_DEEP = re.compile(r"\.deepstack_merger_list\.(\d+)\.")
+"""Layers that make of a tower's inner states what a block adds (Qwen3-VL)."""
 
 
 def context_length(model: Model, architecture: Architecture) -> int:
@@ -111,6 +116,9 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
             getattr(writer, f"add_xielu_{key}")([float(model.checkpoint.read(name)) for name in stored])
     if architecture.name == "mpt":
         writer.add_max_alibi_bias(8.0)
+    # What a tower hands to the first blocks comes with the embeddings.
+    if deep := {found[1] for name in model.checkpoint.tensors if (found := _DEEP.search(name))}:
+        writer.add_num_deepstack_layers(len(deep))
     if architecture.name == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
@@ -199,6 +207,17 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
         writer.add_expert_group_used_count(used if used < groups else 1)
 
 
+def _sections(model: Model, architecture: Architecture) -> list[int]:
+    """How many frequencies time, height and width of a picture have; a text's tokens are at one place in all three."""
+    stored = model.rope.get("mrope_section")
+    if architecture.sections == "apart":
+        # Left out, it is this one in the code.
+        return stored or [16, 24, 24]
+    thirds = [(model.rotated // 2 + 2 - direction) // 3 for direction in range(3)]
+    # Past the last ones of height and width, a model has time again, and llama.cpp a place that is 0 for all tokens.
+    return [max(pair) for pair in zip(thirds, stored or thirds, strict=False)]
+
+
 def _add_rope(writer: GGUFWriter, model: Model, architecture: Architecture) -> None:
     rope, kind = model.rope, model.kind
     if architecture.distances or not rope:
@@ -206,10 +225,8 @@ def _add_rope(writer: GGUFWriter, model: Model, architecture: Architecture) -> N
     if not model.source.mixed:
         writer.add_rope_dimension_count(model.rotated)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if architecture.linear == "tiled":
-        # How many frequencies time, height and width of a picture have; a text's tokens are at one place in all three.
-        thirds = [(model.rotated // 2 + 2 - direction) // 3 for direction in range(3)]
-        writer.add_rope_dimension_sections([*rope.get("mrope_section", thirds), 0])
+    if architecture.sections:
+        writer.add_rope_dimension_sections([*_sections(model, architecture), 0])
     if around := model.config.rope_parameters.get("sliding_attention"):
         writer.add_rope_freq_base_swa(around["rope_theta"])
     if kind == "linear":

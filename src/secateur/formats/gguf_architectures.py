@@ -98,6 +98,8 @@ class Architecture:
     linear: Literal["grouped", "tiled"] | None = None
     """Linear attention stands in the attention's place but in every so-manieth block; its value heads lie group by
     group, or the first of all groups before the second ones."""
+    sections: Literal["apart", "in turn"] | None = None
+    """Time, height and width of a picture turn frequencies of their own: one after the other, or each every third."""
     latent: bool = False
     """All heads share one key and one value, a latent vector, and what each makes of it is put off."""
 
@@ -111,6 +113,7 @@ _GLM = replace(_QWEN3, name="glm4moe", partial=True, leading=True)
 _DEEPSEEK2 = replace(_GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset())
 _LFM2 = replace(_QWEN3, name="lfm2", square=True, biases=frozenset(), final_norm="token_embd_norm.weight")
 _NEXT = replace(_QWEN3, name="qwen3next", biases=frozenset(), partial=True, normed=True, linear="grouped")
+_QWEN35 = replace(_NEXT, name="qwen35", linear="tiled", sections="in turn")
 _GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
 _COHERE = Architecture("command-r", frozenset(), square=True, pairs=True, output="tied", epsilon="layer")
 _NEMOTRON = Architecture(
@@ -127,7 +130,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("gemma", frozenset(), activation="gelu", output="tied"),
         Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer"),
         Architecture("qwen2", QKV, square=True),
+        Architecture("qwen2vl", QKV, square=True, sections="apart"),
         _QWEN3,
+        replace(_QWEN3, name="qwen3vl", sections="in turn"),
+        replace(_QWEN3, name="qwen3vlmoe", sections="in turn", normed=True),
         Architecture("qwen2moe", QKV, normed=False),
         replace(_QWEN3, name="qwen3moe", normed=True),
         replace(_OLMO2, name="olmoe", ungrouped=True, normed=False),
@@ -185,8 +191,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LFM2,
         replace(_LFM2, name="lfm2moe", leading=True, normed=True, output="tied"),
         _NEXT,
-        replace(_NEXT, name="qwen35", linear="tiled"),
-        replace(_NEXT, name="qwen35moe", linear="tiled"),
+        _QWEN35,
+        replace(_QWEN35, name="qwen35moe"),
         replace(_GLM, name="exaone-moe", partial=False, windows=True, biases=frozenset(), output="stored"),
     )
 }
@@ -283,16 +289,16 @@ SOURCES: dict[str, Source] = {
     "qwen3_5_text": Source(("qwen35",), shifted=True, gated=True),
     "qwen3_5_moe_text": Source(("qwen35moe",), shifted=True, gated=True, normed=True),
     "mpt": Source(("mpt",), activation="gelu", epsilon="layer_norm_epsilon", fused="Wqkv"),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), Source(("qwen2vl",))),
+    "qwen3_vl_text": Source(("qwen3vl",)),
+    "qwen3_vl_moe_text": Source(("qwen3vlmoe",)),
 }
-"""By model_type. OPT and GPT-J are missing: llama.cpp has no such graphs."""
+"""By model_type: a decoder's own, not that of the twin by which it is read. OPT and GPT-J are missing: llama.cpp has no
+such graphs."""
 
 OTHERWISE = {
     "phimoe": "norms without taking the mean off, and makes gates add up to one",
     "paligemma": "sees nothing ahead within a prompt",
-    # It has graphs of their own, for which there is no entry yet.
-    **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), "turns heads by one position of each token"
-    ),
 }
 """What llama.cpp's graph of a model_type, or of the decoder in a multimodal one, does, and the model does not."""
 

@@ -42,7 +42,7 @@ class Model:
     """The language model's name of each of its other tensors → stored name."""
 
     def __post_init__(self) -> None:
-        kind = self.config.model_type
+        kind = getattr(self.config, "twin_of", self.config.model_type)
         if other := OTHERWISE.get((self.checkpoint.around or {}).get("model_type", kind)):
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp's {kind} {other}, unlike the model; keep the safetensors folder"
