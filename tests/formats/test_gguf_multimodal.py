@@ -27,7 +27,7 @@ from test_gguf import (  # noqa: F401
     tokens,
     with_the_table,
 )
-from test_multimodal import CASES, IMAGE, SMALL, TURNED, VISION, _llama4, opened, save  # noqa: F401
+from test_multimodal import CASES, IMAGE, SMALL, TURNED, VISION, _llama4, opened, save, turned  # noqa: F401
 from torch import Tensor
 
 import models as tiny
@@ -54,6 +54,14 @@ def qwen(case: str, rope: dict[str, Any] | None = None, **keys: Any) -> tuple[st
     return around(case, text | {"rms_norm_eps": 1e-12, "rope_parameters": TURNED | (rope or {})} | keys)
 
 
+def merging(case: str, **keys: Any) -> tuple[str, dict[str, Any]]:
+    """A case of Qwen's whose tower sees two pictures at a time, and makes one token of four patches, as llama.cpp's."""
+    kind, whole = qwen(case, **keys)
+    tower = {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    tower |= {"num_position_embeddings": 64} if kind.startswith("qwen3") else {}
+    return kind, whole | {"vision_config": whole["vision_config"] | tower}
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROPE = test_gguf.FULL | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,6 +78,9 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl yarn": qwen("qwen3_vl", YARN),
     # Of another width than the one whose direction cannot be told.
     "qwen3_vl_moe": qwen("qwen3_vl_moe", moe_intermediate_size=20),
+    "qwen2_vl merging": merging("qwen2_vl"),
+    "qwen3_vl merging": merging("qwen3_vl"),
+    "qwen3_vl_moe merging": merging("qwen3_vl_moe", moe_intermediate_size=20),
     # Height and width have no frequencies, and every third one would be theirs.
     "qwen3_5 time": around(
         "qwen3_5",
@@ -215,6 +226,22 @@ def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").read_bytes() == before
 
 
+def test_checkpoints_of_qwen_as_they_were_published(tmp_path: Path) -> None:
+    """The language model's keys among all others; matrices of experts the other way around."""
+    folder = saved("qwen2_vl", tmp_path / "dense")
+    before = export(folder, tmp_path / "m.gguf").path.read_bytes()
+    raw = json.loads((folder / "config.json").read_text())
+    inside = raw.pop("text_config")
+    rope = inside.pop("rope_parameters")
+    inside |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    (folder / "config.json").write_text(json.dumps(inside | raw | {"tie_word_embeddings": False}))
+    assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
+    folder = saved("qwen3_vl_moe", tmp_path / "mixture")
+    before = export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes()
+    save_file(turned(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
+
+
 def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
     """Older checkpoints hold it apart; a tokenizer's own one goes first."""
     folder, template = saved("llava", tmp_path / "dense"), tmp_path / "dense" / "chat_template.json"
@@ -252,32 +279,75 @@ ENDS |= {f"v.blk.0.{ours}.{leaf}": f"{name}.{leaf}" for ours, name in INSIDE.ite
 """llama.cpp's name of a tensor of Gemma 3's tower and projector → how its stored name ends."""
 
 
-def towers(folder: Path, file: Path) -> Path:
-    """The second file of a tiny Gemma 3."""
-    writer, numbers = GGUFWriter(file, "clip"), {"image_size": 8, "patch_size": 4, "projection_dim": 48}
-    numbers |= {"embedding_length": 16, "feed_forward_length": 24, "block_count": 1, "attention.head_count": 2}
+def mmproj(file: Path, kind: str, tensors: dict[str, Tensor], *, gelu: bool = True, **more: Any) -> Path:
+    """A second file: what makes embeddings of a picture, for a language model of width 48."""
+    writer = GGUFWriter(file, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_bool("clip.use_gelu", True)
-    writer.add_string("clip.projector_type", "gemma3")
-    for key, number in (numbers | {"projector.scale_factor": 1}).items():
+    writer.add_bool("clip.use_gelu", gelu)
+    writer.add_string("clip.projector_type", kind)
+    more |= {"block_count": 1, "patch_size": 4, "projection_dim": 48, "embedding_length": 16, "attention.head_count": 2}
+    for key, number in more.items():
         writer.add_uint32(f"clip.vision.{key}", number)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
     for key in ("mean", "std"):
         writer.add_array(f"clip.vision.image_{key}", [0.5] * 3)
-    tower = {
-        key: value
-        for key, value in load_file(folder / "model.safetensors").items()
-        if key.startswith(("vision_tower.", "multi_modal_projector.")) and ".head." not in key
-    }
-    for ours, end in ENDS.items():
-        (values,) = (value.numpy() for key, value in tower.items() if key.endswith(end))
-        # The norm of the projector is stored less one.
-        writer.add_tensor(ours, values + 1 if "soft_emb_norm" in ours else values)
+    # Whether what comes out of the tower's one block is handed on.
+    writer.add_array("clip.vision.is_deepstack_layers", ["v.deepstack.0.norm.bias" in tensors])
+    for name, values in tensors.items():
+        writer.add_tensor(name, values.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def towers(folder: Path, file: Path) -> Path:
+    """The second file of a tiny Gemma 3."""
+    tower = {
+        key: value
+        for key, value in load_file(folder / "model.safetensors").items()
+        if key.startswith(("vision_tower.", "multi_modal_projector.")) and ".head." not in key
+    }
+    tensors = dict[str, Tensor]()
+    for ours, end in ENDS.items():
+        (values,) = (value for key, value in tower.items() if key.endswith(end))
+        # The norm of the projector is stored less one.
+        tensors[ours] = values + 1 if "soft_emb_norm" in ours else values
+    return mmproj(file, "gemma3", tensors, image_size=8, feed_forward_length=24, **{"projector.scale_factor": 1})
+
+
+QWEN = {"v.blk.0.ln1": "blocks.0.norm1", "v.blk.0.ln2": "blocks.0.norm2", "v.blk.0.attn_out": "blocks.0.attn.proj"}
+QWEN2 = {"v.blk.0.ffn_up": "blocks.0.mlp.fc1", "v.blk.0.ffn_down": "blocks.0.mlp.fc2"}
+QWEN2 |= QWEN | {"v.post_ln": "merger.ln_q", "mm.0": "merger.mlp.0", "mm.2": "merger.mlp.2"}
+QWEN3 = {"v.blk.0.ffn_up": "blocks.0.mlp.linear_fc1", "v.blk.0.ffn_down": "blocks.0.mlp.linear_fc2"}
+QWEN3 |= QWEN | {"v.blk.0.attn_qkv": "blocks.0.attn.qkv", "v.post_ln": "merger.norm"}
+QWEN3 |= {"mm.0": "merger.linear_fc1", "mm.2": "merger.linear_fc2"}
+QWEN3 |= {"v.deepstack.0.norm": "deepstack_merger_list.0.norm"}
+QWEN3 |= {f"v.deepstack.0.{leaf}": f"deepstack_merger_list.0.linear_{leaf}" for leaf in ("fc1", "fc2")}
+"""llama.cpp's name of a layer of their towers and mergers → their own."""
+
+
+def qwen_towers(folder: Path, file: Path) -> Path:
+    """The second file of a tiny Qwen2-VL or Qwen3-VL of one block."""
+    tower = {
+        key.removeprefix("model.").removeprefix("visual."): value
+        for key, value in load_file(folder / "model.safetensors").items()
+        if "visual." in key
+    }
+    third = "pos_embed.weight" in tower
+    names = QWEN3 if third else QWEN2
+    tensors = {f"{ours}.{leaf}": tower[f"{own}.{leaf}"] for ours, own in names.items() for leaf in ("weight", "bias")}
+    kernel = tower["patch_embed.proj.weight"]
+    tensors |= {"v.patch_embd.weight": kernel[:, :, 0], "v.patch_embd.weight.1": kernel[:, :, 1]}
+    sizes = {"image_size": 32, "spatial_merge_size": 2, "feed_forward_length": 24 if third else 32}
+    if third:
+        tensors["v.patch_embd.bias"] = tower["patch_embed.proj.bias"]
+        return mmproj(file, "qwen3vl_merger", tensors | {"v.position_embd.weight": tower["pos_embed.weight"]}, **sizes)
+    for leaf in ("weight", "bias"):
+        for letter, rows in zip("qkv", tower[f"blocks.0.attn.qkv.{leaf}"].chunk(3), strict=True):
+            tensors[f"v.blk.0.attn_{letter}.{leaf}"] = rows
+    return mmproj(file, "qwen2vl_merger", tensors, gelu=False, **sizes)
 
 
 def seen(file: Path, second: Path, picture: Tensor, text: bytes) -> tuple[list[int], Tensor]:
@@ -329,6 +399,33 @@ def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path: Path) ->
         wanted, blank = (small(ids, pixel_values=values, **more).logits[0, -1] for values in (pixels, 0 * pixels))
     assert relative(logits, wanted) < 1e-3
     assert relative(blank, wanted) > 0.1
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_picture_at_positions_in_sections(tmp_path: Path, name: str) -> None:
+    """And what the tower of Qwen3-VL hands to the first block besides."""
+    dense, kinds = saved(f"{name} merging", tmp_path / "dense"), WRITTEN[name][1]
+    prune(dense, tmp_path / "out", **SMALL | {"modules": kinds}, sparsity=0.3)
+    done = export(tmp_path / "out", tmp_path / "m.gguf", type="f32")
+    picture = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    second = qwen_towers(dense, tmp_path / "mmproj.gguf")
+    found, logits = seen(done.path, second, picture, b"the sea <__media__> takes the steps")
+    assert found.count(IMAGE) == 16
+    ids = torch.tensor([found])
+    pixels = (picture.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    # 4 x 4 tokens of 2 x 2 patches of 4 x 4 pixels, seen twice.
+    patches = pixels.reshape(3, 4, 2, 4, 4, 2, 4).permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
+    rows = patches.expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(64, -1)
+    more = {"image_grid_thw": torch.tensor([[1, 8, 8]]), "mm_token_type_ids": (ids == IMAGE).long()}
+    small = opened(tmp_path / "out")
+    with torch.no_grad():
+        wanted, blank = (small(ids, pixel_values=values, **more).logits[0, -1] for values in (rows, 0 * rows))
+        small.model.visual.deepstack_visual_indexes = []
+        flat = small(ids, pixel_values=rows, **more).logits[0, -1]
+        plain = small(ids, pixel_values=rows, **more, position_ids=torch.arange(len(found)).expand(3, 1, -1))
+    others = [blank, plain.logits[0, -1], *([flat] if name.startswith("qwen3") else [])]
+    assert relative(logits, wanted) < 1e-3
+    assert all(relative(other, wanted) > 0.1 for other in others)
 
 
 REFUSED = {
