@@ -51,13 +51,17 @@ def values_of(stats: Statistics) -> tuple[Tensor, Tensor]:
     elif "self_attn.qkv_proj.weight" in w:
         rows = w["self_attn.qkv_proj.weight"][(6 + groups) * size :]
         bias = torch.zeros(groups * size)
+    elif "self_attn.kv_b_proj.weight" in w:
+        # A head's keys, then its values.
+        rows = w["self_attn.kv_b_proj.weight"].unflatten(0, (groups, -1))[:, -size:]
+        bias = torch.zeros(groups * size)
     else:
         rows = w["self_attn.v_proj.weight"]
         bias = w.get("self_attn.v_proj.bias", torch.zeros(groups * size))
-    return rows.reshape(groups, size, 48).double(), bias.reshape(groups, size).double()
+    return rows.reshape(groups, size, -1).double(), bias.reshape(groups, size).double()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "deepseek_v3"])
 def test_identity_of_attention(name: str) -> None:
     stats, _, _, _ = statistics(name, "heads")
     rows, bias = values_of(stats)

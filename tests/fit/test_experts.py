@@ -431,6 +431,7 @@ def test_a_row_is_judged_by_the_others(rows: int, inputs_: int) -> None:
         solved = torch.linalg.solve(x[others].T @ x[others] + penalty, x[others].T @ r[others])
         wanted.append(r[row] - x[row] @ solved)
     torch.testing.assert_close(left_out(x.float(), r.float(), 0.3).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(left_out(x.float(), r.float(), 0.0)).all()
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "hunyuan_v1_moe"])

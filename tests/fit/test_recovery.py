@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,16 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
             if module.bias:
                 assert relative(block.changed[module.bias], reference[module.bias].float()) < 2e-4
         assert block.changed.keys() == names
+
+
+def test_what_reads_a_latent_vector_stays(checkpoint_folder):
+    """It is no regression on the module's input; the output layer is fitted as everywhere."""
+    stream = BlockStream(open_checkpoint(checkpoint_folder("youtu")))
+    plan = Plan({1: replace(stream.blocks[1].width, groups=2)}, 0.3, 0.3)
+    (found,) = refit(stream, plan, IDS, method=Method("surgeon", Recovery(method="paper", ridge=RIDGE)))
+    attention = stream.blocks[1].attention
+    assert attention.level2.name in found.changed
+    assert not found.changed.keys() & {slab.name for slab in attention.level1}
 
 
 @pytest.mark.parametrize("when", ["after", "before"])

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import safetensors
 import torch
 import yaml
+from asked import asked
 from bench import BIOGPT, SMALL, TEXT, WHOLE, Bench, known
 from mutate import changed, damaged, damaged_file, damaged_header, spelled
 from recipes import RECIPES
@@ -360,8 +361,8 @@ def resized(rng: random.Random, sizes: dict[str, Any]) -> dict[str, Any]:
 KINDS: dict[str, tuple[int, Callable[[Bench, random.Random, Path], None]]] = {
     "safetensors": (12, weights),
     "index": (6, index),
-    "config": (13, config),
-    "tokenizer": (8, tokenizer),
+    "config": (11, config),
+    "tokenizer": (7, tokenizer),
     "rows": (7, rows),
     "gguf": (7, gguf),
     "plan": (7, plan),
@@ -373,6 +374,7 @@ KINDS: dict[str, tuple[int, Callable[[Bench, random.Random, Path], None]]] = {
     "export": (5, exported),
     "retrain": (2, retrained),
     "model": (3, model),
+    "options": (3, asked),
 }
 """How many of a hundred cases are of each kind."""
 ORDER = [kind for kind, (weight, _) in KINDS.items() for _ in range(weight)]

@@ -186,20 +186,26 @@ def columns(module: Depth2, unit: int) -> list[tuple[str, int, int, float]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "phi3", "gpt_neox", "opt", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama biased", "gpt2", "phi3", "gpt_neox", "opt", "gemma2", "gpt_oss", "qwen2_moe some"]
+)
 def test_scores(checkpoint_folder: CheckpointFolder, name: str) -> None:
     model, rows = build(name), some_rows()
     stream = opened(checkpoint_folder(name))
     _, own = whole(model, rows)
     found = {criterion: gradient_scores(stream, rows, criterion) for criterion in FROM_GRADIENTS}
     for index, block in enumerate(blocks_of(model)):
-        for kind in STATISTICAL:
+        # Experts have none.
+        for kind in (module.kind for module in block.modules if module.kind in STATISTICAL):
             module = block.module(kind)
             wanted: dict[str, list[float]] = {criterion: [] for criterion in FROM_GRADIENTS}
             for unit in range(module.units):
                 vector, first, second = 0.0, 0.0, 0.0
                 for path, axis, at, share in columns(module, unit):
                     full = f"{stream.family.blocks}.{index}.{path}"
+                    if model.get_parameter(full).dim() < 2:
+                        # A head's sink.
+                        continue
                     w = model.get_parameter(full).select(axis, at).double()
                     g, h = (value.select(axis, at).double() for value in combined(rows, own, full))
                     vector += share * float((w @ g).abs())

@@ -58,7 +58,7 @@ def module_seed(seed: int, index: int, kind: Kind) -> int:
 
 
 def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum over all weights of each unit, level 1 and 2, biases left out: (units), float64.
+    """Sum over all weights of each unit, level 1 and 2, biases and sinks left out: (units), float64.
 
     Args:
         module: whose units.
@@ -69,7 +69,7 @@ def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callabl
     """
     total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.level2.name].device)
     for slab in (*module.level1, module.level2):
-        if slab.name.endswith(".bias"):
+        if slab.name.endswith(".bias") or tensors[slab.name].dim() < 2:
             continue
         sums = function(rows_of(slab, tensors).double()).view(slab.units, -1).sum(1)
         if slab.unit == "group":

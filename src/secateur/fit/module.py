@@ -171,7 +171,8 @@ class ModuleState:
     def _refit_level1(self) -> None:
         """Level 1 to the dense level-1 outputs, all rows: each is a regression of its own, whatever is kept."""
         module, width = self.module, self.stream.width
-        if not module.level1:
+        # What all heads share a latent vector with reads that one, not the module's input.
+        if not module.level1 or module.reader is not None:
             return
         biased = any(slab.name.endswith(".bias") for slab in module.level1)
         moments = Moments(width, width, centre=biased, device=self.stream.device)

@@ -15,6 +15,9 @@ from torch import Tensor
 from secateur.base.team import Team
 from secateur.criteria.experts import Routed
 
+LEAST = 1e-4
+"""Least ridge by which a row is judged without it."""
+
 
 def left_by_refit(
     routed: Routed,
@@ -76,10 +79,11 @@ def left_by_refit(
 def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     """Each row's residual (m x d) in the ridge regression of r on x from all other rows.
 
-    The penalty is `ridge` times each input's energy. The smaller of two systems is solved, m x m or s x s.
+    The penalty is `ridge` times each input's energy, and never none: m inputs would fit m rows, and say nothing of
+    another. The smaller of two systems is solved, m x m or s x s.
     """
     energy = x_ms.square().sum(0)
-    penalty = ridge * energy.clamp_min(torch.finfo(x_ms.dtype).eps * max(float(energy.mean()), 1e-30))
+    penalty = max(ridge, LEAST) * energy.clamp_min(torch.finfo(x_ms.dtype).eps * max(float(energy.mean()), 1e-30))
     if len(x_ms) <= x_ms.shape[1]:
         kernel = (x_ms / penalty) @ x_ms.T
         kernel.diagonal().add_(1)

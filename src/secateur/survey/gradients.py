@@ -57,10 +57,10 @@ def gradient_scores(
     criteria = Criteria.of(criterion)
     squares = criteria.need_squares
     for block in gradients(stream, rows, blocks=blocks, squares=squares, watcher=watcher):
-        for kind in stream.blocks[block.index].kinds:
-            if (score := criteria.named(kind).from_gradients) is not None:
-                module = stream.blocks[block.index].module(kind)
-                found[block.index, kind] = score(module, block.weights, block.gradient, block.square)
+        for module in stream.blocks[block.index].modules:
+            # No backward pass is made through experts.
+            if module.kind in STATISTICAL and (score := criteria.named(module.kind).from_gradients) is not None:
+                found[block.index, module.kind] = score(module, block.weights, block.gradient, block.square)
         # Else they would stay while the next block's gradients are taken.
         del block
     return found
