@@ -13,7 +13,7 @@ from models import MIXTURES, ROWS, SIMILAR
 from secateur.criteria.registry import all_criteria
 
 ORDERS = ("reap", "frequency", "heads=wanda,channels=flap-wifv", "similarity")
-MODULES = ("heads", "channels", "experts", "heads,channels", "experts,channels")
+MODULES = (("heads",), ("channels",), ("experts",), ("heads", "channels"), ("experts", "channels"))
 TARGETS = ("params=80%", "active=80%", "bytes=80%", "kv=75%", "ppl=1.2x")
 
 

@@ -110,7 +110,8 @@ def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[
 
     with patch.object(steps, "slice", noticed):
         if rng.random() < 0.15:
-            given = (part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value))
+            said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+            given = (part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", value))
             command("prune", model, out, *map(str, given))
         else:
             prune(model, out, **settings)
