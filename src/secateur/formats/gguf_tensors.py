@@ -22,6 +22,7 @@ from secateur.base.errors import SecateurError
 from secateur.formats.gguf_architectures import QKV, TYPES, Architecture
 from secateur.formats.gguf_choice import Model, in_file
 from secateur.model.gguf_config import known_name
+from secateur.model.gguf_layout import SCALES, STILL, adds_one, by_kind, decays, tiled
 from secateur.model.structure import Width
 
 
@@ -176,7 +177,7 @@ def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
             found[f"rope_factors_{length}.weight"] = Lazy.of(factors)
     if model.kind == "proportional":
         half = model.heads_of(model.config.layer_types.index("full_attention"))[0] // 2
-        factors = torch.full((half,), _STILL)
+        factors = torch.full((half,), STILL)
         factors[: int(half * model.rope.get("partial_rotary_factor", 1.0))] = model.rope.get("factor", 1.0)
         found["rope_freqs.weight"] = Lazy.of(factors)
     if model.kind == "llama3":
@@ -184,10 +185,6 @@ def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
         plain = model.rope["rope_theta"] ** -(torch.arange(0, model.dim, 2, dtype=torch.float32) / model.dim)
         found["rope_freqs.weight"] = Lazy.of(plain / scaled)
     return found
-
-
-_STILL = 1e30
-"""A frequency divided by it turns nothing."""
 
 
 def _block(model: Model, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
@@ -207,7 +204,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
         others = _linear(model, architecture, others)
     for name, lazy in others.items():
         known = known_name(name)
-        renamed = _SCALES.get(known) or _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
+        renamed = SCALES.get(known) or _renamed(model, architecture, f"{model.family.blocks}.{index}.{known}")
         normed = _norm(model, renamed, lazy)
         # A convolution of one channel each.
         one = renamed.endswith(("conv.weight", "conv1d.weight"))
@@ -283,10 +280,6 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     return parts
 
 
-_SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
-"""What the gguf package does not know by name, in Gemma 4."""
-
-
 def _latent(model: Model, index: int) -> dict[str, Lazy]:
     """What makes keys and values of the latent vector, head by head; keys' is applied to queries, so it is turned."""
     family, config, heads = model.family, model.config, model.widths[index].heads
@@ -305,41 +298,15 @@ def _linear(model: Model, architecture: Architecture, stored: dict[str, Lazy]) -
     """Tensors of a block with linear attention, as llama.cpp lays their heads out."""
     assert model.family.mixer is not None
     config, result = model.config, {name: lazy for name, lazy in stored.items() if "in_proj_qkvz" not in name}
-    keys, size, inside = config.linear_num_key_heads, config.linear_key_head_dim, f"{model.family.mixer[0]}."
-    per_key = config.linear_num_value_heads // keys
+    inside = f"{model.family.mixer[0]}."
     if fused := stored.get(f"{inside}in_proj_qkvz.weight"):
-        sizes = (size, size, per_key * size, per_key * size)
         for layer, which in {"qkv": slice(3), "z": slice(3, None)}.items():
-            result[f"{inside}in_proj_{layer}.weight"] = fused.then(
-                partial(_of_keys, keys=keys, sizes=sizes, which=which)
-            )
-    result[f"{inside}A_log"] = result[f"{inside}A_log"].then(lambda values: -values.float().exp())
+            result[f"{inside}in_proj_{layer}.weight"] = fused.then(partial(by_kind, config=config, which=which))
+    result[f"{inside}A_log"] = result[f"{inside}A_log"].then(decays)
     if architecture.linear == "tiled":
-        for leaf, (axis, behind) in _OF_VALUES.items():
-            tiled = partial(_tiled, axis=axis, ahead=2 * keys * size if behind else 0, groups=keys, per_group=per_key)
-            result[inside + leaf] = result[inside + leaf].then(tiled)
+        for leaf, change in tiled(config).items():
+            result[inside + leaf] = result[inside + leaf].then(change)
     return result
-
-
-_OF_VALUES = {
-    **dict.fromkeys(("in_proj_qkv.weight", "conv1d.weight"), (0, True)),
-    **dict.fromkeys(("in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight", "A_log", "dt_bias"), (0, False)),
-    "out_proj.weight": (1, False),
-}
-"""What belongs to the value heads of linear attention: along which axis, and whether queries and keys come first."""
-
-
-def _of_keys(fused: Tensor, keys: int, sizes: tuple[int, ...], which: slice) -> Tensor:
-    """Rows of some kinds, one kind after the other, where those of each key head lie together."""
-    kinds = fused.unflatten(0, (keys, -1)).split(sizes, dim=1)
-    return torch.cat([kind.flatten(0, 1) for kind in kinds[which]])
-
-
-def _tiled(tensor: Tensor, axis: int, ahead: int, groups: int, per_group: int) -> Tensor:
-    """Heads reordered along an axis: the first of every group, then the second ones, and so on."""
-    first, heads = tensor.tensor_split([ahead], dim=axis)
-    apart = heads.unflatten(axis, (groups, per_group, -1)).transpose(axis, axis + 1)
-    return torch.cat((first, apart.flatten(axis, axis + 2)), axis)
 
 
 def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]:
@@ -393,9 +360,7 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
 
 def _norm(model: Model, name: str, stored: Lazy) -> Lazy:
     """The factors of a norm, also of one that adds one to what it stores; other tensors as they are."""
-    # Linear attention's own norm is behind it, and stored as it is.
-    shifted = model.source.shifted and name.endswith("_norm.weight") and not name.endswith("ssm_norm.weight")
-    return stored.then(lambda values: values.float() + 1) if shifted else stored
+    return stored.then(lambda values: values.float() + 1) if model.source.shifted and adds_one(name) else stored
 
 
 def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:
