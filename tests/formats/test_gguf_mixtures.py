@@ -1,4 +1,5 @@
-"""Mixtures of experts out of GGUF files: the same weights and logits as the model that a file was made of."""
+"""GGUF files that are read here, most of them mixtures of experts: the same weights and logits as the model that a file
+was made of."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import test_gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from test_gguf import (  # noqa: F401
+    CHANNELS,
     IDS,
     KINDS,
     NARROW,
@@ -29,6 +31,7 @@ from test_gguf import (  # noqa: F401
     steps_of,
     tokens,
     uniform_keeps,
+    with_the_table,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +42,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.gguf_mixtures import MIXTURES
+from secateur.model.gguf_table import DENSE, MIXTURES
 from secateur.write.export import export
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -49,8 +52,13 @@ MORE_ROWS = test_gguf.MORE_ROWS | {
     "mixtral 400": row("mixtral", num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2, vocab_size=400),
     "gpt_oss wide": row("gpt_oss", **test_gguf.OSS | WIDE),
 }
-UNREAD = {"gemma4", "qwen35moe", "qwen3next"}
-READ = [name for name, (kinds, kept) in UNIFORM.items() if "experts" in kinds and kept not in UNREAD]
+OF_EXPERTS = {name: kept for name, (kinds, kept) in UNIFORM.items() if "experts" in kinds}
+READ = OF_EXPERTS | {
+    name: kept
+    for name, (kinds, kept) in UNIFORM.items()
+    # A model whose last blocks are twice as wide is written when it has been cut alone.
+    if kept in DENSE and name not in OF_EXPERTS and name != "gemma4_text wide"
+}
 TWINS = {"glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
 """Of these, other classes compute the same."""
 BLOCK = r"blk\.(\d+)\."
@@ -64,9 +72,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def dense(name: str, folder: Path) -> Checkpoint:
+def dense(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """A row's checkpoint, of which files can be made."""
-    tiny.save(name, folder, torch.float32)
+    tiny.save(name, folder, dtype)
     byte_level().save_pretrained(folder)
     return open_checkpoint(str(folder))
 
@@ -122,24 +130,27 @@ def same(first: Checkpoint, second: Checkpoint) -> bool:
 
 
 def test_every_architecture_is_read() -> None:
-    """But for those whose linear attention, or experts beside a feed-forward, a file lays out otherwise."""
-    assert {UNIFORM[name][1] for name in READ} == MIXTURES.keys()
-    written = {architecture for kinds, architecture in UNIFORM.values() if "experts" in kinds}
-    assert written - MIXTURES.keys() == UNREAD
+    assert set(OF_EXPERTS.values()) == MIXTURES.keys()
+    assert {kept for name, kept in READ.items() if name not in OF_EXPERTS} == DENSE.keys()
 
 
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
     """Every weight by the name that checkpoints have for it, and the config behind the logits."""
-    source = dense(name, tmp_path / "dense")
-    found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path)
+    # Of a norm that is stored plus one, what has the digits of checkpoints comes back to the bit.
+    dtype = torch.bfloat16 if (MIXTURES | DENSE)[READ[name]].shifted else torch.float32
+    source = dense(name, tmp_path / "dense", dtype)
+    found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path, dtype)
     assert found.config.model_type == TWINS.get(name, source.config.model_type)
     # That graph has an output matrix even where it is the embedding.
     assert same(found, source) or name == "minimax_m2 part"
     with quiet():
-        again = AutoModelForCausalLM.from_pretrained(found.path)
+        again, exact = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            for folder in (found.path, tmp_path / "dense")
+        )
     ids = tiny.token_rows(1, 60)
-    assert torch.equal(logits_of(again, ids), logits_of(build(name), ids))
+    assert torch.equal(logits_of(again, ids), logits_of(exact, ids))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("mixtral wide", "Q8_0"), ("gpt_oss wide", "MXFP4")])
@@ -330,15 +341,26 @@ def test_a_dense_model_whose_split_is_not_known(tmp_path: Path) -> None:
         read(file)
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("mixtral", NARROW), ("qwen3_moe", KINDS)])
-def test_from_a_file_to_a_file(tmp_path: Path, name: str, kinds: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds", "bound"),
+    [
+        ("mixtral", NARROW, 2e-6),
+        ("qwen3_moe", KINDS, 2e-6),
+        ("qwen3_5_moe_text even", NARROW, 2e-5),
+        ("qwen3_next even", NARROW, 2e-5),
+        ("qwen3_5_text even", CHANNELS, 2e-5),
+        ("gemma4_text mixture", NARROW, 1e-3),
+        ("gemma4_text small", CHANNELS, 1e-3),
+    ],
+)
+def test_from_a_file_to_a_file(tmp_path: Path, name: str, kinds: Any, bound: float) -> None:
     """Pruned by a plan and refitted by nothing, llama.cpp computes what the model does without what is gone."""
     file, keeps = made(name, tmp_path), uniform_keeps(name, kinds)
-    model = build(name)
+    model = with_the_table(build(name)) if "gemma4" in name else build(name)
     plan = [{"block": i, **keep.chosen(tiny.blocks_of(model)[i])} for i, keep in keeps.items()]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": plan}))
     how: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
     prune(file, tmp_path / "out.gguf", format="gguf", type="f32", dtype="float32", recovery="none", **how)
     with masked(model, keeps):
         expected = logits_of(model, torch.tensor([IDS]))[0]
-    assert relative(run(tmp_path / "out.gguf", IDS), expected) < 2e-6
+    assert relative(run(tmp_path / "out.gguf", IDS), expected) < bound

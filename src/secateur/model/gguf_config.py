@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGUFReader
 
 from secateur.base.errors import SecateurError
+from secateur.model.gguf_layout import STILL
 
 _DEEPEST = {"gemma2": 46, "gemma3": 62}
 """Blocks of Gemma's 27B models, by which llama.cpp tells them: their scores are scaled otherwise."""
@@ -26,8 +27,9 @@ def complete(config: Any, reader: GGUFReader) -> None:
     factors = {
         tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
     }
-    # Where heads share a latent vector, it is the length of that.
-    if "attention.key_length" in facts and hasattr(config, "head_dim") and "attention.kv_lora_rank" not in facts:
+    # Where heads share a latent vector, it is the length of that; in Gemma 4, of blocks without a window.
+    other = {"attention.kv_lora_rank", "attention.key_length_swa"} & facts.keys()
+    if "attention.key_length" in facts and not other and hasattr(config, "head_dim"):
         config.head_dim = facts["attention.key_length"]
     if architecture == "gpt2":
         config.n_inner = facts.get("feed_forward_length")
@@ -35,7 +37,7 @@ def complete(config: Any, reader: GGUFReader) -> None:
         config.vocab_size = facts.get("vocab_size", config.vocab_size)
     _complete_rotation(config, facts, factors)
     if architecture in _DEEPEST:
-        complete_windows(config, facts)
+        config.layer_types = windows_of(facts, config.num_hidden_layers) or config.layer_types
         deepest = config.num_hidden_layers == _DEEPEST[architecture]
         per_head = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = per_head if deepest else config.head_dim
@@ -91,6 +93,9 @@ def _complete_rotation(config: Any, facts: dict[str, Any], factors: dict[str, An
     around, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
     if around is not None and "rope.freq_base_swa" in facts:
         around["rope_theta"] = facts["rope.freq_base_swa"]
+    if rope.get("rope_type") == "proportional":
+        rope |= _proportional(facts, factors)
+        return
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = facts.get("rope.dimension_count", size)
     if rotated != size:
@@ -155,11 +160,32 @@ def _llama3(factors: Any, theta: float, rotated: int) -> dict[str, Any]:
     }
 
 
-def complete_windows(config: Any, facts: dict[str, Any]) -> None:
-    """Which of Gemma's blocks see everything: every so many-th one, none, or those of a list."""
+def _proportional(facts: dict[str, Any], factors: dict[str, Any]) -> dict[str, Any]:
+    """The settings behind the factors of Gemma 4's blocks without a window: how many frequencies turn anything, and by
+    what they are divided."""
+    divided = factors.get(FACTORS[0], np.empty(0))
+    turning = divided[divided < STILL / 2]
+    share = len(turning) / max(1, len(divided))
+    # All of a head is in the rotation, of which a part stays where it is.
+    whole = all(facts.get(f"rope.dimension_count{at}") == facts.get(f"attention.key_length{at}") for at in ("", "_swa"))
+    again = np.full(len(divided), STILL)
+    again[: int(len(divided) * share)] = turning[:1]
+    alike = len(turning) and np.array_equal(again.astype(np.float32), divided.astype(np.float32))
+    scaled = facts.get("rope.scaling.type", "none") != "none" or "rope.scale_linear" in facts
+    if not whole or not alike or scaled or len(divided) * 2 != facts.get("attention.key_length"):
+        raise SecateurError("its rotary factors (rope_freqs) are none of Gemma 4's kind")
+    factor = float(turning[0])
+    return {"partial_rotary_factor": share} | ({"factor": factor} if factor != 1 else {})
+
+
+def windows_of(facts: dict[str, Any], blocks: int) -> list[str] | None:
+    """Which blocks see everything: every so many-th one, none, or those of a list; None where the file does not say."""
     pattern = facts.get("attention.sliding_window_pattern")
     if pattern is None:
-        return
-    blocks = range(config.num_hidden_layers)
-    sliding = pattern if isinstance(pattern, list) else [not pattern or i % pattern < pattern - 1 for i in blocks]
-    config.layer_types = ["sliding_attention" if one else "full_attention" for one in sliding]
+        return None
+    sliding = (
+        pattern[:blocks]
+        if isinstance(pattern, list)
+        else [not pattern or i % pattern < pattern - 1 for i in range(blocks)]
+    )
+    return ["sliding_attention" if one else "full_attention" for one in sliding]

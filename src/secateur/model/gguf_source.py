@@ -1,4 +1,4 @@
-"""A GGUF file to a folder: dequantised once, by transformers where it has no experts, and kept in the user's cache."""
+"""A GGUF file to a folder: dequantised once, by transformers where that reads it, and kept in the user's cache."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import cache_folder, whole
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_config import check_read, complete
-from secateur.model.gguf_mixtures import is_mixture
+from secateur.model.gguf_file import is_read_here
 from secateur.model.gguf_weights import planned
 
 ADVICE = "make room, or set XDG_CACHE_HOME to another folder"
@@ -50,14 +50,14 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     """The folder with a GGUF file's model as safetensors.
 
     The first call for a file takes as long as dequantising takes. It needs memory for the whole model, or, where that
-    is a mixture of experts, for one block of it.
+    is read here, as mixtures of experts are, for one block of it.
 
     Args:
         dtype: of the weights to write.
 
     Raises:
-        SecateurError: the file is broken, one of several parts, or of an architecture that transformers does
-            not read from GGUF; or the cache cannot be written.
+        SecateurError: the file is broken, one of several parts, or of an architecture that is not read from
+            GGUF; or the cache cannot be written.
     """
     with file.open("rb") as stream:
         start = stream.read(2**20)
@@ -101,7 +101,7 @@ def _opened(file: Path) -> GGUFReader:
         raise SecateurError(f"{file}: one of {count} parts; merge them with llama-gguf-split --merge first")
     # The list spells some names with an underscore that files spell with a hyphen.
     known = {name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES}
-    if not is_mixture(reader) and architecture.replace("-", "_") not in known:
+    if not is_read_here(reader) and architecture.replace("-", "_") not in known:
         raise SecateurError(
             f"{file}: transformers cannot read the architecture {architecture!r} from GGUF; "
             "use the checkpoint that it was made from"
@@ -114,7 +114,7 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
     try:
         # The progress bar of the dequantisation cannot be switched off otherwise.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once(reader):
-            if is_mixture(reader):
+            if is_read_here(reader):
                 write = planned(reader, dtype)
                 tokenizer = _tokenizer(PreTrainedTokenizerFast, file, reader)
             else:

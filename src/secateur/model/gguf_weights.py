@@ -1,4 +1,4 @@
-"""The weights of a GGUF file with a mixture of experts as a folder, block by block.
+"""The weights of a GGUF file that is read here as a folder, block by block.
 
 The model of the file's config says which tensors there must be, and the gguf package's map what llama.cpp calls them.
 What one side has and the other has not is refused before anything is read.
@@ -23,7 +23,8 @@ from transformers.initialization import no_init_weights
 from secateur.base.errors import SecateurError
 from secateur.model.families import Experts, Family, family_of, head_dim
 from secateur.model.gguf_config import known_name
-from secateur.model.gguf_mixtures import MixtureFile
+from secateur.model.gguf_file import GgufFile
+from secateur.model.gguf_layout import SCALES, adds_one, by_key, decays_back, tiled
 from secateur.model.weights import INDEX
 
 Make = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
@@ -41,7 +42,7 @@ def planned(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
     Raises:
         SecateurError: the file is of another architecture, or says or holds something that has no place in its class.
     """
-    file = MixtureFile(reader)
+    file = GgufFile(reader)
     config = file.config()
     return partial(_write, config, _shards(file, config), dtype)
 
@@ -61,7 +62,7 @@ def _write(config: Any, shards: Sequence[Sequence[Make]], dtype: torch.dtype, fo
     config.save_pretrained(folder)
 
 
-def _shards(file: MixtureFile, config: Any) -> list[list[Make]]:
+def _shards(file: GgufFile, config: Any) -> list[list[Make]]:
     """How to make what a checkpoint holds, block by block, and outside of blocks.
 
     Raises:
@@ -71,9 +72,7 @@ def _shards(file: MixtureFile, config: Any) -> list[list[Make]]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     config.architectures = [type(model).__name__]
     family = family_of(config)
-    assert family.experts is not None
     of_block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)")
-    of_experts = f"{family.feed_forward}.{family.experts.experts}."
     shards: list[list[Make]] = [[] for _ in range(file.blocks + 1)]
     used = set[str]()
     for name, parameter in model.state_dict().items():
@@ -82,10 +81,12 @@ def _shards(file: MixtureFile, config: Any) -> list[list[Make]]:
         match, shape = of_block.fullmatch(name), tuple(parameter.shape)
         if match is None:
             sources, make = _plain(file, config, name, shape)
-        elif match[2].startswith(of_experts):
+        elif family.experts and match[2].startswith(_of_experts(family)):
             sources, make = _experts(file, family, name, f"blk.{match[1]}", shape)
         elif family.latent and match[2] == f"{family.attention}.{family.latent[1]}.weight":
             sources, make = _latent(file, config, name, f"blk.{match[1]}", shape)
+        elif match[2].endswith(".in_proj_qkvz.weight"):
+            sources, make = _of_keys(file, config, name, f"blk.{match[1]}", shape)
         else:
             sources, make = _plain(file, config, name, shape)
         used.update(sources)
@@ -96,25 +97,59 @@ def _shards(file: MixtureFile, config: Any) -> list[list[Make]]:
     return shards
 
 
-def _plain(file: MixtureFile, config: Any, name: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
+def _plain(file: GgufFile, config: Any, name: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
     """The tensors of a file that a parameter is made of, and how: here, one."""
     stored = _stored(family_of(config).experts, name)
     source = _in_file(file, stored) or _in_file(file, name)
     if source is None:
         raise SecateurError(f"GGUF has no place for {name}")
     _check(source, file.shape(source), shape)
-    pairs = file.row.pairs and bool(re.search(r"\.attn_[qk]\.", source))
+    undo = _undoing(file, config, name, source)
 
     def make(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        tensor = file.read(source, dtype)
-        if pairs:
-            tensor = tensor.unflatten(0, (-1, head_dim(config) // 2, 2)).transpose(1, 2).contiguous()
-        yield stored, tensor.reshape(shape)
+        tensor = file.read(source, torch.float32 if undo else dtype)
+        yield stored, (undo(tensor).to(dtype) if undo else tensor).reshape(shape).contiguous()
 
     return [source], make
 
 
-def _latent(file: MixtureFile, config: Any, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
+def _undoing(file: GgufFile, config: Any, name: str, source: str) -> Callable[[Tensor], Tensor] | None:
+    """What gives a parameter, in float32, of what llama.cpp has made of it; None where that is the same."""
+    row = file.row
+    if row.pairs and re.search(r"\.attn_[qk]\.", source):
+        return partial(_out_of_pairs, half=head_dim(config) // 2)
+    if row.shifted and adds_one(source):
+        return lambda values: values - 1
+    if row.linear is None or ".linear_attn." not in name:
+        return None
+    leaf = name.partition(".linear_attn.")[2]
+    order = tiled(config, back=True).get(leaf) if row.linear == "tiled" else None
+    if leaf != "A_log":
+        return order
+    return lambda values: decays_back(order(values) if order else values)
+
+
+def _out_of_pairs(rows: Tensor, half: int) -> Tensor:
+    """Rows of each head, of which neighbours rotate together, as checkpoints have them: half a head apart."""
+    return rows.unflatten(0, (-1, half, 2)).transpose(1, 2)
+
+
+def _of_keys(file: GgufFile, config: Any, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
+    """The same of queries, keys, values and gates of linear attention, which older files hold as checkpoints do."""
+    sources = [f"{block}.attn_qkv.weight", f"{block}.attn_gate.weight"]
+    if sources[0] not in file.tensors:
+        return _plain(file, config, name, shape)
+    (rows, inputs), (gates, _) = map(file.shape, sources)
+    _check(sources[0], (rows + gates, inputs), shape)
+
+    def make(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        qkv, gates = (file.read(source, dtype) for source in sources)
+        yield name, by_key(qkv, gates, config)
+
+    return sources, make
+
+
+def _latent(file: GgufFile, config: Any, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
     """The same of what makes keys and values of a latent vector, which older files hold in one tensor."""
     sources = [f"{block}.attn_k_b.weight", f"{block}.attn_v_b.weight"]
     if sources[0] not in file.tensors:
@@ -130,9 +165,13 @@ def _latent(file: MixtureFile, config: Any, name: str, block: str, shape: tuple[
     return sources, make
 
 
-def _experts(
-    file: MixtureFile, family: Family, name: str, block: str, shape: tuple[int, ...]
-) -> tuple[list[str], Make]:
+def _of_experts(family: Family) -> str:
+    """How names of what all experts of a block hold begin, inside it."""
+    assert family.experts is not None
+    return f"{family.experts.experts}." if family.experts.apart else f"{family.feed_forward}.{family.experts.experts}."
+
+
+def _experts(file: GgufFile, family: Family, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
     """The same of a tensor of all experts of a block: matrices, or biases."""
     row, names = file.row, family.experts
     assert names is not None
@@ -181,8 +220,11 @@ def _stored(experts: Experts | None, name: str) -> str:
     return name
 
 
-def _in_file(file: MixtureFile, name: str) -> str | None:
+def _in_file(file: GgufFile, name: str) -> str | None:
     """What llama.cpp calls a parameter, or None."""
+    for own, known in SCALES.items():
+        if name.endswith(f".{own}"):
+            return re.sub(r".*\.(\d+)\.[^\d]*$", rf"blk.\1.{known}", name)
     found: str | None = _names(file.architecture, file.blocks).get_name(known_name(name), (".weight", ".bias"))
     return found
 

@@ -1,0 +1,283 @@
+"""What a GGUF file that is read here says of its model: the config behind metadata and tensors.
+
+The shapes of the tensors tell sizes, which blocks have experts, and what is biased or normed; the metadata tell the
+rest. A key that is not known here is refused, since it may change what is computed.
+"""
+
+import re
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFReader, ReaderTensor
+from torch import Tensor
+from transformers import AutoConfig
+
+from secateur.base.errors import SecateurError
+from secateur.model.families import family_of
+from secateur.model.gguf_config import FACTORS, complete, facts_of, windows_of
+from secateur.model.gguf_table import (
+    DEFAULTS,
+    DENSE,
+    ELSEWHERE,
+    KEYS,
+    NEEDED,
+    OF_WINDOWS,
+    ROTATION,
+    UNNAMED,
+    reading_of,
+)
+
+
+def is_read_here(reader: GGUFReader) -> bool:
+    """Whether a file holds a mixture of experts, or a dense model that transformers does not read."""
+    architecture = str(reader.fields["general.architecture"].contents())
+    return bool(facts_of(reader).get("expert_count")) or architecture in DENSE
+
+
+class GgufFile:
+    """A file that is read here: what it says, and its tensors.
+
+    Attributes:
+        row: how it is read.
+        blocks: how many there are, without those behind the last, which predict tokens beyond the next one.
+        tensors: those of the blocks, and of no block, by name.
+    """
+
+    def __init__(self, reader: GGUFReader):
+        """Read no tensor; `SecateurError` for an architecture that is not in the table."""
+        self.architecture = str(reader.fields["general.architecture"].contents())
+        self._reader, self._facts = reader, facts_of(reader)
+        found = reading_of(
+            self.architecture,
+            self._facts,
+            biased=any(".exp_probs_b." in tensor.name for tensor in reader.tensors),
+        )
+        if found is None:
+            raise SecateurError(f"mixtures of experts of the architecture {self.architecture!r} are not read from GGUF")
+        self.row = found
+        self.blocks = int(self._facts["block_count"]) - int(self._facts.get("nextn_predict_layers", 0))
+        of_block = re.compile(r"blk\.(\d+)\.(.+)")
+        # Keys and values of blocks that attend with those of earlier ones are used for nothing.
+        idle, kept = ("attn_k.", "attn_v.", "attn_k_norm."), self.blocks - self._facts.get(_SHARED, 0)
+        self.tensors: dict[str, ReaderTensor] = {
+            tensor.name: tensor
+            for tensor in reader.tensors
+            if tensor.name not in FACTORS
+            and (
+                (match := of_block.match(tensor.name)) is None
+                or int(match[1]) < (kept if match[2].startswith(idle) else self.blocks)
+            )
+        }
+        if not 0 < self.blocks <= len(self.tensors):
+            raise SecateurError(f"it says that it has {self.blocks:,} blocks, and holds {len(self.tensors):,} tensors")
+        for kind in {tensor.tensor_type for tensor in self.tensors.values()}:
+            try:
+                gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
+            except NotImplementedError as error:
+                raise SecateurError(f"the gguf package does not read weights of the type {kind.name}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, outputs before inputs; `SecateurError` where there is none of that name."""
+        if name not in self.tensors:
+            raise SecateurError(f"there is no {name} in it")
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor's values, in memory of its own."""
+        # What says which experts are chosen is finer than half precision.
+        dtype = torch.float32 if ".exp_probs_b." in name else dtype
+        return _values(self.tensors[name].data, self.tensors[name], dtype).reshape(self.shape(name))
+
+    def stack(self, name: str, dtype: torch.dtype) -> list[Tensor]:
+        """What a tensor holds of each expert; one at a time is in float32."""
+        stored, shape = self.tensors[name], self.shape(name)[1:]
+        return [_values(one, stored, dtype).reshape(shape) for one in stored.data]
+
+    def mixes(self, index: int) -> bool:
+        """Whether something else stands in the place of a block's attention."""
+        return self.row.mixing is not None and f"blk.{index}.attn_k.weight" not in self.tensors
+
+    def config(self) -> Any:
+        """The config that the metadata and the tensors give.
+
+        Raises:
+            SecateurError: a key is not known here, is missing, or says what the model's class does not compute.
+        """
+        row, facts, start = self.row, self._facts, f"its {self.architecture}."
+        gating = gguf.ExpertGatingFuncType[row.gating.upper()]
+        if facts.get("expert_gating_func", gating) != gating:
+            raise SecateurError(f"{start}expert_gating_func is not the {row.gating} of {row.model_type}")
+        keys = {**KEYS, **row.keys}
+        for key in facts:
+            if key not in keys and not ELSEWHERE.fullmatch(key) and not (row.mixed and OF_WINDOWS.fullmatch(key)):
+                raise SecateurError(f"{start}{key} is not known here")
+        for key in (*NEEDED, *row.keys):
+            if key not in facts:
+                raise SecateurError(f"{start}{key} is missing")
+        default = AutoConfig.for_model(row.model_type)
+
+        def has_place(own: str) -> bool:
+            return own in UNNAMED or hasattr(default, own)
+
+        values = DEFAULTS | {own: facts[key] for key, own in keys.items() if key in facts}
+        for own, value in values.items():
+            known = own in ROTATION or has_place(own)
+            if value not in (row.fixed.get(own, value if known else None), DEFAULTS.get(own)):
+                raise SecateurError(f"{row.model_type} does not compute what it says: {own} = {value}")
+        values |= {**row.fixed, **self._sizes(default)}
+        for own in ("num_attention_heads", "num_key_value_heads"):
+            if isinstance(values.get(own), list):
+                raise SecateurError(f"{row.model_type} has the same heads in all blocks, unlike it ({own})")
+        config = AutoConfig.for_model(row.model_type, **{own: value for own, value in values.items() if has_place(own)})
+        if getattr(config, "layer_types", None) != values.get("layer_types", getattr(config, "layer_types", None)):
+            raise SecateurError(f"{row.model_type} does not compute its blocks in the order that it says")
+        complete(config, self._reader)
+        self._finish_rotation(config)
+        return config
+
+    def _sizes(self, default: Any) -> dict[str, Any]:
+        """What follows from the tensors, by every name that configs have for it."""
+        facts, family, tensors = self._facts, family_of(default), self.tensors
+        inside = {name.split(".", 2)[2] for name in tensors if name.startswith("blk.")}
+        heads = _one(facts["attention.head_count"])
+        fed = [self.shape(name)[0] for name in tensors if name.endswith(".ffn_up.weight")]
+        values = {
+            "num_hidden_layers": self.blocks,
+            "vocab_size": self.shape("token_embd.weight")[0],
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _one(facts.get("attention.head_count_kv", heads)),
+            # What has no dense blocks may say how wide these would be.
+            "intermediate_size": fed[0] if fed else _one(facts.get("feed_forward_length", 0)),
+            "head_dim": facts.get("attention.key_length", facts["embedding_length"] // max(1, _most(heads))),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": facts.get("rope.freq_base", 10000.0),
+                # Some classes rotate a half where nothing is said.
+                "partial_rotary_factor": 1.0,
+            },
+            **dict.fromkeys(("rms_norm_eps", "norm_eps"), facts["attention.layer_norm_rms_epsilon"]),
+            **dict.fromkeys(("attention_bias", "qkv_bias"), "attn_k.bias" in inside),
+        }
+        if kinds := windows_of(facts, self.blocks):
+            values["layer_types"] = kinds
+        if facts.get("expert_count"):
+            values |= self._experts(default)
+        if self.row.mixing is not None:
+            values["num_key_value_heads"] = _most(facts["attention.head_count_kv"])
+            values["layer_types"] = [
+                self.row.mixing if self.mixes(index) else "full_attention" for index in range(self.blocks)
+            ]
+        if self.row.linear:
+            values["linear_value_head_dim"] = facts["ssm.inner_size"] // facts["ssm.time_step_rank"]
+        if self.row.mixed:
+            values |= self._mixed(fed)
+        if family.latent is not None:
+            rotated = facts["rope.dimension_count"]
+            values |= {
+                "num_key_value_heads": heads,
+                "head_dim": rotated,
+                "q_lora_rank": facts.get("attention.q_lora_rank"),
+                # Older files say it of the heads.
+                "qk_nope_head_dim": facts.get("attention.key_length_mla", facts["attention.key_length"]) - rotated,
+                "v_head_dim": facts.get("attention.value_length_mla", facts["attention.value_length"]),
+                "topk_method": "greedy" if facts.get("expert_group_count", 1) == 1 else "group_limited_greedy",
+            }
+        for token, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+            stored = self._reader.fields.get(f"tokenizer.ggml.{key}_token_id")
+            values[f"{token}_token_id"] = None if stored is None else int(stored.contents())
+        return values
+
+    def _experts(self, default: Any) -> dict[str, Any]:
+        """The same of experts."""
+        facts, tensors, places = self._facts, self.tensors, range(self.blocks)
+        experts = family_of(default).experts
+        assert experts is not None
+        dense = [index for index in places if f"blk.{index}.ffn_gate_inp.weight" not in tensors]
+        first = next((index for index in places if index not in dense), 0)
+        inside = {name.removeprefix(f"blk.{first}.") for name in tensors}
+        count, _, channels = self.shape(f"blk.{first}.ffn_down_exps.weight")
+        shared = self.shape(f"blk.{first}.ffn_down_shexp.weight")[1] if "ffn_down_shexp.weight" in inside else 0
+        met = facts.get("expert_used_count", 0)
+        if not 0 < met <= count:
+            raise SecateurError(f"it says that a token meets {met:,} of its {count:,} experts")
+        return {
+            experts.count: count,
+            experts.chosen: met,
+            experts.width: channels,
+            "enable_moe_block": True,
+            "shared_expert_intermediate_size": shared,
+            "intermediate_size_mlp": facts.get("feed_forward_length", 0),
+            "mlp_only_layers": dense,
+            "moe_layers": [index for index in places if index not in dense],
+            "mlp_layer_types": ["dense" if index in dense else "sparse" for index in places],
+            # Llama 4's norms have no weights; llama.cpp tells Maverick, which has none, by its experts.
+            "use_qk_norm": "attn_q_norm.weight" in inside or (self.architecture == "llama4" and count != 128),
+            "use_expert_bias": "exp_probs_b.bias" in inside,
+            **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), first),
+            **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), shared // channels),
+        }
+
+    def _mixed(self, fed: list[int]) -> dict[str, Any]:
+        """The same where blocks with a window have other heads than those without."""
+        facts, kinds = self._facts, windows_of(self._facts, self.blocks) or []
+        if {"sliding_attention", "full_attention"} != set(kinds):
+            raise SecateurError("it has no blocks with a window, or none without")
+        groups = facts["attention.head_count_kv"]
+        around, full = (kinds.index(f"{kind}_attention") for kind in ("sliding", "full"))
+        of_tokens = "per_layer_token_embd.weight"
+        return {
+            "head_dim": facts["attention.key_length_swa"],
+            "num_key_value_heads": groups[around] if isinstance(groups, list) else groups,
+            "num_global_key_value_heads": groups[full] if isinstance(groups, list) else groups,
+            "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in self.tensors,
+            "use_double_wide_mlp": fed[-1] == 2 * fed[0],
+            **({"vocab_size_per_layer_input": self.shape(of_tokens)[0]} if of_tokens in self.tensors else {}),
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "proportional", "rope_theta": facts.get("rope.freq_base", 10000.0)},
+            },
+        }
+
+    def _finish_rotation(self, config: Any) -> None:
+        """What is settled otherwise in some families, in place."""
+        rope = config.rope_parameters
+        if sections := self._facts.get("rope.dimension_sections"):
+            # A text's tokens are at one place in all three directions; engines ask for them all the same.
+            rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
+        if beta := self._facts.get("attention.temperature_scale"):
+            if self.row.model_type != "mistral4":
+                raise SecateurError(f"{self.row.model_type} does not scale queries with their positions, as it says")
+            rope["llama_4_scaling_beta"] = beta
+        if rope.get("rope_type") != "yarn":
+            return
+        if self.row.model_type == "gpt_oss":
+            # Its checkpoints do not round what llama.cpp does.
+            rope["truncate"] = False
+        if family_of(config).latent is not None:
+            # llama.cpp multiplies scores by its square, and what is rotated by nothing.
+            scale = self._facts.get("rope.scaling.yarn_log_multiplier")
+            if not scale:
+                raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales what is rotated")
+            del rope["attention_factor"]
+            rope |= dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))
+
+
+_SHARED = "attention.shared_kv_layers"
+
+
+def _one(value: Any) -> Any:
+    """A number that a file may say block by block; the list where they differ."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
+def _most(value: Any) -> int:
+    """The largest of such numbers."""
+    return int(max(value)) if isinstance(value, list) else int(value)
+
+
+def _values(data: Any, stored: ReaderTensor, dtype: torch.dtype) -> Tensor:
+    """Dequantised data, in memory of its own."""
+    return torch.from_numpy(gguf.dequantize(data, stored.tensor_type).copy()).to(dtype)
