@@ -50,6 +50,7 @@ MORE_ROWS = test_gguf.MORE_ROWS | {
     "mixtral wide": row("mixtral", **WIDE, num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2),
     "llama 400": row("llama", num_key_value_heads=3, vocab_size=400),
     "mixtral 400": row("mixtral", num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2, vocab_size=400),
+    "gemma4_text 400": row("gemma4_text", **tiny.GEMMA4 | {"vocab_size": 400}),
     "gpt_oss wide": row("gpt_oss", **test_gguf.OSS | WIDE),
 }
 OF_EXPERTS = {name: kept for name, (kinds, kept) in UNIFORM.items() if "experts" in kinds}
@@ -104,7 +105,9 @@ def rewritten(file: Path, facts: dict[str, Any] | None = None, tensors: dict[str
         if not key.startswith("GGUF.") and key not in facts and key != "general.architecture":
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
     for key, value in facts.items():
-        if value is not None and key != "general.architecture":
+        if isinstance(value, list):
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, kinds[type(value[0])])
+        elif value is not None and key != "general.architecture":
             writer.add_key_value(key, value, kinds[type(value)])
     for tensor in reader.tensors:
         changes = [change for pattern, change in (tensors or {}).items() if re.fullmatch(pattern, tensor.name)]
@@ -195,24 +198,76 @@ def test_other_ways_to_write_the_same(tmp_path: Path) -> None:
         both = np.concatenate([values.swapaxes(1, 2), held[name.replace("attn_k_b", "attn_v_b")]], 1)
         return [plain(name.replace("attn_k_b", "attn_kv_b"), both.reshape(-1, both.shape[2]))]
 
-    def one_more(name: str, values: Any) -> list[Any]:
-        return [plain(name, values), plain("blk.3.nextn.enorm.weight", values)]
-
-    gone = lambda name, values: []  # noqa: E731
     sizes = {"attention.key_length_mla": None, "attention.value_length_mla": None}
     sizes |= {"attention.key_length": 12, "attention.value_length": 9}
     for facts, tensors in (
-        ({}, {BLOCK + r"ffn_gate_exps\.weight": fused, BLOCK + r"ffn_up_exps\.weight": gone}),
-        (sizes, {BLOCK + r"attn_k_b\.weight": latent, BLOCK + r"attn_v_b\.weight": gone}),
+        ({}, {BLOCK + r"ffn_gate_exps\.weight": fused, BLOCK + r"ffn_up_exps\.weight": drop}),
+        (sizes, {BLOCK + r"attn_k_b\.weight": latent, BLOCK + r"attn_v_b\.weight": drop}),
         ({"expert_gating_func": None}, {}),
-        ({"block_count": 4, "nextn_predict_layers": 1}, {r"output_norm\.weight": one_more}),
+        ({"block_count": 4, "nextn_predict_layers": 1}, {r"output_norm\.weight": again_behind(3)}),
     ):
         own = {f"deepseek2.{key}": value for key, value in facts.items()}
         assert same(read(rewritten(file, own, tensors)), exact)
 
 
+def again_behind(block: int) -> Change:
+    """One tensor more, in a block of its own."""
+    return lambda name, values: [plain(name, values), plain(f"blk.{block}.nextn.enorm.weight", values)]
+
+
 def drop(name: str, values: Any) -> list[Any]:
     return []
+
+
+def test_other_ways_to_write_linear_attention(tmp_path: Path) -> None:
+    """As converters write it: a block behind the last, no width that no block has, and nothing but a list of blocks;
+    and as older files have it: queries, keys, values and gates as checkpoints do."""
+    file = made("qwen3_5_moe_text even", tmp_path)
+    facts = {"block_count": 5, "nextn_predict_layers": 1, "feed_forward_length": None, "full_attention_interval": None}
+    facts |= {"attention.recurrent_layers": [True, False] * 2 + [False], "expert_shared_count": None}
+    own = {f"qwen35moe.{key}": value for key, value in facts.items()}
+    assert same(read(rewritten(file, own, {r"output_norm\.weight": again_behind(4)})), read(file))
+    file = made("qwen3_next even", tmp_path / "next")
+    source = open_checkpoint(str(tmp_path / "next" / "dense"))
+
+    def fused(name: str, _: Any) -> list[Any]:
+        block = name.split(".")[1]
+        values = source.read(f"model.layers.{block}.linear_attn.in_proj_qkvz.weight")
+        return [plain(f"blk.{block}.ssm_in.weight", values.numpy())]
+
+    tensors = {BLOCK + r"attn_qkv\.weight": fused, BLOCK + r"attn_gate\.weight": drop}
+    assert same(read(rewritten(file, tensors=tensors)), read(file))
+
+
+def test_other_ways_to_write_gemma4(tmp_path: Path) -> None:
+    """As converters write it: numbers of heads that all blocks share as one, and keys that no block attends with."""
+    file = made("gemma4_text small", tmp_path)
+    facts = {"gemma4.attention.head_count": 6, "gemma4.attention.head_count_kv": 2, "gemma4.feed_forward_length": 72}
+
+    def idle(name: str, values: Any) -> list[Any]:
+        return [plain(name.replace("attn_q", f"attn_{letter}"), values) for letter in "qk"]
+
+    tensors = {r"blk\.[23]\.attn_q(_norm)?\.weight": idle}
+    assert same(read(rewritten(file, facts, tensors)), read(file))
+
+
+def test_last_blocks_twice_as_wide(tmp_path: Path) -> None:
+    """What stands in the added channels comes back, and if it adds nothing, the logits are the same."""
+    file = made("gemma4_text small", tmp_path)
+
+    def doubled(name: str, values: Any) -> list[Any]:
+        down = "ffn_down" in name
+        return [plain(name, np.concatenate([values, values * (not down)], 1 if down else 0))]
+
+    found = read(rewritten(file, tensors={r"blk\.[23]\.ffn_(gate|up|down)\.weight": doubled}))
+    assert found.config.use_double_wide_mlp
+    gate = found.read("model.layers.3.mlp.gate_proj.weight")
+    assert len(gate) == 144
+    assert torch.equal(gate[:72], gate[72:])
+    with quiet():
+        wide, narrow = (AutoModelForCausalLM.from_pretrained(one.path) for one in (found, read(file)))
+    ids = tiny.token_rows(1, 60)
+    assert relative(logits_of(wide, ids), logits_of(narrow, ids)) < 1e-6
 
 
 def apart(name: str, values: Any) -> list[Any]:
@@ -291,6 +346,111 @@ def test_what_a_family_must_say(tmp_path: Path) -> None:
         read(rewritten(scaled, {"deepseek2.rope.scaling.yarn_log_multiplier": None}))
     with pytest.raises(SecateurError, match="deepseek_v3 does not scale queries with their positions, as it says"):
         read(rewritten(scaled, {"deepseek2.attention.temperature_scale": 0.1}))
+
+
+def turning(name: str, values: Any) -> list[Any]:
+    return [plain(name, np.linspace(1, 2, len(values), dtype=np.float32))]
+
+
+LAYERS = "qwen3_5_moe_text even", "gemma4_text small"
+REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
+    "other heads": (
+        LAYERS[0],
+        {"qwen35moe.ssm.group_count": 3},
+        {},
+        "blk.0.ssm_conv1d.weight is [60, 4] where [72, 1, 4]",
+    ),
+    "no whole groups": (
+        LAYERS[0],
+        {"qwen35moe.ssm.group_count": 4},
+        {},
+        "it says that its linear attention has 4 key h",
+    ),
+    "no sections": (
+        LAYERS[0],
+        {"qwen35moe.rope.dimension_sections": None},
+        {},
+        "its qwen35moe.rope.dimension_sections",
+    ),
+    "half a block": (LAYERS[0], {}, {r"blk\.1\.attn_k\.weight": drop}, "there is no blk.1.ssm_dt.bias in it"),
+    "gates as they are": (
+        LAYERS[0],
+        {"qwen35moe.expert_gating_func": 2},
+        {},
+        "its qwen35moe.expert_gating_func is not",
+    ),
+    "sections of others": (
+        "qwen3_moe",
+        {"qwen3moe.rope.dimension_sections": [1, 1, 0, 0]},
+        {},
+        "its qwen3moe.rope.dim",
+    ),
+    "other factors": (
+        LAYERS[1],
+        {},
+        {r"rope_freqs\.weight": turning},
+        "its rotary factors (rope_freqs) are none of Gem",
+    ),
+    "no factors": (
+        LAYERS[1],
+        {},
+        {r"rope_freqs\.weight": drop},
+        "its rotary factors (rope_freqs) are none of Gemma 4's",
+    ),
+    "a part of a head": (LAYERS[1], {"gemma4.rope.dimension_count_swa": 6}, {}, "its rotary factors (rope_freqs) are"),
+    "no cap": (
+        LAYERS[1],
+        {"gemma4.final_logit_softcapping": None},
+        {},
+        "its gemma4.final_logit_softcapping is missing",
+    ),
+    "no windows": (
+        LAYERS[1],
+        {"gemma4.attention.sliding_window_pattern": [False] * 4},
+        {},
+        "it has no blocks with a w",
+    ),
+    "a window last": (
+        LAYERS[1],
+        {"gemma4.attention.sliding_window_pattern": [True, False, False, True], "gemma4.attention.shared_kv_layers": 0},
+        {},
+        "gemma4_text does not compute its blocks in the order that it says",
+    ),
+    "heads block by block": (
+        LAYERS[1],
+        {"gemma4.attention.head_count": [6, 6, 6, 3]},
+        {},
+        "gemma4_text has the same heads in all blocks, unlike it (num_attention_heads)",
+    ),
+    "no scale": (
+        LAYERS[1],
+        {},
+        {r"blk\.2\.layer_output_scale\.weight": drop},
+        "there is no blk.2.layer_output_scale.weight in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OF)
+def test_what_is_refused_of_other_layers(tmp_path: Path, case: str) -> None:
+    name, facts, tensors, message = REFUSED_OF[case]
+    with pytest.raises(SecateurError, match=f"{re.escape(message)}.*; use the checkpoint that it was made from$"):
+        read(rewritten(made(name, tmp_path), facts, tensors))
+
+
+def test_text_of_gemma4(tmp_path: Path) -> None:
+    """Its files have a kind of tokenizer of their own. llama.cpp puts BOS first; checkpoints leave it to templates."""
+    tokenizer = sentencepiece(False)
+    tiny.save("gemma4_text 400", tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    file = export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path
+    merges = [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    facts = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.pre": None, "tokenizer.ggml.merges": merges}
+    file = rewritten(file, facts)
+    again = AutoTokenizer.from_pretrained(read(file).path)
+    for sample in (TEXT.rstrip(), "   12345  ", "ä€ x", "</s> the sea\n\n"):
+        ids = again(sample).input_ids
+        assert [1, *ids] == tokenizer(sample).input_ids == tokens(file, sample)
 
 
 @pytest.mark.parametrize("name", ["llama 400", "mixtral 400"])

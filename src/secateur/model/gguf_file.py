@@ -29,6 +29,8 @@ from secateur.model.gguf_table import (
     reading_of,
 )
 
+_SHARED = "attention.shared_kv_layers"
+
 
 def is_read_here(reader: GGUFReader) -> bool:
     """Whether a file holds a mixture of experts, or a dense model that transformers does not read."""
@@ -130,8 +132,10 @@ class GgufFile:
         for own in ("num_attention_heads", "num_key_value_heads"):
             if isinstance(values.get(own), list):
                 raise SecateurError(f"{row.model_type} has the same heads in all blocks, unlike it ({own})")
+        # A class may put one of them right in place.
+        kinds = tuple(values.get("layer_types", ()))
         config = AutoConfig.for_model(row.model_type, **{own: value for own, value in values.items() if has_place(own)})
-        if getattr(config, "layer_types", None) != values.get("layer_types", getattr(config, "layer_types", None)):
+        if kinds and kinds != tuple(getattr(config, "layer_types", kinds)):
             raise SecateurError(f"{row.model_type} does not compute its blocks in the order that it says")
         complete(config, self._reader)
         self._finish_rotation(config)
@@ -161,7 +165,7 @@ class GgufFile:
             **dict.fromkeys(("rms_norm_eps", "norm_eps"), facts["attention.layer_norm_rms_epsilon"]),
             **dict.fromkeys(("attention_bias", "qkv_bias"), "attn_k.bias" in inside),
         }
-        if kinds := windows_of(facts, self.blocks):
+        if "attention.sliding_window" in facts and (kinds := windows_of(facts, self.blocks)):
             values["layer_types"] = kinds
         if facts.get("expert_count"):
             values |= self._experts(default)
@@ -171,7 +175,10 @@ class GgufFile:
                 self.row.mixing if self.mixes(index) else "full_attention" for index in range(self.blocks)
             ]
         if self.row.linear:
-            values["linear_value_head_dim"] = facts["ssm.inner_size"] // facts["ssm.time_step_rank"]
+            keys, own = facts["ssm.group_count"], facts["ssm.time_step_rank"]
+            if not keys or not own or own % keys:
+                raise SecateurError(f"it says that its linear attention has {keys:,} key heads and {own:,} value heads")
+            values["linear_value_head_dim"] = facts.get("ssm.inner_size", 0) // own
         if self.row.mixed:
             values |= self._mixed(fed)
         if family.latent is not None:
@@ -263,9 +270,6 @@ class GgufFile:
                 raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales what is rotated")
             del rope["attention_factor"]
             rope |= dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))
-
-
-_SHARED = "attention.shared_kv_layers"
 
 
 def _one(value: Any) -> Any:
