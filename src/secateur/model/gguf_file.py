@@ -30,6 +30,8 @@ from secateur.model.gguf_table import (
 )
 
 _SHARED = "attention.shared_kv_layers"
+_PIECE = 2**26
+"""Bytes of a file that are dequantised at once: some models' embeddings are larger than all their blocks."""
 
 
 def is_read_here(reader: GGUFReader) -> bool:
@@ -97,7 +99,7 @@ class GgufFile:
         stored, shape = self.tensors[name], self.shape(name)[1:]
         return [_values(one, stored, dtype).reshape(shape) for one in stored.data]
 
-    def mixes(self, index: int) -> bool:
+    def _mixes(self, index: int) -> bool:
         """Whether something else stands in the place of a block's attention."""
         return self.row.mixing is not None and f"blk.{index}.attn_k.weight" not in self.tensors
 
@@ -146,7 +148,8 @@ class GgufFile:
         facts, family, tensors = self._facts, family_of(default), self.tensors
         inside = {name.split(".", 2)[2] for name in tensors if name.startswith("blk.")}
         heads = _one(facts["attention.head_count"])
-        fed = [self.shape(name)[0] for name in tensors if name.endswith(".ffn_up.weight")]
+        ups = [name for index in range(self.blocks) if (name := f"blk.{index}.ffn_up.weight") in tensors]
+        fed = [self.shape(name)[0] for name in ups]
         values = {
             "num_hidden_layers": self.blocks,
             "vocab_size": self.shape("token_embd.weight")[0],
@@ -170,9 +173,9 @@ class GgufFile:
         if facts.get("expert_count"):
             values |= self._experts(default)
         if self.row.mixing is not None:
-            values["num_key_value_heads"] = _most(facts["attention.head_count_kv"])
+            values["num_key_value_heads"] = _most(facts.get("attention.head_count_kv", heads))
             values["layer_types"] = [
-                self.row.mixing if self.mixes(index) else "full_attention" for index in range(self.blocks)
+                self.row.mixing if self._mixes(index) else "full_attention" for index in range(self.blocks)
             ]
         if self.row.linear:
             keys, own = facts["ssm.group_count"], facts["ssm.time_step_rank"]
@@ -232,9 +235,9 @@ class GgufFile:
         facts, kinds = self._facts, windows_of(self._facts, self.blocks) or []
         if {"sliding_attention", "full_attention"} != set(kinds):
             raise SecateurError("it has no blocks with a window, or none without")
-        groups = facts["attention.head_count_kv"]
+        groups = facts.get("attention.head_count_kv", facts["attention.head_count"])
         around, full = (kinds.index(f"{kind}_attention") for kind in ("sliding", "full"))
-        of_tokens = "per_layer_token_embd.weight"
+        of_tokens, theta = "per_layer_token_embd.weight", facts.get("rope.freq_base", 10000.0)
         return {
             "head_dim": facts["attention.key_length_swa"],
             "num_key_value_heads": groups[around] if isinstance(groups, list) else groups,
@@ -243,8 +246,8 @@ class GgufFile:
             "use_double_wide_mlp": fed[-1] == 2 * fed[0],
             **({"vocab_size_per_layer_input": self.shape(of_tokens)[0]} if of_tokens in self.tensors else {}),
             "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                "full_attention": {"rope_type": "proportional", "rope_theta": facts.get("rope.freq_base", 10000.0)},
+                "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+                "full_attention": {"rope_type": "proportional", "rope_theta": theta},
             },
         }
 
@@ -283,5 +286,11 @@ def _most(value: Any) -> int:
 
 
 def _values(data: Any, stored: ReaderTensor, dtype: torch.dtype) -> Tensor:
-    """Dequantised data, in memory of its own."""
-    return torch.from_numpy(gguf.dequantize(data, stored.tensor_type).copy()).to(dtype)
+    """Dequantised data in one row, in memory of its own; a piece at a time is in float32."""
+    block, size = gguf.GGML_QUANT_SIZES[stored.tensor_type]
+    result, at = torch.empty(data.nbytes // size * block, dtype=dtype), 0
+    for piece in np.array_split(data, min(len(data), 1 + data.nbytes // _PIECE)):
+        values = torch.from_numpy(np.array(gguf.dequantize(piece, stored.tensor_type))).flatten()
+        result[at : at + len(values)] = values
+        at += len(values)
+    return result

@@ -29,7 +29,7 @@ def decays(stored: Tensor) -> Tensor:
 
 def decays_back(found: Tensor) -> Tensor:
     """`A_log` of what a file holds."""
-    return (-found.double()).log().float()
+    return (-found).log()
 
 
 _OF_VALUES = {
