@@ -504,6 +504,7 @@ def write_gguf(file: Path, architecture: str = "llama", *, parts: int = 1) -> No
     writer.add_vocab_size(v)
     writer.add_uint16("split.count", parts)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*"abcdefgh", "ab", *(f"<{i}>" for i in range(v - 9))])
     writer.add_token_types([1] * v)
     writer.add_token_merges(["a b"])
