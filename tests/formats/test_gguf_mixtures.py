@@ -369,6 +369,18 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         {},
         "it says that its linear attention has 4 key h",
     ),
+    "too many heads": (
+        LAYERS[0],
+        {"qwen35moe.ssm.time_step_rank": 4 * 10**9},
+        {},
+        "its qwen35moe.ssm.time_step_rank is 4,000,000,000, and none of its tensors is as long",
+    ),
+    "heads too long": (
+        "qwen3_moe",
+        {"qwen3moe.attention.key_length": 10**9},
+        {},
+        "its qwen3moe.attention.key_length is",
+    ),
     "no sections": (
         LAYERS[0],
         {"qwen35moe.rope.dimension_sections": None},

@@ -120,6 +120,11 @@ class GgufFile:
         for key in (*NEEDED, *row.keys):
             if key not in facts:
                 raise SecateurError(f"{start}{key} is missing")
+        # What is made of these numbers takes memory before shapes are compared.
+        largest = max(int(size) for tensor in self.tensors.values() for size in tensor.shape)
+        for key in ("attention.key_length", "attention.key_length_swa", "rope.dimension_count", *row.keys):
+            if key.startswith(("attention.key", "rope.dimension_count", "ssm.")) and facts.get(key, 0) > largest:
+                raise SecateurError(f"{start}{key} is {facts[key]:,}, and none of its tensors is as long")
         default = AutoConfig.for_model(row.model_type)
 
         def has_place(own: str) -> bool:
