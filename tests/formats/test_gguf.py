@@ -871,6 +871,7 @@ REFUSED = {
     "cohere2 biased": (CHANNELS, "cohere2 has no place for the biases of attn_k, attn_output, attn_q, attn_v"),
     "cohere2 open": (CHANNELS, "cohere2 has windows in some blocks, and turns positions there"),
     "cohere2 closed": (CHANNELS, "cohere2 has windows at regular intervals only, and blocks without between them"),
+    "qwen2_moe": (BOTH, "qwen2moe wants heads x head size = 48, so all 6 heads"),
     "glm": (BOTH, "chatglm wants heads x head size = 48, so all 6 heads"),
     "jais2": (CHANNELS, "jais2 has as many key/value heads as query heads"),
     "stablelm beside": (CHANNELS, "stablelm has no place here for norms of queries and keys"),

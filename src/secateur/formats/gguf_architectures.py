@@ -134,7 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _QWEN3,
         replace(_QWEN3, name="qwen3vl", sections="in turn"),
         replace(_QWEN3, name="qwen3vlmoe", sections="in turn", normed=True),
-        Architecture("qwen2moe", QKV, normed=False),
+        Architecture("qwen2moe", QKV, square=True, normed=False),
         replace(_QWEN3, name="qwen3moe", normed=True),
         replace(_OLMO2, name="olmoe", ungrouped=True, normed=False),
         replace(_LLAMA, name="granitemoe", scales=True),
