@@ -300,6 +300,20 @@ def test_a_config_may_have_no_shared_expert(tmp_path: Path, name: str, key: str)
     assert {width.channels for width in found.now() if width.experts} == {16}
 
 
+def test_a_config_may_speak_of_experts_that_no_block_has(tmp_path: Path) -> None:
+    config = copy.deepcopy(config_of("deepseek_v2"))
+    config.first_k_dense_replace = config.num_hidden_layers
+    config.mlp_layer_types = ["dense"] * config.num_hidden_layers
+    with quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    how: dict[str, Any] = {"modules": ("channels",), "widths": "uniform", "sparsity": 0.15}
+    found = prune(tmp_path / "dense", tmp_path / "out", **SMALL, **how)
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {found.now()[0].channels}
+
+
 def test_norms_behind_a_mixture() -> None:
     """Only where a feed-forward stands beside it does a further one follow."""
     mixture = blocks_of(build("gemma4_text mixture"))[-1].feed_forward

@@ -29,6 +29,8 @@ FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
         ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 16, 8)], True, "or leave theirs by --modules heads,experts"),
         ("qwen3_moe", [Width(3, 2, 16, 8), Width(3, 2, 16, 8)], False, None),
         ("mixtral", [Width(3, 2, 72, 8), Width(3, 2, 72, 5)], True, None),
+        ("deepseek_v2", [Width(6, 1, 40), Width(5, 1, 40)], True, "runs no latent attention block by block"),
+        ("deepseek_v2", [Width(6, 1, 40), Width(6, 1, 40)], False, None),
         ("minimax_m2", [Width(3, 2, 72, 8), Width(3, 2, 72, 5)], True, "does not know the router of minimax_m2"),
         ("llama4_text", [Width(3, 2, 64), Width(3, 2, 72, 8)], True, "cannot load the experts of llama4_text"),
         ("gemma4_text mixture", [Width(2, 3, 20, 8), Width(2, 3, 20, 5)], True, "for experts beside a feed-forward"),

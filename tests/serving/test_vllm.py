@@ -23,6 +23,8 @@ from models import (
     GEMMA4,
     GEMMA4_SMALL,
     GROUPED,
+    LATENT,
+    LINEAR,
     ROUTED,
     ROWS,
     TRIPLES,
@@ -56,6 +58,8 @@ HEAD = {"head_dim": 32}
 HEADS = HEAD | {"global_head_dim": 32}
 WIDE = {"hidden_size": 192}
 SIZE, FED = {"hidden_size": 64}, {"moe_intermediate_size": 64}
+SIZED = LATENT | {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+SIZED |= dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 32)
 LEAD = ROUTED | {"first_k_dense_replace": 0}
 ROWS |= {
     "llama": _config("llama", **GROUPED, **HEAD),
@@ -84,6 +88,16 @@ ROWS |= {
     "llama4_text served": _config(
         "llama4_text", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96, num_experts_per_tok=1
     ),
+    "qwen3_5_text served": _config(
+        "qwen3_5_text",
+        **TRIPLES | HEAD | WIDE,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        layer_types=LINEAR["layer_types"],
+    ),
+    "deepseek_v2 served": _config("deepseek_v2", **WIDE, **LEAD | FED, **SIZED),
     "phimoe served": _config("phimoe", **GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
     "ernie4_5_moe served": _config(
         "ernie4_5_moe", **GROUPED, **HEAD, **SIZE, **FED, moe_num_experts=6, moe_k=2, moe_layer_start_index=0
@@ -145,9 +159,12 @@ SERVED = [
     Case("glm4_moe served", Width(2, 2, 32, experts=5)),
     *(Case(row, plan) for row in ("gemma4_text served", "gemma4_text small served") for plan in ("channels", FOUR)),
     Case("gemma4_text mixture served", Width(2, 3, 32, experts=5)),
+    # On a CPU linear attention is in bfloat16.
+    Case("qwen3_5_text served", Width(2, 3, 64), dtype="bfloat16"),
 ]
 REFUSED = {
     Case("phimoe served", "experts"): "too many values to unpack",
+    Case("deepseek_v2 served", "experts"): "Heterogeneous MLA models are not supported",
     Case("llama4_text served", "experts"): "must match the size of tensor b",
     Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
     Case("qwen2", Width(2, 2, 40)): "exceeds dimension size",

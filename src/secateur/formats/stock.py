@@ -191,9 +191,10 @@ def stock_config(
     if family.ungrouped:
         # The class does not read it; other readers might.
         stored.pop("num_key_value_heads", None)
-    if (experts := mixture_of(config)) is None:
+    # A config may speak of experts that no block has.
+    if (experts := mixture_of(config)) is None or not width.experts:
         stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
-    elif width.experts:
+    else:
         if channels is not None:
             stored |= dict.fromkeys((stock.channels, *stock.same), channels)
         # Some configs hold the number under two names.

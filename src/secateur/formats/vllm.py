@@ -45,6 +45,8 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, mult
             "its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and the class "
             "reshapes what vLLM's attention returns to one row; prune channels only, in the stock format"
         )
+    if FAMILIES[kind].latent is not None:
+        return "its transformers backend runs no latent attention block by block; take --widths uniform"
     mixture = FAMILIES[kind].experts
     if kind in BACKEND:
         return f"its transformers backend {BACKEND[kind]}; take --widths uniform"
