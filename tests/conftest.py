@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,12 +31,6 @@ CheckpointFolder = Callable[[str], Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model's tests come first: workers that share the files then end together."""
     items.sort(key=lambda item: item.path.name != "test_real.py")
-
-
-def pytest_collection_finish() -> None:
-    """Libraries and thousands of tests are there for good: the collector need not look at them again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -139,7 +139,7 @@ def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFol
 def test_several_leave_at_a_time(
     checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Half of what is left, as many of each group; between such steps errors are interpolated."""
+    """Half of all, as many of each group; between such steps errors are interpolated."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, groups = routed_of(mixture), mixture.module.groups
         found = expert_order("frequency", routed, mixture.module.least)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from secateur.base.device import fast_dtype
-from secateur.criteria.experts import STEP, TOKENS
+from secateur.criteria.experts import TOKENS, at_once
 from secateur.fit.level1 import SAMPLED
 from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
@@ -171,8 +171,7 @@ def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
     module = block.feed_forward
     if module.kind != "experts" or left >= module.units:
         return Work()
-    n, several = min(tokens, TOKENS), max(module.groups, module.units // STEP // module.groups * module.groups)
-    rounds = range(module.units, left, -several)
+    n, rounds = min(tokens, TOKENS), range(module.units, left, -at_once(module))
     steps, routed = len(rounds), 2.0 * n * (module.met + 1) * width * sum(rounds)
     made = n * module.met * (2 + math.log(module.units / left))
     return Work(

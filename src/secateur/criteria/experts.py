@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.base.team import Team
 from secateur.model.mixture import Mixture, Routes
+from secateur.model.structure import Depth2
 
 TOKENS = 4096
 """Of the calibration text, spaced evenly, on which orders are found: each is given to many experts."""
@@ -123,11 +124,15 @@ class ExpertOrder(NamedTuple):
     """Summed squared errors of the output, weights unchanged, once 0, 1, 2, ... of them have gone."""
 
 
+def at_once(module: Depth2) -> int:
+    """How many experts leave in a round; as many of every group, where there are groups."""
+    return max(module.groups, module.units // STEP // module.groups * module.groups)
+
+
 def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertOrder:
     """Find the order in which experts leave until `stop` are left; as many of every group, where there are groups."""
     team, mixture = routed.team, routed.mixture
     groups, alive = mixture.module.groups, mixture.every
-    several = max(groups, len(alive) // STEP // groups * groups)
     scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
     order: list[int] = []
     counts, errors = [], []
@@ -141,7 +146,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
         if left <= 0:
             break
         costs = _rises(routed, alive, routes, given, losses) if scores is None else scores[alive]
-        step = min(left, several)
+        step = max(groups, min(left, at_once(mixture.module)) // groups * groups)
         chosen = _cheapest(costs, alive, step // groups, groups, mixture.module.units)
         order += alive[chosen].tolist()
         alive = alive[torch.isin(torch.arange(len(alive), device=alive.device), chosen, invert=True)]
