@@ -25,6 +25,7 @@ ORDER = [
     "measure",
     "report",
     "commands",
+    "retraining",
     "compare",
     "cli",
 ]

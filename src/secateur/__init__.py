@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from secateur.commands.plan import propose
     from secateur.commands.prune import prune
     from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
-    from secateur.compare.retrain import retrain
     from secateur.formats.per_layer import register
     from secateur.measure import perplexity, speed
     from secateur.model.checkpoint import open_checkpoint
     from secateur.model.rows import Rows
     from secateur.model.stream import BlockStream
+    from secateur.retraining.retrain import retrain
     from secateur.text.calibration import calibration_rows, consecutive_rows
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "Bars": "secateur.cli.terminal",
     "Options": "secateur.commands.options",
     "Running": "secateur.commands.options",
-    "retrain": "secateur.compare.retrain",
+    "retrain": "secateur.retraining.retrain",
     "open_checkpoint": "secateur.model.checkpoint",
     "BlockStream": "secateur.model.stream",
     "Rows": "secateur.model.rows",

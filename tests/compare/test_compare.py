@@ -34,12 +34,12 @@ from secateur.compare import plots as comparison_plots
 from secateur.compare.comparison import Spread
 from secateur.compare.dense import magnitudes
 from secateur.compare.recipes import recipe_names
-from secateur.compare.retrain import retrain
 from secateur.compare.run_store import RunStore
 from secateur.criteria.head_distances import head_distances
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
+from secateur.retraining.retrain import retrain
 from secateur.text import calibration, draw
 from secateur.text.rewrite import rewritten
 

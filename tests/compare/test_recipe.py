@@ -14,7 +14,7 @@ from secateur.commands.options import Options
 from secateur.compare.comparison import AVERAGE
 from secateur.compare.recipe import Recipe, changed, expand, named, read_recipe
 from secateur.compare.recipes import recipe_names
-from secateur.compare.training import Training
+from secateur.retraining.options import Training
 
 SMALL: dict[str, Any] = {
     "title": "small",

@@ -31,11 +31,11 @@ from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, Running
 from secateur.compare import recipe
-from secateur.compare.training import Training
 from secateur.criteria import registry
 from secateur.formats.stock import STOCK
 from secateur.model.families import FAMILIES
 from secateur.plan.target import parse_target
+from secateur.retraining.options import Training
 from secateur.text import documents
 
 ROOT = Path(__file__).parents[2]

@@ -44,10 +44,10 @@ from secateur.commands import steps
 from secateur.commands.open import open_model
 from secateur.compare.recipe import expand, read_recipe
 from secateur.compare.recipes import FOLDER
-from secateur.compare.retrain import retrain
-from secateur.compare.training import Training
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
+from secateur.retraining.options import Training
+from secateur.retraining.retrain import retrain
 from secateur.text.calibration import calibration_rows
 from secateur.write.export import export
 

@@ -6,7 +6,7 @@ from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import Running
-from secateur.compare.training import Training
+from secateur.retraining.options import Training
 
 
 @generated
@@ -22,7 +22,7 @@ def retrain(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.compare.retrain import retrain as run
+        from secateur.retraining.retrain import retrain as run
 
     done = run(
         folder,

@@ -31,7 +31,6 @@ from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_m
 from secateur.commands.survey_file import survey_key
 from secateur.compare.comparison import AVERAGE, Column, Comparison, Row
 from secateur.compare.recipe import PaperModel, Recipe, Run, expand, named
-from secateur.compare.retrain import check_retraining, retrain, training_rows
 from secateur.compare.run_store import RunStore
 from secateur.measure.compare import load, scored_rows, short
 from secateur.measure.perplexity import perplexity
@@ -39,6 +38,7 @@ from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.plan.meters import parameter_meter
 from secateur.report.summary import Summary
+from secateur.retraining.retrain import check_retraining, retrain, training_rows
 from secateur.text.calibration import check_calibration, tokenised_once
 from secateur.text.draw import CalibrationRows, RowRequest
 from secateur.text.sources import RANDOM, SELF

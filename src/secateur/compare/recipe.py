@@ -20,8 +20,8 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path, read_yaml
 from secateur.commands.options import Options
 from secateur.compare.recipes import FOLDER, recipe_names
-from secateur.compare.training import Training
 from secateur.criteria.choice import LARGEST
+from secateur.retraining.options import Training
 from secateur.text.sources import RANDOM, SELF
 
 T = TypeVar("T")

@@ -22,13 +22,14 @@ from models import ROWS, logits_of, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
-from secateur.compare import retrain as steps
-from secateur.compare.retrain import retrain, training_rows
-from secateur.compare.train import adapted_layers, distance
-from secateur.compare.training import Training
 from secateur.measure import compare, perplexity
 from secateur.measure.compare import load
 from secateur.model.checkpoint import open_checkpoint
+from secateur.retraining import retrain as steps
+from secateur.retraining.adapters import adapted_layers
+from secateur.retraining.options import Training
+from secateur.retraining.retrain import retrain, training_rows
+from secateur.retraining.teacher import distance
 
 SMALL: dict[str, Any] = {"samples": 16, "length": 16, "epochs": 6, "batch": 4, "learning_rate": 5e-3, "device": "cpu"}
 PRUNE: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "sparsity": 0.4, "device": "cpu"}

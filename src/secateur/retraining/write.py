@@ -1,0 +1,37 @@
+"""A pruned folder once more, with the weights that a retraining has changed."""
+
+from typing import Any
+
+from torch import Tensor
+
+from secateur.base.files import Output
+from secateur.formats.per_layer import MODELING_FILE, is_per_layer
+from secateur.model.checkpoint import Checkpoint
+from secateur.report.card import BASE_CARD
+from secateur.report.folder import described, text_of
+from secateur.write.record import RECORD, record_of
+from secateur.write.shards import ShardWriter, header_room
+from secateur.write.write import copy_into, write_json, write_record
+
+
+def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], entry: dict[str, Any]) -> None:
+    """Write the folder with new values for some tensors, and add `entry` to the record's list `retrained`."""
+    # Experts may be stored one by one.
+    stored = {piece: part for name, weight in changed.items() for piece, part in checkpoint.split(name, weight).items()}
+    source = checkpoint.path
+    with target as partial:
+        writer = ShardWriter(partial, header_bytes=header_room(checkpoint.tensors))
+        for name, info in checkpoint.tensors.items():
+            writer.add(name, stored[name].to(info.dtype) if name in stored else checkpoint.read(name))
+        writer.close()
+        modeling = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
+        write_json(partial / "config.json", checkpoint.raw_config)
+        for file in (*checkpoint.files, *modeling):
+            copy_into(partial, file)
+        record = record_of(source)
+        record["retrained"] = [*record.get("retrained", []), entry]
+        write_json(partial / RECORD, record)
+        # A folder that another tool has saved has no record to be described by.
+        files = described(text_of(source / BASE_CARD), lambda: record) if "sizes" in record else {}
+        for name, contents in files.items():
+            write_record(partial / name, contents)
