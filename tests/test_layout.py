@@ -26,7 +26,7 @@ ORDER = [
     "report",
     "commands",
     "retraining",
-    "compare",
+    "paper",
     "cli",
 ]
 """The folders in the order in which the data goes; each imports from those before it."""

@@ -30,10 +30,10 @@ import models as tiny
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, Running
-from secateur.compare import recipe
 from secateur.criteria import registry
 from secateur.formats.stock import STOCK
 from secateur.model.families import FAMILIES
+from secateur.paper import recipe
 from secateur.plan.target import parse_target
 from secateur.retraining.options import Training
 from secateur.text import documents

@@ -42,10 +42,10 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands import steps
 from secateur.commands.open import open_model
-from secateur.compare.recipe import expand, read_recipe
-from secateur.compare.recipes import FOLDER
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
+from secateur.paper.recipe import expand, read_recipe
+from secateur.paper.recipes import FOLDER
 from secateur.retraining.options import Training
 from secateur.retraining.retrain import retrain
 from secateur.text.calibration import calibration_rows

@@ -11,7 +11,7 @@ from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, interrupted, show
 from secateur.cli.values import parse_list, parse_whole_numbers
 from secateur.commands.options import Running
-from secateur.compare.recipes import recipe_names
+from secateur.paper.recipes import recipe_names
 
 _in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
 
@@ -80,7 +80,7 @@ def compare(
 
     Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """
-    from secateur.compare.recipe import changed, read_recipe
+    from secateur.paper.recipe import changed, read_recipe
 
     *models, name = what
     recipe = changed(
@@ -98,10 +98,10 @@ def compare(
     )
     bars = Bars()
     with bars.loading():
-        from secateur.compare.dense import compare_dense
-        from secateur.compare.grid import compare as run
-        from secateur.compare.plots import plot_comparison
-        from secateur.compare.tables import compare_table, write_tables
+        from secateur.paper.dense import compare_dense
+        from secateur.paper.grid import compare as run
+        from secateur.paper.plots import plot_comparison
+        from secateur.paper.tables import compare_table, write_tables
 
     how: dict[str, Any] = {"device": running.device, "trust_remote_code": running.trust_remote_code, "watcher": bars}
     try:

@@ -28,17 +28,17 @@ from secateur.base.errors import SecateurError
 from secateur.commands import open as open_step
 from secateur.commands import steps
 from secateur.commands.prune import prune
-from secateur.compare import dense
-from secateur.compare import grid as compare_step
-from secateur.compare import plots as comparison_plots
-from secateur.compare.comparison import Spread
-from secateur.compare.dense import magnitudes
-from secateur.compare.recipes import recipe_names
-from secateur.compare.run_store import RunStore
 from secateur.criteria.head_distances import head_distances
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
+from secateur.paper import dense, judge
+from secateur.paper import plots as comparison_plots
+from secateur.paper import runs as compare_step
+from secateur.paper.comparison import Spread
+from secateur.paper.dense import magnitudes
+from secateur.paper.recipes import recipe_names
+from secateur.paper.run_store import RunStore
 from secateur.retraining.retrain import retrain
 from secateur.text import calibration, draw
 from secateur.text.rewrite import rewritten
@@ -548,7 +548,7 @@ def test_mistakes_come_before_work(
         raise AssertionError("a mistake was found after long work")
 
     monkeypatch.setattr(compare_step, "prune_run", reached)
-    monkeypatch.setattr(compare_step, "load", reached)
+    monkeypatch.setattr(judge, "load", reached)
     wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
     (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
     (grid / "lora.yaml").write_text(yaml.safe_dump(GRID | {"retrain": {"wanda": {}}}))

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path, read_yaml
 from secateur.commands.options import Options
-from secateur.compare.recipes import FOLDER, recipe_names
 from secateur.criteria.choice import LARGEST
+from secateur.paper.recipes import FOLDER, recipe_names
 from secateur.retraining.options import Training
 from secateur.text.sources import RANDOM, SELF
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from secateur.base.files import write_whole
-from secateur.compare.comparison import Column, Comparison, Row
+from secateur.paper.comparison import Column, Comparison, Row
 
 _SIZES = ("sparsity", "parameters", "heads", "channels")
 

@@ -14,14 +14,14 @@ from secateur.base.progress import Silent, Watcher
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Running
 from secateur.commands.steps import draw_rows
-from secateur.compare.grid import sources
-from secateur.compare.plots import plot_graphs, plot_magnitudes
-from secateur.compare.recipe import Recipe
-from secateur.compare.run_store import RunStore
-from secateur.compare.tables import write_table
 from secateur.criteria.head_distances import head_distances
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.paper.plots import plot_graphs, plot_magnitudes
+from secateur.paper.recipe import Recipe
+from secateur.paper.run_store import RunStore
+from secateur.paper.subject import sources
+from secateur.paper.tables import write_table
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import yaml
 
 from secateur.base.errors import SecateurError
 from secateur.commands.options import Options
-from secateur.compare.comparison import AVERAGE
-from secateur.compare.recipe import Recipe, changed, expand, named, read_recipe
-from secateur.compare.recipes import recipe_names
+from secateur.paper.comparison import AVERAGE
+from secateur.paper.recipe import Recipe, changed, expand, named, read_recipe
+from secateur.paper.recipes import recipe_names
 from secateur.retraining.options import Training
 
 SMALL: dict[str, Any] = {

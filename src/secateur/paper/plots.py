@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.files import write_whole
-from secateur.compare.comparison import AVERAGE, Column, Comparison, Row
+from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
 
 
 def plot_comparison(found: Comparison, out: Path) -> None:

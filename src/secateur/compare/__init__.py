@@ -1,1 +1,0 @@
-"""Recipes, and all that only a comparison needs."""

@@ -1,0 +1,64 @@
+"""Scores of whole models: perplexities and zero-shot accuracies, all taken in the same way."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur
+from secateur.base.files import hash_of
+from secateur.base.progress import Watcher
+from secateur.measure.compare import load
+from secateur.measure.perplexity import perplexity
+from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
+from secateur.model.checkpoint import open_checkpoint
+from secateur.paper.recipe import Recipe, named
+from secateur.paper.subject import Subject, columns_of
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores whole models, all in the same way."""
+
+    tasks: dict[str, list[OpenTask]]
+    """By column; a group of tasks is averaged."""
+    device: torch.device
+    watcher: Watcher
+
+    def score(self, folder: str | Path, subject: Subject, what: str) -> dict[str, Any]:
+        """Perplexities and accuracies in percent, by column."""
+        checkpoint = subject.checkpoint
+        if folder != checkpoint.path:
+            checkpoint = open_checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
+        with self.watcher.busy(f"Loading {what}"):
+            network = load(checkpoint, torch.float32, self.device)
+        texts, accuracies = {}, {}
+        for column, rows in subject.texts.items():
+            texts[column] = perplexity(network, rows, watcher=self.watcher, what=f"{what} on {column}").perplexity
+        for column, tasks in self.tasks.items():
+            found = zero_shot(network, subject.tokenizer, tasks, watcher=self.watcher, what=f"{what} on")
+            accuracies[column] = 100 * sum((one.acc_norm or one.acc).value for one in found) / len(found)
+        return {"perplexity": texts, "accuracy": accuracies}
+
+    def decided_by(self, subject: Subject) -> dict[str, Any]:
+        """What decides the scores of a given model."""
+        asked = {name: repr([(task.name, task.items) for task in tasks]) for name, tasks in self.tasks.items()}
+        return {
+            "secateur": secateur.__version__,
+            "fingerprint": subject.checkpoint.fingerprint,
+            "device": self.device.type,
+            "texts": {column: hash_of(rows) for column, rows in subject.texts.items()},
+            "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in asked.items()},
+        }
+
+
+def task_columns(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
+    """The tasks of each column, with their items."""
+    limit = recipe.evaluation.limit
+    open_tasks([], limit=limit, task_path=task_path)  # what is wrong with these, also where there are no tasks
+    wanted = columns_of("tasks", [named(task, task) for task in recipe.evaluation.tasks])
+    return {
+        column: open_tasks([task], limit=limit, task_path=task_path, watcher=watcher) for column, task in wanted.items()
+    }

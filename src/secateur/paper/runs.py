@@ -1,0 +1,104 @@
+"""The runs of a comparison: what decides each one's result, and how it is carried out."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from secateur.base.files import digest, hash_of
+from secateur.base.progress import Silent
+from secateur.commands.open import OpenRun
+from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
+from secateur.commands.survey_file import survey_key
+from secateur.paper.judge import Judge
+from secateur.paper.recipe import Run
+from secateur.paper.run_store import RunStore
+from secateur.paper.subject import Subject
+from secateur.plan.meters import parameter_meter
+from secateur.report.summary import Summary
+from secateur.retraining.retrain import retrain, training_rows
+
+DENSE = "dense"
+"""The row of a model before pruning."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the comparison, or the scoring of a dense model."""
+
+    subject: Subject
+    run: Run | None
+    """None for the dense model."""
+    open: OpenRun
+    decided_by: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """The name of its result."""
+        return digest(self.decided_by)
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        if self.run is None:
+            return f"{self.subject.name} {DENSE}"
+        seed = self.run.place("seed")
+        return f"{self.subject.name} {self.run.row}" + ("" if seed is None else f", seed {seed}")
+
+    def carried_out(self, judge: Judge, store: RunStore) -> dict[str, Any]:
+        """Scores and sizes; what is pruned is thrown away."""
+        start = time.perf_counter()
+        folder, sparsity = self.subject.checkpoint.path, 0.0
+        parameters = round(parameter_meter(self.open.stream).dense)
+        widths = [block.width for block in self.open.stream.blocks]
+        if self.run is not None:
+            folder = store.scratch / "model"
+            summary = prune_run(self.open, self.subject, folder, store)
+            sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
+            if self.run.training is not None:
+                pruned, folder = folder, store.scratch / "retrained"
+                device = "cpu" if judge.device.type == "cpu" else "auto"
+                retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=judge.watcher)
+        scores = judge.score(folder, self.subject, self.what)
+        for name in ("model", "retrained"):
+            shutil.rmtree(store.scratch / name, ignore_errors=True)
+        return scores | {
+            "sparsity": sparsity,
+            "parameters": parameters,
+            "heads": sum(width.heads for width in widths),
+            "channels": sum(width.fed for width in widths),
+            "seconds": time.perf_counter() - start,
+        }
+
+
+def prune_run(run: OpenRun, subject: Subject, folder: Path, store: RunStore) -> Summary:
+    """All steps of `prune` but the first; rows are drawn once, and the survey is kept in the comparison's folder."""
+    run = replace(run, started=time.perf_counter())
+    if (rows := subject.drawn.get(run.row_request)) is None:
+        rows = subject.drawn[run.row_request] = draw_rows(run)
+    running = replace(run.running, survey=store.survey_file(survey_key(run, rows.text)), overwrite=True)
+    run = replace(run, running=running)
+    plan = plan_widths(run, rows, survey_model(run, rows))
+    return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
+
+
+def planned_runs(subject: Subject, judge: Judge) -> Iterator[Planned]:
+    """All runs on a model, the dense one first, with what decides each: the dense weights and scoring, and its own."""
+    dense = judge.decided_by(subject)
+    yield Planned(subject, None, subject.runs[0][1], dense)
+    for run, opened, rows in subject.runs:
+        training = run.training
+        trained = None if training is None else training_rows(subject.checkpoint, training, Silent())
+        own = {
+            "options": asdict(opened.options),
+            # With the options, stand-ins decide what a model writes in their place.
+            "rows": [hash_of(group) for group in (rows.text, *rows.groups.groups)],
+            # The contents of a file with a plan or ratios.
+            "given": repr(opened.request.plan_from_file),
+            "training": training and asdict(training),
+            "training rows": None if trained is None else hash_of(trained),
+        }
+        yield Planned(subject, run, replace(opened, watcher=judge.watcher), dense | own)

@@ -1,0 +1,112 @@
+"""A model of a comparison: opened once, with every run on it checked before the first is carried out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from secateur.base.errors import SecateurError
+from secateur.base.files import digest
+from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.words import twice
+from secateur.commands.open import OpenRun, open_model
+from secateur.commands.options import Options, Running
+from secateur.commands.request import check_request
+from secateur.commands.steps import draw_rows
+from secateur.measure.compare import scored_rows, short
+from secateur.model.checkpoint import Checkpoint
+from secateur.paper.recipe import PaperModel, Recipe, Run, expand, named
+from secateur.retraining.retrain import check_retraining, training_rows
+from secateur.text.calibration import check_calibration
+from secateur.text.draw import CalibrationRows, RowRequest
+from secateur.text.sources import RANDOM, SELF
+
+_REQUESTED = frozenset(("sparsity", "plan", "blocks", "modules", "widths", "ridge", "round"))
+"""Options that decide neither the open model nor its rows; runs that differ in no others share what was opened."""
+
+
+class Asked(NamedTuple):
+    """One model of the comparison, and what to make of it."""
+
+    name: str
+    source: str
+    paper: PaperModel | None
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the comparison, opened and checked."""
+
+    name: str
+    paper: PaperModel | None
+    checkpoint: Checkpoint
+    tokenizer: Any
+    texts: dict[str, Tensor]
+    """Rows to score (rows x length), by column."""
+    runs: list[tuple[Run, OpenRun, CalibrationRows]]
+    """Rows of runs whose model writes its own are stand-ins, and no fit's copies are there."""
+    drawn: dict[RowRequest, CalibrationRows] = field(default_factory=dict)
+    """The rows that runs were made with, for others that want the very same."""
+
+
+def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
+    """Every model with its runs: those given, or the recipe's own."""
+    found = []
+    for source in models or [model.id for model in recipe.models.values()]:
+        entry, paper = recipe.model_of(source) or (None, None)
+        found.append(Asked(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
+    if not found:
+        raise SecateurError("the recipe names no model of its own; give one in front of it")
+    if (again := twice([asked.name for asked in found])) is not None:
+        raise SecateurError(f"model {again} is there twice; leave one out, or give its folder another name")
+    return found
+
+
+def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watcher) -> Subject:
+    """Open a model with all runs on it, and find what is wrong with any."""
+    columns = columns_of("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
+    # One length for all runs, also where the calibration's is an axis of the grid.
+    shared = recipe.options | (asked.paper.options if asked.paper else {})
+    length = recipe.evaluation.length or shared.get("length", Options.length)
+    for text in columns.values():
+        if text in (RANDOM, SELF):
+            ids = "random ids" if text == RANDOM else "what a model writes itself"
+            raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
+        check_calibration(text, length=length)
+    for run in asked.runs:
+        for source in run.options.sources:
+            check_calibration(source, samples=run.options.samples, length=run.options.length)
+        if run.training is not None:
+            check_retraining(running.device)
+    opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
+    found = []
+    with reading(watcher, "Checking all runs on", asked.source):
+        for run in asked.runs:
+            group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
+            try:
+                if group not in opened:
+                    first = open_model(asked.source, run.options, running)
+                    opened[group] = first, draw_rows(first, dry=True)
+                model, rows = opened[group]
+                request = check_request(model.stream, run.options, model.dtype, Silent())
+                if run.training is not None:
+                    training_rows(model.stream.checkpoint, run.training, Silent())
+            except SecateurError as error:
+                raise SecateurError(f"{asked.name}, {run.row or 'run'}: {error}") from error
+            found.append((run, replace(model, options=run.options, request=request), rows))
+    checkpoint = found[0][1].stream.checkpoint
+    tokenizer, texts = checkpoint.tokenizer(), {}
+    for column, text in columns.items():
+        with reading(watcher, "Reading", text):
+            texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens)
+    return Subject(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
+
+
+def columns_of(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """What is scored, by the name of its column."""
+    names = [name for name, _ in sources]
+    if (again := twice(names)) is not None:
+        raise SecateurError(f"two {what} are called {again}; give them names of their own, NAME={what[:-1].upper()}")
+    return dict(sources)
