@@ -159,10 +159,10 @@ def run_killed(case: Case, place: Path) -> None:
     last = int(int(written.read_text()) * KILLED_AT)
     ended(child(lambda: commands(case, place, count=written, last=last)))
     left = sorted(path.name for path in place.iterdir() if path.name not in (*LINKED, "stdout", "stderr"))
-    ended(child(lambda: commands(case, place)))
     (place / "left when killed").write_text("\n".join(left))
-    for varying in ("synchronised", "stderr"):
-        (place / varying).unlink()
+    for file in ("synchronised", "stdout", "stderr"):
+        (place / file).unlink()
+    ended(child(lambda: commands(case, place)))
 
 
 def child(function: Callable[[], None]) -> int:

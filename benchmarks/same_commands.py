@@ -44,8 +44,8 @@ MIXTURES = (
 MULTIMODAL = ("gemma3", "gemma4 small", "mistral3", "qwen3_vl_moe")
 CRITERIA = (
     *("surgeon", "second-moment", "wanda", "flap-wifv", "flap-ifv", "flap-wifn", "l1", "l2", "random"),
-    *("llm-pruner-vector", "llm-pruner-element1", "llm-pruner-element2", "similarity --tau 0.3"),
-    *("similarity+wanda --tau 0.1", "similarity+surgeon --tau 0.3", "heads=wanda,channels=l2"),
+    *("llm-pruner-vector", "llm-pruner-element1", "llm-pruner-element2", "similarity --tau 0.15"),
+    *("similarity+wanda --tau 0.1", "similarity+surgeon --tau 0.15", "heads=wanda,channels=l2"),
 )
 RECOVERIES = {
     "none": "--recovery none",
@@ -63,12 +63,12 @@ LLAMA = {
     "sigma identity": f"--criterion second-moment --sigma identity {RANDOM}",
     "sigma random": f"--criterion second-moment --sigma random --recovery paper {TEXT}",
     "ridge": f"--ridge 2 {RANDOM}",
-    "refit calibration": f"{TEXT} --refit-calibration files/chats.jsonl --refit-samples 12",
+    "refit calibration": f"{TEXT} --refit-calibration files/documents.jsonl --refit-samples 12",
     "refit samples": f"--refit-samples 8 --effort quick {RANDOM}",
     "self": f"--calibration self {ROWS}",
     "general": f"--calibration general {ROWS}",
     "general and text": f"--calibration general+files/text.txt {ROWS}",
-    "chats": f"--calibration files/chats.jsonl {ROWS} --seed 3",
+    "documents": f"--calibration files/documents.jsonl {ROWS} --seed 3",
     "params": f"--target params=85% {RANDOM}",
     "bytes": f"--target bytes=0.2MB {RANDOM}",
     "kv": f"--target kv=70% {RANDOM}",
@@ -82,17 +82,17 @@ LLAMA = {
     "longer text": "--calibration files/text.txt --samples 12 --length 48",
 }
 EXPERTS = {
-    "whole": "--modules experts",
-    "whole, quick": "--modules experts --effort quick",
-    "whole, uniform": "--modules experts --widths uniform",
-    "thinned": "--modules channels",
-    "thinned, no recovery": "--modules channels --recovery none",
-    "thinned, quick": "--modules channels --effort quick",
-    "thinned, uniform": "--modules channels --widths uniform",
+    "whole": "--sparsity 0.3 --modules experts",
+    "whole, quick": "--sparsity 0.3 --modules experts --effort quick",
+    "whole, uniform": "--sparsity 0.3 --modules experts --widths uniform",
+    "thinned": "--sparsity 0.3 --modules channels",
+    "thinned, no recovery": "--sparsity 0.3 --modules channels --recovery none",
+    "thinned, quick": "--sparsity 0.3 --modules channels --effort quick",
+    "thinned, uniform": "--sparsity 0.3 --modules channels --widths uniform",
     "active": "--target active=80%",
-    "best": "--effort best",
-    "wanda": "--criterion wanda --effort quick",
-    "random": "--criterion random --effort quick",
+    "best": "--sparsity 0.3 --effort best",
+    "wanda": "--sparsity 0.3 --criterion wanda --effort quick",
+    "random": "--sparsity 0.3 --criterion random --effort quick",
 }
 TWO_STEPS = {
     "plan": (f"plan dense/llama --out plan.json {RANDOM}", f"prune dense/llama out --plan plan.json {RANDOM}"),
@@ -131,6 +131,7 @@ TWO_STEPS = {
         f"prune dense/llama out --effort quick {RANDOM}",
         "eval out --against dense/llama --perplexity files/held.txt --tokens 320 --length 16 --report --json out.json",
     ),
+    "chats": (f"prune dense/chat out --calibration files/chats.jsonl --effort quick {ROWS}",),
     "families": ("families",),
     "family file": (f"prune dense/biogpt out --family files/biogpt.yaml --recovery none {RANDOM}",),
     "mistakes": (
@@ -157,6 +158,7 @@ final_norm: biogpt.layer_norm
 ungrouped: true
 stock: {heads: dense, theta: null}
 """
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 RECIPE = """
 title: Small
 options: {calibration: files/text.txt, samples: 4, length: 16, format: hf, recovery: none}
@@ -190,7 +192,7 @@ def tiny_cases() -> dict[str, Case]:
         words[f"llama with {name}"] = f"dense/llama out {options}"
     for row in ("mixtral", "qwen2_moe", "gemma4_text mixture"):
         for name, options in EXPERTS.items():
-            words[f"experts {name}, {row}"] = f"{folder_of(row)} out --sparsity 0.3 {options} {RANDOM}"
+            words[f"experts {name}, {row}"] = f"{folder_of(row)} out {options} {RANDOM}"
     for row in ("llama", "qwen3 biased", "gpt2", "gemma4_text"):
         for name, options in TYPES.items():
             words[f"gguf type {name}, {row}"] = f"{folder_of(row)} out.gguf {options} --effort quick {RANDOM}"
@@ -217,19 +219,19 @@ def real_cases(text: bool) -> dict[str, Case]:
 
 
 def prepare(folder: Path, text: Path | None) -> None:
-    """Write the models and input files of all cases that are not there yet."""
+    """Write the models and input files of all cases; models that are there stay."""
     files, dense = folder / "files", folder / "dense"
-    files.mkdir(parents=True, exist_ok=True)
+    for place in (files, dense):
+        place.mkdir(parents=True, exist_ok=True)
     if text:
         shutil.copyfile(text, files / "real.txt")
-    if dense.exists():
-        return
-    dense.mkdir()
     words = [f"w{(7 * i * i + 3 * i) % 11}" for i in range(2000)]
-    (files / "text.txt").write_text("\n\n".join(" ".join(words[at : at + 40]) for at in range(0, 1000, 40)))
+    texts = [" ".join(words[at : at + 40]) for at in range(0, 1000, 40)]
+    (files / "text.txt").write_text("\n\n".join(texts))
     (files / "held.txt").write_text(" ".join(words[1000:]))
-    chats = [[{"role": "user", "content": " ".join(words[at : at + 30])}] for at in range(0, 600, 30)]
-    (files / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (files / "documents.jsonl").write_text("".join(json.dumps({"text": f"{one}!"}) + "\n" for one in texts))
+    chats = [{"messages": [{"role": "user", "content": one}]} for one in texts]
+    (files / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
     (files / "ratios.json").write_text('{"0:1": 0.2, "1:3": {"heads": 0, "channels": 0.4}}')
     (files / "biogpt.yaml").write_text(BIOGPT)
     (files / "recipe.yaml").write_text(RECIPE)
@@ -245,8 +247,14 @@ def _save_models(dense: Path) -> None:
     import models
 
     models.SIMILAR["biogpt"] = lambda: AutoConfig.for_model("biogpt", **models.SIZES)
-    for row in (*LINEAGES, *MIXTURES, "biogpt"):
-        saved = models.save(row, dense / row.replace(" ", "-"))
-        models.make_letters().save_pretrained(saved)
+    rows = {folder_of(row): row for row in (*LINEAGES, *MIXTURES, "biogpt")} | {"dense/chat": "llama"}
+    for place, row in rows.items():
+        saved = dense.parent / place
+        if not saved.exists():
+            models.save(row, saved)
+            tokenizer = models.make_letters()
+            tokenizer.chat_template = TEMPLATE if place == "dense/chat" else None
+            tokenizer.save_pretrained(saved)
     for row in MULTIMODAL:
-        test_multimodal.save(row, dense / f"image-{row.replace(' ', '-')}")
+        if not (saved := dense / f"image-{row.replace(' ', '-')}").exists():
+            test_multimodal.save(row, saved)
