@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.pytorch_utils import Conv1D
 
 from secateur.base.quiet import quiet
+from secateur.families.registry import family_of
 from secateur.model.describe import describe
-from secateur.model.families import family_of
 from secateur.model.structure import Block, Depth2, Keep, Kind, Pattern
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 

@@ -13,6 +13,7 @@ import secateur
 ROOT = Path(secateur.__file__).parent
 ORDER = [
     "base",
+    "families",
     "model",
     "text",
     "numerics",

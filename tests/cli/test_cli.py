@@ -31,7 +31,7 @@ from secateur import cli
 from secateur.base.quiet import quiet
 from secateur.cli import terminal
 from secateur.commands import fitted, plan, prune, sizes, steps
-from secateur.model.families import FAMILIES
+from secateur.families.registry import FAMILIES
 from secateur.write import shards
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
@@ -181,7 +181,7 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
         other_family("codegen"),
         "model type 'codegen' is not supported; secateur families prints those that are",
     ),
-    "another form": (other_family("codegen"), "needs an entry in secateur/model/families.py: the names of its blocks"),
+    "another form": (other_family("codegen"), "needs an entry in secateur/families/: the names of its blocks"),
     "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
     "experts": (
         other_family("jetmoe"),

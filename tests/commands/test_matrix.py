@@ -42,13 +42,13 @@ from models import (
 from secateur.base.errors import SecateurError
 from secateur.commands.options import Options
 from secateur.commands.prune import prune
+from secateur.families.registry import FAMILIES, family_of
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.temper import scaled
-from secateur.formats.stock import STOCK
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.families import FAMILIES, head_dim
+from secateur.model.facts import head_dim
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Pattern, Width
@@ -136,7 +136,7 @@ def with_another_unit(block: Block, keep: Keep, kind: Kind, pattern: Pattern) ->
 
 
 def test_every_family_has_a_row():
-    assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES) == set(STOCK)
+    assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES)
     widths = {name: (first_block(name).attention.groups, first_block(name).attention.units) for name in MATRIX}
     grouped = {config_of(name).model_type for name, (groups, heads) in widths.items() if 1 < groups < heads}
     latent = {kind for kind, family in FAMILIES.items() if family.latent is not None}
@@ -248,12 +248,12 @@ class Job:
 
 
 def writable_heads(name: str) -> bool:
-    return STOCK[config_of(name).model_type].heads != "dense" and not attention_of(name).locked
+    return family_of(config_of(name)).stock.heads != "dense" and not attention_of(name).locked
 
 
 def writable_channels(name: str) -> bool:
     """Fewer channels in every block."""
-    return not (STOCK[config_of(name).model_type].derived or getattr(config_of(name), "use_double_wide_mlp", False))
+    return not (family_of(config_of(name)).stock.derived or getattr(config_of(name), "use_double_wide_mlp", False))
 
 
 def heads_share(name: str) -> float:

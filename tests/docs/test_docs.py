@@ -31,8 +31,7 @@ from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, Running
 from secateur.criteria import registry
-from secateur.formats.stock import STOCK
-from secateur.model.families import FAMILIES
+from secateur.families.registry import FAMILIES
 from secateur.paper import recipe
 from secateur.plan.target import parse_target
 from secateur.retraining.options import Training
@@ -188,7 +187,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def kept() -> Iterator[None]:
     """Families, criteria and what transformers knows are those of before."""
     registry.all_criteria()
-    tables: list[dict[Any, Any]] = [FAMILIES, STOCK, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
+    tables: list[dict[Any, Any]] = [FAMILIES, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):

@@ -21,7 +21,7 @@ from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.families import activation_of
+from secateur.model.facts import activation_of
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.plan.problem import Plan

@@ -15,10 +15,9 @@ from conftest import CheckpointFolder
 from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, token_rows
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
+from secateur.families.registry import FAMILIES
 from secateur.formats.family_file import read_family
 from secateur.formats.per_layer import model_class
-from secateur.formats.stock import STOCK
-from secateur.model.families import FAMILIES
 from secateur.model.structure import Keep
 
 BIOGPT = """
@@ -45,8 +44,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     file = tmp_path / "biogpt.yaml"
     file.write_text(BIOGPT)
     yield file
-    for table in (FAMILIES, STOCK):
-        table.pop("biogpt", None)
+    FAMILIES.pop("biogpt", None)
 
 
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])

@@ -28,13 +28,14 @@ from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, some
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
+from secateur.families.registry import family_of
 from secateur.formats.gguf_architectures import TYPES
 from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.per_layer import per_layer_config
-from secateur.formats.stock import STOCK, stock_config
+from secateur.formats.stock import stock_config
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.families import family_of, head_dim
+from secateur.model.facts import head_dim
 from secateur.model.gguf_config import _complete_rotation, _llama3
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.stream import BlockStream
@@ -306,7 +307,7 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
     widths = {i: width_of(blocks[i], keep) for i, keep in keeps.items()}
     settings = {"head_dim": head_dim(config), "dtype": torch.float32}
     raw = json.loads(config.to_json_string(use_diff=False))
-    derived = STOCK[config.model_type].derived is not None
+    derived = family_of(config).stock.derived is not None
     if alike(widths.values()) and min(widths[0].groups, widths[0].fed) and not derived:
         channels = {} if widths[0].experts else {"channels": widths[0].channels}
         stored = stock_config(raw, config, width=widths[len(widths) - 1], **channels, **settings)

@@ -43,7 +43,7 @@ from secateur.base.quiet import quiet
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary
 from secateur.model import gguf_file
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.gguf_table import DENSE, MIXTURES
+from secateur.model.gguf_table import read_dense, readings
 from secateur.write.export import export
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -59,7 +59,7 @@ READ = OF_EXPERTS | {
     name: kept
     for name, (kinds, kept) in UNIFORM.items()
     # A model whose last blocks are twice as wide is written when it has been cut alone.
-    if kept in DENSE and name not in OF_EXPERTS and name != "gemma4_text wide"
+    if read_dense(kept) and name not in OF_EXPERTS and name != "gemma4_text wide"
 }
 TWINS = {"glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
 """Of these, other classes compute the same."""
@@ -134,15 +134,17 @@ def same(first: Checkpoint, second: Checkpoint) -> bool:
 
 
 def test_every_architecture_is_read() -> None:
-    assert set(OF_EXPERTS.values()) == MIXTURES.keys()
-    assert {kept for name, kept in READ.items() if name not in OF_EXPERTS} == DENSE.keys()
+    assert set(OF_EXPERTS.values()) == {one.how.architecture for one in readings() if one.family.experts}
+    dense = {one.how.architecture for one in readings() if one.how.dense}
+    assert {kept for name, kept in READ.items() if name not in OF_EXPERTS} == dense
 
 
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
     """Every weight by the name that checkpoints have for it, and the config behind the logits."""
     # Of a norm that is stored plus one, what has the digits of checkpoints comes back to the bit.
-    dtype = torch.bfloat16 if (MIXTURES | DENSE)[READ[name]].shifted else torch.float32
+    kept = next(one for one in readings() if one.how.architecture == READ[name])
+    dtype = torch.bfloat16 if kept.family.norm_offset else torch.float32
     source = dense(name, tmp_path / "dense", dtype)
     found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path, dtype)
     assert found.config.model_type == TWINS.get(name, source.config.model_type)

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models import MIXTURES, SIMILAR, config_of
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.formats.stock import STOCK, stock_config, stock_obstacle
+from secateur.families.registry import FAMILIES, family_of
+from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.structure import Width
 
 SIZES = {
@@ -130,7 +131,7 @@ def logits(config, state: dict | None = None):
 
 
 def dense_of(config) -> Width:
-    if STOCK[config.model_type].heads != "dense":
+    if family_of(config).stock.heads != "dense":
         return DENSE
     channels = {"gpt2": 192, "opt": 40, "gpt_neox": 40}[config.model_type]
     return Width(6, 1, getattr(config, "n_inner", None) or channels)
@@ -144,7 +145,7 @@ NEW_ONLY = ("dtype", "rope_parameters")
 def test_every_family_is_covered():
     """Here, or by the matrix, which loads what is written, and `tests/older`."""
     similar = {config_of(name).model_type for name in SIMILAR | MIXTURES}
-    assert {stored["model_type"] for stored in RAW.values()} == set(STOCK) - similar
+    assert {stored["model_type"] for stored in RAW.values()} == set(FAMILIES) - similar
 
 
 @pytest.mark.parametrize("case", RAW)
@@ -270,7 +271,7 @@ def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
 )
 def test_obstacles(tmp_path, case, keys, width, message):
     config = load({**RAW[case], **keys}, tmp_path)
-    obstacle = stock_obstacle(config, width, EVERY_HEAD if STOCK[config.model_type].heads == "dense" else DENSE)
+    obstacle = stock_obstacle(config, width, EVERY_HEAD if family_of(config).stock.heads == "dense" else DENSE)
     if message is None:
         assert obstacle is None
     else:
@@ -286,6 +287,7 @@ def test_the_refusals_are_real(kind):
 
 def test_unknown_families(tmp_path):
     config = load(raw("persimmon"), tmp_path)
-    assert "no stock layout is known for model_type 'persimmon'" in (stock_obstacle(config, DENSE, DENSE) or "")
+    with pytest.raises(SecateurError, match="'persimmon'"):
+        stock_obstacle(config, DENSE, DENSE)
     with pytest.raises(SecateurError, match="'persimmon'"):
         stock_config(raw("persimmon"), config, width=DENSE, head_dim=HEAD, dtype=torch.float32)

@@ -21,9 +21,8 @@ from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.commands import steps
 from secateur.commands.open import open_model
+from secateur.families.registry import FAMILIES
 from secateur.formats import family_file
-from secateur.formats.stock import STOCK
-from secateur.model.families import FAMILIES
 
 WHOLE = 99
 """More items than a run has."""
@@ -153,10 +152,9 @@ BIOGPT: dict[str, Any] = {
 @contextlib.contextmanager
 def known(kind: str) -> Iterator[None]:
     """A family that a file describes, forgotten again."""
-    before = [dict(table) for table in (FAMILIES, STOCK)]
+    before = dict(FAMILIES)
     try:
         yield
     finally:
-        for table, entries in zip((FAMILIES, STOCK), before, strict=True):
-            table.clear()
-            table.update(entries)  # type: ignore[arg-type]
+        FAMILIES.clear()
+        FAMILIES.update(before)

@@ -2,9 +2,8 @@
 
 from typing import NamedTuple
 
-from secateur.formats.gguf_architectures import SOURCES
-from secateur.formats.stock import STOCK
-from secateur.model.families import FAMILIES, Family
+from secateur.families.entry import Family
+from secateur.families.registry import FAMILIES
 
 STOCK_HEADS = {"any": "any heads", "divisors": "heads that divide the hidden size", "dense": "all heads"}
 
@@ -31,24 +30,24 @@ def families() -> list[FamilyRow]:
             name,
             _heads(family),
             "channels" if family.experts is None else "experts, channels",
-            _stock(name, family),
-            ", ".join(SOURCES[name].architectures) if name in SOURCES else "",
+            _stock(family),
+            ", ".join(family.gguf.architectures),
         )
         for name, family in sorted(FAMILIES.items())
     ]
 
 
 def _heads(family: Family) -> str:
-    if family.mixer is not None:
+    if family.token_mixer is not None:
         return "yes, of blocks that have some"
     if family.heads_locked is None:
         return "yes"
-    if family.locking is not None:
-        return f"yes; with {family.locking} no: {family.heads_locked}"
-    return f"{'no' if family.heads_fixed else 'all of a block or none'}: {family.heads_locked}"
+    if family.locked_by is not None:
+        return f"yes; with {family.locked_by} no: {family.heads_locked}"
+    return f"{'no' if family.attention_fixed else 'all of a block or none'}: {family.heads_locked}"
 
 
-def _stock(name: str, family: Family) -> str:
-    if STOCK[name].derived:
+def _stock(family: Family) -> str:
+    if family.stock.derived:
         return "the dense model alone"
-    return STOCK_HEADS["dense" if family.heads_locked and not family.locking else STOCK[name].heads]
+    return STOCK_HEADS["dense" if family.heads_locked and not family.locked_by else family.stock.heads]

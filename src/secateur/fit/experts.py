@@ -125,7 +125,7 @@ class ExpertsState:
         for expert in mixture.parts(alive):
             fitted = fits.fit(expert)
             if fitted is not None and expert == module.units:
-                state.change({f"{module.path}.{mixture.names.shared}.down_proj.weight": fitted.T.contiguous()})
+                state.change({f"{module.path}.{mixture.names.shared_expert}.down_proj.weight": fitted.T.contiguous()})
             elif fitted is not None:
                 mixture.put(expert, {"down_proj.weight": fitted.T})
         for name in names:

@@ -13,7 +13,7 @@ from secateur.fit.inputs import Inputs
 from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.recovery import Fit
 from secateur.fit.target import ModuleTarget
-from secateur.model.families import activation_of
+from secateur.model.facts import activation_of
 
 
 def level1_step(target: ModuleTarget, kept: Tensor, inputs: Inputs, fit: Fit) -> dict[str, Tensor]:

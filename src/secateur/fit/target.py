@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.fit.block import BlockState
 from secateur.model.arena import Activations
-from secateur.model.families import multiplier_of
+from secateur.model.facts import multiplier_of
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.structure import Depth2

@@ -1,23 +1,23 @@
-"""A family that a person describes in a YAML file, with the fields that an entry of ours has.
+"""A family that a person describes in a YAML file, with the fields of `secateur.families.entry.Family`.
 
-model_type: biogpt
-blocks: biogpt.layers
+model_type: imaginary
+blocks: imaginary.layers
 stock: {heads: dense}
 """
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import read_yaml
-from secateur.formats.stock import STOCK, Stock
-from secateur.model.families import FAMILIES, Family
+from secateur.families.entry import Family
+from secateur.families.registry import FAMILIES
 
-T = TypeVar("T", Family, Stock)
-KIND, WIDTHS = "model_type", "stock"
+KIND = "model_type"
 _READ: set[str] = set()
 """Families from files, which may be read again."""
 
@@ -34,24 +34,31 @@ def read_family(path: Path) -> str:
         raise SecateurError(f"{path}: cannot be read ({error}); name a YAML file") from error
     if not isinstance(raw, dict) or not isinstance(raw.get(KIND), str):
         raise SecateurError(f"{path}: a family is a mapping with {KIND} and the names of layers; see docs/extend.md")
-    kind, widths = raw.pop(KIND), raw.pop(WIDTHS, {})
+    kind = raw.pop(KIND)
     if kind in FAMILIES and kind not in _READ:
         raise SecateurError(f"{path}: secateur knows {kind}; leave --family out")
-    FAMILIES[kind], STOCK[kind] = _made(path, Family, raw, ""), _made(path, Stock, widths, f"{WIDTHS}.")
+    FAMILIES[kind] = _entry(path, Family, raw, "")
     _READ.add(kind)
     return kind
 
 
-def _made(path: Path, owner: type[T], raw: Any, place: str) -> T:
-    """One of our entries from a mapping."""
+def _entry(path: Path, owner: type[Any], raw: Any, place: str) -> Any:
+    """Return an entry of a family, or of a part of one, from a mapping."""
     if not isinstance(raw, dict):
         raise SecateurError(f"{path}: {place.rstrip('.')} is {raw!r}; write a mapping")
-    known, hints, values = [field.name for field in fields(owner)], get_type_hints(owner), {}
-    for name, value in raw.items():
+    known, hints = [field.name for field in fields(owner)], get_type_hints(owner)
+    for name in raw:
         if name not in known:
             raise SecateurError(f"{path}: {place}{name}: no such field; there are {', '.join(known)}")
-        try:
-            values[name] = TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, list))
-        except ValidationError as error:
-            raise SecateurError(f"{path}: {place}{name}: {value!r}: {error.errors()[0]['msg']}") from error
-    return owner(**values)
+    return owner(**{name: _value(path, hints[name], value, place + name) for name, value in raw.items()})
+
+
+def _value(path: Path, hint: Any, value: Any, place: str) -> Any:
+    """Return a field's value, checked against its type; parts such as `stock` are mappings themselves."""
+    part: Any = next((one for one in get_args(hint) if one is not NoneType), hint)
+    if isinstance(part, type) and is_dataclass(part) and value is not None:
+        return _entry(path, part, value, f"{place}.")
+    try:
+        return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, list))
+    except ValidationError as error:
+        raise SecateurError(f"{path}: {place}: {value!r}: {error.errors()[0]['msg']}") from error

@@ -69,7 +69,7 @@ def context_length(model: Model, architecture: Architecture) -> int:
 def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, type: str) -> None:
     config, widths = model.config, laid_out(model, architecture, type)
     # What blocks without experts have, where the config says both.
-    apart = model.family.experts is not None and model.family.experts.width != "intermediate_size"
+    apart = model.family.experts is not None and model.family.experts.expert_width != "intermediate_size"
     dense = getattr(config, "intermediate_size", 0) if apart else 0
     writer.add_context_length(context_length(model, architecture))
     writer.add_embedding_length(config.hidden_size)
@@ -83,11 +83,11 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         add(values if architecture.per_layer or 0 in values else values[0])
     if architecture.linear:
         _add_linear(writer, model)
-    elif model.family.mixer is not None:
+    elif model.family.token_mixer is not None:
         writer.add_shortconv_l_cache(config.conv_L_cache)
     if architecture.latent:
         _add_latent(writer, model)
-    elif model.source.mixed:
+    elif model.family.heads_by_layer_type:
         _add_mixed(writer, model)
     else:
         writer.add_key_length(model.dim)
@@ -123,9 +123,9 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-    if getattr(config, "final_logit_softcapping", None) and not model.source.mixed:
+    if getattr(config, "final_logit_softcapping", None) and not model.family.heads_by_layer_type:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if model.source.mixed:
+    if model.family.heads_by_layer_type:
         writer.add_sliding_window(model.window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     elif architecture.windows and model.window is not None:
@@ -138,7 +138,7 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
 
 def _shared_heads(model: Model, architecture: Architecture, index: int, width: Width) -> int:
     """Key/value heads of a block in a file."""
-    if model.source.mixed:
+    if model.family.heads_by_layer_type:
         return model.heads_of(index)[1]
     # None where something else stands in the attention's place, unless the file says otherwise which blocks these are.
     if model.mixes(index) and not architecture.linear:
@@ -186,11 +186,11 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
     assert names is not None
     first = next(index for index, width in enumerate(widths) if width.experts)
     writer.add_expert_count(widths[first].experts)
-    met = getattr(config, names.chosen)
+    met = getattr(config, names.experts_per_token)
     writer.add_expert_used_count(max(met) if isinstance(met, list) else met)
     writer.add_expert_feed_forward_length(widths[first].channels)
-    if names.shared is not None:
-        name = f"{model.family.feed_forward}.{names.shared}.down_proj.weight"
+    if names.shared_expert is not None:
+        name = f"{model.family.feed_forward}.{names.shared_expert}.down_proj.weight"
         writer.add_expert_shared_feed_forward_length(model.checkpoint.tensors[model.inside[first][name]].shape[1])
         writer.add_expert_shared_count(getattr(config, "n_shared_experts", 1))
     if architecture.leading:
@@ -200,7 +200,7 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
     if architecture.normed is None or architecture.name == "lfm2moe":
         writer.add_expert_weights_norm(model.normed)
         writer.add_expert_weights_scale(float(getattr(config, "routed_scaling_factor", 1.0)))
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType[model.source.router.upper()])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType[names.gating.upper()])
         groups, used = ((getattr(config, key, None) or 1) for key in ("n_group", "topk_group"))
         # Where all groups are open there are none for llama.cpp.
         writer.add_expert_group_count(groups if used < groups else 1)
@@ -222,7 +222,7 @@ def _add_rope(writer: GGUFWriter, model: Model, architecture: Architecture) -> N
     rope, kind = model.rope, model.kind
     if architecture.distances or not rope:
         return
-    if not model.source.mixed:
+    if not model.family.heads_by_layer_type:
         writer.add_rope_dimension_count(model.rotated)
     writer.add_rope_freq_base(rope["rope_theta"])
     if architecture.sections:

@@ -1,9 +1,9 @@
-"""What llama.cpp's graphs compute, and which of them may compute a family, as tables.
+"""What llama.cpp's graphs compute, as tables.
 
 llama.cpp has one graph an architecture, which looks for widths, biases and norms in its own places. Two of them read
 heads and channels from arrays, one number a block: they carry models whose blocks differ in width. The tables hold from
 release b8840 of llama.cpp; releases before it refuse biased query layers that are not as wide as the residual stream.
-Which graph a model takes is decided in `gguf_choice.py`.
+A family's entry names its graphs; which of them a model takes is decided in `gguf_choice.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -198,109 +198,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By llama.cpp's name."""
 
-
-@dataclass(frozen=True)
-class Source:
-    """How models of one model_type store and name what differs between them."""
-
-    architectures: tuple[str, ...]
-    """llama.cpp's, the best known first."""
-    activation: str = "hidden_act"
-    epsilon: str = "rms_norm_eps"
-    """Keys of the config; or the function itself, where the code has it."""
-    fused: str | None = None
-    """One layer for queries, keys and values, of which no head can go."""
-    gated: bool = False
-    """The query layer holds the rows of a head's gate behind those of its query."""
-    interleaved: bool = False
-    """It holds queries, key and value of one group after the other."""
-    transposed: bool = False
-    """Matrices inside blocks are stored input first."""
-    shifted: bool = False
-    """Norms are stored less one."""
-    paired: bool = False
-    """Consecutive entries of a head rotate together already."""
-    mixed: bool = False
-    """Blocks with a window have heads of another size, and the last blocks may attend with what earlier ones keep."""
-    router: Literal["softmax", "sigmoid"] = "sigmoid"
-    """What makes gates of a router's logits, where a file says so."""
-    normed: bool | None = None
-    """Gates add up to one: always, never, or as the config says."""
-    turned: bool = False
-    """Matrices of experts are stored input first ..."""
-    alternating: bool = False
-    """... with the outputs of gate and up in turn, and biases."""
-
-
-SOURCES: dict[str, Source] = {
-    "llama": Source(("llama", "deci")),
-    "mistral": Source(("llama", "deci")),
-    **dict.fromkeys(("cwm", "ministral", "seed_oss"), Source(("llama", "deci"))),
-    **dict.fromkeys(("ernie4_5", "helium"), Source(("llama", "deci"), paired=True)),
-    "ministral3": Source(("mistral3",)),
-    "cohere": Source(("command-r",), epsilon="layer_norm_eps", paired=True),
-    "cohere2": Source(("cohere2",), epsilon="layer_norm_eps", paired=True),
-    "nemotron": Source(("nemotron",), epsilon="norm_eps", shifted=True),
-    "jais2": Source(("jais2",), epsilon="layer_norm_eps"),
-    "stablelm": Source(("stablelm",), epsilon="layer_norm_eps"),
-    "phi": Source(("phi2",), epsilon="layer_norm_eps"),
-    **{name: Source((name,)) for name in ("apertus", "arcee")},
-    "granite": Source(("granite",)),
-    "gemma": Source(("gemma",), shifted=True),
-    "starcoder2": Source(("starcoder2",), epsilon="norm_epsilon"),
-    "qwen2": Source(("qwen2", "llama", "deci")),
-    "qwen3": Source(("qwen3", "openelm")),
-    "phi3": Source(("phi3", "llama", "deci")),
-    "mixtral": Source(("llama",), normed=True),
-    "qwen2_moe": Source(("qwen2moe",)),
-    "qwen3_moe": Source(("qwen3moe",)),
-    "olmoe": Source(("olmoe",)),
-    "granitemoe": Source(("granitemoe",), normed=True),
-    "smollm3": Source(("smollm3",)),
-    "glm": Source(("chatglm",), paired=True),
-    "glm4": Source(("glm4",), paired=True),
-    "exaone4": Source(("exaone4",)),
-    "hunyuan_v1_dense": Source(("hunyuan-dense",)),
-    "hunyuan_v1_moe": Source(("hunyuan-moe",), normed=True),
-    "ernie4_5_moe": Source(("ernie4_5-moe",), paired=True, normed=True),
-    "gpt_oss": Source(("gpt-oss",), normed=True, turned=True, alternating=True),
-    "dots1": Source(("dots1",)),
-    **dict.fromkeys(("glm4_moe", "solar_open"), Source(("glm4moe",))),
-    "exaone_moe": Source(("exaone-moe",)),
-    "minimax_m2": Source(("minimax-m2",), normed=True),
-    "llama4_text": Source(("llama4",), normed=False, paired=True, turned=True),
-    "mistral4": Source(("mistral4",), router="softmax"),
-    "deepseek_v2": Source(("deepseek2",), router="softmax", normed=False),
-    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "youtu"), Source(("deepseek2",))),
-    "olmo": Source(("olmo",)),
-    **dict.fromkeys(("olmo2", "olmo3"), Source(("olmo2",))),
-    "gemma2": Source(("gemma2",), activation="hidden_activation", shifted=True),
-    "gemma3_text": Source(("gemma3",), activation="hidden_activation", shifted=True),
-    "gemma4_text": Source(("gemma4",), activation="hidden_activation", normed=True, mixed=True),
-    "gpt2": Source(("gpt2",), activation="activation_function", epsilon="layer_norm_epsilon", transposed=True),
-    "gpt_neox": Source(("gptneox",), epsilon="layer_norm_eps"),
-    "falcon": Source(("falcon",), activation="activation", epsilon="layer_norm_epsilon"),
-    "bloom": Source(
-        ("bloom",), activation="gelu", epsilon="layer_norm_epsilon", fused="query_key_value", interleaved=True
-    ),
-    "lfm2": Source(("lfm2",), activation="silu", epsilon="norm_eps"),
-    "lfm2_moe": Source(("lfm2moe",), activation="silu", epsilon="norm_eps"),
-    "qwen3_next": Source(("qwen3next",), shifted=True, gated=True),
-    "qwen3_5_text": Source(("qwen35",), shifted=True, gated=True),
-    "qwen3_5_moe_text": Source(("qwen35moe",), shifted=True, gated=True, normed=True),
-    "mpt": Source(("mpt",), activation="gelu", epsilon="layer_norm_epsilon", fused="Wqkv"),
-    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), Source(("qwen2vl",))),
-    "qwen3_vl_text": Source(("qwen3vl",)),
-    "qwen3_vl_moe_text": Source(("qwen3vlmoe",)),
-}
-"""By model_type: a decoder's own, not that of the twin by which it is read. OPT and GPT-J are missing: llama.cpp has no
-such graphs."""
-
-OTHERWISE = {
-    "phimoe": "norms without taking the mean off, and makes gates add up to one",
-    "paligemma": "sees nothing ahead within a prompt",
-}
-"""What llama.cpp's graph of a model_type, or of the decoder in a multimodal one, does, and the model does not."""
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},

@@ -9,20 +9,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
+from secateur.families.entry import Family, Gguf
+from secateur.families.registry import family_of, gguf_of
 from secateur.formats.gguf_architectures import (
     ACTIVATIONS,
     ARCHITECTURES,
     LEVEL2,
-    OTHERWISE,
-    SOURCES,
     SWIGLU_LIMIT,
     TYPES,
     Architecture,
-    Source,
 )
 from secateur.formats.per_layer import dense_channels
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.families import Family, family_of, head_dim, positions_of
+from secateur.model.facts import head_dim, positions_of
 from secateur.model.structure import Width, alike
 
 
@@ -35,7 +34,7 @@ class Model:
     added_biases: frozenset[str] = frozenset()
     """Of layers that will get one, where the model is still to be pruned."""
     family: Family = field(init=False)
-    source: Source = field(init=False)
+    source: Gguf = field(init=False)
     inside: list[dict[str, str]] = field(init=False)
     """By block: name inside the block → stored name."""
     outside: dict[str, str] = field(init=False)
@@ -43,15 +42,16 @@ class Model:
 
     def __post_init__(self) -> None:
         kind = getattr(self.config, "twin_of", self.config.model_type)
-        if other := OTHERWISE.get((self.checkpoint.around or {}).get("model_type", kind)):
+        self.source, self.family = gguf_of(self.config), family_of(self.config)
+        around = (self.checkpoint.around or {}).get("model_type")
+        if other := self.source.unlike_inside.get(str(around)) or self.source.unlike:
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp's {kind} {other}, unlike the model; keep the safetensors folder"
             )
-        if kind not in SOURCES:
+        if not self.source.architectures:
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"
             )
-        self.source, self.family = SOURCES[kind], family_of(self.config)
         # Configs have no common way to say which blocks have no experts.
         self.widths = [
             replace(width, channels=dense_channels(self.config, index), experts=0)
@@ -103,9 +103,8 @@ class Model:
     @property
     def fused(self) -> tuple[str, bool] | None:
         """The one layer for queries, keys and values, and whether it holds them group by group."""
-        family, source = self.family, self.source
-        name = family.fused or source.fused
-        return None if name is None else (name, family.interleaved or source.interleaved)
+        family = self.family
+        return None if family.fused is None else (family.fused, family.interleaved)
 
     @property
     def value_dim(self) -> int:
@@ -153,7 +152,7 @@ class Model:
         names = {
             layer: f"{family.attention}.{name}" for layer, name in (attention | {"attn_output": family.output}).items()
         }
-        if family.experts is not None and not family.experts.apart and all(width.experts for width in self.widths):
+        if family.experts is not None and family.mixture and all(width.experts for width in self.widths):
             return names
         if gate := family.fused_gate or family.gate:
             names["ffn_gate"] = feed + gate
@@ -161,24 +160,24 @@ class Model:
 
     def fed(self, width: Width) -> int:
         """Channels of a block's feed-forward, also of one that stands beside experts."""
-        apart = self.family.experts is not None and self.family.experts.apart
-        return int(self.config.intermediate_size) if width.experts and apart else width.channels
+        parallel = width.experts and not self.family.mixture
+        return int(self.config.intermediate_size) if parallel else width.channels
 
     def mixes(self, index: int) -> bool:
         """Whether something else stands in the place of a block's attention."""
-        mixer = self.family.mixer
-        return mixer is not None and any(name.startswith(f"{mixer[0]}.") for name in self.inside[index])
+        mixer = self.family.token_mixer
+        return mixer is not None and any(name.startswith(f"{mixer.path}.") for name in self.inside[index])
 
     @property
     def normed(self) -> bool:
         """Whether the gates of what a token meets add up to one."""
-        return bool(self.config.norm_topk_prob) if self.source.normed is None else self.source.normed
+        always = None if self.family.experts is None else self.family.experts.gates_sum_to_one
+        return bool(self.config.norm_topk_prob) if always is None else always
 
     def parameter(self, index: int, leaf: str) -> str:
         """What transformers calls one of the tensors of a block's experts."""
         assert self.family.experts is not None
-        inside = "" if self.family.experts.apart else f"{self.family.feed_forward}."
-        return f"{self.family.blocks}.{index}.{inside}{self.family.experts.experts}.{leaf}"
+        return f"{self.family.blocks}.{index}.{self.family.mixture}{self.family.experts.experts}.{leaf}"
 
     @property
     def biases(self) -> frozenset[str]:
@@ -286,9 +285,9 @@ def _obstacle(model: Model, architecture: Architecture, type: str) -> str | None
         return "has full attention at regular intervals, and linear attention before each of them"
     if architecture.linear and config.linear_key_head_dim != config.linear_value_head_dim:
         return "has keys and values of linear attention of one size"
-    if model.source.mixed and (reason := _mixed_obstacle(model)):
+    if model.family.heads_by_layer_type and (reason := _mixed_obstacle(model)):
         return reason
-    if architecture.windows and model.window is not None and not model.period and not model.source.mixed:
+    if architecture.windows and model.window is not None and not model.period and not model.family.heads_by_layer_type:
         return "has windows at regular intervals only, and blocks without between them"
     if architecture.name in ("cohere2", "exaone-moe") and model.window is None:
         return "has windows in some blocks, and turns positions there"
@@ -332,7 +331,8 @@ def _latent_obstacle(model: Model, architecture: Architecture) -> str | None:
         return "takes yarn's mscale and mscale_all_dim for the same number"
     if model.kind == "yarn" and architecture.name == "mistral4" and rope["mscale"] != 1:
         return "takes yarn's mscale for 1"
-    if model.source.router == "softmax" and getattr(config, "topk_method", "greedy") != "greedy":
+    experts = model.family.experts
+    if experts is not None and experts.gating == "softmax" and getattr(config, "topk_method", "greedy") != "greedy":
         return "chooses groups of experts by their best two, and this model by their best"
     return None
 

@@ -220,7 +220,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     if architecture.needs_biases:
         for layer in model.layers:
             parts.setdefault(f"{layer}.bias", Lazy.full(parts[f"{layer}.weight"].shape[:1], 0.0))
-    if architecture.pairs and not model.source.paired:
+    if architecture.pairs and not model.source.pairs:
         for name in ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias"):
             if name in parts:
                 parts[name] = parts[name].then(partial(_in_pairs, dim=model.dim))
@@ -237,11 +237,12 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     Raises:
         SecateurError: one is missing, or has another shape than the width in the config.
     """
-    width, family, hidden, mixed = model.widths[index], model.family, model.config.hidden_size, model.source.mixed
+    width, family, hidden = model.widths[index], model.family, model.config.hidden_size
+    mixed = family.heads_by_layer_type
     dim, groups = model.heads_of(index) if mixed and width.heads else (model.dim, width.groups)
     rows, shared, channels = width.heads * dim, groups * dim, model.fed(width)
     outputs = {
-        "attn_q": rows * (2 if model.source.gated else 1),
+        "attn_q": rows * (2 if model.source.query_gate else 1),
         "attn_k": shared,
         "attn_v": shared,
         "ffn_gate": channels,
@@ -296,9 +297,9 @@ def _latent(model: Model, index: int) -> dict[str, Lazy]:
 
 def _linear(model: Model, architecture: Architecture, stored: dict[str, Lazy]) -> dict[str, Lazy]:
     """Tensors of a block with linear attention, as llama.cpp lays their heads out."""
-    assert model.family.mixer is not None
+    assert model.family.token_mixer is not None
     config, result = model.config, {name: lazy for name, lazy in stored.items() if "in_proj_qkvz" not in name}
-    inside = f"{model.family.mixer[0]}."
+    inside = f"{model.family.token_mixer.path}."
     if fused := stored.get(f"{inside}in_proj_qkvz.weight"):
         for layer, which in {"qkv": slice(3), "z": slice(3, None)}.items():
             result[f"{inside}in_proj_{layer}.weight"] = fused.then(partial(by_kind, config=config, which=which))
@@ -317,6 +318,8 @@ def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]
     """
     if not model.widths[index].experts:
         return {}, frozenset()
+    layout = model.family.experts
+    assert layout is not None
     checkpoint, pieces, found = model.checkpoint, list[str](), dict[str, Lazy]()
     for leaf, names in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
         name = model.parameter(index, leaf)
@@ -327,15 +330,15 @@ def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]
         # Its shape without reading it.
         shape = checkpoint.parameter_shape(name)
         whole = Lazy(shape, partial(checkpoint.read_parameter, name))
-        if model.source.turned:
+        if layout.inputs_first:
             whole = whole.then(lambda tensor: tensor.transpose(1, 2))
-        if model.source.alternating:
+        if layout.alternating:
             pieces += checkpoint.pieces(f"{name}_bias")
             bias = _stored(model, pieces[-1])
         rows = whole.shape[1] // len(names)
         for place, part in enumerate(names):
             pick = partial(_rows_of, which=slice(place * rows, (place + 1) * rows))
-            if model.source.alternating:
+            if layout.alternating:
                 pick = partial(_rows_of, which=slice(place, None, len(names)))
                 found[f"ffn_{part}_exps.bias"] = bias.then(pick)
             found[f"ffn_{part}_exps.weight"] = whole.then(pick)
@@ -360,7 +363,7 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
 
 def _norm(model: Model, name: str, stored: Lazy) -> Lazy:
     """The factors of a norm, also of one that adds one to what it stores; other tensors as they are."""
-    return stored.then(lambda values: values.float() + 1) if model.source.shifted and adds_one(name) else stored
+    return stored.then(lambda values: values.float() + 1) if model.family.norm_offset and adds_one(name) else stored
 
 
 def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:

@@ -21,10 +21,11 @@ from transformers.models.auto.modeling_auto import (
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.formats.stock import STOCK, stock_config
+from secateur.families.registry import FAMILIES, experts_of, family_of
+from secateur.formats.stock import stock_config
 from secateur.model import modeling_secateur
 from secateur.model.config_file import TEXT, stock_class
-from secateur.model.families import FAMILIES, groups_of, mixture_of
+from secateur.model.facts import key_value_heads
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
 from secateur.model.structure import Block, Width
 
@@ -46,8 +47,6 @@ def per_layer_obstacle(config: Any, block: Block, width: Width) -> str | None:
     Zero heads and zero channels are legal, and blocks do not bind each other.
     """
     kind = config.model_type
-    if kind not in STOCK:
-        return f"no layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
     if block.attention.fixed and width.heads != block.width.heads:
         return f"{kind} keeps all {block.width.heads} heads of a block, as {block.attention.locked}"
     if block.attention.locked and width.heads not in (0, block.width.heads):
@@ -106,10 +105,10 @@ def per_layer_config(
         if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
             layers[str(index)] = differing
     # What derives a layer's head size cannot read that it has no heads.
-    apart = STOCK[config.model_type].by_type or derived or any(overrides(config, index) for index in range(len(dense)))
+    apart = family_of(config).stock.by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     stored[WIDTHS if apart else "per_layer_config"] = layers
     # A key that only some layers have must have a value for the others.
-    if FAMILIES[config.model_type].groups is not None:
+    if family_of(config).key_value_heads is not None:
         stored[GROUPS] = first.groups
     stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.
@@ -167,7 +166,7 @@ def register() -> None:
 
     Dense models keep their stock classes: `architectures` in config.json decides.
     """
-    for kind in STOCK:
+    for kind in FAMILIES:
         stock = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, CONFIG_MAPPING[kind])
         ours = getattr(modeling_secateur, PREFIX + stock.__name__)
         AutoModelForCausalLM.register(CONFIG_MAPPING[kind], (stock, ours), exist_ok=True)
@@ -182,9 +181,9 @@ def widths_of(config: Any) -> list[Width]:
     with quiet():
         if isinstance(config, Mapping):
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        key, mixture = STOCK[config.model_type].channels, mixture_of(config)
+        key, mixture = family_of(config).stock.channels, experts_of(config)
         heads = config.num_attention_heads
-        groups = None if FAMILIES[config.model_type].ungrouped else groups_of(config)
+        groups = None if family_of(config).ungrouped else key_value_heads(config)
         channels = getattr(config, key, None) or 4 * config.hidden_size
     widths = []
     for index in range(config.num_hidden_layers):
@@ -199,30 +198,30 @@ def widths_of(config: Any) -> list[Width]:
         if mixture is None:
             widths.append(Width(shared, each, own.get(key, channels)))
         else:
-            inner, count = (own.get(key, getattr(config, key)) for key in (mixture.width, mixture.count))
+            inner, count = (own.get(key, getattr(config, key)) for key in (mixture.expert_width, mixture.number))
             widths.append(Width(shared, each, inner, count))
     return widths
 
 
 def dense_channels(config: Any, index: int) -> int:
     """The channels of a block without experts, in a folder of ours whose others have some."""
-    key = STOCK[config.model_type].channels
+    key = family_of(config).stock.channels
     return int(overrides(config, index).get(key, getattr(config, key)))
 
 
 def _keys(config: Any, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
     """How a config spells the width of one layer."""
-    grouped = {} if FAMILIES[config.model_type].ungrouped else {GROUPS: width.groups}
+    grouped = {} if family_of(config).ungrouped else {GROUPS: width.groups}
     fed = {_fed_key(config, width): width.fed}
-    if (mixture := FAMILIES[config.model_type].experts) is not None and width.experts:
-        fed[mixture.width] = width.channels
+    if (mixture := family_of(config).experts) is not None and width.experts:
+        fed[mixture.expert_width] = width.channels
     return {HEADS: width.heads, **grouped, **fed, **dict(zip(BIASES, biases, strict=True))}
 
 
 def _fed_key(config: Any, width: Width) -> str:
     """The key of the feed-forward's units."""
-    mixture = FAMILIES[config.model_type].experts
-    return mixture.count if mixture is not None and width.experts else STOCK[config.model_type].channels
+    mixture = family_of(config).experts
+    return mixture.number if mixture is not None and width.experts else family_of(config).stock.channels
 
 
 def _clashes(width: Width, dense: Width) -> bool:

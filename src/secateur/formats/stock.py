@@ -1,125 +1,21 @@
 """A model of one width throughout, written so that the stock class loads it: what config.json must say.
 
 Config classes differ in how they spell a width and in which head counts they take, and transformers renamed
-the rotary settings between 4.57 and 5. The facts are a table; both spellings are written, so that either
-version builds the same model.
+the rotary settings between 4.57 and 5. The facts are in the families' entries; both spellings are written, so that
+either version builds the same model.
 """
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 
-from secateur.base.errors import SecateurError
-from secateur.model.families import FAMILIES, mixture_of, twin_of
+from secateur.families.entry import Stock
+from secateur.families.registry import experts_of, family_of, twin_of
 from secateur.model.modeling_secateur import EXPERTS
 from secateur.model.structure import Width
-
-
-@dataclass(frozen=True)
-class Stock:
-    """How the config class of one model_type spells widths and rotary settings, and the widths it takes."""
-
-    channels: str = "intermediate_size"
-    """The key of the feed-forward width."""
-    derived: bool = False
-    """The class derives that width and reads no key of it; only the per-layer format can change it."""
-    same: tuple[str, ...] = ()
-    """Other keys of it, as the family's own checkpoints have them."""
-    also: tuple[tuple[str, Any], ...] = ()
-    """Keys that make the class take the width as it is written."""
-    heads: Literal["any", "divisors", "dense"] = "any"
-    """Head counts that load: any; divisors of hidden_size; the dense one, which sets the head size."""
-    heir: tuple[str, str] | None = None
-    """A model_type with the same forward pass that takes the head counts this one refuses, and its class."""
-    fused_longrope: bool = False
-    """LongRoPE factors are checked against hidden_size // heads, whatever head_dim says."""
-    theta: str | None = "rope_theta"
-    """4.57's key of the rotary base; None where positions are learned."""
-    local_theta: str | None = None
-    """4.57's key of the rotary base in sliding-window layers, where rope_parameters is by layer type."""
-    partial: str | None = None
-    """4.57's key of the rotated share of a head."""
-    by_type: bool = False
-    """The class reads `per_layer_config` by types of layers, which must then be alike in it."""
-    scaling_type: str = "rope_type"
-    """4.57's name, inside rope_scaling, of the kind of scaling."""
-
-
-STOCK: dict[str, Stock] = {
-    "llama": Stock(heads="divisors", heir=("mistral", "MistralForCausalLM")),
-    "mistral": Stock(),
-    "qwen2": Stock(),
-    "qwen3": Stock(),
-    "gemma2": Stock(heads="divisors"),
-    "gemma3_text": Stock(heads="divisors", local_theta="rope_local_base_freq"),
-    "phi3": Stock(fused_longrope=True, partial="partial_rotary_factor", scaling_type="type"),
-    "olmo2": Stock(scaling_type="type"),
-    "apertus": Stock(),
-    "arcee": Stock(),
-    "cohere": Stock(),
-    "cohere2": Stock(),
-    "cwm": Stock(),
-    "ernie4_5": Stock(),
-    "exaone4": Stock(),
-    "gemma": Stock(),
-    "gemma4_text": Stock(theta=None, by_type=True),
-    "glm": Stock(partial="partial_rotary_factor"),
-    "glm4": Stock(partial="partial_rotary_factor"),
-    "granite": Stock(),
-    "helium": Stock(heads="dense"),
-    "hunyuan_v1_dense": Stock(),
-    "jais2": Stock(),
-    "lfm2": Stock(same=("block_ff_dim",), also=(("block_auto_adjust_ff_dim", False),)),
-    "ministral": Stock(),
-    "ministral3": Stock(),
-    "nanochat": Stock(),
-    "nemotron": Stock(partial="partial_rotary_factor"),
-    "olmo": Stock(),
-    "olmo3": Stock(),
-    "phi": Stock(heads="dense", partial="partial_rotary_factor"),
-    "qwen3_5_text": Stock(partial="partial_rotary_factor"),
-    "seed_oss": Stock(),
-    "smollm3": Stock(),
-    "stablelm": Stock(heads="dense", partial="partial_rotary_factor"),
-    "starcoder2": Stock(),
-    "vaultgemma": Stock(),
-    "youtu": Stock(),
-    "dots1": Stock(),
-    "ernie4_5_moe": Stock(),
-    "exaone_moe": Stock(),
-    "flex_olmo": Stock(),
-    "granitemoe": Stock(heads="dense"),
-    "gpt_oss": Stock(),
-    "hunyuan_v1_moe": Stock(),
-    "phimoe": Stock(heads="dense"),
-    "qwen3_5_moe_text": Stock(partial="partial_rotary_factor"),
-    "qwen3_next": Stock(partial="partial_rotary_factor"),
-    "deepseek_v2": Stock(heads="divisors"),
-    "deepseek_v3": Stock(),
-    "glm4_moe": Stock(partial="partial_rotary_factor"),
-    "glm4_moe_lite": Stock(partial="partial_rotary_factor"),
-    "lfm2_moe": Stock(),
-    "minimax_m2": Stock(),
-    "mistral4": Stock(theta=None),
-    "llama4_text": Stock(channels="intermediate_size_mlp"),
-    "mixtral": Stock(),
-    "olmoe": Stock(),
-    "qwen2_moe": Stock(heads="dense"),
-    "qwen3_moe": Stock(),
-    "solar_open": Stock(channels="moe_intermediate_size", partial="partial_rotary_factor"),
-    "gptj": Stock(channels="n_inner", heads="dense", theta=None),
-    "bloom": Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
-    "falcon": Stock(channels="ffn_hidden_size", heads="dense", theta=None),
-    "mpt": Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
-    "gpt2": Stock(channels="n_inner", heads="dense", theta=None),
-    "opt": Stock(channels="ffn_dim", heads="dense", theta=None),
-    "gpt_neox": Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
-}
-"""The stock classes by model_type."""
 
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
@@ -127,9 +23,7 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
 
     The config object and the dense width are those of the dense model.
     """
-    kind, stock = config.model_type, STOCK.get(config.model_type)
-    if stock is None:
-        return f"no stock layout is known for model_type {kind!r}; it needs an entry in secateur/formats/stock.py"
+    kind, stock = config.model_type, family_of(config).stock
     if min(width.groups, width.per_group, width.fed) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
     if getattr(config, "use_double_wide_mlp", False) and width.channels != dense.channels:
@@ -140,7 +34,7 @@ def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
         return None
     bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
     twin = twin_of(config)
-    if stock.heads == "dense" or (twin and twin.derives):
+    if stock.heads == "dense" or (twin and twin.derives_head_size):
         return f"{getattr(config, 'twin_of', kind)} derives its head size from hidden_size / heads, {bound}"
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
@@ -177,29 +71,23 @@ def stock_config(
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
-
-    Raises:
-        SecateurError: no stock layout is known for the model_type.
     """
-    stock = STOCK.get(config.model_type)
-    if stock is None:
-        raise SecateurError(f"no stock layout is known for model_type {config.model_type!r}")
-    stored = copy.deepcopy(raw_config)
+    family = family_of(config)
+    stock, stored = family.stock, copy.deepcopy(raw_config)
     # The stock class needs no code of the checkpoint's own, and the files that auto_map names are not copied.
     stored.pop("auto_map", None)
-    family = FAMILIES[config.model_type]
     if family.ungrouped:
         # The class does not read it; other readers might.
         stored.pop("num_key_value_heads", None)
     # A config may speak of experts that no block has.
-    if (experts := mixture_of(config)) is None or not width.experts:
+    if (experts := experts_of(config)) is None or not width.experts:
         stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
     else:
         if channels is not None:
             stored |= dict.fromkeys((stock.channels, *stock.same), channels)
         # Some configs hold the number under two names.
-        stored |= {key: width.experts for key in (*EXPERTS, experts.count) if key in stored or key == experts.count}
-        stored[experts.width] = width.channels
+        stored |= {key: width.experts for key in (*EXPERTS, experts.number) if key in stored or key == experts.number}
+        stored[experts.expert_width] = width.channels
     if stock.heads != "dense":
         stored |= {"num_attention_heads": width.heads, "num_key_value_heads": width.groups, "head_dim": head_dim}
     stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)

@@ -23,7 +23,7 @@ from secateur.measure.speed import Speed, speeds
 from secateur.measure.tasks import Kept, TaskResult, kept, open_tasks, zero_shot
 from secateur.measure.writing import check_prompts, written
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.families import positions_of
+from secateur.model.facts import positions_of
 from secateur.model.tokens import begins_with_bos
 from secateur.text.calibration import check_calibration, consecutive_rows
 from secateur.text.sources import RANDOM

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.measure.perplexity import scoring
-from secateur.model.families import positions_of
+from secateur.model.facts import positions_of
 
 
 @dataclass(frozen=True)

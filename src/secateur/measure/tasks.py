@@ -22,7 +22,7 @@ from secateur.base.files import local_path
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
 from secateur.measure.perplexity import device_of, scoring
-from secateur.model.families import positions_of
+from secateur.model.facts import positions_of
 from secateur.model.hub_source import out_of_reach
 
 _FILES = {"arrow", "csv", "json", "parquet", "text"}

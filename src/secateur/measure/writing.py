@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.model.families import positions_of
+from secateur.model.facts import positions_of
 from secateur.model.tokens import encode
 
 NEW = 80

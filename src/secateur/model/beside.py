@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.families.entry import Family
 from secateur.model.arena import Activations, Arena
-from secateur.model.families import Family
 from secateur.model.rows import Batch, Rows
 
 
@@ -39,13 +39,13 @@ class Beside:
     def __init__(self, config: Any, family: Family, layers: Sequence[nn.Module], width: int):
         self.width = width
         """d."""
-        self._own = bool(family.own_inputs and getattr(config, family.own_inputs, None))
+        self._own = bool(family.per_layer_input and getattr(config, family.per_layer_input, None))
         self._kinds: list[str | None] = [None] * len(layers)
         """What each block shares: one kind's keys and values."""
         self._stores: set[int] = set()
         self._shared: dict[str, Shared] = {}
         end = width + 1
-        if family.shared_blocks and getattr(config, family.shared_blocks, None):
+        if family.kv_shared_layers and getattr(config, family.kv_shared_layers, None):
             for index, layer in enumerate(layers):
                 attention: Any = layer.get_submodule(family.attention)
                 if attention.store_full_length_kv:
@@ -61,7 +61,7 @@ class Beside:
         self.columns = end if self._own or self._shared else width
         """c: of what flows from block to block."""
         self._inputs: list[Activations] = []
-        self.kept = self._own * len(layers) * int(getattr(config, family.own_inputs or "", None) or 0)
+        self.kept = self._own * len(layers) * int(getattr(config, family.per_layer_input or "", None) or 0)
         """Entries of a token's inputs, of all blocks."""
 
     @property

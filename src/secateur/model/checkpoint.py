@@ -24,6 +24,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import some
+from secateur.families.registry import FAMILIES, twin_of
 from secateur.model.config_file import (
     OTHER_SENSES,
     TEXT,
@@ -33,7 +34,7 @@ from secateur.model.config_file import (
     read_config,
     stock_class,
 )
-from secateur.model.families import FAMILIES, positions_of, twin_of
+from secateur.model.facts import positions_of
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
@@ -342,7 +343,7 @@ def open_checkpoint(
     tensors = list_tensors(folder)
     if how is not None:
         tensors = dequantised(tensors, how, folder)
-    if (twin := twin_of(config)) and twin.turned:
+    if (twin := twin_of(config)) and twin.inputs_first:
         tensors = {name: _upright(name, info, config.hidden_size) for name, info in tensors.items()}
     checkpoint = Checkpoint(
         source=source,

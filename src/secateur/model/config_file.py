@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
-from secateur.model.families import FAMILIES, TWINS
+from secateur.families.registry import FAMILIES, TWINS
 from secateur.model.quantised import quantisation, quantisation_obstacle
 
 # transformers 5 has the class, and lists it among those for images alone.
@@ -99,7 +99,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     for one, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
         if one is not None:
             experts = getattr(FAMILIES.get(_family(one.model_type)), "experts", None)
-            for key in (*_SIZES, *([experts.count] if experts else [])):
+            for key in (*_SIZES, *([experts.number] if experts else [])):
                 # As it is stored, by whichever of its names.
                 size = vars(one).get(one.attribute_map.get(key, key))
                 if size is not None and (type(size) is not int or size < 0):
@@ -147,7 +147,7 @@ def decoder_config(whole: Any) -> Any:
         found = TWINS[own.model_type]
         values = {key: value for key, value in own.to_dict().items() if key not in ("model_type", "architectures")}
         with quiet():
-            twin = CONFIG_MAPPING[found.family].from_dict(values | found.more)
+            twin = CONFIG_MAPPING[found.family].from_dict(values | dict(found.settings))
         twin.allow_global_per_layer_attribute_access, twin.twin_of = True, own.model_type
         own = twin
     # Whether the output layer is the embedding is the whole model's to say.

@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import twice
-from secateur.model.families import Experts, Family, family_of, groups_of, head_dim
+from secateur.families.entry import Experts, Family
+from secateur.families.registry import family_of
+from secateur.model.facts import head_dim, key_value_heads
 from secateur.model.structure import Block, Depth2, Slab, Unit
 
 MIXED = "another kind of layer stands in the attention's place"
@@ -44,8 +46,7 @@ def _mixed(family: Family, layer: nn.Module) -> bool:
     """Whether the block has experts."""
     if family.experts is None:
         return False
-    home = layer if family.experts.apart else layer.get_submodule(str(family.feed_forward))
-    return hasattr(home, family.experts.router)
+    return hasattr(layer.get_submodule(family.mixture.rstrip(".")), family.experts.router)
 
 
 def _level1(
@@ -75,9 +76,9 @@ def _heads_output(layer: nn.Module, path: str, heads: int) -> tuple[Slab, str | 
 
 def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
     heads = config.num_attention_heads
-    groups = groups_of(config)
-    if family.mixer is not None and hasattr(layer, family.mixer[0]):
-        path, output = family.mixer
+    groups = key_value_heads(config)
+    if family.token_mixer is not None and hasattr(layer, family.token_mixer.path):
+        path, output = family.token_mixer.path, family.token_mixer.output
         inner: Any = layer.get_submodule(f"{path}.{output}")
         if inner.weight.shape[1] % heads:
             raise SecateurError(
@@ -93,9 +94,9 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
         own: Any = layer.get_submodule(path)
         # Keys and values that later blocks attend with are made of nothing but this block's input.
-        lent = bool(family.shared_blocks and getattr(config, family.shared_blocks) and own.store_full_length_kv)
-        fixed = family.heads_fixed or lent
-        joins = None if family.adds else path
+        lent = bool(family.kv_shared_layers and getattr(config, family.kv_shared_layers) and own.store_full_length_kv)
+        fixed = family.attention_fixed or lent
+        joins = None if family.adds_residual else path
         return Depth2("heads", (), level2, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
@@ -142,10 +143,10 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     """Experts: whatever has an axis of their number follows them."""
     mixture = family.experts
     assert mixture is not None
-    home = "" if mixture.apart else f"{family.feed_forward}."
-    units = int(getattr(config, mixture.count))
+    home, whole = family.mixture, layer.get_submodule(family.mixture.rstrip("."))
+    units = int(getattr(config, mixture.number))
     down = f"{home}{mixture.experts}.{mixture.stored[-1][0]}"
-    inside = [f"{home}{part}" for part in (mixture.experts, mixture.router, mixture.bias) if part is not None]
+    inside = [f"{home}{part}" for part in (mixture.experts, mixture.router, mixture.router_bias) if part is not None]
     slabs = [
         Slab(name, tuple(tensor.shape).index(units), "expert", units, 1)
         for name, tensor in layer.state_dict().items()
@@ -154,11 +155,11 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     level2 = next(slab for slab in slabs if slab.name == down)
     others = tuple(slab for slab in slabs if slab is not level2)
     inner, channels = _inside_experts(layer, home + mixture.experts, mixture.stored)
-    follows = mixture.shared_width is None and shared_of(mixture, layer.get_submodule(home.rstrip("."))) is not None
-    shared = _shared(layer, f"{home}{mixture.shared}", inner) if follows else ()
+    follows = mixture.shared_expert_width is None and shared_of(mixture, whole) is not None
+    shared = _shared(layer, f"{home}{mixture.shared_expert}", inner) if follows else ()
     groups, open_ = (int(getattr(config, key) or 1) for key in mixture.groups) if mixture.groups else (1, 1)
     # Runs are compared by their two best experts, and those that are open hold all that a token meets.
-    met = getattr(config, mixture.chosen)
+    met = getattr(config, mixture.experts_per_token)
     # Hunyuan's config may have one for each block; the most is enough for all of them.
     met = max(met) if isinstance(met, list) else int(met)
     each = max(-(-met // open_), 2 if groups > 1 else 1)
@@ -168,16 +169,16 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
         (*others, *channels),
         level2,
         None,
-        mixture.experts if mixture.apart else family.feed_forward,
-        mixture.apart[1] if mixture.apart else outer,
-        outer if mixture.apart else None,
+        mixture.experts if mixture.parallel_norms else family.feed_forward,
+        mixture.parallel_norms[1] if mixture.parallel_norms else outer,
+        outer if mixture.parallel_norms else None,
         groups,
-        pair=mixture.scored,
+        pair=mixture.returns_scores,
         least=each * groups,
         met=met,
         inner=inner,
         shared=shared,
-        reader=mixture.router if mixture.apart else None,
+        reader=mixture.router if mixture.parallel_norms else None,
     )
 
 
@@ -193,7 +194,7 @@ def _shared(layer: nn.Module, path: str, inner: int) -> tuple[Slab, ...]:
 
 def shared_of(names: Experts, mixture: Any) -> Any:
     """The expert that all tokens meet; None where the config gives it no channels."""
-    found = getattr(mixture, names.shared, None) if names.shared else None
+    found = getattr(mixture, names.shared_expert, None) if names.shared_expert else None
     return found if found is not None and found.down_proj.weight.shape[1] else None
 
 

@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from secateur.base.errors import SecateurError
-from secateur.model.families import family_of
 from secateur.model.gguf_config import FACTORS, complete, facts_of, windows_of
 from secateur.model.gguf_table import (
     DEFAULTS,
-    DENSE,
     ELSEWHERE,
     KEYS,
     NEEDED,
     OF_WINDOWS,
     ROTATION,
     UNNAMED,
+    gating_of,
+    read_dense,
     reading_of,
 )
 
@@ -37,14 +37,14 @@ _PIECE = 2**26
 def is_read_here(reader: GGUFReader) -> bool:
     """Whether a file holds a mixture of experts, or a dense model that transformers does not read."""
     architecture = str(reader.fields["general.architecture"].contents())
-    return bool(facts_of(reader).get("expert_count")) or architecture in DENSE
+    return bool(facts_of(reader).get("expert_count")) or read_dense(architecture) is not None
 
 
 class GgufFile:
     """A file that is read here: what it says, and its tensors.
 
     Attributes:
-        row: how it is read.
+        model_type, family, how: the family by whose entry the file is read, and how.
         blocks: how many there are, without those behind the last, which predict tokens beyond the next one.
         tensors: those of the blocks, and of no block, by name.
     """
@@ -60,7 +60,7 @@ class GgufFile:
         )
         if found is None:
             raise SecateurError(f"mixtures of experts of the architecture {self.architecture!r} are not read from GGUF")
-        self.row = found
+        self.model_type, self.family, self.how = found
         self.blocks = int(self._facts["block_count"]) - int(self._facts.get("nextn_predict_layers", 0))
         of_block = re.compile(r"blk\.(\d+)\.(.+)")
         # Keys and values of blocks that attend with those of earlier ones are used for nothing.
@@ -101,7 +101,16 @@ class GgufFile:
 
     def _mixes(self, index: int) -> bool:
         """Whether something else stands in the place of a block's attention."""
-        return self.row.mixing is not None and f"blk.{index}.attn_k.weight" not in self.tensors
+        return self.family.token_mixer is not None and f"blk.{index}.attn_k.weight" not in self.tensors
+
+    def _check_gating(self) -> None:
+        """Raise `SecateurError` where gates are not made of a router's logits as the family makes them."""
+        if self.family.experts is None:
+            return
+        gating = gating_of(self.family)
+        if self._facts.get("expert_gating_func", gating) != gating:
+            what = f"its {self.architecture}.expert_gating_func"
+            raise SecateurError(f"{what} is not the {self.family.experts.gating} of {self.model_type}")
 
     def config(self) -> Any:
         """The config that the metadata and the tensors give.
@@ -109,23 +118,22 @@ class GgufFile:
         Raises:
             SecateurError: a key is not known here, is missing, or says what the model's class does not compute.
         """
-        row, facts, start = self.row, self._facts, f"its {self.architecture}."
-        gating = gguf.ExpertGatingFuncType[row.gating.upper()]
-        if facts.get("expert_gating_func", gating) != gating:
-            raise SecateurError(f"{start}expert_gating_func is not the {row.gating} of {row.model_type}")
-        keys = {**KEYS, **row.keys}
+        kind, how, facts, start = self.model_type, self.how, self._facts, f"its {self.architecture}."
+        self._check_gating()
+        keys = {**KEYS, **how.keys}
         for key in facts:
-            if key not in keys and not ELSEWHERE.fullmatch(key) and not (row.mixed and OF_WINDOWS.fullmatch(key)):
+            of_windows = self.family.heads_by_layer_type and OF_WINDOWS.fullmatch(key)
+            if key not in keys and not ELSEWHERE.fullmatch(key) and not of_windows:
                 raise SecateurError(f"{start}{key} is not known here")
-        for key in (*NEEDED, *row.keys):
+        for key in (*NEEDED, *how.keys):
             if key not in facts:
                 raise SecateurError(f"{start}{key} is missing")
         # What is made of these numbers takes memory before shapes are compared.
         largest = max(int(size) for tensor in self.tensors.values() for size in tensor.shape)
-        for key in ("attention.key_length", "attention.key_length_swa", "rope.dimension_count", *row.keys):
+        for key in ("attention.key_length", "attention.key_length_swa", "rope.dimension_count", *how.keys):
             if key.startswith(("attention.key", "rope.dimension_count", "ssm.")) and facts.get(key, 0) > largest:
                 raise SecateurError(f"{start}{key} is {facts[key]:,}, and none of its tensors is as long")
-        default = AutoConfig.for_model(row.model_type)
+        default = AutoConfig.for_model(kind)
 
         def has_place(own: str) -> bool:
             return own in UNNAMED or hasattr(default, own)
@@ -133,24 +141,24 @@ class GgufFile:
         values = DEFAULTS | {own: facts[key] for key, own in keys.items() if key in facts}
         for own, value in values.items():
             known = own in ROTATION or has_place(own)
-            if value not in (row.fixed.get(own, value if known else None), DEFAULTS.get(own)):
-                raise SecateurError(f"{row.model_type} does not compute what it says: {own} = {value}")
-        values |= {**row.fixed, **self._sizes(default)}
+            if value not in (how.fixed.get(own, value if known else None), DEFAULTS.get(own)):
+                raise SecateurError(f"{kind} does not compute what it says: {own} = {value}")
+        values |= {**how.fixed, **self._sizes()}
         for own in ("num_attention_heads", "num_key_value_heads"):
             if isinstance(values.get(own), list):
-                raise SecateurError(f"{row.model_type} has the same heads in all blocks, unlike it ({own})")
+                raise SecateurError(f"{kind} has the same heads in all blocks, unlike it ({own})")
         # A class may put one of them right in place.
         kinds = tuple(values.get("layer_types", ()))
-        config = AutoConfig.for_model(row.model_type, **{own: value for own, value in values.items() if has_place(own)})
+        config = AutoConfig.for_model(kind, **{own: value for own, value in values.items() if has_place(own)})
         if kinds and kinds != tuple(getattr(config, "layer_types", kinds)):
-            raise SecateurError(f"{row.model_type} does not compute its blocks in the order that it says")
+            raise SecateurError(f"{kind} does not compute its blocks in the order that it says")
         complete(config, self._reader)
         self._finish_rotation(config)
         return config
 
-    def _sizes(self, default: Any) -> dict[str, Any]:
+    def _sizes(self) -> dict[str, Any]:
         """What follows from the tensors, by every name that configs have for it."""
-        facts, family, tensors = self._facts, family_of(default), self.tensors
+        facts, family, tensors = self._facts, self.family, self.tensors
         inside = {name.split(".", 2)[2] for name in tensors if name.startswith("blk.")}
         heads = _one(facts["attention.head_count"])
         ups = [name for index in range(self.blocks) if (name := f"blk.{index}.ffn_up.weight") in tensors]
@@ -176,18 +184,17 @@ class GgufFile:
         if "attention.sliding_window" in facts and (kinds := windows_of(facts, self.blocks)):
             values["layer_types"] = kinds
         if facts.get("expert_count"):
-            values |= self._experts(default)
-        if self.row.mixing is not None:
+            values |= self._experts()
+        if family.token_mixer is not None:
             values["num_key_value_heads"] = _most(facts.get("attention.head_count_kv", heads))
-            values["layer_types"] = [
-                self.row.mixing if self._mixes(index) else "full_attention" for index in range(self.blocks)
-            ]
-        if self.row.linear:
+            other = family.token_mixer.layer_type
+            values["layer_types"] = [other if self._mixes(at) else "full_attention" for at in range(self.blocks)]
+        if self.how.linear:
             keys, own = facts["ssm.group_count"], facts["ssm.time_step_rank"]
             if not keys or not own or own % keys:
                 raise SecateurError(f"it says that its linear attention has {keys:,} key heads and {own:,} value heads")
             values["linear_value_head_dim"] = facts.get("ssm.inner_size", 0) // own
-        if self.row.mixed:
+        if family.heads_by_layer_type:
             values |= self._mixed(fed)
         if family.latent is not None:
             rotated = facts["rope.dimension_count"]
@@ -205,10 +212,10 @@ class GgufFile:
             values[f"{token}_token_id"] = None if stored is None else int(stored.contents())
         return values
 
-    def _experts(self, default: Any) -> dict[str, Any]:
+    def _experts(self) -> dict[str, Any]:
         """The same of experts."""
         facts, tensors, places = self._facts, self.tensors, range(self.blocks)
-        experts = family_of(default).experts
+        experts = self.family.experts
         assert experts is not None
         dense = [index for index in places if f"blk.{index}.ffn_gate_inp.weight" not in tensors]
         first = next((index for index in places if index not in dense), 0)
@@ -219,9 +226,9 @@ class GgufFile:
         if not 0 < met <= count:
             raise SecateurError(f"it says that a token meets {met:,} of its {count:,} experts")
         return {
-            experts.count: count,
-            experts.chosen: met,
-            experts.width: channels,
+            experts.number: count,
+            experts.experts_per_token: met,
+            experts.expert_width: channels,
             "enable_moe_block": True,
             "shared_expert_intermediate_size": shared,
             "intermediate_size_mlp": facts.get("feed_forward_length", 0),
@@ -263,15 +270,15 @@ class GgufFile:
             # A text's tokens are at one place in all three directions; engines ask for them all the same.
             rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
         if beta := self._facts.get("attention.temperature_scale"):
-            if self.row.model_type != "mistral4":
-                raise SecateurError(f"{self.row.model_type} does not scale queries with their positions, as it says")
+            if self.model_type != "mistral4":
+                raise SecateurError(f"{self.model_type} does not scale queries with their positions, as it says")
             rope["llama_4_scaling_beta"] = beta
         if rope.get("rope_type") != "yarn":
             return
-        if self.row.model_type == "gpt_oss":
+        if self.model_type == "gpt_oss":
             # Its checkpoints do not round what llama.cpp does.
             rope["truncate"] = False
-        if family_of(config).latent is not None:
+        if self.family.latent is not None:
             # llama.cpp multiplies scores by its square, and what is rotated by nothing.
             scale = self._facts.get("rope.scaling.yarn_log_multiplier")
             if not scale:

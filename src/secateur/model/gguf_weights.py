@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from secateur.base.errors import SecateurError
-from secateur.model.families import Experts, Family, family_of, head_dim
+from secateur.families.entry import Experts, Family
+from secateur.families.registry import family_of
+from secateur.model.facts import head_dim
 from secateur.model.gguf_config import known_name
 from secateur.model.gguf_file import GgufFile
 from secateur.model.gguf_layout import SCALES, adds_one, by_key, decays_back, tiled
@@ -115,15 +117,14 @@ def _plain(file: GgufFile, config: Any, name: str, shape: tuple[int, ...]) -> tu
 
 def _undoing(file: GgufFile, config: Any, name: str, source: str) -> Callable[[Tensor], Tensor] | None:
     """What gives a parameter, in float32, of what llama.cpp has made of it; None where that is the same."""
-    row = file.row
-    if row.pairs and re.search(r"\.attn_[qk]\.", source):
+    if file.how.pairs and re.search(r"\.attn_[qk]\.", source):
         return partial(_out_of_pairs, half=head_dim(config) // 2)
-    if row.shifted and adds_one(source):
+    if file.family.norm_offset and adds_one(source):
         return lambda values: values - 1
-    if row.linear is None or ".linear_attn." not in name:
+    if file.how.linear is None or ".linear_attn." not in name:
         return None
     leaf = name.partition(".linear_attn.")[2]
-    order = tiled(config, back=True).get(leaf) if row.linear == "tiled" else None
+    order = tiled(config, back=True).get(leaf) if file.how.linear == "tiled" else None
     if leaf != "A_log":
         return order
     return lambda values: decays_back(order(values) if order else values)
@@ -168,12 +169,12 @@ def _latent(file: GgufFile, config: Any, name: str, block: str, shape: tuple[int
 def _of_experts(family: Family) -> str:
     """How names of what all experts of a block hold begin, inside it."""
     assert family.experts is not None
-    return f"{family.experts.experts}." if family.experts.apart else f"{family.feed_forward}.{family.experts.experts}."
+    return f"{family.mixture}{family.experts.experts}."
 
 
 def _experts(file: GgufFile, family: Family, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
     """The same of a tensor of all experts of a block: matrices, or biases."""
-    row, names = file.row, family.experts
+    names = family.experts
     assert names is not None
     owner, _, leaf = name.rpartition(".")
     kind = "bias" if leaf.endswith("_bias") else "weight"
@@ -182,7 +183,7 @@ def _experts(file: GgufFile, family: Family, name: str, block: str, shape: tuple
     if len(parts) == 2 and (fused := f"{block}.ffn_gate_up_exps.{kind}") in file.tensors:
         sources = [fused]
     found = [file.shape(source) for source in sources]
-    turned = row.turned and kind == "weight"
+    turned = names.inputs_first and kind == "weight"
     rows = sum(one[1] for one in found)
     _check(sources[0], (found[0][0], rows, *found[0][2:]), (shape[0], *shape[:0:-1]) if turned else shape)
 
@@ -195,7 +196,7 @@ def _experts(file: GgufFile, family: Family, name: str, block: str, shape: tuple
     def together(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         whole = torch.empty(shape, dtype=dtype)
         for place, own in zip(whole, pieces(dtype), strict=True):
-            joined = torch.stack(own, 1).flatten(0, 1) if row.alternating else torch.cat(own)
+            joined = torch.stack(own, 1).flatten(0, 1) if names.alternating else torch.cat(own)
             place.copy_(joined.T if turned else joined)
         yield _stored(names, name), whole
 
@@ -204,7 +205,7 @@ def _experts(file: GgufFile, family: Family, name: str, block: str, shape: tuple
             for part, piece in zip(parts, own, strict=True):
                 yield _stored(names, f"{owner}.{expert}.{part}.weight"), piece.clone()
 
-    return sources, together if row.together else apart
+    return sources, together if names.stacked else apart
 
 
 def _check(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -40,7 +40,7 @@ class Mixture:
         """Find the parts."""
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
-        apart = self.names.apart
+        apart = self.names.parallel_norms
         self.whole: Any = layer if apart else layer.get_submodule(module.sink)
         """What holds experts and router."""
         self._norm: Any = layer.get_submodule(apart[0]) if apart else None
@@ -63,7 +63,7 @@ class Mixture:
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
         """Where tokens go while only some experts are there (ascending)."""
         with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
-            beside = [] if self.names.bias is None else [getattr(self.whole, self.names.bias)]
+            beside = [] if self.names.router_bias is None else [getattr(self.whole, self.names.router_bias)]
             found = self._routes(self.router(x_nd, *beside))
         return Routes(alive[found.experts], found.gates.float())
 
@@ -201,10 +201,10 @@ class Mixture:
 
     def _shared_gates(self, x_nd: Tensor) -> Tensor:
         """How much the shared expert counts for each token (n)."""
-        if self.names.shared_gate is None:
+        if self.names.shared_expert_gate is None:
             return x_nd.new_ones(len(x_nd))
         with self.stream.multiplying():
-            return torch.sigmoid(self.whole.get_submodule(self.names.shared_gate)(x_nd)).float()[:, 0]
+            return torch.sigmoid(self.whole.get_submodule(self.names.shared_expert_gate)(x_nd)).float()[:, 0]
 
     def bias(self, expert: int) -> Tensor | None:
         """An expert's level-2 bias (d), where it has one."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.model.families import FAMILIES, Experts, mixture_of
+from secateur.families.entry import Experts
+from secateur.families.registry import FAMILIES, experts_of
 from secateur.model.weights import TensorInfo
 
 _ALIASES = {"lm_head.": "embed_out."}
@@ -80,7 +81,7 @@ class Stored:
     @cached_property
     def _experts(self) -> Experts | None:
         """How the model's mixtures of experts are called, if it has any."""
-        return mixture_of(self.config)
+        return experts_of(self.config)
 
     def pieces(self, name: str) -> tuple[str, ...]:
         """Stored names of all that a transformers parameter holds, in order; none where something is missing.
@@ -95,7 +96,7 @@ class Stored:
 
         index = re.search(r"\.(\d+)\.", name)
         own = overrides(self.config, int(index[1])) if index else {}
-        count = own.get(self._experts.count) or getattr(self.config, self._experts.count)
+        count = own.get(self._experts.number) or getattr(self.config, self._experts.number)
         return self._apart(name, count)
 
     def _apart(self, name: str, count: int) -> tuple[str, ...]:

@@ -24,11 +24,11 @@ from secateur.base.errors import SecateurError
 from secateur.base.memory import trim
 from secateur.base.quiet import first_line
 from secateur.base.team import Team
+from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.beside import Beside
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
-from secateur.model.families import family_of
 from secateur.model.held import Held
 from secateur.model.hooks import Reached, Recorder, replayed, silent, watched
 from secateur.model.rows import Rows
@@ -243,7 +243,7 @@ class BlockStream:
         return hidden_btc[..., : self.width]
 
     def _recorders(self) -> list[Recorder]:
-        return [Recorder(layer, self.family.tupled) for layer in self.layers.children()]
+        return [Recorder(layer, self.family.returns_tuple) for layer in self.layers.children()]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -347,7 +347,7 @@ class BlockStream:
             stack.enter_context(self.multiplying())
             try:
                 found = layer(hidden_btd, *args, **kwargs)
-                return self.beside.behind(index, hidden_btc, found[0] if self.family.tupled else found, kwargs)
+                return self.beside.behind(index, hidden_btc, found[0] if self.family.returns_tuple else found, kwargs)
             except Reached:
                 return None
             except (SecateurError, torch.OutOfMemoryError):
@@ -372,7 +372,7 @@ class BlockStream:
     def _aside(self, index: int) -> Iterator[str]:
         """What adds to the residual stream in a block, and is none of its two modules."""
         if self.beside.own_inputs:
-            yield self.family.own_output
+            yield self.family.per_layer_output
         if self.blocks[index].feed_forward.outer_norm is not None:
             yield str(self.family.feed_forward)
 

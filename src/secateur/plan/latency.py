@@ -34,7 +34,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import cache_folder, digest, parse_json, write_whole
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
-from secateur.model.families import positions_of
+from secateur.model.facts import positions_of
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind, Width

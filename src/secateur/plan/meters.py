@@ -15,7 +15,7 @@ from secateur.base.words import counted
 from secateur.formats.gguf_architectures import LEVEL2, Architecture
 from secateur.formats.gguf_choice import Model, choose, filled
 from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
-from secateur.model.families import head_dim, latent_width
+from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Kind, Width
 from secateur.plan.latency import Timer, measured

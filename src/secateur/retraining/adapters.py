@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.model.families import family_of, mixture_of
+from secateur.families.registry import experts_of, family_of
 
 SCALE = 2
 """Factor of the adapters' product, alpha / r, as in LLM-Pruner."""
@@ -15,7 +15,7 @@ DROPOUT = 0.05
 
 def adapted_layers(network: Any) -> tuple[str, ...]:
     """Return the paths of the layers that get adapters: every matrix of the blocks, as in LLM-Pruner."""
-    prefix, mixture = family_of(network.config).blocks, mixture_of(network.config)
+    prefix, mixture = family_of(network.config).blocks, experts_of(network.config)
     found = ((f"{prefix}.{name}", module) for name, module in network.get_submodule(prefix).named_modules())
     # A router may be a layer that gives more than its product.
     routers = () if mixture is None else (f".{mixture.router}",)
@@ -26,7 +26,7 @@ def adapted_layers(network: Any) -> tuple[str, ...]:
 
 def adapted_experts(network: Any) -> tuple[str, ...]:
     """Return the names of the parameters that hold matrices of experts, which get adapters too."""
-    if (mixture := mixture_of(network.config)) is None:
+    if (mixture := experts_of(network.config)) is None:
         return ()
     prefix, leaves = f"{family_of(network.config).blocks}.", dict(mixture.stored)
     ends = tuple(f".{mixture.experts}.{leaf}" for leaf in leaves)

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
 from secateur.base.quiet import first_line, quiet
+from secateur.families.registry import twin_of
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import (
     MODELING_FILE,
@@ -24,7 +25,7 @@ from secateur.formats.per_layer import (
 )
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.config_file import TEXT
-from secateur.model.families import head_dim, twin_of
+from secateur.model.facts import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
 from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Keep, Width, alike, levelled
@@ -48,7 +49,7 @@ def format_obstacle(
     dense = next(block.width for block in stream.blocks if block.width.kinds == width.kinds or not width.fed)
     if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
         return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
-    if (twin := twin_of(config)) and twin.turned and 2 * width.channels == config.hidden_size:
+    if (twin := twin_of(config)) and twin.inputs_first and 2 * width.channels == config.hidden_size:
         return f"transformers cannot tell which way {width.channels} channels of experts lie; take another size"
     if format == "hf":
         # One whose heads can go speaks for those where another kind of layer has its place.

@@ -1,0 +1,279 @@
+"""The entry of a model family: everything that secateur knows of one model_type, as data.
+
+Names of layers are relative to the block, except for `blocks` and `final_norm`. Sizes, biases and the orientation of
+stored matrices are read off the block itself (on the meta device), so that most entries are a few names. Where a family
+computes something that no field describes, a field takes a function: a hook in the family's own file.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the feed-forward, in all blocks or in some."""
+
+    experts: str = "experts"
+    """Submodule that holds the matrices of all experts; their first axis is the expert."""
+    router: str = "gate"
+    """Submodule that chooses the experts of each token and computes their gates."""
+    router_bias: str | None = None
+    """Attribute of the feed-forward that is handed to the router: a bias on the choice of experts."""
+    number: str = "num_experts"
+    """Config key of the number of experts."""
+    experts_per_token: str = "num_experts_per_tok"
+    """Config key of the number of experts per token (top-k)."""
+    expert_width: str = "moe_intermediate_size"
+    """Config key of the number of channels of each expert."""
+    shared_expert: str | None = None
+    """Submodule of the shared expert, which is applied to all tokens."""
+    shared_expert_gate: str | None = None
+    """Submodule that computes the gate of the shared expert; None where its output is added in full."""
+    shared_expert_width: str | None = None
+    """Config key of the shared expert's width; None where that follows from the width of the other experts."""
+    groups: tuple[str, str] | None = None
+    """Config keys of the number of groups of experts, and of the number of groups that a token may choose from. All
+    groups keep the same number of experts."""
+    parallel_norms: tuple[str, str] | None = None
+    """Norms in front of and behind the experts, where experts and router hang in the block itself, parallel to a
+    feed-forward that stays. The norm of that feed-forward then follows on the sum of both outputs."""
+    returns_scores: bool = False
+    """The feed-forward returns the router's scores behind its output."""
+    scales_inputs: bool = False
+    """Gates multiply the inputs of experts, not their outputs."""
+    gating: Literal["softmax", "sigmoid"] = "sigmoid"
+    """Function from a router's logits to gates; read where a GGUF file is read or written."""
+    gates_sum_to_one: bool | None = None
+    """Gates of a token are divided by their sum: always, never, or as `norm_topk_prob` in the config says."""
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+        ("down_proj", ("down_proj",)),
+    )
+    """Tensors of `experts`, and the names under which checkpoints store their parts, expert by expert."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of tensor names: the model's, and the checkpoints'."""
+    stacked: bool = False
+    """Checkpoints store the matrices of all experts of a block in one tensor ..."""
+    inputs_first: bool = False
+    """... whose matrices have inputs first, outputs second ..."""
+    alternating: bool = False
+    """... with rows of gate and up in turn, and biases."""
+
+
+@dataclass(frozen=True)
+class TokenMixer:
+    """A token mixer in the attention's place in some blocks: linear attention or a convolution. It is never pruned."""
+
+    path: str
+    """Submodule of the block."""
+    output: str
+    """Output layer inside that submodule."""
+    layer_type: str
+    """Name of such blocks in the config's `layer_types`."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """How the config class of one model_type spells widths and rotary settings, and the widths that it accepts."""
+
+    channels: str = "intermediate_size"
+    """Config key of the feed-forward width."""
+    derived: bool = False
+    """The class derives that width and reads no key of it; only the per-layer format can change it."""
+    same: tuple[str, ...] = ()
+    """Other keys of the feed-forward width, as the family's own checkpoints have them."""
+    also: tuple[tuple[str, Any], ...] = ()
+    """Keys and values that make the class take the width as it is written."""
+    heads: Literal["any", "divisors", "dense"] = "any"
+    """Numbers of heads that load: any; divisors of hidden_size; the dense one, which sets the head size."""
+    heir: tuple[str, str] | None = None
+    """A model_type with the same forward pass that accepts the numbers of heads that this one refuses, and its
+    class."""
+    fused_longrope: bool = False
+    """LongRoPE factors are checked against hidden_size // heads, whatever head_dim says."""
+    theta: str | None = "rope_theta"
+    """Key of the rotary base in transformers 4.57; None where positions are learned."""
+    local_theta: str | None = None
+    """Key of the rotary base of sliding-window layers in 4.57, where rope_parameters is by layer type."""
+    partial: str | None = None
+    """Key of the rotated share of a head in 4.57."""
+    by_type: bool = False
+    """The class reads `per_layer_config` by types of layers, which must then be alike in it."""
+    scaling_type: str = "rope_type"
+    """Name of the kind of scaling inside rope_scaling in 4.57."""
+
+
+@dataclass(frozen=True)
+class GgufInput:
+    """How GGUF files of the family are read, where secateur reads them itself: facts that the files do not state.
+
+    Metadata and tensor shapes state the rest.
+    """
+
+    architecture: str
+    """llama.cpp's name of the architecture."""
+    dense: bool = False
+    """Files without experts are read here as well; transformers reads those of the other families."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the metadata that must be there, in addition to the usual ones, and the config's."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Constants in the code of llama.cpp's graph, by config key."""
+    pairs: bool = False
+    """Neighbouring entries of a head rotate together in the file, and entries half a head apart in checkpoints."""
+    linear: Literal["grouped", "tiled"] | None = None
+    """Order of the value heads of linear attention: group by group, or the first of all groups before the second
+    ones. Blocks without keys have linear attention."""
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How the family's models are written as GGUF files for llama.cpp, and read from them."""
+
+    architectures: tuple[str, ...] = ()
+    """llama.cpp's architectures that compute the family, the best known first."""
+    unlike: str | None = None
+    """What llama.cpp's graph of the family computes differently, as a clause; it is then not written."""
+    unlike_inside: Mapping[str, str] = field(default_factory=dict)
+    """The same by the model_type of a multimodal model around the decoder."""
+    activation: str = "hidden_act"
+    """Config key of the activation function; or the function itself, where the class fixes it."""
+    epsilon: str = "rms_norm_eps"
+    """Config key of the epsilon of norms."""
+    query_gate: bool = False
+    """The query layer holds, behind the query rows of a head, the rows of the gate on its output."""
+    transposed: bool = False
+    """Matrices inside blocks are stored with inputs first."""
+    pairs: bool = False
+    """Neighbouring entries of a head rotate together in checkpoints."""
+    input: GgufInput | None = None
+    """How GGUF files are read, where transformers does not read them."""
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """Limits of vLLM for the family; each reason is a clause that ends in what can be done instead."""
+
+    derives_head_size: str | None = None
+    """What to do in place of fewer heads, where vLLM's own class derives the head size from their number."""
+    backend: str | None = None
+    """Why vLLM's transformers backend cannot run the family block by block."""
+    stock: Callable[[Any], str | None] | None = None
+    """Why vLLM's own class cannot run a config of the family with fewer heads; None where it can."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that is known of one model_type. The defaults are those of Llama."""
+
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+    values: str = "v_proj"
+    output: str = "o_proj"
+    fused: str | None = None
+    """One layer for queries, keys and values, in place of the three."""
+    interleaved: bool = False
+    """The fused layer holds queries, key and value of one KV group after the other, not all queries first."""
+    key_value_heads: Callable[[Any], int] | None = None
+    """Number of key/value heads of a config, where that is not its num_key_value_heads."""
+    ungrouped: bool = False
+    """Every query head has its own key/value head, and sizes follow from the number of heads, whatever else the config
+    says."""
+    latent: tuple[str, str] | None = None
+    """Multi-head latent attention: the layer that makes the latent vector that all heads share, and the layer that
+    makes keys and values of it. Queries may be made of such a vector too, by `latent_queries` in place of `queries`."""
+    latent_queries: str = "q_b_proj"
+    sinks: str | None = None
+    """Parameter of the attention with one entry for each query head."""
+    feed_forward: str | None = "mlp"
+    """Feed-forward submodule; None where its layers hang in the block itself."""
+    up: str = "up_proj"
+    gate: str | None = "gate_proj"
+    down: str = "down_proj"
+    fused_gate: str | None = None
+    """One layer with the gate's rows, then the up layer's."""
+    activation: str | None = None
+    """Activation of the feed-forward, where it is a submodule with parameters of its own."""
+    final_norm: str = "model.norm"
+    """Norm between the last block and the output layer, by its name in the whole model."""
+    norm_offset: bool = False
+    """Norms store their gain minus one."""
+    norm_after_attention: str | None = None
+    norm_after_feed_forward: str | None = None
+    """Norms between the output projection and the residual stream."""
+    norm_before_attention: str | None = None
+    norm_before_feed_forward: str | None = None
+    """Norms between the residual stream and the input projections; named only where there are norms behind the modules
+    as well, to know how strongly later layers read what a module writes."""
+    heads_locked: str | None = None
+    """Why single heads cannot be removed exactly, where that is so; all heads of a block stay, or none."""
+    locked_by: str | None = None
+    """Config key under which alone heads are locked; None for always."""
+    attention_fixed: bool = False
+    """Where heads are locked, the attention cannot be removed as a whole either."""
+    adds_residual: bool = False
+    """The attention adds its output to the residual stream itself, and so does the feed-forward."""
+    returns_tuple: bool = False
+    """Blocks return a tuple whose first entry is the residual stream."""
+    token_mixer: TokenMixer | None = None
+    """Token mixer in the attention's place in some blocks. Heads are removed from the other blocks, channels from
+    all."""
+    residual_multiplier: str | None = None
+    """Config key of a factor between the output of a module and the residual stream."""
+    block_multiplier: str | None = None
+    """Buffer of the block: a factor on the whole residual stream behind the block."""
+    per_layer_input: str | None = None
+    """Config key of the width of a second input of each block, which depends on the token alone and is added behind
+    both modules."""
+    per_layer_output: str = "per_layer_projection"
+    """Layer by which a block adds to the residual stream what it makes of that input."""
+    kv_shared_layers: str | None = None
+    """Config key of the number of last blocks that attend with keys and values of earlier blocks."""
+    heads_by_layer_type: bool = False
+    """Blocks with a sliding window have heads of another size and number than blocks without."""
+    experts: Experts | None = None
+    """Mixture of experts in the feed-forward's place in some blocks, or in all."""
+    stock: Stock = field(default_factory=Stock)
+    """Format `stock`: spelling of widths in the config of the family's own class."""
+    gguf: Gguf = field(default_factory=Gguf)
+    """Format `gguf`: llama.cpp's architectures and the layout of its files."""
+    vllm: Vllm = field(default_factory=Vllm)
+    """Limits of vLLM."""
+
+    @property
+    def base(self) -> str:
+        """Name of the model without its output layer; Llama 4's `base_model_prefix` is another model's."""
+        return self.blocks.partition(".")[0]
+
+    @property
+    def mixture(self) -> str:
+        """Path of the submodule that holds experts and router, with a dot; empty where the block itself does."""
+        assert self.experts is not None
+        return "" if self.experts.parallel_norms else f"{self.feed_forward}."
+
+    def lock(self, config: Any) -> str | None:
+        """Return why heads cannot be removed exactly from the blocks of a config; None where they can."""
+        return self.heads_locked if self.locked_by is None or getattr(config, self.locked_by, None) else None
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A decoder inside multimodal models that has no causal language model class of its own, and computes of a text
+    what a family does.
+
+    The positions by which it rotates heads, in sections, are all alike where there is text alone, and pictures add
+    nothing.
+    """
+
+    family: str
+    """model_type of the family."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Config values of the family for which both compute the same."""
+    derives_head_size: bool = False
+    """The decoder's class derives the head size, unlike the family's."""
+    inputs_first: bool = False
+    """Its checkpoints may store matrices of experts with inputs first."""
+    gguf: Gguf = field(default_factory=Gguf)
+    """As of a family."""

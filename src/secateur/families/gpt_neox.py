@@ -1,0 +1,20 @@
+"""EleutherAI's GPT-NeoX and Pythia."""
+
+from secateur.families.entry import Family, Gguf, Stock
+
+FAMILIES = {
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        attention="attention",
+        fused="query_key_value",
+        interleaved=True,
+        output="dense",
+        ungrouped=True,
+        up="dense_h_to_4h",
+        gate=None,
+        down="dense_4h_to_h",
+        final_norm="gpt_neox.final_layer_norm",
+        stock=Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
+        gguf=Gguf(("gptneox",), epsilon="layer_norm_eps"),
+    ),
+}

@@ -1,0 +1,34 @@
+"""Liquid's LFM2 families: convolutions in the attention's place in most blocks."""
+
+from dataclasses import replace
+
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock, TokenMixer, Vllm
+from secateur.families.mistral import W1_W2_W3
+
+LFM2 = Family(
+    output="out_proj",
+    feed_forward="feed_forward",
+    up="w3",
+    gate="w1",
+    down="w2",
+    final_norm="model.embedding_norm",
+    token_mixer=TokenMixer("conv", "out_proj", "conv"),
+    stock=Stock(same=("block_ff_dim",), also=(("block_auto_adjust_ff_dim", False),)),
+    gguf=Gguf(("lfm2",), activation="silu", epsilon="norm_eps"),
+    vllm=Vllm(derives_head_size="prune channels only"),
+)
+
+FAMILIES = {
+    "lfm2": LFM2,
+    "lfm2_moe": replace(
+        LFM2,
+        experts=Experts(router_bias="expert_bias", stored=W1_W2_W3),
+        stock=Stock(),
+        gguf=replace(
+            LFM2.gguf,
+            architectures=("lfm2moe",),
+            input=GgufInput("lfm2moe", keys={"shortconv.l_cache": "conv_L_cache"}, fixed={"norm_topk_prob": True}),
+        ),
+        vllm=Vllm(derives_head_size="prune experts and channels only"),
+    ),
+}

@@ -1,0 +1,38 @@
+"""Meta's families: Llama, Code World Model and Llama 4. A `Family` without arguments is laid out as Llama."""
+
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
+
+LLAMA_GGUF = Gguf(("llama", "deci"))
+
+FAMILIES = {
+    "llama": Family(stock=Stock(heads="divisors", heir=("mistral", "MistralForCausalLM")), gguf=LLAMA_GGUF),
+    "cwm": Family(gguf=LLAMA_GGUF),
+    "llama4_text": Family(
+        feed_forward="feed_forward",
+        experts=Experts(
+            router="router",
+            number="num_local_experts",
+            expert_width="intermediate_size",
+            shared_expert="shared_expert",
+            returns_scores=True,
+            scales_inputs=True,
+            gates_sum_to_one=False,
+            stacked=True,
+            inputs_first=True,
+        ),
+        stock=Stock(channels="intermediate_size_mlp"),
+        gguf=Gguf(
+            ("llama4",),
+            pairs=True,
+            input=GgufInput(
+                "llama4",
+                fixed={
+                    "attention_chunk_size": 8192,
+                    "floor_scale": 8192,
+                    "attn_scale": 0.1,
+                    "attn_temperature_tuning": True,
+                },
+            ),
+        ),
+    ),
+}

@@ -1,0 +1,32 @@
+"""Mistral's families, dense and with experts."""
+
+from dataclasses import replace
+
+from secateur.families.deepseek import DEEPSEEK_EXPERTS, LATENT, LATENT_KEYS
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
+from secateur.families.llama import LLAMA_GGUF
+
+W1_W2_W3 = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
+"""Names of Mixtral's matrices in checkpoints."""
+MIXTRAL_EXPERTS = Experts(
+    stored=W1_W2_W3,
+    number="num_local_experts",
+    expert_width="intermediate_size",
+    renamed=(("mlp.", "block_sparse_moe."),),
+)
+
+FAMILIES = {
+    "mistral": Family(gguf=LLAMA_GGUF),
+    "ministral": Family(gguf=LLAMA_GGUF),
+    "ministral3": Family(gguf=Gguf(("mistral3",))),
+    "mixtral": Family(
+        experts=replace(MIXTRAL_EXPERTS, gating="softmax", gates_sum_to_one=True),
+        gguf=Gguf(("llama",), input=GgufInput("llama", fixed={"norm_topk_prob": True}, pairs=True)),
+    ),
+    "mistral4": Family(
+        latent=LATENT,
+        experts=replace(DEEPSEEK_EXPERTS, gating="softmax", stacked=True),
+        stock=Stock(theta=None),
+        gguf=Gguf(("mistral4",), input=GgufInput("mistral4", keys=LATENT_KEYS)),
+    ),
+}

@@ -1,0 +1,24 @@
+"""MosaicML's MPT."""
+
+from secateur.families.bloom import ALIBI
+from secateur.families.entry import Family, Gguf, Stock
+
+FAMILIES = {
+    "mpt": Family(
+        blocks="transformer.blocks",
+        attention="attn",
+        fused="Wqkv",
+        output="out_proj",
+        ungrouped=True,
+        feed_forward=None,
+        up="ffn.up_proj",
+        gate=None,
+        down="ffn.down_proj",
+        activation="ffn.act",
+        final_norm="transformer.norm_f",
+        heads_locked=ALIBI,
+        returns_tuple=True,
+        stock=Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
+        gguf=Gguf(("mpt",), activation="gelu", epsilon="layer_norm_epsilon"),
+    ),
+}

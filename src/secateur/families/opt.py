@@ -1,0 +1,17 @@
+"""Meta's OPT. llama.cpp has no graph of it."""
+
+from secateur.families.entry import Family, Stock
+
+FAMILIES = {
+    "opt": Family(
+        blocks="model.decoder.layers",
+        output="out_proj",
+        ungrouped=True,
+        feed_forward=None,
+        up="fc1",
+        gate=None,
+        down="fc2",
+        final_norm="model.decoder.final_layer_norm",
+        stock=Stock(channels="ffn_dim", heads="dense", theta=None),
+    ),
+}

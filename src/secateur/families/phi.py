@@ -1,0 +1,35 @@
+"""Microsoft's Phi families."""
+
+from dataclasses import replace
+
+from secateur.families.entry import Family, Gguf, Stock, Vllm
+from secateur.families.mistral import MIXTRAL_EXPERTS
+
+FAMILIES = {
+    "phi": Family(
+        output="dense",
+        up="fc1",
+        gate=None,
+        down="fc2",
+        final_norm="model.final_layernorm",
+        stock=Stock(heads="dense", partial="partial_rotary_factor"),
+        gguf=Gguf(("phi2",), epsilon="layer_norm_eps"),
+    ),
+    "phi3": Family(
+        fused="qkv_proj",
+        gate=None,
+        fused_gate="gate_up_proj",
+        stock=Stock(fused_longrope=True, partial="partial_rotary_factor", scaling_type="type"),
+        gguf=Gguf(("phi3", "llama", "deci")),
+    ),
+    "phimoe": Family(
+        experts=replace(
+            MIXTRAL_EXPERTS, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate."))
+        ),
+        stock=Stock(heads="dense"),
+        gguf=Gguf(unlike="norms without taking the mean off, and makes gates add up to one"),
+        vllm=Vllm(
+            backend="its transformers backend cannot run the attention of phimoe; take --widths uniform",
+        ),
+    ),
+}

@@ -1,0 +1,77 @@
+"""All families by model_type, out of the files of this folder: a new family is one entry in one of them.
+
+A file declares `FAMILIES`, entries by model_type, and may declare `TWINS`, decoders inside multimodal models.
+"""
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.families.entry import Experts, Family, Gguf, Twin
+
+MECHANISMS = {
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"),
+    "latent attention": ("kv_lora_rank",),
+    "layers of linear attention, convolution or state space": (
+        *("linear_num_value_heads", "conv_L_cache", "mamba_d_state", "mamba_n_heads", "state_size", "ssm_cfg"),
+        *("attention_hidden_size", "lru_width"),
+    ),
+}
+"""Parts that blocks of an unknown family may have in addition to attention and feed-forward, by keys of configs."""
+
+
+def _lineages() -> Iterator[ModuleType]:
+    """Import every file of this folder that declares families."""
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        if file.stem not in ("entry", "registry"):
+            yield import_module(f"secateur.families.{file.stem}")
+
+
+FAMILIES: dict[str, Family] = {}
+"""Entries by model_type."""
+TWINS: dict[str, Twin] = {}
+"""Decoders inside multimodal models by model_type."""
+for lineage in _lineages():
+    FAMILIES |= lineage.FAMILIES
+    TWINS |= getattr(lineage, "TWINS", {})
+
+
+def family_of(config: Any) -> Family:
+    """Return the entry for a config.
+
+    Raises:
+        SecateurError: the model_type has no entry; with what the model would need.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        wanting = [what for what, keys in MECHANISMS.items() if any(getattr(config, key, None) for key in keys)]
+        why = (
+            f"it has {' and '.join(wanting)}, for which there is no code yet"
+            if wanting
+            else "a new one whose blocks are an attention and a feed-forward needs an entry in "
+            "secateur/families/: the names of its blocks and of their layers"
+        )
+        raise SecateurError(
+            f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"
+        )
+    return family
+
+
+def twin_of(config: Any) -> Twin | None:
+    """Return the twin in whose place a family's config stands; None where the config is the checkpoint's own."""
+    return TWINS.get(getattr(config, "twin_of", ""))
+
+
+def experts_of(config: Any) -> Experts | None:
+    """Return the entry of a model's experts; None where the family has none or the config asks for none."""
+    found = family.experts if (family := FAMILIES.get(config.model_type)) else None
+    return found if found and getattr(config, found.number, None) else None
+
+
+def gguf_of(config: Any) -> Gguf:
+    """Return how a model becomes a GGUF file: its family's way, or that of the twin."""
+    twin = twin_of(config)
+    return family_of(config).gguf if twin is None else twin.gguf
