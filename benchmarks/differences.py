@@ -26,6 +26,8 @@ VARYING_WORDS = re.compile(r"\d+:\d\d(:\d\d)?|peak memory [\d.]+ .B|\b[\d.,]+ (s
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
 SHOWN = 3
 """Number of differences of one file that are printed."""
+SMALL = 1e-4
+"""Numbers in JSON below this are compared with this: an error of nothing is rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,6 @@ class Rules:
     """Patterns of file names."""
     masked: tuple[str, ...] = ()
     """Paths that differ from run to run, wherever a text names them."""
-
-    def far(self, old: float, new: float) -> bool:
-        """Whether two numbers differ by more than is allowed."""
-        return old != new and not abs(old - new) <= self.within * max(abs(old), abs(new))
 
 
 def folder_differences(before: Path, after: Path, rules: Rules) -> list[str]:
@@ -122,7 +120,7 @@ def largest_difference(old: Tensor, new: Tensor) -> float:
 def gguf_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a GGUF file in float32."""
     tensors = GGUFReader(file).tensors
-    return {one.name: torch.from_numpy(dequantize(one.data, one.tensor_type)) for one in tensors}
+    return {one.name: torch.tensor(dequantize(one.data, one.tensor_type)) for one in tensors}
 
 
 def gguf_fields(file: Path) -> dict[str, Any]:
@@ -133,10 +131,21 @@ def gguf_fields(file: Path) -> dict[str, Any]:
 
 
 def value_differences(old: Any, new: Any, rules: Rules) -> list[str]:
-    """Compare two JSON values path by path."""
+    """Compare two JSON values path by path; numbers that differ come last, those that differ most first."""
     before, after = dict(leaves(old, rules.renamed)), dict(leaves(new, {}))
-    paths = [path for path in before | after if different(before.get(path), after.get(path), rules)]
+    shares = {path: share_of(before.get(path), after.get(path)) for path in before | after}
+    paths = sorted((path for path in shares if shares[path] > rules.within), key=lambda path: -shares[path])
     return cut([f"{path} was {brief(before.get(path))}, now {brief(after.get(path))}" for path in paths])
+
+
+def share_of(old: Any, new: Any) -> float:
+    """Return the relative difference of two numbers; infinity where other values differ."""
+    if type(old) is type(new) and old == new:
+        return 0.0
+    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (old, new)):
+        return float("inf")
+    share = abs(old - new) / max(abs(old), abs(new), SMALL)
+    return share if share >= 0 else float("inf")
 
 
 def leaves(value: Any, renamed: dict[str, str], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -150,11 +159,6 @@ def leaves(value: Any, renamed: dict[str, str], path: str = "") -> Iterator[tupl
             yield from leaves(one, renamed, f"{path}[{index}]")
     else:
         yield path, value
-
-
-def different(old: Any, new: Any, rules: Rules) -> bool:
-    numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (old, new))
-    return rules.far(old, new) if numbers else old != new or type(old) is not type(new)
 
 
 def whole(value: list[Any]) -> bool:
