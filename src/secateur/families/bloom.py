@@ -1,6 +1,16 @@
 """BigScience's Bloom."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from secateur.families.entry import Family, Gguf, Stock
+
+
+def _repeated_slopes(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a block's arguments for a number of rows: the slopes of ALiBi have rows and heads on one axis."""
+    slopes = arguments.get("alibi")
+    return {**arguments} if slopes is None else {**arguments, "alibi": slopes.repeat(rows, 1, 1)}
+
 
 ALIBI = "the position of a head decides how fast its attention fades"
 BLOOM = Family(
@@ -20,6 +30,7 @@ BLOOM = Family(
     attention_fixed=True,
     adds_residual=True,
     returns_tuple=True,
+    for_rows=_repeated_slopes,
     stock=Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
     gguf=Gguf(("bloom",), activation="gelu", epsilon="layer_norm_epsilon"),
 )

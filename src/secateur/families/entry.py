@@ -7,7 +7,9 @@ computes something that no field describes, a field takes a function: a hook in 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,19 @@ class TokenMixer:
     """Output layer inside that submodule."""
     layer_type: str
     """Name of such blocks in the config's `layer_types`."""
+
+
+class KvSharing(NamedTuple):
+    """An attention's part in the sharing of keys and values between blocks."""
+
+    layer_type: str
+    """The blocks that share keys and values with each other are of one layer type."""
+    lends: bool
+    """Later blocks attend with this attention's keys and values; else it attends with those of an earlier one."""
+    entries: int
+    """Entries of a token's keys; its values have as many."""
+    head_dim: int
+    """Entries per head."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +244,14 @@ class Family:
     both modules."""
     per_layer_output: str = "per_layer_projection"
     """Layer by which a block adds to the residual stream what it makes of that input."""
-    kv_shared_layers: str | None = None
-    """Config key of the number of last blocks that attend with keys and values of earlier blocks."""
+    kv_sharing: Callable[[Any, nn.Module], KvSharing | None] | None = None
+    """Hook that returns, for a config and one of its attentions, how that shares keys and values with others."""
+    pre_norm: str | None = None
+    """Config key that is false where norms stand in the residual stream itself: no module can then repair the error
+    so far."""
+    for_rows: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    """Hook that returns a block's keyword arguments for a number of rows, from those for one row; None where these
+    broadcast."""
     heads_by_layer_type: bool = False
     """Blocks with a sliding window have heads of another size and number than blocks without."""
     experts: Experts | None = None
@@ -252,6 +273,14 @@ class Family:
         """Path of the submodule that holds experts and router, with a dot; empty where the block itself does."""
         assert self.experts is not None
         return "" if self.experts.parallel_norms else f"{self.feed_forward}."
+
+    def sharing(self, config: Any, attention: nn.Module) -> KvSharing | None:
+        """Return how an attention shares keys and values with those of other blocks; None where it does not."""
+        return None if self.kv_sharing is None else self.kv_sharing(config, attention)
+
+    def keeps_residual(self, config: Any) -> bool:
+        """Return whether modules add to a residual stream that no norm changes."""
+        return self.pre_norm is None or bool(getattr(config, self.pre_norm))
 
     def lock(self, config: Any) -> str | None:
         """Return why heads cannot be removed exactly from the blocks of a config; None where they can."""

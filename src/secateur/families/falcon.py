@@ -22,6 +22,7 @@ FAMILIES = {
         down="dense_4h_to_h",
         activation="act",
         adds_residual=False,
+        for_rows=None,
         locked_by="alibi",
         stock=Stock(channels="ffn_hidden_size", heads="dense", theta=None),
         gguf=Gguf(("falcon",), activation="activation", epsilon="layer_norm_epsilon"),

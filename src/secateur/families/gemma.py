@@ -1,8 +1,9 @@
 """Google's Gemma families."""
 
 from dataclasses import replace
+from typing import Any
 
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, KvSharing, Stock
 
 GEMMA_GGUF = Gguf(activation="hidden_activation")
 GEMMA2 = Family(
@@ -22,6 +23,18 @@ GEMMA4_KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 
+
+def _kv_sharing(config: Any, attention: Any) -> KvSharing | None:
+    """Return how an attention of Gemma 4 shares keys and values, which its last blocks take from earlier ones."""
+    if not config.num_kv_shared_layers:
+        return None
+    lends = bool(attention.store_full_length_kv)
+    if not lends and not attention.is_kv_shared_layer:
+        return None
+    entries = attention.k_proj.weight.shape[0] if lends else 0
+    return KvSharing(attention.layer_type, lends, entries, attention.head_dim)
+
+
 FAMILIES = {
     "gemma": Family(
         norm_offset=True,
@@ -39,7 +52,7 @@ FAMILIES = {
         block_multiplier="layer_scalar",
         heads_locked="its windowed blocks have other heads than its blocks of full attention",
         per_layer_input="hidden_size_per_layer_input",
-        kv_shared_layers="num_kv_shared_layers",
+        kv_sharing=_kv_sharing,
         heads_by_layer_type=True,
         experts=Experts(
             router="router",

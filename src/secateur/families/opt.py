@@ -12,6 +12,7 @@ FAMILIES = {
         gate=None,
         down="fc2",
         final_norm="model.decoder.final_layer_norm",
+        pre_norm="do_layer_norm_before",
         stock=Stock(channels="ffn_dim", heads="dense", theta=None),
     ),
 }

@@ -49,8 +49,8 @@ class ModuleTarget:
         self.state, self.module, self.pruned = state, module, pruned
         self.norm = PostNorm(state.stream, state.index, state.layer, module)
         recovery = state.method.recovery
-        # Where the residual stream itself is normalised (OPT-350m), the error so far cannot be repaired.
-        additive = getattr(state.stream.checkpoint.config, "do_layer_norm_before", True)
+        # Where the residual stream itself is normalised, the error so far cannot be repaired.
+        additive = state.stream.family.keeps_residual(state.stream.checkpoint.config)
         # Nor where another norm weighs the module's output against what stands beside it.
         self.repairs = additive and module.outer_norm is None and recovery.method != "paper"
         """Whether it aims at the error so far as well."""

@@ -45,19 +45,15 @@ class Beside:
         self._stores: set[int] = set()
         self._shared: dict[str, Shared] = {}
         end = width + 1
-        if family.kv_shared_layers and getattr(config, family.kv_shared_layers, None):
-            for index, layer in enumerate(layers):
-                attention: Any = layer.get_submodule(family.attention)
-                if attention.store_full_length_kv:
-                    entries = attention.k_proj.weight.shape[0]
-                    middle, last = end + entries, end + 2 * entries
-                    self._shared[attention.layer_type] = Shared(
-                        slice(end, middle), slice(middle, last), attention.head_dim
-                    )
-                    end = last
-                    self._stores.add(index)
-                if attention.store_full_length_kv or attention.is_kv_shared_layer:
-                    self._kinds[index] = attention.layer_type
+        for index, layer in enumerate(layers if family.kv_sharing else ()):
+            if (sharing := family.sharing(config, layer.get_submodule(family.attention))) is None:
+                continue
+            self._kinds[index] = sharing.layer_type
+            if sharing.lends:
+                middle, last = end + sharing.entries, end + 2 * sharing.entries
+                self._shared[sharing.layer_type] = Shared(slice(end, middle), slice(middle, last), sharing.head_dim)
+                end = last
+                self._stores.add(index)
         self.columns = end if self._own or self._shared else width
         """c: of what flows from block to block."""
         self._inputs: list[Activations] = []

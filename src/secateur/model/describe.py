@@ -94,8 +94,8 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
         own: Any = layer.get_submodule(path)
         # Keys and values that later blocks attend with are made of nothing but this block's input.
-        lent = bool(family.kv_shared_layers and getattr(config, family.kv_shared_layers) and own.store_full_length_kv)
-        fixed = family.attention_fixed or lent
+        sharing = family.sharing(config, own)
+        fixed = family.attention_fixed or (sharing is not None and sharing.lends)
         joins = None if family.adds_residual else path
         return Depth2("heads", (), level2, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
     if family.fused is None:

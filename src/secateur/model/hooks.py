@@ -66,7 +66,7 @@ def replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor
         if lends:
             part = layer.get_submodule(str(module.path))
             type(part).forward(part, *args, **kwargs)
-        # Falcon adds to what it is given.
+        # Some blocks add to it in place.
         return (output.clone(), None) if module.pair else output.clone()
 
     def nothing(hidden: Tensor) -> Tensor:

@@ -332,9 +332,8 @@ class BlockStream:
         hidden_btc = onto(hidden_btc, self.device)
         args, kwargs = self.beside.given(index, group, hidden_btc, *self._calls[group][index])
         hidden_btd = self.residual(hidden_btc)
-        if (slopes := kwargs.get("alibi")) is not None and slopes.dim() == 3:
-            # Bloom has rows and heads on one axis.
-            kwargs = kwargs | {"alibi": slopes.repeat(len(hidden_btd), 1, 1)}
+        if self.family.for_rows is not None:
+            kwargs = self.family.for_rows(kwargs, len(hidden_btd))
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
                 lends = module.kind == "heads" and self.beside.stores(index)
