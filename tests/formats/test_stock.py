@@ -5,17 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from models import MIXTURES, SIMILAR, config_of
+from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import stock_config, stock_obstacle
-from secateur.model.structure import Width
+from secateur.model.config_file import stock_class
+from secateur.model.describe import describe
+from secateur.model.facts import head_dim, key_value_heads
+from secateur.model.structure import Keep, Width
+from secateur.model.surgery import slice_block
+from secateur.plan.widths import attention_widths
 
 SIZES = {
     "vocab_size": 64,
@@ -220,10 +230,22 @@ def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
     assert stored["transformers_version"] >= "5"
     assert "auto_map" not in stored
     assert logits(load(stored, tmp_path))[0].isfinite().all()
-    # The two classes compute the same: the dense weights, in the class that was chosen for another width.
-    expected, state = logits(config)
-    as_dense = {**stored, "num_attention_heads": 6, "num_key_value_heads": 3}
-    assert torch.equal(logits(load(as_dense, tmp_path), state)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.stock.heir])
+def test_an_heir_computes_the_same(tmp_path, kind):
+    """The dense weights, in the class that is chosen for another width."""
+    config, dense = config_of(kind), build(kind, attn_implementation="eager")
+    odd = {"width": Width(1, 5, 72), "head_dim": head_dim(config), "dtype": torch.float32}
+    stored = stock_config(config.to_dict(), config, **odd)
+    assert stored["model_type"] == FAMILIES[kind].stock.heir[0]
+    heir = load(stored | {"num_attention_heads": 6, "num_key_value_heads": 3}, tmp_path)
+    with quiet():
+        model = AutoModelForCausalLM.from_config(heir, attn_implementation="eager").eval()
+    model.load_state_dict(dense.state_dict())
+    assert torch.equal(
+        logits_of(model, token_rows()), logits_of(build(kind, attn_implementation="eager"), token_rows())
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,6 +305,69 @@ def test_the_refusals_are_real(kind):
     """The table follows the config classes; should a class become lenient, the table can too."""
     with pytest.raises(Exception, match=r"multiple|divisible"):
         AutoConfig.for_model(kind, **{**SIZES, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8})
+
+
+GROUPS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
+HEADS = {"hidden_size": 64, "num_attention_heads": 8}
+"""Sizes of which 3, 5, 6 and 7 heads are no divisors, as those of the rows have none."""
+EVERY_ROW = ROWS | SIMILAR | MIXTURES
+
+
+def with_more_heads(name: str):
+    """A row's config with 8 heads, in 4 groups where it has any, on a residual stream of 64."""
+    own = config_of(name)
+    names = {type(own).attribute_map.get(key, key): value for key, value in HEADS.items()}
+    every = FAMILIES[own.model_type].latent or key_value_heads(own) == own.num_attention_heads
+    groups = {key: 8 if every else 4 for key in GROUPS if (getattr(own, key, None) or 1) > 1}
+    # OPT's embedding need not be as wide as its residual stream.
+    keys = own.to_dict() | names | groups | {"word_embed_proj_dim": 64}
+    config = type(own).from_dict(copy.deepcopy(keys))
+    config.allow_global_per_layer_attribute_access = True
+    return config
+
+
+@pytest.mark.parametrize("name", EVERY_ROW)
+def test_the_class_takes_just_the_heads_that_the_table_says(name):
+    """Each number of heads and of groups, opened on the meta device; blocks have the shapes that would be stored."""
+    with quiet():
+        config = with_more_heads(name)
+        layers = empty(config).get_submodule(FAMILIES[config.model_type].blocks)
+        blocks = [describe(config, layer) for layer in layers]
+        free = next((block for block in blocks if not block.attention.locked), blocks[0])
+        for groups, each in attention_widths(free, ("heads",)):
+            width = replace(free.width, groups=groups, per_group=each)
+            assert (stock_obstacle(config, width, free.width) is None) == opens(config, blocks, width), (groups, each)
+
+
+def empty(config):
+    with torch.device("meta"), no_init_weights():
+        return stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config))(config)
+
+
+def opens(config, blocks, width) -> bool:
+    """Whether the stock class makes blocks of a width; the classes that keep all heads are not asked for fewer."""
+    if family_of(config).stock.heads == "dense" and width.heads < config.num_attention_heads:
+        return False
+    raw = json.loads(json.dumps(config.to_dict()))
+    stored = stock_config(raw, config, width=width, head_dim=head_dim(config), dtype=torch.float32)
+    try:
+        model = empty(CONFIG_MAPPING[stored["model_type"]].from_dict(stored))
+    except StrictDataclassClassValidationError:
+        return False
+    layers = model.get_submodule(FAMILIES[stored["model_type"]].blocks)
+    for block, layer in zip(blocks, layers, strict=True):
+        heads = [head for head in range(block.attention.units) if kept(block.attention, head, width)]
+        keep = Keep(tuple(heads), **{block.feed_forward.kind: tuple(range(block.feed_forward.units))})
+        dense = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
+        wanted = {name: tensor.shape for name, tensor in slice_block(block, dense, keep).items()}
+        if {name: tensor.shape for name, tensor in layer.state_dict().items()} != wanted:
+            return False
+    return True
+
+
+def kept(attention, head: int, width) -> bool:
+    group, place = divmod(head, attention.per_group)
+    return bool(attention.locked) or (group < width.groups and place < width.per_group)
 
 
 def test_unknown_families(tmp_path):

@@ -1,5 +1,5 @@
 """Arcee's AFM."""
 
-from secateur.families.entry import Family, Gguf
+from secateur.families.entry import Family, Gguf, Stock
 
-FAMILIES = {"arcee": Family(gate=None, gguf=Gguf(("arcee",)))}
+FAMILIES = {"arcee": Family(gate=None, stock=Stock(heads="divisors"), gguf=Gguf(("arcee",)))}

@@ -105,6 +105,8 @@ class Stock:
     heir: tuple[str, str] | None = None
     """A model_type with the same forward pass that accepts the numbers of heads that this one refuses, and its
     class."""
+    heir_keys: tuple[tuple[str, Any], ...] = ()
+    """Keys and values of the heir's config that give it this one's forward pass."""
     fused_longrope: bool = False
     """LongRoPE factors are checked against hidden_size // heads, whatever head_dim says."""
     theta: str | None = "rope_theta"

@@ -69,5 +69,5 @@ FAMILIES = {
             input=GgufInput("gemma4", dense=True, keys=GEMMA4_KEYS, fixed={"norm_topk_prob": True}),
         ),
     ),
-    "vaultgemma": Family(norm_offset=True),
+    "vaultgemma": Family(norm_offset=True, stock=Stock(heads="divisors")),
 }

@@ -1,5 +1,5 @@
 """MBZUAI's Jais 2."""
 
-from secateur.families.entry import Family, Gguf
+from secateur.families.entry import Family, Gguf, Stock
 
-FAMILIES = {"jais2": Family(gate=None, gguf=Gguf(("jais2",), epsilon="layer_norm_eps"))}
+FAMILIES = {"jais2": Family(gate=None, stock=Stock(heads="divisors"), gguf=Gguf(("jais2",), epsilon="layer_norm_eps"))}

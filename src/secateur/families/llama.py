@@ -5,8 +5,11 @@ from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
 LLAMA_GGUF = Gguf(("llama", "deci"))
 
 FAMILIES = {
-    "llama": Family(stock=Stock(heads="divisors", heir=("mistral", "MistralForCausalLM")), gguf=LLAMA_GGUF),
-    "cwm": Family(gguf=LLAMA_GGUF),
+    "llama": Family(
+        stock=Stock(heads="divisors", heir=("mistral", "MistralForCausalLM"), heir_keys=(("sliding_window", None),)),
+        gguf=LLAMA_GGUF,
+    ),
+    "cwm": Family(stock=Stock(heads="divisors", heir=("ministral", "MinistralForCausalLM")), gguf=LLAMA_GGUF),
     "llama4_text": Family(
         feed_forward="feed_forward",
         experts=Experts(

@@ -95,7 +95,7 @@ def stock_config(
     stored.update(_rope(stock, config))
     if stock.heir is not None and config.hidden_size % width.heads:
         kind, name = stock.heir
-        stored |= {"model_type": kind, "architectures": [name], "sliding_window": None}
+        stored |= {"model_type": kind, "architectures": [name], **dict(stock.heir_keys)}
         # Below 5.0, a local Mistral is suspected of a tokenizer fault that the checkpoint does not have.
         stored["transformers_version"] = transformers.__version__
     return stored

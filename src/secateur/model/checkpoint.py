@@ -249,9 +249,37 @@ class Checkpoint(Stored):
         Raises:
             SecateurError: tensors are missing (tied ones may be) or have another shape.
         """
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        missing, wrong = list[str](), list[str]()
-        used = set[str]()
+        tied = _tied(model)
+        missing, wrong, unused = self._compared(model)
+        if missing:
+            raise self.lacking(missing)
+        if wrong:
+            raise SecateurError(f"{self.source}: {_first_of(wrong)}; find the config.json of these weights")
+        self._leave(unused)
+        for name, source in tied.items():
+            own, other = self.resolve(name), self.resolve(source)
+            if own and other and list(self._samples(own)) != list(self._samples(other)):
+                # transformers 5 takes both, whatever config.json says; engines go by that.
+                self.config.tie_word_embeddings = False
+                for part in (self.raw_config, self.around or {}):
+                    part["tie_word_embeddings"] = False
+
+    def misfit(self, model: nn.Module) -> str | None:
+        """Return how the stored tensors differ from those of a model, as a clause; None where all of both fit."""
+        missing, wrong, unused = self._compared(model)
+        if missing:
+            return f"tensors missing from the weights: {some(missing)}"
+        return (
+            _first_of(wrong) if wrong else f"tensors without a place in the model: {some(unused)}" if unused else None
+        )
+
+    def _compared(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
+        """Return the model's tensors that are not stored, what is wrong with others, and stored ones without a place.
+
+        The last are none for a multimodal model, whose towers are no part of `model`.
+        """
+        missing, wrong, used = list[str](), list[str](), set[str]()
+        tied = _tied(model)
         for name, tensor in model.state_dict().items():
             pieces = self.pieces(name)
             if not pieces and name not in tied:
@@ -269,20 +297,8 @@ class Checkpoint(Stored):
                     )
                 if found.shape != shape:
                     wrong.append(f"{stored} is {list(found.shape)} where config.json makes it {list(shape)}")
-        if missing:
-            raise self.lacking(missing)
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise SecateurError(f"{self.source}: {wrong[0]}{more}; find the config.json of these weights")
-        if self.around is None:
-            self._leave([name for name in self.weights if name not in used])
-        for name, source in tied.items():
-            own, other = self.resolve(name), self.resolve(source)
-            if own and other and list(self._samples(own)) != list(self._samples(other)):
-                # transformers 5 takes both, whatever config.json says; engines go by that.
-                self.config.tie_word_embeddings = False
-                for part in (self.raw_config, self.around or {}):
-                    part["tie_word_embeddings"] = False
+        unused = [name for name in self.weights if name not in used] if self.around is None else []
+        return missing, wrong, unused
 
     def lacking(self, names: list[str]) -> SecateurError:
         """What is said where weights of the model are not stored."""
@@ -379,6 +395,16 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
     if not looks_like_id(source):
         raise SecateurError(f"{source}: does not exist; name a folder, a .gguf file or a hub id (owner/name)")
     return hub_folder(source, revision)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return the tensors of a model that are others once more, with these."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _first_of(wrong: list[str]) -> str:
+    """Return the first of some differences, and how many more there are."""
+    return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
 
 
 def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:

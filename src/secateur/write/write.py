@@ -9,17 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
-from secateur.base.quiet import first_line, quiet
+from secateur.base.quiet import first_line
 from secateur.families.registry import twin_of
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import (
     MODELING_FILE,
     around_per_layer,
-    model_class,
     per_layer_config,
     per_layer_obstacle,
 )
@@ -32,10 +30,13 @@ from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Keep, Width, alike
 from secateur.model.surgery import slice_block, width_of
 from secateur.plan.problem import Plan
 from secateur.plan.widths import attention_widths
+from secateur.write.opened import check_written, planned_misfit
 from secateur.write.shards import ShardWriter, header_room
 
 Format = Literal["stock", "hf"]
 """The stock class with one width for all blocks, or a width for each block and a modeling file beside the weights."""
+INSTEAD: dict[Format, str] = {"stock": "take --format hf", "hf": "report it as a fault of secateur"}
+"""What to do where a folder of a format does not open."""
 
 
 def format_obstacle(
@@ -82,26 +83,15 @@ def check_entry(stream: BlockStream, blocks: range, format: Format, dtype: torch
     if not keeps or checkpoint.around is not None:
         return
     plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
-    wrong = f"{checkpoint.source}: the entry for {checkpoint.config.model_type} does not fit its class"
+    kind, biases = checkpoint.config.model_type, dict.fromkeys(keeps, (False, False))
     try:
-        stored = _config(stream, plan, format, dict.fromkeys(keeps, (False, False)), dtype)
-        with quiet():
-            made = CONFIG_MAPPING[stored["model_type"]].from_dict(stored)
-            layers = replace(checkpoint, config=made).empty(model_class(made)).get_submodule(stream.family.blocks)
+        why = planned_misfit(stream, keeps, _config(stream, plan, format, biases, dtype))
     except Exception as error:
-        raise SecateurError(f"{wrong} ({first_line(error)}); correct the entry") from error
-    for index, keep in keeps.items():
-        block = stream.blocks[index]
-        whole = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
-        wanted, found = (
-            {name: list(tensor.shape) for name, tensor in tensors.items()}
-            for tensors in (slice_block(block, whole, keep), layers[index].state_dict())
+        why = first_line(error).removeprefix(f"{checkpoint.source}: ")
+    if why is not None:
+        raise SecateurError(
+            f"{checkpoint.source}: the entry for {kind} does not fit its class ({why}); correct the entry"
         )
-        if name := next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None):
-            raise SecateurError(
-                f"{wrong}, which makes {name} {found.get(name)} where {wanted.get(name)} would be stored; correct the "
-                "entry"
-            )
 
 
 def _narrower(stream: BlockStream, index: int, blocks: range, format: Format) -> Keep | None:
@@ -160,7 +150,7 @@ def write(
         Bytes of the weights.
 
     Raises:
-        SecateurError: the format cannot hold the plan, or the folder cannot be written.
+        SecateurError: the format cannot hold the plan, the folder cannot be written, or nothing would open it.
     """
     checkpoint = stream.checkpoint
     dtype = dtype or checkpoint.dtype
@@ -198,6 +188,7 @@ def write(
             copy_into(folder, file)
         for file_name, record in (records or {}).items():
             write_record(folder / file_name, record)
+        check_written(folder, Path(out), INSTEAD[format])
         return writer.total_bytes
 
 
