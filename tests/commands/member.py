@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-import secateur.fit.level1_step
+import secateur.fit.streamed
 import secateur.model.journal
 import secateur.model.rows
 import secateur.model.stream
@@ -62,7 +62,7 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
     """A member's exit code: that of the first case that fails."""
     torch.set_num_threads(1)
     # Rounding is all that may differ; bfloat16 would make much of it.
-    secateur.fit.level1_step.fast_dtype = lambda _: torch.float32
+    secateur.fit.streamed.fast_dtype = lambda _: torch.float32
     secateur.model.rows.BATCH_TOKENS = TOGETHER * LENGTH
     secateur.model.stream.MIXED = 1
     # Every block is kept, whatever that costs.

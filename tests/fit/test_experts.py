@@ -19,9 +19,9 @@ from secateur.base.team import Team
 from secateur.criteria import experts
 from secateur.criteria.experts import Routed, expert_order
 from secateur.fit.block import Method
-from secateur.fit.expert_fit import FEWEST
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
+from secateur.fit.routed import FEWEST
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture, Routes
@@ -320,7 +320,7 @@ def test_channels_of_the_shared_expert_go_along(checkpoint_folder: CheckpointFol
 def test_slopes_are_what_a_small_change_gives(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x, dice, expert = inputs(mixture.stream.width), torch.Generator().manual_seed(1), 2
-        own, tensors = mixture.alone(expert)
+        own, tensors = mixture.feed_forward(expert), mixture.tensors(expert)
         source, before = mixture.read(expert, x), mixture.inner(expert, x)
         expected = torch.zeros_like(before)
         for slab, slope in zip(own.scored, mixture.slopes(expert, x), strict=True):

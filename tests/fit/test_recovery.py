@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows
 from secateur.criteria.registry import STATISTICAL, Criterion
-from secateur.fit import level1_step
 from secateur.fit import module as fit_module
+from secateur.fit import streamed
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
@@ -393,7 +393,7 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
 def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
     """A group of weight two is the same as the group twice."""
     # In bfloat16, what is stored of a token is rounded with its weight in it.
-    monkeypatch.setattr(level1_step, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(streamed, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3)
     first, second = IDS[:8], IDS[8:]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
 from secateur.criteria.registry import STATISTICAL
-from secateur.fit import inputs as inputs_module
-from secateur.fit import level1_step
+from secateur.fit import streamed
 from secateur.fit.average import FittedBlock, mean_of
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
@@ -61,7 +60,7 @@ def test_the_first_fit_alone_runs_the_rows_that_choose():
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monkeypatch):
     # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
-    monkeypatch.setattr(level1_step, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(streamed, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
@@ -144,7 +143,7 @@ def test_masked_weights_leave_what_is_kept(name, heads):
 def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        inputs_module, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
+        streamed, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
     )
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan, alone = plan_of("llama"), Method(recovery=Recovery(level1=0))

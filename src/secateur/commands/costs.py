@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from secateur.base.device import fast_dtype
 from secateur.criteria.experts import TOKENS, at_once
-from secateur.fit.level1 import SAMPLED
+from secateur.fit.tangent import SAMPLED
 from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Depth2, Width

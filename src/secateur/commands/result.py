@@ -17,7 +17,7 @@ from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
 from secateur.commands.options import Options, declared, given, spelled
 from secateur.fit.average import FittedBlock
-from secateur.fit.expert_fit import FEWEST
+from secateur.fit.routed import FEWEST
 from secateur.formats.vllm import vllm_obstacle
 from secateur.model.structure import Block, Width
 from secateur.plan.meters import Meter, byte_meter, cache_meter

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from secateur.fit.module import ModuleReport
+from secateur.fit.stage import ModuleReport
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream

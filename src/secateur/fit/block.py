@@ -1,7 +1,7 @@
 """One block while it is pruned: its weights, and what its modules give in the dense and in the pruned stream.
 
 The block's dense forward, which all fits share, gives the residual stream after either module. The modules are then
-pruned in turn (`secateur.fit.module`), each on what those before it yield, and the pruned stream advances by their
+pruned in turn (`secateur.fit.stage`), each on what those before it yield, and the pruned stream advances by their
 outputs.
 
 Shapes: rows x t x d for stored activations, t positions, d residual width.

@@ -1,7 +1,7 @@
 """The central loop: block by block, the dense stream sets targets and the pruned stream is fitted to them.
 
-Each block is read once, and its dense forward runs once; what is done with its two modules is in
-`secateur.fit.module`. Where there are several versions of the rows, each has a fit of its own from the first block to
+Each block is read once, and its dense forward runs once; what is done with its stages is in
+`secateur.fit.stage`. Where there are several versions of the rows, each has a fit of its own from the first block to
 the last, with a pruned stream of its own, and only the weights that come out are averaged. Rows that count nowhere
 follow the averaged model.
 """
@@ -15,8 +15,7 @@ from torch import Tensor
 from secateur.base.progress import Silent, Watcher
 from secateur.fit.average import FittedBlock, as_fitted, mean_of
 from secateur.fit.block import BlockState, DenseBlock, Method
-from secateur.fit.experts import ExpertsState
-from secateur.fit.module import ModuleState
+from secateur.fit.stage import prune_stage
 from secateur.model.arena import Activations
 from secateur.model.journal import Journal
 from secateur.model.rows import Rows
@@ -107,11 +106,8 @@ def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[K
     kept: dict[Kind, tuple[int, ...]] = {}
     reports = []
     for module in state.block.modules:
-        if module.kind == "experts":
-            units, report = ExpertsState(state, module, pruned).prune(width, chosen)
-            kept |= units
-        else:
-            kept[module.kind], report = ModuleState(state, module, pruned).prune(width, chosen.get(module.kind))
+        units, report = prune_stage(state, module, pruned, width, chosen)
+        kept |= units
         reports.append(report)
     state.run_pruned(pruned)
     return FittedBlock(state.index, Keep(**kept), state.changed, tuple(reports))

@@ -1,6 +1,6 @@
 """Choose a module's units and refit what is left, from statistics alone.
 
-`refit` solves level 2 for the error-aware target, and in the feed-forward level 1 along with it (`fit/level1.py`);
+`refit` solves level 2 for the error-aware target, and in the feed-forward level 1 along with it (`fit/tangent.py`);
 `paper` first refits level 1 to the dense level-1 outputs, then level 2 to the dense level-2 outputs (Algorithms 1, 3
 and 4 of Greedy Output Approximation). `before` refits level 2 of all units ahead of the choice, so that the criterion
 sees repaired weights; `after` refits the kept ones. `bias` leaves the weights and adds to the level-2 bias what the
@@ -81,7 +81,7 @@ def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
 def compensation(moments: Moments, weight_ao: Tensor, keep: Tensor, bias_o: Tensor | None) -> Tensor:
     """The bias (o) with which the kept inputs give the mean output of all inputs, weights unchanged.
 
-    Inputs are those that the moments were taken of. In `fit/module.py` that is the pruned stream, so that the
+    Inputs are those that the moments were taken of. In a fit that is the pruned stream, so that the
     mean is right where the module will stand; FLAP itself takes its means from the dense model.
     """
     gone = torch.ones(weight_ao.shape[0], dtype=torch.bool, device=weight_ao.device)

@@ -52,6 +52,19 @@ class Mixture:
         """The shared expert's number."""
 
     @property
+    def shared_name(self) -> str:
+        """Name in the block of the shared expert's output projection."""
+        return f"{self.module.path}.{self.names.shared_expert}.down_proj.weight"
+
+    def stored_names(self, *, inputs: bool) -> list[str]:
+        """Return the names in the block of the experts' output projections, and on demand of their input projections.
+
+        Each is one tensor for all experts, the shared one aside.
+        """
+        down = self.module.level2
+        return [down.name, *([f"{down.layer}.{self.names.stored[0][0]}"] if inputs else [])]
+
+    @property
     def every(self) -> Tensor:
         """All experts."""
         return torch.arange(self.module.units, device=self.stream.device)
@@ -129,11 +142,16 @@ class Mixture:
         gate, up = rows.chunk(2, dim=-1)
         return cast(Tensor, up * self.experts.act_fn(gate))
 
+    def tokens(self, expert: int, routes: Routes) -> Tensor:
+        """Return the tokens routed to an expert (m); the shared expert has all."""
+        if expert == self._beside:
+            return torch.arange(len(routes.experts), device=routes.experts.device)
+        return routes.of(expert)[0]
+
     def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """The tokens that meet an expert (m), and its level-2 inputs times its gate (m x f)."""
         if expert == self._beside:
-            everyone = torch.arange(len(x_nd), device=x_nd.device)
-            return everyone, self.inner(expert, x_nd) * self._shared_gates(x_nd)[:, None]
+            return self.tokens(expert, routes), self.inner(expert, x_nd) * self._shared_gates(x_nd)[:, None]
         tokens, gates = routes.of(expert)
         return tokens, self.inner(expert, x_nd[tokens]) * gates[:, None]
 
@@ -144,26 +162,25 @@ class Mixture:
         weight = self.experts.down_proj[expert]
         return weight if self.layout.inputs_first else weight.T
 
-    def alone(self, expert: int) -> tuple[Depth2, dict[str, Tensor]]:
-        """One expert as a feed-forward of its own, and its tensors by the names in that, float32."""
-        if expert == self._beside:
-            tensors = {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
-        else:
-            tensors = {name: value.float() for name, value in self._views(expert).items()}
+    def feed_forward(self, expert: int) -> Depth2:
+        """Return one expert as a feed-forward of its own, with the names of `tensors`."""
+        tensors = self.tensors(expert)
         level2 = Slab("down_proj.weight", 1, "channel", len(self.weight(expert)), 1)
         # Up first, as everywhere.
         names = (f"{name}.{leaf}" for name in ("up_proj", "gate_proj") for leaf in ("weight", "bias"))
         slabs = (replace(level2, name=name, axis=0) for name in names if name in tensors)
-        return Depth2("channels", tuple(slabs), level2, None, None, None), tensors
+        return Depth2("channels", tuple(slabs), level2, None, None, None)
 
     def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give one of those that the block holds together other values, by the names in `alone`."""
-        views = self._views(expert)
+        """Give one of those that the block holds together other values, by the names of `tensors`."""
+        views = self.tensors(expert)
         for name, tensor in tensors.items():
             views[name].copy_(tensor)
 
-    def _views(self, expert: int) -> dict[str, Tensor]:
-        """The tensors of one of those that the block holds together, where and as they are held."""
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return the tensors of one expert as a feed-forward of its own: views of what the block holds."""
+        if expert == self._beside:
+            return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
         layout, f = self.layout, self.module.inner
         both, down = (plain(held.data)[expert] for held in (self.experts.gate_up_proj, self.experts.down_proj))
         rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)

@@ -16,9 +16,9 @@ from transformers.activations import ACT2FN
 
 from models import ROWS, SIMILAR, token_rows
 from secateur.fit.average import FittedBlock
-from secateur.fit.level1 import Part, Tangent, factors, outputs
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
+from secateur.fit.tangent import Part, Tangent, factors, outputs
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import activation_of

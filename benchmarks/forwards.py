@@ -1,0 +1,117 @@
+"""Forward passes of a mixture: its experts together, and one expert at a time, over plain products of the same size.
+
+    python benchmarks/forwards.py 30b-a3b --tokens 8192
+
+A row is one way to run all experts of one block on the same tokens and routes: CPU seconds of one thread, the ratio to
+one matrix product of as many multiplications in the same dtype, and the bytes that the experts' matrices take.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from scale import SHAPES, make
+from secateur import BlockStream, open_checkpoint
+from secateur.model.held import plain
+from secateur.model.mixture import Mixture, Routes
+
+REPEATS = 3
+
+
+def seconds(make: Callable[[], object]) -> float:
+    """Return the CPU seconds of the fastest of a few calls."""
+    found = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        make()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def one_at_a_time(mixture: Mixture, x_nd: Tensor, routes: Routes) -> Tensor:
+    """Return the sum of all experts' outputs, each expert fitted and run on its own tokens, as a fit sees it."""
+    total = torch.zeros_like(x_nd)
+    for expert in range(mixture.module.units):
+        tokens, rows = mixture.gated(expert, x_nd, routes)
+        total.index_add_(0, tokens, rows @ mixture.weight(expert))
+    return total
+
+
+def unfused(mixture: Mixture, dtype: torch.dtype) -> list[list[nn.Linear]]:
+    """Return each expert as linear layers of its own: gate, up, down."""
+    layers = []
+    for expert in range(mixture.module.units):
+        tensors = mixture.tensors(expert)
+        parts = []
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = tensors[f"{name}.weight"].to(dtype).contiguous()
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            parts.append(layer)
+        layers.append(parts)
+    return layers
+
+
+def run_unfused(layers: list[list[nn.Linear]], x_nd: Tensor, routes: Routes) -> Tensor:
+    """Return the sum of all experts' outputs, by layers of their own."""
+    total = torch.zeros_like(x_nd)
+    for expert, (gate, up, down) in enumerate(layers):
+        tokens, gates = routes.of(expert)
+        x = x_nd[tokens].to(gate.weight.dtype)
+        total.index_add_(0, tokens, down(nn.functional.silu(gate(x)) * up(x)).float() * gates[:, None])
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=[name for name, shape in SHAPES.items() if shape.experts])
+    parser.add_argument("--tokens", type=int, default=8192)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = SHAPES[given.shape]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        make(shape, 1, Path(folder))
+        stream = BlockStream(open_checkpoint(folder))
+        with stream.filled(0) as layer, stream.quick():
+            mixture = Mixture(stream, layer, stream.blocks[0].feed_forward)
+            x, every = torch.randn(given.tokens, shape.width), mixture.every
+            routes, products = mixture.route(x, every), stream.products
+            pairs = given.tokens * shape.chosen
+            floors = {}
+            for dtype in {torch.float32, products}:
+                rows, matrix = torch.randn(pairs, shape.width).to(dtype), torch.randn(3 * shape.channels, shape.width)
+                floors[dtype] = seconds(lambda rows=rows, matrix=matrix.to(dtype): linear(rows, matrix))
+                del rows
+            stored = sum(plain(value.data).nbytes for value in mixture.experts.parameters())
+            print(
+                f"| {pairs:,} pairs; blocks multiply in {products} | CPU s | over one product | GB |\n|---|---|---|---|"
+            )
+
+            def row(name: str, dtype: torch.dtype, size: float, run: Callable[[], object]) -> None:
+                spent = seconds(run)
+                print(f"| {name} | {spent:.1f} | {spent / floors[dtype]:.2f} | {size / 1e9:.2f} |", flush=True)
+
+            row("together, the model's own forward", products, stored, lambda: mixture.output(x[None], every))
+            row("one at a time, as stored", products, stored, lambda: one_at_a_time(mixture, x, routes))
+            for dtype in sorted({torch.float32, products}, key=str):
+                layers = unfused(mixture, dtype)
+                size = sum(part.weight.nbytes for parts in layers for part in parts)
+                name = f"one at a time, layers of their own, {str(dtype).removeprefix('torch.')}"
+                row(name, dtype, size, lambda layers=layers: run_unfused(layers, x, routes))
+                del layers
+            for value in mixture.experts.parameters():
+                value.data = plain(value.data).float()
+            stream.model.set_experts_implementation("grouped_mm")
+            row(
+                "together, grouped products, float32", torch.float32, 2 * stored, lambda: mixture.output(x[None], every)
+            )
+
+
+if __name__ == "__main__":
+    main()
