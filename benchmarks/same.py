@@ -10,6 +10,7 @@ the first paths of a JSON file; the first lines of a text; and whether the units
 peak memory are left out. The last line counts.
 
     --only REGEX        only cases in whose name this is found, such as "mixtral", "^gguf" or "recovery paper"
+    --every N           only every Nth case of these: 7 covers a bit of everything in a minute
     --within 1e-4       numbers may differ by so much, relative to the largest value of a tensor or to a number in
                         JSON; texts are then compared without their numbers
     --renamed OLD=NEW   a JSON key of the record has a new name now; may be given several times
@@ -63,6 +64,7 @@ def main() -> None:
             sys.exit("the models could not be saved")
     cases = real_cases((record / "files" / "real.txt").exists()) if asked.real else tiny_cases()
     cases = {name: case for name, case in cases.items() if re.search(asked.only, name)}
+    cases = dict(list(cases.items())[:: asked.every])
     if asked.list:
         print("\n".join(f"{name}: {' && '.join(case.commands)}" for name, case in cases.items()))
         return
@@ -82,6 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--every", type=int, default=1, metavar="N")
     parser.add_argument("--within", type=float, default=0.0)
     parser.add_argument("--renamed", action="append", default=[], metavar="OLD=NEW")
     parser.add_argument("--ignore", action="append", default=[], metavar="GLOB")
