@@ -23,6 +23,7 @@ from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
+from secateur.model.axes import CHANNELS, HEADS
 from secateur.model.rows import Rows
 from secateur.model.structure import Width
 from secateur.model.surgery import assign, narrow
@@ -137,7 +138,7 @@ class Bench:
             self.stream.blocks, range(len(self.stream)), parameters=counted, goal=sparsity, meter=counted
         )
         if width:
-            return wish.plan(dict.fromkeys(wish.chosen, Width(*width)))
+            return wish.plan(dict.fromkeys(wish.chosen, Width(dict(zip((*HEADS, CHANNELS), width, strict=True)))))
         few, probe_rows = survey_rows(self.text)
         return plan(wish, "uniform", survey(self.stream, few, probe_rows=probe_rows, ridge=self.ridge))
 

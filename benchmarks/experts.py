@@ -8,7 +8,6 @@ share of the nats that `reap` without a refit loses. Every block keeps as many e
 
 import argparse
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from secateur.fit.block import Method
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
 from secateur.model.arena import Activations
+from secateur.model.axes import EXPERTS
 from secateur.model.rows import Rows
 from secateur.plan.problem import Plan
 from secateur.survey.loss import mean_loss
@@ -81,7 +81,7 @@ def cells(values: list[list[float]], reap: list[list[float]] | None) -> list[str
 def nats(stream: BlockStream, rows: Rows, texts: list[Tensor], share: float, method: Method) -> list[float]:
     """What a token of each text loses."""
     widths = {index: block.width for index, block in enumerate(stream.blocks)}
-    fewer = {index: replace(width, experts=math.ceil(width.experts * (1 - share))) for index, width in widths.items()}
+    fewer = {index: width | {EXPERTS: math.ceil(width.experts * (1 - share))} for index, width in widths.items()}
     plan = Plan(fewer, share, share)
     every, lost = rows.along(*texts), list[float]()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from secateur.measure.compare import load
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep, Kind, Pattern, Width
+from secateur.model.structure import CHANNELS, HEADS_PER_GROUP, KV_GROUPS, Block, Keep, Kind, Width
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.model.tokens import begins_with_bos
 from secateur.numerics.moments import Moments
@@ -182,9 +182,9 @@ def uniform_width(block: Block, sparsity: float) -> Width:
     attention, dense = block.attention, block.width
     widths = [dense]
     if not attention.locked:
-        widths += [replace(dense, per_group=heads) for heads in range(1, dense.per_group)]
-        widths += [replace(dense, groups=groups) for groups in range(1, dense.groups)]
-    held = block.parameters - block.kept_parameters(replace(dense, groups=0, per_group=0))
+        widths += [(dense | {HEADS_PER_GROUP: heads}) for heads in range(1, dense.per_group)]
+        widths += [(dense | {KV_GROUPS: groups}) for groups in range(1, dense.groups)]
+    held = block.parameters - block.kept_parameters(dense | {KV_GROUPS: 0, HEADS_PER_GROUP: 0})
     return _with_channels(
         block,
         min(widths, key=lambda w: abs(block.parameters - block.kept_parameters(w) - sparsity * held)),
@@ -196,8 +196,8 @@ def _with_channels(block: Block, width: Width, sparsity: float) -> Width:
     """A width with as many channels as meet the share of the block best."""
     wanted = (1 - sparsity) * block.parameters
     counts = range(1, block.width.channels + 1)
-    best = min(counts, key=lambda c: abs(block.kept_parameters(replace(width, channels=c)) - wanted))
-    return replace(width, channels=best)
+    best = min(counts, key=lambda c: abs(block.kept_parameters(width | {CHANNELS: c}) - wanted))
+    return width | {CHANNELS: best}
 
 
 def _uniform(stream: BlockStream, sparsity: float) -> dict[int, Width]:
@@ -210,17 +210,17 @@ def flap_widths(stream: BlockStream, rows: Rows, sparsity: float) -> dict[int, W
     The best units stay until their parameters come nearest to what shall be left; a head so counts for as many
     channels as it has parameters (512/3 of them in LLaMA-7B). With grouped queries, whole groups are ranked.
     """
-    owners: list[tuple[int, Pattern]] = []
+    owners: list[tuple[int, str]] = []
     scores: list[Tensor] = []
     sizes: list[Tensor] = []
     for index, stats in dense_statistics(stream, rows):
         block, module = stream.blocks[index], stats.module
         if module.locked:
             continue
-        metric, pattern = flap.fluctuations(stats), module.patterns[0]
-        units = module.steps(pattern)
-        one_less = _narrowed(block.width, pattern, units - 1)
-        owners.append((index, pattern))
+        metric, axis = flap.fluctuations(stats), module.cut_axes[0].name
+        units = module.axis(axis).units
+        one_less = _narrowed(block.width, axis, units - 1)
+        owners.append((index, axis))
         scores.append(((metric - metric.mean()) / metric.std()).view(units, -1).mean(1))
         sizes.append(torch.full((units,), block.parameters - block.kept_parameters(one_less)))
     order = torch.cat(scores).argsort(descending=True, stable=True)
@@ -230,18 +230,18 @@ def flap_widths(stream: BlockStream, rows: Rows, sparsity: float) -> dict[int, W
     stays = torch.zeros(len(size), dtype=torch.bool)
     stays[order[: int((removed - wanted).abs().argmin()) + 1]] = True
     widths = {index: block.width for index, block in enumerate(stream.blocks)}
-    for (index, pattern), part in zip(owners, stays.split([len(s) for s in sizes]), strict=True):
-        widths[index] = _narrowed(widths[index], pattern, int(part.sum()))
+    for (index, axis), part in zip(owners, stays.split([len(s) for s in sizes]), strict=True):
+        widths[index] = _narrowed(widths[index], axis, int(part.sum()))
     return widths
 
 
-def _narrowed(width: Width, pattern: Pattern, count: int) -> Width:
-    """A width of which `count` units of a pattern are kept."""
-    if pattern == "channels":
-        return replace(width, channels=count)
+def _narrowed(width: Width, axis: str, count: int) -> Width:
+    """A width of which `count` units along an axis are kept."""
+    if axis == "channels":
+        return width | {CHANNELS: count}
     if count == 0:
-        return replace(width, groups=0, per_group=0)
-    return replace(width, groups=count) if pattern == "groups" else replace(width, per_group=count)
+        return width | {KV_GROUPS: 0, HEADS_PER_GROUP: 0}
+    return (width | {KV_GROUPS: count}) if axis == KV_GROUPS else (width | {HEADS_PER_GROUP: count})
 
 
 # Streams and networks.
@@ -288,8 +288,8 @@ def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], me
 def _cheapest(stats: Statistics, width: Width) -> tuple[int, ...]:
     """Units of a module that the surgeon leaves at a width."""
     module = stats.module
-    pattern = next((p for p in module.patterns if width.along(p) < module.steps(p)), module.patterns[0])
-    return survivors(module, pattern, removal_order(all_criteria()["surgeon"], stats, pattern, width.along(pattern)))
+    axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.cut_axes[0].name)
+    return survivors(module, axis, removal_order(all_criteria()["surgeon"], stats, axis, width[axis]))
 
 
 def block_influence(stream: BlockStream, rows: Rows) -> Tensor:

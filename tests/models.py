@@ -22,7 +22,18 @@ from transformers.pytorch_utils import Conv1D
 from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.model.describe import describe
-from secateur.model.structure import Block, Depth2, Keep, Kind, Pattern
+from secateur.model.structure import (
+    CHANNELS,
+    EXPERT_CHANNELS,
+    EXPERTS,
+    HEADS_PER_GROUP,
+    KV_GROUPS,
+    Block,
+    Depth2,
+    Keep,
+    Kind,
+    Width,
+)
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 
 VOCAB = 128
@@ -381,14 +392,20 @@ def reading(model: Any, index: int, kind: Kind) -> Tensor:
     return torch.stack([1 + norm.weight.double() for norm in later]).square().mean(0).sqrt()
 
 
-def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], pattern: Pattern) -> Keep:
+def wide(groups: int, per_group: int, channels: int = 0, experts: int = 0) -> Width:
+    """A block's width, with so many channels or so many of each expert."""
+    fed = {EXPERTS: experts, EXPERT_CHANNELS: channels} if experts else {CHANNELS: channels}
+    return Width({KV_GROUPS: groups, HEADS_PER_GROUP: per_group} | fed)
+
+
+def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], axis: str) -> Keep:
     """Units that differ from block to block and are no run: two thirds of the channels or experts, some heads."""
     generator = torch.Generator().manual_seed(index)
     attention, fed = block.attention, block.feed_forward
     heads = list(range(attention.units))
     if attention.locked:
         pass
-    elif "heads" in kinds and pattern == "groups":
+    elif "heads" in kinds and axis == KV_GROUPS:
         gone = index % attention.groups
         heads = [head for head in heads if head // attention.per_group != gone]
     elif "heads" in kinds:
@@ -427,7 +444,9 @@ class _Idle:
     """Some channels of experts that give nothing: their weights of the last layer are zero."""
 
     def __init__(self, layer: nn.Module, module: Depth2, keep: Keep):
-        axis = next(slab.axis for slab in module.slabs if slab.unit == "channel" and slab.name == module.level2.name)
+        axis = next(
+            slab.axis for slab in module.slabs if slab.along == (EXPERT_CHANNELS,) and slab.name == module.level2.name
+        )
         every = torch.zeros((module.units + module.times) * module.inner)
         every[list(keep.channels)] = 1
         own = module.units * module.inner

@@ -552,7 +552,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpoint
     plan = kept(place, "uniform")
     (place / "typo.json").write_text(json.dumps({"blocks": [{"block": 0, "head": [0, 1], "channels": [1]}]}))
     (place / "other.json").write_text(
-        json.dumps({"blocks": [{**plan["blocks"][0], "width": {"groups": 3, "per_group": 2, "channels": 7}}]})
+        json.dumps({"blocks": [{**plan["blocks"][0], "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 7}}]})
     )
     (place / "holes.json").write_text(json.dumps({"blocks": [plan["blocks"][0], plan["blocks"][2]]}))
     return place
@@ -781,9 +781,9 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     assert f"{counted:,}" in next(line for line in result.out.splitlines() if "parameters" in line)
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
     assert [line.split()[0] for line in notes[2:]] == ["Rewrite", "Draw", "Survey", "Price", "Keeping", "Prune"]
-    assert "of 18 query heads and" in notes[6]
+    assert "of 18 query heads (" in notes[6]
     assert "nats per token, module by module" in notes[6]
-    for words in ("parameters", "weights on disk", "cache per token", "key/value heads", "channels", "peak memory"):
+    for words in ("parameters", "weights on disk", "cache per token", "KV groups", "channels", "peak memory"):
         assert words in result.out
     assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
     assert "Written to out" in result.out
@@ -886,9 +886,9 @@ def test_plan_shows_what_prune_does(place: Path, run: Run) -> None:
     written = [(place / name / "model.safetensors").read_bytes() for name in ("planned", "direct")]
     assert written[0] == written[1]
     for row, block in zip(rows, kept(place, "direct")["blocks"], strict=True):
-        heads, groups, channels = (int(cell.split("/")[0]) for cell in row[1:4])
-        assert (heads, channels) == (len(block["heads"]), len(block["channels"]))
-        assert groups == block["width"]["groups"]
+        groups, heads, channels = (int(cell.split("/")[0]) for cell in row[1:4])
+        assert (groups * heads, channels) == (len(block["heads"]), len(block["channels"]))
+        assert groups == block["width"]["kv_groups"]
     drawn = run("plan", "model", *SMALL, "--plan", "direct/secateur.json")
     assert [line for line in drawn.out.splitlines() if "│" in line] == [
         line for line in result.out.splitlines() if "│" in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def test_memory(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     width = stream.width
     rows = Rows((torch.zeros(4, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)), (1.0, 0.0))
-    widths = {0: replace(stream.blocks[0].width, channels=40)}
+    widths = {0: stream.blocks[0].width | {"channels": 40}}
     held = [fit_work(stream, rows.with_versions(*[rows.groups[0]] * fits), widths, 0).streams for fits in (1, 2, 3)]
     # Two streams of each further fit, to the text and its own rows.
     assert held[1] - held[0] == held[2] - held[1] == 4 * 2 * width * 2 * 64

@@ -62,9 +62,9 @@ def test_a_plan_keeps_what_stands_in_its_place(tmp_path, checkpoint_folder, kept
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 0, "heads": kept}]}))
     with pytest.raises(SecateurError, match=r"block 0, heads: .*as another kind of layer stands in the attention's"):
         prune(checkpoint_folder("lfm2"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
-    none = {"groups": 0, "per_group": 0, "channels": 72}
+    none = {"kv_groups": 0, "heads_per_group": 0, "channels": 72}
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 0, "width": none}]}))
-    with pytest.raises(SecateurError, match="0 groups x 0 heads cannot be had; possible are 3 x 2"):
+    with pytest.raises(SecateurError, match="0 KV groups cannot be had: 3 are possible"):
         prune(checkpoint_folder("lfm2"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
 
 

@@ -38,6 +38,7 @@ from models import (
     save,
     some_keep,
     token_rows,
+    wide,
 )
 from secateur.base.errors import SecateurError
 from secateur.commands.options import Options
@@ -51,7 +52,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import head_dim
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Pattern, Width
+from secateur.model.structure import HEADS_PER_GROUP, KINDS, KV_GROUPS, Block, Depth2, Keep, Kind, Width
 from secateur.model.surgery import assign, width_of
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
@@ -95,18 +96,18 @@ def cases() -> Iterator[Any]:
     for name in MATRIX:
         attention = attention_of(name)
         for modules, kinds in MODULES.items():
-            patterns: tuple[Pattern, ...] = ("channels",)
+            patterns: tuple[str, ...] = ("channels",)
             if "heads" in kinds:
-                patterns = () if attention.locked else attention.patterns
-            for pattern in patterns:
-                yield pytest.param(name, kinds, pattern, id=f"{name}-{modules}-{pattern}")
+                patterns = () if attention.locked else tuple(one.name for one in attention.cut_axes)
+            for axis in patterns:
+                yield pytest.param(name, kinds, axis, id=f"{name}-{modules}-{axis}")
 
 
-def keeps_of(name: str, kinds: tuple[Kind, ...], pattern: Pattern) -> dict[int, Keep]:
-    return {i: some_keep(block, i, kinds, pattern) for i, block in enumerate(blocks_of(dense(name)))}
+def keeps_of(name: str, kinds: tuple[Kind, ...], axis: str) -> dict[int, Keep]:
+    return {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(dense(name)))}
 
 
-def with_another_unit(block: Block, keep: Keep, kind: Kind, pattern: Pattern) -> Keep:
+def with_another_unit(block: Block, keep: Keep, kind: Kind, axis: str) -> Keep:
     """The same widths, but one removed unit stays and a kept one goes in its place."""
     if kind == "channels" and keep.experts:
         # Of the last expert, or the shared one.
@@ -125,7 +126,7 @@ def with_another_unit(block: Block, keep: Keep, kind: Kind, pattern: Pattern) ->
             # The same places in another expert.
             moved = [c + (gone[0] - same[-1]) * module.inner * (c // module.inner == same[-1]) for c in keep.channels]
             keep = replace(keep, channels=tuple(sorted(moved)))
-    elif pattern == "groups":
+    elif axis == KV_GROUPS:
         size = module.per_group
         kept = [unit for unit in kept if unit // size != kept[0] // size] + gone
     else:
@@ -153,9 +154,9 @@ def test_the_models_are_no_easy_cases():
                 assert value.std() > 0.1, (name, path)
 
 
-@pytest.mark.parametrize(("name", "kinds", "pattern"), list(cases()))
-def test_masked_equals_sliced(name, kinds, pattern):
-    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, pattern)
+@pytest.mark.parametrize(("name", "kinds", "axis"), list(cases()))
+def test_masked_equals_sliced(name, kinds, axis):
+    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, axis)
     with masked(model, keeps):
         expected = logits_of(model, ids)
     assert relative(logits_of(model, ids), expected) > 100 * TOLERANCE
@@ -168,10 +169,10 @@ def test_masked_equals_sliced(name, kinds, pattern):
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds", "pattern"), [case for case in cases() if case.values[0] not in SIMILAR], ids=lambda one: str(one)
+    ("name", "kinds", "axis"), [case for case in cases() if case.values[0] not in SIMILAR], ids=lambda one: str(one)
 )
-def test_another_unit_than_planned_is_noticed(name, kinds, pattern):
-    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, pattern)
+def test_another_unit_than_planned_is_noticed(name, kinds, axis):
+    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, axis)
     with masked(model, keeps):
         expected = logits_of(model, ids)
     blocks = blocks_of(model)
@@ -181,21 +182,21 @@ def test_another_unit_than_planned_is_noticed(name, kinds, pattern):
         index = free_block(name) if kind == "heads" else index
         if index is None:
             continue
-        wrong = keeps | {index: with_another_unit(blocks[index], keeps[index], kind, pattern)}
+        wrong = keeps | {index: with_another_unit(blocks[index], keeps[index], kind, axis)}
         assert width_of(blocks[index], wrong[index]) == width_of(blocks[index], keeps[index])
         assert relative(logits_of(narrowed(model, wrong), ids), expected) > 100 * TOLERANCE, kind
 
 
 def with_whole_groups(name: str) -> bool:
     attention = attention_of(name)
-    return not attention.locked and "groups" in attention.patterns
+    return not attention.locked and any(one.name == KV_GROUPS for one in attention.cut_axes)
 
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if with_whole_groups(name)])
 def test_groups_leave_with_their_keys_and_values(name):
     index = free_block(name)
     block = blocks_of(dense(name))[index]
-    keep = some_keep(block, 1, ("heads",), "groups")
+    keep = some_keep(block, 1, ("heads",), KV_GROUPS)
     layer = layers_of(narrowed(dense(name), {index: keep}))[index]
     for slab in block.attention.level1:
         rows = dict(layer.named_parameters())[slab.name].shape[slab.axis]
@@ -259,10 +260,10 @@ def writable_channels(name: str) -> bool:
 def heads_share(name: str) -> float:
     """A sparsity that one group, or one head of every group, makes up."""
     block, width = first_block(name), first_block(name).width
-    if "groups" in block.attention.patterns:
-        smaller = replace(width, groups=width.groups - 1)
+    if any(one.name == KV_GROUPS for one in block.attention.cut_axes):
+        smaller = width | {KV_GROUPS: width.groups - 1}
     else:
-        smaller = replace(width, per_group=width.per_group - 1)
+        smaller = width | {HEADS_PER_GROUP: width.per_group - 1}
     blocks = blocks_of(dense(name))
     gone = len(blocks) * (block.parameters - block.kept_parameters(smaller))
     return gone / sum(block.parameters for block in blocks)
@@ -375,7 +376,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
 
 
 def recorded_plan(record: dict[str, Any]) -> Plan:
-    widths = {block["block"]: Width(**block["width"]) for block in record["blocks"]}
+    widths = {block["block"]: Width(block["width"]) for block in record["blocks"]}
     return Plan(widths, record["sparsity"]["reached"], record["sparsity"]["wanted"])
 
 
@@ -437,7 +438,7 @@ def test_reloaded_equals_memory(pruned, job):
     if job.widths == "adaptive":
         assert info["class"] == f"Secateur{dense_class}"
         return
-    heads = record["blocks"][0]["width"]["groups"] * record["blocks"][0]["width"]["per_group"]
+    heads = Width(record["blocks"][0]["width"]).heads
     assert info["class"] == ("MistralForCausalLM" if dense_class.startswith("Llama") and 48 % heads else dense_class)
 
 
@@ -519,10 +520,10 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     """Five of six heads do not divide 48: `prune` finds another width and says so, `write` refuses that one."""
     folder, name = checkpoint_folder("gemma2 every head"), "gemma2 every head"
     block = first_block(name)
-    five = Width(5, 1, block.feed_forward.units)
+    five = wide(5, 1, block.feed_forward.units)
     sparsity = 1 - block.kept_parameters(five) / block.parameters
     found = prune(folder, tmp_path / "out", **settings(modules=("heads",), sparsity=sparsity))
-    assert set(found.widths.values()) == {Width(4, 1, block.feed_forward.units)}
+    assert set(found.widths.values()) == {wide(4, 1, block.feed_forward.units)}
     assert "in place of" in (found.note or "")
     stream = stream_of(folder)
     refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity)
@@ -532,7 +533,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
 
 
 def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
-    width = Width(2, 2, 50)
+    width = wide(2, 2, 50)
     refused = Plan({0: width, 2: width}, 0.2, 0.2)
     with pytest.raises(SecateurError, match="needs one width for all blocks; take --format hf"):
         write(stream_of(checkpoint_folder("llama")), tmp_path / "out", refused, iter(()))
@@ -540,24 +541,24 @@ def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
 
 
 IN_MEMORY = {
-    **{f"{name} heads": (name, Width(4, 1, 96), range(3), False) for name in ("gpt2", "opt", "gpt_neox")},
-    **{f"{name} heads": (name, Width(4, 1, 60), range(3), False) for name in ("opt after", "gpt_neox serial")},
-    "gemma2 heads": ("gemma2 every head", Width(5, 1, 72), range(3), False),
-    "blocks": ("llama", Width(2, 2, 50), range(1, 3), False),
-    "first blocks": ("phi3", Width(3, 1, 50), range(2), False),
-    "added biases": ("llama", Width(2, 2, 50), range(3), True),
-    "added biases, heads": ("qwen3", Width(2, 2, 50), range(3), True),
-    "no attention": ("llama", Width(0, 0, 50), range(3), False),
-    "no channels": ("qwen3 biased", Width(2, 2, 0), range(3), False),
-    "no module": ("llama biased", Width(0, 0, 0), range(1, 2), False),
-    "no attention behind a norm": ("gemma2", Width(0, 0, 50), range(1, 3), False),
-    "no channels behind a norm": ("gemma3_text", Width(2, 2, 0), range(2), False),
-    "no locked attention": ("olmo2", Width(0, 0, 50), range(3), False),
-    "no attention beside": ("gpt_neox", Width(0, 0, 60), range(3), False),
-    "no channels, biases stay": ("gpt2", Width(4, 1, 0), range(3), False),
-    "no module, biases stay": ("opt", Width(0, 0, 0), range(2), False),
-    "no module, fused": ("phi3", Width(0, 0, 0), range(1, 3), False),
-    "no channels, added biases": ("llama", Width(2, 2, 0), range(3), True),
+    **{f"{name} heads": (name, wide(4, 1, 96), range(3), False) for name in ("gpt2", "opt", "gpt_neox")},
+    **{f"{name} heads": (name, wide(4, 1, 60), range(3), False) for name in ("opt after", "gpt_neox serial")},
+    "gemma2 heads": ("gemma2 every head", wide(5, 1, 72), range(3), False),
+    "blocks": ("llama", wide(2, 2, 50), range(1, 3), False),
+    "first blocks": ("phi3", wide(3, 1, 50), range(2), False),
+    "added biases": ("llama", wide(2, 2, 50), range(3), True),
+    "added biases, heads": ("qwen3", wide(2, 2, 50), range(3), True),
+    "no attention": ("llama", wide(0, 0, 50), range(3), False),
+    "no channels": ("qwen3 biased", wide(2, 2, 0), range(3), False),
+    "no module": ("llama biased", wide(0, 0, 0), range(1, 2), False),
+    "no attention behind a norm": ("gemma2", wide(0, 0, 50), range(1, 3), False),
+    "no channels behind a norm": ("gemma3_text", wide(2, 2, 0), range(2), False),
+    "no locked attention": ("olmo2", wide(0, 0, 50), range(3), False),
+    "no attention beside": ("gpt_neox", wide(0, 0, 60), range(3), False),
+    "no channels, biases stay": ("gpt2", wide(4, 1, 0), range(3), False),
+    "no module, biases stay": ("opt", wide(0, 0, 0), range(2), False),
+    "no module, fused": ("phi3", wide(0, 0, 0), range(1, 3), False),
+    "no channels, added biases": ("llama", wide(2, 2, 0), range(3), True),
 }
 
 

@@ -33,6 +33,10 @@ NAME = "qwen2_moe some"
 """Its first block has channels, the others experts."""
 
 
+def numbers(experts: int, channels: int) -> dict[str, int]:
+    return {"kv_groups": 3, "heads_per_group": 2, "experts": experts, "expert_channels": channels}
+
+
 def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
     propose(model, Options(sparsity=0.3, modules=("heads", "experts"), **ROWS), Running(device="cpu"), out=file)
@@ -43,14 +47,14 @@ def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder:
     blocks = json.loads((tmp_path / "first" / "secateur.json").read_text())["blocks"]
     assert ["experts" in block for block in blocks] == [False, True, True]
     assert all(len(block["experts"]) == block["width"]["experts"] < 8 for block in blocks[1:])
-    assert all("channels" not in block and block["width"]["channels"] == 20 for block in blocks[1:])
+    assert all("channels" not in block and block["width"]["expert_channels"] == 20 for block in blocks[1:])
 
 
 def test_channels_of_experts_are_a_plan_too(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """As many of each; where experts go as well, of those that stay."""
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
-    entries = [{"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 6, "channels": 8}}]
-    entries.append({"block": 2, "width": {"groups": 3, "per_group": 2, "experts": 8, "channels": 16}})
+    entries = [{"block": 1, "width": numbers(6, 8)}]
+    entries.append({"block": 2, "width": numbers(8, 16)})
     file.write_text(json.dumps({"blocks": entries}))
     for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
         found = prune(model, tmp_path / out, plan=str(given), **SMALL)
@@ -74,9 +78,9 @@ def test_channels_alone(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> 
     assert {width.experts for width in found.now()[1:]} == {8}
     assert min(width.channels for width in found.now()[1:]) < 20
     curves = json.loads(file.read_text())["curves"]
-    assert {(one["kind"], one["pattern"], len(one["errors"])) for one in curves if one["block"]} == {
+    assert {(one["kind"], one["axis"], len(one["errors"])) for one in curves if one["block"]} == {
         ("experts", "experts", 1),
-        ("experts", "channels", 20),
+        ("experts", "expert_channels", 20),
     }
     again = prune(model, tmp_path / "again", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
     assert again.widths == found.widths
@@ -146,15 +150,15 @@ WRONG = {
     "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; the module has 0 to 7"),
     "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
     "a width too narrow": (
-        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 2, "channels": 20}},
-        "2 experts cannot be had; possible are 3 to 8",
+        {"block": 1, "width": numbers(2, 20)},
+        "2 experts cannot be had: 3 to 8",
     ),
     "no channels": (
-        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 8, "channels": 0}},
-        "0 channels, where the model has 20",
+        {"block": 1, "width": numbers(8, 0)},
+        "0 channels in each cannot be had: 1 to 20",
     ),
     "channels of which no kernel is": (
-        {"block": 1, "width": {"groups": 3, "per_group": 2, "experts": 8, "channels": 13}},
+        {"block": 1, "width": numbers(8, 13)},
         "kernels of experts take channels that 8 divides, not 13",
     ),
     "channels of an expert that goes": (
@@ -166,8 +170,8 @@ WRONG = {
         "each expert must keep as many as the others, and at least one",
     ),
     "a width of channels": (
-        {"block": 1, "width": {"groups": 3, "per_group": 2, "channels": 2}},
-        "list the heads and experts to keep, or give a width of groups, per_group, experts, channels",
+        {"block": 1, "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 2}},
+        "list the heads and experts to keep, or give a width of kv_groups, heads_per_group, experts, expert_channels",
     ),
 }
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_cli import SMALL, TEXT, Run, listing, place, refused, run  # noqa: F401
 
 from conftest import CheckpointFolder
-from models import blocks_of, build
+from models import blocks_of, build, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import steps
@@ -27,7 +27,7 @@ from secateur.commands import survey as survey_page
 from secateur.commands.clean import clean
 from secateur.commands.options import Options
 from secateur.commands.survey import survey_page as write_page
-from secateur.model.structure import Block, Width
+from secateur.model.structure import Block
 from secateur.plan.problem import Plan
 from secateur.report.page import POINTS, UNITS, page_data, render
 from secateur.survey.curves import Curve, Probe, Survey, load_survey
@@ -67,16 +67,19 @@ def data_of(page: str) -> dict[str, Any]:
 def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, list[Block]]:
     """A survey of a model of `count` blocks with whole groups of one head, smooth curves, units leaving backwards."""
     block = blocks_of(build("llama every head"))[0]
-    attention = replace(block.attention, groups=heads, level2=replace(block.attention.level2, units=heads, unit="head"))
-    feed_forward = replace(block.feed_forward, level2=replace(block.feed_forward.level2, units=channels))
-    wide = replace(block, attention=attention, feed_forward=feed_forward)
+    attention, feed_forward = (
+        replace(module, axes=(replace(module.axes[0], units=units), *module.axes[1:]), groups=groups, level2=level2)
+        for module, units, groups in ((block.attention, heads, heads), (block.feed_forward, channels, 1))
+        for level2 in [replace(module.level2, units=units)]
+    )
+    larger = replace(block, attention=attention, feed_forward=feed_forward)
     curves, probes = [], []
     for index in range(count):
-        for kind, pattern, units in (("heads", "groups", heads), ("channels", "channels", channels)):
+        for kind, axis, units in (("heads", "kv_groups", heads), ("channels", "channels", channels)):
             errors = tuple(((np.arange(units) / units) ** 2 * 0.5).tolist())
-            curves.append(Curve(index, kind, pattern, errors, 0.5, tuple(range(units - 1, 0, -1))))  # type: ignore[arg-type]
+            curves.append(Curve(index, kind, axis, errors, 0.5, tuple(range(units - 1, 0, -1))))  # type: ignore[arg-type]
             probes += [Probe(index, kind, 0.1, False, 0.02), Probe(index, kind, 0.5, True, 0.7)]  # type: ignore[arg-type]
-    return Survey("surgeon", 0.3, 2048, tuple(curves), tuple(probes)), [wide] * count
+    return Survey("surgeon", 0.3, 2048, tuple(curves), tuple(probes)), [larger] * count
 
 
 # What is drawn.
@@ -85,9 +88,9 @@ def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, li
 @pytest.mark.parametrize("channels", [1, 2, 72, POINTS, POINTS + 1, 11_008])
 def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
     survey, blocks = synthetic(channels, 1)
-    heads, wide = page_data(survey, blocks, {}, facts=FACTS)["modules"]
+    heads, channel = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     prices = Prices(survey)
-    for module, units, errors in ((heads, 32, survey.curves[0].errors), (wide, channels, survey.curves[1].errors)):
+    for module, units, errors in ((heads, 32, survey.curves[0].errors), (channel, channels, survey.curves[1].errors)):
         (curve,) = module["curves"]
         left = curve["left"]
         assert len(left) <= POINTS + 1
@@ -96,27 +99,30 @@ def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
         assert left[-2] == 1 or units == 1
         assert curve["lost"] == pytest.approx([errors[units - n] / 0.5 if n else 1.0 for n in left], rel=1e-3)
         kind = module["kind"]
-        widths = [Width(n, 1 if n else 0, channels) if kind == "heads" else Width(32, 1, n) for n in left]
+        widths = [wide(n, 1 if n else 0, channels) if kind == "heads" else wide(32, 1, n) for n in left]
         wanted = [prices.of(0, blocks[0].module(kind), width) for width in widths]
         assert curve["price"] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_units_come_in_the_order_in_which_they_leave() -> None:
     survey, blocks = synthetic(500, 1)
-    heads, wide = page_data(survey, blocks, {}, facts=FACTS)["modules"]
+    heads, channel = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     assert [score[0] for score in heads["scores"]] == list(range(31, -1, -1))
     assert [score[1] for score in heads["scores"]] == list(range(1, 33))
     # All rises together are the whole output, and the whole price.
     assert sum(score[2] for score in heads["scores"]) == pytest.approx(1.0, rel=1e-3)
     assert sum(score[3] for score in heads["scores"]) == pytest.approx(0.7, rel=1e-3)
-    assert [score[0] for score in wide["scores"]] == [*range(499, 499 - UNITS // 2, -1), *range(UNITS // 2 - 1, -1, -1)]
+    assert [score[0] for score in channel["scores"]] == [
+        *range(499, 499 - UNITS // 2, -1),
+        *range(UNITS // 2 - 1, -1, -1),
+    ]
 
 
 def test_heads_that_leave_together_share_a_turn() -> None:
     blocks = blocks_of(build("llama"))[:1]
     curves = (
-        Curve(0, "heads", "groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
-        Curve(0, "heads", "heads", (0.0, 0.2), 0.5, (1, 2, 5)),
+        Curve(0, "heads", "kv_groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
+        Curve(0, "heads", "heads_per_group", (0.0, 0.2), 0.5, (1, 2, 5)),
     )
     (module,) = page_data(Survey("l1", 0.3, 64, curves), blocks, {}, facts=FACTS)["modules"]
     assert [curve["left"] for curve in module["curves"]] == [[3, 2, 1, 0], [2, 1, 0]]
@@ -126,7 +132,7 @@ def test_heads_that_leave_together_share_a_turn() -> None:
 
 def test_a_locked_module_goes_as_a_whole() -> None:
     blocks = blocks_of(build("olmo2"))[:1]
-    survey = Survey("l1", 0.3, 64, (Curve(0, "heads", "groups", (0.0,), 0.5),))
+    survey = Survey("l1", 0.3, 64, (Curve(0, "heads", "kv_groups", (0.0,), 0.5),))
     (module,) = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     assert module["locked"]
     assert module["scores"] == []
@@ -187,7 +193,7 @@ def test_the_file_is_what_prune_reads(options: list[str], place: Path, run: Run,
     shown = next(one for one in data["plans"] if one["share"] == 0.25)
     for block in record["blocks"]:
         width = block["width"]
-        assert shown["widths"][block["block"]] == [width["groups"], width["per_group"], width["channels"]]
+        assert shown["widths"][block["block"]] == list(width.values())
     assert shown["reached"] == pytest.approx(record["sparsity"]["reached"], rel=1e-3)
     kept = sum(tensor.numel() for tensor in load_file(place / "OUT" / "model.safetensors").values())
     assert data["parameters"] - shown["removed"] == kept
@@ -197,7 +203,7 @@ def test_curves_know_the_order(place: Path, run: Run, checkpoint_folder: Checkpo
     assert run("survey", "model", *SMALL, "--criterion", "l1").code == 0
     tensors = load_file(checkpoint_folder("llama") / "model.safetensors")
     for curve in load_survey(place / "survey" / "survey.json", {}).curves:
-        together = 3 if curve.pattern == "heads" else 1
+        together = 3 if curve.axis == "heads_per_group" else 1
         assert len(curve.order) == (len(curve.errors) - 1) * together
         assert len(set(curve.order)) == len(curve.order)
         if curve.kind == "channels":

@@ -14,6 +14,7 @@ from secateur.criteria.choice import CRITERIA, IDENTITY, SIMILARITY
 from secateur.criteria.order import error_curve, removal_order, survivors
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
+from secateur.model.axes import HEADS_PER_GROUP, KV_GROUPS
 from secateur.model.structure import Depth2, Kind
 from secateur.model.surgery import inner_weight
 from secateur.numerics.elimination import eliminate
@@ -265,8 +266,8 @@ def test_criteria_change_nothing(criterion, kind):
     stats, _, _, _ = statistics("llama biased", kind)
     before = {name: tensor.clone() for name, tensor in stats.tensors.items()}
     found = ready(criterion, stats.module)
-    first = removal_order(found, stats, stats.module.patterns[0], 1)
-    assert torch.equal(first, removal_order(found, stats, stats.module.patterns[0], 1))
+    first = removal_order(found, stats, stats.module.cut_axes[0].name, 1)
+    assert torch.equal(first, removal_order(found, stats, stats.module.cut_axes[0].name, 1))
     assert all(torch.equal(stats.tensors[name], tensor) for name, tensor in before.items())
 
 
@@ -277,8 +278,8 @@ def ordered(scores: list[float]) -> Callable[..., list[int]]:
     """The removal order for fixed scores."""
     fixed = Criterion(score=lambda _: torch.tensor(scores, dtype=torch.float64))
 
-    def order(stats: Statistics, pattern: Any, stop: int) -> list[int]:
-        return removal_order(fixed, stats, pattern, stop).tolist()
+    def order(stats: Statistics, axis: str, stop: int) -> list[int]:
+        return removal_order(fixed, stats, axis, stop).tolist()
 
     return order
 
@@ -303,26 +304,26 @@ def test_order_of_groups():
     """Six heads in three groups; a group is worth what its heads are worth together."""
     stats, module = llama("heads")
     order = ordered([0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
-    assert order(stats, "groups", 1) == [0, 2]
-    assert order(stats, "groups", 2) == [0]
-    assert survivors(module, "groups", torch.tensor([0, 2])) == (2, 3)
-    assert survivors(module, "groups", torch.tensor([0])) == (2, 3, 4, 5)
+    assert order(stats, KV_GROUPS, 1) == [0, 2]
+    assert order(stats, KV_GROUPS, 2) == [0]
+    assert survivors(module, KV_GROUPS, torch.tensor([0, 2])) == (2, 3)
+    assert survivors(module, KV_GROUPS, torch.tensor([0])) == (2, 3, 4, 5)
 
 
 def test_order_of_heads():
     """One head of every group a round, whatever the groups are worth."""
     stats, module = llama("heads")
-    order = ordered([0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, "heads", 1)
+    order = ordered([0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, HEADS_PER_GROUP, 1)
     assert order == [0, 3, 5]
-    assert survivors(module, "heads", torch.tensor(order)) == (1, 2, 4)
+    assert survivors(module, HEADS_PER_GROUP, torch.tensor(order)) == (1, 2, 4)
 
 
 def test_order_of_heads_in_rounds():
     stats = statistics("qwen2", "heads")[0]
     order = ordered([3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
-    assert order(stats, "heads", 1) == [1, 3, 2, 5]
-    assert order(stats, "heads", 2) == [1, 3]
-    assert survivors(stats.module, "heads", torch.tensor([1, 3])) == (0, 2, 4, 5)
+    assert order(stats, HEADS_PER_GROUP, 1) == [1, 3, 2, 5]
+    assert order(stats, HEADS_PER_GROUP, 2) == [1, 3]
+    assert survivors(stats.module, HEADS_PER_GROUP, torch.tensor([1, 3])) == (0, 2, 4, 5)
 
 
 def test_equal_scores_leave_in_order():
@@ -338,18 +339,18 @@ def test_every_width_of_every_pattern(criterion, name):
         stats, _, inner, _ = statistics(name, kind)
         module = stats.module
         found = ready(criterion, module)
-        for pattern in module.patterns:
-            units = module.steps(pattern)
-            a_round = module.groups if pattern == "heads" else 1
+        for axis in [one.name for one in module.cut_axes]:
+            units = module.axis(axis).units
+            a_round = module.groups if axis == HEADS_PER_GROUP else 1
             for stop in {1, max(1, units - 1)}:
-                order = removal_order(found, stats, pattern, stop)
+                order = removal_order(found, stats, axis, stop)
                 assert len(order) == (units - stop) * a_round
-                kept = survivors(module, pattern, order)
-                each = {"groups": module.per_group, "heads": module.groups, "channels": 1}[pattern]
+                kept = survivors(module, axis, order)
+                each = {KV_GROUPS: module.per_group, HEADS_PER_GROUP: module.groups, "channels": 1}[axis]
                 assert len(kept) == stop * each
-            curve = error_curve(found, stats, pattern, 1)
+            curve = error_curve(found, stats, axis, 1)
             assert len(curve.errors) == (units - 1) * a_round + 1
-            assert torch.equal(curve.order, removal_order(found, stats, pattern, 1))
+            assert torch.equal(curve.order, removal_order(found, stats, axis, 1))
             # The dense module yields its own output: no error yet, and all of it is at stake.
             energy = float((inner.double() @ stats.weight_ao.double()).square().sum())
             assert abs(float(curve.errors[0])) < 1e-4 * energy
@@ -359,7 +360,7 @@ def test_every_width_of_every_pattern(criterion, name):
 def test_surgeon_is_the_elimination():
     stats, _, inner, _ = statistics("llama", "heads")
     assert stats.module.size == 8
-    found = error_curve(all_criteria()["surgeon"], stats, "groups", 1)
+    found = error_curve(all_criteria()["surgeon"], stats, KV_GROUPS, 1)
     expected = eliminate(stats.normal, 16)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.errors, expected.errors)

@@ -14,7 +14,7 @@ from test_criteria import MODELS, assert_scores, scores_of, statistics
 from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
 from torch import Tensor, nn
 
-from models import blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
+from models import blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows, wide
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows, fit_blocks
 from secateur.criteria.registry import STATISTICAL
@@ -22,7 +22,7 @@ from secateur.fit.average import FittedBlock
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep, Width
+from secateur.model.structure import Keep
 from secateur.plan.problem import Plan
 
 BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
@@ -190,7 +190,7 @@ def test_peers_have_the_wanted_size(checkpoint_folder, peers, name, sparsity):
 def test_flap_may_empty_a_module(checkpoint_folder, peers, monkeypatch):
     """Its mean output is left, as a bias."""
     stream, rows = opened(checkpoint_folder("llama"))
-    widths = {0: Width(0, 0, 72), 1: Width(3, 2, 0), 2: Width(3, 2, 72)}
+    widths = {0: wide(0, 0, 72), 1: wide(3, 2, 0), 2: wide(3, 2, 72)}
     monkeypatch.setattr(peers, "flap_widths", lambda *_: widths)
     peer = peers.PEERS["flap"](stream, rows, 0.3)
     first = layers_of(peer.network)[0].self_attn
@@ -267,7 +267,7 @@ def test_flap_widths_by_hand(checkpoint_folder, peers):
         kept[block, what] = kept.get((block, what), 0) + 1
     for index, width in peers.flap_widths(stream, rows, 0.3).items():
         groups = kept.get((index, "groups"), 0)
-        assert width == Width(groups, 2 if groups else 0, kept.get((index, "channels"), 0))
+        assert width == wide(groups, 2 if groups else 0, kept.get((index, "channels"), 0))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama one group", "llama every head", "gpt2", "olmo2"])

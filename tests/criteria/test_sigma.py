@@ -12,7 +12,7 @@ from test_criteria import assert_scores, scores_of, seen, statistics
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import build, layers_of, token_rows
+from models import build, layers_of, token_rows, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.open import open_model
@@ -22,10 +22,10 @@ from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
+from secateur.model.axes import HEADS_PER_GROUP, KV_GROUPS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Pattern, Width
 from secateur.model.surgery import inner_weight
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
@@ -98,7 +98,7 @@ def test_identity_sees_no_data() -> None:
 # Random token ids.
 
 TEXT, IDS = token_rows(6, 20, seed=9), token_rows(2, 7, seed=4)
-WIDTHS = {"llama": Width(2, 2, 50), "llama biased": Width(2, 2, 50), "gpt2": Width(4, 1, 60), "opt": Width(4, 1, 60)}
+WIDTHS = {"llama": wide(2, 2, 50), "llama biased": wide(2, 2, 50), "gpt2": wide(4, 1, 60), "opt": wide(4, 1, 60)}
 
 
 def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
@@ -124,11 +124,11 @@ def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **
 def test_random_ids_choose_the_units(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """Of the first attention, which sees the dense model's activations."""
     stats = stats_on(name, "heads", IDS)
-    pattern: Pattern = "groups" if WIDTHS[name].groups < stats.module.groups else "heads"
-    order = removal_order(SECOND_MOMENT, stats, pattern, WIDTHS[name].along(pattern))
+    axis: str = KV_GROUPS if WIDTHS[name].groups < stats.module.groups else HEADS_PER_GROUP
+    order = removal_order(SECOND_MOMENT, stats, axis, WIDTHS[name][axis])
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
     keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
-    assert keep.heads == survivors(stats.module, pattern, order)
+    assert keep.heads == survivors(stats.module, axis, order)
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))
@@ -136,7 +136,7 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: Checkpoint
     """With all heads kept and nothing refitted, the first feed-forward sees what the dense one does."""
     stats = stats_on(name, "channels", IDS)
     whole = stats_on(name, "heads", IDS).module
-    width = Width(whole.groups, whole.per_group, 50)
+    width = wide(whole.groups, whole.per_group, 50)
     plan = Plan({0: width}, 0.1, 0.1)
     method = Method("second-moment", Recovery("none"))
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))

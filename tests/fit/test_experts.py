@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from secateur.fit.block import Method
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.routed import FEWEST
+from secateur.model.axes import EXPERT_CHANNELS, EXPERTS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture, Routes
@@ -214,7 +214,7 @@ def fitted(folder: Any, experts: int, channels: int | None = None, criterion: st
     """Block 2 with so many experts, and so many channels of each."""
     stream = BlockStream(open_checkpoint(folder))
     dense = stream.blocks[2].width
-    width = replace(dense, experts=experts, channels=channels or dense.channels)
+    width = dense | {EXPERTS: experts, EXPERT_CHANNELS: channels or dense.channels}
     method = Method(criterion, Recovery(**recovery))
     (block,) = refit(stream, Plan({2: width}, 0, 0), token_rows(24, 16, seed=5), method=method)
     return block
@@ -471,13 +471,13 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
 def test_an_expert_that_few_tokens_meet_keeps_its_weights(checkpoint_folder: CheckpointFolder) -> None:
     name = "qwen3_moe"
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    width = replace(stream.blocks[2].width, experts=6)
+    width = stream.blocks[2].width | {EXPERTS: 6}
     (block,) = refit(stream, Plan({2: width}, 0, 0), token_rows(1, 7, seed=5))
     changed = block.changed["mlp.experts.down_proj"]
     with mixture_of(lambda _: checkpoint_folder(name), name) as (mixture, _):
         same = [bool(torch.equal(changed[e], mixture.experts.down_proj[e])) for e in block.keep.experts]
     assert all(same)
-    narrow = replace(width, channels=8)
+    narrow = width | {EXPERT_CHANNELS: 8}
     (block,) = refit(stream, Plan({2: narrow}, 0, 0), token_rows(1, 7, seed=5))
     changed = block.changed["mlp.experts.down_proj"]
     with mixture_of(lambda _: checkpoint_folder(name), name) as (mixture, _):

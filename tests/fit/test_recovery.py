@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows
+from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows, wide
 from secateur.criteria.registry import STATISTICAL, Criterion
 from secateur.fit import module as fit_module
 from secateur.fit import streamed
@@ -26,23 +25,23 @@ from secateur.model.describe import describe
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Width
+from secateur.model.structure import Depth2
 from secateur.model.surgery import assign, inner_entries
 from secateur.plan.problem import Plan
 
 IDS = token_rows(12, 20, seed=9)
 RIDGE = 0.3
 WIDTHS = {
-    "llama biased": Width(2, 2, 50),
-    "llama": Width(2, 2, 50),
-    "gpt2": Width(4, 1, 60),
-    "gemma2": Width(2, 2, 50),
-    "gemma3 biased": Width(2, 2, 50),
-    "gemma3_text": Width(2, 2, 50),
-    "olmo2": Width(3, 2, 50),
-    "opt": Width(4, 1, 60),
-    "gpt_neox": Width(4, 1, 60),
-    "granite biased": Width(2, 2, 50),
+    "llama biased": wide(2, 2, 50),
+    "llama": wide(2, 2, 50),
+    "gpt2": wide(4, 1, 60),
+    "gemma2": wide(2, 2, 50),
+    "gemma3 biased": wide(2, 2, 50),
+    "gemma3_text": wide(2, 2, 50),
+    "olmo2": wide(3, 2, 50),
+    "opt": wide(4, 1, 60),
+    "gpt_neox": wide(4, 1, 60),
+    "granite biased": wide(2, 2, 50),
 }
 """Two thirds or so of each module."""
 
@@ -174,7 +173,7 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
 def test_what_reads_a_latent_vector_stays(checkpoint_folder):
     """It is no regression on the module's input; the output layer is fitted as everywhere."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("youtu")))
-    plan = Plan({1: replace(stream.blocks[1].width, groups=2)}, 0.3, 0.3)
+    plan = Plan({1: stream.blocks[1].width | {"kv_groups": 2}}, 0.3, 0.3)
     (found,) = refit(stream, plan, IDS, method=Method("surgeon", Recovery(method="paper", ridge=RIDGE)))
     attention = stream.blocks[1].attention
     assert attention.level2.name in found.changed

@@ -12,7 +12,7 @@ from test_recovery import least_squares, matrix, seen
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
+from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.open import open_model
@@ -23,14 +23,13 @@ from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Width
 from secateur.model.surgery import inner_entries
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.draw import CalibrationRows
 
 NAMES = ["llama", "llama biased", "gpt2", "opt"]
-WIDTHS = {"llama": Width(2, 2, 50), "llama biased": Width(2, 2, 50), "gpt2": Width(4, 1, 60), "opt": Width(4, 1, 60)}
+WIDTHS = {"llama": wide(2, 2, 50), "llama biased": wide(2, 2, 50), "gpt2": wide(4, 1, 60), "opt": wide(4, 1, 60)}
 FEW, MANY = token_rows(3, 20, seed=5), token_rows(14, 20, seed=9)
 
 

@@ -459,7 +459,7 @@ GELU = {"gemma", "gemma2", "gemma3", "gemma4", "gpt2", "gptneox", "starcoder2", 
 
 def uniform_keeps(name: str, kinds: Any) -> dict[int, Keep]:
     blocks = blocks_of(build(name))
-    return {i: some_keep(block, i, kinds, block.attention.patterns[0]) for i, block in enumerate(blocks)}
+    return {i: some_keep(block, i, kinds, block.attention.cut_axes[0].name) for i, block in enumerate(blocks)}
 
 
 @pytest.mark.parametrize("name", UNIFORM)
@@ -967,7 +967,7 @@ def test_a_plan_can_be_asked_before_it_is_made(tmp_path):
     write_folder("gemma3_text", uniform_keeps("gemma3_text", BOTH), tmp_path / "folder")
     checkpoint = open_checkpoint(tmp_path / "folder")
     blocks = blocks_of(build("gemma3_text"))
-    dense, narrow = blocks[0].width, width_of(blocks[0], some_keep(blocks[0], 0, CHANNELS, "groups"))
+    dense, narrow = blocks[0].width, width_of(blocks[0], some_keep(blocks[0], 0, CHANNELS, "kv_groups"))
     assert gguf_obstacle(checkpoint, [dense] * 3) is None
     assert "has one width" in (gguf_obstacle(checkpoint, [dense, narrow, dense]) or "")
     assert "llama-quantize" in (gguf_obstacle(checkpoint, [dense] * 3, "q6_k") or "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from models import (
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.measure.compare import evaluate, load
+from secateur.model.axes import EXPERT_CHANNELS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KINDS, Keep
@@ -393,7 +393,7 @@ def test_channels_of_experts_whose_direction_shapes_do_not_tell(tmp_path: Path) 
     width = stream.blocks[0].width
     for channels, refused in ((16, False), (24, True)):
         for format in ("hf", "stock"):
-            reason = format_obstacle(stream, range(3), replace(width, channels=channels), format=format)
+            reason = format_obstacle(stream, range(3), width | {EXPERT_CHANNELS: channels}, format=format)
             assert bool(reason) == refused
 
 

@@ -32,6 +32,7 @@ from models import (
     relative,
     save,
     token_rows,
+    wide,
 )
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
@@ -92,16 +93,16 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
     channels = full.channels
     widths = {
         "uneven": {
-            0: Width(max(1, full.groups - 1), full.per_group, channels // 2),
-            1: Width(full.groups, max(1, full.per_group - 1), channels - 5),
-            2: Width(1, 1, 7),
+            0: wide(max(1, full.groups - 1), full.per_group, channels // 2),
+            1: wide(full.groups, max(1, full.per_group - 1), channels - 5),
+            2: wide(1, 1, 7),
         },
-        "gone": {0: Width(0, 0, channels // 3), 1: Width(full.groups, full.per_group, 0), 2: Width(1, 1, channels)},
-        "one block": {1: Width(0, 0, 0)},
+        "gone": {0: wide(0, 0, channels // 3), 1: wide(full.groups, full.per_group, 0), 2: wide(1, 1, channels)},
+        "one block": {1: wide(0, 0, 0)},
         "one bias": {1: full},
     }[case]
     if block.attention.locked:
-        return {i: Width(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
+        return {i: wide(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
     return {i: w.taking("heads", full) if every_block(name)[i].attention.fixed else w for i, w in widths.items()}
 
 
@@ -425,10 +426,10 @@ def test_what_is_pruned_already_is_not_pruned_again(written):
 def test_obstacles(written, tmp_path):
     olmo, llama = block_of("olmo2"), block_of("llama")
     config = dense("olmo2").config
-    fewer, none = Width(2, 2, 72), Width(0, 0, 72)
+    fewer, none = wide(2, 2, 72), wide(0, 0, 72)
     assert "olmo2 keeps all 6 heads of a block or none, as its query" in (per_layer_obstacle(config, olmo, fewer) or "")
     assert per_layer_obstacle(config, olmo, none) is None
-    assert per_layer_obstacle(dense("llama").config, llama, Width(0, 0, 0)) is None
+    assert per_layer_obstacle(dense("llama").config, llama, wide(0, 0, 0)) is None
     stranger = copy.copy(config)
     stranger.model_type = "stranger"
     assert "no layout is known for model_type 'stranger'" in (per_layer_obstacle(stranger, olmo, none) or "")
@@ -443,11 +444,11 @@ def test_obstacles(written, tmp_path):
 @pytest.mark.parametrize(
     ("name", "blocks", "width", "biases"),
     [
-        ("gpt2", range(3), Width(4, 1, 96), False),
-        ("gemma2 every head", range(3), Width(5, 1, 72), False),
-        ("llama", range(3), Width(0, 0, 72), False),
-        ("llama", range(2), Width(2, 2, 72), False),
-        ("llama", range(3), Width(2, 2, 72), True),
+        ("gpt2", range(3), wide(4, 1, 96), False),
+        ("gemma2 every head", range(3), wide(5, 1, 72), False),
+        ("llama", range(3), wide(0, 0, 72), False),
+        ("llama", range(2), wide(2, 2, 72), False),
+        ("llama", range(3), wide(2, 2, 72), True),
     ],
 )
 def test_the_stock_format_points_to_this_one(written, name, blocks, width, biases):
@@ -463,4 +464,4 @@ def test_nothing_of_a_module_can_be_sliced():
         "self_attn.qkv_proj.weight": (0, 48),
         "self_attn.o_proj.weight": (48, 0),
     }
-    assert width_of(block_of("phi3"), Keep((), (1,))) == Width(0, 0, 1)
+    assert width_of(block_of("phi3"), Keep((), (1,))) == wide(0, 0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows
+from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
@@ -25,7 +24,7 @@ from secateur.model.describe import describe
 from secateur.model.facts import head_dim, key_value_heads
 from secateur.model.structure import Keep, Width
 from secateur.model.surgery import slice_block
-from secateur.plan.widths import attention_widths
+from secateur.plan.widths import head_widths
 
 SIZES = {
     "vocab_size": 64,
@@ -39,8 +38,8 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-DENSE = Width(groups=3, per_group=2, channels=40)
-EVERY_HEAD = Width(groups=6, per_group=1, channels=40)
+DENSE = wide(groups=3, per_group=2, channels=40)
+EVERY_HEAD = wide(groups=6, per_group=1, channels=40)
 HEAD = 8
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -144,7 +143,7 @@ def dense_of(config) -> Width:
     if family_of(config).stock.heads != "dense":
         return DENSE
     channels = {"gpt2": 192, "opt": 40, "gpt_neox": 40}[config.model_type]
-    return Width(6, 1, getattr(config, "n_inner", None) or channels)
+    return wide(6, 1, getattr(config, "n_inner", None) or channels)
 
 
 OLD_ONLY = ("torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
@@ -176,18 +175,18 @@ def test_dense_width_is_the_identity_in_both_spellings(tmp_path, case):
 
 
 NARROW = {
-    "llama linear": Width(2, 2, 24),
-    "mistral window": Width(1, 1, 24),
-    "qwen2 window": Width(5, 1, 24),
-    "qwen3 yarn": Width(1, 5, 24),
-    "gemma2 linear": Width(2, 2, 24),
-    "gemma3_text 5": Width(1, 2, 24),
-    "phi3": Width(1, 5, 24),
-    "phi3 longrope": Width(3, 2, 24),
-    "olmo2 linear": Width(3, 2, 24),
-    "gpt2": Width(6, 1, 24),
-    "opt": Width(6, 1, 24),
-    "gpt_neox": Width(6, 1, 24),
+    "llama linear": wide(2, 2, 24),
+    "mistral window": wide(1, 1, 24),
+    "qwen2 window": wide(5, 1, 24),
+    "qwen3 yarn": wide(1, 5, 24),
+    "gemma2 linear": wide(2, 2, 24),
+    "gemma3_text 5": wide(1, 2, 24),
+    "phi3": wide(1, 5, 24),
+    "phi3 longrope": wide(3, 2, 24),
+    "olmo2 linear": wide(3, 2, 24),
+    "gpt2": wide(6, 1, 24),
+    "opt": wide(6, 1, 24),
+    "gpt_neox": wide(6, 1, 24),
 }
 
 
@@ -221,8 +220,8 @@ def test_narrow_models_load(tmp_path, case):
 def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
     stored_llama = {**RAW["llama yarn"], "transformers_version": "4.40.0", "auto_map": {"AutoConfig": "c.C"}}
     config = load(RAW["llama yarn"], tmp_path)
-    assert stock_obstacle(config, Width(1, 5, 40), DENSE) is None
-    stored = stock_config(stored_llama, config, width=Width(1, 5, 40), head_dim=HEAD, dtype=torch.float32)
+    assert stock_obstacle(config, wide(1, 5, 40), DENSE) is None
+    stored = stock_config(stored_llama, config, width=wide(1, 5, 40), head_dim=HEAD, dtype=torch.float32)
     assert stored["model_type"] == "mistral"
     assert stored["architectures"] == ["MistralForCausalLM"]
     assert stored["sliding_window"] is None
@@ -236,7 +235,7 @@ def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
 def test_an_heir_computes_the_same(tmp_path, kind):
     """The dense weights, in the class that is chosen for another width."""
     config, dense = config_of(kind), build(kind, attn_implementation="eager")
-    odd = {"width": Width(1, 5, 72), "head_dim": head_dim(config), "dtype": torch.float32}
+    odd = {"width": wide(1, 5, 72), "head_dim": head_dim(config), "dtype": torch.float32}
     stored = stock_config(config.to_dict(), config, **odd)
     assert stored["model_type"] == FAMILIES[kind].stock.heir[0]
     heir = load(stored | {"num_attention_heads": 6, "num_key_value_heads": 3}, tmp_path)
@@ -254,41 +253,41 @@ def test_an_heir_computes_the_same(tmp_path, kind):
         (
             "llama",
             {"attention_bias": True},
-            Width(1, 5, 40),
+            wide(1, 5, 40),
             "mistral, which takes 5, has no attention_bias; keep",
         ),
         (
             "llama",
             {"attention_bias": True, "mlp_bias": True},
-            Width(1, 5, 40),
+            wide(1, 5, 40),
             "has no attention_bias or mlp_bias; keep one of 1, 2, 3, 4, 6 heads",
         ),
-        ("llama", {"attention_bias": True}, Width(1, 4, 40), None),
+        ("llama", {"attention_bias": True}, wide(1, 4, 40), None),
         (
             "gemma2 linear",
             {},
-            Width(1, 5, 40),
+            wide(1, 5, 40),
             "gemma2 takes head counts that divide hidden_size 48 only, not 5",
         ),
         (
             "gemma3_text",
             {},
-            Width(5, 1, 40),
+            wide(5, 1, 40),
             "keep one of 1, 2, 3, 4, 6 heads",
         ),
-        ("phi3 longrope", {}, Width(2, 2, 40), "phi3 ties its LongRoPE factors to hidden_size / heads"),
-        ("phi3 longrope", {}, Width(3, 2, 8), None),
+        ("phi3 longrope", {}, wide(2, 2, 40), "phi3 ties its LongRoPE factors to hidden_size / heads"),
+        ("phi3 longrope", {}, wide(3, 2, 8), None),
         (
             "gpt2",
             {},
-            Width(5, 1, 40),
+            wide(5, 1, 40),
             "gpt2 derives its head size .* keeps all 6 heads; prune channels only",
         ),
-        ("opt", {}, Width(3, 1, 40), "opt derives its head size"),
-        ("gpt_neox", {}, Width(3, 1, 40), "gpt_neox derives its head size"),
-        ("mistral window", {}, Width(0, 2, 40), "at least one head and one channel"),
-        ("mistral window", {}, Width(3, 2, 0), "at least one head and one channel"),
-        ("mistral window", {}, Width(5, 1, 1), None),
+        ("opt", {}, wide(3, 1, 40), "opt derives its head size"),
+        ("gpt_neox", {}, wide(3, 1, 40), "gpt_neox derives its head size"),
+        ("mistral window", {}, wide(0, 2, 40), "at least one head and one channel"),
+        ("mistral window", {}, wide(3, 2, 0), "at least one head and one channel"),
+        ("mistral window", {}, wide(5, 1, 1), None),
     ],
 )
 def test_obstacles(tmp_path, case, keys, width, message):
@@ -334,9 +333,8 @@ def test_the_class_takes_just_the_heads_that_the_table_says(name):
         layers = empty(config).get_submodule(FAMILIES[config.model_type].blocks)
         blocks = [describe(config, layer) for layer in layers]
         free = next((block for block in blocks if not block.attention.locked), blocks[0])
-        for groups, each in attention_widths(free, ("heads",)):
-            width = replace(free.width, groups=groups, per_group=each)
-            assert (stock_obstacle(config, width, free.width) is None) == opens(config, blocks, width), (groups, each)
+        for width in head_widths(free, ("heads",)):
+            assert (stock_obstacle(config, width, free.width) is None) == opens(config, blocks, width), width
 
 
 def empty(config):

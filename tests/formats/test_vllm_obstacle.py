@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from models import config_of
+from models import config_of, wide
 from secateur.formats.vllm import vllm_obstacle
 from secateur.model.structure import Width
 
-FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
+FULL, FEWER, NONE = wide(2, 3, 72), wide(1, 3, 72), wide(0, 0, 72)
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ FULL, FEWER, NONE = Width(2, 3, 72), Width(1, 3, 72), Width(0, 0, 72)
         ("qwen2", [FULL, NONE], True, None),
         ("qwen2", [FULL, FULL], False, None),
         ("qwen2", [FEWER, FEWER], False, "which 3 heads of 8 do not give; serve it with --model-impl transformers"),
-        ("lfm2", [Width(3, 2, 72), Width(2, 2, 72)], False, "which 4 heads of 8 do not give; prune channels only"),
-        ("lfm2", [Width(3, 2, 40), Width(3, 2, 40)], False, None),
+        ("lfm2", [wide(3, 2, 72), wide(2, 2, 72)], False, "which 4 heads of 8 do not give; prune channels only"),
+        ("lfm2", [wide(3, 2, 40), wide(3, 2, 40)], False, None),
         ("qwen2 window", [FULL, FULL], True, None),
-        ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 20, 5)], True, None),
-        ("qwen3_moe", [Width(3, 2, 20, 8), Width(3, 2, 16, 8)], True, "or leave theirs by --modules heads,experts"),
-        ("qwen3_moe", [Width(3, 2, 16, 8), Width(3, 2, 16, 8)], False, None),
-        ("mixtral", [Width(3, 2, 72, 8), Width(3, 2, 72, 5)], True, None),
-        ("deepseek_v2", [Width(6, 1, 40), Width(5, 1, 40)], True, "runs no latent attention block by block"),
-        ("deepseek_v2", [Width(6, 1, 40), Width(6, 1, 40)], False, None),
-        ("minimax_m2", [Width(3, 2, 72, 8), Width(3, 2, 72, 5)], True, "does not know the router of minimax_m2"),
-        ("llama4_text", [Width(3, 2, 64), Width(3, 2, 72, 8)], True, "cannot load the experts of llama4_text"),
-        ("gemma4_text mixture", [Width(2, 3, 20, 8), Width(2, 3, 20, 5)], True, "for experts beside a feed-forward"),
-        ("gemma4_text", [Width(2, 3, 72), Width(2, 3, 40)], True, None),
+        ("qwen3_moe", [wide(3, 2, 20, 8), wide(3, 2, 20, 5)], True, None),
+        ("qwen3_moe", [wide(3, 2, 20, 8), wide(3, 2, 16, 8)], True, "or leave theirs by --modules heads,experts"),
+        ("qwen3_moe", [wide(3, 2, 16, 8), wide(3, 2, 16, 8)], False, None),
+        ("mixtral", [wide(3, 2, 72, 8), wide(3, 2, 72, 5)], True, None),
+        ("deepseek_v2", [wide(6, 1, 40), wide(5, 1, 40)], True, "runs no latent attention block by block"),
+        ("deepseek_v2", [wide(6, 1, 40), wide(6, 1, 40)], False, None),
+        ("minimax_m2", [wide(3, 2, 72, 8), wide(3, 2, 72, 5)], True, "does not know the router of minimax_m2"),
+        ("llama4_text", [wide(3, 2, 64), wide(3, 2, 72, 8)], True, "cannot load the experts of llama4_text"),
+        ("gemma4_text mixture", [wide(2, 3, 20, 8), wide(2, 3, 20, 5)], True, "for experts beside a feed-forward"),
+        ("gemma4_text", [wide(2, 3, 72), wide(2, 3, 40)], True, None),
         ("qwen2 window", [FULL, FULL], False, "all blocks or none; serve it with --model-impl transformers"),
     ],
 )

@@ -191,7 +191,7 @@ def _units(rng: random.Random, index: int) -> dict[str, Any]:
     if rng.random() < 0.7:
         return {"block": index, "heads": heads, "channels": channels}
     each = rng.choice([0, 1, 2, 2])
-    return {"block": index, "width": {"groups": len(groups), "per_group": each, "channels": len(channels)}}
+    return {"block": index, "width": {"kv_groups": len(groups), "heads_per_group": each, "channels": len(channels)}}
 
 
 def survey(bench: Bench, rng: random.Random, at: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import ROWS, STREAMED, blocks_of, build, layers_of, relative, save, token_rows
+from models import ROWS, STREAMED, blocks_of, build, layers_of, relative, save, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.criteria.registry import STATISTICAL
 from secateur.fit.loop import refit
@@ -22,7 +22,7 @@ from secateur.model.arena import Activations, Arena, FileRows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Width
+from secateur.model.structure import Depth2
 from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 
@@ -208,7 +208,7 @@ def test_memory_does_not_grow_with_depth(checkpoint_folder):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     rows = token_rows(4, 12)
     one_block = 4 * stream.blocks[0].parameters
-    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 40)), 0.3, 0.3)
+    plan = Plan(dict.fromkeys(range(3), wide(2, 2, 40)), 0.3, 0.3)
     before, sizes = live_bytes(), []
     for block in refit(stream, plan, rows):
         new = sum(value.untyped_storage().nbytes() for value in block.changed.values())
@@ -334,7 +334,7 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
 
     monkeypatch.setattr("secateur.model.arena.FileRows", Counted)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
-    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3)
+    plan = Plan(dict.fromkeys(range(3), wide(2, 2, 50)), 0.3, 0.3)
     found = [list(refit(stream, plan, rows_of_two_lengths())) for _ in range(3)]
     assert files[0] == 0
     assert 0 < files[2] < files[1]
@@ -361,7 +361,7 @@ def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
     monkeypatch.setattr(Arena, "release", spy)
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     rows = rows_of_two_lengths()
-    plan = Plan(dict.fromkeys(range(3), Width(2, 2, 50)), 0.3, 0.3)
+    plan = Plan(dict.fromkeys(range(3), wide(2, 2, 50)), 0.3, 0.3)
     for _ in refit(stream, plan, rows):
         assert made[0].used == 2 * 4 * 48 * rows.tokens
     assert len(made) == 1

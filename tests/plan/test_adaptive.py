@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from conftest import CheckpointFolder
-from models import make_letters
+from models import make_letters, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import steps
@@ -157,7 +157,7 @@ def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     assert 0.25 <= summary.sparsity < 0.255
     assert found["price"] > 0
     assert len({tuple(block["width"].values()) for block in found["blocks"]}) > 1
-    assert summary.widths == {block["block"]: Width(**block["width"]) for block in found["blocks"]}
+    assert summary.widths == {block["block"]: Width(block["width"]) for block in found["blocks"]}
     assert summary.now() == list(summary.widths.values())
     assert (tmp_path / "out" / "modeling_secateur.py").is_file()
 
@@ -180,8 +180,8 @@ def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
     (tmp_path / "ratios.json").write_text('{"0:1": 0.5, "2:3": {"channels": 0.25}}')
     file = str(tmp_path / "ratios.json")
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths=file, **SMALL)
-    assert summary.widths == {0: Width(3, 1, 36), 2: Width(3, 2, 54)}
-    assert summary.now()[1] == Width(3, 2, 72)
+    assert summary.widths == {0: wide(3, 1, 36), 2: wide(3, 2, 54)}
+    assert summary.now()[1] == wide(3, 2, 72)
     assert summary.format == "hf"
 
 

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import models as tiny
-from models import ROWS, _config, build, make_letters, save
+from models import ROWS, _config, build, make_letters, save, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.base.words import counted
 from secateur.formats.per_layer import model_class
+from secateur.model.axes import CHANNELS, HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep, Width
@@ -83,14 +84,14 @@ def some_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
         if block.attention.locked:
             groups, per_group = dice.choice([0, full.groups]), full.per_group
         channels = dice.choice([0, dice.randint(1, full.channels)])
-        widths[index] = Width(groups, per_group if groups else 0, channels)
+        widths[index] = wide(groups, per_group if groups else 0, channels)
     return widths
 
 
 def uniform_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
     full = blocks[0].width
     channels = random.Random(seed).randint(1, full.channels - 1)
-    return {index: Width(full.groups, full.per_group, channels) for index in range(len(blocks))}
+    return {index: wide(full.groups, full.per_group, channels) for index in range(len(blocks))}
 
 
 def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: torch.dtype = torch.float32) -> int:
@@ -192,14 +193,14 @@ def test_gguf_files_of_models_that_take_no_bias(opened, name):
 
 
 def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
-    return dict.fromkeys(range(len(blocks)), Width(0, 0, 40 + seed))
+    return dict.fromkeys(range(len(blocks)), wide(0, 0, 40 + seed))
 
 
 @pytest.mark.parametrize("type", ["f16", "q8_0"])
 def test_biases_of_a_block_without_heads(tmp_path, opened, type):
     """They go where an idle head is kept for them."""
-    stream, widths = opened("llama 64"), (Width(2, 1, 40), Width(0, 0, 72), Width(2, 2, 0))
-    blocks = [{"block": index, "width": width.as_dict()} for index, width in enumerate(widths)]
+    stream, widths = opened("llama 64"), (wide(2, 1, 40), wide(0, 0, 72), wide(2, 2, 0))
+    blocks = [{"block": index, "width": dict(width)} for index, width in enumerate(widths)]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
     how: Any = {"calibration": "random", "samples": 4, "length": 16, "recovery": "bias", "criterion": "l2"}
     out = tmp_path / "out.gguf"
@@ -238,7 +239,7 @@ def test_gguf_needs_an_architecture(opened):
 
 def test_padding_is_paid_for(opened):
     meter = byte_meter(opened("llama 64"), torch.float32, "q8_0")
-    sizes = [meter.module(0, "channels", Width(2, 2, channels)) for channels in range(73)]
+    sizes = [meter.module(0, "channels", wide(2, 2, channels)) for channels in range(73)]
     assert len(set(sizes[:33])) == 1 < len(set(sizes[:34]))
     # 3 matrices, 32 channels by 64, 34 bytes for 32 weights
     assert sizes[33] - sizes[32] == 3 * 32 * 64 // 32 * 34
@@ -248,7 +249,7 @@ def test_cache(opened):
     stream = opened("qwen3")
     meter = cache_meter(stream, torch.bfloat16)
     assert meter.dense == 3 * 3 * 16 * 2 * 2
-    assert meter.total({0: Width(0, 0, 72), 1: Width(1, 2, 0), 2: Width(3, 1, 5)}) == (0 + 1 + 3) * 64
+    assert meter.total({0: wide(0, 0, 72), 1: wide(1, 2, 0), 2: wide(3, 1, 5)}) == (0 + 1 + 3) * 64
     assert meter.form(meter.dense) == "576 B per token"
 
 
@@ -271,11 +272,11 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
     stream = opened(name)
     meter = latency_meter(stream, kind, CPU, torch.float32, Silent(), operations)
     full = stream.blocks[0].width
-    partly = Width(full.groups, full.per_group, 0)
+    partly = wide(full.groups, full.per_group, 0)
     if not stream.blocks[0].attention.locked:
-        partly = Width(full.groups - 1, full.per_group, grid(full.channels, latency.POINTS)[-2])
+        partly = wide(full.groups - 1, full.per_group, grid(full.channels, latency.POINTS)[-2])
     length = tiny.POSITIONS - 1
-    for widths in ({}, {0: Width(0, 0, full.channels), 1: partly}):
+    for widths in ({}, {0: wide(0, 0, full.channels), 1: partly}):
         out = tmp_path / f"{len(widths)}"
         written(stream, widths or {0: full}, out)
         with quiet():
@@ -288,10 +289,10 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
 
 def test_latency_between_measured_widths(opened):
     meter = latency_meter(opened("llama every head"), "prefill", CPU, torch.float32, Silent(), operations)
-    sizes = [meter.module(1, "channels", Width(6, 1, channels)) for channels in range(73)]
+    sizes = [meter.module(1, "channels", wide(6, 1, channels)) for channels in range(73)]
     assert sizes == pytest.approx([channels / 72 * sizes[72] for channels in range(73)])
-    assert sizes[0] == 0 == meter.module(1, "heads", Width(0, 0, 72))
-    heads = [meter.module(1, "heads", Width(groups, 1, 0)) for groups in range(7)]
+    assert sizes[0] == 0 == meter.module(1, "heads", wide(0, 0, 72))
+    heads = [meter.module(1, "heads", wide(groups, 1, 0)) for groups in range(7)]
     assert heads == sorted(heads)
     assert heads[-1] > 0
 
@@ -299,23 +300,24 @@ def test_latency_between_measured_widths(opened):
 def test_latency_of_what_is_no_module(opened, monkeypatch):
     """Embedding and output layer count once, norms and the like in every block."""
     line = ((0, 0.0), (6, 1.0))
-    table = Latency(line, line, line, outside=5.0, rest=2.0)
+    table = Latency(dict.fromkeys((*HEADS, CHANNELS), line), outside=5.0, rest=2.0)
     monkeypatch.setattr(meters, "measured", lambda *_: table)
     meter = latency_meter(opened("llama"), "decode", CPU, torch.float32, Silent())
-    assert meter.total(dict.fromkeys(range(3), Width(0, 0, 0))) == 5.0 + 3 * 2.0
+    assert meter.total(dict.fromkeys(range(3), wide(0, 0, 0))) == 5.0 + 3 * 2.0
     single: Any = SimpleNamespace(blocks=opened("llama").blocks[:1])
-    assert latency_meter(single, "decode", CPU, torch.float32, Silent()).total({0: Width(0, 0, 0)}) == 5.0 + 2.0
+    assert latency_meter(single, "decode", CPU, torch.float32, Silent()).total({0: wide(0, 0, 0)}) == 5.0 + 2.0
 
 
 def test_latency_where_groups_and_heads_are_gone():
     line = ((0, 0.0), (2, 4.0), (4, 12.0))
-    table = Latency(line, ((0, 0.0), (3, 12.0)), ((0, 0.0), (10, 5.0)), 1.0, 2.0)
-    assert table.module("heads", Width(4, 3, 0)) == 12
-    assert table.module("heads", Width(3, 3, 0)) == 8
-    assert table.module("heads", Width(4, 1, 0)) == pytest.approx(4)
-    assert table.module("heads", Width(3, 1, 0)) == pytest.approx(8 / 3)
-    assert table.module("heads", Width(0, 0, 9)) == 0
-    assert table.module("channels", Width(4, 3, 4)) == 2
+    lines = {KV_GROUPS: line, HEADS_PER_GROUP: ((0, 0.0), (3, 12.0)), CHANNELS: ((0, 0.0), (10, 5.0))}
+    table = Latency(lines, 1.0, 2.0)
+    assert table.module(HEADS, wide(4, 3, 0)) == 12
+    assert table.module(HEADS, wide(3, 3, 0)) == 8
+    assert table.module(HEADS, wide(4, 1, 0)) == pytest.approx(4)
+    assert table.module(HEADS, wide(3, 1, 0)) == pytest.approx(8 / 3)
+    assert table.module(HEADS, wide(0, 0, 9)) == 0
+    assert table.module([CHANNELS], wide(4, 3, 4)) == 2
 
 
 def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
@@ -330,16 +332,18 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
     meter = latency_meter(stream, "decode", CPU, torch.float32, Silent(), noisy)
     full = stream.blocks[0].width
     for line in (
-        [meter.module(0, "channels", Width(0, 0, channels)) for channels in range(73)],
-        [meter.module(0, "heads", Width(groups, full.per_group, 0)) for groups in range(full.groups + 1)],
-        [meter.module(0, "heads", Width(full.groups, heads, 0)) for heads in range(full.per_group + 1)],
+        [meter.module(0, "channels", wide(0, 0, channels)) for channels in range(73)],
+        [meter.module(0, "heads", wide(groups, full.per_group, 0)) for groups in range(full.groups + 1)],
+        [meter.module(0, "heads", wide(full.groups, heads, 0)) for heads in range(full.per_group + 1)],
     ):
         assert line == sorted(line)
         assert line[0] == 0
         assert line[-1] > 0
     assert meter.fixed > 0
     table = measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
-    assert table.groups[-1][1] == table.per_group[-1][1], "the dense attention takes one time, however it is narrowed"
+    assert table.lines[KV_GROUPS][-1][1] == table.lines[HEADS_PER_GROUP][-1][1], (
+        "the dense attention takes one time, however it is narrowed"
+    )
 
 
 def test_latency_is_kept(tmp_path, opened, monkeypatch):
@@ -351,7 +355,9 @@ def test_latency_is_kept(tmp_path, opened, monkeypatch):
             measured(stream, 0, kind, CPU, dtype, Silent(), fails)
     other = measured(stream, 0, "prefill", CPU, torch.float32, Silent(), operations)
     assert measured(stream, 0, "prefill", CPU, torch.float32, Silent(), fails) == other
-    assert other.channels[-1][1] == (tiny.POSITIONS - 1) * first.channels[-1][1], "a prompt has as many tokens"
+    assert other.lines[CHANNELS][-1][1] == (tiny.POSITIONS - 1) * first.lines[CHANNELS][-1][1], (
+        "a prompt has as many tokens"
+    )
     assert other.outside == first.outside, "logits are asked for of one token"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     with pytest.raises(AssertionError, match="measured again"):
@@ -360,6 +366,10 @@ def test_latency_is_kept(tmp_path, opened, monkeypatch):
 
 def changed(**keys: Any) -> Callable[[str], str]:
     return lambda text: json.dumps(json.loads(text) | keys)
+
+
+def lined(**lines: Any) -> Callable[[str], str]:
+    return lambda text: changed(lines=json.loads(text)["lines"] | lines)(text)
 
 
 @pytest.mark.parametrize(
@@ -371,10 +381,10 @@ def changed(**keys: Any) -> Callable[[str], str]:
         changed(rest=None),
         changed(rest=float("nan")),
         changed(outside=-1.0),
-        changed(channels=[[0, 0.0]]),
-        changed(channels=[[0, 0.0], [9, 2.0], [72, 1.0]]),
-        changed(channels=7),
-        changed(groups=[[0, 0.0], [3, float("inf")]]),
+        lined(channels=[[0, 0.0]]),
+        lined(channels=[[0, 0.0], [9, 2.0], [72, 1.0]]),
+        lined(channels=7),
+        lined(kv_groups=[[0, 0.0], [3, float("inf")]]),
         changed(facts={}),
     ],
 )
@@ -464,7 +474,7 @@ def test_a_gpu_is_waited_for(monkeypatch):
 
 
 def a_meter(dense: float, form: Callable[[float], str] = "{:g} things".format) -> Meter:
-    return Meter((Width(1, 1, 1),), dense / 2, lambda *_: dense / 4, form)
+    return Meter((wide(1, 1, 1),), dense / 2, lambda *_: dense / 4, form)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from models import ROWS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.criteria.registry import STATISTICAL
+from secateur.model.axes import CHANNELS, LEVELS, Axis
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Width
@@ -23,7 +24,7 @@ from secateur.plan.meters import meter_of, parameter_meter
 from secateur.plan.plan import check_reach, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
-from secateur.plan.widths import LEVELS, attention_widths, channel_step, module_widths, usual_multiple
+from secateur.plan.widths import head_widths, module_widths, usual_multiple
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
 from secateur.write.write import format_obstacle
@@ -61,11 +62,11 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
     for index, block in enumerate(blocks):
         for kind in STATISTICAL:
             module, energy = block.module(kind), dice.uniform(0.5, 2)
-            for pattern in module.patterns:
-                steps = [0.0] + [dice.random() ** 3 for _ in range(module.steps(pattern))]
+            for axis in [one.name for one in module.cut_axes]:
+                steps = [0.0] + [dice.random() ** 3 for _ in range(module.axis(axis).units)]
                 total = list(itertools.accumulate(steps))
                 errors = tuple(energy * value / total[-1] for value in total[:-1])
-                curves.append(Curve(index, kind, pattern, errors, energy))
+                curves.append(Curve(index, kind, axis, errors, energy))
             probes.append(Probe(index, kind, energy / 4, False, dice.uniform(0, 0.3)))
             probes.append(Probe(index, kind, energy, True, dice.uniform(0.2, 2)))
     return Survey("l1", 0.3, 64, tuple(curves), tuple(probes))
@@ -75,13 +76,13 @@ def every_plan(wish: PlanProblem) -> list[dict[int, Width]]:
     """All combinations of what each module may be cut to."""
     options = []
     for index in wish.chosen:
-        kinds = [module.kind for module in wish.modules_of(index)]
-        each = [module_widths(wish.blocks[index], kind, wish.multiple, wish.obstacle) for kind in kinds]
+        modules = wish.modules_of(index)
+        each = [module_widths(wish.blocks[index], module, wish.multiple, wish.obstacle) for module in modules]
         found = []
         for chosen in itertools.product(*each):
             width = wish.blocks[index].width
-            for kind, other in zip(kinds, chosen, strict=True):
-                width = width.taking(kind, other)
+            for module, other in zip(modules, chosen, strict=True):
+                width |= {name: other[name] for name in module.gone}
             found.append(width)
         options.append(found)
     return [dict(zip(wish.chosen, widths, strict=True)) for widths in itertools.product(*options)]
@@ -150,7 +151,7 @@ def test_channels_come_in_multiples(wishes: Wishes, widths: str, multiple: int) 
 @pytest.mark.parametrize("channels", [1, 72, 255, 256, 257, 1536, 10_000])
 @pytest.mark.parametrize("multiple", [1, 8, 64])
 def test_steps_of_wide_modules_are_coarse(channels: int, multiple: int) -> None:
-    step = channel_step(channels, multiple)
+    step = Axis("channels", channels, rounded=True).stride(multiple)
     assert step % multiple == 0
     assert channels / step <= LEVELS
     # No coarser than need be.
@@ -158,13 +159,17 @@ def test_steps_of_wide_modules_are_coarse(channels: int, multiple: int) -> None:
 
 
 def test_wide_modules_are_rounded_where_nobody_says() -> None:
-    assert [usual_multiple(Width(1, 1, channels)) for channels in (256, 1023, 1024)] == [1, 1, 32]
-    assert [usual_multiple(Width(1, 1, channels, 8)) for channels in (255, 256, 1024)] == [1, 32, 32]
+    def multiples(wide: int, numbers: tuple[int, ...]) -> list[int]:
+        axes = (Axis("channels", number, rounded=True, wide=wide) for number in numbers)
+        return [usual_multiple([axis]) for axis in axes]
+
+    assert multiples(1024, (256, 1023, 1024)) == [1, 1, 32]
+    assert multiples(256, (255, 256, 1024)) == [1, 32, 32]
 
 
 def test_experts_that_stay_keep_channels(wishes: Wishes) -> None:
     block = wishes(0.2, "qwen2_moe").blocks[-1]
-    found = module_widths(block, "experts", 1, lambda _: None, ("channels",))
+    found = module_widths(block, block.feed_forward, 1, lambda _: None, ("channels",))
     assert [width.experts for width in found] == [block.feed_forward.units] * len(found)
     assert found[-1].channels > 0
     assert len(found) > 1
@@ -219,7 +224,9 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
     block = stream.blocks[0]
     for format in ("hf", "stock"):
         offered = {
-            kind: module_widths(block, kind, 1, lambda w, f=format: format_obstacle(stream, range(3), w, format=f))  # type: ignore[misc]
+            kind: module_widths(
+                block, block.module(kind), 1, lambda w, f=format: format_obstacle(stream, range(3), w, format=f)
+            )  # type: ignore[misc]
             for kind in STATISTICAL
         }
         assert all(widths[0] == block.width for widths in offered.values())
@@ -229,7 +236,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
             # All or nothing.
             assert len(offered["heads"]) == (2 if format == "hf" else 1)
         elif format == "hf":
-            assert len(offered["heads"]) == len(attention_widths(block, STATISTICAL)) + 1
+            assert len(offered["heads"]) == len(head_widths(block, STATISTICAL)) + 1
     assert all(width.heads for one in uniform_plans(_wish(stream)) for width in one.widths.values())
 
 
@@ -256,7 +263,7 @@ def test_uniform_is_within_half_a_point(wishes: Wishes, share: float) -> None:
             channels = one.widths[0].channels + step
             if not 1 <= channels <= 72:
                 continue
-            other = wish.sparsity(dict.fromkeys(range(3), replace(one.widths[0], channels=channels)))
+            other = wish.sparsity(dict.fromkeys(range(3), one.widths[0] | {CHANNELS: channels}))
             assert abs(other - share) >= abs(one.sparsity - share) - 1e-12
     assert plan(wish, "uniform") == plans[0]
 
@@ -268,7 +275,7 @@ def test_a_target_is_a_limit(wishes: Wishes, goal: str) -> None:
     for one in plans:
         taken = wish.meter.total(one.widths)
         assert taken <= wish.budget
-        wider = dict.fromkeys(range(3), replace(one.widths[0], channels=one.widths[0].channels + 1))
+        wider = dict.fromkeys(range(3), one.widths[0] | {CHANNELS: one.widths[0].channels + 1})
         assert one.widths[0].channels == 72 or wish.meter.total(wider) > wish.budget
     assert wish.meter.total(plans[0].widths) == max(wish.meter.total(one.widths) for one in plans)
 
@@ -277,7 +284,7 @@ def test_a_plan_says_what_is_settled(wishes: Wishes) -> None:
     wish = wishes(0.2)
     dense = wish.blocks[0].width
     assert wish.plan(dict.fromkeys(range(3), dense)).uniform is True
-    several = wish.plan({0: dense, 1: replace(dense, channels=1)})
+    several = wish.plan({0: dense, 1: dense | {CHANNELS: 1}})
     assert several.uniform is False
     assert several.exact is False
     settled = {"heads": (0,), "channels": (1,)}
@@ -312,7 +319,7 @@ def test_the_nearest_where_none_is_near(wishes: Wishes) -> None:
 
 def test_units_that_give_nothing_go_beyond_the_target(wishes: Wishes) -> None:
     wish = wishes(0.1)
-    found = wish.plan({index: replace(block.width, channels=9) for index, block in enumerate(wish.blocks)}, 0.0)
+    found = wish.plan({index: block.width | {CHANNELS: 9} for index, block in enumerate(wish.blocks)}, 0.0)
     assert found.note == f"{found.sparsity:.1%} goes in place of 10.0%: all of it is of units that give next to nothing"
 
 

@@ -13,18 +13,19 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from conftest import CheckpointFolder
-from models import blocks_of, build
+from models import blocks_of, build, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.options import Options
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.structure import Block, Width
+from secateur.model.structure import Block
 from secateur.plan.plan_file import read_plan, read_ratios
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
 PRINT = "0123"
+NAMES = "or give a width of kv_groups, heads_per_group, channels"
 
 
 @cache
@@ -56,7 +57,7 @@ def test_exact_units(file: Callable[[Any], Path]) -> None:
         }
     )
     widths, units = read_plan(path, blocks(), PRINT)
-    assert widths == {0: Width(0, 0, 0), 1: Width(3, 2, 1), 2: Width(2, 1, 3)}
+    assert widths == {0: wide(0, 0, 0), 1: wide(3, 2, 1), 2: wide(2, 1, 3)}
     assert list(widths) == [0, 1, 2]
     assert units == {
         0: {"heads": (), "channels": ()},
@@ -66,9 +67,16 @@ def test_exact_units(file: Callable[[Any], Path]) -> None:
 
 
 def test_widths_alone(file: Callable[[Any], Path]) -> None:
-    said = [{"groups": 2, "per_group": 2, "channels": 9}, {"groups": 0, "per_group": 0, "channels": 0}]
+    said = [
+        numbers(2, 2, 9),
+        numbers(0, 0, 0),
+    ]
     path = file({"fingerprint": PRINT, "blocks": [{"block": i, "width": width} for i, width in enumerate(said)]})
-    assert read_plan(path, blocks(), PRINT) == ({0: Width(2, 2, 9), 1: Width(0, 0, 0)}, {})
+    assert read_plan(path, blocks(), PRINT) == ({0: wide(2, 2, 9), 1: wide(0, 0, 0)}, {})
+
+
+def numbers(groups: Any, heads: Any, channels: Any) -> dict[str, Any]:
+    return {"kv_groups": groups, "heads_per_group": heads, "channels": channels}
 
 
 def one(**entry: Any) -> dict[str, Any]:
@@ -96,7 +104,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no list": (one(heads=3), "block 0, heads: must be a list of indices to keep"),
     "fractions": (one(channels=[0.5]), "block 0, channels: must be a list of indices to keep"),
     "a width of booleans": (
-        {"blocks": [{"block": 0, "width": {"groups": True, "per_group": True, "channels": 4}}]},
+        {"blocks": [{"block": 0, "width": numbers(True, True, 4)}]},
         "block 0: list the heads and channels to keep",
     ),
     "booleans": (one(heads=[True, False]), "block 0, heads: must be a list of indices to keep"),
@@ -105,21 +113,38 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "heads: each key/value group must keep as many as the others, or none (group 0 keeps 2, group 1 keeps 1)",
     ),
     "lists in some": (
-        {"blocks": [{"block": 0, "heads": [0]}, {"block": 1, "width": {"groups": 3, "per_group": 2, "channels": 9}}]},
+        {
+            "blocks": [
+                {"block": 0, "heads": [0]},
+                {"block": 1, "width": numbers(3, 2, 9)},
+            ]
+        },
         "block 1 has no heads and channels, as others have; list them everywhere",
     ),
-    "nothing said": (one(), "list the heads and channels to keep, or give a width of groups, per_group, channels"),
-    "part of a width": (one(width={"groups": 2, "channels": 9}), "or give a width of groups, per_group, channels"),
-    "more than a width": (
-        one(width={"groups": 2, "per_group": 2, "channels": 9, "depth": 1}),
-        "or give a width of groups, per_group, channels",
+    "nothing said": (
+        one(),
+        f"list the heads and channels to keep, {NAMES}",
     ),
-    "half a channel": (one(width={"groups": 2, "per_group": 2, "channels": 9.5}), "or give a width of"),
-    "too wide": (one(width={"groups": 3, "per_group": 2, "channels": 73}), "73 channels, where the model has 72"),
-    "negative width": (one(width={"groups": 3, "per_group": 2, "channels": -1}), "-1 channels, where the model has 72"),
+    "part of a width": (
+        one(width={"kv_groups": 2, "channels": 9}),
+        NAMES,
+    ),
+    "more than a width": (
+        one(width={"kv_groups": 2, "heads_per_group": 2, "channels": 9, "depth": 1}),
+        NAMES,
+    ),
+    "half a channel": (one(width=numbers(2, 2, 9.5)), "or give a width of"),
+    "too wide": (
+        one(width=numbers(3, 2, 73)),
+        "73 channels cannot be had: 1 to 72",
+    ),
+    "negative width": (
+        one(width=numbers(3, 2, -1)),
+        "-1 channels cannot be had: 1 to 72",
+    ),
     "both fewer": (
-        one(width={"groups": 2, "per_group": 1, "channels": 72}),
-        "2 groups x 1 heads cannot be had; possible are 3 x 2, 2 x 2, 1 x 2, 3 x 1, 0 x 0",
+        one(width=numbers(2, 1, 72)),
+        "a plan narrows one of kv_groups and heads_per_group at a time",
     ),
 }
 
@@ -142,8 +167,8 @@ def test_a_wrong_plan(file: Callable[[Any], Path], case: str) -> None:
 def test_locked_heads(file: Callable[[Any], Path]) -> None:
     path = file(one(heads=[0, 1, 2, 3]))
     refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "block 0, heads: single heads cannot be removed")
-    path = file(one(width={"groups": 2, "per_group": 2, "channels": 72}))
-    refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "possible are 3 x 2, 0 x 0")
+    path = file(one(width=numbers(2, 2, 72)))
+    refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "2 KV groups cannot be had: 3")
     for heads in ([], list(range(6))):
         assert read_plan(file(one(heads=heads)), blocks("olmo2"), PRINT)[0][0].heads == len(heads)
 
@@ -153,15 +178,15 @@ def test_locked_heads(file: Callable[[Any], Path]) -> None:
 
 def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
     path = file({"0:1": 0.5, "1:3": {"channels": 0.25}})
-    assert read_ratios(path, blocks(), 1) == {0: Width(3, 1, 36), 1: Width(3, 2, 54), 2: Width(3, 2, 54)}
+    assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36), 1: wide(3, 2, 54), 2: wide(3, 2, 54)}
     # The nearest multiple; the attention has its own steps.
     path = file({"1:2": {"heads": 0.3, "channels": 0.3}, "2:3": 1})
-    assert read_ratios(path, blocks(), 16) == {1: Width(2, 2, 48), 2: Width(0, 0, 0)}
+    assert read_ratios(path, blocks(), 16) == {1: wide(2, 2, 48), 2: wide(0, 0, 0)}
     # A large multiple does not empty a module.
-    assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == Width(3, 2, 64)
+    assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == wide(3, 2, 64)
     large = file({"0:3": {"channels": 0.9}})
     refused(lambda: read_ratios(large, blocks(), 200), large, "nothing goes")
-    assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == Width(3, 2, 32)
+    assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == wide(3, 2, 32)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +225,7 @@ def weights(folder: Path) -> bytes:
 
 def test_a_mark_at_the_beginning(file: Callable[[Any], Path]) -> None:
     path = file("\ufeff" + json.dumps({"0:1": 0.5}))
-    assert read_ratios(path, blocks(), 1) == {0: Width(3, 1, 36)}
+    assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36)}
 
 
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
@@ -250,7 +275,7 @@ def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolde
 def test_edited_units_are_obeyed(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 1, "heads": [2, 3], "channels": [0, 71]}]}))
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
-    assert summary.widths == {1: Width(1, 2, 2)}
+    assert summary.widths == {1: wide(1, 2, 2)}
     (block,) = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
     assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
 
@@ -262,7 +287,7 @@ def test_units_of_a_width_that_no_plan_has(tmp_path: Path, checkpoint_folder: Ch
     prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
     record = tmp_path / "out" / "secateur.json"
     widths, units = read_plan(record, blocks(), json.loads(record.read_text())["fingerprint"])
-    assert widths == {0: Width(1, 1, 1)}
+    assert widths == {0: wide(1, 1, 1)}
     assert units == {0: {"heads": (3,), "channels": (0,)}}
 
 

@@ -12,7 +12,6 @@ from conftest import CheckpointFolder
 from secateur.base.errors import SecateurError
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Pattern
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.search import CLOSE, MOST, TRIES, smallest_within
@@ -26,17 +25,22 @@ def wish(checkpoint_folder: CheckpointFolder) -> PlanProblem:
     return PlanProblem(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.0, meter=meter)
 
 
-def curve(index: int, pattern: Pattern, units: int) -> Curve:
+UNITS = {"kv_groups": 3, "heads_per_group": 2, "channels": 72}
+
+
+def curve(index: int, axis: str, units: int) -> Curve:
     share = [gone / units for gone in range(units)]
-    kind = "channels" if pattern == "channels" else "heads"
-    return Curve(index, kind, pattern, tuple((index + 1) * s**1.5 for s in share), index + 1.0)
+    kind = "channels" if axis == "channels" else "heads"
+    return Curve(index, kind, axis, tuple((index + 1) * s**1.5 for s in share), index + 1.0)
 
 
 SURVEY = Survey(
     "l1",
     0.3,
     64,
-    tuple(curve(i, pattern, n) for i in range(3) for pattern, n in (("groups", 3), ("heads", 2), ("channels", 72))),  # type: ignore[arg-type]
+    tuple(
+        curve(i, axis, n) for i in range(3) for axis, n in (("kv_groups", 3), ("heads_per_group", 2), ("channels", 72))
+    ),  # type: ignore[arg-type]
     tuple(Probe(i, kind, i + 1.0, True, 0.4 * (i + 1)) for i in range(3) for kind in ("heads", "channels")),  # type: ignore[arg-type]
 )
 

@@ -19,7 +19,7 @@ from test_criteria import ready, statistics
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, token_rows
+from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
@@ -31,6 +31,7 @@ from secateur.criteria.choice import CRITERIA, Choice, parse_choice
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.order import removal_order
 from secateur.criteria.similarity import candidates, find_similar_heads
+from secateur.model.axes import KV_GROUPS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep, Width
@@ -107,20 +108,20 @@ def wish_of(folder: CheckpointFolder, name: str) -> PlanProblem:
 
 LOADABLE: list[tuple[str, tuple[int, ...], tuple[int, ...], Width]] = [
     # Three groups of two heads.
-    ("llama", (0, 1), (0, 1), Width(2, 2, 72)),
-    ("llama", (0, 2), (), Width(3, 2, 72)),
-    ("llama", (0, 2, 5), (0, 2, 5), Width(3, 1, 72)),
-    ("llama", (2, 3, 4), (2, 3), Width(2, 2, 72)),
+    ("llama", (0, 1), (0, 1), wide(2, 2, 72)),
+    ("llama", (0, 2), (), wide(3, 2, 72)),
+    ("llama", (0, 2, 5), (0, 2, 5), wide(3, 1, 72)),
+    ("llama", (2, 3, 4), (2, 3), wide(2, 2, 72)),
     # A whole group or one head of each are equally many parameters: with the group, a key and a value go too.
-    ("llama", (0, 1, 2, 4), (0, 1), Width(2, 2, 72)),
-    ("llama", (0, 1, 2, 3, 4), (0, 1, 2, 3), Width(1, 2, 72)),
+    ("llama", (0, 1, 2, 4), (0, 1), wide(2, 2, 72)),
+    ("llama", (0, 1, 2, 3, 4), (0, 1, 2, 3), wide(1, 2, 72)),
     # Two groups of three.
-    ("qwen2", (0, 1, 4, 5), (0, 1, 4, 5), Width(2, 1, 72)),
-    ("qwen2", (0, 4, 5), (0, 4), Width(2, 2, 72)),
-    ("qwen2", (3, 4, 5, 0), (3, 4, 5), Width(1, 3, 72)),
+    ("qwen2", (0, 1, 4, 5), (0, 1, 4, 5), wide(2, 1, 72)),
+    ("qwen2", (0, 4, 5), (0, 4), wide(2, 2, 72)),
+    ("qwen2", (3, 4, 5, 0), (3, 4, 5), wide(1, 3, 72)),
     # Each head alone; and one group for all.
-    ("gpt2", (1, 4, 5), (1, 4, 5), Width(3, 1, 96)),
-    ("llama one group", (1, 4), (1, 4), Width(1, 4, 72)),
+    ("gpt2", (1, 4, 5), (1, 4, 5), wide(3, 1, 96)),
+    ("llama one group", (1, 4), (1, 4), wide(1, 4, 72)),
 ]
 
 
@@ -146,7 +147,7 @@ def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) 
                 equal = len(set(kept)) == 1
                 if equal or set(kept) == {0, module.per_group}:
                     groups = sum(map(bool, kept))
-                    width = Width(groups, max(kept), wish.blocks[0].feed_forward.units)
+                    width = wide(groups, max(kept), wish.blocks[0].feed_forward.units)
                     least = min(least, wish.parameters.total({0: width}))
         gone, width = loadable(wish, 0, similar)
         assert wish.parameters.total({0: width}) == least
@@ -155,7 +156,7 @@ def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) 
 
 def test_a_format_that_holds_less(checkpoint_folder: CheckpointFolder) -> None:
     odd = replace(wish_of(checkpoint_folder, "gpt2"), obstacle=lambda width: "no" if width.heads % 2 else None)
-    assert loadable(odd, 0, (0, 2, 3)) == ((0, 2), Width(4, 1, 96))
+    assert loadable(odd, 0, (0, 2, 3)) == ((0, 2), wide(4, 1, 96))
 
 
 # The threshold.
@@ -230,19 +231,19 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
 def test_similar_heads_go_first_then_by_score(name: str, criterion: str) -> None:
     plain = statistics(name, "heads")[0]
     module, similar = plain.module, {1, 2, 3}
-    for pattern in module.patterns:
-        units, size = (module.groups, module.per_group) if pattern == "groups" else (module.units, 1)
+    for axis in [one.name for one in module.cut_axes]:
+        units, size = (module.groups, module.per_group) if axis == KV_GROUPS else (module.units, 1)
         stop = 1
-        usual = removal_order(ready(criterion, module), plain, pattern, stop).tolist()
+        usual = removal_order(ready(criterion, module), plain, axis, stop).tolist()
         usual += [unit for unit in range(units) if unit not in usual]
         first = replace(ready(criterion, module), first=frozenset(similar))
-        found = removal_order(first, statistics(name, "heads")[0], pattern, stop)
+        found = removal_order(first, statistics(name, "heads")[0], axis, stop)
 
         def rank(unit: int, size: int = size, usual: list[int] = usual) -> tuple[int, int]:
             members = range(unit * size, (unit + 1) * size)
             return -len(similar.intersection(members)), usual.index(unit)
 
-        if pattern == "groups":
+        if axis == KV_GROUPS:
             assert found.tolist() == sorted(range(units), key=rank)[: units - stop]
             continue
         for group in range(module.groups):
@@ -290,7 +291,7 @@ def test_of_two_copies_one_goes_and_nothing_is_lost(tmp_path: Path, name: str) -
     # Rows enough for the final norm to be looked at.
     more = {**SMALL, "samples": 64}
     summary = prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, ridge=0.0, **more)
-    assert set(summary.widths.values()) == {Width(4, 1, stay)}
+    assert set(summary.widths.values()) == {wide(4, 1, stay)}
     for block in record(tmp_path / "out")["blocks"]:
         # The lower index of each pair.
         assert block["heads"] == [0, 3, 4, 5]
@@ -396,7 +397,7 @@ def test_similar_heads_then_the_lowest_scores(tmp_path: Path, criterion: str, wi
 def test_a_pair_is_each_criterion_on_its_own_module(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     """Weights alone decide here, so that no module sees what another one lost."""
     folder = checkpoint_folder("qwen2")
-    plan = {"blocks": [{"block": i, "width": {"groups": 2, "per_group": 2, "channels": 40}} for i in range(3)]}
+    plan = {"blocks": [{"block": i, "width": {"kv_groups": 2, "heads_per_group": 2, "channels": 40}} for i in range(3)]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     units = {}
     for name in ("l1", "random", "heads=l1,channels=random", "heads=random,channels=l1"):
@@ -415,7 +416,7 @@ def test_a_pair_is_surveyed_as_it_is(checkpoint_folder: CheckpointFolder) -> Non
 
     def curves(criterion: str) -> dict[Any, Any]:
         found: Survey = survey(stream, rows, criterion=criterion)
-        return {(c.block, c.kind, c.pattern): c.errors for c in found.curves}
+        return {(c.block, c.kind, c.axis): c.errors for c in found.curves}
 
     pair, first, second = curves("heads=wanda,channels=second-moment"), curves("wanda"), curves("second-moment")
     assert first != second

@@ -49,7 +49,7 @@ def test_a_notebook_shows_a_plan(place: Path) -> None:
     found = propose("model", Options(sparsity=0.4, **asked), Running(device="cpu"))
     table = found._repr_html_()
     first, dense = found.now()[0], found.dense[0]
-    cells = (f"{first.heads}/{dense.heads}", f"{first.groups}/{dense.groups}", f"{first.fed}/{dense.fed}")
+    cells = (f"{first.heads}/{dense.heads}", f"{first.groups}/{dense.groups}", f"{first.channels}/{dense.channels}")
     assert f"<tr><td>0</td><td>{'</td><td>'.join(cells)}</td></tr>" in table
     (axes,) = found.plot().axes
     bars = [bar.get_height() for bar in axes.patches]
@@ -112,8 +112,8 @@ def test_a_base_card_that_says_nothing(base: str | None) -> None:
 
 def made(**changes: Any) -> dict[str, Any]:
     """A record of one block of each kind."""
-    dense = {"groups": 2, "per_group": 2, "channels": 10}
-    mixture = {"groups": 2, "per_group": 2, "experts": 4, "channels": 5}
+    dense = {"kv_groups": 2, "heads_per_group": 2, "channels": 10}
+    mixture = {"kv_groups": 2, "heads_per_group": 2, "experts": 4, "expert_channels": 5}
     heads = {"kind": "heads", "kept": 2, "units": 4, "plain": 0.2, "relative": 0.1}
     fed = {"kind": "channels", "kept": 5, "units": 10, "plain": 0.0, "relative": 0.0}
     return {
@@ -129,7 +129,7 @@ def made(**changes: Any) -> dict[str, Any]:
         "dense": [dense, mixture],
         "loads": {"class": "AutoModelForCausalLM", "format": "hf", "task": "text-generation", "vllm": None},
         "blocks": [
-            {"block": 0, "width": dense | {"groups": 1, "channels": 5}, "modules": [heads, fed]},
+            {"block": 0, "width": dense | {"kv_groups": 1, "channels": 5}, "modules": [heads, fed]},
             {"block": 1, "width": mixture | {"experts": 3}, "modules": [fed | {"kind": "experts"}]},
         ],
     } | changes
@@ -145,8 +145,8 @@ def test_the_card_tells_a_fit_from_none(recovery: str, words: str) -> None:
 
 
 def test_what_stays_is_counted_by_kind() -> None:
-    words = "6 of 8 query heads and 5 of 10 feed-forward channels and 3 of 4 experts and 15 of 20 channels of experts"
-    assert what_goes(made()) == f"{words} stay"
+    kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
+    assert what_goes(made()) == f"{' and '.join(kept)} and 3 of 4 experts and 15 of 20 expert channels stay"
     assert what_goes(made(blocks=[])) == "no unit, as nothing had to go"
 
 
@@ -258,7 +258,10 @@ def test_in_a_browser(tmp_path: Path, browser: Browser, scheme: Any, width: int)
         for _ in range(6):
             page.keyboard.press("Tab")
             reached.add(page.evaluate("document.activeElement.tagName + document.activeElement.ariaLabel"))
-        assert {"SUMMARYnull", "DIVShare of each block's heads, and below of its feed-forward, that is gone"} <= reached
+        assert {
+            "SUMMARYnull",
+            "DIVShare of each block's attention and below of its feed-forward that is gone",
+        } <= reached
         page.evaluate("document.querySelector('details').open = true")
         assert Axe().run(page).response["violations"] == []
     finally:

@@ -78,7 +78,10 @@ def record(folder: Path) -> dict[str, Any]:
 
 def test_peft_adapts_what_is_left(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     """By the names that people give it, also where some blocks have no heads or no channels."""
-    blocks = [{"groups": 0, "per_group": 0, "channels": 40}, {"groups": 3, "per_group": 2, "channels": 0}]
+    blocks = [
+        {"kv_groups": 0, "heads_per_group": 0, "channels": 40},
+        {"kv_groups": 3, "heads_per_group": 2, "channels": 0},
+    ]
     plan = {"blocks": [{"block": index, "width": width} for index, width in enumerate(blocks)]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     prune(checkpoint_folder("llama"), tmp_path / "out", plan=str(tmp_path / "plan.json"), **PRUNE | {"sparsity": None})

@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from models import (
     build,
     relative,
     token_rows,
+    wide,
 )
 from secateur.base.quiet import quiet
 from secateur.commands.doctor import examine
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_obstacle
+from secateur.model.axes import EXPERT_CHANNELS, EXPERTS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep, Width
@@ -107,13 +109,13 @@ ROWS |= {
 }
 
 PLANS: dict[str, Callable[[Width], list[Width]]] = {
-    "channels": lambda full: [Width(full.groups, full.per_group, channels) for channels in (40, 66, 7)],
-    "groups": lambda full: [Width(groups, full.per_group, full.channels) for groups in (full.groups - 1, 1)],
-    "heads": lambda full: [Width(full.groups, full.per_group - 1, full.channels)],
-    "gone": lambda full: [Width(0, 0, 24), Width(full.groups, full.per_group, 0), Width(1, 1, 66)],
-    "empty": lambda full: [Width(0, 0, 0)],
-    "experts": lambda full: [replace(full, experts=5)],
-    "experts' channels": lambda full: [replace(full, channels=full.channels // 2)],
+    "channels": lambda full: [wide(full.groups, full.per_group, channels) for channels in (40, 66, 7)],
+    "groups": lambda full: [wide(groups, full.per_group, full.channels) for groups in (full.groups - 1, 1)],
+    "heads": lambda full: [wide(full.groups, full.per_group - 1, full.channels)],
+    "gone": lambda full: [wide(0, 0, 24), wide(full.groups, full.per_group, 0), wide(1, 1, 66)],
+    "empty": lambda full: [wide(0, 0, 0)],
+    "experts": lambda full: [full | {EXPERTS: 5}],
+    "experts' channels": lambda full: [full | {EXPERT_CHANNELS: full.channels // 2}],
 }
 """Widths of the first blocks, by the dense width; the others stay dense."""
 
@@ -135,7 +137,7 @@ class Case:
         return " ".join([self.row, width, *more])
 
 
-FOUR = Width(2, 3, 40)
+FOUR = wide(2, 3, 40)
 BACKEND = (("model_impl", "transformers"),)
 SERVED = [
     *(Case("llama", plan) for plan in PLANS if "experts" not in plan),
@@ -144,31 +146,31 @@ SERVED = [
     Case("llama", "gone", dtype="bfloat16"),
     *(Case(row, "gone") for row in ("mistral window", "qwen2", "qwen2 window", "qwen3", "gemma2", "gemma3_text")),
     *(Case(row, "gone") for row in ("phi3", "olmo2", "opt", "gpt_neox")),
-    Case("llama", Width(2, 2, 40)),
-    Case("llama every head", Width(5, 1, 40)),
-    Case("qwen2", Width(2, 2, 40), options=BACKEND),
-    Case("qwen2 window", Width(3, 2, 40), options=BACKEND),
-    Case("qwen3", Width(3, 1, 40)),
-    Case("phi3", Width(2, 2, 40)),
-    Case("gpt2", Width(6, 1, 40)),
-    Case("qwen3_moe served", Width(2, 2, 32, experts=5)),
-    Case("mixtral served", Width(3, 1, 64, experts=4)),
-    Case("llama4_text served", Width(3, 1, 96, experts=4)),
+    Case("llama", wide(2, 2, 40)),
+    Case("llama every head", wide(5, 1, 40)),
+    Case("qwen2", wide(2, 2, 40), options=BACKEND),
+    Case("qwen2 window", wide(3, 2, 40), options=BACKEND),
+    Case("qwen3", wide(3, 1, 40)),
+    Case("phi3", wide(2, 2, 40)),
+    Case("gpt2", wide(6, 1, 40)),
+    Case("qwen3_moe served", wide(2, 2, 32, experts=5)),
+    Case("mixtral served", wide(3, 1, 64, experts=4)),
+    Case("llama4_text served", wide(3, 1, 96, experts=4)),
     # Their files call experts otherwise than transformers does.
     *(Case(f"{name} served", "experts") for name in ("mixtral", "ernie4_5_moe", "granitemoe")),
-    Case("glm4_moe served", Width(2, 2, 32, experts=5)),
+    Case("glm4_moe served", wide(2, 2, 32, experts=5)),
     *(Case(row, plan) for row in ("gemma4_text served", "gemma4_text small served") for plan in ("channels", FOUR)),
-    Case("gemma4_text mixture served", Width(2, 3, 32, experts=5)),
+    Case("gemma4_text mixture served", wide(2, 3, 32, experts=5)),
     # On a CPU linear attention is in bfloat16.
-    Case("qwen3_5_text served", Width(2, 3, 64), dtype="bfloat16"),
+    Case("qwen3_5_text served", wide(2, 3, 64), dtype="bfloat16"),
 ]
 REFUSED = {
     Case("phimoe served", "experts"): "too many values to unpack",
     Case("deepseek_v2 served", "experts"): "Heterogeneous MLA models are not supported",
     Case("llama4_text served", "experts"): "must match the size of tensor b",
     Case("gpt2", "channels"): "not initialized from checkpoint.*c_attn.bias",
-    Case("qwen2", Width(2, 2, 40)): "exceeds dimension size",
-    Case("qwen2 window", Width(3, 2, 40)): "Sliding window for some but all layers is not supported",
+    Case("qwen2", wide(2, 2, 40)): "exceeds dimension size",
+    Case("qwen2 window", wide(3, 2, 40)): "Sliding window for some but all layers is not supported",
 }
 """With what vLLM says."""
 WRONG = [
@@ -186,8 +188,8 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
     full = block.width
     widths = dict(enumerate(PLANS[case.plan](full)))
     if block.attention.locked:
-        own = {"groups": full.groups, "per_group": full.per_group}
-        return {i: replace(w, **own) if w.heads else w for i, w in widths.items()}
+        own = {"kv_groups": full.groups, "heads_per_group": full.per_group}
+        return {i: w | own if w.heads else w for i, w in widths.items()}
     return widths
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import CheckpointFolder
-from models import ROWS, STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
+from models import ROWS, STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
@@ -21,10 +21,11 @@ from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
 from secateur.fit.loop import Method, refit
 from secateur.model import rows as rows_module
 from secateur.model.arena import Arena
+from secateur.model.axes import KV_GROUPS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Width
+from secateur.model.structure import Depth2
 from secateur.model.surgery import entries
 from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
@@ -179,7 +180,7 @@ def columns(module: Depth2, unit: int) -> list[tuple[str, int, int, float]]:
     for slab in (*module.level1, module.level2):
         if slab.name.endswith(".bias"):
             continue
-        shared = slab.unit == "group"
+        shared = slab.along == (KV_GROUPS,)
         at = unit // module.per_group if shared else unit
         share = 1 / module.per_group if shared else 1.0
         found += [(slab.name, slab.axis, entry, share) for entry in entries(slab, [at]).tolist()]
@@ -253,7 +254,7 @@ def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder,
 
 def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
     stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
-    plan = Plan({1: Width(3, 2, 40), 2: Width(2, 2, 72)}, 0.1, 0.1)
+    plan = Plan({1: wide(3, 2, 40), 2: wide(2, 2, 72)}, 0.1, 0.1)
     for criterion in FROM_GRADIENTS:
         scores = gradient_scores(stream, rows, criterion)
         blocks = list(refit(stream, plan, rows, method=Method(Criteria(criterion, scores))))

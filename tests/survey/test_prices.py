@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import blocks_of, build
-from secateur.model.structure import Block, Width
+from models import blocks_of, build, wide
+from secateur.model.structure import Block
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
 
@@ -31,7 +31,7 @@ def channels(errors: Sequence[float], energy: float = 1.0) -> Curve:
 
 
 def price(found: Prices, gone: int) -> float:
-    return found.of(0, block().feed_forward, Width(3, 2, 72 - gone))
+    return found.of(0, block().feed_forward, wide(3, 2, 72 - gone))
 
 
 BASE = 1e-6
@@ -81,30 +81,30 @@ def test_without_probes_the_price_is_the_share_of_the_output() -> None:
 
 def test_each_way_of_cutting_heads_has_its_curve() -> None:
     curves = [
-        Curve(0, "heads", "groups", (0.0, 0.2, 0.5), 1.0),
-        Curve(0, "heads", "heads", (0.0, 0.3), 1.0),
+        Curve(0, "heads", "kv_groups", (0.0, 0.2, 0.5), 1.0),
+        Curve(0, "heads", "heads_per_group", (0.0, 0.3), 1.0),
     ]
     found = Prices(survey(curves, [Probe(0, "heads", 1.0, True, 3.0)]))
     attention = block().attention
     widths = {(3, 2): 0.0, (2, 2): 0.6, (1, 2): 1.5, (3, 1): 0.9, (0, 0): 3.0}
     for (groups, heads), wanted in widths.items():
-        assert found.of(0, attention, Width(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
+        assert found.of(0, attention, wide(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
 
 
 def test_a_plan_costs_its_modules_together() -> None:
     modules = [
         Curve(i, kind, kind_, (0.0, 0.1 * (i + 1)), 1.0)
         for i in range(2)
-        for kind, kind_ in (("heads", "groups"), ("channels", "channels"))
+        for kind, kind_ in (("heads", "kv_groups"), ("channels", "channels"))
     ]  # type: ignore[arg-type]
     found = Prices(survey(modules))
-    widths = {0: Width(2, 2, 71), 1: Width(3, 2, 71)}
+    widths = {0: wide(2, 2, 71), 1: wide(3, 2, 71)}
     assert found.total([block()] * 3, widths) == pytest.approx(0.1 + 0.1 + 0.2)
     assert found.total([block()] * 3, {}) == 0
     # What was not surveyed may stay dense, and nothing else.
     assert found.total([block()] * 3, {2: block().width}) == 0
     with pytest.raises(KeyError):
-        found.total([block()] * 3, {2: Width(3, 2, 71)})
+        found.total([block()] * 3, {2: wide(3, 2, 71)})
 
 
 small = st.floats(0, 2, allow_subnormal=False)

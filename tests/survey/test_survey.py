@@ -122,17 +122,17 @@ class Plain:
         off = self.x[:, kept] @ self.refitted(kept) - self.target
         return float(off.square().sum() / self.tokens)
 
-    def kept(self, pattern: Any, gone: int) -> tuple[int, ...]:
+    def kept(self, axis: str, gone: int) -> tuple[int, ...]:
         """Units that `l1` leaves; it looks at weights alone."""
         moments = Moments(self.module.units * self.module.size)
         weight = inner_weight(self.module, self.tensors)
         stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, own_target=True, seed=0)
-        left, l1 = self.module.steps(pattern) - gone, all_criteria()["l1"]
-        return survivors(self.module, pattern, removal_order(l1, stats, pattern, left) if gone else torch.empty(0))
+        left, l1 = self.module.axis(axis).units - gone, all_criteria()["l1"]
+        return survivors(self.module, axis, removal_order(l1, stats, axis, left) if gone else torch.empty(0))
 
 
-def curve_of(found: Survey, kind: Kind, pattern: str, index: int = INDEX) -> Curve:
-    (curve,) = (c for c in found.curves if (c.block, c.kind, c.pattern) == (index, kind, pattern))
+def curve_of(found: Survey, kind: Kind, axis: str, index: int = INDEX) -> Curve:
+    (curve,) = (c for c in found.curves if (c.block, c.kind, c.axis) == (index, kind, axis))
     return curve
 
 
@@ -141,13 +141,13 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
     found = survey(opened(checkpoint_folder(name)), FITTED, criterion="l1", ridge=RIDGE)
     plain = Plain(name, kind)
     assert found.tokens == 4 * 24 + 3 * 17
-    for pattern in plain.module.patterns:
-        curve, units = curve_of(found, kind, pattern), plain.module.steps(pattern)
+    for axis in [one.name for one in plain.module.cut_axes]:
+        curve, units = curve_of(found, kind, axis), plain.module.axis(axis).units
         assert len(curve.errors) == units
         assert curve.energy == pytest.approx(float(plain.target.square().sum()) / plain.tokens, rel=1e-4)
         for gone in sorted({0, 1, units // 2, units - 1}):
-            wanted = plain.error(inner_entries(plain.module, plain.kept(pattern, gone)))
-            assert curve.errors[gone] == pytest.approx(wanted, rel=1e-3, abs=1e-5 * curve.energy), (pattern, gone)
+            wanted = plain.error(inner_entries(plain.module, plain.kept(axis, gone)))
+            assert curve.errors[gone] == pytest.approx(wanted, rel=1e-3, abs=1e-5 * curve.energy), (axis, gone)
         assert 0 < curve.errors[-1] < curve.energy
 
 
@@ -181,7 +181,8 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
         assert wanted > 1e-4
         assert probe.divergence == pytest.approx(wanted, rel=2e-3, abs=1e-5)
         assert (
-            probe.error == curve_of(found, kind, blocks_of(dense(name))[index].module(kind).patterns[0], index).energy
+            probe.error
+            == curve_of(found, kind, blocks_of(dense(name))[index].module(kind).cut_axes[0].name, index).energy
         )
     parts = [probe for probe in found.probes if not probe.whole]
     locked = blocks_of(dense(name))[0].attention.locked
@@ -197,15 +198,15 @@ def test_a_partial_probe_is_the_refitted_model(
     monkeypatch.setattr(sys.modules["secateur.survey.collector"], "PROBED", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
-    pattern = plain.module.patterns[-1]
-    curve, units = curve_of(found, kind, pattern), plain.module.steps(pattern)
+    axis = plain.module.cut_axes[-1].name
+    curve, units = curve_of(found, kind, axis), plain.module.axis(axis).units
     counts = [gone for gone in dict.fromkeys(round(units * share) for share in SHARES) if 0 < gone < units]
     probes = [p for p in found.probes if (p.block, p.kind, p.whole) == (INDEX, kind, False)]
     assert len(probes) == len(counts) > 0
     width = blocks_of(dense(name))[INDEX].width
     for gone, probe in zip(counts, probes, strict=True):
         assert probe.error == pytest.approx(curve.errors[gone] - curve.errors[0], rel=1e-6)
-        kept = plain.kept(pattern, gone)
+        kept = plain.kept(axis, gone)
         entries = inner_entries(plain.module, kept)
         weight = torch.zeros_like(plain.old)
         weight[entries] = plain.refitted(entries)
@@ -270,7 +271,7 @@ SURVEY = Survey(
     "l1",
     0.3,
     64,
-    (Curve(0, "heads", "groups", (0.0, 0.25), 1.0), Curve(0, "channels", "channels", (1e-9, 0.1, 0.3), 0.5)),
+    (Curve(0, "heads", "kv_groups", (0.0, 0.25), 1.0), Curve(0, "channels", "channels", (1e-9, 0.1, 0.3), 0.5)),
     (Probe(0, "heads", 1.0, True, 0.7), Probe(0, "channels", 0.1, False, 1 / 3)),
     ASKED,
 )

@@ -100,7 +100,7 @@ def check_plan(stream: BlockStream, options: Options, parameters: Meter, decided
 
 def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProblem:
     """The target of the parameters, and every width that the format can hold."""
-    chosen, dense = options.chosen_blocks(len(stream)), [block.width for block in stream.blocks]
+    chosen = options.chosen_blocks(len(stream))
     parameters = parameter_meter(stream, options.adds_biases)
     biases = any(parameters.added)
 
@@ -122,7 +122,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         goal=options.goal,
         meter=parameters,
         kinds=_kinds(stream, options),
-        multiple=options.round or min(usual_multiple(width) for width in dense),
+        multiple=options.round or usual_multiple([axis for block in stream.blocks for axis in block.axes]),
         obstacle=obstacle,
     )
 

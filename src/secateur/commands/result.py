@@ -19,7 +19,7 @@ from secateur.commands.options import Options, declared, given, spelled
 from secateur.fit.average import FittedBlock
 from secateur.fit.routed import FEWEST
 from secateur.formats.vllm import vllm_obstacle
-from secateur.model.structure import Block, Width
+from secateur.model.structure import EXPERTS, Block, Width
 from secateur.plan.meters import Meter, byte_meter, cache_meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
@@ -102,7 +102,7 @@ def record(
         },
         "price": decided.price,
         "sizes": {name: getattr(summary, name) for name in ("parameters", "bytes", "cache_bytes")},
-        "dense": [width.as_dict() for width in summary.dense],
+        "dense": [dict(width) for width in summary.dense],
         "loads": {
             "class": summary.opens,
             "format": summary.format,
@@ -127,7 +127,7 @@ def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, A
     """What became of one block."""
     return {
         "block": block.index,
-        "width": decided.widths[block.index].as_dict(),
+        "width": dict(decided.widths[block.index]),
         **{kind: list(units) for kind, units in block.keep.chosen(dense).items()},
         "modules": [asdict(report) for report in block.reports],
     }
@@ -137,8 +137,8 @@ def unlike_experts(blocks: Sequence[Block], curves: Iterable[Curve], decided: Pl
     """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
     lost = []
     for curve in curves:
-        if curve.pattern == "experts" and curve.energy and (width := decided.widths.get(curve.block)):
-            gone = blocks[curve.block].width.experts - width.experts
+        if curve.axis == EXPERTS and curve.energy and (width := decided.widths.get(curve.block)):
+            gone = blocks[curve.block].width[EXPERTS] - width[EXPERTS]
             lost.append(curve.errors[gone] / curve.energy if gone < len(curve.errors) else 1.0)
     if not lost or (share := sum(lost) / len(lost)) < UNLIKE:
         return None

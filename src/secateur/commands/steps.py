@@ -24,6 +24,7 @@ from secateur.commands.survey_file import check_survey_file, read_survey, survey
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.similarity import SimilarHeads, find_similar_heads
 from secateur.fit.temper import scaled
+from secateur.model.axes import AXES, AxisKind, Width
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
@@ -286,24 +287,18 @@ def _described(run: OpenRun, decided: Plan) -> str:
     """Which widths were chosen, in one line."""
     dense = [run.stream.blocks[index].width for index in decided.widths]
     price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token, module by module"
+    kept = list(decided.widths.values())
     if decided.uniform:
-        width, full = max(zip(decided.widths.values(), dense, strict=True), key=lambda pair: pair[1].experts)
-        inner = f" of {width.channels:,} channels each" if width.experts and width.channels < full.channels else ""
-        what = (
-            f"{width.heads} of {full.heads} query heads in {width.groups} of {full.groups} groups, "
-            f"{width.fed:,} of {full.fed:,} {full.kinds[1]}{inner} in every block"
-        )
+        width, full = max(zip(kept, dense, strict=True), key=lambda pair: len(pair[1]))
+        parts = [f"{width[name]:,} of {number:,} {AXES[name].label}" for name, number in full.items()]
+        what = f"{', '.join(parts)} in every block"
     else:
-        kept = list(decided.widths.values())
-        parts = [f"{sum(w.heads for w in kept)} of {sum(w.heads for w in dense)} query heads"]
-        for kind in sorted({width.kinds[1] for width in dense}):
-            now, before = (
-                [w.fed for w, full in zip(some, dense, strict=True) if full.kinds[1] == kind] for some in (kept, dense)
-            )
-            parts.append(f"{sum(now):,} of {sum(before):,} {kind}, {min(now):,} to {max(now):,} a block")
-        pairs = [(w.channels, full.channels) for w, full in zip(kept, dense, strict=True) if full.experts]
-        if any(left < full for left, full in pairs):
-            each = [left for left, _ in pairs]
-            parts.append(f"{min(each):,} to {max(each):,} of {pairs[0][1]:,} channels an expert")
-        what = " and ".join(parts)
+        what = " and ".join(_kept(kind, kept, dense) for kind in AXES.values() if any(kind.name in w for w in dense))
     return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"
+
+
+def _kept(kind: AxisKind, kept: list[Width], dense: list[Width]) -> str:
+    """Say how many units along an axis a plan keeps, and between which numbers in a block."""
+    counts = [kind.count(width) for width in kept if kind.name in width]
+    full, some = sum(map(kind.count, dense)), f"{min(counts):,} to {max(counts):,}"
+    return f"{sum(counts):,} of {full:,} {kind.total} ({some if min(counts) < max(counts) else counts[0]} in a block)"

@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
-from secateur.model.structure import Depth2, Pattern
+from secateur.model.structure import Axis, Depth2
 from secateur.survey.curves import Survey, load_survey
 
 PROBE_TOKENS = 1024
@@ -55,13 +55,13 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
         SecateurError: a survey of another model, with other options, or with something missing.
     """
     found = load_survey(file, wanted)
-    lengths = {(curve.block, curve.kind, curve.pattern): len(curve.errors) for curve in found.curves}
+    lengths = {(curve.block, curve.kind, curve.axis): len(curve.errors) for curve in found.curves}
     kinds = run.request.problem.kinds
     whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
     for index in run.request.chosen:
         for module in run.request.problem.modules_of(index):
-            widths = {p: _length(module, p) for p in module.patterns if module.kind != "experts" or p in kinds}
-            here = {pattern: lengths.get((index, module.kind, pattern)) for pattern in widths}
+            widths = {axis.name: _length(module, axis) for axis in module.cut_axes if axis.kind in kinds}
+            here = {axis: lengths.get((index, module.kind, axis)) for axis in widths}
             if here != widths or (index, module.kind) not in whole:
                 raise SecateurError(
                     f"{file}: not all of block {index}'s {module.kind} is in this survey; name another file, or delete "
@@ -70,8 +70,6 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
     return found
 
 
-def _length(module: Depth2, pattern: Pattern) -> int:
-    """How many widths of a module have an error, the dense one among them; that of nothing is its energy."""
-    if module.locked:
-        return 1
-    return module.steps(pattern) - (max(0, module.least - 1) if pattern == "experts" else 0)
+def _length(module: Depth2, axis: Axis) -> int:
+    """Return how many numbers along an axis have an error, the dense one included."""
+    return 1 if module.locked else axis.units - axis.least + 1

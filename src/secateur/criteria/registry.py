@@ -15,11 +15,11 @@ from torch import Tensor
 
 from secateur.criteria.choice import SIMILARITY, parse_choice
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import Depth2, Kind, Pattern
+from secateur.model.structure import Depth2, Kind
 
 Score = Callable[[Statistics], Tensor]
-Ranking = Callable[[Statistics, Pattern, int], Tensor]
-"""Pattern units of a module in the order in which they leave, until so many are left."""
+Ranking = Callable[[Statistics, str, int], Tensor]
+"""Function of statistics, axis and number: the units in the order in which they leave, until that number is left."""
 Named = Mapping[str, Tensor]
 """Tensors of a module by their names inside the block."""
 GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]

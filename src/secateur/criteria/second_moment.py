@@ -60,7 +60,7 @@ def _value_norms(stats: Statistics) -> Tensor:
         rows = rows_of(slab, stats.tensors).double()
         # A head that has its keys of the same matrix has its values behind them.
         norms = rows.square().view(slab.units, slab.size, -1).sum(2)[:, -module.size :]
-        shared = module.per_group if slab.unit == "group" else 1
+        shared = module.units // slab.units
         total += norms.repeat_interleave(shared, dim=0).flatten()
     return total
 

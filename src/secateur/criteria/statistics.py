@@ -72,7 +72,7 @@ def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callabl
         if slab.name.endswith(".bias") or tensors[slab.name].dim() < 2:
             continue
         sums = function(rows_of(slab, tensors).double()).view(slab.units, -1).sum(1)
-        if slab.unit == "group":
-            sums = (sums / module.per_group).repeat_interleave(module.per_group)
+        if (shared := module.units // slab.units) > 1:
+            sums = (sums / shared).repeat_interleave(shared)
         total += sums
     return total

@@ -9,10 +9,9 @@ from torch import Tensor
 from secateur.criteria.order import elimination
 from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import Pattern
 
 
 @criterion("surgeon", kind="ranking")
-def ranking(stats: Statistics, pattern: Pattern, stop: int) -> Tensor:
-    """Pattern units in the order in which they leave."""
-    return elimination(stats, pattern, stop, prices=False).order
+def ranking(stats: Statistics, axis: str, stop: int) -> Tensor:
+    """Return the units in the order in which they leave along an axis."""
+    return elimination(stats, axis, stop, prices=False).order

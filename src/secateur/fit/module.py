@@ -19,7 +19,6 @@ from secateur.fit.recovery import Fit, compensation, fit_level2, intercept
 from secateur.fit.regression import Regression, Sums
 from secateur.fit.tangent import Tangent
 from secateur.fit.target import ROUNDING
-from secateur.model.structure import Pattern
 from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import residual
@@ -38,16 +37,16 @@ class Fitted:
     """The new output projection; `plain` is the error of the old weights of the units that stay."""
 
 
-def fit_module(regression: Regression, pattern: Pattern, stop: int, given: tuple[int, ...] | None = None) -> Fitted:
+def fit_module(regression: Regression, axis: str, stop: int, given: tuple[int, ...] | None = None) -> Fitted:
     """Choose a module's units and refit the module; new input projections are in place already.
 
     Args:
         regression: the module's rows.
-        pattern: how units leave together.
-        stop: number of the pattern's units that stay.
+        axis: along which units leave.
+        stop: number that stays along the axis.
         given: the units that stay, where they are settled.
     """
-    return _ModuleFit(regression).run(pattern, stop, given)
+    return _ModuleFit(regression).run(axis, stop, given)
 
 
 class _ModuleFit:
@@ -57,7 +56,7 @@ class _ModuleFit:
         self.regression, self.recovery, self.module = regression, regression.recovery, regression.module
         self.team, self.device = regression.stream.team, regression.stream.device
 
-    def run(self, pattern: Pattern, stop: int, given: tuple[int, ...] | None) -> Fitted:
+    def run(self, axis: str, stop: int, given: tuple[int, ...] | None) -> Fitted:
         """Choose, refit, and return what is found."""
         regression, recovery = self.regression, self.recovery
         if recovery.before:
@@ -73,7 +72,7 @@ class _ModuleFit:
             weight, bias, *_ = self._solved(partial(self._of_all, sums, stats))
             choice.weight_ao, choice.pull_ao = weight, old
             choice.tensors = {**regression.tensors, **regression.stored(weight)}
-        keep = self._choose(choice, pattern, stop) if given is None else given
+        keep = self._choose(choice, axis, stop) if given is None else given
         # Its Gram matrix is as large as the one that is solved next.
         del choice
         sums = replace(sums, scored=sums.fitted, source=None)
@@ -117,19 +116,19 @@ class _ModuleFit:
             seed=self.regression.seed,
         )
 
-    def _choose(self, stats: Statistics, pattern: Pattern, stop: int) -> tuple[int, ...]:
+    def _choose(self, stats: Statistics, axis: str, stop: int) -> tuple[int, ...]:
         """Return the units that stay, by the criterion."""
         module, criterion = self.module, self.regression.criterion
         if stop == 0:
             return ()
-        if stop == module.steps(pattern):
+        if stop == module.axis(axis).units:
             return tuple(range(module.units))
 
         def made() -> dict[str, Tensor]:
-            return {"gone": removal_order(criterion(), stats, pattern, stop)}
+            return {"gone": removal_order(criterion(), stats, axis, stop)}
 
         gone = self.team.solved(self.regression.owner, made, self.device)["gone"]
-        return survivors(module, pattern, gone)
+        return survivors(module, axis, gone)
 
     def _of_all(self, sums: Sums, stats: Statistics) -> Fit:
         """Return a fit of the output projection to the inputs of all units."""

@@ -25,7 +25,7 @@ from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
-from secateur.model.structure import Depth2, Kind, Pattern, Width
+from secateur.model.structure import CHANNELS, Depth2, Kind, Width
 from secateur.model.surgery import inner_by_expert
 
 Units = Mapping[Kind, tuple[int, ...]]
@@ -82,10 +82,8 @@ class SingleStage:
     def prune(self, width: Width, given: Units) -> tuple[dict[Kind, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         module, regression = self.module, self.regression
-        pattern: Pattern = "channels"
-        if module.kind == "heads":
-            pattern = "groups" if width.groups < module.groups else "heads"
-        found = fit_module(regression, pattern, width.along(pattern), given.get(module.kind))
+        axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
+        found = fit_module(regression, axis, width[axis], given.get(module.kind))
         regression.store(found)
         regression.advance(found)
         errors = found.fit.error, found.fit.plain
@@ -200,7 +198,7 @@ class MixtureStage:
             if not one.recovery.fits and stop == one.module.units:
                 continue
             given = tuple(range(stop)) if stop == one.module.units else channels.get(expert)
-            found = fit_module(one, "channels", stop, given)
+            found = fit_module(one, CHANNELS, stop, given)
             one.store(found)
             channels[expert] = found.keep
         for name in names:

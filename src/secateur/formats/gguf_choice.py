@@ -5,7 +5,7 @@ A model takes the first one on its family's list that computes the same.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.base.errors import SecateurError
@@ -22,7 +22,7 @@ from secateur.formats.gguf_architectures import (
 from secateur.formats.per_layer import dense_channels
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
-from secateur.model.structure import Width, alike
+from secateur.model.structure import CHANNELS, Width, alike
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Model:
             )
         # Configs have no common way to say which blocks have no experts.
         self.widths = [
-            replace(width, channels=dense_channels(self.config, index), experts=0)
+            width.without_experts(dense_channels(self.config, index))
             if width.experts and not self.checkpoint.holds_experts(self.parameter(index, "down_proj"))
             else width
             for index, width in enumerate(self.widths)
@@ -194,7 +194,7 @@ def filled(channels: int, type: str) -> int:
 
 def in_file(width: Width, type: str) -> Width:
     """A width as a file has it."""
-    return width if width.experts else replace(width, channels=filled(width.channels, type))
+    return width if width.experts else width | {CHANNELS: filled(width.channels, type)}
 
 
 def choose(model: Model, type: str) -> Architecture:

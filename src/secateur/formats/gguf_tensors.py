@@ -23,7 +23,7 @@ from secateur.formats.gguf_architectures import QKV, TYPES, Architecture
 from secateur.formats.gguf_choice import Model, in_file
 from secateur.model.gguf_config import known_name
 from secateur.model.gguf_layout import SCALES, STILL, adds_one, by_kind, decays, tiled
-from secateur.model.structure import Width
+from secateur.model.structure import HEADS, Width
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]
         biased = "attn_output" in model.added_biases or f"{model.layers['attn_output']}.bias" in model.inside[index]
         # The first block tells llama.cpp how large heads are.
         least = int(not architecture.headless or index == 0 or biased)
-        heads = replace(width, groups=width.groups or least, per_group=width.per_group or least)
+        heads = width | {name: width[name] or least for name in HEADS}
         result.append(in_file(heads, type))
     return result
 

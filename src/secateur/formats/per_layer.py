@@ -27,7 +27,7 @@ from secateur.model import modeling_secateur
 from secateur.model.config_file import TEXT, stock_class
 from secateur.model.facts import key_value_heads
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
-from secateur.model.structure import Block, Width
+from secateur.model.structure import CHANNELS, EXPERT_CHANNELS, EXPERTS, HEADS_PER_GROUP, KV_GROUPS, Block, Width
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """The file that goes beside the weights."""
@@ -196,10 +196,11 @@ def widths_of(config: Any) -> list[Width]:
             raise SecateurError(f"layer {index} of the config has {kept} heads and no key/value heads; prune again")
         each = kept // shared if kept else 0
         if mixture is None:
-            widths.append(Width(shared, each, own.get(key, channels)))
+            widths.append(Width({KV_GROUPS: shared, HEADS_PER_GROUP: each, CHANNELS: own.get(key, channels)}))
         else:
             inner, count = (own.get(key, getattr(config, key)) for key in (mixture.expert_width, mixture.number))
-            widths.append(Width(shared, each, inner, count))
+            attention = {KV_GROUPS: shared, HEADS_PER_GROUP: each}
+            widths.append(Width(attention | {EXPERTS: count, EXPERT_CHANNELS: inner}))
     return widths
 
 

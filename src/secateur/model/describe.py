@@ -14,8 +14,21 @@ from secateur.base.words import twice
 from secateur.families.entry import Experts, Family
 from secateur.families.registry import family_of
 from secateur.model.facts import head_dim, key_value_heads
-from secateur.model.structure import Block, Depth2, Slab, Unit
+from secateur.model.structure import (
+    CHANNELS,
+    EXPERT_CHANNELS,
+    EXPERTS,
+    HEADS,
+    HEADS_PER_GROUP,
+    KV_GROUPS,
+    Axis,
+    Block,
+    Depth2,
+    Slab,
+)
 
+EXPERTS_MULTIPLE = 8
+"""Divisor of the channels of experts: their kernels take rows of 16 bytes, in half precision."""
 MIXED = "another kind of layer stands in the attention's place"
 
 
@@ -50,28 +63,43 @@ def _mixed(family: Family, layer: nn.Module) -> bool:
 
 
 def _level1(
-    layer: nn.Module, path: str, unit: Unit, units: int, size: int, offset: int = 0, run: int = 1, gap: int = 0
+    layer: nn.Module,
+    path: str,
+    along: tuple[str, ...],
+    units: int,
+    size: int,
+    offset: int = 0,
+    run: int = 1,
+    gap: int = 0,
 ) -> tuple[Slab, ...]:
     """Weight and, if there is one, bias of a level-1 layer."""
     linear = layer.get_submodule(path)
     # Conv1D stores its weight input first, Linear output first.
-    slabs = [Slab(f"{path}.weight", int(isinstance(linear, Conv1D)), unit, units, size, offset, run, gap)]
+    slabs = [Slab(f"{path}.weight", int(isinstance(linear, Conv1D)), along, units, size, offset, run, gap)]
     if getattr(linear, "bias", None) is not None:
-        slabs.append(Slab(f"{path}.bias", 0, unit, units, size, offset, run, gap))
+        slabs.append(Slab(f"{path}.bias", 0, along, units, size, offset, run, gap))
     return tuple(slabs)
 
 
-def _level2(layer: nn.Module, path: str, unit: Unit, units: int, size: int) -> tuple[Slab, str | None]:
+def _level2(layer: nn.Module, path: str, along: tuple[str, ...], units: int, size: int) -> tuple[Slab, str | None]:
     """Weight and, if there is one, the name of the bias of the level-2 layer."""
     linear = layer.get_submodule(path)
-    slab = Slab(f"{path}.weight", int(not isinstance(linear, Conv1D)), unit, units, size)
+    slab = Slab(f"{path}.weight", int(not isinstance(linear, Conv1D)), along, units, size)
     return slab, slab.bias if getattr(linear, "bias", None) is not None else None
 
 
 def _heads_output(layer: nn.Module, path: str, heads: int) -> tuple[Slab, str | None]:
     """Level 2 of an attention whose heads have the size that its inputs give them."""
     linear: Any = layer.get_submodule(path)
-    return _level2(layer, path, "head", heads, linear.weight.shape[1] // heads)
+    return _level2(layer, path, HEADS, heads, linear.weight.shape[1] // heads)
+
+
+def head_axes(groups: int, heads: int, locked: bool = False) -> tuple[Axis, Axis]:
+    """Return the nested axes of query heads: KV groups, and heads in each of them."""
+    return (
+        Axis(KV_GROUPS, groups, locked=locked),
+        Axis(HEADS_PER_GROUP, heads // groups, locked=locked),
+    )
 
 
 def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
@@ -86,7 +114,20 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
                 f"{path}.{output}, and no such model is known"
             )
         level2, bias = _heads_output(layer, f"{path}.{output}", heads)
-        return Depth2("heads", (), level2, bias, path, None, None, groups, MIXED, fixed=True, mixes=True)
+        return Depth2(
+            "heads",
+            head_axes(groups, heads, True),
+            (),
+            level2,
+            bias,
+            path,
+            None,
+            None,
+            groups,
+            MIXED,
+            fixed=True,
+            mixes=True,
+        )
     dim, path, after = head_dim(config), family.attention, family.norm_after_attention
     if family.latent is not None:
         return _latent(family, layer, heads)
@@ -97,32 +138,34 @@ def _attention(config: Any, family: Family, layer: nn.Module) -> Depth2:
         sharing = family.sharing(config, own)
         fixed = family.attention_fixed or (sharing is not None and sharing.lends)
         joins = None if family.adds_residual else path
-        return Depth2("heads", (), level2, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
+        axes = head_axes(groups, heads, True)
+        return Depth2("heads", axes, (), level2, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
     if family.fused is None:
         # Queries may carry a gate of the head's output with them.
         queries: Any = layer.get_submodule(f"{path}.{family.queries}")
         rows = int(queries.weight.shape[int(isinstance(queries, Conv1D))]) // heads
-        level1 = _level1(layer, f"{path}.{family.queries}", "head", heads, rows)
+        level1 = _level1(layer, f"{path}.{family.queries}", HEADS, heads, rows)
         for name in (family.keys, family.values):
-            level1 += _level1(layer, f"{path}.{name}", "group", groups, dim)
+            level1 += _level1(layer, f"{path}.{name}", (KV_GROUPS,), groups, dim)
         if family.sinks is not None:
-            level1 += (Slab(f"{path}.{family.sinks}", 0, "head", heads, 1),)
+            level1 += (Slab(f"{path}.{family.sinks}", 0, HEADS, heads, 1),)
     elif family.interleaved:
         each = heads // groups * dim
-        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, dim, 0, heads // groups, 2 * dim)
+        level1 = _level1(layer, f"{path}.{family.fused}", HEADS, heads, dim, 0, heads // groups, 2 * dim)
         for start in (each, each + dim):
-            level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start, 1, each + dim)
+            level1 += _level1(layer, f"{path}.{family.fused}", (KV_GROUPS,), groups, dim, start, 1, each + dim)
     else:
-        level1 = _level1(layer, f"{path}.{family.fused}", "head", heads, dim)
+        level1 = _level1(layer, f"{path}.{family.fused}", HEADS, heads, dim)
         for start in (heads * dim, (heads + groups) * dim):
-            level1 += _level1(layer, f"{path}.{family.fused}", "group", groups, dim, start)
-    level2, bias = _level2(layer, f"{path}.{family.output}", "head", heads, dim)
+            level1 += _level1(layer, f"{path}.{family.fused}", (KV_GROUPS,), groups, dim, start)
+    level2, bias = _level2(layer, f"{path}.{family.output}", HEADS, heads, dim)
     inside = {*(slab.name for slab in level1), level2.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # One vector for all heads, or one for each of them.
     apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
     locked = "its query and key norms differ from head to head" if apart else None
-    return Depth2("heads", level1, level2, bias, path, after, None, groups, locked, pair=True)
+    axes = head_axes(groups, heads, apart)
+    return Depth2("heads", axes, level1, level2, bias, path, after, None, groups, locked, pair=True)
 
 
 def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
@@ -133,10 +176,11 @@ def _latent(family: Family, layer: nn.Module, heads: int) -> Depth2:
     level1: tuple[Slab, ...] = ()
     for name in (family.latent_queries if both else family.queries, maker):
         linear: Any = layer.get_submodule(f"{path}.{name}")
-        level1 += _level1(layer, f"{path}.{name}", "head", heads, linear.weight.shape[0] // heads)
+        level1 += _level1(layer, f"{path}.{name}", HEADS, heads, linear.weight.shape[0] // heads)
     level2, bias = _heads_output(layer, f"{path}.{family.output}", heads)
     after = family.norm_after_attention
-    return Depth2("heads", level1, level2, bias, path, after, None, heads, pair=True, reader=f"{path}.{reader}")
+    how: dict[str, Any] = {"pair": True, "reader": f"{path}.{reader}"}
+    return Depth2("heads", head_axes(heads, heads), level1, level2, bias, path, after, None, heads, **how)
 
 
 def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
@@ -148,7 +192,7 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     down = f"{home}{mixture.experts}.{mixture.stored[-1][0]}"
     inside = [f"{home}{part}" for part in (mixture.experts, mixture.router, mixture.router_bias) if part is not None]
     slabs = [
-        Slab(name, tuple(tensor.shape).index(units), "expert", units, 1)
+        Slab(name, tuple(tensor.shape).index(units), (EXPERTS,), units, 1)
         for name, tensor in layer.state_dict().items()
         if name.startswith(tuple(inside)) and units in tensor.shape
     ]
@@ -164,8 +208,15 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
     met = max(met) if isinstance(met, list) else int(met)
     each = max(-(-met // open_), 2 if groups > 1 else 1)
     outer = family.norm_after_feed_forward
+    # A group of experts that may be chosen needs one expert at least.
+    least = max(each * groups, groups)
+    axes = (
+        Axis(EXPERTS, units, least=least, step=groups),
+        Axis(EXPERT_CHANNELS, inner, multiple=EXPERTS_MULTIPLE, rounded=True, wide=256),
+    )
     return Depth2(
         "experts",
+        axes,
         (*others, *channels),
         level2,
         None,
@@ -174,9 +225,8 @@ def _mixture(config: Any, family: Family, layer: nn.Module) -> Depth2:
         outer if mixture.parallel_norms else None,
         groups,
         pair=mixture.returns_scores,
-        least=each * groups,
+        fixed=True,
         met=met,
-        inner=inner,
         shared=shared,
         reader=mixture.router if mixture.parallel_norms else None,
     )
@@ -187,9 +237,11 @@ def _shared(layer: nn.Module, path: str, inner: int) -> tuple[Slab, ...]:
     down: Any = layer.get_submodule(f"{path}.down_proj")
     times = down.weight.shape[1] // inner
     level1 = (
-        slab for name in ("up_proj", "gate_proj") for slab in _level1(layer, f"{path}.{name}", "channel", inner, times)
+        slab
+        for name in ("up_proj", "gate_proj")
+        for slab in _level1(layer, f"{path}.{name}", (EXPERT_CHANNELS,), inner, times)
     )
-    return (*level1, _level2(layer, f"{path}.down_proj", "channel", inner, times)[0])
+    return (*level1, _level2(layer, f"{path}.down_proj", (EXPERT_CHANNELS,), inner, times)[0])
 
 
 def shared_of(names: Experts, mixture: Any) -> Any:
@@ -230,11 +282,11 @@ def _inside_experts(
     def rows(name: str, axis: int) -> tuple[Slab, ...]:
         # Gate and up lie one behind the other, or in turn.
         if layout.in_turn:
-            return (Slab(f"{path}.{name}", axis, "channel", inner, 2),)
-        return tuple(Slab(f"{path}.{name}", axis, "channel", inner, 1, start) for start in (0, inner))
+            return (Slab(f"{path}.{name}", axis, (EXPERT_CHANNELS,), inner, 2),)
+        return tuple(Slab(f"{path}.{name}", axis, (EXPERT_CHANNELS,), inner, 1, start) for start in (0, inner))
 
     biased = rows(f"{up}_bias", 1) if layout.biased else ()
-    return inner, (*rows(up, 3 - axis), *biased, Slab(f"{path}.{down}", axis, "channel", inner, 1))
+    return inner, (*rows(up, 3 - axis), *biased, Slab(f"{path}.{down}", axis, (EXPERT_CHANNELS,), inner, 1))
 
 
 def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
@@ -243,11 +295,12 @@ def _feed_forward(family: Family, layer: nn.Module) -> Depth2:
     channels = int(down.weight.shape[0 if isinstance(down, Conv1D) else 1])
     if family.fused_gate is not None:
         # Up first, as everywhere, although the gate's rows come first in the tensor.
-        level1 = _level1(layer, prefix + family.fused_gate, "channel", channels, 1, channels)
-        level1 += _level1(layer, prefix + family.fused_gate, "channel", channels, 1)
+        level1 = _level1(layer, prefix + family.fused_gate, (CHANNELS,), channels, 1, channels)
+        level1 += _level1(layer, prefix + family.fused_gate, (CHANNELS,), channels, 1)
     else:
-        level1 = _level1(layer, prefix + family.up, "channel", channels, 1)
+        level1 = _level1(layer, prefix + family.up, (CHANNELS,), channels, 1)
         if family.gate is not None:
-            level1 += _level1(layer, prefix + family.gate, "channel", channels, 1)
-    level2, bias = _level2(layer, prefix + family.down, "channel", channels, 1)
-    return Depth2("channels", level1, level2, bias, family.feed_forward, family.norm_after_feed_forward)
+            level1 += _level1(layer, prefix + family.gate, (CHANNELS,), channels, 1)
+    level2, bias = _level2(layer, prefix + family.down, (CHANNELS,), channels, 1)
+    axes = (Axis(CHANNELS, channels, rounded=True, wide=1024),)
+    return Depth2("channels", axes, level1, level2, bias, family.feed_forward, family.norm_after_feed_forward)

@@ -16,7 +16,7 @@ from secateur.model.describe import layout_of, shared_of
 from secateur.model.held import plain
 from secateur.model.modeling_secateur import CHOSEN, EXPERTS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Slab
+from secateur.model.structure import CHANNELS, Axis, Depth2, Slab
 
 
 class Routes(NamedTuple):
@@ -164,12 +164,12 @@ class Mixture:
 
     def feed_forward(self, expert: int) -> Depth2:
         """Return one expert as a feed-forward of its own, with the names of `tensors`."""
-        tensors = self.tensors(expert)
-        level2 = Slab("down_proj.weight", 1, "channel", len(self.weight(expert)), 1)
+        tensors, channels = self.tensors(expert), len(self.weight(expert))
+        level2 = Slab("down_proj.weight", 1, (CHANNELS,), channels, 1)
         # Up first, as everywhere.
         names = (f"{name}.{leaf}" for name in ("up_proj", "gate_proj") for leaf in ("weight", "bias"))
         slabs = (replace(level2, name=name, axis=0) for name in names if name in tensors)
-        return Depth2("channels", tuple(slabs), level2, None, None, None)
+        return Depth2("channels", (Axis(CHANNELS, channels),), tuple(slabs), level2, None, None, None)
 
     def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Give one of those that the block holds together other values, by the names of `tensors`."""

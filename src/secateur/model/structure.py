@@ -7,21 +7,28 @@ says which part of a stored tensor follows a unit.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["head", "group", "channel", "expert"]
-Kind = Literal["heads", "channels", "experts"]
-Pattern = Literal["groups", "heads", "channels", "experts"]
-"""How units may leave together: whole key/value groups, one query head of every group, single channels or experts, or
-one channel of every expert."""
+from secateur.model.axes import (
+    CHANNELS,
+    EXPERT_CHANNELS,
+    EXPERTS,
+    HEADS,
+    HEADS_PER_GROUP,
+    KV_GROUPS,
+    Axis,
+    Width,
+    alike,
+)
 
-EXPERTS_MULTIPLE = 8
-"""Kernels of experts take rows of 16 bytes: so many channels, in half precision."""
+Kind = Literal["heads", "channels", "experts"]
 
 KINDS: tuple[Kind, ...] = ("heads", "channels", "experts")
 """A block has the first and one of the others."""
+
+__all__ = ["CHANNELS", "EXPERTS", "EXPERT_CHANNELS", "HEADS", "HEADS_PER_GROUP", "KV_GROUPS", "Axis", "Width", "alike"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,10 @@ class Slab:
     name: str
     """Tensor name inside the block, for example `self_attn.q_proj.weight`."""
     axis: int
-    unit: Unit
+    along: tuple[str, ...]
+    """Names of the nested axes along which the units lie, the outermost first."""
     units: int
+    """Their number in the dense block."""
     size: int
     offset: int = 0
     """First entry along `axis`; not zero where several layers are fused into one tensor."""
@@ -56,6 +65,8 @@ class Depth2:
     """One prunable module of a block."""
 
     kind: Kind
+    axes: tuple[Axis, ...]
+    """Directions in which the module can become narrower, nested ones from the outermost on."""
     level1: tuple[Slab, ...]
     """Every level-1 weight and bias, those of the query, key and value or of the up and gate layers."""
     level2: Slab
@@ -69,21 +80,17 @@ class Depth2:
     outer_norm: str | None = None
     """A norm behind that one, on the sum of this module's output and another's."""
     groups: int = 1
-    """Key/value heads; 1 for channels."""
+    """Number of KV groups, or of groups of experts, all of which keep equally many units."""
     locked: str | None = None
     """Why no unit can be removed without changing what the others compute, where that is so."""
     fixed: bool = False
-    """Nor can the whole module be."""
+    """Whether the module as a whole has to stay."""
     mixes: bool = False
     """Another kind of layer in an attention's place, without keys and values; its heads are a number alone."""
     pair: bool = False
     """Its submodule returns something else behind the output: attention weights, or the router's scores."""
-    least: int = 0
-    """Units that must stay: experts without which a token would not meet as many as it does."""
     met: int = 0
     """Experts that a token meets."""
-    inner: int = 0
-    """Channels of each expert. They are counted through: those of the second expert follow those of the first."""
     shared: tuple[Slab, ...] = ()
     """Of the expert that all tokens meet, where its width follows from that of the others: level 1, then level 2. A
     unit is as many of its channels as leave with one of each of the others; they are counted behind all of those."""
@@ -134,98 +141,56 @@ class Depth2:
         return self.units // self.groups
 
     @property
+    def least(self) -> int:
+        """Smallest number of units that the module works with; zero where it may go as a whole."""
+        return self.axes[0].least if self.fixed else 0
+
+    @property
+    def inner(self) -> int:
+        """Channels of each expert, numbered through: those of the second expert follow those of the first."""
+        return next((axis.units for axis in self.axes if axis.name == EXPERT_CHANNELS), 0)
+
+    @property
     def bias_name(self) -> str:
         """What level 2's bias is called, or would be."""
         return self.level2.bias
 
-    def may_go(self, kinds: Sequence[Kind]) -> bool:
-        """Whether it has units of some kinds: experts have channels, too."""
-        return self.kind in kinds or (self.kind == "experts" and "channels" in kinds)
+    def may_go(self, kinds: Sequence[str]) -> bool:
+        """Return whether the module has an axis of one of these kinds of units."""
+        return any(axis.kind in kinds for axis in self.axes)
 
     @property
     def free_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
-        return self.post_norm is None and not self.fixed and self.kind != "experts"
+        return self.post_norm is None and not self.fixed
 
-    def steps(self, pattern: Pattern) -> int:
-        """How many steps of width a pattern has: groups, heads per group, channels (of each expert) or experts."""
-        if pattern == "channels" and self.kind == "experts":
-            return self.inner
-        return {"groups": self.groups, "heads": self.per_group}.get(pattern, self.units)
+    def axis(self, name: str) -> Axis:
+        """Return the axis of a name."""
+        return next(axis for axis in self.axes if axis.name == name)
 
     @property
-    def patterns(self) -> tuple[Pattern, ...]:
-        """The ways in which units of this module may leave so that the tensors keep a loadable layout."""
-        if self.kind == "experts":
-            return ("experts", "channels")
-        if self.kind != "heads":
-            return (self.kind,)
-        if self.per_group == 1:
-            return ("groups",)
-        return ("groups", "heads") if self.groups > 1 else ("heads",)
+    def cut_axes(self) -> tuple[Axis, ...]:
+        """Axes with more than one unit; of a module with a single unit, its first axis."""
+        return tuple(axis for axis in self.axes if axis.units > 1) or self.axes[:1]
 
+    def together(self, axis: str) -> int:
+        """Return how many neighbouring units leave with one number of an axis: those along the axes nested in it."""
+        along = self.level2.along
+        return math.prod(self.axis(name).units for name in along[along.index(axis) + 1 :])
 
-@dataclass(frozen=True)
-class Width:
-    """How much of a block is kept: key/value groups, query heads in each of them, feed-forward channels or experts."""
-
-    groups: int
-    per_group: int
-    channels: int = 0
-    """Of the feed-forward, or of each of its experts."""
-    experts: int = 0
+    def rounds(self, axis: str) -> int:
+        """Return how many units leave at once, one from each number of the axes that hold this one."""
+        along = self.level2.along
+        return math.prod(self.axis(name).units for name in along[: along.index(axis)])
 
     @property
-    def kinds(self) -> tuple[Kind, Kind]:
-        """Of the units of both modules; of a block whose feed-forward is gone, as if those had been channels."""
-        return "heads", "experts" if self.experts else "channels"
+    def gone(self) -> dict[str, int]:
+        """Zero along each axis: the width of a module that has left as a whole."""
+        return dict.fromkeys((axis.name for axis in self.axes), 0)
 
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.groups * self.per_group
-
-    @property
-    def counts(self) -> dict[Unit, int]:
-        """How many of each unit."""
-        return {"head": self.heads, "group": self.groups, "channel": self.channels, "expert": self.experts}
-
-    def along(self, pattern: Pattern) -> int:
-        """How many units are kept as a pattern counts them: groups, heads in each, channels or experts."""
-        return {
-            "groups": self.groups,
-            "heads": self.per_group,
-            "channels": self.channels,
-            "experts": self.experts,
-        }[pattern]
-
-    def as_dict(self) -> dict[str, int]:
-        """As JSON holds it: what the block has."""
-        experts = {"experts": self.experts} if self.experts else {}
-        return {"groups": self.groups, "per_group": self.per_group, **experts, "channels": self.channels}
-
-    @property
-    def fed(self) -> int:
-        """Units of the feed-forward."""
-        return self.experts or self.channels
-
-    def fed_share(self, dense: "Width") -> float:
-        """The share of a dense feed-forward that is kept; of one without anything, all."""
-        full = (dense.experts or 1) * dense.channels
-        return (self.experts if dense.experts else 1) * self.channels / full if full else 1.0
-
-    def taking(self, kind: Kind, other: "Width") -> "Width":
-        """This width with one module's part taken from another one."""
-        if kind == "heads":
-            return replace(self, groups=other.groups, per_group=other.per_group)
-        return replace(self, channels=other.channels, experts=other.experts)
-
-
-def alike(widths: Iterable[Width]) -> bool:
-    """Whether blocks have one width; of those with experts and those without, each among themselves."""
-    every = set(widths)
-    heads = {(width.groups, width.per_group) for width in every}
-    return len(heads) == 1 and len(every) == len({width.kinds for width in every})
+    def number(self, width: Width) -> int:
+        """Return how many units stay at a width."""
+        return width.product(self.level2.along)
 
 
 def levelled(blocks: Sequence["Block"], widths: Mapping[int, Width]) -> list[Width]:
@@ -272,11 +237,16 @@ class Block:
         return self.attention, self.feed_forward
 
     @property
+    def axes(self) -> list[Axis]:
+        """Axes of all modules."""
+        return [axis for module in self.modules for axis in module.axes]
+
+    @property
     def kinds(self) -> tuple[Kind, Kind]:
         """Of the units in either."""
         return self.attention.kind, self.feed_forward.kind
 
-    def module(self, kind: Kind) -> Depth2:
+    def module(self, kind: str) -> Depth2:
         """The module that holds units of that kind."""
         return self.modules[self.kinds.index(kind)]
 
@@ -288,9 +258,7 @@ class Block:
     @property
     def width(self) -> Width:
         """The dense width."""
-        attention, feed_forward = self.modules
-        inner = {"channels": feed_forward.inner} if feed_forward.kind == "experts" else {}
-        return Width(attention.groups, attention.per_group, **{feed_forward.kind: feed_forward.units}, **inner)
+        return Width({axis.name: axis.units for axis in self.axes})
 
     def inside(self, module: Depth2) -> list[str]:
         """Tensors that go with the module's last unit: all of it but the level-2 bias, which is still added."""
@@ -302,28 +270,28 @@ class Block:
             if name != module.bias_name and (name in slabs or (path is not None and name.startswith(path)))
         ]
 
-    def shapes_at(self, width: Width, kind: Kind) -> dict[str, tuple[int, ...]]:
+    def shapes_at(self, width: Width, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a module's tensors at a width, without the level-2 bias, which stays whatever goes."""
-        module, counts = self.module(kind), width.counts
-        if not counts[module.level2.unit]:
+        module = self.module(kind)
+        if not module.number(width):
             return {}
         shapes = {name: list(self.shapes[name]) for name in self.inside(module)}
         for slab in module.slabs:
-            shapes[slab.name][slab.axis] -= (slab.units - counts[slab.unit]) * slab.size
+            shapes[slab.name][slab.axis] -= (slab.units - width.product(slab.along)) * slab.size
         return {name: tuple(shape) for name, shape in shapes.items()}
 
-    def held(self, width: Width, kind: Kind) -> int:
+    def held(self, width: Width, kind: str) -> int:
         """Parameters of a module at a width, without the level-2 bias; exact, from the stored shapes."""
         return sum(map(math.prod, self.shapes_at(width, kind).values()))
 
-    def met(self, width: Width, kind: Kind) -> float:
+    def met(self, width: Width, kind: str) -> float:
         """Parameters of a module that a token meets, on average: of experts, those that it is routed to."""
         module, shapes = self.module(kind), self.shapes_at(width, kind)
         if kind != "experts":
             return self.held(width, kind)
         own = [name for name in shapes if name.rpartition(".")[0] == module.level2.layer]
         inside = sum(math.prod(shapes[name]) for name in own)
-        return self.held(width, kind) - inside * (1 - module.met / width.experts)
+        return self.held(width, kind) - inside * (1 - module.met / width[EXPERTS])
 
     def kept_parameters(self, width: Width) -> int:
         """Parameters of the whole block at a width."""

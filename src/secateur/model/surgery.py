@@ -7,7 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.modeling_secateur import ATTENTIONS, OUTPUTS, resize
-from secateur.model.structure import Block, Depth2, Keep, Slab, Width
+from secateur.model.structure import (
+    CHANNELS,
+    EXPERT_CHANNELS,
+    EXPERTS,
+    HEADS_PER_GROUP,
+    KV_GROUPS,
+    Block,
+    Depth2,
+    Keep,
+    Slab,
+    Width,
+)
 
 
 def entries(slab: Slab, keep: Sequence[int]) -> Tensor:
@@ -44,13 +55,14 @@ def slice_module(
     module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int], inner: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """The module's tensors with only the kept units, level 2 included; of experts with only these channels, if any."""
-    # A group stays while one of its heads does; for channels there are no groups.
-    kept = {"group": sorted({head // module.per_group for head in keep})}
     parts: dict[tuple[str, int], list[Tensor]] = {}
     # Fused layers are several slabs of one tensor.
     for slab in module.slabs:
-        if slab.unit != "channel" or module.kind != "experts":
-            parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept.get(slab.unit, keep)))
+        if slab.along[0] == module.level2.along[0]:
+            # A KV group stays while one of its heads does.
+            each = module.units // slab.units
+            own = sorted({unit // each for unit in keep})
+            parts.setdefault((slab.name, slab.axis), []).append(entries(slab, own))
     found = {
         name: tensors[name].index_select(axis, torch.cat(index).sort().values.to(tensors[name].device))
         for (name, axis), index in parts.items()
@@ -76,7 +88,7 @@ def _slice_experts(
     }
     places: dict[tuple[str, int], list[Tensor]] = {}
     for slab in sorted((*module.level1, module.level2), key=lambda slab: slab.offset):
-        if slab.unit == "channel":
+        if slab.along == (EXPERT_CHANNELS,):
             own = slab.offset + inner_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
     for (name, axis), parts in places.items():
@@ -110,10 +122,11 @@ def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[
 def width_of(block: Block, keep: Keep) -> Width:
     """The width that a selection amounts to."""
     groups = len({head // block.attention.per_group for head in keep.heads})
-    channels = len(keep.channels)
-    if keep.experts:
-        channels = channels // (len(keep.experts) + block.feed_forward.times) or block.feed_forward.inner
-    return Width(groups, len(keep.heads) // groups if groups else 0, channels, len(keep.experts))
+    numbers = {KV_GROUPS: groups, HEADS_PER_GROUP: len(keep.heads) // groups if groups else 0}
+    if block.feed_forward.kind == "channels":
+        return Width(numbers | {CHANNELS: len(keep.channels)})
+    channels = len(keep.channels) // (len(keep.experts) + block.feed_forward.times) or block.feed_forward.inner
+    return Width(numbers | {EXPERTS: len(keep.experts), EXPERT_CHANNELS: channels})
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:

@@ -4,15 +4,14 @@ What a plan takes is a sum over modules (`plan/meters.py`), and so is what it co
 widths are then a separable knapsack (`plan/knapsack.py`).
 """
 
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
-from secateur.model.structure import Width
+from secateur.model.axes import Width
 from secateur.plan.knapsack import choose
 from secateur.plan.problem import PlanProblem
-from secateur.plan.widths import attention_widths, expert_counts, module_widths, multiple_of
+from secateur.plan.widths import head_widths
 from secateur.survey.prices import Prices
 
 
@@ -20,21 +19,18 @@ def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
     """The widths of the chosen blocks that cost least within the budget, or None if nothing is small enough."""
     blocks, meter = problem.blocks, problem.meter
     modules = problem.modules
-    options = [
-        module_widths(blocks[index], kind, problem.multiple, problem.obstacle, problem.kinds) for index, kind in modules
-    ]
+    options = [problem.widths_of(index, module) for index, module in modules]
     costs, sizes = [], []
-    for (index, kind), widths in zip(modules, options, strict=True):
-        module = blocks[index].module(kind)
+    for (index, module), widths in zip(modules, options, strict=True):
         costs.append(np.array([prices.of(index, module, width) for width in widths]))
-        sizes.append(np.array([float(meter.module(index, kind, width)) for width in widths]))
+        sizes.append(np.array([float(meter.module(index, module.kind, width)) for width in widths]))
     result = {index: blocks[index].width for index in problem.chosen}
     elsewhere = meter.total(result) - sum(float(size[0]) for size in sizes)
     best = choose(costs, sizes, problem.budget - elsewhere)
     if best is None:
         return None
-    for (index, kind), widths, option in zip(modules, options, best.options, strict=True):
-        result[index] = result[index].taking(kind, widths[option])
+    for (index, module), widths, option in zip(modules, options, best.options, strict=True):
+        result[index] |= {axis.name: widths[option][axis.name] for axis in module.axes}
     return result
 
 
@@ -42,9 +38,8 @@ def narrowest(problem: PlanProblem) -> float:
     """The least that the model can take where each module has its own width, in the meter's unit."""
     blocks, meter = problem.blocks, problem.meter
     total = meter.total({index: blocks[index].width for index in problem.chosen})
-    for index, kind in problem.modules:
-        widths = module_widths(blocks[index], kind, problem.multiple, problem.obstacle, problem.kinds)
-        sizes = [meter.module(index, kind, width) for width in widths]
+    for index, module in problem.modules:
+        sizes = [meter.module(index, module.kind, width) for width in problem.widths_of(index, module)]
         total += min(sizes) - sizes[0]
     return total
 
@@ -59,16 +54,9 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
     """
     meter, budget = problem.meter, problem.budget
     block = problem.leading
-    full, kind = block.width, block.feed_forward.kind
     # Narrowest first; experts leave, or channels of every one.
-    ways: list[list[Width]] = []
-    if kind == "experts" and "experts" in problem.kinds:
-        ways.append([replace(full, experts=count) for count in sorted(expert_counts(block.feed_forward))])
-    if "channels" in problem.kinds:
-        step = multiple_of(full, problem.multiple)
-        counts = sorted({full.channels, *range(min(step, full.channels), full.channels, step)})
-        ways.append([replace(full, channels=count) for count in counts])
-    ways = ways or [[full]]
+    axes = [axis for axis in block.feed_forward.axes if axis.kind in problem.kinds]
+    ways = [[{axis.name: number} for number in reversed(axis.every(problem.multiple))] for axis in axes] or [[{}]]
     found: list[tuple[Width, float]] = []
     reasons: list[str] = []
     least = meter.dense
@@ -76,8 +64,8 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
     def taken(width: Width) -> float:
         return meter.total(problem.everywhere(width))
 
-    for (groups, heads), way in product(attention_widths(block, problem.kinds), ways):
-        steps = [replace(width, groups=groups, per_group=heads) for width in way]
+    for heads, way in product(head_widths(block, problem.kinds), ways):
+        steps = [heads | numbers for numbers in way]
         narrow = steps[0]
         if narrow == block.width:
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import platform
 import random
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from secateur.base.quiet import quiet
 from secateur.model.facts import positions_of
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind, Width
+from secateur.model.structure import Axis, Depth2, Width
 
 LENGTH = 512
 """Tokens of the prompt, and in the cache of a decode step, where the model has positions for them."""
@@ -51,7 +52,7 @@ SETTLED = 0.01
 """Standard error of a settled median, relative to it."""
 _FLUSH = 2**28
 """Bytes beyond which no processor's caches hold anything of what was before."""
-_LAYOUT = 1
+_LAYOUT = 2
 """Part of the cache key; to be raised when the way of measuring changes."""
 
 Run = Callable[[], object]
@@ -77,26 +78,19 @@ Line = Annotated[tuple[tuple[int, Seconds], ...], Field(min_length=2), AfterVali
 class Latency:
     """Seconds of what makes up a model with blocks of one shape; fields are checked where a file of them is read."""
 
-    groups: Line
-    """The attention over key/value groups, each with all its query heads."""
-    per_group: Line
-    """The attention over query heads in each group, with all groups."""
-    channels: Line
+    lines: dict[str, Line]
+    """Seconds of a module over the numbers along each of its axes, the others dense."""
     rest: Seconds
     """Of a block without either module: its norms, and what transformers does around them."""
     outside: Seconds
     """Of embedding, masks, last norm and output matrix."""
 
-    def module(self, kind: Kind, width: Width) -> float:
-        """Seconds of one module at a width; a narrower one never takes longer."""
-        if kind == "channels":
-            return _between(self.channels, width.channels)
-        if not width.heads:
-            return 0.0
-        # Groups and heads in each were measured apart; where some of both are gone, each has its share.
-        dense = self.groups[-1][1]
-        shares = _between(self.groups, width.groups) * _between(self.per_group, width.per_group)
-        return shares / dense if dense else 0.0
+    def module(self, axes: Sequence[str], width: Width) -> float:
+        """Return the seconds of a module with these axes at a width; a narrower one never takes longer."""
+        dense = self.lines[axes[0]][-1][1]
+        # Axes were measured one at a time: where a module is narrower along two, each has its share.
+        shares = [_between(self.lines[axis], width[axis]) / dense if dense else 0.0 for axis in axes]
+        return dense * math.prod(shares)
 
 
 def measured(
@@ -196,26 +190,23 @@ def _measure(
     layers = model.get_submodule(stream.family.blocks)
     length = _length(model.config)
     prefill, decode = _calls(model, layers[0], length)
-    # All counts of heads up to a dozen, or none and all where they are tied.
-    every = 2 if stream.blocks[index].attention.locked else POINTS + 2
-    groups, per_group, channels = grid(full.groups, every), grid(full.per_group, every), grid(full.channels, POINTS)
+
+    def resized(layer: nn.Module, width: Width) -> nn.Module:
+        resize(layer, width.heads, width.groups, width.channels)
+        return layer
 
     def layer_case(width: Width) -> Case:
-        layer = copy.deepcopy(layers[0])
-        resize(layer, width.heads, width.groups, width.channels)
+        layer = resized(copy.deepcopy(layers[0]), width)
         return _case(model, kind, partial(prefill, layer), partial(decode, layer))
 
-    nothing = Width(0, 0, 0)
-    lines = {
-        "groups": {0: nothing} | {count: Width(count, full.per_group, 0) for count in groups[1:]},
-        "per_group": {0: nothing} | {count: Width(full.groups, count, 0) for count in per_group[1:]},
-        "channels": {count: Width(0, 0, count) for count in channels},
-    }
+    block, nothing = stream.blocks[index], Width(dict.fromkeys(full, 0))
+    lines = {axis.name: _line(module, axis, nothing) for module in block.modules for axis in module.axes}
     widths = dict.fromkeys(width for line in lines.values() for width in line.values())
     cases: dict[Width | None, Case] = {width: layer_case(width) for width in widths}
-    small = layer_case(Width(groups[1], per_group[-1], channels[1]))
+    # A layer of which little is left.
+    small = layer_case(full | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules})
     # What is left of the model is timed around the layer without anything.
-    resize(layers[0], 0, 0, 0)
+    resized(layers[0], nothing)
     cases[None] = _case(model, kind, _whole(model, length), _whole(model, 1))
     if kind == "decode" and device.type == "cpu":
         # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the
@@ -230,9 +221,10 @@ def _measure(
 
         cases = {width: partial(cold, case) for width, case in cases.items()}
     seconds = dict(zip(cases, medians(list(cases.values()), timer), strict=True))
-    # The dense attention, where both its lines end, takes no less than any other.
-    attentions = (*lines["groups"].values(), *lines["per_group"].values())
-    seconds[attentions[-1]] = max(seconds[width] for width in attentions)
+    # A dense module, where all its lines end, takes no less than a narrower one.
+    for module in block.modules:
+        own = [width for axis in module.axes for width in lines[axis.name].values()]
+        seconds[own[-1]] = max(seconds[width] for width in own)
     rest = seconds[nothing]
 
     def rising(line: dict[int, Width]) -> Line:
@@ -241,7 +233,15 @@ def _measure(
         return tuple(zip(line, beyond.tolist(), strict=True))
 
     outside = max(0.0, seconds[None] - rest)
-    return Latency(**{name: rising(line) for name, line in lines.items()}, rest=rest, outside=outside)
+    return Latency({name: rising(line) for name, line in lines.items()}, rest=rest, outside=outside)
+
+
+def _line(module: Depth2, axis: Axis, nothing: Width) -> dict[int, Width]:
+    """Return the widths to time along one axis by their number, all other modules gone."""
+    # Up to a dozen numbers of heads, or none and all where single ones cannot go.
+    points = 2 if axis.locked else POINTS if axis.rounded else POINTS + 2
+    dense = {other.name: other.units for other in module.axes}
+    return {0: nothing} | {number: nothing | dense | {axis.name: number} for number in grid(axis.units, points)[1:]}
 
 
 def _one_layer(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -322,7 +322,7 @@ def _facts(stream: BlockStream, index: int, kind: str, device: torch.device, dty
         "layer_type": kinds[index] if kinds else None,
         "window": getattr(config, "sliding_window", None),
         "length": _length(config),
-        "width": asdict(block.width),
+        "width": dict(block.width),
         "block": {name: list(shape) for name, shape in block.shapes.items()},
         "others": {n: list(p.shape) for n, p in stream.model.named_parameters() if not n.startswith(inside)},
     }

@@ -17,7 +17,7 @@ from secateur.formats.gguf_choice import Model, choose, filled
 from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind, Width
+from secateur.model.structure import CHANNELS, Width
 from secateur.plan.latency import Timer, measured
 from secateur.plan.target import FASTER, Target
 
@@ -30,7 +30,7 @@ class Meter:
     """The dense width of every block."""
     fixed: float
     """What everything outside the prunable modules takes, norms and output biases included."""
-    module: Callable[[int, Kind, Width], float]
+    module: Callable[[int, str, Width], float]
     """What the attention (`heads`) or the feed-forward (`channels`) of a block takes at a width; zero is legal."""
     form: Callable[[float], str]
     """A value with its unit, for people."""
@@ -140,7 +140,7 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     latent = latent_width(config)
     entry = 2 * head_dim(config) * dtype.itemsize
 
-    def module(index: int, kind: Kind, width: Width) -> float:
+    def module(index: int, kind: str, width: Width) -> float:
         if kind != "heads" or not width.groups or stream.blocks[index].attention.mixes:
             return 0
         return width.groups * entry if latent is None else latent * dtype.itemsize
@@ -174,7 +174,7 @@ def latency_meter(
     return Meter(
         _dense(stream),
         fixed=own[0].outside + sum(table.rest for table in own),
-        module=lambda index, kind, width: own[index].module(kind, width),
+        module=lambda index, kind, width: own[index].module(list(stream.blocks[index].module(kind).gone), width),
         form=lambda value: f"{1e3 * value:,.1f} ms",
     )
 
@@ -246,7 +246,7 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     model = Model(checkpoint, list(dense), added)
     try:
         # Blocks that differ may need another architecture, which can leave out more of a block without heads.
-        without = [*dense[:-1], replace(dense[-1], groups=0, per_group=0)]
+        without = [*dense[:-1], dense[-1] | stream.blocks[-1].attention.gone]
         architecture = choose(Model(checkpoint, without, added), type)
     except SecateurError:
         architecture = choose(model, type)
@@ -255,7 +255,7 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     at = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
 
     @cache
-    def taken(index: int, kind: Kind, width: Width) -> int:
+    def taken(index: int, kind: str, width: Width) -> int:
         return _gguf_bytes(stream, model, architecture, type, index, kind, width)
 
     @cache
@@ -274,15 +274,15 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
                 total += bytes_at(entry, tuple(shape), type)
         return total
 
-    def module(index: int, kind: Kind, width: Width) -> float:
+    def module(index: int, kind: str, width: Width) -> float:
         full = dense[index]
         if kind == "heads":
-            return taken(at[index], kind, replace(full, groups=width.groups, per_group=width.per_group))
+            return taken(at[index], kind, full.taking("heads", width))
         if kind == "experts":
-            return experts(at[index], replace(full, experts=width.experts, channels=width.channels))
+            return experts(at[index], full.taking("experts", width))
         # Rows are filled up, so a few channels fewer may be as large.
         channels = min(filled(width.channels, type), full.channels) if width.channels else 0
-        return taken(at[index], kind, replace(full, channels=channels))
+        return taken(at[index], kind, full | {CHANNELS: channels})
 
     whole = sum(entry.bytes for entry in entries(model, architecture, type))
     inside = sum(module(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
@@ -290,7 +290,7 @@ def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
 
 
 def _gguf_bytes(
-    stream: BlockStream, model: Model, architecture: Architecture, type: str, index: int, kind: Kind, width: Width
+    stream: BlockStream, model: Model, architecture: Architecture, type: str, index: int, kind: str, width: Width
 ) -> int:
     """Bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
     block, trial, tensors = stream.blocks[index], copy(model), dict(model.checkpoint.tensors)

@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
-from secateur.model.structure import Width
 from secateur.plan.allocation import adaptive, narrowest, uniform
 from secateur.plan.meters import unreachable
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
@@ -41,11 +40,10 @@ def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None =
 def _even(problem: PlanProblem) -> Survey:
     """Stands in for a survey: the square of the share of its units that goes is what a module costs."""
     curves = [
-        Curve(index, module.kind, pattern, tuple((gone / units) ** 2 for gone in range(units)), 1.0)
+        Curve(index, module.kind, axis.name, tuple((gone / axis.units) ** 2 for gone in range(axis.units)), 1.0)
         for index in problem.chosen
         for module in problem.blocks[index].modules
-        for pattern in module.patterns
-        for units in [module.steps(pattern)]
+        for axis in module.cut_axes
     ]
     return Survey("none", 0.0, 0, tuple(curves))
 
@@ -74,8 +72,8 @@ def nearest_uniform(sparsity: float) -> str:
 def check_reach(problem: PlanProblem) -> None:
     """See that adaptive widths can meet the target, before anything is measured."""
     least = narrowest(problem)
-    dense = problem.leading.width
-    reasons = list(filter(None, (problem.obstacle(dense.taking(kind, Width(0, 0, 0))) for kind in problem.kinds)))
+    dense, modules = problem.leading.width, problem.may_go(problem.leading)
+    reasons = list(filter(None, (problem.obstacle(dense | module.gone) for module in modules)))
     if least >= problem.meter.dense and (reasons or not isinstance(problem.goal, Target)):
         raise SecateurError(_nothing(problem, reasons))
     # Sums in another order are rounded otherwise.

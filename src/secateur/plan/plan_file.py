@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Width
 from secateur.model.surgery import width_of
-from secateur.plan.widths import expert_counts, multiple_of, possible_heads
+from secateur.plan.widths import module_widths
 
 Units = dict[int, dict[Kind, tuple[int, ...]]]
 """The units to keep, by block and module."""
@@ -62,7 +62,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             if "channels" in entry and block.feed_forward.kind == "experts":
                 units[index]["channels"] = _inner(path, index, block, units[index]["experts"], entry["channels"])
             widths[index] = width_of(block, Keep(**units[index]))
-            if "width" in entry and _counts(path, index, blocks[index], entry["width"]) != widths[index]:
+            if "width" in entry and _numbers(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
                     f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "
                     "remove both of these from every block to have units chosen"
@@ -76,32 +76,35 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     return dict(sorted(widths.items())), dict(sorted(units.items()))
 
 
-def _counts(path: Path, index: int, block: Block, given: Any) -> Width:
-    """A width spelled as counts, whether it can be had or not: exact units may leave one that no plan has."""
-    fed = ("experts", "channels") if block.feed_forward.kind == "experts" else ("channels",)
-    names = ("groups", "per_group", *fed)
+def _numbers(path: Path, index: int, block: Block, given: Any) -> Width:
+    """Return the width that an entry spells, whether a plan may have it or not: exact units may leave any."""
+    names = [axis.name for axis in block.axes]
     whole = isinstance(given, dict) and all(type(given.get(name)) is int for name in names)
     if not whole or set(given) != set(names):
         raise SecateurError(
             f"{path}: block {index}: list the {' and '.join(block.kinds)} to keep, or give a width of "
             f"{', '.join(names)}"
         )
-    return Width(**given)
+    return Width(given)
 
 
 def _width(path: Path, index: int, block: Block, given: Any) -> Width:
-    """A width that a plan may have, spelled as counts."""
-    width, dense, where = _counts(path, index, block, given), block.width, f"{path}: block {index}"
-    if not bool(dense.experts) <= width.channels <= dense.channels:
-        raise SecateurError(f"{where}: {width.channels} channels, where the model has {dense.channels}")
-    if dense.experts and width.experts not in (counts := expert_counts(block.feed_forward)):
-        raise SecateurError(f"{where}: {width.experts} experts cannot be had; possible are {counts[-1]} to {counts[0]}")
-    possible = possible_heads(block, KINDS)
-    if (width.groups, width.per_group) not in possible:
-        said = ", ".join(f"{groups} x {heads}" for groups, heads in possible)
-        raise SecateurError(
-            f"{where}: {width.groups} groups x {width.per_group} heads cannot be had; possible are {said}"
-        )
+    """Return the width that an entry spells, which a plan must be able to have."""
+    width, where = _numbers(path, index, block, given), f"{path}: block {index}"
+    for module in block.modules:
+        if not module.fixed and all(width[name] == 0 for name in module.gone):
+            continue
+        for axis in module.axes:
+            if not axis.takes(width[axis.name]):
+                all_gone = "" if module.fixed else ", or 0 along all axes of the module"
+                raise SecateurError(
+                    f"{where}: {width[axis.name]} {axis.label} cannot be had: {axis.range} are possible{all_gone}"
+                )
+        narrower = [name for name in module.level2.along if width[name] < module.axis(name).units]
+        if len(narrower) > 1:
+            raise SecateurError(
+                f"{where}: a plan narrows one of {' and '.join(narrower)} at a time; keep all of the other"
+            )
     return width
 
 
@@ -201,20 +204,28 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
 
 
 def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
-    """The width nearest to the ratios: heads by their number, whole groups first; channels in multiples."""
-    wanted = block.attention.units * (1 - ratios.get("heads", 0.0))
-    groups, heads = min(possible_heads(block, KINDS), key=lambda width: abs(width[0] * width[1] - wanted))
-    dense, mixed = block.width, block.feed_forward.kind == "experts"
-    found = replace(dense, groups=groups, per_group=heads)
-    if mixed and (share := ratios.get("experts", 0.0)):
-        counts = expert_counts(block.feed_forward)
-        found = replace(found, experts=min(counts, key=lambda count: abs(count - dense.experts * (1 - share))))
-    if share := ratios.get("channels", 0.0):
-        # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
-        step = multiple_of(dense, multiple)
-        steps = [dense.channels, *range(step, dense.channels, step)] if share < 1 or mixed else [0]
-        found = replace(found, channels=min(steps, key=lambda count: abs(count - dense.channels * (1 - share))))
+    """Return the width nearest to the ratios along the axes of each kind of unit."""
+    found = block.width
+    for module in block.modules:
+        for kind, axes in groupby(module.axes, key=lambda axis: axis.kind):
+            names = [axis.name for axis in axes]
+            if share := ratios.get(cast(Kind, kind), 0.0):
+                wanted = block.width.product(names) * (1 - share)
+                candidates = _candidates(block, module, names, share, multiple)
+                best = min(candidates, key=lambda width: abs(width.product(names) - wanted))
+                found |= {name: best[name] for name in names}
     return found
+
+
+def _candidates(block: Block, module: Depth2, names: list[str], share: float, multiple: int) -> list[Width]:
+    """Return the widths from which a ratio chooses, the dense one first."""
+    if len(names) > 1:
+        return module_widths(block, module, multiple, lambda _: None)
+    # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
+    if share == 1 and not module.fixed:
+        return [block.width | module.gone]
+    dense, *narrower = module.axis(names[0]).every(multiple)
+    return [block.width | {names[0]: number} for number in (dense, *reversed(narrower))]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from secateur.criteria.similarity import SimilarHeads
 from secateur.model.structure import KINDS, Block, Depth2, Kind, Width, alike
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
-from secateur.plan.widths import Obstacle
+from secateur.plan.widths import Obstacle, module_widths
 
 TOLERANCE = 0.005
 """A plan within half a point of the wanted sparsity is on target."""
@@ -62,13 +62,21 @@ class PlanProblem:
     obstacle: Obstacle = lambda _: None
 
     @property
-    def modules(self) -> list[tuple[int, Kind]]:
-        """Those that may be cut, block by block."""
-        return [(index, module.kind) for index in self.chosen for module in self.modules_of(index)]
+    def modules(self) -> list[tuple[int, Depth2]]:
+        """Modules that may be cut, with the index of the block."""
+        return [(index, module) for index in self.chosen for module in self.modules_of(index)]
+
+    def widths_of(self, index: int, module: Depth2) -> list[Width]:
+        """Return the widths that a module of a block may have, dense first."""
+        return module_widths(self.blocks[index], module, self.multiple, self.obstacle, self.kinds)
 
     def modules_of(self, index: int) -> list[Depth2]:
         """Those of one block that may be cut."""
-        return [module for module in self.blocks[index].modules if module.may_go(self.kinds)]
+        return self.may_go(self.blocks[index])
+
+    def may_go(self, block: Block) -> list[Depth2]:
+        """Return the modules of a block that may be cut."""
+        return [module for module in block.modules if module.may_go(self.kinds)]
 
     @property
     def leading(self) -> Block:
@@ -78,12 +86,12 @@ class PlanProblem:
         return max(every, key=lambda block: (block.feed_forward.kind == "experts", not block.attention.fixed))
 
     def everywhere(self, width: Width) -> dict[int, Width]:
-        """One width for all chosen blocks; those whose feed-forward is of another kind keep that, or fixed heads."""
+        """Return one width for all chosen blocks: each takes the numbers along its own axes that can change."""
         found = {}
         for index in self.chosen:
-            block, own = self.blocks[index], self.blocks[index].width
-            here = width if own.kinds == width.kinds else own.taking("heads", width)
-            found[index] = here.taking("heads", own) if block.attention.fixed else here
+            block = self.blocks[index]
+            names = [axis.name for axis in block.axes if axis.name in width and not axis.locked]
+            found[index] = block.width | {name: width[name] for name in names}
         return found
 
     @property

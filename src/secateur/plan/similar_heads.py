@@ -9,7 +9,7 @@ from secateur.base.errors import SecateurError
 from secateur.criteria.similarity import find_similar_heads
 from secateur.model.structure import Block, Width
 from secateur.plan.problem import Plan, PlanProblem
-from secateur.plan.widths import attention_widths
+from secateur.plan.widths import head_widths
 
 
 def check_heads(problem: PlanProblem) -> None:
@@ -91,5 +91,4 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
 
 def _narrower(block: Block) -> list[Width]:
     """The widths of a block with fewer heads, but some."""
-    sizes = attention_widths(block, ("heads",))[1:]
-    return [replace(block.width, groups=groups, per_group=heads) for groups, heads in sizes]
+    return head_widths(block, ("heads",))[1:]

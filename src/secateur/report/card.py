@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from secateur.base.words import counted
-from secateur.model.structure import Width
-from secateur.report.summary import REGISTER, fed_counts, loading, registered
+from secateur.model.axes import Width, totals
+from secateur.report.summary import REGISTER, loading, registered
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
@@ -92,15 +92,11 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def what_goes(record: Mapping[str, Any]) -> str:
     """How many units of each kind stay, in words."""
-    dense = [Width(**width) for width in record["dense"]]
-    kept = {block["block"]: Width(**block["width"]) for block in record["blocks"]}
-    now = [kept.get(index, width) for index, width in enumerate(dense)]
-    counts = {"query heads": (sum(w.heads for w in dense), sum(w.heads for w in now)), **fed_counts(dense, now)}
-    parts = [
-        f"{after:,} of {before:,} {'feed-forward ' * (kind == 'channels')}{kind}"
-        for kind, (before, after) in counts.items()
-        if after < before
-    ]
+    dense = [Width(width) for width in record["dense"]]
+    pruned = {block["block"]: Width(block["width"]) for block in record["blocks"]}
+    now = [pruned.get(index, width) for index, width in enumerate(dense)]
+    kept, whole = totals(now), totals(dense)
+    parts = [f"{kept[label]:,} of {before:,} {label}" for label, before in whole.items() if kept[label] < before]
     return f"{' and '.join(parts)} stay" if parts else "no unit, as nothing had to go"
 
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from secateur.model.structure import Width
+from secateur.model.axes import AXES, Width, shares
 from secateur.report.card import expected, name_of, opening, sizes, versions, what_goes
 
 TEMPLATE = Path(__file__).with_name("model_page.html")
@@ -41,7 +41,7 @@ def model_page(
         "SUMMARY": escape(f"{goes}: {what_goes(record)}. {expected(record)}"),
         "FIGURES": _table(("", "before", "after", "ratio"), rows),
         "MAP": _map(blocks),
-        "ERRORS": "".join(_errors(kind, blocks) for kind in ("heads", "fed")),
+        "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
         "TABLE": _table(
             ("block", "module", "stay", "of", "error before the refit", "error after"),
             [row for block in blocks for row in _rows(block)],
@@ -58,41 +58,45 @@ def model_page(
 
 
 def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each block's share of heads and of the feed-forward that stays, and its modules' reports."""
+    """Yield the share of each module of a block that stays, by its role, and the module's report."""
     pruned = {block["block"]: block for block in record["blocks"]}
     for index, dense in enumerate(record["dense"]):
         block = pruned.get(index, {"width": dense, "modules": []})
-        now, full = Width(**block["width"]), Width(**dense)
+        now, full = Width(block["width"]), Width(dense)
+        roles = {AXES[axis].unit: AXES[axis].role for axis in full}
         yield {
             "index": index,
-            "heads": now.heads / full.heads if full.heads else 1.0,
-            "fed": now.fed_share(full),
-            "named": full.kinds[1],
-            "modules": {"heads" if one["kind"] == "heads" else "fed": one for one in block["modules"]},
+            "shares": shares(now, full),
+            "modules": {roles[one["kind"]]: one for one in block["modules"]},
         }
 
 
+def _roles(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the roles of modules that some block has."""
+    return list(dict.fromkeys(role for block in blocks for role in block["shares"]))
+
+
 def _map(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Two rows of cells, one a block: the darker, the more of it is gone."""
-    cells = []
-    for row, (kind, label) in enumerate((("heads", "heads"), ("fed", "feed-forward"))):
+    """Draw a row of cells for each role, one a block: the darker, the more of the module is gone."""
+    cells, roles = [], _roles(blocks)
+    for row, role in enumerate(roles):
         for block in blocks:
-            gone = 1 - block[kind]
+            gone = 1 - block["shares"].get(role, 1.0)
             cells.append(
                 f'<rect x="{block["index"] * CELL}" y="{row * (CELL + 4)}" width="{CELL - 2}" height="{CELL}" '
-                f'class="{kind}" fill-opacity="{gone:.3f}"><title>Block {block["index"]}, {label}: {gone:.0%} gone'
+                f'class="{role}" fill-opacity="{gone:.3f}"><title>Block {block["index"]}, {role}: {gone:.0%} gone'
                 "</title></rect>"
             )
-    label = "Share of each block's heads, and below of its feed-forward, that is gone"
-    return _svg(len(blocks), 2 * CELL + 4, label, cells)
+    label = f"Share of each block's {' and below of its '.join(roles)} that is gone"
+    return _svg(len(blocks), len(roles) * (CELL + 4) - 4, label, cells)
 
 
-def _errors(kind: str, blocks: Sequence[Mapping[str, Any]]) -> str:
+def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
     """For each block's module, its error before the refit and what the refit leaves, on a logarithmic scale.
 
     Some entries of the stream are huge from some block on, and its energy with them: shares differ by powers of ten.
     """
-    found = [(block["index"], block["modules"][kind]) for block in blocks if kind in block["modules"]]
+    found = [(block["index"], block["modules"][role]) for block in blocks if role in block["modules"]]
     values = [one[key] for _, one in found for key in ("plain", "relative")]
     highest = max(values, default=0.0)
     if not highest > 0:
@@ -109,9 +113,9 @@ def _errors(kind: str, blocks: Sequence[Mapping[str, Any]]) -> str:
         title = f"<title>Block {index}: {one['plain']:.2g} before, {one['relative']:.2g} after</title>"
         marks.append(
             f'<g>{title}<path d="M{x} {before:.1f}V{after:.1f}" class="line"/><circle cx="{x}" cy="{before:.1f}" r="4" '
-            f'class="ghost"/><circle cx="{x}" cy="{after:.1f}" r="4" class="{kind}"/></g>'
+            f'class="ghost"/><circle cx="{x}" cy="{after:.1f}" r="4" class="{role}"/></g>'
         )
-    label = "Attention" if kind == "heads" else "Feed-forward"
+    label = role.capitalize()
     chart = _svg(len(blocks), HIGH, f"{label}: error of each block before and after the refit", marks)
     return f"<figure><figcaption>{label}, from {highest:.1g} down to {lowest:.1g}</figcaption>{chart}</figure>"
 
@@ -129,10 +133,9 @@ def _svg(blocks: int, high: int, label: str, shapes: Sequence[str]) -> str:
 
 
 def _rows(block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    for kind, one in block["modules"].items():
-        name = "heads" if kind == "heads" else block["named"]
+    for one in block["modules"].values():
         counts = (f"{one['kept']:,}", f"{one['units']:,}")
-        yield str(block["index"]), name, *counts, f"{one['plain']:.2g}", f"{one['relative']:.2g}"
+        yield str(block["index"]), one["kind"], *counts, f"{one['plain']:.2g}", f"{one['relative']:.2g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,13 +6,12 @@ small. Nothing is fetched when the page opens.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from secateur.model.structure import Block, Depth2, Pattern, Width
+from secateur.model.structure import CHANNELS, EXPERTS, HEADS, HEADS_PER_GROUP, KV_GROUPS, Block, Depth2, Width
 from secateur.plan.problem import Plan
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.prices import Prices
@@ -20,6 +19,8 @@ from secateur.survey.prices import Prices
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "{{DATA}}"
 """Where the template takes the data."""
+_LINES = {KV_GROUPS: "groups", HEADS_PER_GROUP: "heads", CHANNELS: "channels", EXPERTS: "channels"}
+"""Lines of the page by axis; experts stand in the place of channels."""
 POINTS = 100
 """Most points of a curve: more than a screen shows."""
 UNITS = 80
@@ -50,7 +51,7 @@ def page_data(
     modules: dict[tuple[int, str], list[Curve]] = {}
     for curve in survey.curves:
         # Of a mixture the page shows experts; what channels of these cost is in the prices of plans.
-        if curve.pattern in ("groups", "heads", curve.kind):
+        if curve.axis in (*HEADS, curve.kind):
             modules.setdefault((curve.block, curve.kind), []).append(curve)
     return {
         **facts,
@@ -95,11 +96,11 @@ def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, 
 
 def _curve(block: Block, module: Depth2, curve: Curve, prices: Prices) -> dict[str, Any]:
     """One curve: units left, share of the module's output that is lost, and price, from dense to nothing."""
-    units = module.steps(curve.pattern)
+    units = module.axis(curve.axis).units
     gone = [*_thinned(len(curve.errors)), units]
     lost = [_share(curve.errors[count], curve) for count in gone[:-1]]
     return {
-        "pattern": "channels" if curve.pattern == "experts" else curve.pattern,
+        "pattern": _LINES[curve.axis],
         "left": [units - count for count in gone],
         "lost": [_short(value) for value in (*lost, 1.0)],
         "price": [_short(_price(block, module, curve, count, prices)) for count in gone],
@@ -108,7 +109,7 @@ def _curve(block: Block, module: Depth2, curve: Curve, prices: Prices) -> dict[s
 
 def _scores(block: Block, module: Depth2, curve: Curve, prices: Prices) -> list[list[float]]:
     """(unit, turn, rise of the lost share, rise of the price) as units leave; the last ones go with the module."""
-    together = module.groups if curve.pattern == "heads" else 1
+    together = module.rounds(curve.axis)
     last = sorted(set(range(module.units)) - set(curve.order)) if curve.order else []
     turns = [(unit, place // together) for place, unit in enumerate(curve.order)]
     turns += [(unit, len(curve.errors) - 1) for unit in last]
@@ -124,19 +125,15 @@ def _scores(block: Block, module: Depth2, curve: Curve, prices: Prices) -> list[
 
 
 def _price(block: Block, module: Depth2, curve: Curve, gone: int, prices: Prices) -> float:
-    """Of a module with that many of the pattern's units gone, in nats per token."""
+    """Return the cost of a module that has lost so many units along the curve's axis, in nats per token."""
     # What never leaves alone goes with the module.
-    left = module.steps(curve.pattern) - gone if gone < len(curve.errors) else 0
-    return prices.of(curve.block, module, _width(block.width, curve.pattern, left))
+    left = module.axis(curve.axis).units - gone if gone < len(curve.errors) else 0
+    return prices.of(curve.block, module, _width(block.width, module, curve.axis, left))
 
 
-def _width(dense: Width, pattern: Pattern, left: int) -> Width:
-    """The dense width cut along one pattern."""
-    if pattern == "groups":
-        return replace(dense, groups=left, per_group=dense.per_group if left else 0)
-    if pattern == "heads":
-        return replace(dense, groups=dense.groups if left else 0, per_group=left)
-    return replace(dense, **{pattern: left})
+def _width(dense: Width, module: Depth2, axis: str, left: int) -> Width:
+    """Return the dense width cut along one axis of a module."""
+    return dense | ({axis: left} if left else module.gone)
 
 
 def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> dict[str, Any]:

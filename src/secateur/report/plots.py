@@ -6,17 +6,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from secateur.base.words import counted
-from secateur.model.structure import Width
+from secateur.model.axes import Width, shares
 
 
 def plot_widths(dense: Sequence[Width], now: Sequence[Width]) -> Figure:
     """What stays of each block, as shares of its heads and of its channels or experts."""
     figure = _figure()
     axes = figure.add_subplot()
-    heads = [width.heads / before.heads for width, before in zip(now, dense, strict=True)]
-    fed = [width.fed_share(before) for width, before in zip(now, dense, strict=True)]
-    for shares, place, label in ((heads, -0.2, "heads"), (fed, 0.2, "feed-forward")):
-        axes.bar([index + place for index in range(len(dense))], shares, 0.4, label=label)
+    blocks = [shares(width, before) for width, before in zip(now, dense, strict=True)]
+    roles = list(dict.fromkeys(role for block in blocks for role in block))
+    for number, role in enumerate(roles):
+        place = (number + 0.5) / len(roles) - 0.5
+        bars = [index + 0.8 * place for index in range(len(dense))]
+        axes.bar(bars, [block.get(role, 1.0) for block in blocks], 0.8 / len(roles), label=role)
     axes.set_xlabel("block")
     axes.set_ylabel("share that stays")
     axes.legend(loc="lower right")

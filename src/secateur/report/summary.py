@@ -1,10 +1,9 @@
 """The figures of each command, which its table shows."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.model.structure import Width, alike
+from secateur.model.axes import AXES, Width, alike
 from secateur.plan.problem import Plan
 
 if TYPE_CHECKING:
@@ -27,10 +26,10 @@ class Shown:
         return plot_widths(self.dense, self.now())
 
     def _repr_html_(self) -> str:
-        rows: list[tuple[str, ...]] = [("block", "query heads", "key/value heads", "feed-forward")]
+        axes = [kind for name, kind in AXES.items() if any(name in width for width in self.dense)]
+        rows: list[tuple[str, ...]] = [("block", *(kind.total for kind in axes))]
         for index, (now, dense) in enumerate(zip(self.now(), self.dense, strict=True)):
-            pairs = ((now.heads, dense.heads), (now.groups, dense.groups), (now.fed, dense.fed))
-            rows.append((str(index), *(f"{left:,}/{before:,}" for left, before in pairs)))
+            rows.append((str(index), *(f"{kind.count(now):,}/{kind.count(dense):,}" for kind in axes)))
         return f"<table>{''.join('<tr><td>' + '</td><td>'.join(row) + '</td></tr>' for row in rows)}</table>"
 
 
@@ -99,9 +98,7 @@ class Proposal(Shown):
         for index, width in self.plan.widths.items():
             # Units that are not settled are chosen while pruning.
             units = self.plan.units.get(index, {}) if self.plan.exact else {}
-            blocks.append(
-                {"block": index, "width": width.as_dict()} | {kind: list(kept) for kind, kept in units.items()}
-            )
+            blocks.append({"block": index, "width": dict(width)} | {kind: list(kept) for kind, kept in units.items()})
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -135,25 +132,6 @@ class Surveyed:
     """The wanted share → what the model then has."""
     line: str
     """The command that prunes from this survey."""
-
-
-INNER = "channels of experts"
-FED: dict[str, Callable[[Width], int]] = {
-    "channels": lambda width: 0 if width.experts else width.channels,
-    "experts": lambda width: width.experts,
-    INNER: lambda width: width.experts * width.channels,
-}
-"""What feed-forwards have, and how much of it at a width."""
-
-
-def fed_counts(dense: Sequence[Width], now: Sequence[Width]) -> dict[str, tuple[int, int]]:
-    """Channels and experts of a model, those of them that it has, before and after."""
-    found = {}
-    for kind, count in FED.items():
-        before, after = (sum(map(count, widths)) for widths in (dense, now))
-        if before:
-            found[kind] = before, after
-    return found
 
 
 REGISTER = "secateur.register()"

@@ -8,18 +8,8 @@ from rich.table import Table
 
 from secateur.base.words import counted
 from secateur.measure.compare import Evaluation, Figure, short
-from secateur.model.structure import Width
-from secateur.report.summary import (
-    INNER,
-    REGISTER,
-    Proposal,
-    Size,
-    Summary,
-    Surveyed,
-    fed_counts,
-    loading,
-    registered,
-)
+from secateur.model.axes import AXES, Width, shares, totals
+from secateur.report.summary import REGISTER, Proposal, Size, Summary, Surveyed, loading, registered
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -32,9 +22,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         ("parameters", summary.parameters, counted),
         ("weights on disk", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
         ("cache per token", summary.cache_bytes, "{:,} B".format),
-        ("query heads", (sum(w.heads for w in dense), sum(w.heads for w in now)), "{:,}".format),
-        ("key/value heads", (sum(w.groups for w in dense), sum(w.groups for w in now)), "{:,}".format),
-        *((name, sums, "{:,}".format) for name, sums in fed_counts(dense, now).items()),
+        *((label, (before, totals(now)[label]), "{:,}".format) for label, before in totals(dense).items()),
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}")
@@ -67,10 +55,8 @@ def _where(summary: Summary) -> str:
     count = len(summary.widths)
     if not summary.uniform:
         return f"in {count} blocks of their own widths"
-    width = next(iter(summary.widths.values()))
-    width = next((width for width in summary.widths.values() if width.experts), width)
-    fed = f"{width.fed:,} {width.kinds[1]}"
-    return f"in {count} blocks of {width.heads} query heads, {width.groups} key/value heads, {fed}"
+    width = max(summary.widths.values(), key=len)
+    return f"in {count} blocks of {', '.join(f'{number:,} {AXES[name].label}' for name, number in width.items())}"
 
 
 def _loads(summary: Summary, out: Path) -> str:
@@ -87,44 +73,29 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def profile(dense: list[Width], now: list[Width]) -> list[str]:
-    """Two lines, one character a block: the share of heads and of channels, or experts, that stays."""
+    """Return a line for each kind of module, one character a block: the share of its units that stays."""
+    blocks = [shares(after, before) for after, before in zip(now, dense, strict=True)]
 
-    fed = " and ".join(kind for kind in fed_counts(dense, now) if kind != INNER)
-
-    def line(label: str, shares: list[float]) -> str:
+    def line(role: str) -> str:
         # The lowest bar means that something is left; a blank, that nothing is.
-        marks = "".join(BARS[math.ceil(share * 8)] for share in shares)
-        return f"{label:<{max(len(fed), 8) + 1}}|{marks}| block 0 to {len(dense) - 1}, full height: as before"
+        marks = "".join(BARS[math.ceil(block.get(role, 1.0) * 8)] for block in blocks)
+        return f"{role:<13}|{marks}| block 0 to {len(dense) - 1}, full height: as before"
 
-    return [
-        line("heads", [a.heads / b.heads for a, b in zip(now, dense, strict=True)]),
-        line(fed, [a.fed_share(b) for a, b in zip(now, dense, strict=True)]),
-    ]
+    return [line(role) for role in dict.fromkeys(role for block in blocks for role in block)]
 
 
 def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """A plan block by block, and below it what it amounts to."""
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
-    fed = fed_counts(proposal.dense, proposal.dense)
-    each = " x\nchannels of each" if INNER in fed else ""
+    axes = [AXES[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
     # Two lines, so that bars fit beside them.
-    for name in (
-        "block",
-        "query\nheads",
-        "key/value\nheads",
-        " or ".join(kind for kind in fed if kind != INNER) + each,
-    ):
+    for name in ("block", *(kind.label.replace(" ", "\n", 1) for kind in axes)):
         table.add_column(name, justify="right")
     table.add_column("stays")
     for index, (dense, width) in enumerate(zip(proposal.dense, proposal.now(), strict=True)):
-        table.add_row(
-            str(index),
-            f"{width.heads}/{dense.heads}",
-            f"{width.groups}/{dense.groups}",
-            f"{width.fed:,}/{dense.fed:,}" + (f" x {width.channels:,}" if dense.experts else ""),
-            f"{_bar(width.heads / dense.heads, 8)} {_bar(width.fed_share(dense), 16)}",
-        )
+        cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
+        table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
     before, after = proposal.parameters
     lines = [f"{_goes(decided.sparsity)}: {counted(before)} to {counted(after)} in the model."]
     if decided.price is not None:
@@ -145,15 +116,14 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
     """One row for each share that the page offers, and below them where everything is."""
     table = Table(title="What would go", title_justify="left")
     dense = found.dense
-    for name in ("goes", "parameters", "query heads", *fed_counts(dense, dense), "nats per token"):
+    for name in ("goes", "parameters", *totals(dense), "nats per token"):
         table.add_column(name, justify="right")
     for share, decided in found.plans.items():
         now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
         table.add_row(
             f"{decided.sparsity:.1%}",
             counted(found.parameters[share]),
-            f"{sum(w.heads for w in now):,}/{sum(w.heads for w in dense):,}",
-            *(f"{after:,}/{before:,}" for before, after in fed_counts(dense, now).values()),
+            *(f"{after:,}/{totals(dense)[label]:,}" for label, after in totals(now).items()),
             f"{decided.price or 0.0:.3f}",
         )
     return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]

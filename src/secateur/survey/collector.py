@@ -141,17 +141,17 @@ def _measured(
     everything = Cut(index, module, energy, none, stats.weight_ao[none])
     if module.locked:
         # All or nothing.
-        curves = [Curve(index, module.kind, pattern, (0.0,), energy) for pattern in module.patterns]
+        curves = [Curve(index, module.kind, axis.name, (0.0,), energy) for axis in module.cut_axes]
         return curves, [everything]
-    for pattern in module.patterns:
-        together, units = module.groups if pattern == "heads" else 1, module.steps(pattern)
+    for axis in module.cut_axes:
+        together, units = module.rounds(axis.name), axis.units
         # One way is enough: what an error costs depends little on which units made it.
-        probed = {round(units * share) for share in PROBED} - {0, units} if pattern == module.patterns[-1] else set()
-        found = error_curve(criterion, stats, pattern, 1, choice, [gone * together for gone in probed])
+        probed = {round(units * share) for share in PROBED} - {0, units} if axis is module.cut_axes[-1] else set()
+        found = error_curve(criterion, stats, axis.name, 1, choice, [gone * together for gone in probed])
         errors = (found.errors[::together] / count).tolist()
-        curves.append(Curve(index, module.kind, pattern, tuple(errors), energy, tuple(found.order.tolist())))
+        curves.append(Curve(index, module.kind, axis.name, tuple(errors), energy, tuple(found.order.tolist())))
         for gone in sorted(probed):
-            kept = inner_entries(module, survivors(module, pattern, found.order[: gone * together]))
+            kept = inner_entries(module, survivors(module, axis.name, found.order[: gone * together]))
             weight = found.weights[gone * together]
             cuts.append(Cut(index, module, errors[gone] - errors[0], kept.to(weight.device), weight))
     return curves, [*cuts, everything]

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_whole
-from secateur.model.structure import Kind, Pattern
+from secateur.model.structure import Kind
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 """Of what a file holds."""
@@ -24,10 +24,11 @@ class Curve:
 
     block: int
     kind: Kind
-    pattern: Pattern
+    axis: str
+    """Axis along which units leave."""
     errors: tuple[float, ...]
-    """||xW - t||^2 / ||residual stream after the block||^2, the mean over tokens, once 0, 1, 2, ... pattern units
-    have gone."""
+    """||xW - t||^2 / ||residual stream after the block||^2, the mean over tokens, once 0, 1, 2, ... units have
+    left along the axis."""
     energy: float
     """||t||^2 on the same scale: the error if the whole module went."""
     order: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ from secateur.model.mixture import Mixture
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Depth2, Kind
+from secateur.model.structure import EXPERT_CHANNELS, EXPERTS, KINDS, Depth2, Kind
 from secateur.survey.collector import PROBED
 from secateur.survey.curves import Curve
 from secateur.survey.expert_refit import left_by_refit
@@ -111,13 +111,13 @@ class ExpertsCollector:
                 cuts.append(Cut(self.index, module, errors[gone] - errors[0], alive, none))
                 share = left_by_refit(routed, scale, self.norm.scale, alive, None, ridge)
         cuts.append(Cut(self.index, module, energy, every[:0], none))
-        curves = [Curve(self.index, module.kind, "experts", errors, energy, found.order, share)]
+        curves = [Curve(self.index, module.kind, EXPERTS, errors, energy, found.order, share)]
         if "channels" in self._kinds:
             lost, orders = channel_errors(routed)
             stay = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
             share = left_by_refit(routed, scale, self.norm.scale, every, stay, ridge)
             lost = tuple(error / count for error in lost)
-            curves.append(Curve(self.index, module.kind, "channels", lost, energy, left=share))
+            curves.append(Curve(self.index, module.kind, EXPERT_CHANNELS, lost, energy, left=share))
         self._found = curves, cuts
 
     def told(self) -> tuple[list[Curve], list[Cut]]:

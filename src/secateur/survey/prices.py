@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.model.structure import Block, Depth2, Kind, Pattern, Width
+from secateur.model.structure import Block, Depth2, Kind, Width
 from secateur.survey.curves import Curve, Survey
 
 SMALLEST = 1e-9
@@ -25,7 +25,7 @@ class Prices:
 
         Without probes, the price is the share of its own output that a module loses.
         """
-        self._curves: dict[tuple[int, Kind], dict[Pattern, NDArray[np.float64]]] = {}
+        self._curves: dict[tuple[int, Kind], dict[str, NDArray[np.float64]]] = {}
         self._whole: dict[tuple[int, Kind], float] = {}
         points: dict[tuple[int, Kind], list[tuple[float, float]]] = {}
         for probe in survey.probes:
@@ -38,7 +38,7 @@ class Prices:
             if not survey.probes:
                 self._whole[key] = 1.0
             energy = curve.energy, self._whole[key]
-            self._curves.setdefault(key, {})[curve.pattern] = _priced(curve, points.get(key, []), energy)
+            self._curves.setdefault(key, {})[curve.axis] = _priced(curve, points.get(key, []), energy)
 
     def total(self, blocks: Sequence[Block], widths: Mapping[int, Width]) -> float:
         """What a plan costs, its modules taken one by one; blocks that are absent are dense."""
@@ -49,13 +49,12 @@ class Prices:
         """What the module of a block costs at a width; zero for a module that was not surveyed and is dense."""
         key = block, module.kind
         total = 0.0
-        for pattern in module.patterns:
-            left = width.along(pattern)
+        for axis in module.axes:
+            left = width[axis.name]
             if left == 0:
                 return self._whole[key]
-            gone = module.steps(pattern) - left
-            if gone:
-                total += float(self._curves[key][pattern][gone])
+            if left < axis.units:
+                total += float(self._curves[key][axis.name][axis.units - left])
         return total
 
 

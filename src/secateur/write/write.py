@@ -23,13 +23,14 @@ from secateur.formats.per_layer import (
 )
 from secateur.formats.stock import stock_config, stock_obstacle
 from secateur.model.config_file import TEXT
+from secateur.model.describe import EXPERTS_MULTIPLE
 from secateur.model.facts import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
-from secateur.model.structure import EXPERTS_MULTIPLE, KINDS, Keep, Width, alike, levelled
+from secateur.model.structure import CHANNELS, Keep, Width, alike, levelled
 from secateur.model.surgery import slice_block, width_of
 from secateur.plan.problem import Plan
-from secateur.plan.widths import attention_widths
+from secateur.plan.widths import head_widths
 from secateur.write.opened import check_written, planned_misfit
 from secateur.write.shards import ShardWriter, header_room
 
@@ -98,8 +99,9 @@ def _narrower(stream: BlockStream, index: int, blocks: range, format: Format) ->
     """The first units of a block, as few heads as a format holds and half of the channels; None where it holds none."""
     block, dense = stream.blocks[index], stream.blocks[index].width
     channels = dense.channels if dense.experts else -(-dense.channels // 2)
-    for groups, each in reversed(attention_widths(block, KINDS)):
-        width = replace(dense, groups=groups, per_group=each, channels=channels)
+    for heads_kept in reversed(head_widths(block)):
+        width = heads_kept | ({} if dense.experts else {CHANNELS: channels})
+        groups, each = width.groups, width.per_group
         if format_obstacle(stream, blocks, width, format=format) is None:
             heads = tuple(group * dense.per_group + head for group in range(groups) for head in range(each))
             fed = {"experts": tuple(range(dense.experts))} if dense.experts else {"channels": tuple(range(channels))}

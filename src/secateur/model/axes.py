@@ -1,0 +1,225 @@
+"""Axes along which modules become narrower, and widths: how many units are kept along each axis.
+
+A block's width is a mapping from axis names to numbers. Plan files, costs, tables, pages and formats loop over axes, so
+a new kind of unit is a new axis and no change to them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+LEVELS = 256
+"""Most numbers that an axis offers: finer steps gain nothing and make odd sizes."""
+
+
+@dataclass(frozen=True)
+class AxisKind:
+    """What an axis counts, in any block."""
+
+    name: str
+    """Key in plan files, surveys and records, unique within a block."""
+    unit: str
+    """Units that leave along the axis, as `--modules` names them."""
+    role: str
+    """Module to which the axis belongs: the attention or the feed-forward."""
+    label: str
+    """Plural noun for the number along this axis alone."""
+    total: str
+    """Plural noun for all units of a model that lie along the axis."""
+    outer: tuple[str, ...] = ()
+    """Axes that hold this one: so many units lie along it for each of theirs."""
+
+    def count(self, width: Mapping[str, int]) -> int:
+        """Return the number of units of a block; zero in a block without the axis."""
+        return math.prod(width[name] for name in (*self.outer, self.name)) if self.name in width else 0
+
+
+AXES: dict[str, AxisKind] = {}
+"""All kinds of axes, in the order of tables."""
+
+
+def axis_kind(name: str, unit: str, role: str, label: str, total: str, outer: tuple[str, ...] = ()) -> str:
+    """Make an axis known to tables, plan files and pages; return its name."""
+    AXES[name] = AxisKind(name, unit, role, label, total, outer)
+    return name
+
+
+ATTENTION, FEED_FORWARD = "attention", "feed-forward"
+HEADS_PER_GROUP = axis_kind("heads_per_group", "heads", ATTENTION, "heads in each", "query heads", outer=("kv_groups",))
+KV_GROUPS = axis_kind("kv_groups", "heads", ATTENTION, "KV groups", "KV groups")
+CHANNELS = axis_kind("channels", "channels", FEED_FORWARD, "channels", "feed-forward channels")
+EXPERTS = axis_kind("experts", "experts", FEED_FORWARD, "experts", "experts")
+EXPERT_CHANNELS = axis_kind(
+    "expert_channels", "channels", FEED_FORWARD, "channels in each", "expert channels", outer=("experts",)
+)
+HEADS = (KV_GROUPS, HEADS_PER_GROUP)
+"""Nested axes along which query heads lie: KV groups, and heads in each of them."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Direction along which the tensors of a module can become narrower."""
+
+    name: str
+    """Name of its kind, in `AXES`."""
+    units: int
+    """Number of units in the dense block."""
+    least: int = 1
+    """Smallest number with which the module still works; zero takes the whole module away."""
+    step: int = 1
+    """Number of units that leave together: one from each group of experts."""
+    multiple: int = 1
+    """Divisor of every narrower number that kernels ask for."""
+    rounded: bool = False
+    """Whether `--round` applies: feed-forward widths, not heads or experts."""
+    wide: int = 0
+    """Dense number from which rounded axes are cut to multiples of 32 unless `--round` says otherwise."""
+    locked: bool = False
+    """Whether single units cannot leave without changing what the others compute."""
+
+    @property
+    def kind(self) -> str:
+        """Units that leave along the axis, as `--modules` names them."""
+        return AXES[self.name].unit
+
+    @property
+    def label(self) -> str:
+        """Plural noun for the number along the axis."""
+        return AXES[self.name].label
+
+    def numbers(self, multiple: int = 1) -> list[int]:
+        """Return the numbers that a plan may choose, the dense one first, zero left out.
+
+        Args:
+            multiple: the value of `--round`, which rounded axes follow.
+        """
+        return self._stepped(self.stride(multiple))
+
+    def every(self, multiple: int = 1) -> list[int]:
+        """Return the same without the limit of `LEVELS`."""
+        return self._stepped(math.lcm(multiple, self.multiple))
+
+    def _stepped(self, step: int) -> list[int]:
+        if self.locked:
+            return [self.units]
+        if self.rounded:
+            return [self.units, *range((self.units - 1) // step * step, 0, -step)]
+        return list(range(self.units, self.least - 1, -self.step))
+
+    def takes(self, number: int) -> bool:
+        """Return whether the module works with a number: any of rounded axes, whatever is offered."""
+        return 0 < number <= self.units if self.rounded else number in self.numbers()
+
+    @property
+    def range(self) -> str:
+        """The numbers that the module works with, in words."""
+        least, most = (1, self.units) if self.rounded else (min(self.numbers()), self.units)
+        return f"{least} to {most}" if least < most else str(most)
+
+    def stride(self, multiple: int) -> int:
+        """Return the distance between offered numbers: a power of two times the multiple, at most `LEVELS` of them."""
+        least = math.lcm(multiple, self.multiple)
+        return least * 2 ** max(0, math.ceil(math.log2(self.units / least / LEVELS)))
+
+
+class Width(Mapping[str, int]):
+    """Number of units that a block keeps along each of its axes; immutable and hashable."""
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self, numbers: Mapping[str, int]):
+        self._numbers = dict(numbers)
+
+    def __getitem__(self, axis: str) -> int:
+        return self._numbers[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._numbers.items()))
+
+    def __repr__(self) -> str:
+        return f"Width({self._numbers})"
+
+    def __or__(self, numbers: Mapping[str, int]) -> "Width":
+        """Return this width with other numbers along some axes."""
+        return Width(self._numbers | dict(numbers))
+
+    # Shorthands for formats that spell one width at a time.
+    @property
+    def groups(self) -> int:
+        """KV groups."""
+        return self[KV_GROUPS]
+
+    @property
+    def per_group(self) -> int:
+        """Query heads in each KV group."""
+        return self[HEADS_PER_GROUP]
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.product(HEADS)
+
+    @property
+    def experts(self) -> int:
+        """Experts; zero in blocks without any."""
+        return self.get(EXPERTS, 0)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the feed-forward, or of each expert."""
+        return self[EXPERT_CHANNELS if EXPERTS in self else CHANNELS]
+
+    @property
+    def fed(self) -> int:
+        """Units of the feed-forward: experts or channels."""
+        return self.experts or self.channels
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Kinds of units of both modules."""
+        return "heads", "experts" if EXPERTS in self else "channels"
+
+    def fed_share(self, dense: "Width") -> float:
+        """Share of a dense feed-forward that stays."""
+        full = (dense.experts or 1) * dense.channels
+        return (self.experts or 1) * self.channels / full if full else 1.0
+
+    def taking(self, kind: str, other: "Width") -> "Width":
+        """Return this width with the numbers of another one along the axes of one module."""
+        return self | {axis: number for axis, number in other.items() if (axis in HEADS) is (kind == "heads")}
+
+    def without_experts(self, channels: int) -> "Width":
+        """Return the width of a block with the same attention, and channels in place of experts."""
+        return Width({name: number for name, number in self.items() if name in HEADS} | {CHANNELS: channels})
+
+    def product(self, axes: Iterable[str]) -> int:
+        """Return the number of units that lie along several nested axes, such as heads in all KV groups."""
+        return math.prod(self[axis] for axis in axes)
+
+
+def totals(widths: Iterable[Width]) -> dict[str, int]:
+    """Return how many units lie along each axis in all blocks, by plural noun; axes that no block has are left out."""
+    widths = list(widths)
+    found = [kind for kind in AXES.values() if any(kind.name in width for width in widths)]
+    return {kind.total: sum(map(kind.count, widths)) for kind in found}
+
+
+def shares(width: Width, dense: Width) -> dict[str, float]:
+    """Return the share of its units that each module of a block keeps; 1 where the dense module has none."""
+    found: dict[str, float] = {}
+    for axis, full in dense.items():
+        role = AXES[axis].role
+        found[role] = found.get(role, 1.0) * (width[axis] / full if full else 1.0)
+    return found
+
+
+def alike(widths: Iterable[Mapping[str, int]]) -> bool:
+    """Return whether blocks have one width: along each axis the same number in all blocks that have the axis."""
+    seen: dict[str, int] = {}
+    return all(seen.setdefault(axis, number) == number for width in widths for axis, number in width.items())
