@@ -23,11 +23,12 @@ from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
-from secateur.model.axes import CHANNELS, HEADS
+from secateur.model.axes import Width
 from secateur.model.rows import Rows
-from secateur.model.structure import Width
 from secateur.model.surgery import assign, narrow
 from secateur.model.tokens import begins_with_bos
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.heads import HEADS
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem

@@ -19,8 +19,8 @@ from secateur.fit.block import Method
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
 from secateur.model.arena import Activations
-from secateur.model.axes import EXPERTS
 from secateur.model.rows import Rows
+from secateur.model.units.experts import EXPERTS
 from secateur.plan.problem import Plan
 from secateur.survey.loss import mean_loss
 

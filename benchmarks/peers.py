@@ -24,11 +24,14 @@ from secateur.fit.recovery import Recovery
 from secateur.measure import perplexity
 from secateur.measure.compare import load
 from secateur.model.arena import Activations, Arena
+from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import CHANNELS, HEADS_PER_GROUP, KV_GROUPS, Block, Keep, Kind, Width
+from secateur.model.structure import Block, Keep
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.model.tokens import begins_with_bos
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares
 from secateur.plan.problem import Plan
@@ -258,7 +261,7 @@ def dense_statistics(stream: BlockStream, rows: Rows) -> Iterator[tuple[int, Sta
 
 
 def _statistics(
-    stream: BlockStream, index: int, layer: nn.Module, kind: Kind, rows: Rows, hidden: Activations
+    stream: BlockStream, index: int, layer: nn.Module, kind: str, rows: Rows, hidden: Activations
 ) -> Statistics:
     """Of one module, for the inputs that reach it now; its target is what its weights make of them."""
     module = stream.blocks[index].module(kind)

@@ -25,7 +25,7 @@ from secateur import BlockStream, open_checkpoint
 from secateur.criteria.registry import STATISTICAL
 from secateur.measure.compare import load
 from secateur.measure.speed import speeds
-from secateur.model.structure import Width
+from secateur.model.axes import Width
 from secateur.plan.plan_file import read_plan
 from secateur.write.export import export
 from tables import put

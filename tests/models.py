@@ -21,20 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
+from secateur.model.axes import Width
 from secateur.model.describe import describe
-from secateur.model.structure import (
-    CHANNELS,
-    EXPERT_CHANNELS,
-    EXPERTS,
-    HEADS_PER_GROUP,
-    KV_GROUPS,
-    Block,
-    Depth2,
-    Keep,
-    Kind,
-    Width,
-)
+from secateur.model.structure import Block, Depth2, Keep
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 
 VOCAB = 128
 WORDS = 120
@@ -385,7 +378,7 @@ def blocks_of(model: Any) -> list[Block]:
     return [describe(model.config, layer) for layer in layers_of(model)]
 
 
-def reading(model: Any, index: int, kind: Kind) -> Tensor:
+def reading(model: Any, index: int, kind: str) -> Tensor:
     """Root mean square of the gains of the norms that run after a module, as Gemma names and stores them (float64)."""
     norms = [norm for layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm)]
     later = [*norms, model.model.norm][2 * index + 1 + (kind == "channels") :]
@@ -398,7 +391,7 @@ def wide(groups: int, per_group: int, channels: int = 0, experts: int = 0) -> Wi
     return Width({KV_GROUPS: groups, HEADS_PER_GROUP: per_group} | fed)
 
 
-def some_keep(block: Block, index: int, kinds: tuple[Kind, ...], axis: str) -> Keep:
+def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Keep:
     """Units that differ from block to block and are no run: two thirds of the channels or experts, some heads."""
     generator = torch.Generator().manual_seed(index)
     attention, fed = block.attention, block.feed_forward

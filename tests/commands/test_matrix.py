@@ -48,12 +48,15 @@ from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.temper import scaled
+from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import head_dim
+from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import HEADS_PER_GROUP, KINDS, KV_GROUPS, Block, Depth2, Keep, Kind, Width
+from secateur.model.structure import Block, Depth2, Keep
 from secateur.model.surgery import assign, width_of
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.rewrite import rewritten
@@ -66,8 +69,8 @@ SAMPLES, ROW = 12, 16
 HEADS_ALONE = ("llama", "gemma2", "phi3")
 """Rows that are also written with fewer heads alone: one for each way to store heads."""
 
-FED: tuple[Kind, ...] = ("channels", "experts")
-MODULES: dict[str, tuple[Kind, ...]] = {"heads": ("heads",), "channels": FED, "both": KINDS}
+FED: tuple[str, ...] = ("channels", "experts")
+MODULES: dict[str, tuple[str, ...]] = {"heads": ("heads",), "channels": FED, "both": KINDS}
 
 
 @cache
@@ -103,11 +106,11 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(name, kinds, axis, id=f"{name}-{modules}-{axis}")
 
 
-def keeps_of(name: str, kinds: tuple[Kind, ...], axis: str) -> dict[int, Keep]:
+def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, Keep]:
     return {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(dense(name)))}
 
 
-def with_another_unit(block: Block, keep: Keep, kind: Kind, axis: str) -> Keep:
+def with_another_unit(block: Block, keep: Keep, kind: str, axis: str) -> Keep:
     """The same widths, but one removed unit stays and a kept one goes in its place."""
     if kind == "channels" and keep.experts:
         # Of the last expert, or the shared one.
@@ -235,7 +238,7 @@ class Job:
     """One run of `prune` on a row."""
 
     name: str
-    modules: tuple[Kind, ...]
+    modules: tuple[str, ...]
     sparsity: float
     calibration: str
     dtype: torch.dtype = torch.float32

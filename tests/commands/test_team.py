@@ -30,8 +30,8 @@ from secateur.base.team import Team
 from secateur.cli.app import app
 from secateur.commands.open import open_model
 from secateur.model import rows as batches
+from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
-from secateur.model.structure import KINDS
 
 SAMPLES = 19
 """Odd, and no multiple of a batch: one process has more rows than the other."""

@@ -14,9 +14,9 @@ from secateur.criteria.choice import CRITERIA, IDENTITY, SIMILARITY
 from secateur.criteria.order import error_curve, removal_order, survivors
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
-from secateur.model.axes import HEADS_PER_GROUP, KV_GROUPS
-from secateur.model.structure import Depth2, Kind
+from secateur.model.structure import Depth2
 from secateur.model.surgery import inner_weight
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
 
@@ -33,7 +33,7 @@ def seen(model: nn.Module, layer: nn.Module, path: str, ids: Tensor) -> Tensor:
     return values[0].reshape(-1, values[0].shape[-1])
 
 
-def statistics(name: str, kind: Kind, *, index: int = 1, seed: int = 0) -> tuple[Statistics, Tensor, Tensor, Any]:
+def statistics(name: str, kind: str, *, index: int = 1, seed: int = 0) -> tuple[Statistics, Tensor, Tensor, Any]:
     """Statistics of one module of a tiny model, its inputs, its level-2 inputs, and the model."""
     model = build(name, attn_implementation="eager")
     layer, block = layers_of(model)[index], blocks_of(model)[index]
@@ -284,7 +284,7 @@ def ordered(scores: list[float]) -> Callable[..., list[int]]:
     return order
 
 
-def llama(kind: Kind) -> tuple[Statistics, Depth2]:
+def llama(kind: str) -> tuple[Statistics, Depth2]:
     stats = statistics("llama", kind)[0]
     return stats, stats.module
 

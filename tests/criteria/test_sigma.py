@@ -22,11 +22,11 @@ from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
-from secateur.model.axes import HEADS_PER_GROUP, KV_GROUPS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import inner_weight
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
 from secateur.survey.survey import survey

@@ -21,12 +21,12 @@ from secateur.fit.block import Method
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.routed import FEWEST
-from secateur.model.axes import EXPERT_CHANNELS, EXPERTS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.survey.expert_refit import left_by_refit, left_out
 from secateur.survey.experts import channel_errors

@@ -34,12 +34,14 @@ from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
+from secateur.model.axes import alike
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import head_dim
 from secateur.model.gguf_config import _complete_rotation, _llama3
 from secateur.model.gguf_source import gguf_folder
+from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Keep, alike
+from secateur.model.structure import Keep
 from secateur.model.surgery import width_of
 from secateur.plan.meters import byte_meter
 from secateur.write.export import Exported, export

@@ -38,7 +38,7 @@ from secateur.commands import doctor
 from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.structure import KINDS
+from secateur.model.kinds import KINDS
 from secateur.write.export import ALONE, export
 
 

@@ -33,10 +33,11 @@ from models import (
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.measure.compare import evaluate, load
-from secateur.model.axes import EXPERT_CHANNELS
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Keep
+from secateur.model.structure import Keep
+from secateur.model.units.experts import EXPERT_CHANNELS
 from secateur.write.write import format_obstacle
 
 IMAGE = VOCAB - 1

@@ -40,9 +40,10 @@ from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_obstacle, widths_of
 from secateur.measure.compare import evaluate
+from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep, Width
+from secateur.model.structure import Block, Keep
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
 from secateur.plan.problem import Plan
 from secateur.write.write import format_obstacle, slice, write

@@ -19,10 +19,11 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import stock_config, stock_obstacle
+from secateur.model.axes import Width
 from secateur.model.config_file import stock_class
 from secateur.model.describe import describe
 from secateur.model.facts import head_dim, key_value_heads
-from secateur.model.structure import Keep, Width
+from secateur.model.structure import Keep
 from secateur.model.surgery import slice_block
 from secateur.plan.widths import head_widths
 

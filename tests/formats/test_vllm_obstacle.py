@@ -6,7 +6,7 @@ import pytest
 
 from models import config_of, wide
 from secateur.formats.vllm import vllm_obstacle
-from secateur.model.structure import Width
+from secateur.model.axes import Width
 
 FULL, FEWER, NONE = wide(2, 3, 72), wide(1, 3, 72), wide(0, 0, 72)
 

@@ -22,8 +22,8 @@ from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
+from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.structure import Width
 from secateur.write.export import export
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}

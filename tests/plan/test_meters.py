@@ -25,11 +25,13 @@ from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.base.words import counted
 from secateur.formats.per_layer import model_class
-from secateur.model.axes import CHANNELS, HEADS, HEADS_PER_GROUP, KV_GROUPS
+from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep, Width
+from secateur.model.structure import Block, Keep
 from secateur.model.surgery import slice_block
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan import latency, meters
 from secateur.plan.latency import Latency, grid, measured, medians, stopwatch
 from secateur.plan.meters import (

@@ -16,10 +16,11 @@ from models import ROWS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.criteria.registry import STATISTICAL
-from secateur.model.axes import CHANNELS, LEVELS, Axis
+from secateur.model.axes import LEVELS, Axis, Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Width
+from secateur.model.structure import Block
+from secateur.model.units.channels import CHANNELS
 from secateur.plan.meters import meter_of, parameter_meter
 from secateur.plan.plan import check_reach, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem

@@ -31,11 +31,12 @@ from secateur.criteria.choice import CRITERIA, Choice, parse_choice
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.order import removal_order
 from secateur.criteria.similarity import candidates, find_similar_heads
-from secateur.model.axes import KV_GROUPS
+from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep, Width
+from secateur.model.structure import Keep
 from secateur.model.surgery import entries, width_of
+from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
 from secateur.plan.similar_heads import loadable, similar_plan

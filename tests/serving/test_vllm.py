@@ -40,10 +40,11 @@ from secateur.commands.doctor import examine
 from secateur.fit.average import FittedBlock
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_obstacle
-from secateur.model.axes import EXPERT_CHANNELS, EXPERTS
+from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep, Width
+from secateur.model.structure import Block, Keep
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.write.write import slice, write
 

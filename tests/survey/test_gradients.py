@@ -21,12 +21,12 @@ from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
 from secateur.fit.loop import Method, refit
 from secateur.model import rows as rows_module
 from secateur.model.arena import Arena
-from secateur.model.axes import KV_GROUPS
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
 from secateur.model.surgery import entries
+from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows

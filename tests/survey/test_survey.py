@@ -27,7 +27,7 @@ from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Keep, Kind
+from secateur.model.structure import Depth2, Keep
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
@@ -38,7 +38,7 @@ from secateur.survey.survey import survey
 RIDGE = 0.3
 FITTED = Rows((token_rows(4, 24), token_rows(3, 17, seed=1)), (1.0, 0.25))
 PROBES = token_rows(2, 24, seed=9)
-CASES: list[tuple[str, Kind]] = [
+CASES: list[tuple[str, str]] = [
     ("llama", "heads"),
     ("llama", "channels"),
     ("gpt2", "channels"),
@@ -89,7 +89,7 @@ def seen(model: Any, module: Depth2, ids: Tensor) -> tuple[Tensor, Tensor, Tenso
 class Plain:
     """One module's least squares, spelled out: rows and targets of all tokens at once."""
 
-    def __init__(self, name: str, kind: Kind):
+    def __init__(self, name: str, kind: str):
         model = dense(name)
         self.layer, self.module = layers_of(model)[INDEX], blocks_of(model)[INDEX].module(kind)
         self.tensors = dict(self.layer.named_parameters())
@@ -131,13 +131,13 @@ class Plain:
         return survivors(self.module, axis, removal_order(l1, stats, axis, left) if gone else torch.empty(0))
 
 
-def curve_of(found: Survey, kind: Kind, axis: str, index: int = INDEX) -> Curve:
+def curve_of(found: Survey, kind: str, axis: str, index: int = INDEX) -> Curve:
     (curve,) = (c for c in found.curves if (c.block, c.kind, c.axis) == (index, kind, axis))
     return curve
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, name: str, kind: Kind) -> None:
+def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, name: str, kind: str) -> None:
     found = survey(opened(checkpoint_folder(name)), FITTED, criterion="l1", ridge=RIDGE)
     plain = Plain(name, kind)
     assert found.tokens == 4 * 24 + 3 * 17
@@ -160,7 +160,7 @@ def divergence(name: str, keeps: dict[int, Keep], changed: Any = None) -> float:
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
-def without(name: str, index: int, kind: Kind) -> dict[int, Keep]:
+def without(name: str, index: int, kind: str) -> dict[int, Keep]:
     width = blocks_of(dense(name))[index].width
     heads, channels = (
         () if kind == k else tuple(range(count)) for k, count in (("heads", width.heads), ("channels", width.channels))
@@ -192,7 +192,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_partial_probe_is_the_refitted_model(
-    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: Kind
+    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
     """At any shares, several of them too."""
     monkeypatch.setattr(sys.modules["secateur.survey.collector"], "PROBED", SHARES)

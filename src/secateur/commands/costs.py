@@ -12,9 +12,10 @@ from typing import NamedTuple
 from secateur.base.device import fast_dtype
 from secateur.criteria.experts import TOKENS, at_once
 from secateur.fit.tangent import SAMPLED
+from secateur.model.axes import Width
 from secateur.model.rows import BATCH_TOKENS, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Depth2, Width
+from secateur.model.structure import Block, Depth2
 
 LOOKED_UP = 8
 """Times that what an expert gives to a token is read or written for each look."""

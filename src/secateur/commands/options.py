@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from secateur.base.errors import SecateurError
 from secateur.base.words import DTYPES
 from secateur.criteria.choice import IDENTITY, LARGEST, Choice, parse_choice
-from secateur.model.structure import KINDS, Kind
+from secateur.model.kinds import KINDS
 from secateur.plan.target import Target, parse_target
 from secateur.text.sources import GENERAL
 
@@ -151,7 +151,7 @@ class Options:
     blocks: str | None = option(
         None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", shown="all"
     )
-    modules: tuple[Kind, ...] = option(KINDS, TARGET, "Units that may go: heads, channels (of experts, too), experts.")
+    modules: tuple[str, ...] = option(KINDS, TARGET, "Units that may go: heads, channels (of experts, too), experts.")
     round: int | None = option(
         None,
         TARGET,
@@ -269,7 +269,7 @@ class Options:
                 raise SecateurError(f"{spelled(name)} is {value}; it must be at least {one.least}")
         if self.type != Options.type and self.format != "gguf":
             raise SecateurError(f"type {self.type} is of a GGUF file: add --format gguf, or leave --type out")
-        wrong = [kind for kind in self.modules if kind not in get_args(Kind)]
+        wrong = [kind for kind in self.modules if kind not in KINDS]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
         self._check_similarity()
@@ -355,7 +355,7 @@ class Options:
         return parse_choice(self.criterion)
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[str, ...]:
         """The units that may go, as far as a criterion for them is there."""
         return self.modules if self.choice.channels is not None else ("heads",)
 

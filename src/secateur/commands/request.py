@@ -11,8 +11,9 @@ from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.criteria.registry import Criteria
 from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.model.axes import Width, alike
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind, Width, alike, levelled
+from secateur.model.structure import levelled
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
@@ -127,7 +128,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
     )
 
 
-def _kinds(stream: BlockStream, options: Options) -> tuple[Kind, ...]:
+def _kinds(stream: BlockStream, options: Options) -> tuple[str, ...]:
     """The units that may go, of those that the model has."""
     there = {kind for block in stream.blocks for kind in block.kinds}
     if "experts" in there and not Criteria(options.scores).need_gradients:

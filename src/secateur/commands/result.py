@@ -19,7 +19,9 @@ from secateur.commands.options import Options, declared, given, spelled
 from secateur.fit.average import FittedBlock
 from secateur.fit.routed import FEWEST
 from secateur.formats.vllm import vllm_obstacle
-from secateur.model.structure import EXPERTS, Block, Width
+from secateur.model.axes import Width
+from secateur.model.structure import Block
+from secateur.model.units.experts import EXPERTS
 from secateur.plan.meters import Meter, byte_meter, cache_meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary

@@ -24,7 +24,7 @@ from secateur.commands.survey_file import check_survey_file, read_survey, survey
 from secateur.criteria.head_distances import head_distances
 from secateur.criteria.similarity import SimilarHeads, find_similar_heads
 from secateur.fit.temper import scaled
-from secateur.model.axes import AXES, AxisKind, Width
+from secateur.model.axes import AxisKind, Width, axis_kinds
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
@@ -290,10 +290,12 @@ def _described(run: OpenRun, decided: Plan) -> str:
     kept = list(decided.widths.values())
     if decided.uniform:
         width, full = max(zip(kept, dense, strict=True), key=lambda pair: len(pair[1]))
-        parts = [f"{width[name]:,} of {number:,} {AXES[name].label}" for name, number in full.items()]
+        parts = [f"{width[name]:,} of {number:,} {axis_kinds()[name].label}" for name, number in full.items()]
         what = f"{', '.join(parts)} in every block"
     else:
-        what = " and ".join(_kept(kind, kept, dense) for kind in AXES.values() if any(kind.name in w for w in dense))
+        what = " and ".join(
+            _kept(kind, kept, dense) for kind in axis_kinds().values() if any(kind.name in w for w in dense)
+        )
     return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"
 
 

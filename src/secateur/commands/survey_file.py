@@ -8,7 +8,8 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
-from secateur.model.structure import Axis, Depth2
+from secateur.model.axes import Axis
+from secateur.model.structure import Depth2
 from secateur.survey.curves import Survey, load_survey
 
 PROBE_TOKENS = 1024

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.model.structure import Kind
 
 EXPERTS = ("reroute", "reap", "frequency", "random")
 """Orders of experts (`secateur.criteria.experts`), the default first."""
@@ -43,7 +42,7 @@ class Choice:
         """Nothing but similar heads goes, as many as there are."""
         return self.heads == SIMILARITY
 
-    def of(self, kind: Kind) -> str:
+    def of(self, kind: str) -> str:
         """The criterion for one kind."""
         if kind == "experts":
             return self.experts

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.criteria.choice import SIMILARITY, parse_choice
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import Depth2, Kind
+from secateur.model.structure import Depth2
 
 Score = Callable[[Statistics], Tensor]
 Ranking = Callable[[Statistics, str, int], Tensor]
@@ -25,9 +25,9 @@ Named = Mapping[str, Tensor]
 GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]
 """A module's scores from its weights, their gradients and the mean squares of these."""
 Function = TypeVar("Function", bound=Callable[..., Tensor])
-STATISTICAL: tuple[Kind, ...] = ("heads", "channels")
+STATISTICAL: tuple[str, ...] = ("heads", "channels")
 """Kinds of units that are ordered by a module's statistics; experts are in `secateur.criteria.experts`."""
-UnitScores = Mapping[tuple[int, Kind], Tensor]
+UnitScores = Mapping[tuple[int, str], Tensor]
 """One score for each unit (units), float64, by block and module."""
 
 
@@ -96,12 +96,12 @@ class Criteria:
         """Criteria by their names, unless they are such already."""
         return choice if isinstance(choice, Criteria) else cls(choice)
 
-    def named(self, kind: Kind) -> Criterion:
+    def named(self, kind: str) -> Criterion:
         """The criterion of one kind of unit, without what is measured of single modules."""
         # Heads that similarity settles are named by the plan.
         return Criterion() if self.choice.of(kind) == SIMILARITY else all_criteria()[self.choice.of(kind)]
 
-    def module(self, index: int, kind: Kind) -> Criterion:
+    def module(self, index: int, kind: str) -> Criterion:
         """The criterion of one module of a block."""
         found = self.named(kind)
         if found.from_gradients is not None:

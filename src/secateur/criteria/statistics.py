@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from secateur.model.structure import Depth2, Kind
+from secateur.model.structure import Depth2
 from secateur.model.surgery import rows_of
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import Normal, normal_equations
@@ -52,7 +52,7 @@ class Statistics:
         return sum_by_unit(self.module, self.tensors, lambda part: getattr(part, function)().sum(1))
 
 
-def module_seed(seed: int, index: int, kind: Kind) -> int:
+def module_seed(seed: int, index: int, kind: str) -> int:
     """A seed of its own for each module."""
     return (seed * 1_000_003 + index) * 2 + (kind != "heads")
 

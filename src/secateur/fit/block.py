@@ -19,7 +19,7 @@ from secateur.fit.recovery import Recovery
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Kind
+from secateur.model.structure import Depth2
 from secateur.model.surgery import assign
 
 
@@ -42,11 +42,11 @@ class Method:
 class DenseBlock:
     """What a dense block gives."""
 
-    goal: dict[Kind, Activations]
+    goal: dict[str, Activations]
     """Residual stream after each module."""
-    output: dict[Kind, Activations]
+    output: dict[str, Activations]
     """Level-2 outputs."""
-    input: dict[Kind, Activations]
+    input: dict[str, Activations]
     """Module inputs, for the paper's refit of level 1; empty otherwise."""
 
     @classmethod

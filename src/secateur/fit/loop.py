@@ -17,10 +17,11 @@ from secateur.fit.average import FittedBlock, as_fitted, mean_of
 from secateur.fit.block import BlockState, DenseBlock, Method
 from secateur.fit.stage import prune_stage
 from secateur.model.arena import Activations
+from secateur.model.axes import Width
 from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep, Kind, Width
+from secateur.model.structure import Keep
 from secateur.model.surgery import restored
 from secateur.plan.problem import Plan
 
@@ -101,9 +102,9 @@ def refit(
             judge(dense, pruned)
 
 
-def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[Kind, tuple[int, ...]]) -> FittedBlock:
+def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[str, tuple[int, ...]]) -> FittedBlock:
     """One fit of one block; its pruned stream is then behind it."""
-    kept: dict[Kind, tuple[int, ...]] = {}
+    kept: dict[str, tuple[int, ...]] = {}
     reports = []
     for module in state.block.modules:
         units, report = prune_stage(state, module, pruned, width, chosen)

@@ -23,12 +23,14 @@ from secateur.fit.routed import RoutedRegression, Tokens
 from secateur.fit.streamed import StreamedRegression
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
+from secateur.model.axes import Width
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
-from secateur.model.structure import CHANNELS, Depth2, Kind, Width
+from secateur.model.structure import Depth2
 from secateur.model.surgery import inner_by_expert
+from secateur.model.units.channels import CHANNELS
 
-Units = Mapping[Kind, tuple[int, ...]]
+Units = Mapping[str, tuple[int, ...]]
 """Units of a stage by kind; channels of experts are named where some go."""
 
 
@@ -36,7 +38,7 @@ Units = Mapping[Kind, tuple[int, ...]]
 class ModuleReport:
     """The result of one stage, as a run reports it."""
 
-    kind: Kind
+    kind: str
     kept: int
     units: int
     error: float
@@ -51,7 +53,7 @@ class ModuleReport:
 
 def prune_stage(
     state: BlockState, module: Depth2, pruned: Activations, width: Width, given: Units
-) -> tuple[dict[Kind, tuple[int, ...]], ModuleReport]:
+) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
     """Choose a stage's units unless they are given, refit its modules, and put its output in the pruned stream.
 
     Args:
@@ -79,7 +81,7 @@ class SingleStage:
     def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
         self.module, self.regression = module, StreamedRegression(state, module, pruned)
 
-    def prune(self, width: Width, given: Units) -> tuple[dict[Kind, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, given: Units) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         module, regression = self.module, self.regression
         axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
@@ -100,7 +102,7 @@ class MixtureStage:
         self.mixture = Mixture(state.stream, state.layer, module)
         self.tokens = self._collect(pruned)
 
-    def prune(self, width: Width, given: Units) -> tuple[dict[Kind, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, given: Units) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         tokens, module = self.tokens, self.module
         keep = given["experts"] if "experts" in given else self._choose(width.experts)
@@ -114,7 +116,7 @@ class MixtureStage:
         self._advance(alive)
         count = self.stream.team.total(float(tokens.weight_n.sum(dtype=torch.float64)))
         report = _report(self.target, len(keep), tokens.error(residual), before, count)
-        units: dict[Kind, tuple[int, ...]] = {"experts": keep}
+        units: dict[str, tuple[int, ...]] = {"experts": keep}
         if cut:
             parts = [*keep, *([module.units] if module.times else [])]
             units["channels"] = tuple(expert * module.inner + one for expert in parts for one in channels[expert])

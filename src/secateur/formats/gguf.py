@@ -16,7 +16,7 @@ from secateur.formats.gguf_architectures import TYPES, Architecture
 from secateur.formats.gguf_choice import Model
 from secateur.formats.gguf_tensors import Entry, laid_out
 from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
-from secateur.model.structure import Width
+from secateur.model.axes import Width
 
 
 def write_gguf(

@@ -20,9 +20,10 @@ from secateur.formats.gguf_architectures import (
     Architecture,
 )
 from secateur.formats.per_layer import dense_channels
+from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
-from secateur.model.structure import CHANNELS, Width, alike
+from secateur.model.units.channels import CHANNELS
 
 
 @dataclass

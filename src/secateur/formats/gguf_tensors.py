@@ -21,9 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from secateur.base.errors import SecateurError
 from secateur.formats.gguf_architectures import QKV, TYPES, Architecture
 from secateur.formats.gguf_choice import Model, in_file
+from secateur.model.axes import Width
 from secateur.model.gguf_config import known_name
 from secateur.model.gguf_layout import SCALES, STILL, adds_one, by_kind, decays, tiled
-from secateur.model.structure import HEADS, Width
+from secateur.model.units.heads import HEADS
 
 
 @dataclass(frozen=True)

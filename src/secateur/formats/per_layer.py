@@ -24,10 +24,14 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, experts_of, family_of
 from secateur.formats.stock import stock_config
 from secateur.model import modeling_secateur
+from secateur.model.axes import Width
 from secateur.model.config_file import TEXT, stock_class
 from secateur.model.facts import key_value_heads
 from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
-from secateur.model.structure import CHANNELS, EXPERT_CHANNELS, EXPERTS, HEADS_PER_GROUP, KV_GROUPS, Block, Width
+from secateur.model.structure import Block
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """The file that goes beside the weights."""

@@ -14,8 +14,8 @@ import transformers
 
 from secateur.families.entry import Stock
 from secateur.families.registry import experts_of, family_of, twin_of
+from secateur.model.axes import Width
 from secateur.model.modeling_secateur import EXPERTS
-from secateur.model.structure import Width
 
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.families.registry import family_of
+from secateur.model.axes import Width
 from secateur.model.facts import head_dim
-from secateur.model.structure import Width
 
 
 def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:

@@ -7,6 +7,9 @@ a new kind of unit is a new axis and no change to them.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 LEVELS = 256
 """Most numbers that an axis offers: finer steps gain nothing and make odd sizes."""
@@ -34,26 +37,29 @@ class AxisKind:
         return math.prod(width[name] for name in (*self.outer, self.name)) if self.name in width else 0
 
 
-AXES: dict[str, AxisKind] = {}
-"""All kinds of axes, in the order of tables."""
+ATTENTION, FEED_FORWARD = ROLES = ("attention", "feed-forward")
+"""Roles of modules, in the order in which a block runs them."""
+_KINDS: dict[str, AxisKind] = {}
 
 
 def axis_kind(name: str, unit: str, role: str, label: str, total: str, outer: tuple[str, ...] = ()) -> str:
     """Make an axis known to tables, plan files and pages; return its name."""
-    AXES[name] = AxisKind(name, unit, role, label, total, outer)
+    _KINDS[name] = AxisKind(name, unit, role, label, total, outer)
     return name
 
 
-ATTENTION, FEED_FORWARD = "attention", "feed-forward"
-HEADS_PER_GROUP = axis_kind("heads_per_group", "heads", ATTENTION, "heads in each", "query heads", outer=("kv_groups",))
-KV_GROUPS = axis_kind("kv_groups", "heads", ATTENTION, "KV groups", "KV groups")
-CHANNELS = axis_kind("channels", "channels", FEED_FORWARD, "channels", "feed-forward channels")
-EXPERTS = axis_kind("experts", "experts", FEED_FORWARD, "experts", "experts")
-EXPERT_CHANNELS = axis_kind(
-    "expert_channels", "channels", FEED_FORWARD, "channels in each", "expert channels", outer=("experts",)
-)
-HEADS = (KV_GROUPS, HEADS_PER_GROUP)
-"""Nested axes along which query heads lie: KV groups, and heads in each of them."""
+@cache
+def load_units() -> None:
+    """Import every file of `secateur.model.units`, each of which makes its axes known."""
+    for file in sorted((Path(__file__).parent / "units").glob("[!_]*.py")):
+        import_module(f"secateur.model.units.{file.stem}")
+
+
+@cache
+def axis_kinds() -> dict[str, AxisKind]:
+    """Return all kinds of axes by name, those of the attention first."""
+    load_units()
+    return {kind.name: kind for kind in sorted(_KINDS.values(), key=lambda kind: ROLES.index(kind.role))}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Axis:
     """Direction along which the tensors of a module can become narrower."""
 
     name: str
-    """Name of its kind, in `AXES`."""
+    """Name of its kind, in `axis_kinds`."""
     units: int
     """Number of units in the dense block."""
     least: int = 1
@@ -80,12 +86,12 @@ class Axis:
     @property
     def kind(self) -> str:
         """Units that leave along the axis, as `--modules` names them."""
-        return AXES[self.name].unit
+        return axis_kinds()[self.name].unit
 
     @property
     def label(self) -> str:
         """Plural noun for the number along the axis."""
-        return AXES[self.name].label
+        return axis_kinds()[self.name].label
 
     def numbers(self, multiple: int = 1) -> list[int]:
         """Return the numbers that a plan may choose, the dense one first, zero left out.
@@ -153,27 +159,27 @@ class Width(Mapping[str, int]):
     @property
     def groups(self) -> int:
         """KV groups."""
-        return self[KV_GROUPS]
+        return self["kv_groups"]
 
     @property
     def per_group(self) -> int:
         """Query heads in each KV group."""
-        return self[HEADS_PER_GROUP]
+        return self["heads_per_group"]
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.product(HEADS)
+        return self.product(("kv_groups", "heads_per_group"))
 
     @property
     def experts(self) -> int:
         """Experts; zero in blocks without any."""
-        return self.get(EXPERTS, 0)
+        return self.get("experts", 0)
 
     @property
     def channels(self) -> int:
         """Channels of the feed-forward, or of each expert."""
-        return self[EXPERT_CHANNELS if EXPERTS in self else CHANNELS]
+        return self["expert_channels" if "experts" in self else "channels"]
 
     @property
     def fed(self) -> int:
@@ -183,7 +189,7 @@ class Width(Mapping[str, int]):
     @property
     def kinds(self) -> tuple[str, str]:
         """Kinds of units of both modules."""
-        return "heads", "experts" if EXPERTS in self else "channels"
+        return "heads", "experts" if "experts" in self else "channels"
 
     def fed_share(self, dense: "Width") -> float:
         """Share of a dense feed-forward that stays."""
@@ -192,11 +198,13 @@ class Width(Mapping[str, int]):
 
     def taking(self, kind: str, other: "Width") -> "Width":
         """Return this width with the numbers of another one along the axes of one module."""
-        return self | {axis: number for axis, number in other.items() if (axis in HEADS) is (kind == "heads")}
+        role = ATTENTION if kind == "heads" else FEED_FORWARD
+        return self | {axis: number for axis, number in other.items() if axis_kinds()[axis].role == role}
 
     def without_experts(self, channels: int) -> "Width":
         """Return the width of a block with the same attention, and channels in place of experts."""
-        return Width({name: number for name, number in self.items() if name in HEADS} | {CHANNELS: channels})
+        kept = {axis: number for axis, number in self.items() if axis_kinds()[axis].role == ATTENTION}
+        return Width(kept | {"channels": channels})
 
     def product(self, axes: Iterable[str]) -> int:
         """Return the number of units that lie along several nested axes, such as heads in all KV groups."""
@@ -206,7 +214,7 @@ class Width(Mapping[str, int]):
 def totals(widths: Iterable[Width]) -> dict[str, int]:
     """Return how many units lie along each axis in all blocks, by plural noun; axes that no block has are left out."""
     widths = list(widths)
-    found = [kind for kind in AXES.values() if any(kind.name in width for width in widths)]
+    found = [kind for kind in axis_kinds().values() if any(kind.name in width for width in widths)]
     return {kind.total: sum(map(kind.count, widths)) for kind in found}
 
 
@@ -214,7 +222,7 @@ def shares(width: Width, dense: Width) -> dict[str, float]:
     """Return the share of its units that each module of a block keeps; 1 where the dense module has none."""
     found: dict[str, float] = {}
     for axis, full in dense.items():
-        role = AXES[axis].role
+        role = axis_kinds()[axis].role
         found[role] = found.get(role, 1.0) * (width[axis] / full if full else 1.0)
     return found
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.model.describe import layout_of, shared_of
+from secateur.model.axes import Axis
 from secateur.model.held import plain
 from secateur.model.modeling_secateur import CHOSEN, EXPERTS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import CHANNELS, Axis, Depth2, Slab
+from secateur.model.structure import Depth2, Slab
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import layout_of, shared_expert
 
 
 class Routes(NamedTuple):
@@ -47,7 +49,7 @@ class Mixture:
         self.experts: Any = self.whole.get_submodule(self.names.experts)
         self.layout = layout_of(self.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
-        self.shared: Any = shared_of(self.names, self.whole)
+        self.shared: Any = shared_expert(self.names, self.whole)
         self._beside = module.units
         """The shared expert's number."""
 

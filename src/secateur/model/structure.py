@@ -9,26 +9,8 @@ says which part of a stored tensor follows a unit.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from secateur.model.axes import (
-    CHANNELS,
-    EXPERT_CHANNELS,
-    EXPERTS,
-    HEADS,
-    HEADS_PER_GROUP,
-    KV_GROUPS,
-    Axis,
-    Width,
-    alike,
-)
-
-Kind = Literal["heads", "channels", "experts"]
-
-KINDS: tuple[Kind, ...] = ("heads", "channels", "experts")
-"""A block has the first and one of the others."""
-
-__all__ = ["CHANNELS", "EXPERTS", "EXPERT_CHANNELS", "HEADS", "HEADS_PER_GROUP", "KV_GROUPS", "Axis", "Width", "alike"]
+from secateur.model.axes import Axis, Width
 
 
 @dataclass(frozen=True)
@@ -64,7 +46,7 @@ class Slab:
 class Depth2:
     """One prunable module of a block."""
 
-    kind: Kind
+    kind: str
     axes: tuple[Axis, ...]
     """Directions in which the module can become narrower, nested ones from the outermost on."""
     level1: tuple[Slab, ...]
@@ -148,7 +130,7 @@ class Depth2:
     @property
     def inner(self) -> int:
         """Channels of each expert, numbered through: those of the second expert follow those of the first."""
-        return next((axis.units for axis in self.axes if axis.name == EXPERT_CHANNELS), 0)
+        return next((axis.units for axis in self.axes if axis.name not in self.level2.along), 0)
 
     @property
     def bias_name(self) -> str:
@@ -212,13 +194,13 @@ class Keep:
     none are named, and all stay."""
     experts: tuple[int, ...] = ()
 
-    def units(self, kind: Kind) -> tuple[int, ...]:
+    def units(self, kind: str) -> tuple[int, ...]:
         """The indices for one module."""
         return {"heads": self.heads, "channels": self.channels, "experts": self.experts}[kind]
 
-    def chosen(self, block: "Block") -> dict[Kind, tuple[int, ...]]:
+    def chosen(self, block: "Block") -> dict[str, tuple[int, ...]]:
         """The indices by kind: those of both modules, and channels of experts where some go."""
-        inner: tuple[Kind, ...] = ("channels",) if self.channels and self.experts else ()
+        inner: tuple[str, ...] = ("channels",) if self.channels and self.experts else ()
         return {kind: self.units(kind) for kind in (*block.kinds, *inner)}
 
 
@@ -242,7 +224,7 @@ class Block:
         return [axis for module in self.modules for axis in module.axes]
 
     @property
-    def kinds(self) -> tuple[Kind, Kind]:
+    def kinds(self) -> tuple[str, str]:
         """Of the units in either."""
         return self.attention.kind, self.feed_forward.kind
 
@@ -291,7 +273,7 @@ class Block:
             return self.held(width, kind)
         own = [name for name in shapes if name.rpartition(".")[0] == module.level2.layer]
         inside = sum(math.prod(shapes[name]) for name in own)
-        return self.held(width, kind) - inside * (1 - module.met / width[EXPERTS])
+        return self.held(width, kind) - inside * (1 - module.met / module.number(width))
 
     def kept_parameters(self, width: Width) -> int:
         """Parameters of the whole block at a width."""

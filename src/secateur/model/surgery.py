@@ -6,19 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from secateur.model.axes import Width
 from secateur.model.modeling_secateur import ATTENTIONS, OUTPUTS, resize
-from secateur.model.structure import (
-    CHANNELS,
-    EXPERT_CHANNELS,
-    EXPERTS,
-    HEADS_PER_GROUP,
-    KV_GROUPS,
-    Block,
-    Depth2,
-    Keep,
-    Slab,
-    Width,
-)
+from secateur.model.structure import Block, Depth2, Keep, Slab
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 
 
 def entries(slab: Slab, keep: Sequence[int]) -> Tensor:

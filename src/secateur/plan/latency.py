@@ -35,10 +35,11 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import cache_folder, digest, parse_json, write_whole
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
+from secateur.model.axes import Axis, Width
 from secateur.model.facts import positions_of
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Axis, Depth2, Width
+from secateur.model.structure import Depth2
 
 LENGTH = 512
 """Tokens of the prompt, and in the cache of a decode step, where the model has positions for them."""

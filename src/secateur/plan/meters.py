@@ -15,9 +15,10 @@ from secateur.base.words import counted
 from secateur.formats.gguf_architectures import LEVEL2, Architecture
 from secateur.formats.gguf_choice import Model, choose, filled
 from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
+from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
-from secateur.model.structure import CHANNELS, Width
+from secateur.model.units.channels import CHANNELS
 from secateur.plan.latency import Timer, measured
 from secateur.plan.target import FASTER, Target
 

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
-from secateur.model.structure import KINDS, Block, Depth2, Keep, Kind, Width
+from secateur.model.axes import Width
+from secateur.model.kinds import KINDS
+from secateur.model.structure import Block, Depth2, Keep
 from secateur.model.surgery import width_of
 from secateur.plan.widths import module_widths
 
-Units = dict[int, dict[Kind, tuple[int, ...]]]
+Units = dict[int, dict[str, tuple[int, ...]]]
 """The units to keep, by block and module."""
 KEYS = frozenset({"block", "width", *KINDS, "modules"})
 """What a block's entry may hold; `modules` is what `prune` reports of it."""
@@ -108,7 +110,7 @@ def _width(path: Path, index: int, block: Block, given: Any) -> Width:
     return width
 
 
-def _units(path: Path, index: int, block: Block, kind: Kind, listed: Any) -> tuple[int, ...]:
+def _units(path: Path, index: int, block: Block, kind: str, listed: Any) -> tuple[int, ...]:
     """The kept units of one module, sorted; all of them where the file does not say."""
     count = block.module(kind).units
     if listed is None:
@@ -203,13 +205,13 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
     return dict(sorted(widths.items()))
 
 
-def _nearest(block: Block, ratios: dict[Kind, float], multiple: int) -> Width:
+def _nearest(block: Block, ratios: dict[str, float], multiple: int) -> Width:
     """Return the width nearest to the ratios along the axes of each kind of unit."""
     found = block.width
     for module in block.modules:
         for kind, axes in groupby(module.axes, key=lambda axis: axis.kind):
             names = [axis.name for axis in axes]
-            if share := ratios.get(cast(Kind, kind), 0.0):
+            if share := ratios.get(cast(str, kind), 0.0):
                 wanted = block.width.product(names) * (1 - share)
                 candidates = _candidates(block, module, names, share, multiple)
                 best = min(candidates, key=lambda width: abs(width.product(names) - wanted))

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from secateur.criteria.similarity import SimilarHeads
-from secateur.model.structure import KINDS, Block, Depth2, Kind, Width, alike
+from secateur.model.axes import Width, alike
+from secateur.model.kinds import KINDS
+from secateur.model.structure import Block, Depth2
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
 from secateur.plan.widths import Obstacle, module_widths
@@ -28,7 +30,7 @@ class Plan:
     """What the survey expects it to cost, in nats per token; None if nothing was weighed."""
     note: str | None = None
     """Said when the wanted share could not be had to within half a point."""
-    units: Mapping[int, Mapping[Kind, tuple[int, ...]]] = field(default_factory=dict)
+    units: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     """The units to keep, by block and module, where they are settled; otherwise the criterion chooses while fitting."""
     similar: SimilarHeads | None = None
     """The heads that resemble others, where the criterion compares them."""
@@ -57,7 +59,7 @@ class PlanProblem:
     """The share of parameters to remove, or another target."""
     meter: Meter
     """Of what the target is about."""
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[str, ...] = KINDS
     multiple: int = 1
     obstacle: Obstacle = lambda _: None
 

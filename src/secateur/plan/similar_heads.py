@@ -7,7 +7,8 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.criteria.similarity import find_similar_heads
-from secateur.model.structure import Block, Width
+from secateur.model.axes import Width
+from secateur.model.structure import Block
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.widths import head_widths
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from secateur.model.axes import Axis, Width
-from secateur.model.structure import KINDS, Block, Depth2
+from secateur.model.kinds import KINDS
+from secateur.model.structure import Block, Depth2
 
 Obstacle = Callable[[Width], "str | None"]
 """Why the output format cannot hold a width, or None if it can."""

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from secateur.model.axes import AXES, Width, shares
+from secateur.model.axes import Width, axis_kinds, shares
 from secateur.report.card import expected, name_of, opening, sizes, versions, what_goes
 
 TEMPLATE = Path(__file__).with_name("model_page.html")
@@ -63,7 +63,7 @@ def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for index, dense in enumerate(record["dense"]):
         block = pruned.get(index, {"width": dense, "modules": []})
         now, full = Width(block["width"]), Width(dense)
-        roles = {AXES[axis].unit: AXES[axis].role for axis in full}
+        roles = {axis_kinds()[axis].unit: axis_kinds()[axis].role for axis in full}
         yield {
             "index": index,
             "shares": shares(now, full),

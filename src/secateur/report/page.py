@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from secateur.model.structure import CHANNELS, EXPERTS, HEADS, HEADS_PER_GROUP, KV_GROUPS, Block, Depth2, Width
+from secateur.model.axes import Width
+from secateur.model.structure import Block, Depth2
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERTS
+from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.prices import Prices

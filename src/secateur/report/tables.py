@@ -8,7 +8,7 @@ from rich.table import Table
 
 from secateur.base.words import counted
 from secateur.measure.compare import Evaluation, Figure, short
-from secateur.model.axes import AXES, Width, shares, totals
+from secateur.model.axes import Width, axis_kinds, shares, totals
 from secateur.report.summary import REGISTER, Proposal, Size, Summary, Surveyed, loading, registered
 
 
@@ -56,7 +56,9 @@ def _where(summary: Summary) -> str:
     if not summary.uniform:
         return f"in {count} blocks of their own widths"
     width = max(summary.widths.values(), key=len)
-    return f"in {count} blocks of {', '.join(f'{number:,} {AXES[name].label}' for name, number in width.items())}"
+    return (
+        f"in {count} blocks of {', '.join(f'{number:,} {axis_kinds()[name].label}' for name, number in width.items())}"
+    )
 
 
 def _loads(summary: Summary, out: Path) -> str:
@@ -88,7 +90,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """A plan block by block, and below it what it amounts to."""
     decided = proposal.plan
     table = Table(title="Plan", title_justify="left")
-    axes = [AXES[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
+    axes = [axis_kinds()[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
     # Two lines, so that bars fit beside them.
     for name in ("block", *(kind.label.replace(" ", "\n", 1) for kind in axes)):
         table.add_column(name, justify="right")

@@ -10,7 +10,6 @@ from pydantic import ConfigDict, TypeAdapter
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_whole
-from secateur.model.structure import Kind
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 """Of what a file holds."""
@@ -23,7 +22,7 @@ class Curve:
     __pydantic_config__ = _STRICT
 
     block: int
-    kind: Kind
+    kind: str
     axis: str
     """Axis along which units leave."""
     errors: tuple[float, ...]
@@ -50,7 +49,7 @@ class Probe:
     __pydantic_config__ = _STRICT
 
     block: int
-    kind: Kind
+    kind: str
     error: float
     """What the cut adds to the module's error, on the scale of its `Curve`."""
     whole: bool

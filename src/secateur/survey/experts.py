@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from secateur.criteria.experts import TOKENS, Routed, expert_order
 from secateur.criteria.statistics import module_seed
+from secateur.model.kinds import KINDS
 from secateur.model.mixture import Mixture
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.model.structure import EXPERT_CHANNELS, EXPERTS, KINDS, Depth2, Kind
+from secateur.model.structure import Depth2
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.survey.collector import PROBED
 from secateur.survey.curves import Curve
 from secateur.survey.expert_refit import left_by_refit
@@ -40,7 +42,7 @@ class ExpertsCollector:
         module: Depth2,
         order: str,
         tokens: int,
-        kinds: Sequence[Kind] = KINDS,
+        kinds: Sequence[str] = KINDS,
     ):
         """Start without tokens.
 

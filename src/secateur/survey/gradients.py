@@ -22,7 +22,6 @@ from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
 from secateur.model.arena import Activations
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kind
 from secateur.survey.loss import summed_loss
 
 
@@ -53,7 +52,7 @@ def gradient_scores(
         rows: as for `gradients`.
         criterion: criteria, of which one at least is made from gradients.
     """
-    found: dict[tuple[int, Kind], Tensor] = {}
+    found: dict[tuple[int, str], Tensor] = {}
     criteria = Criteria.of(criterion)
     squares = criteria.need_squares
     for block in gradients(stream, rows, blocks=blocks, squares=squares, watcher=watcher):

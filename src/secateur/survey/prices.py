@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.model.structure import Block, Depth2, Kind, Width
+from secateur.model.axes import Width
+from secateur.model.structure import Block, Depth2
 from secateur.survey.curves import Curve, Survey
 
 SMALLEST = 1e-9
@@ -25,9 +26,9 @@ class Prices:
 
         Without probes, the price is the share of its own output that a module loses.
         """
-        self._curves: dict[tuple[int, Kind], dict[str, NDArray[np.float64]]] = {}
-        self._whole: dict[tuple[int, Kind], float] = {}
-        points: dict[tuple[int, Kind], list[tuple[float, float]]] = {}
+        self._curves: dict[tuple[int, str], dict[str, NDArray[np.float64]]] = {}
+        self._whole: dict[tuple[int, str], float] = {}
+        points: dict[tuple[int, str], list[tuple[float, float]]] = {}
         for probe in survey.probes:
             if probe.whole:
                 self._whole[probe.block, probe.kind] = probe.divergence

@@ -14,9 +14,9 @@ from torch import Tensor
 from secateur.base.progress import Silent, Watcher
 from secateur.criteria.registry import Criteria
 from secateur.model.journal import Journal
+from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import KINDS, Kind
 from secateur.survey.collector import Collector
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.experts import ExpertsCollector
@@ -29,7 +29,7 @@ def survey(
     *,
     probe_rows: Tensor | None = None,
     blocks: range | None = None,
-    kinds: tuple[Kind, ...] = KINDS,
+    kinds: tuple[str, ...] = KINDS,
     criterion: str | Criteria = "surgeon",
     ridge: float = 0.3,
     seed: int = 0,

@@ -15,8 +15,8 @@ from secateur.formats.gguf_choice import Model, check_type, choose
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import decoder_class, widths_of
+from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.structure import Width, alike
 from secateur.plan.plan import nearest_uniform
 from secateur.write.record import record_of
 

@@ -22,13 +22,15 @@ from secateur.formats.per_layer import (
     per_layer_obstacle,
 )
 from secateur.formats.stock import stock_config, stock_obstacle
+from secateur.model.axes import Width, alike
 from secateur.model.config_file import TEXT
-from secateur.model.describe import EXPERTS_MULTIPLE
 from secateur.model.facts import head_dim
 from secateur.model.journal import Journal
 from secateur.model.stream import BlockStream
-from secateur.model.structure import CHANNELS, Keep, Width, alike, levelled
+from secateur.model.structure import Keep, levelled
 from secateur.model.surgery import slice_block, width_of
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERTS_MULTIPLE
 from secateur.plan.problem import Plan
 from secateur.plan.widths import head_widths
 from secateur.write.opened import check_written, planned_misfit

@@ -1,0 +1,6 @@
+"""Kinds of units that may leave, as `--modules` names them and records list them."""
+
+from secateur.model.axes import axis_kinds
+
+KINDS = tuple(dict.fromkeys(kind.unit for kind in axis_kinds().values()))
+"""All of `secateur.model.units`, heads first: in the order of the roles of modules."""

@@ -1,0 +1,139 @@
+"""Whole experts of a mixture, and the channels of each.
+
+All experts keep the same number of channels. A shared expert whose width follows from that of the others loses channels
+with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
+from secateur.model.structure import Depth2, Slab
+from secateur.model.units.layers import input_projection, output_projection
+from secateur.model.units.registry import describes
+
+if TYPE_CHECKING:
+    from secateur.families.entry import Experts, Family
+
+EXPERTS = axis_kind("experts", "experts", FEED_FORWARD, "experts", "experts")
+EXPERT_CHANNELS = axis_kind(
+    "expert_channels", "channels", FEED_FORWARD, "channels in each", "expert channels", outer=("experts",)
+)
+EXPERTS_MULTIPLE = 8
+"""Divisor of the channels of experts: their kernels take rows of 16 bytes, in half precision."""
+
+
+class ExpertLayout(NamedTuple):
+    """Layout of the tensors that hold the matrices of all experts."""
+
+    inputs_first: bool
+    """Whether a matrix has an axis of inputs, then one of outputs."""
+    in_turn: bool
+    """Whether outputs of gate and up lie in turn, not one behind the other."""
+    biased: bool
+
+
+def layout_of(experts: Any) -> ExpertLayout:
+    """Return the layout that a module of experts states; Llama 4's states nothing."""
+    return ExpertLayout(
+        getattr(experts, "is_transposed", True),
+        not getattr(experts, "is_concatenated", True),
+        getattr(experts, "has_bias", False),
+    )
+
+
+def shared_expert(names: Experts, mixture: Any) -> Any:
+    """Return the submodule of the shared expert; None where there is none or the config gives it no channels."""
+    found = getattr(mixture, names.shared_expert, None) if names.shared_expert else None
+    return found if found is not None and found.down_proj.weight.shape[1] else None
+
+
+@describes(FEED_FORWARD, rank=5)
+def mixture(config: Any, family: Family, layer: Any) -> Depth2 | None:
+    """Describe a mixture of experts; None where the block has none."""
+    names = family.experts
+    whole = None if names is None else layer.get_submodule(family.mixture.rstrip("."))
+    if names is None or not hasattr(whole, names.router):
+        return None
+    home = family.mixture
+    number, per_token = int(getattr(config, names.number)), _experts_per_token(config, names)
+    rows = _rows_of_experts(layer, family, names, number)
+    down = f"{home}{names.experts}.{names.stored[-1][0]}"
+    output = next(slab for slab in rows if slab.name == down)
+    channels, inside = _channels(layer, home + names.experts, names.stored)
+    follows = names.shared_expert_width is None and shared_expert(names, whole) is not None
+    groups, least = _groups(config, names, per_token)
+    parallel, behind = names.parallel_norms, family.norm_after_feed_forward
+    return Depth2(
+        "experts",
+        (
+            Axis(EXPERTS, number, least=least, step=groups),
+            Axis(EXPERT_CHANNELS, channels, multiple=EXPERTS_MULTIPLE, rounded=True, wide=256),
+        ),
+        (*(slab for slab in rows if slab is not output), *inside),
+        output,
+        None,
+        names.experts if parallel else family.feed_forward,
+        parallel[1] if parallel else behind,
+        behind if parallel else None,
+        groups,
+        pair=names.returns_scores,
+        fixed=True,
+        met=per_token,
+        shared=_shared(layer, f"{home}{names.shared_expert}", channels) if follows else (),
+        reader=names.router if parallel else None,
+    )
+
+
+def _experts_per_token(config: Any, names: Experts) -> int:
+    """Return the number of experts per token; the largest where a config has one for each block (Hunyuan)."""
+    number = getattr(config, names.experts_per_token)
+    return max(number) if isinstance(number, list) else int(number)
+
+
+def _groups(config: Any, names: Experts, per_token: int) -> tuple[int, int]:
+    """Return the number of groups of experts, and the fewest experts with which the router works."""
+    groups, chosen = (int(getattr(config, key) or 1) for key in names.groups) if names.groups else (1, 1)
+    # Groups are compared by their two best experts, and those that are chosen hold all experts of a token.
+    each = max(-(-per_token // chosen), 2 if groups > 1 else 1)
+    return groups, each * groups
+
+
+def _rows_of_experts(layer: Any, family: Family, names: Experts, number: int) -> list[Slab]:
+    """Return the tensors of experts and router: whatever has an axis of the number of experts follows them."""
+    parts = (names.experts, names.router, names.router_bias)
+    inside = tuple(f"{family.mixture}{part}" for part in parts if part is not None)
+    return [
+        Slab(name, tuple(tensor.shape).index(number), (EXPERTS,), number, 1)
+        for name, tensor in layer.state_dict().items()
+        if name.startswith(inside) and number in tensor.shape
+    ]
+
+
+def _channels(layer: Any, path: str, stored: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[int, tuple[Slab, ...]]:
+    """Return the number of channels of each expert, and what follows them in the matrices of all experts."""
+    experts = layer.get_submodule(path)
+    (up, _), (down, _) = stored
+    layout = layout_of(experts)
+    axis = 1 if layout.inputs_first else 2
+    number = int(getattr(experts, down).shape[axis])
+
+    def rows(name: str, axis: int) -> tuple[Slab, ...]:
+        # Gate and up lie one behind the other, or in turn.
+        starts, size = ((0,), 2) if layout.in_turn else ((0, number), 1)
+        return tuple(Slab(f"{path}.{name}", axis, (EXPERT_CHANNELS,), number, size, start) for start in starts)
+
+    biased = rows(f"{up}_bias", 1) if layout.biased else ()
+    return number, (*rows(up, 3 - axis), *biased, Slab(f"{path}.{down}", axis, (EXPERT_CHANNELS,), number, 1))
+
+
+def _shared(layer: Any, path: str, channels: int) -> tuple[Slab, ...]:
+    """Return the parts of the shared expert, in as many units as another expert has channels."""
+    times = layer.get_submodule(f"{path}.down_proj").weight.shape[1] // channels
+    along = (EXPERT_CHANNELS,)
+    projections = (
+        input_projection(layer, f"{path}.{name}", along, channels, times) for name in ("up_proj", "gate_proj")
+    )
+    output, _ = output_projection(layer, f"{path}.down_proj", along, channels, times)
+    return (*(slab for slabs in projections for slab in slabs), output)

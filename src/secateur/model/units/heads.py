@@ -1,0 +1,91 @@
+"""Query heads, which leave by whole KV groups or by as many of every group.
+
+Along with a KV group go its key and value head. Where an attention's heads cannot go one by one, its axes are locked:
+the module stays as it is, or leaves as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from secateur.model.axes import ATTENTION, Axis, axis_kind
+from secateur.model.structure import Depth2, Slab
+from secateur.model.units.layers import input_projection, inputs_first, output_projection
+from secateur.model.units.registry import describes
+
+if TYPE_CHECKING:
+    from secateur.families.entry import Family
+
+HEADS_PER_GROUP = axis_kind("heads_per_group", "heads", ATTENTION, "heads in each", "query heads", outer=("kv_groups",))
+KV_GROUPS = axis_kind("kv_groups", "heads", ATTENTION, "KV groups", "KV groups")
+HEADS = (KV_GROUPS, HEADS_PER_GROUP)
+"""Nested axes along which query heads lie."""
+
+
+def head_axes(groups: int, heads: int, locked: bool = False) -> tuple[Axis, Axis]:
+    """Return the axes of so many query heads in so many KV groups."""
+    return Axis(KV_GROUPS, groups, locked=locked), Axis(HEADS_PER_GROUP, heads // groups, locked=locked)
+
+
+@describes(ATTENTION, rank=9)
+def attention(config: Any, family: Family, layer: Any) -> Depth2:
+    """Describe an attention whose heads have keys and values of their own or of their group."""
+    from secateur.model.facts import head_dim, key_value_heads
+
+    heads, groups, dim = config.num_attention_heads, key_value_heads(config), head_dim(config)
+    path, after = family.attention, family.norm_after_attention
+    if (why := family.lock(config)) is not None:
+        return _locked(config, family, layer, why)
+    projections = _input_projections(family, layer, heads, groups, dim)
+    output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads, dim)
+    inside = {*(slab.name for slab in projections), output.name, bias}
+    others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
+    # One vector for all heads, or one for each of them.
+    apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
+    locked = "its query and key norms differ from head to head" if apart else None
+    axes = head_axes(groups, heads, apart)
+    return Depth2("heads", axes, projections, output, bias, path, after, None, groups, locked, pair=True)
+
+
+def _locked(config: Any, family: Family, layer: Any, why: str) -> Depth2:
+    """Describe an attention all of whose heads stay, or none."""
+    from secateur.model.facts import key_value_heads
+
+    heads, groups, path = config.num_attention_heads, key_value_heads(config), family.attention
+    output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
+    # Keys and values that later blocks attend with are made of nothing but this block's input.
+    sharing = family.sharing(config, layer.get_submodule(path))
+    fixed = family.attention_fixed or (sharing is not None and sharing.lends)
+    joins = None if family.adds_residual else path
+    axes, after = head_axes(groups, heads, True), family.norm_after_attention
+    return Depth2("heads", axes, (), output, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
+
+
+def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
+    """Return the parts of the query, key and value layers, which may be one layer."""
+    path = f"{family.attention}.{family.fused}"
+    if family.fused is None:
+        return _apart(family, layer, heads, groups, dim)
+    each = heads // groups * dim
+    if family.interleaved:
+        # The queries, the key and the value of one group after the other.
+        queries = input_projection(layer, path, HEADS, heads, dim, 0, heads // groups, 2 * dim)
+        starts, gap = (each, each + dim), each + dim
+    else:
+        queries = input_projection(layer, path, HEADS, heads, dim)
+        starts, gap = (heads * dim, (heads + groups) * dim), 0
+    pairs = (input_projection(layer, path, (KV_GROUPS,), groups, dim, start, 1, gap) for start in starts)
+    return sum(pairs, queries)
+
+
+def _apart(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
+    """Return the parts of three layers, and of the attention's sinks."""
+    path = family.attention
+    linear = layer.get_submodule(f"{path}.{family.queries}")
+    # Queries may carry a gate of the head's output with them.
+    rows = int(linear.weight.shape[int(inputs_first(linear))]) // heads
+    found = input_projection(layer, f"{path}.{family.queries}", HEADS, heads, rows)
+    for name in (family.keys, family.values):
+        found += input_projection(layer, f"{path}.{name}", (KV_GROUPS,), groups, dim)
+    return found if family.sinks is None else (*found, Slab(f"{path}.{family.sinks}", 0, HEADS, heads, 1))

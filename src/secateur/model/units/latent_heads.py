@@ -1,0 +1,33 @@
+"""Query heads of multi-head latent attention, each a KV group of its own.
+
+All heads make their keys and values of one latent vector per token; each has rows of its own in the layer that does it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from secateur.model.axes import ATTENTION
+from secateur.model.structure import Depth2, Slab
+from secateur.model.units.heads import HEADS, head_axes
+from secateur.model.units.layers import input_projection, output_projection
+from secateur.model.units.registry import describes
+
+if TYPE_CHECKING:
+    from secateur.families.entry import Family
+
+
+@describes(ATTENTION, rank=5)
+def attention(config: Any, family: Family, layer: Any) -> Depth2 | None:
+    """Describe an attention whose heads share a latent vector; None where the family has another one."""
+    if family.latent is None:
+        return None
+    heads, path, (reader, maker) = config.num_attention_heads, family.attention, family.latent
+    both = getattr(layer.get_submodule(path), family.latent_queries, None) is not None
+    projections: tuple[Slab, ...] = ()
+    for name in (family.latent_queries if both else family.queries, maker):
+        rows = layer.get_submodule(f"{path}.{name}").weight.shape[0] // heads
+        projections += input_projection(layer, f"{path}.{name}", HEADS, heads, rows)
+    output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
+    after, axes, reads = family.norm_after_attention, head_axes(heads, heads), f"{path}.{reader}"
+    return Depth2("heads", axes, projections, output, bias, path, after, None, heads, pair=True, reader=reads)

@@ -1,0 +1,43 @@
+"""Parts of a block's layers that follow units, with the orientation and biases that the layers have."""
+
+from typing import Any
+
+from secateur.model.structure import Slab
+
+
+def inputs_first(linear: Any) -> bool:
+    """Return whether a layer stores its weight with inputs first: GPT-2's Conv1D, not Linear."""
+    return hasattr(linear, "nf")
+
+
+def input_projection(
+    layer: Any, path: str, along: tuple[str, ...], units: int, size: int, offset: int = 0, run: int = 1, gap: int = 0
+) -> tuple[Slab, ...]:
+    """Return the weight and, if there is one, the bias of a layer whose outputs follow units.
+
+    Args:
+        layer: the block.
+        path: of the layer inside the block.
+        along: names of the axes along which the units lie, the outermost first.
+        units: number of units.
+        size: outputs of each.
+        offset, run, gap: see `Slab`.
+    """
+    linear = layer.get_submodule(path)
+    slabs = [Slab(f"{path}.weight", int(inputs_first(linear)), along, units, size, offset, run, gap)]
+    if getattr(linear, "bias", None) is not None:
+        slabs.append(Slab(f"{path}.bias", 0, along, units, size, offset, run, gap))
+    return tuple(slabs)
+
+
+def output_projection(
+    layer: Any, path: str, along: tuple[str, ...], units: int, size: int | None = None
+) -> tuple[Slab, str | None]:
+    """Return the weight of a layer whose inputs follow units, and the name of its bias if it has one.
+
+    Without a size, units share all inputs in equal parts.
+    """
+    linear = layer.get_submodule(path)
+    axis = int(not inputs_first(linear))
+    slab = Slab(f"{path}.weight", axis, along, units, size or linear.weight.shape[axis] // units)
+    return slab, slab.bias if getattr(linear, "bias", None) is not None else None

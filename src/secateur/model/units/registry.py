@@ -1,0 +1,34 @@
+"""Functions that describe the modules of a block, found by scanning this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from secateur.model.axes import load_units
+
+if TYPE_CHECKING:
+    from secateur.families.entry import Family
+    from secateur.model.structure import Depth2
+
+Describer = Callable[[Any, "Family", Any], "Depth2 | None"]
+"""Function of a config, a family and a block of it on any device: the module, or None where the block has none such."""
+
+_DESCRIBERS: dict[str, list[tuple[int, Describer]]] = {}
+
+
+def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
+    """Register a describer of the attention or of the feed-forward; those of lower rank are asked first."""
+
+    def register(describer: Describer) -> Describer:
+        _DESCRIBERS.setdefault(role, []).append((rank, describer))
+        return describer
+
+    return register
+
+
+def described(role: str, config: Any, family: Family, layer: Any) -> Depth2:
+    """Return the module that a block has in a role, by the first describer that knows it."""
+    load_units()
+    ordered = (describer for _, describer in sorted(_DESCRIBERS[role], key=lambda one: one[0]))
+    return next(module for describer in ordered if (module := describer(config, family, layer)) is not None)
