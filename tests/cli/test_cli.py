@@ -177,11 +177,11 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     ),
     "no tokenizer": (no_tokenizer, "model: no tokenizer files; copy the model's into the folder"),
     "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
-    "codegen": (
-        other_family("codegen"),
-        "model type 'codegen' is not supported; secateur families prints those that are",
+    "unknown": (
+        other_family("ctrl"),
+        "model type 'ctrl' is not supported; secateur families prints those that are",
     ),
-    "another form": (other_family("codegen"), "needs an entry in secateur/families/: the names of its blocks"),
+    "another form": (other_family("ctrl"), "needs an entry in secateur/families/: the names of its blocks"),
     "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
     "experts": (
         other_family("jetmoe"),

@@ -370,8 +370,8 @@ def kept(attention, head: int, width) -> bool:
 
 
 def test_unknown_families(tmp_path):
-    config = load(raw("persimmon"), tmp_path)
-    with pytest.raises(SecateurError, match="'persimmon'"):
+    config = load(raw("ctrl"), tmp_path)
+    with pytest.raises(SecateurError, match="'ctrl'"):
         stock_obstacle(config, DENSE, DENSE)
-    with pytest.raises(SecateurError, match="'persimmon'"):
-        stock_config(raw("persimmon"), config, width=DENSE, head_dim=HEAD, dtype=torch.float32)
+    with pytest.raises(SecateurError, match="'ctrl'"):
+        stock_config(raw("ctrl"), config, width=DENSE, head_dim=HEAD, dtype=torch.float32)
