@@ -194,6 +194,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "stablelm beside": _config("stablelm", **TRIPLES, use_parallel_residual=True, qk_layernorm=True),
     "starcoder2": _config("starcoder2", **GROUPED, sliding_window=7),
     "vaultgemma": _config("vaultgemma", **GEMMA),
+    "persimmon": _config("persimmon"),
     "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
     # Its class sets the padding token's embedding to zero whenever it loads.
     "youtu": _config("youtu", "pad_token_id", **LATENT),
