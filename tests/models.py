@@ -195,6 +195,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "starcoder2": _config("starcoder2", **GROUPED, sliding_window=7),
     "vaultgemma": _config("vaultgemma", **GEMMA),
     "persimmon": _config("persimmon"),
+    "diffllama": _config("diffllama", **TRIPLES),
     "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
     # Its class sets the padding token's embedding to zero whenever it loads.
     "youtu": _config("youtu", "pad_token_id", **LATENT),

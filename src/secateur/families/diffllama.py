@@ -1,0 +1,10 @@
+"""DiffLlama: Llama with differential attention."""
+
+from secateur.families.entry import Family, Stock
+
+FAMILIES = {
+    "diffllama": Family(
+        heads_locked="its heads come in pairs, one from each half, and share a norm",
+        stock=Stock(heads="dense"),
+    ),
+}
