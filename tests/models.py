@@ -196,6 +196,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "vaultgemma": _config("vaultgemma", **GEMMA),
     "persimmon": _config("persimmon"),
     "diffllama": _config("diffllama", **TRIPLES),
+    "codegen": _config("codegen", "intermediate_size", "num_attention_heads", n_head=4, rotary_dim=4, n_inner=96),
     "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
     # Its class sets the padding token's embedding to zero whenever it loads.
     "youtu": _config("youtu", "pad_token_id", **LATENT),

@@ -1,0 +1,19 @@
+"""Salesforce's CodeGen."""
+
+from secateur.families.entry import Family, Stock
+
+FAMILIES = {
+    "codegen": Family(
+        blocks="transformer.h",
+        attention="attn",
+        fused="qkv_proj",
+        output="out_proj",
+        ungrouped=True,
+        up="fc_in",
+        gate=None,
+        down="fc_out",
+        final_norm="transformer.ln_f",
+        heads_locked="its queries, keys and values lie in four equal parts, each with a quarter of the heads",
+        stock=Stock(channels="n_inner", heads="dense", theta=None),
+    ),
+}
