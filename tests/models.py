@@ -197,6 +197,9 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "persimmon": _config("persimmon"),
     "diffllama": _config("diffllama", **TRIPLES),
     "codegen": _config("codegen", "intermediate_size", "num_attention_heads", n_head=4, rotary_dim=4, n_inner=96),
+    "bamba": _config(
+        "bamba", **GROUPED, attn_layer_indices=[1, 2], mamba_n_heads=4, mamba_d_state=8, mamba_chunk_size=8
+    ),
     "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
     # Its class sets the padding token's embedding to zero whenever it loads.
     "youtu": _config("youtu", "pad_token_id", **LATENT),

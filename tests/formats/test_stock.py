@@ -319,8 +319,8 @@ def with_more_heads(name: str):
     names = {type(own).attribute_map.get(key, key): value for key, value in HEADS.items()}
     every = FAMILIES[own.model_type].latent or key_value_heads(own) == own.num_attention_heads
     groups = {key: 8 if every else 4 for key in GROUPS if (getattr(own, key, None) or 1) > 1}
-    # OPT's embedding need not be as wide as its residual stream.
-    keys = own.to_dict() | names | groups | {"word_embed_proj_dim": 64}
+    # OPT's embedding need not be as wide as its residual stream; Bamba's heads of Mamba have the rest of it.
+    keys = own.to_dict() | names | groups | {"word_embed_proj_dim": 64, "mamba_d_head": "auto"}
     config = type(own).from_dict(copy.deepcopy(keys))
     config.allow_global_per_layer_attribute_access = True
     return config
