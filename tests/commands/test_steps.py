@@ -14,8 +14,10 @@ import secateur
 from conftest import CheckpointFolder
 from models import token_rows
 from secateur import cli
+from secateur.base.options import declared
 from secateur.commands import options, prune
-from secateur.commands.options import EFFORTS, Options, Running, declared
+from secateur.commands.options import EFFORTS, Options, Running
+from secateur.paper.options import PAPER
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("llama", {}),
@@ -79,7 +81,7 @@ def test_every_option_is_declared_once() -> None:
             options.CALIBRATION,
             options.OUTPUT,
             options.COMPUTING,
-            options.PAPER,
+            PAPER,
         )
 
 

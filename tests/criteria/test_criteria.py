@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, token_rows
-from secateur.criteria.choice import CRITERIA, IDENTITY, SIMILARITY
+from secateur.base.plugins import preselections
+from secateur.criteria.choice import CRITERIA, IDENTITY
 from secateur.criteria.order import error_curve, removal_order, survivors
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
@@ -68,7 +69,7 @@ def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
 
 def test_names_agree():
     assert {*CRITERIA, IDENTITY} == set(all_criteria())
-    assert SIMILARITY not in all_criteria()
+    assert not set(preselections()) & set(all_criteria())
     scored = {name for name, one in all_criteria().items() if one.score or one.from_gradients}
     assert scored == {*all_criteria()} - {"surgeon"}
     assert scored >= {name for name, one in all_criteria().items() if one.inputs} == {"second-moment"}

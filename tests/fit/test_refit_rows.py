@@ -114,7 +114,7 @@ def drawn(folder: Path, **options: Any) -> CalibrationRows:
 def test_without_options_there_are_no_other_rows(checkpoint_folder: CheckpointFolder) -> None:
     rows = drawn(checkpoint_folder("llama"), calibration="random")
     assert rows.text.shape == (4, 16)
-    assert rows.held_out is rows.sigma is None
+    assert rows.held_out is rows.random is None
     assert rows.refit_text is rows.text
 
 

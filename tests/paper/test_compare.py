@@ -28,7 +28,6 @@ from secateur.base.errors import SecateurError
 from secateur.commands import open as open_step
 from secateur.commands import steps
 from secateur.commands.prune import prune
-from secateur.criteria.head_distances import head_distances
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
@@ -40,6 +39,7 @@ from secateur.paper.dense import magnitudes
 from secateur.paper.recipes import recipe_names
 from secateur.paper.run_store import RunStore
 from secateur.retraining.retrain import retrain
+from secateur.survey.head_distances import head_distances
 from secateur.text import calibration, draw
 from secateur.text.rewrite import rewritten
 

@@ -1,7 +1,7 @@
 """Commands from declarations: a parameter that is a dataclass of options becomes these options.
 
 A command is a plain function. Where one of its parameters is annotated with `Options`, `Running` or another dataclass
-whose fields are declared by `secateur.commands.options.option`, the command line gets one option for each field, and
+whose fields are declared by `secateur.base.options.option`, the command line gets one option for each field, and
 the function an object of the class. `Only(...)` and `Without(...)` in the annotation pick some of the fields.
 """
 
@@ -12,9 +12,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from secateur.base.options import Declared, declared, spelled
 from secateur.cli.terminal import MESSAGES, Speech, speak
 from secateur.cli.values import parse_share
-from secateur.commands.options import Declared, declared, spelled
 
 _ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing", MESSAGES)
 
@@ -58,7 +58,7 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
     spoken = declared(Speech)
     hints = get_type_hints(Speech)
     options += [(one.panel, _parameter(name, one, Speech, hints[name])) for name, one in spoken.items()]
-    # What is declared in no panel of the usual ones, the paper's, stands last.
+    # Panels that plug-ins name stand last.
     options.sort(key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else len(_ORDER))
     parameters = [*plain, *(parameter for _, parameter in options)]
 

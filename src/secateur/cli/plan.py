@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from secateur.base.files import Output
+from secateur.base.options import declared
 from secateur.cli.generate import Without, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, check_survey
 from secateur.commands.options import OUTPUT, Options, Running
 
-FITTED = ("recovery", "effort", "recover", "refit_calibration", "refit_samples")
+FITTED = tuple(name for name, one in declared(Options).items() if one.fit)
 """Options of which nothing shows before blocks are fitted."""
 
 

@@ -10,12 +10,12 @@ from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model
 from secateur.commands.options import OUTPUT, SURVEYED, Options, Running
-from secateur.criteria.choice import SIMILARITY
+from secateur.criteria.choice import parse_choice
 
 
 def _by_score(values: dict[str, Any]) -> None:
-    """Refuse similarity, which needs an option that a survey does not have."""
-    if SIMILARITY in values["criterion"]:
+    """Refuse criteria that need an option which a survey does not have."""
+    if parse_choice(values["criterion"]).first is not None:
         raise SecateurError(
             "a survey orders units by a score: take another criterion; its page shows how alike heads are in any case"
         )

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, is_disk_full, write_whole
-from secateur.commands.options import option
+from secateur.base.options import option
 from secateur.report.plain import plain
 
 T = TypeVar("T")

@@ -63,7 +63,7 @@ def expect(run: OpenRun) -> Summary:
     if options.searches:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
     if options.choice.alone:
-        raise SecateurError("how many heads are similar is found by running the model; leave out --dry-run")
+        raise SecateurError("how many heads go is found by running the model; leave out --dry-run")
     rows = draw_rows(run, dry=True)
     if run.request.needs_survey:
         run.watcher.note("Shown is a plan by size alone; a run measures where cuts cost least")

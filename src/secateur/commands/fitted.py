@@ -50,7 +50,7 @@ class FittedBlocks(Iterator[FittedBlock]):
             run.stream,
             decided,
             rows.groups,
-            method=run.method(rows, decided.similar, decided.exact),
+            method=run.method(rows, decided.first, decided.exact),
             dtype=run.dtype,
             watcher=run.watcher,
             judge=self._behind if judged else None,

@@ -18,7 +18,6 @@ from secateur.commands.memory import allow
 from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request
 from secateur.criteria.registry import Criteria, UnitScores
-from secateur.criteria.similarity import SimilarHeads
 from secateur.fit.block import Method
 from secateur.fit.recovery import Recovery
 from secateur.formats.family_file import read_family
@@ -31,6 +30,7 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import cache_meter
+from secateur.plan.problem import FirstHeads
 from secateur.plan.target import FASTER, Target
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
@@ -39,6 +39,11 @@ from secateur.text.self_calibration import check_self
 from secateur.text.sources import RANDOM, SELF
 from secateur.write.hub import check_upload
 from secateur.write.write import check_entry, model_output
+
+
+def recovery_of(options: Options) -> Recovery:
+    """Return the recovery that options ask for."""
+    return Recovery(options.recovery, ridge=options.ridge, level1=options.level1, **options.recovery_settings)
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,10 @@ class OpenRun:
             length=options.length,
             seed=options.seed,
             refit_source=refit_source,
-            refit_samples=(options.refit_samples or options.samples) if options.own_refit_rows else None,
-            refit_option="refit-samples" if options.refit_samples else "samples",
+            refit_samples=options.refit_rows,
+            refit_option=options.refit_option,
             held_out=HELD_OUT * options.searches,
-            random_sigma=options.sigma == "random",
+            random=options.chooses_on_random_ids,
             copies=options.fits,
             fits=self.recovery.fits,
             tempers=options.recovery == "refit",
@@ -100,17 +105,17 @@ class OpenRun:
     @property
     def recovery(self) -> Recovery:
         """What is done about the loss."""
-        return Recovery(self.options.recovery, self.options.recover, self.options.ridge, self.options.level1)
+        return recovery_of(self.options)
 
-    def method(self, rows: CalibrationRows, similar: SimilarHeads | None, exact: bool) -> Method:
+    def method(self, rows: CalibrationRows, first: FirstHeads | None, exact: bool) -> Method:
         """How units are chosen and refitted; with `exact`, no criterion is asked."""
-        return Method(self.criteria("fit", Rows.of(rows.text), similar, exact), self.recovery, self.options.seed)
+        return Method(self.criteria("fit", Rows.of(rows.text), first, exact), self.recovery, self.options.seed)
 
     def criteria(
         self,
         purpose: str,
         rows: Rows,
-        similar: SimilarHeads | None = None,
+        first: FirstHeads | None = None,
         exact: bool = False,
         blocks: range | None = None,
     ) -> Criteria:
@@ -119,7 +124,7 @@ class OpenRun:
         key = f"{purpose} {blocks}"
         if Criteria(name).need_gradients and not exact and key not in self.gradients:
             self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks, watcher=self.watcher)
-        return Criteria(name, self.gradients.get(key), similar.candidates if similar else None)
+        return Criteria(name, self.gradients.get(key), first.candidates if first else None)
 
 
 def open_model(
@@ -190,8 +195,8 @@ def open_model(
     if SELF in options.sources:
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
-    recovery = Recovery(options.recovery, options.recover, options.ridge, options.level1)
-    apart = options.own_refit_rows or options.sigma == "random"
+    recovery = recovery_of(options)
+    apart = options.refit_rows is not None or options.chooses_on_random_ids
     memory = allow(stream, running.memory, level1=recovery.fits_level1, apart=apart)
     return OpenRun(
         stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started, memory

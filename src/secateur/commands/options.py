@@ -1,28 +1,29 @@
 """The options of `prune` and its kin, each declared once: name, default, help, panel, check.
 
 The command line, the Python signature, recipes and the record in secateur.json all follow from these fields.
-`Options` decide the result; `Running` says where and how a run goes. What only the paper's tables vary stands in
-`PAPER`, a panel of its own at the end of the help.
+`Options` decide the result; `Running` says where and how a run goes. Plug-ins add options of their own.
 """
 
 import math
 import re
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.base.errors import SecateurError
+from secateur.base.options import Declared, check_types, declared, option, spelled
+from secateur.base.plugins import plugins
 from secateur.base.words import DTYPES
-from secateur.criteria.choice import IDENTITY, LARGEST, Choice, parse_choice
+from secateur.criteria.choice import Choice, parse_choice
 from secateur.model.kinds import KINDS
 from secateur.plan.target import Target, parse_target
 from secateur.text.sources import GENERAL
 
+if TYPE_CHECKING:
+    from secateur.plan.preselection import Preselection
+
 TARGET, METHOD, CALIBRATION, OUTPUT = "Target", "Method", "Calibration", "Output"
-COMPUTING, PAPER = "Computing", "The paper's variants"
+COMPUTING = "Computing"
 RECOVERIES = ("refit", "paper", "bias", "none")
 WIDTHS = ("adaptive", "uniform")
 MOST_RIDGE = 1_000_000
@@ -41,78 +42,6 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {"quick": Effort(1, 0, copies=False), "normal": Effort(1, 2), "best": Effort(2, 2)}
-
-
-class Declared(NamedTuple):
-    """An option as a person meets it; the name and the default are those of its field."""
-
-    panel: str
-    help: str
-    shown: str | None = None
-    """The default in words."""
-    choices: Collection[str] = ()
-    least: int | None = None
-    share: bool = False
-    """A person may write it in per cent."""
-
-
-def option(default: Any, panel: str, help: str, **how: Any) -> Any:
-    """A field of a dataclass that is an option too; `how` as in `Declared`."""
-    return field(default=default, metadata={"option": Declared(panel, help, **how)})
-
-
-def declared(owner: type) -> dict[str, Declared]:
-    """All options of a dataclass, by name."""
-    return {one.name: one.metadata["option"] for one in fields(owner) if "option" in one.metadata}
-
-
-TYPES: dict[type, tuple[Any, str]] = {
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    str: (str, "text"),
-    bool: (bool, "True or False"),
-    Path: (Path, "a path"),
-    tuple: ((tuple, list), "a list of names"),
-}
-"""What an option of a type takes, and what that is called."""
-
-
-def check_types(owner: Any) -> None:
-    """See that what Python gave has the types that options are declared with; numbers may be NumPy's.
-
-    Raises:
-        SecateurError: another one.
-    """
-    hints = get_type_hints(type(owner))
-    for name in declared(type(owner)):
-        hint = hints[name]
-        value, kinds = getattr(owner, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if value is None and NoneType in kinds:
-            continue
-        takes, called = TYPES[get_origin(kinds[0]) or kinds[0]]
-        items = value if takes == TYPES[tuple][0] and isinstance(value, takes) else ()
-        known = isinstance(value, takes) and all(isinstance(item, str) for item in items)
-        if not known or (isinstance(value, bool) and takes is not bool):
-            raise SecateurError(f"{name} is {value!r}; it must be {called}")
-        if isinstance(value, Integral) and abs(int(value)) >= 2**63:
-            raise SecateurError(f"{name} is a number of more than 18 digits; take a smaller one")
-        if takes in (Integral, Real) and not isinstance(value, int | float):
-            object.__setattr__(owner, name, int(value) if isinstance(value, Integral) else float(value))
-
-
-def given(options: Any, names: Iterable[str]) -> dict[str, str]:
-    """Those options of some that are not the default, as a command line has them."""
-    values = {name: getattr(options, name) for name in names}
-    return {
-        name: ",".join(value) if isinstance(value, tuple) else str(value)
-        for name, value in values.items()
-        if value != getattr(type(options), name)
-    }
-
-
-def spelled(name: str) -> str:
-    """An option's name on the command line."""
-    return name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -139,6 +68,7 @@ class Options:
         "File with each block's width, as secateur plan writes it, or with the exact heads and channels to keep, as in "
         "the secateur.json of an earlier run; in place of a share.",
         shown="none",
+        file=True,
     )
     widths: str = option(
         "adaptive",
@@ -147,6 +77,7 @@ class Options:
         "least; uniform: all blocks have one width, which the stock class holds; or a JSON file (ML-MM) with the share "
         'that goes for ranges of blocks, like {"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}; {"0:32": 0.25} is '
         "UL-UM, one ratio everywhere.",
+        file=True,
     )
     blocks: str | None = option(
         None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", shown="all"
@@ -165,9 +96,7 @@ class Options:
         METHOD,
         "Criterion for which units go. surgeon: those that the others replace best; second-moment (the paper's), wanda "
         "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random; "
-        "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; similarity (the paper's Algorithm "
-        "2): heads that attend like another one; similarity+X: these first, the rest by X; or a pair, "
-        "heads=X,channels=Y.",
+        "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; or a pair, heads=X,channels=Y.",
     )
     recovery: str = option(
         "refit",
@@ -177,6 +106,7 @@ class Options:
         "their dense outputs; bias (FLAP's): no weight changes, but what the removed units gave on average is added; "
         "none: weights are only cut.",
         choices=RECOVERIES,
+        fit=True,
     )
     effort: str = option(
         "normal",
@@ -185,6 +115,7 @@ class Options:
         "to as much that the model makes of it, with the up and gate layers fitted along; best: two fits like normal, "
         "averaged.",
         choices=tuple(EFFORTS),
+        fit=True,
     )
     ridge: float = option(
         0.3, METHOD, "Pull of the refit toward the old weights; less follows the calibration text more closely."
@@ -196,6 +127,7 @@ class Options:
         "half of it own text; or own text alone: a .txt file, a .jsonl file with the key text or messages, - for "
         "standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column); or without any data: self, "
         "what the model itself writes, whole in memory, or random token ids.",
+        file=True,
     )
     samples: int = option(128, CALIBRATION, "Rows drawn from the text at random.", least=1)
     length: int = option(128, CALIBRATION, "Tokens in each row.", least=2)
@@ -215,40 +147,6 @@ class Options:
         "Dtype of the weights in a folder: float32, bfloat16 or float16.",
         shown="as in MODEL; bfloat16 from .gguf",
         choices=DTYPES,
-    )
-    tau: float | None = option(
-        None,
-        PAPER,
-        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence: 0.19, say.",
-        shown="none",
-    )
-    sigma: str | None = option(
-        None,
-        PAPER,
-        "Covariance of a module's inputs in second-moment: data, that of the calibration; identity; or random, that of "
-        "random token ids.",
-        shown="data",
-        choices=("data", "identity", "random"),
-    )
-    recover: str = option(
-        "after",
-        PAPER,
-        "Moment of --recovery paper: before units are chosen, after, or both.",
-        choices=("after", "before", "both"),
-    )
-    refit_calibration: str | None = option(
-        None,
-        PAPER,
-        "Text of its own for the recovery, like --calibration: that one decides what goes, this one what the rest is "
-        "fitted to.",
-        shown="that of --calibration",
-    )
-    refit_samples: int | None = option(
-        None,
-        PAPER,
-        "Rows of its own for the recovery; those of --samples then only decide what goes.",
-        shown="the same rows for both",
-        least=1,
     )
 
     def __post_init__(self) -> None:
@@ -272,21 +170,12 @@ class Options:
         wrong = [kind for kind in self.modules if kind not in KINDS]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
-        self._check_similarity()
         if not 0 <= self.ridge <= MOST_RIDGE:
             raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MOST_RIDGE:,}, for example 0.3")
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.blocks is not None and re.fullmatch("[0-9]{0,18}:[0-9]{0,18}", self.blocks) is None:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
-        if self.recover != Options.recover and self.recovery != "paper":
-            raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
-        if self.sigma is not None and not self.choice.uses("second-moment"):
-            raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
-        if self.own_refit_rows and self.recovery == "none":
-            raise SecateurError(
-                "with --recovery none nothing is fitted: leave --refit-samples and --refit-calibration out"
-            )
 
     def _check_target(self) -> None:
         """One option alone says how much goes."""
@@ -318,37 +207,6 @@ class Options:
                 "the stock format holds one width for all blocks: take --widths uniform, or --format hf"
             )
 
-    def _check_similarity(self) -> None:
-        """A threshold goes with similarity, and may be all that says how many heads go."""
-        choice = self.choice
-        if not choice.similar:
-            if self.tau is not None:
-                raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
-            return
-        if self.tau is None:
-            raise SecateurError("similarity needs a threshold: add --tau, for example 0.19")
-        if not 0 < self.tau <= LARGEST:
-            raise SecateurError(
-                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST:.4f}, for example 0.19"
-            )
-        if "heads" not in self.modules:
-            raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
-        if not choice.alone:
-            return
-        given = {
-            "--sparsity": self.sparsity,
-            "--target": self.target,
-            "--plan": self.plan,
-            "--widths with a file": self.gives_widths,
-        }
-        if said := next((name for name, value in given.items() if value), None):
-            raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out")
-        if self.widths == "uniform" or self.format == "stock":
-            raise SecateurError(
-                "similarity finds as many heads to remove as there are in each block, which the stock format and "
-                "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
-            )
-
     @property
     def choice(self) -> Choice:
         """The criterion of each kind of unit."""
@@ -360,14 +218,19 @@ class Options:
         return self.modules if self.choice.channels is not None else ("heads",)
 
     @property
-    def own_refit_rows(self) -> bool:
-        """The recovery is fitted to other rows than those by which units are chosen."""
-        return self.refit_samples is not None or self.refit_calibration is not None
-
-    @property
     def sources(self) -> tuple[str, str]:
         """The sources of the rows for the choice of units, and of those for the recovery."""
-        return self.calibration, self.refit_calibration or self.calibration
+        return self.calibration, self.calibration
+
+    @property
+    def refit_rows(self) -> int | None:
+        """Rows of its own for the recovery; None where units are chosen by the same rows."""
+        return None
+
+    @property
+    def refit_option(self) -> str:
+        """The option that gives the number of rows for the recovery, for advice."""
+        return "samples"
 
     @property
     def fits(self) -> int:
@@ -383,7 +246,29 @@ class Options:
     @property
     def scores(self) -> str:
         """The criterion by its name among those that can be computed."""
-        return self.criterion.replace("second-moment", IDENTITY) if self.sigma == "identity" else self.criterion
+        return self.criterion
+
+    @property
+    def chooses_on_random_ids(self) -> bool:
+        """Whether units are chosen on random token ids, whatever the calibration."""
+        return False
+
+    @property
+    def survey_key(self) -> dict[str, Any]:
+        """What a survey depends on, as far as options say it."""
+        random = self.chooses_on_random_ids
+        key = {"criterion": f"{self.scores} of random ids" if random else self.scores, "ridge": self.ridge}
+        return key | ({"seed": self.seed} if random or self.choice.uses("random") else {})
+
+    @property
+    def preselection(self) -> "Preselection | None":
+        """The measurement by which some heads leave before all others."""
+        return None
+
+    @property
+    def recovery_settings(self) -> dict[str, Any]:
+        """What plug-ins say of the recovery, by the names of its fields."""
+        return {}
 
     @property
     def adds_biases(self) -> bool:
@@ -416,6 +301,23 @@ class Options:
         if start >= stop:
             raise SecateurError(f"blocks is '{self.blocks}', which is empty or reversed; the end must be larger")
         return range(start, stop)
+
+
+def _with_plugins(core: type) -> type:
+    """Return the options with those of all plug-ins behind them."""
+    how: dict[str, Any] = {"__doc__": core.__doc__, "__module__": core.__module__, "__annotations__": {}}
+    for one in fields(core):
+        if more := " ".join(plugin.helps[one.name] for plugin in plugins() if one.name in plugin.helps):
+            said: Declared = one.metadata["option"]
+            how["__annotations__"][one.name] = one.type
+            how[one.name] = field(default=one.default, metadata={"option": said._replace(help=f"{said.help} {more}")})
+    owners = tuple(plugin.options for plugin in plugins())
+    return dataclass(frozen=True)(type(core.__name__, (*owners, core), how))
+
+
+if not TYPE_CHECKING:
+    # What a plug-in declares is for it alone to read: the pipeline knows the fields above.
+    Options = _with_plugins(Options)
 
 
 @dataclass(frozen=True)

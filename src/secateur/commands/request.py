@@ -18,7 +18,6 @@ from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
 from secateur.plan.problem import Plan, PlanProblem
-from secateur.plan.similar_heads import check_heads
 from secateur.plan.target import FASTER, Target
 from secateur.plan.widths import usual_multiple
 from secateur.write.write import Format, format_obstacle
@@ -57,13 +56,12 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
         SecateurError: a plan that does not belong to the model, a target that no plan can meet, or a format that
             cannot hold what is asked for.
     """
-    choice = options.choice
     format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
     problem = _problem(stream, options, format)
     if options.adds_biases and not any(module.free_bias for block in stream.blocks for module in block.modules):
         watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
-    if choice.similar:
-        check_heads(problem)
+    if options.preselection is not None:
+        options.preselection.check(problem)
     given = _plan_from_file(stream, options, problem)
     if given is not None:
         _check_given(stream, options, problem, given, format)

@@ -14,8 +14,9 @@ import transformers
 
 import secateur
 from secateur.base.files import hash_of
+from secateur.base.options import declared, given, spelled
 from secateur.commands.open import OpenRun
-from secateur.commands.options import Options, declared, given, spelled
+from secateur.commands.options import Options
 from secateur.fit.average import FittedBlock
 from secateur.fit.routed import FEWEST
 from secateur.formats.vllm import vllm_obstacle
@@ -28,8 +29,6 @@ from secateur.report.summary import Summary
 from secateur.survey.curves import Curve
 from secateur.text.draw import CalibrationRows
 
-FILES = ("plan", "widths", "calibration", "refit_calibration")
-"""Options that may be files."""
 UNLIKE = 0.1
 """The share of a mixture's output, as energy, that costs much to lose: of a mixture made of SmolLM2, 8 % were 0.42 nats
 before the refit and 0.21 behind it, 20 % 1.34 and 0.31 (docs/results.md)."""
@@ -114,14 +113,16 @@ def record(
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "blocks": done,
     }
-    return found | ({"similarity": decided.similar.as_dict()} if decided.similar else {})
+    first = decided.first
+    return found | ({} if first is None else {first.name: first.as_dict()})
 
 
 def command(source: str, options: Options) -> str:
     """The command that makes the model once more; of files it has the names alone, as others read it too."""
     words = ["secateur", "prune", Path(source).name if Path(source).exists() else source, "OUT"]
-    for name, value in given(options, declared(Options)).items():
-        words += [f"--{spelled(name)}", Path(value).name if name in FILES and Path(value).exists() else value]
+    known = declared(Options)
+    for name, value in given(options, known).items():
+        words += [f"--{spelled(name)}", Path(value).name if known[name].file and Path(value).exists() else value]
     return shlex.join(words)
 
 

@@ -118,7 +118,7 @@ def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
     Raises:
         SecateurError: the text has changed.
     """
-    found = [hash_of(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.sigma) if part is not None]
+    found = [hash_of(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.random) if part is not None]
     before = run.once(ROWS, lambda: found)
     if before != found:
         raise SecateurError(

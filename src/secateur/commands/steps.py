@@ -21,16 +21,13 @@ from secateur.commands.request import check_plan
 from secateur.commands.result import block_record, record, summary_of, unfitted, unlike_experts
 from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
-from secateur.criteria.head_distances import head_distances
-from secateur.criteria.similarity import SimilarHeads, find_similar_heads
 from secateur.fit.temper import scaled
 from secateur.model.axes import AxisKind, Width, axis_kinds
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
-from secateur.plan.problem import Plan
+from secateur.plan.problem import FirstHeads, Plan
 from secateur.plan.search import smallest_within
-from secateur.plan.similar_heads import similar_plan
 from secateur.plan.target import Target
 from secateur.report.card import CARD
 from secateur.report.folder import described, text_of
@@ -50,10 +47,10 @@ class Findings:
 
     survey: Survey | None = None
     """Errors and prices of every width; None where there is but one plan."""
-    similar: SimilarHeads | None = None
-    """Heads that resemble others, where the criterion compares them."""
+    first: FirstHeads | None = None
+    """Heads that leave before all others, where the criterion measures which."""
     plan: Plan | None = None
-    """The plan in which similar heads go, where the criterion asks for nothing else."""
+    """The plan in which these heads go, where the criterion asks for nothing else."""
 
 
 def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> CalibrationRows:
@@ -122,19 +119,19 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
-    """Measure what a plan is made by: similar heads, and what each width costs; read from a file where there is one.
+    """Measure what a plan is made by: heads that leave first, and what each width costs, which a file may hold already.
 
     Raises:
         SecateurError: a threshold that removes nothing or too much; a survey of another model or with other options.
     """
-    found = _similar_heads(run, rows.text)
+    found = _preselected(run, rows.text)
     if not run.request.needs_survey:
         return found
     file, wanted = run.running.survey, survey_key(run, rows.text)
     if file is not None and run.team.told(file.exists):
         return replace(found, survey=Survey.of(run.team.told(lambda: asdict(read_survey(run, file, wanted)))))
     few, probe_rows = survey_rows(rows.text)
-    fitted = Rows.of(few) if rows.sigma is None else Rows.of(few).scored_by(Rows.of(rows.sigma))
+    fitted = Rows.of(few) if rows.random is None else Rows.of(few).scored_by(Rows.of(rows.random))
 
     def made_anew() -> dict[str, Any]:
         result = survey(
@@ -143,7 +140,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
             probe_rows=probe_rows,
             blocks=run.request.chosen,
             kinds=run.request.problem.kinds,
-            criterion=run.criteria("survey", fitted, found.similar, blocks=run.request.chosen),
+            criterion=run.criteria("survey", fitted, found.first, blocks=run.request.chosen),
             ridge=run.options.ridge,
             seed=run.options.seed,
             watcher=run.watcher,
@@ -247,29 +244,25 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
     return summary_of(run, rows, decided)
 
 
-def _similar_heads(run: OpenRun, text: Tensor) -> Findings:
-    """The similar heads, where the criterion is about them."""
-    options, problem, given = run.options, run.request.problem, run.request.plan_from_file
-    if not options.choice.similar or (given is not None and given.exact):
+def _preselected(run: OpenRun, text: Tensor) -> Findings:
+    """Find the heads that leave first, where the criterion measures which."""
+    preselection, given = run.options.preselection, run.request.plan_from_file
+    if preselection is None or (given is not None and given.exact):
         return Findings()
-    distances = head_distances(run.stream, text, blocks=run.request.chosen, watcher=run.watcher)
-    assert options.tau is not None
-    plan = similar_plan(problem, distances, options.tau) if options.choice.alone else None
-    similar = find_similar_heads(distances, options.tau) if plan is None else plan.similar
-    assert similar is not None
-    run.watcher.note(similar.said().capitalize())
-    return Findings(similar=similar, plan=plan)
+    found = preselection.find(run.stream, text, run.request.problem, run.watcher)
+    run.watcher.note(found.first.said().capitalize())
+    return Findings(first=found.first, plan=found.plan)
 
 
 def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
     """The plan; see `plan_widths`."""
-    options, problem, similar = run.options, run.request.problem, found.similar
+    options, problem, first = run.options, run.request.problem, found.first
 
     def checked(one: Plan) -> Plan:
-        return replace(check_plan(run.stream, options, problem.parameters, one), similar=similar)
+        return replace(check_plan(run.stream, options, problem.parameters, one), first=first)
 
     if run.request.plan_from_file is not None:
-        return replace(run.request.plan_from_file, similar=similar)
+        return replace(run.request.plan_from_file, first=first)
     if found.plan is not None:
         return checked(found.plan)
     if isinstance(problem.goal, Target) and options.searches:

@@ -7,18 +7,19 @@ from pathlib import Path
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output
+from secateur.base.options import given, spelled
 from secateur.base.progress import Watcher
 from secateur.base.team import Team
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import SURVEYED, Options, Running, given, spelled
+from secateur.commands.options import SURVEYED, Options, Running
 from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, survey_model
-from secateur.criteria.head_distances import head_distances
 from secateur.plan.plan import check_reach, plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.page import Distances, page_data, render
 from secateur.report.summary import Surveyed
 from secateur.survey.curves import Survey, save_survey
+from secateur.survey.head_distances import head_distances
 from secateur.text.draw import CalibrationRows
 
 FILE, PAGE = "survey.json", "survey.html"

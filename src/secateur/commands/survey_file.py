@@ -25,18 +25,13 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
 
 def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
     """What a survey depends on; without rows, all but these."""
-    options, choice, chosen = run.options, run.options.choice, run.request.chosen
+    chosen = run.request.chosen
     key: dict[str, Any] = {
         "fingerprint": run.stream.checkpoint.fingerprint,
         "blocks": f"{chosen.start}:{chosen.stop}",
         "modules": ",".join(run.request.problem.kinds),
-        "criterion": options.scores if options.sigma != "random" else f"{options.scores} of random ids",
-        "ridge": options.ridge,
+        **run.options.survey_key,
     }
-    if choice.uses("random") or options.sigma == "random":
-        key["seed"] = options.seed
-    if choice.similar:
-        key["tau"] = options.tau
     if text is not None:
         key["calibration"] = hash_of(text)
     return key

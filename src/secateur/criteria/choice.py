@@ -1,11 +1,11 @@
 """Which criterion chooses the heads and which the channels, as a person writes it."""
 
-import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
+from secateur.base.plugins import preselections
 
 EXPERTS = ("reroute", "reap", "frequency", "random")
 """Orders of experts (`secateur.criteria.experts`), the default first."""
@@ -16,10 +16,6 @@ _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
 _SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
 _FOUND = [name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY]
 CRITERIA: tuple[str, ...] = tuple(sorted(_FOUND, key=lambda name: name != "surgeon"))
-SIMILARITY = "similarity"
-"""The one that looks at heads in pairs: a threshold says which of them are too many."""
-LARGEST = math.log(2)
-"""The largest threshold: the Jensen-Shannon divergence of two distributions that share nothing, in nats."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +23,11 @@ class Choice:
     """One criterion for each kind of unit."""
 
     heads: str
-    """Orders the heads; `similarity` alone also decides how many of each block go, and no channels do."""
+    """Orders the heads."""
     channels: str | None
-    """None: they stay."""
-    similar: bool
-    """Heads that resemble another one go first."""
+    """Orders the channels; None where they stay."""
+    first: str | None = None
+    """Preselection of a plug-in, whose heads leave before all others."""
     experts: str = EXPERTS[0]
     """Orders the experts."""
     text: str = field(default="", compare=False)
@@ -39,8 +35,8 @@ class Choice:
 
     @property
     def alone(self) -> bool:
-        """Nothing but similar heads goes, as many as there are."""
-        return self.heads == SIMILARITY
+        """Whether the preselection decides how many heads go, and nothing else goes."""
+        return self.heads == self.first
 
     def of(self, kind: str) -> str:
         """The criterion for one kind."""
@@ -54,7 +50,7 @@ class Choice:
 
 
 def parse_choice(text: str) -> Choice:
-    """Read a criterion: `X` for all units, `heads=X,channels=Y`, and for heads `similarity` or `similarity+X`.
+    """Read a criterion: `X` for all units, `heads=X,channels=Y`, and with a preselection P for heads `P` or `P+X`.
 
     An order of experts stands alone or as `experts=Z` behind a pair.
 
@@ -63,38 +59,39 @@ def parse_choice(text: str) -> Choice:
     """
     pair, *experts = re.split(r"(?:^|,)\s*experts=", text)
     if text in EXPERTS and text not in CRITERIA:
-        return Choice("surgeon", "surgeon", False, text, text)
+        return Choice("surgeon", "surgeon", None, text, text)
     if experts:
         if len(experts) > 1 or experts[0] not in EXPERTS:
             raise SecateurError(f"criterion is '{text}'; that of experts must be one of {', '.join(EXPERTS)}")
         return replace(parse_choice(pair or "surgeon"), experts=experts[0], text=text)
     if "=" not in text:
         heads = _heads(text, text)
-        # `similarity+X` is the paper's combination: X for channels too.
+        # Behind a preselection, X is for channels too.
         rest = None if heads.alone else heads.heads
-        return Choice(heads.heads, rest, heads.similar, text if text in EXPERTS else EXPERTS[0], text)
+        return Choice(heads.heads, rest, heads.first, text if text in EXPERTS else EXPERTS[0], text)
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if set(parts) != {"heads", "channels"} or text.count(",") != 1:
         raise SecateurError(f"criterion is '{text}'; a pair is written heads=X,channels=Y")
     if parts["channels"] not in (*CRITERIA, IDENTITY):
         raise SecateurError(
             f"criterion is '{text}'; that of channels must be one of {', '.join(CRITERIA)}"
-            + (": similarity is between heads" if SIMILARITY in parts["channels"] else "")
+            + "".join(f": {name} is between heads" for name in preselections() if name in parts["channels"])
         )
     heads = _heads(parts["heads"], text)
     if heads.alone:
-        raise SecateurError(f"criterion is '{text}'; similarity alone leaves all channels: write similarity+X")
+        raise SecateurError(f"criterion is '{text}'; {heads.first} alone leaves all channels: write {heads.first}+X")
     return replace(heads, channels=parts["channels"], text=text)
 
 
 def _heads(name: str, text: str) -> Choice:
     """The part about heads."""
     first, plus, then = name.partition("+")
-    scores = (*CRITERIA, IDENTITY)
-    known = first in (*scores, SIMILARITY) if not plus else first == SIMILARITY and then in scores
+    scores, ahead = (*CRITERIA, IDENTITY), preselections()
+    known = first in (*scores, *ahead) if not plus else first in ahead and then in scores
     if not known:
+        others = "".join(f"{name}, {name}+X, " for name in ahead)
         raise SecateurError(
-            f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or similarity, similarity+X, or "
-            f"heads=X,channels=Y; of experts {', '.join(EXPERTS)}"
+            f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or {others}or heads=X,channels=Y; of "
+            f"experts {', '.join(EXPERTS)}"
         )
-    return Choice(then or first, None, first == SIMILARITY)
+    return Choice(then or first, None, first if first in ahead else None)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.registry import Criterion
-from secateur.criteria.similarity import put_first
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Depth2
 from secateur.numerics.elimination import Elimination, eliminate
@@ -67,6 +66,17 @@ def survivors(module: Depth2, axis: str, order: Tensor) -> tuple[int, ...]:
     """Return the units (heads or channels) that are left once those in `order` have left along an axis."""
     gone, together = set(order.tolist()), module.together(axis)
     return tuple(unit for unit in range(module.units) if unit // together not in gone)
+
+
+def put_first(scores: Tensor, first: frozenset[int], per_group: int) -> Tensor:
+    """Return scores (units) by which some heads, and groups with more of them, leave before all others."""
+    if not first:
+        return scores
+    leaving = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    leaving[list(first)] = True
+    # More than all other scores of a group can differ by.
+    step = 2 * per_group * float(scores.max() - scores.min()) or 1.0
+    return torch.where(leaving, scores - step, scores)
 
 
 def _ranks(module: Depth2, axis: str, order: Tensor) -> Tensor:

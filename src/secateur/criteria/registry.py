@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from secateur.criteria.choice import SIMILARITY, parse_choice
+from secateur.criteria.choice import parse_choice
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Depth2
 
@@ -45,7 +45,7 @@ class Criterion:
     inputs: bool = False
     """The moments of the module's own input are needed, not only those of the level-2 layer's."""
     first: frozenset[int] = frozenset()
-    """Heads that leave before all others (`secateur.criteria.similarity`)."""
+    """Heads that leave before all others."""
 
 
 _CRITERIA: dict[str, Criterion] = {}
@@ -79,17 +79,17 @@ class Criteria:
         self,
         choice: str,
         gradients: UnitScores | None = None,
-        similar: Mapping[int, Iterable[int]] | None = None,
+        first: Mapping[int, Iterable[int]] | None = None,
     ):
         """Put together what a person has chosen, see `secateur.criteria.choice.parse_choice`.
 
         Args:
             choice: one criterion, or one each for heads and channels.
             gradients: scores of modules whose criterion needs gradients.
-            similar: heads of each block that resemble another one and leave first.
+            first: heads of each block that leave before all others.
         """
         self.choice = parse_choice(choice)
-        self._gradients, self._similar = gradients or {}, similar or {}
+        self._gradients, self._first = gradients or {}, first or {}
 
     @classmethod
     def of(cls, choice: "str | Criteria") -> "Criteria":
@@ -98,8 +98,8 @@ class Criteria:
 
     def named(self, kind: str) -> Criterion:
         """The criterion of one kind of unit, without what is measured of single modules."""
-        # Heads that similarity settles are named by the plan.
-        return Criterion() if self.choice.of(kind) == SIMILARITY else all_criteria()[self.choice.of(kind)]
+        # Where a preselection decides alone, the plan names the units.
+        return Criterion() if self.choice.alone else all_criteria()[self.choice.of(kind)]
 
     def module(self, index: int, kind: str) -> Criterion:
         """The criterion of one module of a block."""
@@ -109,7 +109,7 @@ class Criteria:
             if scores is None:
                 raise ValueError(f"{self.choice.of(kind)} needs gradients: give Criteria those of `gradient_scores`")
             found = Criterion(score=lambda _: scores)
-        first = frozenset(self._similar.get(index, ())) if kind == "heads" else frozenset[int]()
+        first = frozenset(self._first.get(index, ())) if kind == "heads" else frozenset[int]()
         return replace(found, first=first)
 
     @property

@@ -14,7 +14,6 @@ from secateur.base.progress import Silent, Watcher
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Running
 from secateur.commands.steps import draw_rows
-from secateur.criteria.head_distances import head_distances
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.paper.plots import plot_graphs, plot_magnitudes
@@ -22,6 +21,7 @@ from secateur.paper.recipe import Recipe
 from secateur.paper.run_store import RunStore
 from secateur.paper.subject import sources
 from secateur.paper.tables import write_table
+from secateur.survey.head_distances import head_distances
 
 
 @dataclass(frozen=True)

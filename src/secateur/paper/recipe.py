@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path, read_yaml
 from secateur.commands.options import Options
-from secateur.criteria.choice import LARGEST
+from secateur.paper.options import LARGEST
 from secateur.paper.recipes import FOLDER, recipe_names
 from secateur.retraining.options import Training
 from secateur.text.sources import RANDOM, SELF

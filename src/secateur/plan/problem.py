@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from secateur.criteria.similarity import SimilarHeads
 from secateur.model.axes import Width, alike
 from secateur.model.kinds import KINDS
 from secateur.model.structure import Block, Depth2
@@ -15,6 +15,24 @@ TOLERANCE = 0.005
 """A plan within half a point of the wanted sparsity is on target."""
 NOTHING = 1e-3
 """Nats per token that no one would notice."""
+
+
+class FirstHeads(Protocol):
+    """Heads that leave before all others (`secateur.plan.preselection`)."""
+
+    @property
+    def name(self) -> str:
+        """Key of the record under which they stand."""
+
+    @property
+    def candidates(self) -> Mapping[int, tuple[int, ...]]:
+        """Heads by block."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record."""
+
+    def said(self) -> str:
+        """Return one clause for people."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,8 @@ class Plan:
     """Said when the wanted share could not be had to within half a point."""
     units: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     """The units to keep, by block and module, where they are settled; otherwise the criterion chooses while fitting."""
-    similar: SimilarHeads | None = None
-    """The heads that resemble others, where the criterion compares them."""
+    first: FirstHeads | None = None
+    """Heads that leave before all others, where something was measured to find them."""
 
     @property
     def uniform(self) -> bool:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
-from secateur.commands.options import CALIBRATION, option
+from secateur.base.options import option
+from secateur.commands.options import CALIBRATION
 from secateur.text.sources import GENERAL, RANDOM, SELF
 
 TRAINING = "Training"

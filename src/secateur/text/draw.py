@@ -40,8 +40,8 @@ class RowRequest:
     """What a person calls that number, for advice."""
     held_out: int = 0
     """Other rows of the first text, on which a loss is measured."""
-    random_sigma: bool = False
-    """Random ids are drawn too, by which units are chosen."""
+    random: bool = False
+    """Random ids are drawn too, on which units are chosen."""
     copies: int = 0
     """Fits, each of which takes the rows and a copy of them that the dense model has partly rewritten."""
     fits: bool = True
@@ -61,8 +61,8 @@ class CalibrationRows:
     """The rows that weights are fitted to, unseen ones behind; the same ones where there are no others."""
     held_out: Tensor | None
     """Other rows of the first text, on which a loss is measured."""
-    sigma: Tensor | None
-    """Random ids by which units are chosen in place of `text`."""
+    random: Tensor | None
+    """Random ids on which units are chosen in place of `text`."""
     begins_with_bos: bool
     copies: Tensor | None = None
     """The fitted rows once more for each fit, half of their tokens rewritten (fits x rows x length)."""
@@ -86,8 +86,8 @@ class CalibrationRows:
             rows = rows.with_versions(*self.copies)
         if len(self.unseen):
             rows = rows.along(self.unseen)
-        if self.sigma is not None:
-            rows = rows.scored_by(Rows.of(self.sigma))
+        if self.random is not None:
+            rows = rows.scored_by(Rows.of(self.random))
         elif self.refit_text is not self.text:
             rows = rows.scored_by(self._opened(self.text))
         return rows if self.held_out is None else rows.along(self.held_out)
@@ -158,8 +158,8 @@ def draw(
     text, held_out, own = first.split([request.samples, held, together])
     if apart and not together:
         own = rows(request.refit_source, apart, request.refit_option)
-    sigma = rows(RANDOM, request.samples, "samples") if request.random_sigma else None
-    return CalibrationRows(request, text, own if apart else text, held_out if held else None, sigma, begins_with_bos)
+    ids = rows(RANDOM, request.samples, "samples") if request.random else None
+    return CalibrationRows(request, text, own if apart else text, held_out if held else None, ids, begins_with_bos)
 
 
 def _check_room(request: RowRequest) -> None:

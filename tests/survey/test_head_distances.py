@@ -15,13 +15,13 @@ from torch import Tensor
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, token_rows
 from secateur.base.errors import SecateurError
-from secateur.criteria import head_distances as module_under_test
-from secateur.criteria.choice import LARGEST
-from secateur.criteria.head_distances import NAME, head_distances, jensen_shannon
 from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.paper.options import LARGEST
+from secateur.survey import head_distances as module_under_test
+from secateur.survey.head_distances import NAME, head_distances, jensen_shannon
 
 CLOSE = 2e-6
 

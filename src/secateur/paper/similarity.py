@@ -1,7 +1,7 @@
 """Heads that attend alike: of every two, one can go (Greedy Output Approximation, criterion A, Algorithm 2).
 
-Alone, it gives a plan with exact heads (`secateur.plan.similar_heads`). In front of a criterion that scores or ranks
-units, heads that resemble another one leave first, and the rest by that criterion.
+Alone, the criterion gives a plan with exact heads (`secateur.paper.similar_heads`). In front of a criterion that scores
+or ranks units, heads that resemble another one leave first, and the rest by that criterion.
 """
 
 import math
@@ -34,20 +34,11 @@ def candidates(distances_hh: Tensor, tau: float) -> tuple[int, ...]:
     return tuple((~free).nonzero()[:, 0].tolist())
 
 
-def put_first(scores: Tensor, first: frozenset[int], per_group: int) -> Tensor:
-    """Scores (units) by which some heads, and groups with more of them, leave before all others."""
-    if not first:
-        return scores
-    similar = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    similar[list(first)] = True
-    # More than all other scores of a group can differ by.
-    step = 2 * per_group * float(scores.max() - scores.min()) or 1.0
-    return torch.where(similar, scores - step, scores)
-
-
 @dataclass(frozen=True)
 class SimilarHeads:
-    """What was found in the chosen blocks."""
+    """Similar heads of the chosen blocks."""
+
+    name = "similarity"
 
     tau: float
     """Two heads closer than it are similar."""

@@ -23,24 +23,24 @@ from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer,
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands import steps
 from secateur.commands.options import Options, Running
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.criteria.choice import CRITERIA, Choice, parse_choice
-from secateur.criteria.head_distances import head_distances
 from secateur.criteria.order import removal_order
-from secateur.criteria.similarity import candidates, find_similar_heads
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep
 from secateur.model.surgery import entries, width_of
 from secateur.model.units.heads import KV_GROUPS
+from secateur.paper import similar_heads
+from secateur.paper.similar_heads import loadable, similar_plan
+from secateur.paper.similarity import candidates, find_similar_heads
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
-from secateur.plan.similar_heads import loadable, similar_plan
 from secateur.survey.curves import Survey
+from secateur.survey.head_distances import head_distances
 from secateur.survey.survey import survey
 from secateur.text.calibration import calibration_rows
 
@@ -176,17 +176,17 @@ def test_a_plan_of_similar_heads_is_exact(checkpoint_folder: CheckpointFolder, n
     wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
     plan = similar_plan(wish, distances, tau)
     assert plan.exact
-    assert plan.similar is not None
-    assert plan.similar.removed is not None
+    assert plan.first is not None
+    assert plan.first.removed is not None
     before = after = 0.0
     for index, units in plan.units.items():
         gone, width = loadable(wish, index, candidates(distances[index], tau))
-        assert plan.similar.removed[index] == gone
+        assert plan.first.removed[index] == gone
         assert plan.widths[index] == width == width_of(wish.blocks[index], Keep(**units))
         assert sorted((*units["heads"], *gone)) == list(range(6))
         before += wish.parameters.module(index, "heads", wish.blocks[index].width)
         after += wish.parameters.module(index, "heads", width)
-    assert plan.similar.share == pytest.approx(1 - after / before, abs=1e-12)
+    assert plan.first.share == pytest.approx(1 - after / before, abs=1e-12)
 
 
 def raised(call: Callable[[], Any]) -> str:
@@ -219,7 +219,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
     message = raised(lambda: similar_plan(wish, distances, 0.15))
     assert "its 1 similar heads are no whole key/value group" in message
     assert message.endswith("go from 0.11 to 0.5; take a larger one")
-    found = similar_plan(wish, distances, 0.31).similar
+    found = similar_plan(wish, distances, 0.31).first
     assert found is not None
     assert found.removed == {0: (0, 1)}
 
@@ -443,16 +443,16 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
 
 
 def test_spellings() -> None:
-    assert parse_choice("l1") == Choice("l1", "l1", False)
-    assert parse_choice("similarity") == Choice("similarity", None, True)
-    assert parse_choice("similarity+wanda") == Choice("wanda", "wanda", True)
-    assert parse_choice("channels=l2,heads=similarity+surgeon") == Choice("surgeon", "l2", True)
-    assert parse_choice("heads=l1,channels=surgeon") == Choice("l1", "surgeon", False)
+    assert parse_choice("l1") == Choice("l1", "l1", None)
+    assert parse_choice("similarity") == Choice("similarity", None, "similarity")
+    assert parse_choice("similarity+wanda") == Choice("wanda", "wanda", "similarity")
+    assert parse_choice("channels=l2,heads=similarity+surgeon") == Choice("surgeon", "l2", "similarity")
+    assert parse_choice("heads=l1,channels=surgeon") == Choice("l1", "surgeon", None)
     assert [Options(criterion=text).choice.of("channels") for text in ("l1", "heads=l1,channels=l2")] == ["l1", "l2"]
     assert Options(criterion="similarity", tau=0.1).kinds == ("heads",)
-    assert parse_choice("reap") == Choice("surgeon", "surgeon", False, "reap")
-    assert parse_choice("l1,experts=reap") == Choice("l1", "l1", False, "reap")
-    assert parse_choice("experts=frequency") == Choice("surgeon", "surgeon", False, "frequency")
+    assert parse_choice("reap") == Choice("surgeon", "surgeon", None, "reap")
+    assert parse_choice("l1,experts=reap") == Choice("l1", "l1", None, "reap")
+    assert parse_choice("experts=frequency") == Choice("surgeon", "surgeon", None, "frequency")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -501,14 +501,14 @@ def test_models_and_formats_without_fewer_heads(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found before anything is measured."""
-    monkeypatch.setattr(steps, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
+    monkeypatch.setattr(similar_heads, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
     how = {"criterion": "similarity", "tau": 0.2, **SMALL}
     message = raised(lambda: prune(checkpoint_folder("olmo2"), tmp_path / "out", **how))
     assert "heads cannot be removed exactly, as its query and key norms run across all heads; take another" in message
     message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out.gguf", **how, format="gguf"))
     assert "the format cannot hold fewer heads" in message
     message = raised(lambda: prune(checkpoint_folder("llama"), tmp_path / "out", **how, dry_run=True))
-    assert message == "how many heads are similar is found by running the model; leave out --dry-run"
+    assert message == "how many heads go is found by running the model; leave out --dry-run"
     assert not list(tmp_path.iterdir())
 
 

@@ -1,16 +1,43 @@
-"""From distances between heads to those that go: what a block can do without and still be loaded."""
+"""The criterion `similarity` in a run: from distances between heads to those that can go together."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.criteria.similarity import find_similar_heads
+from secateur.base.progress import Watcher
 from secateur.model.axes import Width
+from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
+from secateur.paper.similarity import find_similar_heads
+from secateur.plan.preselection import Preselected
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.widths import head_widths
+from secateur.survey.head_distances import head_distances
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The preselection of heads that are closer than a threshold; see `secateur.plan.preselection`."""
+
+    tau: float
+    """Threshold, in nats."""
+    decides: bool
+    """Whether these heads go and nothing else does."""
+
+    def check(self, problem: PlanProblem) -> None:
+        """Check that some head can go."""
+        check_heads(problem)
+
+    def find(self, stream: BlockStream, rows: Tensor, problem: PlanProblem, watcher: Watcher) -> Preselected:
+        """Compare the heads of the dense model on calibration rows (rows x length)."""
+        distances = head_distances(stream, rows, blocks=problem.chosen, watcher=watcher)
+        if not self.decides:
+            return Preselected(find_similar_heads(distances, self.tau))
+        plan = similar_plan(problem, distances, self.tau)
+        assert plan.first is not None
+        return Preselected(plan.first, plan)
 
 
 def check_heads(problem: PlanProblem) -> None:
@@ -61,7 +88,7 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
     )
     found = replace(found, removed=removed, share=1 - kept / dense)
     reached = problem.sparsity(widths)
-    return Plan(widths, reached, reached, note=found.said(), units=units, similar=found)
+    return Plan(widths, reached, reached, note=found.said(), units=units, first=found)
 
 
 def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tuple[tuple[int, ...], Width]:

@@ -197,9 +197,9 @@ def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: 
     rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), fitted=False)
     scores = rows.groups.scores
     assert scores is not None
-    assert rows.sigma is not None
+    assert rows.random is not None
     assert [group.shape for group, score in zip(rows.groups.groups, scores, strict=True) if score] == [(8, 16)]
-    assert torch.equal(rows.groups.groups[scores.index(1.0)], rows.sigma)
+    assert torch.equal(rows.groups.groups[scores.index(1.0)], rows.random)
 
 
 def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""Plug-ins: folders of secateur that add options, criteria and recoveries, which the pipeline does not know by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+
+PLUGINS = ("secateur.paper.plugin",)
+"""Modules that hold a `PLUGIN`."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What a folder adds. It is read before torch is loaded: heavy modules are named and imported on use."""
+
+    options: type
+    """Dataclass whose fields become options of `prune`; its properties may override those of `Options`."""
+    helps: Mapping[str, str] = field(default_factory=dict)
+    """Sentences that follow the help of options that are there already, by name."""
+    preselections: tuple[str, ...] = ()
+    """Criteria that find heads which leave first, alone or as `name+X` in front of another criterion."""
+
+
+@cache
+def plugins() -> tuple[Plugin, ...]:
+    """Return all plug-ins."""
+    return tuple(import_module(name).PLUGIN for name in PLUGINS)
+
+
+def preselections() -> tuple[str, ...]:
+    """Return the names of all criteria that find heads which leave first."""
+    return tuple(name for plugin in plugins() for name in plugin.preselections)

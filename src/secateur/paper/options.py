@@ -1,0 +1,165 @@
+"""The options that only the paper's tables vary: a panel of its own at the end of the help."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.options import option
+from secateur.criteria.choice import IDENTITY
+
+if TYPE_CHECKING:
+    from secateur.commands.options import Options as Base
+    from secateur.paper.similar_heads import Similarity
+else:
+    Base = object
+
+PAPER = "The paper's variants"
+SIMILARITY = "similarity"
+"""Criterion that compares heads in pairs: a threshold says which of them are too many."""
+LARGEST = math.log(2)
+"""The largest threshold: the Jensen-Shannon divergence of two distributions that share nothing, in nats."""
+
+
+@dataclass(frozen=True)
+class PaperOptions(Base):
+    """Options that `secateur.commands.options` adds to `Options`."""
+
+    tau: float | None = option(
+        None,
+        PAPER,
+        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence: 0.19, say.",
+        shown="none",
+    )
+    sigma: str | None = option(
+        None,
+        PAPER,
+        "Covariance of a module's inputs in second-moment: data, that of the calibration; identity; or random, that of "
+        "random token ids.",
+        shown="data",
+        choices=("data", "identity", "random"),
+    )
+    recover: str = option(
+        "after",
+        PAPER,
+        "Moment of --recovery paper: before units are chosen, after, or both.",
+        choices=("after", "before", "both"),
+        fit=True,
+    )
+    refit_calibration: str | None = option(
+        None,
+        PAPER,
+        "Text of its own for the recovery, like --calibration: that one decides what goes, this one what the rest is "
+        "fitted to.",
+        shown="that of --calibration",
+        file=True,
+        fit=True,
+    )
+    refit_samples: int | None = option(
+        None,
+        PAPER,
+        "Rows of its own for the recovery; those of --samples then only decide what goes.",
+        shown="the same rows for both",
+        least=1,
+        fit=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_similarity()
+        if self.recover != PaperOptions.recover and self.recovery != "paper":
+            raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
+        if self.sigma is not None and not self.choice.uses("second-moment"):
+            raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
+        if self.own_refit_rows and self.recovery == "none":
+            raise SecateurError(
+                "with --recovery none nothing is fitted: leave --refit-samples and --refit-calibration out"
+            )
+
+    def _check_similarity(self) -> None:
+        """Check that a threshold goes with similarity; alone it says how many heads go.
+
+        Raises:
+            SecateurError: one is there without the other, or another option says how much goes.
+        """
+        choice = self.choice
+        if choice.first != SIMILARITY:
+            if self.tau is not None:
+                raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
+            return
+        if self.tau is None:
+            raise SecateurError("similarity needs a threshold: add --tau, for example 0.19")
+        if not 0 < self.tau <= LARGEST:
+            raise SecateurError(
+                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST:.4f}, for example 0.19"
+            )
+        if "heads" not in self.modules:
+            raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
+        if choice.alone:
+            self._check_alone()
+
+    def _check_alone(self) -> None:
+        """Check that nothing but the threshold says how much goes."""
+        given = {
+            "--sparsity": self.sparsity,
+            "--target": self.target,
+            "--plan": self.plan,
+            "--widths with a file": self.gives_widths,
+        }
+        if said := next((name for name, value in given.items() if value), None):
+            raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out")
+        if self.widths == "uniform" or self.format == "stock":
+            raise SecateurError(
+                "similarity finds as many heads to remove as there are in each block, which the stock format and "
+                "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
+            )
+
+    @property
+    def own_refit_rows(self) -> bool:
+        """Whether the recovery is fitted to other rows than those by which units are chosen."""
+        return self.refit_samples is not None or self.refit_calibration is not None
+
+    @property
+    def refit_rows(self) -> int | None:
+        """See `Options.refit_rows`."""
+        return (self.refit_samples or self.samples) if self.own_refit_rows else None
+
+    @property
+    def refit_option(self) -> str:
+        """See `Options.refit_option`."""
+        return "refit-samples" if self.refit_samples else "samples"
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """See `Options.sources`."""
+        return self.calibration, self.refit_calibration or self.calibration
+
+    @property
+    def scores(self) -> str:
+        """See `Options.scores`."""
+        return self.criterion.replace("second-moment", IDENTITY) if self.sigma == "identity" else self.criterion
+
+    @property
+    def chooses_on_random_ids(self) -> bool:
+        """See `Options.chooses_on_random_ids`."""
+        return self.sigma == "random"
+
+    @property
+    def recovery_settings(self) -> dict[str, Any]:
+        """See `Options.recovery_settings`."""
+        return super().recovery_settings | {"when": self.recover}
+
+    @property
+    def survey_key(self) -> dict[str, Any]:
+        """See `Options.survey_key`."""
+        return super().survey_key | ({} if self.preselection is None else {"tau": self.tau})
+
+    @property
+    def preselection(self) -> "Similarity | None":
+        """See `Options.preselection`."""
+        if self.choice.first != SIMILARITY or self.tau is None:
+            return None
+        # Not at the top: the help does not wait for torch.
+        from secateur.paper.similar_heads import Similarity
+
+        return Similarity(self.tau, decides=self.choice.alone)

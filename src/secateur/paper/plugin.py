@@ -1,0 +1,13 @@
+"""What the paper's variants add to the pipeline."""
+
+from secateur.base.plugins import Plugin
+from secateur.paper.options import SIMILARITY, PaperOptions
+
+PLUGIN = Plugin(
+    options=PaperOptions,
+    helps={
+        "criterion": f"{SIMILARITY} (the paper's Algorithm 2): heads that attend like another one; {SIMILARITY}+X: "
+        "these first, the rest by X.",
+    },
+    preselections=(SIMILARITY,),
+)
