@@ -29,7 +29,7 @@ from secateur.model.surgery import assign
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.survey.expert_refit import left_by_refit, left_out
-from secateur.survey.experts import channel_errors
+from secateur.survey.routed import channel_errors
 
 TOKENS = 60
 
@@ -100,14 +100,22 @@ def test_experts_stay_as_they_are_stored(tmp_path: Path, name: str) -> None:
     with stream.filled(2) as layer, torch.no_grad():
         mixture = Mixture(stream, layer, stream.blocks[2].feed_forward)
         x, own = inputs(stream.width), mixture.experts
-        found, slopes = mixture.output(x[None], mixture.every), mixture.slopes(1, x)
+
+        def outputs() -> list[Tensor]:
+            found = []
+            for stream.products in (torch.bfloat16, torch.float32):
+                found.append(mixture.output(x[None], mixture.every))
+            return found
+
+        found, slopes = outputs(), mixture.slopes(1, x)
         stacks = {leaf: value for leaf, value in own.named_parameters() if value.dim() == 3}
         together = mixture.names.scales_inputs
         assert {value.dtype for value in stacks.values()} == {torch.float32 if together else torch.bfloat16}
         for leaf, value in stacks.items():
             assign(own, leaf, plain(value.data).float())
-        assert torch.equal(found, mixture.output(x[None], mixture.every))
-        assert all(torch.equal(*pair) for pair in zip(slopes, mixture.slopes(1, x), strict=True))
+        assert not torch.equal(*found)
+        pairs = [*zip(found, outputs(), strict=True), *zip(slopes, mixture.slopes(1, x), strict=True)]
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:

@@ -195,7 +195,7 @@ def test_a_partial_probe_is_the_refitted_model(
     checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
     """At any shares, several of them too."""
-    monkeypatch.setattr(sys.modules["secateur.survey.collector"], "PROBED", SHARES)
+    monkeypatch.setattr(sys.modules["secateur.survey.sample"], "PROBED", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
     axis = plain.module.cut_axes[-1].name

@@ -25,7 +25,7 @@ from secateur.plan.meters import cache_meter, parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
-from secateur.survey.collector import PROBED
+from secateur.survey.sample import PROBED
 from secateur.text.draw import CalibrationRows
 from secateur.text.self_calibration import rows_at_once, writing_bytes
 from secateur.text.sources import SELF

@@ -21,7 +21,7 @@ from secateur.fit.tangent import Part
 from secateur.model.post_norm import PostNorm
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
-from secateur.model.surgery import stored_weight
+from secateur.model.surgery import inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 
 AddPart = Callable[[Part, Tensor, Tensor], None]
@@ -61,6 +61,7 @@ class Regression(ABC):
         recovery: how this module is fitted: its ridge is raised where tokens are few.
         owner: rank of the process that solves the module, of several.
         seed: for the criterion `random`.
+        tokens: number of tokens that count in the fit, in all processes.
         fits_bias: whether the bias of the output projection is part of the fit.
         reports: whether the errors of old weights are asked for; they cost a product.
     """
@@ -71,6 +72,7 @@ class Regression(ABC):
     recovery: Recovery
     owner: int
     seed: int
+    tokens: int
     fits_bias: bool
     reports: bool
 
@@ -80,14 +82,9 @@ class Regression(ABC):
         """The module's tensors in float32, as it now computes with them."""
 
     @property
-    @abstractmethod
     def weight(self) -> Tensor:
         """The weight of the output projection (a x d), as it is stored."""
-
-    @property
-    @abstractmethod
-    def tokens(self) -> int:
-        """Number of tokens that count in the fit, in all processes."""
+        return inner_weight(self.module, self.tensors)
 
     @abstractmethod
     def criterion(self) -> Criterion:

@@ -96,10 +96,10 @@ class RoutedRegression(Regression):
             expert: its number; the shared expert's is behind all others.
         """
         self.state, self.mixture, self.expert, self.stream = state, mixture, expert, state.stream
-        self.norm, self._tokens, self._routes, self._residual_nd = tokens.norm, tokens, routes, residual_nd
+        self.norm, self._batch, self._routes, self._residual_nd = tokens.norm, tokens, routes, residual_nd
         self.module = mixture.feed_forward(expert)
         self.shared = expert == mixture.module.units
-        self._number = tokens.number(mixture.tokens(expert, routes))
+        self.tokens = tokens.number(mixture.tokens(expert, routes))
         self.recovery = self._own(state.method.recovery)
         a, d = self.module.units, self.stream.width
         self.owner = self.stream.team.owner(a**2 * (a + 2 * d))
@@ -108,7 +108,7 @@ class RoutedRegression(Regression):
 
     def _own(self, whole: Recovery) -> Recovery:
         """Return the recovery of this expert by the number of its tokens."""
-        number = self._number
+        number = self.tokens
         ridge = whole.ridge * (1 + self.module.units / max(number, 1))
         # The input projections of a shared expert stay as they are.
         inputs = whole.fits_level1 and not self.shared and number >= FEWEST_FOR_INPUTS
@@ -125,19 +125,9 @@ class RoutedRegression(Regression):
         """Copies of the expert's tensors, by the names of a feed-forward on its own; each is made when it is read."""
         return Copies(self.mixture.tensors(self.expert))
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the output projection (f x d), as it is stored."""
-        return self.mixture.weight(self.expert)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that count in the fit, in all processes."""
-        return self._number
-
     def criterion(self) -> Criterion:
         """Return the criterion of channels; of an expert with next to no tokens, one that reads weights alone."""
-        if self._number < FEWEST:
+        if self.tokens < FEWEST:
             return all_criteria()["l2"]
         # No backward pass is made through experts: where one is asked for, the default takes over.
         named = self.state.method.criteria.named("channels")
@@ -145,7 +135,7 @@ class RoutedRegression(Regression):
 
     def collect(self, keep: tuple[int, ...] | None = None) -> Sums:
         """Run the expert up to its output projection on its tokens, and sum over the rows."""
-        tokens = self._tokens
+        tokens = self._batch
         self._at, rows = self.mixture.gated(self.expert, tokens.x_nd, self._routes)
         rows = tokens.scaled(rows, self._at)
         if self._target_md is None:
@@ -170,15 +160,15 @@ class RoutedRegression(Regression):
     def _source(self) -> Moments:
         """Return the moments of the expert's own input."""
         moments = Moments(self.stream.width, device=self.stream.device)
-        read = self.mixture.read(self.expert, self._tokens.x_nd[self._at])
-        moments.update(read, weights_n=self._tokens.score_n[self._at])
+        read = self.mixture.read(self.expert, self._batch.x_nd[self._at])
+        moments.update(read, weights_n=self._batch.score_n[self._at])
         moments.reduce(self.stream.team, self.owner)
         return moments
 
     @contextmanager
     def linearised(self, sums: Sums, kept: Tensor, fit: Fit, add: AddPart) -> Iterator[Callable[[], Iterator[Part]]]:
         """Linearise the expert on its tokens: one part."""
-        tokens, at, x = self._tokens, self._at, self._tokens.x_nd[self._at]
+        tokens, at, x = self._batch, self._at, self._batch.x_nd[self._at]
         root = tokens.weight_n[at].sqrt()[:, None]
         factor = tokens.scaled(root * self._routes.of(self.expert)[1][:, None], at)
         # Float32: sums over tokens would be rounded otherwise by two processes than by one.

@@ -26,7 +26,7 @@ from secateur.model.arena import Activations
 from secateur.model.facts import activation_of
 from secateur.model.rows import Batch
 from secateur.model.structure import Depth2
-from secateur.model.surgery import inner_entries, inner_weight, stored_weight
+from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 
 
@@ -42,23 +42,14 @@ class StreamedRegression(Regression):
         inner = module.units * module.size
         self.owner = self.stream.team.owner(inner**2 * (inner + 2 * self.stream.width))
         self.seed = module_seed(state.method.seed, state.index, module.kind)
+        batches = [at for at in state.rows.batches() if at.weight]
+        self.tokens = int(self.stream.team.total(sum(state.rows.ids(at).numel() for at in batches)))
         self._stored: Activations | None = None
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
         """The block's tensors."""
         return self.state.tensors
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the output projection (a x d), as it is stored."""
-        return inner_weight(self.module, self.state.tensors)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that count in the fit, in all processes."""
-        rows = self.state.rows
-        return int(self.stream.team.total(sum(rows.ids(at).numel() for at in rows.batches() if at.weight)))
 
     def criterion(self) -> Criterion:
         """Return the criterion of the module."""
@@ -164,10 +155,9 @@ class StreamedRegression(Regression):
 
     def store(self, fitted: Fitted) -> None:
         """Put the fitted output projection in place; entries that go are sliced away later."""
-        # Scaled and back, as kept weights are.
-        full = self.norm.unscale(self.norm.scale(self.weight)).clone()
-        full[fitted.kept] = self.norm.unscale(fitted.fit.weight_ko)
-        changes = {self.module.level2.name: stored_weight(self.module, full)}
+        full = self.norm.scale(self.weight).clone()
+        full[fitted.kept] = fitted.fit.weight_ko
+        changes = self.stored(full)
         if fitted.fit.bias is not None:
             changes[self.module.bias_name] = fitted.fit.bias
         self.state.change(changes)

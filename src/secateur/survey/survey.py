@@ -9,7 +9,7 @@ where a module alone is cut to a few widths (`secateur.survey.probes`), on rows 
 
 from dataclasses import asdict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.base.progress import Silent, Watcher
 from secateur.criteria.registry import Criteria
@@ -17,10 +17,13 @@ from secateur.model.journal import Journal
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.model.structure import Depth2
 from secateur.survey.collector import Collector
 from secateur.survey.curves import Curve, Survey
-from secateur.survey.experts import ExpertsCollector
 from secateur.survey.probes import Probes
+from secateur.survey.routed import RoutedSample
+from secateur.survey.sample import Sample
+from secateur.survey.summed import SummedSample
 
 
 def survey(
@@ -64,12 +67,8 @@ def survey(
                     stream.advance(index, layer, rows, hidden)
                     continue
                 wanted = [module for module in stream.blocks[index].modules if module.may_go(kinds)]
-                collectors = [
-                    ExpertsCollector(stream, index, layer, module, criteria.choice.experts, fitted.tokens, kinds)
-                    if module.kind == "experts"
-                    else Collector(stream, index, layer, module, criteria, apart=rows.scores is not None)
-                    for module in wanted
-                ]
+                samples = [_sample(stream, index, layer, module, criteria, fitted, kinds) for module in wanted]
+                collectors = [Collector(stream, layer, sample) for sample in samples]
                 before = None if probes is None else hidden.parts[probed][:].clone()
                 for at in rows.batches():
                     watch = {path: see for c in collectors for path, see in c.watches().items()}
@@ -94,3 +93,18 @@ def survey(
             )
         prices = () if probes is None else tuple(probes.finish(hidden.parts[probed][:], watcher))
     return Survey(criteria.choice.text, ridge, fitted.tokens, tuple(curves), prices)
+
+
+def _sample(
+    stream: BlockStream,
+    index: int,
+    layer: nn.Module,
+    module: Depth2,
+    criteria: Criteria,
+    rows: Rows,
+    kinds: tuple[str, ...],
+) -> Sample:
+    """Return an empty sample of one module of a block."""
+    if module.kind == "experts":
+        return RoutedSample(stream, index, layer, module, criteria.choice.experts, rows.tokens, kinds)
+    return SummedSample(stream, index, layer, module, criteria, apart=rows.scores is not None)
