@@ -34,7 +34,7 @@ from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.survey import survey
-from secateur.write.write import slice
+from secateur.write.slice import slice
 from tables import put
 
 RECOVERIES = ("none", "bias", "paper", "refit")

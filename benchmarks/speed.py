@@ -23,11 +23,11 @@ from llama_cpp_py_sync import _cffi_bindings as bindings
 
 from secateur import BlockStream, open_checkpoint
 from secateur.criteria.registry import STATISTICAL
+from secateur.formats.gguf_export import export
 from secateur.measure.compare import load
 from secateur.measure.speed import speeds
 from secateur.model.axes import Width
 from secateur.plan.plan_file import read_plan
-from secateur.write.export import export
 from tables import put
 
 PROMPT, NEW = 512, 32

@@ -48,6 +48,8 @@ from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.temper import scaled
+from secateur.formats.format import PrunedModel
+from secateur.formats.stock_folder import StockFolder
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import head_dim
@@ -60,7 +62,7 @@ from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.rewrite import rewritten
-from secateur.write.write import slice, write
+from secateur.write.slice import slice
 
 MATRIX = ROWS | SIMILAR | MIXTURES
 TOLERANCE = 1e-5
@@ -530,15 +532,15 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     stream = stream_of(folder)
     refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity)
     with pytest.raises(SecateurError, match="head counts that divide hidden_size 48 only, not 5"):
-        write(stream, tmp_path / "five", refused, iter(()))
+        StockFolder(stream).write(tmp_path / "five", PrunedModel(refused, ()))
     assert not (tmp_path / "five").exists()
 
 
 def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
     width = wide(2, 2, 50)
     refused = Plan({0: width, 2: width}, 0.2, 0.2)
-    with pytest.raises(SecateurError, match="needs one width for all blocks; take --format hf"):
-        write(stream_of(checkpoint_folder("llama")), tmp_path / "out", refused, iter(()))
+    with pytest.raises(SecateurError, match="holds one width for all blocks; take --format hf"):
+        StockFolder(stream_of(checkpoint_folder("llama"))).write(tmp_path / "out", PrunedModel(refused, ()))
     assert not (tmp_path / "out").exists()
 
 

@@ -32,6 +32,7 @@ from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, Running
 from secateur.criteria import registry
 from secateur.families.registry import FAMILIES
+from secateur.formats.registry import CLASSES, FORMATS
 from secateur.paper import recipe
 from secateur.plan.target import parse_target
 from secateur.retraining.options import Training
@@ -185,9 +186,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def kept() -> Iterator[None]:
-    """Families, criteria and what transformers knows are those of before."""
+    """Families, criteria, formats and what transformers knows are those of before."""
     registry.all_criteria()
     tables: list[dict[Any, Any]] = [FAMILIES, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
+    tables += [FORMATS, CLASSES]
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):

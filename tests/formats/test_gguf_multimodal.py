@@ -36,10 +36,10 @@ from secateur import SecateurError, prune
 from secateur.base.progress import Silent
 from secateur.commands import doctor
 from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.formats.gguf_export import ALONE, export
 from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
-from secateur.write.export import ALONE, export
 
 
 def around(case: str, text: dict[str, Any], **keys: Any) -> tuple[str, dict[str, Any]]:

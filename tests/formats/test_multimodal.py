@@ -32,13 +32,13 @@ from models import (
 )
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
+from secateur.formats.format import format_class
 from secateur.measure.compare import evaluate, load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Keep
 from secateur.model.units.experts import EXPERT_CHANNELS
-from secateur.write.write import format_obstacle
 
 IMAGE = VOCAB - 1
 """The token in whose place a part of the image stands."""
@@ -394,7 +394,7 @@ def test_channels_of_experts_whose_direction_shapes_do_not_tell(tmp_path: Path) 
     width = stream.blocks[0].width
     for channels, refused in ((16, False), (24, True)):
         for format in ("hf", "stock"):
-            reason = format_obstacle(stream, range(3), width | {EXPERT_CHANNELS: channels}, format=format)
+            reason = format_class(format)(stream).unsupported_reason(width | {EXPERT_CHANNELS: channels})
             assert bool(reason) == refused
 
 

@@ -38,7 +38,10 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.commands.prune import prune
 from secateur.fit.average import FittedBlock
+from secateur.formats.format import PrunedModel
+from secateur.formats.hf import HfFolder
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_obstacle, widths_of
+from secateur.formats.stock_folder import StockFolder
 from secateur.measure.compare import evaluate
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
@@ -46,7 +49,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
 from secateur.plan.problem import Plan
-from secateur.write.write import format_obstacle, slice, write
+from secateur.write.slice import slice
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""
@@ -134,7 +137,7 @@ class Written:
         stream = BlockStream(open_checkpoint(source))
         fitted = [FittedBlock(i, self.keeps[i], self.changed[i], ()) for i in sorted(self.keeps)]
         plan = Plan(self.widths, 0.0, 0.0)
-        self.bytes = write(stream, folder, plan, ((b.index, slice(stream, b)) for b in fitted), format="hf")
+        self.bytes = HfFolder(stream).write(folder, PrunedModel(plan, ((b.index, slice(stream, b)) for b in fitted)))
 
     def load(self, **how: Any) -> tuple[Any, dict[str, Any]]:
         """The model through the classes of this library, and what was missing."""
@@ -436,9 +439,9 @@ def test_obstacles(written, tmp_path):
     assert "no layout is known for model_type 'stranger'" in (per_layer_obstacle(stranger, olmo, none) or "")
     stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
     with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
-        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0), iter(()), format="hf")
+        HfFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))
     with pytest.raises(SecateurError, match="one width for all blocks; take --format hf"):
-        write(stream, tmp_path / "out", Plan({0: none, 2: fewer}, 0, 0), iter(()))
+        StockFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))
     assert not (tmp_path / "out").exists()
 
 
@@ -454,8 +457,9 @@ def test_obstacles(written, tmp_path):
 )
 def test_the_stock_format_points_to_this_one(written, name, blocks, width, biases):
     stream = BlockStream(open_checkpoint(written(name, "uneven").source))
-    assert (format_obstacle(stream, blocks, width, biases=biases) or "").endswith("or take --format hf")
-    assert format_obstacle(stream, blocks, width, format="hf", biases=biases) is None
+    stock, hf = (kind(stream, chosen=blocks, biases=biases) for kind in (StockFolder, HfFolder))
+    assert (stock.unsupported_reason(width) or "").endswith("or take --format hf")
+    assert hf.unsupported_reason(width) is None
 
 
 def test_nothing_of_a_module_can_be_sliced():

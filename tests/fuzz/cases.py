@@ -42,6 +42,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands import steps
 from secateur.commands.open import open_model
+from secateur.formats.gguf_export import export
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.paper.recipe import expand, read_recipe
@@ -49,7 +50,6 @@ from secateur.paper.recipes import FOLDER
 from secateur.retraining.options import Training
 from secateur.retraining.retrain import retrain
 from secateur.text.calibration import calibration_rows
-from secateur.write.export import export
 
 CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
 """Rows whose config.json is damaged."""

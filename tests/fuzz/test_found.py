@@ -14,10 +14,10 @@ from mutate import spelled
 from recipes import RECIPES
 
 from secateur import SecateurError, prune
+from secateur.formats.gguf_export import export
 from secateur.model.checkpoint import open_checkpoint
 from secateur.paper.recipe import read_recipe
 from secateur.text.calibration import calibration_rows
-from secateur.write.export import export
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
+from secateur.formats.gguf_export import export
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
-from secateur.write.export import export
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
 

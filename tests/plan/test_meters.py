@@ -24,6 +24,10 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.base.words import counted
+from secateur.formats.format import PrunedModel
+from secateur.formats.gguf_bytes import gguf_byte_meter
+from secateur.formats.gguf_export import export
+from secateur.formats.hf import HfFolder
 from secateur.formats.per_layer import model_class
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
@@ -45,8 +49,6 @@ from secateur.plan.meters import (
     unreachable,
 )
 from secateur.plan.target import parse_target
-from secateur.write.export import export
-from secateur.write.write import write
 
 CPU = torch.device("cpu")
 MORE_ROWS = {
@@ -109,7 +111,7 @@ def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: tor
 
     record = {"secateur": "0"}
     plan: Any = SimpleNamespace(widths=widths)
-    return write(stream, out, plan, blocks(), format="hf", dtype=dtype, records={"secateur.json": record})
+    return HfFolder(stream, dtype=dtype).write(out, PrunedModel(plan, blocks(), records={"secateur.json": record}))
 
 
 FOLDERS = ["llama", "llama biased", "llama tied", "gemma2", "olmo2", "phi3", "opt", "gpt2", "gpt_neox", "qwen3 biased"]
@@ -190,7 +192,7 @@ def test_parameters_are_those_of_the_blocks(opened, data):
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_gguf_files_of_models_that_take_no_bias(opened, name):
     """Behind a norm none is added, so that no graph needs a place for it."""
-    meters = [byte_meter(opened(name), torch.float32, "f16", biases) for biases in (False, True)]
+    meters = [gguf_byte_meter(opened(name), "f16", biases) for biases in (False, True)]
     assert meters[0].dense == meters[1].dense
 
 
@@ -225,7 +227,7 @@ UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
 )
 def test_gguf_files(tmp_path, opened, name, pick, type):
     stream = opened(name)
-    meter = byte_meter(stream, torch.float32, type)
+    meter = gguf_byte_meter(stream, type)
     for seed in range(2):
         widths = pick(stream.blocks, seed)
         written(stream, widths, tmp_path / f"{seed}")
@@ -236,11 +238,11 @@ def test_gguf_files(tmp_path, opened, name, pick, type):
 
 def test_gguf_needs_an_architecture(opened):
     with pytest.raises(SecateurError, match="no architecture for opt"):
-        byte_meter(opened("opt"), torch.float32, "f16")
+        gguf_byte_meter(opened("opt"), "f16")
 
 
 def test_padding_is_paid_for(opened):
-    meter = byte_meter(opened("llama 64"), torch.float32, "q8_0")
+    meter = gguf_byte_meter(opened("llama 64"), "q8_0")
     sizes = [meter.module(0, "channels", wide(2, 2, channels)) for channels in range(73)]
     assert len(set(sizes[:33])) == 1 < len(set(sizes[:34]))
     # 3 matrices, 32 channels by 64, 34 bytes for 32 weights
@@ -519,7 +521,8 @@ def test_targets_out_of_reach(target, least, says):
 def test_meters_by_target(opened, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     stream = opened("llama")
-    how: Any = {"dtype": torch.bfloat16, "gguf_type": None, "device": CPU, "watcher": Silent()}
+    how: Any = {"dtype": torch.bfloat16, "output_bytes": lambda: byte_meter(stream, torch.bfloat16), "device": CPU}
+    how["watcher"] = Silent()
     parameters = parameter_meter(stream).dense
     assert meter_of(parse_target("params=80%"), stream, **how).dense == parameters
     assert meter_of(parse_target("bytes=80%"), stream, **how).dense == 2 * parameters

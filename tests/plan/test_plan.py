@@ -16,19 +16,19 @@ from models import ROWS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.criteria.registry import STATISTICAL
+from secateur.formats.format import format_class
 from secateur.model.axes import LEVELS, Axis, Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.model.units.channels import CHANNELS
-from secateur.plan.meters import meter_of, parameter_meter
+from secateur.plan.meters import byte_meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
 from secateur.plan.widths import head_widths, module_widths, usual_multiple
 from secateur.survey.curves import Curve, Probe, Survey
 from secateur.survey.prices import Prices
-from secateur.write.write import format_obstacle
 
 Wishes = Callable[..., PlanProblem]
 
@@ -46,7 +46,7 @@ def wishes(checkpoint_folder: CheckpointFolder) -> Wishes:
                 wanted,
                 stream,
                 dtype=torch.float32,
-                gguf_type=None,
+                output_bytes=lambda: byte_meter(stream, torch.float32),
                 device=stream.device,
                 watcher=Silent(),
             )
@@ -225,9 +225,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
     block = stream.blocks[0]
     for format in ("hf", "stock"):
         offered = {
-            kind: module_widths(
-                block, block.module(kind), 1, lambda w, f=format: format_obstacle(stream, range(3), w, format=f)
-            )  # type: ignore[misc]
+            kind: module_widths(block, block.module(kind), 1, format_class(format)(stream).unsupported_reason)
             for kind in STATISTICAL
         }
         assert all(widths[0] == block.width for widths in offered.values())

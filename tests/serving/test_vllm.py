@@ -1,4 +1,4 @@
-"""Pruned folders in vLLM: it scores and continues prompts as transformers does, and fails where we say so.
+"""PrunedModel folders in vLLM: it scores and continues prompts as transformers does, and fails where we say so.
 
 vLLM brings a torch and a transformers of its own, so it is run apart from the other tests: `make test-vllm`.
 """
@@ -38,6 +38,7 @@ from models import (
 from secateur.base.quiet import quiet
 from secateur.commands.doctor import examine
 from secateur.fit.average import FittedBlock
+from secateur.formats.format import PrunedModel, format_class
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_obstacle
 from secateur.model.axes import Width
@@ -46,7 +47,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
-from secateur.write.write import slice, write
+from secateur.write.slice import slice
 
 # In this process, on one thread, with a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -220,13 +221,8 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
     changed = dict.fromkeys(sinks, 0.3 * noise)
     fitted = (FittedBlock(i, last_units(block, width), changed, ()) for i, width in widths.items())
     tensors = ((found.index, slice(stream, found)) for found in fitted)
-    write(
-        stream,
-        folder,
-        Plan(widths, 0.0, 0.0),
-        tensors,
-        format="hf" if isinstance(case.plan, str) else "stock",
-    )
+    kind = format_class("hf" if isinstance(case.plan, str) else "stock")
+    kind(stream).write(folder, PrunedModel(Plan(widths, 0.0, 0.0), tensors))
 
 
 @dataclass(frozen=True)

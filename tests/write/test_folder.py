@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-import secateur.write.write as writing
+import secateur.formats.hf as writing
 from conftest import CheckpointFolder
 from models import SIZES
 from secateur import SecateurError, prune

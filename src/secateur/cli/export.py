@@ -26,7 +26,7 @@ def export(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.write.export import export as run
+        from secateur.formats.gguf_export import export as run
 
     done = run(folder, out, type=type_, overwrite=running.overwrite, watcher=bars)
     line = f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}"

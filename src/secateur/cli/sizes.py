@@ -48,7 +48,7 @@ def sizes(
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if options.widths not in WIDTHS:
         raise SecateurError(f"widths is '{options.widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
-    if options.format == "gguf":
+    if options.declaration.suffix is not None:
         raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
     each = [replace(options, sparsity=share) for share in shares]
     bars = Bars()

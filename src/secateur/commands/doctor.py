@@ -16,15 +16,13 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path, parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
-from secateur.formats.gguf import Model
+from secateur.formats.folder import Folder, format_of_folder, open_folder
 from secateur.formats.gguf_choice import choose
+from secateur.formats.gguf_model import Model
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import MODELING_FILE, widths_of
-from secateur.formats.vllm import vllm_obstacle
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import encode
-from secateur.report.summary import loading
-from secateur.write.export import open_folder
 
 PROMPT = "The capital of France is"
 NEW = 8
@@ -70,13 +68,13 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
                 f"{code}: another version's code, a changed one or a stranger's, and opening the folder runs it; look "
                 "at it, then say --trust-remote-code"
             )
-        own = (path / MODELING_FILE.name).is_file()
+        kind = format_of_folder(path)
     how = {"out": str(path), "class": checkpoint.auto_class.__name__, "ids": _prompt(checkpoint), "new": NEW}
-    how["trust"] = own or trust_remote_code
+    how["trust"] = bool(kind.code) or trust_remote_code
     found: list[Engine] = []
     written: list[int] | None = None
-    for name, (package, line) in _engines(checkpoint, path, own).items():
-        obstacle = _vllm(checkpoint, own) if name == "vLLM" else None
+    for name, (package, line) in _engines(checkpoint, path, kind).items():
+        obstacle = _vllm(checkpoint, kind) if name == "vLLM" else None
         if (version := _version(package)) is None:
             says = NOT_HERE + (f", and would not run it: {obstacle}" if obstacle else "")
             found.append(Engine(name, None, None, says, line))
@@ -109,12 +107,13 @@ def _foreign(path: Path) -> Path | None:
     return None
 
 
-def _engines(checkpoint: Checkpoint, path: Path, own: bool) -> dict[str, tuple[str, str]]:
+def _engines(checkpoint: Checkpoint, path: Path, kind: type[Folder]) -> dict[str, tuple[str, str]]:
     """Name → package, and how a person opens the model with it."""
-    code = " --trust-remote-code" if own else ""
-    args = f"pretrained={path}" + (",trust_remote_code=True" if own else "")
+    loading = kind.how_to_load(checkpoint.auto_class.__name__, str(path))
+    code = " --trust-remote-code" if loading.runs_code else ""
+    args = f"pretrained={path}" + (",trust_remote_code=True" if loading.runs_code else "")
     return {
-        "transformers": ("transformers", loading(checkpoint.auto_class.__name__, "hf" if own else "stock", str(path))),
+        "transformers": ("transformers", loading.expression),
         "vLLM": ("vllm", f"vllm serve {path}{code}"),
         "lm-eval": ("lm_eval", f"lm_eval --model hf --model_args {args} --tasks TASKS"),
         "peft": ("peft", 'get_peft_model(model, LoraConfig(target_modules="all-linear"))'),
@@ -129,10 +128,10 @@ def _version(package: str) -> str | None:
     return importlib.metadata.version(names[0])
 
 
-def _vllm(checkpoint: Checkpoint, per_layer: bool) -> str | None:
+def _vllm(checkpoint: Checkpoint, kind: type[Folder]) -> str | None:
     """What is known to keep vLLM from it."""
     widths, inside = widths_of(checkpoint.config), checkpoint.around is not None
-    return vllm_obstacle(checkpoint.config, widths, per_layer=per_layer, multimodal=inside)
+    return kind.vllm_reason(checkpoint.config, widths, multimodal=inside)
 
 
 def _prompt(checkpoint: Checkpoint) -> list[int]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,18 @@ import torch
 
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, leftovers, local_path
+from secateur.base.files import leftovers, local_path
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import GROWING, RunFolder, state_of
 from secateur.base.team import Team
 from secateur.commands.memory import allow
 from secateur.commands.options import Options, Running, with_settings
-from secateur.commands.request import CheckedRequest, check_request
+from secateur.commands.request import CheckedRequest, check_request, format_of
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.block import Method
 from secateur.fit.recovery import Recovery
 from secateur.formats.family_file import read_family
-from secateur.formats.gguf_architectures import TYPES
-from secateur.formats.gguf_choice import check_type
-from secateur.formats.gguf_tokenizer import vocabulary
+from secateur.formats.format import format_class
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.journal import Journal
 from secateur.model.rows import Rows
@@ -38,7 +36,6 @@ from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
 from secateur.text.self_calibration import check_self
 from secateur.text.sources import RANDOM, SELF
 from secateur.write.hub import check_upload
-from secateur.write.write import check_entry, model_output
 
 
 def recovery_of(options: Options) -> Recovery:
@@ -162,9 +159,12 @@ def open_model(
     where = pick_device(running.device)
     for source in dict.fromkeys(options.sources) if team.leads else ():
         check_calibration(source, samples=options.samples, length=options.length)
+    if options.type != Options.type:
+        format_class(options.declaration.name).check_type(options.type)
     if out is not None and team.leads:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
-        _check_out(out, options, Path(model) if Path(model).is_dir() else None, running.overwrite)
+        folder = Path(model) if Path(model).is_dir() else None
+        options.declaration.output(out, source=folder, overwrite=running.overwrite).check()
         for left in leftovers(out):
             watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
     if running.push_to_hub is not None and team.leads:
@@ -180,18 +180,16 @@ def open_model(
     stream = BlockStream(checkpoint, device=where)
     stream.team = team
     dtype = wanted or checkpoint.dtype
-    # Random ids need none, where none must go into a GGUF file either.
-    spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and options.format != "gguf"
+    # Random ids need no tokenizer, and most outputs do without.
+    spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and not options.declaration.tokenizer
     tokenizer = None if spared else checkpoint.tokenizer()
     if out is not None and team.leads:
-        _check_size(stream, out, options, running, dtype)
-        if dtype == torch.float16 or (options.format == "gguf" and options.type == "f16"):
-            checkpoint.check_range(torch.float16)
+        growing = state_of(local_path(out).resolve()) / GROWING
+        format_of(stream, options, dtype).check_output(out, overwrite=running.overwrite, growing=growing)
     request = check_request(stream, options, dtype, watcher)
     if running.family is not None:
-        check_entry(stream, request.chosen, request.format, dtype)
-    if options.format == "gguf":
-        vocabulary(tokenizer, checkpoint.config.vocab_size)
+        request.format.check_family()
+    request.format.check_tokenizer(tokenizer)
     if SELF in options.sources:
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
@@ -201,27 +199,3 @@ def open_model(
     return OpenRun(
         stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started, memory
     )
-
-
-def _check_out(out: Path, options: Options, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, or that its name belies."""
-    if options.format != "gguf":
-        if out.suffix == ".gguf":
-            raise SecateurError(f"{out}: a folder is to be written; add --format gguf, or name a folder")
-        Output(out, overwrite=overwrite, source=source).check()
-        return
-    check_type(options.type)
-    Output(out, file=".gguf", overwrite=overwrite).check()
-
-
-def _check_size(stream: BlockStream, out: Path, options: Options, running: Running, dtype: torch.dtype) -> None:
-    """See that there is room for what will be written."""
-    file, checkpoint = options.format == "gguf", stream.checkpoint
-    # The folder that comes before a GGUF file lies beside it, with a name like this one.
-    place = out.with_name(f".{out.name}.folder") if file else out
-    growing = state_of(local_path(out).resolve()) / GROWING
-    output = replace(model_output(stream, place, None, overwrite=running.overwrite, dtype=dtype), at=growing)
-    if file:
-        # Both are there for a moment.
-        output.expected_bytes += int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[options.type].bytes)
-    output.check()

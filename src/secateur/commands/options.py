@@ -15,6 +15,7 @@ from secateur.base.options import Declared, check_types, declared, option, spell
 from secateur.base.plugins import plugins
 from secateur.base.words import DTYPES
 from secateur.criteria.choice import Choice, parse_choice
+from secateur.formats.registry import FORMATS, Declaration, default_format
 from secateur.model.kinds import KINDS
 from secateur.plan.target import Target, parse_target
 from secateur.text.sources import GENERAL
@@ -135,12 +136,17 @@ class Options:
     format: str | None = option(
         None,
         OUTPUT,
-        "Format of OUT. hf: a folder with a width for each block, which transformers loads with trust_remote_code="
-        "True; stock: a folder with one width, for the family's own class; gguf: one file for llama.cpp.",
-        shown="hf; stock with --widths uniform",
-        choices=("hf", "stock", "gguf"),
+        f"Format of OUT. {'; '.join(f'{one.name}: {one.help}' for one in FORMATS.values())}.",
+        shown=f"{default_format(False).name}; {default_format(True).name} with --widths uniform",
+        choices=tuple(FORMATS),
     )
-    type: str = option("f16", OUTPUT, "Type of the tensors in a GGUF file: f32, f16, bf16, q8_0, q4_0.")
+    type: str = option(
+        "f16",
+        OUTPUT,
+        "Type of the tensors, where the format has its own. "
+        + "; ".join(f"{one.name}: {', '.join(one.types)}" for one in FORMATS.values() if one.types)
+        + ".",
+    )
     dtype: str | None = option(
         None,
         OUTPUT,
@@ -158,15 +164,16 @@ class Options:
         share = self.sparsity
         if share is not None and not (math.isfinite(share) and 0 < share < 1):
             raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
-        self._check_target()
         for name, one in declared(Options).items():
             value = getattr(self, name)
             if value is not None and one.choices and value not in one.choices:
                 raise SecateurError(f"{name} is '{value}'; it must be one of {', '.join(one.choices)}")
             if value is not None and one.least is not None and value < one.least:
                 raise SecateurError(f"{spelled(name)} is {value}; it must be at least {one.least}")
-        if self.type != Options.type and self.format != "gguf":
-            raise SecateurError(f"type {self.type} is of a GGUF file: add --format gguf, or leave --type out")
+        self._check_target()
+        if self.type != Options.type and not self.declaration.types:
+            typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
+            raise SecateurError(f"type {self.type} goes with {typed}: add that, or leave --type out")
         wrong = [kind for kind in self.modules if kind not in KINDS]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
@@ -202,10 +209,15 @@ class Options:
                 raise SecateurError(f"{name} is '{path}', where there is no file{known}")
         if self.target is not None:
             parse_target(self.target)
-        if self.format == "stock" and self.widths == "adaptive" and self.plan is None:
+        if self.declaration.uniform and self.widths == "adaptive" and self.plan is None:
             raise SecateurError(
-                "the stock format holds one width for all blocks: take --widths uniform, or --format hf"
+                f"the {self.format} format holds one width for all blocks: take --widths uniform, or --format hf"
             )
+
+    @property
+    def declaration(self) -> Declaration:
+        """The output format."""
+        return FORMATS[self.format] if self.format else default_format(self.widths == "uniform" and self.plan is None)
 
     @property
     def choice(self) -> Choice:

@@ -10,17 +10,14 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.criteria.registry import Criteria
-from secateur.formats.gguf_choice import gguf_obstacle
-from secateur.model.axes import Width, alike
+from secateur.formats.format import Format, format_class
 from secateur.model.stream import BlockStream
-from secateur.model.structure import levelled
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.target import FASTER, Target
 from secateur.plan.widths import usual_multiple
-from secateur.write.write import Format, format_obstacle
 
 SOMETHING = 1e-6
 """A share of the parameters that any cut exceeds."""
@@ -34,7 +31,7 @@ class CheckedRequest:
     plan_from_file: Plan | None
     """The plan that a file spells out: nothing is left to solve."""
     format: Format
-    """Of the folder; a GGUF file is made from an `hf` one."""
+    """The output format, bound to the model."""
     needs_survey: bool
     """There is more than one plan to choose from."""
 
@@ -56,7 +53,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
         SecateurError: a plan that does not belong to the model, a target that no plan can meet, or a format that
             cannot hold what is asked for.
     """
-    format: Format = "stock" if options.format == "stock" or _stock_by_default(options) else "hf"
+    format = format_of(stream, options, dtype)
     problem = _problem(stream, options, format)
     if options.adds_biases and not any(module.free_bias for block in stream.blocks for module in block.modules):
         watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
@@ -64,16 +61,18 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
         options.preselection.check(problem)
     given = _plan_from_file(stream, options, problem)
     if given is not None:
-        _check_given(stream, options, problem, given, format)
+        check_plan(format, given, options.plan or options.widths)
         return CheckedRequest(problem, given, format, False)
     if isinstance(options.goal, Target) and not options.searches:
-        if options.format == "gguf" and options.goal.quantity in FASTER:
-            watcher.note("Speed is measured with torch's kernels on this machine; llama.cpp's may gain otherwise")
+        if format.other_kernels and options.goal.quantity in FASTER:
+            watcher.note(
+                f"Speed is measured with torch's kernels on this machine; {format.other_kernels}'s may gain otherwise"
+            )
         meter = meter_of(
             options.goal,
             stream,
+            output_bytes=format.byte_meter,
             dtype=dtype,
-            gguf_type=options.type if options.format == "gguf" else None,
             device=stream.device,
             watcher=watcher,
             biases=options.adds_biases,
@@ -82,18 +81,29 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, wat
     return CheckedRequest(problem, None, format, _needs_survey(problem, options))
 
 
-def check_plan(stream: BlockStream, options: Options, parameters: Meter, decided: Plan) -> Plan:
-    """The plan, whose blocks some formats bind to each other.
+def format_of(stream: BlockStream, options: Options, dtype: torch.dtype) -> Format:
+    """Return the output format of a run, bound to the open model."""
+    return format_class(options.declaration.name)(
+        stream,
+        chosen=options.chosen_blocks(len(stream)),
+        dtype=dtype,
+        type=None if options.type == Options.type else options.type,
+        biases=options.adds_biases,
+        together=options.widths == "uniform",
+    )
+
+
+def check_plan(format: Format, decided: Plan, file: str | None = None) -> Plan:
+    """Return a plan that the format holds, whose blocks some formats bind to each other.
 
     Raises:
-        SecateurError: the format cannot hold all of it together.
+        SecateurError: the format cannot hold all of the plan together; the error names the file that has it.
     """
-    if options.format == "gguf":
-        widths = [decided.widths.get(i, block.width) for i, block in enumerate(stream.blocks)]
-        reason = gguf_obstacle(stream.checkpoint, widths, options.type, biases=any(parameters.added))
-        if reason is not None:
-            more = "" if decided.uniform else f"; the nearest that fits: {nearest_uniform(decided.sparsity)}"
-            raise SecateurError(f"the GGUF format cannot hold this plan: {reason}{more}")
+    if (reason := format.unsupported_plan(decided.widths)) is not None:
+        whole = decided.uniform and len(decided.widths) == len(format.stream)
+        more = "" if whole else f"; the nearest that fits: {nearest_uniform(decided.sparsity)}"
+        place = f"{file}: " if file else ""
+        raise SecateurError(f"{place}the {format.declaration.name} format cannot hold this plan: {reason}{more}")
     return decided
 
 
@@ -101,18 +111,6 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
     """The target of the parameters, and every width that the format can hold."""
     chosen = options.chosen_blocks(len(stream))
     parameters = parameter_meter(stream, options.adds_biases)
-    biases = any(parameters.added)
-
-    @cache
-    def obstacle(width: Width) -> str | None:
-        reason = format_obstacle(stream, chosen, width, format=format, biases=biases)
-        if reason is None and options.format == "gguf" and not options.gives_widths:
-            # Blocks that the plan leaves alone stay dense; otherwise all may come out alike.
-            first = next((i for i in chosen if not stream.blocks[i].attention.fixed), chosen.start)
-            cut = chosen if options.widths == "uniform" else range(first, first + 1)
-            widths = [width if index in cut else block.width for index, block in enumerate(stream.blocks)]
-            reason = gguf_obstacle(stream.checkpoint, widths, options.type, biases=biases)
-        return reason
 
     return PlanProblem(
         blocks=stream.blocks,
@@ -122,7 +120,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         meter=parameters,
         kinds=_kinds(stream, options),
         multiple=options.round or usual_multiple([axis for block in stream.blocks for axis in block.axes]),
-        obstacle=obstacle,
+        obstacle=cache(format.unsupported_reason),
     )
 
 
@@ -150,10 +148,6 @@ def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     return True
 
 
-def _stock_by_default(options: Options) -> bool:
-    return options.format is None and options.widths == "uniform" and options.plan is None
-
-
 def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem) -> Plan | None:
     """The plan that a file spells out."""
     if options.plan is not None:
@@ -165,18 +159,3 @@ def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem)
     widths = read_ratios(Path(options.widths), stream.blocks, problem.multiple)
     reached = problem.sparsity(widths)
     return Plan(widths, reached, reached)
-
-
-def _check_given(stream: BlockStream, options: Options, problem: PlanProblem, given: Plan, format: Format) -> None:
-    """See that the format holds a plan out of a file."""
-    file = options.plan or options.widths
-    for width in set(given.widths.values()):
-        if (reason := problem.obstacle(width)) is not None:
-            raise SecateurError(f"{file}: the format cannot hold this: {reason}")
-    every = {i: given.widths.get(i, block.width) for i, block in enumerate(stream.blocks)}
-    if format == "stock" and not alike(levelled(stream.blocks, every)):
-        raise SecateurError(
-            f"{file}: the stock format holds one width for all blocks; take --format hf, "
-            f"or the nearest that fits: {nearest_uniform(given.sparsity)}"
-        )
-    check_plan(stream, options, problem.parameters, given)

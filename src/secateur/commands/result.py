@@ -19,11 +19,9 @@ from secateur.commands.open import OpenRun
 from secateur.commands.options import Options
 from secateur.fit.average import FittedBlock
 from secateur.fit.routed import FEWEST
-from secateur.formats.vllm import vllm_obstacle
-from secateur.model.axes import Width
 from secateur.model.structure import Block
 from secateur.model.units.experts import EXPERTS
-from secateur.plan.meters import Meter, byte_meter, cache_meter
+from secateur.plan.meters import Meter, cache_meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
 from secateur.survey.curves import Curve
@@ -38,8 +36,7 @@ def summary_of(
     run: OpenRun, rows: CalibrationRows, decided: Plan, expected: dict[str, tuple[float, int]] | None = None
 ) -> Summary:
     """The figures of a plan; `expected` are a dry run's seconds and peak by effort, in place of those so far."""
-    stream, options, blocks = run.stream, run.options, run.stream.blocks
-    gguf_type = options.type if options.format == "gguf" else None
+    stream, options, blocks, format = run.stream, run.options, run.stream.blocks, run.request.format
     every = [decided.widths.get(index, block.width) for index, block in enumerate(blocks)]
     seconds, peak = (expected or {}).get(options.effort) or (
         time.perf_counter() - run.started,
@@ -51,27 +48,21 @@ def summary_of(
 
     return Summary(
         parameters=before_and_after(run.request.parameters),
-        bytes=before_and_after(byte_meter(stream, run.dtype, gguf_type, options.adds_biases)),
+        bytes=before_and_after(format.byte_meter()),
         cache_bytes=before_and_after(cache_meter(stream, run.dtype)),
         dense=tuple(block.width for block in blocks),
         widths=decided.widths,
-        format="gguf" if gguf_type else run.request.format,
+        format=format.declaration.name,
         opens=stream.checkpoint.auto_class.__name__,
         sparsity=decided.sparsity,
         note=decided.note,
-        vllm=None if gguf_type else _not_served(run, every),
+        vllm=format.vllm_unsupported_reason(every),
         bos=run.begins_with_bos,
         tokens=rows.groups.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
         efforts={name: took for name, (took, _) in (expected or {}).items()},
     )
-
-
-def _not_served(run: OpenRun, widths: Sequence[Width]) -> str | None:
-    """Why vLLM does not serve what comes out, if so."""
-    checkpoint, apart = run.stream.checkpoint, run.request.format == "hf"
-    return vllm_obstacle(checkpoint.config, widths, per_layer=apart, multimodal=checkpoint.around is not None)
 
 
 def record(

@@ -1,6 +1,5 @@
 """The steps of `prune` behind the first: draw, survey, plan, fit, write. Each takes what those before it gave."""
 
-import secrets
 import shutil
 import time
 from collections.abc import Generator
@@ -22,6 +21,7 @@ from secateur.commands.result import block_record, record, summary_of, unfitted,
 from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.fit.temper import scaled
+from secateur.formats.format import PrunedModel
 from secateur.model.axes import AxisKind, Width, axis_kinds
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
@@ -36,9 +36,8 @@ from secateur.survey.curves import Survey, save_survey
 from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows, draw
 from secateur.text.rewrite import rewritten
-from secateur.write.export import export
 from secateur.write.hub import upload
-from secateur.write.write import slice, write
+from secateur.write.slice import slice
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _describe(run: OpenRun, rows: CalibrationRows) -> None:
     own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
     run.watcher.note(
         f"Calibrating on {options.samples} rows of {options.length} tokens{own}, computing on {run.stream.device}; "
-        f"the output is {options.type if options.format == 'gguf' else _name(run.dtype)}"
+        f"the output is {run.request.format.number_type}"
     )
 
 
@@ -178,7 +177,7 @@ def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBloc
 
 def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
     """Write the pruned model with its record; it appears whole or not at all."""
-    stream, options, out, journal = run.stream, run.options, Path(out), blocks.journal
+    stream, out, journal = run.stream, Path(out), blocks.journal
     # What a run that was stopped had taken counts as well.
     run = replace(run, started=run.started - journal.found.get("seconds", 0.0))
     journal.beside["seconds"] = lambda: time.perf_counter() - run.started
@@ -202,43 +201,26 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         return record(run, rows, decided, done, blocks.norm_scale)
 
     records = {"secateur.json": said, "timings.json": timings} | described(text_of(stream.checkpoint.path / CARD), said)
-    file = options.format == "gguf"
     if not run.team.leads:
         # Its share of the work is all that is wanted.
         for _ in blocks:
             pass
         return summary_of(run, rows, decided)
-    folder, at = out, None
-    if run.state is not None:
-        folder, at = run.state.path / "folder" if file else out, run.state.path / GROWING
-    elif file:
-        folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}")
-    try:
-        # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
-        with closing(sliced()) as tensors, closing(blocks):
-            if not (file and folder.exists()):
-                write(
-                    stream,
-                    folder,
-                    decided,
-                    tensors,
-                    format=run.request.format,
-                    dtype=run.dtype,
-                    overwrite=run.running.overwrite and not file,
-                    records=records,
-                    late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
-                    journal=journal,
-                    at=at,
-                )
-        if few := unfitted(done):
-            run.watcher.note(few)
-        if file:
-            growing = None if run.state is None else run.state.path / out.name
-            how: dict[str, Any] = {"overwrite": run.running.overwrite, "watcher": run.watcher, "at": growing}
-            export(folder, out, type=options.type, **how)
-    finally:
-        if file and run.state is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
+    with closing(sliced()) as tensors, closing(blocks):
+        pruned = PrunedModel(
+            decided,
+            tensors,
+            records=records,
+            late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
+            journal=journal,
+            state=None if run.state is None else run.state.path,
+            overwrite=run.running.overwrite,
+            watcher=run.watcher,
+        )
+        run.request.format.write(out, pruned)
+    if few := unfitted(done):
+        run.watcher.note(few)
     if run.running.push_to_hub is not None:
         run.watcher.note(f"Sent to {upload(out, run.running.push_to_hub, run.watcher)}")
     return summary_of(run, rows, decided)
@@ -259,7 +241,7 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
     options, problem, first = run.options, run.request.problem, found.first
 
     def checked(one: Plan) -> Plan:
-        return replace(check_plan(run.stream, options, problem.parameters, one), first=first)
+        return replace(check_plan(run.request.format, one), first=first)
 
     if run.request.plan_from_file is not None:
         return replace(run.request.plan_from_file, first=first)

@@ -8,14 +8,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from gguf import GGUFWriter, RopeScalingType
+from gguf import GGUFReader, GGUFWriter, RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.progress import Watcher
-from secateur.formats.gguf_architectures import TYPES, Architecture
-from secateur.formats.gguf_choice import Model
+from secateur.formats.gguf_graph import Architecture
+from secateur.formats.gguf_model import Model
 from secateur.formats.gguf_tensors import Entry, laid_out
 from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
+from secateur.formats.gguf_types import TYPES
 from secateur.model.axes import Width
 
 
@@ -54,6 +55,18 @@ def write_gguf(
             writer.write_tensor_data(entry.data())
     finally:
         writer.close()
+
+
+def check_tensors(file: Path, expected: Sequence[Entry]) -> str | None:
+    """Return how the tensors of a file differ from those that were to be written, as a clause, or None.
+
+    The gguf package's reader opens the file, and reads no weights.
+    """
+    wanted = {entry.name: (list(entry.tensor.shape), entry.type) for entry in expected}
+    # GGUF names the fastest axis first.
+    found = {one.name: ([*map(int, one.shape[::-1])], one.tensor_type) for one in GGUFReader(file).tensors}
+    name = next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None)
+    return None if name is None else f"{name} is {found.get(name)} where {wanted.get(name)} was to be stored"
 
 
 _DEEP = re.compile(r"\.deepstack_merger_list\.(\d+)\.")
@@ -106,23 +119,13 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
         writer.add_leading_dense_block_count(len(widths))
         writer.add_expert_feed_forward_length(0)
         writer.add_expert_shared_count(0)
-    if architecture.name in ("command-r", "cohere2"):
-        writer.add_logit_scale(config.logit_scale)
     if clip := getattr(getattr(config, "attn_config", config), "clip_qkv", None):
         writer.add_clamp_kqv(clip)
-    if architecture.name == "apertus":
-        for key in ("alpha_n", "alpha_p", "beta", "eps"):
-            stored = [inside[f"mlp.act_fn.{key}"] for inside in model.inside]
-            getattr(writer, f"add_xielu_{key}")([float(model.checkpoint.read(name)) for name in stored])
-    if architecture.name == "mpt":
-        writer.add_max_alibi_bias(8.0)
+    for add_own in architecture.settings:
+        add_own(writer, model)
     # What a tower hands to the first blocks comes with the embeddings.
     if deep := {found[1] for name in model.checkpoint.tensors if (found := _DEEP.search(name))}:
         writer.add_num_deepstack_layers(len(deep))
-    if architecture.name == "gptneox":
-        writer.add_parallel_residual(config.use_parallel_residual)
-    if architecture.name == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if getattr(config, "final_logit_softcapping", None) and not model.family.heads_by_layer_type:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if model.family.heads_by_layer_type:
@@ -131,8 +134,7 @@ def _add_sizes(writer: GGUFWriter, model: Model, architecture: Architecture, typ
     elif architecture.windows and model.window is not None:
         writer.add_sliding_window(model.window)
         writer.add_sliding_window_pattern(model.period)
-    elif architecture.name == "gemma2":
-        # Its graph has windows always.
+    elif architecture.always_windows:
         writer.add_sliding_window(config.max_position_embeddings)
 
 
@@ -195,9 +197,7 @@ def _add_experts(writer: GGUFWriter, model: Model, architecture: Architecture) -
         writer.add_expert_shared_count(getattr(config, "n_shared_experts", 1))
     if architecture.leading:
         writer.add_leading_dense_block_count(first)
-    if architecture.name in ("ernie4_5-moe", "llama4"):
-        writer.add_interleave_moe_layer_step(1)
-    if architecture.normed is None or architecture.name == "lfm2moe":
+    if architecture.normed is None or architecture.routing:
         writer.add_expert_weights_norm(model.normed)
         writer.add_expert_weights_scale(float(getattr(config, "routed_scaling_factor", 1.0)))
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType[names.gating.upper()])

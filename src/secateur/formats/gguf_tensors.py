@@ -19,8 +19,11 @@ from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.errors import SecateurError
-from secateur.formats.gguf_architectures import QKV, TYPES, Architecture
-from secateur.formats.gguf_choice import Model, in_file
+from secateur.formats.gguf_architectures import QKV
+from secateur.formats.gguf_choice import in_file
+from secateur.formats.gguf_graph import Architecture
+from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_types import TYPES
 from secateur.model.axes import Width
 from secateur.model.gguf_config import known_name
 from secateur.model.gguf_layout import SCALES, STILL, adds_one, by_kind, decays, tiled
@@ -211,7 +214,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
         one = renamed.endswith(("conv.weight", "conv1d.weight"))
         parts[renamed.removeprefix(f"blk.{index}.")] = normed.then(partial(torch.squeeze, dim=1)) if one else normed
     if model.widths[index].heads:
-        _rescale(parts, _score_ratio(model, architecture, index))
+        _rescale(parts, 1.0 if architecture.score_ratio is None else architecture.score_ratio(model, index))
     elif width.heads:
         parts |= _idle_head(model, architecture)
     else:
@@ -365,20 +368,6 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
 def _norm(model: Model, name: str, stored: Lazy) -> Lazy:
     """The factors of a norm, also of one that adds one to what it stores; other tensors as they are."""
     return stored.then(lambda values: values.float() + 1) if model.family.norm_offset and adds_one(name) else stored
-
-
-def _score_ratio(model: Model, architecture: Architecture, index: int) -> float:
-    """The model's scale of attention scores over llama.cpp's."""
-    config = model.config
-    if architecture.name in ("gemma2", "gemma3"):
-        # It tells Gemma's 27B models by their depth, and takes their scale from the width per head.
-        deepest = {"gemma2": 46, "gemma3": 62}[architecture.name] == len(model.widths)
-        assumed = config.hidden_size // model.widths[0].heads if deepest else model.dim
-        return float((assumed / config.query_pre_attn_scalar) ** 0.5)
-    if architecture.name == "gpt2":
-        ratio = 1.0 if config.scale_attn_weights else model.dim**0.5
-        return ratio / (index + 1) if config.scale_attn_by_inverse_layer_idx else ratio
-    return 1.0
 
 
 def _rescale(parts: dict[str, Lazy], ratio: float) -> None:

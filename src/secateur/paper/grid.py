@@ -22,7 +22,6 @@ from secateur.paper.run_store import RunStore
 from secateur.paper.runs import planned_runs
 from secateur.paper.subject import Subject, open_subject, sources
 from secateur.text.calibration import tokenised_once
-from secateur.write.write import model_output
 
 
 def compare(
@@ -60,7 +59,7 @@ def compare(
             first = subject.runs[0][1]
             # On the disk that the comparison will be on.
             beside = out.absolute().parent / f".{out.name}.scratch"
-            model_output(first.stream, beside, None, overwrite=True, dtype=first.dtype).check()
+            first.request.format.output(beside, overwrite=True).check()
         with store:
             return _carry_out(recipe, subjects, judge, store, done)
 

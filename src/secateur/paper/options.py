@@ -108,7 +108,7 @@ class PaperOptions(Base):
         }
         if said := next((name for name, value in given.items() if value), None):
             raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out")
-        if self.widths == "uniform" or self.format == "stock":
+        if self.widths == "uniform" or self.declaration.uniform:
             raise SecateurError(
                 "similarity finds as many heads to remove as there are in each block, which the stock format and "
                 "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 
 import torch
@@ -12,13 +10,9 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.base.words import counted
-from secateur.formats.gguf_architectures import LEVEL2, Architecture
-from secateur.formats.gguf_choice import Model, choose, filled
-from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
-from secateur.model.units.channels import CHANNELS
 from secateur.plan.latency import Timer, measured
 from secateur.plan.target import FASTER, Target
 
@@ -54,19 +48,22 @@ def meter_of(
     target: Target,
     stream: BlockStream,
     *,
+    output_bytes: Callable[[], Meter],
     dtype: torch.dtype,
-    gguf_type: str | None,
     device: torch.device,
     watcher: Watcher,
     biases: bool = False,
 ) -> Meter:
-    """The meter that a target is about; for `ppl` there is none, as it is no sum over modules."""
+    """Return the meter that a target is about; for `ppl` there is none, as it is no sum over modules.
+
+    `output_bytes` gives the meter of the output format.
+    """
     if target.quantity == "params":
         return parameter_meter(stream, biases)
     if target.quantity == "active":
         return active_meter(stream, biases)
     if target.quantity == "bytes":
-        return byte_meter(stream, dtype, gguf_type, biases)
+        return output_bytes()
     assert target.quantity != "ppl"
     if stream.beside.lent:
         raise SecateurError(
@@ -96,11 +93,11 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
     inside = sum(block.held(block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
-        _dense(stream),
+        dense_widths(stream),
         stored - inside,
         module=lambda index, kind, width: stream.blocks[index].held(width, kind),
         form=lambda value: f"{counted(value, 1)} parameters",
-        added=_added(stream) if biases else (),
+        added=added_biases(stream) if biases else (),
     )
 
 
@@ -114,25 +111,14 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
     )
 
 
-def byte_meter(stream: BlockStream, dtype: torch.dtype, gguf_type: str | None = None, biases: bool = False) -> Meter:
-    """Bytes of the weights as they will be written, without headers and, in a GGUF file, without the tokenizer.
-
-    They are of `dtype` in a safetensors folder, and where a GGUF file is to be made of `gguf_type`, a name in `TYPES`;
-    for `biases` see `parameter_meter`.
-
-    Raises:
-        SecateurError: no GGUF file can hold the dense model.
-    """
-    if gguf_type is not None:
-        # Vectors are float32 there, whatever the type of the file.
-        added = tuple(value * torch.float32.itemsize for value in _added(stream)) if biases else ()
-        return replace(_gguf_meter(stream, gguf_type, any(added)), added=added)
+def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) -> Meter:
+    """Return the meter of the bytes of all weights, stored in one dtype; for `biases` see `parameter_meter`."""
     counts = parameter_meter(stream, biases)
     # What is no floating-point number is copied as it is.
     others = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
     fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in others)
     added = tuple(value * dtype.itemsize for value in counts.added)
-    return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, _megabytes, added)
+    return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, megabytes, added)
 
 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
@@ -147,7 +133,7 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
         return width.groups * entry if latent is None else latent * dtype.itemsize
 
     return Meter(
-        _dense(stream),
+        dense_widths(stream),
         fixed=0,
         module=module,
         form=lambda value: f"{value:,.0f} B per token",
@@ -173,7 +159,7 @@ def latency_meter(
     tables = {index: measured(stream, index, kind, device, dtype, watcher, timer) for index in sorted(set(first))}
     own = [tables[index] for index in first]
     return Meter(
-        _dense(stream),
+        dense_widths(stream),
         fixed=own[0].outside + sum(table.rest for table in own),
         module=lambda index, kind, width: own[index].module(list(stream.blocks[index].module(kind).gone), width),
         form=lambda value: f"{1e3 * value:,.1f} ms",
@@ -230,84 +216,17 @@ def _nearest(target: Target, dense: float, least: float) -> Target | None:
     return Target(target.quantity, value, False) if value < dense else None
 
 
-def _dense(stream: BlockStream) -> tuple[Width, ...]:
+def dense_widths(stream: BlockStream) -> tuple[Width, ...]:
+    """Return the dense width of every block."""
     return tuple(block.width for block in stream.blocks)
 
 
-def _added(stream: BlockStream) -> tuple[float, ...]:
-    """Entries of the level-2 biases that each block gets, where a recovery adds them."""
+def added_biases(stream: BlockStream) -> tuple[float, ...]:
+    """Count the entries of the biases that a recovery adds to the output projections of each block."""
     new = ([m for m in block.modules if m.free_bias and not m.bias] for block in stream.blocks)
     return tuple(float(len(modules) * stream.width) for modules in new)
 
 
-def _gguf_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
-    """Bytes of all tensors of a GGUF file but added biases; see `byte_meter`."""
-    dense, checkpoint = _dense(stream), stream.checkpoint
-    added: frozenset[str] = LEVEL2 if biases else frozenset()
-    model = Model(checkpoint, list(dense), added)
-    try:
-        # Blocks that differ may need another architecture, which can leave out more of a block without heads.
-        without = [*dense[:-1], dense[-1] | stream.blocks[-1].attention.gone]
-        architecture = choose(Model(checkpoint, without, added), type)
-    except SecateurError:
-        architecture = choose(model, type)
-    # One block stands for all of the same shape, but the first is a case of its own: it may have to keep a head.
-    shapes = [block.shapes for block in stream.blocks]
-    at = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
-
-    @cache
-    def taken(index: int, kind: str, width: Width) -> int:
-        return _gguf_bytes(stream, model, architecture, type, index, kind, width)
-
-    @cache
-    def experts(index: int, width: Width) -> int:
-        """Bytes of a block's mixture: its experts' matrices shrink along two axes, the router's along one."""
-        full, total, times = dense[index], 0, stream.blocks[index].feed_forward.times
-        for entry in block_entries(model, architecture, index, type):
-            shape = list(entry.tensor.shape)
-            if ".ffn_" in entry.name or ".exp_" in entry.name:
-                if times and "_shexp." in entry.name:
-                    shape["ffn_down" in entry.name] = times * width.channels
-                elif shape[0] == full.experts:
-                    shape[0] = width.experts
-                if len(shape) == 3:
-                    shape[2 if ".ffn_down_exps" in entry.name else 1] = width.channels
-                total += bytes_at(entry, tuple(shape), type)
-        return total
-
-    def module(index: int, kind: str, width: Width) -> float:
-        full = dense[index]
-        if kind == "heads":
-            return taken(at[index], kind, full.taking("heads", width))
-        if kind == "experts":
-            return experts(at[index], full.taking("experts", width))
-        # Rows are filled up, so a few channels fewer may be as large.
-        channels = min(filled(width.channels, type), full.channels) if width.channels else 0
-        return taken(at[index], kind, full | {CHANNELS: channels})
-
-    whole = sum(entry.bytes for entry in entries(model, architecture, type))
-    inside = sum(module(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
-    return Meter(dense, whole - inside, module, _megabytes)
-
-
-def _gguf_bytes(
-    stream: BlockStream, model: Model, architecture: Architecture, type: str, index: int, kind: str, width: Width
-) -> int:
-    """Bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
-    block, trial, tensors = stream.blocks[index], copy(model), dict(model.checkpoint.tensors)
-    after, kept = block.shapes_at(width, kind), dict(model.inside[index])
-    for name in block.inside(block.module(kind)):
-        stored = stream.stored_name(index, name)
-        if name in after:
-            tensors[stored] = replace(tensors[stored], shape=after[name])
-        else:
-            del kept[name]
-    trial.checkpoint = replace(model.checkpoint, tensors=tensors)
-    trial.widths = [width if i == index else dense for i, dense in enumerate(model.widths)]
-    trial.inside = [kept if i == index else inside for i, inside in enumerate(model.inside)]
-    prefix = f"blk.{index}.{'attn' if kind == 'heads' else 'ffn'}_"
-    return sum(e.bytes for e in block_entries(trial, architecture, index, type) if e.name.startswith(prefix))
-
-
-def _megabytes(value: float) -> str:
+def megabytes(value: float) -> str:
+    """Return bytes as people read them."""
     return f"{value / 1e6:,.1f} MB"

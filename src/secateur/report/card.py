@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from secateur.base.words import counted
+from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
-from secateur.report.summary import REGISTER, loading, registered
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
@@ -109,8 +109,13 @@ def expected(record: Mapping[str, Any]) -> str:
 
 def opening(record: Mapping[str, Any], folder: str) -> str:
     """Python that opens the model."""
+    return f"from transformers import {record['loads']['class']}\n\nmodel = {_loading(record, folder).expression}"
+
+
+def _loading(record: Mapping[str, Any], folder: str = "") -> Loading:
+    """Return how the folder is opened."""
     said = record["loads"]
-    return f"from transformers import {said['class']}\n\nmodel = {loading(said['class'], said['format'], folder)}"
+    return format_class(said["format"]).how_to_load(said["class"], folder)
 
 
 def versions(record: Mapping[str, Any]) -> str:
@@ -128,17 +133,17 @@ def _retrained(record: Mapping[str, Any]) -> str:
 
 def _without_code(record: Mapping[str, Any]) -> str:
     """The other way to open it, where there is one."""
-    if not registered(record["loads"]["class"], record["loads"]["format"]):
+    if not (call := _loading(record).registered):
         return ""
     return (
-        f"Where secateur is installed, `import secateur; {REGISTER}` does in place of `trust_remote_code=True`. "
+        f"Where secateur is installed, `import secateur; {call}` does in place of `trust_remote_code=True`. "
         "Without either, transformers stops at tensors of other shapes and speaks of `ignore_mismatched_sizes`."
     )
 
 
 def _served(record: Mapping[str, Any]) -> str:
     why = record["loads"]["vllm"]
-    flag = " --trust-remote-code" * (record["loads"]["format"] == "hf")
+    flag = " --trust-remote-code" * _loading(record).runs_code
     vllm = f"vLLM does not serve it: {why}." if why else f"With vLLM: `vllm serve THIS_FOLDER{flag}`."
     return f"{vllm} For llama.cpp: `secateur export THIS_FOLDER model.gguf`, where it knows the architecture."
 

@@ -132,18 +132,3 @@ class Surveyed:
     """The wanted share → what the model then has."""
     line: str
     """The command that prunes from this survey."""
-
-
-REGISTER = "secateur.register()"
-"""What lets transformers open a folder without running its code."""
-
-
-def registered(opens: str, format: str) -> bool:
-    """Whether that is of use for a folder."""
-    return format == "hf" and opens == "AutoModelForCausalLM"
-
-
-def loading(opens: str, format: str, folder: str) -> str:
-    """Python that opens a folder of a format, by transformers' auto class."""
-    extra = ", trust_remote_code=True" if format == "hf" else ""
-    return f'{opens}.from_pretrained("{folder}"{extra})'

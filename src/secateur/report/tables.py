@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.table import Table
 
 from secateur.base.words import counted
+from secateur.formats.format import format_class
 from secateur.measure.compare import Evaluation, Figure, short
 from secateur.model.axes import Width, axis_kinds, shares, totals
-from secateur.report.summary import REGISTER, Proposal, Size, Summary, Surveyed, loading, registered
+from secateur.report.summary import Proposal, Size, Summary, Surveyed
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -39,7 +40,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     else:
         lines.append(f"Calibrated on {summary.tokens:,} tokens; {_begin(summary.bos)}.")
         lines.append(f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}")
-        lines.append(_loads(summary, out))
+        lines.append(format_class(summary.format).how_to_load(summary.opens, str(out)).line)
         if summary.vllm is not None:
             lines.append(f"vLLM does not serve it: {summary.vllm}.")
     return table, lines
@@ -59,14 +60,6 @@ def _where(summary: Summary) -> str:
     return (
         f"in {count} blocks of {', '.join(f'{number:,} {axis_kinds()[name].label}' for name, number in width.items())}"
     )
-
-
-def _loads(summary: Summary, out: Path) -> str:
-    """How the result is opened."""
-    if summary.format == "gguf":
-        return f"Run it: llama-cli -m {out}"
-    other = f", or after {REGISTER} without it" if registered(summary.opens, summary.format) else ""
-    return f"Load it: {loading(summary.opens, summary.format, str(out))}{other}"
 
 
 UNMEASURED = ("parameters", "bytes at equal dtype")

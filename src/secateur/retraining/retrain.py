@@ -21,6 +21,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import Output, hash_of, local_path
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.run_folder import RunFolder
+from secateur.formats.folder import open_folder
 from secateur.measure import compare, perplexity
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.folder import check_described
@@ -30,7 +31,6 @@ from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
 from secateur.retraining.write import write_retrained
 from secateur.text.calibration import calibration_rows
-from secateur.write.export import open_folder
 from secateur.write.record import record_of
 
 HELD_OUT = 16

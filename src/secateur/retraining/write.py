@@ -9,9 +9,9 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.card import BASE_CARD
 from secateur.report.folder import described, text_of
+from secateur.write.files import copy_into, write_json, write_record
 from secateur.write.record import RECORD, record_of
 from secateur.write.shards import ShardWriter, header_room
-from secateur.write.write import copy_into, write_json, write_record
 
 
 def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], entry: dict[str, Any]) -> None:

@@ -10,13 +10,15 @@ from gguf import GGMLQuantizationType
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, local_path, parse_json
 from secateur.base.progress import Silent, Watcher
-from secateur.formats.gguf import context_length, write_gguf
-from secateur.formats.gguf_choice import Model, check_type, choose
+from secateur.formats.folder import open_folder
+from secateur.formats.gguf import check_tensors, context_length, write_gguf
+from secateur.formats.gguf_choice import choose
+from secateur.formats.gguf_model import Model
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
+from secateur.formats.gguf_types import check_type
 from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.plan.plan import nearest_uniform
 from secateur.write.record import record_of
 
@@ -93,6 +95,8 @@ def export(
         watcher.note(f"{short} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")
     with Output(path, file=".gguf", overwrite=overwrite, expected_bytes=total, at=at) as partial:
         write_gguf(partial, model, architecture, tensors, words, type=type, name=path.stem, watcher=watcher)
+        if (why := check_tensors(partial, tensors)) is not None:
+            raise SecateurError(f"{out}: removed, as it is not what was to be written ({why}); report it as a fault")
     return Exported(path, total, architecture.name, context)
 
 
@@ -115,14 +119,3 @@ def _nearest(folder: Path, widths: Sequence[Width]) -> str:
         case {"sparsity": {"reached": float(reached)}} if not alike(widths):
             return f"; the nearest that fits: prune again with {nearest_uniform(reached)}"
     return ""
-
-
-def open_folder(folder: Path) -> Checkpoint:
-    """Open a model's folder.
-
-    Raises:
-        SecateurError: there is none, or a broken one.
-    """
-    if not (folder / "config.json").is_file():
-        raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")
-    return open_checkpoint(folder)

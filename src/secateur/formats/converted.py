@@ -1,0 +1,68 @@
+"""A file that is converted from a folder: the folder is written before it, and removed behind it.
+
+Blocks come one by one and are never made twice, also where a run that was stopped goes on; so a file that cannot be
+written in pieces is made of a folder that can.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from secateur.base.files import Output
+from secateur.base.progress import Watcher
+from secateur.formats.format import Format, PrunedModel
+from secateur.formats.hf import HfFolder
+from secateur.model.axes import Width
+
+
+class Converted(Format):
+    """A format of files, each converted from a folder of the format `hf`."""
+
+    @abstractmethod
+    def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
+        """Write the file (`with output as path: ...`) from a folder, and return the bytes of its weights."""
+
+    @cached_property
+    def folder(self) -> HfFolder:
+        """The format of the folder."""
+        return HfFolder(self.stream, chosen=self.chosen, dtype=self.dtype, biases=self.biases, together=self.together)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the dense model's weights in the file, about."""
+        return round(self.folder.byte_meter().dense)
+
+    def unsupported_reason(self, width: Width) -> str | None:
+        """Ask the format of the folder."""
+        return self.folder.unsupported_reason(width)
+
+    def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
+        """Ask the format of the folder."""
+        return self.folder.unsupported_plan(widths)
+
+    def check_output(self, out: Path, *, overwrite: bool = False, growing: Path | None = None) -> None:
+        """Ask for room for both the folder, which lies beside the file under a name like it, and the file."""
+        both = self.folder.output(out.with_name(f".{out.name}.folder"), overwrite=overwrite, at=growing)
+        both.expected_bytes += self.file_bytes
+        both.check()
+        self.check_range()
+
+    def write(self, out: Path, pruned: PrunedModel) -> int:
+        """Write a folder and convert it; a folder that an earlier run has finished is taken as it is."""
+        state = pruned.state
+        folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if state is None else state / "folder"
+        output = self.declaration.output(out, overwrite=pruned.overwrite)
+        output.at = None if state is None else state / out.name
+        try:
+            if not folder.exists():
+                self.folder.write(folder, replace(pruned, overwrite=False))
+            return self.convert(folder, output, pruned.watcher)
+        finally:
+            if state is None:
+                shutil.rmtree(folder, ignore_errors=True)

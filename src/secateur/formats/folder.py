@@ -1,0 +1,185 @@
+"""A folder of safetensors that transformers loads: what the formats `hf` and `stock` share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import first_line
+from secateur.families.registry import twin_of
+from secateur.formats.format import Format, Loading, PrunedModel, format_class
+from secateur.formats.opened import check_written, planned_misfit
+from secateur.formats.registry import FORMATS
+from secateur.formats.vllm import vllm_obstacle
+from secateur.model.axes import Width
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.config_file import TEXT
+from secateur.model.structure import Keep
+from secateur.model.surgery import width_of
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERTS_MULTIPLE
+from secateur.plan.problem import Plan
+from secateur.plan.widths import head_widths
+from secateur.write.files import copy_into, write_json, write_record
+from secateur.write.shards import ShardWriter, header_room
+
+Biases = Mapping[int, tuple[bool, bool]]
+"""By block: whether the output projections of attention and feed-forward got a bias that the stock class lacks."""
+
+
+class Folder(Format):
+    """A folder with config.json, safetensors shards, and the tokenizer's files."""
+
+    code: ClassVar[tuple[Path, ...]] = ()
+    """Python files that the folder needs to be opened."""
+    advice: ClassVar[str]
+    """What to do where transformers does not open the folder that was written."""
+
+    @abstractmethod
+    def own_reason(self, width: Width) -> str | None:
+        """Return `unsupported_reason` as far as it differs between formats of folders."""
+
+    @abstractmethod
+    def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+        """Return the contents of the language model's config.json."""
+
+    @classmethod
+    def vllm_reason(cls, config: Any, widths: Sequence[Width], *, multimodal: bool) -> str | None:
+        """Return why vLLM does not serve a folder, as a clause that ends in what can be done instead, or None.
+
+        Args:
+            config: the config object of the dense model, or of the folder.
+            widths: of every block.
+            multimodal: the model is inside a multimodal one.
+        """
+        return vllm_obstacle(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
+
+    def around(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of a multimodal model's config.json around those of its language model."""
+        return outer | {TEXT: own}
+
+    @classmethod
+    def how_to_load(cls, auto_class: str, path: str) -> Loading:
+        """Return the call of `from_pretrained`."""
+        runs_code = bool(cls.code)
+        call = f'{auto_class}.from_pretrained("{path}"{", trust_remote_code=True" if runs_code else ""})'
+        registered = "secateur.register()" if runs_code and auto_class == "AutoModelForCausalLM" else ""
+        other = f", or after {registered} without it" if registered else ""
+        return Loading(f"Load it: {call}{other}", call, runs_code, registered)
+
+    def unsupported_reason(self, width: Width) -> str | None:
+        """Return the first reason: of kernels, of transformers, of the format itself."""
+        config, dense = self.stream.checkpoint.config, self.dense(width)
+        if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
+            return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
+        if (twin := twin_of(config)) and twin.inputs_first and 2 * width.channels == config.hidden_size:
+            return f"transformers cannot tell which way {width.channels} channels of experts lie; take another size"
+        return self.own_reason(width)
+
+    def dense(self, width: Width) -> Width:
+        """Return the dense width of the first block that has the same kinds of units."""
+        blocks = self.stream.blocks
+        return next(block.width for block in blocks if block.width.kinds == width.kinds or not width.fed)
+
+    def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
+        """Return why vLLM does not serve the folder, or None."""
+        checkpoint = self.stream.checkpoint
+        return self.vllm_reason(checkpoint.config, widths, multimodal=checkpoint.around is not None)
+
+    def write(self, out: Path, pruned: PrunedModel) -> int:
+        """Write config, weights, code, records and whatever lies beside the dense weights."""
+        plan, journal, checkpoint = pruned.plan, pruned.journal, self.stream.checkpoint
+        if (reason := self.unsupported_plan(plan.widths)) is not None:
+            raise SecateurError(reason)
+        with self.output(out, plan, overwrite=pruned.overwrite, at=pruned.growing) as folder:
+            writer = ShardWriter(folder, header_bytes=header_room(self._possible_names(plan)))
+            if "shards" in journal.found:
+                writer.resume(journal.found["shards"])
+            journal.beside["shards"] = writer.settle
+            for name, tensor in self.tensors(pruned, written=writer):
+                writer.add(name, tensor)
+                # It must not stay in memory while the next block is fitted.
+                del tensor
+            writer.close()
+            biases = {index: self._gained(index, writer) for index in plan.widths}
+            write_json(folder / "config.json", self.config(plan, biases))
+            for file in (*self.code, *checkpoint.files):
+                copy_into(folder, file)
+            for file_name, record in pruned.records.items():
+                write_record(folder / file_name, record)
+            check_written(folder, out, self.advice)
+            return writer.total_bytes
+
+    def config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+        """Return the contents of config.json."""
+        own = self.own_config(plan, biases)
+        if (outer := self.stream.checkpoint.around) is None:
+            return own
+        return self.around(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
+
+    def check_family(self) -> None:
+        """Open a config with narrower blocks: its class must make just such blocks."""
+        checkpoint, stream = self.stream.checkpoint, self.stream
+        # What only some blocks have, the config must give to the others as well.
+        cut = self.chosen if self.declaration.uniform else self.chosen[::2]
+        keeps = {index: keep for index in cut if (keep := self._narrower(index))}
+        if not keeps or checkpoint.around is not None:
+            return
+        plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
+        kind, biases = checkpoint.config.model_type, dict.fromkeys(keeps, (False, False))
+        try:
+            why = planned_misfit(stream, keeps, self.config(plan, biases))
+        except Exception as error:
+            why = first_line(error).removeprefix(f"{checkpoint.source}: ")
+        if why is not None:
+            raise SecateurError(
+                f"{checkpoint.source}: the entry for {kind} does not fit its class ({why}); correct the entry"
+            )
+
+    def _narrower(self, index: int) -> Keep | None:
+        """Return the first units of a block: as few heads as the format holds, half of the channels; None if none."""
+        block, dense = self.stream.blocks[index], self.stream.blocks[index].width
+        channels = dense.channels if dense.experts else -(-dense.channels // 2)
+        for heads_kept in reversed(head_widths(block)):
+            width = heads_kept | ({} if dense.experts else {CHANNELS: channels})
+            groups, each = width.groups, width.per_group
+            if self.unsupported_reason(width) is None:
+                heads = tuple(group * dense.per_group + head for group in range(groups) for head in range(each))
+                kind, count = ("experts", dense.experts) if dense.experts else ("channels", channels)
+                return Keep(heads, **{kind: tuple(range(count))})
+        return None
+
+    def _possible_names(self, plan: Plan) -> list[str]:
+        """Return all names that a shard's header may need, those of biases that a refit may add among them."""
+        modules = [(index, module) for index in plan.widths for module in self.stream.blocks[index].modules]
+        added = {self.stored_name(index, module.bias_name) for index, module in modules if module.free_bias}
+        return [*self.stream.checkpoint.tensors, *self.names_inside(plan), *added]
+
+    def _gained(self, index: int, written: Container[str]) -> tuple[bool, bool]:
+        """Return whether each module's output projection was given a bias that the stock class lacks."""
+        attention, feed_forward = (
+            module.free_bias and not module.bias and self.stored_name(index, module.bias_name) in written
+            for module in self.stream.blocks[index].modules
+        )
+        return attention, feed_forward
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Open a model's folder.
+
+    Raises:
+        SecateurError: there is none, or a broken one.
+    """
+    if not (folder / "config.json").is_file():
+        raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")
+    return open_checkpoint(folder)
+
+
+def format_of_folder(folder: Path) -> type[Folder]:
+    """Return the first format of folders whose code is there; `stock` has none."""
+    kinds = map(format_class, FORMATS)
+    own = (kind for kind in kinds if issubclass(kind, Folder))
+    return next(kind for kind in own if all((folder / file.name).is_file() for file in kind.code))

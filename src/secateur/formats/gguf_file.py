@@ -1,0 +1,84 @@
+"""The format `gguf`: one file for llama.cpp."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.base.files import Output
+from secateur.base.progress import Watcher
+from secateur.formats.converted import Converted
+from secateur.formats.format import Loading
+from secateur.formats.gguf_bytes import gguf_byte_meter
+from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.formats.gguf_export import export
+from secateur.formats.gguf_tokenizer import vocabulary
+from secateur.formats.gguf_types import TYPES, check_type
+from secateur.formats.registry import output_format
+from secateur.model.axes import Width
+from secateur.plan.meters import Meter, added_biases
+
+
+@output_format(
+    "gguf",
+    help="one file for llama.cpp",
+    suffix=".gguf",
+    types=("f16", "f32", "bf16", "q8_0", "q4_0"),
+    tokenizer=True,
+)
+class GgufFile(Converted):
+    """A width for each block where the architecture of llama.cpp takes one, else one width for all blocks."""
+
+    other_kernels = "llama.cpp"
+
+    @classmethod
+    def check_type(cls, type: str) -> None:
+        """Raise `SecateurError` for a type that cannot be written, with the way to llama.cpp's others."""
+        check_type(type)
+
+    @classmethod
+    def how_to_load(cls, auto_class: str, path: str) -> Loading:
+        """Return the command of llama.cpp."""
+        return Loading(f"Run it: llama-cli -m {path}")
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the dense model's weights in the file, about."""
+        checkpoint = self.stream.checkpoint
+        return int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[self.type].bytes)
+
+    def unsupported_reason(self, width: Width) -> str | None:
+        """Ask for one block of this width among dense ones, or for all chosen blocks where they are cut together."""
+        if (reason := super().unsupported_reason(width)) is not None:
+            return reason
+        blocks, chosen = self.stream.blocks, self.chosen
+        first = next((index for index in chosen if not blocks[index].attention.fixed), chosen.start)
+        return self._architecture_reason(dict.fromkeys(chosen if self.together else range(first, first + 1), width))
+
+    def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
+        """Ask for every block by itself, then for an architecture that computes them together."""
+        return super().unsupported_plan(widths) or self._architecture_reason(widths)
+
+    def _architecture_reason(self, widths: Mapping[int, Width]) -> str | None:
+        every = [widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)]
+        added = self.biases and any(added_biases(self.stream))
+        return gguf_obstacle(self.stream.checkpoint, every, self.type, biases=added)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """See that GGUF has a spelling of the tokenizer."""
+        vocabulary(tokenizer, self.stream.checkpoint.config.vocab_size)
+
+    def check_range(self) -> None:
+        """See that float16 holds all weights, where the folder or the file has such."""
+        if self.dtype == torch.float16 or self.type == "f16":
+            self.stream.checkpoint.check_range(torch.float16)
+
+    def byte_meter(self) -> Meter:
+        """Return the meter of the bytes of tensors, without the tokenizer."""
+        return gguf_byte_meter(self.stream, self.type, self.biases)
+
+    def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
+        """Export the folder, as `secateur export` does."""
+        how: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.at}
+        return export(folder, output.path, type=self.type, **how).bytes

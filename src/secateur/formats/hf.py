@@ -1,0 +1,47 @@
+"""The format `hf`: a folder whose blocks differ in width, with a modeling file that transformers runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.formats.folder import Biases, Folder
+from secateur.formats.per_layer import MODELING_FILE, around_per_layer, per_layer_config, per_layer_obstacle
+from secateur.formats.registry import output_format
+from secateur.model.axes import Width
+from secateur.model.facts import head_dim
+from secateur.plan.problem import Plan
+
+
+@output_format("hf", help="a folder with a width for each block, which transformers loads with trust_remote_code=True")
+class HfFolder(Folder):
+    """A width for each block; blocks do not bind each other."""
+
+    code = (MODELING_FILE,)
+    advice = "report it as a fault of secateur"
+
+    def own_reason(self, width: Width) -> str | None:
+        """Ask a block whose heads can go; it speaks for those that have another token mixer."""
+        blocks = self.stream.blocks
+        free = next((index for index in self.chosen if not blocks[index].attention.locked), self.chosen.start)
+        return per_layer_obstacle(self.stream.checkpoint.config, blocks[free], width)
+
+    def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
+        """Ask for every block by itself."""
+        alone = (HfFolder(self.stream, chosen=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
+        return next(filter(None, alone), None)
+
+    def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+        """Return the dense config with what differs from block to block."""
+        checkpoint = self.stream.checkpoint
+        return per_layer_config(
+            checkpoint.raw_config,
+            checkpoint.config,
+            widths=plan.widths,
+            dense=[block.width for block in self.stream.blocks],
+            biases=biases,
+            head_dim=head_dim(checkpoint.config),
+            dtype=self.dtype,
+        )
+
+    def around(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """Name the classes of the modeling file, too."""
+        return around_per_layer(outer, own)
