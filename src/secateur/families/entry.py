@@ -138,6 +138,12 @@ class GgufInput:
     """Constants in the code of llama.cpp's graph, by config key."""
     pairs: bool = False
     """Neighbouring entries of a head rotate together in the file, and entries half a head apart in checkpoints."""
+    scales_queries: bool = False
+    """The class scales queries with their positions, where a file says so."""
+    yarn: Mapping[str, Any] = field(default_factory=dict)
+    """Rotary settings under which the class computes llama.cpp's yarn."""
+    of_number: Callable[[int], Mapping[str, Any]] | None = None
+    """Hook that returns config values which llama.cpp's graph takes from the number of experts."""
     linear: Literal["grouped", "tiled"] | None = None
     """Order of the value heads of linear attention: group by group, or the first of all groups before the second
     ones. Blocks without keys have linear attention."""
@@ -163,6 +169,11 @@ class Gguf:
     """Matrices inside blocks are stored with inputs first."""
     pairs: bool = False
     """Neighbouring entries of a head rotate together in checkpoints."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the metadata that transformers does not read although the config has them, and the config's keys."""
+    deepest: int | None = None
+    """Number of blocks by which llama.cpp recognises Gemma's 27B models: it scales their attention scores by
+    hidden_size / heads, those of the other sizes by the head size."""
     input: GgufInput | None = None
     """How GGUF files are read, where transformers does not read them."""
 

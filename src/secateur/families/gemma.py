@@ -40,11 +40,11 @@ FAMILIES = {
         norm_offset=True,
         gguf=Gguf(("gemma",), unlike_inside={"paligemma": "sees nothing ahead within a prompt"}),
     ),
-    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",))),
+    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), deepest=46)),
     "gemma3_text": replace(
         GEMMA2,
         stock=Stock(heads="divisors", local_theta="rope_local_base_freq"),
-        gguf=replace(GEMMA_GGUF, architectures=("gemma3",)),
+        gguf=replace(GEMMA_GGUF, architectures=("gemma3",), deepest=62),
     ),
     "gemma4_text": replace(
         GEMMA2,

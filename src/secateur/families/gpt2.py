@@ -14,7 +14,13 @@ FAMILIES = {
         down="c_proj",
         final_norm="transformer.ln_f",
         stock=Stock(channels="n_inner", heads="dense", theta=None),
-        gguf=Gguf(("gpt2",), activation="activation_function", epsilon="layer_norm_epsilon", transposed=True),
+        gguf=Gguf(
+            ("gpt2",),
+            activation="activation_function",
+            epsilon="layer_norm_epsilon",
+            transposed=True,
+            left_out={"feed_forward_length": "n_inner", "context_length": "n_positions", "vocab_size": "vocab_size"},
+        ),
         vllm=Vllm(
             backend="its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and "
             "the class reshapes what vLLM's attention returns to one row; prune channels only, in the stock format"

@@ -16,6 +16,14 @@ FAMILIES = {
             inputs_first=True,
             alternating=True,
         ),
-        gguf=Gguf(("gpt-oss",), input=GgufInput("gpt-oss", keys={"attention.sliding_window": "sliding_window"})),
+        gguf=Gguf(
+            ("gpt-oss",),
+            input=GgufInput(
+                "gpt-oss",
+                keys={"attention.sliding_window": "sliding_window"},
+                # llama.cpp rounds its limits, and the checkpoints do not.
+                yarn={"truncate": False},
+            ),
+        ),
     ),
 }

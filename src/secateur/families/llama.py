@@ -4,6 +4,15 @@ from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
 
 LLAMA_GGUF = Gguf(("llama", "deci"))
 
+
+def _norms_of_maverick(experts: int) -> dict[str, bool]:
+    """Return whether queries and keys are normed: not in Maverick, which llama.cpp recognises by its 128 experts.
+
+    The norms have no weights.
+    """
+    return {"use_qk_norm": experts != 128}
+
+
 FAMILIES = {
     "llama": Family(
         stock=Stock(heads="divisors", heir=("mistral", "MistralForCausalLM"), heir_keys=(("sliding_window", None),)),
@@ -29,6 +38,7 @@ FAMILIES = {
             pairs=True,
             input=GgufInput(
                 "llama4",
+                of_number=_norms_of_maverick,
                 fixed={
                     "attention_chunk_size": 8192,
                     "floor_scale": 8192,

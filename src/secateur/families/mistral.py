@@ -27,6 +27,6 @@ FAMILIES = {
         latent=LATENT,
         experts=replace(DEEPSEEK_EXPERTS, gating="softmax", stacked=True),
         stock=Stock(theta=None),
-        gguf=Gguf(("mistral4",), input=GgufInput("mistral4", keys=LATENT_KEYS)),
+        gguf=Gguf(("mistral4",), input=GgufInput("mistral4", keys=LATENT_KEYS, scales_queries=True)),
     ),
 }

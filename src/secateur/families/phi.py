@@ -20,7 +20,7 @@ FAMILIES = {
         gate=None,
         fused_gate="gate_up_proj",
         stock=Stock(fused_longrope=True, partial="partial_rotary_factor", scaling_type="type"),
-        gguf=Gguf(("phi3", "llama", "deci")),
+        gguf=Gguf(("phi3", "llama", "deci"), left_out={"attention.sliding_window": "sliding_window"}),
     ),
     "phimoe": Family(
         experts=replace(

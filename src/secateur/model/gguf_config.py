@@ -12,18 +12,17 @@ import numpy as np
 from gguf import GGUFReader
 
 from secateur.base.errors import SecateurError
+from secateur.families.entry import Gguf
+from secateur.families.registry import FAMILIES
 from secateur.model.gguf_layout import STILL
 
-_DEEPEST = {"gemma2": 46, "gemma3": 62}
-"""Blocks of Gemma's 27B models, by which llama.cpp tells them: their scores are scaled otherwise."""
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are no weights: by how much each frequency is divided."""
 
 
 def complete(config: Any, reader: GGUFReader) -> None:
     """Put into a config, in place, what transformers has not taken over; `SecateurError` for what no config holds."""
-    architecture = str(reader.fields["general.architecture"].contents())
-    facts = facts_of(reader)
+    facts, gguf = facts_of(reader), FAMILIES[config.model_type].gguf if config.model_type in FAMILIES else Gguf()
     factors = {
         tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
     }
@@ -31,21 +30,18 @@ def complete(config: Any, reader: GGUFReader) -> None:
     other = {"attention.kv_lora_rank", "attention.key_length_swa"} & facts.keys()
     if "attention.key_length" in facts and not other and hasattr(config, "head_dim"):
         config.head_dim = facts["attention.key_length"]
-    if architecture == "gpt2":
-        config.n_inner = facts.get("feed_forward_length")
-        config.n_positions = facts.get("context_length", config.n_positions)
-        config.vocab_size = facts.get("vocab_size", config.vocab_size)
+    for key, own in gguf.left_out.items():
+        if facts.get(key):
+            setattr(config, own, facts[key])
     _complete_rotation(config, facts, factors)
-    if architecture in _DEEPEST:
+    if gguf.deepest is not None:
         config.layer_types = windows_of(facts, config.num_hidden_layers) or config.layer_types
-        deepest = config.num_hidden_layers == _DEEPEST[architecture]
+        deepest = config.num_hidden_layers == gguf.deepest
         per_head = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = per_head if deepest else config.head_dim
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if key in facts:
             setattr(config, key, facts[key] or None)
-    if architecture == "phi3" and facts.get("attention.sliding_window"):
-        config.sliding_window = facts["attention.sliding_window"]
 
 
 def known_name(name: str) -> str:

@@ -235,11 +235,11 @@ class GgufFile:
             "mlp_only_layers": dense,
             "moe_layers": [index for index in places if index not in dense],
             "mlp_layer_types": ["dense" if index in dense else "sparse" for index in places],
-            # Llama 4's norms have no weights; llama.cpp tells Maverick, which has none, by its experts.
-            "use_qk_norm": "attn_q_norm.weight" in inside or (self.architecture == "llama4" and count != 128),
+            "use_qk_norm": "attn_q_norm.weight" in inside,
             "use_expert_bias": "exp_probs_b.bias" in inside,
             **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), first),
             **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), shared // channels),
+            **({} if self.how.of_number is None else self.how.of_number(count)),
         }
 
     def _mixed(self, fed: list[int]) -> dict[str, Any]:
@@ -270,14 +270,12 @@ class GgufFile:
             # A text's tokens are at one place in all three directions; engines ask for them all the same.
             rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
         if beta := self._facts.get("attention.temperature_scale"):
-            if self.model_type != "mistral4":
+            if not self.how.scales_queries:
                 raise SecateurError(f"{self.model_type} does not scale queries with their positions, as it says")
             rope["llama_4_scaling_beta"] = beta
         if rope.get("rope_type") != "yarn":
             return
-        if self.model_type == "gpt_oss":
-            # Its checkpoints do not round what llama.cpp does.
-            rope["truncate"] = False
+        rope |= self.how.yarn
         if self.family.latent is not None:
             # llama.cpp multiplies scores by its square, and what is rotated by nothing.
             scale = self._facts.get("rope.scaling.yarn_log_multiplier")
