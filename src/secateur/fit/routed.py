@@ -134,14 +134,18 @@ class RoutedRegression(Regression):
         return named if named.from_gradients is None else all_criteria()["surgeon"]
 
     def collect(self, keep: tuple[int, ...] | None = None) -> Sums:
-        """Run the expert up to its output projection on its tokens, and sum over the rows."""
+        """Run the expert up to its output projection on its tokens, and sum over the rows.
+
+        The first time, sums are over all channels: units that are given and units that are chosen make one result.
+        """
         tokens = self._batch
         self._at, rows = self.mixture.gated(self.expert, tokens.x_nd, self._routes)
         rows = tokens.scaled(rows, self._at)
+        channels = keep
         if self._target_md is None:
+            channels = None
             self._target_md = self._residual_nd[self._at] + rows @ self.norm.scale(self.weight)
-        channels = range(self.module.units) if keep is None else keep
-        entries = torch.tensor(channels, device=rows.device)
+        entries = torch.tensor(range(self.module.units) if channels is None else channels, device=rows.device)
         self._rows_mk = rows if len(entries) == rows.shape[1] else rows[:, entries]
         fitted = self._summed(tokens.weight_n)
         if keep is not None:
