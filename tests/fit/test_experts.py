@@ -57,7 +57,7 @@ def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x = inputs(mixture.stream.width)
         routes = mixture.route(x, mixture.every)
-        total = torch.zeros_like(x) if mixture.shared is None else mixture.beside(x)
+        total = torch.zeros_like(x) if mixture.shared is None else mixture.shared_output(x)
         for expert in range(mixture.module.units):
             tokens, gates = routes.of(expert)
             total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
@@ -68,7 +68,9 @@ def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str
             tokens, rows = mixture.gated(first, x, routes)
             assert tokens.tolist() == list(range(TOKENS))
             bias = 0 if mixture.bias(first) is None else mixture.bias(first)
-            torch.testing.assert_close(rows @ mixture.weight(first) + bias, mixture.beside(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                rows @ mixture.weight(first) + bias, mixture.shared_output(x), rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -82,7 +84,7 @@ def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name:
         routes = mixture.route(x, alive)
         assert set(routes.experts.unique().tolist()) <= set(alive.tolist())
         found = mixture.output(x[None], alive)[0]
-        total = torch.zeros_like(x) if mixture.shared is None else mixture.beside(x)
+        total = torch.zeros_like(x) if mixture.shared is None else mixture.shared_output(x)
         for expert in alive.tolist():
             tokens, gates = routes.of(expert)
             total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
@@ -122,7 +124,7 @@ def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:
     """By the model's own forward."""
     alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in gone])
     found = mixture.output(routed.x_nd[None], alive)[0]
-    beside = mixture.beside(routed.x_nd)
+    beside = mixture.shared_output(routed.x_nd)
     found = found if beside is None else found - beside
     return float(((found - routed.wanted_nd).square().sum(1) * routed.weight_n).sum())
 

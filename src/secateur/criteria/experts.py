@@ -2,10 +2,10 @@
 
 `reroute`, the default, takes out greedily whichever expert costs least once its tokens are routed again among those
 that are left: the squared error of the layer's output, by the model's own router. `reap` has the mean of the gate
-times the norm of the expert's output over the tokens that meet it (Lasby et al., ICLR 2026); `frequency` how many
-tokens meet it; `random` is for comparison.
+times the norm of the expert's output over the tokens routed to it (Lasby et al., ICLR 2026); `frequency` the number
+of these tokens; `random` is for comparison.
 
-Shapes: n tokens, d residual width, k experts that a token meets.
+Shapes: n tokens, d residual width, k experts per token.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Routed:
     wanted_nd: Tensor
     """What the mixture is to give, in the units in which errors count; then what its routed experts are."""
     weight_n: Tensor
-    """What each token counts."""
+    """Token weights."""
     unit: Callable[[Tensor, Tensor], Tensor]
     """What experts give to some tokens (m x d; m) in these units."""
     team: Team
@@ -48,8 +48,8 @@ class Routed:
     _count: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if (beside := self.mixture.beside(self.x_nd)) is not None:
-            self.wanted_nd = self.wanted_nd - self.unit(beside, self.everyone)
+        if (shared := self.mixture.shared_output(self.x_nd)) is not None:
+            self.wanted_nd = self.wanted_nd - self.unit(shared, self.everyone)
         shape = (len(self.x_nd), self.mixture.module.units)
         self._place = torch.full(shape, -1, dtype=torch.int64, device=self.x_nd.device)
         self._given, self._count = self.wanted_nd.new_empty(0, self.wanted_nd.shape[1]), 0
@@ -60,15 +60,15 @@ class Routed:
         return torch.arange(len(self.x_nd), device=self.x_nd.device)
 
     def given(self, tokens: Tensor, routes: Routes) -> Tensor:
-        """The output of some tokens on their routes (m x d)."""
+        """Return the output of some tokens on their routes (m x d)."""
         return (routes.gates[:, None] @ self._of(tokens, routes.experts))[:, 0]
 
     def losses(self, tokens: Tensor, given_md: Tensor) -> Tensor:
-        """Squared errors of the output of some tokens (m)."""
+        """Return the squared errors of the output of some tokens (m)."""
         return (self.wanted_nd[tokens] - given_md).square().sum(1) * self.weight_n[tokens]
 
     def rerouted(self, tokens: Tensor, before: Routes, given_md: Tensor, after: Routes) -> Tensor:
-        """The output of some tokens on other routes (m x d), from what it was before.
+        """Return the output of some tokens on other routes (m x d), from the output on their routes before.
 
         Where one expert takes the place of another and the gates of the rest keep their ratios, only these two are
         looked up: k of them for each token and each expert that may leave are most of what an order costs.
@@ -92,11 +92,11 @@ class Routed:
         return result
 
     def outputs(self, expert: int, tokens: Tensor) -> Tensor:
-        """What one expert gives to tokens for which it counts one (m x d)."""
+        """Return one expert's output for some tokens, with a gate of one (m x d)."""
         return self._of(tokens, torch.full((len(tokens), 1), expert, device=tokens.device))[:, 0]
 
     def _of(self, tokens: Tensor, experts: Tensor) -> Tensor:
-        """What experts (m x k) give to tokens (m): m x k x d."""
+        """Return the outputs of experts (m x k) for tokens (m): m x k x d."""
         self.ask(tokens, experts)
         return self._given[self._place[tokens[:, None], experts]]
 
@@ -125,7 +125,7 @@ class ExpertOrder(NamedTuple):
 
 
 def at_once(module: Depth2) -> int:
-    """How many experts leave in a round; as many of every group, where there are groups."""
+    """Return how many experts leave in a round; as many of every group, where there are groups."""
     return max(module.groups, module.units // STEP // module.groups * module.groups)
 
 
@@ -155,10 +155,10 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
 
 
 def _rises(routed: Routed, alive: Tensor, routes: Routes, given_nd: Tensor, losses: Tensor) -> Tensor:
-    """What the error rises by if each of the experts went on its own (alive), float64."""
+    """Return the rise of the error if each of the experts went on its own (alive), float64."""
     rises = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
     groups, size = routed.mixture.module.groups, routed.mixture.module.per_group
-    # Groups must stay equally long: with an expert of one of them the least met of each other one goes.
+    # Groups must stay equally long: with an expert of one of them the rarest of each other one goes.
     met = _frequency(routed, routes, 0)
     least = [alive[alive // size == group][met[alive[alive // size == group]].argmin()] for group in range(groups)]
     cases: list[tuple[int, Tensor, Routes]] = []
@@ -179,7 +179,7 @@ def _rises(routed: Routed, alive: Tensor, routes: Routes, given_nd: Tensor, loss
 
 
 def _cheapest(costs: Tensor, alive: Tensor, step: int, groups: int, units: int) -> Tensor:
-    """Where the cheapest experts of each group stand, the cheapest first."""
+    """Return the places of the cheapest experts of each group, the cheapest first."""
     owner = alive // (units // groups)
     found = [costs.masked_fill(owner != group, float("inf")).argsort(stable=True)[:step] for group in range(groups)]
     return torch.stack(found, 1).reshape(-1)

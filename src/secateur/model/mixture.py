@@ -1,6 +1,6 @@
-"""The mixture of experts of a filled block, run by the model's own modules: who meets whom, and what each one gives.
+"""The mixture of experts of a filled block, run by the model's own modules: routes of tokens, and outputs of experts.
 
-Shapes: n tokens, d residual width, k experts that a token meets, f channels of an expert.
+Shapes: n tokens, d residual width, k experts per token, f channels of an expert.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from secateur.model.units.experts import layout_of, shared_expert
 
 
 class Routes(NamedTuple):
-    """Which experts tokens meet, and how much each counts."""
+    """The experts that tokens are routed to, and their gates."""
 
     experts: Tensor
     """n x k, as the dense block numbers them."""
@@ -30,7 +30,7 @@ class Routes(NamedTuple):
     """n x k."""
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens that meet an expert, and how much it counts for each of them (m; m)."""
+        """Return the tokens routed to an expert, and its gate for each of them (m; m)."""
         tokens, places = (self.experts == expert).nonzero(as_tuple=True)
         return tokens, self.gates[tokens, places]
 
@@ -39,7 +39,7 @@ class Mixture:
     """A filled block's experts, router and shared expert. The mixture's inputs are what the router reads."""
 
     def __init__(self, stream: BlockStream, layer: nn.Module, module: Depth2):
-        """Find the parts."""
+        """Find the experts, the router and the shared expert."""
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
         apart = self.names.parallel_norms
@@ -50,8 +50,8 @@ class Mixture:
         self.layout = layout_of(self.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
         self.shared: Any = shared_expert(self.names, self.whole)
-        self._beside = module.units
-        """The shared expert's number."""
+        self._shared_number = module.units
+        """Number of the shared expert, behind those of all others."""
 
     @property
     def shared_name(self) -> str:
@@ -68,37 +68,40 @@ class Mixture:
 
     @property
     def every(self) -> Tensor:
-        """All experts."""
+        """Numbers of all experts."""
         return torch.arange(self.module.units, device=self.stream.device)
 
     def parts(self, alive: Tensor) -> list[int]:
-        """The experts by their numbers, ahead of them the shared one: its number is that behind the last."""
-        return [*([] if self.shared is None else [self._beside]), *alive.tolist()]
+        """Return the numbers of some experts, and ahead of them the shared expert's, where there is one."""
+        return [*([] if self.shared is None else [self._shared_number]), *alive.tolist()]
 
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
-        """Where tokens go while only some experts are there (ascending)."""
+        """Return the routes of tokens while only some experts are there (ascending)."""
         with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
-            beside = [] if self.names.router_bias is None else [getattr(self.whole, self.names.router_bias)]
-            found = self._routes(self.router(x_nd, *beside))
+            bias = [] if self.names.router_bias is None else [getattr(self.whole, self.names.router_bias)]
+            found = self._routes(self.router(x_nd, *bias))
         return Routes(alive[found.experts], found.gates.float())
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
-        """What the whole mixture gives while only some experts are there."""
+        """Return the output of the whole mixture while only some experts are there."""
         if self.names.scales_inputs:
             # They are run together, each on all tokens.
             with self.only(alive), self.stream.multiplying():
                 return self.whole(x_btd)[0].float().view_as(x_btd)
         # By their own numbers: nothing is copied of those that stay.
         x_nd = x_btd.flatten(0, 1)
-        routes, beside = self.route(x_nd, alive), self.beside(x_nd)
+        routes, shared = self.route(x_nd, alive), self.shared_output(x_nd)
         with self.stream.multiplying():
             y_nd = self.experts(x_nd if self._norm is None else self._norm(x_nd), *routes).float()
-        return (y_nd if beside is None else y_nd + beside).view_as(x_btd)
+        return (y_nd if shared is None else y_nd + shared).view_as(x_btd)
 
     def _routes(self, found: tuple[Tensor, ...]) -> Routes:
-        """What a router gives; logits come first, and have the same shape where a token meets all that are left."""
+        """Read routes off a router's output.
+
+        Logits come first, and have the shape of gates where tokens are routed to all experts that are left.
+        """
         if self.names.scales_inputs:
-            # Logits come last, and what an expert counts is in what it reads.
+            # Logits come last, and gates are in the inputs of experts.
             chosen = found[-1].topk(self.router.top_k, dim=1).indices
             return Routes(chosen, torch.ones_like(chosen, dtype=torch.float32))
         chosen = next(part for part in found if not part.is_floating_point())
@@ -106,8 +109,8 @@ class Mixture:
         return Routes(chosen, floats[-1])
 
     def read(self, expert: int, x_nd: Tensor) -> Tensor:
-        """What an expert sees of the mixture's inputs."""
-        if expert == self._beside:
+        """Return an expert's inputs, from the mixture's."""
+        if expert == self._shared_number:
             return x_nd
         if self.names.scales_inputs:
             gates = torch.sigmoid(linear(x_nd, self.router.weight[expert : expert + 1]).float())
@@ -115,14 +118,14 @@ class Mixture:
         return x_nd if self._norm is None else self._norm(x_nd)
 
     def inner(self, expert: int, x_nd: Tensor) -> Tensor:
-        """An expert's level-2 inputs (n x f)."""
-        if expert == self._beside:
+        """Return the inputs of an expert's output projection (n x f)."""
+        if expert == self._shared_number:
             return self._shared_inner(x_nd)
         with self.stream.multiplying():
             return self._between(self._level1(expert, x_nd)).float()
 
     def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """What level-2 inputs gain with the output of the up rows, and of the gate rows (n x f each)."""
+        """Return the derivatives of `inner` by the outputs of the up and of the gate projection (n x f each)."""
         rows = self._level1(expert, x_nd)
         # Entry by entry, so that the gradient of the sum is the derivative.
         with torch.inference_mode(False), torch.enable_grad():
@@ -133,12 +136,12 @@ class Mixture:
         return up, gate
 
     def _level1(self, expert: int, x_nd: Tensor) -> Tensor:
-        """What an expert's gate and up rows give (n x 2f)."""
+        """Return the outputs of an expert's gate and up projections (n x 2f)."""
         weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         return linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
 
     def _between(self, rows: Tensor) -> Tensor:
-        """Level-2 inputs of these."""
+        """Return the inputs of the output projection, from the outputs of the input projections."""
         if hasattr(self.experts, "_apply_gate"):
             return cast(Tensor, self.experts._apply_gate(rows))
         gate, up = rows.chunk(2, dim=-1)
@@ -146,20 +149,20 @@ class Mixture:
 
     def tokens(self, expert: int, routes: Routes) -> Tensor:
         """Return the tokens routed to an expert (m); the shared expert has all."""
-        if expert == self._beside:
+        if expert == self._shared_number:
             return torch.arange(len(routes.experts), device=routes.experts.device)
         return routes.of(expert)[0]
 
     def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-        """The tokens that meet an expert (m), and its level-2 inputs times its gate (m x f)."""
-        if expert == self._beside:
+        """Return the tokens routed to an expert (m), and the inputs of its output projection times its gate (m x f)."""
+        if expert == self._shared_number:
             return self.tokens(expert, routes), self.inner(expert, x_nd) * self._shared_gates(x_nd)[:, None]
         tokens, gates = routes.of(expert)
         return tokens, self.inner(expert, x_nd[tokens]) * gates[:, None]
 
     def weight(self, expert: int) -> Tensor:
-        """An expert's level-2 weight, inner axis first (f x d)."""
-        if expert == self._beside:
+        """Return the weight of an expert's output projection (f x d)."""
+        if expert == self._shared_number:
             return self.shared.down_proj.weight.data.T
         weight = self.experts.down_proj[expert]
         return weight if self.layout.inputs_first else weight.T
@@ -174,14 +177,14 @@ class Mixture:
         return Depth2("channels", (Axis(CHANNELS, channels),), tuple(slabs), level2, None, None, None)
 
     def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give one of those that the block holds together other values, by the names of `tensors`."""
+        """Give a routed expert other values, by the names of `tensors`."""
         views = self.tensors(expert)
         for name, tensor in tensors.items():
             views[name].copy_(tensor)
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """Return the tensors of one expert as a feed-forward of its own: views of what the block holds."""
-        if expert == self._beside:
+        if expert == self._shared_number:
             return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
         layout, f = self.layout, self.module.inner
         both, down = (plain(held.data)[expert] for held in (self.experts.gate_up_proj, self.experts.down_proj))
@@ -194,21 +197,21 @@ class Mixture:
         return tensors
 
     def given(self, expert: int, x_nd: Tensor) -> Tensor:
-        """What an expert gives to tokens for which it counts one (n x d)."""
+        """Return an expert's output with a gate of one (n x d)."""
         with self.stream.multiplying():
             y = self.inner(expert, x_nd) @ self.weight(expert)
         bias = self.bias(expert)
         return y.float() if bias is None else y.float() + bias
 
-    def beside(self, x_nd: Tensor) -> Tensor | None:
-        """What the shared expert gives (n x d), where there is one."""
+    def shared_output(self, x_nd: Tensor) -> Tensor | None:
+        """Return the shared expert's output (n x d), where there is one."""
         if self.shared is None:
             return None
         with self.stream.multiplying():
             return self.shared(x_nd[None])[0].float() * self._shared_gates(x_nd)[:, None]
 
     def _shared_inner(self, x_nd: Tensor) -> Tensor:
-        """The shared expert's level-2 inputs (n x f)."""
+        """Return the inputs of the shared expert's output projection (n x f)."""
         seen: list[Tensor] = []
         handle = self.shared.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
         try:
@@ -219,15 +222,15 @@ class Mixture:
         return seen[0][0].float()
 
     def _shared_gates(self, x_nd: Tensor) -> Tensor:
-        """How much the shared expert counts for each token (n)."""
+        """Return the shared expert's gate for each token (n)."""
         if self.names.shared_expert_gate is None:
             return x_nd.new_ones(len(x_nd))
         with self.stream.multiplying():
             return torch.sigmoid(self.whole.get_submodule(self.names.shared_expert_gate)(x_nd)).float()[:, 0]
 
     def bias(self, expert: int) -> Tensor | None:
-        """An expert's level-2 bias (d), where it has one."""
-        if expert == self._beside:
+        """Return the bias of an expert's output projection (d), where it has one."""
+        if expert == self._shared_number:
             return self.shared.down_proj.bias
         return self._leaf("down_proj_bias", expert)
 

@@ -1,7 +1,7 @@
-"""How much of what a mixture loses is left behind the refit, when experts leave or channels of all of them.
+"""The share of a mixture's error that is left behind the refit, when experts leave or channels of all of them.
 
-Experts are solved one after the other for what the output lacks, as in `secateur.fit.expert_fit`. An expert often meets
-fewer tokens than it has channels, so that each token is judged by the fit without it: for ridge regression the
+Experts are solved one after the other for what the output lacks, as in `secateur.fit.stage`. An expert often has fewer
+tokens than channels, so that each token is judged by the fit without it: for ridge regression the
 residual then is r_i / (1 - h_i), with h the diagonal of the hat matrix (Allen's PRESS, 1974).
 
 Shapes: n tokens, m of them at an expert, s of its channels, d residual width.
@@ -27,27 +27,27 @@ def left_by_refit(
     stay: Mapping[int, Tensor] | None,
     ridge: float,
 ) -> float:
-    """The share of the squared error of a cut that is left once experts are refitted, at most one.
+    """Return the share of the squared error of a cut that is left once experts are refitted, at most one.
 
     Args:
-        routed: tokens at the mixture, what they want, and what they count.
+        routed: tokens at the mixture, with their target and weights.
         scale_n: of each token's error.
-        unit: a level-2 weight in the units in which errors count, but for that scale.
+        unit: brings the weight of an output projection into the units in which errors count, but for that scale.
         alive: the experts that stay.
-        stay: channels that stay of each expert some of whose go; None where none do.
+        stay: channels that stay, of each expert that loses some; None where no expert does.
         ridge: of the refit.
     """
     mixture, team = routed.mixture, routed.team
     routes, left = mixture.route(routed.x_nd, alive), routed.wanted_nd.clone()
-    parts, beside = mixture.parts(alive), mixture.module.units
+    parts, shared = mixture.parts(alive), mixture.module.units
 
     def at(expert: int) -> tuple[Tensor, Tensor]:
-        """Tokens at an expert, and its level-2 inputs by gate and scale."""
+        """Return the tokens of an expert, and the inputs of its output projection times gate and scale."""
         tokens, rows = mixture.gated(expert, routed.x_nd, routes)
         return tokens, rows * scale_n[tokens][:, None]
 
     def kept(expert: int, values: Tensor, axis: int) -> Tensor:
-        """The part of its channels."""
+        """Return the part of the channels that stay."""
         return values if stay is None or expert not in stay else values.index_select(axis, stay[expert])
 
     def error() -> float:
@@ -57,7 +57,7 @@ def left_by_refit(
         tokens, rows = at(expert)
         weight = unit(mixture.weight(expert))
         lost = kept(expert, rows, 1) @ kept(expert, weight, 0)
-        if expert == beside:
+        if expert == shared:
             # What is wanted is without it.
             lost -= rows @ weight
         elif (bias := mixture.bias(expert)) is not None:
@@ -98,7 +98,7 @@ def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
 
 
 def _gathered(team: Team, rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes, and where this one's begin."""
+    """Return the rows of all processes, and the place where this process's rows begin."""
     if team.alone:
         return rows, 0
     counts = team.each(len(rows))
