@@ -20,7 +20,7 @@ from secateur.commands.survey_file import survey_rows
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.measure import perplexity
 from secateur.measure.compare import load
 from secateur.model.axes import Width
@@ -147,7 +147,10 @@ class Bench:
         """Perplexity over dense of one run on each text."""
         if Criteria(criterion).need_gradients and criterion not in self.scores:
             self.scores[criterion] = gradient_scores(self.stream, self.rows, criterion)
-        method = Method(Criteria(criterion, self.scores.get(criterion)), Recovery(recovery, when, self.ridge))
+        moment = {"when": when} if recovery == "paper" else {}
+        method = Method(
+            Criteria(criterion, self.scores.get(criterion)), recovery_of(recovery, ridge=self.ridge, **moment)
+        )
         layers = self.network.get_submodule(self.stream.family.blocks)
         for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
             tensors = {name: tensor.float() for name, tensor in slice(self.stream, block).items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 from secateur import BlockStream, calibration_rows, consecutive_rows, open_checkpoint
 from secateur.fit.block import Method
 from secateur.fit.loop import refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows
 from secateur.model.units.experts import EXPERTS
@@ -55,7 +55,8 @@ def main() -> None:
         for share in given.shares:
             for name in given.methods:
                 order, fits = METHODS[name]
-                recovery = Recovery("refit" if fits else "none", ridge=given.ridge, level1=given.level1)
+                level1 = {"level1": given.level1} if fits else {}
+                recovery = recovery_of("refit" if fits else "none", ridge=given.ridge, **level1)
                 lost = nats(stream, rows, texts, share, Method(f"experts={order}", recovery, seed))
                 found.setdefault((name, share), []).append(lost)
                 print(f"seed {seed}, {share:.0%}, {name}: " + ", ".join(f"{value:.4f}" for value in lost), flush=True)

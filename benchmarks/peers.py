@@ -20,7 +20,7 @@ from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.registry import STATISTICAL, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.measure import perplexity
 from secateur.measure.compare import load
 from secateur.model.arena import Activations, Arena
@@ -55,7 +55,7 @@ class Peer:
 
 def wanda_sp(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
     """Wanda-sp: weights times input norms, the same share in every module, each seeing the pruned ones before it."""
-    return _through_refit(stream, rows, _uniform(stream, sparsity), Method("wanda", Recovery("none")))
+    return _through_refit(stream, rows, _uniform(stream, sparsity), Method("wanda", recovery_of("none")))
 
 
 def flap_al_am(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
@@ -64,7 +64,7 @@ def flap_al_am(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
     The authors take the choice within a width and the means from the dense pass as well; here both come from the pruned
     stream, which is the better for it: 2.94 times the dense perplexity against 2.98 (see `uniform_obc`).
     """
-    return _through_refit(stream, rows, flap_widths(stream, rows, sparsity), Method("flap-wifv", Recovery("bias")))
+    return _through_refit(stream, rows, flap_widths(stream, rows, sparsity), Method("flap-wifv", recovery_of("bias")))
 
 
 def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:

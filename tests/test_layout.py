@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,10 @@ ORDER = [
     "cli",
 ]
 """The folders in the order in which the data goes; each imports from those before it."""
+
+
+PAPER = re.compile(r"\b(tau|sigma|similarity|refit_calibration)\b|[\"']paper[\"']|secateur\.paper")
+"""Ideas of the paper that are options, criteria or recoveries of a plug-in."""
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -87,3 +92,13 @@ def test_no_two_files_import_each_other(folder: str) -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_the_pipeline_does_not_know_the_paper() -> None:
+    """Only the list of plug-ins and the command of comparisons name it."""
+    naming = {
+        str(file.relative_to(ROOT))
+        for file in ROOT.rglob("*.py")
+        if file.relative_to(ROOT).parts[0] != "paper" and PAPER.search(file.read_text(encoding="utf-8"))
+    }
+    assert naming == {"base/plugins.py", "cli/compare.py"}

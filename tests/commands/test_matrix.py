@@ -46,7 +46,7 @@ from secateur.commands.prune import prune
 from secateur.families.registry import FAMILIES, family_of
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.fit.temper import scaled
 from secateur.formats.format import PrunedModel
 from secateur.formats.stock_folder import StockFolder
@@ -419,7 +419,7 @@ def test_reloaded_equals_memory(pruned, job):
     text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
     assert record["calibration"]["begins_with_bos"] == bos
     full = rounded_model(job.name, job.dtype)
-    method = Method(recovery=Recovery(job.recovery, level1=Options(effort=job.effort).level1))
+    method = Method(recovery=Options(recovery=job.recovery, effort=job.effort).repair)
     found = list(refit(stream, recorded_plan(record), recorded_rows(record, stream, text), method=method))
     for block, said in zip(found, record["blocks"], strict=True):
         for kind in stream.blocks[block.index].kinds:
@@ -567,7 +567,7 @@ IN_MEMORY = {
 
 
 def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -> list[FittedBlock]:
-    method = Method(recovery=Recovery(**recovery))
+    method = Method(recovery=recovery_of(**recovery))
     rows = token_rows(SAMPLES, ROW, seed=5)
     return list(refit(stream_of(folder), Plan(widths, 0.2, 0.2), rows, method=method))
 

@@ -11,7 +11,7 @@ import pytest
 
 from secateur.base.errors import SecateurError
 from secateur.commands.options import Options, Running
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 
 
 @pytest.mark.parametrize(
@@ -49,5 +49,4 @@ def test_what_is_as_good_as_the_type() -> None:
 
 
 def test_a_program_and_the_command_repair_alike_where_nobody_says() -> None:
-    options = Options()
-    assert Recovery(options.recovery, options.recover, options.ridge, options.level1) == Recovery()
+    assert Options().repair == recovery_of()

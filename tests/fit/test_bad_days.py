@@ -18,7 +18,7 @@ from models import SIZES, blocks_of, layers_of, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.commands.prune import prune
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import inner_entries
@@ -118,7 +118,9 @@ def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -
     """The first attention's, where nothing is broken before it; the blocks behind it are finite."""
     folder, ids = spoiled(case), CASES[case][1]
     plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3)
-    found = list(refit(BlockStream(open_checkpoint(folder)), plan, ids, method=Method(recovery=Recovery(ridge=RIDGE))))
+    found = list(
+        refit(BlockStream(open_checkpoint(folder)), plan, ids, method=Method(recovery=recovery_of(ridge=RIDGE)))
+    )
     for block in found:
         assert all(torch.isfinite(value).all() for value in block.changed.values())
         assert all(report.error >= 0 for report in block.reports)

@@ -19,7 +19,7 @@ from secateur.criteria import experts
 from secateur.criteria.experts import Routed, expert_order
 from secateur.fit.block import Method
 from secateur.fit.loop import refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.fit.routed import FEWEST
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.held import plain
@@ -225,7 +225,7 @@ def fitted(folder: Any, experts: int, channels: int | None = None, criterion: st
     stream = BlockStream(open_checkpoint(folder))
     dense = stream.blocks[2].width
     width = dense | {EXPERTS: experts, EXPERT_CHANNELS: channels or dense.channels}
-    method = Method(criterion, Recovery(**recovery))
+    method = Method(criterion, recovery_of(**recovery))
     (block,) = refit(stream, Plan({2: width}, 0, 0), token_rows(24, 16, seed=5), method=method)
     return block
 

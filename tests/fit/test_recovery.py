@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from secateur.fit import module as fit_module
 from secateur.fit import streamed
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
 from secateur.model.post_norm import PostNorm
@@ -46,6 +47,12 @@ WIDTHS = {
 """Two thirds or so of each module."""
 
 
+def some_recovery(method: str = "refit", **settings: Any) -> Recovery:
+    """A recovery by its name, with those of the settings that it has."""
+    own = {field.name for field in fields(all_recoveries()[method])}
+    return recovery_of(method, **{name: value for name, value in settings.items() if name in own})
+
+
 def run(
     folder: Path, name: str, *, criterion: str = "surgeon", own_target: bool = False, **recovery: Any
 ) -> list[FittedBlock]:
@@ -55,7 +62,7 @@ def run(
         stream.checkpoint.config.do_layer_norm_before = False
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
     alike = {} if recovery.get("method", "refit") != "refit" else {"usual": math.inf}
-    method = Method(criterion, Recovery(**({"ridge": RIDGE} | alike | recovery)))
+    method = Method(criterion, some_recovery(**({"ridge": RIDGE} | alike | recovery)))
     return list(refit(stream, plan, IDS, method=method))
 
 
@@ -174,7 +181,7 @@ def test_what_reads_a_latent_vector_stays(checkpoint_folder):
     """It is no regression on the module's input; the output layer is fitted as everywhere."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("youtu")))
     plan = Plan({1: stream.blocks[1].width | {"kv_groups": 2}}, 0.3, 0.3)
-    (found,) = refit(stream, plan, IDS, method=Method("surgeon", Recovery(method="paper", ridge=RIDGE)))
+    (found,) = refit(stream, plan, IDS, method=Method("surgeon", recovery_of(method="paper", ridge=RIDGE)))
     attention = stream.blocks[1].attention
     assert attention.level2.name in found.changed
     assert not found.changed.keys() & {slab.name for slab in attention.level1}
@@ -232,7 +239,7 @@ def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name
     plan = Plan({index: stream.blocks[index].width for index in range(3)}, 0.0, 0.0)
     model = build(name)
     rows = token_rows(40, 20, seed=9)
-    for block in refit(stream, plan, rows, method=Method(recovery=Recovery(method, when, ridge))):
+    for block in refit(stream, plan, rows, method=Method(recovery=some_recovery(method, when=when, ridge=ridge))):
         stored = dict(layers_of(model)[block.index].named_parameters())
         assert block.keep.channels == tuple(range(stream.blocks[block.index].feed_forward.units))
         assert block.changed
@@ -396,7 +403,7 @@ def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3)
     first, second = IDS[:8], IDS[8:]
-    method = Method(recovery=Recovery(usual=math.inf))
+    method = Method(recovery=recovery_of(usual=math.inf))
     weighted = list(refit(stream, plan, Rows((first, second), (1.0, 2.0)), method=method))
     repeated = list(refit(stream, plan, torch.cat([first, second, second]), method=method))
     for one, two in zip(weighted, repeated, strict=True):

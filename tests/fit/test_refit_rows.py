@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_recovery import least_squares, matrix, seen
+from test_recovery import least_squares, matrix, seen, some_recovery
 from torch import Tensor
 
 from conftest import CheckpointFolder
@@ -19,7 +19,6 @@ from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -35,7 +34,7 @@ FEW, MANY = token_rows(3, 20, seed=5), token_rows(14, 20, seed=9)
 
 def run(folder: Path, name: str, rows: Tensor | Rows, criterion: str = "wanda", **recovery: Any) -> list[FittedBlock]:
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
-    method = Method(criterion, Recovery(**recovery))
+    method = Method(criterion, some_recovery(**recovery))
     return list(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))
 
 

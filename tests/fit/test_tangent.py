@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from models import ROWS, SIMILAR, token_rows
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.fit.tangent import Part, Tangent, factors, outputs
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
@@ -194,7 +194,7 @@ def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
 
 def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
     width = WIDTHS.get(name, WIDTHS["llama"])
-    method = Method(recovery=Recovery(**recovery))
+    method = Method(recovery=recovery_of(**recovery))
     plan = Plan(dict.fromkeys(range(3), width), 0.3, 0.3)
     return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
 
@@ -230,5 +230,5 @@ def test_what_needs_no_repair_stays(checkpoint_folder):
     """A module at full width behind dense blocks is as it was, bit for bit in level 1."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
-    (found,) = refit(stream, plan, IDS, method=Method(recovery=Recovery(level1=4, usual=math.inf)))
+    (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(level1=4, usual=math.inf)))
     assert not {slab.name for slab in stream.blocks[0].feed_forward.scored} & set(found.changed)

@@ -14,7 +14,7 @@ from secateur.criteria.registry import STATISTICAL
 from secateur.fit import streamed
 from secateur.fit.average import FittedBlock, mean_of
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import OPENING_WEIGHT, Rows
@@ -146,7 +146,7 @@ def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monke
         streamed, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
     )
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    plan, alone = plan_of("llama"), Method(recovery=Recovery(level1=0))
+    plan, alone = plan_of("llama"), Method(recovery=recovery_of(level1=0))
     list(refit(stream, plan, Rows.of(TEXT).with_versions(ONE, OTHER), method=alone))
     widths = [(stream.blocks[index], width) for index, width in plan.widths.items()]
     assert sizes == [

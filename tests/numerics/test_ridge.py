@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.fit.recovery import fit_level2
+from secateur.fit.output import fit_level2
 from secateur.numerics import elimination, ridge
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments

@@ -21,7 +21,7 @@ from secateur.criteria.order import error_curve, removal_order, survivors
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -116,7 +116,7 @@ def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
 
 def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **recovery: Any) -> Any:
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
-    method = Method(criterion, Recovery(**recovery))
+    method = Method(criterion, recovery_of(**recovery))
     return next(iter(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))).keep
 
 
@@ -138,7 +138,7 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: Checkpoint
     whole = stats_on(name, "heads", IDS).module
     width = wide(whole.groups, whole.per_group, 50)
     plan = Plan({0: width}, 0.1, 0.1)
-    method = Method("second-moment", Recovery("none"))
+    method = Method("second-moment", recovery_of("none"))
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     keep = next(iter(refit(stream, plan, rows, method=method))).keep

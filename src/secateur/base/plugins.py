@@ -19,12 +19,19 @@ class Plugin:
     """Sentences that follow the help of options that are there already, by name."""
     preselections: tuple[str, ...] = ()
     """Criteria that find heads which leave first, alone or as `name+X` in front of another criterion."""
+    recoveries: Mapping[str, str] = field(default_factory=dict)
+    """Modules of recoveries by name; see `secateur.fit.recovery`."""
 
 
 @cache
 def plugins() -> tuple[Plugin, ...]:
     """Return all plug-ins."""
     return tuple(import_module(name).PLUGIN for name in PLUGINS)
+
+
+def recovery_modules() -> Mapping[str, str]:
+    """Return the modules of all recoveries that plug-ins add, by name."""
+    return {name: module for plugin in plugins() for name, module in plugin.recoveries.items()}
 
 
 def preselections() -> tuple[str, ...]:

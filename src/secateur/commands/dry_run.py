@@ -81,7 +81,7 @@ def expect(run: OpenRun) -> Summary:
 def works_of(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[str, Work]:
     """What the whole run takes at each effort; where nothing is fitted by effort, at the one given."""
     before = [_writing(run, rows), *_before_fits(run, rows, decided.exact)]
-    efforts = EFFORTS if run.options.recovery == "refit" else (run.options.effort,)
+    efforts = EFFORTS if run.recovery.by_effort else (run.options.effort,)
     return {name: Work.of([*before, *_fitting(run, rows, decided, name)]) for name in efforts}
 
 
@@ -114,8 +114,7 @@ def _fitting(run: OpenRun, rows: CalibrationRows, decided: Plan, effort: str) ->
     """What an effort decides: rows that are rewritten, and the fits."""
     run = replace(run, options=replace(run.options, effort=effort))
     rows = replace(rows, request=run.row_request).with_blank_copies()
-    level1 = run.recovery.level1 if run.recovery.fits_level1 else 0
-    fits = fit_work(run.stream, rows.groups, decided.widths, level1)
+    fits = fit_work(run.stream, rows.groups, decided.widths, run.recovery.level1)
     return [fits] if rows.copies is None else [rewriting_work(run.stream, rows.fitted.numel()), fits]
 
 

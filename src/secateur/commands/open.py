@@ -38,11 +38,6 @@ from secateur.text.sources import RANDOM, SELF
 from secateur.write.hub import check_upload
 
 
-def recovery_of(options: Options) -> Recovery:
-    """Return the recovery that options ask for."""
-    return Recovery(options.recovery, ridge=options.ridge, level1=options.level1, **options.recovery_settings)
-
-
 @dataclass(frozen=True)
 class OpenRun:
     """An open model, and what is asked of it."""
@@ -96,13 +91,13 @@ class OpenRun:
             random=options.chooses_on_random_ids,
             copies=options.fits,
             fits=self.recovery.fits,
-            tempers=options.recovery == "refit",
+            tempers=self.recovery.by_effort,
         )
 
     @property
     def recovery(self) -> Recovery:
         """What is done about the loss."""
-        return recovery_of(self.options)
+        return self.options.repair
 
     def method(self, rows: CalibrationRows, first: FirstHeads | None, exact: bool) -> Method:
         """How units are chosen and refitted; with `exact`, no criterion is asked."""
@@ -193,9 +188,8 @@ def open_model(
     if SELF in options.sources:
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
-    recovery = recovery_of(options)
     apart = options.refit_rows is not None or options.chooses_on_random_ids
-    memory = allow(stream, running.memory, level1=recovery.fits_level1, apart=apart)
+    memory = allow(stream, running.memory, level1=options.repair.level1 > 0, apart=apart)
     return OpenRun(
         stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started, memory
     )

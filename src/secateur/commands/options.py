@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.base.errors import SecateurError
 from secateur.base.options import Declared, check_types, declared, option, spelled
-from secateur.base.plugins import plugins
+from secateur.base.plugins import plugins, recovery_modules
 from secateur.base.words import DTYPES
 from secateur.criteria.choice import Choice, parse_choice
+from secateur.fit.recoveries import NAMES
 from secateur.formats.registry import FORMATS, Declaration, default_format
 from secateur.model.kinds import KINDS
 from secateur.plan.target import Target, parse_target
 from secateur.text.sources import GENERAL
 
 if TYPE_CHECKING:
+    from secateur.fit.recovery import Recovery
     from secateur.plan.preselection import Preselection
 
 TARGET, METHOD, CALIBRATION, OUTPUT = "Target", "Method", "Calibration", "Output"
 COMPUTING = "Computing"
-RECOVERIES = ("refit", "paper", "bias", "none")
 WIDTHS = ("adaptive", "uniform")
 MOST_RIDGE = 1_000_000
 """There, no weight moves; float32 ends far beyond."""
@@ -103,10 +104,9 @@ class Options:
         "refit",
         METHOD,
         "Recovery from what goes. refit: the output layers are fitted to what the dense model gives, so that each also "
-        "repairs the errors of earlier blocks; paper (Algorithms 1, 3 and 4): both layers of a module are fitted to "
-        "their dense outputs; bias (FLAP's): no weight changes, but what the removed units gave on average is added; "
-        "none: weights are only cut.",
-        choices=RECOVERIES,
+        "repairs the errors of earlier blocks; bias (FLAP's): no weight changes, but what the removed units gave on "
+        "average is added; none: weights are only cut.",
+        choices=(*NAMES, *recovery_modules()),
         fit=True,
     )
     effort: str = option(
@@ -248,7 +248,7 @@ class Options:
     def fits(self) -> int:
         """Fits that take rows of their own beside the samples."""
         effort = EFFORTS[self.effort]
-        return effort.fits if self.recovery == "refit" and effort.copies else 0
+        return effort.fits if self.repair.by_effort and effort.copies else 0
 
     @property
     def level1(self) -> int:
@@ -278,14 +278,17 @@ class Options:
         return None
 
     @property
-    def recovery_settings(self) -> dict[str, Any]:
-        """What plug-ins say of the recovery, by the names of its fields."""
-        return {}
+    def repair(self) -> "Recovery":
+        """The recovery with its settings."""
+        # Not at the top: the help does not wait for torch.
+        from secateur.fit.recovery import all_recoveries
+
+        return all_recoveries()[self.recovery].of(self)
 
     @property
     def adds_biases(self) -> bool:
         """Level-2 layers get a bias, also where the architecture has none."""
-        return self.recovery == "bias"
+        return self.repair.biases == "added"
 
     @property
     def gives_widths(self) -> bool:

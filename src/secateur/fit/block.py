@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.criteria.registry import Criteria
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import Recovery, recovery_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
@@ -28,7 +28,7 @@ class Method:
     """How units are chosen, and how the others make up for them."""
 
     criterion: str | Criteria = "surgeon"
-    recovery: Recovery = field(default_factory=Recovery)
+    recovery: Recovery = field(default_factory=recovery_of)
     seed: int = 0
     """Of the criterion `random`."""
 
@@ -47,7 +47,7 @@ class DenseBlock:
     output: dict[str, Activations]
     """Level-2 outputs."""
     input: dict[str, Activations]
-    """Module inputs, for the paper's refit of level 1; empty otherwise."""
+    """Module inputs, where the recovery reads them; empty otherwise."""
 
     @classmethod
     def run(

@@ -74,9 +74,7 @@ def refit(
                         stream.advance(index, layer, part, pruned)
                     continue
                 found: list[FittedBlock] = []
-                given = DenseBlock.run(
-                    stream, index, layer, counted, dense, arena, inputs=method.recovery.method == "paper"
-                )
+                given = DenseBlock.run(stream, index, layer, counted, dense, arena, inputs=method.recovery.reads_inputs)
                 for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
                     chosen = found[0].keep.chosen(stream.blocks[index]) if found else plan.units.get(index, {})

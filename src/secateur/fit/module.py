@@ -8,17 +8,15 @@ Shapes: a inputs of the output projection, k of them kept, d residual width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.statistics import Statistics
-from secateur.fit.recovery import Fit, compensation, fit_level2, intercept
+from secateur.fit.output import Fit, fit_level2
 from secateur.fit.regression import Regression, Sums
 from secateur.fit.tangent import Tangent
-from secateur.fit.target import ROUNDING
 from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import residual
@@ -46,53 +44,66 @@ def fit_module(regression: Regression, axis: str, stop: int, given: tuple[int, .
         stop: number that stays along the axis.
         given: the units that stay, where they are settled.
     """
-    return _ModuleFit(regression).run(axis, stop, given)
+    return ModuleFit(regression).run(axis, stop, given)
 
 
-class _ModuleFit:
-    """The fit of one module, while it is made."""
+class ModuleFit:
+    """The fit of one module, while it is made; a recovery (`secateur.fit.recovery`) calls its methods."""
+
+    keep: tuple[int, ...]
+    """Units that stay, once they are chosen."""
+    kept: Tensor
+    """Inputs of the output projection that stay."""
+    old: Tensor
+    """The output projection as it was (a x d), in the units in which errors count."""
+    weight: Tensor
+    """The same by which units are chosen."""
+    bias: Tensor | None = None
+    """The bias (d) that goes with `weight`, where that is not the old one."""
+    sums: Sums
 
     def __init__(self, regression: Regression):
         self.regression, self.recovery, self.module = regression, regression.recovery, regression.module
         self.team, self.device = regression.stream.team, regression.stream.device
+        self._stats: Statistics | None = None
 
     def run(self, axis: str, stop: int, given: tuple[int, ...] | None) -> Fitted:
         """Choose, refit, and return what is found."""
         regression, recovery = self.regression, self.recovery
-        if recovery.before:
-            regression.refit_inputs()
-        old = regression.norm.scale(regression.weight)
-        # Where units are given, a refit does not look at inputs that go.
-        spared = bool(given) and recovery.method == "refit"
-        sums = regression.collect(given if spared else None)
-        stats = self._statistics(sums.weights(old), sums.fitted, sums.source)
+        recovery.prepare(self)
+        self.weight = self.old = old = regression.norm.scale(regression.weight)
+        self.sums = sums = regression.collect(given if given and recovery.kept_inputs_alone else None)
+        self._stats = stats = self._statistics(sums.weights(old), sums.fitted, sums.source)
         choice = stats if sums.scored is sums.fitted else self._statistics(old, sums.scored, sums.source)
-        weight, bias = old, None
-        if recovery.before:
-            weight, bias, *_ = self._solved(partial(self._of_all, sums, stats))
-            choice.weight_ao, choice.pull_ao = weight, old
-            choice.tensors = {**regression.tensors, **regression.stored(weight)}
-        keep = self._choose(choice, axis, stop) if given is None else given
-        # Its Gram matrix is as large as the one that is solved next.
-        del choice
-        sums = replace(sums, scored=sums.fitted, source=None)
-        kept = inner_entries(self.module, keep).to(self.device)
-        if recovery.method == "paper" and not recovery.before:
-            regression.refit_inputs()
-            sums = regression.collect()
-            stats = self._statistics(old, sums.fitted)
-        if not recovery.after:
-            fit = self._solved(partial(self._unchanged, stats, weight, kept))._replace(bias=bias)
-            return Fitted(keep, kept, sums, self._with_bias(sums, old, kept, fit))
-        first = fit = self._solved(partial(self._refitted, sums, stats, kept))
-        # As large as all that the steps behind it hold.
-        del stats
-        # An error that is rounding alone asks for nothing.
-        if recovery.fits_level1 and self.module.scored and keep and fit.error > ROUNDING * sums.fitted.energy():
-            sums, fit = self._fit_inputs(keep, kept, sums, fit)
-        return Fitted(keep, kept, sums, fit._replace(plain=first.plain))
+        if (revised := recovery.revised(self)) is not None:
+            self.weight, self.bias = revised.weight_ko, revised.bias
+            choice.weight_ao, choice.pull_ao = self.weight, old
+            choice.tensors = {**regression.tensors, **regression.stored(self.weight)}
+        self.keep = self._choose(choice, axis, stop) if given is None else given
+        self.sums = replace(sums, scored=sums.fitted, source=None)
+        # The Gram matrix of the choice is as large as the one that is solved next.
+        del choice, sums, stats
+        self.kept = inner_entries(self.module, self.keep).to(self.device)
+        fit = recovery.fit(self)
+        return Fitted(self.keep, self.kept, self.sums, fit)
 
-    def _solved(self, make: Callable[[], Fit]) -> Fit:
+    @property
+    def stats(self) -> Statistics:
+        """Statistics of the sums with the old weights."""
+        assert self._stats is not None
+        return self._stats
+
+    def forget_statistics(self) -> None:
+        """Give the memory of the statistics back."""
+        self._stats = None
+
+    def collect(self) -> None:
+        """Sum over the inputs of all units once more, after a change of the module."""
+        self._stats = None
+        self.sums = self.regression.collect()
+        self._stats = self._statistics(self.old, self.sums.fitted)
+
+    def solved(self, make: Callable[[], Fit]) -> Fit:
         """Return a fit that the module's owner makes of the sums."""
 
         def made() -> dict[str, Tensor]:
@@ -130,57 +141,50 @@ class _ModuleFit:
         gone = self.team.solved(self.regression.owner, made, self.device)["gone"]
         return survivors(module, axis, gone)
 
-    def _of_all(self, sums: Sums, stats: Statistics) -> Fit:
+    def of_all(self) -> Fit:
         """Return a fit of the output projection to the inputs of all units."""
-        return fit_level2(sums.fitted, stats.normal, sums.entries)
+        return fit_level2(self.sums.fitted, self.stats.normal, self.sums.entries)
 
-    def _refitted(self, sums: Sums, stats: Statistics, kept: Tensor) -> Fit:
+    def refitted(self) -> Fit:
         """Return a fit of the output projection, with the error of the old weights where it is reported."""
-        normal, places = stats.normal, sums.among(kept)
+        normal, places = self.stats.normal, self.sums.among(self.kept)
         plain = residual(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
-        return fit_level2(sums.fitted, normal, places)._replace(plain=plain)
+        return fit_level2(self.sums.fitted, normal, places)._replace(plain=plain)
 
-    def _unchanged(self, stats: Statistics, weight: Tensor, kept: Tensor) -> Fit:
+    def unchanged(self) -> Fit:
         """Return the weights as they are, with their error where it is reported."""
-        error = residual(stats.normal, weight[kept], kept) if self.regression.reports else float("nan")
-        return Fit(weight[kept], None, error, error)
+        weight = self.weight[self.kept]
+        error = residual(self.stats.normal, weight, self.kept) if self.regression.reports else float("nan")
+        return Fit(weight, self.bias, error, error)
 
-    def _with_bias(self, sums: Sums, old: Tensor, kept: Tensor, fit: Fit) -> Fit:
-        """Return unchanged weights with the bias that makes up for removed units, where the recovery is `bias`."""
-        if self.recovery.method != "bias" or not self.regression.fits_bias:
-            return fit
-        bias = compensation(sums.fitted, old, kept, self.regression.tensors.get(self.module.bias_name))
-        # Centred moments leave the mean out of the error.
-        lost = float((intercept(sums.fitted, fit.weight_ko, kept) - bias).double().square().sum())
-        return fit._replace(bias=bias, error=fit.error + sums.fitted.count * lost)
-
-    def _fit_inputs(self, keep: tuple[int, ...], kept: Tensor, sums: Sums, fit: Fit) -> tuple[Sums, Fit]:
+    def fit_inputs(self, fit: Fit) -> Fit:
         """Fit the input projections, then the output projection once more; undo both where that gains nothing.
 
         Returns:
-            The sums over kept units that hold afterwards, and the better fit.
+            The better fit; the sums are then over kept units.
         """
         regression = self.regression
         before = {slab.name: regression.tensors[slab.name] for slab in self.module.scored}
-        regression.change(self._step(sums, kept, fit))
-        sums = regression.collect(keep)
+        regression.change(self._step(fit))
+        self.sums = sums = regression.collect(self.keep)
         old = sums.weights(regression.norm.scale(regression.weight))
         everything = sums.among(sums.entries)
-        again = self._solved(lambda: fit_level2(sums.fitted, self._statistics(old, sums.fitted).normal, everything))
+        again = self.solved(lambda: fit_level2(sums.fitted, self._statistics(old, sums.fitted).normal, everything))
         if again.error < fit.error:
-            return sums, again
+            return again
         regression.change(before)
-        return regression.collect(keep), fit
+        self.sums = regression.collect(self.keep)
+        return fit
 
-    def _step(self, sums: Sums, kept: Tensor, fit: Fit) -> dict[str, Tensor]:
+    def _step(self, fit: Fit) -> dict[str, Tensor]:
         """Return new input projections, from one Gauss-Newton step at a fit of the output projection."""
         regression, module = self.regression, self.module
         width = regression.stream.width
         tangent = Tangent(fit.weight_ko, len(module.scored), width, regression.tokens, self.team)
-        with regression.linearised(sums, kept, fit, tangent.add) as parts:
+        with regression.linearised(self.sums, self.kept, fit, tangent.add) as parts:
             changes = tangent.step(parts, self.recovery.ridge, self.recovery.level1)
         tensors = regression.tensors
         result = {slab.name: tensors[slab.name].clone() for slab in module.scored}
         for slab, change in zip(module.scored, changes, strict=True):
-            result[slab.name].index_add_(slab.axis, slab.offset + kept, change.movedim(0, slab.axis))
+            result[slab.name].index_add_(slab.axis, slab.offset + self.kept, change.movedim(0, slab.axis))
         return result

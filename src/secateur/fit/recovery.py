@@ -1,111 +1,88 @@
-"""Choose a module's units and refit what is left, from statistics alone.
+"""Recoveries: how the remaining weights compensate for removed units.
 
-`refit` solves level 2 for the error-aware target, and in the feed-forward level 1 along with it (`fit/tangent.py`);
-`paper` first refits level 1 to the dense level-1 outputs, then level 2 to the dense level-2 outputs (Algorithms 1, 3
-and 4 of Greedy Output Approximation). `before` refits level 2 of all units ahead of the choice, so that the criterion
-sees repaired weights; `after` refits the kept ones. `bias` leaves the weights and adds to the level-2 bias what the
-removed units gave on average (FLAP); `none` leaves everything.
+A recovery is one file of `secateur.fit.recoveries`, or of a plug-in: a dataclass under the decorator that gives its
+name. Its fields are its settings, its class attributes say what it asks of the pipeline, and its methods are called in
+this order while a module is fitted (`secateur.fit.module`).
 """
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from typing import Any, ClassVar, Literal, TypeVar
 
-import torch
-from torch import Tensor
-
-from secateur.model.structure import Depth2
-from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import Normal, least_squares, normal_equations
+from secateur.base.plugins import recovery_modules
+from secateur.fit.output import Fit
+from secateur.fit.recoveries import NAMES
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(ABC):
     """How a module is repaired."""
 
-    method: str = "refit"
-    when: str = "after"
-    """Of `paper`: level 2 is refitted `before` the choice of units, `after` it, or `both`."""
     ridge: float = 0.3
-    level1: int = 2
-    """Of `refit`: steps of conjugate gradients by which level 1 of the feed-forward is fitted along; 0 leaves it."""
-    usual: float = 1.0
-    """Of `refit`: a token counts half where the squared error that it inherits is so many times the median; infinite:
-    all alike."""
 
-    @property
-    def fits(self) -> bool:
-        """Weights get new values."""
-        return self.method in ("refit", "paper")
+    level1 = 0
+    """Steps of conjugate gradients by which input projections are fitted along."""
+    usual = math.inf
+    """Factor on the median of the squared error that tokens inherit, at which a token counts half."""
+    fits: ClassVar[bool] = False
+    """Whether weights get new values."""
+    biases: ClassVar[Literal["kept", "fitted", "added"]] = "fitted"
+    """What becomes of the bias of an output projection; `added` also where the architecture has none."""
+    own_output: ClassVar[bool] = False
+    """Whether the target is the module's own dense output, and not the dense stream behind it."""
+    kept_inputs_alone: ClassVar[bool] = False
+    """Whether a fit to given units does not look at inputs that go."""
+    reads_inputs: ClassVar[bool] = False
+    """Whether the dense inputs of modules are kept while a block is pruned."""
+    by_effort: ClassVar[bool] = False
+    """Whether an effort says how much is fitted, and some rows are left out for the scale of the final norm."""
+    said: ClassVar[str] = ""
+    """One sentence about the remaining weights, for the model card."""
 
-    @property
-    def fits_level1(self) -> bool:
-        """Level 1 of the feed-forward is fitted along with level 2."""
-        return self.method == "refit" and self.level1 > 0
+    @classmethod
+    def of(cls, options: Any) -> "Recovery":
+        """Return the recovery with the settings that options of `prune` give."""
+        return cls(options.ridge)
 
-    @property
-    def before(self) -> bool:
-        """Refit all units ahead of the choice."""
-        return self.method == "paper" and self.when in ("before", "both")
+    def prepare(self, fit: Any) -> None:
+        """Change a module before its rows are summed; `fit` is a `secateur.fit.module.ModuleFit`."""
+        return
 
-    @property
-    def after(self) -> bool:
-        """Refit the kept units."""
-        return self.method == "refit" or (self.method == "paper" and self.when in ("after", "both"))
+    def revised(self, fit: Any) -> Fit | None:
+        """Return an output projection for all inputs by which units are chosen, where it is not the old one."""
+        return None
 
-
-class Fit(NamedTuple):
-    """What least squares found for a level-2 layer."""
-
-    weight_ko: Tensor
-    """Of the kept inputs, in residual units."""
-    bias: Tensor | None
-    error: float
-    """||XW - T||^2, the penalty left out."""
-    plain: float = math.nan
-    """The same with the old weights, where it was asked for."""
-
-
-def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
-    """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
-    weight, error = least_squares(normal, keep)
-    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
+    @abstractmethod
+    def fit(self, fit: Any) -> Fit:
+        """Fit what is left of a module, whose units are chosen."""
 
 
-def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:
-    """The bias (o) with which the mean output is the mean target."""
-    return (moments.mean_o - moments.mean_a[keep] @ weight_ao.double()).float()
+Class = TypeVar("Class", bound=type[Recovery])
+_RECOVERIES: dict[str, type[Recovery]] = {}
 
 
-def compensation(moments: Moments, weight_ao: Tensor, keep: Tensor, bias_o: Tensor | None) -> Tensor:
-    """The bias (o) with which the kept inputs give the mean output of all inputs, weights unchanged.
+def recovery(name: str) -> Callable[[Class], Class]:
+    """Register a class under a name."""
 
-    Inputs are those that the moments were taken of. In a fit that is the pruned stream, so that the
-    mean is right where the module will stand; FLAP itself takes its means from the dense model.
-    """
-    gone = torch.ones(weight_ao.shape[0], dtype=torch.bool, device=weight_ao.device)
-    gone[keep] = False
-    shift = moments.mean_a[gone] @ weight_ao[gone].double()
-    return (shift if bias_o is None else bias_o.double() + shift).float()
+    def register(owner: Class) -> Class:
+        _RECOVERIES[name] = owner
+        return owner
+
+    return register
 
 
-def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float) -> dict[str, Tensor]:
-    """Level-1 weights and biases that bring the pruned stream's input to the dense level-1 outputs.
+@cache
+def all_recoveries() -> Mapping[str, type[Recovery]]:
+    """Return every recovery by its name."""
+    for module in (*(f"secateur.fit.recoveries.{name}" for name in NAMES), *recovery_modules().values()):
+        import_module(module)
+    return _RECOVERIES
 
-    `inputs` holds the Gram matrix of the module's input in the pruned stream and its cross moment with the input
-    in the dense stream, X_p'X_d: the dense outputs are linear in the latter, so this serves all level-1 layers.
-    """
-    result: dict[str, Tensor] = {}
-    # Slabs of one tensor share its axis and its bias.
-    slabs = {slab.name: slab for slab in module.level1 if slab.name.endswith(".weight")}
-    everything = torch.arange(inputs.gram().shape[0], device=inputs.gram().device)
-    for name, slab in slabs.items():
-        old = tensors[name].movedim(slab.axis, 1)
-        cross = inputs.cross() @ old
-        weight, _ = least_squares(normal_equations(inputs.gram(), cross, 0.0, old, ridge), everything)
-        result[name] = weight.movedim(1, slab.axis).contiguous()
-        if slab.bias in tensors:
-            shift = inputs.mean_o @ old.double() - inputs.mean_a @ weight.double()
-            result[slab.bias] = (tensors[slab.bias].double() + shift).float()
-    return result
+
+def recovery_of(method: str = "refit", **settings: Any) -> Recovery:
+    """Return a recovery by its name, with settings by the names of its fields."""
+    return all_recoveries()[method](**settings)

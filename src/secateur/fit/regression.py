@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.registry import Criterion
-from secateur.fit.recovery import Fit, Recovery
+from secateur.fit.output import Fit
+from secateur.fit.recovery import Recovery
 from secateur.fit.tangent import Part
 from secateur.model.post_norm import PostNorm
 from secateur.model.stream import BlockStream
@@ -109,10 +110,6 @@ class Regression(ABC):
     @abstractmethod
     def change(self, tensors: dict[str, Tensor]) -> None:
         """Let the module compute with new tensors, rounded as they will be written."""
-
-    def refit_inputs(self) -> None:
-        """Fit the input projections to their dense outputs, as the paper does; experts are never asked for it."""
-        raise NotImplementedError
 
     def stored(self, weight_ad: Tensor) -> dict[str, Tensor]:
         """Return the output projection as a tensor, by its name in `tensors`, from a weight in the errors' units."""

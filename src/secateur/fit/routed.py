@@ -8,7 +8,7 @@ Shapes: n tokens, m of them routed to an expert, f channels of an expert, k of t
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from secateur.criteria.registry import Criterion, all_criteria
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
 from secateur.fit.module import Fitted
-from secateur.fit.recovery import Fit, Recovery
+from secateur.fit.output import Fit
+from secateur.fit.recoveries.none import Unchanged
+from secateur.fit.recoveries.refit import Refit
+from secateur.fit.recovery import Recovery
 from secateur.fit.regression import AddPart, Regression, Sums
 from secateur.fit.tangent import Part
 from secateur.model.mixture import Mixture, Routes
@@ -110,10 +113,11 @@ class RoutedRegression(Regression):
         """Return the recovery of this expert by the number of its tokens."""
         number = self.tokens
         ridge = whole.ridge * (1 + self.module.units / max(number, 1))
+        if not whole.fits or number < FEWEST:
+            return Unchanged(ridge)
         # The input projections of a shared expert stay as they are.
-        inputs = whole.fits_level1 and not self.shared and number >= FEWEST_FOR_INPUTS
-        method = "refit" if whole.fits and number >= FEWEST else "none"
-        return replace(whole, method=method, ridge=ridge, level1=whole.level1 if inputs else 0)
+        inputs = not self.shared and number >= FEWEST_FOR_INPUTS
+        return Refit(ridge, whole.level1 if inputs else 0)
 
     @property
     def unfitted(self) -> bool:

@@ -188,7 +188,7 @@ class MixtureStage:
             Experts with too few tokens for a refit.
         """
         state, mixture, module, unfitted = self.state, self.mixture, self.module, list[int]()
-        names = mixture.stored_names(inputs=self.recovery.fits_level1)
+        names = mixture.stored_names(inputs=self.recovery.level1 > 0)
         for name in names:
             # One by one: they are nearly all of the block, and each is there twice while it is copied.
             state.change({name: plain(state.tensors[name]).to(state.dtype, copy=True)})

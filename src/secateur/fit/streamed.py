@@ -18,7 +18,7 @@ from secateur.criteria.registry import Criterion
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
 from secateur.fit.module import Fitted
-from secateur.fit.recovery import Fit, fit_level1
+from secateur.fit.output import Fit
 from secateur.fit.regression import AddPart, Regression, Sums
 from secateur.fit.tangent import Part, factors, outputs
 from secateur.fit.target import ModuleTarget
@@ -133,25 +133,6 @@ class StreamedRegression(Regression):
     def change(self, tensors: dict[str, Tensor]) -> None:
         """Let the block compute with new tensors."""
         self.state.change(tensors)
-
-    def refit_inputs(self) -> None:
-        """Fit the input projections to their dense outputs on all rows, whatever units are kept (the paper's)."""
-        module, width = self.module, self.stream.width
-        # Heads that share a latent vector read that vector, not the module's input.
-        if not module.level1 or module.reader is not None:
-            return
-        biased = any(slab.name.endswith(".bias") for slab in module.level1)
-        moments = Moments(width, width, centre=biased, device=self.stream.device)
-        for at in self.state.rows.batches():
-            dense = self.state.input[module.kind][at].to(self.stream.device)
-            source = self.state.inputs_of(module, self.pruned, at, module.source)[module.source]
-            moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
-        moments.reduce(self.stream.team, self.owner)
-
-        def made() -> dict[str, Tensor]:
-            return fit_level1(module, self.state.tensors, moments, self.recovery.ridge)
-
-        self.state.change(self.stream.team.solved(self.owner, made, self.stream.device))
 
     def store(self, fitted: Fitted) -> None:
         """Put the fitted output projection in place; entries that go are sliced away later."""

@@ -3,8 +3,8 @@
 The target is error-aware: the dense stream after the module minus what the pruned stream holds without it, so that
 each module also repairs what those before it broke. Sequential, parallel and fused blocks need no cases: "without it"
 is the block's own forward with the module's output replaced by zero. In a parallel block the attention is fitted first,
-to the whole error so far; the feed-forward then sees what the attention left. The paper's recovery aims at the module's
-own dense output instead, and behind a norm each output takes over a share of the error so far
+to the whole error so far; the feed-forward then sees what the attention left. A recovery may aim at the module's own
+dense output instead, and behind a norm each output takes over a share of the error so far
 (`secateur.model.post_norm`).
 
 Shapes: n tokens, d residual width.
@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from secateur.fit.block import BlockState
+from secateur.fit.output import ROUNDING
 from secateur.model.arena import Activations
 from secateur.model.facts import multiplier_of
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.structure import Depth2
-
-ROUNDING = 1e-6
-"""Errors below this share of a target's energy are none."""
 
 
 class BatchTarget(NamedTuple):
@@ -52,15 +50,15 @@ class ModuleTarget:
         # Where the residual stream itself is normalised, the error so far cannot be repaired.
         additive = state.stream.family.keeps_residual(state.stream.checkpoint.config)
         # Nor where another norm weighs the module's output against what stands beside it.
-        self.repairs = additive and module.outer_norm is None and recovery.method != "paper"
+        self.repairs = additive and module.outer_norm is None and not recovery.own_output
         """Whether it aims at the error so far as well."""
         self.multiplier = multiplier_of(state.stream.checkpoint.config, state.layer)
         """What the module's output is multiplied by on its way to the residual stream."""
-        biased = module.bias is not None or recovery.method == "bias"
-        self.fits_bias = recovery.method != "none" and module.free_bias and biased
+        biased = module.bias is not None or recovery.biases == "added"
+        self.fits_bias = recovery.biases != "kept" and module.free_bias and biased
         """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
         # What repairs nothing sees all tokens alike, as the formulas of criteria and of FLAP's bias have it.
-        self._usual = recovery.usual if recovery.method == "refit" else math.inf
+        self._usual = recovery.usual
         if self.norm.norm is not None and self.repairs:
             self._share_repairs()
 

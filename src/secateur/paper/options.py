@@ -145,11 +145,6 @@ class PaperOptions(Base):
         return self.sigma == "random"
 
     @property
-    def recovery_settings(self) -> dict[str, Any]:
-        """See `Options.recovery_settings`."""
-        return super().recovery_settings | {"when": self.recover}
-
-    @property
     def survey_key(self) -> dict[str, Any]:
         """See `Options.survey_key`."""
         return super().survey_key | ({} if self.preselection is None else {"tau": self.tau})

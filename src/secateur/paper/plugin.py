@@ -8,6 +8,8 @@ PLUGIN = Plugin(
     helps={
         "criterion": f"{SIMILARITY} (the paper's Algorithm 2): heads that attend like another one; {SIMILARITY}+X: "
         "these first, the rest by X.",
+        "recovery": "paper (Algorithms 1, 3 and 4): both layers of a module are fitted to their dense outputs.",
     },
     preselections=(SIMILARITY,),
+    recoveries={"paper": "secateur.paper.recovery"},
 )

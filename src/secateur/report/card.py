@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from secateur.base.words import counted
+from secateur.fit.recovery import all_recoveries
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
 
@@ -20,14 +21,6 @@ BASE_CARD = "README.base.md"
 """The card of the model that was pruned, as it was."""
 HANDED_ON = ("license", "license_name", "license_link", "language")
 """What a card says of the base model that holds for the pruned one too."""
-FITTED = "What is left was fitted, without training, to give what the whole model gives."
-REPAIRS = {
-    "refit": FITTED,
-    "paper": FITTED,
-    "bias": "What is left is as it was, but for biases that make up for the mean of what is gone.",
-    "none": "What is left is as it was.",
-}
-"""What was done about the loss, by the recovery."""
 FRONT = re.compile(r"\A---\s*\n(.{0,20000}?)\n---\s*(\n|\Z)", re.DOTALL)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -41,6 +34,7 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         measured: rows of what was measured since: a label, this model's figure, the base model's, their ratio.
     """
     name, said = name_of(record), record["loads"]
+    repair = all_recoveries()[record["options"]["recovery"]].said
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": said["task"]}
     if HUB_ID.fullmatch(str(record["model"])) and not Path(record["model"]).exists():
         front["base_model"] = record["model"]
@@ -54,7 +48,7 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         "---",
         f"# {_plain(name)}, pruned",
         f"Of `{_code(name)}`, {record['sparsity']['reached']:.1%} of the blocks' parameters are gone: "
-        f"{what_goes(record)}. {REPAIRS[record['options']['recovery']]} [{PAGE}]({PAGE}) shows what was removed where.",
+        f"{what_goes(record)}. {repair} [{PAGE}]({PAGE}) shows what was removed where.",
         "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows]),
         expected(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
         "## How to open it",

@@ -49,7 +49,7 @@ def page_data(
         blocks: every block of the dense model.
         plans: the wanted share → the widths that cost least.
         facts: `model`, its `family`, its `parameters` and the `line` that uses the survey.
-        distances: of the query heads; without them the page says nothing of similarity.
+        distances: of the query heads; without them the page does not compare heads.
     """
     prices = Prices(survey)
     modules: dict[tuple[int, str], list[Curve]] = {}

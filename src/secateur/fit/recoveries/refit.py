@@ -1,0 +1,35 @@
+"""Refit: output projections by ridge least squares to the error-aware target, and input projections along with them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.fit.module import ModuleFit
+from secateur.fit.output import ROUNDING, Fit
+from secateur.fit.recovery import Recovery, recovery
+
+
+@recovery("refit")
+@dataclass(frozen=True)
+class Refit(Recovery):
+    """Each module repairs errors of those before it, too."""
+
+    level1: int = 2
+    usual: float = 1.0
+
+    fits = kept_inputs_alone = by_effort = True
+    said = "What is left was fitted, without training, to give what the whole model gives."
+
+    @classmethod
+    def of(cls, options: Any) -> "Refit":
+        """Return the refit with the ridge and the effort of options."""
+        return cls(options.ridge, options.level1)
+
+    def fit(self, fit: ModuleFit) -> Fit:
+        """Fit the output projection, then the input projections, then the output projection once more."""
+        first = found = fit.solved(fit.refitted)
+        # As large as all that the steps behind it hold.
+        fit.forget_statistics()
+        # An error that is rounding alone asks for nothing.
+        if self.level1 and fit.module.scored and fit.keep and found.error > ROUNDING * fit.sums.fitted.energy():
+            found = fit.fit_inputs(found)
+        return found._replace(plain=first.plain)

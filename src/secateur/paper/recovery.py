@@ -1,0 +1,98 @@
+"""The paper's recovery: both layers of a module are fitted to their dense outputs (Algorithms 1, 3 and 4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.fit.module import ModuleFit
+from secateur.fit.output import Fit
+from secateur.fit.recoveries.refit import Refit
+from secateur.fit.recovery import Recovery, recovery
+from secateur.fit.streamed import StreamedRegression
+from secateur.model.structure import Depth2
+from secateur.numerics.moments import Moments
+from secateur.numerics.ridge import least_squares, normal_equations
+
+
+@recovery("paper")
+@dataclass(frozen=True)
+class PaperRecovery(Recovery):
+    """Level 1, then level 2, each by least squares; no module repairs errors of another one."""
+
+    when: str = "after"
+    """Moment of the fit: `before` units are chosen, so that the criterion sees repaired weights, `after`, or `both`."""
+
+    fits = own_output = reads_inputs = True
+    said = Refit.said
+
+    @classmethod
+    def of(cls, options: Any) -> "PaperRecovery":
+        """Return the recovery with the ridge and the moment of options."""
+        return cls(options.ridge, options.recover)
+
+    @property
+    def before(self) -> bool:
+        """Whether all units are fitted ahead of the choice."""
+        return self.when in ("before", "both")
+
+    def prepare(self, fit: ModuleFit) -> None:
+        """Fit level 1 ahead of the choice."""
+        if self.before:
+            self._refit_inputs(fit)
+
+    def revised(self, fit: ModuleFit) -> Fit | None:
+        """Return level 2 as it is fitted to the inputs of all units."""
+        return fit.solved(fit.of_all) if self.before else None
+
+    def fit(self, fit: ModuleFit) -> Fit:
+        """Fit level 1 unless it is fitted already, then level 2 of the units that stay."""
+        if not self.before:
+            self._refit_inputs(fit)
+            fit.collect()
+        return fit.solved(fit.unchanged if self.when == "before" else fit.refitted)
+
+    def _refit_inputs(self, fit: ModuleFit) -> None:
+        """Fit level 1 to its dense outputs on all rows, whatever units are kept."""
+        # Experts are fitted by the refit.
+        assert isinstance(fit.regression, StreamedRegression)
+        regression, module, width = fit.regression, fit.module, fit.regression.stream.width
+        # Heads that share a latent vector read that vector, not the module's input.
+        if not module.level1 or module.reader is not None:
+            return
+        state, device = regression.state, regression.stream.device
+        biased = any(slab.name.endswith(".bias") for slab in module.level1)
+        moments = Moments(width, width, centre=biased, device=device)
+        for at in state.rows.batches():
+            dense = state.input[module.kind][at].to(device)
+            source = state.inputs_of(module, regression.pruned, at, module.source)[module.source]
+            moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
+        moments.reduce(fit.team, regression.owner)
+
+        def made() -> dict[str, Tensor]:
+            return fit_level1(module, state.tensors, moments, self.ridge)
+
+        state.change(fit.team.solved(regression.owner, made, device))
+
+
+def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float) -> dict[str, Tensor]:
+    """Level-1 weights and biases that bring the pruned stream's input to the dense level-1 outputs.
+
+    `inputs` holds the Gram matrix of the module's input in the pruned stream and its cross moment with the input
+    in the dense stream, X_p'X_d: the dense outputs are linear in the latter, so this serves all level-1 layers.
+    """
+    result: dict[str, Tensor] = {}
+    # Slabs of one tensor share its axis and its bias.
+    slabs = {slab.name: slab for slab in module.level1 if slab.name.endswith(".weight")}
+    everything = torch.arange(inputs.gram().shape[0], device=inputs.gram().device)
+    for name, slab in slabs.items():
+        old = tensors[name].movedim(slab.axis, 1)
+        cross = inputs.cross() @ old
+        weight, _ = least_squares(normal_equations(inputs.gram(), cross, 0.0, old, ridge), everything)
+        result[name] = weight.movedim(1, slab.axis).contiguous()
+        if slab.bias in tensors:
+            shift = inputs.mean_o @ old.double() - inputs.mean_a @ weight.double()
+            result[slab.bias] = (tensors[slab.bias].double() + shift).float()
+    return result
