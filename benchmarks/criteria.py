@@ -159,7 +159,7 @@ class Bench:
                 if module.bias is None:
                     # What the last run may have added.
                     assign(layer, module.bias_name, None)
-            narrow(layer, tensors, decided.widths[block.index])
+            narrow(layer, self.stream.blocks[block.index], tensors, decided.widths[block.index])
         return [value / base for value, base in zip(self._score(), self.dense, strict=True)]
 
     def _score(self) -> list[float]:

@@ -331,7 +331,8 @@ def _cut(
 ) -> None:
     """Cut one block of the network down."""
     layer, new = layers_of(stream, network)[index], {name: tensor.float() for name, tensor in changed.items()}
-    narrow(layer, slice_block(stream.blocks[index], dict(layer.named_parameters()) | new, keep), width)
+    block = stream.blocks[index]
+    narrow(layer, block, slice_block(block, dict(layer.named_parameters()) | new, keep), width)
 
 
 def _leave(stream: BlockStream, network: Any, layers: list[nn.Module], kept: list[int]) -> None:

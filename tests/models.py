@@ -435,7 +435,7 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
         dtype = next(layer.parameters()).dtype
         own = {name: value.to(dtype) for name, value in (changed or {}).get(index, {}).items()}
         tensors = layer.state_dict() | own
-        narrow(layer, slice_block(block, tensors, keep), width_of(block, keep))
+        narrow(layer, block, slice_block(block, tensors, keep), width_of(block, keep))
     return small
 
 

@@ -315,7 +315,7 @@ def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any
         stored = stock_config(raw, config, width=widths[len(widths) - 1], **channels, **settings)
     else:
         stored = per_layer_config(
-            raw, config, widths=widths, dense=[block.width for block in blocks], biases={}, **settings
+            raw, config, widths=widths, blocks=blocks, stored_names=lambda *_: (), biases={}, **settings
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(stored))

@@ -3,6 +3,7 @@ units silenced, with this library and without it."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
@@ -20,9 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import (
+    _EXPERTS,
     GEMMA,
     GROUPED,
     ROWS,
+    SHARED,
+    WIDE4,
     _config,
     blocks_of,
     build,
@@ -37,6 +41,7 @@ from models import (
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.commands.prune import prune
+from secateur.families.registry import FAMILIES
 from secateur.fit.average import FittedBlock
 from secateur.formats.format import PrunedModel
 from secateur.formats.hf import HfFolder
@@ -45,6 +50,8 @@ from secateur.formats.stock_folder import StockFolder
 from secateur.measure.compare import evaluate
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.layer_sizes import IN_MEMORY
+from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Keep
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
@@ -68,6 +75,16 @@ MORE_ROWS = {
     "phi3 longrope": _config("phi3", **GROUPED, **LONG),
     "gemma3 linear": _config("gemma3_text", **GEMMA, rope_parameters=LINEAR),
 }
+BY_PLAN = {
+    # The last two blocks have twice as many channels as the config says.
+    "gemma4_text twice": (_config("gemma4_text", "num_hidden_layers", **WIDE4), {3: {"channels": 72}}),
+    # A block without experts behind one that has some.
+    "qwen2_moe later": (
+        _config("qwen2_moe", **GROUPED, **_EXPERTS, **SHARED, mlp_only_layers=[1]),
+        {0: {"experts": 5}, 1: {"channels": 20}},
+    ),
+}
+"""Rows whose blocks differ before any is pruned, and how many of the first units stay."""
 
 HYBRID = ("qwen3_5_text", "lfm2")
 """The first block has another kind of layer in the attention's place, the others have heads that can go."""
@@ -422,6 +439,52 @@ def test_a_stock_class_fails_instead_of_guessing(written, name, case, intercept)
         type(dense(name)).from_pretrained(written(name, case, intercept).folder)
 
 
+@pytest.mark.parametrize("name", BY_PLAN)
+def test_dense_blocks_that_differ(tmp_path, monkeypatch, name):
+    """Also where a block is cut to the width that the config has for the others."""
+    row, counts = BY_PLAN[name]
+    monkeypatch.setitem(ROWS, name, row)
+    blocks = [{"block": i, **{kind: list(range(n)) for kind, n in own.items()}} for i, own in counts.items()]
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
+    how = {"calibration": "random", "samples": 4, "length": 8, "effort": "quick", "format": "hf"}
+    prune(save(name, tmp_path / "dense"), tmp_path / "out", plan=tmp_path / "plan.json", **how)
+    with quiet():
+        config = open_checkpoint(tmp_path / "out").config
+        model, info = model_class(config).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = blocks_of(build(name)), [layer.state_dict() for layer in layers_of(model)]
+    for index, (block, tensors) in enumerate(zip(before, after, strict=True)):
+        width = block.width | counts.get(index, {})
+        assert sum(tensor.numel() for tensor in tensors.values()) == block.kept_parameters(width)
+
+
+def test_experts_in_a_list_of_their_own():
+    """As transformers 4 has them, whose names stand in config.json too."""
+    mlp = nn.Module()
+    mlp.gate = nn.Linear(48, 8, bias=False)
+    mlp.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(48, 20)}) for _ in range(8))
+    mlp.num_experts, layer = 8, nn.ModuleDict({"mlp": mlp})
+    shapes = {
+        "mlp.gate.weight": [{"n": 1}, None],
+        "mlp.experts.up": [{"n": 1}, {"f": 2}, None],
+        "mlp.experts.*.up.weight": [{"n": 1}, {"f": 1}, None],
+        "mlp.experts.*.up.bias": [{"n": 1}, {"f": 1}],
+    }
+    sizes = {"shapes": shapes, "attributes": {"num_experts": {"n": 1}}, "attentions": {}, "feed_forwards": {}}
+    resize(layer, sizes, {"n": 5, "f": 16}, None)
+    assert (mlp.num_experts, len(mlp.experts), mlp.gate.out_features) == (5, 5, 5)
+    assert {tuple(one["up"].weight.shape) for one in mlp.experts} == {(16, 48)}
+    assert {(one["up"].out_features, *one["up"].bias.shape) for one in mlp.experts} == {(16, 16)}
+
+
+def test_the_modeling_file_names_no_family_and_no_layer():
+    tree = ast.parse(MODELING_FILE.read_text(encoding="utf-8"))
+    written = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = {str(value) for entry in FAMILIES.values() for value in vars(entry).values()}
+    known = {*FAMILIES, *IN_MEMORY.values()} | names
+    assert not written & (known | {part for name in known for part in name.split(".")}) - {"None", "True", "False"}
+
+
 def test_what_is_pruned_already_is_not_pruned_again(written):
     with pytest.raises(SecateurError, match="blocks differ in width"):
         BlockStream(open_checkpoint(written("llama", "gone").folder))
@@ -434,9 +497,6 @@ def test_obstacles(written, tmp_path):
     assert "olmo2 keeps all 6 heads of a block or none, as its query" in (per_layer_obstacle(config, olmo, fewer) or "")
     assert per_layer_obstacle(config, olmo, none) is None
     assert per_layer_obstacle(dense("llama").config, llama, wide(0, 0, 0)) is None
-    stranger = copy.copy(config)
-    stranger.model_type = "stranger"
-    assert "no layout is known for model_type 'stranger'" in (per_layer_obstacle(stranger, olmo, none) or "")
     stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
     with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
         HfFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))

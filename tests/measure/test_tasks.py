@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from conftest import CheckpointFolder
-from models import BOS, POSITIONS, ROWS, build, make_tokenizer
+from models import BOS, POSITIONS, ROWS, blocks_of, build, make_tokenizer, wide
 from secateur import cli
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
+from secateur.formats.per_layer import per_layer_config
 from secateur.measure import Accuracy, kept, open_tasks, tasks, zero_shot
 from secateur.measure.compare import evaluate
 from secateur.model.modeling_secateur import SecateurLlamaForCausalLM
@@ -104,11 +105,19 @@ def test_likelihoods_are_those_of_a_plain_computation(name: str, bos: bool) -> N
 
 
 def test_a_model_with_layers_of_different_widths_is_scored() -> None:
-    widths = {1: {"intermediate_size": 40}, 2: {"num_attention_heads": 2, "num_key_value_heads": 1}}
-    own = {"per_layer_config": widths, "allow_global_per_layer_attribute_access": True}
-    config = type(build("llama").config).from_dict(build("llama").config.to_dict() | own)
+    config = build("llama").config
+    stored = per_layer_config(
+        config.to_dict(),
+        config,
+        widths={1: wide(3, 2, 40), 2: wide(1, 2, 72)},
+        blocks=blocks_of(build("llama")),
+        stored_names=lambda *_: (),
+        biases={},
+        head_dim=8,
+        dtype=torch.float32,
+    )
     with quiet():
-        model = SecateurLlamaForCausalLM(config).eval()
+        model = SecateurLlamaForCausalLM(type(config).from_dict(stored)).eval()
     (found,) = likelihoods(model, make_tokenizer(), PAIRS)
     assert close(found, [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
 

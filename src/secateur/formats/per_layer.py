@@ -1,7 +1,8 @@
 """Widths that differ from block to block, in one safetensors folder: what config.json must say, and who loads it.
 
 The folder carries `modeling_secateur.py`, which builds stock layers of those widths, so that transformers loads it
-with trust_remote_code and without this library. Here the same classes are at hand, and no code of a folder runs.
+with trust_remote_code and without this library. config.json has all that this file must know. Here the same classes
+are at hand, and no code of a folder runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,12 @@ from secateur.model import modeling_secateur
 from secateur.model.axes import Width
 from secateur.model.config_file import TEXT, stock_class
 from secateur.model.facts import key_value_heads
-from secateur.model.modeling_secateur import ATTENTION_BIAS, FEED_FORWARD_BIAS, IMAGES, PREFIX, WIDTHS, overrides
+from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, QUERY_HEADS, Keys, StoredNames, model_sizes, numbers
+from secateur.model.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
 from secateur.model.structure import Block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
+from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """The file that goes beside the weights."""
@@ -41,8 +43,6 @@ HEADED = {
     "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
 """What opens the pruned model under a fresh head, and the stock classes."""
-HEADS, GROUPS = "num_attention_heads", "num_key_value_heads"
-BIASES = (ATTENTION_BIAS, FEED_FORWARD_BIAS)
 
 
 def per_layer_obstacle(config: Any, block: Block, width: Width) -> str | None:
@@ -63,7 +63,8 @@ def per_layer_config(
     config: Any,
     *,
     widths: Mapping[int, Width],
-    dense: Sequence[Width],
+    blocks: Sequence[Block],
+    stored_names: StoredNames,
     biases: Mapping[int, tuple[bool, bool]],
     head_dim: int,
     dtype: torch.dtype,
@@ -74,13 +75,15 @@ def per_layer_config(
         raw_config: the dense checkpoint's config.json as stored; not changed.
         config: the config object made from it.
         widths: of the pruned blocks; the others are dense.
-        dense: the dense width of every block; the first one's are the global values.
+        blocks: all dense blocks; the first one's width makes the global values.
+        stored_names: names of tensors in the checkpoint, which are those of older versions of transformers.
         biases: blocks whose output layers (attention, feed-forward) got a bias that the stock class lacks.
         head_dim: entries per head.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
     """
+    dense = [block.width for block in blocks]
     first = next((width for width in dense if width.experts), dense[0])
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
@@ -95,26 +98,31 @@ def per_layer_config(
             classes[auto] = stock_class(others, config_class).__name__
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
-    fed = _fed_key(config, first)
+    fed = _keys(config, first)[(EXPERTS if first.experts else CHANNELS,)]
     if not any(_clashes(width, dense[index]) for index, width in widths.items()):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
         # width that no layer has, it fails.
         stored[fed] = first.fed + 1
-    # Of a model with experts, blocks without them have channels of their own.
-    other = {} if first.experts == dense[0].experts else {_fed_key(config, dense[0]): dense[0].channels}
-    everywhere = _keys(config, first, (False, False)) | {fed: stored.get(fed, first.fed)} | other
-    layers: dict[str, dict[str, Any]] = {}
-    for index, usual in enumerate(dense):
-        own = _keys(config, widths.get(index, usual), biases.get(index, (False, False)))
-        if differing := {key: value for key, value in own.items() if value != everywhere[key]}:
+    usual = [dict.fromkeys(BIASES, False) | numbers(width, _keys(config, width)) for width in dense]
+    everywhere = {key: count for own in reversed(usual) for key, count in own.items()}
+    everywhere |= numbers(first, _keys(config, first)) | {fed: stored.get(fed, first.fed)}
+    layers = {}
+    for index, before in enumerate(usual):
+        own = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
+        own |= numbers(widths.get(index, dense[index]), _keys(config, dense[index]))
+        # A block may have differed before (Gemma 4's last ones are twice as wide), and now have the usual number.
+        if differing := {key: value for key, value in own.items() if value != everywhere[key] or value != before[key]}:
             layers[str(index)] = differing
     # What derives a layer's head size cannot read that it has no heads.
     apart = family_of(config).stock.by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     stored[WIDTHS if apart else "per_layer_config"] = layers
+    used = {key for own in layers.values() for key in own}
+    stored[SIZES] = model_sizes(blocks, lambda block: _keys(config, block.width), stored_names, used)
     # A key that only some layers have must have a value for the others.
-    if family_of(config).key_value_heads is not None:
+    stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES) if key in used}
+    if GROUPS in everywhere:
+        # Falcon's fused layer needs it, whose config calls it otherwise.
         stored[GROUPS] = first.groups
-    stored |= {key: False for key in BIASES if any(key in own for own in layers.values())}
     # Else transformers 5 refuses to read the global value of what a layer overrides.
     stored["allow_global_per_layer_attribute_access"] = True
     return stored
@@ -194,7 +202,7 @@ def widths_of(config: Any) -> list[Width]:
         own = overrides(config, index)
         if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
             raise SecateurError(f"layer {index} of the config has {own[odd]!r} for {odd}, no number; prune again")
-        kept = own.get(HEADS, heads)
+        kept = own.get(QUERY_HEADS, heads)
         shared = own.get(GROUPS, groups or kept)
         if kept and not shared:
             raise SecateurError(f"layer {index} of the config has {kept} heads and no key/value heads; prune again")
@@ -214,19 +222,15 @@ def dense_channels(config: Any, index: int) -> int:
     return int(overrides(config, index).get(key, getattr(config, key)))
 
 
-def _keys(config: Any, width: Width, biases: tuple[bool, bool]) -> dict[str, Any]:
-    """How a config spells the width of one layer."""
-    grouped = {} if family_of(config).ungrouped else {GROUPS: width.groups}
-    fed = {_fed_key(config, width): width.fed}
-    if (mixture := family_of(config).experts) is not None and width.experts:
-        fed[mixture.expert_width] = width.channels
-    return {HEADS: width.heads, **grouped, **fed, **dict(zip(BIASES, biases, strict=True))}
-
-
-def _fed_key(config: Any, width: Width) -> str:
-    """The key of the feed-forward's units."""
-    mixture = family_of(config).experts
-    return mixture.number if mixture is not None and width.experts else family_of(config).stock.channels
+def _keys(config: Any, dense: Width) -> Keys:
+    """Return the config keys of a block's numbers of units."""
+    family = family_of(config)
+    heads: Keys = {HEADS: QUERY_HEADS}
+    if not family.ungrouped:
+        heads |= {(KV_GROUPS,): GROUPS, (HEADS_PER_GROUP,): PER_GROUP}
+    if family.experts is not None and dense.experts:
+        return {**heads, (EXPERTS,): family.experts.number, (EXPERT_CHANNELS,): family.experts.expert_width}
+    return {**heads, (CHANNELS,): family.stock.channels}
 
 
 def _clashes(width: Width, dense: Width) -> bool:

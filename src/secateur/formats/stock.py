@@ -15,7 +15,7 @@ import transformers
 from secateur.families.entry import Stock
 from secateur.families.registry import experts_of, family_of, twin_of
 from secateur.model.axes import Width
-from secateur.model.modeling_secateur import EXPERTS
+from secateur.model.layer_sizes import EXPERT_COUNTS
 
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
@@ -86,7 +86,8 @@ def stock_config(
         if channels is not None:
             stored |= dict.fromkeys((stock.channels, *stock.same), channels)
         # Some configs hold the number under two names.
-        stored |= {key: width.experts for key in (*EXPERTS, experts.number) if key in stored or key == experts.number}
+        names = (*EXPERT_COUNTS, experts.number)
+        stored |= {key: width.experts for key in names if key in stored or key == experts.number}
         stored[experts.expert_width] = width.channels
     if stock.heads != "dense":
         stored |= {"num_attention_heads": width.heads, "num_key_value_heads": width.groups, "head_dim": head_dim}

@@ -1,14 +1,28 @@
-"""Stock transformers models whose layers differ in width. This file comes with the weights and needs nothing else.
+"""Stock transformers models whose layers differ in size. This file ships with the weights and needs nothing else.
 
-config.json is that of the dense model, and `per_layer_config` (inside `text_config`, where there is one) says where a
-layer differs: in query heads (`num_attention_heads`), key/value heads (`num_key_value_heads`), feed-forward channels
-(`intermediate_size`, `intermediate_size_mlp`, `n_inner`, `ffn_dim` or `ffn_hidden_size`) or experts (`num_experts`,
-`num_local_experts`, `n_routed_experts` or `moe_num_experts`), and in biases that only its output layers have. The stock
-class builds the dense layers, then each is cut down to its width; on the meta device, where `from_pretrained` builds,
-this is free.
-A layer without heads or channels adds nothing but the bias of its output layer.
+`SecateurLlamaForCausalLM` is transformers' `LlamaForCausalLM` with narrower layers, and so on for every class. The
+stock class builds dense layers from config.json, then this file cuts each layer down; `from_pretrained` builds on the
+meta device, where that costs nothing. This file knows no model family. config.json (its `text_config`, if any) says:
 
-`SecateurLlamaForCausalLM` is transformers' `LlamaForCausalLM` built this way, and so on for every such name.
+- `per_layer_config` (or `layer_widths`, which see): by layer, the config keys that have another value there, as in
+  `{"3": {"num_attention_heads": 5, "intermediate_size": 800}}`. transformers 5 and vLLM read the same key.
+- `layer_sizes`: what follows from those keys in a layer.
+  - `shapes`: parameter or buffer → for each axis null (it stays) or the keys that its length is made of, each with a
+    factor: `"self_attn.q_proj.weight": [{"num_attention_heads": 64}, null]`. A bias that only some output layers have
+    is a multiple of a key that is true or false. `experts.*.w1.weight` stands for the same parameter of all modules in
+    a list, and its first axis is the length of the list.
+  - `attributes`: attribute of any module → its value, as keys with factors.
+  - `attentions`, `feed_forwards`: output layer → the key that is zero where nothing but the layer's bias is left.
+
+What must keep working:
+
+- transformers 4.57 and 5, with and without trust_remote_code. Versions give parameters other names (4.57 has a linear
+  layer for each expert), so `shapes` has the names of all versions, and a name that a layer lacks is skipped. Should
+  no name match, the stored tensor has another shape than the parameter, and loading fails.
+- AutoModel, causal language models, heads for classification, and decoders inside models that see images.
+- `save_pretrained`, deepcopy, `torch.compile`, every kind of cache, gradient checkpointing, peft (which adapts every
+  module whose name matches, so that a missing layer must not leave one), and a change of the attention implementation.
+- vLLM's transformers backend, which reads head counts per layer and the source of attention classes.
 """
 
 from __future__ import annotations
@@ -23,10 +37,10 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "Secateur"
-"""Of class names: what follows is the name of a class in transformers."""
+"""Prefix of class names; the rest is the name of a class in transformers."""
 
 IMAGES = "AutoModelForImageTextToText"
-"""What opens models that see images too."""
+"""Auto class of models that see images."""
 
 AUTO = {
     "ForConditionalGeneration": IMAGES,
@@ -35,46 +49,21 @@ AUTO = {
     "LMHeadModel": "AutoModelForCausalLM",
     "Model": "AutoModel",
 }
-"""How names of classes end, and what opens such; the others are causal language models."""
+"""Auto class by the end of a class name; all others are causal language models."""
 
 WIDTHS = "layer_widths"
-"""What stands for `per_layer_config` where the stock model has one, in which layers of a type are alike (Gemma 4)."""
+"""Config key in the place of `per_layer_config`, for stock classes that read that key and refuse what it says."""
 
-ATTENTION_BIAS, FEED_FORWARD_BIAS = "attention_output_bias", "feed_forward_output_bias"
-"""Keys of `per_layer_config`: the output layer has a bias, although the stock class gives it none."""
-
-CHANNELS = ("ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size_mlp", "intermediate_size")
-"""Keys of the feed-forward width; a config has one of them."""
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of the number of experts, in configs and in the modules that experts and routers are."""
-
-INNER = ("moe_intermediate_size", "intermediate_size")
-"""Keys of how many channels each expert has."""
-
-CHOSEN = ("top_k", "num_experts_per_tok")
-"""What routers call the number of experts that a token meets."""
-
-ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
-"""What layers call their attention."""
-
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h")
-"""The layers whose inputs are heads or channels; of the others these are the outputs."""
-
-SHARED = ("q_a_proj", "kv_a_proj_with_mqa")
-"""Layers of an attention that make what all its heads share."""
-
-
-SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")
-"""What mixtures call the expert that all tokens meet."""
+SIZES = "layer_sizes"
+"""Config key of the data by which layers are cut."""
 
 
 class PerLayer(nn.Module):
-    """Goes before a stock model class: its layers get the widths that the config gives each of them."""
+    """Mixin in front of a stock model class: cuts each layer down to the sizes that the config gives it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        # Of a model that sees images too, the decoder inside is pruned.
+        # In a model that sees images the decoder is pruned.
         config = getattr(config, "text_config", config)
         inside = ("language_model", "text_model")
         decoder = next((part for name, part in self.named_modules() if name.endswith(inside)), self)
@@ -82,19 +71,11 @@ class PerLayer(nn.Module):
         lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
         layers = next(found for found in lists if len(found) == config.num_hidden_layers)
         for index, layer in enumerate(layers):
-            own = overrides(config, index)
-            if own:
-                heads = own.get("num_attention_heads", config.num_attention_heads)
-                groups = own.get("num_key_value_heads", getattr(config, "num_key_value_heads", None) or heads)
-                channels = next((own.get(key, getattr(config, key)) for key in CHANNELS if hasattr(config, key)), 0)
-                # Some configs know the number by more than one of the names.
-                counts = (*(own[key] for key in EXPERTS if key in own), *(getattr(config, key, 0) for key in EXPERTS))
-                experts = next(filter(None, counts), 0)
-                inner = next((own[key] for key in INNER if key in own), 0)
-                biases = (own.get(ATTENTION_BIAS, False), own.get(FEED_FORWARD_BIAS, False))
-                resize(layer, heads, groups, channels, biases, experts, inner)
-        attentions = [getattr(layer, name) for layer in layers for name in ATTENTIONS if hasattr(layer, name)]
-        gone = [isinstance(attention, NoHeads) for attention in attentions]
+            if own := overrides(config, index):
+                resize(layer, getattr(config, SIZES), own, config)
+        paths = [path.rpartition(".")[0] for path in getattr(config, SIZES)["attentions"]]
+        modules = [dict(layer.named_modules()) for layer in layers]
+        gone = [isinstance(named[path], NoHeads) for named in modules for path in paths if path in named]
         if any(gone):
             owner = next(module for module in decoder.modules() if layers in module.children())
             owner.register_forward_hook(partial(note_no_heads, gone))
@@ -115,8 +96,9 @@ def __getattr__(name: str) -> type[nn.Module]:
 def share_renames(stock: str, ours: str, auto: str) -> None:
     """Let a class read and write tensors under the names that its stock class gives them in checkpoints.
 
-    transformers 5 keeps them by class name (GPT-NeoX's `embed_out` is its `lm_head`), and not for other people's. The
-    others are kept by the kind of model (Mixtral's experts): they reach the stock model inside, where there is one.
+    transformers 5 keeps some renames by class name (GPT-NeoX's `embed_out` is its `lm_head`), and those do not reach
+    our class. It keeps others by model type (Mixtral's experts), and those reach our class only if it is a causal
+    language model.
     """
     try:
         from transformers import conversion_mapping as renames
@@ -130,10 +112,10 @@ def share_renames(stock: str, ours: str, auto: str) -> None:
 
 
 def note_no_heads(gone: list[bool], decoder: nn.Module, args: Any, output: Any) -> None:
-    """Put weights of no heads among the attention weights that are handed on, where a layer has none to give.
+    """Add weights of no heads to the attention weights in the output, for layers without heads.
 
     Args:
-        gone: of each attention, whether its heads are gone.
+        gone: for each attention, whether it has no heads.
     """
     seen = getattr(output, "attentions", None)
     if seen and len(seen) == gone.count(False):
@@ -142,7 +124,7 @@ def note_no_heads(gone: list[bool], decoder: nn.Module, args: Any, output: Any) 
 
 
 def overrides(config: Any, index: int) -> dict[str, Any]:
-    """In what one layer differs from the rest of the config."""
+    """Return the config keys that have another value in one layer, with those values."""
     # transformers 5.15 and newer parse `per_layer_config`; older ones keep the JSON, whose keys are strings.
     spec = vars(config).get("_heterogeneity_spec")
     stored = vars(config).get("per_layer_config", {}) if spec is None else spec.per_layer_overrides
@@ -150,177 +132,93 @@ def overrides(config: Any, index: int) -> dict[str, Any]:
     return next((own for key, own in stored.items() if int(key) == index), {})
 
 
-def resize(
-    layer: nn.Module,
-    heads: int,
-    groups: int,
-    channels: int,
-    biases: tuple[bool, bool] = (False, False),
-    experts: int = 0,
-    inner: int = 0,
-) -> None:
-    """Cut one stock decoder layer down, in place.
+def resize(layer: nn.Module, sizes: dict[str, Any], own: dict[str, Any], config: Any) -> None:
+    """Cut one stock decoder layer down, in place. The first entries of tensors stay.
 
     Args:
-        layer: with the dense widths; values that stay are the first ones, so weights are loaded afterwards.
-        heads: query heads; 0 takes the attention away.
-        groups: key/value heads.
-        channels: feed-forward width; 0 takes the feed-forward away.
-        biases: whether the attention's and the feed-forward's output layers get a bias that they do not have yet.
-        experts: how many there are, where the feed-forward is a mixture of them.
-        inner: channels of each of these; 0 leaves them as they are.
+        layer: with the dense sizes.
+        sizes: the config's `layer_sizes`.
+        own: the config keys that have another value in this layer.
+        config: holds the other keys' values.
     """
-    name = next((name for name in ATTENTIONS if hasattr(layer, name)), "")
-    attention: Any = getattr(layer, name, None)
-    every = attention.config.num_attention_heads if hasattr(attention, "config") else heads
-    if attention is None:
-        pass  # Another kind of layer, which keeps its width.
-    elif heads and heads == every:
-        for child, linear in projections(attention):
-            if child in OUTPUTS:
-                narrow(linear, True, width_of(linear, True), biases[0])
-    elif heads:
-        # Falcon's config does not say it for all of its kinds.
-        pairs = getattr(attention, "num_kv_heads", None) or getattr(attention.config, "num_key_value_heads", every)
-        pairs = pairs or every
-        shares = {"k_proj": (groups, pairs), "v_proj": (groups, pairs)}
-        shares |= dict.fromkeys(("qkv_proj", "query_key_value"), (heads + 2 * groups, every + 2 * pairs))
-        for child, linear in projections(attention):
-            if child in SHARED:
-                continue
-            output = child in OUTPUTS
-            kept, dense = shares.get(child, (heads, every))
-            narrow(linear, output, width_of(linear, output) // dense * kept, biases[0])
-        if hasattr(attention, "sinks"):
-            attention.sinks = nn.Parameter(attention.sinks.detach()[:heads].clone())
-        counts = {"num_attention_heads": heads, "num_key_value_heads": groups}
-        counts |= {"num_heads": heads, "num_kv_heads": groups, "num_key_value_groups": heads // groups}
-        if hasattr(attention, "split_size"):
-            counts["split_size"] = attention.split_size // every * heads
-        for key, count in counts.items():
-            if hasattr(attention, key):
-                setattr(attention, key, count)
-        attention.config = LayerConfig(attention.config, counts)
-    else:
-        setattr(layer, name, NoHeads(attention, biases[0]))
-    # OPT's two feed-forward layers hang in the decoder layer itself.
-    place = next((name for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe") if hasattr(layer, name)), "")
-    mlp: Any = getattr(layer, place, layer)
-    if hasattr(layer, "experts"):
-        # Beside a feed-forward, which stays.
-        narrow_mixture(layer, experts, inner)
-    elif hasattr(mlp, "experts") or hasattr(mlp, "input_linear"):
-        narrow_mixture(mlp, experts, inner)
-    elif channels:
-        for child, linear in projections(mlp):
-            narrow(linear, child in OUTPUTS, channels * (2 if child == "gate_up_proj" else 1), biases[1])
-    elif mlp is layer:
-        layer.fc1, layer.fc2 = nn.Identity(), Constant(layer.fc2, biases[1])
-    else:
-        setattr(layer, place, NoChannels(mlp, biases[1]))
+
+    def number(parts: dict[str, int] | None) -> int | None:
+        if not parts or own.keys().isdisjoint(parts):
+            return None
+        return sum((own[key] if key in own else getattr(config, key)) * factor for key, factor in parts.items())
+
+    for name, axes in sizes["shapes"].items():
+        cut(layer, name, [number(axis) for axis in axes])
+    for stand_in, outputs in ((NoHeads, sizes["attentions"]), (NoChannels, sizes["feed_forwards"])):
+        for output in (output for output, key in outputs.items() if own.get(key) == 0):
+            replace(layer, output, stand_in)
+    module: Any
+    for module in layer.modules():
+        for name, parts in sizes["attributes"].items():
+            if name in vars(module) and (value := number(parts)) is not None:
+                setattr(module, name, value)
+        if "config" in vars(module):
+            module.config = LayerConfig(module.config, own)
 
 
-def narrow_mixture(mixture: Any, experts: int, inner: int) -> None:
-    """Keep the first experts of a mixture, and the first channels of each where their number is given."""
-    held: Any = getattr(mixture, "experts", None)
-    names = ["gate", "router", "moe_statics", "input_linear", "output_linear"]
-    if isinstance(held, nn.ModuleList):  # transformers 4
-        dense = len(held)
-        mixture.experts = nn.ModuleList(list(held)[:experts])
-    else:
-        # GraniteMoe has two layers of experts there.
-        first = mixture.input_linear if held is None else held
-        dense = next(getattr(first, key) for key in EXPERTS if hasattr(first, key))
-        names.append("experts")
-    parts = [getattr(mixture, name) for name in names if hasattr(mixture, name)]
-    for owner in (mixture, *(module for part in parts for module in part.modules())):
-        for tensors in (owner._parameters, owner._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and dense in tensor.shape:
-                    less = tensor.detach().narrow(tensor.shape.index(dense), 0, experts).clone()
-                    tensors[name] = nn.Parameter(less) if isinstance(tensor, nn.Parameter) else less
-        for key, value in vars(owner).items():
-            if key in (*EXPERTS, "out_features") and value == dense:
-                setattr(owner, key, experts)
-            elif key in CHOSEN:
-                setattr(owner, key, min(value, experts))
-    if not inner:
+def cut(module: nn.Module, name: str, shape: list[int | None]) -> None:
+    """Keep the first entries of a tensor along every axis that has a new length, and make a bias that is missing."""
+    if shape.count(None) == len(shape):
         return
-    if isinstance(held, nn.ModuleList):
-        parts = [projections(expert) for expert in mixture.experts]
-        full = next(width_of(linear, True) for child, linear in parts[0] if child in OUTPUTS)
-        for child, linear in (pair for part in parts for pair in part):
-            narrow(linear, child in OUTPUTS, inner * (2 if child == "gate_up_proj" else 1), False)
-    else:
-        both = (mixture.input_linear, mixture.output_linear) if held is None else (held, held)
-        full = narrow_experts(*both, inner)
-    # Qwen's has a width of its own, and a gate.
-    shared = [] if hasattr(mixture, "shared_expert_gate") else [getattr(mixture, name, None) for name in SHARED_EXPERTS]
-    for child, linear in (pair for part in shared if part is not None for pair in projections(part)):
-        output = child in OUTPUTS
-        narrow(linear, output, width_of(linear, output) // full * inner, False)
+    path, several, rest = name.partition(".*.")
+    if not several:
+        path, _, leaf = name.rpartition(".")
+    try:
+        owner: Any = module.get_submodule(path)
+    except AttributeError:  # another version's name
+        return
+    if several:
+        if isinstance(owner, nn.ModuleList):
+            del owner[len(owner) if shape[0] is None else shape[0] :]
+            for one in owner:
+                cut(one, rest, shape[1:])
+        return
+    if leaf in owner._parameters:
+        whole = owner._parameters[leaf]
+        whole = owner.weight.new_zeros(shape) if whole is None else whole
+        owner._parameters[leaf] = nn.Parameter(first_entries(whole, shape))
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = first_entries(owner._buffers[leaf], shape)
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif hasattr(owner, "nf"):  # GPT-2's Conv1D
+        owner.nx, owner.nf = owner.weight.shape
 
 
-def narrow_experts(first: Any, second: Any, inner: int) -> int:
-    """Keep the first channels of matrices that hold all experts; gives how many there were."""
-    up, down = (name if hasattr(first, name) else "weight" for name in ("gate_up_proj", "down_proj"))
-    # Inputs come first in some, and there are twice as many rows of gate and up together as inputs of down.
-    turned = getattr(first, up).shape[2] == 2 * getattr(second, down).shape[1]
-    full = int(getattr(second, down).shape[2 - turned])
-    places = [
-        (first, up, 1 + turned, 2 * inner),
-        (first, f"{up}_bias", 1, 2 * inner),
-        (second, down, 2 - turned, inner),
-    ]
-    for owner, name, axis, size in places:
-        if getattr(owner, name, None) is not None:
-            setattr(owner, name, nn.Parameter(getattr(owner, name).detach().narrow(axis, 0, size).clone()))
-    return full
+def first_entries(tensor: torch.Tensor, shape: list[int | None]) -> torch.Tensor:
+    """Return a copy of the first entries along every axis that has a new length."""
+    for axis, length in enumerate(shape):
+        tensor = tensor.detach().narrow(axis, 0, tensor.shape[axis] if length is None else length)
+    return tensor.clone()
 
 
-def projections(module: nn.Module) -> list[tuple[str, Any]]:
-    """The weight matrices that hang in a module itself: Linear, or GPT-2's Conv1D."""
-    return [(name, child) for name, child in module.named_children() if hasattr(child, "nf") or is_linear(child)]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a Linear."""
-    return isinstance(module, nn.Linear)
-
-
-def inner_axis(linear: Any, output: bool) -> int:
-    """The axis of a weight that runs over heads or channels: an output layer's inputs, another one's outputs."""
-    # Linear stores outputs first, Conv1D inputs first.
-    return int(output) if is_linear(linear) else int(not output)
-
-
-def width_of(linear: Any, output: bool) -> int:
-    """How long that axis is."""
-    return int(linear.weight.shape[inner_axis(linear, output)])
-
-
-def narrow(linear: Any, output: bool, size: int, biased: bool) -> None:
-    """Keep the first `size` inputs of an output layer, or the first `size` outputs of another one."""
-    axis = inner_axis(linear, output)
-    linear.weight = nn.Parameter(linear.weight.detach().narrow(axis, 0, size).clone())
-    if linear.bias is not None and not output:
-        linear.bias = nn.Parameter(linear.bias.detach()[:size].clone())
-    elif linear.bias is None and output and biased:
-        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[1 - axis]))
-    if is_linear(linear):
-        linear.out_features, linear.in_features = linear.weight.shape
-    else:
-        linear.nx, linear.nf = linear.weight.shape
+def replace(layer: Any, output: str, stand_in: type[NoChannels]) -> None:
+    """Put a stand-in in the place of the module that ends in an output layer."""
+    path, _, name = output.rpartition(".")
+    if path:
+        home, _, place = path.rpartition(".")
+        setattr(layer.get_submodule(home), place, stand_in(layer.get_submodule(path), name))
+        return
+    # The layers of a feed-forward may be in the decoder layer itself (OPT).
+    for place, linear in list(layer.named_children()):
+        if getattr(linear, "out_features", None) == 0:
+            setattr(layer, place, nn.Identity())
+    setattr(layer, name, Constant(getattr(layer, name).bias))
 
 
 class LayerConfig:
-    """The model's config as one attention sees it: its own head counts, all else live.
+    """The model's config as the modules of one layer see it: with the layer's own values, and all else live.
 
-    A copy would miss it when the attention implementation of the model is changed.
+    A copy would not notice when the attention implementation of the model is changed.
     """
 
-    def __init__(self, config: Any, counts: dict[str, int]):
-        self.__dict__.update(counts, whole=config)
+    def __init__(self, config: Any, own: dict[str, Any]):
+        self.__dict__.update(own, whole=config)
 
     def __getattr__(self, name: str) -> Any:
         if "whole" not in self.__dict__:  # while it is being copied
@@ -329,17 +227,15 @@ class LayerConfig:
 
 
 class Constant(nn.Module):
-    """What is left of an output layer without inputs: its bias, or zeros."""
+    """An output layer without inputs: its bias, or zeros."""
 
-    def __init__(self, linear: Any, biased: bool):
+    def __init__(self, bias: nn.Parameter | None):
         super().__init__()
-        width = linear.weight.shape[0] if is_linear(linear) else linear.weight.shape[1]
-        has_bias = biased or linear.bias is not None
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", nn.Parameter(linear.weight.new_zeros(width)) if has_bias else None)
+        self.register_parameter("bias", bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same for every token; the argument has the shape of the result."""
+        """Return the same for every token; the argument has the shape of the result."""
         zeros = torch.zeros_like(hidden_states)
         return zeros if self.bias is None else zeros + self.bias
 
@@ -347,17 +243,16 @@ class Constant(nn.Module):
 class NoChannels(nn.Module):
     """A feed-forward without channels."""
 
-    def __init__(self, mlp: nn.Module, biased: bool):
+    def __init__(self, mlp: nn.Module, output: str):
         super().__init__()
-        self.output = next(name for name, _ in projections(mlp) if name in OUTPUTS)
-        left = Constant(getattr(mlp, self.output), biased)
-        if left.bias is not None:
-            # The stock name, so that the bias is stored under it. Without one nothing has that name: peft takes what
-            # has it for a layer to adapt.
-            self.add_module(self.output, left)
+        self.output, bias = output, getattr(mlp, output).bias
+        if bias is not None:
+            # The stock name, so that the bias is stored under it. Without a bias nothing has that name: peft would
+            # take it for a layer to adapt.
+            self.add_module(output, Constant(bias))
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The bias of the output layer; some models let the feed-forward add the residual stream."""
+        """Return the bias of the output layer; some models let the feed-forward add the residual stream."""
         left = getattr(self, self.output, None)
         bias = torch.zeros_like(hidden_states) if left is None else left(hidden_states)
         return bias if residual is None else bias + residual
@@ -368,15 +263,15 @@ class NoHeads(NoChannels):
 
     config: Any
 
-    def __init__(self, attention: Any, biased: bool):
-        super().__init__(attention, biased)
-        # Decoder layers read some from outside, such as `is_sliding`.
+    def __init__(self, attention: Any, output: str):
+        super().__init__(attention, output)
+        # Decoder layers read some attributes from outside, such as `is_sliding`.
         plain = {key: value for key, value in vars(attention).items() if not key.startswith("_")}
-        self.__dict__.update(plain, output=self.output, heads=0)
+        self.__dict__.update(plain, output=output, heads=0)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """The bias of the output layer, and no attention weights."""
-        # Transformers reads the length of the text from any layer's cache: this one notes one number a token, or as
+        """Return the bias of the output layer, and no attention weights."""
+        # transformers reads the length of the text from any layer's cache: this one gets one number a token, or as
         # many as are quantised together.
         for cache in (*args, *kwargs.values()):
             if isinstance(cache, Cache):

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from secateur.model.axes import Width
-from secateur.model.modeling_secateur import ATTENTIONS, OUTPUTS, resize
+from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
+from secateur.model.modeling_secateur import resize
 from secateur.model.structure import Block, Depth2, Keep, Slab
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -145,10 +147,23 @@ def restored(layer: nn.Module) -> Iterator[None]:
             assign(layer, name, tensor)
 
 
-def narrow(layer: nn.Module, tensors: Mapping[str, Tensor], width: Width) -> None:
-    """Put sliced tensors into a block in memory and tell its attention how many heads are left."""
-    added = [name.split(".")[0] in ATTENTIONS for name in tensors if name.endswith(tuple(f"{o}.bias" for o in OUTPUTS))]
-    biases = (any(added), not all(added))
-    resize(layer, width.heads, width.groups, width.channels, biases, width.experts, width.channels)
+def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str] = ()) -> None:
+    """Cut a dense stock layer down to a width, in place. The first units stay.
+
+    Args:
+        layer: the layer.
+        block: its description.
+        width: what stays.
+        biases: names of output projections' biases that it gets in addition.
+    """
+    dense = numbers(block.width)
+    own = {key: count for key, count in numbers(width).items() if count != dense[key]}
+    own |= {key: True for key, module in zip(BIASES, block.modules, strict=True) if module.bias_name in biases}
+    resize(layer, layer_sizes(block), own, SimpleNamespace(**dense))
+
+
+def narrow(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor], width: Width) -> None:
+    """Put sliced tensors into a dense stock layer, and tell its modules their numbers of units."""
+    cut_down(layer, block, width, [name for name in tensors if name not in block.shapes])
     for name, tensor in tensors.items():
         assign(layer, name, tensor)

@@ -37,9 +37,9 @@ from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
 from secateur.model.axes import Axis, Width
 from secateur.model.facts import positions_of
-from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
+from secateur.model.surgery import cut_down
 
 LENGTH = 512
 """Tokens of the prompt, and in the cache of a decode step, where the model has positions for them."""
@@ -186,28 +186,26 @@ def _settled(taken: Sequence[Sequence[float]], middles: Sequence[float]) -> bool
 def _measure(
     stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype, timer: Timer
 ) -> Latency:
-    full = stream.blocks[index].width
+    block = stream.blocks[index]
+    full = block.width
     model = _one_layer(stream, index, device, dtype)
     layers = model.get_submodule(stream.family.blocks)
     length = _length(model.config)
     prefill, decode = _calls(model, layers[0], length)
 
-    def resized(layer: nn.Module, width: Width) -> nn.Module:
-        resize(layer, width.heads, width.groups, width.channels)
-        return layer
-
     def layer_case(width: Width) -> Case:
-        layer = resized(copy.deepcopy(layers[0]), width)
+        layer = copy.deepcopy(layers[0])
+        cut_down(layer, block, width)
         return _case(model, kind, partial(prefill, layer), partial(decode, layer))
 
-    block, nothing = stream.blocks[index], Width(dict.fromkeys(full, 0))
+    nothing = Width(dict.fromkeys(full, 0))
     lines = {axis.name: _line(module, axis, nothing) for module in block.modules for axis in module.axes}
     widths = dict.fromkeys(width for line in lines.values() for width in line.values())
     cases: dict[Width | None, Case] = {width: layer_case(width) for width in widths}
     # A layer of which little is left.
     small = layer_case(full | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules})
     # What is left of the model is timed around the layer without anything.
-    resized(layers[0], nothing)
+    cut_down(layers[0], block, nothing)
     cases[None] = _case(model, kind, _whole(model, length), _whole(model, 1))
     if kind == "decode" and device.type == "cpu":
         # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the
