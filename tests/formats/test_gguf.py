@@ -29,6 +29,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
+from secateur.formats import gguf_export
 from secateur.formats.gguf_bytes import gguf_byte_meter
 from secateur.formats.gguf_choice import gguf_obstacle
 from secateur.formats.gguf_export import Exported, export
@@ -625,6 +626,19 @@ def test_types_of_tensors(tmp_path):
     # The first block tells llama.cpp how large heads are; the last one needs no head.
     assert "blk.0.attn_q.weight" in found["f16"]
     assert not [name for name in found["f16"] if name.startswith("blk.2.attn")]
+
+
+def test_a_file_of_other_tensors_than_were_planned_never_appears(tmp_path, monkeypatch):
+    write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
+    right = gguf_export.write_gguf
+
+    def without_last(path, model, graph, tensors, *rest, **named):
+        right(path, model, graph, tensors[:-1], *rest, **named)
+
+    monkeypatch.setattr(gguf_export, "write_gguf", without_last)
+    with pytest.raises(SecateurError, match=r"m.gguf: removed, .*\(blk.2.\S+ is None where .*; report it as a fault"):
+        export(tmp_path / "folder", tmp_path / "m.gguf")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_weights_too_large_for_half_precision(tmp_path):
