@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from secateur.fit import module as fit_module
 from secateur.fit import streamed
 from secateur.fit.average import FittedBlock
 from secateur.fit.loop import Method, refit
+from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
@@ -47,6 +48,13 @@ WIDTHS = {
 """Two thirds or so of each module."""
 
 
+@dataclass(frozen=True)
+class OwnOutput(Refit):
+    """The refit, with each module's own dense output as its target."""
+
+    own_output = True
+
+
 def some_recovery(method: str = "refit", **settings: Any) -> Recovery:
     """A recovery by its name, with those of the settings that it has."""
     own = {field.name for field in fields(all_recoveries()[method])}
@@ -56,14 +64,11 @@ def some_recovery(method: str = "refit", **settings: Any) -> Recovery:
 def run(
     folder: Path, name: str, *, criterion: str = "surgeon", own_target: bool = False, **recovery: Any
 ) -> list[FittedBlock]:
-    stream = BlockStream(open_checkpoint(folder))
-    if own_target:
-        # What OPT-350m's config says: the residual stream is no plain sum, so each module aims at its own output.
-        stream.checkpoint.config.do_layer_norm_before = False
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
     alike = {} if recovery.get("method", "refit") != "refit" else {"usual": math.inf}
-    method = Method(criterion, some_recovery(**({"ridge": RIDGE} | alike | recovery)))
-    return list(refit(stream, plan, IDS, method=method))
+    settings = {"ridge": RIDGE} | alike | recovery
+    method = Method(criterion, OwnOutput(**settings) if own_target else some_recovery(**settings))
+    return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
 
 
 def pruned_model(name: str, found: list[FittedBlock]) -> nn.Module:
