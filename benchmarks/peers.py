@@ -27,7 +27,7 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep
+from secateur.model.structure import Block, Kept
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.model.tokens import begins_with_bos
 from secateur.model.units.channels import CHANNELS
@@ -91,7 +91,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
                     # Inputs with zero weights are as good as gone.
                     assign(layer, stats.module.level2.name, changed[stats.module.level2.name])
                 _advance(stream, index, layer, rows, hidden)
-                _cut(stream, network, index, Keep(kept["heads"], kept["channels"]), changed, width)
+                _cut(stream, network, index, kept, changed, width)
     return _peer(stream, network, f"{_spelled(widths)}, ridge {OBC_RIDGE}")
 
 
@@ -327,7 +327,7 @@ def _load(stream: BlockStream) -> Any:
 
 
 def _cut(
-    stream: BlockStream, network: Any, index: int, keep: Keep, changed: Mapping[str, Tensor], width: Width
+    stream: BlockStream, network: Any, index: int, keep: Kept, changed: Mapping[str, Tensor], width: Width
 ) -> None:
     """Cut one block of the network down."""
     layer, new = layers_of(stream, network)[index], {name: tensor.float() for name, tensor in changed.items()}

@@ -23,7 +23,7 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.describe import describe
-from secateur.model.structure import Block, Depth2, Keep
+from secateur.model.structure import Block, Depth2, Kept
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -397,7 +397,13 @@ def wide(groups: int, per_group: int, channels: int = 0, experts: int = 0) -> Wi
     return Width({KV_GROUPS: groups, HEADS_PER_GROUP: per_group} | fed)
 
 
-def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Keep:
+def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **others: Any) -> dict[str, tuple[int, ...]]:
+    """Units that a block keeps."""
+    named = {"heads": heads, **({} if channels is None else {"channels": channels}), **others}
+    return {kind: tuple(units) for kind, units in named.items()}
+
+
+def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Kept:
     """Units that differ from block to block and are no run: two thirds of the channels or experts, some heads."""
     generator = torch.Generator().manual_seed(index)
     attention, fed = block.attention, block.feed_forward
@@ -422,10 +428,10 @@ def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Ke
         ]
         every = torch.randperm(fed.times * fed.inner, generator=generator)[: fed.times * len(picks[0])]
         inner += (fed.units * fed.inner + every.sort().values).tolist()
-    return Keep(tuple(sorted(heads)), **{fed.kind: tuple(kept)}, **({"channels": tuple(inner)} if inner else {}))
+    return {"heads": tuple(sorted(heads)), fed.kind: tuple(kept)} | ({"channels": tuple(inner)} if inner else {})
 
 
-def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
+def narrowed(model: Any, keeps: dict[int, Kept], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
     """A copy of a dense model with some blocks cut down in memory."""
     small = copy.deepcopy(model)
     for index, keep in keeps.items():
@@ -442,12 +448,12 @@ def narrowed(model: Any, keeps: dict[int, Keep], changed: dict[int, dict[str, Te
 class _Idle:
     """Some channels of experts that give nothing: their weights of the last layer are zero."""
 
-    def __init__(self, layer: nn.Module, module: Depth2, keep: Keep):
+    def __init__(self, layer: nn.Module, module: Depth2, keep: Kept):
         axis = next(
             slab.axis for slab in module.slabs if slab.along == (EXPERT_CHANNELS,) and slab.name == module.level2.name
         )
         every = torch.zeros((module.units + module.times) * module.inner)
-        every[list(keep.channels)] = 1
+        every[list(keep["channels"])] = 1
         own = module.units * module.inner
         mask = every[:own].view(module.units, module.inner)
         masks = {module.level2.name: mask[:, None, :] if axis == 2 else mask[:, :, None]}
@@ -494,28 +500,28 @@ class _Unchosen:
 
 
 @contextmanager
-def masked(model: nn.Module, keeps: dict[int, Keep]) -> Iterator[None]:
+def masked(model: nn.Module, keeps: dict[int, Kept]) -> Iterator[None]:
     """Silence removed units: their entries of the level-2 input become zero."""
     with silenced(layers_of(model), blocks_of(model), keeps):
         yield
 
 
 @contextmanager
-def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, Keep]) -> Iterator[None]:
+def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, Kept]) -> Iterator[None]:
     """`masked`, for blocks wherever they are."""
     handles = []
     for index, keep in keeps.items():
         layer, block = layers[index], blocks[index]
         for module in block.modules:
             if module.kind == "experts":
-                gone = [unit for unit in range(module.units) if unit not in keep.experts]
+                gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
                 home = layer if module.outer_norm else layer.get_submodule(module.sink)
                 handles.append(_Unchosen(home, module.units, gone))
-                if keep.channels:
+                if "channels" in keep:
                     handles.append(_Idle(layer, module, keep))
                 continue
             mask = torch.zeros(module.units * module.size)
-            mask[inner_entries(module, keep.units(module.kind))] = 1
+            mask[inner_entries(module, keep[module.kind])] = 1
 
             def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
                 return (args[0] * mask,)

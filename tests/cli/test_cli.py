@@ -215,7 +215,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--sparsity 0.99 --widths uniform", "99.0% of the blocks is more than the modules hold: at most"),
     ("--sparsity 0.9 --modules channels", "(only channels were asked for)"),
     ("--sparsity 0.5 --modules heads --widths uniform", "more than the modules hold: at most 26.5% can go (only heads"),
-    ("--recovery most", "recovery is 'most'; it must be one of refit, paper, bias, none"),
+    ("--recovery most", "recovery is 'most'; it must be one of refit, bias, none, paper"),
     ("--modules nonsense", "modules is 'nonsense'; give heads, channels or heads,channels"),
     ("--modules heads,heads", "give heads, channels or heads,channels"),
     ("--modules heads,", "give heads, channels or heads,channels"),
@@ -261,7 +261,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both say how much goes"),
     ("--criterion heads=l1", "criterion is 'heads=l1'; a pair is written heads=X,channels=Y"),
     ("--tau 0.2", "tau is about similar heads: leave --tau out, or take --criterion similarity"),
-    ("--recovery all", "recovery is 'all'; it must be one of refit, paper, bias, none"),
+    ("--recovery all", "recovery is 'all'; it must be one of refit, bias, none, paper"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
     ("--widths free", "widths is 'free', where there is no file (or adaptive, uniform)"),
     ("--dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
@@ -1062,7 +1062,7 @@ def test_an_interrupt_in_the_middle_of_imports() -> None:
         "sys.argv = ['secateur', 'families']\n"
         "cli.main()\n"
     )
-    for name, number, ended in (("typer", signal.SIGINT, -signal.SIGINT), ("transformers", signal.SIGTERM, 130)):
+    for name, number, ended in (("typer", signal.SIGINT, -signal.SIGINT), ("torch", signal.SIGTERM, 130)):
         command = [sys.executable, "-c", code, name, str(int(number))]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (ended, "")

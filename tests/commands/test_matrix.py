@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from secateur.model.facts import head_dim
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Depth2, Keep
+from secateur.model.structure import Block, Depth2, Kept
 from secateur.model.surgery import assign, width_of
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
@@ -108,29 +108,32 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(name, kinds, axis, id=f"{name}-{modules}-{axis}")
 
 
-def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, Keep]:
+def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, Kept]:
     return {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(dense(name)))}
 
 
-def with_another_unit(block: Block, keep: Keep, kind: str, axis: str) -> Keep:
+def with_another_unit(block: Block, keep: Kept, kind: str, axis: str) -> Kept:
     """The same widths, but one removed unit stays and a kept one goes in its place."""
-    if kind == "channels" and keep.experts:
+    if kind == "channels" and "experts" in keep:
         # Of the last expert, or the shared one.
-        fed, kept = block.feed_forward, list(keep.channels)
+        fed, kept = block.feed_forward, list(keep["channels"])
         first, own = kept[-1] // fed.inner * fed.inner, fed.inner
         if first >= fed.units * fed.inner:
             first, own = fed.units * fed.inner, fed.times * fed.inner
         kept[-1] = next(unit for unit in range(first, first + own) if unit not in kept)
-        return replace(keep, channels=tuple(sorted(kept)))
-    module, kept = block.module(kind), list(keep.units(kind))
+        return {**keep, "channels": tuple(sorted(kept))}
+    module, kept = block.module(kind), list(keep[kind])
     gone = [unit for unit in range(module.units) if unit not in kept]
     if kind != "heads":
         same = [unit for unit in kept if unit // module.per_group == gone[0] // module.per_group]
         kept[kept.index(same[-1])] = gone[0]
         if kind == "experts":
             # The same places in another expert.
-            moved = [c + (gone[0] - same[-1]) * module.inner * (c // module.inner == same[-1]) for c in keep.channels]
-            keep = replace(keep, channels=tuple(sorted(moved)))
+            moved = [
+                c + (gone[0] - same[-1]) * module.inner * (c // module.inner == same[-1])
+                for c in keep.get("channels", ())
+            ]
+            keep = {**keep, "channels": tuple(sorted(moved))}
     elif axis == KV_GROUPS:
         size = module.per_group
         kept = [unit for unit in kept if unit // size != kept[0] // size] + gone
@@ -138,7 +141,7 @@ def with_another_unit(block: Block, keep: Keep, kind: str, axis: str) -> Keep:
         peers = [unit for unit in kept if unit // module.per_group == gone[0] // module.per_group]
         kept[kept.index(peers[0])] = gone[0]
     units = tuple(sorted(kept))
-    return replace(keep, **{kind: units})
+    return {**keep, kind: units}
 
 
 def test_every_family_has_a_row():
@@ -181,8 +184,10 @@ def test_another_unit_than_planned_is_noticed(name, kinds, axis):
         expected = logits_of(model, ids)
     blocks = blocks_of(model)
     for kind in kinds:
-        inner = kind == "channels" and bool(keeps[len(blocks) - 1].channels)
-        index = next((i for i, block in enumerate(blocks) if kind in block.kinds or (inner and keeps[i].experts)), None)
+        inner = kind == "channels" and "experts" in keeps[len(blocks) - 1] and "channels" in keeps[len(blocks) - 1]
+        index = next(
+            (i for i, block in enumerate(blocks) if kind in block.kinds or (inner and "experts" in keeps[i])), None
+        )
         index = free_block(name) if kind == "heads" else index
         if index is None:
             continue
@@ -423,7 +428,7 @@ def test_reloaded_equals_memory(pruned, job):
     found = list(refit(stream, recorded_plan(record), recorded_rows(record, stream, text), method=method))
     for block, said in zip(found, record["blocks"], strict=True):
         for kind in stream.blocks[block.index].kinds:
-            assert list(block.keep.units(kind)) == said[kind]
+            assert list(block.keep[kind]) == said[kind]
     model = narrowed(full, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
     for block in found:
         tensors, wanted = slice(stream, block), layers_of(model)[block.index].state_dict()
@@ -609,7 +614,7 @@ def test_refit_of_all_units_is_the_identity(checkpoint_folder, name):
     found = fitted(name, checkpoint_folder(name), whole, ridge=0.3)
     model, ids = dense(name), token_rows()
     for block in found:
-        assert len(block.keep.heads) == first_block(name).width.heads
+        assert len(block.keep["heads"]) == first_block(name).width.heads
         assert len(block.changed) >= 2
         assert all(abs(report.relative) < 1e-6 for report in block.reports)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})

@@ -14,7 +14,7 @@ from test_criteria import MODELS, assert_scores, scores_of, statistics
 from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
 from torch import Tensor, nn
 
-from models import blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows, wide
+from models import blocks_of, build, layers_of, logits_of, narrowed, relative, selected, token_rows, wide
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows, fit_blocks
 from secateur.criteria.registry import STATISTICAL
@@ -22,7 +22,6 @@ from secateur.fit.average import FittedBlock
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
 from secateur.plan.problem import Plan
 
 BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
@@ -113,7 +112,7 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
             wanted, got = (mean_output(m, block.index, module.sink, ids) for m in (whole, pruned))
             assert relative(got, wanted) < 2e-5
             bias = module.bias_name
-            keeps[block.index] = Keep(block.keep.heads, tuple(range(described.feed_forward.units)))
+            keeps[block.index] = selected(block.keep["heads"], tuple(range(described.feed_forward.units)))
             changed[block.index] = {bias: block.changed[bias]}
 
 
@@ -129,7 +128,7 @@ def test_the_bias_is_the_removed_part_of_the_mean(checkpoint_folder, name):
     stored = dict(layer.named_parameters())
     weight = stored[module.level2.name].movedim(module.level2.axis, 0).double()
     wanted = torch.zeros(48, dtype=torch.float64) if module.bias is None else stored[module.bias].double()
-    for head in set(range(module.units)) - set(found.keep.heads):
+    for head in set(range(module.units)) - set(found.keep["heads"]):
         for entry in range(head * module.size, (head + 1) * module.size):
             wanted = wanted + mean[entry] * weight[entry]
     assert relative(found.changed[module.bias_name], wanted.float()) < 1e-5
@@ -155,7 +154,7 @@ def test_reported_errors_with_a_bias(checkpoint_folder, name):
 
 def test_behind_a_norm_nothing_is_added(checkpoint_folder):
     found = run(checkpoint_folder("gemma2"), "gemma2", method="bias", criterion="flap-wifv")
-    assert found[0].keep.heads != tuple(range(6))
+    assert found[0].keep["heads"] != tuple(range(6))
     assert not any(name.endswith("bias") for block in found for name in block.changed)
 
 

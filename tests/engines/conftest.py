@@ -67,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def prune(source: Path, out: Path, format: str, counts: list[dict[str, int]], **more: Any) -> None:
-    """Keep the first units of each block."""
+    """Kept the first units of each block."""
     blocks = [{"block": i, **{kind: list(range(n)) for kind, n in own.items()}} for i, own in enumerate(counts)]
     plan = out.with_suffix(".json")
     plan.write_text(json.dumps({"blocks": blocks}))

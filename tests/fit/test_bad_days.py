@@ -127,7 +127,7 @@ def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     module = blocks_of(model)[0].attention
     x, z = seen(model, 0, module.sink, ids)
-    kept = inner_entries(module, found[0].keep.heads)
+    kept = inner_entries(module, found[0].keep["heads"])
     old = matrix(layers_of(model)[0], module.sink)
     weight = found[0].changed.get(module.level2.name)
     weight = old[kept] if weight is None else weight.double().T[kept]

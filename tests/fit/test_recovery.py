@@ -145,7 +145,7 @@ def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) 
         described = describe(dense.config, layer)
         for kind in STATISTICAL:
             module = described.module(kind)
-            kept = inner_entries(module, block.keep.units(kind))
+            kept = inner_entries(module, block.keep[kind])
             everything = torch.arange(module.units * module.size)
             fit_level1(module, dense, pruned, index, ridge)
             if when == "before":
@@ -173,7 +173,7 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
             names |= {slab.name for slab in (*module.level1, module.level2)} | ({module.bias} - {None})
             for slab in module.level1:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
-            kept = inner_entries(module, block.keep.units(kind))
+            kept = inner_entries(module, block.keep[kind])
             axis, level2 = module.level2.axis, module.level2.name
             fitted = block.changed[level2].index_select(axis, kept)
             assert relative(fitted, reference[level2].float().index_select(axis, kept)) < 2e-4, level2
@@ -203,7 +203,7 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
             module = blocks_of(model)[block.index].module(kind)
             for slab in module.level1:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
-            kept = inner_entries(module, block.keep.units(kind))
+            kept = inner_entries(module, block.keep[kind])
             axis, level2 = module.level2.axis, module.level2.name
             fitted = block.changed[level2].index_select(axis, kept)
             assert relative(fitted, reference[level2].float().index_select(axis, kept)) < 2e-4, level2
@@ -246,7 +246,7 @@ def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name
     rows = token_rows(40, 20, seed=9)
     for block in refit(stream, plan, rows, method=Method(recovery=some_recovery(method, when=when, ridge=ridge))):
         stored = dict(layers_of(model)[block.index].named_parameters())
-        assert block.keep.channels == tuple(range(stream.blocks[block.index].feed_forward.units))
+        assert block.keep["channels"] == tuple(range(stream.blocks[block.index].feed_forward.units))
         assert block.changed
         for tensor, value in block.changed.items():
             assert relative(value, stored[tensor]) < 2e-3, tensor
@@ -315,7 +315,7 @@ def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, nam
     assert share.min() < 0.9 * share.max()
     gain, read = layer.get_submodule(module.post_norm)(torch.ones_like(z[:1])), reading(dense, 0, "channels")
     divided = 1 / (z.square().mean(1, keepdim=True) + 1e-6).sqrt()
-    kept = torch.tensor(found[0].keep.channels)
+    kept = torch.tensor(found[0].keep["channels"])
     x, old = seen(pruned, 0, module.sink)[0] * divided, matrix(layer, module.sink)[kept]
     for repaired in (True, False):
         target = (own + share * error * repaired) * read
@@ -393,7 +393,7 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
     model = build("llama").double()
     module = blocks_of(model)[0].attention
     x, z = seen(model, 0, module.sink)
-    kept = inner_entries(module, found[0].keep.heads)
+    kept = inner_entries(module, found[0].keep["heads"])
     weight = found[0].changed[module.level2.name].double().T
     error = float((x[:, kept] @ weight[kept] - z).square().sum() / len(x))
     assert found[0].reports[0].error == pytest.approx(error, rel=1e-4)
@@ -429,7 +429,7 @@ def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
     root = (1 / (1 + inherited / (2.0 * inherited.median()))).sqrt()[:, None]
     # The narrow model's level-2 input holds the kept channels only.
     x, target = seen(pruned, 0, module.sink)[0], seen(dense, 0, module.sink)[1] + missing
-    kept = torch.tensor(found[0].keep.channels)
+    kept = torch.tensor(found[0].keep["channels"])
     old = matrix(layers_of(dense)[0], module.sink)[kept]
     best, _ = least_squares(x * root, target * root, old, intercept=False)
     assert relative(found[0].changed[module.level2.name].double().T[kept], best) < 1e-4

@@ -72,11 +72,11 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
     few = FEW[:1, :6]
     chosen = run(folder, name, few, criterion)[0]
     both = run(folder, name, Rows.of(MANY).scored_by(Rows.of(few)), criterion)[0]
-    assert both.keep.heads == chosen.keep.heads
+    assert both.keep["heads"] == chosen.keep["heads"]
     model = build(name).double()
     module = blocks_of(model)[0].attention
     x, z = seen(model, 0, module.sink, MANY)
-    kept = inner_entries(module, both.keep.heads)
+    kept = inner_entries(module, both.keep["heads"])
     old = matrix(layers_of(model)[0], module.sink)[kept]
     wanted, shift = least_squares(x[:, kept], z, old, intercept=module.bias is not None)
     found = both.changed[module.level2.name]
@@ -89,8 +89,8 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
 def test_the_two_rows_disagree(checkpoint_folder: CheckpointFolder) -> None:
     """Otherwise the test above could not tell whose choice it was."""
     differ = [
-        run(checkpoint_folder(name), name, FEW[:1, :6], criterion)[0].keep.heads
-        != run(checkpoint_folder(name), name, MANY, criterion)[0].keep.heads
+        run(checkpoint_folder(name), name, FEW[:1, :6], criterion)[0].keep["heads"]
+        != run(checkpoint_folder(name), name, MANY, criterion)[0].keep["heads"]
         for name in NAMES
         for criterion in ("surgeon", "wanda", "flap-wifv")
     ]

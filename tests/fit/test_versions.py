@@ -9,7 +9,7 @@ import torch
 from test_recovery import WIDTHS
 from torch import Tensor
 
-from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, token_rows
+from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, selected, token_rows
 from secateur.criteria.registry import STATISTICAL
 from secateur.fit import streamed
 from secateur.fit.average import FittedBlock, mean_of
@@ -19,7 +19,6 @@ from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import OPENING_WEIGHT, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
 from secateur.model.surgery import assign, masked_weight, restored
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
@@ -64,7 +63,7 @@ def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monk
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
-    units = {index: {kind: keep.units(kind) for kind in STATISTICAL} for index, keep in keeps.items()}
+    units = {index: {kind: keep[kind] for kind in STATISTICAL} for index, keep in keeps.items()}
     alone = [
         list(refit(stream, plan_of(name, units=units), Rows((TEXT, version), (1.0, 1.0)))) for version in (ONE, OTHER)
     ]
@@ -111,7 +110,7 @@ def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, 
 def test_a_fit_that_changed_nothing_counts_with_its_dense_weights():
     layer = torch.nn.Linear(2, 2, bias=False)
     layer.weight.data.fill_(3.0)
-    keep = Keep((0,), (0,))
+    keep = selected((0,), (0,))
     blocks = [FittedBlock(0, keep, {"weight": torch.ones(2, 2)}, ()), FittedBlock(0, keep, {}, ())]
     assert torch.equal(mean_of(blocks, layer, torch.float32).changed["weight"], torch.full((2, 2), 2.0))
     assert mean_of(blocks[:1], layer, torch.float32) is blocks[0]

@@ -12,14 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CheckpointFolder
-from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, token_rows
+from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, selected, token_rows
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.families.entry import Experts, Gguf
 from secateur.families.registry import FAMILIES
 from secateur.formats.family_file import read_family
 from secateur.formats.per_layer import model_class
-from secateur.model.structure import Keep
 
 BIOGPT = """
 model_type: biogpt  # layers called as in OPT
@@ -55,7 +54,7 @@ def test_pruned_from_a_file(tmp_path: Path, family: Path, widths: str) -> None:
         prune(folder, tmp_path / "out", **SMALL)
     prune(folder, tmp_path / "out", **SMALL, family=family, sparsity=0.3, widths=widths, recovery="none")
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())
-    keeps = {block["block"]: Keep(tuple(block["heads"]), tuple(block["channels"])) for block in record["blocks"]}
+    keeps = {block["block"]: selected(tuple(block["heads"]), tuple(block["channels"])) for block in record["blocks"]}
     dense, ids = build("biogpt"), token_rows()
     with masked(dense, keeps):
         wanted = logits_of(dense, ids)

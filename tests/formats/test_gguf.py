@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import models as tiny
-from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, some_keep
+from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, selected, some_keep
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
@@ -44,7 +44,7 @@ from secateur.model.gguf_config import _complete_rotation, _llama3
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
+from secateur.model.structure import Kept
 from secateur.model.surgery import width_of
 
 ffi, lib = bindings.get_ffi(), bindings.get_lib()
@@ -302,7 +302,7 @@ def byte_level(steps: Any = None, whole_words: bool = False, size: int = tiny.VO
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def write_folder(name: str, keeps: dict[int, Keep], folder: Path, tokenizer: Any = None) -> Any:
+def write_folder(name: str, keeps: dict[int, Kept], folder: Path, tokenizer: Any = None) -> Any:
     """A row's model, pruned, as `prune` writes it; gives the model."""
     model = build(name)
     blocks, config = blocks_of(model), model.config
@@ -460,7 +460,7 @@ GELU = {"gemma", "gemma2", "gemma3", "gemma4", "gpt2", "gptneox", "starcoder2", 
 """Graphs with this function, which llama.cpp looks up in a table of half precision."""
 
 
-def uniform_keeps(name: str, kinds: Any) -> dict[int, Keep]:
+def uniform_keeps(name: str, kinds: Any) -> dict[int, Kept]:
     blocks = blocks_of(build(name))
     return {i: some_keep(block, i, kinds, block.attention.cut_axes[0].name) for i, block in enumerate(blocks)}
 
@@ -496,7 +496,7 @@ def test_straight_into_a_file(tmp_path, name, kinds):
     byte_level().save_pretrained(folder)
     stream = BlockStream(open_checkpoint(folder))
     keeps = uniform_keeps(name, kinds)
-    plan = [{"block": i, **keep.chosen(stream.blocks[i])} for i, keep in keeps.items()]
+    plan = [{"block": i, **keep} for i, keep in keeps.items()]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": plan}))
     how = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
     prune(folder, tmp_path / "m.gguf", format="gguf", type="f32", **how)
@@ -512,7 +512,7 @@ def export_of(folder: Path) -> Exported:
     return Exported(folder / "m.gguf", 0, "", LENGTH)
 
 
-def uneven(name: str, empty: bool) -> dict[int, Keep]:
+def uneven(name: str, empty: bool) -> dict[int, Kept]:
     """Widths that go up and down; with `empty`, one block has no heads, one no channels and the first neither."""
     blocks = blocks_of(build(name))
     per_group, groups = blocks[0].attention.per_group, blocks[0].attention.groups
@@ -523,7 +523,7 @@ def uneven(name: str, empty: bool) -> dict[int, Keep]:
     channels = [tuple(range(3, 40)), tuple(range(0, 71, 3)), tuple(range(72))]
     if empty:
         heads, channels = [(), without, ()], [(), (), tuple(range(1, 60))]
-    return {i: Keep(heads[i], channels[i]) for i in range(3)}
+    return {i: selected(heads[i], channels[i]) for i in range(3)}
 
 
 UNEVEN = {
@@ -555,7 +555,7 @@ def test_uneven_widths(tmp_path, name, empty):
 def test_uneven_channels(tmp_path, name):
     blocks = blocks_of(build(name))
     kept = [range(3, 40), range(0, 71, 3), (), range(1, 60)]
-    keeps = {i: Keep(tuple(range(block.width.heads)), tuple(kept[i])) for i, block in enumerate(blocks)}
+    keeps = {i: selected(tuple(range(block.width.heads)), tuple(kept[i])) for i, block in enumerate(blocks)}
     small = write_folder(name, keeps, tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
     assert compare(with_the_table(small), done) < 1e-3
@@ -578,7 +578,7 @@ def test_quantised(tmp_path, monkeypatch, kind, least, bound):
     """Padding is exact: what differs from the model are the rounded weights and llama.cpp's rounded activations."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     blocks = blocks_of(build("llama 64"))
-    keeps = {i: Keep(tuple(range(4)), tuple(range(0, 72, 2))[:33]) for i in range(len(blocks))}
+    keeps = {i: selected(tuple(range(4)), tuple(range(0, 72, 2))[:33]) for i in range(len(blocks))}
     small = write_folder("llama 64", keeps, tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type=kind)
     expected = logits_of(small, torch.tensor([IDS]))
@@ -937,7 +937,7 @@ def test_refused_models(tmp_path, name):
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2", "gpt2", "gpt_neox", "qwen3"])
 def test_refused_widths(tmp_path, name):
     keeps = uniform_keeps(name, CHANNELS)
-    keeps[1] = Keep(keeps[1].heads, keeps[1].channels[:5])
+    keeps[1] = selected(keeps[1]["heads"], keeps[1]["channels"][:5])
     write_folder(name, keeps, tmp_path / "folder")
     with pytest.raises(SecateurError, match="has one width for all blocks, so prune all of them with uniform widths"):
         export(tmp_path / "folder", tmp_path / "m.gguf")

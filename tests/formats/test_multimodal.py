@@ -27,6 +27,7 @@ from models import (
     VOCAB,
     make_letters,
     relative,
+    selected,
     silenced,
     token_rows,
 )
@@ -37,7 +38,7 @@ from secateur.measure.compare import evaluate, load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
+from secateur.model.structure import Kept
 from secateur.model.units.experts import EXPERT_CHANNELS
 
 IMAGE = VOCAB - 1
@@ -189,10 +190,10 @@ def opened(folder: Path, **how: Any) -> Any:
     return model.eval()
 
 
-def keeps_of(out: Path) -> dict[int, Keep]:
+def keeps_of(out: Path) -> dict[int, Kept]:
     """What a run has kept, by its record."""
     blocks = json.loads((out / "secateur.json").read_text())["blocks"]
-    return {block["block"]: Keep(**{kind: tuple(block.get(kind, ())) for kind in KINDS}) for block in blocks}
+    return {block["block"]: selected(**{kind: tuple(block.get(kind, ())) for kind in KINDS}) for block in blocks}
 
 
 @pytest.fixture(autouse=True)
@@ -341,7 +342,7 @@ def test_head_sizes_that_classes_derive(tmp_path: Path, name: str) -> None:
     with pytest.raises(SecateurError, match=f"{name}_text derives its head size .* keeps all 6 heads"):
         prune(folder, tmp_path / "out", **how, sparsity=0.3)
     prune(folder, tmp_path / "out", **how | {"widths": "adaptive"}, sparsity=0.3)
-    assert any(0 < len(keep.heads) < 6 for keep in keeps_of(tmp_path / "out").values())
+    assert any(0 < len(keep["heads"]) < 6 for keep in keeps_of(tmp_path / "out").values())
 
 
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
@@ -386,7 +387,8 @@ def test_experts_that_are_stored_with_inputs_first(tmp_path: Path, how: dict[str
     assert found[experts].numel() < load_file(folder / "model.safetensors")[experts].numel()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     small, plain = (opened(tmp_path / name, trust_remote_code=True) for name in ("out", "plain"))
-    assert torch.equal(logits(small, True), logits(plain, True))
+    # The same weights in another layout may be multiplied in another order.
+    assert relative(logits(small, True), logits(plain, True)) < 1e-6
 
 
 def test_channels_of_experts_whose_direction_shapes_do_not_tell(tmp_path: Path) -> None:

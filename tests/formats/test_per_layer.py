@@ -35,6 +35,7 @@ from models import (
     narrowed,
     relative,
     save,
+    selected,
     token_rows,
     wide,
 )
@@ -53,7 +54,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep
+from secateur.model.structure import Block, Kept
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice
@@ -131,13 +132,13 @@ def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
-def keep_of(block: Block, width: Width, seed: int) -> Keep:
+def keep_of(block: Block, width: Width, seed: int) -> Kept:
     """Units that are no run: some groups, and other heads in each of them."""
     attention, heads = block.attention, []
     for group in picked(attention.groups, width.groups, seed) if width.heads else ():
         kept = picked(attention.per_group, width.per_group, seed + group + 1)
         heads += [group * attention.per_group + head for head in kept]
-    return Keep(tuple(heads), picked(block.feed_forward.units, width.channels, seed + 50))
+    return selected(tuple(heads), picked(block.feed_forward.units, width.channels, seed + 50))
 
 
 class Written:
@@ -185,7 +186,7 @@ def silenced(name: str, written: Written) -> nn.Module:
             assign(layer, path, tensor)
         for module in every_block(name)[index].modules:
             mask = torch.zeros(module.units * module.size)
-            mask[inner_entries(module, keep.units(module.kind))] = 1
+            mask[inner_entries(module, keep[module.kind])] = 1
             layer.get_submodule(module.sink).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
     return model
 
@@ -529,4 +530,4 @@ def test_nothing_of_a_module_can_be_sliced():
         "self_attn.qkv_proj.weight": (0, 48),
         "self_attn.o_proj.weight": (48, 0),
     }
-    assert width_of(block_of("phi3"), Keep((), (1,))) == wide(0, 0, 1)
+    assert width_of(block_of("phi3"), selected((), (1,))) == wide(0, 0, 1)

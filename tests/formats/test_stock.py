@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows, wide
+from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, selected, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
@@ -23,7 +23,6 @@ from secateur.model.axes import Width
 from secateur.model.config_file import stock_class
 from secateur.model.describe import describe
 from secateur.model.facts import head_dim, key_value_heads
-from secateur.model.structure import Keep
 from secateur.model.surgery import slice_block
 from secateur.plan.widths import head_widths
 
@@ -356,7 +355,7 @@ def opens(config, blocks, width) -> bool:
     layers = model.get_submodule(FAMILIES[stored["model_type"]].blocks)
     for block, layer in zip(blocks, layers, strict=True):
         heads = [head for head in range(block.attention.units) if kept(block.attention, head, width)]
-        keep = Keep(tuple(heads), **{block.feed_forward.kind: tuple(range(block.feed_forward.units))})
+        keep = selected(tuple(heads), **{block.feed_forward.kind: tuple(range(block.feed_forward.units))})
         dense = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
         wanted = {name: tensor.shape for name, tensor in slice_block(block, dense, keep).items()}
         if {name: tensor.shape for name, tensor in layer.state_dict().items()} != wanted:

@@ -19,7 +19,7 @@ from test_criteria import ready, statistics
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, token_rows, wide
+from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, selected, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
@@ -31,7 +31,6 @@ from secateur.criteria.order import removal_order
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
 from secateur.model.surgery import entries, width_of
 from secateur.model.units.heads import KV_GROUPS
 from secateur.paper import similar_heads
@@ -182,7 +181,7 @@ def test_a_plan_of_similar_heads_is_exact(checkpoint_folder: CheckpointFolder, n
     for index, units in plan.units.items():
         gone, width = loadable(wish, index, candidates(distances[index], tau))
         assert plan.first.removed[index] == gone
-        assert plan.widths[index] == width == width_of(wish.blocks[index], Keep(**units))
+        assert plan.widths[index] == width == width_of(wish.blocks[index], selected(**units))
         assert sorted((*units["heads"], *gone)) == list(range(6))
         before += wish.parameters.module(index, "heads", wish.blocks[index].width)
         after += wish.parameters.module(index, "heads", width)

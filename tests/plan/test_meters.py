@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import models as tiny
-from models import ROWS, _config, build, make_letters, save, wide
+from models import ROWS, _config, build, make_letters, save, selected, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -32,7 +32,7 @@ from secateur.formats.per_layer import model_class
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep
+from secateur.model.structure import Block
 from secateur.model.surgery import slice_block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
@@ -106,7 +106,7 @@ def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: tor
             block = stream.blocks[index]
             per_group = block.attention.per_group
             heads = [group * per_group + head for group in range(width.groups) for head in range(width.per_group)]
-            cut = slice_block(block, stream.stored(index), Keep(tuple(heads), tuple(range(width.channels))))
+            cut = slice_block(block, stream.stored(index), selected(tuple(heads), tuple(range(width.channels))))
             yield index, {name: tensor.to(dtype) for name, tensor in cut.items()}
 
     record = {"secateur": "0"}

@@ -32,6 +32,7 @@ from models import (
     blocks_of,
     build,
     relative,
+    selected,
     token_rows,
     wide,
 )
@@ -44,7 +45,7 @@ from secateur.formats.vllm import vllm_obstacle
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Keep
+from secateur.model.structure import Block, Kept
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice
@@ -195,7 +196,7 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
     return widths
 
 
-def last_units(block: Block, width: Width) -> Keep:
+def last_units(block: Block, width: Width) -> Kept:
     """Any will do: here it does not matter which are kept, only how many."""
     full = block.width
     groups = range(full.groups - width.groups, full.groups)
@@ -208,7 +209,7 @@ def last_units(block: Block, width: Width) -> Keep:
         )
         beside = range(block.feed_forward.times * width.channels)
         units["channels"] += tuple(full.experts * full.channels + channel for channel in beside)
-    return Keep(tuple(sorted(heads)), **units)
+    return selected(tuple(sorted(heads)), **units)
 
 
 def write_case(case: Case, source: Path, folder: Path) -> None:

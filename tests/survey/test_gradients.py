@@ -258,10 +258,10 @@ def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
     for criterion in FROM_GRADIENTS:
         scores = gradient_scores(stream, rows, criterion)
         blocks = list(refit(stream, plan, rows, method=Method(Criteria(criterion, scores))))
-        assert blocks[0].keep.channels == tuple(sorted(scores[1, "channels"].topk(40).indices.tolist()))
+        assert blocks[0].keep["channels"] == tuple(sorted(scores[1, "channels"].topk(40).indices.tolist()))
         groups = scores[2, "heads"].view(3, 2).sum(1)
         gone = int(groups.argmin())
-        assert blocks[1].keep.heads == tuple(head for head in range(6) if head // 2 != gone)
+        assert blocks[1].keep["heads"] == tuple(head for head in range(6) if head // 2 != gone)
 
 
 SETTINGS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "sparsity": 0.3}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, token_rows
+from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, selected, token_rows
 from secateur.base.errors import SecateurError
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.order import removal_order, survivors
@@ -27,7 +27,7 @@ from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Keep
+from secateur.model.structure import Depth2, Kept
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
@@ -151,7 +151,7 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
         assert 0 < curve.errors[-1] < curve.energy
 
 
-def divergence(name: str, keeps: dict[int, Keep], changed: Any = None) -> float:
+def divergence(name: str, keeps: dict[int, Kept], changed: Any = None) -> float:
     """KL of the logits at every second position, the units that are not kept silenced."""
     model = dense(name) if changed is None else changed
     wanted = logits_of(dense(name), PROBES)[:, STRIDE - 1 :: STRIDE].double().log_softmax(-1)
@@ -160,12 +160,12 @@ def divergence(name: str, keeps: dict[int, Keep], changed: Any = None) -> float:
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
-def without(name: str, index: int, kind: str) -> dict[int, Keep]:
+def without(name: str, index: int, kind: str) -> dict[int, Kept]:
     width = blocks_of(dense(name))[index].width
     heads, channels = (
         () if kind == k else tuple(range(count)) for k, count in (("heads", width.heads), ("channels", width.channels))
     )
-    return {index: Keep(heads, channels)}
+    return {index: selected(heads, channels)}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -213,7 +213,7 @@ def test_a_partial_probe_is_the_refitted_model(
         changed = copy.deepcopy(dense(name))
         stored = stored_weight(plain.module, (weight / plain.gain).float())
         assign(layers_of(changed)[INDEX], plain.module.level2.name, stored)
-        keep = Keep(kept, full.channels) if kind == "heads" else Keep(tuple(range(width.heads)), kept)
+        keep = selected(kept, full.channels) if kind == "heads" else selected(tuple(range(width.heads)), kept)
         wanted = divergence(name, {INDEX: keep}, changed)
         assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
         assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"

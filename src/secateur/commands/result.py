@@ -122,7 +122,7 @@ def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, A
     return {
         "block": block.index,
         "width": dict(decided.widths[block.index]),
-        **{kind: list(units) for kind, units in block.keep.chosen(dense).items()},
+        **{kind: list(units) for kind, units in block.keep.items()},
         "modules": [asdict(report) for report in block.reports],
     }
 

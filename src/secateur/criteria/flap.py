@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
+from secateur.model.axes import ATTENTION
 
 
 @criterion("flap-wifv")
@@ -46,4 +47,4 @@ def _variance(stats: Statistics) -> Tensor:
 
 
 def _shaped(stats: Statistics, metric_a: Tensor) -> Tensor:
-    return metric_a.square() if stats.module.kind == "heads" else metric_a
+    return metric_a.square() if stats.module.role == ATTENTION else metric_a

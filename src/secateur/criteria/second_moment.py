@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
+from secateur.model.axes import ATTENTION
 from secateur.model.structure import Slab
 from secateur.model.surgery import rows_of
 
@@ -26,7 +27,7 @@ from secateur.model.surgery import rows_of
 def scores(stats: Statistics) -> Tensor:
     """Score per unit (units); higher = keep."""
     half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
-    if stats.module.kind == "heads":
+    if stats.module.role == ATTENTION:
         return stats.per_unit(half_norm * stats.moments.mean_square_a())
     result = torch.ones_like(half_norm)
     for slab in stats.module.scored:
@@ -38,7 +39,7 @@ def scores(stats: Statistics) -> Tensor:
 def identity(stats: Statistics) -> Tensor:
     """The same with S = I, from weights alone: A_j S A_j' is then ||A_j||^2, and b_j^2 more with a bias."""
     half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
-    if stats.module.kind == "heads":
+    if stats.module.role == ATTENTION:
         return stats.per_unit(half_norm * _value_norms(stats))
     result = torch.ones_like(half_norm)
     for slab in stats.module.scored:

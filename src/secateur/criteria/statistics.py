@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from secateur.model.axes import ATTENTION
 from secateur.model.structure import Depth2
 from secateur.model.surgery import rows_of
 from secateur.numerics.moments import Moments
@@ -52,9 +53,9 @@ class Statistics:
         return sum_by_unit(self.module, self.tensors, lambda part: getattr(part, function)().sum(1))
 
 
-def module_seed(seed: int, index: int, kind: str) -> int:
-    """A seed of its own for each module."""
-    return (seed * 1_000_003 + index) * 2 + (kind != "heads")
+def module_seed(seed: int, index: int, role: str) -> int:
+    """Return a seed for the module of a block in a role, another one for each."""
+    return (seed * 1_000_003 + index) * 2 + (role != ATTENTION)
 
 
 def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -158,7 +158,7 @@ class BlockState:
     def done(self, module: Depth2, at: Batch) -> dict[Depth2, Tensor | None]:
         """Outputs of the block's modules before this one, in the pruned stream."""
         attention = self.block.attention
-        return {} if module is attention else {attention: self.output["heads"][at]}
+        return {} if module is attention else {attention: self.output[attention.kind][at]}
 
     def change(self, tensors: dict[str, Tensor]) -> None:
         """Use new values from here on, rounded as they will be written."""

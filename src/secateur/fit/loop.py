@@ -21,7 +21,6 @@ from secateur.model.axes import Width
 from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Keep
 from secateur.model.surgery import restored
 from secateur.plan.problem import Plan
 
@@ -77,7 +76,7 @@ def refit(
                 given = DenseBlock.run(stream, index, layer, counted, dense, arena, inputs=method.recovery.reads_inputs)
                 for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
-                    chosen = found[0].keep.chosen(stream.blocks[index]) if found else plan.units.get(index, {})
+                    chosen = found[0].keep if found else plan.units.get(index, {})
                     # Where nothing else asks for the dense weights, they need not stay.
                     with restored(layer) if len(fits) + len(follow) > 1 else nullcontext():
                         state = BlockState(stream, index, layer, method, dtype, part, arena, given)
@@ -109,4 +108,4 @@ def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[s
         kept |= units
         reports.append(report)
     state.run_pruned(pruned)
-    return FittedBlock(state.index, Keep(**kept), state.changed, tuple(reports))
+    return FittedBlock(state.index, kept, state.changed, tuple(reports))

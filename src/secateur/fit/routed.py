@@ -24,6 +24,7 @@ from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.regression import AddPart, Regression, Sums
 from secateur.fit.tangent import Part
+from secateur.model.axes import FEED_FORWARD
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.post_norm import PostNorm
 from secateur.numerics.moments import Moments
@@ -106,7 +107,7 @@ class RoutedRegression(Regression):
         self.recovery = self._own(state.method.recovery)
         a, d = self.module.units, self.stream.width
         self.owner = self.stream.team.owner(a**2 * (a + 2 * d))
-        self.seed = module_seed(state.method.seed, state.index, "channels") + expert
+        self.seed = module_seed(state.method.seed, state.index, FEED_FORWARD) + expert
         self._target_md: Tensor | None = None
 
     def _own(self, whole: Recovery) -> Recovery:

@@ -164,7 +164,7 @@ class MixtureStage:
             self.stream.team,
         )
         choice, seed = self.state.method.criteria.choice, self.state.method.seed
-        found = expert_order(choice.experts, routed, stay, module_seed(seed, self.state.index, self.module.kind))
+        found = expert_order(choice.experts, routed, stay, module_seed(seed, self.state.index, self.module.role))
         return tuple(sorted(set(range(self.module.units)) - set(found.order)))
 
     def _by_expert(self, keep: tuple[int, ...], channels: tuple[int, ...]) -> dict[int, tuple[int, ...]]:

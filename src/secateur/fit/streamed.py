@@ -41,7 +41,7 @@ class StreamedRegression(Regression):
         self.norm, self.fits_bias, self.recovery = self.target.norm, self.target.fits_bias, state.method.recovery
         inner = module.units * module.size
         self.owner = self.stream.team.owner(inner**2 * (inner + 2 * self.stream.width))
-        self.seed = module_seed(state.method.seed, state.index, module.kind)
+        self.seed = module_seed(state.method.seed, state.index, module.role)
         batches = [at for at in state.rows.batches() if at.weight]
         self.tokens = int(self.stream.team.total(sum(state.rows.ids(at).numel() for at in batches)))
         self._stored: Activations | None = None
@@ -91,8 +91,7 @@ class StreamedRegression(Regression):
             if one is not None:
                 one.reduce(stream.team, self.owner)
         if not (moments.finite() and scored.finite()):
-            what = {"heads": "attention", "channels": "feed-forward"}[module.kind]
-            raise SecateurError(f"block {state.index}: the {what} module gives NaN or infinite activations")
+            raise SecateurError(f"block {state.index}: the {module.role} module gives NaN or infinite activations")
         return Sums(entries, moments, scored, source)
 
     @contextmanager

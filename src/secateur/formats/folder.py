@@ -17,7 +17,7 @@ from secateur.formats.vllm import vllm_obstacle
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import TEXT
-from secateur.model.structure import Keep
+from secateur.model.structure import Kept
 from secateur.model.surgery import width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS_MULTIPLE
@@ -139,7 +139,7 @@ class Folder(Format):
                 f"{checkpoint.source}: the entry for {kind} does not fit its class ({why}); correct the entry"
             )
 
-    def _narrower(self, index: int) -> Keep | None:
+    def _narrower(self, index: int) -> Kept | None:
         """Return the first units of a block: as few heads as the format holds, half of the channels; None if none."""
         block, dense = self.stream.blocks[index], self.stream.blocks[index].width
         channels = dense.channels if dense.experts else -(-dense.channels // 2)
@@ -149,7 +149,7 @@ class Folder(Format):
             if self.unsupported_reason(width) is None:
                 heads = tuple(group * dense.per_group + head for group in range(groups) for head in range(each))
                 kind, count = ("experts", dense.experts) if dense.experts else ("channels", channels)
-                return Keep(heads, **{kind: tuple(range(count))})
+                return {"heads": heads, kind: tuple(range(count))}
         return None
 
     def _possible_names(self, plan: Plan) -> list[str]:

@@ -12,7 +12,7 @@ from secateur.formats.gguf_choice import choose, filled
 from secateur.formats.gguf_graph import Architecture
 from secateur.formats.gguf_model import Model
 from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
-from secateur.model.axes import Width
+from secateur.model.axes import ATTENTION, Width
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
 from secateur.plan.meters import Meter, added_biases, dense_widths, megabytes
@@ -68,8 +68,8 @@ def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
 
     def module(index: int, kind: str, width: Width) -> float:
         full = dense[index]
-        if kind == "heads":
-            return taken(at[index], kind, full.taking("heads", width))
+        if stream.blocks[index].module(kind).role == ATTENTION:
+            return taken(at[index], kind, full.taking(kind, width))
         if kind == "experts":
             return experts(at[index], full.taking("experts", width))
         # Rows are filled up, so a few channels fewer may be as large.

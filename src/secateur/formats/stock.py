@@ -14,8 +14,8 @@ import transformers
 
 from secateur.families.entry import Stock
 from secateur.families.registry import experts_of, family_of, twin_of
-from secateur.model.axes import Width
-from secateur.model.layer_sizes import EXPERT_COUNTS
+from secateur.model.axes import Width, axis_kinds
+from secateur.model.units.experts import EXPERTS
 
 
 def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
@@ -86,7 +86,7 @@ def stock_config(
         if channels is not None:
             stored |= dict.fromkeys((stock.channels, *stock.same), channels)
         # Some configs hold the number under two names.
-        names = (*EXPERT_COUNTS, experts.number)
+        names = (*axis_kinds()[EXPERTS].counts, experts.number)
         stored |= {key: width.experts for key in names if key in stored or key == experts.number}
         stored[experts.expert_width] = width.channels
     if stock.heads != "dense":

@@ -31,6 +31,12 @@ class AxisKind:
     """Plural noun for all units of a model that lie along the axis."""
     outer: tuple[str, ...] = ()
     """Axes that hold this one: so many units lie along it for each of theirs."""
+    counts: tuple[str, ...] = ()
+    """Attributes of transformers' modules, in any version, that state the number of all units along the axis."""
+    counts_each: tuple[str, ...] = ()
+    """Attributes that state the number along this axis alone."""
+    entries: tuple[str, ...] = ()
+    """Attributes that state how many inputs of the output projection all units have."""
 
     def count(self, width: Mapping[str, int]) -> int:
         """Return the number of units of a block; zero in a block without the axis."""
@@ -42,9 +48,9 @@ ATTENTION, FEED_FORWARD = ROLES = ("attention", "feed-forward")
 _KINDS: dict[str, AxisKind] = {}
 
 
-def axis_kind(name: str, unit: str, role: str, label: str, total: str, outer: tuple[str, ...] = ()) -> str:
-    """Make an axis known to tables, plan files and pages; return its name."""
-    _KINDS[name] = AxisKind(name, unit, role, label, total, outer)
+def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: tuple[str, ...]) -> str:
+    """Make an axis known to plans, tables, pages and formats, by its facts as in `AxisKind`; return its name."""
+    _KINDS[name] = AxisKind(name, unit, role, label, total, **facts)
     return name
 
 
@@ -187,9 +193,12 @@ class Width(Mapping[str, int]):
         return self.experts or self.channels
 
     @property
-    def kinds(self) -> tuple[str, str]:
-        """Kinds of units of both modules."""
-        return "heads", "experts" if "experts" in self else "channels"
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units of the modules, by the first axis of each."""
+        first: dict[str, str] = {}
+        for axis in self:
+            first.setdefault(axis_kinds()[axis].role, axis_kinds()[axis].unit)
+        return tuple(first.values())
 
     def fed_share(self, dense: "Width") -> float:
         """Share of a dense feed-forward that stays."""
@@ -198,7 +207,7 @@ class Width(Mapping[str, int]):
 
     def taking(self, kind: str, other: "Width") -> "Width":
         """Return this width with the numbers of another one along the axes of one module."""
-        role = ATTENTION if kind == "heads" else FEED_FORWARD
+        role = next(one.role for one in axis_kinds().values() if one.unit == kind)
         return self | {axis: number for axis, number in other.items() if axis_kinds()[axis].role == role}
 
     def without_experts(self, channels: int) -> "Width":

@@ -7,10 +7,8 @@ folder and, by way of `surgery.narrow`, to a block in memory.
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
-from secateur.model.axes import Width
+from secateur.model.axes import Width, axis_kinds
 from secateur.model.structure import Block, Depth2
-from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 
 Axes = list[dict[str, int] | None]
@@ -22,16 +20,6 @@ QUERY_HEADS, GROUPS, PER_GROUP = "num_attention_heads", "num_key_value_heads", "
 BIASES = ("attention_output_bias", "feed_forward_output_bias")
 """Keys that say whether the output projections have a bias that the stock class does not give them."""
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Names that configs and modules, in any version of transformers, have for the number of experts."""
-
-COUNTS = {
-    HEADS: ("num_attention_heads", "num_heads"),
-    (KV_GROUPS,): ("num_key_value_heads", "num_kv_heads"),
-    (EXPERTS,): EXPERT_COUNTS,
-}
-"""Names that modules have for numbers of units, by the axes along which these lie."""
-
 Keys = dict[tuple[str, ...], str]
 """Keys of numbers of units, by the nested axes along which these lie."""
 
@@ -39,8 +27,7 @@ StoredNames = Callable[[int, str], Sequence[str]]
 """Names that the checkpoint has for a block's tensor: one, or one for each matrix that it holds apart."""
 
 IN_MEMORY: Keys = {HEADS: QUERY_HEADS, (KV_GROUPS,): GROUPS, (HEADS_PER_GROUP,): PER_GROUP}
-IN_MEMORY |= {(axis,): axis for axis in (CHANNELS, EXPERTS, EXPERT_CHANNELS)}
-"""Keys where no config is written; attentions read those of heads."""
+"""Keys where no config is written: attentions read those of heads, and other axes have their own names."""
 
 
 def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
@@ -50,24 +37,17 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
         block: the dense block.
         keys: of its numbers of units; without a key of the KV groups, each head is a group.
     """
-    keys = {(KV_GROUPS,): keys[HEADS], **keys}
+    keys = {(KV_GROUPS,): keys[HEADS], **_of_all(block.width, keys)}
     sizes: dict[str, Any] = {"shapes": {}, "attributes": {}, "attentions": {}, "feed_forwards": {}}
-    attention, feed_forward = block.modules
-    if not attention.fixed:
-        sizes["attentions"][attention.sink] = keys[HEADS]
-    if feed_forward.kind == "channels":
-        sizes["feed_forwards"][feed_forward.sink] = keys[(CHANNELS,)]
-    for module, bias in zip(block.modules, BIASES, strict=True):
-        sizes["shapes"] |= {} if module.locked else _axes(module, block, keys)
+    for module, part, bias in zip(block.modules, ("attentions", "feed_forwards"), BIASES, strict=True):
+        if not module.fixed:
+            sizes[part][module.sink] = keys[module.level2.along]
+        if not module.locked:
+            sizes["shapes"] |= _axes(module, block, keys)
+            sizes["attributes"] |= _attributes(module, keys)
         if module.free_bias and module.bias is None:
             width = block.shapes[module.level2.name][1 - module.level2.axis]
             sizes["shapes"][module.bias_name] = [{bias: width}]
-    if not attention.locked:
-        sizes["attributes"] |= _attributes(HEADS, keys) | _attributes((KV_GROUPS,), keys)
-        # GPT-2's fused layer gives queries, keys and values of so many entries each.
-        sizes["attributes"] |= {PER_GROUP: {PER_GROUP: 1}, "split_size": {keys[HEADS]: attention.size}}
-    if feed_forward.kind == "experts":
-        sizes["attributes"] |= _attributes((EXPERTS,), keys)
     return sizes
 
 
@@ -119,7 +99,13 @@ def _as_stored(axes: Axes, names: Sequence[str]) -> dict[str, Axes]:
 
 def numbers(width: Width, keys: Keys = IN_MEMORY) -> dict[str, int]:
     """Return a block's numbers of units at a width, by key."""
-    return {key: width.product(along) for along, key in keys.items() if width.keys() >= set(along)}
+    return {key: width.product(along) for along, key in _of_all(width, keys).items() if width.keys() >= set(along)}
+
+
+def _of_all(width: Width, keys: Keys) -> Keys:
+    """Return the keys, with the axis's own name where there is none."""
+    named = {axis for along in keys for axis in along}
+    return keys | {(axis,): axis for axis in width if axis not in named}
 
 
 def _axes(module: Depth2, block: Block, keys: Keys) -> dict[str, Axes]:
@@ -133,5 +119,13 @@ def _axes(module: Depth2, block: Block, keys: Keys) -> dict[str, Axes]:
     return result
 
 
-def _attributes(along: tuple[str, ...], keys: Keys) -> dict[str, dict[str, int]]:
-    return {name: {keys[along]: 1} for name in COUNTS[along]}
+def _attributes(module: Depth2, keys: Keys) -> dict[str, dict[str, int]]:
+    """Return the attributes, of any part of the block, that state numbers of a module's units."""
+    found: dict[str, dict[str, int]] = {}
+    for axis in module.axes:
+        kind = axis_kinds()[axis.name]
+        every, each = keys.get((*kind.outer, axis.name)), keys.get((axis.name,))
+        found |= {name: {every: 1} for name in kind.counts if every}
+        found |= {name: {each: 1} for name in kind.counts_each if each}
+        found |= {name: {every: module.size} for name in kind.entries if every}
+    return found

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.model.axes import Axis
+from secateur.model.axes import Axis, axis_kinds
 from secateur.model.held import plain
-from secateur.model.layer_sizes import EXPERT_COUNTS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2, Slab
 from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import layout_of, shared_expert
+from secateur.model.units.experts import EXPERTS, layout_of, shared_expert
 
 _TOP_K = ("top_k", "num_experts_per_tok")
 """Names that routers have for the number of experts per token."""
@@ -258,7 +257,7 @@ class Mixture:
                         for name, value in vars(owner)[kind].items()
                     }
                     vars(owner)[kind] = tensors
-                counts = {key: len(alive) for key in EXPERT_COUNTS if vars(owner).get(key) == count}
+                counts = {key: len(alive) for key in axis_kinds()[EXPERTS].counts if vars(owner).get(key) == count}
                 fewer = {key: min(vars(owner)[key], len(alive)) for key in _TOP_K if key in vars(owner)}
                 vars(owner).update(counts | fewer)
             yield

@@ -14,6 +14,7 @@ multiplied by w. Two things differ from modules without such a norm:
 import torch
 from torch import Tensor, nn
 
+from secateur.model.axes import ATTENTION
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
 
@@ -40,7 +41,7 @@ class PostNorm:
         self._gain_o = self._size_o = self.norm(self._gain_o)
         gains = stream.reading_gains
         if gains is not None:
-            self.read_o = gains[2 * index + 1 + (module.kind != "heads") :].square().mean(0).sqrt()
+            self.read_o = gains[2 * index + 1 + (module.role != ATTENTION) :].square().mean(0).sqrt()
             self._size_o = self._gain_o * self.read_o
         if module.outer_norm is not None:
             # Its gains count as well; its scale is much the same whatever goes.

@@ -26,6 +26,7 @@ from secateur.base.quiet import first_line
 from secateur.base.team import Team
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
+from secateur.model.axes import ATTENTION
 from secateur.model.beside import Beside
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
@@ -336,7 +337,7 @@ class BlockStream:
             kwargs = self.family.for_rows(kwargs, len(hidden_btd))
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
-                lends = module.kind == "heads" and self.beside.stores(index)
+                lends = module.role == ATTENTION and self.beside.stores(index)
                 stack.enter_context(replayed(layer, module, hidden_btd, value, lends))
             if modules:
                 for path in self._aside(index):

@@ -10,7 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from secateur.model.axes import Axis, Width
+from secateur.model.axes import Axis, Width, axis_kinds
+
+Kept = Mapping[str, tuple[int, ...]]
+"""Indices of the units that a block keeps, sorted, by kind: those of each module. Channels of experts are listed where
+some leave, numbered through: those of the second expert behind those of the first, the shared expert's last."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,11 @@ class Depth2:
         return tuple(slab for slab in self.level1 if self.kind == "channels" and slab.name.endswith(".weight"))
 
     @property
+    def role(self) -> str:
+        """Place of the module in its block: `ATTENTION` or `FEED_FORWARD`, whatever stands there."""
+        return axis_kinds()[self.axes[0].name].role
+
+    @property
     def units(self) -> int:
         """Query heads, channels or experts."""
         return self.level2.units
@@ -121,6 +130,22 @@ class Depth2:
     def per_group(self) -> int:
         """Query heads per key/value head; for channels, all of them."""
         return self.units // self.groups
+
+    @property
+    def inner_kind(self) -> str | None:
+        """Kind of the units inside each unit: channels of experts."""
+        return next((axis.kind for axis in self.axes if axis.name not in self.level2.along), None)
+
+    def numbers(self, kept: Kept) -> dict[str, int]:
+        """Return the width that a selection of units amounts to."""
+        units = kept[self.kind]
+        outer, *nested = self.level2.along
+        found = {outer: len({unit // self.together(outer) for unit in units})}
+        found |= {axis: len(units) // max(found[outer], 1) for axis in nested}
+        if self.inner_kind is not None:
+            inner = len(kept.get(self.inner_kind, ())) // (len(units) + self.times) or self.inner
+            found |= {axis.name: inner for axis in self.axes if axis.name not in found}
+        return found
 
     @property
     def least(self) -> int:
@@ -182,26 +207,6 @@ def levelled(blocks: Sequence["Block"], widths: Mapping[int, Width]) -> list[Wid
         width.taking("heads", free) if free and blocks[index].attention.fixed else width
         for index, width in widths.items()
     ]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The kept units of a block, as sorted indices into the dense block's query heads, channels or experts."""
-
-    heads: tuple[int, ...]
-    channels: tuple[int, ...] = ()
-    """Of experts, where some of theirs go: as many of each, counted through, and the shared expert's behind them; else
-    none are named, and all stay."""
-    experts: tuple[int, ...] = ()
-
-    def units(self, kind: str) -> tuple[int, ...]:
-        """The indices for one module."""
-        return {"heads": self.heads, "channels": self.channels, "experts": self.experts}[kind]
-
-    def chosen(self, block: "Block") -> dict[str, tuple[int, ...]]:
-        """The indices by kind: those of both modules, and channels of experts where some go."""
-        inner: tuple[str, ...] = ("channels",) if self.channels and self.experts else ()
-        return {kind: self.units(kind) for kind in (*block.kinds, *inner)}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from secateur.model.axes import Width
 from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
 from secateur.model.modeling_secateur import resize
-from secateur.model.structure import Block, Depth2, Keep, Slab
-from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
+from secateur.model.structure import Block, Depth2, Kept, Slab
+from secateur.model.units.experts import EXPERT_CHANNELS
 
 
 def entries(slab: Slab, keep: Sequence[int]) -> Tensor:
@@ -93,13 +91,13 @@ def _slice_experts(
     return result
 
 
-def slice_block(block: Block, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     """All tensors of a block, sliced to the kept units; of a module without units only the level-2 bias is left."""
     result = dict(tensors)
     for module in block.modules:
-        if kept := keep.units(module.kind):
-            inner = keep.channels if module.kind == "experts" else ()
-            result.update(slice_module(module, tensors, kept, inner))
+        if units := kept[module.kind]:
+            inner = kept.get(module.inner_kind, ()) if module.inner_kind else ()
+            result.update(slice_module(module, tensors, units, inner))
         else:
             for name in block.inside(module):
                 del result[name]
@@ -114,14 +112,9 @@ def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[
     return stored_weight(module, weight)
 
 
-def width_of(block: Block, keep: Keep) -> Width:
+def width_of(block: Block, kept: Kept) -> Width:
     """The width that a selection amounts to."""
-    groups = len({head // block.attention.per_group for head in keep.heads})
-    numbers = {KV_GROUPS: groups, HEADS_PER_GROUP: len(keep.heads) // groups if groups else 0}
-    if block.feed_forward.kind == "channels":
-        return Width(numbers | {CHANNELS: len(keep.channels)})
-    channels = len(keep.channels) // (len(keep.experts) + block.feed_forward.times) or block.feed_forward.inner
-    return Width(numbers | {EXPERTS: len(keep.experts), EXPERT_CHANNELS: channels})
+    return Width({axis: number for module in block.modules for axis, number in module.numbers(kept).items()})
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from secateur.base.words import counted
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
+from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.latency import Timer, measured
 from secateur.plan.target import FASTER, Target
 
@@ -128,9 +129,10 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     entry = 2 * head_dim(config) * dtype.itemsize
 
     def module(index: int, kind: str, width: Width) -> float:
-        if kind != "heads" or not width.groups or stream.blocks[index].attention.mixes:
+        one = stream.blocks[index].module(kind)
+        if KV_GROUPS not in one.gone or not width[KV_GROUPS] or one.mixes:
             return 0
-        return width.groups * entry if latent is None else latent * dtype.itemsize
+        return width[KV_GROUPS] * entry if latent is None else latent * dtype.itemsize
 
     return Meter(
         dense_widths(stream),

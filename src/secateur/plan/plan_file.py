@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.axes import Width
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, Depth2, Keep
+from secateur.model.structure import Block, Depth2
 from secateur.model.surgery import width_of
 from secateur.plan.widths import module_widths
 
@@ -63,7 +63,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
                 _check_groups(path, index, module, units[index][module.kind])
             if "channels" in entry and block.feed_forward.kind == "experts":
                 units[index]["channels"] = _inner(path, index, block, units[index]["experts"], entry["channels"])
-            widths[index] = width_of(block, Keep(**units[index]))
+            widths[index] = width_of(block, units[index])
             if "width" in entry and _numbers(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
                     f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.model.axes import Width
+from secateur.model.axes import ATTENTION, Width
 from secateur.model.structure import Block, Depth2
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS
@@ -89,7 +89,7 @@ def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, 
     module = block.module(curves[0].kind)
     return {
         "block": curves[0].block,
-        "kind": "heads" if module.kind == "heads" else "channels",
+        "kind": "heads" if module.role == ATTENTION else "channels",
         "units": module.units,
         "locked": module.locked,
         "curves": [_curve(block, module, curve, prices) for curve in curves],

@@ -83,7 +83,7 @@ class RoutedSample(Sample):
         """Prepare the tokens; all processes measure together."""
         x, z, scale, weight = map(torch.cat, zip(*self._kept, strict=True))
         self._scale, self._ridge = scale, ridge
-        self._seed = module_seed(seed, self.index, self.module.kind)
+        self._seed = module_seed(seed, self.index, self.module.role)
         own = self._unit(z, torch.arange(len(z), device=z.device))
         team = self.stream.team
         self._count = team.total(float(weight.sum(dtype=torch.float64)))

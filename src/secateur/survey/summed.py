@@ -77,7 +77,7 @@ class SummedSample(Sample):
             inputs=self._source,
             ridge=ridge,
             own_target=True,
-            seed=module_seed(seed, self.index, self.module.kind),
+            seed=module_seed(seed, self.index, self.module.role),
         )
         # Other rows may decide the order than those that measure errors.
         self._measured = stats, None if self._scored is None else replace(stats, moments=self._scored)

@@ -16,7 +16,14 @@ from secateur.model.units.registry import describes
 if TYPE_CHECKING:
     from secateur.families.entry import Experts, Family
 
-EXPERTS = axis_kind("experts", "experts", FEED_FORWARD, "experts", "experts")
+EXPERTS = axis_kind(
+    "experts",
+    "experts",
+    FEED_FORWARD,
+    "experts",
+    "experts",
+    counts=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+)
 EXPERT_CHANNELS = axis_kind(
     "expert_channels", "channels", FEED_FORWARD, "channels in each", "expert channels", outer=("experts",)
 )

@@ -17,8 +17,26 @@ from secateur.model.units.registry import describes
 if TYPE_CHECKING:
     from secateur.families.entry import Family
 
-HEADS_PER_GROUP = axis_kind("heads_per_group", "heads", ATTENTION, "heads in each", "query heads", outer=("kv_groups",))
-KV_GROUPS = axis_kind("kv_groups", "heads", ATTENTION, "KV groups", "KV groups")
+HEADS_PER_GROUP = axis_kind(
+    "heads_per_group",
+    "heads",
+    ATTENTION,
+    "heads in each",
+    "query heads",
+    outer=("kv_groups",),
+    counts=("num_attention_heads", "num_heads"),
+    counts_each=("num_key_value_groups",),
+    # GPT-2's fused layer gives queries, keys and values of so many entries each.
+    entries=("split_size",),
+)
+KV_GROUPS = axis_kind(
+    "kv_groups",
+    "heads",
+    ATTENTION,
+    "KV groups",
+    "KV groups",
+    counts=("num_key_value_heads", "num_kv_heads"),
+)
 HEADS = (KV_GROUPS, HEADS_PER_GROUP)
 """Nested axes along which query heads lie."""
 
