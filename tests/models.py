@@ -517,7 +517,7 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
                 gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
                 home = layer if module.outer_norm else layer.get_submodule(module.sink)
                 handles.append(_Unchosen(home, module.units, gone))
-                if "channels" in keep:
+                if keep.get("channels"):
                     handles.append(_Idle(layer, module, keep))
                 continue
             mask = torch.zeros(module.units * module.size)

@@ -32,7 +32,11 @@ from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, Running
 from secateur.criteria import registry
 from secateur.families.registry import FAMILIES
+from secateur.formats.format import format_class
 from secateur.formats.registry import CLASSES, FORMATS
+from secateur.model import axes
+from secateur.model.axes import axis_kinds
+from secateur.model.units.registry import _DESCRIBERS
 from secateur.paper import recipe
 from secateur.plan.target import parse_target
 from secateur.retraining.options import Training
@@ -188,10 +192,14 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def kept() -> Iterator[None]:
     """Families, criteria, formats and what transformers knows are those of before."""
     registry.all_criteria()
+    for name in FORMATS:
+        format_class(name)
+    axis_kinds()
     tables: list[dict[Any, Any]] = [FAMILIES, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
-    tables += [FORMATS, CLASSES]
-    before = [dict(table) for table in tables]
+    tables += [FORMATS, CLASSES, axes._KINDS]
+    before, describers = [dict(table) for table in tables], {role: list(own) for role, own in _DESCRIBERS.items()}
     yield
+    _DESCRIBERS.update(describers)
     for table, old in zip(tables, before, strict=True):
         table.clear()
         table.update(old)

@@ -45,7 +45,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "a key that is not there": ({"stock": {"heads": "dense"}}, "no attribute 'rope_parameters'"),
     "another key of the width": (
         {"stock": {"heads": "dense", "theta": None, "channels": "inner"}},
-        r"fc1.weight is .36, 48. where config.json makes it .72, 48. .and 5 more.",
+        r"fc1.weight is .36, 48. where config.json makes it .72, 48. .and 8 more.",
     ),
 }
 

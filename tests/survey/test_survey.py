@@ -213,7 +213,7 @@ def test_a_partial_probe_is_the_refitted_model(
         changed = copy.deepcopy(dense(name))
         stored = stored_weight(plain.module, (weight / plain.gain).float())
         assign(layers_of(changed)[INDEX], plain.module.level2.name, stored)
-        keep = selected(kept, full.channels) if kind == "heads" else selected(tuple(range(width.heads)), kept)
+        keep = selected(kept, full["channels"]) if kind == "heads" else selected(tuple(range(width.heads)), kept)
         wanted = divergence(name, {INDEX: keep}, changed)
         assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
         assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"

@@ -65,7 +65,10 @@ def load_units() -> None:
 def axis_kinds() -> dict[str, AxisKind]:
     """Return all kinds of axes by name, those of the attention first."""
     load_units()
-    return {kind.name: kind for kind in sorted(_KINDS.values(), key=lambda kind: ROLES.index(kind.role))}
+    return {
+        kind.name: kind
+        for kind in sorted(_KINDS.values(), key=lambda kind: (ROLES.index(kind.role), kind.unit, kind.name))
+    }
 
 
 @dataclass(frozen=True)
