@@ -144,21 +144,21 @@ def mixture_work(block: Block, width: int, tokens: int, now: Width, level1: int)
     """The order of a mixture's experts and the refit of those that are left: statistics and a solve of each.
 
     Its output is made before and behind the refit, and the inputs of level 2 once. Where channels go, each expert has
-    an elimination of its own. Level 1 is fitted along in each for the tokens that meet it, two more runs of which make
-    what is linearised and the new inputs.
+    an elimination of its own. The input projections are fitted along in each, for the tokens that are routed to it.
     """
     module, left, inner = block.feed_forward, now.experts, block.feed_forward.inner
     met = tokens * min(module.met, left) / left
     cut = now.channels < inner
     work = Work(
-        forward=2.6 * 2.0 * tokens * module.met * _expert(block),
+        forward=2.0 * 2.0 * tokens * module.met * _expert(block),
         quick=left * gram_flops(inner, width, round(met)),
         exact=left * (solve_flops(inner, width) if cut else inner**3 / 3 + 2 * inner**2 * width),
     )
     parts = [work, order_work(block, width, tokens, left)]
     if level1:
         step = step_work(now.channels, width, 2, met, level1)
-        runs = 2 * 2.0 * left * met * _expert(block)
+        # New inputs of the output projections; what is linearised is part of the step.
+        runs = 2 / 3 * 2.0 * left * met * _expert(block)
         parts.append(Work(forward=runs, quick=left * step.quick, exact=left * step.exact))
     return Work.of(parts)
 
