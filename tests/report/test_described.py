@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
+from safetensors.torch import load_file, save_file
 from test_cli import SMALL, Run, place, refused, run  # noqa: F401
 
+from models import save
 from secateur import Options, Running, prune
 from secateur.commands.plan import propose
 from secateur.report.card import card, what_goes
@@ -198,6 +201,11 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
             ("model", "--against", "out", "--report"),
             "model: no folder that secateur prune wrote, with its secateur.json",
         ),
+        (
+            ("out", "--against", "other", "--perplexity", "text.txt", "--report"),
+            "other: out was pruned from another model (model), whose figures belong beside its own in the report; "
+            "name that model by --against",
+        ),
         (("out", "--report"), "--report needs --against, the model that this one was pruned from"),
         (("out", "--prompt", " "), "a prompt is empty; give some words"),
         (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, and the model 64 positions; shorten it"),
@@ -205,10 +213,24 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
 )
 def test_eval_refuses(place: Path, run: Run, words: tuple[str, ...], message: str) -> None:
     pruned(place, run)
+    if "other" in words:
+        save("mistral", place / "other")
+        assert run("eval", "out", "--against", "other", "--perplexity", "text.txt", "--length", "16").code == 0
+    before = (place / "out" / "README.md").read_text()
     result = run("eval", *words)
     assert (result.code, message in result.err) == (2, True), result.err
     if "64" not in message:
         refused(result, message)
+    assert (place / "out" / "README.md").read_text() == before
+
+
+def test_a_base_with_tensors_that_the_model_has_no_place_for(place: Path, run: Run) -> None:
+    """They do not count in the fingerprint that the record has."""
+    tensors = load_file(place / "model" / "model.safetensors")
+    save_file(tensors | {"odd": torch.ones(3)}, place / "model" / "model.safetensors", metadata={"format": "pt"})
+    pruned(place, run)
+    result = run("eval", "out", "--against", "model", "--perplexity", "text.txt", "--length", "16", "--report")
+    assert result.code == 0, result.err
 
 
 def test_a_retrained_folder_says_so(place: Path, run: Run) -> None:

@@ -73,7 +73,7 @@ def evaluate(
         typer.Option(
             "--report",
             help="Put what is measured into README.md and report.html of MODEL, a folder that secateur prune wrote. "
-            "Needs --against.",
+            "Needs --against with the model that MODEL was pruned from.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -92,13 +92,14 @@ def evaluate(
     bars = Bars()
     with bars.loading():
         from secateur.measure.compare import evaluate as run
-        from secateur.report.folder import add_measured, check_described
+        from secateur.report.folder import add_measured, check_base, check_described
         from secateur.report.tables import eval_table, measured_rows
 
     if report:
         if against is None:
             raise SecateurError("--report needs --against, the model that this one was pruned from")
         check_described(Path(model))
+        check_base(Path(model), against, trust_remote_code=running.trust_remote_code)
     result = run(
         model,
         against=against,
