@@ -877,8 +877,10 @@ def test_plan_shows_what_prune_does(place: Path, run: Run) -> None:
     assert listing(place) == before
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if "│" in line]
     assert [row[0] for row in rows] == ["0", "1", "2"]
-    assert "40." in result.out.partition("% of the pruned blocks' parameters go")[0][-6:]
+    assert "40." in result.out.partition("% of the blocks' parameters go")[0][-6:]
     assert "Expected to cost" in result.out
+    part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
+    assert "% of the parameters of blocks 1:2 go: " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
     assert "Written to plan.json; prune with --plan plan.json" in result.out
     assert run("prune", "model", "planned", *SMALL, "--plan", "plan.json").code == 0

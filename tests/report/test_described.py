@@ -125,7 +125,7 @@ def made(**changes: Any) -> dict[str, Any]:
         "transformers": "5",
         "model": "owner/name",
         "command": "secateur prune owner/name OUT",
-        "options": {"recovery": "refit"},
+        "options": {"recovery": "refit", "blocks": None},
         "sparsity": {"reached": 0.4},
         "price": 0.25,
         "sizes": {"parameters": [1000, 600], "bytes": [2000, 1200], "cache_bytes": [0, 0]},
@@ -142,9 +142,23 @@ def made(**changes: Any) -> dict[str, Any]:
     ("recovery", "words"), [("refit", "was fitted"), ("none", "is as it was."), ("bias", "biases")]
 )
 def test_the_card_tells_a_fit_from_none(recovery: str, words: str) -> None:
-    text = card(made(options={"recovery": recovery}))
+    text = card(made(options=made()["options"] | {"recovery": recovery}))
     assert words in text
     assert ("was fitted" in text) == (recovery == "refit")
+
+
+def test_a_share_of_some_blocks_is_said_to_be_one(place: Path, run: Run) -> None:
+    """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
+    result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
+    reached = json.loads((place / "out" / "secateur.json").read_text())["sparsity"]["reached"]
+    assert f"{reached:.2%} of the parameters of blocks 1: go" in result.out
+    for text in ((place / "out" / "README.md").read_text(), text_of((place / "out" / "report.html").read_text())):
+        assert f"{reached:.1%} of the parameters of blocks 1: are gone" in text
+    result = run("prune", "model", "again", *SMALL, "--plan", "out/secateur.json")
+    whole = json.loads((place / "again" / "secateur.json").read_text())["sparsity"]["reached"]
+    assert whole == pytest.approx(reached * 2 / 3, rel=1e-3)
+    assert f"{whole:.2%} of the blocks' parameters go" in result.out
+    assert f"{whole:.1%} of the blocks' parameters are gone" in (place / "again" / "README.md").read_text()
 
 
 def test_what_stays_is_counted_by_kind() -> None:

@@ -49,6 +49,7 @@ def propose(
         dense=tuple(block.width for block in run.stream.blocks),
         plan=decided,
         parameters=(counted.dense, counted.total(decided.widths)),
+        blocks=options.blocks,
     )
     if out is not None:
         write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")

@@ -55,6 +55,7 @@ def summary_of(
         format=format.declaration.name,
         opens=stream.checkpoint.auto_class.__name__,
         sparsity=decided.sparsity,
+        blocks=options.blocks,
         note=decided.note,
         vllm=format.vllm_unsupported_reason(every),
         bos=run.begins_with_bos,

@@ -15,6 +15,7 @@ from secateur.base.words import counted
 from secateur.fit.recovery import all_recoveries
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
+from secateur.report.summary import counted_over
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
@@ -47,8 +48,8 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         f"# {_plain(name)}, pruned",
-        f"Of `{_code(name)}`, {record['sparsity']['reached']:.1%} of the blocks' parameters are gone: "
-        f"{what_goes(record)}. {repair} [{PAGE}]({PAGE}) shows what was removed where.",
+        f"Of `{_code(name)}`, {share_gone(record)}: {what_goes(record)}. "
+        f"{repair} [{PAGE}]({PAGE}) shows what was removed where.",
         "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows]),
         expected(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
         "## How to open it",
@@ -82,6 +83,11 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         label, form = forms[key]
         rows.append((label, form(before), form(after), f"{after / before:.3f}" if before else ""))
     return rows
+
+
+def share_gone(record: Mapping[str, Any]) -> str:
+    """Return the share of the parameters that is gone, in words: of all blocks, or of those that were to be pruned."""
+    return f"{record['sparsity']['reached']:.1%} of {counted_over(record['options']['blocks'])} are gone"
 
 
 def what_goes(record: Mapping[str, Any]) -> str:

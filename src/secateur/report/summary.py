@@ -50,6 +50,9 @@ class Summary(Shown):
     opens: str
     """transformers' auto class for a folder."""
     sparsity: float
+    """Share of the parameters of `blocks` that goes."""
+    blocks: str | None
+    """The range of blocks to which pruning was confined, as --blocks has it; None for all."""
     note: str | None
     vllm: str | None
     """Why vLLM does not serve it; None where it does, or where it is no folder."""
@@ -87,6 +90,8 @@ class Proposal(Shown):
     plan: Plan
     parameters: tuple[float, float]
     """Of the whole model, before and after."""
+    blocks: str | None
+    """The range of blocks to which pruning is confined, as --blocks has it; None for all."""
 
     def now(self) -> list[Width]:
         """The width of every block after pruning."""
@@ -132,3 +137,8 @@ class Surveyed:
     """The wanted share → what the model then has."""
     line: str
     """The command that prunes from this survey."""
+
+
+def counted_over(blocks: str | None) -> str:
+    """Return the parameters of which a plan's sparsity is the share, in words; the range is as --blocks has it."""
+    return "the blocks' parameters" if blocks is None else f"the parameters of blocks {blocks}"

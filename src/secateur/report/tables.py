@@ -10,7 +10,7 @@ from secateur.base.words import counted
 from secateur.formats.format import format_class
 from secateur.measure.compare import Evaluation, Figure, short
 from secateur.model.axes import Width, axis_kinds, shares, totals
-from secateur.report.summary import Proposal, Size, Summary, Surveyed
+from secateur.report.summary import Proposal, Size, Summary, Surveyed, counted_over
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
@@ -27,7 +27,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}")
-    lines = [f"{_goes(summary.sparsity)}, {_where(summary)}."]
+    lines = [f"{_goes(summary.sparsity, summary.blocks)}, {_where(summary)}."]
     lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
         lines.append(f"Note: {summary.note}.")
@@ -46,9 +46,9 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     return table, lines
 
 
-def _goes(sparsity: float) -> str:
-    """The share that goes, and of what."""
-    return f"{sparsity:.2%} of the pruned blocks' parameters go"
+def _goes(sparsity: float, blocks: str | None) -> str:
+    """Return the share that goes, and of what."""
+    return f"{sparsity:.2%} of {counted_over(blocks)} go"
 
 
 def _where(summary: Summary) -> str:
@@ -92,7 +92,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
         cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
         table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
     before, after = proposal.parameters
-    lines = [f"{_goes(decided.sparsity)}: {counted(before)} to {counted(after)} in the model."]
+    lines = [f"{_goes(decided.sparsity, proposal.blocks)}: {counted(before)} to {counted(after)} in the model."]
     if decided.price is not None:
         lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
     if decided.note:
