@@ -680,6 +680,28 @@ def test_a_hub_without_a_network(place: Path, run: Run, no_work: None, monkeypat
     assert listing(place) == before
 
 
+@pytest.mark.parametrize(
+    ("poor", "name"),
+    [
+        ({"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "model"),
+        ({"PYTHONIOENCODING": "latin-1"}, "café"),
+    ],
+)
+def test_a_poor_encoding_breaks_nothing(place: Path, poor: dict[str, str], name: str) -> None:
+    """The bars of a plan, the lines of a prune and a name that is not ASCII."""
+    (place / "model").rename(place / name)
+    asked = ["prune", name, "out", *SMALL, "--sparsity", "0.4", "--effort", "quick"]
+    command = [sys.executable, "-m", "secateur"]
+    result = subprocess.run([*command, *asked], env=os.environ | poor, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search(rb"attention *\|[1-8# ]{3}\|", result.stdout), result.stdout
+    assert (place / "out" / "report.html").exists()
+    planned = ["plan", name, *SMALL, "--sparsity", "0.4"]
+    result = subprocess.run([*command, *planned], env=os.environ | poor, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert b"###" in result.stdout
+
+
 def test_a_mistake_in_a_real_process(place: Path) -> None:
     command = [sys.executable, "-m", "secateur", "prune", "model", "out", "--sparsity", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

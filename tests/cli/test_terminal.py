@@ -60,3 +60,20 @@ def test_where_the_time_went() -> None:
     bars = Bars()
     bars.seconds = {"Survey": 61.2, "Price": 0.4, "Prune": 3725.0}
     assert bars.times() == "prune 1:02:05, survey 1:01"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", b"#6. 0.5 +- 0.1 \xff caf\\xe9 \\u4e00"),
+        ("latin-1", b"#6\xb7 0.5 \xb1 0.1 \xff caf\xe9 \\u4e00"),
+        ("utf-8", "█▆· 0.5 ± 0.1 ".encode() + b"\xff " + "café 一".encode()),
+    ],
+)
+def test_what_an_encoding_lacks_is_shown_otherwise(encoding: str, shown: bytes) -> None:
+    """Also names of files that are no UTF-8, which Python has as surrogates."""
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding=encoding, errors="secateur")
+    stream.write("█▆· 0.5 ± 0.1 \udcff café 一")
+    stream.flush()
+    assert file.getvalue() == shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from secateur import Options, Running, prune
 from secateur.commands.plan import propose
 from secateur.report.card import card, what_goes
 from secateur.report.model_page import model_page
+from secateur.report.tables import prune_table
 
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
 
@@ -159,6 +161,14 @@ def test_a_share_of_some_blocks_is_said_to_be_one(place: Path, run: Run) -> None
     assert whole == pytest.approx(reached * 2 / 3, rel=1e-3)
     assert f"{whole:.2%} of the blocks' parameters go" in result.out
     assert f"{whole:.1%} of the blocks' parameters are gone" in (place / "again" / "README.md").read_text()
+
+
+def test_a_model_without_a_cache_has_no_ratio_of_it(place: Path) -> None:
+    """As one whose blocks have linear attention alone."""
+    asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16, "effort": "quick"}
+    found = replace(prune("model", "out", **asked), cache_bytes=(0, 0))
+    table, _ = prune_table(found, Path("out"))
+    assert [list(column.cells)[2] for column in table.columns] == ["cache per token", "0 B", "0 B", ""]
 
 
 def test_what_stays_is_counted_by_kind() -> None:

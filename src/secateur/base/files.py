@@ -117,7 +117,8 @@ def whole(
 def write_whole(path: Path, contents: str | bytes) -> None:
     """A small file; what was there is replaced."""
     with whole(path) as partial, partial.open("wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
+        # Names of files that are no UTF-8 may stand in it.
+        file.write(contents.encode(errors="backslashreplace") if isinstance(contents, str) else contents)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,5 +1,7 @@
 """What a person sees while a command runs and after it: bars and notes on standard error, tables on standard output."""
 
+import codecs
+import io
 import json
 import logging
 import os
@@ -59,14 +61,33 @@ class _Forgiving:
         return getattr(self._stream, name)
 
 
+SPELLED = {"█": "#", "·": ".", "±": "+-", "→": "->", **dict(zip("▁▂▃▄▅▆▇", "1234567", strict=True))}
+"""Characters of tables and lines, and what stands for them where a stream's encoding lacks them."""
+
+
+def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Replace what a stream cannot encode: by other signs, bytes of a name by themselves, the rest by escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    found = error.object[error.start : error.end]
+    if all("\udc80" <= sign <= "\udcff" for sign in found):
+        return found.encode("ascii", "surrogateescape"), error.end
+    return "".join(SPELLED.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in found), error.end
+
+
+codecs.register_error("secateur", _spelled)
+
+
 def settle_streams() -> None:
-    """Let the work, its results and its exit code stand where standard error is full or closed."""
+    """Let the work, its results and its exit code stand where standard error is full or closed, or an encoding poor."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             # Otherwise the next file that is opened takes the number, and gets what libraries write there.
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="secateur")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     elif sys.stderr is sys.__stderr__:

@@ -26,7 +26,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         *((label, (before, totals(now)[label]), "{:,}".format) for label, before in totals(dense).items()),
     ]
     for label, (before, after), form in figures:
-        table.add_row(label, form(before), form(after), f"{after / before:.3f}")
+        table.add_row(label, form(before), form(after), f"{after / before:.3f}" if before else "")
     lines = [f"{_goes(summary.sparsity, summary.blocks)}, {_where(summary)}."]
     lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
