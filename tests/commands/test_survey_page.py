@@ -235,7 +235,7 @@ def test_shares_out_of_reach_are_left_out(place: Path, run: Run) -> None:
         ("model --out full --overwrite", "full: not overwritten, as it holds other files (thesis.tex); choose another"),
         ("model --out other --overwrite", "other: not overwritten, as it holds other files (config.json,"),
         ("model --samples 0", "samples is 0; it must be at least 1"),
-        ("model --modules nonsense", "modules is 'nonsense'; give heads, channels or heads,channels"),
+        ("model --modules nonsense", "modules is 'nonsense'; give one or more of heads, channels, experts"),
         ("model --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
         ("model --criterion best", "criterion is 'best'; it must be one of"),
         ("model --calibration missing.txt", "missing.txt does not exist: check the path of the text"),

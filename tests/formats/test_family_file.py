@@ -20,18 +20,9 @@ from secateur.families.registry import FAMILIES
 from secateur.formats.family_file import read_family
 from secateur.formats.per_layer import model_class
 
-BIOGPT = """
-model_type: biogpt  # layers called as in OPT
-blocks: biogpt.layers
-output: out_proj
-feed_forward: null
-up: fc1
-gate: null
-down: fc2
-final_norm: biogpt.layer_norm
-ungrouped: true
-stock: {heads: dense, theta: null}
-"""
+EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
+BIOGPT = EXTEND.read_text().partition('title="biogpt.yaml"\n')[2].partition("```")[0]
+"""The file of docs/extend.md, as it stands there."""
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "device": "cpu"}
 
 
@@ -50,7 +41,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
 def test_pruned_from_a_file(tmp_path: Path, family: Path, widths: str) -> None:
     folder = save("biogpt", tmp_path / "dense")
-    with pytest.raises(SecateurError, match="secateur families prints those"):
+    with pytest.raises(SecateurError, match=r"secateur families prints those.*add --family FILE"):
         prune(folder, tmp_path / "out", **SMALL)
     prune(folder, tmp_path / "out", **SMALL, family=family, sparsity=0.3, widths=widths, recovery="none")
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())
@@ -95,6 +86,12 @@ def test_a_file_with_mistakes(family: Path, text: str, said: str) -> None:
     assert said in str(error.value)
     assert str(error.value).startswith(str(family))
     assert "biogpt" not in FAMILIES
+
+
+def test_fields_that_the_config_contradicts(tmp_path: Path, family: Path) -> None:
+    family.write_text(BIOGPT.replace("ungrouped: true", "").replace("theta: null", ""))
+    with pytest.raises(SecateurError, match=r"so ungrouped must be true and .* so stock.theta must be null\); correct"):
+        prune(save("biogpt", tmp_path / "dense"), tmp_path / "out", **SMALL, family=family)
 
 
 def test_a_layer_that_is_not_there(tmp_path: Path, family: Path) -> None:

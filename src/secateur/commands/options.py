@@ -176,7 +176,7 @@ class Options:
             raise SecateurError(f"type {self.type} goes with {typed}: add that, or leave --type out")
         wrong = [kind for kind in self.modules if kind not in KINDS]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
-            raise SecateurError(f"modules is '{','.join(self.modules)}'; give heads, channels or heads,channels")
+            raise SecateurError(f"modules is '{','.join(self.modules)}'; give one or more of {', '.join(KINDS)}")
         if not 0 <= self.ridge <= MOST_RIDGE:
             raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MOST_RIDGE:,}, for example 0.3")
         if not 0 <= self.seed < 2**32:

@@ -51,8 +51,8 @@ def family_of(config: Any) -> Family:
         why = (
             f"it has {' and '.join(wanting)}, for which there is no code yet"
             if wanting
-            else "a new one whose blocks are an attention and a feed-forward needs an entry in "
-            "secateur/families/: the names of its blocks and of their layers"
+            else "where its blocks are an attention and a feed-forward, describe it in a file and add --family FILE; "
+            "see docs/extend.md"
         )
         raise SecateurError(
             f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"

@@ -42,6 +42,16 @@ def read_family(path: Path) -> str:
     return kind
 
 
+def unfit_fields(config: Any) -> str | None:
+    """Return the fields of a family's entry that its config contradicts, as a clause; None where there are none."""
+    family, lacking = FAMILIES[config.model_type], []
+    if not (family.ungrouped or family.key_value_heads or hasattr(config, "num_key_value_heads")):
+        lacking.append("its config has no num_key_value_heads, so ungrouped must be true")
+    if family.stock.theta is not None and not hasattr(config, "rope_parameters"):
+        lacking.append("its config has no rope_parameters, so stock.theta must be null")
+    return " and ".join(lacking) or None
+
+
 def _entry(path: Path, owner: type[Any], raw: Any, place: str) -> Any:
     """Return an entry of a family, or of a part of one, from a mapping."""
     if not isinstance(raw, dict):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
 from secateur.families.registry import twin_of
+from secateur.formats.family_file import unfit_fields
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, planned_misfit
 from secateur.formats.registry import FORMATS
@@ -131,7 +132,7 @@ class Folder(Format):
         plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
         kind, biases = checkpoint.config.model_type, dict.fromkeys(keeps, (False, False))
         try:
-            why = planned_misfit(stream, keeps, self.config(plan, biases))
+            why = unfit_fields(checkpoint.config) or planned_misfit(stream, keeps, self.config(plan, biases))
         except Exception as error:
             why = first_line(error).removeprefix(f"{checkpoint.source}: ")
         if why is not None:
