@@ -156,7 +156,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"runs": {}, "grid": {"criterion": ["l1", "best"]}}, "grid: criterion is 'best'; it must be one of surgeon"),
     ({"runs": {"c": {"critrion": "l1"}}}, "runs.c.critrion: no such option; there are sparsity, target, plan, widths"),
     ({"runs": {"c": {"format": "gguf"}}}, "runs.c: runs are scored by transformers; take the format hf or stock"),
-    ({"runs": {"c": {"modules": "heads,tails"}}}, "runs.c: modules is 'heads,tails'; give heads"),
+    ({"runs": {"c": {"modules": "heads,tails"}}}, "runs.c: modules is 'heads,tails'; give one or more of heads"),
     ({"options": {"samples": "many"}}, "options.samples is 'many': input should be a valid integer"),
     ({"options": {"blocks": 270}}, "options.blocks is 270: input should be a valid string"),
     ({"models": {"Big": {"id": "x", "options": {"lenght": 8}}}}, "models.Big.options.lenght: no such option"),
