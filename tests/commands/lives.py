@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import secateur.model.journal
+import secateur.model.pass_checkpoint
 from secateur import prune
 from secateur.write.shards import ShardWriter
 
@@ -52,7 +52,7 @@ def live(model: Path, out: Path, log: Path, end: int, **asked: Any) -> int:
     for owner, name in TOUCHES:
         setattr(owner, name, touching(getattr(owner, name), name))
     # Every block is kept, whatever that costs.
-    secateur.model.journal.SPENT = float("inf")
+    secateur.model.pass_checkpoint.SPENT = float("inf")
     try:
         prune(model, out, **asked)
     except BaseException as error:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from typing import IO, Any
 
@@ -20,9 +21,9 @@ import torch
 from torch import nn
 
 import secateur.fit.streamed
-import secateur.model.journal
-import secateur.model.rows
+import secateur.model.pass_checkpoint
 import secateur.model.stream
+from secateur.base.services import Services
 from secateur.model.stream import BlockStream
 
 LENGTH, TOGETHER = 24, 4
@@ -63,10 +64,11 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
     torch.set_num_threads(1)
     # Rounding is all that may differ; bfloat16 would make much of it.
     secateur.fit.streamed.fast_dtype = lambda _: torch.float32
-    secateur.model.rows.BATCH_TOKENS = TOGETHER * LENGTH
+    join = Services.join
+    Services.join = lambda watcher: replace(join(watcher), batch_tokens=TOGETHER * LENGTH)  # type: ignore[method-assign]
     secateur.model.stream.MIXED = 1
     # Every block is kept, whatever that costs.
-    secateur.model.journal.SPENT = float("inf")
+    secateur.model.pass_checkpoint.SPENT = float("inf")
     for case in cases:
         own: dict[str, Any] = case.get("own", {}).get(os.environ.get("RANK", "0"), {})
         end_at(own.get("ends"))

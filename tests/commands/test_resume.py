@@ -18,21 +18,22 @@ import pytest
 import torch
 from lives import bytes_of
 
-import secateur.model.journal
+import secateur.model.pass_checkpoint
 from conftest import CheckpointFolder
 from models import make_letters
 from secateur import SecateurError, cli, prune
 from secateur.base.files import read_hashed
 from secateur.base.progress import Silent
+from secateur.base.run_folder import RunFolder
+from secateur.base.services import Services
 from secateur.commands import resume
 from secateur.commands.clean import clean
 from secateur.commands.options import Options, Running
 from secateur.commands.plan import propose
 from secateur.commands.sizes import sizes
 from secateur.commands.survey import survey_page
-from secateur.model import rows as batches
 from secateur.model.arena import Arena
-from secateur.model.journal import Journal
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.stream import BlockStream
 from secateur.write.shards import ShardWriter
 
@@ -88,7 +89,7 @@ class Stopping(Silent):
 @pytest.fixture
 def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a run that was stopped before its third block was to make."""
-    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     watcher = Stopping()
     with pytest.raises(KeyboardInterrupt):
         prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED, watcher=watcher)
@@ -99,7 +100,7 @@ def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: py
 
 def test_nothing_is_done_twice(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     (kept,) = stopped.with_name(".out.run").glob("fit-*/state.json")
-    before = read_hashed(kept)["found"]["seconds"]
+    before = read_hashed(kept)["values"]["seconds"]
     watcher = Stopping(what="never")
     started = time.perf_counter()
     found = prune(checkpoint_folder("llama"), stopped, **ASKED, watcher=watcher)
@@ -115,7 +116,7 @@ def test_several_sizes_go_on_within_one(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped before the third block of the second size: the rows, the survey and the first size are there."""
-    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     asked = {name: value for name, value in ASKED.items() if name != "device"}
     options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]
 
@@ -141,7 +142,7 @@ def test_several_sizes_go_on_within_one(
 def test_a_plan_goes_on_within_its_survey(
     beside: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     options = Options(**{name: value for name, value in ASKED.items() if name != "device"})
     running = Running(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
     out = tmp_path / "plan.json" if beside == "out" else None
@@ -189,7 +190,7 @@ def test_another_version_is_refused(
 def test_another_text_is_refused(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 40}" for number in range(2000)))
     asked = ASKED | {"calibration": str(text)}
@@ -253,7 +254,7 @@ def test_a_disk_without_room_for_activations(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While rows are rewritten, before anything is worth keeping."""
-    monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(0, self.scratch))
+    monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(0, self.services.run_folder.path))
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -268,18 +269,18 @@ def test_a_disk_without_room_for_activations(
 def test_a_disk_that_fills(
     where: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        keep, add = Journal.keep, ShardWriter.add
+        save, add = PassCheckpoint._save, ShardWriter.add
 
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def keep_full(self: Journal, done: int, *given: Any, **named: Any) -> None:
-            if done == 2 and "shards" in self.beside:
+        def save_full(self: PassCheckpoint, done: int, *given: Any) -> None:
+            if done == 2 and "shards" in self._savers:
                 patched.setattr(os, "fsync", full)
-            keep(self, done, *given, **named)
+            save(self, done, *given)
 
         def add_full(self: ShardWriter, name: str, tensor: Any) -> None:
             if "layers.2" in name:
@@ -287,7 +288,7 @@ def test_a_disk_that_fills(
             add(self, name, tensor)
 
         if where == "activations":
-            patched.setattr(Journal, "keep", keep_full)
+            patched.setattr(PassCheckpoint, "_save", save_full)
         else:
             patched.setattr(ShardWriter, "add", add_full)
         with pytest.raises(SecateurError, match="the disk is full; make room and run again"):
@@ -326,7 +327,7 @@ def test_a_device_whose_memory_is_small(
     room: int, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with fewer tokens at a time, and says so; or says that even few are too many."""
-    monkeypatch.setattr(secateur.model.journal, "SPENT", float("inf"))
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     run = BlockStream.run
 
     def small(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
@@ -351,24 +352,23 @@ def test_a_device_whose_memory_is_small(
     assert [note.split("with ")[1].split()[0] for note in said] == (
         ["1,024", "512", "256"] if room == 300 else ["1,024", "512", "256", "128"]
     )
-    assert batches.BATCH_TOKENS == 2048
 
 
-def test_keeping_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(secateur.model.journal, "perf_counter", lambda: clock[0])
-    journal = Journal(tmp_path / "pass")
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "perf_counter", lambda: clock[0])
 
     def costly() -> int:
         clock[0] += 3.0
         return 0
 
-    journal.beside["costly"] = costly
-    kept = []
-    for block in range(1, 101):
-        clock[0] += 20.0
-        journal.keep(block, [])
-        kept.append(journal.done == block)
-    assert kept.index(True) == 0
-    # Five blocks of 20 seconds for three seconds.
-    assert sum(kept) == 20
+    with RunFolder(tmp_path / "out", {}) as folder:
+        checkpoint = PassCheckpoint(Services(run_folder=folder), "pass")
+        checkpoint.value("costly", costly)
+        saved = []
+        for block in checkpoint.blocks(101, "Pass", list):
+            clock[0] += 20.0
+            saved.append(block > 0 and checkpoint.done == block)
+    # The first block, and of the others every fifth: five blocks of 20 seconds for three seconds.
+    assert saved.index(True) == 1
+    assert sum(saved) == 20

@@ -26,10 +26,10 @@ from models import token_rows
 from secateur import SecateurError
 from secateur.base.launched import Launched, launched
 from secateur.base.memory import free_bytes
-from secateur.base.team import Team
+from secateur.base.processes import Processes
+from secateur.base.services import BATCH_TOKENS, Services
 from secateur.cli.app import app
 from secateur.commands.open import open_model
-from secateur.model import rows as batches
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 
@@ -166,8 +166,9 @@ def test_one_that_dies_ends_the_others_and_any_number_go_on(
 
 
 def test_what_one_process_does_alone(monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder) -> None:
+    two = Services(Processes(0, 2))
     with pytest.raises(SecateurError, match=r"decode=1\.01x is measured by one process alone; let secateur plan write"):
-        open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", team=Team(0, 2))
+        open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", services=two)
     told(monkeypatch)
     found = CliRunner().invoke(app, ["eval", str(checkpoint_folder("llama"))])
     assert str(found.exception).startswith("eval runs in one process, and WORLD_SIZE is 2; only prune and survey share")
@@ -246,4 +247,4 @@ def test_rows_are_dealt_out_by_whole_batches(groups: list[tuple[int, int, bool]]
             found = [share.ids(at).tolist() for share in shares for at in share.batches() if at.group == number]
             assert found == wanted
     tokens = [share.tokens for share in shares]
-    assert max(tokens) - min(tokens) <= len(groups) * batches.BATCH_TOKENS
+    assert max(tokens) - min(tokens) <= len(groups) * BATCH_TOKENS

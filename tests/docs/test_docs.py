@@ -192,6 +192,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def kept() -> Iterator[None]:
     """Families, criteria, formats and what transformers knows are those of before."""
     registry.all_criteria()
+    # A class enters its table once, when its file is first imported.
     for name in FORMATS:
         format_class(name)
     axis_kinds()

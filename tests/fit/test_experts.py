@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, token_rows
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 from secateur.criteria import experts
 from secateur.criteria.experts import Routed, expert_order
 from secateur.fit.block import Method
@@ -49,7 +49,7 @@ def inputs(width: int, tokens: int = TOKENS) -> Tensor:
 def routed_of(mixture: Mixture, tokens: int = TOKENS) -> Routed:
     x = inputs(mixture.stream.width, tokens)
     weight = torch.linspace(0.5, 1.5, tokens)
-    return Routed(mixture, x, mixture.output(x[None], mixture.every)[0], weight, lambda y, _: y, Team())
+    return Routed(mixture, x, mixture.output(x[None], mixture.every)[0], weight, lambda y, _: y, Processes())
 
 
 @pytest.mark.parametrize("name", MIXTURES)

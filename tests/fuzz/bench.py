@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import secateur.model.journal
+import secateur.model.pass_checkpoint
 from models import ROWS, SIZES, make_letters, save
 from secateur import prune
 from secateur.base.progress import Silent
@@ -111,7 +111,10 @@ class Bench:
     def stopped(self, item: int) -> Path:
         """What is left of a run that was stopped before its n-th item."""
         out = self.place / f"stopped-{item}"
-        with patch.object(secateur.model.journal, "SPENT", float("inf")), contextlib.suppress(KeyboardInterrupt):
+        with (
+            patch.object(secateur.model.pass_checkpoint, "SPENT", float("inf")),
+            contextlib.suppress(KeyboardInterrupt),
+        ):
             prune(self.tiny, out, **SMALL, watcher=Stopping(item))
         return out.with_name(f".{out.name}.run")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import ROWS, STREAMED, blocks_of, build, layers_of, relative, save, token_rows, wide
 from secateur.base.errors import SecateurError
+from secateur.base.services import Services
 from secateur.criteria.registry import STATISTICAL
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
@@ -26,23 +27,20 @@ from secateur.model.structure import Depth2
 from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 
+SMALL = Services(batch_tokens=50)
+"""A few rows a batch, so that there are several."""
+
 TOLERANCE = 1e-5
 FAMILIES = list(ROWS)[:11]
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows a batch, so that there are several."""
-    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
-
-
 @pytest.fixture
 def stream(checkpoint_folder: Callable[[str], Path]) -> BlockStream:
-    return BlockStream(open_checkpoint(checkpoint_folder("llama biased")))
+    return BlockStream(open_checkpoint(checkpoint_folder("llama biased")), services=SMALL)
 
 
 def rows_of_two_lengths() -> Rows:
-    return Rows((token_rows(5, 24), token_rows(3, 17, seed=1)), (1.0, 0.5))
+    return Rows((token_rows(5, 24), token_rows(3, 17, seed=1)), (1.0, 0.5), batch_tokens=50)
 
 
 def on_meta(module: nn.Module) -> bool:
@@ -59,7 +57,7 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
     layers_of(model)[-1].register_forward_hook(lambda _, __, output: last.append(output))
     with torch.no_grad():
         wanted = [model(ids, use_cache=False, output_hidden_states=True).hidden_states for ids in rows.groups]
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
@@ -78,7 +76,7 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
 @pytest.mark.parametrize("name", STREAMED)
 def test_watching_and_replaying(checkpoint_folder, name):
     """A module's own output in its place changes nothing; zero is the module without weights; `until` stops there."""
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     rows, block = Rows.of(token_rows(2)), stream.blocks[1]
     at = next(rows.batches())
     with Arena() as arena:
@@ -122,7 +120,7 @@ def test_an_unfilled_block_knows_its_shapes(stream):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_go_when_the_block_is_done(checkpoint_folder, name):
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     assert on_meta(stream.model)
     stored = stream.stored(2)
     with stream.filled(2) as layer:
@@ -161,7 +159,7 @@ def test_a_broken_embedding_leaves_the_model_whole(stream):
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_hooks_go_even_after_an_exception(checkpoint_folder, name):
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     rows = Rows.of(token_rows(2))
     at = next(rows.batches())
     with Arena() as arena:
@@ -205,7 +203,7 @@ def live_bytes() -> int:
 
 def test_memory_does_not_grow_with_depth(checkpoint_folder):
     """Between two blocks there are the activations and the new weights of the block just done, nothing else."""
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
     rows = token_rows(4, 12)
     one_block = 4 * stream.blocks[0].parameters
     plan = Plan(dict.fromkeys(range(3), wide(2, 2, 40)), 0.3, 0.3)
@@ -223,7 +221,7 @@ def test_memory_does_not_grow_with_depth(checkpoint_folder):
 def test_the_next_block_is_fetched_while_this_one_computes(checkpoint_folder, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size, advice)))
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
     tensors = stream.checkpoint.tensors
     for index in range(len(stream)):
         with stream.filled(index):
@@ -249,7 +247,7 @@ def test_batches_cover_every_row_once():
         covered[at.group][at.rows] += 1
     assert all(bool((count == 1).all()) for count in covered)
     assert rows.tokens == 5 * 24 + 3 * 17
-    long = Rows.of(token_rows(2, 60))
+    long = Rows((token_rows(2, 60),), (1.0,), batch_tokens=50)
     assert [at.rows for at in long.batches()] == [slice(0, 1), slice(1, 2)]
     assert Rows.of(rows) is rows
 
@@ -333,7 +331,7 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
             super().__init__(*given)
 
     monkeypatch.setattr("secateur.model.arena.FileRows", Counted)
-    stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
+    stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")), services=SMALL)
     plan = Plan(dict.fromkeys(range(3), wide(2, 2, 50)), 0.3, 0.3)
     found = [list(refit(stream, plan, rows_of_two_lengths())) for _ in range(3)]
     assert files[0] == 0
@@ -359,7 +357,7 @@ def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
         release(self, values)
 
     monkeypatch.setattr(Arena, "release", spy)
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
     rows = rows_of_two_lengths()
     plan = Plan(dict.fromkeys(range(3), wide(2, 2, 50)), 0.3, 0.3)
     for _ in refit(stream, plan, rows):
@@ -377,7 +375,7 @@ def test_the_head_gives_the_logits_of_the_model(checkpoint_folder, name):
     model, ids = build(name), token_rows(3, 17)
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits
-    stream, rows = BlockStream(open_checkpoint(checkpoint_folder(name))), Rows.of(ids)
+    stream, rows = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL), Rows.of(ids)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
@@ -404,7 +402,7 @@ def test_quick_products(name, tmp_path, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
         save(name, folder, dtype)
-        stream, rows = BlockStream(open_checkpoint(folder)), Rows.of(token_rows(4, 24))
+        stream, rows = BlockStream(open_checkpoint(folder), services=SMALL), Rows.of(token_rows(4, 24))
         for fast in (torch.float32, torch.bfloat16):
             monkeypatch.setattr(module_under_test, "fast_dtype", lambda _, fast=fast: fast)
             with Arena() as arena:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 from secateur.numerics import moments
 from secateur.numerics.moments import Moments, add_gram
 
@@ -182,23 +182,23 @@ def test_factors_for_single_rows_are_rows_of_that_weight(centre):
     assert torch.allclose(weighted.mean_o, repeated.mean_o, atol=1e-6)
 
 
-class Crew(Team):
+class Crew(Processes):
     """One of several threads that stand for processes."""
 
     def __init__(self, rank: int, shared: list[Tensor | None], barrier: Barrier):
         super().__init__(rank, len(shared))
         self._shared, self._barrier = shared, barrier
 
-    def add(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             self._shared[self.rank] = tensor.clone()
             self._barrier.wait(10)
             tensor.copy_(sum(one for one in self._shared if one is not None))
             self._barrier.wait(10)
 
-    def add_at(self, owner: int, *tensors: Tensor) -> None:
+    def reduce(self, owner: int, *tensors: Tensor) -> None:
         before = [tensor.clone() for tensor in tensors]
-        self.add(*tensors)
+        self.all_reduce(*tensors)
         for tensor, own in zip(tensors, before, strict=True):
             if self.rank != owner:
                 tensor.copy_(own)

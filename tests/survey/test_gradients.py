@@ -15,11 +15,11 @@ from conftest import CheckpointFolder
 from models import ROWS, STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
+from secateur.base.services import Services
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_weights
 from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
 from secateur.fit.loop import Method, refit
-from secateur.model import rows as rows_module
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
@@ -31,20 +31,17 @@ from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
 
+SMALL = Services(batch_tokens=50)
+"""A few rows a batch, so that there are several."""
+
 FAMILIES = list(ROWS)[:11]
 FROM_GRADIENTS = [name for name, one in all_criteria().items() if one.from_gradients is not None]
 TOLERANCE = 1e-4
 """Largest deviation of a gradient over the largest one of its matrix, both in float32."""
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows a batch, so that there are several."""
-    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
-
-
 def opened(folder: Path) -> BlockStream:
-    return BlockStream(open_checkpoint(folder))
+    return BlockStream(open_checkpoint(folder), services=SMALL)
 
 
 def some_rows() -> Rows:

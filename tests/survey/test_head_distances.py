@@ -15,7 +15,7 @@ from torch import Tensor
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, token_rows
 from secateur.base.errors import SecateurError
-from secateur.model import rows as rows_module
+from secateur.base.services import Services
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -23,18 +23,20 @@ from secateur.paper.options import LARGEST
 from secateur.survey import head_distances as module_under_test
 from secateur.survey.head_distances import NAME, head_distances, jensen_shannon
 
+SMALL = Services(batch_tokens=50)
+"""A few rows a batch, so that there are several."""
+
 CLOSE = 2e-6
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several batches, and several chunks of query rows in each, the last one shorter."""
-    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
+    """Several chunks of query rows in each batch, the last one shorter."""
     monkeypatch.setattr(module_under_test, "CHUNK", 6 * 24 * 2 * 5)
 
 
 def opened(folder: CheckpointFolder, name: str) -> BlockStream:
-    return BlockStream(open_checkpoint(folder(name)))
+    return BlockStream(open_checkpoint(folder(name)), services=SMALL)
 
 
 def attentions(name: str, ids: Tensor) -> list[Tensor]:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, selected, token_rows
 from secateur.base.errors import SecateurError
+from secateur.base.services import Services
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
 from secateur.criteria.statistics import Statistics
-from secateur.model import rows as rows_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -34,6 +34,9 @@ from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_surve
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.probes import STRIDE
 from secateur.survey.survey import survey
+
+SMALL = Services(batch_tokens=50)
+"""A few rows a batch, so that there are several."""
 
 RIDGE = 0.3
 FITTED = Rows((token_rows(4, 24), token_rows(3, 17, seed=1)), (1.0, 0.25))
@@ -52,12 +55,6 @@ INDEX = 1
 """Of the block that is looked at."""
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows a batch, so that there are several."""
-    monkeypatch.setattr(rows_module, "BATCH_TOKENS", 50)
-
-
 @cache
 def dense(name: str) -> Any:
     """A row's model; not to be changed."""
@@ -65,7 +62,7 @@ def dense(name: str) -> Any:
 
 
 def opened(folder: Path) -> BlockStream:
-    return BlockStream(open_checkpoint(folder))
+    return BlockStream(open_checkpoint(folder), services=SMALL)
 
 
 def seen(model: Any, module: Depth2, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""What a run has done so far, in a hidden folder beside its output, so that the same command goes on from there.
+"""The state of an unfinished run, in a hidden folder beside its output, from which the same command resumes.
 
-Findings are JSON files; how far a long step has come is a folder of its own (`secateur.model.journal`). One process
-holds the folder at a time: the system gives its lock back whatever ends the process.
+Results of steps are JSON files; the checkpoint of a long step is a folder of its own
+(`secateur.model.pass_checkpoint`). One process holds the folder at a time: the system gives its lock back whatever ends
+the process.
 """
 
 import fcntl
@@ -76,8 +77,8 @@ class RunFolder:
             finally:
                 self._give_back()
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A finding as JSON holds it, which is made where it is not there yet; the way there is then forgotten."""
+    def result(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return a step's result as JSON holds it; it is made unless it is there. The step's checkpoint is removed."""
         file = self.path / f"{name}.json"
         if not file.exists():
             write_hashed(file, make())
@@ -85,11 +86,11 @@ class RunFolder:
         return read_hashed(file)
 
     def has(self, name: str) -> bool:
-        """Whether a finding has been kept."""
+        """Whether a step's result is there."""
         return (self.path / f"{name}.json").exists()
 
     def folder(self, name: str) -> Path:
-        """Where a long step keeps how far it has come."""
+        """Return the folder of a step's checkpoint."""
         return self.path / name
 
     def holds_work(self) -> bool:

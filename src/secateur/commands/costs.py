@@ -13,7 +13,7 @@ from secateur.base.device import fast_dtype
 from secateur.criteria.experts import TOKENS, at_once
 from secateur.fit.tangent import SAMPLED
 from secateur.model.axes import Width
-from secateur.model.rows import BATCH_TOKENS, Rows
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, Depth2
 
@@ -237,7 +237,7 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
     a = max(a, block.feed_forward.inner)
     solve = (2.3 + apart) * a * a + (7 + apart) * a * d
     step = m * (2 * a * a + 6 * a * d) if level1 else 0.0
-    batch = stream.batch * BATCH_TOKENS * (3 * a + 4 * d)
+    batch = stream.batch_tokens * (3 * a + 4 * d)
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
     ends = stored - sum(block.parameters for block in stream.blocks)
     experts = _expert(block) * block.feed_forward.units if block.feed_forward.inner else 0

@@ -19,7 +19,7 @@ from secateur.commands.result import summary_of
 from secateur.commands.steps import draw_rows
 from secateur.commands.survey_file import survey_rows
 from secateur.criteria.registry import Criteria
-from secateur.model.rows import BATCH_TOKENS, Rows
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import cache_meter, parameter_meter
 from secateur.plan.plan import plan
@@ -150,8 +150,7 @@ def copy_rate(stream: BlockStream, rows: int = 8192, repeats: int = 3) -> float:
 
 def forward_rate(stream: BlockStream, text: Tensor, repeats: int = 3) -> float:
     """Operations per second of the first block on a batch of the text; the best of a few."""
-    some = text[: max(1, stream.batch * BATCH_TOKENS // text.shape[1])]
-    rows = replace(Rows.of(some), batch=stream.batch)
+    rows = Rows((text[: max(1, stream.batch_tokens // text.shape[1])],), (1.0,), batch_tokens=stream.batch_tokens)
     best = 0.0
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)

@@ -9,7 +9,7 @@ from secateur.fit.average import FittedBlock
 from secateur.fit.loop import refit
 from secateur.fit.temper import scaled, temper
 from secateur.model.arena import Activations
-from secateur.model.journal import Journal
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.plan.problem import Plan
 from secateur.survey.loss import mean_loss
 from secateur.text.draw import HELD_OUT, CalibrationRows
@@ -22,15 +22,15 @@ class FittedBlocks(Iterator[FittedBlock]):
     """The fitted blocks of a plan, and behind the last one the scale of the final norm."""
 
     def __init__(
-        self, run: OpenRun, rows: CalibrationRows, decided: Plan, journal: Journal, judge: Judge | None = None
+        self, run: OpenRun, rows: CalibrationRows, decided: Plan, checkpoint: PassCheckpoint, judge: Judge | None = None
     ):
         """Prepare; the first block is fitted when it is asked for.
 
         Args:
-            journal: behind whose last block to go on.
+            checkpoint: saves the fit behind each block, and resumes behind the last one that was saved.
             judge: sees the streams behind the last block.
         """
-        self.journal = journal
+        self.checkpoint = checkpoint
         self.norm_scale: float | None = None
         """At which the pruned model is as sure of itself as the dense one; None where no rows were left to tell."""
         self._run, self._rows, self._judge = run, rows, judge
@@ -52,9 +52,8 @@ class FittedBlocks(Iterator[FittedBlock]):
             rows.groups,
             method=run.method(rows, decided.first, decided.exact),
             dtype=run.dtype,
-            watcher=run.watcher,
             judge=self._behind if judged else None,
-            journal=self.journal,
+            checkpoint=self.checkpoint,
         )
 
     def _behind(self, dense: Activations, pruned: Activations) -> None:
@@ -81,7 +80,7 @@ def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> floa
         losses.append(mean_loss(stream, groups, last, dense))
         losses.append(mean_loss(stream, groups, last, pruned, norm))
 
-    blocks = FittedBlocks(run, rows, decided, run.journal(f"trial-{key_of(decided)}"), judge)
+    blocks = FittedBlocks(run, rows, decided, PassCheckpoint(run.services, f"trial-{key_of(decided)}"), judge)
     for _ in blocks:
         pass
     ratio = math.exp(losses[1] - losses[0])

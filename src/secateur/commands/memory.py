@@ -6,16 +6,13 @@ from secateur.commands.costs import resident_bytes
 from secateur.model.stream import BlockStream
 
 
-def allow(stream: BlockStream, allowed: str | None, *, level1: bool, apart: bool) -> int:
-    """Let a model hold activations in memory as far as a bound on the whole process allows; the others go to files.
+def memory_bound(stream: BlockStream, allowed: str | None, *, level1: bool, apart: bool) -> tuple[int, int]:
+    """Return the bytes that the process may take, and how many of them remain for activations.
 
     Args:
         allowed: `8GB`, or `50%` of what is free; half of it by default.
         level1: level 1 will be fitted along.
         apart: the rows that choose units stand apart from those that are fitted to.
-
-    Returns:
-        The bound in bytes.
 
     Raises:
         SecateurError: it is no amount, or less than the least.
@@ -31,5 +28,4 @@ def allow(stream: BlockStream, allowed: str | None, *, level1: bool, apart: bool
             f"{said}, but the largest block of {stream.checkpoint.source} needs {least / 1e9:,.2f} GB; allow that, or "
             "take a machine that has it"
         )
-    stream.spare = most - least
-    return most
+    return most, most - least

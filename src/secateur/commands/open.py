@@ -1,7 +1,6 @@
 """The first step: a model opened, and everything found that is wrong with what is asked of it."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import leftovers, local_path
-from secateur.base.progress import Silent, Watcher, reading
-from secateur.base.run_folder import GROWING, RunFolder, state_of
-from secateur.base.team import Team
-from secateur.commands.memory import allow
+from secateur.base.processes import Processes
+from secateur.base.progress import Watcher, reading
+from secateur.base.run_folder import GROWING, state_of
+from secateur.base.services import Services
+from secateur.commands.memory import memory_bound
 from secateur.commands.options import Options, Running, with_settings
 from secateur.commands.request import CheckedRequest, check_request, format_of
 from secateur.criteria.registry import Criteria, UnitScores
@@ -23,7 +23,6 @@ from secateur.fit.recovery import Recovery
 from secateur.formats.family_file import read_family
 from secateur.formats.format import format_class
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.journal import Journal
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
@@ -50,29 +49,26 @@ class OpenRun:
     """Of the weights to write."""
     tokenizer: Any
     begins_with_bos: bool
-    watcher: Watcher
     started: float
     memory: int
     """Bytes that the process may take."""
     gradients: dict[str, UnitScores] = field(default_factory=dict)
     """Scores from backward passes that were made, by what they are for."""
-    state: RunFolder | None = None
-    """Where what is done is kept, to go on from after a stop; None where nothing is."""
 
     @property
-    def team(self) -> Team:
+    def services(self) -> Services:
+        """The resources of this run."""
+        return self.stream.services
+
+    @property
+    def processes(self) -> Processes:
         """The processes of this run."""
-        return self.stream.team
+        return self.stream.processes
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A finding as JSON holds it, made by all processes together unless it has been kept."""
-        state = self.state
-        made = None if self.team.told(lambda: state is not None and state.has(name)) else make()
-        return self.team.told(lambda: made if state is None else state.once(name, lambda: made))
-
-    def journal(self, name: str) -> Journal:
-        """Of a long step on the way to a finding, or of the fit."""
-        return Journal(None if self.state is None else self.state.folder(name), self.team)
+    @property
+    def watcher(self) -> Watcher:
+        """The progress output of this run."""
+        return self.stream.services.watcher
 
     @property
     def row_request(self) -> RowRequest:
@@ -115,7 +111,7 @@ class OpenRun:
         name = self.options.scores
         key = f"{purpose} {blocks}"
         if Criteria(name).need_gradients and not exact and key not in self.gradients:
-            self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks, watcher=self.watcher)
+            self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks)
         return Criteria(name, self.gradients.get(key), first.candidates if first else None)
 
 
@@ -125,8 +121,7 @@ def open_model(
     running: Running | None = None,
     *,
     out: Path | None = None,
-    watcher: Watcher | None = None,
-    team: Team | None = None,
+    services: Services | None = None,
     **settings: Any,
 ) -> OpenRun:
     """Open a model, and find what is wrong with the request before any long work.
@@ -134,17 +129,17 @@ def open_model(
     Args:
         model: a folder, a .gguf file or a hub id.
         out: the folder or the .gguf file that will be written, to be checked too.
-        team: the processes that share the work, of which the first reads texts and writes.
+        services: processes, batch size and progress output of the run.
         settings: in place of `options` and `running`, any of their fields by name.
 
     Raises:
         SecateurError: for anything wrong with the model or the request.
     """
     options, running = with_settings(options, running, settings)
-    team, started = team or Team(), time.perf_counter()
-    watcher = (watcher if team.leads else None) or Silent()
+    services, started = services or Services(), time.perf_counter()
+    processes, watcher = services.processes, services.watcher
     goal = options.goal
-    if isinstance(goal, Target) and goal.quantity in FASTER and not team.alone:
+    if isinstance(goal, Target) and goal.quantity in FASTER and not processes.alone:
         raise SecateurError(
             f"target {goal} is measured by one process alone; let secateur plan write the widths to a file, and name "
             "it by --plan"
@@ -152,36 +147,35 @@ def open_model(
     if running.family is not None:
         read_family(running.family)
     where = pick_device(running.device)
-    for source in dict.fromkeys(options.sources) if team.leads else ():
+    for source in dict.fromkeys(options.sources) if processes.leads else ():
         check_calibration(source, samples=options.samples, length=options.length)
     if options.type != Options.type:
         format_class(options.declaration.name).check_type(options.type)
-    if out is not None and team.leads:
+    if out is not None and processes.leads:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         folder = Path(model) if Path(model).is_dir() else None
         options.declaration.output(out, source=folder, overwrite=running.overwrite).check()
         for left in leftovers(out):
             watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
-    if running.push_to_hub is not None and team.leads:
+    if running.push_to_hub is not None and processes.leads:
         check_upload(running.push_to_hub)
     wanted = getattr(torch, options.dtype) if options.dtype else None
-    with reading(watcher, "Opening", str(model)), team.first_goes_first():
+    with reading(watcher, "Opening", str(model)), processes.first_rank_first():
         checkpoint = open_checkpoint(
             model,
             revision=running.revision,
             trust_remote_code=running.trust_remote_code,
             dtype=wanted or torch.bfloat16,
         )
-    stream = BlockStream(checkpoint, device=where)
-    stream.team = team
+    stream = BlockStream(checkpoint, device=where, services=services)
     dtype = wanted or checkpoint.dtype
     # Random ids need no tokenizer, and most outputs do without.
     spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and not options.declaration.tokenizer
     tokenizer = None if spared else checkpoint.tokenizer()
-    if out is not None and team.leads:
+    if out is not None and processes.leads:
         growing = state_of(local_path(out).resolve()) / GROWING
         format_of(stream, options, dtype).check_output(out, overwrite=running.overwrite, growing=growing)
-    request = check_request(stream, options, dtype, watcher)
+    request = check_request(stream, options, dtype)
     if running.family is not None:
         request.format.check_family()
     request.format.check_tokenizer(tokenizer)
@@ -189,7 +183,6 @@ def open_model(
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
     apart = options.refit_rows is not None or options.chooses_on_random_ids
-    memory = allow(stream, running.memory, level1=options.repair.level1 > 0, apart=apart)
-    return OpenRun(
-        stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), watcher, started, memory
-    )
+    memory, spare = memory_bound(stream, running.memory, level1=options.repair.level1 > 0, apart=apart)
+    stream = stream.using(activation_bytes=spare)
+    return OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), started, memory)

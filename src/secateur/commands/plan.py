@@ -6,15 +6,16 @@ from pathlib import Path
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_whole
-from secateur.base.progress import Watcher
-from secateur.commands.open import open_model
+from secateur.base.progress import Silent, Watcher
+from secateur.base.services import Services
+from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.resume import in_smaller_batches, resumable
 from secateur.commands.steps import draw_rows, plan_widths, survey_model
+from secateur.plan.problem import Plan
 from secateur.report.summary import Proposal
 
 
-@in_smaller_batches
 def propose(
     model: str | Path,
     options: Options,
@@ -37,13 +38,24 @@ def propose(
         raise SecateurError(
             "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
         )
-    run = open_model(model, options, running, watcher=watcher)
-    beside = out or run.running.survey
-    with nullcontext(run) if beside is None else resumable(run, beside) as run:
-        rows = draw_rows(run, fitted=False)
-        decided = plan_widths(run, rows, survey_model(run, rows))
+
+    def planned(services: Services) -> Proposal:
+        run = open_model(model, options, running, services=services)
+        beside = out or run.running.survey
+        with nullcontext(run) if beside is None else resumable(run, beside) as run:
+            rows = draw_rows(run, fitted=False)
+            return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
+
+    proposal = in_smaller_batches(Services(watcher=watcher or Silent()), planned)
+    if out is not None:
+        write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
+    return proposal
+
+
+def _proposal(run: OpenRun, decided: Plan) -> Proposal:
+    """Return a plan with the sizes that it leads to."""
     counted, checkpoint = run.request.parameters, run.stream.checkpoint
-    proposal = Proposal(
+    return Proposal(
         model=checkpoint.source,
         fingerprint=checkpoint.fingerprint,
         dense=tuple(block.width for block in run.stream.blocks),
@@ -51,6 +63,3 @@ def propose(
         parameters=(counted.dense, counted.total(decided.widths)),
         blocks=options.blocks,
     )
-    if out is not None:
-        write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
-    return proposal

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.progress import Watcher
-from secateur.base.team import Team
+from secateur.base.services import Services
 from secateur.commands.dry_run import expect
 from secateur.commands.open import open_model
 from secateur.commands.options import Options, Running
@@ -13,7 +13,6 @@ from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_m
 from secateur.report.summary import Summary
 
 
-@in_smaller_batches
 def prune(
     model: str | Path,
     out: str | Path,
@@ -36,12 +35,16 @@ def prune(
     Raises:
         SecateurError: for anything wrong with the input or the request, before anything is written.
     """
-    run = open_model(model, options, running, out=Path(out), watcher=watcher, team=Team.join(), **settings)
-    if run.running.dry_run:
-        return expect(run)
-    with resumable(run, Path(out)) as run:
-        rows = draw_rows(run)
-        findings = survey_model(run, rows)
-        plan = plan_widths(run, rows, findings)
-        blocks = fit_blocks(run, rows, plan)
-        return write_model(run, rows, plan, blocks, out)
+
+    def pruned(services: Services) -> Summary:
+        run = open_model(model, options, running, out=Path(out), services=services, **settings)
+        if run.running.dry_run:
+            return expect(run)
+        with resumable(run, Path(out)) as run:
+            rows = draw_rows(run)
+            findings = survey_model(run, rows)
+            plan = plan_widths(run, rows, findings)
+            blocks = fit_blocks(run, rows, plan)
+            return write_model(run, rows, plan, blocks, out)
+
+    return in_smaller_batches(Services.join(watcher), pruned)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Watcher
 from secateur.commands.options import WIDTHS, Options
 from secateur.criteria.registry import Criteria
 from secateur.formats.format import Format, format_class
@@ -46,14 +45,14 @@ class CheckedRequest:
         return self.problem.parameters
 
 
-def check_request(stream: BlockStream, options: Options, dtype: torch.dtype, watcher: Watcher) -> CheckedRequest:
+def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> CheckedRequest:
     """Check what is asked for against the model.
 
     Raises:
         SecateurError: a plan that does not belong to the model, a target that no plan can meet, or a format that
             cannot hold what is asked for.
     """
-    format = format_of(stream, options, dtype)
+    format, watcher = format_of(stream, options, dtype), stream.services.watcher
     problem = _problem(stream, options, format)
     if options.adds_biases and not any(module.free_bias for block in stream.blocks for module in block.modules):
         watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")

@@ -1,11 +1,10 @@
-"""A run that goes on where it was stopped: what decides its result, and who may go on with it."""
+"""Resume of a stopped run: the options and files that decide its result, and smaller batches on a small device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -13,22 +12,19 @@ import transformers
 import secateur
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import digest, hash_of, local_path
-from secateur.base.launched import launched
-from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import ROWS, RunFolder
+from secateur.base.services import Services
 from secateur.commands.open import OpenRun
-from secateur.model import rows as batches
 from secateur.text.draw import CalibrationRows
 
-P = ParamSpec("P")
 R = TypeVar("R")
 LEAST = 128
-"""Tokens at a time."""
+"""Fewest tokens of a batch."""
 
 
 @contextmanager
 def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
-    """The run with a place for its state beside `out`; what an earlier one has kept there is gone on with.
+    """Yield the run with a run folder beside `out`, and resume what an earlier run has left there.
 
     Args:
         run: from `open_model`.
@@ -40,61 +36,50 @@ def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
             were given different things.
     """
     asked = decided_by(run) | asked
-    if not run.team.leads:
-        run.team.agree(asked)
+    if not run.processes.leads:
+        run.processes.check_equal(asked)
         yield run
         return
     with RunFolder(local_path(out).resolve(), asked, restart=run.running.restart) as state:
         if state.holds_work():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
-        run.stream.scratch = state.path
-        run.team.agree(asked)
+        run.processes.check_equal(asked)
         try:
-            yield replace(run, state=state)
+            yield replace(run, stream=run.stream.using(run_folder=state))
         except BaseException as error:
             if state.outlives(error):
                 run.watcher.note(f"What is done is in {state.path}: the same command goes on from there")
             raise
-        finally:
-            run.stream.scratch = None
 
 
-def in_smaller_batches(command: Callable[P, R]) -> Callable[P, R]:
-    """Let a resumable command go on with half of the tokens at a time, again and again, where its device has no memory.
+def in_smaller_batches(services: Services, command: Callable[[Services], R]) -> R:
+    """Carry out a resumable command; where its device is out of memory, resume with half as many tokens a batch.
 
-    It raises `SecateurError` where even the fewest are too many.
+    Raises:
+        SecateurError: the device is out of memory with the fewest tokens, or one of several processes is.
     """
-
-    @wraps(command)
-    def going_on(*given: P.args, **named: P.kwargs) -> R:
-        usual, watcher = batches.BATCH_TOKENS, cast("Watcher", named.get("watcher") or Silent())
+    while True:
         try:
-            while True:
-                try:
-                    return command(*given, **named)
-                except torch.OutOfMemoryError as error:
-                    if launched().size > 1:
-                        # The others have got no further than this one, and wait.
-                        raise StoppedError(
-                            f"the device of process {launched().rank} is out of memory; take devices with more"
-                        ) from error
-                    if batches.BATCH_TOKENS <= LEAST:
-                        raise SecateurError(
-                            f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "
-                            "--device cpu"
-                        ) from error
-                    batches.BATCH_TOKENS //= 2
-                watcher.note(f"The device is out of memory: going on with {batches.BATCH_TOKENS:,} tokens at a time")
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-        finally:
-            batches.BATCH_TOKENS = usual
-
-    return going_on
+            return command(services)
+        except torch.OutOfMemoryError as error:
+            if not services.processes.alone:
+                # The other processes have got no further than this one, and wait.
+                raise StoppedError(
+                    f"the device of process {services.processes.rank} is out of memory; take devices with more"
+                ) from error
+            if services.batch_tokens <= LEAST:
+                raise SecateurError(
+                    f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "
+                    "--device cpu"
+                ) from error
+        services = replace(services, batch_tokens=services.batch_tokens // 2)
+        services.watcher.note(f"The device is out of memory: going on with {services.batch_tokens:,} tokens at a time")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def decided_by(run: OpenRun) -> dict[str, Any]:
-    """Everything that decides what a run gives, by the names of the options; the text itself is checked once read."""
+    """Return everything that decides the result, by option name; `check_rows` checks the calibration text itself."""
     asked = asdict(run.options)
     files = {name: asked[name] for name in ("plan", "widths") if asked[name] and Path(asked[name]).is_file()}
     return {
@@ -113,13 +98,13 @@ def decided_by(run: OpenRun) -> dict[str, Any]:
 
 
 def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
-    """See that the rows are those of the run that is gone on with.
+    """Check that the calibration rows are those of the run that is resumed.
 
     Raises:
         SecateurError: the text has changed.
     """
     found = [hash_of(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.random) if part is not None]
-    before = run.once(ROWS, lambda: found)
+    before = run.services.saved(ROWS, lambda: found)
     if before != found:
         raise SecateurError(
             f"{run.options.calibration}: other rows than the run that was stopped drew from it; restore the text, or "

@@ -8,7 +8,8 @@ from pathlib import Path
 import secateur
 from secateur.base.errors import SecateurError
 from secateur.base.files import Output, hash_of, write_whole
-from secateur.base.progress import Watcher, reading
+from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, Running
 from secateur.commands.request import check_request
@@ -26,7 +27,6 @@ from secateur.write.record import RECORD, record_of
 TABLE, PLOT = "sizes.json", "sizes.png"
 
 
-@in_smaller_batches
 def sizes(
     model: str | Path,
     out: Path,
@@ -52,7 +52,23 @@ def sizes(
     Raises:
         SecateurError: as `prune` does, before the first model is written.
     """
-    running = running or Running()
+
+    def sized(services: Services) -> list[Size]:
+        return _sizes(model, out, options, running or Running(), texts, tokens, services)
+
+    return in_smaller_batches(Services(watcher=watcher or Silent()), sized)
+
+
+def _sizes(
+    model: str | Path,
+    out: Path,
+    options: list[Options],
+    running: Running,
+    texts: list[str],
+    tokens: int | None,
+    services: Services,
+) -> list[Size]:
+    """Prune to each size and score it; see `sizes`."""
     own, file = running.survey is None, running.survey or out / "survey.json"
     folders = _folders(out, options, file)
     for text in texts:
@@ -65,7 +81,7 @@ def sizes(
         for folder in folders:
             if folder not in there:
                 Output(folder, overwrite=running.overwrite, source=source).check()
-        last = open_model(model, options[-1], running, watcher=watcher)
+        last = open_model(model, options[-1], running, services=services)
         runs = [_for_size(last, one, file) for one in options]
         # All that can be wrong with the rows is found before they are rewritten.
         plain = draw_rows(last, fitted=False)
@@ -84,7 +100,7 @@ def sizes(
     # A model in the making goes on as what it was to be: the sizes decide which that is.
     with resumable(last, out, sparsities=[one.sparsity for one in options]) as last:
         check_rows(last, plain)
-        runs = [replace(run, state=last.state) for run in runs]
+        runs = [replace(run, stream=last.stream) for run in runs]
         results = _pruned(last, runs, plain, folders, there, file if own else None)
     # A plot of other models would be taken for one of these.
     (out / PLOT).unlink(missing_ok=True)
@@ -142,7 +158,7 @@ def _pruned(
 
 def _for_size(run: OpenRun, options: Options, survey: Path) -> OpenRun:
     """The same open model with another size asked for."""
-    request = check_request(run.stream, options, run.dtype, run.watcher)
+    request = check_request(run.stream, options, run.dtype)
     return replace(run, options=options, request=request, running=replace(run.running, survey=survey))
 
 

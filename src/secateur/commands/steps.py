@@ -23,6 +23,7 @@ from secateur.commands.survey_file import check_survey_file, read_survey, survey
 from secateur.fit.temper import scaled
 from secateur.formats.format import PrunedModel
 from secateur.model.axes import AxisKind, Width, axis_kinds
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
@@ -64,15 +65,7 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
         SecateurError: a text that cannot be read or is too short, or a survey of other rows.
     """
     check_survey_file(run)
-    rows = draw(
-        run.stream,
-        run.tokenizer,
-        run.row_request,
-        begins_with_bos=run.begins_with_bos,
-        dry=dry,
-        watcher=run.watcher,
-        once=run.once,
-    )
+    rows = draw(run.stream, run.tokenizer, run.row_request, begins_with_bos=run.begins_with_bos, dry=dry)
     check_survey_file(run, rows.text)
     check_rows(run, rows)
     _describe(run, rows)
@@ -86,10 +79,10 @@ def rewrite_rows(run: OpenRun, rows: CalibrationRows) -> CalibrationRows:
         return rows
 
     def made() -> list[Any]:
-        how: dict[str, Any] = {"copies": copies, "seed": seed, "watcher": run.watcher}
-        return rewritten(run.stream, rows.fitted, **how, journal=run.journal("copies")).tolist()
+        checkpoint = PassCheckpoint(run.services, "copies")
+        return rewritten(run.stream, rows.fitted, copies=copies, seed=seed, checkpoint=checkpoint).tolist()
 
-    return replace(rows, copies=torch.tensor(run.once("copies", made)))
+    return replace(rows, copies=torch.tensor(run.services.saved("copies", made)))
 
 
 def _describe(run: OpenRun, rows: CalibrationRows) -> None:
@@ -127,8 +120,8 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     if not run.request.needs_survey:
         return found
     file, wanted = run.running.survey, survey_key(run, rows.text)
-    if file is not None and run.team.told(file.exists):
-        return replace(found, survey=Survey.of(run.team.told(lambda: asdict(read_survey(run, file, wanted)))))
+    if file is not None and run.processes.broadcast(file.exists):
+        return replace(found, survey=Survey.of(run.processes.broadcast(lambda: asdict(read_survey(run, file, wanted)))))
     few, probe_rows = survey_rows(rows.text)
     fitted = Rows.of(few) if rows.random is None else Rows.of(few).scored_by(Rows.of(rows.random))
 
@@ -142,13 +135,12 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
             criterion=run.criteria("survey", fitted, found.first, blocks=run.request.chosen),
             ridge=run.options.ridge,
             seed=run.options.seed,
-            watcher=run.watcher,
-            journal=run.journal("survey"),
+            checkpoint=PassCheckpoint(run.services, "survey"),
         )
         return asdict(result)
 
-    made = replace(Survey.of(run.once("survey", made_anew)), asked=wanted)
-    if file is not None and run.team.leads:
+    made = replace(Survey.of(run.services.saved("survey", made_anew)), asked=wanted)
+    if file is not None and run.processes.leads:
         save_survey(made, file)
     return replace(found, survey=made)
 
@@ -169,20 +161,20 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
 def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBlocks:
     """Choose and refit the units of the plan's blocks, in order, as they are asked for."""
     name = f"fit-{key_of(decided)}"
-    if run.state is not None and not (run.state.path / GROWING).exists():
+    state = run.services.run_folder
+    if state is not None and not (state.path / GROWING).exists():
         # Its blocks are gone: what was written had just been put in place.
-        shutil.rmtree(run.state.folder(name), ignore_errors=True)
-    return FittedBlocks(run, rows, decided, run.journal(name))
+        shutil.rmtree(state.folder(name), ignore_errors=True)
+    return FittedBlocks(run, rows, decided, PassCheckpoint(run.services, name))
 
 
 def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
     """Write the pruned model with its record; it appears whole or not at all."""
-    stream, out, journal = run.stream, Path(out), blocks.journal
+    stream, out, state = run.stream, Path(out), run.services.run_folder
     # What a run that was stopped had taken counts as well.
-    run = replace(run, started=run.started - journal.found.get("seconds", 0.0))
-    journal.beside["seconds"] = lambda: time.perf_counter() - run.started
-    done: list[dict[str, Any]] = journal.found.get("blocks", [])
-    journal.beside["blocks"] = lambda: done
+    earlier = blocks.checkpoint.value("seconds", lambda: time.perf_counter() - run.started, 0.0)
+    run = replace(run, started=run.started - earlier)
+    done: list[dict[str, Any]] = blocks.checkpoint.value("blocks", lambda: done, [])
 
     def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         for block in blocks:
@@ -193,7 +185,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
 
     def timings() -> dict[str, float]:
         found = summary_of(run, rows, decided)
-        crossed = {} if run.team.alone else {"processes": run.team.size, "moved_bytes": run.team.moved}
+        crossed = {} if run.processes.alone else {"processes": run.processes.size, "moved_bytes": run.processes.moved}
         return {"seconds": found.seconds, "peak_bytes": found.peak_bytes} | crossed
 
     @cache
@@ -201,7 +193,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         return record(run, rows, decided, done, blocks.norm_scale)
 
     records = {"secateur.json": said, "timings.json": timings} | described(text_of(stream.checkpoint.path / CARD), said)
-    if not run.team.leads:
+    if not run.processes.leads:
         # Its share of the work is all that is wanted.
         for _ in blocks:
             pass
@@ -213,8 +205,8 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
             tensors,
             records=records,
             late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
-            journal=journal,
-            state=None if run.state is None else run.state.path,
+            fit_checkpoint=blocks.checkpoint,
+            state=None if state is None else state.path,
             overwrite=run.running.overwrite,
             watcher=run.watcher,
         )
@@ -252,7 +244,7 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
 
         def loss(one: Plan) -> float:
             one = checked(one)
-            return float(run.once(f"trial-{key_of(one)}", lambda: perplexity_ratio(run, rows, one)))
+            return float(run.services.saved(f"trial-{key_of(one)}", lambda: perplexity_ratio(run, rows, one)))
 
         return checked(smallest_within(problem, options.widths, found.survey, problem.goal.value, loss))
     return checked(plan(problem, options.widths, found.survey))

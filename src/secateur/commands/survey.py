@@ -9,7 +9,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import Output
 from secateur.base.options import given, spelled
 from secateur.base.progress import Watcher
-from secateur.base.team import Team
+from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, Running
 from secateur.commands.resume import in_smaller_batches, resumable
@@ -31,7 +31,6 @@ LIKENESS_ROWS = 16
 """Calibration rows on which heads are compared: the paper's count."""
 
 
-@in_smaller_batches
 def survey_page(
     model: str | Path, out: Path, options: Options, running: Running | None = None, *, watcher: Watcher | None = None
 ) -> Surveyed:
@@ -49,12 +48,16 @@ def survey_page(
     folder = Output(
         out, overwrite=running.overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
     )
-    team = Team.join()
-    if team.leads:
+    services = Services.join(watcher)
+    if services.processes.leads:
         folder.check()
-    opened = open_model(model, replace(options, sparsity=ANY_SHARE), running, watcher=watcher, team=team)
-    with resumable(opened, out) as run:
-        return _surveyed(run, model, out, folder, options, running)
+
+    def surveyed(services: Services) -> Surveyed:
+        run = open_model(model, replace(options, sparsity=ANY_SHARE), running, services=services)
+        with resumable(run, out) as run:
+            return _surveyed(run, model, out, folder, options, running)
+
+    return in_smaller_batches(services, surveyed)
 
 
 def _surveyed(
@@ -76,7 +79,7 @@ def _surveyed(
         "parameters": int(counted.dense),
         "line": line,
     }
-    if run.team.leads:
+    if run.processes.leads:
         page = render(page_data(found, run.stream.blocks, plans, facts=facts, distances=distances))
         with folder as partial:
             save_survey(found, partial / FILE)

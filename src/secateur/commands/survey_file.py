@@ -40,7 +40,7 @@ def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
 def check_survey_file(run: OpenRun, text: Tensor | None = None) -> None:
     """See that a survey that is there belongs to the run, and to the rows once they are known."""
     file = run.running.survey
-    if run.team.leads and file is not None and file.exists() and run.request.needs_survey:
+    if run.processes.leads and file is not None and file.exists() and run.request.needs_survey:
         read_survey(run, file, survey_key(run, text))
 
 

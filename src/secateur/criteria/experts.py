@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.structure import Depth2
 
@@ -41,7 +41,7 @@ class Routed:
     """Token weights."""
     unit: Callable[[Tensor, Tensor], Tensor]
     """What experts give to some tokens (m x d; m) in these units."""
-    team: Team
+    processes: Processes
     _place: Tensor = field(init=False)
     """Where an expert's output for a token lies (n x experts); -1 where it was not asked for yet."""
     _given: Tensor = field(init=False)
@@ -131,7 +131,7 @@ def at_once(module: Depth2) -> int:
 
 def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertOrder:
     """Find the order in which experts leave until `stop` are left; as many of every group, where there are groups."""
-    team, mixture = routed.team, routed.mixture
+    processes, mixture = routed.processes, routed.mixture
     groups, alive = mixture.module.groups, mixture.every
     scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
     order: list[int] = []
@@ -141,7 +141,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
         given = routed.given(routed.everyone, routes)
         losses = routed.losses(routed.everyone, given)
         counts.append(len(order))
-        errors.append(team.total(float(losses.sum(dtype=torch.float64))))
+        errors.append(processes.total(float(losses.sum(dtype=torch.float64))))
         left = len(alive) - stop
         if left <= 0:
             break
@@ -174,7 +174,7 @@ def _rises(routed: Routed, alive: Tensor, routes: Routes, given_nd: Tensor, loss
         before = Routes(routes.experts[tokens], routes.gates[tokens])
         found = routed.rerouted(tokens, before, given_nd[tokens], others)
         rises[place] = (routed.losses(tokens, found) - losses[tokens]).sum(dtype=torch.float64)
-    routed.team.add(rises)
+    routed.processes.all_reduce(rises)
     return rises
 
 
@@ -192,7 +192,7 @@ def _reap(routed: Routed, routes: Routes, _: int) -> Tensor:
         weight = routed.weight_n[tokens]
         sums[0, expert] = (weight * gates * torch.linalg.vector_norm(routed.outputs(expert, tokens), dim=1)).sum()
         sums[1, expert] = weight.sum()
-    routed.team.add(sums)
+    routed.processes.all_reduce(sums)
     return sums[0] / sums[1].clamp_min(torch.finfo(torch.float64).tiny)
 
 
@@ -200,7 +200,7 @@ def _frequency(routed: Routed, routes: Routes, _: int) -> Tensor:
     weights = routed.weight_n.double()[:, None].expand(routes.experts.shape)
     found = torch.zeros(routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
     found.index_add_(0, routes.experts.reshape(-1), weights.reshape(-1))
-    routed.team.add(found)
+    routed.processes.all_reduce(found)
     return found
 
 

@@ -12,13 +12,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from secateur.base.progress import Silent, Watcher
 from secateur.fit.average import FittedBlock, as_fitted, mean_of
 from secateur.fit.block import BlockState, DenseBlock, Method
 from secateur.fit.stage import prune_stage
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
-from secateur.model.journal import Journal
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import restored
@@ -32,9 +31,8 @@ def refit(
     *,
     method: Method | None = None,
     dtype: torch.dtype | None = None,
-    watcher: Watcher | None = None,
     judge: Callable[[Activations, Activations], None] | None = None,
-    journal: Journal | None = None,
+    checkpoint: PassCheckpoint | None = None,
 ) -> Generator[FittedBlock, None, None]:
     """Prune and refit the plan's blocks in order, each seeing what the pruned ones before it produce.
 
@@ -47,14 +45,14 @@ def refit(
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
         judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
             run along, and of these with this process's share; blocks behind the plan's last one are then run as well.
-        journal: behind whose last block to go on, and that keeps each block once the next one is asked for.
+        checkpoint: saves the streams behind each block, and resumes behind the last one that was saved.
 
     Raises:
         SecateurError: where activations are NaN or infinite, with the block and the module.
     """
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype
-    watcher, journal = watcher or Silent(), journal or Journal()
+    checkpoint = checkpoint or PassCheckpoint(stream.services)
     rows = stream.own(Rows.of(rows))
     with stream.arena() as arena, stream.quick():
         dense = stream.embed(rows, arena)
@@ -63,9 +61,8 @@ def refit(
         fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
         follow = [] if judge is None else [(beside, arena.copy(beside, dense))]
         streams = [dense, *(pruned for _, pruned in (*fits, *follow))]
-        journal.restore(streams)
         stop = max(plan.widths) + 1 if judge is None else len(stream)
-        for index in watcher.track(range(journal.done, stop), "Prune", journal.done):
+        for index in checkpoint.blocks(stop, "Prune", lambda: streams):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
                     stream.advance(index, layer, rows, dense)
@@ -93,7 +90,6 @@ def refit(
             yield fitted
             # Nor a block that is done while the next one is at work.
             del fitted
-            journal.keep(index + 1, streams)
         for _, pruned in follow:
             assert judge is not None
             judge(dense, pruned)

@@ -64,7 +64,7 @@ class ModuleFit:
 
     def __init__(self, regression: Regression):
         self.regression, self.recovery, self.module = regression, regression.recovery, regression.module
-        self.team, self.device = regression.stream.team, regression.stream.device
+        self.processes, self.device = regression.stream.processes, regression.stream.device
         self._stats: Statistics | None = None
 
     def run(self, axis: str, stop: int, given: tuple[int, ...] | None) -> Fitted:
@@ -111,7 +111,7 @@ class ModuleFit:
             found = {"weight": fit.weight_ko, "errors": torch.tensor([fit.error, fit.plain], dtype=torch.float64)}
             return found if fit.bias is None else found | {"bias": fit.bias}
 
-        found = self.team.solved(self.regression.owner, made, self.device)
+        found = self.processes.compute_at(self.regression.owner, made, self.device)
         return Fit(found["weight"], found.get("bias"), *found["errors"].tolist())
 
     def _statistics(self, old: Tensor, moments: Moments, source: Moments | None = None) -> Statistics:
@@ -138,7 +138,7 @@ class ModuleFit:
         def made() -> dict[str, Tensor]:
             return {"gone": removal_order(criterion(), stats, axis, stop)}
 
-        gone = self.team.solved(self.regression.owner, made, self.device)["gone"]
+        gone = self.processes.compute_at(self.regression.owner, made, self.device)["gone"]
         return survivors(module, axis, gone)
 
     def of_all(self) -> Fit:
@@ -180,7 +180,7 @@ class ModuleFit:
         """Return new input projections, from one Gauss-Newton step at a fit of the output projection."""
         regression, module = self.regression, self.module
         width = regression.stream.width
-        tangent = Tangent(fit.weight_ko, len(module.scored), width, regression.tokens, self.team)
+        tangent = Tangent(fit.weight_ko, len(module.scored), width, regression.tokens, self.processes)
         with regression.linearised(self.sums, self.kept, fit, tangent.add) as parts:
             changes = tangent.step(parts, self.recovery.ridge, self.recovery.level1)
         tensors = regression.tensors

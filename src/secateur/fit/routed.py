@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 from secateur.criteria.registry import Criterion, all_criteria
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
@@ -48,7 +48,7 @@ class Tokens:
     scale_n: Tensor | None
     """Factor on each token's error, if a norm asks for one."""
     norm: PostNorm
-    team: Team
+    processes: Processes
 
     def unit(self, y_md: Tensor, some: Tensor | None = None) -> Tensor:
         """Return outputs of some tokens, or of all, in the units in which errors count."""
@@ -62,11 +62,11 @@ class Tokens:
 
     def error(self, residual_nd: Tensor) -> float:
         """Return the squared error over all tokens of all processes."""
-        return self.team.total(float((self.weight_n * residual_nd.square().sum(1)).sum(dtype=torch.float64)))
+        return self.processes.total(float((self.weight_n * residual_nd.square().sum(1)).sum(dtype=torch.float64)))
 
     def number(self, some: Tensor) -> int:
         """Return how many of these tokens, in all processes, have a weight in the fit."""
-        return int(self.team.total(float(self.weight_n[some].count_nonzero())))
+        return int(self.processes.total(float(self.weight_n[some].count_nonzero())))
 
 
 class Copies(Mapping[str, Tensor]):
@@ -106,7 +106,7 @@ class RoutedRegression(Regression):
         self.tokens = tokens.number(mixture.tokens(expert, routes))
         self.recovery = self._own(state.method.recovery)
         a, d = self.module.units, self.stream.width
-        self.owner = self.stream.team.owner(a**2 * (a + 2 * d))
+        self.owner = self.stream.processes.assign_owner(a**2 * (a + 2 * d))
         self.seed = module_seed(state.method.seed, state.index, FEED_FORWARD) + expert
         self._target_md: Tensor | None = None
 
@@ -163,7 +163,7 @@ class RoutedRegression(Regression):
         """Return the moments of the rows with their target."""
         moments = Moments(self._rows_mk.shape[1], self.stream.width, device=self.stream.device)
         moments.update(self._rows_mk, self._target_md, 1.0, weight_n[self._at])
-        moments.reduce(self.stream.team, self.owner)
+        moments.reduce(self.stream.processes, self.owner)
         return moments
 
     def _source(self) -> Moments:
@@ -171,7 +171,7 @@ class RoutedRegression(Regression):
         moments = Moments(self.stream.width, device=self.stream.device)
         read = self.mixture.read(self.expert, self._batch.x_nd[self._at])
         moments.update(read, weights_n=self._batch.score_n[self._at])
-        moments.reduce(self.stream.team, self.owner)
+        moments.reduce(self.stream.processes, self.owner)
         return moments
 
     @contextmanager

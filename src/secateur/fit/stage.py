@@ -69,7 +69,7 @@ def prune_stage(
 def _report(target: ModuleTarget, kept: int, error: float, plain: float, count: float) -> ModuleReport:
     """Return the report of a stage from its summed errors behind and before the fit."""
     state, module = target.state, target.module
-    energy = state.stream.team.total(state.goal[module.kind].energy(state.rows, target.norm.read_o))
+    energy = state.stream.processes.total(state.goal[module.kind].energy(state.rows, target.norm.read_o))
     error, plain = (value * target.multiplier**2 for value in (error, plain))
     after, before = (value / energy if energy else 0.0 for value in (error, plain))
     return ModuleReport(module.kind, kept, module.units, error / count, after, before)
@@ -114,7 +114,7 @@ class MixtureStage:
             if self.recovery.fits or cut:
                 unfitted = self._fit(alive, residual, width.channels, channels)
         self._advance(alive)
-        count = self.stream.team.total(float(tokens.weight_n.sum(dtype=torch.float64)))
+        count = self.stream.processes.total(float(tokens.weight_n.sum(dtype=torch.float64)))
         report = _report(self.target, len(keep), tokens.error(residual), before, count)
         units: dict[str, tuple[int, ...]] = {"experts": keep}
         if cut:
@@ -145,7 +145,7 @@ class MixtureStage:
             torch.cat(score),
             None if scales[-1] is None else torch.cat(scales)[:, 0],
             self.target.norm,
-            self.stream.team,
+            self.stream.processes,
         )
 
     def _choose(self, stay: int) -> tuple[int, ...]:
@@ -154,14 +154,14 @@ class MixtureStage:
             return tuple(range(stay))
         tokens = self.tokens
         counted = tokens.score_n.nonzero()[:, 0]
-        some = counted[:: max(1, len(counted) * self.stream.team.size // TOKENS)]
+        some = counted[:: max(1, len(counted) * self.stream.processes.size // TOKENS)]
         routed = Routed(
             self.mixture,
             tokens.x_nd[some],
             tokens.target_nd[some],
             tokens.score_n[some],
             lambda y, which: tokens.unit(y, some[which]),
-            self.stream.team,
+            self.stream.processes,
         )
         choice, seed = self.state.method.criteria.choice, self.state.method.seed
         found = expert_order(choice.experts, routed, stay, module_seed(seed, self.state.index, self.module.role))

@@ -40,10 +40,10 @@ class StreamedRegression(Regression):
         self.target = ModuleTarget(state, module, pruned)
         self.norm, self.fits_bias, self.recovery = self.target.norm, self.target.fits_bias, state.method.recovery
         inner = module.units * module.size
-        self.owner = self.stream.team.owner(inner**2 * (inner + 2 * self.stream.width))
+        self.owner = self.stream.processes.assign_owner(inner**2 * (inner + 2 * self.stream.width))
         self.seed = module_seed(state.method.seed, state.index, module.role)
         batches = [at for at in state.rows.batches() if at.weight]
-        self.tokens = int(self.stream.team.total(sum(state.rows.ids(at).numel() for at in batches)))
+        self.tokens = int(self.stream.processes.total(sum(state.rows.ids(at).numel() for at in batches)))
         self._stored: Activations | None = None
 
     @property
@@ -89,7 +89,7 @@ class StreamedRegression(Regression):
                     source.update(seen[module.source].reshape(-1, stream.width), weight=at.score)
         for one in dict.fromkeys((moments, scored, source)):
             if one is not None:
-                one.reduce(stream.team, self.owner)
+                one.reduce(stream.processes, self.owner)
         if not (moments.finite() and scored.finite()):
             raise SecateurError(f"block {state.index}: the {module.role} module gives NaN or infinite activations")
         return Sums(entries, moments, scored, source)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 from secateur.model.structure import Depth2
 from secateur.numerics.ridge import factorise
 
@@ -71,12 +71,12 @@ def factors(activation: Callable[[Tensor], Tensor], pre: Sequence[Tensor]) -> tu
 class Tangent:
     """The linearised module: sums over the tokens, and the step that they ask for."""
 
-    def __init__(self, weight_ko: Tensor, matrices: int, width: int, tokens: int, team: Team | None = None):
+    def __init__(self, weight_ko: Tensor, matrices: int, width: int, tokens: int, processes: Processes | None = None):
         """For a level-2 weight, so many level-1 matrices with inputs of a width, and so many tokens in all.
 
-        Each process of a team adds its own tokens.
+        Each process adds its own tokens.
         """
-        self.weight_ko, self._team = weight_ko, team or Team()
+        self.weight_ko, self._processes = weight_ko, processes or Processes()
         k, self.stride = len(weight_ko), max(1, tokens // SAMPLED)
         self.right = [weight_ko.new_zeros(k, width) for _ in range(matrices)]
         """J'r, a (k x d) matrix for each level-1 matrix."""
@@ -101,9 +101,9 @@ class Tangent:
 
         `parts` gives, each time anew, the tokens that were added. The sums are used up. All processes get the same.
         """
-        team = self._team
-        self._weight = team.total(self._weight)
-        team.add(self._source, *self._factors, *self.right)
+        processes = self._processes
+        self._weight = processes.total(self._weight)
+        processes.all_reduce(self._source, *self._factors, *self.right)
         curvature = self.weight_ko @ self.weight_ko.T
         left = [curvature * (total * self.stride) for total in self._factors]
         right = self._source / max(self._weight, torch.finfo(torch.float32).tiny)
@@ -119,11 +119,11 @@ class Tangent:
             ]
 
         def curved(change: list[Tensor]) -> list[Tensor]:
-            total = [v * (rows * team.leads) * columns for v, (rows, columns) in zip(change, pulls, strict=True)]
+            total = [v * (rows * processes.leads) * columns for v, (rows, columns) in zip(change, pulls, strict=True)]
             for part in parts():
                 for sums, one in zip(total, self._pulled(part, self._pushed(part, change)), strict=True):
                     sums += one
-            team.add(*total)
+            processes.all_reduce(*total)
             return total
 
         changes, gap = [torch.zeros_like(r) for r in self.right], self.right
@@ -132,7 +132,7 @@ class Tangent:
         least = slope * torch.finfo(self.weight_ko.dtype).eps ** 2
         for number in range(iterations):
             # What is left to gain may be rounding. One process decides, so that none waits for another in vain.
-            if not team.total(team.leads and slope > least):
+            if not processes.total(processes.leads and slope > least):
                 break
             bent = curved(way)
             length = slope / _dot(way, bent)
@@ -147,7 +147,9 @@ class Tangent:
             slope = _dot(gap, towards)
             way = [t.add_(w, alpha=slope / before) for t, w in zip(towards, way, strict=True)]
         # Sums that were added up in another order elsewhere would let the weights drift apart.
-        shared = team.shared({str(number): change for number, change in enumerate(changes)}, 0, self.weight_ko.device)
+        shared = processes.broadcast_tensors(
+            {str(number): change for number, change in enumerate(changes)}, 0, self.weight_ko.device
+        )
         return list(shared.values())
 
     def _pushed(self, part: Part, change: Sequence[Tensor]) -> Tensor:

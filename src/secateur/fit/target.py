@@ -105,7 +105,7 @@ class ModuleTarget:
             error = self._missing(at) - after
             for total, part in ((own, after), (inherited, error)):
                 total += at.weight * part.square().flatten(0, -2).sum(0)
-        stream.team.add(own, inherited)
+        stream.processes.all_reduce(own, inherited)
         self.norm.take_over(own, inherited)
 
     def _counts(self, target: Tensor, z: Tensor) -> Tensor | None:

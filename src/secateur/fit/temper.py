@@ -57,7 +57,7 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
                     missing = logs - head(found).log_softmax(-1)
                 totals[number] += float((shares * missing).sum(-1).mean())
     # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
-    totals = [stream.team.total(one) for one in totals]
+    totals = [stream.processes.total(one) for one in totals]
     least = ROUNDING * len(rows.groups[group])
     return 1.0 if totals[SCALES.index(1.0)] < least else _minimum(totals)
 

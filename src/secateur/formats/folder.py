@@ -92,14 +92,13 @@ class Folder(Format):
 
     def write(self, out: Path, pruned: PrunedModel) -> int:
         """Write config, weights, code, records and whatever lies beside the dense weights."""
-        plan, journal, checkpoint = pruned.plan, pruned.journal, self.stream.checkpoint
+        plan, checkpoint = pruned.plan, self.stream.checkpoint
         if (reason := self.unsupported_plan(plan.widths)) is not None:
             raise SecateurError(reason)
         with self.output(out, plan, overwrite=pruned.overwrite, at=pruned.growing) as folder:
             writer = ShardWriter(folder, header_bytes=header_room(self._possible_names(plan)))
-            if "shards" in journal.found:
-                writer.resume(journal.found["shards"])
-            journal.beside["shards"] = writer.settle
+            if pruned.fit_checkpoint is not None and (settled := pruned.fit_checkpoint.value("shards", writer.settle)):
+                writer.resume(settled)
             for name, tensor in self.tensors(pruned, written=writer):
                 writer.add(name, tensor)
                 # It must not stay in memory while the next block is fitted.

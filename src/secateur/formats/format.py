@@ -18,7 +18,7 @@ from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import GROWING
 from secateur.formats.registry import CLASSES, FORMATS, Declaration
 from secateur.model.axes import Width
-from secateur.model.journal import Journal
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, byte_meter
 from secateur.plan.problem import Plan
@@ -50,8 +50,8 @@ class PrunedModel:
     done."""
     late: Callable[[], Mapping[str, Tensor]] = dict
     """Gives other values for the final norm, by their names in the model, once the blocks are done."""
-    journal: Journal = field(default_factory=Journal)
-    """Of the pass that makes the blocks, which begins behind those that an earlier run has written."""
+    fit_checkpoint: PassCheckpoint | None = None
+    """Checkpoint of the pass that fits the blocks, which also saves how far the files are written."""
     state: Path | None = None
     """The folder of the run's state, where a run that was stopped goes on."""
     overwrite: bool = False

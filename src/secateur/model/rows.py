@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BATCH_TOKENS = 2048
-"""Tokens run through a block at once: large enough for fast products, small beside a block's weights. A run on a device
-whose memory is too small takes fewer."""
+from secateur.base.services import BATCH_TOKENS
 
 OPENING_SHARE = 8
 LEAST_OPENINGS = 256
@@ -41,8 +39,8 @@ class Rows:
     """What a token of each group counts when units are chosen, where that is not its weight."""
     versions: tuple[int, ...] = ()
     """Groups of which each fit takes one: as many fits are made, and their weights averaged."""
-    batch: int = 1
-    """How many times `BATCH_TOKENS` are run at once."""
+    batch_tokens: int = BATCH_TOKENS
+    """Most tokens of a batch, if a row has no more."""
 
     @classmethod
     def of(cls, rows: Tensor | Rows) -> Rows:
@@ -134,7 +132,7 @@ class Rows:
         return sum(group.numel() for group in self.groups)
 
     def batches(self) -> Iterator[Batch]:
-        """Batches of at most `batch` times `BATCH_TOKENS` tokens, group by group."""
+        """Yield batches of at most `batch_tokens` tokens, group by group."""
         scores = self.weights if self.scores is None else self.scores
         for index, (group, weight, score) in enumerate(zip(self.groups, self.weights, scores, strict=True)):
             step = self._at_once(group)
@@ -146,4 +144,4 @@ class Rows:
         return self.groups[at.group][at.rows]
 
     def _at_once(self, group: Tensor) -> int:
-        return max(1, self.batch * BATCH_TOKENS // group.shape[1])
+        return max(1, self.batch_tokens // group.shape[1])

@@ -10,9 +10,9 @@ read something beside the residual stream (`secateur.model.beside`).
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 from secateur.base.device import fast_dtype, onto, rounded_products
 from secateur.base.errors import SecateurError
 from secateur.base.memory import trim
+from secateur.base.processes import Processes
 from secateur.base.quiet import first_line
-from secateur.base.team import Team
+from secateur.base.services import Services
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
@@ -46,11 +47,12 @@ class BlockStream:
 
     Attributes:
         model: the transformers model, without weights.
+        services: processes, memory and progress output of the run.
         blocks: what each block consists of.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu"):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", services: Services | None = None):
+        self.checkpoint, self.services = checkpoint, services or Services()
         self.device = torch.device(device)
         self.family = family_of(checkpoint.config)
         checkpoint.check_dense()
@@ -77,18 +79,28 @@ class BlockStream:
         self.width: int = checkpoint.config.hidden_size
         """d."""
         self.beside = Beside(checkpoint.config, self.family, [*self.layers.children()], self.width)
-        self.team = Team()
-        """The processes among which rows are shared."""
         self.products = torch.float32
         """What blocks multiply in; see `quick`."""
-        self.spare: int | None = None
-        """Bytes of activations in memory; see `Arena`."""
-        self.scratch: Path | None = None
-        """The folder for those in files."""
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def using(self, **services: Any) -> "BlockStream":
+        """Return the same open model with other values for some fields of its `Services`."""
+        stream = copy(self)
+        stream.services = replace(self.services, **services)
+        return stream
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that share the rows."""
+        return self.services.processes
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens of a batch; a multiple of the usual number where each has a few experts alone."""
+        return self.services.batch_tokens * (MIXED if self._held else 1)
 
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
         """A block's tensors as stored, by their names inside the block, but for some."""
@@ -196,21 +208,17 @@ class BlockStream:
         return rounded_products(self.device, self.products)
 
     def arena(self) -> Arena:
-        """Room for activations, within what the model may take."""
-        return Arena(self.spare, self.scratch)
-
-    @property
-    def batch(self) -> int:
-        """How many times the usual tokens are run at once: more where each has a few experts alone."""
-        return MIXED if self._held else 1
+        """Return room for activations, within the memory that the run may take."""
+        folder = self.services.run_folder
+        return Arena(self.services.activation_bytes, None if folder is None else folder.path)
 
     def own(self, rows: Rows) -> Rows:
-        """This process's share of some rows."""
-        return replace(rows, batch=self.batch).share(self.team.rank, self.team.size)
+        """Return this process's share of some rows, in batches of `batch_tokens`."""
+        return replace(rows, batch_tokens=self.batch_tokens).share(self.processes.rank, self.processes.size)
 
     def spans(self, rows: Rows) -> list[slice]:
-        """Which of each group these are."""
-        return replace(rows, batch=self.batch).spans(self.team.rank, self.team.size)
+        """Return which rows of each group `own` returns."""
+        return replace(rows, batch_tokens=self.batch_tokens).spans(self.processes.rank, self.processes.size)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Input of the first block, for token rows.

@@ -10,7 +10,7 @@ Shapes: n tokens, a entries of the layer's input, o entries of its target.
 import torch
 from torch import Tensor
 
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 
 CHUNK = 4096
 """Rows of one float32 product: bounds the length of its inner sums."""
@@ -79,30 +79,30 @@ class Moments:
                 self._cross_ao.add_(x.T @ t, alpha=weight)
                 self._energy += weight * torch.linalg.vector_norm(t).double().square()
 
-    def reduce(self, team: Team, owner: int) -> None:
+    def reduce(self, processes: Processes, owner: int) -> None:
         """Add up what several processes have summed: the matrices at the owner alone, all else at each of them."""
-        if team.alone:
+        if processes.alone:
             return
         if self.centre:
-            self._shift(team)
+            self._shift(processes)
         totals = torch.tensor([self.count], dtype=torch.float64, device=self._sum_a.device)
-        team.add(totals, self._sum_a, self._sum_o, self._energy)
+        processes.all_reduce(totals, self._sum_a, self._sum_o, self._energy)
         self.count = float(totals)
         a, panel = len(self._gram_aa), panel_width(len(self._gram_aa))
-        team.add_at(owner, *(self._gram_aa[start : start + panel, start:] for start in range(0, a, panel)))
-        team.add_at(owner, self._cross_ao)
-        if team.rank != owner:
+        processes.reduce(owner, *(self._gram_aa[start : start + panel, start:] for start in range(0, a, panel)))
+        processes.reduce(owner, self._cross_ao)
+        if processes.rank != owner:
             # Parts of sums are of no use, and large.
             self._diagonal_a = self._gram_aa.diagonal().clone()
             self._gram_aa = self._cross_ao = self._gram_aa.new_zeros(0, 0)
 
-    def _shift(self, team: Team) -> None:
+    def _shift(self, processes: Processes) -> None:
         """Centre on the mean over all processes in place of the first batch's.
 
         With x' = x + b, X'X becomes X'X + b (s + n b)' + s b', s being the sum of n rows; X'T likewise.
         """
         total = torch.cat([self.mean_a, self.mean_o, self._sum_a.new_ones(1)]) * self.count
-        team.add(total)
+        processes.all_reduce(total)
         # As float32 holds it: later sums of rows are of their differences from it.
         mean_a, mean_o = (total[:-1] / total[-1]).float().split([len(self._sum_a), len(self._sum_o)])
         by_a, by_o = (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur.base.files import digest, hash_of, write_whole
 from secateur.base.progress import Silent, Watcher
+from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Running
 from secateur.commands.steps import draw_rows
@@ -57,7 +58,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
     store.check()
     opened: dict[str, tuple[OpenRun, Tensor]] = {}
     for asked in sources(recipe, models):
-        run = open_model(asked.source, asked.runs[0].options, Running(**where), watcher=watcher)
+        run = open_model(asked.source, asked.runs[0].options, Running(**where), services=Services(watcher=watcher))
         opened[asked.name] = run, draw_rows(run, fitted=False).text
     found: dict[str, dict[str, Any]] = {}
     with store:

@@ -69,12 +69,12 @@ class PaperRecovery(Recovery):
             dense = state.input[module.kind][at].to(device)
             source = state.inputs_of(module, regression.pruned, at, module.source)[module.source]
             moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
-        moments.reduce(fit.team, regression.owner)
+        moments.reduce(fit.processes, regression.owner)
 
         def made() -> dict[str, Tensor]:
             return fit_level1(module, state.tensors, moments, self.ridge)
 
-        state.change(fit.team.solved(regression.owner, made, device))
+        state.change(fit.processes.compute_at(regression.owner, made, device))
 
 
 def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float) -> dict[str, Tensor]:

@@ -101,4 +101,4 @@ def planned_runs(subject: Subject, judge: Judge) -> Iterator[Planned]:
             "training": training and asdict(training),
             "training rows": None if trained is None else hash_of(trained),
         }
-        yield Planned(subject, run, replace(opened, watcher=judge.watcher), dense | own)
+        yield Planned(subject, run, replace(opened, stream=opened.stream.using(watcher=judge.watcher)), dense | own)

@@ -90,7 +90,7 @@ def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watche
                     first = open_model(asked.source, run.options, running)
                     opened[group] = first, draw_rows(first, dry=True)
                 model, rows = opened[group]
-                request = check_request(model.stream, run.options, model.dtype, Silent())
+                request = check_request(model.stream, run.options, model.dtype)
                 if run.training is not None:
                     training_rows(model.stream.checkpoint, run.training, Silent())
             except SecateurError as error:

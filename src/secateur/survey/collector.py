@@ -64,12 +64,12 @@ class Collector:
 
     def told(self) -> tuple[list[Curve], list[Cut]]:
         """Return the module's curves, one for each axis, and the cuts to be probed."""
-        team, owner, (curves, cuts) = self.stream.team, self.sample.owner, self._found
-        if team.alone:
+        processes, owner, (curves, cuts) = self.stream.processes, self.sample.owner, self._found
+        if processes.alone:
             return curves, cuts
-        raw, errors = team.told(lambda: [[asdict(one) for one in curves], [cut.error for cut in cuts]], owner)
+        raw, errors = processes.broadcast(lambda: [[asdict(one) for one in curves], [cut.error for cut in cuts]], owner)
         tensors = {f"{n} {what}": getattr(cut, what) for n, cut in enumerate(cuts) for what in ("kept", "weight_ao")}
-        tensors = team.shared(tensors, owner, self.stream.device)
+        tensors = processes.broadcast_tensors(tensors, owner, self.stream.device)
         return [Curve.of(one) for one in raw], [
             Cut(self.sample.index, self.module, error, tensors[f"{n} kept"], tensors[f"{n} weight_ao"])
             for n, error in enumerate(errors)

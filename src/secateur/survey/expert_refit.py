@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from secateur.base.team import Team
+from secateur.base.processes import Processes
 from secateur.criteria.experts import Routed
 
 LEAST = 1e-4
@@ -37,7 +37,7 @@ def left_by_refit(
         stay: channels that stay, of each expert that loses some; None where no expert does.
         ridge: of the refit.
     """
-    mixture, team = routed.mixture, routed.team
+    mixture, processes = routed.mixture, routed.processes
     routes, left = mixture.route(routed.x_nd, alive), routed.wanted_nd.clone()
     parts, shared = mixture.parts(alive), mixture.module.units
 
@@ -51,7 +51,7 @@ def left_by_refit(
         return values if stay is None or expert not in stay else values.index_select(axis, stay[expert])
 
     def error() -> float:
-        return team.total(float((left.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
+        return processes.total(float((left.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
 
     for expert in parts:
         tokens, rows = at(expert)
@@ -68,7 +68,7 @@ def left_by_refit(
         tokens, rows = at(expert)
         wide, rows = rows.shape[1], kept(expert, rows, 1)
         root = routed.weight_n[tokens].sqrt()[:, None]
-        every, start = _gathered(team, torch.cat([rows * root, left[tokens] * root], 1))
+        every, start = _gathered(processes, torch.cat([rows * root, left[tokens] * root], 1))
         if len(every):
             penalty = ridge * (1 + wide / len(every))
             judged = left_out(every[:, : rows.shape[1]], every[:, rows.shape[1] :], penalty)
@@ -97,12 +97,12 @@ def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     return (r_md - fitted) / (1 - leverage)[:, None]
 
 
-def _gathered(team: Team, rows: Tensor) -> tuple[Tensor, int]:
+def _gathered(processes: Processes, rows: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all processes, and the place where this process's rows begin."""
-    if team.alone:
+    if processes.alone:
         return rows, 0
-    counts = team.each(len(rows))
-    every, start = rows.new_zeros(sum(counts), rows.shape[1]), sum(counts[: team.rank])
+    counts = processes.all_gather(len(rows))
+    every, start = rows.new_zeros(sum(counts), rows.shape[1]), sum(counts[: processes.rank])
     every[start : start + len(rows)] = rows
-    team.add(every)
+    processes.all_reduce(every)
     return every, start

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent, Watcher
 from secateur.criteria.llm_pruner import scored_weights
 from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
 from secateur.model.arena import Activations
@@ -44,7 +43,6 @@ def gradient_scores(
     criterion: str | Criteria,
     *,
     blocks: range | None = None,
-    watcher: Watcher | None = None,
 ) -> UnitScores:
     """Scores of a criterion that needs gradients; only these are kept, and no block's gradients.
 
@@ -55,7 +53,7 @@ def gradient_scores(
     found: dict[tuple[int, str], Tensor] = {}
     criteria = Criteria.of(criterion)
     squares = criteria.need_squares
-    for block in gradients(stream, rows, blocks=blocks, squares=squares, watcher=watcher):
+    for block in gradients(stream, rows, blocks=blocks, squares=squares):
         for module in stream.blocks[block.index].modules:
             # No backward pass is made through experts.
             if module.kind in STATISTICAL and (score := criteria.named(module.kind).from_gradients) is not None:
@@ -71,7 +69,6 @@ def gradients(
     *,
     blocks: range | None = None,
     squares: bool = False,
-    watcher: Watcher | None = None,
 ) -> Generator[BlockGradients, None, None]:
     """Yield the gradients of some blocks, last block first.
 
@@ -84,14 +81,13 @@ def gradients(
         SecateurError: no row has a token to predict, or activations or gradients are NaN or infinite.
     """
     blocks = blocks if blocks is not None else range(len(stream))
-    watcher = watcher or Silent()
     rows = stream.own(_predicting(Rows.of(rows)))
     count = len(stream)
     with stream.arena() as arena:
         hidden = stream.embed(rows, arena)
         inputs: dict[int, Activations] = {}
         order = [*range(count), *reversed(range(blocks.start, count))]
-        for step, index in enumerate(watcher.track(order, "Gradients")):
+        for step, index in enumerate(stream.services.watcher.track(order, "Gradients")):
             if step == count:
                 _through_head(stream, rows, hidden)
             with stream.filled(index) as layer:
@@ -134,7 +130,7 @@ def _singles(rows: Rows) -> Iterator[Batch]:
 
 def _predictions(stream: BlockStream, rows: Rows) -> float:
     """How many tokens are predicted in all processes, each counted by its weight."""
-    return stream.team.total(sum(at.weight * (rows.ids(at).shape[1] - 1) for at in _singles(rows)))
+    return stream.processes.total(sum(at.weight * (rows.ids(at).shape[1] - 1) for at in _singles(rows)))
 
 
 def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
@@ -167,7 +163,7 @@ def _through_block(
     weights = {name: layer.get_parameter(name).requires_grad_() for name in wanted}
     gradient = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items() if squares}
-    total, samples = _predictions(stream, rows), stream.team.total(sum(at.weight for at in _singles(rows)))
+    total, samples = _predictions(stream, rows), stream.processes.total(sum(at.weight for at in _singles(rows)))
     for at in _singles(rows) if squares and wanted else rows.batches():
         hidden = before[at].to(stream.device).requires_grad_()
         with torch.enable_grad():
@@ -182,7 +178,7 @@ def _through_block(
             gradient[name] += found
             if squares:
                 square[name] += found.mul_(own).square_().mul_(at.weight / samples)
-    stream.team.add(*gradient.values(), *square.values())
+    stream.processes.all_reduce(*gradient.values(), *square.values())
     for name, weight in weights.items():
         _check(gradient[name], f"block {index}")
         weight.requires_grad_(False)

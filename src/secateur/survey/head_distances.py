@@ -101,7 +101,7 @@ def head_distances(
                         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
                     sums += at.weight * torch.stack(parts).sum(0)
             if watched:
-                stream.team.add(sums)
+                stream.processes.all_reduce(sums)
                 found[index] = (sums / counted).cpu()
     return found
 

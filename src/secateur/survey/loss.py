@@ -36,4 +36,4 @@ def mean_loss(
         for place, row in enumerate(ids):
             total += float(summed_loss(head, row, hidden.parts[group][place]))
             count += len(row) - 1
-    return stream.team.total(total) / stream.team.total(count)
+    return stream.processes.total(total) / stream.processes.total(count)

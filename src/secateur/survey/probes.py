@@ -7,17 +7,14 @@ Kullback-Leibler divergence of the logits from the dense model's says what that 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Watcher
-from secateur.model import rows as batches
 from secateur.model.arena import Activations, Arena
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
@@ -46,11 +43,14 @@ class Cut:
 class Probes:
     """Perturbed streams on their way through the model."""
 
-    def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena, begun: Sequence[dict[str, Any]] = ()):
-        """Prepare for the rows of one group of `rows`; `begun` are probes of an earlier run, with room for them."""
+    def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena, checkpoint: PassCheckpoint):
+        """Prepare for one group of `rows`; probes that the checkpoint has begun get room for their streams."""
         self.stream, self.group, self.arena = stream, group, arena
-        self.rows, self._count = Rows((stream.own(rows).groups[group],), (1.0,)), len(rows.groups[group])
+        own = (stream.own(rows).groups[group],)
+        self.rows = Rows(own, (1.0,), batch_tokens=stream.services.batch_tokens)
+        self._count = len(rows.groups[group])
         self._first = stream.spans(rows)[group].start
+        begun = checkpoint.value("probes", lambda: [asdict(probe) for probe in self.begun], [])
         self.begun = [Probe(**one) for one in begun]
         """One for each stream, its divergence still unknown."""
         self.hidden: list[Activations] = [arena.empty(self.rows, stream.columns) for _ in begun]
@@ -58,7 +58,7 @@ class Probes:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
         # Several streams a batch: one alone is too short for fast products.
-        together = max(1, batches.BATCH_TOKENS // max(1, self.rows.tokens))
+        together = max(1, self.rows.batch_tokens // max(1, self.rows.tokens))
         for start in range(0, len(self.hidden), together):
             some = self.hidden[start : start + together]
             for at in self.rows.batches():
@@ -81,11 +81,11 @@ class Probes:
         self.hidden.append(hidden)
         self.begun.append(Probe(cut.block, cut.module.kind, cut.error, not len(cut.kept), float("nan")))
 
-    def finish(self, dense: Tensor, watcher: Watcher) -> list[Probe]:
+    def finish(self, dense: Tensor) -> list[Probe]:
         """The divergences, from the dense stream behind the last block (b x t x c); the streams are given back."""
         totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
-            for row in watcher.track(range(len(self.rows.groups[0])), "Price"):
+            for row in self.stream.services.watcher.track(range(len(self.rows.groups[0])), "Price"):
                 # Dice of its own: the same ones wherever the row is run.
                 dice = torch.Generator().manual_seed(self._first + row)
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
@@ -95,7 +95,7 @@ class Probes:
                     with self.stream.fewer_logits(some):
                         logits = head(streams[:, place])
                     totals += divergences(logits[0], logits[1:], weights) / len(tokens)
-        self.stream.team.add(totals)
+        self.stream.processes.all_reduce(totals)
         for hidden in self.hidden:
             self.arena.release(hidden)
         if not torch.isfinite(totals).all():

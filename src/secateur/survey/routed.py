@@ -85,11 +85,11 @@ class RoutedSample(Sample):
         self._scale, self._ridge = scale, ridge
         self._seed = module_seed(seed, self.index, self.module.role)
         own = self._unit(z, torch.arange(len(z), device=z.device))
-        team = self.stream.team
-        self._count = team.total(float(weight.sum(dtype=torch.float64)))
-        energy = team.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64)))
+        processes = self.stream.processes
+        self._count = processes.total(float(weight.sum(dtype=torch.float64)))
+        energy = processes.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64)))
         self._energy = energy / self._count
-        self._routed = Routed(self._mixture, x, own, weight, self._unit, team)
+        self._routed = Routed(self._mixture, x, own, weight, self._unit, processes)
         return True
 
     def _unit(self, y_md: Tensor, tokens: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]
 
     They are measured at some counts, of all experts' losses together, and lie on a line between.
     """
-    mixture, team = routed.mixture, routed.team
+    mixture, processes = routed.mixture, routed.processes
     module, inner, x = mixture.module, mixture.module.inner, routed.x_nd
     routes = mixture.route(x, mixture.every)
     every = torch.zeros((module.units + module.times) * inner, dtype=torch.float64, device=x.device)
@@ -158,7 +158,7 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]
         tokens, rows = mixture.gated(expert, x, routes)
         mean = (routed.weight_n[tokens][:, None] * rows.square()).sum(0, dtype=torch.float64)
         energies[expert] += mean * mixture.weight(expert).double().square().sum(1)
-    team.add(every)
+    processes.all_reduce(every)
     orders = {expert: energy.argsort(stable=True) for expert, energy in energies.items()}
     counts = np.unique(np.linspace(0, inner, COUNTS + 1).round().astype(int)).tolist()
     # What has been lost so far, of every count.
@@ -171,5 +171,5 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]
             total += rows[:, gone] @ weight[gone]
             lost[place].index_add_(0, tokens, routed.unit(total, tokens))
     sums = [float((part.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for part in lost]
-    errors = [0.0, *(team.total(value) for value in sums)]
+    errors = [0.0, *(processes.total(value) for value in sums)]
     return tuple(np.interp(np.arange(inner), counts, errors).tolist()), orders

@@ -62,12 +62,12 @@ class SummedSample(Sample):
 
     def reduce(self, ridge: float, seed: int) -> bool:
         """Add up the sums of all processes at the module's owner, which measures."""
-        inner, team = self.module.units * self.module.size, self.stream.team
-        self.owner = team.owner(inner**3)
+        inner, processes = self.module.units * self.module.size, self.stream.processes
+        self.owner = processes.assign_owner(inner**3)
         for sums in (self._moments, self._scored, self._source):
             if sums is not None:
-                sums.reduce(team, self.owner)
-        if team.rank != self.owner:
+                sums.reduce(processes, self.owner)
+        if processes.rank != self.owner:
             return False
         stats = Statistics(
             module=self.module,

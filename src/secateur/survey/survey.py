@@ -11,10 +11,9 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
-from secateur.base.progress import Silent, Watcher
 from secateur.criteria.registry import Criteria
-from secateur.model.journal import Journal
 from secateur.model.kinds import KINDS
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Depth2
@@ -36,8 +35,7 @@ def survey(
     criterion: str | Criteria = "surgeon",
     ridge: float = 0.3,
     seed: int = 0,
-    watcher: Watcher | None = None,
-    journal: Journal | None = None,
+    checkpoint: PassCheckpoint | None = None,
 ) -> Survey:
     """Measure every module's error at every width.
 
@@ -46,20 +44,20 @@ def survey(
         probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
         criterion: the order in which units leave: criteria by name, or made ready.
         ridge: of the refit that the error assumes.
-        journal: behind whose last block to go on.
+        checkpoint: saves the survey behind each block, and resumes behind the last one that was saved.
     """
     blocks = blocks if blocks is not None else range(len(stream))
-    watcher, journal, criteria = watcher or Silent(), journal or Journal(), Criteria.of(criterion)
-    curves = [Curve.of(one) for one in journal.found.get("curves", [])]
+    checkpoint, criteria = checkpoint or PassCheckpoint(stream.services), Criteria.of(criterion)
+    curves: list[Curve] = []
+    curves += [Curve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
     fitted = Rows.of(rows)
     every = fitted if probe_rows is None else fitted.along(probe_rows)
     rows, probed = stream.own(every), len(fitted.groups)
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
-        probes = None if probe_rows is None else Probes(stream, every, probed, arena, journal.found.get("probes", []))
-        journal.restore([hidden, *(probes.hidden if probes else [])])
+        probes = None if probe_rows is None else Probes(stream, every, probed, arena, checkpoint)
         stop = blocks.stop if probes is None else len(stream)
-        for index in watcher.track(range(journal.done, stop), "Survey", journal.done):
+        for index in checkpoint.blocks(stop, "Survey", lambda: [hidden, *(probes.hidden if probes else [])]):
             with stream.filled(index) as layer:
                 if probes is not None:
                     probes.advance(index, layer)
@@ -85,13 +83,7 @@ def survey(
                     if probes is not None and before is not None:
                         for cut in cuts:
                             probes.begin(layer, before, collector.output(cut), cut)
-            journal.keep(
-                index + 1,
-                [hidden, *(probes.hidden if probes else [])],
-                curves=[asdict(curve) for curve in curves],
-                probes=[asdict(probe) for probe in probes.begun] if probes else [],
-            )
-        prices = () if probes is None else tuple(probes.finish(hidden.parts[probed][:], watcher))
+        prices = () if probes is None else tuple(probes.finish(hidden.parts[probed][:]))
     return Survey(criteria.choice.text, ridge, fitted.tokens, tuple(curves), prices)
 
 

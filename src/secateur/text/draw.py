@@ -1,6 +1,5 @@
 """The rows of a run: which come from where, and what each of them is for."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import free_bytes
-from secateur.base.progress import Watcher, reading
+from secateur.base.progress import reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.text.calibration import calibration_rows
@@ -110,8 +109,6 @@ def draw(
     *,
     begins_with_bos: bool,
     dry: bool = False,
-    watcher: Watcher,
-    once: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
 ) -> CalibrationRows:
     """Read, draw or write all rows of a run, their copies aside.
 
@@ -121,12 +118,12 @@ def draw(
         request: what is needed.
         begins_with_bos: whether the tokenizer puts BOS in front of a text.
         dry: only the number of rows matters: random ids stand for what the model would write.
-        once: keeps what the model writes, by a name, for a run that is gone on with.
 
     Raises:
         SecateurError: a source that cannot be read or is too short, or a model that cannot write.
     """
     held, apart = request.held_out, request.refit_samples or 0
+    processes, watcher = stream.processes, stream.services.watcher
     _check_room(request)
     together = apart if request.refit_source == request.source else 0
 
@@ -134,20 +131,21 @@ def draw(
         """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
         how: dict[str, Any] = {"samples": count, "length": request.length, "seed": request.seed}
         checkpoint, text = stream.checkpoint, RANDOM if source == SELF else source
-        told = stream.team.told
         if source == SELF and not dry:
             where: dict[str, Any] = {"device": stream.device, "watcher": watcher}
 
             def written() -> Any:
-                return told(lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
+                return processes.broadcast(lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
 
-            return torch.tensor(once(f"written-{option}", written))
+            return torch.tensor(stream.services.saved(f"written-{option}", written))
         if source == SELF:
             watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
         how |= {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}
         with reading(watcher, "Reading", source):
             return torch.tensor(
-                told(lambda: calibration_rows(tokenizer, text, **how, option=option, taken=taken).tolist())
+                processes.broadcast(
+                    lambda: calibration_rows(tokenizer, text, **how, option=option, taken=taken).tolist()
+                )
             )
 
     choose = request.samples + held

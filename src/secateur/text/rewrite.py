@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent, Watcher
-from secateur.model.journal import Journal
+from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
@@ -27,22 +26,21 @@ def rewritten(
     *,
     copies: int = 1,
     seed: int = 0,
-    watcher: Watcher | None = None,
-    journal: Journal | None = None,
+    checkpoint: PassCheckpoint | None = None,
 ) -> Tensor:
     """Rows that the dense model has partly written.
 
     Args:
         text: token ids (rows x length).
         copies: how often each row is rewritten, each time with draws of its own, which more copies do not change.
-        journal: behind whose last block to go on.
+        checkpoint: saves the stream behind each block, and resumes behind the last one that was saved.
 
     Returns:
         Token ids (copies x rows x length); first tokens stay.
     """
-    watcher, journal = watcher or Silent(), journal or Journal()
+    checkpoint = checkpoint or PassCheckpoint(stream.services)
     every = Rows.of(text)
-    rows, team = stream.own(every), stream.team
+    rows, processes = stream.own(every), stream.processes
     (mine,) = stream.spans(every)
     # Seeds have 32 bits; those of further copies lie far from the ones that people take.
     generators = [torch.Generator().manual_seed((seed + APART * copy) % 2**32) for copy in range(copies)]
@@ -50,13 +48,11 @@ def rewritten(
     result[:, : mine.start], result[:, mine.stop :] = 0, 0
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
-        journal.restore([hidden])
-        for index in watcher.track(range(journal.done, len(stream)), "Rewrite", journal.done):
+        for index in checkpoint.blocks(len(stream), "Rewrite", lambda: [hidden]):
             with stream.filled(index) as layer:
                 stream.advance(index, layer, rows, hidden)
-            journal.keep(index + 1, [hidden])
         with stream.head() as head:
-            for row in watcher.track(range(len(text)), "Draw"):
+            for row in stream.services.watcher.track(range(len(text)), "Draw"):
                 levels = [torch.rand(2, text.shape[1] - 1, generator=generator) for generator in generators]
                 if not mine.start <= row < mine.stop:
                     continue
@@ -73,5 +69,5 @@ def rewritten(
                         drawn = torch.searchsorted(shares, level[places, None].double() * shares[:, -1:], right=True)
                         chosen = anew[places]
                         copy[1 + places[chosen]] = drawn[chosen, 0]
-    team.add(result)
+    processes.all_reduce(result)
     return result

@@ -1,8 +1,8 @@
-"""Several processes that prune one model together.
+"""Processes that prune one model together.
 
-Each has a share of the rows, with all their activations. What is summed over rows is added up across processes; what is
-solved from sums one process solves, and hands out. All processes run the same program and come to the same calls in the
-same order. Only plain tensors cross, JSON among them as bytes. A process on its own has nothing to do here.
+Each has a share of the rows, with all their activations. Sums over rows are reduced across processes; a system is
+solved by its owner rank alone, which broadcasts the solution. All processes run the same program and make the same
+calls in the same order. Only plain tensors cross, JSON among them as bytes. Alone, a process has nothing to do here.
 """
 
 import atexit
@@ -20,20 +20,20 @@ from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.launched import launched
 
 PIECE = 2**24
-"""Entries that cross at a time: what carries them takes as much memory again."""
+"""Entries that cross at a time: the transport takes as much memory again."""
 MEETING = timedelta(minutes=5)
 """How long processes wait for each other to start."""
 PATIENCE = timedelta(days=7)
 """How long they wait for a solve; one that dies closes its connections, which ends the others at once."""
 
 
-class Team:
+class Processes:
     """The processes of one run; by default this one alone.
 
     Attributes:
-        rank: which of them this is; 0 reads, writes and speaks.
-        size: how many there are.
-        moved: bytes that this one has given or taken.
+        rank: number of this process; rank 0 reads, writes and speaks.
+        size: number of processes.
+        moved: bytes that this process has sent or received.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, here: int = 1):
@@ -42,11 +42,11 @@ class Team:
         self._loads = [0.0] * size
 
     @classmethod
-    def join(cls) -> "Team":
-        """Meet the other processes that a launcher has started.
+    def join(cls) -> "Processes":
+        """Connect to the other processes that a launcher has started.
 
         Raises:
-            SecateurError: its variables are wrong, or the others do not come.
+            SecateurError: the launcher's variables are wrong, or the other processes do not start.
         """
         place = launched()
         if place.size > 1 and not dist.is_initialized():
@@ -66,81 +66,85 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this process reads, writes and speaks for all."""
+        """Whether this is rank 0, which reads, writes and speaks for all."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there are no others."""
+        """Whether this process is the only one."""
         return self.size == 1
 
-    def owner(self, cost: float) -> int:
-        """Who solves what takes `cost` operations: whoever has had the least so far."""
+    def assign_owner(self, cost: float) -> int:
+        """Return the owner rank of a solve of `cost` operations: the rank that has had the fewest so far."""
         rank = min(range(self.size), key=self._loads.__getitem__)
         self._loads[rank] += cost
         return rank
 
-    def add(self, *tensors: Tensor) -> None:
-        """Put the sums over all processes in place."""
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """Replace tensors by their sums over all processes."""
         self._over(tensors, dist.all_reduce)
 
-    def add_at(self, owner: int, *tensors: Tensor) -> None:
-        """Put the sums over all processes in place at the owner; elsewhere, what is there is of no use after it."""
+    def reduce(self, owner: int, *tensors: Tensor) -> None:
+        """Replace tensors by their sums at the owner rank; at other ranks their values are undefined afterwards."""
         self._over(tensors, lambda piece: dist.reduce(piece, owner))
 
     def total(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """Return the sum of a number over all processes."""
         if self.alone:
             return value
         result = torch.tensor(value, dtype=torch.float64)
-        self.add(result)
+        self.all_reduce(result)
         return float(result)
 
-    def each(self, value: int) -> list[int]:
-        """A number of every process."""
+    def all_gather(self, value: int) -> list[int]:
+        """Return the number that each process gives, by rank."""
         result = torch.zeros(self.size, dtype=torch.int64)
         result[self.rank] = value
-        self.add(result)
+        self.all_reduce(result)
         return [int(one) for one in result]
 
-    def told(self, make: Callable[[], Any], by: int = 0) -> Any:
-        """What one process makes, at all of them; alone as it is, otherwise as JSON holds it."""
+    def broadcast(self, make: Callable[[], Any], owner: int = 0) -> Any:
+        """Return at all ranks the value that one rank makes; with several processes it crosses as JSON."""
         if self.alone:
             return make()
-        text = json.dumps(make()).encode() if self.rank == by else b""
+        text = json.dumps(make()).encode() if self.rank == owner else b""
         length = torch.tensor(len(text))
-        self._spread(length, by=by)
+        self._spread(length, owner=owner)
         content = torch.empty(int(length), dtype=torch.uint8)
-        if self.rank == by:
+        if self.rank == owner:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        self._spread(content, by=by)
+        self._spread(content, owner=owner)
         return json.loads(content.numpy().tobytes())
 
-    def shared(self, tensors: Mapping[str, Tensor] | None, by: int, device: torch.device) -> dict[str, Tensor]:
-        """One process's tensors at all of them; the others give None."""
+    def broadcast_tensors(
+        self, tensors: Mapping[str, Tensor] | None, owner: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return the owner rank's tensors at all ranks; other ranks pass None."""
         if self.alone:
             return dict(tensors or {})
         given = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
-        layout = self.told(
-            lambda: [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in given.items()], by
+        layout = self.broadcast(
+            lambda: [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in given.items()], owner
         )
-        if self.rank != by:
+        if self.rank != owner:
             given = {
                 name: torch.empty(shape, dtype=getattr(torch, kind), device=device) for name, kind, shape in layout
             }
-        self._spread(*given.values(), by=by)
+        self._spread(*given.values(), owner=owner)
         return given
 
-    def solved(self, owner: int, make: Callable[[], Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-        """What the owner makes of sums, at all processes; meanwhile its machine has nothing else to do."""
+    def compute_at(
+        self, owner: int, make: Callable[[], Mapping[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Compute tensors at the owner rank, with all threads of its machine, and broadcast them."""
         made = None
         if self.rank == owner:
             with self._all_threads():
                 made = make()
-        return self.shared(made, owner, device)
+        return self.broadcast_tensors(made, owner, device)
 
-    def passed(self, piece: Tensor, source: int, to: int) -> Tensor:
-        """A tensor of one process put in the place of another's; elsewhere nothing happens."""
+    def send(self, piece: Tensor, source: int, to: int) -> Tensor:
+        """Copy a tensor from one rank into that of another rank, in place; other ranks do nothing."""
         if source != to and self.rank in (source, to):
             self.moved += piece.nbytes
             with _talking():
@@ -150,33 +154,33 @@ class Team:
                     dist.recv(piece, source)
         return piece
 
-    def agree(self, values: Mapping[str, Any]) -> None:
-        """See that all processes have the same.
+    def check_equal(self, values: Mapping[str, Any]) -> None:
+        """Check that all processes have the same values.
 
         Raises:
-            SecateurError: they differ, with the name of what does.
+            SecateurError: a value differs from that of process 0; the error names it.
         """
         mine = json.loads(json.dumps(values))
-        for name, value in self.told(lambda: mine).items():
+        for name, value in self.broadcast(lambda: mine).items():
             if mine.get(name) != value:
                 raise SecateurError(
                     f"{name} is {mine.get(name)} here and {value} in process 0; give all the same options and files"
                 )
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """Let the first process be through with something, a download perhaps, before the others begin with it."""
+    def first_rank_first(self) -> Iterator[None]:
+        """Let rank 0 finish a step, for example a download, before the other ranks begin it."""
         if not self.leads:
             self.total(0.0)
         yield
         if self.leads:
             self.total(0.0)
 
-    def _spread(self, *tensors: Tensor, by: int) -> None:
-        self._over(tensors, lambda piece: dist.broadcast(piece, by))
+    def _spread(self, *tensors: Tensor, owner: int) -> None:
+        self._over(tensors, lambda piece: dist.broadcast(piece, owner))
 
     def _over(self, tensors: Iterable[Tensor], carry: Callable[[Tensor], Any]) -> None:
-        """Let contiguous parts of tensors be changed in place, one at a time."""
+        """Apply a collective operation to tensors in place, in contiguous parts, one at a time."""
         for tensor in () if self.alone else tensors:
             for part in _parts(tensor):
                 piece = part.contiguous()
@@ -188,7 +192,7 @@ class Team:
 
     @contextmanager
     def _all_threads(self) -> Iterator[None]:
-        """Let one process have the cores of those on its machine that wait for it."""
+        """Give this process the cores of the processes on its machine that wait for it."""
         before = torch.get_num_threads()
         if self._here > 1:
             torch.set_num_threads(before * self._here)
@@ -200,7 +204,7 @@ class Team:
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    """A tensor in parts of whole rows; none where it is empty."""
+    """Return a tensor in parts of whole rows; an empty tensor has none."""
     if not tensor.numel():
         return []
     return [tensor] if tensor.numel() <= PIECE else tensor.split(max(1, PIECE // tensor[0].numel()))
@@ -208,7 +212,7 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """Say in a line what a broken connection means."""
+    """Turn the error of a broken connection into a line for the user."""
     try:
         yield
     except RuntimeError as error:

@@ -1,0 +1,110 @@
+"""The checkpoint of a pass through the blocks: its state behind a block, in files, from which a stopped run resumes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from secateur.base.errors import StoppedError
+from secateur.base.files import is_disk_full, read_hashed, write_hashed
+from secateur.base.services import Services
+from secateur.model.activation_file import read_activations, write_activations
+from secateur.model.arena import Activations
+
+SPENT = 0.03
+"""Largest share of the time that goes into saving; where blocks take less, some of them are not saved."""
+STATE = "state.json"
+
+
+class PassCheckpoint:
+    """The last saved state of a pass through the blocks; without a run folder or a name, nothing is saved.
+
+    Attributes:
+        done: number of blocks that the pass has behind it.
+    """
+
+    def __init__(self, services: Services, name: str | None = None):
+        """Read the saved state, if there is one.
+
+        Args:
+            services: of this run; the run that saved the state may have had more or fewer processes.
+            name: of the checkpoint in the run folder.
+
+        Raises:
+            SecateurError: the state is damaged.
+        """
+        self.folder = services.run_folder.folder(name) if services.run_folder and name else None
+        self._services = services
+        self._savers: dict[str, Callable[[], Any]] = {}
+        self._since, self._cost = perf_counter(), 0.0
+        state = self._services.processes.broadcast(self._read)
+        self.done: int = state["done"]
+        self._values: dict[str, Any] = state["values"]
+        self._hash: str = state["activations"]
+
+    def value(self, name: str, save: Callable[[], Any], default: Any = None) -> Any:
+        """Return a value of the saved state, and from here on save with each state what `save` returns.
+
+        Args:
+            name: of the value.
+            save: returns the value as JSON holds it. Files that belong to the value are on disk once it returns.
+            default: the value where there is no saved state.
+        """
+        self._savers[name] = save
+        return self._values.get(name, default)
+
+    def blocks(self, stop: int, what: str, streams: Callable[[], Sequence[Activations]]) -> Iterator[int]:
+        """Yield the blocks that remain, up to `stop`, and save the state behind each once the next one is asked for.
+
+        Args:
+            stop: number of blocks of the whole pass.
+            what: name of the pass, for the progress bar.
+            streams: returns the activations that are filled from the saved state, and saved.
+
+        Raises:
+            SecateurError: the saved state is damaged.
+            StoppedError: the disk is full.
+        """
+        if self.done:
+            file = None if self.folder is None else _file(self.folder, self.done)
+            read_activations(file, streams(), self._services.processes, self._hash)
+        for index in self._services.watcher.track(range(self.done, stop), what, self.done):
+            yield index
+            self._save(index + 1, streams())
+
+    def _save(self, done: int, streams: Sequence[Activations]) -> None:
+        """Save the state behind so many blocks, unless that would take too much of the time."""
+        start, processes = perf_counter(), self._services.processes
+        if not processes.broadcast(lambda: self.folder is not None and start - self._since >= self._cost / SPENT):
+            return
+        if self.folder is None:
+            write_activations(None, streams, processes)
+            return
+        self._write(self.folder, done, streams)
+        self.done, self._since = done, perf_counter()
+        self._cost = self._since - start
+
+    def _write(self, folder: Path, done: int, streams: Sequence[Activations]) -> None:
+        """Write a state, which replaces the one before it once it is whole on disk."""
+        file = _file(folder, done)
+        try:
+            folder.mkdir(exist_ok=True)
+            values = {name: save() for name, save in self._savers.items()}
+            hashed = write_activations(file, streams, self._services.processes)
+            write_hashed(folder / STATE, {"done": done, "values": values, "activations": hashed})
+            _file(folder, self.done).unlink(missing_ok=True)
+        except (OSError, StoppedError) as error:
+            file.unlink(missing_ok=True)
+            if isinstance(error, StoppedError):
+                raise
+            why = "the disk is full; make room" if is_disk_full(error) else f"cannot be written ({error}); mend that"
+            raise StoppedError(f"{folder}: {why} and run again, it goes on where it was") from error
+
+    def _read(self) -> dict[str, Any]:
+        if self.folder is not None and (self.folder / STATE).exists():
+            return read_hashed(self.folder / STATE)
+        return {"done": 0, "values": {}, "activations": ""}
+
+
+def _file(folder: Path, done: int) -> Path:
+    return folder / f"behind-{done:05}.activations"
