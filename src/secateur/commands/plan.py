@@ -61,5 +61,5 @@ def _proposal(run: OpenRun, decided: Plan) -> Proposal:
         dense=tuple(block.width for block in run.stream.blocks),
         plan=decided,
         parameters=(counted.dense, counted.total(decided.widths)),
-        blocks=options.blocks,
+        blocks=run.options.blocks,
     )
