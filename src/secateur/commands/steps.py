@@ -22,7 +22,7 @@ from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
 from secateur.fit.temper import scaled
 from secateur.formats.format import PrunedModel
-from secateur.model.axes import AxisKind, Width, axis_kinds
+from secateur.model.axes import AxisKind, Width, axis_kinds, present
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.plan.meters import parameter_meter
@@ -260,9 +260,7 @@ def _described(run: OpenRun, decided: Plan) -> str:
         parts = [f"{width[name]:,} of {number:,} {axis_kinds()[name].label}" for name, number in full.items()]
         what = f"{', '.join(parts)} in every block"
     else:
-        what = " and ".join(
-            _kept(kind, kept, dense) for kind in axis_kinds().values() if any(kind.name in w for w in dense)
-        )
+        what = " and ".join(_kept(kind, kept, dense) for kind in present(dense))
     return f"Keeping {what}: {decided.sparsity:.1%} goes{price}"
 
 

@@ -7,12 +7,11 @@ keep), under the decorator that gives its name and says what it needs.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from secateur.base.entries import entries
 from secateur.criteria.choice import parse_choice
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import Depth2
@@ -67,8 +66,7 @@ def criterion(
 @cache
 def all_criteria() -> Mapping[str, Criterion]:
     """Every criterion by its name, out of the files of this folder."""
-    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
-        import_module(f"secateur.criteria.{file.stem}")
+    entries("secateur.criteria")
     return _CRITERIA
 
 

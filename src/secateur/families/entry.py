@@ -318,4 +318,4 @@ class Twin:
     inputs_first: bool = False
     """Its checkpoints may store matrices of experts with inputs first."""
     gguf: Gguf = field(default_factory=Gguf)
-    """As of a family."""
+    """How llama.cpp computes the decoder, as in `Family`."""

@@ -3,12 +3,9 @@
 A file declares `FAMILIES`, entries by model_type, and may declare `TWINS`, decoders inside multimodal models.
 """
 
-from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from secateur.base.entries import entries
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family, Gguf, Twin
 
@@ -23,18 +20,11 @@ MECHANISMS = {
 """Parts that blocks of an unknown family may have in addition to attention and feed-forward, by keys of configs."""
 
 
-def _lineages() -> Iterator[ModuleType]:
-    """Import every file of this folder that declares families."""
-    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
-        if file.stem not in ("entry", "registry"):
-            yield import_module(f"secateur.families.{file.stem}")
-
-
 FAMILIES: dict[str, Family] = {}
 """Entries by model_type."""
 TWINS: dict[str, Twin] = {}
 """Decoders inside multimodal models by model_type."""
-for lineage in _lineages():
+for lineage in entries("secateur.families", besides=("entry", "registry")):
     FAMILIES |= lineage.FAMILIES
     TWINS |= getattr(lineage, "TWINS", {})
 

@@ -8,7 +8,6 @@ module is the dense stream after the stage, minus the pruned stream without this
 Shapes: n tokens, d residual width.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,12 +25,9 @@ from secateur.model.arena import Activations
 from secateur.model.axes import Width
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
-from secateur.model.structure import Depth2
+from secateur.model.structure import Depth2, Kept
 from secateur.model.surgery import inner_by_expert
 from secateur.model.units.channels import CHANNELS
-
-Units = Mapping[str, tuple[int, ...]]
-"""Units of a stage by kind; channels of experts are named where some go."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class ModuleReport:
 
 
 def prune_stage(
-    state: BlockState, module: Depth2, pruned: Activations, width: Width, given: Units
+    state: BlockState, module: Depth2, pruned: Activations, width: Width, given: Kept
 ) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
     """Choose a stage's units unless they are given, refit its modules, and put its output in the pruned stream.
 
@@ -81,7 +77,7 @@ class SingleStage:
     def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
         self.module, self.regression = module, StreamedRegression(state, module, pruned)
 
-    def prune(self, width: Width, given: Units) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, given: Kept) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         module, regression = self.module, self.regression
         axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
@@ -102,7 +98,7 @@ class MixtureStage:
         self.mixture = Mixture(state.stream, state.layer, module)
         self.tokens = self._collect(pruned)
 
-    def prune(self, width: Width, given: Units) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, given: Kept) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         tokens, module = self.tokens, self.module
         keep = given["experts"] if "experts" in given else self._choose(width.experts)

@@ -28,7 +28,7 @@ from secateur.write.files import copy_into, write_json, write_record
 from secateur.write.shards import ShardWriter, header_room
 
 Biases = Mapping[int, tuple[bool, bool]]
-"""By block: whether the output projections of attention and feed-forward got a bias that the stock class lacks."""
+"""Whether the output projections of attention and feed-forward got a bias that the stock class lacks, by block."""
 
 
 class Folder(Format):

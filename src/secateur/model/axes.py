@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from pathlib import Path
+
+from secateur.base.entries import entries
 
 LEVELS = 256
 """Most numbers that an axis offers: finer steps gain nothing and make odd sizes."""
@@ -57,8 +57,7 @@ def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: 
 @cache
 def load_units() -> None:
     """Import every file of `secateur.model.units`, each of which makes its axes known."""
-    for file in sorted((Path(__file__).parent / "units").glob("[!_]*.py")):
-        import_module(f"secateur.model.units.{file.stem}")
+    entries("secateur.model.units")
 
 
 @cache
@@ -203,11 +202,6 @@ class Width(Mapping[str, int]):
             first.setdefault(axis_kinds()[axis].role, axis_kinds()[axis].unit)
         return tuple(first.values())
 
-    def fed_share(self, dense: "Width") -> float:
-        """Share of a dense feed-forward that stays."""
-        full = (dense.experts or 1) * dense.channels
-        return (self.experts or 1) * self.channels / full if full else 1.0
-
     def taking(self, kind: str, other: "Width") -> "Width":
         """Return this width with the numbers of another one along the axes of one module."""
         role = next(one.role for one in axis_kinds().values() if one.unit == kind)
@@ -223,11 +217,16 @@ class Width(Mapping[str, int]):
         return math.prod(self[axis] for axis in axes)
 
 
+def present(widths: Iterable[Width]) -> list[AxisKind]:
+    """Return the kinds of axes that at least one block has, in the order of `axis_kinds`."""
+    names = {name for width in widths for name in width}
+    return [kind for name, kind in axis_kinds().items() if name in names]
+
+
 def totals(widths: Iterable[Width]) -> dict[str, int]:
     """Return how many units lie along each axis in all blocks, by plural noun; axes that no block has are left out."""
     widths = list(widths)
-    found = [kind for kind in axis_kinds().values() if any(kind.name in width for width in widths)]
-    return {kind.total: sum(map(kind.count, widths)) for kind in found}
+    return {kind.total: sum(map(kind.count, widths)) for kind in present(widths)}
 
 
 def shares(width: Width, dense: Width) -> dict[str, float]:

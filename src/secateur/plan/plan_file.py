@@ -10,17 +10,15 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.axes import Width
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, Depth2, Kept
 from secateur.model.surgery import width_of
 from secateur.plan.widths import module_widths
 
-Units = dict[int, dict[str, tuple[int, ...]]]
-"""The units to keep, by block and module."""
 KEYS = frozenset({"block", "width", *KINDS, "modules"})
 """What a block's entry may hold; `modules` is what `prune` reports of it."""
 
 
-def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], Units]:
+def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], dict[int, Kept]]:
     """Widths, and exact units where the file has them: a secateur.json, or what `secateur plan` writes, edited or not.
 
     Args:
@@ -42,7 +40,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     if raw.get("fingerprint") not in (None, fingerprint):
         raise SecateurError(f"{path}: a plan for another model; remove its fingerprint to use it all the same")
     widths: dict[int, Width] = {}
-    units: Units = {}
+    units: dict[int, Kept] = {}
     for entry in entries:
         index = entry.get("block")
         if type(index) is not int or not 0 <= index < len(blocks):
@@ -58,12 +56,12 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             block = blocks[index]
             if wrong := [kind for kind in KINDS if kind in entry and not any(m.may_go([kind]) for m in block.modules)]:
                 raise SecateurError(f"{path}: block {index} has no {wrong[0]}; list its {' and '.join(block.kinds)}")
-            units[index] = {kind: _units(path, index, block, kind, entry.get(kind)) for kind in block.kinds}
+            kept = {kind: _units(path, index, block, kind, entry.get(kind)) for kind in block.kinds}
             for module in block.modules:
-                _check_groups(path, index, module, units[index][module.kind])
+                _check_groups(path, index, module, kept[module.kind])
             if "channels" in entry and block.feed_forward.kind == "experts":
-                units[index]["channels"] = _inner(path, index, block, units[index]["experts"], entry["channels"])
-            widths[index] = width_of(block, units[index])
+                kept["channels"] = _inner(path, index, block, kept["experts"], entry["channels"])
+            units[index], widths[index] = kept, width_of(block, kept)
             if "width" in entry and _numbers(path, index, blocks[index], entry["width"]) != widths[index]:
                 raise SecateurError(
                     f"{path}: block {index}: its width is not that of its heads and channels; remove the width, or "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.model.axes import Width, alike, axis_kinds
+from secateur.model.axes import Width, alike, present
 from secateur.plan.problem import Plan
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Shown:
         return plot_widths(self.dense, self.now())
 
     def _repr_html_(self) -> str:
-        axes = [kind for name, kind in axis_kinds().items() if any(name in width for width in self.dense)]
+        axes = present(self.dense)
         rows: list[tuple[str, ...]] = [("block", *(kind.total for kind in axes))]
         for index, (now, dense) in enumerate(zip(self.now(), self.dense, strict=True)):
             rows.append((str(index), *(f"{kind.count(now):,}/{kind.count(dense):,}" for kind in axes)))

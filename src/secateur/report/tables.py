@@ -19,11 +19,12 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     dense, now = summary.dense, summary.now()
+    units, left = totals(dense), totals(now)
     figures: list[tuple[str, tuple[int, int], Callable[[int], str]]] = [
         ("parameters", summary.parameters, counted),
         ("weights on disk", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
         ("cache per token", summary.cache_bytes, "{:,} B".format),
-        *((label, (before, totals(now)[label]), "{:,}".format) for label, before in totals(dense).items()),
+        *((label, (before, left[label]), "{:,}".format) for label, before in units.items()),
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}" if before else "")
@@ -111,14 +112,15 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
     """One row for each share that the page offers, and below them where everything is."""
     table = Table(title="What would go", title_justify="left")
     dense = found.dense
-    for name in ("goes", "parameters", *totals(dense), "nats per token"):
+    units = totals(dense)
+    for name in ("goes", "parameters", *units, "nats per token"):
         table.add_column(name, justify="right")
     for share, decided in found.plans.items():
         now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
         table.add_row(
             f"{decided.sparsity:.1%}",
             counted(found.parameters[share]),
-            *(f"{after:,}/{totals(dense)[label]:,}" for label, after in totals(now).items()),
+            *(f"{after:,}/{units[label]:,}" for label, after in totals(now).items()),
             f"{decided.price or 0.0:.3f}",
         )
     return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]
