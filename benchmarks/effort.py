@@ -68,9 +68,9 @@ def one(arguments: argparse.Namespace, effort: str, sparsity: float, seed: int) 
     """Seconds, times and perplexities of one run."""
     name = effort
     if effort not in EFFORTS:
-        fits, level1, *text = effort.split(",")
+        fits, steps, *text = effort.split(",")
         # Under a name that options take.
-        name, EFFORTS["normal"] = "normal", Effort(int(fits), int(level1), copies=not text)
+        name, EFFORTS["normal"] = "normal", Effort(int(fits), int(steps), copies=not text)
     how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "samples": arguments.samples, "effort": name}
     rates = [product_rate()]
     with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--ridge", type=float, default=0.3)
-    parser.add_argument("--level1", type=int, default=2, help="steps of the refit's level 1; 0: level 2 alone")
+    parser.add_argument("--input-steps", type=int, default=2, help="steps of the refit's level 1; 0: level 2 alone")
     given = parser.parse_args()
     checkpoint = open_checkpoint(given.model)
     stream, tokenizer = BlockStream(checkpoint), checkpoint.tokenizer()
@@ -55,8 +55,8 @@ def main() -> None:
         for share in given.shares:
             for name in given.methods:
                 order, fits = METHODS[name]
-                level1 = {"level1": given.level1} if fits else {}
-                recovery = recovery_of("refit" if fits else "none", ridge=given.ridge, **level1)
+                steps = {"input_steps": given.input_steps} if fits else {}
+                recovery = recovery_of("refit" if fits else "none", ridge=given.ridge, **steps)
                 lost = nats(stream, rows, texts, share, Method(f"experts={order}", recovery, seed))
                 found.setdefault((name, share), []).append(lost)
                 print(f"seed {seed}, {share:.0%}, {name}: " + ", ".join(f"{value:.4f}" for value in lost), flush=True)

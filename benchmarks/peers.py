@@ -27,7 +27,7 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Kept
+from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
 from secateur.model.tokens import begins_with_bos
 from secateur.model.units.channels import CHANNELS
@@ -87,9 +87,9 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
                     at = inner_entries(stats.module, kept[kind])
                     full = torch.zeros_like(stats.weight_ao)
                     full[at] = least_squares(stats.normal, at)[0]
-                    changed[stats.module.level2.name] = stored_weight(stats.module, full)
+                    changed[stats.module.output_projection.name] = stored_weight(stats.module, full)
                     # Inputs with zero weights are as good as gone.
-                    assign(layer, stats.module.level2.name, changed[stats.module.level2.name])
+                    assign(layer, stats.module.output_projection.name, changed[stats.module.output_projection.name])
                 _advance(stream, index, layer, rows, hidden)
                 _cut(stream, network, index, kept, changed, width)
     return _peer(stream, network, f"{_spelled(widths)}, ridge {OBC_RIDGE}")
@@ -187,10 +187,10 @@ def uniform_width(block: Block, sparsity: float) -> Width:
     if not attention.locked:
         widths += [(dense | {HEADS_PER_GROUP: heads}) for heads in range(1, dense.per_group)]
         widths += [(dense | {KV_GROUPS: groups}) for groups in range(1, dense.groups)]
-    held = block.parameters - block.kept_parameters(dense | {KV_GROUPS: 0, HEADS_PER_GROUP: 0})
+    held = block.parameters - block.parameters_at(dense | {KV_GROUPS: 0, HEADS_PER_GROUP: 0})
     return _with_channels(
         block,
-        min(widths, key=lambda w: abs(block.parameters - block.kept_parameters(w) - sparsity * held)),
+        min(widths, key=lambda w: abs(block.parameters - block.parameters_at(w) - sparsity * held)),
         sparsity,
     )
 
@@ -199,7 +199,7 @@ def _with_channels(block: Block, width: Width, sparsity: float) -> Width:
     """A width with as many channels as meet the share of the block best."""
     wanted = (1 - sparsity) * block.parameters
     counts = range(1, block.width.channels + 1)
-    best = min(counts, key=lambda c: abs(block.kept_parameters(width | {CHANNELS: c}) - wanted))
+    best = min(counts, key=lambda c: abs(block.parameters_at(width | {CHANNELS: c}) - wanted))
     return width | {CHANNELS: best}
 
 
@@ -225,7 +225,7 @@ def flap_widths(stream: BlockStream, rows: Rows, sparsity: float) -> dict[int, W
         one_less = _narrowed(block.width, axis, units - 1)
         owners.append((index, axis))
         scores.append(((metric - metric.mean()) / metric.std()).view(units, -1).mean(1))
-        sizes.append(torch.full((units,), block.parameters - block.kept_parameters(one_less)))
+        sizes.append(torch.full((units,), block.parameters - block.parameters_at(one_less)))
     order = torch.cat(scores).argsort(descending=True, stable=True)
     size = torch.cat(sizes)
     removed = int(size.sum()) - size[order].cumsum(0)
@@ -272,7 +272,7 @@ def _statistics(
         def see(x: Tensor, _: Tensor, weight: float = at.weight) -> None:
             moments.update(x.reshape(-1, entries), weight=weight)
 
-        stream.run(index, layer, hidden[at], at.group, watch={module.sink: see}, until=module.sink)
+        stream.run(index, layer, hidden[at], at.group, watch={module.output_layer: see}, until=module.output_layer)
     tensors = dict(layer.named_parameters())
     weight = inner_weight(module, tensors)
     return Statistics(module, tensors, weight, moments, None, OBC_RIDGE, own_target=True, seed=0)
@@ -281,7 +281,7 @@ def _statistics(
 def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], method: Method) -> Peer:
     """A criterion and a recovery of the library's own loop."""
     network = _load(stream)
-    removed = 1 - sum(b.kept_parameters(widths[i]) for i, b in enumerate(stream.blocks)) / _parameters(stream)
+    removed = 1 - sum(b.parameters_at(widths[i]) for i, b in enumerate(stream.blocks)) / _parameters(stream)
     plan = Plan(widths, removed, removed)
     for fitted in refit(stream, plan, rows, method=method, dtype=torch.float32):
         _cut(stream, network, fitted.index, fitted.keep, fitted.changed, widths[fitted.index])
@@ -327,7 +327,7 @@ def _load(stream: BlockStream) -> Any:
 
 
 def _cut(
-    stream: BlockStream, network: Any, index: int, keep: Kept, changed: Mapping[str, Tensor], width: Width
+    stream: BlockStream, network: Any, index: int, keep: KeptUnits, changed: Mapping[str, Tensor], width: Width
 ) -> None:
     """Cut one block of the network down."""
     layer, new = layers_of(stream, network)[index], {name: tensor.float() for name, tensor in changed.items()}

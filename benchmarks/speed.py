@@ -102,7 +102,9 @@ def step_bytes(stream: BlockStream, widths: list[Width], batch: int, bytes_of: f
 def weights(stream: BlockStream, widths: list[Width]) -> int:
     """Of all blocks."""
     return sum(
-        block.held(width, kind) for block, width in zip(stream.blocks, widths, strict=True) for kind in STATISTICAL
+        block.module_parameters(width, kind)
+        for block, width in zip(stream.blocks, widths, strict=True)
+        for kind in STATISTICAL
     )
 
 

@@ -23,7 +23,7 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.describe import describe
-from secateur.model.structure import Block, Depth2, Kept
+from secateur.model.structure import Block, PrunableModule, KeptUnits
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -403,7 +403,7 @@ def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **othe
     return {kind: tuple(units) for kind, units in named.items()}
 
 
-def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Kept:
+def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> KeptUnits:
     """Units that differ from block to block and are no run: two thirds of the channels or experts, some heads."""
     generator = torch.Generator().manual_seed(index)
     attention, fed = block.attention, block.feed_forward
@@ -422,16 +422,23 @@ def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Ke
     inner: list[int] = []
     if fed.kind == "experts" and "channels" in kinds:
         # Others of each expert, as many as kernels take.
-        picks = [torch.randperm(fed.inner, generator=generator)[: fed.inner * 2 // 24 * 8].sort().values for _ in kept]
-        inner = [
-            expert * fed.inner + int(channel) for expert, pick in zip(kept, picks, strict=True) for channel in pick
+        picks = [
+            torch.randperm(fed.units_inside, generator=generator)[: fed.units_inside * 2 // 24 * 8].sort().values
+            for _ in kept
         ]
-        every = torch.randperm(fed.times * fed.inner, generator=generator)[: fed.times * len(picks[0])]
-        inner += (fed.units * fed.inner + every.sort().values).tolist()
+        inner = [
+            expert * fed.units_inside + int(channel)
+            for expert, pick in zip(kept, picks, strict=True)
+            for channel in pick
+        ]
+        every = torch.randperm(fed.shared_multiple * fed.units_inside, generator=generator)[
+            : fed.shared_multiple * len(picks[0])
+        ]
+        inner += (fed.units * fed.units_inside + every.sort().values).tolist()
     return {"heads": tuple(sorted(heads)), fed.kind: tuple(kept)} | ({"channels": tuple(inner)} if inner else {})
 
 
-def narrowed(model: Any, keeps: dict[int, Kept], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
+def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
     """A copy of a dense model with some blocks cut down in memory."""
     small = copy.deepcopy(model)
     for index, keep in keeps.items():
@@ -448,15 +455,17 @@ def narrowed(model: Any, keeps: dict[int, Kept], changed: dict[int, dict[str, Te
 class _Idle:
     """Some channels of experts that give nothing: their weights of the last layer are zero."""
 
-    def __init__(self, layer: nn.Module, module: Depth2, keep: Kept):
+    def __init__(self, layer: nn.Module, module: PrunableModule, keep: KeptUnits):
         axis = next(
-            slab.axis for slab in module.slabs if slab.along == (EXPERT_CHANNELS,) and slab.name == module.level2.name
+            slab.axis
+            for slab in module.slabs
+            if slab.along == (EXPERT_CHANNELS,) and slab.name == module.output_projection.name
         )
-        every = torch.zeros((module.units + module.times) * module.inner)
+        every = torch.zeros((module.units + module.shared_multiple) * module.units_inside)
         every[list(keep["channels"])] = 1
-        own = module.units * module.inner
-        mask = every[:own].view(module.units, module.inner)
-        masks = {module.level2.name: mask[:, None, :] if axis == 2 else mask[:, :, None]}
+        own = module.units * module.units_inside
+        mask = every[:own].view(module.units, module.units_inside)
+        masks = {module.output_projection.name: mask[:, None, :] if axis == 2 else mask[:, :, None]}
         masks |= {slab.name: every[own:] for slab in module.shared[-1:]}
         self.weights = [layer.get_parameter(name) for name in masks]
         self.before = [weight.detach().clone() for weight in self.weights]
@@ -500,14 +509,14 @@ class _Unchosen:
 
 
 @contextmanager
-def masked(model: nn.Module, keeps: dict[int, Kept]) -> Iterator[None]:
+def masked(model: nn.Module, keeps: dict[int, KeptUnits]) -> Iterator[None]:
     """Silence removed units: their entries of the level-2 input become zero."""
     with silenced(layers_of(model), blocks_of(model), keeps):
         yield
 
 
 @contextmanager
-def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, Kept]) -> Iterator[None]:
+def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, KeptUnits]) -> Iterator[None]:
     """`masked`, for blocks wherever they are."""
     handles = []
     for index, keep in keeps.items():
@@ -515,7 +524,7 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
         for module in block.modules:
             if module.kind == "experts":
                 gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
-                home = layer if module.outer_norm else layer.get_submodule(module.sink)
+                home = layer if module.outer_norm else layer.get_submodule(module.output_layer)
                 handles.append(_Unchosen(home, module.units, gone))
                 if keep.get("channels"):
                     handles.append(_Idle(layer, module, keep))
@@ -526,7 +535,7 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
             def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
                 return (args[0] * mask,)
 
-            handles.append(layer.get_submodule(module.sink).register_forward_pre_hook(before))
+            handles.append(layer.get_submodule(module.output_layer).register_forward_pre_hook(before))
     try:
         yield
     finally:

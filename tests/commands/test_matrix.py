@@ -56,7 +56,7 @@ from secateur.model.facts import head_dim
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Depth2, Kept
+from secateur.model.structure import Block, PrunableModule, KeptUnits
 from secateur.model.surgery import assign, width_of
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
@@ -93,7 +93,7 @@ def free_block(name: str) -> int:
     return next((index for index, block in enumerate(blocks) if not block.attention.locked), 0)
 
 
-def attention_of(name: str) -> Depth2:
+def attention_of(name: str) -> PrunableModule:
     return blocks_of(dense(name))[free_block(name)].attention
 
 
@@ -108,18 +108,18 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(name, kinds, axis, id=f"{name}-{modules}-{axis}")
 
 
-def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, Kept]:
+def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, KeptUnits]:
     return {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(dense(name)))}
 
 
-def with_another_unit(block: Block, keep: Kept, kind: str, axis: str) -> Kept:
+def with_another_unit(block: Block, keep: KeptUnits, kind: str, axis: str) -> KeptUnits:
     """The same widths, but one removed unit stays and a kept one goes in its place."""
     if kind == "channels" and "experts" in keep:
         # Of the last expert, or the shared one.
         fed, kept = block.feed_forward, list(keep["channels"])
-        first, own = kept[-1] // fed.inner * fed.inner, fed.inner
-        if first >= fed.units * fed.inner:
-            first, own = fed.units * fed.inner, fed.times * fed.inner
+        first, own = kept[-1] // fed.units_inside * fed.units_inside, fed.units_inside
+        if first >= fed.units * fed.units_inside:
+            first, own = fed.units * fed.units_inside, fed.shared_multiple * fed.units_inside
         kept[-1] = next(unit for unit in range(first, first + own) if unit not in kept)
         return {**keep, "channels": tuple(sorted(kept))}
     module, kept = block.module(kind), list(keep[kind])
@@ -130,7 +130,7 @@ def with_another_unit(block: Block, keep: Kept, kind: str, axis: str) -> Kept:
         if kind == "experts":
             # The same places in another expert.
             moved = [
-                c + (gone[0] - same[-1]) * module.inner * (c // module.inner == same[-1])
+                c + (gone[0] - same[-1]) * module.units_inside * (c // module.units_inside == same[-1])
                 for c in keep.get("channels", ())
             ]
             keep = {**keep, "channels": tuple(sorted(moved))}
@@ -171,7 +171,7 @@ def test_masked_equals_sliced(name, kinds, axis):
     assert relative(logits_of(small, ids), expected) < TOLERANCE
     for block, layer, keep in zip(blocks_of(model), layers_of(small), keeps.values(), strict=True):
         kept = sum(value.numel() for value in layer.state_dict().values())
-        assert kept == block.kept_parameters(width_of(block, keep))
+        assert kept == block.parameters_at(width_of(block, keep))
         assert kept < block.parameters or (kinds == ("heads",) and block.attention.fixed)
 
 
@@ -207,7 +207,7 @@ def test_groups_leave_with_their_keys_and_values(name):
     block = blocks_of(dense(name))[index]
     keep = some_keep(block, 1, ("heads",), KV_GROUPS)
     layer = layers_of(narrowed(dense(name), {index: keep}))[index]
-    for slab in block.attention.level1:
+    for slab in block.attention.input_projections:
         rows = dict(layer.named_parameters())[slab.name].shape[slab.axis]
         before = block.shapes[slab.name][slab.axis]
         assert rows * block.attention.groups == before * (block.attention.groups - 1)
@@ -274,7 +274,7 @@ def heads_share(name: str) -> float:
     else:
         smaller = width | {HEADS_PER_GROUP: width.per_group - 1}
     blocks = blocks_of(dense(name))
-    gone = len(blocks) * (block.parameters - block.kept_parameters(smaller))
+    gone = len(blocks) * (block.parameters - block.parameters_at(smaller))
     return gone / sum(block.parameters for block in blocks)
 
 
@@ -459,7 +459,7 @@ def test_the_plan_counts_what_the_file_holds(pruned, job):
     whole = job.widths == "uniform" and job.name not in MIXTURES
     assert written.keys() == stored.keys() if whole else written.keys() <= stored.keys()
     assert {tensor.dtype for tensor in written.values()} == {job.dtype}
-    removed = sum(b.parameters - b.kept_parameters(recorded_plan(record).widths[i]) for i, b in enumerate(blocks))
+    removed = sum(b.parameters - b.parameters_at(recorded_plan(record).widths[i]) for i, b in enumerate(blocks))
     assert removed > 0
     entries = sum(tensor.numel() for tensor in written.values())
     assert entries == sum(tensor.numel() for tensor in stored.values()) - removed
@@ -530,7 +530,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     folder, name = checkpoint_folder("gemma2 every head"), "gemma2 every head"
     block = first_block(name)
     five = wide(5, 1, block.feed_forward.units)
-    sparsity = 1 - block.kept_parameters(five) / block.parameters
+    sparsity = 1 - block.parameters_at(five) / block.parameters
     found = prune(folder, tmp_path / "out", **settings(modules=("heads",), sparsity=sparsity))
     assert set(found.widths.values()) == {wide(4, 1, block.feed_forward.units)}
     assert "in place of" in (found.note or "")

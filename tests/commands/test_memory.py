@@ -34,7 +34,7 @@ def test_the_bound_moves_activations_to_files(
     prune(checkpoint_folder("llama"), tmp_path / "roomy", **ASKED)
     assert not made
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    least = 10**8 + resident_bytes(stream, level1=True)
+    least = 10**8 + resident_bytes(stream, input_steps=True)
     prune(checkpoint_folder("llama"), tmp_path / "narrow", **ASKED, memory=f"{least} B")
     assert len(made) > 20
     assert set(made) == {tmp_path / ".narrow.run"}
@@ -75,8 +75,8 @@ def test_a_machine_with_little_left(checkpoint_folder: CheckpointFolder, monkeyp
     least = 1000 + resident_bytes(stream)
     for module in (memory, amounts):
         monkeypatch.setattr(module, "free_bytes", lambda: least + 10)
-    assert memory.memory_bound(stream, None, level1=False, apart=False) == (least, 0)
+    assert memory.memory_bound(stream, None, input_steps=False, apart=False) == (least, 0)
     for module in (memory, amounts):
         monkeypatch.setattr(module, "free_bytes", lambda: least - 1)
     with pytest.raises(SecateurError, match="GB of memory are free, but the largest block"):
-        memory.memory_bound(stream, None, level1=False, apart=False)
+        memory.memory_bound(stream, None, input_steps=False, apart=False)

@@ -330,4 +330,4 @@ def test_a_config_may_name_no_groups() -> None:
     model = build("deepseek_v3 plain")
     model.config.n_group = model.config.topk_group = None
     mixture = blocks_of(model)[-1].feed_forward
-    assert (mixture.groups, mixture.least) == (1, model.config.num_experts_per_tok)
+    assert (mixture.groups, mixture.min_units) == (1, model.config.num_experts_per_tok)

@@ -71,13 +71,15 @@ class Stopping(Silent):
     """Stops a step before one of its items, as Ctrl-C would."""
 
     def __init__(self, what: str = "Prune", item: int = 2, times: int = 1):
-        self.what, self.item, self.times = what, item, times
+        self.what, self.item, self.shared_multiple = what, item, times
         self.notes: list[str] = []
         self.seen: dict[str, list[Any]] = {}
 
     def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
         for item in items:
-            if (what, item) == (self.what, self.item) and self.seen.get(what, []).count(item) == self.times - 1:
+            if (what, item) == (self.what, self.item) and self.seen.get(what, []).count(
+                item
+            ) == self.shared_multiple - 1:
                 raise KeyboardInterrupt
             self.seen.setdefault(what, []).append(item)
             yield item

@@ -68,9 +68,14 @@ def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, li
     """A survey of a model of `count` blocks with whole groups of one head, smooth curves, units leaving backwards."""
     block = blocks_of(build("llama every head"))[0]
     attention, feed_forward = (
-        replace(module, axes=(replace(module.axes[0], units=units), *module.axes[1:]), groups=groups, level2=level2)
+        replace(
+            module,
+            axes=(replace(module.axes[0], units=units), *module.axes[1:]),
+            groups=groups,
+            output_projection=output,
+        )
         for module, units, groups in ((block.attention, heads, heads), (block.feed_forward, channels, 1))
-        for level2 in [replace(module.level2, units=units)]
+        for level2 in [replace(module.output_projection, units=units)]
     )
     larger = replace(block, attention=attention, feed_forward=feed_forward)
     curves, probes = [], []

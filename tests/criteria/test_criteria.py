@@ -15,7 +15,7 @@ from secateur.criteria.choice import CRITERIA, IDENTITY
 from secateur.criteria.order import error_curve, removal_order, survivors
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_weight
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.elimination import eliminate
@@ -39,7 +39,7 @@ def statistics(name: str, kind: str, *, index: int = 1, seed: int = 0) -> tuple[
     model = build(name, attn_implementation="eager")
     layer, block = layers_of(model)[index], blocks_of(model)[index]
     module, ids = block.module(kind), token_rows(6)
-    x, inner = seen(model, layer, module.source, ids), seen(model, layer, module.sink, ids)
+    x, inner = seen(model, layer, module.input_layer, ids), seen(model, layer, module.output_layer, ids)
     tensors = dict(layer.named_parameters())
     moments, inputs = Moments(inner.shape[1]), Moments(x.shape[1])
     for part in range(0, len(x), 50):
@@ -50,7 +50,7 @@ def statistics(name: str, kind: str, *, index: int = 1, seed: int = 0) -> tuple[
     return stats, x, inner, model
 
 
-def ready(name: str, module: Depth2) -> Criterion:
+def ready(name: str, module: PrunableModule) -> Criterion:
     """A criterion of one module, made ready; scores from gradients, which test_gradients.py has, are made up."""
     given = torch.rand(module.units, generator=torch.Generator().manual_seed(1)).double()
     return Criteria(name, {(1, module.kind): given}).module(1, module.kind)
@@ -161,7 +161,7 @@ def test_second_moment_equals_monte_carlo(gated):
     """Forty thousand draws against the covariance they come from."""
     stats, second, mean = normal_statistics(gated)
     wanted = torch.ones(stats.module.units)
-    for slab in stats.module.scored:
+    for slab in stats.module.channel_projections:
         rows = stats.tensors[slab.name].movedim(slab.axis, 0)
         bias = stats.tensors[slab.name.replace("weight", "bias")]
         square = ((rows @ second) * rows).sum(1) + 2 * bias * (rows @ mean) + bias.square()
@@ -285,7 +285,7 @@ def ordered(scores: list[float]) -> Callable[..., list[int]]:
     return order
 
 
-def llama(kind: str) -> tuple[Statistics, Depth2]:
+def llama(kind: str) -> tuple[Statistics, PrunableModule]:
     stats = statistics("llama", kind)[0]
     return stats, stats.module
 

@@ -109,7 +109,7 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
         changed: dict[int, dict[str, Tensor]] = {b.index: b.changed for b in found[: block.index]}
         for module in (described.attention, described.feed_forward):
             whole = narrowed(dense, keeps, changed)
-            wanted, got = (mean_output(m, block.index, module.sink, ids) for m in (whole, pruned))
+            wanted, got = (mean_output(m, block.index, module.output_layer, ids) for m in (whole, pruned))
             assert relative(got, wanted) < 2e-5
             bias = module.bias_name
             keeps[block.index] = selected(block.keep["heads"], tuple(range(described.feed_forward.units)))
@@ -122,11 +122,11 @@ def test_the_bias_is_the_removed_part_of_the_mean(checkpoint_folder, name):
     model = build(name)
     module, layer = blocks_of(model)[0].attention, layers_of(model)[0]
     inputs: list[Tensor] = []
-    layer.get_submodule(module.sink).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    layer.get_submodule(module.output_layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     logits_of(model, IDS)
     mean = inputs[0].reshape(-1, inputs[0].shape[-1]).double().mean(0)
     stored = dict(layer.named_parameters())
-    weight = stored[module.level2.name].movedim(module.level2.axis, 0).double()
+    weight = stored[module.output_projection.name].movedim(module.output_projection.axis, 0).double()
     wanted = torch.zeros(48, dtype=torch.float64) if module.bias is None else stored[module.bias].double()
     for head in set(range(module.units)) - set(found.keep["heads"]):
         for entry in range(head * module.size, (head + 1) * module.size):
@@ -140,7 +140,7 @@ def test_the_bias_leaves_the_weights(checkpoint_folder, name):
     model = build(name)
     for block in found:
         described, stored = blocks_of(model)[block.index], dict(layers_of(model)[block.index].named_parameters())
-        names = {module.level2.name for module in (described.attention, described.feed_forward)}
+        names = {module.output_projection.name for module in (described.attention, described.feed_forward)}
         biases = {module.bias_name for module in (described.attention, described.feed_forward)}
         assert block.changed.keys() == names | biases
         assert all(torch.equal(block.changed[n], stored[n]) for n in names)
@@ -201,7 +201,7 @@ def test_flap_may_empty_a_module(checkpoint_folder, peers, monkeypatch):
     assert relative(first.o_proj.bias, outputs[0].mean((0, 1))) < 1e-5
     assert logits_of(peer.network, rows.groups[0]).isfinite().all()
     biases = 48 * 6
-    assert peer.kept_parameters == biases + sum(b.kept_parameters(widths[i]) for i, b in enumerate(stream.blocks))
+    assert peer.kept_parameters == biases + sum(b.parameters_at(widths[i]) for i, b in enumerate(stream.blocks))
 
 
 @pytest.mark.parametrize("name", ["depth", "depth-greedy"])
@@ -273,7 +273,7 @@ def test_flap_widths_by_hand(checkpoint_folder, peers):
 def test_flap_widths_can_be_held(checkpoint_folder, peers, name):
     stream, rows = opened(checkpoint_folder(name))
     widths = peers.flap_widths(stream, rows, 0.3)
-    kept = sum(block.kept_parameters(widths[index]) for index, block in enumerate(stream.blocks))
+    kept = sum(block.parameters_at(widths[index]) for index, block in enumerate(stream.blocks))
     assert kept / dense_parameters(stream) == pytest.approx(0.7, abs=0.03)
     dense = stream.blocks[0].width
     for width in widths.values():
@@ -284,7 +284,7 @@ def test_uniform_widths_cut_both_modules_alike(peers):
     block = blocks_of(build("llama one group"))[0]
     width = peers.uniform_width(block, 0.4)
     assert (width.groups, width.per_group) == (1, 3)
-    assert block.kept_parameters(width) / block.parameters == pytest.approx(0.6, abs=0.005)
+    assert block.parameters_at(width) / block.parameters == pytest.approx(0.6, abs=0.005)
     assert width.channels / 72 == pytest.approx(0.6, abs=0.1)
 
 

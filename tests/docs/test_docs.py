@@ -176,7 +176,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
             for name, parameter in taken.parameters.items()
         ]
         monkeypatch.setattr(one.callback, "__signature__", taken.replace(parameters=parameters))
-    monkeypatch.setitem(EFFORTS, "normal", Effort(fits=1, level1=1))
+    monkeypatch.setitem(EFFORTS, "normal", Effort(fits=1, input_steps=1))
     folder = tmp_path_factory.mktemp("recipes")
     for file in recipe.FOLDER.glob("*.yaml"):
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -126,10 +126,10 @@ def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -
         assert all(report.error >= 0 for report in block.reports)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     module = blocks_of(model)[0].attention
-    x, z = seen(model, 0, module.sink, ids)
+    x, z = seen(model, 0, module.output_layer, ids)
     kept = inner_entries(module, found[0].keep["heads"])
-    old = matrix(layers_of(model)[0], module.sink)
-    weight = found[0].changed.get(module.level2.name)
+    old = matrix(layers_of(model)[0], module.output_layer)
+    weight = found[0].changed.get(module.output_projection.name)
     weight = old[kept] if weight is None else weight.double().T[kept]
     # By what they give: of inputs that are alike, weights may be shared out otherwise.
     given, wanted = x[:, kept] @ weight, x[:, kept] @ best(x[:, kept], z, old[kept])

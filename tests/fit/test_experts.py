@@ -133,8 +133,8 @@ def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:
 def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, module = routed_of(mixture), mixture.module
-        found = expert_order("reroute", routed, module.least)
-        assert len(found.order) == module.units - module.least == len(found.errors) - 1
+        found = expert_order("reroute", routed, module.min_units)
+        assert len(found.order) == module.units - module.min_units == len(found.errors) - 1
         gone: list[int] = []
         for place, expert in enumerate(found.order):
             others = [unit for unit in range(module.units) if unit not in gone]
@@ -152,9 +152,9 @@ def test_several_leave_at_a_time(
     """Half of all, as many of each group; between such steps errors are interpolated."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, groups = routed_of(mixture), mixture.module.groups
-        found = expert_order("frequency", routed, mixture.module.least)
+        found = expert_order("frequency", routed, mixture.module.min_units)
         monkeypatch.setattr(experts, "STEP", 2)
-        quick = expert_order("frequency", routed, mixture.module.least)
+        quick = expert_order("frequency", routed, mixture.module.min_units)
         assert quick.order == found.order
         assert quick.errors[0] == found.errors[0]
         assert quick.errors[-1] == pytest.approx(found.errors[-1])
@@ -193,7 +193,7 @@ def test_outputs_on_other_routes(checkpoint_folder: CheckpointFolder, name: str)
 def test_groups_stay_equally_long(checkpoint_folder: CheckpointFolder, order: str) -> None:
     with mixture_of(checkpoint_folder, "glm4_moe groups") as (mixture, _):
         module, routed = mixture.module, routed_of(mixture)
-        found = expert_order(order, routed, module.least)
+        found = expert_order(order, routed, module.min_units)
         for count in range(0, len(found.order), module.groups):
             step = found.order[count : count + module.groups]
             assert sorted(expert // module.per_group for expert in step) == list(range(module.groups))
@@ -252,7 +252,7 @@ def first_to_leave(hessian: Tensor, right: Tensor, count: int) -> list[int]:
 def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channels: int) -> None:
     """Experts one after the other, each by float64 for what the output lacks, by the channels that stay."""
     name, ridge = "qwen2_moe", 0.3
-    block = fitted(checkpoint_folder(name), 5, channels, ridge=ridge, level1=0)
+    block = fitted(checkpoint_folder(name), 5, channels, ridge=ridge, input_steps=0)
     stay = channels_of(block, 20) if channels < 20 else {}
     assert ("channels" in block.keep) == (channels < 20)
     model, ids = build(name), token_rows(24, 16, seed=5)
@@ -313,9 +313,9 @@ def test_channels_of_the_shared_expert_go_along(checkpoint_folder: CheckpointFol
         model(ids)
         rows = mixture.inner(module.units, seen[0].flatten(0, 1)).double()
         old = mixture.weight(module.units).double()
-    stay = 8 * module.times
-    assert len(old) == module.times * module.inner
-    kept = [unit - module.units * module.inner for unit in block.keep["channels"][-stay:]]
+    stay = 8 * module.shared_multiple
+    assert len(old) == module.shared_multiple * module.units_inside
+    kept = [unit - module.units * module.units_inside for unit in block.keep["channels"][-stay:]]
     hessian = rows.T @ rows
     penalty = ridge * (1 + len(old) / len(rows)) * hessian.diagonal().diag()
     right = (hessian + penalty) @ old
@@ -333,7 +333,7 @@ def test_slopes_are_what_a_small_change_gives(checkpoint_folder: CheckpointFolde
         own, tensors = mixture.feed_forward(expert), mixture.tensors(expert)
         source, before = mixture.read(expert, x), mixture.inner(expert, x)
         expected = torch.zeros_like(before)
-        for slab, slope in zip(own.scored, mixture.slopes(expert, x), strict=True):
+        for slab, slope in zip(own.channel_projections, mixture.slopes(expert, x), strict=True):
             value = tensors[slab.name]
             change = 1e-3 * value.std() * torch.randn(value.shape, generator=dice)
             expected += slope * (source @ change.T)
@@ -346,13 +346,13 @@ def test_slopes_are_what_a_small_change_gives(checkpoint_folder: CheckpointFolde
 def test_level1_of_experts_is_fitted_along(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """What is reported is what the block with the new weights loses, and that is less."""
     folder, experts = checkpoint_folder(name), blocks_of(build(name))[2].feed_forward.units - 2
-    plain, block = (fitted(folder, experts, level1=steps) for steps in (0, 2))
+    plain, block = (fitted(folder, experts, input_steps=steps) for steps in (0, 2))
     assert block.keep == plain.keep
     assert block.reports[1].error < 0.95 * plain.reports[1].error
     assert {key.rpartition(".")[2] for key in set(block.changed) - set(plain.changed)} == {"gate_up_proj"}
     model, seen = build(name), list[Tensor]()
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
-        layers_of(model)[2].get_submodule(mixture.module.sink).register_forward_hook(
+        layers_of(model)[2].get_submodule(mixture.module.output_layer).register_forward_hook(
             lambda _, args, __: seen.append(args[0].flatten(0, -2))
         )
         model(token_rows(24, 16, seed=5))
@@ -367,7 +367,7 @@ def test_level1_of_experts_is_fitted_along(checkpoint_folder: CheckpointFolder, 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
     block = blocks_of(build(name))[2].feed_forward
-    stay = max(block.least, block.units * 3 // 4 // block.groups * block.groups)
+    stay = max(block.min_units, block.units * 3 // 4 // block.groups * block.groups)
     errors = [fitted(checkpoint_folder(name), stay, method=method).reports[1].error for method in ("none", "refit")]
     assert errors[1] < 0.9 * errors[0]
 
@@ -383,7 +383,7 @@ def test_channels_of_experts_go_and_the_refit_gains(checkpoint_folder: Checkpoin
     plain, block = (fitted(checkpoint_folder(name), method=method, **how) for method in ("none", "refit"))
     assert block.reports[1].error < 0.95 * plain.reports[1].error
     for one in (plain, block):
-        assert {len(units) for units in channels_of(one, module.inner).values()} == {8}
+        assert {len(units) for units in channels_of(one, module.units_inside).values()} == {8}
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "flap-wifv", "second-moment", "l2", "random", "llm-pruner-vector"])
@@ -404,7 +404,7 @@ def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: Check
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
 def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
-        routed, inner = routed_of(mixture), mixture.module.inner
+        routed, inner = routed_of(mixture), mixture.module.units_inside
         errors, orders = channel_errors(routed)
         assert len(errors) == inner
         assert errors[0] == 0
@@ -412,11 +412,11 @@ def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: Check
         routes, down = mixture.route(routed.x_nd, every), mixture.experts.down_proj
         before, gone = down.detach().clone(), round(inner / 2)
         beside = set(orders) - set(every.tolist())
-        assert beside == ({mixture.module.units} if mixture.module.times else set())
+        assert beside == ({mixture.module.units} if mixture.module.shared_multiple else set())
         for shared in beside:
             _, rows = mixture.gated(shared, routed.x_nd, routes)
             energy = (routed.weight_n[:, None] * rows.square()).sum(0) * mixture.weight(shared).square().sum(1)
-            mixture.shared.down_proj.weight.data[:, energy.argsort()[: gone * mixture.module.times]] = 0
+            mixture.shared.down_proj.weight.data[:, energy.argsort()[: gone * mixture.module.shared_multiple]] = 0
         for expert in every.tolist():
             tokens, gates = routes.of(expert)
             rows = mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
@@ -491,6 +491,6 @@ def test_an_expert_that_few_tokens_meet_keeps_its_weights(checkpoint_folder: Che
     (block,) = refit(stream, Plan({2: narrow}, 0, 0), token_rows(1, 7, seed=5))
     changed = block.changed["mlp.experts.down_proj"]
     with mixture_of(lambda _: checkpoint_folder(name), name) as (mixture, _):
-        for expert, units in channels_of(block, mixture.module.inner).items():
+        for expert, units in channels_of(block, mixture.module.units_inside).items():
             assert len(units) == 8
             assert torch.equal(changed[expert][:, units], mixture.experts.down_proj[expert][:, units])

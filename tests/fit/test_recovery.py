@@ -27,7 +27,7 @@ from secateur.model.describe import describe
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign, inner_entries
 from secateur.plan.problem import Plan
 
@@ -116,25 +116,27 @@ def put(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> Non
         assign(layer, f"{path}.bias", bias)
 
 
-def fit_level1(module: Depth2, dense: Any, pruned: Any, index: int, ridge: float) -> None:
+def fit_level1(module: PrunableModule, dense: Any, pruned: Any, index: int, ridge: float) -> None:
     layer, original = layers_of(pruned)[index], layers_of(dense)[index]
-    x, goal = seen(pruned, index, module.source)[0], seen(dense, index, module.source)[0]
-    for path in dict.fromkeys(slab.name.rpartition(".")[0] for slab in module.level1):
+    x, goal = seen(pruned, index, module.input_layer)[0], seen(dense, index, module.input_layer)[0]
+    for path in dict.fromkeys(slab.name.rpartition(".")[0] for slab in module.input_projections):
         old, bias = matrix(original, path), original.get_submodule(path).bias
         target = goal @ old + (0 if bias is None else bias)
         weight, shift = least_squares(x, target, old, ridge, intercept=bias is not None)
         put(layer, path, weight, None if bias is None else shift)
 
 
-def fit_level2(module: Depth2, dense: Any, pruned: Any, index: int, entries: Tensor, ridge: float) -> None:
+def fit_output_projection(
+    module: PrunableModule, dense: Any, pruned: Any, index: int, entries: Tensor, ridge: float
+) -> None:
     """The kept entries; what goes becomes zero, so that the whole model computes as the narrow one would."""
     layer = layers_of(pruned)[index]
-    x, goal = seen(pruned, index, module.sink)[0], seen(dense, index, module.sink)[1]
-    old = matrix(layers_of(dense)[index], module.sink)
+    x, goal = seen(pruned, index, module.output_layer)[0], seen(dense, index, module.output_layer)[1]
+    old = matrix(layers_of(dense)[index], module.output_layer)
     weight, shift = least_squares(x[:, entries], goal, old[entries], ridge, intercept=module.bias is not None)
     full = torch.zeros_like(old)
     full[entries] = weight
-    put(layer, module.sink, full, shift if module.bias else None)
+    put(layer, module.output_layer, full, shift if module.bias else None)
 
 
 def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) -> list[dict[str, Tensor]]:
@@ -150,12 +152,12 @@ def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) 
             fit_level1(module, dense, pruned, index, ridge)
             if when == "before":
                 # All units are refitted, and those that go are then left out.
-                fit_level2(module, dense, pruned, index, everything, ridge)
-                full = torch.zeros_like(matrix(layer, module.sink))
-                full[kept] = matrix(layer, module.sink)[kept]
-                put(layer, module.sink, full, None)
+                fit_output_projection(module, dense, pruned, index, everything, ridge)
+                full = torch.zeros_like(matrix(layer, module.output_layer))
+                full[kept] = matrix(layer, module.output_layer)[kept]
+                put(layer, module.output_layer, full, None)
             else:
-                fit_level2(module, dense, pruned, index, kept, ridge)
+                fit_output_projection(module, dense, pruned, index, kept, ridge)
     return [{name: value.clone() for name, value in layer.named_parameters()} for layer in layers_of(pruned)]
 
 
@@ -170,11 +172,13 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
         names: set[str] = set()
         for kind in STATISTICAL:
             module = blocks[block.index].module(kind)
-            names |= {slab.name for slab in (*module.level1, module.level2)} | ({module.bias} - {None})
-            for slab in module.level1:
+            names |= {slab.name for slab in (*module.input_projections, module.output_projection)} | (
+                {module.bias} - {None}
+            )
+            for slab in module.input_projections:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
             kept = inner_entries(module, block.keep[kind])
-            axis, level2 = module.level2.axis, module.level2.name
+            axis, level2 = module.output_projection.axis, module.output_projection.name
             fitted = block.changed[level2].index_select(axis, kept)
             assert relative(fitted, reference[level2].float().index_select(axis, kept)) < 2e-4, level2
             if module.bias:
@@ -188,8 +192,8 @@ def test_what_reads_a_latent_vector_stays(checkpoint_folder):
     plan = Plan({1: stream.blocks[1].width | {"kv_groups": 2}}, 0.3, 0.3)
     (found,) = refit(stream, plan, IDS, method=Method("surgeon", recovery_of(method="paper", ridge=RIDGE)))
     attention = stream.blocks[1].attention
-    assert attention.level2.name in found.changed
-    assert not found.changed.keys() & {slab.name for slab in attention.level1}
+    assert attention.output_projection.name in found.changed
+    assert not found.changed.keys() & {slab.name for slab in attention.input_projections}
 
 
 @pytest.mark.parametrize("when", ["after", "before"])
@@ -201,10 +205,10 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
     for block, reference in zip(found, wanted, strict=True):
         for kind in STATISTICAL:
             module = blocks_of(model)[block.index].module(kind)
-            for slab in module.level1:
+            for slab in module.input_projections:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
             kept = inner_entries(module, block.keep[kind])
-            axis, level2 = module.level2.axis, module.level2.name
+            axis, level2 = module.output_projection.axis, module.output_projection.name
             fitted = block.changed[level2].index_select(axis, kept)
             assert relative(fitted, reference[level2].float().index_select(axis, kept)) < 2e-4, level2
 
@@ -224,7 +228,7 @@ def test_a_fit_brings_its_error_along(checkpoint_folder, monkeypatch, method, wh
 @pytest.mark.parametrize("name", ["llama biased", "gpt2"])
 def test_the_three_times_differ(checkpoint_folder, name):
     """Otherwise the test above could not tell them apart."""
-    level2 = blocks_of(build(name))[1].feed_forward.level2.name
+    level2 = blocks_of(build(name))[1].feed_forward.output_projection.name
     found = {
         when: run(checkpoint_folder(name), name, method="paper", when=when, criterion="l2")[1]
         for when in ("after", "before", "both")
@@ -261,7 +265,7 @@ def test_before_changes_what_the_criterion_sees(checkpoint_folder, monkeypatch, 
     original = fit_module.removal_order
 
     def spy(criterion: Criterion, stats: Any, *rest: Any) -> Tensor:
-        seen_.append((stats.module.kind, stats.tensors[stats.module.level2.name], dict(stats.tensors)))
+        seen_.append((stats.module.kind, stats.tensors[stats.module.output_projection.name], dict(stats.tensors)))
         return original(criterion, stats, *rest)
 
     monkeypatch.setattr(fit_module, "removal_order", spy)
@@ -271,8 +275,8 @@ def test_before_changes_what_the_criterion_sees(checkpoint_folder, monkeypatch, 
     for number, (kind, level2, tensors) in enumerate(seen_[2:], start=2):
         module = blocks[number // 2].module(kind)
         stored = dict(layers_of(model)[number // 2].named_parameters())
-        assert torch.equal(level2, stored[module.level2.name]) == (method == "refit" or when == "after")
-        first = module.level1[0].name
+        assert torch.equal(level2, stored[module.output_projection.name]) == (method == "refit" or when == "after")
+        first = module.input_projections[0].name
         assert torch.equal(tensors[first], stored[first]) == (method == "refit" or when == "after")
 
 
@@ -308,7 +312,7 @@ def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, nam
     module, first = described.feed_forward, described.attention
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
     error = seen(dense, 0, first.post_norm)[1] - seen(pruned, 0, first.post_norm)[1]
-    z, (after, own) = seen(dense, 0, module.sink)[1], seen(dense, 0, module.post_norm)
+    z, (after, own) = seen(dense, 0, module.output_layer)[1], seen(dense, 0, module.post_norm)
     assert torch.equal(z, after)
     able, missing = 0.1 * own.square().sum(0), error.square().sum(0)
     share = able / (able + missing)
@@ -316,14 +320,14 @@ def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, nam
     gain, read = layer.get_submodule(module.post_norm)(torch.ones_like(z[:1])), reading(dense, 0, "channels")
     divided = 1 / (z.square().mean(1, keepdim=True) + 1e-6).sqrt()
     kept = torch.tensor(found[0].keep["channels"])
-    x, old = seen(pruned, 0, module.sink)[0] * divided, matrix(layer, module.sink)[kept]
+    x, old = seen(pruned, 0, module.output_layer)[0] * divided, matrix(layer, module.output_layer)[kept]
     for repaired in (True, False):
         target = (own + share * error * repaired) * read
         best, _ = least_squares(x, target, old * gain * read, intercept=False)
-        off = relative(found[0].changed[module.level2.name].double().T[kept] * gain * read, best)
+        off = relative(found[0].changed[module.output_projection.name].double().T[kept] * gain * read, best)
         assert off < 1e-4 if repaired else off > 1e-3
     report, wanted = found[0].reports[1], (own + share * error) * read
-    fitted = x @ (found[0].changed[module.level2.name].double().T[kept] * gain * read)
+    fitted = x @ (found[0].changed[module.output_projection.name].double().T[kept] * gain * read)
     assert report.error == pytest.approx(float((fitted - wanted).square().sum(1).mean()), rel=1e-4)
     stream = seen(dense, 0, "")[1] * read
     assert report.relative == pytest.approx(report.error / float(stream.square().sum(1).mean()), rel=1e-4)
@@ -346,7 +350,7 @@ def test_outputs_that_a_norm_mutes_keep_their_weights(checkpoint_folder):
         layer.get_submodule(module.post_norm).weight[:3] = -1
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
     norm = PostNorm(stream, 1, layer, module)
-    z = seen(model, 1, module.sink)[1]
+    z = seen(model, 1, module.output_layer)[1]
     assert torch.equal(norm.after(z)[:, :3], torch.zeros(len(z), 3))
     assert relative(norm.unscale(norm.own(z)), z * norm.inverse_rms(z)) < 1e-6
     assert norm.own(z)[:, :3].abs().min() > 0
@@ -392,12 +396,12 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
     found = run(checkpoint_folder("llama"), "llama")
     model = build("llama").double()
     module = blocks_of(model)[0].attention
-    x, z = seen(model, 0, module.sink)
+    x, z = seen(model, 0, module.output_layer)
     kept = inner_entries(module, found[0].keep["heads"])
-    weight = found[0].changed[module.level2.name].double().T
+    weight = found[0].changed[module.output_projection.name].double().T
     error = float((x[:, kept] @ weight[kept] - z).square().sum() / len(x))
     assert found[0].reports[0].error == pytest.approx(error, rel=1e-4)
-    best, _ = least_squares(x[:, kept], z, matrix(layers_of(model)[0], module.sink)[kept], intercept=False)
+    best, _ = least_squares(x[:, kept], z, matrix(layers_of(model)[0], module.output_layer)[kept], intercept=False)
     assert relative(weight[kept], best) < 1e-4
 
 
@@ -428,11 +432,11 @@ def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
     inherited = missing.square().sum(1)
     root = (1 / (1 + inherited / (2.0 * inherited.median()))).sqrt()[:, None]
     # The narrow model's level-2 input holds the kept channels only.
-    x, target = seen(pruned, 0, module.sink)[0], seen(dense, 0, module.sink)[1] + missing
+    x, target = seen(pruned, 0, module.output_layer)[0], seen(dense, 0, module.output_layer)[1] + missing
     kept = torch.tensor(found[0].keep["channels"])
-    old = matrix(layers_of(dense)[0], module.sink)[kept]
+    old = matrix(layers_of(dense)[0], module.output_layer)[kept]
     best, _ = least_squares(x * root, target * root, old, intercept=False)
-    assert relative(found[0].changed[module.level2.name].double().T[kept], best) < 1e-4
+    assert relative(found[0].changed[module.output_projection.name].double().T[kept], best) < 1e-4
     plain, _ = least_squares(x, target, old, intercept=False)
     assert relative(plain, best) > 1e-2
 

@@ -75,12 +75,12 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
     assert both.keep["heads"] == chosen.keep["heads"]
     model = build(name).double()
     module = blocks_of(model)[0].attention
-    x, z = seen(model, 0, module.sink, MANY)
+    x, z = seen(model, 0, module.output_layer, MANY)
     kept = inner_entries(module, both.keep["heads"])
-    old = matrix(layers_of(model)[0], module.sink)[kept]
+    old = matrix(layers_of(model)[0], module.output_layer)[kept]
     wanted, shift = least_squares(x[:, kept], z, old, intercept=module.bias is not None)
-    found = both.changed[module.level2.name]
-    found = found if module.level2.axis == 0 else found.T
+    found = both.changed[module.output_projection.name]
+    found = found if module.output_projection.axis == 0 else found.T
     assert relative(found[kept].double(), wanted) < 1e-4
     if module.bias:
         assert relative(both.changed[module.bias].double(), shift) < 1e-4

@@ -181,7 +181,7 @@ def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
         at = next(iter(rows.batches()))
         watch = {
             block.source: lambda x, _: seen.update(source=x),
-            block.sink: lambda x, _: seen.update(sink=x),
+            block.output_layer: lambda x, _: seen.update(sink=x),
         }
         stream.run(1, layer, hidden[at], at.group, watch=watch)
         kept = torch.tensor([2, 3, 11, 40])
@@ -202,14 +202,14 @@ def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
 @pytest.mark.parametrize("name", [*WIDTHS, "phi3"])
 def test_a_feed_forward_comes_nearer_to_its_target(checkpoint_folder, name):
     folder = checkpoint_folder(name)
-    alone, both, longer = (run(folder, name, level1=steps) for steps in (0, 4, 12))
+    alone, both, longer = (run(folder, name, input_steps=steps) for steps in (0, 4, 12))
     # The first block's module sees the same input and target in all.
     errors = [found[0].reports[1].error for found in (alone, both, longer)]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < errors[1]
     module = BlockStream(open_checkpoint(folder)).blocks[0].feed_forward
-    assert {slab.name for slab in module.scored} <= set(both[0].changed)
-    assert not {slab.name for slab in module.scored} & set(alone[0].changed)
+    assert {slab.name for slab in module.channel_projections} <= set(both[0].changed)
+    assert not {slab.name for slab in module.channel_projections} & set(alone[0].changed)
     # Attention is fitted as ever.
     assert both[0].reports[0] == alone[0].reports[0]
 
@@ -217,9 +217,9 @@ def test_a_feed_forward_comes_nearer_to_its_target(checkpoint_folder, name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_a_step_that_gains_nothing_is_taken_back(checkpoint_folder, name, monkeypatch):
     folder = checkpoint_folder(name)
-    alone = run(folder, name, level1=0)
+    alone = run(folder, name, input_steps=0)
     monkeypatch.setattr(Tangent, "step", lambda self, *_: [100 * torch.ones_like(r) for r in self.right])
-    found = run(folder, name, level1=4)
+    found = run(folder, name, input_steps=4)
     for one, other in zip(found, alone, strict=True):
         assert one.keep == other.keep
         for path, tensor in other.changed.items():
@@ -230,5 +230,5 @@ def test_what_needs_no_repair_stays(checkpoint_folder):
     """A module at full width behind dense blocks is as it was, bit for bit in level 1."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
-    (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(level1=4, usual=math.inf)))
-    assert not {slab.name for slab in stream.blocks[0].feed_forward.scored} & set(found.changed)
+    (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(input_steps=4, usual=math.inf)))
+    assert not {slab.name for slab in stream.blocks[0].feed_forward.channel_projections} & set(found.changed)

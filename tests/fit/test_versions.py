@@ -132,8 +132,8 @@ def test_masked_weights_leave_what_is_kept(name, heads):
     model = build(name)
     module = blocks_of(model)[0].attention
     tensors = dict(layers_of(model)[0].named_parameters())
-    masked = masked_weight(module, tensors, heads).movedim(module.level2.axis, 0)
-    weight = tensors[module.level2.name].movedim(module.level2.axis, 0)
+    masked = masked_weight(module, tensors, heads).movedim(module.output_projection.axis, 0)
+    weight = tensors[module.output_projection.name].movedim(module.output_projection.axis, 0)
     for head in range(module.units):
         at = slice(head * module.size, (head + 1) * module.size)
         assert torch.equal(masked[at], weight[at] if head in heads else torch.zeros_like(weight[at]))
@@ -145,7 +145,7 @@ def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monke
         streamed, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
     )
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    plan, alone = plan_of("llama"), Method(recovery=recovery_of(level1=0))
+    plan, alone = plan_of("llama"), Method(recovery=recovery_of(input_steps=0))
     list(refit(stream, plan, Rows.of(TEXT).with_versions(ONE, OTHER), method=alone))
     widths = [(stream.blocks[index], width) for index, width in plan.widths.items()]
     assert sizes == [

@@ -31,7 +31,7 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.formats import gguf_export
 from secateur.formats.gguf_bytes import gguf_byte_meter
-from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import Exported, export
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.gguf_types import TYPES
@@ -44,7 +44,7 @@ from secateur.model.gguf_config import _complete_rotation, _llama3
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kept
+from secateur.model.structure import KeptUnits
 from secateur.model.surgery import width_of
 
 ffi, lib = bindings.get_ffi(), bindings.get_lib()
@@ -302,7 +302,7 @@ def byte_level(steps: Any = None, whole_words: bool = False, size: int = tiny.VO
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def write_folder(name: str, keeps: dict[int, Kept], folder: Path, tokenizer: Any = None) -> Any:
+def write_folder(name: str, keeps: dict[int, KeptUnits], folder: Path, tokenizer: Any = None) -> Any:
     """A row's model, pruned, as `prune` writes it; gives the model."""
     model = build(name)
     blocks, config = blocks_of(model), model.config
@@ -460,7 +460,7 @@ GELU = {"gemma", "gemma2", "gemma3", "gemma4", "gpt2", "gptneox", "starcoder2", 
 """Graphs with this function, which llama.cpp looks up in a table of half precision."""
 
 
-def uniform_keeps(name: str, kinds: Any) -> dict[int, Kept]:
+def uniform_keeps(name: str, kinds: Any) -> dict[int, KeptUnits]:
     blocks = blocks_of(build(name))
     return {i: some_keep(block, i, kinds, block.attention.cut_axes[0].name) for i, block in enumerate(blocks)}
 
@@ -512,7 +512,7 @@ def export_of(folder: Path) -> Exported:
     return Exported(folder / "m.gguf", 0, "", LENGTH)
 
 
-def uneven(name: str, empty: bool) -> dict[int, Kept]:
+def uneven(name: str, empty: bool) -> dict[int, KeptUnits]:
     """Widths that go up and down; with `empty`, one block has no heads, one no channels and the first neither."""
     blocks = blocks_of(build(name))
     per_group, groups = blocks[0].attention.per_group, blocks[0].attention.groups
@@ -984,7 +984,7 @@ def test_a_plan_can_be_asked_before_it_is_made(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "folder")
     blocks = blocks_of(build("gemma3_text"))
     dense, narrow = blocks[0].width, width_of(blocks[0], some_keep(blocks[0], 0, CHANNELS, "kv_groups"))
-    assert gguf_obstacle(checkpoint, [dense] * 3) is None
-    assert "has one width" in (gguf_obstacle(checkpoint, [dense, narrow, dense]) or "")
-    assert "llama-quantize" in (gguf_obstacle(checkpoint, [dense] * 3, "q6_k") or "")
-    assert "biases of attn_output, ffn_down" in (gguf_obstacle(checkpoint, [dense] * 3, biases=True) or "")
+    assert gguf_unsupported(checkpoint, [dense] * 3) is None
+    assert "has one width" in (gguf_unsupported(checkpoint, [dense, narrow, dense]) or "")
+    assert "llama-quantize" in (gguf_unsupported(checkpoint, [dense] * 3, "q6_k") or "")
+    assert "biases of attn_output, ffn_down" in (gguf_unsupported(checkpoint, [dense] * 3, biases=True) or "")

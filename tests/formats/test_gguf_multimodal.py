@@ -35,7 +35,7 @@ from models import SIZES, relative
 from secateur import SecateurError, prune
 from secateur.base.progress import Silent
 from secateur.commands import doctor
-from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import ALONE, export
 from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import open_checkpoint
@@ -438,7 +438,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(saved(name, tmp_path / "dense"))
-    assert REFUSED[name] in (gguf_obstacle(checkpoint, widths_of(checkpoint.config)) or "")
+    assert REFUSED[name] in (gguf_unsupported(checkpoint, widths_of(checkpoint.config)) or "")
     with pytest.raises(SecateurError, match="dense: "):
         export(tmp_path / "dense", tmp_path / "m.gguf")
     with pytest.raises(SecateurError):

@@ -38,7 +38,7 @@ from secateur.measure.compare import evaluate, load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kept
+from secateur.model.structure import KeptUnits
 from secateur.model.units.experts import EXPERT_CHANNELS
 
 IMAGE = VOCAB - 1
@@ -190,7 +190,7 @@ def opened(folder: Path, **how: Any) -> Any:
     return model.eval()
 
 
-def keeps_of(out: Path) -> dict[int, Kept]:
+def keeps_of(out: Path) -> dict[int, KeptUnits]:
     """What a run has kept, by its record."""
     blocks = json.loads((out / "secateur.json").read_text())["blocks"]
     return {block["block"]: selected(**{kind: tuple(block.get(kind, ())) for kind in KINDS}) for block in blocks}

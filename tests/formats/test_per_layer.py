@@ -46,7 +46,7 @@ from secateur.families.registry import FAMILIES
 from secateur.fit.average import FittedBlock
 from secateur.formats.format import PrunedModel
 from secateur.formats.hf import HfFolder
-from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_obstacle, widths_of
+from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_unsupported, widths_of
 from secateur.formats.stock_folder import StockFolder
 from secateur.measure.compare import evaluate
 from secateur.model.axes import Width
@@ -54,7 +54,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Kept
+from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice
@@ -132,7 +132,7 @@ def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
-def keep_of(block: Block, width: Width, seed: int) -> Kept:
+def keep_of(block: Block, width: Width, seed: int) -> KeptUnits:
     """Units that are no run: some groups, and other heads in each of them."""
     attention, heads = block.attention, []
     for group in picked(attention.groups, width.groups, seed) if width.heads else ():
@@ -150,7 +150,7 @@ class Written:
         self.changed: dict[int, dict[str, Tensor]] = {i: {} for i in self.keeps}
         for index, tensors in self.changed.items() if intercept else ():
             for module in without_bias(every_block(name)[index]):
-                tensors[f"{module.sink}.bias"] = 0.3 * token_noise(dense(name).config.hidden_size, index)
+                tensors[f"{module.output_layer}.bias"] = 0.3 * token_noise(dense(name).config.hidden_size, index)
         self.folder, self.source = folder, source
         stream = BlockStream(open_checkpoint(source))
         fitted = [FittedBlock(i, self.keeps[i], self.changed[i], ()) for i in sorted(self.keeps)]
@@ -170,7 +170,7 @@ class Written:
 
 def without_bias(block: Block) -> list[Any]:
     """Modules that may get an intercept; behind a norm there is none."""
-    return [module for module in block.modules if module.bias is None and module.free_bias]
+    return [module for module in block.modules if module.bias is None and module.may_gain_bias]
 
 
 def token_noise(size: int, seed: int) -> Tensor:
@@ -187,7 +187,9 @@ def silenced(name: str, written: Written) -> nn.Module:
         for module in every_block(name)[index].modules:
             mask = torch.zeros(module.units * module.size)
             mask[inner_entries(module, keep[module.kind])] = 1
-            layer.get_submodule(module.sink).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
+            layer.get_submodule(module.output_layer).register_forward_pre_hook(
+                lambda _, args, mask=mask: (args[0] * mask,)
+            )
     return model
 
 
@@ -253,7 +255,7 @@ def test_the_folder_says_what_it_holds(written, name, case, intercept):
     assert (made.folder / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
     source = open_checkpoint(made.source)
     cut = ((every_block(name)[index], width) for index, width in made.widths.items())
-    removed = sum(block.parameters - block.kept_parameters(width) for block, width in cut)
+    removed = sum(block.parameters - block.parameters_at(width) for block, width in cut)
     added = sum(tensor.numel() for tensors in made.changed.values() for tensor in tensors.values())
     assert made.bytes == source.bytes - 4 * removed + 4 * added
 
@@ -456,7 +458,7 @@ def test_dense_blocks_that_differ(tmp_path, monkeypatch, name):
     before, after = blocks_of(build(name)), [layer.state_dict() for layer in layers_of(model)]
     for index, (block, tensors) in enumerate(zip(before, after, strict=True)):
         width = block.width | counts.get(index, {})
-        assert sum(tensor.numel() for tensor in tensors.values()) == block.kept_parameters(width)
+        assert sum(tensor.numel() for tensor in tensors.values()) == block.parameters_at(width)
 
 
 def test_experts_in_a_list_of_their_own():
@@ -495,9 +497,11 @@ def test_obstacles(written, tmp_path):
     olmo, llama = block_of("olmo2"), block_of("llama")
     config = dense("olmo2").config
     fewer, none = wide(2, 2, 72), wide(0, 0, 72)
-    assert "olmo2 keeps all 6 heads of a block or none, as its query" in (per_layer_obstacle(config, olmo, fewer) or "")
-    assert per_layer_obstacle(config, olmo, none) is None
-    assert per_layer_obstacle(dense("llama").config, llama, wide(0, 0, 0)) is None
+    assert "olmo2 keeps all 6 heads of a block or none, as its query" in (
+        per_layer_unsupported(config, olmo, fewer) or ""
+    )
+    assert per_layer_unsupported(config, olmo, none) is None
+    assert per_layer_unsupported(dense("llama").config, llama, wide(0, 0, 0)) is None
     stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
     with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
         HfFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))

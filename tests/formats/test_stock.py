@@ -18,7 +18,7 @@ from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, selecte
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
-from secateur.formats.stock import stock_config, stock_obstacle
+from secateur.formats.stock import stock_config, stock_unsupported
 from secateur.model.axes import Width
 from secateur.model.config_file import stock_class
 from secateur.model.describe import describe
@@ -194,7 +194,7 @@ NARROW = {
 def test_narrow_models_load(tmp_path, case):
     width = NARROW[case]
     config = load(RAW[case], tmp_path)
-    assert stock_obstacle(config, width, dense_of(config)) is None
+    assert stock_unsupported(config, width, dense_of(config)) is None
     narrow = load(stock_config(RAW[case], config, width=width, head_dim=HEAD, dtype=torch.float32), tmp_path)
     values, state = logits(narrow)
     assert values.isfinite().all()
@@ -220,7 +220,7 @@ def test_narrow_models_load(tmp_path, case):
 def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
     stored_llama = {**RAW["llama yarn"], "transformers_version": "4.40.0", "auto_map": {"AutoConfig": "c.C"}}
     config = load(RAW["llama yarn"], tmp_path)
-    assert stock_obstacle(config, wide(1, 5, 40), DENSE) is None
+    assert stock_unsupported(config, wide(1, 5, 40), DENSE) is None
     stored = stock_config(stored_llama, config, width=wide(1, 5, 40), head_dim=HEAD, dtype=torch.float32)
     assert stored["model_type"] == "mistral"
     assert stored["architectures"] == ["MistralForCausalLM"]
@@ -292,11 +292,13 @@ def test_an_heir_computes_the_same(tmp_path, kind):
 )
 def test_obstacles(tmp_path, case, keys, width, message):
     config = load({**RAW[case], **keys}, tmp_path)
-    obstacle = stock_obstacle(config, width, EVERY_HEAD if family_of(config).stock.heads == "dense" else DENSE)
+    unsupported_reason = stock_unsupported(
+        config, width, EVERY_HEAD if family_of(config).stock.heads == "dense" else DENSE
+    )
     if message is None:
-        assert obstacle is None
+        assert unsupported_reason is None
     else:
-        assert re.search(message, obstacle or "")
+        assert re.search(message, unsupported_reason or "")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "gpt_neox"])
@@ -334,7 +336,7 @@ def test_the_class_takes_just_the_heads_that_the_table_says(name):
         blocks = [describe(config, layer) for layer in layers]
         free = next((block for block in blocks if not block.attention.locked), blocks[0])
         for width in head_widths(free, ("heads",)):
-            assert (stock_obstacle(config, width, free.width) is None) == opens(config, blocks, width), width
+            assert (stock_unsupported(config, width, free.width) is None) == opens(config, blocks, width), width
 
 
 def empty(config):
@@ -371,6 +373,6 @@ def kept(attention, head: int, width) -> bool:
 def test_unknown_families(tmp_path):
     config = load(raw("ctrl"), tmp_path)
     with pytest.raises(SecateurError, match="'ctrl'"):
-        stock_obstacle(config, DENSE, DENSE)
+        stock_unsupported(config, DENSE, DENSE)
     with pytest.raises(SecateurError, match="'ctrl'"):
         stock_config(raw("ctrl"), config, width=DENSE, head_dim=HEAD, dtype=torch.float32)

@@ -23,7 +23,7 @@ from secateur.model.arena import Activations, Arena, FileRows
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 
@@ -82,7 +82,7 @@ def test_watching_and_replaying(checkpoint_folder, name):
     with Arena() as arena:
         embedded = stream.embed(rows, arena)[at].clone()
     seen: dict[str, Tensor] = {}
-    watch = {module.sink: lambda x, z, kind=module.kind: seen.update({kind: z}) for module in modules(block)}
+    watch = {module.output_layer: lambda x, z, kind=module.kind: seen.update({kind: z}) for module in modules(block)}
     with stream.filled(1) as layer:
         plain = stream.run(1, layer, embedded, 0, watch=watch)
         for module in modules(block):
@@ -92,21 +92,21 @@ def test_watching_and_replaying(checkpoint_folder, name):
             zeroed = stream.run(1, layer, embedded, 0, replay={module: None})
             assert relative(zeroed, plain) > 100 * TOLERANCE
             caught: list[tuple[Tensor, Tensor]] = []
-            see = {module.sink: lambda x, z, caught=caught: caught.append((x, z))}
-            assert stream.run(1, layer, embedded, 0, watch=see, until=module.sink) is None
+            see = {module.output_layer: lambda x, z, caught=caught: caught.append((x, z))}
+            assert stream.run(1, layer, embedded, 0, watch=see, until=module.output_layer) is None
             ((inner, output),) = caught
             assert output.numel() == 0
             assert inner.reshape(-1, module.units * module.size).shape[0] == rows.tokens
             # Level 2 without weights gives nothing, which a norm after it leaves at nothing.
-            for path in filter(None, (module.level2.name, module.bias)):
+            for path in filter(None, (module.output_projection.name, module.bias)):
                 assign(layer, path, torch.zeros_like(layer.get_parameter(path)))
             assert relative(stream.run(1, layer, embedded, 0), zeroed) < TOLERANCE
             original = stream.stored(1)
-            for path in filter(None, (module.level2.name, module.bias)):
+            for path in filter(None, (module.output_projection.name, module.bias)):
                 assign(layer, path, original[path])
 
 
-def modules(block: Any) -> tuple[Depth2, Depth2]:
+def modules(block: Any) -> tuple[PrunableModule, PrunableModule]:
     return block.attention, block.feed_forward
 
 
@@ -174,17 +174,19 @@ def test_hooks_go_even_after_an_exception(checkpoint_folder, name):
     block = stream.blocks[0]
     with stream.filled(0) as layer:
         plain = stream.run(0, layer, embedded, 0)
-        for path in (block.attention.source, block.attention.sink, block.feed_forward.source):
+        for path in (block.attention.input_layer, block.attention.output_layer, block.feed_forward.input_layer):
             for until in (None, path):
                 with pytest.raises(RuntimeError, match="seen enough"):
                     stream.run(0, layer, embedded, 0, watch={path: broken}, until=until)
                 assert clean(layer)
         replay = {block.attention: torch.zeros_like(embedded)}
         with pytest.raises(RuntimeError, match="seen enough"):
-            stream.run(0, layer, embedded, 0, replay=replay, watch={block.feed_forward.sink: broken})
+            stream.run(0, layer, embedded, 0, replay=replay, watch={block.feed_forward.output_layer: broken})
         assert clean(layer)
-        ignore = {block.feed_forward.sink: lambda *_: None}
-        stream.run(0, layer, embedded, 0, replay={block.attention: None}, watch=ignore, until=block.feed_forward.sink)
+        ignore = {block.feed_forward.output_layer: lambda *_: None}
+        stream.run(
+            0, layer, embedded, 0, replay={block.attention: None}, watch=ignore, until=block.feed_forward.output_layer
+        )
         assert clean(layer)
         assert torch.equal(stream.run(0, layer, embedded, 0), plain)
 
@@ -407,7 +409,7 @@ def test_quick_products(name, tmp_path, monkeypatch):
             monkeypatch.setattr(module_under_test, "fast_dtype", lambda _, fast=fast: fast)
             with Arena() as arena:
                 hidden, seen = stream.embed(rows, arena), []
-                watch = {stream.blocks[1].feed_forward.sink: lambda x, _, seen=seen: seen.append(x.dtype)}
+                watch = {stream.blocks[1].feed_forward.output_layer: lambda x, _, seen=seen: seen.append(x.dtype)}
                 with stream.quick():
                     for index in range(2):
                         with stream.filled(index) as layer:

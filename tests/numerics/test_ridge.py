@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.fit.output import fit_level2
+from secateur.fit.output import fit_output_projection
 from secateur.numerics import elimination, ridge
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
@@ -112,7 +112,7 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
     for x, t in zip(case.x.float().split(5), case.t.float().split(5), strict=True):
         moments.update(x, t)
     normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), ridge)
-    weight, bias, error, _ = fit_level2(moments, normal, keep)
+    weight, bias, error, _ = fit_output_projection(moments, normal, keep)
     assert (bias is not None) == intercept
     seen = case.centred() if intercept else case
     wanted = seen.minimiser(ridge, keep)
@@ -156,7 +156,7 @@ def test_the_intercept_is_worth_having():
         moments = Moments(5, 3, centre=centre)
         moments.update(case.x.float(), case.t.float())
         normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), 0.3)
-        weight, bias, *_ = fit_level2(moments, normal, keep)
+        weight, bias, *_ = fit_output_projection(moments, normal, keep)
         output = case.x.float() @ weight + (0 if bias is None else bias)
         found[centre] = float((output - case.t).square().sum())
     assert found[True] < 0.5 * found[False]

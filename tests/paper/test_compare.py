@@ -580,7 +580,7 @@ def test_magnitudes_are_those_of_the_whole_model(name: str, checkpoint_folder: C
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     expected: list[dict[str, float]] = [{} for _ in stream.blocks]
     for index, (layer, block) in enumerate(zip(layers_of(model), stream.blocks, strict=True)):
-        places = {"stream": layer, "heads": block.attention.sink, "channels": block.feed_forward.sink}
+        places = {"stream": layer, "heads": block.attention.output_layer, "channels": block.feed_forward.output_layer}
         for place_, where in places.items():
             target = layer.get_submodule(where) if isinstance(where, str) else where
 

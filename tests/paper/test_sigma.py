@@ -106,7 +106,7 @@ def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
     stats, _, _, _ = statistics(name, kind, index=0)
     model = build(name)
     layer = layers_of(model)[0]
-    x, inner = (seen(model, layer, path, ids) for path in (stats.module.source, stats.module.sink))
+    x, inner = (seen(model, layer, path, ids) for path in (stats.module.input_layer, stats.module.output_layer))
     stats.inputs, stats.moments = Moments(x.shape[1]), Moments(inner.shape[1])
     stats.inputs.update(x)
     stats.moments.update(inner)
@@ -157,7 +157,7 @@ def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder: 
     layer = layers_of(model)[0]
     after: list[Tensor] = []
     layer.register_forward_hook(lambda _, __, output: after.append(output))
-    inner = seen(model, layer, choice.module.sink, TEXT)
+    inner = seen(model, layer, choice.module.output_layer, TEXT)
     norms = torch.linalg.vector_norm(after[-1].reshape(len(inner), -1), dim=1, keepdim=True)
     stats = stats_on(name, "channels", TEXT)
     stats.moments = Moments(inner.shape[1])

@@ -155,7 +155,9 @@ def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) 
 
 
 def test_a_format_that_holds_less(checkpoint_folder: CheckpointFolder) -> None:
-    odd = replace(wish_of(checkpoint_folder, "gpt2"), obstacle=lambda width: "no" if width.heads % 2 else None)
+    odd = replace(
+        wish_of(checkpoint_folder, "gpt2"), unsupported_reason=lambda width: "no" if width.heads % 2 else None
+    )
     assert loadable(odd, 0, (0, 2, 3)) == ((0, 2), wide(4, 1, 96))
 
 
@@ -261,7 +263,7 @@ def copied(name: str, folder: Path, pairs: list[tuple[int, int]], blocks: tuple[
     for index in blocks:
         layer, module = layers_of(model)[index], blocks_of(model)[index].attention
         tensors = dict(layer.named_parameters())
-        for slab, (to, source) in itertools.product(module.level1, pairs):
+        for slab, (to, source) in itertools.product(module.input_projections, pairs):
             part = tensors[slab.name].data.movedim(slab.axis, 0)
             part[entries(slab, [to])] = part[entries(slab, [source])]
     with quiet():

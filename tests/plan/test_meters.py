@@ -185,7 +185,7 @@ def test_parameters_are_those_of_the_blocks(opened, data):
     stream = opened(name)
     meter = parameter_meter(stream)
     widths = some_widths(stream.blocks, data.draw(st.integers(0, 10**6)))
-    fewer = sum(stream.blocks[i].parameters - stream.blocks[i].kept_parameters(width) for i, width in widths.items())
+    fewer = sum(stream.blocks[i].parameters - stream.blocks[i].parameters_at(width) for i, width in widths.items())
     assert meter.total(widths) == meter.dense - fewer
 
 

@@ -78,12 +78,12 @@ def every_plan(wish: PlanProblem) -> list[dict[int, Width]]:
     options = []
     for index in wish.chosen:
         modules = wish.modules_of(index)
-        each = [module_widths(wish.blocks[index], module, wish.multiple, wish.obstacle) for module in modules]
+        each = [module_widths(wish.blocks[index], module, wish.multiple, wish.unsupported_reason) for module in modules]
         found = []
         for chosen in itertools.product(*each):
             width = wish.blocks[index].width
             for module, other in zip(modules, chosen, strict=True):
-                width |= {name: other[name] for name in module.gone}
+                width |= {name: other[name] for name in module.removed}
             found.append(width)
         options.append(found)
     return [dict(zip(wish.chosen, widths, strict=True)) for widths in itertools.product(*options)]
@@ -193,7 +193,7 @@ def test_blocks_outside_the_range_stay(wishes: Wishes, widths: str, goal: float 
     found = plan(wish, widths, survey_of(wish.blocks))
     assert found.widths.keys() == {1}
     block = wish.blocks[1]
-    removed = block.parameters - block.kept_parameters(found.widths[1])
+    removed = block.parameters - block.parameters_at(found.widths[1])
     assert removed == wish.parameters.dense - wish.parameters.total(found.widths)
     if goal == 0.3:
         assert found.sparsity == removed / block.parameters
@@ -205,7 +205,7 @@ def test_what_the_format_cannot_hold_is_not_planned(wishes: Wishes) -> None:
     def held(width: Width) -> str | None:
         return "too narrow" if width.groups < 2 or not width.channels else None
 
-    wish = wishes(0.5, obstacle=held)
+    wish = wishes(0.5, unsupported_reason=held)
     for widths in ("adaptive", "uniform"):
         found = plan(wish, widths, survey_of(wish.blocks))
         assert all(held(width) is None for width in found.widths.values())
@@ -213,7 +213,7 @@ def test_what_the_format_cannot_hold_is_not_planned(wishes: Wishes) -> None:
     assert any(held(width) for width in free.widths.values())
     with pytest.raises(SecateurError, match=r"more than the modules hold: at most \d\d\.\d% can go; too narrow"):
         check_reach(replace(wish, goal=0.9))
-    refused = replace(wish, obstacle=lambda _: "nothing fits")
+    refused = replace(wish, unsupported_reason=lambda _: "nothing fits")
     for check in (check_reach, uniform_plans):
         with pytest.raises(SecateurError, match="the format cannot hold this: nothing fits"):
             check(refused)

@@ -41,11 +41,11 @@ from secateur.commands.doctor import examine
 from secateur.fit.average import FittedBlock
 from secateur.formats.format import PrunedModel, format_class
 from secateur.formats.per_layer import model_class, widths_of
-from secateur.formats.vllm import vllm_obstacle
+from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Kept
+from secateur.model.structure import Block, KeptUnits
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice
@@ -196,7 +196,7 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
     return widths
 
 
-def last_units(block: Block, width: Width) -> Kept:
+def last_units(block: Block, width: Width) -> KeptUnits:
     """Any will do: here it does not matter which are kept, only how many."""
     full = block.width
     groups = range(full.groups - width.groups, full.groups)
@@ -207,7 +207,7 @@ def last_units(block: Block, width: Width) -> Kept:
         units["channels"] = tuple(
             full.channels * (one + 1) - 1 - c for one in some for c in reversed(range(width.channels))
         )
-        beside = range(block.feed_forward.times * width.channels)
+        beside = range(block.feed_forward.shared_multiple * width.channels)
         units["channels"] += tuple(full.experts * full.channels + channel for channel in beside)
     return selected(tuple(sorted(heads)), **units)
 
@@ -218,7 +218,9 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
     blocks = blocks_of(build(case.row))
     block, widths = blocks[0], widths_by_block(case, blocks)
     noise = torch.randn(stream.checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    sinks = [f"{module.sink}.bias" for module in (block.attention, block.feed_forward)] if case.intercept else []
+    sinks = (
+        [f"{module.output_layer}.bias" for module in (block.attention, block.feed_forward)] if case.intercept else []
+    )
     changed = dict.fromkeys(sinks, 0.3 * noise)
     fitted = (FittedBlock(i, last_units(block, width), changed, ()) for i, width in widths.items())
     tensors = ((found.index, slice(stream, found)) for found in fitted)
@@ -291,7 +293,7 @@ def sampling(tokens: int) -> Any:
 
 def obstacle_of(case: Case, folder: Path) -> str | None:
     config = open_checkpoint(folder).config
-    return vllm_obstacle(config, widths_of(config), per_layer=isinstance(case.plan, str))
+    return vllm_unsupported(config, widths_of(config), per_layer=isinstance(case.plan, str))
 
 
 @pytest.mark.parametrize("case", SERVED, ids=str)
@@ -315,7 +317,7 @@ def test_the_doctor_finds_that_it_runs(expected: dict[Case, Expected]) -> None:
 
 @pytest.mark.parametrize(("case", "message"), REFUSED.items(), ids=str)
 def test_refused(expected: dict[Case, Expected], case: Case, message: str) -> None:
-    """If one of these runs, an obstacle is out of date."""
+    """If one of these runs, an unsupported_reason is out of date."""
     folder = expected[case].folder
     assert obstacle_of(case, folder)
     with pytest.raises((ValueError, RuntimeError, AssertionError), match=message), opened(case, folder) as model:
@@ -324,7 +326,7 @@ def test_refused(expected: dict[Case, Expected], case: Case, message: str) -> No
 
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_wrong(expected: dict[Case, Expected], case: Case) -> None:
-    """If this is right one day, an obstacle is out of date."""
+    """If this is right one day, an unsupported_reason is out of date."""
     meant = expected[case]
     assert obstacle_of(case, meant.folder)
     with opened(case, meant.folder) as model:

@@ -24,7 +24,7 @@ from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import entries
 from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.problem import Plan
@@ -171,10 +171,10 @@ def test_gradients_that_are_not_finite(checkpoint_folder: CheckpointFolder, monk
 # Scores.
 
 
-def columns(module: Depth2, unit: int) -> list[tuple[str, int, int, float]]:
+def columns(module: PrunableModule, unit: int) -> list[tuple[str, int, int, float]]:
     """Every row or column of a unit: tensor, axis, position, and how much of it is the unit's."""
     found = []
-    for slab in (*module.level1, module.level2):
+    for slab in (*module.input_projections, module.output_projection):
         if slab.name.endswith(".bias"):
             continue
         shared = slab.along == (KV_GROUPS,)

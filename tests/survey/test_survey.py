@@ -27,7 +27,7 @@ from secateur.criteria.statistics import Statistics
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Kept
+from secateur.model.structure import PrunableModule, KeptUnits
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
@@ -65,7 +65,7 @@ def opened(folder: Path) -> BlockStream:
     return BlockStream(open_checkpoint(folder), services=SMALL)
 
 
-def seen(model: Any, module: Depth2, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def seen(model: Any, module: PrunableModule, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Level-2 inputs, level-2 outputs and the residual stream after the block, one float64 row a token."""
     layer, values = layers_of(model)[INDEX], dict[str, Tensor]()
 
@@ -73,7 +73,7 @@ def seen(model: Any, module: Depth2, ids: Tensor) -> tuple[Tensor, Tensor, Tenso
         values["x"], values["z"] = args[0], output
 
     hooks = [
-        layer.get_submodule(module.sink).register_forward_hook(level2),
+        layer.get_submodule(module.output_layer).register_forward_hook(level2),
         layer.register_forward_hook(lambda _, __, after: values.update(after=after)),
     ]
     logits_of(model, ids)
@@ -148,7 +148,7 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
         assert 0 < curve.errors[-1] < curve.energy
 
 
-def divergence(name: str, keeps: dict[int, Kept], changed: Any = None) -> float:
+def divergence(name: str, keeps: dict[int, KeptUnits], changed: Any = None) -> float:
     """KL of the logits at every second position, the units that are not kept silenced."""
     model = dense(name) if changed is None else changed
     wanted = logits_of(dense(name), PROBES)[:, STRIDE - 1 :: STRIDE].double().log_softmax(-1)
@@ -157,7 +157,7 @@ def divergence(name: str, keeps: dict[int, Kept], changed: Any = None) -> float:
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
-def without(name: str, index: int, kind: str) -> dict[int, Kept]:
+def without(name: str, index: int, kind: str) -> dict[int, KeptUnits]:
     width = blocks_of(dense(name))[index].width
     heads, channels = (
         () if kind == k else tuple(range(count)) for k, count in (("heads", width.heads), ("channels", width.channels))
@@ -209,7 +209,7 @@ def test_a_partial_probe_is_the_refitted_model(
         weight[entries] = plain.refitted(entries)
         changed = copy.deepcopy(dense(name))
         stored = stored_weight(plain.module, (weight / plain.gain).float())
-        assign(layers_of(changed)[INDEX], plain.module.level2.name, stored)
+        assign(layers_of(changed)[INDEX], plain.module.output_projection.name, stored)
         keep = selected(kept, full["channels"]) if kind == "heads" else selected(tuple(range(width.heads)), kept)
         wanted = divergence(name, {INDEX: keep}, changed)
         assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)

@@ -302,9 +302,9 @@ def test_a_host_that_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
     monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=silent))
     start = time.perf_counter()
-    obstacle = hub_source.out_of_reach()
-    assert obstacle is not None
-    assert "does not answer" in obstacle
+    unsupported_reason = hub_source.out_of_reach()
+    assert unsupported_reason is not None
+    assert "does not answer" in unsupported_reason
     assert time.perf_counter() - start < 10
     release.set()
 

@@ -15,7 +15,7 @@ from secateur.fit.tangent import SAMPLED
 from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 
 LOOKED_UP = 8
 """Times that what an expert gives to a token is read or written for each look."""
@@ -54,13 +54,13 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
     """
     blocks, width, columns, kept = stream.blocks, stream.width, stream.columns, stream.beside.kept
     streams = sum(probes * (number + 0.5) * forward_flops(block, probed) for number, block in enumerate(blocks))
-    orders = [order_work(block, width, tokens, block.feed_forward.least) for block in blocks]
+    orders = [order_work(block, width, tokens, block.feed_forward.min_units) for block in blocks]
     return Work.of(
         [
             Work(
                 forward=sum(forward_flops(block, tokens + probed) for block in blocks) + streams,
-                quick=sum(gram_flops(a, 0, tokens) for a in _level2_inputs(blocks)),
-                exact=sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
+                quick=sum(gram_flops(a, 0, tokens) for a in _output_projection_inputs(blocks)),
+                exact=sum(solve_flops(a, width) for a in _output_projection_inputs(blocks)),
                 resident=resident_bytes(stream),
                 streams=4 * (columns * (tokens + probed * (1 + probes * len(blocks))) + kept * (tokens + probed)),
             ),
@@ -81,7 +81,7 @@ def rewriting_work(stream: BlockStream, tokens: int) -> Work:
     )
 
 
-def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level1: int) -> Work:
+def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input_steps: int) -> Work:
     """All fits: the dense stream once, a pruned one each, statistics and solves; level 1 by so many steps.
 
     `widths` are those of the pruned blocks.
@@ -93,20 +93,25 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
     streams = rows.tokens + beside + sum(each)
     resting, apart = sum(others) + beside, rows.scores is not None
     fitted = [
-        (stream.blocks[i], now.channels) for i, now in widths.items() if level1 and now.channels and not now.experts
+        (stream.blocks[i], now.channels)
+        for i, now in widths.items()
+        if input_steps and now.channels and not now.experts
     ]
-    parts = [level1_work(stream, block, kept, tokens, level1) for tokens in each for block, kept in fitted]
+    parts = [input_step_work(stream, block, kept, tokens, input_steps) for tokens in each for block, kept in fitted]
     mixed = [(stream.blocks[index], now) for index, now in widths.items() if now.experts]
-    parts += [mixture_work(block, width, tokens, now, level1) for tokens in each for block, now in mixed]
+    parts += [mixture_work(block, width, tokens, now, input_steps) for tokens in each for block, now in mixed]
     return Work.of(
         [
             Work(
                 forward=sum(forward_flops(block, streams) for block in stream.blocks),
-                quick=sum(gram_flops(a, width, tokens) for tokens in each for a in _level2_inputs(blocks)),
-                exact=len(each) * sum(solve_flops(a, width) for a in _level2_inputs(blocks)),
-                resident=resident_bytes(stream, level1=bool(fitted) or (level1 > 0 and bool(mixed)), apart=apart),
+                quick=sum(gram_flops(a, width, tokens) for tokens in each for a in _output_projection_inputs(blocks)),
+                exact=len(each) * sum(solve_flops(a, width) for a in _output_projection_inputs(blocks)),
+                resident=resident_bytes(
+                    stream, input_steps=bool(fitted) or (input_steps > 0 and bool(mixed)), apart=apart
+                ),
                 # Of all fits but the one under way both streams are there, and nothing else.
-                streams=4 * (first * (4 * width + 2 * columns + max(_level2_inputs(blocks))) + resting * 2 * columns)
+                streams=4
+                * (first * (4 * width + 2 * columns + max(_output_projection_inputs(blocks))) + resting * 2 * columns)
                 + 4 * (first + resting) * stream.beside.kept
                 + max((part.streams for part in parts), default=0),
             ),
@@ -115,12 +120,12 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], level
     )
 
 
-def level1_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps: int) -> Work:
+def input_step_work(stream: BlockStream, block: Block, kept: int, tokens: int, steps: int) -> Work:
     """Level 1 of the feed-forward fitted along, k channels kept; held is what it stores on top of the rest.
 
     The new inputs are one more run of the block.
     """
-    d, m = stream.width, len(block.feed_forward.scored)
+    d, m = stream.width, len(block.feed_forward.channel_projections)
     return step_work(kept, d, m, tokens, steps)._replace(
         forward=forward_flops(block, tokens), streams=tokens * (d + m * kept) * fast_dtype(stream.device).itemsize
     )
@@ -140,23 +145,23 @@ def step_work(k: int, d: int, m: int, tokens: float, steps: int) -> Work:
     )
 
 
-def mixture_work(block: Block, width: int, tokens: int, now: Width, level1: int) -> Work:
+def mixture_work(block: Block, width: int, tokens: int, now: Width, input_steps: int) -> Work:
     """The order of a mixture's experts and the refit of those that are left: statistics and a solve of each.
 
     Its output is made before and behind the refit, and the inputs of level 2 once. Where channels go, each expert has
     an elimination of its own. The input projections are fitted along in each, for the tokens that are routed to it.
     """
-    module, left, inner = block.feed_forward, now.experts, block.feed_forward.inner
-    met = tokens * min(module.met, left) / left
+    module, left, inner = block.feed_forward, now.experts, block.feed_forward.units_inside
+    met = tokens * min(module.experts_per_token, left) / left
     cut = now.channels < inner
     work = Work(
-        forward=2.0 * 2.0 * tokens * module.met * _expert(block),
+        forward=2.0 * 2.0 * tokens * module.experts_per_token * _expert(block),
         quick=left * gram_flops(inner, width, round(met)),
         exact=left * (solve_flops(inner, width) if cut else inner**3 / 3 + 2 * inner**2 * width),
     )
     parts = [work, order_work(block, width, tokens, left)]
-    if level1:
-        step = step_work(now.channels, width, 2, met, level1)
+    if input_steps:
+        step = step_work(now.channels, width, 2, met, input_steps)
         # New inputs of the output projections; what is linearised is part of the step.
         runs = 2 / 3 * 2.0 * left * met * _expert(block)
         parts.append(Work(forward=runs, quick=left * step.quick, exact=left * step.exact))
@@ -173,10 +178,12 @@ def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
     if module.kind != "experts" or left >= module.units:
         return Work()
     n, rounds = min(tokens, TOKENS), range(module.units, left, -at_once(module))
-    steps, routed = len(rounds), 2.0 * n * (module.met + 1) * width * sum(rounds)
-    made = n * module.met * (2 + math.log(module.units / left))
+    steps, routed = len(rounds), 2.0 * n * (module.experts_per_token + 1) * width * sum(rounds)
+    made = n * module.experts_per_token * (2 + math.log(module.units / left))
     return Work(
-        forward=2.0 * made * _expert(block), quick=routed, moved=LOOKED_UP * 4.0 * steps * n * module.met * width
+        forward=2.0 * made * _expert(block),
+        quick=routed,
+        moved=LOOKED_UP * 4.0 * steps * n * module.experts_per_token * width,
     )
 
 
@@ -189,11 +196,11 @@ def expert_survey_work(block: Block, width: int, tokens: int) -> Work:
     if module.kind != "experts":
         return Work()
     n, solves = min(tokens, TOKENS), 0.0
-    for alive, inputs in ((module.units / 2, module.inner), (module.units, module.inner / 2)):
-        met = n * min(module.met, alive) / alive
+    for alive, inputs in ((module.units / 2, module.units_inside), (module.units, module.units_inside / 2)):
+        met = n * min(module.experts_per_token, alive) / alive
         less = min(met, inputs)
         solves += alive * (2 * met * inputs * less + 2 * less**3 + 4 * met * inputs * width)
-    return Work(forward=6 * 2.0 * n * module.met * _expert(block), exact=solves)
+    return Work(forward=6 * 2.0 * n * module.experts_per_token * _expert(block), exact=solves)
 
 
 def gradient_work(stream: BlockStream, tokens: int) -> Work:
@@ -211,7 +218,9 @@ def gradient_work(stream: BlockStream, tokens: int) -> Work:
 
 def forward_flops(block: Block, tokens: int) -> float:
     """One forward of a block: 2 n p, p being what a token meets."""
-    unmet = sum(block.held(block.width, kind) - block.met(block.width, kind) for kind in block.kinds)
+    unmet = sum(
+        block.module_parameters(block.width, kind) - block.active_parameters(block.width, kind) for kind in block.kinds
+    )
     return 2.0 * tokens * (block.parameters - unmet)
 
 
@@ -225,7 +234,7 @@ def solve_flops(inputs: int, width: int) -> float:
     return 2.0 * inputs**3 + 4 * inputs**2 * width
 
 
-def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = False) -> int:
+def resident_bytes(stream: BlockStream, *, input_steps: bool = False, apart: bool = False) -> int:
     """What must be in memory while the largest block is at work, or the embedding and the output layer are.
 
     Beside the block, these are a module's solve or the step of level 1, whichever takes more, and
@@ -233,27 +242,27 @@ def resident_bytes(stream: BlockStream, *, level1: bool = False, apart: bool = F
     a Gram matrix and a cross moment. What these steps hold was measured on blocks of LLaMA-7B's shape.
     """
     block, d = max(stream.blocks, key=lambda b: b.parameters), stream.width
-    a, m = max(_level2_inputs([block])), len(block.feed_forward.scored)
-    a = max(a, block.feed_forward.inner)
+    a, m = max(_output_projection_inputs([block])), len(block.feed_forward.channel_projections)
+    a = max(a, block.feed_forward.units_inside)
     solve = (2.3 + apart) * a * a + (7 + apart) * a * d
-    step = m * (2 * a * a + 6 * a * d) if level1 else 0.0
+    step = m * (2 * a * a + 6 * a * d) if input_steps else 0.0
     batch = stream.batch_tokens * (3 * a + 4 * d)
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
     ends = stored - sum(block.parameters for block in stream.blocks)
-    experts = _expert(block) * block.feed_forward.units if block.feed_forward.inner else 0
+    experts = _expert(block) * block.feed_forward.units if block.feed_forward.units_inside else 0
     # Of experts, what gets new values is there twice.
-    copied = (1.2 + (1 if level1 else 1 / 3)) * experts * stream.expert_bytes / 4
+    copied = (1.2 + (1 if input_steps else 1 / 3)) * experts * stream.expert_bytes / 4
     return round(4.2 * max(1.2 * (block.parameters - experts) + copied + max(solve, step) + batch, ends))
 
 
-def _level2_inputs(blocks: Iterable[Block]) -> list[int]:
+def _output_projection_inputs(blocks: Iterable[Block]) -> list[int]:
     """How many inputs each module's level-2 layer has; mixtures aside."""
-    modules: list[Depth2] = [module for block in blocks for module in block.modules if module.kind != "experts"]
+    modules: list[PrunableModule] = [module for block in blocks for module in block.modules if module.kind != "experts"]
     return [module.units * module.size for module in modules]
 
 
 def _expert(block: Block) -> int:
     """Parameters of each of a mixture's experts."""
     module = block.feed_forward
-    names = [name for name in block.inside(module) if name.rpartition(".")[0] == module.level2.layer]
+    names = [name for name in block.inside(module) if name.rpartition(".")[0] == module.output_projection.layer]
     return sum(math.prod(block.shapes[name]) for name in names) // module.units

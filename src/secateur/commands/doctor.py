@@ -74,9 +74,9 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
     found: list[Engine] = []
     written: list[int] | None = None
     for name, (package, line) in _engines(checkpoint, path, kind).items():
-        obstacle = _vllm(checkpoint, kind) if name == "vLLM" else None
+        reason = _vllm(checkpoint, kind) if name == "vLLM" else None
         if (version := _version(package)) is None:
-            says = NOT_HERE + (f", and would not run it: {obstacle}" if obstacle else "")
+            says = NOT_HERE + (f", and would not run it: {reason}" if reason else "")
             found.append(Engine(name, None, None, says, line))
             continue
         with watcher.busy(f"Trying {name}"):
@@ -85,7 +85,7 @@ def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watche
             written = tokens if written is None else written
             same = sum(one == other for one, other in zip(tokens, written, strict=True))
             says = f"writes {NEW} tokens" + ("" if tokens is written else f", {same} of them as transformers does")
-        found.append(Engine(name, version, runs, f"{says}; {obstacle}" if obstacle and not runs else says, line))
+        found.append(Engine(name, version, runs, f"{says}; {reason}" if reason and not runs else says, line))
     return [*found, _as_gguf(checkpoint, path)]
 
 

@@ -114,7 +114,7 @@ def _fitting(run: OpenRun, rows: CalibrationRows, decided: Plan, effort: str) ->
     """What an effort decides: rows that are rewritten, and the fits."""
     run = replace(run, options=replace(run.options, effort=effort))
     rows = replace(rows, request=run.row_request).with_blank_copies()
-    fits = fit_work(run.stream, rows.groups, decided.widths, run.recovery.level1)
+    fits = fit_work(run.stream, rows.groups, decided.widths, run.recovery.input_steps)
     return [fits] if rows.copies is None else [rewriting_work(run.stream, rows.fitted.numel()), fits]
 
 

@@ -6,19 +6,19 @@ from secateur.commands.costs import resident_bytes
 from secateur.model.stream import BlockStream
 
 
-def memory_bound(stream: BlockStream, allowed: str | None, *, level1: bool, apart: bool) -> tuple[int, int]:
+def memory_bound(stream: BlockStream, allowed: str | None, *, input_steps: bool, apart: bool) -> tuple[int, int]:
     """Return the bytes that the process may take, and how many of them remain for activations.
 
     Args:
         allowed: `8GB`, or `50%` of what is free; half of it by default.
-        level1: level 1 will be fitted along.
+        input_steps: level 1 will be fitted along.
         apart: the rows that choose units stand apart from those that are fitted to.
 
     Raises:
         SecateurError: it is no amount, or less than the least.
     """
     most = bytes_of(allowed)
-    least = resident_now() + resident_bytes(stream, level1=level1, apart=apart)
+    least = resident_now() + resident_bytes(stream, input_steps=input_steps, apart=apart)
     if allowed is None:
         # What is there decides nothing before it is too little.
         most = max(most, min(least, free_bytes()))

@@ -183,6 +183,6 @@ def open_model(
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
     apart = options.refit_rows is not None or options.chooses_on_random_ids
-    memory, spare = memory_bound(stream, running.memory, level1=options.repair.level1 > 0, apart=apart)
+    memory, spare = memory_bound(stream, running.memory, input_steps=options.repair.input_steps > 0, apart=apart)
     stream = stream.using(activation_bytes=spare)
     return OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), started, memory)

@@ -37,7 +37,7 @@ class Effort(NamedTuple):
 
     fits: int
     """Fits that are averaged."""
-    level1: int
+    input_steps: int
     """Steps by which each fits the up and gate layers along with the feed-forward's output layer."""
     copies: bool = True
     """Each fit has rows of its own, made up by the model, beside the text."""
@@ -251,9 +251,9 @@ class Options:
         return effort.fits if self.repair.by_effort and effort.copies else 0
 
     @property
-    def level1(self) -> int:
+    def input_steps(self) -> int:
         """Steps by which level 1 of the feed-forward is fitted along."""
-        return EFFORTS[self.effort].level1
+        return EFFORTS[self.effort].input_steps
 
     @property
     def scores(self) -> str:

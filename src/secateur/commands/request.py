@@ -54,7 +54,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
     """
     format, watcher = format_of(stream, options, dtype), stream.services.watcher
     problem = _problem(stream, options, format)
-    if options.adds_biases and not any(module.free_bias for block in stream.blocks for module in block.modules):
+    if options.adds_biases and not any(module.may_gain_bias for block in stream.blocks for module in block.modules):
         watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
     if options.preselection is not None:
         options.preselection.check(problem)
@@ -119,7 +119,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         meter=parameters,
         kinds=_kinds(stream, options),
         multiple=options.round or usual_multiple([axis for block in stream.blocks for axis in block.axes]),
-        obstacle=cache(format.unsupported_reason),
+        unsupported_reason=cache(format.unsupported_reason),
     )
 
 

@@ -9,7 +9,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import hash_of
 from secateur.commands.open import OpenRun
 from secateur.model.axes import Axis
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Survey, load_survey
 
 PROBE_TOKENS = 1024
@@ -66,6 +66,6 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
     return found
 
 
-def _length(module: Depth2, axis: Axis) -> int:
+def _length(module: PrunableModule, axis: Axis) -> int:
     """Return how many numbers along an axis have an error, the dense one included."""
-    return 1 if module.locked else axis.units - axis.least + 1
+    return 1 if module.locked else axis.units - axis.min_units + 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.base.processes import Processes
 from secateur.model.mixture import Mixture, Routes
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 
 TOKENS = 4096
 """Of the calibration text, spaced evenly, on which orders are found: each is given to many experts."""
@@ -124,7 +124,7 @@ class ExpertOrder(NamedTuple):
     """Summed squared errors of the output, weights unchanged, once 0, 1, 2, ... of them have gone."""
 
 
-def at_once(module: Depth2) -> int:
+def at_once(module: PrunableModule) -> int:
     """Return how many experts leave in a round; as many of every group, where there are groups."""
     return max(module.groups, module.units // STEP // module.groups * module.groups)
 

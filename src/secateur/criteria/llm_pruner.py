@@ -21,34 +21,34 @@ from torch import Tensor
 
 from secateur.criteria.registry import Named, criterion
 from secateur.criteria.statistics import sum_by_unit
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 
 
 @criterion("llm-pruner-vector", kind="from_gradients")
-def vector(module: Depth2, weights: Named, gradient: Named, _: Named) -> Tensor:
+def vector(module: PrunableModule, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Score per unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.sum(1).abs())
 
 
 @criterion("llm-pruner-element1", kind="from_gradients")
-def element1(module: Depth2, weights: Named, gradient: Named, _: Named) -> Tensor:
+def element1(module: PrunableModule, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Score per unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.abs().sum(1))
 
 
 @criterion("llm-pruner-element2", kind="from_gradients", squares=True)
-def element2(module: Depth2, weights: Named, gradient: Named, square: Named) -> Tensor:
+def element2(module: PrunableModule, weights: Named, gradient: Named, square: Named) -> Tensor:
     """Score per unit (units), float64."""
     products = _products(module, weights, gradient)
     change = {name: product - weights[name].square() * square[name] / 2 for name, product in products.items()}
     return sum_by_unit(module, change, lambda part: part.abs().sum(1))
 
 
-def scored_weights(module: Depth2) -> tuple[str, ...]:
+def scored_weights(module: PrunableModule) -> tuple[str, ...]:
     """Names of the matrices whose gradients the scores need."""
-    names = dict.fromkeys(slab.name for slab in (*module.level1, module.level2))
+    names = dict.fromkeys(slab.name for slab in (*module.input_projections, module.output_projection))
     return tuple(name for name in names if not name.endswith(".bias"))
 
 
-def _products(module: Depth2, weights: Named, gradient: Named) -> dict[str, Tensor]:
+def _products(module: PrunableModule, weights: Named, gradient: Named) -> dict[str, Tensor]:
     return {name: weights[name] * gradient[name] for name in scored_weights(module)}

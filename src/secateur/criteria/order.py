@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.criteria.registry import Criterion
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.numerics.elimination import Elimination, eliminate
 
 
@@ -57,14 +57,14 @@ def elimination(
 ) -> Elimination:
     """Remove units until `stop` are left along an axis, greedily or in a given order."""
     module = stats.module
-    size = module.size * module.together(axis)
-    groups = None if axis == module.level2.along[0] else module.rounds(axis)
+    size = module.size * module.nested_units(axis)
+    groups = None if axis == module.output_projection.along[0] else module.enclosing_units(axis)
     return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, prices=prices, cuts=cuts)
 
 
-def survivors(module: Depth2, axis: str, order: Tensor) -> tuple[int, ...]:
+def survivors(module: PrunableModule, axis: str, order: Tensor) -> tuple[int, ...]:
     """Return the units (heads or channels) that are left once those in `order` have left along an axis."""
-    gone, together = set(order.tolist()), module.together(axis)
+    gone, together = set(order.tolist()), module.nested_units(axis)
     return tuple(unit for unit in range(module.units) if unit // together not in gone)
 
 
@@ -79,17 +79,17 @@ def put_first(scores: Tensor, first: frozenset[int], per_group: int) -> Tensor:
     return torch.where(leaving, scores - step, scores)
 
 
-def _ranks(module: Depth2, axis: str, order: Tensor) -> Tensor:
+def _ranks(module: PrunableModule, axis: str, order: Tensor) -> Tensor:
     """The place of each unit (units) in an order of removal; those that never leave come last."""
-    together = module.together(axis)
+    together = module.nested_units(axis)
     result = torch.full((module.units // together,), float(module.units), dtype=torch.float64)
     result[order.cpu()] = torch.arange(len(order), dtype=torch.float64)
     return result.repeat_interleave(together)
 
 
-def _by_score(scores: Tensor, module: Depth2, axis: str, stop: int) -> Tensor:
+def _by_score(scores: Tensor, module: PrunableModule, axis: str, stop: int) -> Tensor:
     """Return the units of an axis by ascending score; of each round one from every outer number."""
-    full, rounds = module.axis(axis).units, module.rounds(axis)
-    each = scores.cpu().view(rounds, full, module.together(axis))
+    full, rounds = module.axis(axis).units, module.enclosing_units(axis)
+    each = scores.cpu().view(rounds, full, module.nested_units(axis))
     order = (each.sum(2) if each.shape[2] > 1 else each[..., 0]).argsort(dim=1, stable=True)[:, : full - stop]
     return (order + torch.arange(rounds)[:, None] * full).T.reshape(-1)

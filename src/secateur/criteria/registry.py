@@ -14,14 +14,14 @@ from torch import Tensor
 from secateur.base.entries import entries
 from secateur.criteria.choice import parse_choice
 from secateur.criteria.statistics import Statistics
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 
 Score = Callable[[Statistics], Tensor]
 Ranking = Callable[[Statistics, str, int], Tensor]
 """Function of statistics, axis and number: the units in the order in which they leave, until that number is left."""
 Named = Mapping[str, Tensor]
 """Tensors of a module by their names inside the block."""
-GradientScore = Callable[[Depth2, Named, Named, Named], Tensor]
+GradientScore = Callable[[PrunableModule, Named, Named, Named], Tensor]
 """A module's scores from its weights, their gradients and the mean squares of these."""
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 STATISTICAL: tuple[str, ...] = ("heads", "channels")

@@ -30,7 +30,7 @@ def scores(stats: Statistics) -> Tensor:
     if stats.module.role == ATTENTION:
         return stats.per_unit(half_norm * stats.moments.mean_square_a())
     result = torch.ones_like(half_norm)
-    for slab in stats.module.scored:
+    for slab in stats.module.channel_projections:
         result = result * half_norm * _mean_square(stats, slab)
     return result
 
@@ -42,7 +42,7 @@ def identity(stats: Statistics) -> Tensor:
     if stats.module.role == ATTENTION:
         return stats.per_unit(half_norm * _value_norms(stats))
     result = torch.ones_like(half_norm)
-    for slab in stats.module.scored:
+    for slab in stats.module.channel_projections:
         square = rows_of(slab, stats.tensors).double().square().sum(1)
         bias = _bias(stats, slab)
         result = result * half_norm * (square if bias is None else square + bias.square())
@@ -55,7 +55,7 @@ def _value_norms(stats: Statistics) -> Tensor:
     total = torch.zeros(module.units * module.size, dtype=torch.float64, device=stats.weight_ao.device)
     for leaf in ("weight", "bias"):
         # The values come last.
-        slab = next((slab for slab in reversed(module.level1) if slab.name.endswith(leaf)), None)
+        slab = next((slab for slab in reversed(module.input_projections) if slab.name.endswith(leaf)), None)
         if slab is None:
             continue
         rows = rows_of(slab, stats.tensors).double()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.model.axes import ATTENTION
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import rows_of
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import Normal, normal_equations
@@ -18,7 +18,7 @@ from secateur.numerics.ridge import Normal, normal_equations
 class Statistics:
     """One module's weights and second moments."""
 
-    module: Depth2
+    module: PrunableModule
     tensors: Mapping[str, Tensor]
     """The block's tensors, float32, as the module now computes with them."""
     weight_ao: Tensor
@@ -58,7 +58,7 @@ def module_seed(seed: int, index: int, role: str) -> int:
     return (seed * 1_000_003 + index) * 2 + (role != ATTENTION)
 
 
-def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+def sum_by_unit(module: PrunableModule, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum over all weights of each unit, level 1 and 2, biases and sinks left out: (units), float64.
 
     Args:
@@ -68,8 +68,8 @@ def sum_by_unit(module: Depth2, tensors: Mapping[str, Tensor], function: Callabl
 
     What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
     """
-    total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.level2.name].device)
-    for slab in (*module.level1, module.level2):
+    total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.output_projection.name].device)
+    for slab in (*module.input_projections, module.output_projection):
         if slab.name.endswith(".bias") or tensors[slab.name].dim() < 2:
             continue
         sums = function(rows_of(slab, tensors).double()).view(slab.units, -1).sum(1)

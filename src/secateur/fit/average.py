@@ -11,7 +11,7 @@ from secateur.fit.stage import ModuleReport
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kept
+from secateur.model.structure import KeptUnits
 from secateur.model.surgery import assign, masked_weight
 
 
@@ -20,7 +20,7 @@ class FittedBlock:
     """One block whose units have been chosen and whose weights have been refitted, not yet cut."""
 
     index: int
-    keep: Kept
+    keep: KeptUnits
     changed: dict[str, Tensor]
     """Tensors with new values at full width, in the dtype of the output."""
     reports: tuple[ModuleReport, ...]
@@ -70,5 +70,5 @@ def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Ite
             if module.kind == "experts":
                 stack.enter_context(Mixture(stream, layer, module).only(torch.tensor(kept, device=stream.device)))
             else:
-                assign(layer, module.level2.name, masked_weight(module, tensors, kept))
+                assign(layer, module.output_projection.name, masked_weight(module, tensors, kept))
         yield

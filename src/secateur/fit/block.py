@@ -19,7 +19,7 @@ from secateur.fit.recovery import Recovery, recovery_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
 
 
@@ -69,14 +69,18 @@ class DenseBlock:
         )
         for at in rows.batches():
             seen: dict[str, tuple[Tensor, Tensor]] = {}
-            watch = {module.sink: _keep_both(seen, module.sink) for module in modules}
+            watch = {module.output_layer: _keep_both(seen, module.output_layer) for module in modules}
             if inputs:
-                watch |= {module.source: _keep_both(seen, module.source) for module in modules if module.level1}
+                watch |= {
+                    module.input_layer: _keep_both(seen, module.input_layer)
+                    for module in modules
+                    if module.input_projections
+                }
             after = stream.run_through(index, layer, dense[at], at.group, watch=watch)
             for module in modules:
-                output[module.kind][at] = seen[module.sink][1]
-                if inputs and module.level1:
-                    before[module.kind][at] = seen[module.source][0]
+                output[module.kind][at] = seen[module.output_layer][1]
+                if inputs and module.input_projections:
+                    before[module.kind][at] = seen[module.input_layer][0]
             replay = dict(zip(modules, (output[attention][at], None), strict=True))
             goal[attention][at] = cls._modules(stream, index, layer, dense, at, replay)
             if stream.beside.own_inputs:
@@ -94,7 +98,7 @@ class DenseBlock:
         layer: nn.Module,
         dense: Activations,
         at: Batch,
-        replay: Mapping[Depth2, Tensor | None],
+        replay: Mapping[PrunableModule, Tensor | None],
     ) -> Tensor:
         """The residual stream behind modules that are replayed."""
         return stream.residual(stream.run_through(index, layer, dense[at], at.group, replay=replay, modules=True))
@@ -141,7 +145,7 @@ class BlockState:
         """The whole block's output for a batch of rows; `how` as in `BlockStream.run_through`."""
         return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **how)
 
-    def inputs_of(self, module: Depth2, pruned: Activations, at: Batch, *layers: str) -> dict[str, Tensor]:
+    def inputs_of(self, module: PrunableModule, pruned: Activations, at: Batch, *layers: str) -> dict[str, Tensor]:
         """Inputs of the module's `source` or `sink` in the pruned stream; nothing behind the last of them is run."""
         seen: dict[str, Tensor] = {}
         self.stream.run(
@@ -155,7 +159,7 @@ class BlockState:
         )
         return seen
 
-    def done(self, module: Depth2, at: Batch) -> dict[Depth2, Tensor | None]:
+    def done(self, module: PrunableModule, at: Batch) -> dict[PrunableModule, Tensor | None]:
         """Outputs of the block's modules before this one, in the pruned stream."""
         attention = self.block.attention
         return {} if module is attention else {attention: self.output[attention.kind][at]}

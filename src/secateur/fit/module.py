@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.criteria.order import removal_order, survivors
 from secateur.criteria.statistics import Statistics
-from secateur.fit.output import Fit, fit_level2
+from secateur.fit.output import Fit, fit_output_projection
 from secateur.fit.regression import Regression, Sums
 from secateur.fit.tangent import Tangent
 from secateur.model.surgery import inner_entries
@@ -143,13 +143,13 @@ class ModuleFit:
 
     def of_all(self) -> Fit:
         """Return a fit of the output projection to the inputs of all units."""
-        return fit_level2(self.sums.fitted, self.stats.normal, self.sums.entries)
+        return fit_output_projection(self.sums.fitted, self.stats.normal, self.sums.entries)
 
     def refitted(self) -> Fit:
         """Return a fit of the output projection, with the error of the old weights where it is reported."""
         normal, places = self.stats.normal, self.sums.among(self.kept)
         plain = residual(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
-        return fit_level2(self.sums.fitted, normal, places)._replace(plain=plain)
+        return fit_output_projection(self.sums.fitted, normal, places)._replace(plain=plain)
 
     def unchanged(self) -> Fit:
         """Return the weights as they are, with their error where it is reported."""
@@ -164,12 +164,14 @@ class ModuleFit:
             The better fit; the sums are then over kept units.
         """
         regression = self.regression
-        before = {slab.name: regression.tensors[slab.name] for slab in self.module.scored}
+        before = {slab.name: regression.tensors[slab.name] for slab in self.module.channel_projections}
         regression.change(self._step(fit))
         self.sums = sums = regression.collect(self.keep)
         old = sums.weights(regression.norm.scale(regression.weight))
         everything = sums.among(sums.entries)
-        again = self.solved(lambda: fit_level2(sums.fitted, self._statistics(old, sums.fitted).normal, everything))
+        again = self.solved(
+            lambda: fit_output_projection(sums.fitted, self._statistics(old, sums.fitted).normal, everything)
+        )
         if again.error < fit.error:
             return again
         regression.change(before)
@@ -180,11 +182,11 @@ class ModuleFit:
         """Return new input projections, from one Gauss-Newton step at a fit of the output projection."""
         regression, module = self.regression, self.module
         width = regression.stream.width
-        tangent = Tangent(fit.weight_ko, len(module.scored), width, regression.tokens, self.processes)
+        tangent = Tangent(fit.weight_ko, len(module.channel_projections), width, regression.tokens, self.processes)
         with regression.linearised(self.sums, self.kept, fit, tangent.add) as parts:
-            changes = tangent.step(parts, self.recovery.ridge, self.recovery.level1)
+            changes = tangent.step(parts, self.recovery.ridge, self.recovery.input_steps)
         tensors = regression.tensors
-        result = {slab.name: tensors[slab.name].clone() for slab in module.scored}
-        for slab, change in zip(module.scored, changes, strict=True):
+        result = {slab.name: tensors[slab.name].clone() for slab in module.channel_projections}
+        for slab, change in zip(module.channel_projections, changes, strict=True):
             result[slab.name].index_add_(slab.axis, slab.offset + self.kept, change.movedim(0, slab.axis))
         return result

@@ -25,7 +25,7 @@ class Fit(NamedTuple):
     """The same with the old weights, where it was asked for."""
 
 
-def fit_level2(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
+def fit_output_projection(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
     """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
     weight, error = least_squares(normal, keep)
     return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)

@@ -24,7 +24,7 @@ class Recovery(ABC):
 
     ridge: float = 0.3
 
-    level1 = 0
+    input_steps = 0
     """Steps of conjugate gradients by which input projections are fitted along."""
     usual = math.inf
     """Factor on the median of the squared error that tokens inherit, at which a token counts half."""

@@ -21,7 +21,7 @@ from secateur.fit.recovery import Recovery
 from secateur.fit.tangent import Part
 from secateur.model.post_norm import PostNorm
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 
@@ -68,7 +68,7 @@ class Regression(ABC):
     """
 
     stream: BlockStream
-    module: Depth2
+    module: PrunableModule
     norm: PostNorm
     recovery: Recovery
     owner: int
@@ -113,4 +113,4 @@ class Regression(ABC):
 
     def stored(self, weight_ad: Tensor) -> dict[str, Tensor]:
         """Return the output projection as a tensor, by its name in `tensors`, from a weight in the errors' units."""
-        return {self.module.level2.name: stored_weight(self.module, self.norm.unscale(weight_ad))}
+        return {self.module.output_projection.name: stored_weight(self.module, self.norm.unscale(weight_ad))}

@@ -118,7 +118,7 @@ class RoutedRegression(Regression):
             return Unchanged(ridge)
         # The input projections of a shared expert stay as they are.
         inputs = not self.shared and number >= FEWEST_FOR_INPUTS
-        return Refit(ridge, whole.level1 if inputs else 0)
+        return Refit(ridge, whole.input_steps if inputs else 0)
 
     @property
     def unfitted(self) -> bool:

@@ -25,7 +25,7 @@ from secateur.model.arena import Activations
 from secateur.model.axes import Width
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
-from secateur.model.structure import Depth2, Kept
+from secateur.model.structure import PrunableModule, KeptUnits
 from secateur.model.surgery import inner_by_expert
 from secateur.model.units.channels import CHANNELS
 
@@ -48,7 +48,7 @@ class ModuleReport:
 
 
 def prune_stage(
-    state: BlockState, module: Depth2, pruned: Activations, width: Width, given: Kept
+    state: BlockState, module: PrunableModule, pruned: Activations, width: Width, given: KeptUnits
 ) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
     """Choose a stage's units unless they are given, refit its modules, and put its output in the pruned stream.
 
@@ -74,10 +74,10 @@ def _report(target: ModuleTarget, kept: int, error: float, plain: float, count: 
 class SingleStage:
     """A stage of one module."""
 
-    def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
+    def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.module, self.regression = module, StreamedRegression(state, module, pruned)
 
-    def prune(self, width: Width, given: Kept) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, given: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         module, regression = self.module, self.regression
         axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
@@ -92,17 +92,17 @@ class SingleStage:
 class MixtureStage:
     """A stage of many modules, each with a gate per token: the experts of a mixture."""
 
-    def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
+    def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.stream, self.recovery = state, module, state.stream, state.method.recovery
         self.target = ModuleTarget(state, module, pruned)
         self.mixture = Mixture(state.stream, state.layer, module)
         self.tokens = self._collect(pruned)
 
-    def prune(self, width: Width, given: Kept) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, given: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
         tokens, module = self.tokens, self.module
         keep = given["experts"] if "experts" in given else self._choose(width.experts)
-        alive, cut = torch.tensor(keep, device=self.stream.device), width.channels < module.inner
+        alive, cut = torch.tensor(keep, device=self.stream.device), width.channels < module.units_inside
         channels, unfitted = self._by_expert(keep, given.get("channels", ()) if cut else ()), list[int]()
         with self.stream.rounded():
             residual = tokens.target_nd - tokens.unit(self.mixture.output(tokens.x_nd[None], alive)[0])
@@ -114,8 +114,10 @@ class MixtureStage:
         report = _report(self.target, len(keep), tokens.error(residual), before, count)
         units: dict[str, tuple[int, ...]] = {"experts": keep}
         if cut:
-            parts = [*keep, *([module.units] if module.times else [])]
-            units["channels"] = tuple(expert * module.inner + one for expert in parts for one in channels[expert])
+            parts = [*keep, *([module.units] if module.shared_multiple else [])]
+            units["channels"] = tuple(
+                expert * module.units_inside + one for expert in parts for one in channels[expert]
+            )
         return units, replace(report, unfitted=tuple(unfitted))
 
     def _collect(self, pruned: Activations) -> Tokens:
@@ -126,7 +128,7 @@ class MixtureStage:
             (none, none, none[:, 0], none[:, 0], none[:, :1])
         ]
         for at in self.state.rows.batches():
-            seen = self.state.inputs_of(self.module, pruned, at, self.module.source)[self.module.source]
+            seen = self.state.inputs_of(self.module, pruned, at, self.module.input_layer)[self.module.input_layer]
             wanted = self.target.of(at)
             counts = wanted.target.new_ones(len(wanted.target)) if wanted.counts is None else wanted.counts
             inputs = seen.reshape(-1, self.stream.width)
@@ -184,14 +186,14 @@ class MixtureStage:
             Experts with too few tokens for a refit.
         """
         state, mixture, module, unfitted = self.state, self.mixture, self.module, list[int]()
-        names = mixture.stored_names(inputs=self.recovery.level1 > 0)
+        names = mixture.stored_names(inputs=self.recovery.input_steps > 0)
         for name in names:
             # One by one: they are nearly all of the block, and each is there twice while it is copied.
             state.change({name: plain(state.tensors[name]).to(state.dtype, copy=True)})
         routes = mixture.route(self.tokens.x_nd, alive)
         for expert in mixture.parts(alive):
             one = RoutedRegression(state, mixture, self.tokens, routes, residual_nd, expert)
-            stop = width * (module.times if one.shared else 1) or one.module.units
+            stop = width * (module.shared_multiple if one.shared else 1) or one.module.units
             unfitted += [expert] if one.unfitted and not one.shared else []
             if not one.recovery.fits and stop == one.module.units:
                 continue

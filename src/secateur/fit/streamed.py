@@ -25,7 +25,7 @@ from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.facts import activation_of
 from secateur.model.rows import Batch
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 
@@ -35,7 +35,7 @@ class StreamedRegression(Regression):
 
     reports = True
 
-    def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
+    def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.pruned, self.stream = state, module, pruned, state.stream
         self.target = ModuleTarget(state, module, pruned)
         self.norm, self.fits_bias, self.recovery = self.target.norm, self.target.fits_bias, state.method.recovery
@@ -66,15 +66,15 @@ class StreamedRegression(Regression):
         entries = inner_entries(module, tuple(range(module.units)) if keep is None else keep).to(stream.device)
         self._stored = stored = state.arena.empty(rows, len(entries), stream.products)
         moments = Moments(len(entries), stream.width, centre=target.fits_bias, device=stream.device)
-        scored, source, watched = moments, None, [module.sink]
+        scored, source, watched = moments, None, [module.output_layer]
         if keep is None and rows.scores is not None:
             scored = Moments(len(entries), stream.width, centre=moments.centre, device=stream.device)
         if keep is None and module.kind == "channels" and state.method.criteria.named(module.kind).inputs:
             source = Moments(stream.width, device=stream.device)
-            watched.insert(0, module.source)
+            watched.insert(0, module.input_layer)
         for at in rows.batches():
             seen = state.inputs_of(module, self.pruned, at, *watched)
-            x = seen[module.sink].flatten(0, -2)
+            x = seen[module.output_layer].flatten(0, -2)
             if keep is not None:
                 x = x[:, entries]
             stored[at] = x
@@ -86,7 +86,7 @@ class StreamedRegression(Regression):
                     if weight:
                         sums.update(x, wanted.target, weight, wanted.counts)
                 if at.score and source is not None:
-                    source.update(seen[module.source].reshape(-1, stream.width), weight=at.score)
+                    source.update(seen[module.input_layer].reshape(-1, stream.width), weight=at.score)
         for one in dict.fromkeys((moments, scored, source)):
             if one is not None:
                 one.reduce(stream.processes, self.owner)
@@ -101,10 +101,10 @@ class StreamedRegression(Regression):
         activation, dtype = activation_of(stream.checkpoint.config, state.layer), fast_dtype(stream.device)
         batches = [at for at in state.rows.batches() if at.weight]
         source = state.arena.empty(state.rows, width, dtype)
-        stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.scored]
+        stored = [state.arena.empty(state.rows, len(kept), dtype) for _ in module.channel_projections]
         outputs_of = self._times(sums, fit.weight_ko, kept)
         for at in batches:
-            s = state.inputs_of(module, self.pruned, at, module.source)[module.source].reshape(-1, width)
+            s = state.inputs_of(module, self.pruned, at, module.input_layer)[module.input_layer].reshape(-1, width)
             wanted = self.target.of(at)
             counts = torch.ones(len(s), device=stream.device) if wanted.counts is None else wanted.counts.sqrt()
             root = at.weight**0.5 * counts[:, None]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.processes import Processes
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.numerics.ridge import factorise
 
 SAMPLED = 8192
@@ -45,10 +45,10 @@ class Part:
     """(n x k) each: f_u, then f_g where there is a gate."""
 
 
-def outputs(module: Depth2, tensors: Mapping[str, Tensor], source_nd: Tensor, kept: Tensor) -> list[Tensor]:
+def outputs(module: PrunableModule, tensors: Mapping[str, Tensor], source_nd: Tensor, kept: Tensor) -> list[Tensor]:
     """What the module's level-1 matrices, up and then gate, give for the kept channels (n x k each)."""
     found = []
-    for slab in module.scored:
+    for slab in module.channel_projections:
         at, bias = slab.offset + kept, tensors.get(slab.bias)
         output = source_nd @ tensors[slab.name].index_select(slab.axis, at).movedim(slab.axis, 1)
         found.append(output if bias is None else output + bias[at])

@@ -22,7 +22,7 @@ from secateur.model.arena import Activations
 from secateur.model.facts import multiplier_of
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 
 
 class BatchTarget(NamedTuple):
@@ -43,7 +43,7 @@ class BatchTarget(NamedTuple):
 class ModuleTarget:
     """What one module's level 2 is to give in the pruned stream."""
 
-    def __init__(self, state: BlockState, module: Depth2, pruned: Activations):
+    def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.pruned = state, module, pruned
         self.norm = PostNorm(state.stream, state.index, state.layer, module)
         recovery = state.method.recovery
@@ -55,7 +55,7 @@ class ModuleTarget:
         self.multiplier = multiplier_of(state.stream.checkpoint.config, state.layer)
         """What the module's output is multiplied by on its way to the residual stream."""
         biased = module.bias is not None or recovery.biases == "added"
-        self.fits_bias = recovery.biases != "kept" and module.free_bias and biased
+        self.fits_bias = recovery.biases != "kept" and module.may_gain_bias and biased
         """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
         # What repairs nothing sees all tokens alike, as the formulas of criteria and of FLAP's bias have it.
         self._usual = recovery.usual

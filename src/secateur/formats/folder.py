@@ -14,11 +14,11 @@ from secateur.formats.family_file import unfit_fields
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, planned_misfit
 from secateur.formats.registry import FORMATS
-from secateur.formats.vllm import vllm_obstacle
+from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import TEXT
-from secateur.model.structure import Kept
+from secateur.model.structure import KeptUnits
 from secateur.model.surgery import width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS_MULTIPLE
@@ -56,7 +56,7 @@ class Folder(Format):
             widths: of every block.
             multimodal: the model is inside a multimodal one.
         """
-        return vllm_obstacle(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
+        return vllm_unsupported(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
 
     def around(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Return the contents of a multimodal model's config.json around those of its language model."""
@@ -139,7 +139,7 @@ class Folder(Format):
                 f"{checkpoint.source}: the entry for {kind} does not fit its class ({why}); correct the entry"
             )
 
-    def _narrower(self, index: int) -> Kept | None:
+    def _narrower(self, index: int) -> KeptUnits | None:
         """Return the first units of a block: as few heads as the format holds, half of the channels; None if none."""
         block, dense = self.stream.blocks[index], self.stream.blocks[index].width
         channels = dense.channels if dense.experts else -(-dense.channels // 2)
@@ -155,13 +155,13 @@ class Folder(Format):
     def _possible_names(self, plan: Plan) -> list[str]:
         """Return all names that a shard's header may need, those of biases that a refit may add among them."""
         modules = [(index, module) for index in plan.widths for module in self.stream.blocks[index].modules]
-        added = {self.stored_name(index, module.bias_name) for index, module in modules if module.free_bias}
+        added = {self.stored_name(index, module.bias_name) for index, module in modules if module.may_gain_bias}
         return [*self.stream.checkpoint.tensors, *self.names_inside(plan), *added]
 
     def _gained(self, index: int, written: Container[str]) -> tuple[bool, bool]:
         """Return whether each module's output projection was given a bias that the stock class lacks."""
         attention, feed_forward = (
-            module.free_bias and not module.bias and self.stored_name(index, module.bias_name) in written
+            module.may_gain_bias and not module.bias and self.stored_name(index, module.bias_name) in written
             for module in self.stream.blocks[index].modules
         )
         return attention, feed_forward

@@ -38,7 +38,7 @@ def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     model = Model(checkpoint, list(dense), added)
     try:
         # Blocks that differ may need another architecture, which can leave out more of a block without heads.
-        without = [*dense[:-1], dense[-1] | stream.blocks[-1].attention.gone]
+        without = [*dense[:-1], dense[-1] | stream.blocks[-1].attention.removed]
         architecture = choose(Model(checkpoint, without, added), type)
     except SecateurError:
         architecture = choose(model, type)
@@ -53,7 +53,7 @@ def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     @cache
     def experts(index: int, width: Width) -> int:
         """Bytes of a block's mixture: its experts' matrices shrink along two axes, the router's along one."""
-        full, total, times = dense[index], 0, stream.blocks[index].feed_forward.times
+        full, total, times = dense[index], 0, stream.blocks[index].feed_forward.shared_multiple
         for entry in block_entries(model, architecture, index, type):
             shape = list(entry.tensor.shape)
             if ".ffn_" in entry.name or ".exp_" in entry.name:

@@ -55,7 +55,7 @@ def _reason(model: Model, architecture: Architecture, type: str) -> str | None:
     return ", and ".join(filter(None, reasons)) or None
 
 
-def gguf_obstacle(
+def gguf_unsupported(
     checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, biases: bool = False
 ) -> str | None:
     """Why no GGUF file of a type can hold a model, pruned or not, at the widths of its blocks, or None.

@@ -11,7 +11,7 @@ from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
 from secateur.formats.format import Loading
 from secateur.formats.gguf_bytes import gguf_byte_meter
-from secateur.formats.gguf_choice import gguf_obstacle
+from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import export
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.gguf_types import TYPES, check_type
@@ -63,7 +63,7 @@ class GgufFile(Converted):
     def _architecture_reason(self, widths: Mapping[int, Width]) -> str | None:
         every = [widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)]
         added = self.biases and any(added_biases(self.stream))
-        return gguf_obstacle(self.stream.checkpoint, every, self.type, biases=added)
+        return gguf_unsupported(self.stream.checkpoint, every, self.type, biases=added)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """See that GGUF has a spelling of the tokenizer."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.formats.folder import Biases, Folder
-from secateur.formats.per_layer import MODELING_FILE, around_per_layer, per_layer_config, per_layer_obstacle
+from secateur.formats.per_layer import MODELING_FILE, around_per_layer, per_layer_config, per_layer_unsupported
 from secateur.formats.registry import output_format
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim
@@ -22,7 +22,7 @@ class HfFolder(Folder):
         """Ask a block whose heads can go; it speaks for those that have another token mixer."""
         blocks = self.stream.blocks
         free = next((index for index in self.chosen if not blocks[index].attention.locked), self.chosen.start)
-        return per_layer_obstacle(self.stream.checkpoint.config, blocks[free], width)
+        return per_layer_unsupported(self.stream.checkpoint.config, blocks[free], width)
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
         """Ask for every block by itself."""

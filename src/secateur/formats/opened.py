@@ -16,7 +16,7 @@ from secateur.base.quiet import quiet
 from secateur.formats.per_layer import decoder_class
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Kept
+from secateur.model.structure import KeptUnits
 from secateur.model.surgery import slice_block
 from secateur.model.weights import TensorInfo
 
@@ -36,7 +36,7 @@ def check_written(folder: Path, out: Path, advice: str) -> None:
         raise SecateurError(f"{out}: transformers does not open what was made, so it was removed ({why}); {advice}")
 
 
-def planned_misfit(stream: BlockStream, keeps: Mapping[int, Kept], raw_config: dict[str, Any]) -> str | None:
+def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_config: dict[str, Any]) -> str | None:
     """Return how config.json would differ from a model with these units, as a clause; None where it describes it."""
     with quiet():
         config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)
@@ -48,7 +48,7 @@ def _misfit(checkpoint: Checkpoint) -> str | None:
         return checkpoint.misfit(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
 
 
-def _cut(stream: BlockStream, keeps: Mapping[int, Kept]) -> dict[str, TensorInfo]:
+def _cut(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict[str, TensorInfo]:
     """Return the tensors that will be stored, of which only the shapes are true."""
     tensors = dict(stream.checkpoint.weights)
     for index, keep in keeps.items():

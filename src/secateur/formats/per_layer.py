@@ -45,7 +45,7 @@ HEADED = {
 """What opens the pruned model under a fresh head, and the stock classes."""
 
 
-def per_layer_obstacle(config: Any, block: Block, width: Width) -> str | None:
+def per_layer_unsupported(config: Any, block: Block, width: Width) -> str | None:
     """Why a dense block cannot be written at a width, as a clause that ends in what can be done instead; or None.
 
     Zero heads and zero channels are legal, and blocks do not bind each other.

@@ -18,7 +18,7 @@ from secateur.model.axes import Width, axis_kinds
 from secateur.model.units.experts import EXPERTS
 
 
-def stock_obstacle(config: Any, width: Width, dense: Width) -> str | None:
+def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     """Why a stock class cannot hold blocks of one width, as a clause that ends in what can be done instead; or None.
 
     The config object and the dense width are those of the dense model.
@@ -60,7 +60,7 @@ def stock_config(
     dtype: torch.dtype,
     channels: int | None = None,
 ) -> dict[str, Any]:
-    """The contents of config.json for a model of one width; see `stock_obstacle` for which widths are legal.
+    """The contents of config.json for a model of one width; see `stock_unsupported` for which widths are legal.
 
     Args:
         raw_config: the dense checkpoint's config.json as stored; not changed.

@@ -5,7 +5,7 @@ from typing import Any
 
 from secateur.formats.folder import Biases, Folder
 from secateur.formats.registry import output_format
-from secateur.formats.stock import stock_config, stock_obstacle
+from secateur.formats.stock import stock_config, stock_unsupported
 from secateur.model.axes import Width, alike
 from secateur.model.facts import head_dim
 from secateur.model.structure import levelled
@@ -26,9 +26,9 @@ class StockFolder(Folder):
                 f"a stock class has one width for all {len(stream)} blocks, and only {self.chosen.start}:"
                 f"{self.chosen.stop} are to be pruned; leave the block range out, or take --format hf"
             )
-        if (reason := stock_obstacle(config, width, dense)) is not None:
+        if (reason := stock_unsupported(config, width, dense)) is not None:
             return reason
-        if self.biases and any(m.free_bias and not m.bias for block in stream.blocks for m in block.modules):
+        if self.biases and any(m.may_gain_bias and not m.bias for block in stream.blocks for m in block.modules):
             return (
                 f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
                 "out, or take --format hf"

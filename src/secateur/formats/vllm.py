@@ -13,7 +13,7 @@ from secateur.model.axes import Width
 from secateur.model.facts import head_dim
 
 
-def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:
+def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:
     """Why vLLM does not compute a model, as a clause that ends in what can be done instead; or None when it does.
 
     On CPUs vLLM also wants head sizes of 32, 64, 80 and some larger ones; the dense model meets the same.
@@ -27,7 +27,7 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, mult
     kind, family = config.model_type, family_of(config)
     if not per_layer:
         # Where another kind of layer stands in its place, heads are a number alone.
-        return _stock_obstacle(config, min(widths, key=lambda width: width.heads))
+        return _stock_unsupported(config, min(widths, key=lambda width: width.heads))
     if multimodal:
         return "its multimodal models have one width for all blocks; take --widths uniform"
     if family.vllm.backend is not None:
@@ -49,7 +49,7 @@ def vllm_obstacle(config: Any, widths: Sequence[Width], *, per_layer: bool, mult
     return None
 
 
-def _stock_obstacle(config: Any, width: Width) -> str | None:
+def _stock_unsupported(config: Any, width: Width) -> str | None:
     """Return why vLLM's own class for the family, which may read less than transformers' does, cannot run a model."""
     limits = family_of(config).vllm
     if limits.derives_head_size is not None and config.hidden_size // width.heads != head_dim(config):

@@ -254,15 +254,15 @@ def _load(manager: Any, name: str) -> list[Any]:
     path = config.get("dataset_path")
     local = "custom_dataset" in config or path in _FILES or (path is not None and Path(path).exists())
     # Asked first: the hub's client would retry for half a minute before it looked at its cache.
-    obstacle = None if local else out_of_reach()
+    reason = None if local else out_of_reach()
     try:
-        with _silence(), _offline() if obstacle else nullcontext():
+        with _silence(), _offline() if reason else nullcontext():
             return list(manager.load(name)["tasks"].values())
     except Exception as error:  # from a wrong path to a missing package, each has its own class
-        if obstacle is not None:
+        if reason is not None:
             raise SecateurError(
                 f"task {name} needs its data set{f' {path}' if path else ''} from the hub, which is not reachable "
-                f"({obstacle}); give --task-path with a task file that reads local files"
+                f"({reason}); give --task-path with a task file that reads local files"
             ) from error
         raise SecateurError(f"task {name} does not open: {first_line(error)}") from error
 

@@ -78,7 +78,7 @@ class Axis:
     """Name of its kind, in `axis_kinds`."""
     units: int
     """Number of units in the dense block."""
-    least: int = 1
+    min_units: int = 1
     """Smallest number with which the module still works; zero takes the whole module away."""
     step: int = 1
     """Number of units that leave together: one from each group of experts."""
@@ -109,7 +109,7 @@ class Axis:
         """
         return self._stepped(self.stride(multiple))
 
-    def every(self, multiple: int = 1) -> list[int]:
+    def all_numbers(self, multiple: int = 1) -> list[int]:
         """Return the same without the limit of `LEVELS`."""
         return self._stepped(math.lcm(multiple, self.multiple))
 
@@ -118,9 +118,9 @@ class Axis:
             return [self.units]
         if self.rounded:
             return [self.units, *range((self.units - 1) // step * step, 0, -step)]
-        return list(range(self.units, self.least - 1, -self.step))
+        return list(range(self.units, self.min_units - 1, -self.step))
 
-    def takes(self, number: int) -> bool:
+    def supports(self, number: int) -> bool:
         """Return whether the module works with a number: any of rounded axes, whatever is offered."""
         return 0 < number <= self.units if self.rounded else number in self.numbers()
 

@@ -17,7 +17,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.base.quiet import first_line, quiet
 from secateur.families.registry import FAMILIES, TWINS
-from secateur.model.quantised import quantisation, quantisation_obstacle
+from secateur.model.quantised import quantisation, quantisation_unsupported
 
 # transformers 5 has the class, and lists it among those for images alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
@@ -75,7 +75,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     """
     file, kind = folder / "config.json", raw["model_type"]
     how = quantisation(raw)
-    if how is not None and (why := quantisation_obstacle(how)):
+    if how is not None and (why := quantisation_unsupported(how)):
         raise SecateurError(f"{file}: {why}; use an unquantised checkpoint")
     own_code = raw.get("auto_map") or {}
     known = kind in CONFIG_MAPPING

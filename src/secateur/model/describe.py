@@ -11,7 +11,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.words import twice
 from secateur.families.registry import family_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.registry import described
 
 
@@ -35,11 +35,15 @@ def describe(config: Any, layer: nn.Module) -> Block:
     return Block(attention, feed_forward, shapes)
 
 
-def _names(module: Depth2) -> list[str]:
+def _names(module: PrunableModule) -> list[str]:
     """Return the tensors of a module, those twice that the entry names for two layers.
 
     Fused layers are several parts of one tensor, and the matrices of experts narrow along two axes.
     """
-    apart = dict.fromkeys(slab.name for slab in module.level1)
-    doubled = [slab.name for slab in module.level1 if module.level1.count(slab) > 1]
-    return [*{*apart, module.level2.name}, *doubled] if module.inner else [*apart, module.level2.name, *doubled]
+    apart = dict.fromkeys(slab.name for slab in module.input_projections)
+    doubled = [slab.name for slab in module.input_projections if module.input_projections.count(slab) > 1]
+    return (
+        [*{*apart, module.output_projection.name}, *doubled]
+        if module.units_inside
+        else [*apart, module.output_projection.name, *doubled]
+    )

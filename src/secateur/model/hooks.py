@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 
 
 class Reached(Exception):
@@ -58,7 +58,9 @@ def watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: b
 
 
 @contextmanager
-def replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor | None, lends: bool) -> Iterator[None]:
+def replayed(
+    layer: nn.Module, module: PrunableModule, hidden_btd: Tensor, value: Tensor | None, lends: bool
+) -> Iterator[None]:
     """Let a module return a stored output in place of computing it, unless it `lends` what it makes on the way."""
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
@@ -67,7 +69,7 @@ def replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor
             part = layer.get_submodule(str(module.path))
             type(part).forward(part, *args, **kwargs)
         # Some blocks add to it in place.
-        return (output.clone(), None) if module.pair else output.clone()
+        return (output.clone(), None) if module.returns_tuple else output.clone()
 
     def nothing(hidden: Tensor) -> Tensor:
         return hidden[..., :1]
@@ -76,9 +78,9 @@ def replayed(layer: nn.Module, module: Depth2, hidden_btd: Tensor, value: Tensor
         # The layers hang in the block itself, which may have folded rows and positions into one axis.
         return output.reshape(hidden.shape[:-1] + output.shape[-1:])
 
-    changes = {module.path: forward} if module.path else {module.sink: flat}
-    if not module.path and module.level1:
-        changes[module.source] = nothing
+    changes = {module.path: forward} if module.path else {module.output_layer: flat}
+    if not module.path and module.input_projections:
+        changes[module.input_layer] = nothing
     for path, function in changes.items():
         layer.get_submodule(path).__dict__["forward"] = function
     try:

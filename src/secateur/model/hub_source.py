@@ -57,11 +57,11 @@ def hub_folder(repo: str, revision: str | None) -> Path:
     cached = _cached(repo, revision)
     if cached is not None and any((cached / name).is_file() for name in TOKENIZER):
         return cached
-    obstacle = out_of_reach()
-    if obstacle is not None:
+    reason = out_of_reach()
+    if reason is not None:
         if cached is not None:
             return cached
-        raise SecateurError(f"{repo}: no such folder, not in the cache, and {obstacle}; name a local folder")
+        raise SecateurError(f"{repo}: no such folder, not in the cache, and {reason}; name a local folder")
     try:
         wanted = choose_files(repo, list_repo_files(repo, revision=revision))
         # The hub's own progress bars show: this is what takes long.

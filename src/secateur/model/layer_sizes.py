@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 from secateur.model.axes import Width, axis_kinds
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 
 Axes = list[dict[str, int] | None]
@@ -41,12 +41,12 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
     sizes: dict[str, Any] = {"shapes": {}, "attributes": {}, "attentions": {}, "feed_forwards": {}}
     for module, part, bias in zip(block.modules, ("attentions", "feed_forwards"), BIASES, strict=True):
         if not module.fixed:
-            sizes[part][module.sink] = keys[module.level2.along]
+            sizes[part][module.output_layer] = keys[module.output_projection.along]
         if not module.locked:
             sizes["shapes"] |= _axes(module, block, keys)
             sizes["attributes"] |= _attributes(module, keys)
-        if module.free_bias and module.bias is None:
-            width = block.shapes[module.level2.name][1 - module.level2.axis]
+        if module.may_gain_bias and module.bias is None:
+            width = block.shapes[module.output_projection.name][1 - module.output_projection.axis]
             sizes["shapes"][module.bias_name] = [{bias: width}]
     return sizes
 
@@ -108,7 +108,7 @@ def _of_all(width: Width, keys: Keys) -> Keys:
     return keys | {(axis,): axis for axis in width if axis not in named}
 
 
-def _axes(module: Depth2, block: Block, keys: Keys) -> dict[str, Axes]:
+def _axes(module: PrunableModule, block: Block, keys: Keys) -> dict[str, Axes]:
     """Return for each tensor of a module what its axes are made of; None for an axis that stays."""
     result: dict[str, Axes] = {}
     for slab in module.slabs:
@@ -119,7 +119,7 @@ def _axes(module: Depth2, block: Block, keys: Keys) -> dict[str, Axes]:
     return result
 
 
-def _attributes(module: Depth2, keys: Keys) -> dict[str, dict[str, int]]:
+def _attributes(module: PrunableModule, keys: Keys) -> dict[str, dict[str, int]]:
     """Return the attributes, of any part of the block, that state numbers of a module's units."""
     found: dict[str, dict[str, int]] = {}
     for axis in module.axes:

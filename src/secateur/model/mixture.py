@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from secateur.model.axes import Axis, axis_kinds
 from secateur.model.held import plain
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2, Slab
+from secateur.model.structure import PrunableModule, Slab
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS, layout_of, shared_expert
 
@@ -40,12 +40,12 @@ class Routes(NamedTuple):
 class Mixture:
     """A filled block's experts, router and shared expert. The mixture's inputs are what the router reads."""
 
-    def __init__(self, stream: BlockStream, layer: nn.Module, module: Depth2):
+    def __init__(self, stream: BlockStream, layer: nn.Module, module: PrunableModule):
         """Find the experts, the router and the shared expert."""
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
         apart = self.names.parallel_norms
-        self.whole: Any = layer if apart else layer.get_submodule(module.sink)
+        self.whole: Any = layer if apart else layer.get_submodule(module.output_layer)
         """What holds experts and router."""
         self._norm: Any = layer.get_submodule(apart[0]) if apart else None
         self.experts: Any = self.whole.get_submodule(self.names.experts)
@@ -65,7 +65,7 @@ class Mixture:
 
         Each is one tensor for all experts, the shared one aside.
         """
-        down = self.module.level2
+        down = self.module.output_projection
         return [down.name, *([f"{down.layer}.{self.names.stored[0][0]}"] if inputs else [])]
 
     @property
@@ -124,11 +124,11 @@ class Mixture:
         if expert == self._shared_number:
             return self._shared_inner(x_nd)
         with self.stream.multiplying():
-            return self._between(self._level1(expert, x_nd)).float()
+            return self._between(self._input_projections(expert, x_nd)).float()
 
     def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
         """Return the derivatives of `inner` by the outputs of the up and of the gate projection (n x f each)."""
-        rows = self._level1(expert, x_nd)
+        rows = self._input_projections(expert, x_nd)
         # Entry by entry, so that the gradient of the sum is the derivative.
         with torch.inference_mode(False), torch.enable_grad():
             given = rows.clone().requires_grad_()
@@ -137,7 +137,7 @@ class Mixture:
         gate, up = (given.grad[:, ::2], given.grad[:, 1::2]) if self.layout.in_turn else given.grad.chunk(2, dim=1)
         return up, gate
 
-    def _level1(self, expert: int, x_nd: Tensor) -> Tensor:
+    def _input_projections(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return the outputs of an expert's gate and up projections (n x 2f)."""
         weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
         return linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
@@ -169,14 +169,14 @@ class Mixture:
         weight = self.experts.down_proj[expert]
         return weight if self.layout.inputs_first else weight.T
 
-    def feed_forward(self, expert: int) -> Depth2:
+    def feed_forward(self, expert: int) -> PrunableModule:
         """Return one expert as a feed-forward of its own, with the names of `tensors`."""
         tensors, channels = self.tensors(expert), len(self.weight(expert))
-        level2 = Slab("down_proj.weight", 1, (CHANNELS,), channels, 1)
+        output = Slab("down_proj.weight", 1, (CHANNELS,), channels, 1)
         # Up first, as everywhere.
         names = (f"{name}.{leaf}" for name in ("up_proj", "gate_proj") for leaf in ("weight", "bias"))
-        slabs = (replace(level2, name=name, axis=0) for name in names if name in tensors)
-        return Depth2("channels", (Axis(CHANNELS, channels),), tuple(slabs), level2, None, None, None)
+        slabs = (replace(output, name=name, axis=0) for name in names if name in tensors)
+        return PrunableModule("channels", (Axis(CHANNELS, channels),), tuple(slabs), output, None, None, None)
 
     def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Give a routed expert other values, by the names of `tensors`."""
@@ -188,7 +188,7 @@ class Mixture:
         """Return the tensors of one expert as a feed-forward of its own: views of what the block holds."""
         if expert == self._shared_number:
             return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
-        layout, f = self.layout, self.module.inner
+        layout, f = self.layout, self.module.units_inside
         both, down = (plain(held.data)[expert] for held in (self.experts.gate_up_proj, self.experts.down_proj))
         rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.model.axes import ATTENTION
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 
 MUTED = 1e-2
 """Outputs whose scale is below this part of the median one count as if theirs were as large."""
@@ -27,7 +27,7 @@ REPAIR = 0.1
 class PostNorm:
     """The norm after a module's level 2, as a factor per output and a divisor per row; neutral if there is none."""
 
-    def __init__(self, stream: BlockStream, index: int, layer: nn.Module, module: Depth2):
+    def __init__(self, stream: BlockStream, index: int, layer: nn.Module, module: PrunableModule):
         """Read the norm off a filled block, and off the model how strongly later layers read the stream."""
         self.norm = layer.get_submodule(module.post_norm) if module.post_norm else None
         self.read_o: Tensor | None = None

@@ -70,7 +70,7 @@ def without_quantisation(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in _KEYS}
 
 
-def quantisation_obstacle(how: dict[str, Any]) -> str | None:
+def quantisation_unsupported(how: dict[str, Any]) -> str | None:
     """Why such weights cannot be read, as a clause; None if they can."""
     method = how.get("quant_method", "unknown")
     if method not in METHODS:
@@ -87,7 +87,7 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
 
     Args:
         tensors: as stored, by name.
-        how: what config.json says of them; see `quantisation_obstacle`.
+        how: what config.json says of them; see `quantisation_unsupported`.
 
     Raises:
         SecateurError: a weight lacks a part, or its parts do not fit each other.

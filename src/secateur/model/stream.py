@@ -34,7 +34,7 @@ from secateur.model.describe import describe
 from secateur.model.held import Held
 from secateur.model.hooks import Reached, Recorder, replayed, silent, watched
 from secateur.model.rows import Rows
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
 
@@ -322,7 +322,7 @@ class BlockStream:
         hidden_btc: Tensor,
         group: int,
         *,
-        replay: Mapping[Depth2, Tensor | None] | None = None,
+        replay: Mapping[PrunableModule, Tensor | None] | None = None,
         watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
         until: str | None = None,
         modules: bool = False,
@@ -410,7 +410,7 @@ class BlockStream:
         def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
             return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})
 
-        self.run(index, layer, hidden_btc, group, watch={m.sink: watcher(name) for name, m in names.items()})
+        self.run(index, layer, hidden_btc, group, watch={m.output_layer: watcher(name) for name, m in names.items()})
         where = next(name for name in ("the input", *names, "the norms") if broken[name])
         return SecateurError(f"block {index}: {where} gives NaN or infinite activations; are the weights intact?")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from secateur.model.axes import Axis, Width, axis_kinds
 
-Kept = Mapping[str, tuple[int, ...]]
+KeptUnits = Mapping[str, tuple[int, ...]]
 """Indices of the units that a block keeps, sorted, by kind: those of each module. Channels of experts are listed where
 some leave, numbered through: those of the second expert behind those of the first, the shared expert's last."""
 
@@ -47,15 +47,15 @@ class Slab:
 
 
 @dataclass(frozen=True)
-class Depth2:
+class PrunableModule:
     """One prunable module of a block."""
 
     kind: str
     axes: tuple[Axis, ...]
     """Directions in which the module can become narrower, nested ones from the outermost on."""
-    level1: tuple[Slab, ...]
+    input_projections: tuple[Slab, ...]
     """Every level-1 weight and bias, those of the query, key and value or of the up and gate layers."""
-    level2: Slab
+    output_projection: Slab
     """The level-2 weight; its `axis` is the inner one, the other one is the residual width."""
     bias: str | None
     """Name of the stored level-2 bias, if the architecture has one."""
@@ -71,45 +71,49 @@ class Depth2:
     """Why no unit can be removed without changing what the others compute, where that is so."""
     fixed: bool = False
     """Whether the module as a whole has to stay."""
-    mixes: bool = False
+    is_token_mixer: bool = False
     """Another kind of layer in an attention's place, without keys and values; its heads are a number alone."""
-    pair: bool = False
+    returns_tuple: bool = False
     """Its submodule returns something else behind the output: attention weights, or the router's scores."""
-    met: int = 0
+    experts_per_token: int = 0
     """Experts that a token meets."""
     shared: tuple[Slab, ...] = ()
     """Of the expert that all tokens meet, where its width follows from that of the others: level 1, then level 2. A
     unit is as many of its channels as leave with one of each of the others; they are counted behind all of those."""
-    reader: str | None = None
+    input_reader: str | None = None
     """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector, experts
     beside a feed-forward."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
         """Of both levels."""
-        return (*self.level1, *self.shared, self.level2)
+        return (*self.input_projections, *self.shared, self.output_projection)
 
     @property
-    def source(self) -> str:
+    def input_layer(self) -> str:
         """A layer, of level 1 as a rule, whose input is the module's input; the level-2 layer where none is known."""
-        if self.reader is not None:
-            return self.reader
-        return self.level1[0].layer if self.level1 and self.kind != "experts" else self.sink
+        if self.input_reader is not None:
+            return self.input_reader
+        return (
+            self.input_projections[0].layer if self.input_projections and self.kind != "experts" else self.output_layer
+        )
 
     @property
-    def sink(self) -> str:
+    def output_layer(self) -> str:
         """The level-2 layer; of experts, which have one each, the whole mixture."""
-        return self.level2.layer if self.kind != "experts" else str(self.path)
+        return self.output_projection.layer if self.kind != "experts" else str(self.path)
 
     @property
-    def times(self) -> int:
+    def shared_multiple(self) -> int:
         """How many times as wide as another expert the shared one is; 0 where its width does not follow from theirs."""
         return self.shared[0].size if self.shared else 0
 
     @property
-    def scored(self) -> tuple[Slab, ...]:
+    def channel_projections(self) -> tuple[Slab, ...]:
         """Level-1 weights whose rows feed level-2 columns one to one: (up, gate), (up,); empty for attention."""
-        return tuple(slab for slab in self.level1 if self.kind == "channels" and slab.name.endswith(".weight"))
+        return tuple(
+            slab for slab in self.input_projections if self.kind == "channels" and slab.name.endswith(".weight")
+        )
 
     @property
     def role(self) -> str:
@@ -119,12 +123,12 @@ class Depth2:
     @property
     def units(self) -> int:
         """Query heads, channels or experts."""
-        return self.level2.units
+        return self.output_projection.units
 
     @property
     def size(self) -> int:
         """Level-2 input entries per unit: the head dimension, or 1."""
-        return self.level2.size
+        return self.output_projection.size
 
     @property
     def per_group(self) -> int:
@@ -132,42 +136,42 @@ class Depth2:
         return self.units // self.groups
 
     @property
-    def inner_kind(self) -> str | None:
+    def kind_inside(self) -> str | None:
         """Kind of the units inside each unit: channels of experts."""
-        return next((axis.kind for axis in self.axes if axis.name not in self.level2.along), None)
+        return next((axis.kind for axis in self.axes if axis.name not in self.output_projection.along), None)
 
-    def numbers(self, kept: Kept) -> dict[str, int]:
+    def width_of(self, kept: KeptUnits) -> dict[str, int]:
         """Return the width that a selection of units amounts to."""
         units = kept[self.kind]
-        outer, *nested = self.level2.along
-        found = {outer: len({unit // self.together(outer) for unit in units})}
+        outer, *nested = self.output_projection.along
+        found = {outer: len({unit // self.nested_units(outer) for unit in units})}
         found |= {axis: len(units) // max(found[outer], 1) for axis in nested}
-        if self.inner_kind is not None:
-            inner = len(kept.get(self.inner_kind, ())) // (len(units) + self.times) or self.inner
+        if self.kind_inside is not None:
+            inner = len(kept.get(self.kind_inside, ())) // (len(units) + self.shared_multiple) or self.units_inside
             found |= {axis.name: inner for axis in self.axes if axis.name not in found}
         return found
 
     @property
-    def least(self) -> int:
+    def min_units(self) -> int:
         """Smallest number of units that the module works with; zero where it may go as a whole."""
-        return self.axes[0].least if self.fixed else 0
+        return self.axes[0].min_units if self.fixed else 0
 
     @property
-    def inner(self) -> int:
+    def units_inside(self) -> int:
         """Channels of each expert, numbered through: those of the second expert follow those of the first."""
-        return next((axis.units for axis in self.axes if axis.name not in self.level2.along), 0)
+        return next((axis.units for axis in self.axes if axis.name not in self.output_projection.along), 0)
 
     @property
     def bias_name(self) -> str:
         """What level 2's bias is called, or would be."""
-        return self.level2.bias
+        return self.output_projection.bias
 
-    def may_go(self, kinds: Sequence[str]) -> bool:
+    def is_prunable(self, kinds: Sequence[str]) -> bool:
         """Return whether the module has an axis of one of these kinds of units."""
         return any(axis.kind in kinds for axis in self.axes)
 
     @property
-    def free_bias(self) -> bool:
+    def may_gain_bias(self) -> bool:
         """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
         return self.post_norm is None and not self.fixed
 
@@ -180,24 +184,24 @@ class Depth2:
         """Axes with more than one unit; of a module with a single unit, its first axis."""
         return tuple(axis for axis in self.axes if axis.units > 1) or self.axes[:1]
 
-    def together(self, axis: str) -> int:
+    def nested_units(self, axis: str) -> int:
         """Return how many neighbouring units leave with one number of an axis: those along the axes nested in it."""
-        along = self.level2.along
+        along = self.output_projection.along
         return math.prod(self.axis(name).units for name in along[along.index(axis) + 1 :])
 
-    def rounds(self, axis: str) -> int:
+    def enclosing_units(self, axis: str) -> int:
         """Return how many units leave at once, one from each number of the axes that hold this one."""
-        along = self.level2.along
+        along = self.output_projection.along
         return math.prod(self.axis(name).units for name in along[: along.index(axis)])
 
     @property
-    def gone(self) -> dict[str, int]:
+    def removed(self) -> dict[str, int]:
         """Zero along each axis: the width of a module that has left as a whole."""
         return dict.fromkeys((axis.name for axis in self.axes), 0)
 
-    def number(self, width: Width) -> int:
+    def units_at(self, width: Width) -> int:
         """Return how many units stay at a width."""
-        return width.product(self.level2.along)
+        return width.product(self.output_projection.along)
 
 
 def levelled(blocks: Sequence["Block"], widths: Mapping[int, Width]) -> list[Width]:
@@ -213,13 +217,13 @@ def levelled(blocks: Sequence["Block"], widths: Mapping[int, Width]) -> list[Wid
 class Block:
     """The two modules of a dense block and the shapes of its tensors."""
 
-    attention: Depth2
-    feed_forward: Depth2
+    attention: PrunableModule
+    feed_forward: PrunableModule
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor, by its name inside the block."""
 
     @property
-    def modules(self) -> tuple[Depth2, Depth2]:
+    def modules(self) -> tuple[PrunableModule, PrunableModule]:
         """Both, in the order in which they run and in which `KINDS` has them."""
         return self.attention, self.feed_forward
 
@@ -233,7 +237,7 @@ class Block:
         """Of the units in either."""
         return self.attention.kind, self.feed_forward.kind
 
-    def module(self, kind: str) -> Depth2:
+    def module(self, kind: str) -> PrunableModule:
         """The module that holds units of that kind."""
         return self.modules[self.kinds.index(kind)]
 
@@ -247,7 +251,7 @@ class Block:
         """The dense width."""
         return Width({axis.name: axis.units for axis in self.axes})
 
-    def inside(self, module: Depth2) -> list[str]:
+    def inside(self, module: PrunableModule) -> list[str]:
         """Tensors that go with the module's last unit: all of it but the level-2 bias, which is still added."""
         slabs = {slab.name for slab in module.slabs}
         path = f"{module.path}." if module.path else None
@@ -260,27 +264,27 @@ class Block:
     def shapes_at(self, width: Width, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a module's tensors at a width, without the level-2 bias, which stays whatever goes."""
         module = self.module(kind)
-        if not module.number(width):
+        if not module.units_at(width):
             return {}
         shapes = {name: list(self.shapes[name]) for name in self.inside(module)}
         for slab in module.slabs:
             shapes[slab.name][slab.axis] -= (slab.units - width.product(slab.along)) * slab.size
         return {name: tuple(shape) for name, shape in shapes.items()}
 
-    def held(self, width: Width, kind: str) -> int:
+    def module_parameters(self, width: Width, kind: str) -> int:
         """Parameters of a module at a width, without the level-2 bias; exact, from the stored shapes."""
         return sum(map(math.prod, self.shapes_at(width, kind).values()))
 
-    def met(self, width: Width, kind: str) -> float:
+    def active_parameters(self, width: Width, kind: str) -> float:
         """Parameters of a module that a token meets, on average: of experts, those that it is routed to."""
         module, shapes = self.module(kind), self.shapes_at(width, kind)
         if kind != "experts":
-            return self.held(width, kind)
-        own = [name for name in shapes if name.rpartition(".")[0] == module.level2.layer]
+            return self.module_parameters(width, kind)
+        own = [name for name in shapes if name.rpartition(".")[0] == module.output_projection.layer]
         inside = sum(math.prod(shapes[name]) for name in own)
-        return self.held(width, kind) - inside * (1 - module.met / module.number(width))
+        return self.module_parameters(width, kind) - inside * (1 - module.experts_per_token / module.units_at(width))
 
-    def kept_parameters(self, width: Width) -> int:
+    def parameters_at(self, width: Width) -> int:
         """Parameters of the whole block at a width."""
         prunable = sum(math.prod(self.shapes[name]) for module in self.modules for name in self.inside(module))
-        return self.parameters - prunable + sum(self.held(width, kind) for kind in self.kinds)
+        return self.parameters - prunable + sum(self.module_parameters(width, kind) for kind in self.kinds)

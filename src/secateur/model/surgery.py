@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.model.axes import Width
 from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
 from secateur.model.modeling_secateur import resize
-from secateur.model.structure import Block, Depth2, Kept, Slab
+from secateur.model.structure import Block, PrunableModule, KeptUnits, Slab
 from secateur.model.units.experts import EXPERT_CHANNELS
 
 
@@ -29,29 +29,29 @@ def rows_of(slab: Slab, tensors: Mapping[str, Tensor]) -> Tensor:
     return stored[entries(slab, range(slab.units)).to(stored.device)]
 
 
-def inner_weight(module: Depth2, tensors: Mapping[str, Tensor]) -> Tensor:
+def inner_weight(module: PrunableModule, tensors: Mapping[str, Tensor]) -> Tensor:
     """The level-2 weight with the inner axis first (a x o), a view."""
-    return tensors[module.level2.name].movedim(module.level2.axis, 0)
+    return tensors[module.output_projection.name].movedim(module.output_projection.axis, 0)
 
 
-def stored_weight(module: Depth2, weight_ao: Tensor) -> Tensor:
+def stored_weight(module: PrunableModule, weight_ao: Tensor) -> Tensor:
     """The inverse of `inner_weight`: back to the stored orientation, contiguous."""
-    return weight_ao.movedim(0, module.level2.axis).contiguous()
+    return weight_ao.movedim(0, module.output_projection.axis).contiguous()
 
 
-def inner_entries(module: Depth2, keep: Sequence[int]) -> Tensor:
+def inner_entries(module: PrunableModule, keep: Sequence[int]) -> Tensor:
     """Level-2 input entries of the kept units."""
-    return entries(module.level2, keep)
+    return entries(module.output_projection, keep)
 
 
 def slice_module(
-    module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int], inner: Sequence[int] = ()
+    module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int], inner: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """The module's tensors with only the kept units, level 2 included; of experts with only these channels, if any."""
     parts: dict[tuple[str, int], list[Tensor]] = {}
     # Fused layers are several slabs of one tensor.
     for slab in module.slabs:
-        if slab.along[0] == module.level2.along[0]:
+        if slab.along[0] == module.output_projection.along[0]:
             # A KV group stays while one of its heads does.
             each = module.units // slab.units
             own = sorted({unit // each for unit in keep})
@@ -63,15 +63,15 @@ def slice_module(
     return found | _slice_experts(module, {**tensors, **found}, len(keep), inner) if len(inner) else found
 
 
-def inner_by_expert(module: Depth2, experts: int, inner: Sequence[int]) -> tuple[Tensor, Tensor]:
+def inner_by_expert(module: PrunableModule, experts: int, inner: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The channels that stay, each counted inside its own expert: of so many (experts x c), and of the shared one."""
     every = torch.tensor(inner)
-    own = len(every) // (experts + module.times) * experts
-    return every[:own].view(experts, -1) % module.inner, every[own:] - module.units * module.inner
+    own = len(every) // (experts + module.shared_multiple) * experts
+    return every[:own].view(experts, -1) % module.units_inside, every[own:] - module.units * module.units_inside
 
 
 def _slice_experts(
-    module: Depth2, tensors: Mapping[str, Tensor], experts: int, inner: Sequence[int]
+    module: PrunableModule, tensors: Mapping[str, Tensor], experts: int, inner: Sequence[int]
 ) -> dict[str, Tensor]:
     """The matrices of experts with only some channels of each."""
     inner_ec, beside = inner_by_expert(module, experts, inner)
@@ -80,7 +80,7 @@ def _slice_experts(
         for slab in module.shared
     }
     places: dict[tuple[str, int], list[Tensor]] = {}
-    for slab in sorted((*module.level1, module.level2), key=lambda slab: slab.offset):
+    for slab in sorted((*module.input_projections, module.output_projection), key=lambda slab: slab.offset):
         if slab.along == (EXPERT_CHANNELS,):
             own = slab.offset + inner_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
@@ -91,12 +91,12 @@ def _slice_experts(
     return result
 
 
-def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) -> dict[str, Tensor]:
     """All tensors of a block, sliced to the kept units; of a module without units only the level-2 bias is left."""
     result = dict(tensors)
     for module in block.modules:
         if units := kept[module.kind]:
-            inner = kept.get(module.inner_kind, ()) if module.inner_kind else ()
+            inner = kept.get(module.kind_inside, ()) if module.kind_inside else ()
             result.update(slice_module(module, tensors, units, inner))
         else:
             for name in block.inside(module):
@@ -104,7 +104,7 @@ def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: Kept) -> dict
     return result
 
 
-def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> Tensor:
+def masked_weight(module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> Tensor:
     """The stored level-2 weight with zeros for all units that go: the module then gives what it gives without them."""
     weight = torch.zeros_like(inner_weight(module, tensors))
     kept = inner_entries(module, keep).to(weight.device)
@@ -112,9 +112,9 @@ def masked_weight(module: Depth2, tensors: Mapping[str, Tensor], keep: Sequence[
     return stored_weight(module, weight)
 
 
-def width_of(block: Block, kept: Kept) -> Width:
+def width_of(block: Block, kept: KeptUnits) -> Width:
     """The width that a selection amounts to."""
-    return Width({axis: number for module in block.modules for axis, number in module.numbers(kept).items()})
+    return Width({axis: number for module in block.modules for axis, number in module.width_of(kept).items()})
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:

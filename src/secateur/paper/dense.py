@@ -89,7 +89,7 @@ def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | N
         for index in (watcher or Silent()).track(range(len(stream)), "Measure"):
             block = stream.blocks[index]
             entering, heads, channels = _Mean(), _Mean(), _Mean()
-            watch = {block.attention.sink: heads.add, block.feed_forward.sink: channels.add}
+            watch = {block.attention.output_layer: heads.add, block.feed_forward.output_layer: channels.add}
             with stream.filled(index) as layer:
                 for at in rows.batches():
                     before = hidden[at]

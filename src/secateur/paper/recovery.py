@@ -12,7 +12,7 @@ from secateur.fit.output import Fit
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, recovery
 from secateur.fit.streamed import StreamedRegression
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares, normal_equations
 
@@ -60,14 +60,14 @@ class PaperRecovery(Recovery):
         assert isinstance(fit.regression, StreamedRegression)
         regression, module, width = fit.regression, fit.module, fit.regression.stream.width
         # Heads that share a latent vector read that vector, not the module's input.
-        if not module.level1 or module.reader is not None:
+        if not module.input_projections or module.input_reader is not None:
             return
         state, device = regression.state, regression.stream.device
-        biased = any(slab.name.endswith(".bias") for slab in module.level1)
+        biased = any(slab.name.endswith(".bias") for slab in module.input_projections)
         moments = Moments(width, width, centre=biased, device=device)
         for at in state.rows.batches():
             dense = state.input[module.kind][at].to(device)
-            source = state.inputs_of(module, regression.pruned, at, module.source)[module.source]
+            source = state.inputs_of(module, regression.pruned, at, module.input_layer)[module.input_layer]
             moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
         moments.reduce(fit.processes, regression.owner)
 
@@ -77,7 +77,9 @@ class PaperRecovery(Recovery):
         state.change(fit.processes.compute_at(regression.owner, made, device))
 
 
-def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float) -> dict[str, Tensor]:
+def fit_level1(
+    module: PrunableModule, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float
+) -> dict[str, Tensor]:
     """Level-1 weights and biases that bring the pruned stream's input to the dense level-1 outputs.
 
     `inputs` holds the Gram matrix of the module's input in the pruned stream and its cross moment with the input
@@ -85,7 +87,7 @@ def fit_level1(module: Depth2, tensors: Mapping[str, Tensor], inputs: Moments, r
     """
     result: dict[str, Tensor] = {}
     # Slabs of one tensor share its axis and its bias.
-    slabs = {slab.name: slab for slab in module.level1 if slab.name.endswith(".weight")}
+    slabs = {slab.name: slab for slab in module.input_projections if slab.name.endswith(".weight")}
     everything = torch.arange(inputs.gram().shape[0], device=inputs.gram().device)
     for name, slab in slabs.items():
         old = tensors[name].movedim(slab.axis, 1)

@@ -52,7 +52,7 @@ def check_heads(problem: PlanProblem) -> None:
         why = blocks[0].attention.locked
         raise SecateurError(f"heads cannot be removed exactly, as {why}; take another criterion")
     for block in blocks:
-        obstacles = [problem.obstacle(width) for width in _narrower(block)]
+        obstacles = [problem.unsupported_reason(width) for width in _narrower(block)]
         if None in obstacles:
             return
         reasons += [reason for reason in obstacles if reason is not None]
@@ -109,7 +109,11 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
         by_groups = narrower.groups < module.groups
         count = module.groups - narrower.groups if by_groups else module.per_group - narrower.per_group
         size = problem.parameters.module(index, "heads", narrower)
-        if count > (len(whole) if by_groups else each) or size >= least or problem.obstacle(narrower) is not None:
+        if (
+            count > (len(whole) if by_groups else each)
+            or size >= least
+            or problem.unsupported_reason(narrower) is not None
+        ):
             continue
         least, width = size, narrower
         chosen = [members[group] for group in whole[:count]] if by_groups else [heads[:count] for heads in members]

@@ -56,7 +56,7 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
     block = problem.leading
     # Narrowest first; experts leave, or channels of every one.
     axes = [axis for axis in block.feed_forward.axes if axis.kind in problem.kinds]
-    ways = [[{axis.name: number} for number in reversed(axis.every(problem.multiple))] for axis in axes] or [[{}]]
+    ways = [[{axis.name: number} for number in reversed(axis.all_numbers(problem.multiple))] for axis in axes] or [[{}]]
     found: list[tuple[Width, float]] = []
     reasons: list[str] = []
     least = meter.dense
@@ -69,7 +69,7 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
         narrow = steps[0]
         if narrow == block.width:
             continue
-        reason = problem.obstacle(narrow)
+        reason = problem.unsupported_reason(narrow)
         if reason is not None:
             reasons.append(reason)
             continue

@@ -38,7 +38,7 @@ from secateur.base.quiet import quiet
 from secateur.model.axes import Axis, Width
 from secateur.model.facts import positions_of
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import cut_down
 
 LENGTH = 512
@@ -235,7 +235,7 @@ def _measure(
     return Latency({name: rising(line) for name, line in lines.items()}, rest=rest, outside=outside)
 
 
-def _line(module: Depth2, axis: Axis, nothing: Width) -> dict[int, Width]:
+def _line(module: PrunableModule, axis: Axis, nothing: Width) -> dict[int, Width]:
     """Return the widths to time along one axis by their number, all other modules gone."""
     # Up to a dozen numbers of heads, or none and all where single ones cannot go.
     points = 2 if axis.locked else POINTS if axis.rounded else POINTS + 2

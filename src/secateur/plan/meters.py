@@ -78,7 +78,7 @@ def meter_of(
             f"target {target}: how long experts take depends on where tokens go, and is not measured; give params, "
             "bytes or kv"
         )
-    if any(block.attention.mixes for block in stream.blocks):
+    if any(block.attention.is_token_mixer for block in stream.blocks):
         raise SecateurError(
             f"target {target}: how long the layers in the attention's place of some blocks take is not "
             "measured; give params, bytes or kv"
@@ -92,11 +92,11 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
     With `biases`, level-2 layers of pruned blocks get one where they have none, unless a norm follows.
     """
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
-    inside = sum(block.held(block.width, kind) for block in stream.blocks for kind in block.kinds)
+    inside = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
         dense_widths(stream),
         stored - inside,
-        module=lambda index, kind, width: stream.blocks[index].held(width, kind),
+        module=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
         form=lambda value: f"{counted(value, 1)} parameters",
         added=added_biases(stream) if biases else (),
     )
@@ -107,7 +107,7 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
     every = parameter_meter(stream, biases)
     return replace(
         every,
-        module=lambda index, kind, width: stream.blocks[index].met(width, kind),
+        module=lambda index, kind, width: stream.blocks[index].active_parameters(width, kind),
         form=lambda value: f"{counted(round(value), 1)} active parameters",
     )
 
@@ -130,7 +130,7 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
 
     def module(index: int, kind: str, width: Width) -> float:
         one = stream.blocks[index].module(kind)
-        if KV_GROUPS not in one.gone or not width[KV_GROUPS] or one.mixes:
+        if KV_GROUPS not in one.removed or not width[KV_GROUPS] or one.is_token_mixer:
             return 0
         return width[KV_GROUPS] * entry if latent is None else latent * dtype.itemsize
 
@@ -163,7 +163,7 @@ def latency_meter(
     return Meter(
         dense_widths(stream),
         fixed=own[0].outside + sum(table.rest for table in own),
-        module=lambda index, kind, width: own[index].module(list(stream.blocks[index].module(kind).gone), width),
+        module=lambda index, kind, width: own[index].module(list(stream.blocks[index].module(kind).removed), width),
         form=lambda value: f"{1e3 * value:,.1f} ms",
     )
 
@@ -225,7 +225,7 @@ def dense_widths(stream: BlockStream) -> tuple[Width, ...]:
 
 def added_biases(stream: BlockStream) -> tuple[float, ...]:
     """Count the entries of the biases that a recovery adds to the output projections of each block."""
-    new = ([m for m in block.modules if m.free_bias and not m.bias] for block in stream.blocks)
+    new = ([m for m in block.modules if m.may_gain_bias and not m.bias] for block in stream.blocks)
     return tuple(float(len(modules) * stream.width) for modules in new)
 
 

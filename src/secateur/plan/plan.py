@@ -72,8 +72,8 @@ def nearest_uniform(sparsity: float) -> str:
 def check_reach(problem: PlanProblem) -> None:
     """See that adaptive widths can meet the target, before anything is measured."""
     least = narrowest(problem)
-    dense, modules = problem.leading.width, problem.may_go(problem.leading)
-    reasons = list(filter(None, (problem.obstacle(dense | module.gone) for module in modules)))
+    dense, modules = problem.leading.width, problem.is_prunable(problem.leading)
+    reasons = list(filter(None, (problem.unsupported_reason(dense | module.removed) for module in modules)))
     if least >= problem.meter.dense and (reasons or not isinstance(problem.goal, Target)):
         raise SecateurError(_nothing(problem, reasons))
     # Sums in another order are rounded otherwise.

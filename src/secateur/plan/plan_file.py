@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.axes import Width
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, Depth2, Kept
+from secateur.model.structure import Block, PrunableModule, KeptUnits
 from secateur.model.surgery import width_of
 from secateur.plan.widths import module_widths
 
@@ -18,7 +18,7 @@ KEYS = frozenset({"block", "width", *KINDS, "modules"})
 """What a block's entry may hold; `modules` is what `prune` reports of it."""
 
 
-def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], dict[int, Kept]]:
+def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[dict[int, Width], dict[int, KeptUnits]]:
     """Widths, and exact units where the file has them: a secateur.json, or what `secateur plan` writes, edited or not.
 
     Args:
@@ -40,7 +40,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     if raw.get("fingerprint") not in (None, fingerprint):
         raise SecateurError(f"{path}: a plan for another model; remove its fingerprint to use it all the same")
     widths: dict[int, Width] = {}
-    units: dict[int, Kept] = {}
+    units: dict[int, KeptUnits] = {}
     for entry in entries:
         index = entry.get("block")
         if type(index) is not int or not 0 <= index < len(blocks):
@@ -54,7 +54,9 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
             )
         if set(KINDS) & set(entry):
             block = blocks[index]
-            if wrong := [kind for kind in KINDS if kind in entry and not any(m.may_go([kind]) for m in block.modules)]:
+            if wrong := [
+                kind for kind in KINDS if kind in entry and not any(m.is_prunable([kind]) for m in block.modules)
+            ]:
                 raise SecateurError(f"{path}: block {index} has no {wrong[0]}; list its {' and '.join(block.kinds)}")
             kept = {kind: _units(path, index, block, kind, entry.get(kind)) for kind in block.kinds}
             for module in block.modules:
@@ -92,15 +94,15 @@ def _width(path: Path, index: int, block: Block, given: Any) -> Width:
     """Return the width that an entry spells, which a plan must be able to have."""
     width, where = _numbers(path, index, block, given), f"{path}: block {index}"
     for module in block.modules:
-        if not module.fixed and all(width[name] == 0 for name in module.gone):
+        if not module.fixed and all(width[name] == 0 for name in module.removed):
             continue
         for axis in module.axes:
-            if not axis.takes(width[axis.name]):
+            if not axis.supports(width[axis.name]):
                 all_gone = "" if module.fixed else ", or 0 along all axes of the module"
                 raise SecateurError(
                     f"{where}: {width[axis.name]} {axis.label} cannot be had: {axis.range} are possible{all_gone}"
                 )
-        narrower = [name for name in module.level2.along if width[name] < module.axis(name).units]
+        narrower = [name for name in module.output_projection.along if width[name] < module.axis(name).units]
         if len(narrower) > 1:
             raise SecateurError(
                 f"{where}: a plan narrows one of {' and '.join(narrower)} at a time; keep all of the other"
@@ -117,8 +119,10 @@ def _units(path: Path, index: int, block: Block, kind: str, listed: Any) -> tupl
     found, module = _indices(where, listed, count), block.module(kind)
     if module.locked is not None and len(found) not in ((count,) if module.fixed else (0, count)):
         raise SecateurError(f"{where}: single heads cannot be removed exactly, as {module.locked}; keep all of them")
-    if len(found) < module.least:
-        raise SecateurError(f"{where}: a token meets {module.least} experts, and {len(found)} are listed; keep more")
+    if len(found) < module.min_units:
+        raise SecateurError(
+            f"{where}: a token meets {module.min_units} experts, and {len(found)} are listed; keep more"
+        )
     return found
 
 
@@ -126,18 +130,18 @@ def _inner(path: Path, index: int, block: Block, experts: tuple[int, ...], liste
     """The kept channels of experts, counted through: as many of each that stays, and of no other but the shared one."""
     module, where = block.feed_forward, f"{path}: block {index}, channels"
     # Those of the shared expert come last.
-    found = _indices(where, listed, (module.units + module.times) * module.inner)
+    found = _indices(where, listed, (module.units + module.shared_multiple) * module.units_inside)
     counts = dict.fromkeys(experts, 0)
-    beside = sum(unit >= module.units * module.inner for unit in found)
+    beside = sum(unit >= module.units * module.units_inside for unit in found)
     for unit in found[: len(found) - beside]:
-        if (expert := unit // module.inner) not in counts:
+        if (expert := unit // module.units_inside) not in counts:
             raise SecateurError(f"{where}: {unit} is of expert {expert}, which is not kept; remove it")
         counts[expert] += 1
     if len(set(counts.values())) > 1 or not found:
         raise SecateurError(f"{where}: each expert must keep as many as the others, and at least one")
-    if beside != (wanted := module.times * counts[experts[0]]):
+    if beside != (wanted := module.shared_multiple * counts[experts[0]]):
         raise SecateurError(
-            f"{where}: the shared expert, whose channels begin at {module.units * module.inner}, must keep {wanted}, "
+            f"{where}: the shared expert, whose channels begin at {module.units * module.units_inside}, must keep {wanted}, "
             f"not {beside}"
         )
     return found
@@ -156,7 +160,7 @@ def _indices(where: str, listed: Any, count: int) -> tuple[int, ...]:
     return tuple(sorted(listed))
 
 
-def _check_groups(path: Path, index: int, module: Depth2, listed: tuple[int, ...]) -> None:
+def _check_groups(path: Path, index: int, module: PrunableModule, listed: tuple[int, ...]) -> None:
     """Every key/value group that stays must keep the same number of query heads; groups of experts all stay."""
     if module.groups == 1:
         return
@@ -217,14 +221,14 @@ def _nearest(block: Block, ratios: dict[str, float], multiple: int) -> Width:
     return found
 
 
-def _candidates(block: Block, module: Depth2, names: list[str], share: float, multiple: int) -> list[Width]:
+def _candidates(block: Block, module: PrunableModule, names: list[str], share: float, multiple: int) -> list[Width]:
     """Return the widths from which a ratio chooses, the dense one first."""
     if len(names) > 1:
         return module_widths(block, module, multiple, lambda _: None)
     # A multiple too large for the module does not empty it: that is what a ratio of one asks for.
     if share == 1 and not module.fixed:
-        return [block.width | module.gone]
-    dense, *narrower = module.axis(names[0]).every(multiple)
+        return [block.width | module.removed]
+    dense, *narrower = module.axis(names[0]).all_numbers(multiple)
     return [block.width | {names[0]: number} for number in (dense, *reversed(narrower))]
 
 

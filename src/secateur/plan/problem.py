@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from secateur.model.axes import Width, alike
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
-from secateur.plan.widths import Obstacle, module_widths
+from secateur.plan.widths import UnsupportedReason, module_widths
 
 TOLERANCE = 0.005
 """A plan within half a point of the wanted sparsity is on target."""
@@ -79,24 +79,24 @@ class PlanProblem:
     """Of what the target is about."""
     kinds: tuple[str, ...] = KINDS
     multiple: int = 1
-    obstacle: Obstacle = lambda _: None
+    unsupported_reason: UnsupportedReason = lambda _: None
 
     @property
-    def modules(self) -> list[tuple[int, Depth2]]:
+    def modules(self) -> list[tuple[int, PrunableModule]]:
         """Modules that may be cut, with the index of the block."""
         return [(index, module) for index in self.chosen for module in self.modules_of(index)]
 
-    def widths_of(self, index: int, module: Depth2) -> list[Width]:
+    def widths_of(self, index: int, module: PrunableModule) -> list[Width]:
         """Return the widths that a module of a block may have, dense first."""
-        return module_widths(self.blocks[index], module, self.multiple, self.obstacle, self.kinds)
+        return module_widths(self.blocks[index], module, self.multiple, self.unsupported_reason, self.kinds)
 
-    def modules_of(self, index: int) -> list[Depth2]:
+    def modules_of(self, index: int) -> list[PrunableModule]:
         """Those of one block that may be cut."""
-        return self.may_go(self.blocks[index])
+        return self.is_prunable(self.blocks[index])
 
-    def may_go(self, block: Block) -> list[Depth2]:
+    def is_prunable(self, block: Block) -> list[PrunableModule]:
         """Return the modules of a block that may be cut."""
-        return [module for module in block.modules if module.may_go(self.kinds)]
+        return [module for module in block.modules if module.is_prunable(self.kinds)]
 
     @property
     def leading(self) -> Block:

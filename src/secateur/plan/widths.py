@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from secateur.model.axes import Axis, Width
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 
-Obstacle = Callable[[Width], "str | None"]
+UnsupportedReason = Callable[[Width], "str | None"]
 """Why the output format cannot hold a width, or None if it can."""
 
 
@@ -20,24 +20,28 @@ def usual_multiple(axes: Sequence[Axis]) -> int:
 
 
 def module_widths(
-    block: Block, module: Depth2, multiple: int, obstacle: Obstacle, kinds: Sequence[str] = KINDS
+    block: Block,
+    module: PrunableModule,
+    multiple: int,
+    unsupported_reason: UnsupportedReason,
+    kinds: Sequence[str] = KINDS,
 ) -> list[Width]:
     """Return the widths that one module may have, dense first and zero last, the rest of the block dense.
 
     Args:
         multiple: see `Axis.numbers`.
-        obstacle: asked for each narrower width.
+        unsupported_reason: asked for each narrower width.
         kinds: kinds of units that may leave.
     """
     dense = block.width
     axes = [axis for axis in module.axes if axis.kind in kinds]
     found = [dense | {axis.name: number} for axis in axes for number in axis.numbers(multiple)[1:]]
     if axes and not module.fixed:
-        found.append(dense | module.gone)
-    return [dense, *(width for width in found if obstacle(width) is None)]
+        found.append(dense | module.removed)
+    return [dense, *(width for width in found if unsupported_reason(width) is None)]
 
 
 def head_widths(block: Block, kinds: Sequence[str] = KINDS) -> list[Width]:
     """Return the widths of a block with fewer query heads but some, dense first."""
     attention = block.attention
-    return [width for width in module_widths(block, attention, 1, lambda _: None, kinds) if attention.number(width)]
+    return [width for width in module_widths(block, attention, 1, lambda _: None, kinds) if attention.units_at(width)]

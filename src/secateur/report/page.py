@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from secateur.model.axes import ATTENTION, Width
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
@@ -98,7 +98,7 @@ def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, 
     }
 
 
-def _curve(block: Block, module: Depth2, curve: Curve, prices: Prices) -> dict[str, Any]:
+def _curve(block: Block, module: PrunableModule, curve: Curve, prices: Prices) -> dict[str, Any]:
     """One curve: units left, share of the module's output that is lost, and price, from dense to nothing."""
     units = module.axis(curve.axis).units
     gone = [*_thinned(len(curve.errors)), units]
@@ -111,9 +111,9 @@ def _curve(block: Block, module: Depth2, curve: Curve, prices: Prices) -> dict[s
     }
 
 
-def _scores(block: Block, module: Depth2, curve: Curve, prices: Prices) -> list[list[float]]:
+def _scores(block: Block, module: PrunableModule, curve: Curve, prices: Prices) -> list[list[float]]:
     """(unit, turn, rise of the lost share, rise of the price) as units leave; the last ones go with the module."""
-    together = module.rounds(curve.axis)
+    together = module.enclosing_units(curve.axis)
     last = sorted(set(range(module.units)) - set(curve.order)) if curve.order else []
     turns = [(unit, place // together) for place, unit in enumerate(curve.order)]
     turns += [(unit, len(curve.errors) - 1) for unit in last]
@@ -128,22 +128,22 @@ def _scores(block: Block, module: Depth2, curve: Curve, prices: Prices) -> list[
     return [[unit, turn + 1, *rise(turn)] for unit, turn in turns]
 
 
-def _price(block: Block, module: Depth2, curve: Curve, gone: int, prices: Prices) -> float:
+def _price(block: Block, module: PrunableModule, curve: Curve, gone: int, prices: Prices) -> float:
     """Return the cost of a module that has lost so many units along the curve's axis, in nats per token."""
     # What never leaves alone goes with the module.
     left = module.axis(curve.axis).units - gone if gone < len(curve.errors) else 0
     return prices.of(curve.block, module, _width(block.width, module, curve.axis, left))
 
 
-def _width(dense: Width, module: Depth2, axis: str, left: int) -> Width:
+def _width(dense: Width, module: PrunableModule, axis: str, left: int) -> Width:
     """Return the dense width cut along one axis of a module."""
-    return dense | ({axis: left} if left else module.gone)
+    return dense | ({axis: left} if left else module.removed)
 
 
 def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> dict[str, Any]:
     """What one share would remove, block by block."""
     widths = [plan.widths.get(index, block.width) for index, block in enumerate(blocks)]
-    kept = [block.kept_parameters(width) for block, width in zip(blocks, widths, strict=True)]
+    kept = [block.parameters_at(width) for block, width in zip(blocks, widths, strict=True)]
     removed = sum(block.parameters for block in blocks) - sum(kept)
     return {
         "share": share,

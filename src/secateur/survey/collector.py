@@ -31,14 +31,14 @@ class Collector:
 
     def watches(self) -> dict[str, Callable[[Tensor, Tensor], None]]:
         """Return what to watch, by layer path."""
-        result: dict[str, Callable[[Tensor, Tensor], None]] = {self.module.sink: self._see_sink}
-        if self.sample.reads_source and self.module.source != self.module.sink:
-            result[self.module.source] = self._see_source
+        result: dict[str, Callable[[Tensor, Tensor], None]] = {self.module.output_layer: self._see_sink}
+        if self.sample.reads_source and self.module.input_layer != self.module.output_layer:
+            result[self.module.input_layer] = self._see_source
         return result
 
     def _see_sink(self, x: Tensor, z: Tensor) -> None:
         self._inner, self._output = x, z
-        if self.module.source == self.module.sink:
+        if self.module.input_layer == self.module.output_layer:
             self._source = x
 
     def _see_source(self, x: Tensor, _: Tensor) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.model.axes import Width
-from secateur.model.structure import Block, Depth2
+from secateur.model.structure import Block, PrunableModule
 from secateur.survey.curves import Curve, Survey
 
 SMALLEST = 1e-9
@@ -46,7 +46,7 @@ class Prices:
         modules = [(index, module, width) for index, width in widths.items() for module in blocks[index].modules]
         return sum(self.of(*module) for module in modules)
 
-    def of(self, block: int, module: Depth2, width: Width) -> float:
+    def of(self, block: int, module: PrunableModule, width: Width) -> float:
         """What the module of a block costs at a width; zero for a module that was not surveyed and is dense."""
         key = block, module.kind
         total = 0.0

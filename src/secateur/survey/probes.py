@@ -17,7 +17,7 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Probe
 
 STRIDE = 2
@@ -31,7 +31,7 @@ class Cut:
     """A module at a width to be probed."""
 
     block: int
-    module: Depth2
+    module: PrunableModule
     error: float
     """What the cut adds to the module's error, on the scale of its `Curve`."""
     kept: Tensor

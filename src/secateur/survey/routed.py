@@ -20,7 +20,7 @@ from secateur.model.mixture import Mixture
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.survey.curves import Curve
 from secateur.survey.expert_refit import left_by_refit
@@ -41,7 +41,7 @@ class RoutedSample(Sample):
         stream: BlockStream,
         index: int,
         layer: nn.Module,
-        module: Depth2,
+        module: PrunableModule,
         order: str,
         tokens: int,
         kinds: Sequence[str] = KINDS,
@@ -103,7 +103,7 @@ class RoutedSample(Sample):
     def _experts(self) -> tuple[Curve, list[Cut]]:
         """Return the curve of whole experts, in the order in which they leave."""
         module, every = self.module, self._mixture.every
-        stop = module.least if "experts" in self._kinds else module.units
+        stop = module.min_units if "experts" in self._kinds else module.units
         found = expert_order(self._order, self._routed, stop, self._seed)
         errors, cuts, share = tuple(error / self._count for error in found.errors), list[Cut](), 1.0
         for part in PROBED:
@@ -149,10 +149,10 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]
     They are measured at some counts, of all experts' losses together, and lie on a line between.
     """
     mixture, processes = routed.mixture, routed.processes
-    module, inner, x = mixture.module, mixture.module.inner, routed.x_nd
+    module, inner, x = mixture.module, mixture.module.units_inside, routed.x_nd
     routes = mixture.route(x, mixture.every)
-    every = torch.zeros((module.units + module.times) * inner, dtype=torch.float64, device=x.device)
-    parts = mixture.parts(mixture.every)[0 if module.times or mixture.shared is None else 1 :]
+    every = torch.zeros((module.units + module.shared_multiple) * inner, dtype=torch.float64, device=x.device)
+    parts = mixture.parts(mixture.every)[0 if module.shared_multiple or mixture.shared is None else 1 :]
     energies = {expert: every[expert * inner :][: len(mixture.weight(expert))] for expert in parts}
     for expert in parts:
         tokens, rows = mixture.gated(expert, x, routes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.model.axes import Axis
 from secateur.model.rows import Batch
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Curve
 from secateur.survey.probes import Cut
 
@@ -43,7 +43,7 @@ class Sample(ABC):
     """
 
     index: int
-    module: Depth2
+    module: PrunableModule
     reads_source: bool = False
     owner: int = 0
 

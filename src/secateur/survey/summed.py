@@ -13,7 +13,7 @@ from secateur.model.axes import Axis
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_entries, inner_weight
 from secateur.numerics.moments import Moments
 from secateur.survey import sample
@@ -26,7 +26,14 @@ class SummedSample(Sample):
     """Second moments of the output projection's input, each token relative to its own residual stream."""
 
     def __init__(
-        self, stream: BlockStream, index: int, layer: nn.Module, module: Depth2, criteria: Criteria, *, apart: bool
+        self,
+        stream: BlockStream,
+        index: int,
+        layer: nn.Module,
+        module: PrunableModule,
+        criteria: Criteria,
+        *,
+        apart: bool,
     ):
         """Start with empty sums.
 
@@ -103,7 +110,7 @@ class SummedSample(Sample):
         if module.locked:
             # All or nothing.
             return Curve(self.index, module.kind, axis.name, (0.0,), self._energy), []
-        together, units = module.rounds(axis.name), axis.units
+        together, units = module.enclosing_units(axis.name), axis.units
         probed = {round(units * share) for share in sample.PROBED} - {0, units} if axis is self.axes[-1] else set()
         found = error_curve(self._criterion, stats, axis.name, 1, choice, [gone * together for gone in probed])
         errors = (found.errors[::together] / count).tolist()

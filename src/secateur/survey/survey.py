@@ -16,7 +16,7 @@ from secateur.model.kinds import KINDS
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.survey.collector import Collector
 from secateur.survey.curves import Curve, Survey
 from secateur.survey.probes import Probes
@@ -64,7 +64,7 @@ def survey(
                 if index not in blocks:
                     stream.advance(index, layer, rows, hidden)
                     continue
-                wanted = [module for module in stream.blocks[index].modules if module.may_go(kinds)]
+                wanted = [module for module in stream.blocks[index].modules if module.is_prunable(kinds)]
                 samples = [_sample(stream, index, layer, module, criteria, fitted, kinds) for module in wanted]
                 collectors = [Collector(stream, layer, sample) for sample in samples]
                 before = None if probes is None else hidden.parts[probed][:].clone()
@@ -91,7 +91,7 @@ def _sample(
     stream: BlockStream,
     index: int,
     layer: nn.Module,
-    module: Depth2,
+    module: PrunableModule,
     criteria: Criteria,
     rows: Rows,
     kinds: tuple[str, ...],

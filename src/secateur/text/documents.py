@@ -269,10 +269,10 @@ def _open_dataset(dataset: _Dataset, source: str) -> dict[str, Any]:
             return dict(copy.as_dataset())
         except (ValueError, OSError):
             pass
-        obstacle = out_of_reach()
-        if obstacle is not None:
+        reason = out_of_reach()
+        if reason is not None:
             raise SecateurError(
-                f"data set {source} is not in the local cache, and {obstacle}: give a .txt or .jsonl file instead"
+                f"data set {source} is not in the local cache, and {reason}: give a .txt or .jsonl file instead"
             )
     try:
         # Without a split this reads the index only; a big data set is streamed, never downloaded whole.

@@ -13,7 +13,7 @@ from secateur.fit.recovery import Recovery, recovery
 class Refit(Recovery):
     """Each module repairs errors of those before it, too."""
 
-    level1: int = 2
+    input_steps: int = 2
     usual: float = 1.0
 
     fits = kept_inputs_alone = by_effort = True
@@ -22,7 +22,7 @@ class Refit(Recovery):
     @classmethod
     def of(cls, options: Any) -> "Refit":
         """Return the refit with the ridge and the effort of options."""
-        return cls(options.ridge, options.level1)
+        return cls(options.ridge, options.input_steps)
 
     def fit(self, fit: ModuleFit) -> Fit:
         """Fit the output projection, then the input projections, then the output projection once more."""
@@ -30,6 +30,11 @@ class Refit(Recovery):
         # As large as all that the steps behind it hold.
         fit.forget_statistics()
         # An error that is rounding alone asks for nothing.
-        if self.level1 and fit.module.scored and fit.keep and found.error > ROUNDING * fit.sums.fitted.energy():
+        if (
+            self.input_steps
+            and fit.module.channel_projections
+            and fit.keep
+            and found.error > ROUNDING * fit.sums.fitted.energy()
+        ):
             found = fit.fit_inputs(found)
         return found._replace(plain=first.plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.units.layers import input_projection, inputs_first, output_projection
 from secateur.model.units.registry import describes
 
@@ -16,7 +16,7 @@ CHANNELS = axis_kind("channels", "channels", FEED_FORWARD, "channels", "feed-for
 
 
 @describes(FEED_FORWARD, rank=9)
-def feed_forward(_: Any, family: Family, layer: Any) -> Depth2:
+def feed_forward(_: Any, family: Family, layer: Any) -> PrunableModule:
     """Describe a dense feed-forward: the up layer, the gate if there is one, and the down layer."""
     prefix = "" if family.feed_forward is None else f"{family.feed_forward}."
     down = layer.get_submodule(prefix + family.down)
@@ -30,4 +30,4 @@ def feed_forward(_: Any, family: Family, layer: Any) -> Depth2:
     output, bias = output_projection(layer, prefix + family.down, (CHANNELS,), number, 1)
     axes = (Axis(CHANNELS, number, rounded=True, wide=1024),)
     inputs = tuple(slab for slabs in projections for slab in slabs)
-    return Depth2("channels", axes, inputs, output, bias, family.feed_forward, family.norm_after_feed_forward)
+    return PrunableModule("channels", axes, inputs, output, bias, family.feed_forward, family.norm_after_feed_forward)

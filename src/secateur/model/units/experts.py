@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
-from secateur.model.structure import Depth2, Slab
+from secateur.model.structure import PrunableModule, Slab
 from secateur.model.units.layers import input_projection, output_projection
 from secateur.model.units.registry import describes
 
@@ -57,7 +57,7 @@ def shared_expert(names: Experts, mixture: Any) -> Any:
 
 
 @describes(FEED_FORWARD, rank=5)
-def mixture(config: Any, family: Family, layer: Any) -> Depth2 | None:
+def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe a mixture of experts; None where the block has none."""
     names = family.experts
     whole = None if names is None else layer.get_submodule(family.mixture.rstrip("."))
@@ -72,10 +72,10 @@ def mixture(config: Any, family: Family, layer: Any) -> Depth2 | None:
     follows = names.shared_expert_width is None and shared_expert(names, whole) is not None
     groups, least = _groups(config, names, per_token)
     parallel, behind = names.parallel_norms, family.norm_after_feed_forward
-    return Depth2(
+    return PrunableModule(
         "experts",
         (
-            Axis(EXPERTS, number, least=least, step=groups),
+            Axis(EXPERTS, number, min_units=least, step=groups),
             Axis(EXPERT_CHANNELS, channels, multiple=EXPERTS_MULTIPLE, rounded=True, wide=256),
         ),
         (*(slab for slab in rows if slab is not output), *inside),
@@ -85,11 +85,11 @@ def mixture(config: Any, family: Family, layer: Any) -> Depth2 | None:
         parallel[1] if parallel else behind,
         behind if parallel else None,
         groups,
-        pair=names.returns_scores,
+        returns_tuple=names.returns_scores,
         fixed=True,
-        met=per_token,
+        experts_per_token=per_token,
         shared=_shared(layer, f"{home}{names.shared_expert}", channels) if follows else (),
-        reader=names.router if parallel else None,
+        input_reader=names.router if parallel else None,
     )
 
 

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from secateur.model.axes import ATTENTION, Axis, axis_kind
-from secateur.model.structure import Depth2, Slab
+from secateur.model.structure import PrunableModule, Slab
 from secateur.model.units.layers import input_projection, inputs_first, output_projection
 from secateur.model.units.registry import describes
 
@@ -47,7 +47,7 @@ def head_axes(groups: int, heads: int, locked: bool = False) -> tuple[Axis, Axis
 
 
 @describes(ATTENTION, rank=9)
-def attention(config: Any, family: Family, layer: Any) -> Depth2:
+def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
     """Describe an attention whose heads have keys and values of their own or of their group."""
     from secateur.model.facts import head_dim, key_value_heads
 
@@ -63,10 +63,12 @@ def attention(config: Any, family: Family, layer: Any) -> Depth2:
     apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
     locked = "its query and key norms differ from head to head" if apart else None
     axes = head_axes(groups, heads, apart)
-    return Depth2("heads", axes, projections, output, bias, path, after, None, groups, locked, pair=True)
+    return PrunableModule(
+        "heads", axes, projections, output, bias, path, after, None, groups, locked, returns_tuple=True
+    )
 
 
-def _locked(config: Any, family: Family, layer: Any, why: str) -> Depth2:
+def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule:
     """Describe an attention all of whose heads stay, or none."""
     from secateur.model.facts import key_value_heads
 
@@ -77,7 +79,9 @@ def _locked(config: Any, family: Family, layer: Any, why: str) -> Depth2:
     fixed = family.attention_fixed or (sharing is not None and sharing.lends)
     joins = None if family.adds_residual else path
     axes, after = head_axes(groups, heads, True), family.norm_after_attention
-    return Depth2("heads", axes, (), output, bias, joins, after, None, groups, why, fixed=fixed, pair=True)
+    return PrunableModule(
+        "heads", axes, (), output, bias, joins, after, None, groups, why, fixed=fixed, returns_tuple=True
+    )
 
 
 def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:

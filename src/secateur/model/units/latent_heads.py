@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secateur.model.axes import ATTENTION
-from secateur.model.structure import Depth2, Slab
+from secateur.model.structure import PrunableModule, Slab
 from secateur.model.units.heads import HEADS, head_axes
 from secateur.model.units.layers import input_projection, output_projection
 from secateur.model.units.registry import describes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @describes(ATTENTION, rank=5)
-def attention(config: Any, family: Family, layer: Any) -> Depth2 | None:
+def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe an attention whose heads share a latent vector; None where the family has another one."""
     if family.latent is None:
         return None
@@ -30,4 +30,6 @@ def attention(config: Any, family: Family, layer: Any) -> Depth2 | None:
         projections += input_projection(layer, f"{path}.{name}", HEADS, heads, rows)
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
     after, axes, reads = family.norm_after_attention, head_axes(heads, heads), f"{path}.{reader}"
-    return Depth2("heads", axes, projections, output, bias, path, after, None, heads, pair=True, reader=reads)
+    return PrunableModule(
+        "heads", axes, projections, output, bias, path, after, None, heads, returns_tuple=True, input_reader=reads
+    )

@@ -9,9 +9,9 @@ from secateur.model.axes import load_units
 
 if TYPE_CHECKING:
     from secateur.families.entry import Family
-    from secateur.model.structure import Depth2
+    from secateur.model.structure import PrunableModule
 
-Describer = Callable[[Any, "Family", Any], "Depth2 | None"]
+Describer = Callable[[Any, "Family", Any], "PrunableModule | None"]
 """Function of a config, a family and a block of it on any device: the module, or None where the block has none such."""
 
 _DESCRIBERS: dict[str, list[tuple[int, Describer]]] = {}
@@ -27,7 +27,7 @@ def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
     return register
 
 
-def described(role: str, config: Any, family: Family, layer: Any) -> Depth2:
+def described(role: str, config: Any, family: Family, layer: Any) -> PrunableModule:
     """Return the module that a block has in a role, by the first describer that knows it."""
     load_units()
     ordered = (describer for _, describer in sorted(_DESCRIBERS[role], key=lambda one: one[0]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.base.errors import SecateurError
 from secateur.model.axes import ATTENTION
-from secateur.model.structure import Depth2
+from secateur.model.structure import PrunableModule
 from secateur.model.units.heads import HEADS, head_axes
 from secateur.model.units.layers import output_projection
 from secateur.model.units.registry import describes
@@ -21,7 +21,7 @@ MIXED = "another kind of layer stands in the attention's place"
 
 
 @describes(ATTENTION, rank=3)
-def token_mixer(config: Any, family: Family, layer: Any) -> Depth2 | None:
+def token_mixer(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe a token mixer; None where the block has an attention."""
     from secateur.model.facts import key_value_heads
 
@@ -37,4 +37,6 @@ def token_mixer(config: Any, family: Family, layer: Any) -> Depth2 | None:
         )
     slab, bias = output_projection(layer, f"{path}.{output}", HEADS, heads)
     axes = head_axes(groups, heads, locked=True)
-    return Depth2("heads", axes, (), slab, bias, path, None, None, groups, MIXED, fixed=True, mixes=True)
+    return PrunableModule(
+        "heads", axes, (), slab, bias, path, None, None, groups, MIXED, fixed=True, is_token_mixer=True
+    )
