@@ -23,7 +23,7 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.describe import describe
-from secateur.model.structure import Block, PrunableModule, KeptUnits
+from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS

@@ -56,7 +56,7 @@ from secateur.model.facts import head_dim
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, PrunableModule, KeptUnits
+from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import assign, width_of
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan

@@ -72,10 +72,10 @@ def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, li
             module,
             axes=(replace(module.axes[0], units=units), *module.axes[1:]),
             groups=groups,
-            output_projection=output,
+            output_projection=output_projection,
         )
         for module, units, groups in ((block.attention, heads, heads), (block.feed_forward, channels, 1))
-        for level2 in [replace(module.output_projection, units=units)]
+        for output_projection in [replace(module.output_projection, units=units)]
     )
     larger = replace(block, attention=attention, feed_forward=feed_forward)
     curves, probes = [], []

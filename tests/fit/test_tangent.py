@@ -180,7 +180,7 @@ def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
         hidden = stream.embed(rows, arena)
         at = next(iter(rows.batches()))
         watch = {
-            block.source: lambda x, _: seen.update(source=x),
+            block.input_layer: lambda x, _: seen.update(source=x),
             block.output_layer: lambda x, _: seen.update(sink=x),
         }
         stream.run(1, layer, hidden[at], at.group, watch=watch)

@@ -27,7 +27,7 @@ from secateur.criteria.statistics import Statistics
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import PrunableModule, KeptUnits
+from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey

@@ -25,7 +25,7 @@ from secateur.model.arena import Activations
 from secateur.model.axes import Width
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
-from secateur.model.structure import PrunableModule, KeptUnits
+from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import inner_by_expert
 from secateur.model.units.channels import CHANNELS
 

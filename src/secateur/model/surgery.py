@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.model.axes import Width
 from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
 from secateur.model.modeling_secateur import resize
-from secateur.model.structure import Block, PrunableModule, KeptUnits, Slab
+from secateur.model.structure import Block, KeptUnits, PrunableModule, Slab
 from secateur.model.units.experts import EXPERT_CHANNELS
 
 

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import parse_json
 from secateur.model.axes import Width
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, PrunableModule, KeptUnits
+from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import width_of
 from secateur.plan.widths import module_widths
 
@@ -141,8 +141,8 @@ def _inner(path: Path, index: int, block: Block, experts: tuple[int, ...], liste
         raise SecateurError(f"{where}: each expert must keep as many as the others, and at least one")
     if beside != (wanted := module.shared_multiple * counts[experts[0]]):
         raise SecateurError(
-            f"{where}: the shared expert, whose channels begin at {module.units * module.units_inside}, must keep {wanted}, "
-            f"not {beside}"
+            f"{where}: the shared expert, whose channels begin at {module.units * module.units_inside}, must keep "
+            f"{wanted}, not {beside}"
         )
     return found
 
