@@ -30,9 +30,9 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.formats import gguf_export
-from secateur.formats.gguf_bytes import gguf_byte_meter
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import Exported, export
+from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
 from secateur.formats.gguf_types import TYPES
 from secateur.formats.per_layer import per_layer_config

@@ -44,7 +44,7 @@ from secateur.formats.gguf_export import export
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary
 from secateur.model import gguf_file
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.gguf_table import read_dense, readings
+from secateur.model.gguf_keys import read_dense, readings
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MORE_ROWS = test_gguf.MORE_ROWS | {

@@ -522,7 +522,7 @@ def test_obstacles(written, tmp_path):
 )
 def test_the_stock_format_points_to_this_one(written, name, blocks, width, biases):
     stream = BlockStream(open_checkpoint(written(name, "uneven").source))
-    stock, hf = (kind(stream, chosen=blocks, biases=biases) for kind in (StockFolder, HfFolder))
+    stock, hf = (kind(stream, block_range=blocks, biases=biases) for kind in (StockFolder, HfFolder))
     assert (stock.unsupported_reason(width) or "").endswith("or take --format hf")
     assert hf.unsupported_reason(width) is None
 

@@ -25,8 +25,8 @@ from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.base.words import counted
 from secateur.formats.format import PrunedModel
-from secateur.formats.gguf_bytes import gguf_byte_meter
 from secateur.formats.gguf_export import export
+from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.hf import HfFolder
 from secateur.formats.per_layer import model_class
 from secateur.model.axes import Width

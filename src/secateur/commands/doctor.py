@@ -18,7 +18,7 @@ from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
 from secateur.formats.folder import Folder, format_of_folder, open_folder
 from secateur.formats.gguf_choice import choose
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.per_layer import MODELING_FILE, widths_of
 from secateur.model.checkpoint import Checkpoint
@@ -170,7 +170,7 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
     """Whether a folder can become a file for llama.cpp."""
     line = f"secateur export {path} {path.name}.gguf"
     try:
-        model = Model(checkpoint, widths_of(checkpoint.config))
+        model = GgufModel(checkpoint, widths_of(checkpoint.config))
         graph = choose(model, "f16")
         vocabulary(checkpoint.tokenizer(), checkpoint.config.vocab_size)
     except SecateurError as error:

@@ -84,11 +84,11 @@ def format_of(stream: BlockStream, options: Options, dtype: torch.dtype) -> Form
     """Return the output format of a run, bound to the open model."""
     return format_class(options.declaration.name)(
         stream,
-        chosen=options.chosen_blocks(len(stream)),
+        block_range=options.chosen_blocks(len(stream)),
         dtype=dtype,
         type=None if options.type == Options.type else options.type,
         biases=options.adds_biases,
-        together=options.widths == "uniform",
+        same_width=options.widths == "uniform",
     )
 
 

@@ -204,7 +204,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
             decided,
             tensors,
             records=records,
-            late=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
+            final_norm=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
             fit_checkpoint=blocks.checkpoint,
             state=None if state is None else state.path,
             overwrite=run.running.overwrite,

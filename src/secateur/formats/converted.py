@@ -31,7 +31,9 @@ class Converted(Format):
     @cached_property
     def folder(self) -> HfFolder:
         """The format of the folder."""
-        return HfFolder(self.stream, chosen=self.chosen, dtype=self.dtype, biases=self.biases, together=self.together)
+        return HfFolder(
+            self.stream, block_range=self.block_range, dtype=self.dtype, biases=self.biases, same_width=self.same_width
+        )
 
     @property
     def file_bytes(self) -> int:

@@ -124,7 +124,7 @@ class Folder(Format):
         """Open a config with narrower blocks: its class must make just such blocks."""
         checkpoint, stream = self.stream.checkpoint, self.stream
         # What only some blocks have, the config must give to the others as well.
-        cut = self.chosen if self.declaration.uniform else self.chosen[::2]
+        cut = self.block_range if self.declaration.uniform else self.block_range[::2]
         keeps = {index: keep for index in cut if (keep := self._narrower(index))}
         if not keeps or checkpoint.around is not None:
             return

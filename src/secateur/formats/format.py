@@ -48,7 +48,7 @@ class PrunedModel:
     records: Mapping[str, Any] = field(default_factory=dict)
     """Files to add, name to contents: text, what is to be JSON, or a function that gives either once the blocks are
     done."""
-    late: Callable[[], Mapping[str, Tensor]] = dict
+    final_norm: Callable[[], Mapping[str, Tensor]] = dict
     """Gives other values for the final norm, by their names in the model, once the blocks are done."""
     fit_checkpoint: PassCheckpoint | None = None
     """Checkpoint of the pass that fits the blocks, which also saves how far the files are written."""
@@ -75,28 +75,28 @@ class Format(ABC):
         self,
         stream: BlockStream,
         *,
-        chosen: range | None = None,
+        block_range: range | None = None,
         dtype: torch.dtype | None = None,
         type: str | None = None,
         biases: bool = False,
-        together: bool = False,
+        same_width: bool = False,
     ):
         """Bind the format to a model.
 
         Args:
             stream: the dense model.
-            chosen: the blocks to prune; all by default.
+            block_range: the blocks to prune; all by default.
             dtype: of the weights; the checkpoint's by default.
             type: of the tensors, one of the declared types.
             biases: the recovery adds biases to output projections that have none.
-            together: all chosen blocks get the same width, not one of their own each.
+            same_width: all pruned blocks get the same width, not one of their own each.
         """
         self.stream = stream
-        self.chosen = range(len(stream)) if chosen is None else chosen
+        self.block_range = range(len(stream)) if block_range is None else block_range
         self.dtype = dtype or stream.checkpoint.dtype
         self.type = type or next(iter(self.declaration.types), "")
         self.biases = biases
-        self.together = together
+        self.same_width = same_width
 
     @classmethod
     def check_type(cls, type: str) -> None:
@@ -200,7 +200,7 @@ class Format(ABC):
             yield from self._as_stored(index, tensors)
             # The next block is made behind this line.
             del tensors
-        changed = pruned.late()
+        changed = pruned.final_norm()
         for stored, name in last.items():
             yield stored, changed.get(name, checkpoint.read(stored)).to(self.dtype)
 

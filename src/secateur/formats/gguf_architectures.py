@@ -9,7 +9,17 @@ A family's entry names its graphs; which of them a model takes is decided in `gg
 from dataclasses import replace
 from functools import partial
 
-from secateur.formats.gguf_graph import SCALINGS, Architecture
+from secateur.formats.gguf_architecture import SCALINGS, Architecture
+from secateur.formats.gguf_metadata import (
+    attention_cap,
+    experts_in_every_block,
+    gemma_ratio,
+    gpt2_ratio,
+    logit_scale,
+    parallel_residual,
+    steepest_slope,
+    xielu_parameters,
+)
 from secateur.formats.gguf_requirements import (
     BLOOM,
     COMMAND_R,
@@ -27,16 +37,6 @@ from secateur.formats.gguf_requirements import (
     SMOLLM3,
     SOME_WINDOWS,
     llama4,
-)
-from secateur.formats.gguf_settings import (
-    attention_cap,
-    experts_in_every_block,
-    gemma_ratio,
-    gpt2_ratio,
-    logit_scale,
-    parallel_residual,
-    steepest_slope,
-    xielu_parameters,
 )
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})

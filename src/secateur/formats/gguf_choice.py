@@ -6,9 +6,9 @@ A model takes the first one on its family's list that computes the same.
 from collections.abc import Sequence
 
 from secateur.base.errors import SecateurError
+from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_architectures import ARCHITECTURES, LEVEL2
-from secateur.formats.gguf_graph import Architecture
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_requirements import COMMON
 from secateur.formats.gguf_types import TYPES, check_type
 from secateur.model.axes import Width, alike
@@ -27,7 +27,7 @@ def in_file(width: Width, type: str) -> Width:
     return width if width.experts else width | {CHANNELS: filled(width.channels, type)}
 
 
-def choose(model: Model, type: str) -> Architecture:
+def choose(model: GgufModel, type: str) -> Architecture:
     """The first architecture that computes the model.
 
     Raises:
@@ -47,7 +47,7 @@ def choose(model: Model, type: str) -> Architecture:
     )
 
 
-def _reason(model: Model, architecture: Architecture, type: str) -> str | None:
+def _reason(model: GgufModel, architecture: Architecture, type: str) -> str | None:
     """Return what an architecture lacks for a model, as the rest of a sentence that begins with its name."""
     if not architecture.per_layer and not alike(in_file(width, type) for width in model.widths):
         return "has one width for all blocks, so prune all of them with uniform widths"
@@ -63,7 +63,7 @@ def gguf_unsupported(
     Reads no weights. With `biases`, the output layers of both modules get some.
     """
     try:
-        choose(Model(checkpoint, list(widths), LEVEL2 if biases else frozenset()), type)
+        choose(GgufModel(checkpoint, list(widths), LEVEL2 if biases else frozenset()), type)
     except SecateurError as error:
         return str(error).removeprefix(f"{checkpoint.source}: ")
     return None

@@ -11,12 +11,12 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import Output, local_path, parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
-from secateur.formats.gguf import check_tensors, context_length, write_gguf
 from secateur.formats.gguf_choice import choose
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tensors import entries
 from secateur.formats.gguf_tokenizer import vocabulary
 from secateur.formats.gguf_types import check_type
+from secateur.formats.gguf_write import check_tensors, context_length, write_gguf
 from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
 from secateur.plan.plan import nearest_uniform
@@ -70,7 +70,7 @@ def export(
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
-        model = Model(checkpoint, widths_of(checkpoint.config))
+        model = GgufModel(checkpoint, widths_of(checkpoint.config))
         try:
             architecture = choose(model, type)
         except SecateurError as error:

@@ -14,7 +14,7 @@ from secateur.model.facts import head_dim, positions_of
 
 
 @dataclass
-class Model:
+class GgufModel:
     """A stored model, as far as the choice of an architecture asks."""
 
     checkpoint: Checkpoint

@@ -9,8 +9,8 @@ elsewhere is a setting.
 from collections.abc import Callable
 from typing import Any
 
-from secateur.formats.gguf_graph import Architecture, Requirement
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_architecture import Architecture, Requirement
+from secateur.formats.gguf_model import GgufModel
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 """llama.cpp's name → transformers'; it has one gelu, and the exact one differs from it by less than 0.001."""
 
 
-def unless(holds: Callable[[Model, Architecture], Any], reason: str) -> Requirement:
+def unless(holds: Callable[[GgufModel, Architecture], Any], reason: str) -> Requirement:
     """Return the requirement that a condition holds."""
     return lambda model, graph: None if holds(model, graph) else reason
 
@@ -31,7 +31,7 @@ def config(holds: Callable[[Any], Any], reason: str) -> Requirement:
     return lambda model, graph: None if holds(model.config) else reason
 
 
-def has_experts_in_order(model: Model, graph: Architecture) -> str | None:
+def has_experts_in_order(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for experts in all blocks, or in all behind the first ones."""
     experts = [bool(width.experts) for width in model.widths]
     if experts == sorted(experts) and (graph.leading or len(set(experts)) == 1):
@@ -39,14 +39,14 @@ def has_experts_in_order(model: Model, graph: Architecture) -> str | None:
     return "has experts in all blocks" + (" behind the first ones" if graph.leading else "")
 
 
-def makes_such_gates(model: Model, graph: Architecture) -> str | None:
+def makes_such_gates(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for gates that add up to one, or do not."""
     if not any(width.experts for width in model.widths) or graph.normed in (None, model.normed):
         return None
     return "makes gates add up to one" if graph.normed else "leaves gates as they are"
 
 
-def has_all_heads(model: Model, graph: Architecture) -> str | None:
+def has_all_heads(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for as many rows of queries as the residual stream has entries."""
     hidden = model.config.hidden_size
     if not graph.square or model.widths[0].heads * model.dim == hidden:
@@ -54,24 +54,24 @@ def has_all_heads(model: Model, graph: Architecture) -> str | None:
     return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
 
 
-def computes_activation(model: Model, graph: Architecture) -> str | None:
+def computes_activation(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for the graph's activation."""
     activation = getattr(model.config, model.source.activation, model.source.activation)
     return None if activation in ACTIVATIONS[graph.activation] else f"computes {graph.activation}, not {activation}"
 
 
-def adds_biases(model: Model, graph: Architecture) -> str | None:
+def adds_biases(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for biases in some layers only."""
     extra = model.biases - graph.biases
     return f"has no place for the biases of {', '.join(sorted(extra))}" if extra else None
 
 
-def scales_rotation(model: Model, graph: Architecture) -> str | None:
+def scales_rotation(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for a rotary scaling that the graph knows."""
     return None if model.kind in graph.scalings else f"does not know {model.kind} rotary scaling"
 
 
-def rotates_heads(model: Model, graph: Architecture) -> str | None:
+def rotates_heads(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for pairs of rotated entries, in some graphs for whole heads of them."""
     if model.rotated != model.dim and not graph.partial:
         return f"rotates whole heads, and here {model.rotated} of {model.dim} entries are"
@@ -122,7 +122,7 @@ COMMON: tuple[Requirement, ...] = (
 """Requirements of every graph, as far as its entry says so, in the order in which they are told."""
 
 
-def fourth_block_without_positions(model: Model) -> list[int]:
+def fourth_block_without_positions(model: GgufModel) -> list[int]:
     """Return `no_rope_layers` as graphs take it: 0 for every fourth block."""
     return [int((index + 1) % 4 != 0) for index in range(len(model.widths))]
 
@@ -164,7 +164,7 @@ GEMMA2 = config(
 HEADS_EVERYWHERE = unless(lambda model, _: min(width.heads for width in model.widths), "has heads in all blocks")
 
 
-def llama4(model: Model, graph: Architecture) -> str | None:
+def llama4(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for the settings of Llama 4's released models."""
     fixed: dict[str, Any] = {
         "attention_chunk_size": 8192,
@@ -179,7 +179,7 @@ def llama4(model: Model, graph: Architecture) -> str | None:
     return None if other is None else f"takes {other} for {fixed[other]} here"
 
 
-def limits_experts(model: Model, graph: Architecture) -> str | None:
+def limits_experts(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for gpt-oss's limit of what experts compute."""
     limit = model.config.swiglu_limit
     return None if limit == 7.0 else f"limits what experts compute to 7, and this model to {limit:g}"
@@ -228,7 +228,7 @@ LINEAR: tuple[Requirement, ...] = (
 )
 
 
-def chooses_groups_by_two(model: Model, graph: Architecture) -> str | None:
+def chooses_groups_by_two(model: GgufModel, graph: Architecture) -> str | None:
     """Ask for groups of experts that are chosen by their best two."""
     experts, method = model.family.experts, getattr(model.config, "topk_method", "greedy")
     if experts is None or experts.gating != "softmax" or method == "greedy":

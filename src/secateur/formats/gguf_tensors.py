@@ -19,10 +19,10 @@ from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.errors import SecateurError
+from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_architectures import QKV
 from secateur.formats.gguf_choice import in_file
-from secateur.formats.gguf_graph import Architecture
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_types import TYPES
 from secateur.model.axes import Width
 from secateur.model.gguf_config import known_name
@@ -91,7 +91,7 @@ class Entry:
         return data
 
 
-def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]:
+def laid_out(model: GgufModel, architecture: Architecture, type: str) -> list[Width]:
     """The widths in the file: channels fill up rows, and a block that cannot be empty has units that add nothing."""
     result = []
     for index, width in enumerate(model.widths):
@@ -103,7 +103,7 @@ def laid_out(model: Model, architecture: Architecture, type: str) -> list[Width]
     return result
 
 
-def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
+def entries(model: GgufModel, architecture: Architecture, type: str) -> list[Entry]:
     """Every tensor of the file, in its order.
 
     Raises:
@@ -113,7 +113,7 @@ def entries(model: Model, architecture: Architecture, type: str) -> list[Entry]:
     return whole + [e for index in range(len(model.widths)) for e in block_entries(model, architecture, index, type)]
 
 
-def block_entries(model: Model, architecture: Architecture, index: int, type: str) -> list[Entry]:
+def block_entries(model: GgufModel, architecture: Architecture, index: int, type: str) -> list[Entry]:
     """The tensors of one block; raises what `entries` does."""
     width = laid_out(model, architecture, type)[index]
     named = _block(model, architecture, index, width).items()
@@ -144,7 +144,7 @@ def _names(architecture: str, blocks: int) -> Any:
     return gguf.get_tensor_name_map(number, blocks)
 
 
-def _renamed(model: Model, architecture: Architecture, stored: str) -> str:
+def _renamed(model: GgufModel, architecture: Architecture, stored: str) -> str:
     """llama.cpp's name of a tensor."""
     names = _names(architecture.name, len(model.widths))
     # Bloom's stand there without what they are part of.
@@ -158,11 +158,11 @@ def _renamed(model: Model, architecture: Architecture, stored: str) -> str:
     return str(found)
 
 
-def _stored(model: Model, name: str) -> Lazy:
+def _stored(model: GgufModel, name: str) -> Lazy:
     return Lazy(model.checkpoint.tensors[name].shape, partial(model.checkpoint.read, name))
 
 
-def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
+def _whole(model: GgufModel, architecture: Architecture) -> dict[str, Lazy]:
     """Tensors that belong to no block."""
     tied = bool(model.config.tie_word_embeddings)
     found = {_renamed(model, architecture, name): _stored(model, stored) for name, stored in model.outside.items()}
@@ -191,7 +191,7 @@ def _whole(model: Model, architecture: Architecture) -> dict[str, Lazy]:
     return found
 
 
-def _block(model: Model, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
+def _block(model: GgufModel, architecture: Architecture, index: int, width: Width) -> dict[str, Lazy]:
     """The tensors of a block by llama.cpp's names inside a block, at the width that it has in the file."""
     parts = _parts(model, index)
     used = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
@@ -235,7 +235,7 @@ def _block(model: Model, architecture: Architecture, index: int, width: Width) -
     return parts
 
 
-def _parts(model: Model, index: int) -> dict[str, Lazy]:
+def _parts(model: GgufModel, index: int) -> dict[str, Lazy]:
     """The layers that pruning cuts, one by one where they are stored fused, as outputs x inputs.
 
     Raises:
@@ -285,7 +285,7 @@ def _parts(model: Model, index: int) -> dict[str, Lazy]:
     return parts
 
 
-def _latent(model: Model, index: int) -> dict[str, Lazy]:
+def _latent(model: GgufModel, index: int) -> dict[str, Lazy]:
     """What makes keys and values of the latent vector, head by head; keys' is applied to queries, so it is turned."""
     family, config, heads = model.family, model.config, model.widths[index].heads
     if family.latent is None:
@@ -299,7 +299,7 @@ def _latent(model: Model, index: int) -> dict[str, Lazy]:
     }
 
 
-def _linear(model: Model, architecture: Architecture, stored: dict[str, Lazy]) -> dict[str, Lazy]:
+def _linear(model: GgufModel, architecture: Architecture, stored: dict[str, Lazy]) -> dict[str, Lazy]:
     """Tensors of a block with linear attention, as llama.cpp lays their heads out."""
     assert model.family.token_mixer is not None
     config, result = model.config, {name: lazy for name, lazy in stored.items() if "in_proj_qkvz" not in name}
@@ -314,7 +314,7 @@ def _linear(model: Model, architecture: Architecture, stored: dict[str, Lazy]) -
     return result
 
 
-def _experts(model: Model, index: int) -> tuple[dict[str, Lazy], frozenset[str]]:
+def _experts(model: GgufModel, index: int) -> tuple[dict[str, Lazy], frozenset[str]]:
     """What a block's experts hold, and the stored names that it is taken from; nothing where there are none.
 
     Raises:
@@ -365,7 +365,7 @@ def _in_pairs(rows: Tensor, dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def _norm(model: Model, name: str, stored: Lazy) -> Lazy:
+def _norm(model: GgufModel, name: str, stored: Lazy) -> Lazy:
     """The factors of a norm, also of one that adds one to what it stores; other tensors as they are."""
     return stored.then(lambda values: values.float() + 1) if model.family.norm_offset and adds_one(name) else stored
 
@@ -377,7 +377,7 @@ def _rescale(parts: dict[str, Lazy], ratio: float) -> None:
             parts[name] = parts[name].then(lambda values: values.float() * ratio)
 
 
-def _idle_head(model: Model, architecture: Architecture) -> dict[str, Lazy]:
+def _idle_head(model: GgufModel, architecture: Architecture) -> dict[str, Lazy]:
     """A head whose output is multiplied by zero."""
     hidden, dim = model.config.hidden_size, model.dim
     parts = {f"attn_{letter}.weight": Lazy.full((dim, hidden), 0.0) for letter in "qkv"}
@@ -387,7 +387,7 @@ def _idle_head(model: Model, architecture: Architecture) -> dict[str, Lazy]:
     return parts
 
 
-def _fill(parts: dict[str, Lazy], channels: int, model: Model) -> None:
+def _fill(parts: dict[str, Lazy], channels: int, model: GgufModel) -> None:
     """Add channels that give zero and are multiplied by zero."""
     hidden = model.config.hidden_size
     for layer in (layer for layer in model.layers if layer.startswith("ffn_")):

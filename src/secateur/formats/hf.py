@@ -21,12 +21,12 @@ class HfFolder(Folder):
     def own_reason(self, width: Width) -> str | None:
         """Ask a block whose heads can go; it speaks for those that have another token mixer."""
         blocks = self.stream.blocks
-        free = next((index for index in self.chosen if not blocks[index].attention.locked), self.chosen.start)
+        free = next((index for index in self.block_range if not blocks[index].attention.locked), self.block_range.start)
         return per_layer_unsupported(self.stream.checkpoint.config, blocks[free], width)
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
         """Ask for every block by itself."""
-        alone = (HfFolder(self.stream, chosen=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
+        alone = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
         return next(filter(None, alone), None)
 
     def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:

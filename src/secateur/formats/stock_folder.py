@@ -21,10 +21,10 @@ class StockFolder(Folder):
     def own_reason(self, width: Width) -> str | None:
         """Ask the family's class."""
         stream, dense, config = self.stream, self.dense(width), self.stream.checkpoint.config
-        if len(self.chosen) < len(stream) and width != dense:
+        if len(self.block_range) < len(stream) and width != dense:
             return (
-                f"a stock class has one width for all {len(stream)} blocks, and only {self.chosen.start}:"
-                f"{self.chosen.stop} are to be pruned; leave the block range out, or take --format hf"
+                f"a stock class has one width for all {len(stream)} blocks, and only {self.block_range.start}:"
+                f"{self.block_range.stop} are to be pruned; leave the block range out, or take --format hf"
             )
         if (reason := stock_unsupported(config, width, dense)) is not None:
             return reason

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from secateur.base.errors import SecateurError
 from secateur.model.gguf_config import FACTORS, complete, facts_of, windows_of
-from secateur.model.gguf_table import (
+from secateur.model.gguf_keys import (
     DEFAULTS,
     ELSEWHERE,
     KEYS,

@@ -6,11 +6,11 @@ from typing import Literal
 
 from gguf import GGUFWriter
 
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_model import GgufModel
 
-Requirement = Callable[[Model, "Architecture"], str | None]
+Requirement = Callable[[GgufModel, "Architecture"], str | None]
 """What a graph asks of a model: the rest of a sentence that begins with its name, or None where the model meets it."""
-Setting = Callable[[GGUFWriter, Model], None]
+Setting = Callable[[GGUFWriter, GgufModel], None]
 """Adds what only files of one graph say."""
 
 SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
@@ -72,7 +72,7 @@ class Architecture:
     """What its code fixes, beyond the fields above."""
     settings: tuple[Setting, ...] = ()
     """What its files say, beyond what all files do."""
-    score_ratio: Callable[[Model, int], float] | None = None
+    score_ratio: Callable[[GgufModel, int], float] | None = None
     """The model's scale of a block's attention scores over the graph's; None where they are equal."""
     rounds_yarn: bool = True
     """The limits of yarn are rounded."""

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 
 from secateur.base.errors import SecateurError
+from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_architectures import LEVEL2
 from secateur.formats.gguf_choice import choose, filled
-from secateur.formats.gguf_graph import Architecture
-from secateur.formats.gguf_model import Model
+from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
 from secateur.model.axes import ATTENTION, Width
 from secateur.model.stream import BlockStream
@@ -35,11 +35,11 @@ def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     """Return the meter of all tensors but added biases; see `gguf_byte_meter`."""
     dense, checkpoint = dense_widths(stream), stream.checkpoint
     added: frozenset[str] = LEVEL2 if biases else frozenset()
-    model = Model(checkpoint, list(dense), added)
+    model = GgufModel(checkpoint, list(dense), added)
     try:
         # Blocks that differ may need another architecture, which can leave out more of a block without heads.
         without = [*dense[:-1], dense[-1] | stream.blocks[-1].attention.removed]
-        architecture = choose(Model(checkpoint, without, added), type)
+        architecture = choose(GgufModel(checkpoint, without, added), type)
     except SecateurError:
         architecture = choose(model, type)
     # One block stands for all of the same shape, but the first is a case of its own: it may have to keep a head.
@@ -48,7 +48,7 @@ def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
 
     @cache
     def taken(index: int, kind: str, width: Width) -> int:
-        return _gguf_bytes(stream, model, architecture, type, index, kind, width)
+        return _gguf_meter(stream, model, architecture, type, index, kind, width)
 
     @cache
     def experts(index: int, width: Width) -> int:
@@ -81,8 +81,8 @@ def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
     return Meter(dense, whole - inside, module, megabytes)
 
 
-def _gguf_bytes(
-    stream: BlockStream, model: Model, architecture: Architecture, type: str, index: int, kind: str, width: Width
+def _gguf_meter(
+    stream: BlockStream, model: GgufModel, architecture: Architecture, type: str, index: int, kind: str, width: Width
 ) -> int:
     """Count the bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
     block, trial, tensors = stream.blocks[index], copy(model), dict(model.checkpoint.tensors)
