@@ -1,13 +1,17 @@
-"""What pruned models can still do, beside the dense one: eight kinds of text, copying, answers, tasks.
+"""Compare pruned models with their dense model on eight kinds of text, copying, free answers and tasks.
 
     python benchmarks/texts.py TEXTS --data FOLDER
     python benchmarks/basket.py DENSE PRUNED ... --texts TEXTS
 
-prints a row for each model, and beside what a person would see of each: perplexity over dense on every kind of text,
-the geometric mean and the worst of these; copying in context; how many tokens of the dense model's greedy answers the
-pruned model would have chosen too, and how many free answers repeat a piece of eight tokens. `--fast` leaves answers
-out, `--peers` prunes by other methods in memory, `--tasks` adds zero-shot accuracies, from the files that TASK_DATA
-names, and `--json FILE` keeps all figures.
+The script prints one table row for each model:
+
+- the ratio of its perplexity to the dense model's on every kind of text, with their geometric mean and the worst;
+- accuracy and loss (nats per token) of tokens that can be copied from the context;
+- agreement: the share of the dense model's greedy answer tokens that this model would have chosen too;
+- repeats: the share of its own answers that contain a run of eight tokens twice.
+
+`--fast` skips the answers. `--peers` prunes the dense model by other methods, in memory. `--tasks` adds zero-shot
+accuracies, from files in the folder that TASK_DATA names. `--json FILE` keeps all figures.
 """
 
 import argparse
@@ -33,20 +37,20 @@ from tables import put
 from texts import KINDS
 
 LONG = "wikipedia"
-"""Scored in rows of 2,048 too."""
+"""Kind of text that is also scored in rows of 2,048 tokens."""
 COPIED, PROSE, KEYS = 100, 100, 60
-"""Rows of each copying test."""
+"""Number of rows of each copying test."""
 PIECE = 60
-"""Tokens that are given twice."""
+"""Number of tokens that a row of a copying test holds twice."""
 DISTANCES = (200, 500, 1000, 2000)
-"""Tokens between a key with its value and the question for it."""
+"""Number of tokens between the sentence that gives a number and the one that asks for it."""
 PROMPTS, ANSWER = 100, 96
 REPEATED = 8
-"""Tokens of the piece that an answer which repeats itself holds twice."""
+"""Number of tokens of a run that makes an answer count as repeating itself when it occurs twice."""
 
 
 class Basket:
-    """Everything that is asked of a model, drawn once."""
+    """Rows, prompts and questions for all models, drawn once."""
 
     def __init__(self, checkpoint: Checkpoint, texts: Path, tokens: int, positions: int):
         self.tokenizer, self.texts = checkpoint.tokenizer(), texts
@@ -68,15 +72,15 @@ class Basket:
 
     @property
     def kinds(self) -> list[str]:
-        """What is scored; of talk only models that have a form for it."""
+        """Kinds of text that are scored; conversations only where the tokenizer has a chat template."""
         return [kind for kind in KINDS if kind != "talk" or self.tokenizer.chat_template]
 
     def file(self, kind: str) -> str:
-        """The half of a kind that is scored."""
+        """Return the file with the half of a kind of text that is scored."""
         return str(self.texts / f"{kind}.evaluation.jsonl")
 
     def hidden_values(self, positions: int) -> Iterator[tuple[Tensor, int]]:
-        """A value that is named once, text, and the question for it; how many of the last tokens are the value."""
+        """Yield token ids in which a number is given, followed by text, and asked for; and the tokens of the number."""
         random = Random(0)
         filler = encode(self.tokenizer, "\n\n".join(read_documents(self.file(LONG)))[:400_000])
         for at in range(KEYS):
@@ -91,7 +95,7 @@ class Basket:
                 yield torch.tensor(start + value + end[0] + between + end[1] + value), len(value)
 
     def questions(self) -> Iterator[Tensor]:
-        """First questions of conversations, ready to be answered."""
+        """Yield the first question of each conversation as token ids of a prompt."""
         for line in Path(self.file("talk")).read_text(encoding="utf-8").splitlines():
             ask = json.loads(line)["messages"][0]["content"]
             if self.tokenizer.chat_template:
@@ -104,37 +108,37 @@ class Basket:
 
 
 def perplexities(network: Any, basket: Basket) -> dict[str, float]:
-    """Of each kind of text."""
+    """Return the perplexity on each kind of text."""
     return {kind: perplexity(network, rows).perplexity for kind, rows in basket.rows.items()}
 
 
 def copying(network: Any, basket: Basket) -> dict[str, tuple[float, float]]:
-    """Accuracy and nats of a token that could be copied."""
+    """Return accuracy and loss (nats per token) of the tokens that can be copied, for each copying test."""
     found = {}
     with scoring(network):
         for name, rows in basket.twice.items():
-            parts = [told(network, part, PIECE - 1) for part in rows.split(16)]
+            parts = [token_scores(network, part, PIECE - 1) for part in rows.split(16)]
             found[name] = mean(torch.cat([part.flatten(1) for part in parts], 1))
-        parts = [told(network, ids[None], count) for ids, count in basket.keys]
+        parts = [token_scores(network, ids[None], count) for ids, count in basket.keys]
         found["key and value"] = mean(torch.cat([part.flatten(1) for part in parts], 1))
     return found
 
 
-def told(network: Any, ids: Tensor, last: int) -> Tensor:
-    """Whether each of the last tokens is the likeliest, and its negative log likelihood (2 x rows x last)."""
+def token_scores(network: Any, ids: Tensor, last: int) -> Tensor:
+    """Return whether each of the last tokens is the likeliest, and its loss in nats (2 x rows x last)."""
     logits = network(input_ids=ids, use_cache=False, logits_to_keep=last + 1).logits[:, :-1].float()
     wanted = ids[:, -last:]
     nats = logits.logsumexp(-1) - logits.gather(-1, wanted[..., None])[..., 0]
     return torch.stack([(logits.argmax(-1) == wanted).float(), nats])
 
 
-def mean(told: Tensor) -> tuple[float, float]:
-    """Accuracy and nats."""
-    return float(told[0].double().mean()), float(told[1].double().mean())
+def mean(scores: Tensor) -> tuple[float, float]:
+    """Return the mean accuracy and the mean loss in nats per token."""
+    return float(scores[0].double().mean()), float(scores[1].double().mean())
 
 
 def answers(network: Any, basket: Basket) -> list[list[int]]:
-    """Greedy answers, without what stands behind their end."""
+    """Return greedy answers as token ids, cut at the end-of-sequence token."""
     written: list[list[int]] = []
     prompts, end = basket.prompts[:PROMPTS], basket.tokenizer.eos_token_id
     with scoring(network):
@@ -151,24 +155,24 @@ def answers(network: Any, basket: Basket) -> list[list[int]]:
 
 
 def agreement(network: Any, basket: Basket, dense: list[list[int]]) -> float:
-    """Share of the dense model's greedy tokens that this one would have chosen behind the same text."""
+    """Return the share of the dense model's greedy tokens that this network would have chosen in the same context."""
     right = torch.zeros(2, dtype=torch.float64)
     with scoring(network):
         for prompt, answer in zip(basket.prompts, dense, strict=False):
             if answer:
-                hits = told(network, torch.cat([prompt, torch.tensor(answer)])[None], len(answer))[0]
+                hits = token_scores(network, torch.cat([prompt, torch.tensor(answer)])[None], len(answer))[0]
                 right += torch.tensor([hits.sum(), hits.numel()], dtype=torch.float64)
     return float(right[0] / right[1])
 
 
 def repeats(answer: list[int]) -> bool:
-    """Whether a piece of some tokens stands in an answer twice."""
+    """Return whether an answer contains some run of `REPEATED` tokens twice."""
     pieces = [tuple(answer[at : at + REPEATED]) for at in range(len(answer) - REPEATED + 1)]
     return len(set(pieces)) < len(pieces)
 
 
 def measured(network: Any, basket: Basket, dense: dict[str, Any], fast: bool, tasks: list[str]) -> dict[str, Any]:
-    """All figures of one model; `dense` are the dense one's, empty where this is it."""
+    """Return all figures of one model; `dense` holds the dense model's figures, or nothing for the dense model."""
     found: dict[str, Any] = {"perplexity": perplexities(network, basket), "copying": copying(network, basket)}
     if not fast:
         found["answers"] = answers(network, basket)
@@ -182,7 +186,7 @@ def measured(network: Any, basket: Basket, dense: dict[str, Any], fast: bool, ta
 
 
 def row(name: str, found: dict[str, Any], dense: dict[str, Any]) -> list[str]:
-    """A model's cells."""
+    """Return the table cells of one model."""
     ratios = {kind: value / dense["perplexity"][kind] for kind, value in found["perplexity"].items()}
     centre = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     cells = [name, *(f"{ratio:.2f}" for ratio in ratios.values()), f"**{centre:.3f}**", f"{max(ratios.values()):.2f}"]
@@ -193,7 +197,7 @@ def row(name: str, found: dict[str, Any], dense: dict[str, Any]) -> list[str]:
 
 
 def network_of(source: str, arguments: argparse.Namespace, stream: BlockStream) -> Any:
-    """A model in memory: a folder's, or one that a peer prunes now."""
+    """Return a network in memory: loaded from a folder, or pruned by a peer method."""
     if source not in arguments.peers:
         return load(open_checkpoint(source), getattr(torch, arguments.dtype), torch.device("cpu"))
     drawn: dict[str, int] = {"samples": Options.samples, "length": Options.length, "seed": arguments.seed}
@@ -205,16 +209,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
     parser.add_argument("pruned", nargs="*")
-    parser.add_argument("--texts", type=Path, required=True, help="what texts.py wrote")
-    parser.add_argument("--tokens", type=int, default=8192, help="of each kind of text")
+    parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py wrote")
+    parser.add_argument("--tokens", type=int, default=8192, help="number of tokens of each kind of text")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--fast", action="store_true", help="no answers are written")
+    parser.add_argument("--fast", action="store_true", help="skip the free answers")
     parser.add_argument("--tasks", nargs="*", default=[])
-    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="pruned in memory, beside the folders")
+    parser.add_argument(
+        "--peers", nargs="*", default=[], choices=PEERS, help="other methods, which prune DENSE in memory"
+    )
     parser.add_argument("--sparsity", type=float, default=0.25, help="of the peers")
     parser.add_argument("--calibration", default=Options.calibration, help="of the peers")
     parser.add_argument("--seed", type=int, default=0, help="of the peers")
-    parser.add_argument("--json", type=Path, help="keeps all figures, and the dense model's for the next run")
+    parser.add_argument("--json", type=Path, help="file of all figures; models that it holds are not measured again")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     kept: dict[str, Any] = {}

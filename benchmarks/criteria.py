@@ -1,11 +1,11 @@
-"""Every criterion with every recovery: one model, one calibration text, perplexity over dense.
+"""Compare every criterion with every recovery on one model: perplexity over the dense model's.
 
     python benchmarks/criteria.py MODEL --calibration text.txt --evaluate a.txt --evaluate b.txt --out docs/results.md
 
-All runs of one size have the same width in every block, which the default criterion chose, so that they differ in
-nothing but the choice of units and the repair. Each is printed as it comes. With --out, a table for each size stands
-between the markers `<!-- criteria SIZE -->` and `<!-- /criteria SIZE -->` of that file; with --keep FILE, runs that are
-finished are not made again.
+All runs give every block the same width, which the default criterion chooses, so that runs differ only in which units
+they keep and in how they compensate for the removed ones. Each result is printed as soon as it is there. `--out FILE`
+writes the table between the markers `<!-- criteria SIZE -->` and `<!-- /criteria SIZE -->` of a Markdown file.
+`--keep FILE` stores finished runs, which are not repeated.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tables import put
 RECOVERIES = ("none", "bias", "paper", "refit")
 """Columns of the table."""
 EARLY = [("second-moment", "paper", when) for when in ("before", "both")]
-"""The paper's recovery ahead of the choice, for its own criterion alone; below the table."""
+"""Runs below the table: the paper's recovery before the choice of units, with the paper's criterion only."""
 GRID = [(criterion, recovery, "after") for criterion in CRITERIA for recovery in RECOVERIES] + EARLY
 
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def table(said: str, runs: dict[str, list[float]]) -> list[str]:
-    """The lines of a table, as far as runs are finished."""
+    """Return the lines of the table, with cells for the finished runs."""
     lines = [said, "", "| criterion | " + " | ".join(RECOVERIES) + " |", "|---" * (len(RECOVERIES) + 1) + "|"]
     for criterion in CRITERIA:
         cells = [spelled(runs.get(f"{criterion}, {recovery}, after")) for recovery in RECOVERIES]
@@ -103,12 +103,12 @@ def table(said: str, runs: dict[str, list[float]]) -> list[str]:
 
 
 def spelled(ratios: list[float] | None) -> str:
-    """Ratios in a cell: three digits, thousands as they are."""
+    """Format ratios for a cell: two decimals below 10, none above."""
     return " / ".join(f"{r:.2f}" if r < 10 else f"{r:,.0f}" for r in ratios or [])
 
 
 class Bench:
-    """The model, its calibration rows and the texts to score."""
+    """The model, its calibration rows and the texts that are scored."""
 
     def __init__(self, arguments: argparse.Namespace):
         checkpoint = open_checkpoint(arguments.model)
@@ -133,7 +133,7 @@ class Bench:
         self.scores: dict[str, UnitScores] = {}
 
     def plan(self, sparsity: float, width: list[int] | None) -> Plan:
-        """One width for all blocks: this one (groups, heads in each, channels), or the default criterion's choice."""
+        """Return a plan with one width for all blocks: the one given (KV groups, heads, channels) or the cheapest."""
         counted = parameter_meter(self.stream)
         wish = PlanProblem(
             self.stream.blocks, range(len(self.stream)), parameters=counted, goal=sparsity, meter=counted
@@ -144,7 +144,7 @@ class Bench:
         return plan(wish, "uniform", survey(self.stream, few, probe_rows=probe_rows, ridge=self.ridge))
 
     def ratios(self, decided: Plan, criterion: str, recovery: str, when: str) -> list[float]:
-        """Perplexity over dense of one run on each text."""
+        """Return the ratio of a run's perplexity to the dense model's on each text."""
         if Criteria(criterion).need_gradients and criterion not in self.scores:
             self.scores[criterion] = gradient_scores(self.stream, self.rows, criterion)
         moment = {"when": when} if recovery == "paper" else {}
@@ -157,7 +157,7 @@ class Bench:
             layer = layers[block.index]
             for module in (self.stream.blocks[block.index].module(kind) for kind in STATISTICAL):
                 if module.bias is None:
-                    # What the last run may have added.
+                    # The previous run may have added a bias.
                     assign(layer, module.bias_name, None)
             narrow(layer, self.stream.blocks[block.index], tensors, decided.widths[block.index])
         return [value / base for value, base in zip(self._score(), self.dense, strict=True)]

@@ -1,6 +1,6 @@
-"""How two folders of written files differ: tensors, JSON, texts, units and widths.
+"""Find the differences between two folders of written files: tensors, JSON values, texts, units and widths.
 
-Versions, seconds and peak memory are left out, as no two runs share them.
+Versions, seconds and peak memory are not compared, since they vary from run to run.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
 SHOWN = 3
 """Number of differences of one file that are printed."""
 SMALL = 1e-4
-"""Numbers in JSON below this are compared with this: an error of nothing is rounding alone."""
+"""Smallest denominator of a relative difference of JSON numbers: far below it a number is rounding error."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as a difference."""
+    """Rules of a comparison: which differences do not count."""
 
     within: float = 0.0
-    """Largest relative difference of numbers that counts as none."""
+    """Largest relative difference of numbers that is accepted."""
     renamed: dict[str, str] = field(default_factory=dict)
     """New name of a JSON key by its old one."""
     ignored: tuple[str, ...] = ()
-    """Patterns of file names."""
+    """Patterns of the names of files that are not compared."""
     masked: tuple[str, ...] = ()
-    """Paths that differ from run to run, wherever a text names them."""
+    """Paths that vary from run to run; they are masked in texts."""
 
 
 def folder_differences(before: Path, after: Path, rules: Rules) -> list[str]:
-    """Return one line for each difference; none where both folders hold the same."""
+    """Return one line for each difference; an empty list where the folders are the same."""
     old, new = files_of(before, rules), files_of(after, rules)
     lines = [f"{name}: is missing now" for name in old if name not in new]
     lines += [f"{name}: is new" for name in new if name not in old]

@@ -1,12 +1,13 @@
-"""What time buys: perplexity over dense against CPU seconds, for many ways to spend them.
+"""Measure what each effort costs and gains: CPU seconds against perplexity over the dense model's.
 
     python benchmarks/effort.py MODEL --calibration a.txt --evaluate b.txt --evaluate c.txt --efforts 1,0,text 1,2 2,8
 
-An effort is written as fits, steps of level 1, and `text` where no rows are made up (see `EFFORTS`). Each runs on one
-thread, so that waiting threads do not count, from the checkpoint to a folder and back, its survey with it. Seconds are
-CPU seconds; "times" are these over `--tflop` at this machine's float32 product, measured in the same process before
-and after the run, at the better of the two. The table and `--plot` hold the mean over seeds with the least and the
-most. Runs that are in `--keep` already are not made again.
+An effort is the name of one (`quick`, `normal`, `best`), or a number of fits, a number of steps of the input
+projections, and `text` where no rows are resampled, separated by commas (see `EFFORTS`). Each run includes its survey
+and the writing of the folder, and uses one thread, so that waiting threads are not counted. The column "times" is the
+ratio of CPU seconds to the seconds that `--tflop` operations take in float32 matrix products on this machine. Products
+are timed in the same process before and after the run; the faster of the two counts. The table and `--plot` show the
+mean over seeds with the smallest and the largest value. Runs that the file `--keep` holds are not repeated.
 """
 
 import argparse
@@ -36,7 +37,12 @@ def main() -> None:
     parser.add_argument("--sparsities", default="0.25,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--tflop", type=float, default=9.7, help="two forwards, Gram matrices and solves; SmolLM2's")
+    parser.add_argument(
+        "--tflop",
+        type=float,
+        default=9.7,
+        help="operations (10^12) of two forward passes, Gram matrices and solves; default: SmolLM2-135M",
+    )
     parser.add_argument("--keep", type=Path, default=Path("efforts.jsonl"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -65,11 +71,11 @@ def main() -> None:
 
 
 def one(arguments: argparse.Namespace, effort: str, sparsity: float, seed: int) -> dict[str, Any]:
-    """Seconds, times and perplexities of one run."""
+    """Return CPU seconds, their ratio to the products' seconds, and perplexities of one run."""
     name = effort
     if effort not in EFFORTS:
         fits, steps, *text = effort.split(",")
-        # Under a name that options take.
+        # Options take only known names.
         name, EFFORTS["normal"] = "normal", Effort(int(fits), int(steps), copies=not text)
     how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "samples": arguments.samples, "effort": name}
     rates = [product_rate()]
@@ -85,10 +91,10 @@ def one(arguments: argparse.Namespace, effort: str, sparsity: float, seed: int) 
 
 
 def table(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> list[str]:
-    """One row for each effort and size."""
+    """Return the lines of the table: one row for each effort and sparsity."""
     names = [Path(text).stem for text in arguments.evaluate]
     lines = [
-        "| goes | effort | rows | CPU seconds | times | " + " | ".join(names) + " |",
+        "| sparsity | effort | rows | CPU seconds | times | " + " | ".join(names) + " |",
         "|" + "---|" * (5 + len(names)),
     ]
     for group in grouped(runs):
@@ -103,7 +109,7 @@ def table(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> list[str
 
 
 def grouped(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Runs that differ in their seed alone, the fastest first at each size."""
+    """Return groups of runs that differ only in their seed, by sparsity and then by CPU seconds."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["sparsity"], run["effort"], run["samples"]), []).append(run)
@@ -113,13 +119,13 @@ def grouped(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def spread(values: list[float]) -> str:
-    """The mean, with the least and the most of several."""
+    """Format the mean, with the smallest and the largest of several values."""
     several = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{several}"
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity over dense against CPU seconds: one panel a size, one mark an effort and text."""
+    """Plot perplexity over dense against CPU seconds: one panel per sparsity, one mark per effort and text."""
     from matplotlib.figure import Figure
 
     sizes = sorted({run["sparsity"] for run in runs})

@@ -1,9 +1,10 @@
-"""Experts gone by several orders, with and without the refit: perplexity over the model with all of them.
+"""Compare the orders in which experts are removed, with and without the refit, by the rise of the loss.
 
     python benchmarks/experts.py MIXTURE --calibration TEXT --evaluate TEXT --shares 0.25 0.5
 
-One row a method and share: nats over the unpruned mixture on each text, the mean over the seeds and its range, and the
-share of the nats that `reap` without a refit loses. Every block keeps as many experts, and nothing but experts goes.
+The table has one row for each method and share of removed experts. For each text it gives the rise of the loss over
+the unpruned mixture (nats per token, mean over seeds with range) and the ratio to the rise of `reap` without a refit.
+Every block keeps the same number of experts, and only experts are removed.
 """
 
 import argparse
@@ -42,7 +43,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--ridge", type=float, default=0.3)
-    parser.add_argument("--input-steps", type=int, default=2, help="steps of the refit's level 1; 0: level 2 alone")
+    parser.add_argument(
+        "--input-steps",
+        type=int,
+        default=2,
+        help="steps of the refit for input projections; 0: only output projections",
+    )
     given = parser.parse_args()
     checkpoint = open_checkpoint(given.model)
     stream, tokenizer = BlockStream(checkpoint), checkpoint.tokenizer()
@@ -61,14 +67,14 @@ def main() -> None:
                 found.setdefault((name, share), []).append(lost)
                 print(f"seed {seed}, {share:.0%}, {name}: " + ", ".join(f"{value:.4f}" for value in lost), flush=True)
     names = [Path(text).stem for text in given.evaluate]
-    head = ["method", "experts gone", *(part for name in names for part in (f"nats on {name}", "of reap's"))]
+    head = ["method", "experts removed", *(part for name in names for part in (f"nats on {name}", "over reap's"))]
     print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for (name, share), values in found.items():
         print("| " + " | ".join([name, f"{share:.0%}", *cells(values, found.get(("reap", share)))]) + " |")
 
 
 def cells(values: list[list[float]], reap: list[list[float]] | None) -> list[str]:
-    """Mean and range, and the share of REAP's, for each text."""
+    """Return cells for each text: mean with range, and the ratio to the mean of `reap`."""
     result = []
     for place in range(len(values[0])):
         own = [one[place] for one in values]
@@ -80,7 +86,7 @@ def cells(values: list[list[float]], reap: list[list[float]] | None) -> list[str
 
 
 def nats(stream: BlockStream, rows: Rows, texts: list[Tensor], share: float, method: Method) -> list[float]:
-    """What a token of each text loses."""
+    """Return the rise of the loss on each text, in nats per token."""
     widths = {index: block.width for index, block in enumerate(stream.blocks)}
     fewer = {index: width | {EXPERTS: math.ceil(width.experts * (1 - share))} for index, width in widths.items()}
     plan = Plan(fewer, share, share)

@@ -1,12 +1,13 @@
-"""How far each effort of `prune` is from the products that it cannot do without.
+"""Compare the CPU seconds of each effort of `prune` with the CPU seconds of the matrix products that it needs.
 
     python benchmarks/floor.py MODEL --calibration text.txt --out docs/results.md
 
-What must be computed is what a dry run counts (`secateur/commands/costs.py`, whose docstrings are the formulas). It is
-turned into seconds by this machine's plain matrix products, float32 ones for what is exact and those of the dtype in
-which blocks run for the rest, measured in the same process before and after each run, at the better of the two. The
-last column is the ratio to the same products, all of them in float32. All of it runs on one thread; seconds are CPU
-seconds, the survey among them. The profile has the functions that take most themselves, at the last effort.
+The operations are those that a dry run counts (formulas: docstrings of `secateur/commands/costs.py`). The floor is the
+time that they take as plain matrix products on this machine: float32 products where the computation is exact, and
+products in the blocks' dtype elsewhere. Products are timed in the same process before and after each run; the faster
+of the two counts. The last column is the ratio to the floor with all products in float32. Everything runs on one
+thread. CPU seconds include the survey. The second table lists the functions with the most time of their own at the
+last effort.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from secateur.plan.plan import plan
 from tables import put
 
 LINES = 10
-"""Of the profile."""
+"""Number of functions in the profile."""
 
 
 def main() -> None:
@@ -45,8 +46,8 @@ def main() -> None:
     rows = draw_rows(run, dry=True)
     works = works_of(run, rows, plan(run.request.problem, run.options.widths))
     lines = [
-        "| effort | TFLOP in blocks | in other products | exact | at GFLOP/s, float32 | "
-        f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | ratio | to float32 alone |",
+        "| effort | TFLOP of forwards | of other products | of exact products | GFLOP/s, float32 | "
+        f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | over floor | over float32 floor |",
         "|" + "---|" * 10,
     ]
     for effort in arguments.efforts:
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def rates(dtype: torch.dtype) -> tuple[float, float]:
-    """Operations per second of float32 products, and of those in another dtype."""
+    """Return the operations per second of float32 products, and of products in another dtype."""
     return product_rate(), product_rate(dtype=dtype)
 
 

@@ -1,9 +1,9 @@
-"""Forward passes of a mixture: its experts together, and one expert at a time, over plain products of the same size.
+"""Time the experts of one block, run together and one at a time, against a plain matrix product of the same size.
 
     python benchmarks/forwards.py 30b-a3b --tokens 8192
 
-A row is one way to run all experts of one block on the same tokens and routes: CPU seconds of one thread, the ratio to
-one matrix product of as many multiplications in the same dtype, and the bytes that the experts' matrices take.
+Each row is one way to run all experts of a block on the same tokens and routes: CPU seconds on one thread, the ratio to
+one matrix product with as many multiplications in the same dtype, and the memory of the experts' matrices.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def seconds(make: Callable[[], object]) -> float:
 
 
 def one_at_a_time(mixture: Mixture, x_nd: Tensor, routes: Routes) -> Tensor:
-    """Return the sum of all experts' outputs, each expert fitted and run on its own tokens, as a fit sees it."""
+    """Return the sum of all experts' outputs, each expert run on the tokens routed to it, as a fit runs them."""
     total = torch.zeros_like(x_nd)
     for expert in range(mixture.module.units):
         tokens, rows = mixture.gated(expert, x_nd, routes)
@@ -44,7 +44,7 @@ def one_at_a_time(mixture: Mixture, x_nd: Tensor, routes: Routes) -> Tensor:
 
 
 def unfused(mixture: Mixture, dtype: torch.dtype) -> list[list[nn.Linear]]:
-    """Return each expert as linear layers of its own: gate, up, down."""
+    """Return gate, up and down of each expert as separate linear layers."""
     layers = []
     for expert in range(mixture.module.units):
         tensors = mixture.tensors(expert)
@@ -59,7 +59,7 @@ def unfused(mixture: Mixture, dtype: torch.dtype) -> list[list[nn.Linear]]:
 
 
 def run_unfused(layers: list[list[nn.Linear]], x_nd: Tensor, routes: Routes) -> Tensor:
-    """Return the sum of all experts' outputs, by layers of their own."""
+    """Return the sum of all experts' outputs, computed by separate linear layers."""
     total = torch.zeros_like(x_nd)
     for expert, (gate, up, down) in enumerate(layers):
         tokens, gates = routes.of(expert)
@@ -102,7 +102,7 @@ def main() -> None:
             for dtype in sorted({torch.float32, products}, key=str):
                 layers = unfused(mixture, dtype)
                 size = sum(part.weight.nbytes for parts in layers for part in parts)
-                name = f"one at a time, layers of their own, {str(dtype).removeprefix('torch.')}"
+                name = f"one at a time, separate linear layers, {str(dtype).removeprefix('torch.')}"
                 row(name, dtype, size, lambda layers=layers: run_unfused(layers, x, routes))
                 del layers
             for value in mixture.experts.parameters():

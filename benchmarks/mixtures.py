@@ -1,15 +1,15 @@
-"""Make a mixture of experts out of a dense model, for want of experts' weights in package registries.
+"""Make a mixture of experts from a dense model, since no package ships the weights of one.
 
     python benchmarks/mixtures.py MODEL OUT --experts 8 --chosen 2 --calibration TEXT
 
-cuts every feed-forward into experts of equally many channels: those that are active on the same tokens go together, by
-balanced k-means of |activation| times the norm of the channel's level-2 row, over the tokens of a text. The router is
-fitted by least squares to how large each expert's output is, and gates are almost alike: with all experts chosen the
-model computes what the dense one does, up to the gates' hundredth. Each expert's level 2 is then solved, one expert
-after the other, for what the dense stream has behind the layer and the mixture's own stream lacks; `--raw` leaves that
-out.
+The script cuts every feed-forward into experts with the same number of channels. Channels that are active on the same
+tokens share an expert: balanced k-means on |activation| times the norm of the channel's row of the output projection,
+over the tokens of a text. The router is fitted by least squares to the norm of each expert's output. Its logits have a
+standard deviation of only `NARROW`, so that with all experts active the model computes nearly what the dense one does.
+Then the output projection of one expert after the other is solved for the residual error: the dense stream after the
+layer, minus the mixture's own stream. `--raw` skips this step.
 
-A Llama becomes a Mixtral; a Qwen2 becomes a Qwen2-MoE, whose shared expert has the most active channels.
+A Llama becomes a Mixtral. A Qwen2 becomes a Qwen2-MoE whose shared expert has the most active channels.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares, normal_equations
 
 NARROW = 0.02
-"""Standard deviation of the router's logits: gates differ by about as much."""
+"""Standard deviation of the router's logits, and about the relative difference between gates."""
 RIDGE = 0.03
 ROUNDS, TOKENS = 10, 2048
-"""Of k-means, and the tokens that it looks at."""
+"""Number of rounds of k-means, and of tokens that it uses."""
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
                     name = name.replace(ours, stored)
                 outside[prefix + name] = tensor.to(checkpoint.dtype)
             lost = (count[:, None] * left.square()).sum() / (count[:, None] * target.square()).sum()
-            print(f"block {index}: {lost:.3f} of what the layer gives is lost", flush=True)
+            print(f"block {index}: {lost:.3f} of the energy of the layer's target is lost", flush=True)
     save_file({name: tensor.contiguous() for name, tensor in outside.items()}, given.out / "model.safetensors")
     write_config(checkpoint, given.out, given.experts, given.chosen, shared)
     for file in checkpoint.files:
@@ -96,7 +96,7 @@ NAMES = {"qwen2_moe": {}, "mixtral": {"gate_proj": "w1", "up_proj": "w3", "down_
 def mixture(
     mlp: nn.Module, x_nd: Tensor, wanted: Tensor, count: Tensor, experts: int, chosen: int, shared: int, raw: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of one layer's experts, router and shared expert, called as in Qwen2-MoE; and what they lack."""
+    """Return the tensors of one layer's mixture, under Qwen2-MoE's names, and the residual error (tokens x hidden)."""
     up, gate, down = (mlp.get_parameter(f"{name}_proj.weight").data for name in ("up", "gate", "down"))
     inner = nn.functional.silu(x_nd @ gate.T) * (x_nd @ up.T)
     active = inner.abs() * torch.linalg.vector_norm(down, dim=0)
@@ -106,7 +106,7 @@ def mixture(
     own = [rest[owner == expert] for expert in range(experts)]
     sizes = torch.stack([torch.linalg.vector_norm(inner[:, at] @ down[:, at].T, dim=1) for at in own], 1)
     router = solved(x_nd, sizes, torch.zeros(x_nd.shape[1], experts), count)
-    # What all experts have in common chooses none of them.
+    # A part that all experts share does not change the routing.
     router -= router.mean(1, keepdim=True)
     router *= NARROW / (x_nd @ router).std()
     scores, places = (x_nd @ router).topk(chosen)
@@ -126,14 +126,14 @@ def mixture(
         result[f"experts.{e}.down_proj.weight"] = downs[e].T
     if shared:
         result |= {"shared_expert.up_proj.weight": up[always], "shared_expert.gate_proj.weight": gate[always]}
-        # Half of it counts.
+        # Its gate is sigmoid(0) = 0.5.
         result["shared_expert.down_proj.weight"] = 2 * down[:, always]
         result["shared_expert_gate.weight"] = torch.zeros(1, x_nd.shape[1])
     return result, left
 
 
 def solved(x: Tensor, t: Tensor, old: Tensor, count: Tensor) -> Tensor:
-    """Ridge least squares of rows that count so much."""
+    """Solve a ridge regression of `t` on `x` with token weights `count`."""
     moments = Moments(x.shape[1], t.shape[1])
     moments.update(x, t, 1.0, count)
     (gram, cross), energy = moments.take(), moments.energy()
@@ -141,7 +141,7 @@ def solved(x: Tensor, t: Tensor, old: Tensor, count: Tensor) -> Tensor:
 
 
 def balanced(rows: Tensor, groups: int) -> Tensor:
-    """Balanced k-means by cosine (m x n): the group of each row, as many rows in each."""
+    """Return the group of each row (m x n) by k-means with the cosine distance and groups of equal size."""
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
     generator, size = torch.Generator().manual_seed(0), len(rows) // groups
     owner = torch.arange(len(rows))[torch.randperm(len(rows), generator=generator)] % groups
@@ -151,7 +151,7 @@ def balanced(rows: Tensor, groups: int) -> Tensor:
         owner = torch.full((len(rows),), -1)
         left = [size] * groups
         best = near.topk(2).values
-        # Rows that have most to lose choose first.
+        # Rows with the largest gap between their two nearest groups choose first.
         for row in (best[:, 0] - best[:, 1]).argsort(descending=True).tolist():
             group = next(g for g in near[row].argsort(descending=True).tolist() if left[g])
             owner[row], left[group] = group, left[group] - 1
@@ -159,7 +159,7 @@ def balanced(rows: Tensor, groups: int) -> Tensor:
 
 
 def write_config(checkpoint: Any, out: Path, experts: int, chosen: int, shared: int) -> None:
-    """config.json of the mixture."""
+    """Write the config.json of the mixture."""
     config = checkpoint.raw_config | {"num_experts_per_tok": chosen, "output_router_logits": False}
     each = (config["intermediate_size"] - shared) // experts
     if checkpoint.config.model_type == "qwen2":

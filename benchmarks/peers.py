@@ -1,8 +1,8 @@
-"""What our method is compared with: other ways to make the blocks of a model smaller, on the same tokens.
+"""Pruning methods that secateur is compared with, on the same calibration rows.
 
-Each peer takes an open model, calibration rows and the share of the blocks' parameters that shall go, and returns a
-transformers network in float32 that computes as the pruned model does, for evaluation in memory. All but `depth` come
-within a channel or so of the wanted share; `kept_parameters` is what each has really left.
+Each peer takes an open model, calibration rows and a sparsity (share of the blocks' parameters to remove), and returns
+the pruned transformers network in float32 for evaluation in memory. All but `depth` and `depth_greedy` reach the
+sparsity to about one channel; `kept_parameters` is the exact number of parameters left.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 
 OBC_RIDGE = 0.3
-"""Of `uniform_obc`, relative to each input's energy."""
+"""Ridge of `uniform_obc`, relative to the energy of each input."""
 PROBE_TOKENS = 512
-"""On which `depth_greedy` tries every block again and again."""
+"""Number of tokens on which `depth_greedy` scores each candidate network."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,31 @@ class Peer:
 
     network: Any
     kept_parameters: int
-    """Of the blocks, norms and added biases included."""
+    """Number of parameters of the blocks, including norms and added biases."""
     note: str
 
 
 def wanda_sp(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
-    """Wanda-sp: weights times input norms, the same share in every module, each seeing the pruned ones before it."""
+    """Prune by Wanda-sp: weights times input norms, at the same sparsity in every module, on the pruned stream."""
     return _through_refit(stream, rows, _uniform(stream, sparsity), Method("wanda", recovery_of("none")))
 
 
 def flap_al_am(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
-    """FLAP: adaptive widths from one dense pass, and means of what goes as biases.
+    """Prune by FLAP: adaptive widths from one dense pass, and biases that replace the mean output of removed channels.
 
-    The authors take the choice within a width and the means from the dense pass as well; here both come from the pruned
-    stream, which is the better for it: 2.94 times the dense perplexity against 2.98 (see `uniform_obc`).
+    The authors also take the units and the means from the dense pass. Here both come from the pruned stream, which is
+    better: 2.94 times the dense perplexity in place of 2.98 (setting: see `uniform_obc`).
     """
     return _through_refit(stream, rows, flap_widths(stream, rows, sparsity), Method("flap-wifv", recovery_of("bias")))
 
 
 def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
-    """Structured optimal brain surgeon, the same share in every module, without our target and our widths.
+    """Prune by structured optimal brain surgeon, at the same sparsity in every module.
 
-    Level 2 is refitted to what its dense weights make of the pruned stream's inputs; what the modules before have
-    broken is not repaired. The usual dampening, 0.01 of the mean diagonal, gave 3.97 times the dense perplexity,
-    `OBC_RIDGE` 3.07, so that this peer has the better one (SmolLM2-135M-Instruct, a quarter of the blocks, 16 x 128
-    tokens of WikiText-2 to calibrate, 2,048 to score).
+    The target of an output projection is the output of its dense weights on the pruned stream, so that errors of
+    earlier modules are not corrected. The ridge is `OBC_RIDGE`, since that is better: 3.07 times the dense perplexity
+    in place of 3.97 with the usual 0.01 of the mean diagonal (SmolLM2-135M-Instruct, sparsity 0.25, 16 x 128
+    calibration tokens of WikiText-2, 2,048 scored tokens).
     """
     network, widths = _load(stream), _uniform(stream, sparsity)
     with Arena() as arena:
@@ -88,7 +88,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
                     full = torch.zeros_like(stats.weight_ao)
                     full[at] = least_squares(stats.normal, at)[0]
                     changed[stats.module.output_projection.name] = stored_weight(stats.module, full)
-                    # Inputs with zero weights are as good as gone.
+                    # An input with zero weights is the same as a removed one.
                     assign(layer, stats.module.output_projection.name, changed[stats.module.output_projection.name])
                 _advance(stream, index, layer, rows, hidden)
                 _cut(stream, network, index, kept, changed, width)
@@ -96,7 +96,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
 
 
 def depth(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
-    """ShortGPT: whole blocks go, those first that turn the residual stream least, as measured on the dense model."""
+    """Prune by ShortGPT: remove the blocks whose output is most similar to their input in the dense model."""
     count = _blocks_to_remove(stream, sparsity)
     gone = block_influence(stream, rows).argsort(stable=True)[:count].tolist()
     network = _load(stream)
@@ -105,7 +105,7 @@ def depth(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
 
 
 def depth_greedy(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
-    """SLEB: whole blocks go, each time the one without which calibration text is predicted best."""
+    """Prune by SLEB: remove one block after the other, each time the one whose removal raises the loss least."""
     network, gone = _load(stream), []
     layers = list(layers_of(stream, network))
     text = rows.groups[0]
@@ -119,11 +119,15 @@ def depth_greedy(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
         gone.append(min(losses, key=lambda index: losses[index]))
         left.remove(gone[-1])
     _leave(stream, network, layers, left)
-    return _peer(stream, network, f"without blocks {', '.join(map(str, sorted(gone)))}; {probe.numel()} tokens a try")
+    return _peer(
+        stream,
+        network,
+        f"without blocks {', '.join(map(str, sorted(gone)))}; {probe.numel()} tokens for each candidate",
+    )
 
 
 def optipfair(stream: BlockStream, _: Rows, sparsity: float) -> Peer:
-    """OptiPFair with its defaults: channels by the range of their gate and up weights, no text and no heads.
+    """Prune by OptiPFair with its defaults: channels only, by the range of their gate and up weights, without text.
 
     Raises:
         ImportError: the package is not installed (`pip install optipfair`).
@@ -132,7 +136,7 @@ def optipfair(stream: BlockStream, _: Rows, sparsity: float) -> Peer:
 
 
 def optipfair_calibrated(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
-    """OptiPFair's data-driven variant: the down weights too, times the norm of their input.
+    """Prune by the data-driven variant of OptiPFair, which adds the down weights times the norm of their input.
 
     Raises:
         ImportError: the package is not installed (`pip install optipfair`).
@@ -166,12 +170,12 @@ PEERS: dict[str, Callable[[BlockStream, Rows, float], Peer]] = {
 def pruned_by(
     name: str, stream: BlockStream, sparsity: float, calibration: str, *, samples: int, length: int, seed: int
 ) -> Peer:
-    """A peer on rows of a text, drawn as the product draws them."""
+    """Prune by a peer on calibration rows, drawn in the same way as for `secateur.prune`."""
     tokenizer, vocabulary = stream.checkpoint.tokenizer(), stream.checkpoint.config.vocab_size
     rows = Rows.of(
         calibration_rows(tokenizer, calibration, samples=samples, length=length, seed=seed, vocab_size=vocabulary)
     )
-    # As in the product, openings are there for fits alone.
+    # As in `secateur.prune`, rows at position 0 are added only where something is fitted.
     if name == "uniform-obc" and not begins_with_bos(tokenizer):
         rows = rows.with_openings()
     return PEERS[name](stream, rows, sparsity)
@@ -181,7 +185,7 @@ def pruned_by(
 
 
 def uniform_width(block: Block, sparsity: float) -> Width:
-    """The same share from both modules: the attention's nearest width, and channels that make up the difference."""
+    """Return the width with equal sparsity in both modules: the nearest of the attention, and channels for the rest."""
     attention, dense = block.attention, block.width
     widths = [dense]
     if not attention.locked:
@@ -196,7 +200,7 @@ def uniform_width(block: Block, sparsity: float) -> Width:
 
 
 def _with_channels(block: Block, width: Width, sparsity: float) -> Width:
-    """A width with as many channels as meet the share of the block best."""
+    """Return the width whose number of channels comes nearest to the block's sparsity."""
     wanted = (1 - sparsity) * block.parameters
     counts = range(1, block.width.channels + 1)
     best = min(counts, key=lambda c: abs(block.parameters_at(width | {CHANNELS: c}) - wanted))
@@ -208,10 +212,11 @@ def _uniform(stream: BlockStream, sparsity: float) -> dict[int, Width]:
 
 
 def flap_widths(stream: BlockStream, rows: Rows, sparsity: float) -> dict[int, Width]:
-    """FLAP's AL-AM: one threshold for all heads and channels, on scores standardised within each module.
+    """Return the widths of FLAP's AL-AM: one threshold for all units, on scores standardised within each module.
 
-    The best units stay until their parameters come nearest to what shall be left; a head so counts for as many
-    channels as it has parameters (512/3 of them in LLaMA-7B). With grouped queries, whole groups are ranked.
+    Units with the highest scores are kept until their parameters come nearest to the number that shall be left. A head
+    counts as many channels as it has parameters (512/3 channels in LLaMA-7B). In grouped-query attention whole KV
+    groups are ranked.
     """
     owners: list[tuple[int, str]] = []
     scores: list[Tensor] = []
@@ -239,7 +244,7 @@ def flap_widths(stream: BlockStream, rows: Rows, sparsity: float) -> dict[int, W
 
 
 def _narrowed(width: Width, axis: str, count: int) -> Width:
-    """A width of which `count` units along an axis are kept."""
+    """Return a width with `count` units along an axis."""
     if axis == "channels":
         return width | {CHANNELS: count}
     if count == 0:
@@ -251,7 +256,7 @@ def _narrowed(width: Width, axis: str, count: int) -> Width:
 
 
 def dense_statistics(stream: BlockStream, rows: Rows) -> Iterator[tuple[int, Statistics]]:
-    """Statistics of every module, block by block, from one pass of the dense model."""
+    """Yield the statistics of every module, block by block, from one pass of the dense model."""
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
@@ -263,7 +268,7 @@ def dense_statistics(stream: BlockStream, rows: Rows) -> Iterator[tuple[int, Sta
 def _statistics(
     stream: BlockStream, index: int, layer: nn.Module, kind: str, rows: Rows, hidden: Activations
 ) -> Statistics:
-    """Of one module, for the inputs that reach it now; its target is what its weights make of them."""
+    """Return the statistics of one module on the current stream; the target is the module's own output."""
     module = stream.blocks[index].module(kind)
     entries = module.units * module.size
     moments = Moments(entries, device=stream.device)
@@ -279,7 +284,7 @@ def _statistics(
 
 
 def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], method: Method) -> Peer:
-    """A criterion and a recovery of the library's own loop."""
+    """Prune with a criterion and a recovery of secateur."""
     network = _load(stream)
     removed = 1 - sum(b.parameters_at(widths[i]) for i, b in enumerate(stream.blocks)) / _parameters(stream)
     plan = Plan(widths, removed, removed)
@@ -289,14 +294,14 @@ def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], me
 
 
 def _cheapest(stats: Statistics, width: Width) -> tuple[int, ...]:
-    """Units of a module that the surgeon leaves at a width."""
+    """Return the units of a module that the criterion `surgeon` keeps at a width."""
     module = stats.module
     axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.cut_axes[0].name)
     return survivors(module, axis, removal_order(all_criteria()["surgeon"], stats, axis, width[axis]))
 
 
 def block_influence(stream: BlockStream, rows: Rows) -> Tensor:
-    """1 - cos(residual stream before, after) of every block, the mean over tokens (blocks)."""
+    """Return 1 - cos(residual stream before, after) of every block, as the mean over tokens (shape: blocks)."""
     similarity = torch.zeros(len(stream), dtype=torch.float64)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
@@ -311,32 +316,32 @@ def block_influence(stream: BlockStream, rows: Rows) -> Tensor:
 
 
 def _blocks_to_remove(stream: BlockStream, sparsity: float) -> int:
-    """How many whole blocks come nearest to the share; the smaller number of two that are equally near."""
+    """Return the number of whole blocks nearest to the sparsity; the smaller one of two that are equally near."""
     return min(range(len(stream)), key=lambda count: (abs(count - sparsity * len(stream)), count))
 
 
 def _advance(stream: BlockStream, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
-    """Run a block as it now is, in place."""
+    """Run a block with its current weights, in place."""
     for at in rows.batches():
         hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
 
 
 def _load(stream: BlockStream) -> Any:
-    """The dense network, to be cut."""
+    """Load the dense network in float32."""
     return load(stream.checkpoint, torch.float32, torch.device("cpu"))
 
 
 def _cut(
     stream: BlockStream, network: Any, index: int, keep: KeptUnits, changed: Mapping[str, Tensor], width: Width
 ) -> None:
-    """Cut one block of the network down."""
+    """Remove units from one block of the network."""
     layer, new = layers_of(stream, network)[index], {name: tensor.float() for name, tensor in changed.items()}
     block = stream.blocks[index]
     narrow(layer, block, slice_block(block, dict(layer.named_parameters()) | new, keep), width)
 
 
 def _leave(stream: BlockStream, network: Any, layers: list[nn.Module], kept: list[int]) -> None:
-    """Let a network consist of some of its blocks."""
+    """Keep only some blocks of a network."""
     parent, _, child = stream.family.blocks.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.ModuleList(layers[index] for index in kept))
     network.config.num_hidden_layers = len(kept)
@@ -346,18 +351,18 @@ def _leave(stream: BlockStream, network: Any, layers: list[nn.Module], kept: lis
     module: Any
     for position, index in enumerate(kept):
         for module in layers[index].modules():
-            # Where its keys and values are cached.
+            # Index of a layer's keys and values in the cache.
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position
 
 
 def layers_of(stream: BlockStream, network: Any) -> nn.ModuleList:
-    """The blocks of a whole network."""
+    """Return the blocks of a network."""
     return network.get_submodule(stream.family.blocks)
 
 
 def count_parameters(stream: BlockStream, network: Any) -> int:
-    """Of the blocks that a network has left."""
+    """Return the number of parameters of a network's blocks."""
     return sum(parameter.numel() for parameter in layers_of(stream, network).parameters())
 
 
@@ -370,7 +375,7 @@ def _peer(stream: BlockStream, network: Any, note: str) -> Peer:
 
 
 def _spelled(widths: Mapping[int, Width]) -> str:
-    """Widths in words."""
+    """Format widths: the range of heads and of channels."""
     found = list(widths.values())
     spans = []
     for what in ("heads", "channels"):

@@ -1,11 +1,10 @@
-"""Our pruned models beside the peers': one model, several sizes, perplexity over dense on texts of two sources.
+"""Compare secateur with other pruning methods: perplexity over the dense model's at several sparsities.
 
     python benchmarks/quality.py MODEL --calibration a.txt --evaluate b.txt --evaluate c.txt --out docs/results.md
 
-Every row of the table is scored at the same rows of tokens, and printed as it comes; with --out, the table replaces
-the one between the markers `<!-- quality NAME -->` and `<!-- /quality NAME -->` of that file, so that partial results
-stay. Ours goes the whole way, from the checkpoint to a written folder and back; peers are held in
-memory in float32 (`benchmarks/peers.py` says what each does).
+All methods are scored on the same tokens. Each row of the table is printed as soon as it is there. `--out FILE` also
+writes the table between the markers `<!-- quality NAME -->` and `<!-- /quality NAME -->` of a Markdown file. secateur
+writes a folder, which is loaded and scored; the peers (`benchmarks/peers.py`) prune in memory, in float32.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def one(
     seed: int,
     folder: Path,
 ) -> tuple[float, list[float]]:
-    """Share of the blocks' parameters that one run removes, and its perplexities."""
+    """Return the share of the blocks' parameters that one run removes, and its perplexities."""
     if method in OURS:
         out = folder / "pruned"
         summary = prune(
@@ -95,7 +94,7 @@ def one(
 
 
 def scorer(arguments: argparse.Namespace, stream: BlockStream) -> Callable[[torch.nn.Module], list[float]]:
-    """A function from a network to its perplexity on each text."""
+    """Return a function from a network to its perplexity on each text."""
     tokenizer = stream.checkpoint.tokenizer()
     texts = [
         consecutive_rows(
@@ -111,7 +110,7 @@ def scorer(arguments: argparse.Namespace, stream: BlockStream) -> Callable[[torc
 
 
 class Table:
-    """Rows as they come, on the terminal and in the file."""
+    """Table whose rows are printed and written to the file as soon as they are there."""
 
     def __init__(self, arguments: argparse.Namespace, name: str, texts: list[str], dense: list[float]):
         self.out, self.dense = arguments.out, dense
@@ -123,13 +122,13 @@ class Table:
             f"{arguments.row}, seeds {arguments.seeds}; torch "
             f"{torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads. Dense: {said}",
             "",
-            "| goes | method | removed | " + " | ".join(f"{text}, over dense" for text in texts) + " | seconds |",
+            "| sparsity | method | removed | " + " | ".join(f"{text}, over dense" for text in texts) + " | seconds |",
             "|---|---|---|" + "---|" * (len(texts) + 1),
         ]
         print("\n".join(self.lines), flush=True)
 
     def add(self, sparsity: float, method: str, found: list[tuple[float, list[float]]], seconds: float) -> None:
-        """One method at one size, over all seeds."""
+        """Add the row of one method at one sparsity, over all seeds."""
         removed = statistics.mean(share for share, _ in found)
         cells = []
         for at, dense in enumerate(self.dense):

@@ -1,13 +1,14 @@
-"""Pruning before quantising, beside quantising alone, at equal bytes: perplexity over the model as it is.
+"""Compare pruning before quantising with quantising alone at equal bytes: perplexity over the original model's.
 
     python benchmarks/quantised.py MODEL --calibration general --evaluate a.txt --evaluate b.txt
 
-The blocks of every row take as many bytes as those of the dense model in `--base`: what a type of file takes more for
-a weight, pruning takes away. The matrices of the blocks hold what llama.cpp's types hold, by gguf's own functions, and
-the embedding and the output layer what q8_0 does. Channels go by 32, the width of a group.
+In every row the blocks take as many bytes as the dense model's blocks in the type `--base`: a type with more bits per
+weight is used on a model with fewer weights. The matrices of the blocks are quantised to a type of llama.cpp and back
+by the gguf package, the embedding and the output layer to q8_0 and back. Numbers of channels are multiples of 32, the
+size of a quantisation group.
 
-Packages serve weights that are quantised already, so that quantising them once more costs next to nothing. `--dither 4`
-moves each weight at random within its cell of so many bits, by groups of 32, and measures with the model that this is.
+Weights in packages have been quantised already, so that quantising them again costs almost nothing. With `--dither 4`
+each weight is first moved at random within its 4-bit cell (groups of 32), and the resulting model is the original.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def rows(source: str, given: argparse.Namespace, out: Path) -> list[str]:
         return [perplexity(model, ids).perplexity for ids in texts.values()]
 
     whole = scores(opened(source))
-    print("as it is: " + ", ".join(f"{value:.2f}" for value in whole), flush=True)
-    names = ["type of the blocks", "of their parameters goes", "MB of blocks", *texts]
+    print("original: " + ", ".join(f"{value:.2f}" for value in whole), flush=True)
+    names = ["type of the blocks", "sparsity", "MB of blocks", *texts]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name in (given.base, *given.types):
         share, model = 1 - bits(given.base) / bits(name), source
@@ -83,7 +84,7 @@ def bits(name: str) -> float:
 
 
 def quantise(model: nn.Module, name: str) -> float:
-    """In place; bytes of the blocks' matrices."""
+    """Quantise the weights in place; return the bytes of the blocks' matrices."""
     total = 0.0
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Embedding):
@@ -96,7 +97,7 @@ def quantise(model: nn.Module, name: str) -> float:
 
 
 def dithered(model: str, width: int, out: Path) -> str:
-    """A folder of the model with each weight somewhere in its cell."""
+    """Write the model with each weight moved at random within its cell of `width` bits; return the folder."""
     network = opened(model)
     generator = torch.Generator().manual_seed(0)
     for layer in network.modules():

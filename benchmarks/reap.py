@@ -1,9 +1,9 @@
-"""Another tool's REAP (llm-compressor), on the rows that `benchmarks/experts.py` takes, into a folder.
+"""Remove experts by REAP with llm-compressor, calibrated on the same rows as `benchmarks/experts.py`.
 
     python benchmarks/reap.py MIXTURE OUT --calibration TEXT --share 0.25
 
-It runs in an environment of its own, which needs `llmcompressor` and this package: the two ask for different
-releases of transformers. What the result loses is told by `secateur eval MIXTURE OUT --perplexity TEXT --length 128`.
+The script needs an environment of its own with `llmcompressor` and this package, since the two require different
+releases of transformers. `secateur eval MIXTURE OUT --perplexity TEXT --length 128` measures the loss of the result.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     how = {"samples": given.samples, "length": 128, "vocab_size": model.config.vocab_size}
     rows = calibration_rows(tokenizer, given.calibration, seed=given.seed, **how)
     data = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows], batch_size=1)
-    # The saliency is of what experts give to the tokens that meet them.
+    # REAP scores an expert by its output on the tokens routed to it.
     oneshot(
         model=model,
         dataset=data,
@@ -44,7 +44,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
     if model.config.model_type == "mixtral":
-        # It stores experts under other names than Mixtral's classes look for.
+        # llm-compressor stores experts under names that Mixtral's class does not know.
         file = Path(given.out) / "model.safetensors"
         tensors = load_file(file)
         for old, new in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):

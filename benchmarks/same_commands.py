@@ -1,4 +1,4 @@
-"""The commands that same.py runs: every lineage, criterion, recovery, format and target on tiny models.
+"""Commands that same.py runs: every lineage, criterion, recovery, format and target on tiny models.
 
 A case has a name and the commands that run one after the other in an empty folder. In that folder `dense` holds the
 models and `files` the texts and other inputs, both written once by `prepare`.
@@ -58,7 +58,7 @@ RECOVERIES = {
     "paper both": "--recovery paper --recover both --criterion second-moment",
 }
 RECOVERED = ("llama", "gemma2", "gpt2", "gpt_neox", "opt after", "qwen2_moe")
-"""Rows that go through every recovery."""
+"""Rows of tests/models.py that are pruned with every recovery."""
 LLAMA = {
     "sigma identity": f"--criterion second-moment --sigma identity {RANDOM}",
     "sigma random": f"--criterion second-moment --sigma random --recovery paper {TEXT}",
@@ -173,7 +173,7 @@ def folder_of(row: str) -> str:
 
 
 def tiny_cases() -> dict[str, Case]:
-    """Return the cases on tiny models by name; those of several processes come first."""
+    """Return the cases on tiny models by name; cases with several processes come first."""
     words: dict[str, str] = {}
     for row in (*LINEAGES, *MIXTURES):
         words[f"hf {row}"] = f"{folder_of(row)} out --sparsity 0.4 {RANDOM}"

@@ -1,14 +1,14 @@
-"""Time and memory of `prune` against the size of a model: random blocks of a shape, in files.
+"""Measure time and memory of `prune` on random models of several sizes.
 
     python benchmarks/scale.py 7b --blocks 2 4 8 --samples 32 --limit 6GiB
     python benchmarks/scale.py 0.1b 1b --blocks 2 4 --samples 32 64
     python benchmarks/scale.py 1b --processes 1 2 --threads 2 1
 
-makes models, tensor by tensor, and prunes each in processes of its own. A row has wall and CPU seconds, the hours of a
-whole model of that shape by the seconds of a block, the ratio of CPU seconds to the products that must be made (see
-`floor.py`), the peak resident set as the system counted it, and what crossed between processes. Behind the rows stand
-the exponents with which seconds grow, beside those of the products. `--limit` is passed on as `--memory`; where control
-groups can be made, the processes run in one of that size.
+The script writes each model tensor by tensor and prunes it in new processes. A row has wall and CPU seconds, the ratio
+of CPU seconds to the floor (time of the matrix products that are needed, see `floor.py`), the hours that a model of
+full depth would take at the same time per block, the peak resident set, and the bytes sent between processes.
+The last lines are the exponents with which the seconds and the products grow. `--limit` is passed on as `--memory`;
+the processes also run in a control group of that size, where one can be made.
 """
 
 import argparse
@@ -42,18 +42,18 @@ VOCABULARY = 32_000
 
 
 class Shape(NamedTuple):
-    """Of a Llama model, or of a Qwen3 with experts."""
+    """Sizes of a Llama model, or of a Qwen3 with experts."""
 
     width: int
     channels: int
-    """Of each expert, where there are such."""
+    """Width of the feed-forward, or of each expert."""
     heads: int
     groups: int
     depth: int
     experts: int = 0
     chosen: int = 0
     head: int = 0
-    """Entries of a head, where that is not the width over the heads."""
+    """Size of a head; 0: the hidden size over the number of heads."""
 
 
 SHAPES = {
@@ -67,7 +67,7 @@ SHAPES = {
 
 
 def make(shape: Shape, blocks: int, folder: Path) -> None:
-    """A model of random weights in bfloat16, one tensor in memory at a time."""
+    """Write a model of random bfloat16 weights, with one tensor in memory at a time."""
     head = shape.head or shape.width // shape.heads
     keys: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": shape.width, "num_hidden_layers": blocks}
     keys |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups, "head_dim": head}
@@ -109,7 +109,7 @@ def make(shape: Shape, blocks: int, folder: Path) -> None:
 
 
 def bounded(limit: int) -> Path | None:
-    """A new control group that may take so many bytes; None where none can be made."""
+    """Return the file for process ids of a new control group of `limit` bytes; None where none can be made."""
     for root, file in LIMITS.values():
         group = root / f"secateur-{os.getpid()}"
         with suppress(OSError):
@@ -117,22 +117,22 @@ def bounded(limit: int) -> Path | None:
             if (group / file).exists():
                 (group / file).write_text(str(limit))
                 return group / "cgroup.procs"
-            # A folder like any other: the system has its groups elsewhere.
+            # This is an ordinary folder: the system has its control groups elsewhere.
             group.rmdir()
     return None
 
 
 class Measured(NamedTuple):
-    """What a process and its children took."""
+    """Wall seconds, CPU seconds and memory of a process and its children."""
 
     wall: float
     cpu: float
     peak: int
-    """Bytes; of the largest process."""
+    """Peak resident set of the largest process, in bytes."""
 
 
 def measured(command: list[str], group: Path | None, threads: int) -> Measured:
-    """Run a command, in a control group where there is one."""
+    """Run a command, inside the control group where one is given."""
 
     def enter() -> None:
         if group is not None:
@@ -150,22 +150,22 @@ def measured(command: list[str], group: Path | None, threads: int) -> Measured:
 
 
 class Case(NamedTuple):
-    """What is varied."""
+    """Values that vary from row to row."""
 
     shape: str
     blocks: int
     samples: int
     team: tuple[int, int]
-    """Processes, and threads of each."""
+    """Number of processes, and of threads of each."""
 
     @property
     def sizes(self) -> dict[str, float]:
-        """What seconds may grow with, and all else that distinguishes cases."""
+        """Sizes against which the growth of seconds is fitted."""
         return {"tokens": self.samples, "depth": self.blocks, "width": SHAPES[self.shape].width}
 
 
 def carried_out(case: Case, effort: str, limit: str | None, group: Path | None, where: Path | None) -> tuple[Any, ...]:
-    """The case's measurement, its floor in seconds, and bytes that crossed."""
+    """Return the measurement of a case, its floor in seconds, and the bytes sent between processes."""
     with tempfile.TemporaryDirectory(dir=where) as folder:
         model, out = Path(folder) / "model", Path(folder) / "out"
         model.mkdir()
@@ -186,7 +186,7 @@ def carried_out(case: Case, effort: str, limit: str | None, group: Path | None, 
 
 
 def exponents(seconds: dict[Case, tuple[float, float]]) -> Iterator[str]:
-    """How seconds and products grow with one size where all others are equal: the least-squares slope of logarithms."""
+    """Yield how seconds and products grow with one size at fixed others: the least-squares slope of logarithms."""
     for name in ("tokens", "depth", "width"):
         alike: dict[tuple[Any, ...], list[Case]] = {}
         for case in seconds:
@@ -207,17 +207,23 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2])
     parser.add_argument("--samples", type=int, nargs="+", default=[32])
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of each process, for each number of these")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="threads of each process, one number for each of --processes",
+    )
     parser.add_argument("--effort", default="normal")
     parser.add_argument("--limit", help="memory, for example 6GiB")
-    parser.add_argument("--folder", type=Path, help="where models are made, by default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the models; default: a temporary folder")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     group = bounded(bytes_of(arguments.limit)) if arguments.limit else None
     teams = list(zip(arguments.processes, arguments.threads, strict=True))
     heads = ("shape", "blocks", "samples", "effort", "processes x threads", "limit", "wall s", "CPU s", "floor, s")
-    heads += ("ratio", "whole model, h", "GB", "GB crossed")
+    heads += ("over floor", "full depth, h", "peak GB", "GB sent")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     print("\n".join(lines), flush=True)
     seconds: dict[Case, tuple[float, float]] = {}

@@ -1,11 +1,11 @@
-"""How much of the speed that a pruned model promises it has, in transformers and in llama.cpp.
+"""Compare the measured speedup of a pruned model with the expected one, in transformers and in llama.cpp.
 
     python benchmarks/speed.py DENSE PRUNED --out docs/results.md
 
-What is promised for prefill is the ratio of the operations that are left in blocks, products with keys and values among
-them; for decoding that of the bytes that one step reads, weights and cached keys and values. Both models take turns,
-and the median of the turns' ratios counts. transformers runs the folders, llama.cpp their GGUF files in Q8_0, on as
-many threads as torch uses.
+The expected speedup of prefill is the ratio of the blocks' operations, including products with keys and values. The
+expected speedup of decoding is the ratio of the bytes that one step reads: weights and cached keys and values. The two
+models take turns, and the measured speedup is the median of the ratios. transformers runs the folders, and llama.cpp
+their GGUF files in Q8_0, on as many threads as torch uses.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     dense = [block.width for block in stream.blocks]
     widths = [dense, [left.get(index, width) for index, width in enumerate(dense)]]
     lines = [
-        "| in | rows | prefill, times dense | promised | share | decoding, times dense | promised | share |",
+        "| engine | rows | prefill speedup | expected | ratio | decoding speedup | expected | ratio |",
         "|" + "---|" * 8,
     ]
     print("\n".join(lines), flush=True)
@@ -69,7 +69,7 @@ def main() -> None:
         del models
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{number}.gguf" for number in range(2)]
-        # The dense model, as if pruned by nothing.
+        # `export` takes folders with a record only.
         whole = Path(folder) / "dense"
         whole.mkdir()
         for file in Path(checkpoints[0].path).iterdir():
@@ -87,20 +87,20 @@ def main() -> None:
 
 
 def operations(stream: BlockStream, widths: list[Width]) -> float:
-    """Of the blocks, for each token of a prompt."""
+    """Return the operations of all blocks for one token of a prompt."""
     heads = sum(block.attention.size * w.groups * w.per_group for block, w in zip(stream.blocks, widths, strict=True))
     return 2.0 * weights(stream, widths) + 2 * PROMPT * heads
 
 
 def step_bytes(stream: BlockStream, widths: list[Width], batch: int, bytes_of: float) -> float:
-    """What a decoding step reads: weights, the output layer's too, at so many bytes, keys and values at two or more."""
+    """Return the bytes that a decoding step reads: weights (`bytes_of` each) and keys and values (at least 2 each)."""
     cached = sum(2 * block.attention.size * w.groups for block, w in zip(stream.blocks, widths, strict=True))
     everything = weights(stream, widths) + stream.width * stream.checkpoint.config.vocab_size
     return everything * bytes_of + cached * (PROMPT + NEW / 2) * batch * max(bytes_of, 2)
 
 
 def weights(stream: BlockStream, widths: list[Width]) -> int:
-    """Of all blocks."""
+    """Return the number of parameters of all attentions and feed-forwards."""
     return sum(
         block.module_parameters(width, kind)
         for block, width in zip(stream.blocks, widths, strict=True)
@@ -110,7 +110,7 @@ def weights(stream: BlockStream, widths: list[Width]) -> int:
 
 @contextmanager
 def opened(file: Path, batch: int) -> Iterator[Any]:
-    """A context of llama.cpp for so many rows."""
+    """Yield a context of llama.cpp for `batch` rows."""
     model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = batch * (PROMPT + NEW), PROMPT, PROMPT
@@ -125,7 +125,7 @@ def opened(file: Path, batch: int) -> Iterator[Any]:
 
 
 def turn(context: Any, batch: int) -> tuple[float, float]:
-    """Seconds for prompts and for the steps after them, of ids that do not matter."""
+    """Return the seconds of the prompts and of the decoding steps after them, on arbitrary token ids."""
     lib.llama_memory_clear(lib.llama_get_memory(context), True)
     start = time.perf_counter()
     for row in range(batch):
@@ -137,7 +137,7 @@ def turn(context: Any, batch: int) -> tuple[float, float]:
 
 
 def decode(context: Any, tokens: list[tuple[int, int]], *, every: bool = False) -> None:
-    """One call for tokens by row and position; logits of the last one, or of all."""
+    """Decode tokens given by row and position in one call; compute the logits of the last one, or of every one."""
     batch = lib.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for number, (row, at) in enumerate(tokens):

@@ -1,11 +1,11 @@
-"""A table of figures inside a Markdown file, replaced as its rows come."""
+"""Write a table into a Markdown file, in place of the previous one."""
 
 import re
 from pathlib import Path
 
 
 def put(path: Path, name: str, lines: list[str]) -> None:
-    """Replace what stands between the markers, or add both at the end of the file, which need not be there."""
+    """Replace the lines between the markers; add the markers at the end of the file (or a new file) where missing."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if opening not in text:

