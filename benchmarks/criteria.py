@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
-from secateur.commands.survey_file import survey_rows
+from secateur.commands.survey_file import split_survey_rows
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
 from secateur.fit.loop import Method, refit
@@ -34,7 +34,7 @@ from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.survey import survey
-from secateur.write.slice import slice
+from secateur.write.slice import slice_fitted
 from tables import put
 
 RECOVERIES = ("none", "bias", "paper", "refit")
@@ -140,7 +140,7 @@ class Bench:
         )
         if width:
             return wish.plan(dict.fromkeys(wish.chosen, Width(dict(zip((*HEADS, CHANNELS), width, strict=True)))))
-        few, probe_rows = survey_rows(self.text)
+        few, probe_rows = split_survey_rows(self.text)
         return plan(wish, "uniform", survey(self.stream, few, probe_rows=probe_rows, ridge=self.ridge))
 
     def ratios(self, decided: Plan, criterion: str, recovery: str, when: str) -> list[float]:
@@ -153,7 +153,7 @@ class Bench:
         )
         layers = self.network.get_submodule(self.stream.family.blocks)
         for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
-            tensors = {name: tensor.float() for name, tensor in slice(self.stream, block).items()}
+            tensors = {name: tensor.float() for name, tensor in slice_fitted(self.stream, block).items()}
             layer = layers[block.index]
             for module in (self.stream.blocks[block.index].module(kind) for kind in STATISTICAL):
                 if module.bias is None:

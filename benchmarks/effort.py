@@ -76,7 +76,7 @@ def one(arguments: argparse.Namespace, effort: str, sparsity: float, seed: int) 
     if effort not in EFFORTS:
         fits, steps, *text = effort.split(",")
         # Options take only known names.
-        name, EFFORTS["normal"] = "normal", Effort(int(fits), int(steps), copies=not text)
+        name, EFFORTS["normal"] = "normal", Effort(int(fits), int(steps), resample=not text)
     how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "samples": arguments.samples, "effort": name}
     rates = [product_rate()]
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from secateur import prune
-from secateur.commands.dry_run import Speeds, product_rate, works_of
+from secateur.commands.dry_run import Speeds, product_rate, work_by_effort
 from secateur.commands.open import open_model
 from secateur.commands.options import EFFORTS, Options
 from secateur.commands.steps import draw_rows
@@ -44,7 +44,7 @@ def main() -> None:
     shared = {"calibration": arguments.calibration, "samples": arguments.samples, "blocks": arguments.blocks}
     run = open_model(arguments.model, **shared)
     rows = draw_rows(run, dry=True)
-    works = works_of(run, rows, plan(run.request.problem, run.options.widths))
+    works = work_by_effort(run, rows, plan(run.request.problem, run.options.widths))
     lines = [
         "| effort | TFLOP of forwards | of other products | of exact products | GFLOP/s, float32 | "
         f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | over floor | over float32 floor |",

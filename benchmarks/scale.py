@@ -31,7 +31,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from floor import rates
 from secateur.base.memory import LIMITS, bytes_of
-from secateur.commands.dry_run import Speeds, works_of
+from secateur.commands.dry_run import Speeds, work_by_effort
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows
 from secateur.plan.plan import plan
@@ -172,7 +172,7 @@ def carried_out(case: Case, effort: str, limit: str | None, group: Path | None, 
         make(SHAPES[case.shape], case.blocks, model)
         asked = {"calibration": "random", "samples": case.samples, "effort": effort}
         run = open_model(model, **asked)
-        work = works_of(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
+        work = work_by_effort(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
         before = rates(run.stream.quick_dtype)
         processes, threads = case.team
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
     from secateur.cli.terminal import Bars
     from secateur.commands.open import open_model
-    from secateur.commands.options import Options, Running
+    from secateur.commands.options import Options, RunOptions
     from secateur.commands.plan import propose
     from secateur.commands.prune import prune
     from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
@@ -38,7 +38,7 @@ _HOMES = {
     "propose": "secateur.commands.plan",
     "Bars": "secateur.cli.terminal",
     "Options": "secateur.commands.options",
-    "Running": "secateur.commands.options",
+    "RunOptions": "secateur.commands.options",
     "retrain": "secateur.retraining.retrain",
     "open_checkpoint": "secateur.model.checkpoint",
     "BlockStream": "secateur.model.stream",
@@ -51,9 +51,10 @@ _HOMES = {
     "SecateurError": "secateur.base.errors",
 }
 
-__all__ = ["Bars", "BlockStream", "Options", "Rows", "Running", "SecateurError", "calibration_rows", "consecutive_rows"]
-__all__ += ["draw_rows", "fit_blocks", "open_checkpoint", "open_model", "perplexity", "plan_widths", "propose", "prune"]
-__all__ += ["register", "retrain", "speed", "survey_model", "write_model"]
+__all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
+__all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint", "open_model"]
+__all__ += ["perplexity", "plan_widths", "propose", "prune", "register", "retrain", "speed", "survey_model"]
+__all__ += ["write_model"]
 
 
 def __getattr__(name: str) -> Any:

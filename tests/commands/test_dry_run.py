@@ -36,7 +36,7 @@ def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: p
 
     def found(name: str = "llama", speeds: dict[str, float] | None = None, **options: Any) -> Summary:
         every = dict.fromkeys(Speeds._fields, NEVER) | (speeds or {})
-        monkeypatch.setattr(dry_run, "speeds", lambda *_: Speeds(**every))
+        monkeypatch.setattr(dry_run, "measure_speeds", lambda *_: Speeds(**every))
         summary = prune(checkpoint_folder(name), tmp_path / "dry", **SIZE | options)
         assert summary.dry
         assert not (tmp_path / "dry").exists()
@@ -69,7 +69,7 @@ def test_fits_take_what_is_counted(
 
 def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any) -> None:
     """Nothing once there is one."""
-    from secateur.commands.survey_file import survey_rows
+    from secateur.commands.survey_file import split_survey_rows
     from secateur.survey.survey import survey
 
     how = {"samples": 60, "length": 30, "survey": tmp_path / "survey.json"}
@@ -77,7 +77,7 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
     prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE | how | {"dry_run": False, "effort": "quick"})
     seconds = first.seconds - expected(speeds=PRODUCTS, **how).seconds
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    few, probed = survey_rows(torch.zeros(60, 30, dtype=torch.long))
+    few, probed = split_survey_rows(torch.zeros(60, 30, dtype=torch.long))
     with FlopCounterMode(display=False) as counter:
         found = survey(stream, few, probe_rows=probed)
     # The output layer is left out of what is expected.

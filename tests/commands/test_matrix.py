@@ -62,7 +62,7 @@ from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.rewrite import rewritten
-from secateur.write.slice import slice
+from secateur.write.slice import slice_fitted
 
 MATRIX = ROWS | SIMILAR | MIXTURES
 TOLERANCE = 1e-5
@@ -395,7 +395,7 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     rows = Rows.of(text)
     if record["options"]["recovery"] == "refit":
         rows = rows if said["begins_with_bos"] else rows.with_openings()
-        if fits := Options(effort=record["options"]["effort"]).fits:
+        if fits := Options(effort=record["options"]["effort"]).resampled_fits:
             rows = rows.with_versions(*rewritten(stream, text, copies=fits))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
@@ -424,14 +424,14 @@ def test_reloaded_equals_memory(pruned, job):
     text = calibration_rows(make_tokenizer(bos), pruned.source(job), **draw)
     assert record["calibration"]["begins_with_bos"] == bos
     full = rounded_model(job.name, job.dtype)
-    method = Method(recovery=Options(recovery=job.recovery, effort=job.effort).repair)
+    method = Method(recovery=Options(recovery=job.recovery, effort=job.effort).recovery_settings)
     found = list(refit(stream, recorded_plan(record), recorded_rows(record, stream, text), method=method))
     for block, said in zip(found, record["blocks"], strict=True):
         for kind in stream.blocks[block.index].kinds:
             assert list(block.keep[kind]) == said[kind]
     model = narrowed(full, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
     for block in found:
-        tensors, wanted = slice(stream, block), layers_of(model)[block.index].state_dict()
+        tensors, wanted = slice_fitted(stream, block), layers_of(model)[block.index].state_dict()
         assert tensors.keys() == wanted.keys()
         assert all(torch.equal(tensor.float(), wanted[name]) for name, tensor in tensors.items())
     for path, tensor in scaled(stream, record["final_norm_scale"]).items():

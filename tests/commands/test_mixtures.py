@@ -19,7 +19,7 @@ from models import blocks_of, build, config_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.commands.survey import survey_page
@@ -39,7 +39,7 @@ def numbers(experts: int, channels: int) -> dict[str, int]:
 
 def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
-    propose(model, Options(sparsity=0.3, modules=("heads", "experts"), **ROWS), Running(device="cpu"), out=file)
+    propose(model, Options(sparsity=0.3, modules=("heads", "experts"), **ROWS), RunOptions(device="cpu"), out=file)
     for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
         prune(model, tmp_path / out, plan=str(given), **SMALL)
     first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
@@ -219,13 +219,13 @@ def test_refused_before_any_work(
 
 def test_the_survey_has_a_page_and_serves_every_size(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model = checkpoint_folder(NAME)
-    survey_page(model, tmp_path / "survey", Options(**ROWS), Running(device="cpu"))
+    survey_page(model, tmp_path / "survey", Options(**ROWS), RunOptions(device="cpu"))
     page = (tmp_path / "survey" / "survey.html").read_text()
     assert "Experts kept, by block" in page
     assert "channels of experts that go are shown as the experts that would hold them" in page
     assert "{{" not in page
-    running = Running(device="cpu", survey=tmp_path / "survey" / "survey.json")
-    found = prune(model, tmp_path / "out", Options(sparsity=0.3, **ROWS), running)
+    run_options = RunOptions(device="cpu", survey=tmp_path / "survey" / "survey.json")
+    found = prune(model, tmp_path / "out", Options(sparsity=0.3, **ROWS), run_options)
     assert found.sparsity == pytest.approx(0.3, abs=0.02)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from conftest import CheckpointFolder
 from models import logits_of, token_rows
 from secateur import SecateurError, prune
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.formats.per_layer import model_class
 from secateur.measure.compare import evaluate
 from secateur.model.checkpoint import open_checkpoint
@@ -106,4 +106,4 @@ def test_what_no_model_can_be_made_of(tmp_path: Path, checkpoint_folder: Checkpo
 
 def test_files_may_be_paths_or_strings() -> None:
     assert Options(calibration=Path("text.txt")).calibration == "text.txt"
-    assert Running(survey="survey.json", family="mine.yaml").survey == Path("survey.json")
+    assert RunOptions(survey="survey.json", family="mine.yaml").survey == Path("survey.json")

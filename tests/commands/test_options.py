@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from secateur.base.errors import SecateurError
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.fit.recovery import recovery_of
 
 
@@ -28,9 +28,9 @@ from secateur.fit.recovery import recovery_of
         (Options, {"modules": ["heads", 1]}, "modules is ['heads', 1]; it must be a list of names"),
         (Options, {"samples": 10**5000}, "samples is a number of more than 18 digits; take a smaller one"),
         (Options, {"target": 0.8}, "target is 0.8; it must be text"),
-        (Running, {"device": 0}, "device is 0; it must be text"),
-        (Running, {"survey": 1}, "survey is 1; it must be a path"),
-        (Running, {"overwrite": "yes"}, "overwrite is 'yes'; it must be True or False"),
+        (RunOptions, {"device": 0}, "device is 0; it must be text"),
+        (RunOptions, {"survey": 1}, "survey is 1; it must be a path"),
+        (RunOptions, {"overwrite": "yes"}, "overwrite is 'yes'; it must be True or False"),
     ],
 )
 def test_types(owner: type, given: dict[str, Any], message: str) -> None:
@@ -45,8 +45,8 @@ def test_what_is_as_good_as_the_type() -> None:
     assert (given.samples, given.calibration) == (8, str(file))
     # As the record keeps them.
     assert json.dumps([given.sparsity, given.samples]) == "[0.25, 8]"
-    assert Running(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
+    assert RunOptions(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
 
 
 def test_a_program_and_the_command_repair_alike_where_nobody_says() -> None:
-    assert Options().repair == recovery_of()
+    assert Options().recovery_settings == recovery_of()

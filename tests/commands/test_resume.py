@@ -28,7 +28,7 @@ from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
 from secateur.commands import resume
 from secateur.commands.clean import clean
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.plan import propose
 from secateur.commands.sizes import sizes
 from secateur.commands.survey import survey_page
@@ -123,8 +123,8 @@ def test_several_sizes_go_on_within_one(
     options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]
 
     def made(name: str, watcher: Stopping, some: list[Options] = options) -> None:
-        running = Running(device="cpu")
-        sizes(checkpoint_folder("llama"), tmp_path / name, some, running, texts=[], tokens=None, watcher=watcher)
+        run_options = RunOptions(device="cpu")
+        sizes(checkpoint_folder("llama"), tmp_path / name, some, run_options, texts=[], tokens=None, watcher=watcher)
 
     with pytest.raises(KeyboardInterrupt):
         made("out", Stopping(times=2))
@@ -146,16 +146,16 @@ def test_a_plan_goes_on_within_its_survey(
 ) -> None:
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     options = Options(**{name: value for name, value in ASKED.items() if name != "device"})
-    running = Running(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
+    run_options = RunOptions(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
     out = tmp_path / "plan.json" if beside == "out" else None
     with pytest.raises(KeyboardInterrupt):
-        propose(checkpoint_folder("llama"), options, running, out=out, watcher=Stopping("Survey"))
+        propose(checkpoint_folder("llama"), options, run_options, out=out, watcher=Stopping("Survey"))
     (state,) = tmp_path.iterdir()
     assert state.name == {"out": ".plan.json.run", "survey": ".survey.json.run"}[beside]
     watcher = Stopping("never")
-    found = propose(checkpoint_folder("llama"), options, running, out=out, watcher=watcher)
+    found = propose(checkpoint_folder("llama"), options, run_options, out=out, watcher=watcher)
     assert watcher.seen["Survey"] == [2]
-    assert found == propose(checkpoint_folder("llama"), options, Running(device="cpu"))
+    assert found == propose(checkpoint_folder("llama"), options, RunOptions(device="cpu"))
     assert not state.exists()
 
 
@@ -313,14 +313,15 @@ def test_other_commands_on_a_small_device(
         return run(self, index, layer, hidden, *given, **named)
 
     monkeypatch.setattr(BlockStream, "run", small)
-    watcher, running, options = Stopping("never"), Running(device="cpu"), Options(0.25, calibration="random", length=24)
+    watcher, run_options = Stopping("never"), RunOptions(device="cpu")
+    options = Options(0.25, calibration="random", length=24)
     model, out = checkpoint_folder("llama"), tmp_path / "out"
     if command == "plan":
-        propose(model, options, running, out=out, watcher=watcher)
+        propose(model, options, run_options, out=out, watcher=watcher)
     elif command == "survey":
-        survey_page(model, out, options, running, watcher=watcher)
+        survey_page(model, out, options, run_options, watcher=watcher)
     else:
-        sizes(model, out, [options], running, texts=[], tokens=None, watcher=watcher)
+        sizes(model, out, [options], run_options, texts=[], tokens=None, watcher=watcher)
     assert "256 tokens at a time" in [note for note in watcher.notes if "tokens at a time" in note][-1]
 
 

@@ -16,7 +16,7 @@ from models import token_rows
 from secateur import cli
 from secateur.base.options import declared
 from secateur.commands import options, prune
-from secateur.commands.options import EFFORTS, Options, Running
+from secateur.commands.options import EFFORTS, Options, RunOptions
 from secateur.paper.options import PAPER
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,9 +70,9 @@ def test_prune_is_the_steps() -> None:
 
 
 def test_every_option_is_declared_once() -> None:
-    assert not declared(Options).keys() & declared(Running).keys()
+    assert not declared(Options).keys() & declared(RunOptions).keys()
     assert {one.name for one in inspect.signature(Options).parameters.values()} == declared(Options).keys()
-    for name, one in (declared(Options) | declared(Running)).items():
+    for name, one in (declared(Options) | declared(RunOptions)).items():
         assert one.help[0].isupper(), name
         assert one.help.endswith("."), name
         assert one.panel in (
@@ -91,12 +91,12 @@ def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
 
 
 @pytest.mark.parametrize(
-    ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, Running()), {"device": "cpu"})]
+    ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, RunOptions()), {"device": "cpu"})]
 )
 def test_settings_beside_what_holds_them(
     given: tuple[Any, ...], beside: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
 ) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(beside))} stands beside (Options|Running); put it into that"):
+    with pytest.raises(TypeError, match=f"{next(iter(beside))} stands beside (Options|RunOptions); put it into that"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
 
 
@@ -107,5 +107,7 @@ def test_efforts() -> None:
         "best": (2, 2, True),
     }
     assert Options().effort == "normal"
-    assert Options(effort="quick").fits == 0
-    assert (Options().fits, Options(effort="best").fits, Options(recovery="none").fits) == (1, 2, 0)
+    assert Options(effort="quick").resampled_fits == 0
+    assert Options().resampled_fits == 1
+    assert Options(effort="best").resampled_fits == 2
+    assert Options(recovery="none").resampled_fits == 0

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import models as tiny
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
-from secateur.commands.options import EFFORTS, Effort, Options, Running
+from secateur.commands.options import EFFORTS, Effort, Options, RunOptions
 from secateur.criteria import registry
 from secateur.families.registry import FAMILIES
 from secateur.formats.format import format_class
@@ -163,7 +163,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes where a page names none, and small recipes."""
-    for owner in (Options, Running, Training):
+    for owner in (Options, RunOptions, Training):
         names = inspect.signature(owner).parameters
         defaults = tuple(SMALL.get(name, parameter.default) for name, parameter in names.items())
         monkeypatch.setattr(owner.__init__, "__defaults__", defaults)

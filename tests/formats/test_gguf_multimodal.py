@@ -195,8 +195,8 @@ def test_widths_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert done.architecture == graph
     assert gap(out, done.path, graph) < bound(graph)
     monkeypatch.setattr(doctor, "_engines", lambda *of: {})
-    (llama_cpp,) = doctor.examine(out)
-    assert llama_cpp.says == f"takes its language model as a .gguf file ({graph}): export it, then examine that"
+    (llama_cpp,) = doctor.check_engines(out)
+    assert llama_cpp.message == f"takes its language model as a .gguf file ({graph}): export it, then examine that"
 
 
 @pytest.mark.parametrize(("name", "graph"), {"qwen2_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}.items())

@@ -57,7 +57,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import assign, inner_entries, slice_module, width_of
 from secateur.plan.problem import Plan
-from secateur.write.slice import slice
+from secateur.write.slice import slice_fitted
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""
@@ -155,7 +155,8 @@ class Written:
         stream = BlockStream(open_checkpoint(source))
         fitted = [FittedBlock(i, self.keeps[i], self.changed[i], ()) for i in sorted(self.keeps)]
         plan = Plan(self.widths, 0.0, 0.0)
-        self.bytes = HfFolder(stream).write(folder, PrunedModel(plan, ((b.index, slice(stream, b)) for b in fitted)))
+        tensors = ((block.index, slice_fitted(stream, block)) for block in fitted)
+        self.bytes = HfFolder(stream).write(folder, PrunedModel(plan, tensors))
 
     def load(self, **how: Any) -> tuple[Any, dict[str, Any]]:
         """The model through the classes of this library, and what was missing."""

@@ -102,13 +102,13 @@ def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[
     """`prune` by the library or, at times, the command line; the blocks that were written."""
     settings = SMALL | settings
     blocks: list[FittedBlock] = []
-    cut = steps.slice
+    cut = steps.slice_fitted
 
     def noticed(stream: BlockStream, block: FittedBlock, **how: Any) -> Any:
         blocks.append(block)
         return cut(stream, block, **how)
 
-    with patch.object(steps, "slice", noticed):
+    with patch.object(steps, "slice_fitted", noticed):
         if rng.random() < 0.15:
             said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
             given = (part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", value))

@@ -23,7 +23,7 @@ from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer,
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.criteria.choice import CRITERIA, Choice, parse_choice
@@ -429,7 +429,7 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
     folder, file = checkpoint_folder("gpt2"), tmp_path / "survey.json"
 
     def run(**how: Any) -> Any:
-        return propose(folder, Options(sparsity=0.3, **how, **SMALL), Running(survey=file), watcher=Silent())
+        return propose(folder, Options(sparsity=0.3, **how, **SMALL), RunOptions(survey=file), watcher=Silent())
 
     run(criterion="similarity+l1", tau=0.17)
     run(criterion="similarity+l1", tau=0.17)
@@ -449,8 +449,9 @@ def test_spellings() -> None:
     assert parse_choice("similarity+wanda") == Choice("wanda", "wanda", "similarity")
     assert parse_choice("channels=l2,heads=similarity+surgeon") == Choice("surgeon", "l2", "similarity")
     assert parse_choice("heads=l1,channels=surgeon") == Choice("l1", "surgeon", None)
-    assert [Options(criterion=text).choice.of("channels") for text in ("l1", "heads=l1,channels=l2")] == ["l1", "l2"]
-    assert Options(criterion="similarity", tau=0.1).kinds == ("heads",)
+    assert Options(criterion="l1").parsed_criterion.of("channels") == "l1"
+    assert Options(criterion="heads=l1,channels=l2").parsed_criterion.of("channels") == "l2"
+    assert Options(criterion="similarity", tau=0.1).prunable_kinds == ("heads",)
     assert parse_choice("reap") == Choice("surgeon", "surgeon", None, "reap")
     assert parse_choice("l1,experts=reap") == Choice("l1", "l1", None, "reap")
     assert parse_choice("experts=frequency") == Choice("surgeon", "surgeon", None, "frequency")

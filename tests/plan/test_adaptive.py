@@ -19,7 +19,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import steps
 from secateur.commands.open import open_model
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
 from secateur.formats.gguf_export import export
@@ -244,7 +244,7 @@ def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: lis
     model, out = checkpoint_folder("llama"), tmp_path / "sizes"
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
-    common = {"running": Running(device="cpu"), "watcher": Silent()}
+    common = {"running": RunOptions(device="cpu"), "watcher": Silent()}
     options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
     wrong = [Options(sparsity=0.999, **SMALL), *options]
     with pytest.raises(SecateurError, match=r"99\.9% of the blocks is more than the modules hold"):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import SMALL, Run, place, refused, run  # noqa: F401
 
 from models import save
-from secateur import Options, Running, prune
+from secateur import Options, RunOptions, prune
 from secateur.commands.plan import propose
 from secateur.report.card import card, what_goes
 from secateur.report.model_page import model_page
@@ -51,7 +51,7 @@ def text_of(page: str) -> str:
 def test_a_notebook_shows_a_plan(place: Path) -> None:
     """As a table, and as a picture whose bars are the shares that stay."""
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
-    found = propose("model", Options(sparsity=0.4, **asked), Running(device="cpu"))
+    found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
     table = found._repr_html_()
     first, dense = found.now()[0], found.dense[0]
     cells = (f"{first.heads}/{dense.heads}", f"{first.groups}/{dense.groups}", f"{first.channels}/{dense.channels}")

@@ -37,7 +37,7 @@ from models import (
     wide,
 )
 from secateur.base.quiet import quiet
-from secateur.commands.doctor import examine
+from secateur.commands.doctor import check_engines
 from secateur.fit.average import FittedBlock
 from secateur.formats.format import PrunedModel, format_class
 from secateur.formats.per_layer import model_class, widths_of
@@ -48,7 +48,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
-from secateur.write.slice import slice
+from secateur.write.slice import slice_fitted
 
 # In this process, on one thread, with a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -223,7 +223,7 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
     )
     changed = dict.fromkeys(sinks, 0.3 * noise)
     fitted = (FittedBlock(i, last_units(block, width), changed, ()) for i, width in widths.items())
-    tensors = ((found.index, slice(stream, found)) for found in fitted)
+    tensors = ((found.index, slice_fitted(stream, found)) for found in fitted)
     kind = format_class("hf" if isinstance(case.plan, str) else "stock")
     kind(stream).write(folder, PrunedModel(Plan(widths, 0.0, 0.0), tensors))
 
@@ -308,8 +308,8 @@ def test_served(expected: dict[Case, Expected], case: Case) -> None:
 
 def test_the_doctor_finds_that_it_runs(expected: dict[Case, Expected]) -> None:
     """In a process of its own, with transformers' own tokens."""
-    found = {engine.name: engine for engine in examine(expected[SERVED[0]].folder)}
-    assert (found["vLLM"].runs, found["vLLM"].says) == (
+    found = {engine.name: engine for engine in check_engines(expected[SERVED[0]].folder)}
+    assert (found["vLLM"].runs, found["vLLM"].message) == (
         True,
         "writes 8 tokens, 8 of them as transformers does",
     )

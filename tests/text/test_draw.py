@@ -90,7 +90,7 @@ def test_an_effort_that_there_is_not() -> None:
 @pytest.mark.parametrize("recovery", ["none", "paper", "bias"])
 def test_no_other_recovery_takes_copies(checkpoint_folder: CheckpointFolder, recovery: str) -> None:
     """The effort is the refit's; a recipe may share one with runs that do not refit."""
-    assert Options(effort="normal", recovery=recovery).fits == 0
+    assert Options(effort="normal", recovery=recovery).resampled_fits == 0
     assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).copies is None
 
 

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, interrupted, show
 from secateur.cli.values import parse_list, parse_whole_numbers
-from secateur.commands.options import Running
+from secateur.commands.options import RunOptions
 from secateur.paper.recipes import recipe_names
 
 _in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
@@ -34,7 +34,7 @@ def compare(
             show_default=False,
         ),
     ],
-    running: Annotated[Running, Only(("device", "trust_remote_code"))],
+    run_options: Annotated[RunOptions, Only(("device", "trust_remote_code"))],
     calibration: Annotated[
         str | None,
         _in_place(help="Calibrate on this text, see secateur prune; random ids, and what the model writes, stay."),
@@ -103,7 +103,8 @@ def compare(
         from secateur.paper.plots import plot_comparison
         from secateur.paper.tables import compare_table, write_tables
 
-    how: dict[str, Any] = {"device": running.device, "trust_remote_code": running.trust_remote_code, "watcher": bars}
+    how: dict[str, Any] = {"device": run_options.device, "watcher": bars}
+    how["trust_remote_code"] = run_options.trust_remote_code
     try:
         if recipe.kind != "grid":
             made = compare_dense(recipe, models, out, **how)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
-from secateur.commands.options import Running
+from secateur.commands.options import RunOptions
 
 
 @generated
@@ -16,7 +16,7 @@ def doctor(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="A folder or .gguf file that secateur wrote.", show_default=False)
     ],
-    running: Annotated[Running, Only(("trust_remote_code",))],
+    run_options: Annotated[RunOptions, Only(("trust_remote_code",))],
 ) -> None:
     """Open OUT in each engine that is installed, and say which of them run it.
 
@@ -26,13 +26,13 @@ def doctor(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.commands.doctor import examine
+        from secateur.commands.doctor import check_engines
 
-    found = examine(out, trust_remote_code=running.trust_remote_code, watcher=bars)
+    found = check_engines(out, trust_remote_code=run_options.trust_remote_code, watcher=bars)
     table = Table(title="Engines", title_justify="left", show_lines=True)
     for name in ("engine", "version", "runs", "what was seen"):
         table.add_column(name)
     marks = {True: "yes", False: "no", None: ""}
     for engine in found:
-        table.add_row(engine.name, engine.version or "", marks[engine.runs], engine.says)
-    show(found, table, [f"{engine.name}: {engine.how}" for engine in found if engine.runs is not False])
+        table.add_row(engine.name, engine.version or "", marks[engine.runs], engine.message)
+    show(found, table, [f"{engine.name}: {engine.command}" for engine in found if engine.runs is not False])

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, parse_list
-from secateur.commands.options import COMPUTING, OUTPUT, Running
+from secateur.commands.options import COMPUTING, OUTPUT, RunOptions
 
 _measured = partial(typer.Option, rich_help_panel="What to measure")
 
@@ -18,7 +18,7 @@ _measured = partial(typer.Option, rich_help_panel="What to measure")
 @generated
 def evaluate(
     model: Model,
-    running: Annotated[Running, Only(("device", "memory", "revision", "trust_remote_code", "overwrite"))],
+    run_options: Annotated[RunOptions, Only(("device", "memory", "revision", "trust_remote_code", "overwrite"))],
     against: Annotated[
         str | None,
         _measured(
@@ -99,7 +99,7 @@ def evaluate(
         if against is None:
             raise SecateurError("--report needs --against, the model that this one was pruned from")
         check_described(Path(model))
-        check_base(Path(model), against, trust_remote_code=running.trust_remote_code)
+        check_base(Path(model), against, trust_remote_code=run_options.trust_remote_code)
     result = run(
         model,
         against=against,
@@ -111,11 +111,11 @@ def evaluate(
         task_path=task_path,
         speed=speed,
         prompts=prompt or [],
-        device=running.device,
-        memory=running.memory,
+        device=run_options.device,
+        memory=run_options.memory,
         dtype=dtype,
-        revision=running.revision,
-        trust_remote_code=running.trust_remote_code,
+        revision=run_options.revision,
+        trust_remote_code=run_options.trust_remote_code,
         watcher=bars,
     )
     if report:

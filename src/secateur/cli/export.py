@@ -8,14 +8,14 @@ import typer
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import PrunedFolder
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 
 
 @generated
 def export(
     folder: PrunedFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write.", show_default=False)],
-    running: Annotated[Running, Only(("overwrite",))],
+    run_options: Annotated[RunOptions, Only(("overwrite",))],
     type_: Annotated[
         str, typer.Option("--type", help="Type of the tensors: f32, f16, bf16, q8_0, q4_0.")
     ] = Options.type,
@@ -28,6 +28,6 @@ def export(
     with bars.loading():
         from secateur.formats.gguf_export import export as run
 
-    done = run(folder, out, type=type_, overwrite=running.overwrite, watcher=bars)
+    done = run(folder, out, type=type_, overwrite=run_options.overwrite, watcher=bars)
     line = f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}"
     show(done, None, [line])

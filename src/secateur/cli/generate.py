@@ -1,8 +1,8 @@
 """Commands from declarations: a parameter that is a dataclass of options becomes these options.
 
-A command is a plain function. Where one of its parameters is annotated with `Options`, `Running` or another dataclass
-whose fields are declared by `secateur.base.options.option`, the command line gets one option for each field, and
-the function an object of the class. `Only(...)` and `Without(...)` in the annotation pick some of the fields.
+A command is a plain function. Where one of its parameters is annotated with `Options`, `RunOptions` or another
+dataclass whose fields are declared by `secateur.base.options.option`, the command line gets one option for each field,
+and the function an object of the class. `Only(...)` and `Without(...)` in the annotation pick some of the fields.
 """
 
 import inspect

@@ -10,7 +10,7 @@ from secateur.base.options import declared
 from secateur.cli.generate import Without, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, check_survey
-from secateur.commands.options import OUTPUT, Options, Running
+from secateur.commands.options import OUTPUT, Options, RunOptions
 
 FITTED = tuple(name for name, one in declared(Options).items() if one.fit)
 """Options of which nothing shows before blocks are fitted."""
@@ -20,7 +20,7 @@ FITTED = tuple(name for name, one in declared(Options).items() if one.fit)
 def plan(
     model: Model,
     options: Annotated[Options, Without(FITTED)],
-    running: Annotated[Running, Without(("dry_run", "push_to_hub"))],
+    run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -34,13 +34,13 @@ def plan(
 
     Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
     """
-    check_survey(running.survey, out)
+    check_survey(run_options.survey, out)
     if out is not None:
-        Output(out, file="", overwrite=running.overwrite).check()
+        Output(out, file="", overwrite=run_options.overwrite).check()
     bars = Bars()
     with bars.loading():
         from secateur.commands.plan import propose
         from secateur.report.tables import plan_table
 
-    found = propose(model, options, running, out=out, watcher=bars)
+    found = propose(model, options, run_options, out=out, watcher=bars)
     show(found, *plan_table(found, out))

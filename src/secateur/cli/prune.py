@@ -8,7 +8,7 @@ import typer
 from secateur.cli.generate import generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, check_survey
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 
 
 @generated
@@ -21,18 +21,18 @@ def prune(
         ),
     ],
     options: Options,
-    running: Running,
+    run_options: RunOptions,
 ) -> None:
     """Prune MODEL and write a smaller checkpoint to OUT.
 
     Example: secateur prune ./SmolLM2-135M ./SmolLM2-pruned --sparsity 0.25 --calibration text.txt
     """
-    check_survey(running.survey, out)
+    check_survey(run_options.survey, out)
     bars = Bars()
     with bars.loading():
         from secateur.commands.prune import prune as run
         from secateur.report.plain import plain
         from secateur.report.tables import prune_table
 
-    done = run(model, out, options, running, watcher=bars)
+    done = run(model, out, options, run_options, watcher=bars)
     show({"out": out, **plain(done)}, *prune_table(done, out), bars)

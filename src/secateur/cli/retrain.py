@@ -5,7 +5,7 @@ from typing import Annotated
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import OutFolder, PrunedFolder
-from secateur.commands.options import Running
+from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
 
 
@@ -14,7 +14,7 @@ def retrain(
     folder: PrunedFolder,
     out: OutFolder,
     training: Training,
-    running: Annotated[Running, Only(("device", "overwrite", "restart"))],
+    run_options: Annotated[RunOptions, Only(("device", "overwrite", "restart"))],
 ) -> None:
     """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs the extra `lora`.
 
@@ -28,9 +28,9 @@ def retrain(
         folder,
         out,
         training,
-        device=running.device,
-        overwrite=running.overwrite,
-        restart=running.restart,
+        device=run_options.device,
+        overwrite=run_options.overwrite,
+        restart=run_options.restart,
         watcher=bars,
     )
     before, after = done.perplexity

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli.generate import Only, Without, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model, check_survey, parse_shares
-from secateur.commands.options import TARGET, WIDTHS, Options, Running
+from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
 
 TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
 
@@ -19,7 +19,7 @@ TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed"
 def sizes(
     model: Model,
     options: Annotated[Options, Only(TAKEN)],
-    running: Annotated[Running, Without(("dry_run", "push_to_hub"))],
+    run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path, typer.Option(help="Folder that gets a model for each size, a table and a plot.", show_default=False)
     ],
@@ -43,12 +43,12 @@ def sizes(
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
     shares = parse_shares(sparsities)
-    check_survey(running.survey)
+    check_survey(run_options.survey)
     if tokens < 0:
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if options.widths not in WIDTHS:
         raise SecateurError(f"widths is '{options.widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
-    if options.declaration.suffix is not None:
+    if options.output_format.suffix is not None:
         raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
     each = [replace(options, sparsity=share) for share in shares]
     bars = Bars()
@@ -56,5 +56,5 @@ def sizes(
         from secateur.commands.sizes import sizes as run
         from secateur.report.tables import sizes_table
 
-    found = run(model, out, each, running, texts=perplexity or [], tokens=tokens or None, watcher=bars)
+    found = run(model, out, each, run_options, texts=perplexity or [], tokens=tokens or None, watcher=bars)
     show(found, *sizes_table(found, out), bars)

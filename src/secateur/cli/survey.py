@@ -9,7 +9,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli.generate import Only, generated
 from secateur.cli.terminal import Bars, show
 from secateur.cli.values import Model
-from secateur.commands.options import OUTPUT, SURVEYED, Options, Running
+from secateur.commands.options import OUTPUT, SURVEYED, Options, RunOptions
 from secateur.criteria.choice import parse_choice
 
 
@@ -25,8 +25,8 @@ def _by_score(values: dict[str, Any]) -> None:
 def survey(
     model: Model,
     options: Annotated[Options, Only(SURVEYED, _by_score)],
-    running: Annotated[
-        Running, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
+    run_options: Annotated[
+        RunOptions, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
     ],
     out: Annotated[
         Path, typer.Option(help="Folder to write; it appears whole or not at all.", rich_help_panel=OUTPUT)
@@ -41,5 +41,5 @@ def survey(
         from secateur.commands.survey import survey_page
         from secateur.report.tables import survey_table
 
-    found = survey_page(model, out, options, running, watcher=bars)
+    found = survey_page(model, out, options, run_options, watcher=bars)
     show(found, *survey_table(found, out), bars)

@@ -40,12 +40,12 @@ class Engine(NamedTuple):
     """None where it is not installed."""
     runs: bool | None
     """None where it was not tried."""
-    says: str
-    how: str
+    message: str
+    command: str
     """The line or command that opens the model."""
 
 
-def examine(out: str | Path, *, trust_remote_code: bool = False, watcher: Watcher | None = None) -> list[Engine]:
+def check_engines(out: str | Path, *, trust_remote_code: bool = False, watcher: Watcher | None = None) -> list[Engine]:
     """Open a pruned folder or .gguf file in every engine that is installed.
 
     transformers, vLLM and llama.cpp write some tokens, which should be the same ones; lm-eval scores a text, and peft

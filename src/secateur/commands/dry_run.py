@@ -15,9 +15,9 @@ from secateur.base.memory import resident_now
 from secateur.commands.costs import Work, fit_work, forward_flops, gradient_work, rewriting_work, survey_work
 from secateur.commands.open import OpenRun
 from secateur.commands.options import EFFORTS
-from secateur.commands.result import summary_of
+from secateur.commands.result import summarize
 from secateur.commands.steps import draw_rows
-from secateur.commands.survey_file import survey_rows
+from secateur.commands.survey_file import split_survey_rows
 from secateur.criteria.registry import Criteria
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -53,32 +53,32 @@ class Speeds(NamedTuple):
         return sum(count / speed for count, speed in zip(work, self, strict=False))
 
 
-def expect(run: OpenRun) -> Summary:
+def estimate(run: OpenRun) -> Summary:
     """Count what would come out, and what it would take.
 
     Raises:
         SecateurError: the sizes are known only once the model has run.
     """
     options = run.options
-    if options.searches:
+    if options.targets_perplexity:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
-    if options.choice.alone:
+    if options.parsed_criterion.alone:
         raise SecateurError("how many heads go is found by running the model; leave out --dry-run")
     rows = draw_rows(run, dry=True)
     if run.request.needs_survey:
         run.watcher.note("Shown is a plan by size alone; a run measures where cuts cost least")
     decided = run.request.plan_from_file or plan(run.request.problem, options.widths)
     with run.watcher.busy("Measuring this machine"):
-        measured = speeds(run, rows.text)
-    works = works_of(run, rows, decided)
+        measured = measure_speeds(run, rows.text)
+    works = work_by_effort(run, rows, decided)
     most = run.memory - resident_now()
     expected = {
         name: (SLACK * measured.seconds(work), min(work.resident + work.streams, most)) for name, work in works.items()
     }
-    return summary_of(run, rows, decided, expected)
+    return summarize(run, rows, decided, expected)
 
 
-def works_of(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[str, Work]:
+def work_by_effort(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[str, Work]:
     """What the whole run takes at each effort; where nothing is fitted by effort, at the one given."""
     before = [_writing(run, rows), *_before_fits(run, rows, decided.exact)]
     efforts = EFFORTS if run.recovery.by_effort else (run.options.effort,)
@@ -99,13 +99,13 @@ def _writing(run: OpenRun, rows: CalibrationRows) -> Work:
 
 def _before_fits(run: OpenRun, rows: CalibrationRows, exact: bool) -> list[Work]:
     """Survey and gradients, where there are such."""
-    found, file = [], run.running.survey
+    found, file = [], run.run_options.survey
     if run.request.needs_survey and not (file and file.exists()):
-        few, probed = survey_rows(rows.text)
-        modules = max(len(run.request.problem.modules_of(index)) for index in run.request.chosen)
+        few, probed = split_survey_rows(rows.text)
+        modules = max(len(run.request.problem.modules_of(index)) for index in run.request.block_range)
         probes = modules * (len(PROBED) + 1)
         found.append(survey_work(run.stream, few.numel(), probed.numel(), probes))
-    if Criteria(run.options.scores).need_gradients and not exact:
+    if Criteria(run.options.criterion_name).need_gradients and not exact:
         found.append(gradient_work(run.stream, rows.groups.tokens))
     return found
 
@@ -118,7 +118,7 @@ def _fitting(run: OpenRun, rows: CalibrationRows, decided: Plan, effort: str) ->
     return [fits] if rows.copies is None else [rewriting_work(run.stream, rows.fitted.numel()), fits]
 
 
-def speeds(run: OpenRun, text: Tensor) -> Speeds:
+def measure_speeds(run: OpenRun, text: Tensor) -> Speeds:
     """This machine's, measured with the model's own first block and with plain products."""
     stream, length = run.stream, text.shape[1]
     checkpoint, batch = stream.checkpoint, min(rows_at_once(length), len(text))

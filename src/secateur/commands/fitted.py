@@ -65,7 +65,7 @@ class FittedBlocks(Iterator[FittedBlock]):
             self._judge(dense, pruned)
 
 
-def key_of(decided: Plan) -> str:
+def plan_key(decided: Plan) -> str:
     """What tells a plan from others."""
     return digest(repr((decided.widths, decided.units)))
 
@@ -80,7 +80,7 @@ def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> floa
         losses.append(mean_loss(stream, groups, last, dense))
         losses.append(mean_loss(stream, groups, last, pruned, norm))
 
-    blocks = FittedBlocks(run, rows, decided, PassCheckpoint(run.services, f"trial-{key_of(decided)}"), judge)
+    blocks = FittedBlocks(run, rows, decided, PassCheckpoint(run.services, f"trial-{plan_key(decided)}"), judge)
     for _ in blocks:
         pass
     ratio = math.exp(losses[1] - losses[0])

@@ -6,7 +6,7 @@ from secateur.commands.costs import resident_bytes
 from secateur.model.stream import BlockStream
 
 
-def memory_bound(stream: BlockStream, allowed: str | None, *, input_steps: bool, apart: bool) -> tuple[int, int]:
+def memory_limit(stream: BlockStream, allowed: str | None, *, input_steps: bool, apart: bool) -> tuple[int, int]:
     """Return the bytes that the process may take, and how many of them remain for activations.
 
     Args:

@@ -14,8 +14,8 @@ from secateur.base.processes import Processes
 from secateur.base.progress import Watcher, reading
 from secateur.base.run_folder import GROWING, state_of
 from secateur.base.services import Services
-from secateur.commands.memory import memory_bound
-from secateur.commands.options import Options, Running, with_settings
+from secateur.commands.memory import memory_limit
+from secateur.commands.options import Options, RunOptions, with_settings
 from secateur.commands.request import CheckedRequest, check_request, format_of
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.block import Method
@@ -43,7 +43,7 @@ class OpenRun:
 
     stream: BlockStream
     options: Options
-    running: Running
+    run_options: RunOptions
     request: CheckedRequest
     dtype: torch.dtype
     """Of the weights to write."""
@@ -83,9 +83,9 @@ class OpenRun:
             refit_source=refit_source,
             refit_samples=options.refit_rows,
             refit_option=options.refit_option,
-            held_out=HELD_OUT * options.searches,
+            held_out=HELD_OUT * options.targets_perplexity,
             random=options.chooses_on_random_ids,
-            copies=options.fits,
+            copies=options.resampled_fits,
             fits=self.recovery.fits,
             tempers=self.recovery.by_effort,
         )
@@ -93,7 +93,7 @@ class OpenRun:
     @property
     def recovery(self) -> Recovery:
         """What is done about the loss."""
-        return self.options.repair
+        return self.options.recovery_settings
 
     def method(self, rows: CalibrationRows, first: FirstHeads | None, exact: bool) -> Method:
         """How units are chosen and refitted; with `exact`, no criterion is asked."""
@@ -108,7 +108,7 @@ class OpenRun:
         blocks: range | None = None,
     ) -> Criteria:
         """The criterion of every module, made ready; one backward pass for each purpose, where one needs gradients."""
-        name = self.options.scores
+        name = self.options.criterion_name
         key = f"{purpose} {blocks}"
         if Criteria(name).need_gradients and not exact and key not in self.gradients:
             self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks)
@@ -118,7 +118,7 @@ class OpenRun:
 def open_model(
     model: str | Path,
     options: Options | None = None,
-    running: Running | None = None,
+    run_options: RunOptions | None = None,
     *,
     out: Path | None = None,
     services: Services | None = None,
@@ -130,59 +130,60 @@ def open_model(
         model: a folder, a .gguf file or a hub id.
         out: the folder or the .gguf file that will be written, to be checked too.
         services: processes, batch size and progress output of the run.
-        settings: in place of `options` and `running`, any of their fields by name.
+        settings: in place of `options` and `run_options`, any of their fields by name.
 
     Raises:
         SecateurError: for anything wrong with the model or the request.
     """
-    options, running = with_settings(options, running, settings)
+    options, run_options = with_settings(options, run_options, settings)
     services, started = services or Services(), time.perf_counter()
     processes, watcher = services.processes, services.watcher
-    goal = options.goal
+    goal = options.size_target
     if isinstance(goal, Target) and goal.quantity in FASTER and not processes.alone:
         raise SecateurError(
             f"target {goal} is measured by one process alone; let secateur plan write the widths to a file, and name "
             "it by --plan"
         )
-    if running.family is not None:
-        read_family(running.family)
-    where = pick_device(running.device)
+    if run_options.family is not None:
+        read_family(run_options.family)
+    where = pick_device(run_options.device)
     for source in dict.fromkeys(options.sources) if processes.leads else ():
         check_calibration(source, samples=options.samples, length=options.length)
     if options.type != Options.type:
-        format_class(options.declaration.name).check_type(options.type)
+        format_class(options.output_format.name).check_type(options.type)
     if out is not None and processes.leads:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         folder = Path(model) if Path(model).is_dir() else None
-        options.declaration.output(out, source=folder, overwrite=running.overwrite).check()
+        options.output_format.output(out, source=folder, overwrite=run_options.overwrite).check()
         for left in leftovers(out):
             watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
-    if running.push_to_hub is not None and processes.leads:
-        check_upload(running.push_to_hub)
+    if run_options.push_to_hub is not None and processes.leads:
+        check_upload(run_options.push_to_hub)
     wanted = getattr(torch, options.dtype) if options.dtype else None
     with reading(watcher, "Opening", str(model)), processes.first_rank_first():
         checkpoint = open_checkpoint(
             model,
-            revision=running.revision,
-            trust_remote_code=running.trust_remote_code,
+            revision=run_options.revision,
+            trust_remote_code=run_options.trust_remote_code,
             dtype=wanted or torch.bfloat16,
         )
     stream = BlockStream(checkpoint, device=where, services=services)
     dtype = wanted or checkpoint.dtype
     # Random ids need no tokenizer, and most outputs do without.
-    spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and not options.declaration.tokenizer
+    spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and not options.output_format.tokenizer
     tokenizer = None if spared else checkpoint.tokenizer()
     if out is not None and processes.leads:
         growing = state_of(local_path(out).resolve()) / GROWING
-        format_of(stream, options, dtype).check_output(out, overwrite=running.overwrite, growing=growing)
+        format_of(stream, options, dtype).check_output(out, overwrite=run_options.overwrite, growing=growing)
     request = check_request(stream, options, dtype)
-    if running.family is not None:
+    if run_options.family is not None:
         request.format.check_family()
     request.format.check_tokenizer(tokenizer)
     if SELF in options.sources:
         cached = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cached, device=where)
     apart = options.refit_rows is not None or options.chooses_on_random_ids
-    memory, spare = memory_bound(stream, running.memory, input_steps=options.repair.input_steps > 0, apart=apart)
+    input_steps = options.recovery_settings.input_steps > 0
+    memory, spare = memory_limit(stream, run_options.memory, input_steps=input_steps, apart=apart)
     stream = stream.using(activation_bytes=spare)
-    return OpenRun(stream, options, running, request, dtype, tokenizer, begins_with_bos(tokenizer), started, memory)
+    return OpenRun(stream, options, run_options, request, dtype, tokenizer, begins_with_bos(tokenizer), started, memory)

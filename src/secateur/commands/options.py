@@ -1,7 +1,7 @@
 """The options of `prune` and its kin, each declared once: name, default, help, panel, check.
 
 The command line, the Python signature, recipes and the record in secateur.json all follow from these fields.
-`Options` decide the result; `Running` says where and how a run goes. Plug-ins add options of their own.
+`Options` decide the result; `RunOptions` says where and how a run goes. Plug-ins add options of their own.
 """
 
 import math
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TARGET, METHOD, CALIBRATION, OUTPUT = "Target", "Method", "Calibration", "Output"
 COMPUTING = "Computing"
 WIDTHS = ("adaptive", "uniform")
-MOST_RIDGE = 1_000_000
+MAX_RIDGE = 1_000_000
 """There, no weight moves; float32 ends far beyond."""
 
 
@@ -39,11 +39,11 @@ class Effort(NamedTuple):
     """Fits that are averaged."""
     input_steps: int
     """Steps by which each fits the up and gate layers along with the feed-forward's output layer."""
-    copies: bool = True
+    resample: bool = True
     """Each fit has rows of its own, made up by the model, beside the text."""
 
 
-EFFORTS = {"quick": Effort(1, 0, copies=False), "normal": Effort(1, 2), "best": Effort(2, 2)}
+EFFORTS = {"quick": Effort(1, 0, resample=False), "normal": Effort(1, 2), "best": Effort(2, 2)}
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,14 @@ class Options:
             if value is not None and one.least is not None and value < one.least:
                 raise SecateurError(f"{spelled(name)} is {value}; it must be at least {one.least}")
         self._check_target()
-        if self.type != Options.type and not self.declaration.types:
+        if self.type != Options.type and not self.output_format.types:
             typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
             raise SecateurError(f"type {self.type} goes with {typed}: add that, or leave --type out")
         wrong = [kind for kind in self.modules if kind not in KINDS]
         if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give one or more of {', '.join(KINDS)}")
-        if not 0 <= self.ridge <= MOST_RIDGE:
-            raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MOST_RIDGE:,}, for example 0.3")
+        if not 0 <= self.ridge <= MAX_RIDGE:
+            raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MAX_RIDGE:,}, for example 0.3")
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.blocks is not None and re.fullmatch("[0-9]{0,18}:[0-9]{0,18}", self.blocks) is None:
@@ -197,7 +197,7 @@ class Options:
             raise SecateurError(f"{names[0]} and {names[1]} both say how much goes; leave one of them out")
         if self.plan is not None and self.widths != Options.widths:
             raise SecateurError(f"--plan and --widths {self.widths} both say how much goes; leave one of them out")
-        if self.gives_widths:
+        if self.widths_from_file:
             # A plan says where to cut, and exactly; ratios say where.
             where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.round}
             both = [name for name, value in where.items() if value and not (name == "--round" and self.plan is None)]
@@ -209,25 +209,25 @@ class Options:
                 raise SecateurError(f"{name} is '{path}', where there is no file{known}")
         if self.target is not None:
             parse_target(self.target)
-        if self.declaration.uniform and self.widths == "adaptive" and self.plan is None:
+        if self.output_format.uniform and self.widths == "adaptive" and self.plan is None:
             raise SecateurError(
                 f"the {self.format} format holds one width for all blocks: take --widths uniform, or --format hf"
             )
 
     @property
-    def declaration(self) -> Declaration:
+    def output_format(self) -> Declaration:
         """The output format."""
         return FORMATS[self.format] if self.format else default_format(self.widths == "uniform" and self.plan is None)
 
     @property
-    def choice(self) -> Choice:
+    def parsed_criterion(self) -> Choice:
         """The criterion of each kind of unit."""
         return parse_choice(self.criterion)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def prunable_kinds(self) -> tuple[str, ...]:
         """The units that may go, as far as a criterion for them is there."""
-        return self.modules if self.choice.channels is not None else ("heads",)
+        return self.modules if self.parsed_criterion.channels is not None else ("heads",)
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -245,10 +245,10 @@ class Options:
         return "samples"
 
     @property
-    def fits(self) -> int:
+    def resampled_fits(self) -> int:
         """Fits that take rows of their own beside the samples."""
         effort = EFFORTS[self.effort]
-        return effort.fits if self.repair.by_effort and effort.copies else 0
+        return effort.fits if self.recovery_settings.by_effort and effort.resample else 0
 
     @property
     def input_steps(self) -> int:
@@ -256,7 +256,7 @@ class Options:
         return EFFORTS[self.effort].input_steps
 
     @property
-    def scores(self) -> str:
+    def criterion_name(self) -> str:
         """The criterion by its name among those that can be computed."""
         return self.criterion
 
@@ -269,8 +269,9 @@ class Options:
     def survey_key(self) -> dict[str, Any]:
         """What a survey depends on, as far as options say it."""
         random = self.chooses_on_random_ids
-        key = {"criterion": f"{self.scores} of random ids" if random else self.scores, "ridge": self.ridge}
-        return key | ({"seed": self.seed} if random or self.choice.uses("random") else {})
+        criterion = f"{self.criterion_name} of random ids" if random else self.criterion_name
+        key = {"criterion": criterion, "ridge": self.ridge}
+        return key | ({"seed": self.seed} if random or self.parsed_criterion.uses("random") else {})
 
     @property
     def preselection(self) -> "Preselection | None":
@@ -278,7 +279,7 @@ class Options:
         return None
 
     @property
-    def repair(self) -> "Recovery":
+    def recovery_settings(self) -> "Recovery":
         """The recovery with its settings."""
         # Not at the top: the help does not wait for torch.
         from secateur.fit.recovery import all_recoveries
@@ -288,24 +289,24 @@ class Options:
     @property
     def adds_biases(self) -> bool:
         """Level-2 layers get a bias, also where the architecture has none."""
-        return self.repair.biases == "added"
+        return self.recovery_settings.biases == "added"
 
     @property
-    def gives_widths(self) -> bool:
+    def widths_from_file(self) -> bool:
         """A file says how wide each block is to be."""
         return self.plan is not None or self.widths not in WIDTHS
 
     @property
-    def searches(self) -> bool:
+    def targets_perplexity(self) -> bool:
         """The target is a perplexity: the size that meets it is found by pruning."""
-        return isinstance(self.goal, Target) and self.goal.quantity == "ppl"
+        return isinstance(self.size_target, Target) and self.size_target.quantity == "ppl"
 
     @property
-    def goal(self) -> float | Target:
+    def size_target(self) -> float | Target:
         """The share to remove, or the target."""
         return parse_target(self.target) if self.target is not None else (self.sparsity or 0.25)
 
-    def chosen_blocks(self, count: int) -> range:
+    def block_range(self, count: int) -> range:
         """The block range for a model of `count` blocks."""
         if self.blocks is None:
             return range(count)
@@ -336,7 +337,7 @@ if not TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunOptions:
     """Where and how a run goes; nothing here decides the result."""
 
     def __post_init__(self) -> None:
@@ -385,19 +386,19 @@ SURVEYED = ("blocks", "modules", "criterion", "ridge", "calibration", "samples",
 
 
 def with_settings(
-    options: Options | None, running: Running | None, settings: dict[str, Any]
-) -> tuple[Options, Running]:
+    options: Options | None, run_options: RunOptions | None, settings: dict[str, Any]
+) -> tuple[Options, RunOptions]:
     """Options and running as they are given, or made of settings by name.
 
     Raises:
         TypeError: a name that neither of them has, or one beside the object that holds it.
     """
-    if unknown := sorted(set(settings) - set(declared(Options)) - set(declared(Running))):
-        known = ", ".join([*declared(Options), *declared(Running)])
+    if unknown := sorted(set(settings) - set(declared(Options)) - set(declared(RunOptions))):
+        known = ", ".join([*declared(Options), *declared(RunOptions)])
         raise TypeError(f"no option {unknown[0]!r}; there are {known}")
     own = {name: value for name, value in settings.items() if name in declared(Options)}
     others = {name: value for name, value in settings.items() if name not in own}
-    for given, beside in ((options, own), (running, others)):
+    for given, beside in ((options, own), (run_options, others)):
         if given is not None and beside:
             raise TypeError(f"{next(iter(beside))} stands beside {type(given).__name__}; put it into that")
-    return options or Options(**own), running or Running(**others)
+    return options or Options(**own), run_options or RunOptions(**others)

@@ -9,8 +9,8 @@ from secateur.base.files import write_whole
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import Options, Running
-from secateur.commands.resume import in_smaller_batches, resumable
+from secateur.commands.options import Options, RunOptions
+from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.steps import draw_rows, plan_widths, survey_model
 from secateur.plan.problem import Plan
 from secateur.report.summary import Proposal
@@ -19,7 +19,7 @@ from secateur.report.summary import Proposal
 def propose(
     model: str | Path,
     options: Options,
-    running: Running | None = None,
+    run_options: RunOptions | None = None,
     *,
     out: Path | None = None,
     watcher: Watcher | None = None,
@@ -34,19 +34,19 @@ def propose(
     Raises:
         SecateurError: as `prune` does.
     """
-    if options.searches:
+    if options.targets_perplexity:
         raise SecateurError(
             "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
         )
 
     def planned(services: Services) -> Proposal:
-        run = open_model(model, options, running, services=services)
-        beside = out or run.running.survey
+        run = open_model(model, options, run_options, services=services)
+        beside = out or run.run_options.survey
         with nullcontext(run) if beside is None else resumable(run, beside) as run:
             rows = draw_rows(run, fitted=False)
             return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
 
-    proposal = in_smaller_batches(Services(watcher=watcher or Silent()), planned)
+    proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), planned)
     if out is not None:
         write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
     return proposal

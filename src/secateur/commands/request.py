@@ -18,7 +18,7 @@ from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.target import FASTER, Target
 from secateur.plan.widths import usual_multiple
 
-SOMETHING = 1e-6
+TINY_SHARE = 1e-6
 """A share of the parameters that any cut exceeds."""
 
 
@@ -35,7 +35,7 @@ class CheckedRequest:
     """There is more than one plan to choose from."""
 
     @property
-    def chosen(self) -> range:
+    def block_range(self) -> range:
         """The blocks to prune."""
         return self.problem.chosen
 
@@ -62,13 +62,13 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
     if given is not None:
         check_plan(format, given, options.plan or options.widths)
         return CheckedRequest(problem, given, format, False)
-    if isinstance(options.goal, Target) and not options.searches:
-        if format.other_kernels and options.goal.quantity in FASTER:
+    if isinstance(options.size_target, Target) and not options.targets_perplexity:
+        if format.other_kernels and options.size_target.quantity in FASTER:
             watcher.note(
                 f"Speed is measured with torch's kernels on this machine; {format.other_kernels}'s may gain otherwise"
             )
         meter = meter_of(
-            options.goal,
+            options.size_target,
             stream,
             output_bytes=format.byte_meter,
             dtype=dtype,
@@ -82,9 +82,9 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
 
 def format_of(stream: BlockStream, options: Options, dtype: torch.dtype) -> Format:
     """Return the output format of a run, bound to the open model."""
-    return format_class(options.declaration.name)(
+    return format_class(options.output_format.name)(
         stream,
-        block_range=options.chosen_blocks(len(stream)),
+        block_range=options.block_range(len(stream)),
         dtype=dtype,
         type=None if options.type == Options.type else options.type,
         biases=options.adds_biases,
@@ -108,14 +108,14 @@ def check_plan(format: Format, decided: Plan, file: str | None = None) -> Plan:
 
 def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProblem:
     """The target of the parameters, and every width that the format can hold."""
-    chosen = options.chosen_blocks(len(stream))
+    chosen = options.block_range(len(stream))
     parameters = parameter_meter(stream, options.adds_biases)
 
     return PlanProblem(
         blocks=stream.blocks,
         chosen=chosen,
         parameters=parameters,
-        goal=options.goal,
+        goal=options.size_target,
         meter=parameters,
         kinds=_kinds(stream, options),
         multiple=options.round or usual_multiple([axis for block in stream.blocks for axis in block.axes]),
@@ -126,23 +126,24 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
 def _kinds(stream: BlockStream, options: Options) -> tuple[str, ...]:
     """The units that may go, of those that the model has."""
     there = {kind for block in stream.blocks for kind in block.kinds}
-    if "experts" in there and not Criteria(options.scores).need_gradients:
+    if "experts" in there and not Criteria(options.criterion_name).need_gradients:
         # Theirs are no part of what is trained backward.
         there.add("channels")
-    if not (kinds := tuple(kind for kind in options.kinds if kind in there)):
+    if not (kinds := tuple(kind for kind in options.prunable_kinds if kind in there)):
         known = " and ".join(sorted(there))
-        raise SecateurError(f"--modules {','.join(options.kinds)}: the model has {known} alone; name some of these")
+        asked = ",".join(options.prunable_kinds)
+        raise SecateurError(f"--modules {asked}: the model has {known} alone; name some of these")
     return kinds
 
 
 def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     """Whether there is more than one plan; see first that there is any."""
-    if options.choice.alone:
+    if options.parsed_criterion.alone:
         return False
     # How much a loss of perplexity allows is not known yet, but something must be able to go.
-    aim = replace(problem, goal=SOMETHING) if options.searches else problem
+    aim = replace(problem, goal=TINY_SHARE) if options.targets_perplexity else problem
     if options.widths == "uniform":
-        return len(uniform_plans(aim)) != 1 or options.searches
+        return len(uniform_plans(aim)) != 1 or options.targets_perplexity
     check_reach(aim)
     return True
 

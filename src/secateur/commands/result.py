@@ -32,7 +32,7 @@ UNLIKE = 0.1
 before the refit and 0.21 behind it, 20 % 1.34 and 0.31 (docs/results.md)."""
 
 
-def summary_of(
+def summarize(
     run: OpenRun, rows: CalibrationRows, decided: Plan, expected: dict[str, tuple[float, int]] | None = None
 ) -> Summary:
     """The figures of a plan; `expected` are a dry run's seconds and peak by effort, in place of those so far."""
@@ -71,7 +71,7 @@ def record(
 ) -> dict[str, Any]:
     """The contents of secateur.json; `done` are the `block_record`s."""
     stream, groups = run.stream, rows.groups
-    summary = summary_of(run, rows, decided)
+    summary = summarize(run, rows, decided)
     found = {
         "secateur": secateur.__version__,
         "torch": torch.__version__,
@@ -128,7 +128,7 @@ def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, A
     }
 
 
-def unlike_experts(blocks: Sequence[Block], curves: Iterable[Curve], decided: Plan) -> str | None:
+def dissimilar_experts(blocks: Sequence[Block], curves: Iterable[Curve], decided: Plan) -> str | None:
     """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
     lost = []
     for curve in curves:

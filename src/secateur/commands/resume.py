@@ -18,7 +18,7 @@ from secateur.commands.open import OpenRun
 from secateur.text.draw import CalibrationRows
 
 R = TypeVar("R")
-LEAST = 128
+MIN_BATCH_TOKENS = 128
 """Fewest tokens of a batch."""
 
 
@@ -35,12 +35,12 @@ def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
         SecateurError: another run is at work there, or one that asked for something else was; processes of this run
             were given different things.
     """
-    asked = decided_by(run) | asked
+    asked = result_inputs(run) | asked
     if not run.processes.leads:
         run.processes.check_equal(asked)
         yield run
         return
-    with RunFolder(local_path(out).resolve(), asked, restart=run.running.restart) as state:
+    with RunFolder(local_path(out).resolve(), asked, restart=run.run_options.restart) as state:
         if state.holds_work():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
         run.processes.check_equal(asked)
@@ -52,7 +52,7 @@ def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
             raise
 
 
-def in_smaller_batches(services: Services, command: Callable[[Services], R]) -> R:
+def retry_in_smaller_batches(services: Services, command: Callable[[Services], R]) -> R:
     """Carry out a resumable command; where its device is out of memory, resume with half as many tokens a batch.
 
     Raises:
@@ -67,10 +67,10 @@ def in_smaller_batches(services: Services, command: Callable[[Services], R]) -> 
                 raise StoppedError(
                     f"the device of process {services.processes.rank} is out of memory; take devices with more"
                 ) from error
-            if services.batch_tokens <= LEAST:
+            if services.batch_tokens <= MIN_BATCH_TOKENS:
                 raise SecateurError(
-                    f"the device is out of memory even with {LEAST} tokens at a time; take one with more, or "
-                    "--device cpu"
+                    f"the device is out of memory even with {MIN_BATCH_TOKENS} tokens at a time; take one with "
+                    "more, or --device cpu"
                 ) from error
         services = replace(services, batch_tokens=services.batch_tokens // 2)
         services.watcher.note(f"The device is out of memory: going on with {services.batch_tokens:,} tokens at a time")
@@ -78,10 +78,11 @@ def in_smaller_batches(services: Services, command: Callable[[Services], R]) -> 
             torch.cuda.empty_cache()
 
 
-def decided_by(run: OpenRun) -> dict[str, Any]:
+def result_inputs(run: OpenRun) -> dict[str, Any]:
     """Return everything that decides the result, by option name; `check_rows` checks the calibration text itself."""
     asked = asdict(run.options)
     files = {name: asked[name] for name in ("plan", "widths") if asked[name] and Path(asked[name]).is_file()}
+    family = run.run_options.family
     return {
         "model": run.stream.checkpoint.fingerprint,
         **asked,
@@ -89,7 +90,7 @@ def decided_by(run: OpenRun) -> dict[str, Any]:
             f"contents of {path}": digest(Path(path).read_text(encoding="utf-8", errors="replace"))
             for path in files.values()
         },
-        **({} if run.running.family is None else {"family": digest(run.running.family.read_text(encoding="utf-8"))}),
+        **({} if family is None else {"family": digest(family.read_text(encoding="utf-8"))}),
         "dtype": str(run.dtype).removeprefix("torch."),
         "version of secateur": secateur.__version__,
         "version of torch": torch.__version__,

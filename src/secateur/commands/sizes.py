@@ -11,10 +11,10 @@ from secateur.base.files import Output, hash_of, write_whole
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.request import check_request
-from secateur.commands.result import summary_of
-from secateur.commands.resume import check_rows, in_smaller_batches, resumable
+from secateur.commands.result import summarize
+from secateur.commands.resume import check_rows, resumable, retry_in_smaller_batches
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, rewrite_rows, survey_model, write_model
 from secateur.commands.survey_file import check_survey_file
 from secateur.measure.compare import evaluate, scored_rows
@@ -22,7 +22,7 @@ from secateur.report.plots import plot_sizes
 from secateur.report.summary import Size
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
-from secateur.write.record import RECORD, record_of
+from secateur.write.record import RECORD, read_record
 
 TABLE, PLOT = "sizes.json", "sizes.png"
 
@@ -31,7 +31,7 @@ def sizes(
     model: str | Path,
     out: Path,
     options: list[Options],
-    running: Running | None = None,
+    run_options: RunOptions | None = None,
     *,
     texts: list[str],
     tokens: int | None,
@@ -43,7 +43,7 @@ def sizes(
         model: see `prune`.
         out: the folder for the models, `sizes.json` and `sizes.png`; a model in it appears whole or not at all.
         options: one for each size, alike in all that a survey depends on.
-        running: see `prune`; the survey is kept in `out` where it names no file. With `overwrite`, models that are
+        run_options: see `prune`; the survey is kept in `out` where it names no file. With `overwrite`, models that are
             there are replaced; otherwise those that this very call has made are taken as they are. The one that it
             was stopped in goes on where it was: the state stands beside `out`.
         texts: to measure the perplexity of.
@@ -54,22 +54,22 @@ def sizes(
     """
 
     def sized(services: Services) -> list[Size]:
-        return _sizes(model, out, options, running or Running(), texts, tokens, services)
+        return _sizes(model, out, options, run_options or RunOptions(), texts, tokens, services)
 
-    return in_smaller_batches(Services(watcher=watcher or Silent()), sized)
+    return retry_in_smaller_batches(Services(watcher=watcher or Silent()), sized)
 
 
 def _sizes(
     model: str | Path,
     out: Path,
     options: list[Options],
-    running: Running,
+    run_options: RunOptions,
     texts: list[str],
     tokens: int | None,
     services: Services,
 ) -> list[Size]:
     """Prune to each size and score it; see `sizes`."""
-    own, file = running.survey is None, running.survey or out / "survey.json"
+    own, file = run_options.survey is None, run_options.survey or out / "survey.json"
     folders = _folders(out, options, file)
     for text in texts:
         check_calibration(text, length=options[-1].length)
@@ -77,11 +77,11 @@ def _sizes(
     out.mkdir(exist_ok=True)
     try:
         source = Path(model) if Path(model).is_dir() else None
-        there = [folder for folder in folders if (folder / RECORD).exists() and not running.overwrite]
+        there = [folder for folder in folders if (folder / RECORD).exists() and not run_options.overwrite]
         for folder in folders:
             if folder not in there:
-                Output(folder, overwrite=running.overwrite, source=source).check()
-        last = open_model(model, options[-1], running, services=services)
+                Output(folder, overwrite=run_options.overwrite, source=source).check()
+        last = open_model(model, options[-1], run_options, services=services)
         runs = [_for_size(last, one, file) for one in options]
         # All that can be wrong with the rows is found before they are rewritten.
         plain = draw_rows(last, fitted=False)
@@ -144,7 +144,7 @@ def _pruned(
     for run, decided, folder in zip(runs, plans, folders, strict=True):
         if folder in there:
             run.watcher.note(f"{folder}: made already")
-            summary = summary_of(run, rows, decided)
+            summary = summarize(run, rows, decided)
         else:
             run.watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
             run = replace(run, started=time.perf_counter())
@@ -159,7 +159,7 @@ def _pruned(
 def _for_size(run: OpenRun, options: Options, survey: Path) -> OpenRun:
     """The same open model with another size asked for."""
     request = check_request(run.stream, options, run.dtype)
-    return replace(run, options=options, request=request, running=replace(run.running, survey=survey))
+    return replace(run, options=options, request=request, run_options=replace(run.run_options, survey=survey))
 
 
 def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]:
@@ -181,7 +181,7 @@ def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]
 def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
     """Whether a folder is what a run of this version would give; rows decide their copies."""
     try:
-        record = record_of(folder)
+        record = read_record(folder)
         same = {
             "secateur": secateur.__version__,
             "fingerprint": run.stream.checkpoint.fingerprint,

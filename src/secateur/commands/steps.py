@@ -14,12 +14,12 @@ from torch import Tensor
 
 from secateur.base.run_folder import GROWING
 from secateur.base.words import counted, some
-from secateur.commands.fitted import FittedBlocks, key_of, perplexity_ratio
+from secateur.commands.fitted import FittedBlocks, perplexity_ratio, plan_key
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
-from secateur.commands.result import block_record, record, summary_of, unfitted, unlike_experts
+from secateur.commands.result import block_record, dissimilar_experts, record, summarize, unfitted
 from secateur.commands.resume import check_rows
-from secateur.commands.survey_file import check_survey_file, read_survey, survey_key, survey_rows
+from secateur.commands.survey_file import check_survey_file, read_survey, split_survey_rows, survey_key
 from secateur.fit.temper import scaled
 from secateur.formats.format import PrunedModel
 from secateur.model.axes import AxisKind, Width, axis_kinds, present
@@ -38,7 +38,7 @@ from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows, draw
 from secateur.text.rewrite import rewritten
 from secateur.write.hub import upload
-from secateur.write.slice import slice
+from secateur.write.slice import slice_fitted
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     found = _preselected(run, rows.text)
     if not run.request.needs_survey:
         return found
-    file, wanted = run.running.survey, survey_key(run, rows.text)
+    file, wanted = run.run_options.survey, survey_key(run, rows.text)
     if file is not None and run.processes.broadcast(file.exists):
         return replace(found, survey=Survey.of(run.processes.broadcast(lambda: asdict(read_survey(run, file, wanted)))))
-    few, probe_rows = survey_rows(rows.text)
+    few, probe_rows = split_survey_rows(rows.text)
     fitted = Rows.of(few) if rows.random is None else Rows.of(few).scored_by(Rows.of(rows.random))
 
     def made_anew() -> dict[str, Any]:
@@ -130,9 +130,9 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
             run.stream,
             fitted,
             probe_rows=probe_rows,
-            blocks=run.request.chosen,
+            blocks=run.request.block_range,
             kinds=run.request.problem.kinds,
-            criterion=run.criteria("survey", fitted, found.first, blocks=run.request.chosen),
+            criterion=run.criteria("survey", fitted, found.first, blocks=run.request.block_range),
             ridge=run.options.ridge,
             seed=run.options.seed,
             checkpoint=PassCheckpoint(run.services, "survey"),
@@ -153,14 +153,14 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
     """
     decided = _plan(run, rows, found)
     run.watcher.note(_described(run, decided))
-    if found.survey is not None and (alert := unlike_experts(run.stream.blocks, found.survey.curves, decided)):
+    if found.survey is not None and (alert := dissimilar_experts(run.stream.blocks, found.survey.curves, decided)):
         run.watcher.note(alert)
     return decided
 
 
 def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBlocks:
     """Choose and refit the units of the plan's blocks, in order, as they are asked for."""
-    name = f"fit-{key_of(decided)}"
+    name = f"fit-{plan_key(decided)}"
     state = run.services.run_folder
     if state is not None and not (state.path / GROWING).exists():
         # Its blocks are gone: what was written had just been put in place.
@@ -179,12 +179,12 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
     def sliced() -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         for block in blocks:
             done.append(block_record(stream.blocks[block.index], decided, block))
-            yield block.index, slice(stream, block, dtype=run.dtype)
+            yield block.index, slice_fitted(stream, block, dtype=run.dtype)
             # It must not stay in memory while the next one is fitted.
             del block
 
     def timings() -> dict[str, float]:
-        found = summary_of(run, rows, decided)
+        found = summarize(run, rows, decided)
         crossed = {} if run.processes.alone else {"processes": run.processes.size, "moved_bytes": run.processes.moved}
         return {"seconds": found.seconds, "peak_bytes": found.peak_bytes} | crossed
 
@@ -197,7 +197,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         # Its share of the work is all that is wanted.
         for _ in blocks:
             pass
-        return summary_of(run, rows, decided)
+        return summarize(run, rows, decided)
     # Closed at once where writing fails: temporary files go, and no bar is drawn after the error.
     with closing(sliced()) as tensors, closing(blocks):
         pruned = PrunedModel(
@@ -207,15 +207,15 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
             final_norm=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
             fit_checkpoint=blocks.checkpoint,
             state=None if state is None else state.path,
-            overwrite=run.running.overwrite,
+            overwrite=run.run_options.overwrite,
             watcher=run.watcher,
         )
         run.request.format.write(out, pruned)
     if few := unfitted(done):
         run.watcher.note(few)
-    if run.running.push_to_hub is not None:
-        run.watcher.note(f"Sent to {upload(out, run.running.push_to_hub, run.watcher)}")
-    return summary_of(run, rows, decided)
+    if run.run_options.push_to_hub is not None:
+        run.watcher.note(f"Sent to {upload(out, run.run_options.push_to_hub, run.watcher)}")
+    return summarize(run, rows, decided)
 
 
 def _preselected(run: OpenRun, text: Tensor) -> Findings:
@@ -239,12 +239,12 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
         return replace(run.request.plan_from_file, first=first)
     if found.plan is not None:
         return checked(found.plan)
-    if isinstance(problem.goal, Target) and options.searches:
+    if isinstance(problem.goal, Target) and options.targets_perplexity:
         assert found.survey is not None
 
         def loss(one: Plan) -> float:
             one = checked(one)
-            return float(run.services.saved(f"trial-{key_of(one)}", lambda: perplexity_ratio(run, rows, one)))
+            return float(run.services.saved(f"trial-{plan_key(one)}", lambda: perplexity_ratio(run, rows, one)))
 
         return checked(smallest_within(problem, options.widths, found.survey, problem.goal.value, loss))
     return checked(plan(problem, options.widths, found.survey))

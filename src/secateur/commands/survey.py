@@ -11,8 +11,8 @@ from secateur.base.options import given, spelled
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import SURVEYED, Options, Running
-from secateur.commands.resume import in_smaller_batches, resumable
+from secateur.commands.options import SURVEYED, Options, RunOptions
+from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.steps import draw_rows, survey_model
 from secateur.plan.plan import check_reach, plan
 from secateur.plan.problem import Plan, PlanProblem
@@ -32,7 +32,12 @@ LIKENESS_ROWS = 16
 
 
 def survey_page(
-    model: str | Path, out: Path, options: Options, running: Running | None = None, *, watcher: Watcher | None = None
+    model: str | Path,
+    out: Path,
+    options: Options,
+    run_options: RunOptions | None = None,
+    *,
+    watcher: Watcher | None = None,
 ) -> Surveyed:
     """Survey a model and write what was found; the folder appears complete or not at all.
 
@@ -44,24 +49,24 @@ def survey_page(
     Raises:
         SecateurError: as `prune` does, before the survey begins.
     """
-    running = running or Running()
+    run_options = run_options or RunOptions()
     folder = Output(
-        out, overwrite=running.overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
+        out, overwrite=run_options.overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
     )
     services = Services.join(watcher)
     if services.processes.leads:
         folder.check()
 
     def surveyed(services: Services) -> Surveyed:
-        run = open_model(model, replace(options, sparsity=ANY_SHARE), running, services=services)
+        run = open_model(model, replace(options, sparsity=ANY_SHARE), run_options, services=services)
         with resumable(run, out) as run:
-            return _surveyed(run, model, out, folder, options, running)
+            return _surveyed(run, model, out, folder, options, run_options)
 
-    return in_smaller_batches(services, surveyed)
+    return retry_in_smaller_batches(services, surveyed)
 
 
 def _surveyed(
-    run: OpenRun, model: str | Path, out: Path, folder: Output, options: Options, running: Running
+    run: OpenRun, model: str | Path, out: Path, folder: Output, options: Options, run_options: RunOptions
 ) -> Surveyed:
     """The survey and its page, written; see `survey_page`."""
     rows = draw_rows(run, fitted=False)
@@ -72,7 +77,7 @@ def _surveyed(
     counted, checkpoint = run.request.parameters, run.stream.checkpoint
     # A quarter, as `prune` takes where nothing is said, or what comes nearest.
     share = min(plans, key=lambda one: abs(one - 0.25), default=0.25)
-    line = _line(model, options, share, out / FILE, running)
+    line = _line(model, options, share, out / FILE, run_options)
     facts = {
         "model": checkpoint.source,
         "family": checkpoint.config.model_type,
@@ -90,7 +95,7 @@ def _surveyed(
 
 def _distances(run: OpenRun, rows: CalibrationRows) -> Distances | None:
     """How alike the heads of each surveyed block are; None where their attention cannot be watched."""
-    some, chosen = rows.text[:LIKENESS_ROWS], run.request.chosen
+    some, chosen = rows.text[:LIKENESS_ROWS], run.request.block_range
     try:
         found = head_distances(run.stream, some, blocks=chosen, watcher=run.watcher)
     except SecateurError as error:
@@ -112,11 +117,11 @@ def _plans(problem: PlanProblem, found: Survey, shares: Iterable[float]) -> dict
     return plans
 
 
-def _line(model: str | Path, options: Options, share: float, file: Path, running: Running) -> str:
+def _line(model: str | Path, options: Options, share: float, file: Path, run_options: RunOptions) -> str:
     """The command that prunes from a survey: what the survey depends on must be said again."""
     words = ["secateur", "prune", str(model), "OUT", "--sparsity", f"{share:g}", "--survey", str(file)]
     for name, value in given(options, SURVEYED).items():
         words += [f"--{spelled(name)}", value]
-    words += [] if running.revision is None else ["--revision", running.revision]
-    words += ["--trust-remote-code"] * running.trust_remote_code
+    words += [] if run_options.revision is None else ["--revision", run_options.revision]
+    words += ["--trust-remote-code"] * run_options.trust_remote_code
     return shlex.join(words)

@@ -17,7 +17,7 @@ PROBE_TOKENS = 1024
 would be that of the fit and not of the cut, and the more so the more inputs a module has."""
 
 
-def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
+def split_survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
     """The rows for the error curves, and the last few for the probes; the same ones where there is only one."""
     count = min(max(1, PROBE_TOKENS // text.shape[1]), len(text) // 2)
     return (text, text) if not count else (text[:-count], text[-count:])
@@ -25,7 +25,7 @@ def survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
 
 def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
     """What a survey depends on; without rows, all but these."""
-    chosen = run.request.chosen
+    chosen = run.request.block_range
     key: dict[str, Any] = {
         "fingerprint": run.stream.checkpoint.fingerprint,
         "blocks": f"{chosen.start}:{chosen.stop}",
@@ -39,7 +39,7 @@ def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
 
 def check_survey_file(run: OpenRun, text: Tensor | None = None) -> None:
     """See that a survey that is there belongs to the run, and to the rows once they are known."""
-    file = run.running.survey
+    file = run.run_options.survey
     if run.processes.leads and file is not None and file.exists() and run.request.needs_survey:
         read_survey(run, file, survey_key(run, text))
 
@@ -54,7 +54,7 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
     lengths = {(curve.block, curve.kind, curve.axis): len(curve.errors) for curve in found.curves}
     kinds = run.request.problem.kinds
     whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
-    for index in run.request.chosen:
+    for index in run.request.block_range:
         for module in run.request.problem.modules_of(index):
             widths = {axis.name: _length(module, axis) for axis in module.cut_axes if axis.kind in kinds}
             here = {axis: lengths.get((index, module.kind, axis)) for axis in widths}

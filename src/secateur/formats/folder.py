@@ -24,8 +24,8 @@ from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS_MULTIPLE
 from secateur.plan.problem import Plan
 from secateur.plan.widths import head_widths
-from secateur.write.files import copy_into, write_json, write_record
-from secateur.write.shards import ShardWriter, header_room
+from secateur.write.files import copy_into, write_json, write_text_or_json
+from secateur.write.shards import ShardWriter, header_bytes_for
 
 Biases = Mapping[int, tuple[bool, bool]]
 """Whether the output projections of attention and feed-forward got a bias that the stock class lacks, by block."""
@@ -96,9 +96,11 @@ class Folder(Format):
         if (reason := self.unsupported_plan(plan.widths)) is not None:
             raise SecateurError(reason)
         with self.output(out, plan, overwrite=pruned.overwrite, at=pruned.growing) as folder:
-            writer = ShardWriter(folder, header_bytes=header_room(self._possible_names(plan)))
-            if pruned.fit_checkpoint is not None and (settled := pruned.fit_checkpoint.value("shards", writer.settle)):
-                writer.resume(settled)
+            writer = ShardWriter(folder, header_bytes=header_bytes_for(self._possible_names(plan)))
+            if pruned.fit_checkpoint is not None and (
+                state := pruned.fit_checkpoint.value("shards", writer.save_state)
+            ):
+                writer.resume(state)
             for name, tensor in self.tensors(pruned, written=writer):
                 writer.add(name, tensor)
                 # It must not stay in memory while the next block is fitted.
@@ -109,7 +111,7 @@ class Folder(Format):
             for file in (*self.code, *checkpoint.files):
                 copy_into(folder, file)
             for file_name, record in pruned.records.items():
-                write_record(folder / file_name, record)
+                write_text_or_json(folder / file_name, record)
             check_written(folder, out, self.advice)
             return writer.total_bytes
 

@@ -20,7 +20,7 @@ from secateur.formats.gguf_write import check_tensors, context_length, write_ggu
 from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
 from secateur.plan.plan import nearest_uniform
-from secateur.write.record import record_of
+from secateur.write.record import read_record
 
 ALONE = (
     "The file holds the language model alone. llama.cpp takes towers and projector from a second file (mmproj), where "
@@ -115,7 +115,7 @@ def _processors_template(folder: Path) -> Any:
 
 def _nearest(folder: Path, widths: Sequence[Width]) -> str:
     """How to come by the nearest plan that every format holds, where it is the widths that differ."""
-    match record_of(folder):
+    match read_record(folder):
         case {"sparsity": {"reached": float(reached)}} if not alike(widths):
             return f"; the nearest that fits: prune again with {nearest_uniform(reached)}"
     return ""

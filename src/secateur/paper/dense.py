@@ -13,7 +13,7 @@ from secateur.base.files import digest, hash_of, write_whole
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import Running
+from secateur.commands.options import RunOptions
 from secateur.commands.steps import draw_rows
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -45,7 +45,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
         models: see `compare`.
         out: the folder; see `RunStore`.
         watcher: told about progress.
-        where: fields of `Running`, as in `compare`.
+        where: fields of `RunOptions`, as in `compare`.
 
     Returns:
         The names of the files that it wrote into the folder, in words.
@@ -58,7 +58,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
     store.check()
     opened: dict[str, tuple[OpenRun, Tensor]] = {}
     for asked in sources(recipe, models):
-        run = open_model(asked.source, asked.runs[0].options, Running(**where), services=Services(watcher=watcher))
+        run = open_model(asked.source, asked.runs[0].options, RunOptions(**where), services=Services(watcher=watcher))
         opened[asked.name] = run, draw_rows(run, fitted=False).text
     found: dict[str, dict[str, Any]] = {}
     with store:
@@ -66,7 +66,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
             decided_by = {
                 "kind": recipe.kind,
                 "fingerprint": run.stream.checkpoint.fingerprint,
-                "blocks": f"{run.request.chosen.start}:{run.request.chosen.stop}",
+                "blocks": f"{run.request.block_range.start}:{run.request.block_range.stop}",
                 "rows": hash_of(text),
             }
             result = store.find(key := digest(decided_by))
@@ -118,7 +118,7 @@ def _measure(kind: str, name: str, run: OpenRun, text: Tensor, watcher: Watcher)
         watcher.note(f"Activations of {name}")
         return {"blocks": [asdict(block) for block in magnitudes(run.stream, text, watcher=watcher)]}
     watcher.note(f"Distances between heads of {name}")
-    distances = head_distances(run.stream, text, blocks=run.request.chosen, watcher=watcher)
+    distances = head_distances(run.stream, text, blocks=run.request.block_range, watcher=watcher)
     return {str(block): matrix.tolist() for block, matrix in distances.items()}
 
 

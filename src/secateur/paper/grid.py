@@ -13,7 +13,7 @@ from typing import Any
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
-from secateur.commands.options import Running
+from secateur.commands.options import RunOptions
 from secateur.paper.comparison import Comparison
 from secateur.paper.gather import comparison_of
 from secateur.paper.judge import Judge, task_columns
@@ -41,7 +41,7 @@ def compare(
         out: the folder that keeps finished runs; see `RunStore`.
         task_path: a folder with lm-eval task files of one's own.
         done: called with what there is after each run, and where nothing was left to do.
-        where: fields of `Running`: the device, and whether the checkpoints' own code may run.
+        where: fields of `RunOptions`: the device, and whether the checkpoints' own code may run.
 
     Returns:
         All that is finished. A run that turns out impossible is left out, and named in `failed`.
@@ -49,12 +49,12 @@ def compare(
     Raises:
         SecateurError: for anything wrong with a run, a model, a text or a task that can be seen before the first run.
     """
-    running = Running(**where)
-    device, store = pick_device(running.device), RunStore(out)
+    run_options = RunOptions(**where)
+    device, store = pick_device(run_options.device), RunStore(out)
     store.check()
     judge = Judge(task_columns(recipe, task_path, watcher), device, watcher)
     with tokenised_once():
-        subjects = [open_subject(recipe, asked, running, watcher) for asked in sources(recipe, models)]
+        subjects = [open_subject(recipe, asked, run_options, watcher) for asked in sources(recipe, models)]
         for subject in subjects:
             first = subject.runs[0][1]
             # On the disk that the comparison will be on.

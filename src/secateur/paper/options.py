@@ -69,7 +69,7 @@ class PaperOptions(Base):
         self._check_similarity()
         if self.recover != PaperOptions.recover and self.recovery != "paper":
             raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
-        if self.sigma is not None and not self.choice.uses("second-moment"):
+        if self.sigma is not None and not self.parsed_criterion.uses("second-moment"):
             raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
         if self.own_refit_rows and self.recovery == "none":
             raise SecateurError(
@@ -82,7 +82,7 @@ class PaperOptions(Base):
         Raises:
             SecateurError: one is there without the other, or another option says how much goes.
         """
-        choice = self.choice
+        choice = self.parsed_criterion
         if choice.first != SIMILARITY:
             if self.tau is not None:
                 raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
@@ -104,11 +104,11 @@ class PaperOptions(Base):
             "--sparsity": self.sparsity,
             "--target": self.target,
             "--plan": self.plan,
-            "--widths with a file": self.gives_widths,
+            "--widths with a file": self.widths_from_file,
         }
         if said := next((name for name, value in given.items() if value), None):
             raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out")
-        if self.widths == "uniform" or self.declaration.uniform:
+        if self.widths == "uniform" or self.output_format.uniform:
             raise SecateurError(
                 "similarity finds as many heads to remove as there are in each block, which the stock format and "
                 "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
@@ -135,8 +135,8 @@ class PaperOptions(Base):
         return self.calibration, self.refit_calibration or self.calibration
 
     @property
-    def scores(self) -> str:
-        """See `Options.scores`."""
+    def criterion_name(self) -> str:
+        """See `Options.criterion_name`."""
         return self.criterion.replace("second-moment", IDENTITY) if self.sigma == "identity" else self.criterion
 
     @property
@@ -152,9 +152,9 @@ class PaperOptions(Base):
     @property
     def preselection(self) -> "Similarity | None":
         """See `Options.preselection`."""
-        if self.choice.first != SIMILARITY or self.tau is None:
+        if self.parsed_criterion.first != SIMILARITY or self.tau is None:
             return None
         # Not at the top: the help does not wait for torch.
         from secateur.paper.similar_heads import Similarity
 
-        return Similarity(self.tau, decides=self.choice.alone)
+        return Similarity(self.tau, decides=self.parsed_criterion.alone)

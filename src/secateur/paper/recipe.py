@@ -251,7 +251,7 @@ def named(text: str, name: str) -> tuple[str, str]:
 def _options(given: Mapping[str, Any], where: str) -> Options:
     """Options from a recipe, checked as those of the command line are."""
     options = _made(Options, given, where)
-    if options.declaration.suffix is not None:
+    if options.output_format.suffix is not None:
         raise SecateurError(f"{where}: runs are scored by transformers; take the format hf or stock")
     return options
 

@@ -79,8 +79,8 @@ def prune_run(run: OpenRun, subject: Subject, folder: Path, store: RunStore) -> 
     run = replace(run, started=time.perf_counter())
     if (rows := subject.drawn.get(run.row_request)) is None:
         rows = subject.drawn[run.row_request] = draw_rows(run)
-    running = replace(run.running, survey=store.survey_file(survey_key(run, rows.text)), overwrite=True)
-    run = replace(run, running=running)
+    run_options = replace(run.run_options, survey=store.survey_file(survey_key(run, rows.text)), overwrite=True)
+    run = replace(run, run_options=run_options)
     plan = plan_widths(run, rows, survey_model(run, rows))
     return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
 

@@ -11,7 +11,7 @@ from secateur.base.files import digest
 from secateur.base.progress import Silent, Watcher, reading
 from secateur.base.words import twice
 from secateur.commands.open import OpenRun, open_model
-from secateur.commands.options import Options, Running
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.request import check_request
 from secateur.commands.steps import draw_rows
 from secateur.measure.compare import scored_rows, short
@@ -64,7 +64,7 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
     return found
 
 
-def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watcher) -> Subject:
+def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher: Watcher) -> Subject:
     """Open a model with all runs on it, and find what is wrong with any."""
     columns = columns_of("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # One length for all runs, also where the calibration's is an axis of the grid.
@@ -79,7 +79,7 @@ def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watche
         for source in run.options.sources:
             check_calibration(source, samples=run.options.samples, length=run.options.length)
         if run.training is not None:
-            check_retraining(running.device)
+            check_retraining(run_options.device)
     opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
     found = []
     with reading(watcher, "Checking all runs on", asked.source):
@@ -87,7 +87,7 @@ def open_subject(recipe: Recipe, asked: Asked, running: Running, watcher: Watche
             group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
             try:
                 if group not in opened:
-                    first = open_model(asked.source, run.options, running)
+                    first = open_model(asked.source, run.options, run_options)
                     opened[group] = first, draw_rows(first, dry=True)
                 model, rows = opened[group]
                 request = check_request(model.stream, run.options, model.dtype)

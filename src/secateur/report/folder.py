@@ -14,7 +14,7 @@ from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import open_checkpoint
 from secateur.report.card import BASE_CARD, CARD, PAGE, card, name_of
 from secateur.report.model_page import model_page
-from secateur.write.record import RECORD, record_of
+from secateur.write.record import RECORD, read_record
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    found = record_of(folder)
+    found = read_record(folder)
     if "sizes" not in found:
         raise SecateurError(f"{folder}: no folder that secateur prune wrote, with its {RECORD}; leave --report out")
     return found

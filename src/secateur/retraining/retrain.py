@@ -31,7 +31,7 @@ from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
 from secateur.retraining.write import write_retrained
 from secateur.text.calibration import calibration_rows
-from secateur.write.record import record_of
+from secateur.write.record import read_record
 
 HELD_OUT = 16
 """Rows of the same text that are not trained on, to measure perplexity before and after."""
@@ -150,7 +150,7 @@ def _opened(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watch
         raise SecateurError(f"{folder}: a multimodal model; retrain takes language models alone")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
-    if "sizes" in record_of(source):
+    if "sizes" in read_record(source):
         check_described(source)
     return checkpoint, target
 

@@ -9,9 +9,9 @@ from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.card import BASE_CARD
 from secateur.report.folder import described, text_of
-from secateur.write.files import copy_into, write_json, write_record
-from secateur.write.record import RECORD, record_of
-from secateur.write.shards import ShardWriter, header_room
+from secateur.write.files import copy_into, write_json, write_text_or_json
+from secateur.write.record import RECORD, read_record
+from secateur.write.shards import ShardWriter, header_bytes_for
 
 
 def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], entry: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, T
     stored = {piece: part for name, weight in changed.items() for piece, part in checkpoint.split(name, weight).items()}
     source = checkpoint.path
     with target as partial:
-        writer = ShardWriter(partial, header_bytes=header_room(checkpoint.tensors))
+        writer = ShardWriter(partial, header_bytes=header_bytes_for(checkpoint.tensors))
         for name, info in checkpoint.tensors.items():
             writer.add(name, stored[name].to(info.dtype) if name in stored else checkpoint.read(name))
         writer.close()
@@ -28,10 +28,10 @@ def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, T
         write_json(partial / "config.json", checkpoint.raw_config)
         for file in (*checkpoint.files, *modeling):
             copy_into(partial, file)
-        record = record_of(source)
+        record = read_record(source)
         record["retrained"] = [*record.get("retrained", []), entry]
         write_json(partial / RECORD, record)
         # A folder that another tool has saved has no record to be described by.
         files = described(text_of(source / BASE_CARD), lambda: record) if "sizes" in record else {}
         for name, contents in files.items():
-            write_record(partial / name, contents)
+            write_text_or_json(partial / name, contents)

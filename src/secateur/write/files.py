@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_record(path: Path, record: Any) -> None:
+def write_text_or_json(path: Path, record: Any) -> None:
     """Write a file of text or JSON; a function gives either."""
     contents = record() if callable(record) else record
     if isinstance(contents, str):

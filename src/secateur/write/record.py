@@ -8,7 +8,7 @@ from secateur.base.files import parse_json
 RECORD = "secateur.json"
 
 
-def record_of(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What `prune` said of a model; nothing where it was saved by something else since, or says nothing readable."""
     try:
         found = parse_json((folder / RECORD).read_bytes())

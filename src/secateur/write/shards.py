@@ -34,7 +34,7 @@ class ShardWriter:
         """Start without files in an existing folder.
 
         Args:
-            header_bytes: room to reserve in each shard, see `header_room`.
+            header_bytes: room to reserve in each shard, see `header_bytes_for`.
             limit_bytes: the most that a shard holds; a larger tensor gets a shard of its own.
         """
         self.folder = folder
@@ -52,7 +52,7 @@ class ShardWriter:
     def __contains__(self, name: object) -> bool:
         return any(name in shard for shard in self._shards)
 
-    def settle(self) -> dict[str, Any]:
+    def save_state(self) -> dict[str, Any]:
         """See to it that all that was added is on disk; what `resume` needs to go on from there, as JSON holds it."""
         if self._file is not None:
             self._file.flush()
@@ -158,6 +158,6 @@ class ShardWriter:
         self._file, self._size = None, 0
 
 
-def header_room(names: Iterable[str]) -> int:
+def header_bytes_for(names: Iterable[str]) -> int:
     """Bytes that a safetensors header of these tensors takes at the most, a multiple of 8."""
     return 64 + sum(len(json.dumps(name)) + 128 for name in names) // 8 * 8

@@ -9,7 +9,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.surgery import slice_block
 
 
-def slice(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return all tensors of a block as they will be written, by their names inside the block.
 
     Args:
