@@ -18,7 +18,7 @@ import torch
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
 from secateur.commands.survey_file import split_survey_rows
 from secateur.criteria.choice import CRITERIA
-from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
+from secateur.criteria.registry import SCORED_KINDS, Criteria, UnitScores
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import recovery_of
 from secateur.measure import perplexity
@@ -145,7 +145,7 @@ class Bench:
 
     def ratios(self, decided: Plan, criterion: str, recovery: str, when: str) -> list[float]:
         """Return the ratio of a run's perplexity to the dense model's on each text."""
-        if Criteria(criterion).need_gradients and criterion not in self.scores:
+        if Criteria(criterion).needs_gradients and criterion not in self.scores:
             self.scores[criterion] = gradient_scores(self.stream, self.rows, criterion)
         moment = {"when": when} if recovery == "paper" else {}
         method = Method(
@@ -155,7 +155,7 @@ class Bench:
         for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
             tensors = {name: tensor.float() for name, tensor in slice_fitted(self.stream, block).items()}
             layer = layers[block.index]
-            for module in (self.stream.blocks[block.index].module(kind) for kind in STATISTICAL):
+            for module in (self.stream.blocks[block.index].module(kind) for kind in SCORED_KINDS):
                 if module.bias is None:
                     # The previous run may have added a bias.
                     assign(layer, module.bias_name, None)

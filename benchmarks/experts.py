@@ -97,7 +97,7 @@ def nats(stream: BlockStream, rows: Rows, texts: list[Tensor], share: float, met
             before, after = (mean_loss(stream, every, group, hidden) for hidden in (dense, pruned))
             lost.append(after - before)
 
-    for _ in refit(stream, plan, every, method=method, judge=judge):
+    for _ in refit(stream, plan, every, method=method, compare=judge):
         pass
     return lost
 

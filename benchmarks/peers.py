@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.criteria import flap
-from secateur.criteria.order import removal_order, survivors
-from secateur.criteria.registry import STATISTICAL, all_criteria
+from secateur.criteria.order import remaining_units, removal_order
+from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import recovery_of
@@ -81,7 +81,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
         for index, width in widths.items():
             with stream.filled(index) as layer:
                 kept, changed = {}, {}
-                for kind in STATISTICAL:
+                for kind in SCORED_KINDS:
                     stats = _statistics(stream, index, layer, kind, rows, hidden)
                     kept[kind] = _cheapest(stats, width)
                     at = inner_entries(stats.module, kept[kind])
@@ -261,7 +261,7 @@ def dense_statistics(stream: BlockStream, rows: Rows) -> Iterator[tuple[int, Sta
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
             with stream.filled(index) as layer:
-                yield from ((index, _statistics(stream, index, layer, kind, rows, hidden)) for kind in STATISTICAL)
+                yield from ((index, _statistics(stream, index, layer, kind, rows, hidden)) for kind in SCORED_KINDS)
                 _advance(stream, index, layer, rows, hidden)
 
 
@@ -280,7 +280,7 @@ def _statistics(
         stream.run(index, layer, hidden[at], at.group, watch={module.output_layer: see}, until=module.output_layer)
     tensors = dict(layer.named_parameters())
     weight = inner_weight(module, tensors)
-    return Statistics(module, tensors, weight, moments, None, OBC_RIDGE, own_target=True, seed=0)
+    return Statistics(module, tensors, weight, moments, None, OBC_RIDGE, target_is_old_output=True, seed=0)
 
 
 def _through_refit(stream: BlockStream, rows: Rows, widths: dict[int, Width], method: Method) -> Peer:
@@ -297,7 +297,7 @@ def _cheapest(stats: Statistics, width: Width) -> tuple[int, ...]:
     """Return the units of a module that the criterion `surgeon` keeps at a width."""
     module = stats.module
     axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.cut_axes[0].name)
-    return survivors(module, axis, removal_order(all_criteria()["surgeon"], stats, axis, width[axis]))
+    return remaining_units(module, axis, removal_order(all_criteria()["surgeon"], stats, axis, width[axis]))
 
 
 def block_influence(stream: BlockStream, rows: Rows) -> Tensor:

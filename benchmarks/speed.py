@@ -22,7 +22,7 @@ import torch
 from llama_cpp_py_sync import _cffi_bindings as bindings
 
 from secateur import BlockStream, open_checkpoint
-from secateur.criteria.registry import STATISTICAL
+from secateur.criteria.registry import SCORED_KINDS
 from secateur.formats.gguf_export import export
 from secateur.measure.compare import load
 from secateur.measure.speed import speeds
@@ -104,7 +104,7 @@ def weights(stream: BlockStream, widths: list[Width]) -> int:
     return sum(
         block.module_parameters(width, kind)
         for block, width in zip(stream.blocks, widths, strict=True)
-        for kind in STATISTICAL
+        for kind in SCORED_KINDS
     )
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-import secateur.fit.streamed
+import secateur.fit.block_regression
 import secateur.model.pass_checkpoint
 import secateur.model.stream
 from secateur.base.services import Services
@@ -63,7 +63,7 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
     """A member's exit code: that of the first case that fails."""
     torch.set_num_threads(1)
     # Rounding is all that may differ; bfloat16 would make much of it.
-    secateur.fit.streamed.fast_dtype = lambda _: torch.float32
+    secateur.fit.block_regression.fast_dtype = lambda _: torch.float32
     join = Services.join
     Services.join = lambda watcher: replace(join(watcher), batch_tokens=TOGETHER * LENGTH)  # type: ignore[method-assign]
     secateur.model.stream.MIXED = 1

@@ -44,10 +44,10 @@ from secateur.base.errors import SecateurError
 from secateur.commands.options import Options
 from secateur.commands.prune import prune
 from secateur.families.registry import FAMILIES, family_of
-from secateur.fit.average import FittedBlock
+from secateur.fit.final_norm import scaled_final_norm
+from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import recovery_of
-from secateur.fit.temper import scaled
 from secateur.formats.format import PrunedModel
 from secateur.formats.stock_folder import StockFolder
 from secateur.model.axes import Width
@@ -434,7 +434,7 @@ def test_reloaded_equals_memory(pruned, job):
         tensors, wanted = slice_fitted(stream, block), layers_of(model)[block.index].state_dict()
         assert tensors.keys() == wanted.keys()
         assert all(torch.equal(tensor.float(), wanted[name]) for name, tensor in tensors.items())
-    for path, tensor in scaled(stream, record["final_norm_scale"]).items():
+    for path, tensor in scaled_final_norm(stream, record["final_norm_scale"]).items():
         assign(model, path, tensor.float())
     logits, infos = pruned.reloaded
     assert relative(logits[str(job)], logits_of(model, pruned.ids)) < TOLERANCE

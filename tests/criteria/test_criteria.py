@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import blocks_of, build, layers_of, token_rows
 from secateur.base.plugins import preselections
 from secateur.criteria.choice import CRITERIA, IDENTITY
-from secateur.criteria.order import error_curve, removal_order, survivors
+from secateur.criteria.order import error_curve, remaining_units, removal_order
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
@@ -46,14 +46,14 @@ def statistics(name: str, kind: str, *, index: int = 1, seed: int = 0) -> tuple[
         moments.update(inner[part : part + 50])
         inputs.update(x[part : part + 50])
     weight = inner_weight(module, tensors)
-    stats = Statistics(module, tensors, weight, moments, inputs, 0.3, own_target=True, seed=seed)
+    stats = Statistics(module, tensors, weight, moments, inputs, 0.3, target_is_old_output=True, seed=seed)
     return stats, x, inner, model
 
 
 def ready(name: str, module: PrunableModule) -> Criterion:
     """A criterion of one module, made ready; scores from gradients, which test_gradients.py has, are made up."""
     given = torch.rand(module.units, generator=torch.Generator().manual_seed(1)).double()
-    return Criteria(name, {(1, module.kind): given}).module(1, module.kind)
+    return Criteria(name, {(1, module.kind): given}).of_module(1, module.kind)
 
 
 def scores_of(name: str, stats: Statistics) -> Tensor:
@@ -72,7 +72,7 @@ def test_names_agree():
     assert not set(preselections()) & set(all_criteria())
     scored = {name for name, one in all_criteria().items() if one.score or one.from_gradients}
     assert scored == {*all_criteria()} - {"surgeon"}
-    assert scored >= {name for name, one in all_criteria().items() if one.inputs} == {"second-moment"}
+    assert scored >= {name for name, one in all_criteria().items() if one.input_moments} == {"second-moment"}
 
 
 # Second moment.
@@ -152,7 +152,7 @@ def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
     inputs.update(x)
     weight = inner_weight(module, tensors)
     moments = Moments(module.units)
-    stats = Statistics(module, tensors, weight, moments, inputs, ridge=0.3, own_target=True, seed=0)
+    stats = Statistics(module, tensors, weight, moments, inputs, ridge=0.3, target_is_old_output=True, seed=0)
     return stats, mix @ mix.T + torch.outer(mean, mean), mean
 
 
@@ -182,7 +182,9 @@ def test_the_half_is_what_a_rectifier_leaves():
     inputs.update(x)
     weight = inner_weight(block.feed_forward, tensors)
     moments = Moments(block.feed_forward.units)
-    stats = Statistics(block.feed_forward, tensors, weight, moments, inputs, ridge=0.3, own_target=True, seed=0)
+    stats = Statistics(
+        block.feed_forward, tensors, weight, moments, inputs, ridge=0.3, target_is_old_output=True, seed=0
+    )
     active = torch.relu(x @ layer.fc1.weight.T)
     added = [(active[:, unit, None] * layer.fc2.weight[:, unit]).square().sum(1).mean() for unit in range(20)]
     assert float((scores_of("second-moment", stats)[:20] / torch.stack(added) - 1).abs().max()) < 0.05
@@ -296,7 +298,7 @@ def test_order_of_channels():
     order = ordered(scores)(stats, "channels", 70)
     assert len(order) == module.units - 70
     assert [scores[unit] for unit in order] == [0.0, 1.0]
-    assert survivors(module, "channels", torch.tensor(order)) == tuple(
+    assert remaining_units(module, "channels", torch.tensor(order)) == tuple(
         unit for unit in range(module.units) if scores[unit] > 1
     )
 
@@ -307,8 +309,8 @@ def test_order_of_groups():
     order = ordered([0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
     assert order(stats, KV_GROUPS, 1) == [0, 2]
     assert order(stats, KV_GROUPS, 2) == [0]
-    assert survivors(module, KV_GROUPS, torch.tensor([0, 2])) == (2, 3)
-    assert survivors(module, KV_GROUPS, torch.tensor([0])) == (2, 3, 4, 5)
+    assert remaining_units(module, KV_GROUPS, torch.tensor([0, 2])) == (2, 3)
+    assert remaining_units(module, KV_GROUPS, torch.tensor([0])) == (2, 3, 4, 5)
 
 
 def test_order_of_heads():
@@ -316,7 +318,7 @@ def test_order_of_heads():
     stats, module = llama("heads")
     order = ordered([0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, HEADS_PER_GROUP, 1)
     assert order == [0, 3, 5]
-    assert survivors(module, HEADS_PER_GROUP, torch.tensor(order)) == (1, 2, 4)
+    assert remaining_units(module, HEADS_PER_GROUP, torch.tensor(order)) == (1, 2, 4)
 
 
 def test_order_of_heads_in_rounds():
@@ -324,7 +326,7 @@ def test_order_of_heads_in_rounds():
     order = ordered([3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
     assert order(stats, HEADS_PER_GROUP, 1) == [1, 3, 2, 5]
     assert order(stats, HEADS_PER_GROUP, 2) == [1, 3]
-    assert survivors(stats.module, HEADS_PER_GROUP, torch.tensor([1, 3])) == (0, 2, 4, 5)
+    assert remaining_units(stats.module, HEADS_PER_GROUP, torch.tensor([1, 3])) == (0, 2, 4, 5)
 
 
 def test_equal_scores_leave_in_order():
@@ -346,7 +348,7 @@ def test_every_width_of_every_pattern(criterion, name):
             for stop in {1, max(1, units - 1)}:
                 order = removal_order(found, stats, axis, stop)
                 assert len(order) == (units - stop) * a_round
-                kept = survivors(module, axis, order)
+                kept = remaining_units(module, axis, order)
                 each = {KV_GROUPS: module.per_group, HEADS_PER_GROUP: module.groups, "channels": 1}[axis]
                 assert len(kept) == stop * each
             curve = error_curve(found, stats, axis, 1)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from models import blocks_of, build, layers_of, logits_of, narrowed, relative, selected, token_rows, wide
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows, fit_blocks
-from secateur.criteria.registry import STATISTICAL
-from secateur.fit.average import FittedBlock
+from secateur.criteria.registry import SCORED_KINDS
+from secateur.fit.fitted_block import FittedBlock
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -53,7 +53,7 @@ def metrics(weight: Tensor, inner: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("criterion", ["flap-wifv", "flap-ifv", "flap-wifn"])
-@pytest.mark.parametrize("kind", STATISTICAL)
+@pytest.mark.parametrize("kind", SCORED_KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name, kind, criterion):
     stats, _, inner, _ = statistics(name, kind)

@@ -16,11 +16,11 @@ from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, token_rows
 from secateur.base.processes import Processes
 from secateur.criteria import experts
-from secateur.criteria.experts import Routed, expert_order
+from secateur.criteria.experts import RoutedTokens, expert_order
 from secateur.fit.block import Method
+from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
 from secateur.fit.recovery import recovery_of
-from secateur.fit.routed import FEWEST
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture, Routes
@@ -46,10 +46,10 @@ def inputs(width: int, tokens: int = TOKENS) -> Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(3))
 
 
-def routed_of(mixture: Mixture, tokens: int = TOKENS) -> Routed:
+def routed_of(mixture: Mixture, tokens: int = TOKENS) -> RoutedTokens:
     x = inputs(mixture.stream.width, tokens)
     weight = torch.linspace(0.5, 1.5, tokens)
-    return Routed(mixture, x, mixture.output(x[None], mixture.every)[0], weight, lambda y, _: y, Processes())
+    return RoutedTokens(mixture, x, mixture.output(x[None], mixture.every)[0], weight, lambda y, _: y, Processes())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -120,13 +120,13 @@ def test_experts_stay_as_they_are_stored(tmp_path: Path, name: str) -> None:
         assert all(torch.equal(*pair) for pair in pairs)
 
 
-def error_without(mixture: Mixture, routed: Routed, gone: list[int]) -> float:
+def error_without(mixture: Mixture, routed: RoutedTokens, gone: list[int]) -> float:
     """By the model's own forward."""
     alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in gone])
     found = mixture.output(routed.x_nd[None], alive)[0]
     beside = mixture.shared_output(routed.x_nd)
     found = found if beside is None else found - beside
-    return float(((found - routed.wanted_nd).square().sum(1) * routed.weight_n).sum())
+    return float(((found - routed.target_nd).square().sum(1) * routed.weight_n).sum())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "minimax_m2", "qwen3_moe", "llama4_text"])
@@ -285,7 +285,7 @@ def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channel
         left = wanted - sum(rows[one] @ weights[one] for one in rows)
         for one, part in rows.items():
             met = int(part.abs().sum(1).count_nonzero())
-            assert met >= FEWEST
+            assert met >= MIN_TOKENS
             hessian = part.T @ part
             penalty = ridge * (1 + part.shape[1] / met) * hessian.diagonal().diag()
             right = part.T @ (left + part @ weights[one]) + penalty @ weights[one]
@@ -454,7 +454,7 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
         def unit(weight: Tensor) -> Tensor:
             return weight
 
-        routed.wanted_nd *= scale[:, None]
+        routed.target_nd *= scale[:, None]
         assert left_by_refit(routed, scale, unit, mixture.every, None, 0.3) == 1.0
         _, orders = channel_errors(routed)
         half = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
@@ -465,7 +465,7 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
         # By hand: the last expert alone, on the tokens that meet it, in the units that errors have.
         routes = mixture.route(routed.x_nd, alive)
         given = routed.given(routed.everyone, routes) * scale[:, None]
-        left = routed.wanted_nd - given
+        left = routed.target_nd - given
         before = (left.square().sum(1) * routed.weight_n).sum()
         for expert in mixture.parts(alive):
             tokens, rows = mixture.gated(expert, routed.x_nd, routes)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows, wide
-from secateur.criteria.registry import STATISTICAL, Criterion
+from secateur.criteria.registry import SCORED_KINDS, Criterion
+from secateur.fit import block_regression
 from secateur.fit import module as fit_module
-from secateur.fit import streamed
-from secateur.fit.average import FittedBlock
+from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
@@ -52,7 +52,7 @@ WIDTHS = {
 class OwnOutput(Refit):
     """The refit, with each module's own dense output as its target."""
 
-    own_output = True
+    fits_own_output = True
 
 
 def some_recovery(method: str = "refit", **settings: Any) -> Recovery:
@@ -62,12 +62,12 @@ def some_recovery(method: str = "refit", **settings: Any) -> Recovery:
 
 
 def run(
-    folder: Path, name: str, *, criterion: str = "surgeon", own_target: bool = False, **recovery: Any
+    folder: Path, name: str, *, criterion: str = "surgeon", own_output: bool = False, **recovery: Any
 ) -> list[FittedBlock]:
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
-    alike = {} if recovery.get("method", "refit") != "refit" else {"usual": math.inf}
+    alike = {} if recovery.get("method", "refit") != "refit" else {"cauchy_scale": math.inf}
     settings = {"ridge": RIDGE} | alike | recovery
-    method = Method(criterion, OwnOutput(**settings) if own_target else some_recovery(**settings))
+    method = Method(criterion, OwnOutput(**settings) if own_output else some_recovery(**settings))
     return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
 
 
@@ -145,7 +145,7 @@ def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) 
     for block in found:
         index, layer = block.index, layers_of(pruned)[block.index]
         described = describe(dense.config, layer)
-        for kind in STATISTICAL:
+        for kind in SCORED_KINDS:
             module = described.module(kind)
             kept = inner_entries(module, block.keep[kind])
             everything = torch.arange(module.units * module.size)
@@ -170,7 +170,7 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
     blocks, wanted = blocks_of(build(name)), paper(name, found, when)
     for block, reference in zip(found, wanted, strict=True):
         names: set[str] = set()
-        for kind in STATISTICAL:
+        for kind in SCORED_KINDS:
             module = blocks[block.index].module(kind)
             names |= {slab.name for slab in (*module.input_projections, module.output_projection)} | (
                 {module.bias} - {None}
@@ -203,7 +203,7 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
     found = run(checkpoint_folder(name), name, method="paper", when=when, ridge=0.0)
     model, wanted = build(name), paper(name, found, when, ridge=0.0)
     for block, reference in zip(found, wanted, strict=True):
-        for kind in STATISTICAL:
+        for kind in SCORED_KINDS:
             module = blocks_of(model)[block.index].module(kind)
             for slab in module.input_projections:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
@@ -337,7 +337,7 @@ def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, nam
 def test_behind_a_norm_repairs_help_without_taking_the_scale(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     aware = output_error(name, run(folder, name))
-    own = output_error(name, run(folder, name, own_target=True))
+    own = output_error(name, run(folder, name, own_output=True))
     assert aware < own < output_error(name, run(folder, name, method="none"))
 
 
@@ -360,7 +360,7 @@ def test_outputs_that_a_norm_mutes_keep_their_weights(checkpoint_folder):
 def test_the_error_aware_target_repairs_more(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     aware = output_error(name, run(folder, name))
-    own = output_error(name, run(folder, name, own_target=True))
+    own = output_error(name, run(folder, name, own_output=True))
     bare = output_error(name, run(folder, name, method="none"))
     assert aware < own < bare
 
@@ -376,7 +376,7 @@ def test_reported_errors_are_those_of_the_model(checkpoint_folder, name):
 
 
 def test_errors_behind_a_norm_are_those_of_its_output(checkpoint_folder):
-    found = run(checkpoint_folder("gemma2"), "gemma2", own_target=True)
+    found = run(checkpoint_folder("gemma2"), "gemma2", own_output=True)
     report = found[-1].reports[-1]
     outputs: list[Tensor] = []
     norm = blocks_of(build("gemma2"))[-1].feed_forward.post_norm
@@ -408,11 +408,11 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
 def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
     """A group of weight two is the same as the group twice."""
     # In bfloat16, what is stored of a token is rounded with its weight in it.
-    monkeypatch.setattr(streamed, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder("gpt2")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["gpt2"]), 0.3, 0.3)
     first, second = IDS[:8], IDS[8:]
-    method = Method(recovery=recovery_of(usual=math.inf))
+    method = Method(recovery=recovery_of(cauchy_scale=math.inf))
     weighted = list(refit(stream, plan, Rows((first, second), (1.0, 2.0)), method=method))
     repeated = list(refit(stream, plan, torch.cat([first, second, second]), method=method))
     for one, two in zip(weighted, repeated, strict=True):
@@ -425,7 +425,7 @@ def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
 
 def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
     """The first feed-forward by hand: what its tokens inherit is what the pruned attention left undone."""
-    found = run(checkpoint_folder("llama"), "llama", usual=2.0)
+    found = run(checkpoint_folder("llama"), "llama", cauchy_scale=2.0)
     dense, module = build("llama").double(), blocks_of(build("llama"))[0].feed_forward
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
     missing = seen(dense, 0, "self_attn.o_proj")[1] - seen(pruned, 0, "self_attn.o_proj")[1]
@@ -458,6 +458,6 @@ def test_a_block_that_gives_nothing_can_be_pruned(checkpoint_folder, tmp_path, m
         if ".0." in name and ("o_proj" in name or "down_proj" in name):
             tensor.zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    for block in run(folder, "llama", method=method, usual=1.0):
+    for block in run(folder, "llama", method=method, cauchy_scale=1.0):
         assert all(torch.isfinite(tensor).all() for tensor in block.changed.values())
         assert all(math.isfinite(report.error) for report in block.reports)

@@ -17,7 +17,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows
-from secateur.fit.average import FittedBlock
+from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
@@ -173,15 +173,15 @@ def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, 
     }
     summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
     assert summary.tokens == 62 * 16
-    said = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
-    shapes, weights, scores = said["groups"], said["weights"], said["scores"]
+    calibration = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
+    shapes, weights, scores = calibration["groups"], calibration["weights"], calibration["scores"]
     openings = [] if " " in name else [0.01]
     # Rows to fit and their copy, two of them unseen for the final norm, and those that decide.
     assert shapes[0] == [62, 16]
     assert shapes[len(openings) + 1] == [62, 16]
     assert shapes[len(openings) + 2] == [2, 16]
     assert shapes[len(openings) + 3] == [4, 16]
-    assert said["versions"] == [len(openings) + 1]
+    assert calibration["versions"] == [len(openings) + 1]
     assert weights == [1.0, *openings, 1.0, 0.0, 0.0, *[0.0 for _ in openings]]
     assert scores == [0.0, *[0.0 for _ in openings], 0.0, 0.0, 1.0, *openings]
 

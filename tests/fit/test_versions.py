@@ -10,9 +10,9 @@ from test_recovery import WIDTHS
 from torch import Tensor
 
 from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, relative, selected, token_rows
-from secateur.criteria.registry import STATISTICAL
-from secateur.fit import streamed
-from secateur.fit.average import FittedBlock, mean_of
+from secateur.criteria.registry import SCORED_KINDS
+from secateur.fit import block_regression
+from secateur.fit.fitted_block import FittedBlock, mean_of
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Activations
@@ -59,11 +59,11 @@ def test_the_first_fit_alone_runs_the_rows_that_choose():
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monkeypatch):
     # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
-    monkeypatch.setattr(streamed, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
-    units = {index: {kind: keep[kind] for kind in STATISTICAL} for index, keep in keeps.items()}
+    units = {index: {kind: keep[kind] for kind in SCORED_KINDS} for index, keep in keeps.items()}
     alone = [
         list(refit(stream, plan_of(name, units=units), Rows((TEXT, version), (1.0, 1.0)))) for version in (ONE, OTHER)
     ]
@@ -96,7 +96,7 @@ def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, 
         seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
 
     rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE)
-    found = list(refit(stream, plan_of(name, *blocks), rows, judge=judge))
+    found = list(refit(stream, plan_of(name, *blocks), rows, compare=judge))
     model = build(name)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
     for kind, network in (("dense", model), ("pruned", small)):
@@ -142,7 +142,7 @@ def test_masked_weights_leave_what_is_kept(name, heads):
 def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        streamed, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
+        block_regression, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
     )
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan, alone = plan_of("llama"), Method(recovery=recovery_of(input_steps=0))

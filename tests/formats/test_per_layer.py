@@ -43,7 +43,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.commands.prune import prune
 from secateur.families.registry import FAMILIES
-from secateur.fit.average import FittedBlock
+from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.format import PrunedModel
 from secateur.formats.hf import HfFolder
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_unsupported, widths_of

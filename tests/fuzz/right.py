@@ -23,8 +23,8 @@ from secateur import cli, prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.commands import steps
-from secateur.fit.average import FittedBlock
-from secateur.fit.temper import scaled
+from secateur.fit.final_norm import scaled_final_norm
+from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.per_layer import model_class
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
@@ -149,7 +149,7 @@ def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) ->
         small = narrowed(full, keeps, {block.index: block.changed for block in blocks})
         scale = json.loads((out / "secateur.json").read_text())["final_norm_scale"]
         if scale is not None:
-            for path, tensor in scaled(BlockStream(open_checkpoint(dense)), scale).items():
+            for path, tensor in scaled_final_norm(BlockStream(open_checkpoint(dense)), scale).items():
                 assign(small, path, tensor.float())
         wanted = logits_of(small, ids)
     assert len(described) == len(layers_of(full))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models import ROWS, STREAMED, blocks_of, build, layers_of, relative, save, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
-from secateur.criteria.registry import STATISTICAL
+from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
@@ -369,7 +369,7 @@ def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
 
 def test_every_kind_has_a_module(stream):
     for block in stream.blocks:
-        assert [block.module(kind).kind for kind in STATISTICAL] == list(STATISTICAL)
+        assert [block.module(kind).kind for kind in SCORED_KINDS] == list(SCORED_KINDS)
 
 
 @pytest.mark.parametrize("name", STREAMED)

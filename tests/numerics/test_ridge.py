@@ -11,11 +11,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.fit.output import fit_output_projection
+from secateur.fit.output_projection import fit_output_projection
 from secateur.numerics import elimination, ridge
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import Normal, factorise, factorise_each, least_squares, normal_equations, residual
+from secateur.numerics.ridge import (
+    NormalEquations,
+    factorise,
+    factorise_each,
+    least_squares,
+    normal_equations,
+    residual,
+)
 
 RIDGES = (0.0, 1e-3, 0.03, 0.3, 1.0)
 
@@ -32,7 +39,7 @@ class Layer:
     def gram(self) -> Tensor:
         return self.x.T @ self.x
 
-    def normal(self, ridge: float, *, own: bool = False) -> Normal:
+    def normal(self, ridge: float, *, own: bool = False) -> NormalEquations:
         cross = None if own else self.x.T @ self.t
         return normal_equations(self.gram, cross, float(self.t.square().sum()), self.old, ridge)
 
@@ -380,7 +387,7 @@ def test_weights_at_a_cut_are_those_of_a_refit(seed: int, size: int, ridge: floa
     if own:
         case.t = case.x @ case.old
     normal = case.normal(ridge, own=own)
-    found = eliminate(normal, size, stop=30, cuts=[7, 40])
+    found = eliminate(normal, size, stop=30, weights_at=[7, 40])
     assert sorted(found.weights) == [7, 40]
     for gone, weight in found.weights.items():
         left = sorted(set(range(70)) - set(found.order[:gone].tolist()))
@@ -487,7 +494,7 @@ def test_a_step_is_greedy_among_its_candidates(seed):
 
 def test_prices_are_left_out_on_request():
     case = layer(9, 60, 12, 4)
-    priced, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, prices=False)
+    priced, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, with_errors=False)
     assert torch.equal(priced.order, bare.order)
     assert torch.equal(priced.increases, bare.increases)
     assert bool(bare.errors[1:].isnan().all())

@@ -17,7 +17,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows
-from secateur.criteria.order import error_curve, removal_order, survivors
+from secateur.criteria.order import error_curve, remaining_units, removal_order
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import Method, refit
@@ -83,8 +83,8 @@ def test_identity_of_channels_is_what_standard_normal_inputs_give(name: str) -> 
     basis = torch.linalg.qr(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)).double())[0]
     x = torch.cat([basis, -basis]) * 96**0.5
     assert torch.allclose(x.T @ x / len(x), torch.eye(48, dtype=torch.float64), atol=1e-12)
-    stats.inputs = Moments(48)
-    stats.inputs.update(x.float())
+    stats.input_moments = Moments(48)
+    stats.input_moments.update(x.float())
     assert_scores(identity(stats), scores_of("second-moment", stats))
 
 
@@ -107,8 +107,8 @@ def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
     model = build(name)
     layer = layers_of(model)[0]
     x, inner = (seen(model, layer, path, ids) for path in (stats.module.input_layer, stats.module.output_layer))
-    stats.inputs, stats.moments = Moments(x.shape[1]), Moments(inner.shape[1])
-    stats.inputs.update(x)
+    stats.input_moments, stats.moments = Moments(x.shape[1]), Moments(inner.shape[1])
+    stats.input_moments.update(x)
     stats.moments.update(inner)
     stats.weight_ao = inner_weight(stats.module, stats.tensors)
     return stats
@@ -128,7 +128,7 @@ def test_random_ids_choose_the_units(checkpoint_folder: CheckpointFolder, name: 
     order = removal_order(SECOND_MOMENT, stats, axis, WIDTHS[name][axis])
     rows = Rows.of(TEXT).scored_by(Rows.of(IDS))
     keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
-    assert keep["heads"] == survivors(stats.module, axis, order)
+    assert keep["heads"] == remaining_units(stats.module, axis, order)
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))
@@ -143,9 +143,9 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: Checkpoint
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     keep = next(iter(refit(stream, plan, rows, method=method))).keep
     order = removal_order(SECOND_MOMENT, stats, "channels", 50)
-    assert keep["channels"] == survivors(stats.module, "channels", order)
+    assert keep["channels"] == remaining_units(stats.module, "channels", order)
     text = removal_order(SECOND_MOMENT, stats_on(name, "channels", TEXT), "channels", 50)
-    assert keep["channels"] != survivors(stats.module, "channels", text)
+    assert keep["channels"] != remaining_units(stats.module, "channels", text)
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))

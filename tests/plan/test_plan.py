@@ -15,7 +15,7 @@ from conftest import CheckpointFolder
 from models import ROWS
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.criteria.registry import STATISTICAL
+from secateur.criteria.registry import SCORED_KINDS
 from secateur.formats.format import format_class
 from secateur.model.axes import LEVELS, Axis, Width
 from secateur.model.checkpoint import open_checkpoint
@@ -61,7 +61,7 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
     dice = random.Random(seed)
     curves, probes = list[Curve](), list[Probe]()
     for index, block in enumerate(blocks):
-        for kind in STATISTICAL:
+        for kind in SCORED_KINDS:
             module, energy = block.module(kind), dice.uniform(0.5, 2)
             for axis in [one.name for one in module.cut_axes]:
                 steps = [0.0] + [dice.random() ** 3 for _ in range(module.axis(axis).units)]
@@ -226,7 +226,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
     for format in ("hf", "stock"):
         offered = {
             kind: module_widths(block, block.module(kind), 1, format_class(format)(stream).unsupported_reason)
-            for kind in STATISTICAL
+            for kind in SCORED_KINDS
         }
         assert all(widths[0] == block.width for widths in offered.values())
         empty = [not offered["heads"][-1].heads, not offered["channels"][-1].channels]
@@ -235,7 +235,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
             # All or nothing.
             assert len(offered["heads"]) == (2 if format == "hf" else 1)
         elif format == "hf":
-            assert len(offered["heads"]) == len(head_widths(block, STATISTICAL)) + 1
+            assert len(offered["heads"]) == len(head_widths(block, SCORED_KINDS)) + 1
     assert all(width.heads for one in uniform_plans(_wish(stream)) for width in one.widths.values())
 
 

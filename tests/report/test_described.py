@@ -119,8 +119,8 @@ def made(**changes: Any) -> dict[str, Any]:
     """A record of one block of each kind."""
     dense = {"kv_groups": 2, "heads_per_group": 2, "channels": 10}
     mixture = {"kv_groups": 2, "heads_per_group": 2, "experts": 4, "expert_channels": 5}
-    heads = {"kind": "heads", "kept": 2, "units": 4, "plain": 0.2, "relative": 0.1}
-    fed = {"kind": "channels", "kept": 5, "units": 10, "plain": 0.0, "relative": 0.0}
+    heads = {"kind": "heads", "kept": 2, "units": 4, "relative_before": 0.2, "relative": 0.1}
+    fed = {"kind": "channels", "kept": 5, "units": 10, "relative_before": 0.0, "relative": 0.0}
     return {
         "secateur": "1",
         "torch": "2",
@@ -272,7 +272,8 @@ def test_errors_before_and_after_the_refit(place: Path, run: Run) -> None:
     refit = pruned(place, run, "--widths", "uniform", "--modules", "channels", "--effort", "quick")
     none = pruned(place, run, "--plan", "out/secateur.json", "--recovery", "none", out="none")
     (plain, left), (same, without) = (
-        (one["plain"], one["relative"]) for one in (record["blocks"][0]["modules"][1] for record in (refit, none))
+        (one["relative_before"], one["relative"])
+        for one in (record["blocks"][0]["modules"][1] for record in (refit, none))
     )
     assert plain > 1.2 * left > 0
     assert same == without

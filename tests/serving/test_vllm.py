@@ -38,7 +38,7 @@ from models import (
 )
 from secateur.base.quiet import quiet
 from secateur.commands.doctor import check_engines
-from secateur.fit.average import FittedBlock
+from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.format import PrunedModel, format_class
 from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_unsupported

@@ -17,8 +17,8 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.services import Services
 from secateur.commands.prune import prune
-from secateur.criteria.llm_pruner import scored_weights
-from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
+from secateur.criteria.llm_pruner import scored_matrices
+from secateur.criteria.registry import SCORED_KINDS, Criteria, all_criteria
 from secateur.fit.loop import Method, refit
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
@@ -95,8 +95,8 @@ def test_gradients_equal_the_whole_model(checkpoint_folder: CheckpointFolder, na
     _, own = whole(model, rows)
     for block in gradients(opened(checkpoint_folder(name)), rows, squares=squares):
         seen.append(block.index)
-        modules = [blocks_of(model)[block.index].module(kind) for kind in STATISTICAL]
-        assert set(block.gradient) == {name for module in modules for name in scored_weights(module)}
+        modules = [blocks_of(model)[block.index].module(kind) for kind in SCORED_KINDS]
+        assert set(block.gradient) == {name for module in modules for name in scored_matrices(module)}
         assert set(block.square) == (set(block.gradient) if squares else set())
         for path, found in block.gradient.items():
             gradient, square = combined(rows, own, f"{prefix}.{block.index}.{path}")
@@ -194,7 +194,7 @@ def test_scores(checkpoint_folder: CheckpointFolder, name: str) -> None:
     found = {criterion: gradient_scores(stream, rows, criterion) for criterion in FROM_GRADIENTS}
     for index, block in enumerate(blocks_of(model)):
         # Experts have none.
-        for kind in (module.kind for module in block.modules if module.kind in STATISTICAL):
+        for kind in (module.kind for module in block.modules if module.kind in SCORED_KINDS):
             module = block.module(kind)
             wanted: dict[str, list[float]] = {criterion: [] for criterion in FROM_GRADIENTS}
             for unit in range(module.units):

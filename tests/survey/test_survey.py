@@ -21,8 +21,8 @@ from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
 from secateur.criteria.choice import CRITERIA
-from secateur.criteria.order import removal_order, survivors
-from secateur.criteria.registry import STATISTICAL, Criteria, all_criteria
+from secateur.criteria.order import remaining_units, removal_order
+from secateur.criteria.registry import SCORED_KINDS, Criteria, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
@@ -123,9 +123,9 @@ class Plain:
         """Units that `l1` leaves; it looks at weights alone."""
         moments = Moments(self.module.units * self.module.size)
         weight = inner_weight(self.module, self.tensors)
-        stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, own_target=True, seed=0)
+        stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, target_is_old_output=True, seed=0)
         left, l1 = self.module.axis(axis).units - gone, all_criteria()["l1"]
-        return survivors(self.module, axis, removal_order(l1, stats, axis, left) if gone else torch.empty(0))
+        return remaining_units(self.module, axis, removal_order(l1, stats, axis, left) if gone else torch.empty(0))
 
 
 def curve_of(found: Survey, kind: str, axis: str, index: int = INDEX) -> Curve:
@@ -169,7 +169,7 @@ def without(name: str, index: int, kind: str) -> dict[int, KeptUnits]:
 def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """No module is left out, not even one whose single units cannot go."""
     found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
-    modules = {(index, kind) for index in range(3) for kind in STATISTICAL}
+    modules = {(index, kind) for index in range(3) for kind in SCORED_KINDS}
     assert {(curve.block, curve.kind) for curve in found.curves} == modules
     whole = {(probe.block, probe.kind): probe for probe in found.probes if probe.whole}
     assert whole.keys() == modules
@@ -183,7 +183,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
         )
     parts = [probe for probe in found.probes if not probe.whole]
     locked = blocks_of(dense(name))[0].attention.locked
-    assert {probe.kind for probe in parts} == ({"channels"} if locked else set(STATISTICAL))
+    assert {probe.kind for probe in parts} == ({"channels"} if locked else set(SCORED_KINDS))
     assert all(0 <= probe.divergence < float("inf") for probe in parts)
 
 

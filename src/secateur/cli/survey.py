@@ -15,7 +15,7 @@ from secateur.criteria.choice import parse_choice
 
 def _by_score(values: dict[str, Any]) -> None:
     """Refuse criteria that need an option which a survey does not have."""
-    if parse_choice(values["criterion"]).first is not None:
+    if parse_choice(values["criterion"]).preselection is not None:
         raise SecateurError(
             "a survey orders units by a score: take another criterion; its page shows how alike heads are in any case"
         )

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from secateur.base.device import fast_dtype
-from secateur.criteria.experts import TOKENS, at_once
-from secateur.fit.tangent import SAMPLED
+from secateur.criteria.experts import MAX_TOKENS, experts_per_round
+from secateur.fit.input_projections import PRECONDITIONER_TOKENS
 from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -137,7 +137,7 @@ def step_work(k: int, d: int, m: int, tokens: float, steps: int) -> Work:
     J and its transpose take m + 1 products of 2 n k d each, one of the two for the right-hand side, and as many what is
     linearised.
     """
-    sampled = min(tokens, SAMPLED)
+    sampled = min(tokens, PRECONDITIONER_TOKENS)
     preconditioner = m * (k**3 / 3 + 2 * k**2 * sampled) + d**3 / 3 + 2 * d**2 * sampled + 2 * k**2 * d
     return Work(
         quick=(m + 1) * 2.0 * tokens * k * d * (2 * steps + 2) + gram_flops(k, d, round(tokens)),
@@ -177,7 +177,7 @@ def order_work(block: Block, width: int, tokens: int, left: int) -> Work:
     module = block.feed_forward
     if module.kind != "experts" or left >= module.units:
         return Work()
-    n, rounds = min(tokens, TOKENS), range(module.units, left, -at_once(module))
+    n, rounds = min(tokens, MAX_TOKENS), range(module.units, left, -experts_per_round(module))
     steps, routed = len(rounds), 2.0 * n * (module.experts_per_token + 1) * width * sum(rounds)
     made = n * module.experts_per_token * (2 + math.log(module.units / left))
     return Work(
@@ -195,7 +195,7 @@ def expert_survey_work(block: Block, width: int, tokens: int) -> Work:
     module = block.feed_forward
     if module.kind != "experts":
         return Work()
-    n, solves = min(tokens, TOKENS), 0.0
+    n, solves = min(tokens, MAX_TOKENS), 0.0
     for alive, inputs in ((module.units / 2, module.units_inside), (module.units, module.units_inside / 2)):
         met = n * min(module.experts_per_token, alive) / alive
         less = min(met, inputs)

@@ -62,7 +62,7 @@ def estimate(run: OpenRun) -> Summary:
     options = run.options
     if options.targets_perplexity:
         raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
-    if options.parsed_criterion.alone:
+    if options.parsed_criterion.preselection_only:
         raise SecateurError("how many heads go is found by running the model; leave out --dry-run")
     rows = draw_rows(run, dry=True)
     if run.request.needs_survey:
@@ -81,7 +81,7 @@ def estimate(run: OpenRun) -> Summary:
 def work_by_effort(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[str, Work]:
     """What the whole run takes at each effort; where nothing is fitted by effort, at the one given."""
     before = [_writing(run, rows), *_before_fits(run, rows, decided.exact)]
-    efforts = EFFORTS if run.recovery.by_effort else (run.options.effort,)
+    efforts = EFFORTS if run.recovery.uses_effort else (run.options.effort,)
     return {name: Work.of([*before, *_fitting(run, rows, decided, name)]) for name in efforts}
 
 
@@ -105,7 +105,7 @@ def _before_fits(run: OpenRun, rows: CalibrationRows, exact: bool) -> list[Work]
         modules = max(len(run.request.problem.modules_of(index)) for index in run.request.block_range)
         probes = modules * (len(PROBED) + 1)
         found.append(survey_work(run.stream, few.numel(), probed.numel(), probes))
-    if Criteria(run.options.criterion_name).need_gradients and not exact:
+    if Criteria(run.options.criterion_name).needs_gradients and not exact:
         found.append(gradient_work(run.stream, rows.groups.tokens))
     return found
 

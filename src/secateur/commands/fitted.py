@@ -5,9 +5,9 @@ from collections.abc import Callable, Generator, Iterator
 
 from secateur.base.files import digest
 from secateur.commands.open import OpenRun
-from secateur.fit.average import FittedBlock
+from secateur.fit.final_norm import final_norm_scale, scaled_final_norm
+from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
-from secateur.fit.temper import scaled, temper
 from secateur.model.arena import Activations
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.plan.problem import Plan
@@ -52,7 +52,7 @@ class FittedBlocks(Iterator[FittedBlock]):
             rows.groups,
             method=run.method(rows, decided.first, decided.exact),
             dtype=run.dtype,
-            judge=self._behind if judged else None,
+            compare=self._behind if judged else None,
             checkpoint=self.checkpoint,
         )
 
@@ -60,7 +60,7 @@ class FittedBlocks(Iterator[FittedBlock]):
         rows = self._rows
         if len(rows.unseen):
             group = rows.groups.weights.index(0.0)
-            self.norm_scale = temper(self._run.stream, rows.groups, group, dense, pruned)
+            self.norm_scale = final_norm_scale(self._run.stream, rows.groups, group, dense, pruned)
         if self._judge is not None:
             self._judge(dense, pruned)
 
@@ -76,7 +76,7 @@ def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> floa
     last = len(groups.groups) - 1
 
     def judge(dense: Activations, pruned: Activations) -> None:
-        norm = {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale)
+        norm = {} if blocks.norm_scale is None else scaled_final_norm(stream, blocks.norm_scale)
         losses.append(mean_loss(stream, groups, last, dense))
         losses.append(mean_loss(stream, groups, last, pruned, norm))
 

@@ -87,7 +87,7 @@ class OpenRun:
             random=options.chooses_on_random_ids,
             copies=options.resampled_fits,
             fits=self.recovery.fits,
-            tempers=self.recovery.by_effort,
+            tempers=self.recovery.uses_effort,
         )
 
     @property
@@ -110,7 +110,7 @@ class OpenRun:
         """The criterion of every module, made ready; one backward pass for each purpose, where one needs gradients."""
         name = self.options.criterion_name
         key = f"{purpose} {blocks}"
-        if Criteria(name).need_gradients and not exact and key not in self.gradients:
+        if Criteria(name).needs_gradients and not exact and key not in self.gradients:
             self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks)
         return Criteria(name, self.gradients.get(key), first.candidates if first else None)
 

@@ -248,7 +248,7 @@ class Options:
     def resampled_fits(self) -> int:
         """Fits that take rows of their own beside the samples."""
         effort = EFFORTS[self.effort]
-        return effort.fits if self.recovery_settings.by_effort and effort.resample else 0
+        return effort.fits if self.recovery_settings.uses_effort and effort.resample else 0
 
     @property
     def input_steps(self) -> int:

@@ -126,7 +126,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
 def _kinds(stream: BlockStream, options: Options) -> tuple[str, ...]:
     """The units that may go, of those that the model has."""
     there = {kind for block in stream.blocks for kind in block.kinds}
-    if "experts" in there and not Criteria(options.criterion_name).need_gradients:
+    if "experts" in there and not Criteria(options.criterion_name).needs_gradients:
         # Theirs are no part of what is trained backward.
         there.add("channels")
     if not (kinds := tuple(kind for kind in options.prunable_kinds if kind in there)):
@@ -138,7 +138,7 @@ def _kinds(stream: BlockStream, options: Options) -> tuple[str, ...]:
 
 def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     """Whether there is more than one plan; see first that there is any."""
-    if options.parsed_criterion.alone:
+    if options.parsed_criterion.preselection_only:
         return False
     # How much a loss of perplexity allows is not known yet, but something must be able to go.
     aim = replace(problem, goal=TINY_SHARE) if options.targets_perplexity else problem

@@ -17,8 +17,8 @@ from secateur.base.files import hash_of
 from secateur.base.options import declared, given, spelled
 from secateur.commands.open import OpenRun
 from secateur.commands.options import Options
-from secateur.fit.average import FittedBlock
-from secateur.fit.routed import FEWEST
+from secateur.fit.expert_regression import MIN_TOKENS
+from secateur.fit.fitted_block import FittedBlock
 from secateur.model.structure import Block
 from secateur.model.units.experts import EXPERTS
 from secateur.plan.meters import Meter, cache_meter
@@ -150,7 +150,7 @@ def unfitted(done: list[dict[str, Any]]) -> str | None:
     if not few:
         return None
     most = ", more than half; take more rows, or a text of more kinds" if 2 * few > kept else ""
-    return f"{few:,} of {kept:,} experts met fewer than {FEWEST} tokens and keep their weights{most}"
+    return f"{few:,} of {kept:,} experts met fewer than {MIN_TOKENS} tokens and keep their weights{most}"
 
 
 def _peak_memory(device: torch.device) -> int:

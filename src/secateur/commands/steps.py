@@ -20,7 +20,7 @@ from secateur.commands.request import check_plan
 from secateur.commands.result import block_record, dissimilar_experts, record, summarize, unfitted
 from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file, read_survey, split_survey_rows, survey_key
-from secateur.fit.temper import scaled
+from secateur.fit.final_norm import scaled_final_norm
 from secateur.formats.format import PrunedModel
 from secateur.model.axes import AxisKind, Width, axis_kinds, present
 from secateur.model.pass_checkpoint import PassCheckpoint
@@ -204,7 +204,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
             decided,
             tensors,
             records=records,
-            final_norm=lambda: {} if blocks.norm_scale is None else scaled(stream, blocks.norm_scale),
+            final_norm=lambda: {} if blocks.norm_scale is None else scaled_final_norm(stream, blocks.norm_scale),
             fit_checkpoint=blocks.checkpoint,
             state=None if state is None else state.path,
             overwrite=run.run_options.overwrite,

@@ -26,7 +26,7 @@ class Choice:
     """Orders the heads."""
     channels: str | None
     """Orders the channels; None where they stay."""
-    first: str | None = None
+    preselection: str | None = None
     """Preselection of a plug-in, whose heads leave before all others."""
     experts: str = EXPERTS[0]
     """Orders the experts."""
@@ -34,9 +34,9 @@ class Choice:
     """As it was written."""
 
     @property
-    def alone(self) -> bool:
+    def preselection_only(self) -> bool:
         """Whether the preselection decides how many heads go, and nothing else goes."""
-        return self.heads == self.first
+        return self.heads == self.preselection
 
     def of(self, kind: str) -> str:
         """The criterion for one kind."""
@@ -67,8 +67,8 @@ def parse_choice(text: str) -> Choice:
     if "=" not in text:
         heads = _heads(text, text)
         # Behind a preselection, X is for channels too.
-        rest = None if heads.alone else heads.heads
-        return Choice(heads.heads, rest, heads.first, text if text in EXPERTS else EXPERTS[0], text)
+        rest = None if heads.preselection_only else heads.heads
+        return Choice(heads.heads, rest, heads.preselection, text if text in EXPERTS else EXPERTS[0], text)
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if set(parts) != {"heads", "channels"} or text.count(",") != 1:
         raise SecateurError(f"criterion is '{text}'; a pair is written heads=X,channels=Y")
@@ -78,8 +78,10 @@ def parse_choice(text: str) -> Choice:
             + "".join(f": {name} is between heads" for name in preselections() if name in parts["channels"])
         )
     heads = _heads(parts["heads"], text)
-    if heads.alone:
-        raise SecateurError(f"criterion is '{text}'; {heads.first} alone leaves all channels: write {heads.first}+X")
+    if heads.preselection_only:
+        raise SecateurError(
+            f"criterion is '{text}'; {heads.preselection} alone leaves all channels: write {heads.preselection}+X"
+        )
     return replace(heads, channels=parts["channels"], text=text)
 
 

@@ -20,7 +20,7 @@ from secateur.base.processes import Processes
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.structure import PrunableModule
 
-TOKENS = 4096
+MAX_TOKENS = 4096
 """Of the calibration text, spaced evenly, on which orders are found: each is given to many experts."""
 STEP = 16
 """One in so many of all experts leaves at a time."""
@@ -29,13 +29,13 @@ _EVEN = 1e-5
 
 
 @dataclass
-class Routed:
+class RoutedTokens:
     """What an order is found from: some tokens at a mixture."""
 
     mixture: Mixture
     x_nd: Tensor
     """Inputs of the mixture."""
-    wanted_nd: Tensor
+    target_nd: Tensor
     """What the mixture is to give, in the units in which errors count; then what its routed experts are."""
     weight_n: Tensor
     """Token weights."""
@@ -49,10 +49,10 @@ class Routed:
 
     def __post_init__(self) -> None:
         if (shared := self.mixture.shared_output(self.x_nd)) is not None:
-            self.wanted_nd = self.wanted_nd - self.unit(shared, self.everyone)
+            self.target_nd = self.target_nd - self.unit(shared, self.everyone)
         shape = (len(self.x_nd), self.mixture.module.units)
         self._place = torch.full(shape, -1, dtype=torch.int64, device=self.x_nd.device)
-        self._given, self._count = self.wanted_nd.new_empty(0, self.wanted_nd.shape[1]), 0
+        self._given, self._count = self.target_nd.new_empty(0, self.target_nd.shape[1]), 0
 
     @property
     def everyone(self) -> Tensor:
@@ -65,7 +65,7 @@ class Routed:
 
     def losses(self, tokens: Tensor, given_md: Tensor) -> Tensor:
         """Return the squared errors of the output of some tokens (m)."""
-        return (self.wanted_nd[tokens] - given_md).square().sum(1) * self.weight_n[tokens]
+        return (self.target_nd[tokens] - given_md).square().sum(1) * self.weight_n[tokens]
 
     def rerouted(self, tokens: Tensor, before: Routes, given_md: Tensor, after: Routes) -> Tensor:
         """Return the output of some tokens on other routes (m x d), from the output on their routes before.
@@ -124,12 +124,12 @@ class ExpertOrder(NamedTuple):
     """Summed squared errors of the output, weights unchanged, once 0, 1, 2, ... of them have gone."""
 
 
-def at_once(module: PrunableModule) -> int:
+def experts_per_round(module: PrunableModule) -> int:
     """Return how many experts leave in a round; as many of every group, where there are groups."""
     return max(module.groups, module.units // STEP // module.groups * module.groups)
 
 
-def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertOrder:
+def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> ExpertOrder:
     """Find the order in which experts leave until `stop` are left; as many of every group, where there are groups."""
     processes, mixture = routed.processes, routed.mixture
     groups, alive = mixture.module.groups, mixture.every
@@ -146,7 +146,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
         if left <= 0:
             break
         costs = _rises(routed, alive, routes, given, losses) if scores is None else scores[alive]
-        step = max(groups, min(left, at_once(mixture.module)) // groups * groups)
+        step = max(groups, min(left, experts_per_round(mixture.module)) // groups * groups)
         chosen = _cheapest(costs, alive, step // groups, groups, mixture.module.units)
         order += alive[chosen].tolist()
         alive = alive[torch.isin(torch.arange(len(alive), device=alive.device), chosen, invert=True)]
@@ -154,7 +154,7 @@ def expert_order(name: str, routed: Routed, stop: int, seed: int = 0) -> ExpertO
     return ExpertOrder(tuple(order), tuple(every.tolist()))
 
 
-def _rises(routed: Routed, alive: Tensor, routes: Routes, given_nd: Tensor, losses: Tensor) -> Tensor:
+def _rises(routed: RoutedTokens, alive: Tensor, routes: Routes, given_nd: Tensor, losses: Tensor) -> Tensor:
     """Return the rise of the error if each of the experts went on its own (alive), float64."""
     rises = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
     groups, size = routed.mixture.module.groups, routed.mixture.module.per_group
@@ -185,7 +185,7 @@ def _cheapest(costs: Tensor, alive: Tensor, step: int, groups: int, units: int) 
     return torch.stack(found, 1).reshape(-1)
 
 
-def _reap(routed: Routed, routes: Routes, _: int) -> Tensor:
+def _reap(routed: RoutedTokens, routes: Routes, _: int) -> Tensor:
     sums = torch.zeros(2, routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
     for expert in routes.experts.unique().tolist():
         tokens, gates = routes.of(expert)
@@ -196,7 +196,7 @@ def _reap(routed: Routed, routes: Routes, _: int) -> Tensor:
     return sums[0] / sums[1].clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _frequency(routed: Routed, routes: Routes, _: int) -> Tensor:
+def _frequency(routed: RoutedTokens, routes: Routes, _: int) -> Tensor:
     weights = routed.weight_n.double()[:, None].expand(routes.experts.shape)
     found = torch.zeros(routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
     found.index_add_(0, routes.experts.reshape(-1), weights.reshape(-1))
@@ -204,12 +204,12 @@ def _frequency(routed: Routed, routes: Routes, _: int) -> Tensor:
     return found
 
 
-def _random(routed: Routed, _: Routes, seed: int) -> Tensor:
+def _random(routed: RoutedTokens, _: Routes, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(routed.mixture.module.units, dtype=torch.float64, generator=generator).to(routed.x_nd.device)
 
 
-SCORES: dict[str, Callable[[Routed, Routes, int], Tensor]] = {
+SCORES: dict[str, Callable[[RoutedTokens, Routes, int], Tensor]] = {
     "reap": _reap,
     "frequency": _frequency,
     "random": _random,

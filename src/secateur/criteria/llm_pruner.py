@@ -36,7 +36,7 @@ def element1(module: PrunableModule, weights: Named, gradient: Named, _: Named) 
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.abs().sum(1))
 
 
-@criterion("llm-pruner-element2", kind="from_gradients", squares=True)
+@criterion("llm-pruner-element2", kind="from_gradients", squared_gradients=True)
 def element2(module: PrunableModule, weights: Named, gradient: Named, square: Named) -> Tensor:
     """Score per unit (units), float64."""
     products = _products(module, weights, gradient)
@@ -44,11 +44,11 @@ def element2(module: PrunableModule, weights: Named, gradient: Named, square: Na
     return sum_by_unit(module, change, lambda part: part.abs().sum(1))
 
 
-def scored_weights(module: PrunableModule) -> tuple[str, ...]:
+def scored_matrices(module: PrunableModule) -> tuple[str, ...]:
     """Names of the matrices whose gradients the scores need."""
     names = dict.fromkeys(slab.name for slab in (*module.input_projections, module.output_projection))
     return tuple(name for name in names if not name.endswith(".bias"))
 
 
 def _products(module: PrunableModule, weights: Named, gradient: Named) -> dict[str, Tensor]:
-    return {name: weights[name] * gradient[name] for name in scored_weights(module)}
+    return {name: weights[name] * gradient[name] for name in scored_matrices(module)}

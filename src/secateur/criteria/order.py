@@ -19,13 +19,13 @@ def removal_order(criterion: Criterion, stats: Statistics, axis: str, stop: int)
     """Return the units in the order in which they leave along an axis, until `stop` of them are left."""
     module = stats.module
     if criterion.ranking is not None:
-        if not criterion.first:
+        if not criterion.removed_first:
             return criterion.ranking(stats, axis, stop)
         scores = _ranks(module, axis, criterion.ranking(stats, axis, 1))
     else:
         assert criterion.score is not None
         scores = criterion.score(stats)
-    return _by_score(put_first(scores, criterion.first, module.per_group), module, axis, stop)
+    return _by_score(put_first(scores, criterion.removed_first, module.per_group), module, axis, stop)
 
 
 def error_curve(
@@ -34,16 +34,16 @@ def error_curve(
     axis: str,
     stop: int,
     choice: Statistics | None = None,
-    cuts: Collection[int] = (),
+    weights_at: Collection[int] = (),
 ) -> Elimination:
     """The error after the best refit at every width down to `stop`, units leaving in the criterion's order.
 
     The order comes from the statistics `choice` where there are such, errors always from `stats`, and weights where
-    `cuts` units are gone.
+    `weights_at` units are gone.
     """
-    greedy = criterion.ranking is not None and choice is None and not criterion.first
+    greedy = criterion.ranking is not None and choice is None and not criterion.removed_first
     order = None if greedy else removal_order(criterion, choice or stats, axis, stop)
-    return elimination(stats, axis, stop, order=order, cuts=cuts)
+    return elimination(stats, axis, stop, order=order, weights_at=weights_at)
 
 
 def elimination(
@@ -52,17 +52,19 @@ def elimination(
     stop: int,
     *,
     order: Tensor | None = None,
-    prices: bool = True,
-    cuts: Collection[int] = (),
+    with_errors: bool = True,
+    weights_at: Collection[int] = (),
 ) -> Elimination:
     """Remove units until `stop` are left along an axis, greedily or in a given order."""
     module = stats.module
     size = module.size * module.nested_units(axis)
     groups = None if axis == module.output_projection.along[0] else module.enclosing_units(axis)
-    return eliminate(stats.normal, size, stop=stop, groups=groups, order=order, prices=prices, cuts=cuts)
+    return eliminate(
+        stats.normal, size, stop=stop, groups=groups, order=order, with_errors=with_errors, weights_at=weights_at
+    )
 
 
-def survivors(module: PrunableModule, axis: str, order: Tensor) -> tuple[int, ...]:
+def remaining_units(module: PrunableModule, axis: str, order: Tensor) -> tuple[int, ...]:
     """Return the units (heads or channels) that are left once those in `order` have left along an axis."""
     gone, together = set(order.tolist()), module.nested_units(axis)
     return tuple(unit for unit in range(module.units) if unit // together not in gone)

@@ -24,7 +24,7 @@ Named = Mapping[str, Tensor]
 GradientScore = Callable[[PrunableModule, Named, Named, Named], Tensor]
 """A module's scores from its weights, their gradients and the mean squares of these."""
 Function = TypeVar("Function", bound=Callable[..., Tensor])
-STATISTICAL: tuple[str, ...] = ("heads", "channels")
+SCORED_KINDS: tuple[str, ...] = ("heads", "channels")
 """Kinds of units that are ordered by a module's statistics; experts are in `secateur.criteria.experts`."""
 UnitScores = Mapping[tuple[int, str], Tensor]
 """One score for each unit (units), float64, by block and module."""
@@ -39,11 +39,11 @@ class Criterion:
     """In place of scores, where what a unit is worth depends on those that went before it."""
     from_gradients: GradientScore | None = None
     """In place of both: scores that are taken from a backward pass over the dense model, ahead of pruning."""
-    squares: bool = False
+    squared_gradients: bool = False
     """The squares of single rows' gradients are needed too."""
-    inputs: bool = False
+    input_moments: bool = False
     """The moments of the module's own input are needed, not only those of the level-2 layer's."""
-    first: frozenset[int] = frozenset()
+    removed_first: frozenset[int] = frozenset()
     """Heads that leave before all others."""
 
 
@@ -51,12 +51,12 @@ _CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, kind: str = "score", inputs: bool = False, squares: bool = False
+    name: str, *, kind: str = "score", input_moments: bool = False, squared_gradients: bool = False
 ) -> Callable[[Function], Function]:
     """Register a function under a name: a `score`, or by its kind a `ranking` or scores `from_gradients`."""
 
     def register(function: Function) -> Function:
-        how: dict[str, Any] = {kind: function, "inputs": inputs, "squares": squares}
+        how: dict[str, Any] = {kind: function, "input_moments": input_moments, "squared_gradients": squared_gradients}
         _CRITERIA[name] = Criterion(**how)
         return function
 
@@ -94,28 +94,28 @@ class Criteria:
         """Criteria by their names, unless they are such already."""
         return choice if isinstance(choice, Criteria) else cls(choice)
 
-    def named(self, kind: str) -> Criterion:
+    def of_kind(self, kind: str) -> Criterion:
         """The criterion of one kind of unit, without what is measured of single modules."""
         # Where a preselection decides alone, the plan names the units.
-        return Criterion() if self.choice.alone else all_criteria()[self.choice.of(kind)]
+        return Criterion() if self.choice.preselection_only else all_criteria()[self.choice.of(kind)]
 
-    def module(self, index: int, kind: str) -> Criterion:
+    def of_module(self, index: int, kind: str) -> Criterion:
         """The criterion of one module of a block."""
-        found = self.named(kind)
+        found = self.of_kind(kind)
         if found.from_gradients is not None:
             scores = self._gradients.get((index, kind))
             if scores is None:
                 raise ValueError(f"{self.choice.of(kind)} needs gradients: give Criteria those of `gradient_scores`")
             found = Criterion(score=lambda _: scores)
         first = frozenset(self._first.get(index, ())) if kind == "heads" else frozenset[int]()
-        return replace(found, first=first)
+        return replace(found, removed_first=first)
 
     @property
-    def need_gradients(self) -> bool:
+    def needs_gradients(self) -> bool:
         """Scores of a module come from a backward pass."""
-        return any(self.named(kind).from_gradients is not None for kind in STATISTICAL)
+        return any(self.of_kind(kind).from_gradients is not None for kind in SCORED_KINDS)
 
     @property
-    def need_squares(self) -> bool:
+    def needs_squared_gradients(self) -> bool:
         """The backward pass must run the rows one by one."""
-        return any(self.named(kind).squares for kind in STATISTICAL)
+        return any(self.of_kind(kind).squared_gradients for kind in SCORED_KINDS)

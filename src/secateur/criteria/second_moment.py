@@ -23,7 +23,7 @@ from secateur.model.structure import Slab
 from secateur.model.surgery import rows_of
 
 
-@criterion("second-moment", inputs=True)
+@criterion("second-moment", input_moments=True)
 def scores(stats: Statistics) -> Tensor:
     """Score per unit (units); higher = keep."""
     half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
@@ -68,14 +68,14 @@ def _value_norms(stats: Statistics) -> Tensor:
 
 def _mean_square(stats: Statistics, slab: Slab) -> Tensor:
     """E[(A_j x + b_j)^2] of one level-1 layer's rows."""
-    assert stats.inputs is not None
+    assert stats.input_moments is not None
     rows = rows_of(slab, stats.tensors)
-    count = max(stats.inputs.count, 1)
-    mean_square = ((rows @ stats.inputs.gram()) * rows).sum(1).double() / count
+    count = max(stats.input_moments.count, 1)
+    mean_square = ((rows @ stats.input_moments.gram()) * rows).sum(1).double() / count
     b = _bias(stats, slab)
     if b is None:
         return mean_square
-    return mean_square + 2 * b * (rows.double() @ stats.inputs.mean_a) + b.square()
+    return mean_square + 2 * b * (rows.double() @ stats.input_moments.mean_a) + b.square()
 
 
 def _bias(stats: Statistics, slab: Slab) -> Tensor | None:

@@ -11,7 +11,7 @@ from secateur.model.axes import ATTENTION
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import rows_of
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import Normal, normal_equations
+from secateur.numerics.ridge import NormalEquations, normal_equations
 
 
 @dataclass
@@ -25,21 +25,23 @@ class Statistics:
     """Level-2 weight, inner axis first, columns scaled by the norm after it where there is one."""
     moments: Moments
     """Of the level-2 input, and of its cross moment with the target where there is one."""
-    inputs: Moments | None
+    input_moments: Moments | None
     """Of the module's input; present if the criterion needs it."""
     ridge: float
-    own_target: bool
+    target_is_old_output: bool
     """The target is what the dense weight yields on these very inputs; there is no cross moment."""
     seed: int
-    pull_ao: Tensor | None = None
+    ridge_centre_ao: Tensor | None = None
     """What the refit is pulled to, where that is not `weight_ao`."""
 
     @cached_property
-    def normal(self) -> Normal:
+    def normal(self) -> NormalEquations:
         """The penalised normal equations of the module's refit; takes the sums over from the moments."""
         (gram, cross), energy = self.moments.take(), self.moments.energy()
-        old = self.weight_ao if self.pull_ao is None else self.pull_ao
-        return normal_equations(gram, None if self.own_target else cross, energy, old, self.ridge, overwrite=True)
+        old = self.weight_ao if self.ridge_centre_ao is None else self.ridge_centre_ao
+        return normal_equations(
+            gram, None if self.target_is_old_output else cross, energy, old, self.ridge, overwrite=True
+        )
 
     def per_unit(self, entries_a: Tensor) -> Tensor:
         """Sum over the level-2 inputs of each unit: a head's channels, or a channel itself."""

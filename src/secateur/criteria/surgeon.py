@@ -14,4 +14,4 @@ from secateur.criteria.statistics import Statistics
 @criterion("surgeon", kind="ranking")
 def ranking(stats: Statistics, axis: str, stop: int) -> Tensor:
     """Return the units in the order in which they leave along an axis."""
-    return elimination(stats, axis, stop, prices=False).order
+    return elimination(stats, axis, stop, with_errors=False).order

@@ -12,8 +12,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from secateur.fit.average import FittedBlock, as_fitted, mean_of
 from secateur.fit.block import BlockState, DenseBlock, Method
+from secateur.fit.fitted_block import FittedBlock, as_fitted, mean_of
 from secateur.fit.stage import prune_stage
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
@@ -31,7 +31,7 @@ def refit(
     *,
     method: Method | None = None,
     dtype: torch.dtype | None = None,
-    judge: Callable[[Activations, Activations], None] | None = None,
+    compare: Callable[[Activations, Activations], None] | None = None,
     checkpoint: PassCheckpoint | None = None,
 ) -> Generator[FittedBlock, None, None]:
     """Prune and refit the plan's blocks in order, each seeing what the pruned ones before it produce.
@@ -43,7 +43,7 @@ def refit(
             each is fitted to on its own, and the fits are averaged.
         method: criterion and recovery.
         dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
-        judge: called at the end with the dense and the pruned stream behind the last block, of the groups that only
+        compare: called at the end with the dense and the pruned stream behind the last block, of the groups that only
             run along, and of these with this process's share; blocks behind the plan's last one are then run as well.
         checkpoint: saves the streams behind each block, and resumes behind the last one that was saved.
 
@@ -59,9 +59,9 @@ def refit(
         counted, beside = rows.counted(), rows.counted(False)
         # Each fit has a pruned stream of its own, and so have the rows that follow the averaged model.
         fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
-        follow = [] if judge is None else [(beside, arena.copy(beside, dense))]
+        follow = [] if compare is None else [(beside, arena.copy(beside, dense))]
         streams = [dense, *(pruned for _, pruned in (*fits, *follow))]
-        stop = max(plan.widths) + 1 if judge is None else len(stream)
+        stop = max(plan.widths) + 1 if compare is None else len(stream)
         for index in checkpoint.blocks(stop, "Prune", lambda: streams):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
@@ -70,7 +70,9 @@ def refit(
                         stream.advance(index, layer, part, pruned)
                     continue
                 found: list[FittedBlock] = []
-                given = DenseBlock.run(stream, index, layer, counted, dense, arena, inputs=method.recovery.reads_inputs)
+                given = DenseBlock.run(
+                    stream, index, layer, counted, dense, arena, inputs=method.recovery.needs_dense_inputs
+                )
                 for part, pruned in fits:
                     # The first fit chooses the units, where the plan does not name them; the others follow.
                     chosen = found[0].keep if found else plan.units.get(index, {})
@@ -91,8 +93,8 @@ def refit(
             # Nor a block that is done while the next one is at work.
             del fitted
         for _, pruned in follow:
-            assert judge is not None
-            judge(dense, pruned)
+            assert compare is not None
+            compare(dense, pruned)
 
 
 def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[str, tuple[int, ...]]) -> FittedBlock:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from secateur.criteria.order import removal_order, survivors
+from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.statistics import Statistics
-from secateur.fit.output import Fit, fit_output_projection
+from secateur.fit.input_projections import Tangent
+from secateur.fit.output_projection import OutputFit, fit_output_projection
 from secateur.fit.regression import Regression, Sums
-from secateur.fit.tangent import Tangent
 from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import residual
@@ -31,8 +31,8 @@ class Fitted:
     kept: Tensor
     """Inputs of the output projection that stay."""
     sums: Sums
-    fit: Fit
-    """The new output projection; `plain` is the error of the old weights of the units that stay."""
+    fit: OutputFit
+    """The new output projection; `old_error` is the error of the old weights of the units that stay."""
 
 
 def fit_module(regression: Regression, axis: str, stop: int, given: tuple[int, ...] | None = None) -> Fitted:
@@ -72,12 +72,12 @@ class ModuleFit:
         regression, recovery = self.regression, self.recovery
         recovery.prepare(self)
         self.weight = self.old = old = regression.norm.scale(regression.weight)
-        self.sums = sums = regression.collect(given if given and recovery.kept_inputs_alone else None)
+        self.sums = sums = regression.collect(given if given and recovery.sums_kept_inputs else None)
         self._stats = stats = self._statistics(sums.weights(old), sums.fitted, sums.source)
         choice = stats if sums.scored is sums.fitted else self._statistics(old, sums.scored, sums.source)
-        if (revised := recovery.revised(self)) is not None:
+        if (revised := recovery.choice_output(self)) is not None:
             self.weight, self.bias = revised.weight_ko, revised.bias
-            choice.weight_ao, choice.pull_ao = self.weight, old
+            choice.weight_ao, choice.ridge_centre_ao = self.weight, old
             choice.tensors = {**regression.tensors, **regression.stored(self.weight)}
         self.keep = self._choose(choice, axis, stop) if given is None else given
         self.sums = replace(sums, scored=sums.fitted, source=None)
@@ -103,16 +103,16 @@ class ModuleFit:
         self.sums = self.regression.collect()
         self._stats = self._statistics(self.old, self.sums.fitted)
 
-    def solved(self, make: Callable[[], Fit]) -> Fit:
+    def solve(self, make: Callable[[], OutputFit]) -> OutputFit:
         """Return a fit that the module's owner makes of the sums."""
 
         def made() -> dict[str, Tensor]:
             fit = make()
-            found = {"weight": fit.weight_ko, "errors": torch.tensor([fit.error, fit.plain], dtype=torch.float64)}
+            found = {"weight": fit.weight_ko, "errors": torch.tensor([fit.error, fit.old_error], dtype=torch.float64)}
             return found if fit.bias is None else found | {"bias": fit.bias}
 
         found = self.processes.compute_at(self.regression.owner, made, self.device)
-        return Fit(found["weight"], found.get("bias"), *found["errors"].tolist())
+        return OutputFit(found["weight"], found.get("bias"), *found["errors"].tolist())
 
     def _statistics(self, old: Tensor, moments: Moments, source: Moments | None = None) -> Statistics:
         """Return the statistics of the module that a criterion and a refit read."""
@@ -121,9 +121,9 @@ class ModuleFit:
             tensors=self.regression.tensors,
             weight_ao=old,
             moments=moments,
-            inputs=source,
+            input_moments=source,
             ridge=self.recovery.ridge,
-            own_target=False,
+            target_is_old_output=False,
             seed=self.regression.seed,
         )
 
@@ -139,25 +139,25 @@ class ModuleFit:
             return {"gone": removal_order(criterion(), stats, axis, stop)}
 
         gone = self.processes.compute_at(self.regression.owner, made, self.device)["gone"]
-        return survivors(module, axis, gone)
+        return remaining_units(module, axis, gone)
 
-    def of_all(self) -> Fit:
+    def fit_all_inputs(self) -> OutputFit:
         """Return a fit of the output projection to the inputs of all units."""
         return fit_output_projection(self.sums.fitted, self.stats.normal, self.sums.entries)
 
-    def refitted(self) -> Fit:
+    def fit_kept_inputs(self) -> OutputFit:
         """Return a fit of the output projection, with the error of the old weights where it is reported."""
         normal, places = self.stats.normal, self.sums.among(self.kept)
-        plain = residual(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
-        return fit_output_projection(self.sums.fitted, normal, places)._replace(plain=plain)
+        old_error = residual(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
+        return fit_output_projection(self.sums.fitted, normal, places)._replace(old_error=old_error)
 
-    def unchanged(self) -> Fit:
+    def keep_old_weights(self) -> OutputFit:
         """Return the weights as they are, with their error where it is reported."""
         weight = self.weight[self.kept]
         error = residual(self.stats.normal, weight, self.kept) if self.regression.reports else float("nan")
-        return Fit(weight, self.bias, error, error)
+        return OutputFit(weight, self.bias, error, error)
 
-    def fit_inputs(self, fit: Fit) -> Fit:
+    def fit_input_projections(self, fit: OutputFit) -> OutputFit:
         """Fit the input projections, then the output projection once more; undo both where that gains nothing.
 
         Returns:
@@ -169,7 +169,7 @@ class ModuleFit:
         self.sums = sums = regression.collect(self.keep)
         old = sums.weights(regression.norm.scale(regression.weight))
         everything = sums.among(sums.entries)
-        again = self.solved(
+        again = self.solve(
             lambda: fit_output_projection(sums.fitted, self._statistics(old, sums.fitted).normal, everything)
         )
         if again.error < fit.error:
@@ -178,7 +178,7 @@ class ModuleFit:
         self.sums = regression.collect(self.keep)
         return fit
 
-    def _step(self, fit: Fit) -> dict[str, Tensor]:
+    def _step(self, fit: OutputFit) -> dict[str, Tensor]:
         """Return new input projections, from one Gauss-Newton step at a fit of the output projection."""
         regression, module = self.regression, self.module
         width = regression.stream.width

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
 
 from secateur.base.plugins import recovery_modules
-from secateur.fit.output import Fit
+from secateur.fit.output_projection import OutputFit
 from secateur.fit.recoveries import NAMES
 
 
@@ -26,21 +26,21 @@ class Recovery(ABC):
 
     input_steps = 0
     """Steps of conjugate gradients by which input projections are fitted along."""
-    usual = math.inf
+    cauchy_scale = math.inf
     """Factor on the median of the squared error that tokens inherit, at which a token counts half."""
     fits: ClassVar[bool] = False
     """Whether weights get new values."""
     biases: ClassVar[Literal["kept", "fitted", "added"]] = "fitted"
     """What becomes of the bias of an output projection; `added` also where the architecture has none."""
-    own_output: ClassVar[bool] = False
+    fits_own_output: ClassVar[bool] = False
     """Whether the target is the module's own dense output, and not the dense stream behind it."""
-    kept_inputs_alone: ClassVar[bool] = False
+    sums_kept_inputs: ClassVar[bool] = False
     """Whether a fit to given units does not look at inputs that go."""
-    reads_inputs: ClassVar[bool] = False
+    needs_dense_inputs: ClassVar[bool] = False
     """Whether the dense inputs of modules are kept while a block is pruned."""
-    by_effort: ClassVar[bool] = False
+    uses_effort: ClassVar[bool] = False
     """Whether an effort says how much is fitted, and some rows are left out for the scale of the final norm."""
-    said: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
     """One sentence about the remaining weights, for the model card."""
 
     @classmethod
@@ -52,12 +52,12 @@ class Recovery(ABC):
         """Change a module before its rows are summed; `fit` is a `secateur.fit.module.ModuleFit`."""
         return
 
-    def revised(self, fit: Any) -> Fit | None:
+    def choice_output(self, fit: Any) -> OutputFit | None:
         """Return an output projection for all inputs by which units are chosen, where it is not the old one."""
         return None
 
     @abstractmethod
-    def fit(self, fit: Any) -> Fit:
+    def fit(self, fit: Any) -> OutputFit:
         """Fit what is left of a module, whose units are chosen."""
 
 

@@ -1,8 +1,8 @@
 """The regression of one module's output projection: its rows, whatever they come from.
 
 A module of the dense block has so many rows that they are run through the block batch by batch
-(`secateur.fit.streamed`). An expert has its gate times its input, on the tokens routed to it, and these are in memory
-already (`secateur.fit.routed`). What is done with the rows is the same for both (`secateur.fit.module`).
+(`secateur.fit.block_regression`). An expert has its gate times its input, on the tokens routed to it, in memory already
+(`secateur.fit.expert_regression`). What is done with the rows is the same for both (`secateur.fit.module`).
 
 Shapes: n rows, a inputs of the output projection, k of them kept, d residual width.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.registry import Criterion
-from secateur.fit.output import Fit
+from secateur.fit.input_projections import Part
+from secateur.fit.output_projection import OutputFit
 from secateur.fit.recovery import Recovery
-from secateur.fit.tangent import Part
 from secateur.model.post_norm import PostNorm
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
@@ -100,7 +100,7 @@ class Regression(ABC):
 
     @abstractmethod
     def linearised(
-        self, sums: Sums, kept: Tensor, fit: Fit, add: AddPart
+        self, sums: Sums, kept: Tensor, fit: OutputFit, add: AddPart
     ) -> AbstractContextManager[Callable[[], Iterable[Part]]]:
         """Linearise the module at a fit of its output projection, and give each part of its rows to `add`.
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.criteria.experts import TOKENS, Routed, expert_order
+from secateur.criteria.experts import MAX_TOKENS, RoutedTokens, expert_order
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
+from secateur.fit.block_regression import BlockRegression
+from secateur.fit.expert_regression import ExpertRegression, Tokens
 from secateur.fit.module import fit_module
-from secateur.fit.routed import RoutedRegression, Tokens
-from secateur.fit.streamed import StreamedRegression
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
@@ -41,7 +41,7 @@ class ModuleReport:
     """||XW - T||^2 per token, without the penalty; in the residual stream's units, or as later layers read it."""
     relative: float
     """The same over the energy of the dense residual stream after the stage."""
-    plain: float
+    relative_before: float
     """Relative error before the refit, with the old weights of the units that stay."""
     unfitted: tuple[int, ...] = ()
     """Experts with too few tokens to be refitted; they keep their weights."""
@@ -75,7 +75,7 @@ class SingleStage:
     """A stage of one module."""
 
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
-        self.module, self.regression = module, StreamedRegression(state, module, pruned)
+        self.module, self.regression = module, BlockRegression(state, module, pruned)
 
     def prune(self, width: Width, given: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """See `prune_stage`."""
@@ -84,7 +84,7 @@ class SingleStage:
         found = fit_module(regression, axis, width[axis], given.get(module.kind))
         regression.store(found)
         regression.advance(found)
-        errors = found.fit.error, found.fit.plain
+        errors = found.fit.error, found.fit.old_error
         report = _report(regression.target, len(found.keep), *errors, found.sums.fitted.count)
         return {module.kind: found.keep}, report
 
@@ -152,8 +152,8 @@ class MixtureStage:
             return tuple(range(stay))
         tokens = self.tokens
         counted = tokens.score_n.nonzero()[:, 0]
-        some = counted[:: max(1, len(counted) * self.stream.processes.size // TOKENS)]
-        routed = Routed(
+        some = counted[:: max(1, len(counted) * self.stream.processes.size // MAX_TOKENS)]
+        routed = RoutedTokens(
             self.mixture,
             tokens.x_nd[some],
             tokens.target_nd[some],
@@ -192,7 +192,7 @@ class MixtureStage:
             state.change({name: plain(state.tensors[name]).to(state.dtype, copy=True)})
         routes = mixture.route(self.tokens.x_nd, alive)
         for expert in mixture.parts(alive):
-            one = RoutedRegression(state, mixture, self.tokens, routes, residual_nd, expert)
+            one = ExpertRegression(state, mixture, self.tokens, routes, residual_nd, expert)
             stop = width * (module.shared_multiple if one.shared else 1) or one.module.units
             unfitted += [expert] if one.unfitted and not one.shared else []
             if not one.recovery.fits and stop == one.module.units:

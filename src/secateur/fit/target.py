@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.fit.block import BlockState
-from secateur.fit.output import ROUNDING
+from secateur.fit.output_projection import ROUNDING
 from secateur.model.arena import Activations
 from secateur.model.facts import multiplier_of
 from secateur.model.post_norm import PostNorm
@@ -50,7 +50,7 @@ class ModuleTarget:
         # Where the residual stream itself is normalised, the error so far cannot be repaired.
         additive = state.stream.family.keeps_residual(state.stream.checkpoint.config)
         # Nor where another norm weighs the module's output against what stands beside it.
-        self.repairs = additive and module.outer_norm is None and not recovery.own_output
+        self.repairs = additive and module.outer_norm is None and not recovery.fits_own_output
         """Whether it aims at the error so far as well."""
         self.multiplier = multiplier_of(state.stream.checkpoint.config, state.layer)
         """What the module's output is multiplied by on its way to the residual stream."""
@@ -58,7 +58,7 @@ class ModuleTarget:
         self.fits_bias = recovery.biases != "kept" and module.may_gain_bias and biased
         """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
         # What repairs nothing sees all tokens alike, as the formulas of criteria and of FLAP's bias have it.
-        self._usual = recovery.usual
+        self._cauchy_scale = recovery.cauchy_scale
         if self.norm.norm is not None and self.repairs:
             self._share_repairs()
 
@@ -114,9 +114,9 @@ class ModuleTarget:
         Errors have heavy tails. A few tokens whose massive activation was missed carry an error that no later module
         can mend; in plain least squares they are most of what every one of those modules is fitted to.
         """
-        if not self.repairs or self.module.post_norm is not None or self._usual == math.inf:
+        if not self.repairs or self.module.post_norm is not None or self._cauchy_scale == math.inf:
             return None
         inherited = (target - z.reshape(target.shape)).square().sum(1)
         # Where nothing is inherited, what is left is rounding.
         least = (ROUNDING * target.square().sum(1).mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        return 1 / (1 + inherited / (self._usual * inherited.median()).clamp_min(least))
+        return 1 / (1 + inherited / (self._cauchy_scale * inherited.median()).clamp_min(least))

@@ -2,8 +2,8 @@
 
 With P the inverse of the penalised matrix (`secateur.numerics.ridge`) over the units still there, removing the set S
 raises the minimum by tr(W_S' P_SS^-1 W_S), changes W by -P[:,S] P_SS^-1 W_S, and P by -P[:,S] P_SS^-1 P[S,:]. One pass
-orders all units and prices every width. The changes of P are kept as thin factors and subtracted several steps at a
-time: P is far larger than the caches, so that reading it takes as long as the products do.
+orders all units and gives the error at every width. The changes of P are kept as thin factors and subtracted several
+steps at a time: P is far larger than the caches, so that reading it takes as long as the products do.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.numerics.moments import panel_width
-from secateur.numerics.ridge import Normal, factorise, factorise_each, invert
+from secateur.numerics.ridge import NormalEquations, factorise, factorise_each, invert
 
 STEP = 64
 """Most units that leave at once; candidates are twice as many."""
@@ -37,14 +37,14 @@ class Elimination:
 
 
 def eliminate(
-    normal: Normal,
+    normal: NormalEquations,
     size: int,
     *,
     stop: int = 1,
     groups: int | None = None,
     order: Tensor | None = None,
-    prices: bool = True,
-    cuts: Collection[int] = (),
+    with_errors: bool = True,
+    weights_at: Collection[int] = (),
 ) -> Elimination:
     """Remove units one after the other, those first whose loss the others make up best.
 
@@ -54,8 +54,8 @@ def eliminate(
         stop: units that stay (per group, if `groups` is given).
         groups: if given, every step removes one unit from each of that many equal runs of units.
         order: if given, remove in this order instead of the cheapest first.
-        prices: work out the error at every width; where only the order is wanted, that is work for nothing.
-        cuts: give the weights where so many units are gone.
+        with_errors: work out the error at every width; where only the order is wanted, that is work for nothing.
+        weights_at: give the weights where so many units are gone.
     """
     units = normal.scale_a.shape[0] // size
     state = _State(normal, size)
@@ -66,7 +66,7 @@ def eliminate(
     weights: dict[int, Tensor] = {}
     gone = 0
     while gone < goal:
-        ahead = min(cut for cut in (*cuts, goal) if cut > gone) - gone
+        ahead = min(cut for cut in (*weights_at, goal) if cut > gone) - gone
         step = min(max(1, min(STEP, units // 32)), ahead)
         if order is not None:
             step = groups or step
@@ -76,11 +76,11 @@ def eliminate(
         else:
             chosen = state.cheapest(step)
         removed.append(state.units[chosen].cpu())
-        rise, change = state.remove(chosen, prices)
+        rise, change = state.remove(chosen, with_errors)
         increases.append(rise.cpu())
         errors.append(errors[-1][-1] + change.cpu())
         gone += len(chosen)
-        if gone in cuts:
+        if gone in weights_at:
             weights[gone] = normal.unscaled(*state.left())
     return Elimination(torch.cat(removed), torch.cat(increases), torch.cat(errors), weights)
 
@@ -88,7 +88,7 @@ def eliminate(
 class _State:
     """The inverse and the weights over the units still there, compacted as units leave."""
 
-    def __init__(self, normal: Normal, size: int):
+    def __init__(self, normal: NormalEquations, size: int):
         self.size = size
         self.inverse = invert(normal.matrix_aa.clone())
         """As it was before the removals in `pending`."""
@@ -160,7 +160,7 @@ class _State:
         rows = self.inverse[at][:, columns]
         return rows.addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1) if len(self.pending) else rows
 
-    def remove(self, positions: Tensor, prices: bool) -> tuple[Tensor, Tensor]:
+    def remove(self, positions: Tensor, with_errors: bool) -> tuple[Tensor, Tensor]:
         """Take units out in this order; the rise of the minimum and the running change of the error, each."""
         at = self.entries(positions)
         rows = self.rows(at)
@@ -169,7 +169,7 @@ class _State:
         reach = torch.linalg.solve_triangular(factor, rows, upper=False)
         lost = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
         rise = lost.square().sum(1, dtype=torch.float64)
-        change = self._error_changes(reach, lost) if prices else torch.full_like(rise, torch.nan)
+        change = self._error_changes(reach, lost) if with_errors else torch.full_like(rise, torch.nan)
         self.weight.addmm_(reach.T, lost, alpha=-1)
         self.pending = torch.cat([self.pending, reach])
         self.weight[at] = 0

@@ -23,7 +23,7 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass
-class Normal:
+class NormalEquations:
     """The penalised normal equations in unit-diagonal coordinates; `weight` there is `scale * W`."""
 
     matrix_aa: Tensor
@@ -73,7 +73,7 @@ def normal_equations(
     ridge: float,
     *,
     overwrite: bool = False,
-) -> Normal:
+) -> NormalEquations:
     """Set up the penalised system of one layer.
 
     Args:
@@ -102,10 +102,10 @@ def normal_equations(
         cross = cross_ao.to(dtype, copy=not overwrite).div_(scale[:, None])
     matrix.diagonal().add_(penalty)
     right = cross + penalty[:, None] * scaled_old
-    return Normal(matrix, cross, right, scale, penalty, dead, old, energy, own=cross_ao is None)
+    return NormalEquations(matrix, cross, right, scale, penalty, dead, old, energy, own=cross_ao is None)
 
 
-def least_squares(normal: Normal, keep: Tensor) -> tuple[Tensor, float]:
+def least_squares(normal: NormalEquations, keep: Tensor) -> tuple[Tensor, float]:
     """Best weights of the kept inputs (len(keep) x o) and ||XW - T||^2, the penalty left out."""
     weight = _solve(normal.among(keep), normal.right_ao[keep], normal.scaled_old()[keep])
     full = torch.zeros_like(normal.right_ao)
@@ -146,7 +146,7 @@ def _least_eigenvalue(factor_aa: Tensor) -> float:
     return 1 / size if size else float("inf")
 
 
-def residual(normal: Normal, weight_ao: Tensor, keep: Tensor) -> float:
+def residual(normal: NormalEquations, weight_ao: Tensor, keep: Tensor) -> float:
     """||X_K W - T||^2 of any weights of the kept inputs, also of ones that no refit gave."""
     scaled = normal.scale_a[keep, None] * weight_ao.to(normal.scale_a.dtype)
     product = normal.among(keep) @ scaled - normal.penalty_a[keep, None] * scaled

@@ -83,7 +83,7 @@ class PaperOptions(Base):
             SecateurError: one is there without the other, or another option says how much goes.
         """
         choice = self.parsed_criterion
-        if choice.first != SIMILARITY:
+        if choice.preselection != SIMILARITY:
             if self.tau is not None:
                 raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
             return
@@ -95,7 +95,7 @@ class PaperOptions(Base):
             )
         if "heads" not in self.modules:
             raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
-        if choice.alone:
+        if choice.preselection_only:
             self._check_alone()
 
     def _check_alone(self) -> None:
@@ -152,9 +152,9 @@ class PaperOptions(Base):
     @property
     def preselection(self) -> "Similarity | None":
         """See `Options.preselection`."""
-        if self.parsed_criterion.first != SIMILARITY or self.tau is None:
+        if self.parsed_criterion.preselection != SIMILARITY or self.tau is None:
             return None
         # Not at the top: the help does not wait for torch.
         from secateur.paper.similar_heads import Similarity
 
-        return Similarity(self.tau, decides=self.parsed_criterion.alone)
+        return Similarity(self.tau, decides=self.parsed_criterion.preselection_only)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.fit.block_regression import BlockRegression
 from secateur.fit.module import ModuleFit
-from secateur.fit.output import Fit
+from secateur.fit.output_projection import OutputFit
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, recovery
-from secateur.fit.streamed import StreamedRegression
 from secateur.model.structure import PrunableModule
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares, normal_equations
@@ -25,8 +25,8 @@ class PaperRecovery(Recovery):
     when: str = "after"
     """Moment of the fit: `before` units are chosen, so that the criterion sees repaired weights, `after`, or `both`."""
 
-    fits = own_output = reads_inputs = True
-    said = Refit.said
+    fits = fits_own_output = needs_dense_inputs = True
+    summary = Refit.summary
 
     @classmethod
     def of(cls, options: Any) -> "PaperRecovery":
@@ -43,21 +43,21 @@ class PaperRecovery(Recovery):
         if self.before:
             self._refit_inputs(fit)
 
-    def revised(self, fit: ModuleFit) -> Fit | None:
+    def choice_output(self, fit: ModuleFit) -> OutputFit | None:
         """Return level 2 as it is fitted to the inputs of all units."""
-        return fit.solved(fit.of_all) if self.before else None
+        return fit.solve(fit.fit_all_inputs) if self.before else None
 
-    def fit(self, fit: ModuleFit) -> Fit:
+    def fit(self, fit: ModuleFit) -> OutputFit:
         """Fit level 1 unless it is fitted already, then level 2 of the units that stay."""
         if not self.before:
             self._refit_inputs(fit)
             fit.collect()
-        return fit.solved(fit.unchanged if self.when == "before" else fit.refitted)
+        return fit.solve(fit.keep_old_weights if self.when == "before" else fit.fit_kept_inputs)
 
     def _refit_inputs(self, fit: ModuleFit) -> None:
         """Fit level 1 to its dense outputs on all rows, whatever units are kept."""
         # Experts are fitted by the refit.
-        assert isinstance(fit.regression, StreamedRegression)
+        assert isinstance(fit.regression, BlockRegression)
         regression, module, width = fit.regression, fit.module, fit.regression.stream.width
         # Heads that share a latent vector read that vector, not the module's input.
         if not module.input_projections or module.input_reader is not None:

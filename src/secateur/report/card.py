@@ -35,7 +35,7 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         measured: rows of what was measured since: a label, this model's figure, the base model's, their ratio.
     """
     name, said = name_of(record), record["loads"]
-    repair = all_recoveries()[record["options"]["recovery"]].said
+    repair = all_recoveries()[record["options"]["recovery"]].summary
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": said["task"]}
     if HUB_ID.fullmatch(str(record["model"])) and not Path(record["model"]).exists():
         front["base_model"] = record["model"]

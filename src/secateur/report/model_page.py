@@ -97,7 +97,7 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
     Some entries of the stream are huge from some block on, and its energy with them: shares differ by powers of ten.
     """
     found = [(block["index"], block["modules"][role]) for block in blocks if role in block["modules"]]
-    values = [one[key] for _, one in found for key in ("plain", "relative")]
+    values = [one[key] for _, one in found for key in ("relative_before", "relative")]
     highest = max(values, default=0.0)
     if not highest > 0:
         return ""
@@ -109,8 +109,8 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
 
     marks = []
     for index, one in found:
-        x, before, after = index * CELL + CELL // 2, place(one["plain"]), place(one["relative"])
-        title = f"<title>Block {index}: {one['plain']:.2g} before, {one['relative']:.2g} after</title>"
+        x, before, after = index * CELL + CELL // 2, place(one["relative_before"]), place(one["relative"])
+        title = f"<title>Block {index}: {one['relative_before']:.2g} before, {one['relative']:.2g} after</title>"
         marks.append(
             f'<g>{title}<path d="M{x} {before:.1f}V{after:.1f}" class="line"/><circle cx="{x}" cy="{before:.1f}" r="4" '
             f'class="ghost"/><circle cx="{x}" cy="{after:.1f}" r="4" class="{role}"/></g>'
@@ -135,7 +135,7 @@ def _svg(blocks: int, high: int, label: str, shapes: Sequence[str]) -> str:
 def _rows(block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for one in block["modules"].values():
         counts = (f"{one['kept']:,}", f"{one['units']:,}")
-        yield str(block["index"]), one["kind"], *counts, f"{one['plain']:.2g}", f"{one['relative']:.2g}"
+        yield str(block["index"]), one["kind"], *counts, f"{one['relative_before']:.2g}", f"{one['relative']:.2g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from secateur.base.processes import Processes
-from secateur.criteria.experts import Routed
+from secateur.criteria.experts import RoutedTokens
 
 LEAST = 1e-4
 """Least ridge by which a row is judged without it."""
 
 
 def left_by_refit(
-    routed: Routed,
+    routed: RoutedTokens,
     scale_n: Tensor,
     unit: Callable[[Tensor], Tensor],
     alive: Tensor,
@@ -38,7 +38,7 @@ def left_by_refit(
         ridge: of the refit.
     """
     mixture, processes = routed.mixture, routed.processes
-    routes, left = mixture.route(routed.x_nd, alive), routed.wanted_nd.clone()
+    routes, left = mixture.route(routed.x_nd, alive), routed.target_nd.clone()
     parts, shared = mixture.parts(alive), mixture.module.units
 
     def at(expert: int) -> tuple[Tensor, Tensor]:

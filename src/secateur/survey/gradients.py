@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
-from secateur.criteria.llm_pruner import scored_weights
-from secateur.criteria.registry import STATISTICAL, Criteria, UnitScores
+from secateur.criteria.llm_pruner import scored_matrices
+from secateur.criteria.registry import SCORED_KINDS, Criteria, UnitScores
 from secateur.model.arena import Activations
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
@@ -52,11 +52,11 @@ def gradient_scores(
     """
     found: dict[tuple[int, str], Tensor] = {}
     criteria = Criteria.of(criterion)
-    squares = criteria.need_squares
+    squares = criteria.needs_squared_gradients
     for block in gradients(stream, rows, blocks=blocks, squares=squares):
         for module in stream.blocks[block.index].modules:
             # No backward pass is made through experts.
-            if module.kind in STATISTICAL and (score := criteria.named(module.kind).from_gradients) is not None:
+            if module.kind in SCORED_KINDS and (score := criteria.of_kind(module.kind).from_gradients) is not None:
                 found[block.index, module.kind] = score(module, block.weights, block.gradient, block.square)
         # Else they would stay while the next block's gradients are taken.
         del block
@@ -101,7 +101,7 @@ def gradients(
                     continue
                 block = stream.blocks[index]
                 wanted = [
-                    name for module in block.modules if module.kind in STATISTICAL for name in scored_weights(module)
+                    name for module in block.modules if module.kind in SCORED_KINDS for name in scored_matrices(module)
                 ]
                 found = _through_block(
                     stream, index, layer, rows, inputs[index], hidden, wanted if index in blocks else (), squares

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.experts import TOKENS, Routed, expert_order
+from secateur.criteria.experts import MAX_TOKENS, RoutedTokens, expert_order
 from secateur.criteria.statistics import module_seed
 from secateur.model.axes import Axis
 from secateur.model.kinds import KINDS
@@ -55,7 +55,7 @@ class RoutedSample(Sample):
         """
         self.stream, self.index, self.module, self._order = stream, index, module, order
         self._norm, self._mixture = PostNorm(stream, index, layer, module), Mixture(stream, layer, module)
-        self._kinds, self._every = kinds, max(1, tokens // TOKENS)
+        self._kinds, self._every = kinds, max(1, tokens // MAX_TOKENS)
         self._come = 0
         # One of several processes may have no tokens.
         none = torch.empty(0, stream.width, device=stream.device)
@@ -89,7 +89,7 @@ class RoutedSample(Sample):
         self._count = processes.total(float(weight.sum(dtype=torch.float64)))
         energy = processes.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64)))
         self._energy = energy / self._count
-        self._routed = Routed(self._mixture, x, own, weight, self._unit, processes)
+        self._routed = RoutedTokens(self._mixture, x, own, weight, self._unit, processes)
         return True
 
     def _unit(self, y_md: Tensor, tokens: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class RoutedSample(Sample):
         return self._mixture.output(rows, cut.kept) if len(cut.kept) else torch.zeros_like(rows)
 
 
-def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]]:
+def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, Tensor]]:
     """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, and the order in each.
 
     They are measured at some counts, of all experts' losses together, and lie on a line between.
@@ -162,7 +162,7 @@ def channel_errors(routed: Routed) -> tuple[tuple[float, ...], dict[int, Tensor]
     orders = {expert: energy.argsort(stable=True) for expert, energy in energies.items()}
     counts = np.unique(np.linspace(0, inner, COUNTS + 1).round().astype(int)).tolist()
     # What has been lost so far, of every count.
-    lost = [torch.zeros_like(routed.wanted_nd) for _ in counts[1:]]
+    lost = [torch.zeros_like(routed.target_nd) for _ in counts[1:]]
     for expert, order in orders.items():
         tokens, rows = mixture.gated(expert, x, routes)
         total, weight = torch.zeros(len(tokens), x.shape[1], device=x.device), mixture.weight(expert)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.order import error_curve, survivors
+from secateur.criteria.order import error_curve, remaining_units
 from secateur.criteria.registry import Criteria
 from secateur.criteria.statistics import Statistics, module_seed
 from secateur.model.axes import Axis
@@ -42,8 +42,8 @@ class SummedSample(Sample):
             apart: some rows measure errors and others decide the order.
         """
         self.stream, self.index, self.module = stream, index, module
-        self._criterion = criteria.module(index, module.kind)
-        self.reads_source = module.kind == "channels" and self._criterion.inputs
+        self._criterion = criteria.of_module(index, module.kind)
+        self.reads_source = module.kind == "channels" and self._criterion.input_moments
         self._tensors: Mapping[str, Tensor] = layer.state_dict()
         self._norm = PostNorm(stream, index, layer, module)
         inner = module.units * module.size
@@ -81,9 +81,9 @@ class SummedSample(Sample):
             tensors=self._tensors,
             weight_ao=self._norm.scale(inner_weight(self.module, self._tensors)),
             moments=self._moments,
-            inputs=self._source,
+            input_moments=self._source,
             ridge=ridge,
-            own_target=True,
+            target_is_old_output=True,
             seed=module_seed(seed, self.index, self.module.role),
         )
         # Other rows may decide the order than those that measure errors.
@@ -116,7 +116,7 @@ class SummedSample(Sample):
         errors = (found.errors[::together] / count).tolist()
         cuts = []
         for gone in sorted(probed):
-            kept = inner_entries(module, survivors(module, axis.name, found.order[: gone * together]))
+            kept = inner_entries(module, remaining_units(module, axis.name, found.order[: gone * together]))
             weight = found.weights[gone * together]
             cuts.append(Cut(self.index, module, errors[gone] - errors[0], kept.to(weight.device), weight))
         return Curve(self.index, module.kind, axis.name, tuple(errors), self._energy, tuple(found.order.tolist())), cuts

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.fit.average import FittedBlock
+from secateur.fit.fitted_block import FittedBlock
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import slice_block
 

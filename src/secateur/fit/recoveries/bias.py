@@ -3,21 +3,21 @@
 from dataclasses import dataclass
 
 from secateur.fit.module import ModuleFit
-from secateur.fit.output import Fit, compensation, intercept
+from secateur.fit.output_projection import OutputFit, compensation, intercept
 from secateur.fit.recovery import Recovery, recovery
 
 
 @recovery("bias")
 @dataclass(frozen=True)
-class Compensation(Recovery):
+class BiasCompensation(Recovery):
     """Biases make up for the mean of removed units, in the pruned stream."""
 
     biases = "added"
-    said = "What is left is as it was, but for biases that make up for the mean of what is gone."
+    summary = "What is left is as it was, but for biases that make up for the mean of what is gone."
 
-    def fit(self, fit: ModuleFit) -> Fit:
+    def fit(self, fit: ModuleFit) -> OutputFit:
         """Return the old weights of the units that stay, with the new bias."""
-        found = fit.solved(fit.unchanged)
+        found = fit.solve(fit.keep_old_weights)
         if not fit.regression.fits_bias:
             return found
         moments, old = fit.sums.fitted, fit.regression.tensors.get(fit.module.bias_name)

@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 
 from secateur.fit.module import ModuleFit
-from secateur.fit.output import Fit
+from secateur.fit.output_projection import OutputFit
 from secateur.fit.recovery import Recovery, recovery
 
 
 @recovery("none")
 @dataclass(frozen=True)
-class Unchanged(Recovery):
+class NoRecovery(Recovery):
     """Weights are only cut."""
 
     biases = "kept"
-    said = "What is left is as it was."
+    summary = "What is left is as it was."
 
-    def fit(self, fit: ModuleFit) -> Fit:
+    def fit(self, fit: ModuleFit) -> OutputFit:
         """Return the old weights of the units that stay."""
-        return fit.solved(fit.unchanged)
+        return fit.solve(fit.keep_old_weights)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.fit.module import ModuleFit
-from secateur.fit.output import ROUNDING, Fit
+from secateur.fit.output_projection import ROUNDING, OutputFit
 from secateur.fit.recovery import Recovery, recovery
 
 
@@ -14,19 +14,19 @@ class Refit(Recovery):
     """Each module repairs errors of those before it, too."""
 
     input_steps: int = 2
-    usual: float = 1.0
+    cauchy_scale: float = 1.0
 
-    fits = kept_inputs_alone = by_effort = True
-    said = "What is left was fitted, without training, to give what the whole model gives."
+    fits = sums_kept_inputs = uses_effort = True
+    summary = "What is left was fitted, without training, to give what the whole model gives."
 
     @classmethod
     def of(cls, options: Any) -> "Refit":
         """Return the refit with the ridge and the effort of options."""
         return cls(options.ridge, options.input_steps)
 
-    def fit(self, fit: ModuleFit) -> Fit:
+    def fit(self, fit: ModuleFit) -> OutputFit:
         """Fit the output projection, then the input projections, then the output projection once more."""
-        first = found = fit.solved(fit.refitted)
+        first = found = fit.solve(fit.fit_kept_inputs)
         # As large as all that the steps behind it hold.
         fit.forget_statistics()
         # An error that is rounding alone asks for nothing.
@@ -36,5 +36,5 @@ class Refit(Recovery):
             and fit.keep
             and found.error > ROUNDING * fit.sums.fitted.energy()
         ):
-            found = fit.fit_inputs(found)
-        return found._replace(plain=first.plain)
+            found = fit.fit_input_projections(found)
+        return found._replace(old_error=first.old_error)

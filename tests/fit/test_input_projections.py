@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from models import ROWS, SIMILAR, token_rows
-from secateur.fit.average import FittedBlock
+from secateur.fit.fitted_block import FittedBlock
+from secateur.fit.input_projections import Part, Tangent, factors, outputs
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import recovery_of
-from secateur.fit.tangent import Part, Tangent, factors, outputs
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import activation_of
@@ -230,5 +230,5 @@ def test_what_needs_no_repair_stays(checkpoint_folder):
     """A module at full width behind dense blocks is as it was, bit for bit in level 1."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
-    (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(input_steps=4, usual=math.inf)))
+    (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(input_steps=4, cauchy_scale=math.inf)))
     assert not {slab.name for slab in stream.blocks[0].feed_forward.channel_projections} & set(found.changed)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conftest import CheckpointFolder
 from models import build, token_rows
-from secateur.fit.temper import SCALES, _minimum, temper
+from secateur.fit.final_norm import SCALES, _minimum, final_norm_scale
 from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
@@ -42,7 +42,7 @@ def test_no_other_scale_comes_nearer(checkpoint_folder: CheckpointFolder, name: 
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     dense, pruned = streams(stream.width, noise)
     none = torch.empty(0)
-    scale = temper(stream, ROWS, 1, Activations([none, dense]), Activations([none, pruned]))
+    scale = final_norm_scale(stream, ROWS, 1, Activations([none, dense]), Activations([none, pruned]))
     tried = [step / 200 for step in range(120, 211)]
     seen = divergences(name, stream, dense[:, 1::2], pruned[:, 1::2], tried)
     best = tried[seen.index(min(seen))]
@@ -54,7 +54,7 @@ def test_streams_that_agree_up_to_rounding_need_no_scale(checkpoint_folder: Chec
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     dense, _ = streams(stream.width, 0.0)
     none = torch.empty(0)
-    assert temper(stream, ROWS, 1, Activations([none, dense]), Activations([none, dense * 1.0001])) == 1
+    assert final_norm_scale(stream, ROWS, 1, Activations([none, dense]), Activations([none, dense * 1.0001])) == 1
 
 
 @pytest.mark.parametrize("least", [0.61, 0.7, 0.83, 1.0, 1.02])

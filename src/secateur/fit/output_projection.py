@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import Normal, least_squares
+from secateur.numerics.ridge import NormalEquations, least_squares
 
 ROUNDING = 1e-6
 """Errors below this share of a target's energy are none."""
 
 
-class Fit(NamedTuple):
+class OutputFit(NamedTuple):
     """What least squares found for a level-2 layer."""
 
     weight_ko: Tensor
@@ -21,14 +21,14 @@ class Fit(NamedTuple):
     bias: Tensor | None
     error: float
     """||XW - T||^2, the penalty left out."""
-    plain: float = math.nan
+    old_error: float = math.nan
     """The same with the old weights, where it was asked for."""
 
 
-def fit_output_projection(moments: Moments, normal: Normal, keep: Tensor) -> Fit:
+def fit_output_projection(moments: Moments, normal: NormalEquations, keep: Tensor) -> OutputFit:
     """Best level-2 weights of the kept inputs, and the intercept (o) if the moments are centred."""
     weight, error = least_squares(normal, keep)
-    return Fit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
+    return OutputFit(weight, intercept(moments, weight, keep) if moments.centre else None, error)
 
 
 def intercept(moments: Moments, weight_ao: Tensor, keep: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> F
             same[0],
             error=sum(report.error for report in same) / len(found),
             relative=sum(report.relative for report in same) / len(found),
-            plain=sum(report.plain for report in same) / len(found),
+            relative_before=sum(report.relative_before for report in same) / len(found),
             unfitted=tuple(expert for expert in same[0].unfitted if all(expert in one.unfitted for one in same)),
         )
         for same in zip(*(one.reports for one in found), strict=True)

@@ -29,7 +29,7 @@ from secateur.base.processes import Processes
 from secateur.model.structure import PrunableModule
 from secateur.numerics.ridge import factorise
 
-SAMPLED = 8192
+PRECONDITIONER_TOKENS = 8192
 """Tokens from which the preconditioner is estimated; it has to be roughly right only."""
 
 
@@ -77,7 +77,7 @@ class Tangent:
         Each process adds its own tokens.
         """
         self.weight_ko, self._processes = weight_ko, processes or Processes()
-        k, self.stride = len(weight_ko), max(1, tokens // SAMPLED)
+        k, self.stride = len(weight_ko), max(1, tokens // PRECONDITIONER_TOKENS)
         self.right = [weight_ko.new_zeros(k, width) for _ in range(matrices)]
         """J'r, a (k x d) matrix for each level-1 matrix."""
         self._factors = [weight_ko.new_zeros(k, k) for _ in range(matrices)]

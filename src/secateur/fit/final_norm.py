@@ -20,7 +20,7 @@ SCALES = tuple(0.05 * step for step in range(12, 22))
 """What is tried; the best is refined by a parabola through it and its neighbours."""
 
 
-def scaled(stream: BlockStream, scale: float) -> dict[str, Tensor]:
+def scaled_final_norm(stream: BlockStream, scale: float) -> dict[str, Tensor]:
     """The final norm's tensors with its output multiplied by a scale, in the stored dtype."""
     result = {}
     for name in stream.final_norm:
@@ -31,7 +31,7 @@ def scaled(stream: BlockStream, scale: float) -> dict[str, Tensor]:
     return result
 
 
-def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, pruned: Activations) -> float:
+def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activations, pruned: Activations) -> float:
     """The scale at which the pruned model's distribution is nearest to the dense model's.
 
     Args:
@@ -45,7 +45,7 @@ def temper(stream: BlockStream, rows: Rows, group: int, dense: Activations, prun
     """
     if not stream.final_norm:
         return 1.0
-    norms = [scaled(stream, scale) for scale in SCALES]
+    norms = [scaled_final_norm(stream, scale) for scale in SCALES]
     totals = [0.0] * len(SCALES)
     with stream.head() as head:
         for row in range(len(stream.own(rows).groups[group])):

@@ -17,10 +17,10 @@ from secateur.base.errors import SecateurError
 from secateur.criteria.registry import Criterion
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
+from secateur.fit.input_projections import Part, factors, outputs
 from secateur.fit.module import Fitted
-from secateur.fit.output import Fit
+from secateur.fit.output_projection import OutputFit
 from secateur.fit.regression import AddPart, Regression, Sums
-from secateur.fit.tangent import Part, factors, outputs
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.facts import activation_of
@@ -30,7 +30,7 @@ from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 
 
-class StreamedRegression(Regression):
+class BlockRegression(Regression):
     """One module of the dense block, in the pruned stream."""
 
     reports = True
@@ -53,7 +53,7 @@ class StreamedRegression(Regression):
 
     def criterion(self) -> Criterion:
         """Return the criterion of the module."""
-        return self.state.method.criteria.module(self.state.index, self.module.kind)
+        return self.state.method.criteria.of_module(self.state.index, self.module.kind)
 
     def collect(self, keep: tuple[int, ...] | None = None) -> Sums:
         """Run the pruned stream up to the output projection, keep its inputs, and sum over them.
@@ -69,7 +69,7 @@ class StreamedRegression(Regression):
         scored, source, watched = moments, None, [module.output_layer]
         if keep is None and rows.scores is not None:
             scored = Moments(len(entries), stream.width, centre=moments.centre, device=stream.device)
-        if keep is None and module.kind == "channels" and state.method.criteria.named(module.kind).inputs:
+        if keep is None and module.kind == "channels" and state.method.criteria.of_kind(module.kind).input_moments:
             source = Moments(stream.width, device=stream.device)
             watched.insert(0, module.input_layer)
         for at in rows.batches():
@@ -95,7 +95,9 @@ class StreamedRegression(Regression):
         return Sums(entries, moments, scored, source)
 
     @contextmanager
-    def linearised(self, sums: Sums, kept: Tensor, fit: Fit, add: AddPart) -> Iterator[Callable[[], Iterator[Part]]]:
+    def linearised(
+        self, sums: Sums, kept: Tensor, fit: OutputFit, add: AddPart
+    ) -> Iterator[Callable[[], Iterator[Part]]]:
         """Linearise the module on the tokens of the pruned stream; parts are stored until the context ends."""
         module, state, stream, width = self.module, self.state, self.stream, self.stream.width
         activation, dtype = activation_of(stream.checkpoint.config, state.layer), fast_dtype(stream.device)

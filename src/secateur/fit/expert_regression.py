@@ -17,19 +17,19 @@ from secateur.base.processes import Processes
 from secateur.criteria.registry import Criterion, all_criteria
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
+from secateur.fit.input_projections import Part
 from secateur.fit.module import Fitted
-from secateur.fit.output import Fit
-from secateur.fit.recoveries.none import Unchanged
+from secateur.fit.output_projection import OutputFit
+from secateur.fit.recoveries.none import NoRecovery
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery
 from secateur.fit.regression import AddPart, Regression, Sums
-from secateur.fit.tangent import Part
 from secateur.model.axes import FEED_FORWARD
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.post_norm import PostNorm
 from secateur.numerics.moments import Moments
 
-FEWEST, FEWEST_FOR_INPUTS = 8, 64
+MIN_TOKENS, MIN_TOKENS_FOR_INPUTS = 8, 64
 """Fewest tokens of an expert that is refitted, and of one whose input projections are."""
 
 
@@ -85,7 +85,7 @@ class Copies(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-class RoutedRegression(Regression):
+class ExpertRegression(Regression):
     """One expert of a mixture."""
 
     fits_bias = reports = False
@@ -114,10 +114,10 @@ class RoutedRegression(Regression):
         """Return the recovery of this expert by the number of its tokens."""
         number = self.tokens
         ridge = whole.ridge * (1 + self.module.units / max(number, 1))
-        if not whole.fits or number < FEWEST:
-            return Unchanged(ridge)
+        if not whole.fits or number < MIN_TOKENS:
+            return NoRecovery(ridge)
         # The input projections of a shared expert stay as they are.
-        inputs = not self.shared and number >= FEWEST_FOR_INPUTS
+        inputs = not self.shared and number >= MIN_TOKENS_FOR_INPUTS
         return Refit(ridge, whole.input_steps if inputs else 0)
 
     @property
@@ -132,10 +132,10 @@ class RoutedRegression(Regression):
 
     def criterion(self) -> Criterion:
         """Return the criterion of channels; of an expert with next to no tokens, one that reads weights alone."""
-        if self.tokens < FEWEST:
+        if self.tokens < MIN_TOKENS:
             return all_criteria()["l2"]
         # No backward pass is made through experts: where one is asked for, the default takes over.
-        named = self.state.method.criteria.named("channels")
+        named = self.state.method.criteria.of_kind("channels")
         return named if named.from_gradients is None else all_criteria()["surgeon"]
 
     def collect(self, keep: tuple[int, ...] | None = None) -> Sums:
@@ -157,7 +157,7 @@ class RoutedRegression(Regression):
             return Sums(entries, fitted, fitted)
         # Rows may choose that nothing is fitted to.
         scored = fitted if self.state.rows.scores is None else self._summed(tokens.score_n)
-        return Sums(entries, fitted, scored, self._source() if self.criterion().inputs else None)
+        return Sums(entries, fitted, scored, self._source() if self.criterion().input_moments else None)
 
     def _summed(self, weight_n: Tensor) -> Moments:
         """Return the moments of the rows with their target."""
@@ -175,7 +175,9 @@ class RoutedRegression(Regression):
         return moments
 
     @contextmanager
-    def linearised(self, sums: Sums, kept: Tensor, fit: Fit, add: AddPart) -> Iterator[Callable[[], Iterator[Part]]]:
+    def linearised(
+        self, sums: Sums, kept: Tensor, fit: OutputFit, add: AddPart
+    ) -> Iterator[Callable[[], Iterator[Part]]]:
         """Linearise the expert on its tokens: one part."""
         tokens, at, x = self._batch, self._at, self._batch.x_nd[self._at]
         root = tokens.weight_n[at].sqrt()[:, None]
