@@ -24,6 +24,10 @@ def bytes_of(allowed: str | None) -> int:
 
     Raises:
         SecateurError: it is none.
+
+    Example:
+        >>> bytes_of("1.5GiB")
+        1610612736
     """
     if allowed is None:
         return round(SHARE * free_bytes())

@@ -137,7 +137,15 @@ class Axis:
 
 
 class Width(Mapping[str, int]):
-    """Number of units that a block keeps along each of its axes; immutable and hashable."""
+    """Number of units that a block keeps along each of its axes; immutable and hashable.
+
+    Example:
+        >>> width = Width({"kv_groups": 3, "heads_per_group": 4, "channels": 1536})
+        >>> width.heads
+        12
+        >>> width | {"kv_groups": 2}
+        Width({'kv_groups': 2, 'heads_per_group': 4, 'channels': 1536})
+    """
 
     __slots__ = ("_numbers",)
 

@@ -43,6 +43,16 @@ def choose(costs: Sequence[Floats], sizes: Sequence[Floats], budget: float) -> C
 
     Returns:
         The selection, or None if even the smallest options exceed the budget.
+
+    Example:
+        Two modules have three widths each; narrow ones cost more and take less of the budget. Here the first module is
+        worth keeping whole:
+
+        >>> costs = [np.array([9.0, 2.0, 0.0]), np.array([5.0, 4.0, 0.0])]
+        >>> sizes = [np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0])]
+        >>> choice = choose(costs, sizes, budget=4.0)
+        >>> choice.options, float(choice.cost), float(choice.size)
+        ((2, 0), 5.0, 4.0)
     """
     if sum(np.min(size) for size in sizes) > budget:
         return None

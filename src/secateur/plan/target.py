@@ -106,6 +106,11 @@ def parse_target(text: str) -> Target:
 
     Raises:
         SecateurError: it does not parse, or makes no sense.
+
+    Example:
+        >>> target = parse_target("bytes=60MB")
+        >>> target.quantity, target.value, target.relative
+        ('bytes', 60000000.0, False)
     """
     name, equals, amount = (part.strip() for part in text.partition("="))
     quantity = next((quantity for quantity in QUANTITIES if quantity == name.lower()), None)

@@ -84,6 +84,11 @@ def calibration_rows(
     Raises:
         SecateurError: A source that cannot be read or is too short, a size out of range, or ids that the
             model does not have.
+
+    Example:
+        >>> rows = calibration_rows(None, "random", samples=4, length=16, seed=0, vocab_size=128)
+        >>> rows.shape, rows.dtype
+        (torch.Size([4, 16]), torch.int64)
     """
     check_calibration(source, samples=samples, length=length, max_positions=max_positions)
     own = beside_general(source)
