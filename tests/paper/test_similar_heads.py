@@ -238,7 +238,7 @@ def test_similar_heads_go_first_then_by_score(name: str, criterion: str) -> None
         stop = 1
         usual = removal_order(ready(criterion, module), plain, axis, stop).tolist()
         usual += [unit for unit in range(units) if unit not in usual]
-        first = replace(ready(criterion, module), first=frozenset(similar))
+        first = replace(ready(criterion, module), removed_first=frozenset(similar))
         found = removal_order(first, statistics(name, "heads")[0], axis, stop)
 
         def rank(unit: int, size: int = size, usual: list[int] = usual) -> tuple[int, int]:
