@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from floor import rates
-from secateur.base.memory import LIMITS, bytes_of
+from secateur.base.memory import LIMITS, parse_memory
 from secateur.commands.dry_run import Speeds, work_by_effort
 from secateur.commands.open import open_model
 from secateur.commands.steps import draw_rows
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    group = bounded(bytes_of(arguments.limit)) if arguments.limit else None
+    group = bounded(parse_memory(arguments.limit)) if arguments.limit else None
     teams = list(zip(arguments.processes, arguments.threads, strict=True))
     heads = ("shape", "blocks", "samples", "effort", "processes x threads", "limit", "wall s", "CPU s", "floor, s")
     heads += ("over floor", "full depth, h", "peak GB", "GB sent")

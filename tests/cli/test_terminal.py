@@ -19,7 +19,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 
 def test_a_long_loop_says_where_it_is(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "EVERY", 0.05)
+    monkeypatch.setattr(terminal, "LOG_INTERVAL", 0.05)
     for _ in Bars().track(range(4), "Prune"):
         time.sleep(0.12)
     lines = log.getvalue().splitlines()
@@ -43,7 +43,7 @@ def test_names_are_no_markup(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_loop_that_fails_says_no_more(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "EVERY", 0.02)
+    monkeypatch.setattr(terminal, "LOG_INTERVAL", 0.02)
 
     def broken() -> None:
         for _ in Bars().track(range(3), "Prune"):

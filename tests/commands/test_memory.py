@@ -30,7 +30,7 @@ def test_the_bound_moves_activations_to_files(
             super().__init__(folder, *given)
 
     monkeypatch.setattr(arena, "FileRows", Counted)
-    monkeypatch.setattr(memory, "resident_now", lambda: 10**8)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 10**8)
     prune(checkpoint_folder("llama"), tmp_path / "roomy", **ASKED)
     assert not made
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
@@ -47,16 +47,16 @@ def test_the_bound_moves_activations_to_files(
 @pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
 def test_no_amount(wrong: str) -> None:
     with pytest.raises(SecateurError, match=r"memory is .*: write for example 8GB, or 50% of what is free"):
-        amounts.bytes_of(wrong)
+        amounts.parse_memory(wrong)
 
 
 def test_amounts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amounts, "free_bytes", lambda: 1000)
-    assert [amounts.bytes_of(text) for text in ("8GB", "1 GiB", "25%", None)] == [8 * 10**9, 2**30, 250, 500]
+    monkeypatch.setattr(amounts, "available_bytes", lambda: 1000)
+    assert [amounts.parse_memory(text) for text in ("8GB", "1 GiB", "25%", None)] == [8 * 10**9, 2**30, 250, 500]
 
 
 def test_a_control_group_bounds_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = amounts.free_bytes()
+    machine = amounts.available_bytes()
     for version, file in ((tmp_path / "second", "memory.max"), (tmp_path / "first", "memory.limit_in_bytes")):
         group = version / "outer" / "inner"
         group.mkdir(parents=True)
@@ -65,18 +65,18 @@ def test_a_control_group_bounds_what_is_free(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(amounts, "LIMITS", {"mine": (version, file)})
         monkeypatch.setattr(amounts, "OWN_GROUPS", tmp_path / "groups")
         (tmp_path / "groups").write_text("7:others:/\n3:mine:/outer/inner\n")
-        assert amounts.free_bytes() == 12345678 < machine
+        assert amounts.available_bytes() == 12345678 < machine
 
 
 def test_a_machine_with_little_left(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of what is free is a default: where only all of it is enough, all of it may be taken."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    monkeypatch.setattr(memory, "resident_now", lambda: 1000)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 1000)
     least = 1000 + resident_bytes(stream)
     for module in (memory, amounts):
-        monkeypatch.setattr(module, "free_bytes", lambda: least + 10)
+        monkeypatch.setattr(module, "available_bytes", lambda: least + 10)
     assert memory.memory_limit(stream, None, input_steps=False, apart=False) == (least, 0)
     for module in (memory, amounts):
-        monkeypatch.setattr(module, "free_bytes", lambda: least - 1)
+        monkeypatch.setattr(module, "available_bytes", lambda: least - 1)
     with pytest.raises(SecateurError, match="GB of memory are free, but the largest block"):
         memory.memory_limit(stream, None, input_steps=False, apart=False)

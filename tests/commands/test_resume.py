@@ -22,7 +22,7 @@ import secateur.model.pass_checkpoint
 from conftest import CheckpointFolder
 from models import make_letters
 from secateur import SecateurError, cli, prune
-from secateur.base.files import read_hashed
+from secateur.base.json_files import read_hashed
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services

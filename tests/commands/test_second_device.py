@@ -19,7 +19,7 @@ from torch.utils import backend_registration
 
 from conftest import CheckpointFolder
 from models import token_rows
-from secateur.base.device import onto
+from secateur.base.device import to_device
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -112,7 +112,7 @@ def test_copies_to_a_gpu_go_on_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "to", to)
     there, here = torch.device("cuda", 0), torch.device("cpu")
     for device in (there, here):
-        onto(torch.ones(2), device)
+        to_device(torch.ones(2), device)
     assert asked == ["pinned", (there, {"non_blocking": True}), (here, {})]
 
 

@@ -14,7 +14,7 @@ import secateur
 from conftest import CheckpointFolder
 from models import token_rows
 from secateur import cli
-from secateur.base.options import declared
+from secateur.base.options import option_specs
 from secateur.commands import options, prune
 from secateur.commands.options import EFFORTS, Options, RunOptions
 from secateur.paper.options import PAPER
@@ -57,7 +57,7 @@ def test_steps_function_and_command_agree(
     written = [contents(tmp_path / name) for name in ("steps", "function", "command")]
     assert written[0] == written[1] == written[2]
     # What was asked for stands in the record by the names of the declaration.
-    assert json.loads(written[0]["secateur.json"])["options"].keys() == declared(Options).keys()
+    assert json.loads(written[0]["secateur.json"])["options"].keys() == option_specs(Options).keys()
 
 
 def test_prune_is_the_steps() -> None:
@@ -70,9 +70,9 @@ def test_prune_is_the_steps() -> None:
 
 
 def test_every_option_is_declared_once() -> None:
-    assert not declared(Options).keys() & declared(RunOptions).keys()
-    assert {one.name for one in inspect.signature(Options).parameters.values()} == declared(Options).keys()
-    for name, one in (declared(Options) | declared(RunOptions)).items():
+    assert not option_specs(Options).keys() & option_specs(RunOptions).keys()
+    assert {one.name for one in inspect.signature(Options).parameters.values()} == option_specs(Options).keys()
+    for name, one in (option_specs(Options) | option_specs(RunOptions)).items():
         assert one.help[0].isupper(), name
         assert one.help.endswith("."), name
         assert one.panel in (

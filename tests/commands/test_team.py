@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from conftest import CheckpointFolder
 from models import token_rows
 from secateur import SecateurError
-from secateur.base.launched import Launched, launched
-from secateur.base.memory import free_bytes
+from secateur.base.launcher import ProcessPlace, process_place
+from secateur.base.memory import available_bytes
 from secateur.base.processes import Processes
 from secateur.base.services import BATCH_TOKENS, Services
 from secateur.cli.app import app
@@ -200,9 +200,9 @@ def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
 
 def test_what_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch)
-    assert launched() == Launched(rank=1, size=2, here=2, local=1)
+    assert process_place() == ProcessPlace(rank=1, size=2, here=2, local=1)
     told(monkeypatch, WORLD_SIZE="1", MASTER_ADDR=None)
-    assert launched() == Launched()
+    assert process_place() == ProcessPlace()
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def test_a_launcher_that_tells_too_little(
 ) -> None:
     told(monkeypatch, **changes)
     with pytest.raises(SecateurError, match="unset WORLD_SIZE") as error:
-        launched()
+        process_place()
     assert said in str(error.value)
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = free_bytes()
+    alone = available_bytes()
     told(monkeypatch)
-    assert free_bytes() < 0.7 * alone
+    assert available_bytes() < 0.7 * alone
 
 
 @given(

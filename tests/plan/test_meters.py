@@ -23,7 +23,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.base.words import counted
+from secateur.base.words import format_count
 from secateur.formats.format import PrunedModel
 from secateur.formats.gguf_export import export
 from secateur.formats.gguf_meter import gguf_byte_meter
@@ -538,8 +538,8 @@ def test_meters_by_target(opened, monkeypatch):
 @given(st.integers(0, 10**12))
 def test_counts_in_words(value: int) -> None:
     """Below a million all digits, from there on two behind the point."""
-    number, million, rest = counted(value).replace(",", "").partition(" M")
+    number, million, rest = format_count(value).replace(",", "").partition(" M")
     assert rest == ""
     assert bool(million) == (value >= 10**6)
     assert abs(float(number) * (10**6 if million else 1) - value) <= (5001 if million else 0)
-    assert counted(134_515_008, 1) == "134.5 M"
+    assert format_count(134_515_008, 1) == "134.5 M"

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, is_disk_full
+from secateur.base.files import is_disk_full
+from secateur.base.output import Output
 from secateur.model.weights import list_tensors, read_tensor
 from secateur.write.shards import ShardWriter, header_bytes_for
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from secateur.base.errors import SecateurError
-from secateur.base.launched import launched
+from secateur.base.launcher import process_place
 
 
 def pick_device(name: str) -> torch.device:
     """The device by name; `auto` takes a GPU if there is one. Processes of one run take a GPU each, in their order."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and launched().size > 1 and torch.cuda.is_available():
-        name = f"cuda:{launched().local}"
+    if name == "cuda" and process_place().size > 1 and torch.cuda.is_available():
+        name = f"cuda:{process_place().local}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on the device; to a GPU it is copied while the program goes on, from memory that stays put."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -49,7 +49,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def rounded_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def reduced_precision_matmul(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Let products of float32 matrices multiply what bfloat16 (TF32 on CUDA) holds of them; sums stay float32.
 
     Nothing changes where `dtype`, what is wanted, is float32. For sums over many tokens, where roundings cancel; never

@@ -13,29 +13,29 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from secateur.base.errors import SecateurError
 
 
-class Declared(NamedTuple):
+class OptionSpec(NamedTuple):
     """An option as a person meets it; the name and the default are those of its field."""
 
     panel: str
     help: str
-    shown: str | None = None
+    default_text: str | None = None
     """The default in words."""
     choices: Collection[str] = ()
-    least: int | None = None
-    share: bool = False
+    minimum: int | None = None
+    percent: bool = False
     """A person may write it in per cent."""
-    file: bool = False
+    may_name_file: bool = False
     """The value may name a file."""
-    fit: bool = False
+    fit_only: bool = False
     """Only the fit depends on it: `plan` and `survey` do without."""
 
 
 def option(default: Any, panel: str, help: str, **how: Any) -> Any:
     """A field of a dataclass that is an option too; `how` as in `Declared`."""
-    return field(default=default, metadata={"option": Declared(panel, help, **how)})
+    return field(default=default, metadata={"option": OptionSpec(panel, help, **how)})
 
 
-def declared(owner: type) -> dict[str, Declared]:
+def option_specs(owner: type) -> dict[str, OptionSpec]:
     """All options of a dataclass, by name."""
     return {one.name: one.metadata["option"] for one in fields(owner) if "option" in one.metadata}
 
@@ -58,7 +58,7 @@ def check_types(owner: Any) -> None:
         SecateurError: another one.
     """
     hints = get_type_hints(type(owner))
-    for name in declared(type(owner)):
+    for name in option_specs(type(owner)):
         hint = hints[name]
         value, kinds = getattr(owner, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if value is None and NoneType in kinds:
@@ -74,7 +74,7 @@ def check_types(owner: Any) -> None:
             object.__setattr__(owner, name, int(value) if isinstance(value, Integral) else float(value))
 
 
-def given(options: Any, names: Iterable[str]) -> dict[str, str]:
+def changed_options(options: Any, names: Iterable[str]) -> dict[str, str]:
     """Those options of some that are not the default, as a command line has them."""
     values = {name: getattr(options, name) for name in names}
     return {
@@ -84,6 +84,6 @@ def given(options: Any, names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def spelled(name: str) -> str:
+def cli_name(name: str) -> str:
     """An option's name on the command line."""
     return name.replace("_", "-")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.launched import launched
+from secateur.base.launcher import process_place
 
 PIECE = 2**24
 """Entries that cross at a time: the transport takes as much memory again."""
@@ -33,11 +33,11 @@ class Processes:
     Attributes:
         rank: number of this process; rank 0 reads, writes and speaks.
         size: number of processes.
-        moved: bytes that this process has sent or received.
+        bytes_moved: bytes that this process has sent or received.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, here: int = 1):
-        self.rank, self.size, self.moved = rank, size, 0
+        self.rank, self.size, self.bytes_moved = rank, size, 0
         self._here = here
         self._loads = [0.0] * size
 
@@ -48,7 +48,7 @@ class Processes:
         Raises:
             SecateurError: the launcher's variables are wrong, or the other processes do not start.
         """
-        place = launched()
+        place = process_place()
         if place.size > 1 and not dist.is_initialized():
             try:
                 # Activations cross on the host, statistics where they were summed.
@@ -65,12 +65,12 @@ class Processes:
         return cls(*place[:3])
 
     @property
-    def leads(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is rank 0, which reads, writes and speaks for all."""
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether this process is the only one."""
         return self.size == 1
 
@@ -90,7 +90,7 @@ class Processes:
 
     def total(self, value: float) -> float:
         """Return the sum of a number over all processes."""
-        if self.alone:
+        if self.is_single:
             return value
         result = torch.tensor(value, dtype=torch.float64)
         self.all_reduce(result)
@@ -105,7 +105,7 @@ class Processes:
 
     def broadcast(self, make: Callable[[], Any], owner: int = 0) -> Any:
         """Return at all ranks the value that one rank makes; with several processes it crosses as JSON."""
-        if self.alone:
+        if self.is_single:
             return make()
         text = json.dumps(make()).encode() if self.rank == owner else b""
         length = torch.tensor(len(text))
@@ -120,7 +120,7 @@ class Processes:
         self, tensors: Mapping[str, Tensor] | None, owner: int, device: torch.device
     ) -> dict[str, Tensor]:
         """Return the owner rank's tensors at all ranks; other ranks pass None."""
-        if self.alone:
+        if self.is_single:
             return dict(tensors or {})
         given = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
         layout = self.broadcast(
@@ -146,7 +146,7 @@ class Processes:
     def send(self, piece: Tensor, source: int, to: int) -> Tensor:
         """Copy a tensor from one rank into that of another rank, in place; other ranks do nothing."""
         if source != to and self.rank in (source, to):
-            self.moved += piece.nbytes
+            self.bytes_moved += piece.nbytes
             with _talking():
                 if self.rank == source:
                     dist.send(piece, to)
@@ -170,10 +170,10 @@ class Processes:
     @contextmanager
     def first_rank_first(self) -> Iterator[None]:
         """Let rank 0 finish a step, for example a download, before the other ranks begin it."""
-        if not self.leads:
+        if not self.is_first:
             self.total(0.0)
         yield
-        if self.leads:
+        if self.is_first:
             self.total(0.0)
 
     def _spread(self, *tensors: Tensor, owner: int) -> None:
@@ -181,10 +181,10 @@ class Processes:
 
     def _over(self, tensors: Iterable[Tensor], carry: Callable[[Tensor], Any]) -> None:
         """Apply a collective operation to tensors in place, in contiguous parts, one at a time."""
-        for tensor in () if self.alone else tensors:
+        for tensor in () if self.is_single else tensors:
             for part in _parts(tensor):
                 piece = part.contiguous()
-                self.moved += piece.nbytes
+                self.bytes_moved += piece.nbytes
                 with _talking():
                     carry(piece)
                 if piece.data_ptr() != part.data_ptr():

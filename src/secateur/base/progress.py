@@ -22,7 +22,7 @@ class Watcher(Protocol):
         """Show that a step of unknown length is under way; nothing is left of it."""
 
 
-def reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[Any]:
+def busy_reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[Any]:
     """`busy` for what lies on disk; a download draws bars of its own, which a spinner would hide."""
     return watcher.busy(f"{what} {source}") if local_path(source).exists() else nullcontext()
 

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import read_hashed, write_hashed
+from secateur.base.json_files import read_hashed, write_hashed
 
-ASKED, ROWS, LOCK = "asked", "rows", "lock"
-GROWING = "model"
+REQUEST, ROWS, LOCK = "asked", "rows", "lock"
+PARTIAL_OUTPUT = "model"
 """The folder in which the output grows."""
 
 
@@ -33,7 +33,7 @@ class RunFolder:
             asked: all that decides the result, by the names that a person gives it.
             restart: forget what is there.
         """
-        self.path = state_of(out)
+        self.path = run_folder_path(out)
         self._asked, self._restart = json.loads(json.dumps(asked)), restart
         self._lock = -1
 
@@ -47,7 +47,7 @@ class RunFolder:
             self._take()
             if self._restart:
                 self._clear()
-            asked = self.path / f"{ASKED}.json"
+            asked = self.path / f"{REQUEST}.json"
             if asked.exists():
                 self._compare(read_hashed(asked))
             else:
@@ -60,7 +60,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if not (error and self.outlives(error)):
+        if not (error and self.is_kept_after(error)):
             shutil.rmtree(self.path, ignore_errors=True)
         self._give_back()
 
@@ -85,7 +85,7 @@ class RunFolder:
         shutil.rmtree(self.folder(name), ignore_errors=True)
         return read_hashed(file)
 
-    def has(self, name: str) -> bool:
+    def has_result(self, name: str) -> bool:
         """Whether a step's result is there."""
         return (self.path / f"{name}.json").exists()
 
@@ -93,13 +93,13 @@ class RunFolder:
         """Return the folder of a step's checkpoint."""
         return self.path / name
 
-    def holds_work(self) -> bool:
+    def has_results(self) -> bool:
         """Whether there is anything that took time."""
-        return any(file.suffix == ".json" and file.stem not in (ASKED, ROWS) for file in self.path.rglob("*"))
+        return any(file.suffix == ".json" and file.stem not in (REQUEST, ROWS) for file in self.path.rglob("*"))
 
-    def outlives(self, error: BaseException) -> bool:
+    def is_kept_after(self, error: BaseException) -> bool:
         """Whether the folder stays after an error: what we object to would come again, what was interrupted goes on."""
-        return self.holds_work() and (isinstance(error, StoppedError) or not isinstance(error, SecateurError))
+        return self.has_results() and (isinstance(error, StoppedError) or not isinstance(error, SecateurError))
 
     def _take(self) -> None:
         try:
@@ -142,7 +142,7 @@ class RunFolder:
                 )
 
 
-def state_of(out: Path) -> Path:
+def run_folder_path(out: Path) -> Path:
     """Where the state of the run that makes `out` lies."""
     return out.with_name(f".{out.name}.run")
 

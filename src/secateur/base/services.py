@@ -33,10 +33,10 @@ class Services:
     def join(cls, watcher: Watcher | None) -> Services:
         """Return services with all processes that a launcher has started, of which rank 0 reports progress."""
         processes = Processes.join()
-        return cls(processes, watcher=watcher if watcher and processes.leads else Silent())
+        return cls(processes, watcher=watcher if watcher and processes.is_first else Silent())
 
-    def saved(self, name: str, make: Callable[[], Any]) -> Any:
+    def saved_result(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a step's result as JSON holds it; all processes make it together unless the run folder has it."""
         folder = self.run_folder
-        made = None if self.processes.broadcast(lambda: folder is not None and folder.has(name)) else make()
+        made = None if self.processes.broadcast(lambda: folder is not None and folder.has_result(name)) else make()
         return self.processes.broadcast(lambda: made if folder is None else folder.result(name, lambda: made))

@@ -12,7 +12,7 @@ import typer
 from secateur import __version__
 from secateur.base.errors import SecateurError
 from secateur.base.files import is_disk_full
-from secateur.base.launched import launched
+from secateur.base.launcher import process_place
 from secateur.cli import terminal
 from secateur.cli.clean import clean
 from secateur.cli.compare import compare
@@ -25,7 +25,7 @@ from secateur.cli.prune import prune
 from secateur.cli.retrain import retrain
 from secateur.cli.sizes import sizes
 from secateur.cli.survey import survey
-from secateur.cli.terminal import INTERRUPTED, QUIET, interrupted
+from secateur.cli.terminal import EXIT_INTERRUPTED, IS_WORKER, exit_interrupted
 
 app = typer.Typer(
     name="secateur",
@@ -64,7 +64,7 @@ def top(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-    elif context.invoked_subcommand not in TOGETHER and (size := launched().size) > 1:
+    elif context.invoked_subcommand not in TOGETHER and (size := process_place().size) > 1:
         raise SecateurError(
             f"{context.invoked_subcommand} runs in one process, and WORLD_SIZE is {size}; only "
             f"{' and '.join(TOGETHER)} share their work"
@@ -101,9 +101,9 @@ def main() -> None:
         advice = "make room and run again" if is_disk_full(error) else "check the path and its permissions"
         _fail(f"{error.filename}: {error.strerror}; {advice}")
     except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    if code == INTERRUPTED:
-        interrupted("nothing is left half-written")
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        exit_interrupted("nothing is left half-written")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -118,6 +118,6 @@ def _printing(error: OSError) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-    place = f"process {os.environ['RANK']}: " if QUIET else ""
+    place = f"process {os.environ['RANK']}: " if IS_WORKER else ""
     print(f"error: {place}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.generate import generated
-from secateur.cli.terminal import show
+from secateur.cli.generate import expand_options
+from secateur.cli.terminal import print_result
 
 
-@generated
+@expand_options
 def clean(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="What the run was to make; it stays.", show_default=False)],
 ) -> None:
@@ -21,4 +21,4 @@ def clean(
 
     removed = run(out)
     lines = [f"Removed {path}" for path in removed] or [f"Nothing is left of a run beside {out}"]
-    show({"removed": removed}, None, lines)
+    print_result({"removed": removed}, None, lines)

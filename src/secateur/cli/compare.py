@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars, interrupted, show
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import Bars, exit_interrupted, print_result
 from secateur.cli.values import parse_list, parse_whole_numbers
 from secateur.commands.options import RunOptions
 from secateur.paper.recipes import recipe_names
@@ -16,7 +16,7 @@ from secateur.paper.recipes import recipe_names
 _in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
 
 
-@generated
+@expand_options
 def compare(
     what: Annotated[
         list[str],
@@ -108,12 +108,12 @@ def compare(
     try:
         if recipe.kind != "grid":
             made = compare_dense(recipe, models, out, **how)
-            show({"out": out, "files": made}, None, [f"{made} are in {out}"])
+            print_result({"out": out, "files": made}, None, [f"{made} are in {out}"])
             return
         found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
     except KeyboardInterrupt:
-        interrupted(f"finished runs are in {out}; the same command goes on from there")
+        exit_interrupted(f"finished runs are in {out}; the same command goes on from there")
     plot_comparison(found, out)
-    show(found, *compare_table(found, out), bars)
+    print_result(found, *compare_table(found, out), bars)
     if found.failed:
         raise SecateurError(f"{len(found.failed)} of {found.planned} runs failed; the first, {found.failed[0]}")

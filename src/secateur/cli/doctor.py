@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars, show
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import Bars, print_result
 from secateur.commands.options import RunOptions
 
 
-@generated
+@expand_options
 def doctor(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="A folder or .gguf file that secateur wrote.", show_default=False)
@@ -35,4 +35,4 @@ def doctor(
     marks = {True: "yes", False: "no", None: ""}
     for engine in found:
         table.add_row(engine.name, engine.version or "", marks[engine.runs], engine.message)
-    show(found, table, [f"{engine.name}: {engine.command}" for engine in found if engine.runs is not False])
+    print_result(found, table, [f"{engine.name}: {engine.command}" for engine in found if engine.runs is not False])

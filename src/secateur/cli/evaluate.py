@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars, show
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import Bars, print_result
 from secateur.cli.values import Model, parse_list
 from secateur.commands.options import COMPUTING, OUTPUT, RunOptions
 
 _measured = partial(typer.Option, rich_help_panel="What to measure")
 
 
-@generated
+@expand_options
 def evaluate(
     model: Model,
     run_options: Annotated[RunOptions, Only(("device", "memory", "revision", "trust_remote_code", "overwrite"))],
@@ -122,4 +122,4 @@ def evaluate(
         here, base = result.models
         texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
         add_measured(Path(model), measured_rows(result), texts)
-    show(result, *eval_table(result))
+    print_result(result, *eval_table(result))

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars, show
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import Bars, print_result
 from secateur.cli.values import PrunedFolder
 from secateur.commands.options import Options, RunOptions
 
 
-@generated
+@expand_options
 def export(
     folder: PrunedFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write.", show_default=False)],
@@ -30,4 +30,4 @@ def export(
 
     done = run(folder, out, type=type_, overwrite=run_options.overwrite, watcher=bars)
     line = f"{done.bytes / 1e6:,.2f} MB of weights, computed by {done.architecture}. Written to {done.path}"
-    show(done, None, [line])
+    print_result(done, None, [line])

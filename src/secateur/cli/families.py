@@ -2,11 +2,11 @@
 
 from rich.table import Table
 
-from secateur.cli.generate import generated
-from secateur.cli.terminal import Bars, show
+from secateur.cli.generate import expand_options
+from secateur.cli.terminal import Bars, print_result
 
 
-@generated
+@expand_options
 def families() -> None:
     """Print which model families can be pruned, and what of them.
 
@@ -21,4 +21,6 @@ def families() -> None:
     found = rows()
     for row in found:
         table.add_row(*row)
-    show(found, table, [f"{len(found)} families. --format hf holds whatever goes, in each block its own width."])
+    print_result(
+        found, table, [f"{len(found)} families. --format hf holds whatever goes, in each block its own width."]
+    )

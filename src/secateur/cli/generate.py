@@ -12,8 +12,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from secateur.base.options import Declared, declared, spelled
-from secateur.cli.terminal import MESSAGES, Speech, speak
+from secateur.base.options import OptionSpec, cli_name, option_specs
+from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
 from secateur.cli.values import parse_share
 
 _ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing", MESSAGES)
@@ -40,7 +40,7 @@ class Without(Only):
         return name not in self.names
 
 
-def generated(function: Callable[..., None]) -> Callable[..., None]:
+def expand_options(function: Callable[..., None]) -> Callable[..., None]:
     """The function as typer takes it, its dataclasses spelled out; options stand in the order of their panels."""
     plain: list[inspect.Parameter] = []
     options: list[tuple[str, inspect.Parameter]] = []
@@ -51,25 +51,25 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
             plain.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
         pick = next((note for note in notes if isinstance(note, Only)), Without(()))
-        found = {name: one for name, one in declared(owner).items() if pick.picks(name)}
+        found = {name: one for name, one in option_specs(owner).items() if pick.picks(name)}
         owners[parameter.name] = owner, list(found), pick.check
         hints = get_type_hints(owner)
         options += [(one.panel, _parameter(name, one, owner, hints[name])) for name, one in found.items()]
-    spoken = declared(Speech)
-    hints = get_type_hints(Speech)
-    options += [(one.panel, _parameter(name, one, Speech, hints[name])) for name, one in spoken.items()]
+    spoken = option_specs(OutputOptions)
+    hints = get_type_hints(OutputOptions)
+    options += [(one.panel, _parameter(name, one, OutputOptions, hints[name])) for name, one in spoken.items()]
     # Panels that plug-ins name stand last.
     options.sort(key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else len(_ORDER))
     parameters = [*plain, *(parameter for _, parameter in options)]
 
     def command(**values: Any) -> None:
         made: dict[str, Any] = {}
-        speech = Speech(**{name: values.pop(name) for name in spoken})
+        speech = OutputOptions(**{name: values.pop(name) for name in spoken})
         for name, (owner, names, check) in owners.items():
             given = {field: _read(owner, field, values.pop(field)) for field in names}
             check(given)
             made[name] = owner(**given)
-        speak(speech, any(getattr(one, "overwrite", False) for one in made.values()))
+        set_output_options(speech, any(getattr(one, "overwrite", False) for one in made.values()))
         function(**values, **made)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -81,14 +81,14 @@ def generated(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _parameter(name: str, one: Declared, owner: type, hint: Any) -> inspect.Parameter:
+def _parameter(name: str, one: OptionSpec, owner: type, hint: Any) -> inspect.Parameter:
     """One option as a parameter of the command's function."""
     default = getattr(owner, name)
-    shown: Any = one.shown if one.shown is not None else True
+    shown: Any = one.default_text if one.default_text is not None else True
     if get_origin(hint) is tuple:
         hint, default = str, ",".join(default)
-    how: dict[str, Any] = {"parser": _share_of(f"--{spelled(name)}"), "metavar": "<float>"} if one.share else {}
-    what = typer.Option(f"--{spelled(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown, **how)
+    how: dict[str, Any] = {"parser": _share_of(f"--{cli_name(name)}"), "metavar": "<float>"} if one.percent else {}
+    what = typer.Option(f"--{cli_name(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown, **how)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
 
 

@@ -5,18 +5,18 @@ from typing import Annotated
 
 import typer
 
-from secateur.base.files import Output
-from secateur.base.options import declared
-from secateur.cli.generate import Without, generated
-from secateur.cli.terminal import Bars, show
-from secateur.cli.values import Model, check_survey
+from secateur.base.options import option_specs
+from secateur.base.output import Output
+from secateur.cli.generate import Without, expand_options
+from secateur.cli.terminal import Bars, print_result
+from secateur.cli.values import Model, check_survey_path
 from secateur.commands.options import OUTPUT, Options, RunOptions
 
-FITTED = tuple(name for name, one in declared(Options).items() if one.fit)
+FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_only)
 """Options of which nothing shows before blocks are fitted."""
 
 
-@generated
+@expand_options
 def plan(
     model: Model,
     options: Annotated[Options, Without(FITTED)],
@@ -34,13 +34,13 @@ def plan(
 
     Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
     """
-    check_survey(run_options.survey, out)
+    check_survey_path(run_options.survey, out)
     if out is not None:
-        Output(out, file="", overwrite=run_options.overwrite).check()
+        Output(out, suffix="", overwrite=run_options.overwrite).check()
     bars = Bars()
     with bars.loading():
         from secateur.commands.plan import propose
         from secateur.report.tables import plan_table
 
     found = propose(model, options, run_options, out=out, watcher=bars)
-    show(found, *plan_table(found, out))
+    print_result(found, *plan_table(found, out))

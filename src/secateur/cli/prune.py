@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.generate import generated
-from secateur.cli.terminal import Bars, show
-from secateur.cli.values import Model, check_survey
+from secateur.cli.generate import expand_options
+from secateur.cli.terminal import Bars, print_result
+from secateur.cli.values import Model, check_survey_path
 from secateur.commands.options import Options, RunOptions
 
 
-@generated
+@expand_options
 def prune(
     model: Model,
     out: Annotated[
@@ -27,7 +27,7 @@ def prune(
 
     Example: secateur prune ./SmolLM2-135M ./SmolLM2-pruned --sparsity 0.25 --calibration text.txt
     """
-    check_survey(run_options.survey, out)
+    check_survey_path(run_options.survey, out)
     bars = Bars()
     with bars.loading():
         from secateur.commands.prune import prune as run
@@ -35,4 +35,4 @@ def prune(
         from secateur.report.tables import prune_table
 
     done = run(model, out, options, run_options, watcher=bars)
-    show({"out": out, **plain(done)}, *prune_table(done, out), bars)
+    print_result({"out": out, **plain(done)}, *prune_table(done, out), bars)

@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars, show
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import Bars, print_result
 from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
 
 
-@generated
+@expand_options
 def retrain(
     folder: PrunedFolder,
     out: OutFolder,
@@ -35,4 +35,4 @@ def retrain(
     )
     before, after = done.perplexity
     line = f"Perplexity on rows not trained on: {before:.3f} before, {after:.3f} after. Written to {done.path}"
-    show(done, None, [line])
+    print_result(done, None, [line])

@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.generate import Only, Without, generated
-from secateur.cli.terminal import Bars, show
-from secateur.cli.values import Model, check_survey, parse_shares
+from secateur.cli.generate import Only, Without, expand_options
+from secateur.cli.terminal import Bars, print_result
+from secateur.cli.values import Model, check_survey_path, parse_shares
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
 
 TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
 
 
-@generated
+@expand_options
 def sizes(
     model: Model,
     options: Annotated[Options, Only(TAKEN)],
@@ -43,7 +43,7 @@ def sizes(
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
     shares = parse_shares(sparsities)
-    check_survey(run_options.survey)
+    check_survey_path(run_options.survey)
     if tokens < 0:
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if options.widths not in WIDTHS:
@@ -57,4 +57,4 @@ def sizes(
         from secateur.report.tables import sizes_table
 
     found = run(model, out, each, run_options, texts=perplexity or [], tokens=tokens or None, watcher=bars)
-    show(found, *sizes_table(found, out), bars)
+    print_result(found, *sizes_table(found, out), bars)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.cli.generate import Only, generated
-from secateur.cli.terminal import Bars, show
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import Bars, print_result
 from secateur.cli.values import Model
 from secateur.commands.options import OUTPUT, SURVEYED, Options, RunOptions
 from secateur.criteria.choice import parse_choice
@@ -21,7 +21,7 @@ def _by_score(values: dict[str, Any]) -> None:
         )
 
 
-@generated
+@expand_options
 def survey(
     model: Model,
     options: Annotated[Options, Only(SURVEYED, _by_score)],
@@ -42,4 +42,4 @@ def survey(
         from secateur.report.tables import survey_table
 
     found = survey_page(model, out, options, run_options, watcher=bars)
-    show(found, *survey_table(found, out), bars)
+    print_result(found, *survey_table(found, out), bars)

@@ -22,24 +22,25 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, is_disk_full, write_whole
+from secateur.base.files import is_disk_full, write_atomically
 from secateur.base.options import option
+from secateur.base.output import Output
 from secateur.report.plain import plain
 
 T = TypeVar("T")
 
-EVERY = 30.0
+LOG_INTERVAL = 30.0
 """Seconds between two lines about one step, where there are no bars."""
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 """The exit code of shells for Ctrl-C."""
 
 MESSAGES = "Messages"
 """The panel of options that every command has."""
 
-QUIET = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+IS_WORKER = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 """Of several processes, the first speaks; the others only say what is wrong."""
 
-log = Console(stderr=True, highlight=False, markup=False, quiet=QUIET)
+log = Console(stderr=True, highlight=False, markup=False, quiet=IS_WORKER)
 
 
 class _Forgiving:
@@ -95,11 +96,14 @@ def settle_streams() -> None:
 
 
 @dataclass(frozen=True)
-class Speech:
+class OutputOptions:
     """How a command talks."""
 
     json: Path | None = option(
-        None, MESSAGES, "File for the results as JSON; - for standard output, in place of the table.", shown="none"
+        None,
+        MESSAGES,
+        "File for the results as JSON; - for standard output, in place of the table.",
+        default_text="none",
     )
     quiet: bool = option(False, MESSAGES, "Say nothing on the way: no progress, no notes.")
     verbose: bool = option(
@@ -112,17 +116,17 @@ class Speech:
         return str(self.json) == "-"
 
 
-speech = Speech()
+speech = OutputOptions()
 """Of the command that runs in this process."""
 
 
-def speak(how: Speech, overwrite: bool) -> None:
+def set_output_options(how: OutputOptions, overwrite: bool) -> None:
     """Set how the command talks; a file that JSON could not be written to is refused before the work."""
     global speech
-    speech, log.quiet = how, QUIET or how.quiet
+    speech, log.quiet = how, IS_WORKER or how.quiet
     logging.getLogger("secateur").setLevel(logging.DEBUG if how.verbose else logging.NOTSET)
     if how.json is not None and not how.printed:
-        Output(how.json, file="", overwrite=overwrite).check()
+        Output(how.json, suffix="", overwrite=overwrite).check()
 
 
 class Bars:
@@ -183,7 +187,7 @@ def _leave(*_: object) -> NoReturn:
     """End at once: nothing has been written yet."""
     log.show_cursor()
     log.print("interrupted: nothing is left half-written")
-    os._exit(INTERRUPTED)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _told(items: Iterable[T], what: str, before: int) -> Iterator[T]:
@@ -197,7 +201,7 @@ def _told(items: Iterable[T], what: str, before: int) -> Iterator[T]:
         log.print(f"{what} {before + done}{of}, {_clock(elapsed)}{left}", soft_wrap=True)
 
     def ticks() -> None:
-        while not over.wait(EVERY):
+        while not over.wait(LOG_INTERVAL):
             say()
 
     Thread(target=ticks, daemon=True).start()
@@ -216,19 +220,19 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def show(figures: Any, table: Table | None, lines: list[str], bars: Bars | None = None) -> None:
+def print_result(figures: Any, table: Table | None, lines: list[str], bars: Bars | None = None) -> None:
     """Print a result on standard output, and where the time went; files are written by then.
 
     Where JSON is asked for, that is made of `figures`.
     """
-    console = Console(highlight=False, markup=False, quiet=QUIET)
+    console = Console(highlight=False, markup=False, quiet=IS_WORKER)
     times = bars.times() if bars else ""
-    if (file := None if QUIET else speech.json) is not None:
+    if (file := None if IS_WORKER else speech.json) is not None:
         found = json.dumps(plain(figures), indent=2)
         if speech.printed:
             table, lines, times = None, [found], ""
         else:
-            write_whole(file, f"{found}\n")
+            write_atomically(file, f"{found}\n")
     try:
         if table is not None:
             console.print(table)
@@ -246,7 +250,7 @@ def output_is_full(more: str = "") -> SecateurError:
     return SecateurError(f"standard output: the device is full{more}")
 
 
-def interrupted(state: str) -> NoReturn:
+def exit_interrupted(state: str) -> NoReturn:
     """Stop after Ctrl-C, with one line about what is left on disk."""
     log.print(f"interrupted: {state}")
-    sys.exit(INTERRUPTED)
+    sys.exit(EXIT_INTERRUPTED)

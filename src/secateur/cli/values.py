@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output
+from secateur.base.output import Output
 
 Model = Annotated[
     str,
@@ -64,11 +64,11 @@ def parse_shares(text: str) -> list[float]:
     return sorted(shares)
 
 
-def check_survey(survey: Path | None, out: Path | None = None) -> None:
+def check_survey_path(survey: Path | None, out: Path | None = None) -> None:
     """See that a survey can be written where there is none to read, and that no other output takes its place."""
     if survey is None:
         return
     if out is not None and out.absolute() in (survey.absolute(), *survey.absolute().parents):
         raise SecateurError(f"{survey}: the survey needs a place of its own beside {out}; name another one")
     if not survey.exists():
-        Output(survey, file="").check()
+        Output(survey, suffix="").check()

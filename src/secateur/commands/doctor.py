@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import local_path, parse_json
+from secateur.base.files import local_path
+from secateur.base.json_files import parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
 from secateur.formats.folder import Folder, format_of_folder, open_folder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.memory import resident_now
+from secateur.base.memory import rss_bytes
 from secateur.commands.costs import Work, fit_work, forward_flops, gradient_work, rewriting_work, survey_work
 from secateur.commands.open import OpenRun
 from secateur.commands.options import EFFORTS
@@ -71,7 +71,7 @@ def estimate(run: OpenRun) -> Summary:
     with run.watcher.busy("Measuring this machine"):
         measured = measure_speeds(run, rows.text)
     works = work_by_effort(run, rows, decided)
-    most = run.memory - resident_now()
+    most = run.memory - rss_bytes()
     expected = {
         name: (SLACK * measured.seconds(work), min(work.resident + work.streams, most)) for name, work in works.items()
     }

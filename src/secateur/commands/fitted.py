@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterator
 
-from secateur.base.files import digest
+from secateur.base.hashes import hash_json
 from secateur.commands.open import OpenRun
 from secateur.fit.final_norm import final_norm_scale, scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
@@ -67,7 +67,7 @@ class FittedBlocks(Iterator[FittedBlock]):
 
 def plan_key(decided: Plan) -> str:
     """What tells a plan from others."""
-    return digest(repr((decided.widths, decided.units)))
+    return hash_json(repr((decided.widths, decided.units)))
 
 
 def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> float:

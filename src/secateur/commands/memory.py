@@ -1,7 +1,7 @@
 """How much memory a run may take: what a person allows, what it needs at the least, and the rest for activations."""
 
 from secateur.base.errors import SecateurError
-from secateur.base.memory import bytes_of, free_bytes, resident_now
+from secateur.base.memory import available_bytes, parse_memory, rss_bytes
 from secateur.commands.costs import resident_bytes
 from secateur.model.stream import BlockStream
 
@@ -17,11 +17,11 @@ def memory_limit(stream: BlockStream, allowed: str | None, *, input_steps: bool,
     Raises:
         SecateurError: it is no amount, or less than the least.
     """
-    most = bytes_of(allowed)
-    least = resident_now() + resident_bytes(stream, input_steps=input_steps, apart=apart)
+    most = parse_memory(allowed)
+    least = rss_bytes() + resident_bytes(stream, input_steps=input_steps, apart=apart)
     if allowed is None:
         # What is there decides nothing before it is too little.
-        most = max(most, min(least, free_bytes()))
+        most = max(most, min(least, available_bytes()))
     if most < least:
         said = f"memory is {most / 1e9:,.2f} GB" if allowed else f"{most / 1e9:,.2f} GB of memory are free"
         raise SecateurError(

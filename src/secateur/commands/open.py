@@ -11,8 +11,8 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import leftovers, local_path
 from secateur.base.processes import Processes
-from secateur.base.progress import Watcher, reading
-from secateur.base.run_folder import GROWING, state_of
+from secateur.base.progress import Watcher, busy_reading
+from secateur.base.run_folder import PARTIAL_OUTPUT, run_folder_path
 from secateur.base.services import Services
 from secateur.commands.memory import memory_limit
 from secateur.commands.options import Options, RunOptions, with_settings
@@ -139,7 +139,7 @@ def open_model(
     services, started = services or Services(), time.perf_counter()
     processes, watcher = services.processes, services.watcher
     goal = options.size_target
-    if isinstance(goal, Target) and goal.quantity in FASTER and not processes.alone:
+    if isinstance(goal, Target) and goal.quantity in FASTER and not processes.is_single:
         raise SecateurError(
             f"target {goal} is measured by one process alone; let secateur plan write the widths to a file, and name "
             "it by --plan"
@@ -147,20 +147,20 @@ def open_model(
     if run_options.family is not None:
         read_family(run_options.family)
     where = pick_device(run_options.device)
-    for source in dict.fromkeys(options.sources) if processes.leads else ():
+    for source in dict.fromkeys(options.sources) if processes.is_first else ():
         check_calibration(source, samples=options.samples, length=options.length)
     if options.type != Options.type:
         format_class(options.output_format.name).check_type(options.type)
-    if out is not None and processes.leads:
+    if out is not None and processes.is_first:
         # Once more with the sizes below; here before anything is downloaded or dequantised.
         folder = Path(model) if Path(model).is_dir() else None
         options.output_format.output(out, source=folder, overwrite=run_options.overwrite).check()
         for left in leftovers(out):
             watcher.note(f"{left}: left by a run that was killed; delete it, unless another run is writing it now")
-    if run_options.push_to_hub is not None and processes.leads:
+    if run_options.push_to_hub is not None and processes.is_first:
         check_upload(run_options.push_to_hub)
     wanted = getattr(torch, options.dtype) if options.dtype else None
-    with reading(watcher, "Opening", str(model)), processes.first_rank_first():
+    with busy_reading(watcher, "Opening", str(model)), processes.first_rank_first():
         checkpoint = open_checkpoint(
             model,
             revision=run_options.revision,
@@ -172,8 +172,8 @@ def open_model(
     # Random ids need no tokenizer, and most outputs do without.
     spared = not checkpoint.has_tokenizer and set(options.sources) == {RANDOM} and not options.output_format.tokenizer
     tokenizer = None if spared else checkpoint.tokenizer()
-    if out is not None and processes.leads:
-        growing = state_of(local_path(out).resolve()) / GROWING
+    if out is not None and processes.is_first:
+        growing = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
         format_of(stream, options, dtype).check_output(out, overwrite=run_options.overwrite, growing=growing)
     request = check_request(stream, options, dtype)
     if run_options.family is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.base.errors import SecateurError
-from secateur.base.options import Declared, check_types, declared, option, spelled
+from secateur.base.options import OptionSpec, check_types, cli_name, option, option_specs
 from secateur.base.plugins import plugins, recovery_modules
 from secateur.base.words import DTYPES
 from secateur.criteria.choice import Choice, parse_choice
@@ -54,7 +54,11 @@ class Options:
     """
 
     sparsity: float | None = option(
-        None, TARGET, "Share of the parameters to remove, between 0 and 1, or as 25%.", shown="0.25", share=True
+        None,
+        TARGET,
+        "Share of the parameters to remove, between 0 and 1, or as 25%.",
+        default_text="0.25",
+        percent=True,
     )
     target: str | None = option(
         None,
@@ -62,15 +66,15 @@ class Options:
         "The most that the result may take, in place of a share: params=100M, params=80%, bytes=60MB (of its tensors), "
         "active=80% (parameters that a token meets), kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), "
         "ppl=1.2x (of prune alone: the smallest model within that loss).",
-        shown="none",
+        default_text="none",
     )
     plan: str | None = option(
         None,
         TARGET,
         "File with each block's width, as secateur plan writes it, or with the exact heads and channels to keep, as in "
         "the secateur.json of an earlier run; in place of a share.",
-        shown="none",
-        file=True,
+        default_text="none",
+        may_name_file=True,
     )
     widths: str = option(
         "adaptive",
@@ -79,10 +83,10 @@ class Options:
         "least; uniform: all blocks have one width, which the stock class holds; or a JSON file (ML-MM) with the share "
         'that goes for ranges of blocks, like {"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}; {"0:32": 0.25} is '
         "UL-UM, one ratio everywhere.",
-        file=True,
+        may_name_file=True,
     )
     blocks: str | None = option(
-        None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", shown="all"
+        None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", default_text="all"
     )
     modules: tuple[str, ...] = option(KINDS, TARGET, "Units that may go: heads, channels (of experts, too), experts.")
     round: int | None = option(
@@ -90,8 +94,8 @@ class Options:
         TARGET,
         "Multiple to which feed-forward widths that are cut are rounded. Kernels are slow at others than 16, and GGUF "
         "stores blocks of 32; some GPUs like 64 or 128.",
-        shown="32 from 1,024 channels on, else 1",
-        least=1,
+        default_text="32 from 1,024 channels on, else 1",
+        minimum=1,
     )
     criterion: str = option(
         "surgeon",
@@ -107,7 +111,7 @@ class Options:
         "repairs the errors of earlier blocks; bias (FLAP's): no weight changes, but what the removed units gave on "
         "average is added; none: weights are only cut.",
         choices=(*NAMES, *recovery_modules()),
-        fit=True,
+        fit_only=True,
     )
     effort: str = option(
         "normal",
@@ -116,7 +120,7 @@ class Options:
         "to as much that the model makes of it, with the up and gate layers fitted along; best: two fits like normal, "
         "averaged.",
         choices=tuple(EFFORTS),
-        fit=True,
+        fit_only=True,
     )
     ridge: float = option(
         0.3, METHOD, "Pull of the refit toward the old weights; less follows the calibration text more closely."
@@ -128,16 +132,16 @@ class Options:
         "half of it own text; or own text alone: a .txt file, a .jsonl file with the key text or messages, - for "
         "standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column); or without any data: self, "
         "what the model itself writes, whole in memory, or random token ids.",
-        file=True,
+        may_name_file=True,
     )
-    samples: int = option(128, CALIBRATION, "Rows drawn from the text at random.", least=1)
-    length: int = option(128, CALIBRATION, "Tokens in each row.", least=2)
+    samples: int = option(128, CALIBRATION, "Rows drawn from the text at random.", minimum=1)
+    length: int = option(128, CALIBRATION, "Tokens in each row.", minimum=2)
     seed: int = option(0, CALIBRATION, "Seed of the rows, and of the criterion random.")
     format: str | None = option(
         None,
         OUTPUT,
         f"Format of OUT. {'; '.join(f'{one.name}: {one.help}' for one in FORMATS.values())}.",
-        shown=f"{default_format(False).name}; {default_format(True).name} with --widths uniform",
+        default_text=f"{default_format(False).name}; {default_format(True).name} with --widths uniform",
         choices=tuple(FORMATS),
     )
     type: str = option(
@@ -151,12 +155,12 @@ class Options:
         None,
         OUTPUT,
         "Dtype of the weights in a folder: float32, bfloat16 or float16.",
-        shown="as in MODEL; bfloat16 from .gguf",
+        default_text="as in MODEL; bfloat16 from .gguf",
         choices=DTYPES,
     )
 
     def __post_init__(self) -> None:
-        for name in declared(Options):
+        for name in option_specs(Options):
             # A file may be given as a path.
             if isinstance(value := getattr(self, name), Path):
                 object.__setattr__(self, name, str(value))
@@ -164,12 +168,12 @@ class Options:
         share = self.sparsity
         if share is not None and not (math.isfinite(share) and 0 < share < 1):
             raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
-        for name, one in declared(Options).items():
+        for name, one in option_specs(Options).items():
             value = getattr(self, name)
             if value is not None and one.choices and value not in one.choices:
                 raise SecateurError(f"{name} is '{value}'; it must be one of {', '.join(one.choices)}")
-            if value is not None and one.least is not None and value < one.least:
-                raise SecateurError(f"{spelled(name)} is {value}; it must be at least {one.least}")
+            if value is not None and one.minimum is not None and value < one.minimum:
+                raise SecateurError(f"{cli_name(name)} is {value}; it must be at least {one.minimum}")
         self._check_target()
         if self.type != Options.type and not self.output_format.types:
             typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
@@ -324,7 +328,7 @@ def _with_plugins(core: type) -> type:
     how: dict[str, Any] = {"__doc__": core.__doc__, "__module__": core.__module__, "__annotations__": {}}
     for one in fields(core):
         if more := " ".join(plugin.helps[one.name] for plugin in plugins() if one.name in plugin.helps):
-            said: Declared = one.metadata["option"]
+            said: OptionSpec = one.metadata["option"]
             how["__annotations__"][one.name] = one.type
             how[one.name] = field(default=one.default, metadata={"option": said._replace(help=f"{said.help} {more}")})
     owners = tuple(plugin.options for plugin in plugins())
@@ -350,13 +354,13 @@ class RunOptions:
         None,
         OUTPUT,
         "File that keeps the survey: read if it is there, written otherwise. One survey serves every size.",
-        shown="none",
+        default_text="none",
     )
     dry_run: bool = option(False, OUTPUT, "Print sizes, memory and time to expect; OUT is not written.")
     overwrite: bool = option(False, OUTPUT, "Replace what is there already under the name of an output.")
     restart: bool = option(False, OUTPUT, "Begin anew where an earlier run to OUT was stopped; without it, it goes on.")
     push_to_hub: str | None = option(
-        None, OUTPUT, "Send OUT to this repository of the hub, owner/name; a new one is private.", shown="none"
+        None, OUTPUT, "Send OUT to this repository of the hub, owner/name; a new one is private.", default_text="none"
     )
     device: str = option(
         "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
@@ -365,16 +369,16 @@ class RunOptions:
         None,
         COMPUTING,
         "Most that the process may take, 8GB or 50% of what is free; activations beyond it lie in files.",
-        shown="half of what is free",
+        default_text="half of what is free",
     )
     revision: str | None = option(
-        None, COMPUTING, "Branch, tag or commit of MODEL, where that is a hub id.", shown="the main branch"
+        None, COMPUTING, "Branch, tag or commit of MODEL, where that is a hub id.", default_text="the main branch"
     )
     family: Path | None = option(
         None,
         COMPUTING,
         "YAML file that describes MODEL's family, where secateur families does not print it; see docs/extend.md.",
-        shown="none",
+        default_text="none",
     )
     trust_remote_code: bool = option(
         False, COMPUTING, "Let code that comes with the checkpoint run, where transformers does not know the model."
@@ -393,10 +397,10 @@ def with_settings(
     Raises:
         TypeError: a name that neither of them has, or one beside the object that holds it.
     """
-    if unknown := sorted(set(settings) - set(declared(Options)) - set(declared(RunOptions))):
-        known = ", ".join([*declared(Options), *declared(RunOptions)])
+    if unknown := sorted(set(settings) - set(option_specs(Options)) - set(option_specs(RunOptions))):
+        known = ", ".join([*option_specs(Options), *option_specs(RunOptions)])
         raise TypeError(f"no option {unknown[0]!r}; there are {known}")
-    own = {name: value for name, value in settings.items() if name in declared(Options)}
+    own = {name: value for name, value in settings.items() if name in option_specs(Options)}
     others = {name: value for name, value in settings.items() if name not in own}
     for given, beside in ((options, own), (run_options, others)):
         if given is not None and beside:

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import write_whole
+from secateur.base.files import write_atomically
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
@@ -48,7 +48,7 @@ def propose(
 
     proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), planned)
     if out is not None:
-        write_whole(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
+        write_atomically(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
     return proposal
 
 

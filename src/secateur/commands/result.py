@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import secateur
-from secateur.base.files import hash_of
-from secateur.base.options import declared, given, spelled
+from secateur.base.hashes import hash_rows
+from secateur.base.options import changed_options, cli_name, option_specs
 from secateur.commands.open import OpenRun
 from secateur.commands.options import Options
 from secateur.fit.expert_regression import MIN_TOKENS
@@ -82,7 +82,7 @@ def record(
         "options": asdict(run.options),
         "calibration": {
             "groups": [list(group.shape) for group in groups.groups],
-            "rows": [hash_of(group) for group in groups.groups],
+            "rows": [hash_rows(group) for group in groups.groups],
             "weights": list(groups.weights),
             "scores": list(groups.scores or groups.weights),
             "versions": list(groups.versions),
@@ -112,9 +112,12 @@ def record(
 def command(source: str, options: Options) -> str:
     """The command that makes the model once more; of files it has the names alone, as others read it too."""
     words = ["secateur", "prune", Path(source).name if Path(source).exists() else source, "OUT"]
-    known = declared(Options)
-    for name, value in given(options, known).items():
-        words += [f"--{spelled(name)}", Path(value).name if known[name].file and Path(value).exists() else value]
+    known = option_specs(Options)
+    for name, value in changed_options(options, known).items():
+        words += [
+            f"--{cli_name(name)}",
+            Path(value).name if known[name].may_name_file and Path(value).exists() else value,
+        ]
     return shlex.join(words)
 
 

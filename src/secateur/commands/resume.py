@@ -11,7 +11,8 @@ import transformers
 
 import secateur
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import digest, hash_of, local_path
+from secateur.base.files import local_path
+from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun
@@ -36,18 +37,18 @@ def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
             were given different things.
     """
     asked = result_inputs(run) | asked
-    if not run.processes.leads:
+    if not run.processes.is_first:
         run.processes.check_equal(asked)
         yield run
         return
     with RunFolder(local_path(out).resolve(), asked, restart=run.run_options.restart) as state:
-        if state.holds_work():
+        if state.has_results():
             run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
         run.processes.check_equal(asked)
         try:
             yield replace(run, stream=run.stream.using(run_folder=state))
         except BaseException as error:
-            if state.outlives(error):
+            if state.is_kept_after(error):
                 run.watcher.note(f"What is done is in {state.path}: the same command goes on from there")
             raise
 
@@ -62,7 +63,7 @@ def retry_in_smaller_batches(services: Services, command: Callable[[Services], R
         try:
             return command(services)
         except torch.OutOfMemoryError as error:
-            if not services.processes.alone:
+            if not services.processes.is_single:
                 # The other processes have got no further than this one, and wait.
                 raise StoppedError(
                     f"the device of process {services.processes.rank} is out of memory; take devices with more"
@@ -87,10 +88,10 @@ def result_inputs(run: OpenRun) -> dict[str, Any]:
         "model": run.stream.checkpoint.fingerprint,
         **asked,
         **{
-            f"contents of {path}": digest(Path(path).read_text(encoding="utf-8", errors="replace"))
+            f"contents of {path}": hash_json(Path(path).read_text(encoding="utf-8", errors="replace"))
             for path in files.values()
         },
-        **({} if family is None else {"family": digest(family.read_text(encoding="utf-8"))}),
+        **({} if family is None else {"family": hash_json(family.read_text(encoding="utf-8"))}),
         "dtype": str(run.dtype).removeprefix("torch."),
         "version of secateur": secateur.__version__,
         "version of torch": torch.__version__,
@@ -104,8 +105,8 @@ def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
     Raises:
         SecateurError: the text has changed.
     """
-    found = [hash_of(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.random) if part is not None]
-    before = run.services.saved(ROWS, lambda: found)
+    found = [hash_rows(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.random) if part is not None]
+    before = run.services.saved_result(ROWS, lambda: found)
     if before != found:
         raise SecateurError(
             f"{run.options.calibration}: other rows than the run that was stopped drew from it; restore the text, or "

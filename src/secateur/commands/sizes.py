@@ -7,8 +7,10 @@ from pathlib import Path
 
 import secateur
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, hash_of, write_whole
-from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.files import write_atomically
+from secateur.base.hashes import hash_rows
+from secateur.base.output import Output
+from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, RunOptions
@@ -86,7 +88,7 @@ def _sizes(
         # All that can be wrong with the rows is found before they are rewritten.
         plain = draw_rows(last, fitted=False)
         for text in texts:
-            with reading(last.watcher, "Reading", text):
+            with busy_reading(last.watcher, "Reading", text):
                 scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
         for run, folder in zip(runs, folders, strict=True):
             if folder in there and not _made(run, plain, folder):
@@ -187,13 +189,13 @@ def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
             "fingerprint": run.stream.checkpoint.fingerprint,
             "options": json.loads(json.dumps(asdict(run.options))),
         }
-        return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_of(rows.fitted)
+        return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_rows(rows.fitted)
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
 def _keep(results: list[Size], out: Path) -> None:
-    write_whole(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
+    write_atomically(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
 
 
 def _score(folder: str, texts: list[str], tokens: int | None, run: OpenRun) -> dict[str, float]:

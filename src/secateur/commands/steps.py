@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.base.run_folder import GROWING
-from secateur.base.words import counted, some
+from secateur.base.run_folder import PARTIAL_OUTPUT
+from secateur.base.words import first_few, format_count
 from secateur.commands.fitted import FittedBlocks, perplexity_ratio, plan_key
 from secateur.commands.open import OpenRun
 from secateur.commands.request import check_plan
@@ -82,7 +82,7 @@ def rewrite_rows(run: OpenRun, rows: CalibrationRows) -> CalibrationRows:
         checkpoint = PassCheckpoint(run.services, "copies")
         return rewritten(run.stream, rows.fitted, copies=copies, seed=seed, checkpoint=checkpoint).tolist()
 
-    return replace(rows, copies=torch.tensor(run.services.saved("copies", made)))
+    return replace(rows, copies=torch.tensor(run.services.saved_result("copies", made)))
 
 
 def _describe(run: OpenRun, rows: CalibrationRows) -> None:
@@ -90,14 +90,14 @@ def _describe(run: OpenRun, rows: CalibrationRows) -> None:
     checkpoint, options = run.stream.checkpoint, run.options
     run.watcher.note(
         f"Opened {checkpoint.source}: {checkpoint.config.model_type}, {len(run.stream)} blocks, "
-        f"{counted(parameter_meter(run.stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
+        f"{format_count(parameter_meter(run.stream).dense, 1)} parameters, {_name(checkpoint.dtype)}"
     )
     if checkpoint.quantised:
         run.watcher.note(f"Its weights are quantised; they are read, and written, as {_name(checkpoint.dtype)}")
     if checkpoint.left_out:
         run.watcher.note(
-            f"Left out, as the model has no place for them: {some(checkpoint.left_out)}; such are heads that predict "
-            "tokens beyond the next one, and blocks behind the last that config.json counts"
+            f"Left out tensors that the model has no place for: {first_few(checkpoint.left_out)} (for example heads "
+            "that predict later tokens, or blocks beyond the number in config.json)"
         )
     own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
     run.watcher.note(
@@ -139,8 +139,8 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
         )
         return asdict(result)
 
-    made = replace(Survey.of(run.services.saved("survey", made_anew)), asked=wanted)
-    if file is not None and run.processes.leads:
+    made = replace(Survey.of(run.services.saved_result("survey", made_anew)), asked=wanted)
+    if file is not None and run.processes.is_first:
         save_survey(made, file)
     return replace(found, survey=made)
 
@@ -162,7 +162,7 @@ def fit_blocks(run: OpenRun, rows: CalibrationRows, decided: Plan) -> FittedBloc
     """Choose and refit the units of the plan's blocks, in order, as they are asked for."""
     name = f"fit-{plan_key(decided)}"
     state = run.services.run_folder
-    if state is not None and not (state.path / GROWING).exists():
+    if state is not None and not (state.path / PARTIAL_OUTPUT).exists():
         # Its blocks are gone: what was written had just been put in place.
         shutil.rmtree(state.folder(name), ignore_errors=True)
     return FittedBlocks(run, rows, decided, PassCheckpoint(run.services, name))
@@ -185,7 +185,11 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
 
     def timings() -> dict[str, float]:
         found = summarize(run, rows, decided)
-        crossed = {} if run.processes.alone else {"processes": run.processes.size, "moved_bytes": run.processes.moved}
+        crossed = (
+            {}
+            if run.processes.is_single
+            else {"processes": run.processes.size, "moved_bytes": run.processes.bytes_moved}
+        )
         return {"seconds": found.seconds, "peak_bytes": found.peak_bytes} | crossed
 
     @cache
@@ -193,7 +197,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
         return record(run, rows, decided, done, blocks.norm_scale)
 
     records = {"secateur.json": said, "timings.json": timings} | described(text_of(stream.checkpoint.path / CARD), said)
-    if not run.processes.leads:
+    if not run.processes.is_first:
         # Its share of the work is all that is wanted.
         for _ in blocks:
             pass
@@ -244,7 +248,7 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
 
         def loss(one: Plan) -> float:
             one = checked(one)
-            return float(run.services.saved(f"trial-{plan_key(one)}", lambda: perplexity_ratio(run, rows, one)))
+            return float(run.services.saved_result(f"trial-{plan_key(one)}", lambda: perplexity_ratio(run, rows, one)))
 
         return checked(smallest_within(problem, options.widths, found.survey, problem.goal.value, loss))
     return checked(plan(problem, options.widths, found.survey))
@@ -267,5 +271,6 @@ def _described(run: OpenRun, decided: Plan) -> str:
 def _kept(kind: AxisKind, kept: list[Width], dense: list[Width]) -> str:
     """Say how many units along an axis a plan keeps, and between which numbers in a block."""
     counts = [kind.count(width) for width in kept if kind.name in width]
-    full, some = sum(map(kind.count, dense)), f"{min(counts):,} to {max(counts):,}"
-    return f"{sum(counts):,} of {full:,} {kind.total} ({some if min(counts) < max(counts) else counts[0]} in a block)"
+    full = sum(map(kind.count, dense))
+    each = f"{min(counts):,} to {max(counts):,}" if min(counts) < max(counts) else counts[0]
+    return f"{sum(counts):,} of {full:,} {kind.total} ({each} in a block)"

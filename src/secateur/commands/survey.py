@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output
-from secateur.base.options import given, spelled
+from secateur.base.options import changed_options, cli_name
+from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
@@ -51,10 +51,13 @@ def survey_page(
     """
     run_options = run_options or RunOptions()
     folder = Output(
-        out, overwrite=run_options.overwrite, source=Path(model) if Path(model).is_dir() else None, files=(FILE, PAGE)
+        out,
+        overwrite=run_options.overwrite,
+        source=Path(model) if Path(model).is_dir() else None,
+        file_names=(FILE, PAGE),
     )
     services = Services.join(watcher)
-    if services.processes.leads:
+    if services.processes.is_first:
         folder.check()
 
     def surveyed(services: Services) -> Surveyed:
@@ -84,7 +87,7 @@ def _surveyed(
         "parameters": int(counted.dense),
         "line": line,
     }
-    if run.processes.leads:
+    if run.processes.is_first:
         page = render(page_data(found, run.stream.blocks, plans, facts=facts, distances=distances))
         with folder as partial:
             save_survey(found, partial / FILE)
@@ -120,8 +123,8 @@ def _plans(problem: PlanProblem, found: Survey, shares: Iterable[float]) -> dict
 def _line(model: str | Path, options: Options, share: float, file: Path, run_options: RunOptions) -> str:
     """The command that prunes from a survey: what the survey depends on must be said again."""
     words = ["secateur", "prune", str(model), "OUT", "--sparsity", f"{share:g}", "--survey", str(file)]
-    for name, value in given(options, SURVEYED).items():
-        words += [f"--{spelled(name)}", value]
+    for name, value in changed_options(options, SURVEYED).items():
+        words += [f"--{cli_name(name)}", value]
     words += [] if run_options.revision is None else ["--revision", run_options.revision]
     words += ["--trust-remote-code"] * run_options.trust_remote_code
     return shlex.join(words)

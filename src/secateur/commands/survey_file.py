@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import hash_of
+from secateur.base.hashes import hash_rows
 from secateur.commands.open import OpenRun
 from secateur.model.axes import Axis
 from secateur.model.structure import PrunableModule
@@ -33,14 +33,14 @@ def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
         **run.options.survey_key,
     }
     if text is not None:
-        key["calibration"] = hash_of(text)
+        key["calibration"] = hash_rows(text)
     return key
 
 
 def check_survey_file(run: OpenRun, text: Tensor | None = None) -> None:
     """See that a survey that is there belongs to the run, and to the rows once they are known."""
     file = run.run_options.survey
-    if run.processes.leads and file is not None and file.exists() and run.request.needs_survey:
+    if run.processes.is_first and file is not None and file.exists() and run.request.needs_survey:
         read_survey(run, file, survey_key(run, text))
 
 

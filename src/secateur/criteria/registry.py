@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from secateur.base.entries import entries
+from secateur.base.discovery import import_modules
 from secateur.criteria.choice import parse_choice
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
@@ -66,7 +66,7 @@ def criterion(
 @cache
 def all_criteria() -> Mapping[str, Criterion]:
     """Every criterion by its name, out of the files of this folder."""
-    entries("secateur.criteria")
+    import_modules("secateur.criteria")
     return _CRITERIA
 
 

@@ -5,7 +5,7 @@ A file declares `FAMILIES`, entries by model_type, and may declare `TWINS`, deco
 
 from typing import Any
 
-from secateur.base.entries import entries
+from secateur.base.discovery import import_modules
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family, Gguf, Twin
 
@@ -24,7 +24,7 @@ FAMILIES: dict[str, Family] = {}
 """Entries by model_type."""
 TWINS: dict[str, Twin] = {}
 """Decoders inside multimodal models by model_type."""
-for lineage in entries("secateur.families", besides=("entry", "registry")):
+for lineage in import_modules("secateur.families", skip=("entry", "registry")):
     FAMILIES |= lineage.FAMILIES
     TWINS |= getattr(lineage, "TWINS", {})
 

@@ -119,7 +119,9 @@ class Tangent:
             ]
 
         def curved(change: list[Tensor]) -> list[Tensor]:
-            total = [v * (rows * processes.leads) * columns for v, (rows, columns) in zip(change, pulls, strict=True)]
+            total = [
+                v * (rows * processes.is_first) * columns for v, (rows, columns) in zip(change, pulls, strict=True)
+            ]
             for part in parts():
                 for sums, one in zip(total, self._pulled(part, self._pushed(part, change)), strict=True):
                     sums += one
@@ -132,7 +134,7 @@ class Tangent:
         least = slope * torch.finfo(self.weight_ko.dtype).eps ** 2
         for number in range(iterations):
             # What is left to gain may be rounding. One process decides, so that none waits for another in vain.
-            if not processes.total(processes.leads and slope > least):
+            if not processes.total(processes.is_first and slope > least):
                 break
             bent = curved(way)
             length = slope / _dot(way, bent)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from secateur.base.files import Output
+from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.format import Format, PrunedModel
 from secateur.formats.hf import HfFolder
@@ -60,7 +60,7 @@ class Converted(Format):
         state = pruned.state
         folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if state is None else state / "folder"
         output = self.declaration.output(out, overwrite=pruned.overwrite)
-        output.at = None if state is None else state / out.name
+        output.resume_path = None if state is None else state / out.name
         try:
             if not folder.exists():
                 self.folder.write(folder, replace(pruned, overwrite=False))

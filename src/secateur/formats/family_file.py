@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import read_yaml
+from secateur.base.yaml_files import read_yaml
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
 

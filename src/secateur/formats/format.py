@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output
+from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
-from secateur.base.run_folder import GROWING
+from secateur.base.run_folder import PARTIAL_OUTPUT
 from secateur.formats.registry import CLASSES, FORMATS, Declaration
 from secateur.model.axes import Width
 from secateur.model.pass_checkpoint import PassCheckpoint
@@ -60,7 +60,7 @@ class PrunedModel:
     @property
     def growing(self) -> Path | None:
         """Where the output grows in the folder of the run's state."""
-        return None if self.state is None else self.state / GROWING
+        return None if self.state is None else self.state / PARTIAL_OUTPUT
 
 
 class Format(ABC):
@@ -165,7 +165,7 @@ class Format(ABC):
         """Return the output of the weights at the widths of a plan, dense ones by default."""
         meter = self.byte_meter()
         output = self.declaration.output(out, source=self.stream.checkpoint.path, overwrite=overwrite)
-        output.expected_bytes, output.at = round(meter.total(plan.widths if plan else {})), at
+        output.expected_bytes, output.resume_path = round(meter.total(plan.widths if plan else {})), at
         return output
 
     def check_tokenizer(self, tokenizer: Any) -> None:  # noqa: B027 (most outputs hold any)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from secateur.base.files import Output
+from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
 from secateur.formats.format import Loading
@@ -82,5 +82,5 @@ class GgufFormat(Converted):
 
     def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
         """Export the folder, as `secateur export` does."""
-        how: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.at}
+        how: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.resume_path}
         return export(folder, output.path, type=self.type, **how).bytes

@@ -8,7 +8,9 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, local_path, parse_json
+from secateur.base.files import local_path
+from secateur.base.json_files import parse_json
+from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
 from secateur.formats.gguf_choice import choose
@@ -66,7 +68,7 @@ def export(
     watcher = watcher or Silent()
     folder, path = local_path(folder), local_path(out).resolve()
     check_type(type)
-    Output(path, file=".gguf", overwrite=overwrite).check()
+    Output(path, suffix=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
@@ -93,7 +95,7 @@ def export(
     short = sum(entry.type == GGMLQuantizationType.F16 for entry in tensors)
     if type.startswith("q") and short:
         watcher.note(f"{short} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")
-    with Output(path, file=".gguf", overwrite=overwrite, expected_bytes=total, at=at) as partial:
+    with Output(path, suffix=".gguf", overwrite=overwrite, expected_bytes=total, resume_path=at) as partial:
         write_gguf(partial, model, architecture, tensors, words, type=type, name=path.stem, watcher=watcher)
         if (why := check_tensors(partial, tensors)) is not None:
             raise SecateurError(f"{out}: removed, as it is not what was to be written ({why}); report it as a fault")

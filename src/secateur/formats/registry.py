@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output
+from secateur.base.output import Output
 
 T = TypeVar("T", bound=type)
 FOLDER = Path(__file__).parent
@@ -42,7 +42,7 @@ class Declaration:
             SecateurError: the name is that of another format's file.
         """
         if self.suffix is not None:
-            return Output(out, file=self.suffix, overwrite=overwrite)
+            return Output(out, suffix=self.suffix, overwrite=overwrite)
         if other := next((one for one in FORMATS.values() if one.suffix and out.name.endswith(one.suffix)), None):
             raise SecateurError(f"{out}: a folder is to be written; add --format {other.name}, or name a folder")
         return Output(out, overwrite=overwrite, source=source)

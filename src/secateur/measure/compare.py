@@ -13,8 +13,8 @@ import torch
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
-from secateur.base.memory import bytes_of, resident_now
-from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.memory import parse_memory, rss_bytes
+from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.quiet import quiet
 from secateur.base.words import DTYPES
 from secateur.formats.per_layer import model_class
@@ -170,7 +170,7 @@ def evaluate(
     if dtype not in DTYPES:
         raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
     where = pick_device(device)
-    bytes_of(memory)
+    parse_memory(memory)
     check_prompts(prompts)
     for text in texts:
         if text == RANDOM:
@@ -178,7 +178,7 @@ def evaluate(
         check_calibration(text, length=length)
     checkpoints = []
     for name in (model,) if against is None else (model, against):
-        with reading(watcher, "Opening", name):
+        with busy_reading(watcher, "Opening", name):
             checkpoints.append(
                 open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
             )
@@ -188,7 +188,7 @@ def evaluate(
     rows: list[dict[str, torch.Tensor]] = [{} for _ in checkpoints]
     for checkpoint, tokenizer, found in zip(checkpoints, tokenizers, rows, strict=True):
         for text in texts:
-            with reading(watcher, "Reading", text):
+            with busy_reading(watcher, "Reading", text):
                 found[text] = scored_rows(checkpoint, tokenizer, text, length, tokens)
     if any(not torch.equal(rows[0][text], rows[-1][text]) for text in texts):
         watcher.note("The two models cut text into different tokens: perplexities, which are per token, do not compare")
@@ -239,7 +239,7 @@ def load(
         SecateurError: weights are missing or of another shape; transformers would draw them at random.
     """
     size = sum(info.entries for info in checkpoint.weights.values()) * dtype.itemsize
-    apart = not whole and device.type == "cpu" and size > bytes_of(memory) - resident_now()
+    apart = not whole and device.type == "cpu" and size > parse_memory(memory) - rss_bytes()
     if apart and checkpoint.quantised:
         raise SecateurError(
             f"{checkpoint.source}: quantised weights are put in memory whole, {size / 1e9:,.2f} GB, for which there is "

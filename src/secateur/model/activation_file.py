@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.base.files import damaged
+from secateur.base.json_files import damaged_state
 from secateur.base.processes import Processes
 from secateur.model.arena import PIECE, Activations, FileRows, memory_of
 from secateur.model.weights import read_into
@@ -54,7 +54,7 @@ def read_activations(file: Path | None, streams: Sequence[Activations], processe
     except (OSError, EOFError):
         whole = False
     if file is not None and not whole:
-        raise damaged(file)
+        raise damaged_state(file)
 
 
 def _pieces(streams: Sequence[Activations], processes: Processes) -> Iterator[tuple[Tensor | FileRows, int, slice]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from secateur.base.entries import entries
+from secateur.base.discovery import import_modules
 
 LEVELS = 256
 """Most numbers that an axis offers: finer steps gain nothing and make odd sizes."""
@@ -57,7 +57,7 @@ def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: 
 @cache
 def load_units() -> None:
     """Import every file of `secateur.model.units`, each of which makes its axes known."""
-    entries("secateur.model.units")
+    import_modules("secateur.model.units")
 
 
 @cache

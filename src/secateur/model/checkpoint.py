@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.quiet import first_line, quiet
-from secateur.base.words import some
+from secateur.base.words import first_few
 from secateur.families.registry import FAMILIES, twin_of
 from secateur.model.config_file import (
     OTHER_SENSES,
@@ -268,9 +268,13 @@ class Checkpoint(Stored):
         """Return how the stored tensors differ from those of a model, as a clause; None where all of both fit."""
         missing, wrong, unused = self._compared(model)
         if missing:
-            return f"tensors missing from the weights: {some(missing)}"
+            return f"tensors missing from the weights: {first_few(missing)}"
         return (
-            _first_of(wrong) if wrong else f"tensors without a place in the model: {some(unused)}" if unused else None
+            _first_of(wrong)
+            if wrong
+            else f"tensors without a place in the model: {first_few(unused)}"
+            if unused
+            else None
         )
 
     def _compared(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
@@ -303,7 +307,7 @@ class Checkpoint(Stored):
     def lacking(self, names: list[str]) -> SecateurError:
         """What is said where weights of the model are not stored."""
         return SecateurError(
-            f"{self.source}: tensors missing from the weights: {some(names)}; "
+            f"{self.source}: tensors missing from the weights: {first_few(names)}; "
             "download them again, or check that config.json belongs to them"
         )
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json
+from secateur.base.json_files import parse_json
 from secateur.base.quiet import first_line, quiet
 from secateur.families.registry import FAMILIES, TWINS
 from secateur.model.quantised import quantisation, quantisation_unsupported

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.base.errors import SecateurError
-from secateur.base.words import twice
+from secateur.base.words import first_duplicate
 from secateur.families.registry import family_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD
 from secateur.model.structure import Block, PrunableModule
@@ -29,7 +29,7 @@ def describe(config: Any, layer: nn.Module) -> Block:
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     attention, feed_forward = (described(role, config, family, layer) for role in (ATTENTION, FEED_FORWARD))
     names = [name for module in (attention, feed_forward) for name in _names(module)]
-    if wrong := next((name for name in names if name not in shapes), None) or twice(names):
+    if wrong := next((name for name in names if name not in shapes), None) or first_duplicate(names):
         what = "stands for two layers" if wrong in shapes else "is no tensor of a block"
         raise SecateurError(f"{config.model_type}: by its entry {wrong} {what}; correct the entry")
     return Block(attention, feed_forward, shapes)

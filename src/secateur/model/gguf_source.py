@@ -20,7 +20,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import cache_folder, whole
+from secateur.base.files import cache_folder, replace_atomically
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_config import check_read, complete
 from secateur.model.gguf_file import is_read_here
@@ -70,7 +70,7 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Another process may finish first; its folder is as good as this one.
-        with whole(folder, keep=True, advice=ADVICE) as partial:
+        with replace_atomically(folder, keep=True, advice=ADVICE) as partial:
             partial.mkdir()
             _convert(file, reader, partial, dtype)
     except OSError as error:

@@ -6,7 +6,8 @@ from time import perf_counter
 from typing import Any
 
 from secateur.base.errors import StoppedError
-from secateur.base.files import is_disk_full, read_hashed, write_hashed
+from secateur.base.files import is_disk_full
+from secateur.base.json_files import read_hashed, write_hashed
 from secateur.base.services import Services
 from secateur.model.activation_file import read_activations, write_activations
 from secateur.model.arena import Activations

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secateur.base.device import fast_dtype, onto, rounded_products
+from secateur.base.device import fast_dtype, reduced_precision_matmul, to_device
 from secateur.base.errors import SecateurError
-from secateur.base.memory import trim
+from secateur.base.memory import release_freed_memory
 from secateur.base.processes import Processes
 from secateur.base.quiet import first_line
 from secateur.base.services import Services
@@ -164,7 +164,7 @@ class BlockStream:
         try:
             for name in self.blocks[index].shapes:
                 # In the dtype that it is stored in: float32 is twice as much to copy.
-                assign(layer, name, self.held(name, onto(self._read_block(index, name), self.device)))
+                assign(layer, name, self.held(name, to_device(self._read_block(index, name), self.device)))
             layer.to(self.device)
             if index + 1 < len(self):
                 names = [
@@ -179,7 +179,7 @@ class BlockStream:
                 assign(layer, name, None)
             if self._held:
                 # Thousands of matrices have come and gone; one block left two gigabytes of holes to the next.
-                trim()
+                release_freed_memory()
 
     @contextmanager
     def quick(self) -> Iterator[None]:
@@ -205,7 +205,7 @@ class BlockStream:
 
     def rounded(self) -> AbstractContextManager[None]:
         """Products of float32 matrices as `quick` has them; for sums over tokens."""
-        return rounded_products(self.device, self.products)
+        return reduced_precision_matmul(self.device, self.products)
 
     def arena(self) -> Arena:
         """Return room for activations, within the memory that the run may take."""
@@ -338,7 +338,7 @@ class BlockStream:
             until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
             modules: leave out what the block adds to the residual stream beside its two modules.
         """
-        hidden_btc = onto(hidden_btc, self.device)
+        hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.beside.given(index, group, hidden_btc, *self._calls[group][index])
         hidden_btd = self.residual(hidden_btc)
         if self.family.for_rows is not None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json
-from secateur.base.words import some
+from secateur.base.json_files import parse_json
+from secateur.base.words import first_few
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,14 +118,14 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     shards = index_shards(index)
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise SecateurError(f"{index}: shards missing: {some(missing)}; download them")
+        raise SecateurError(f"{index}: shards missing: {first_few(missing)}; download them")
     tensors: dict[str, TensorInfo] = {}
     for shard, names in shards.items():
         header = read_header(folder / shard)
         lacking = [name for name in names if name not in header]
         if lacking:
             raise SecateurError(
-                f"{folder / shard}: tensors missing that {INDEX} names: {some(lacking)}; download it again"
+                f"{folder / shard}: tensors missing that {INDEX} names: {first_few(lacking)}; download it again"
             )
         tensors.update({name: header[name] for name in names})
     return tensors

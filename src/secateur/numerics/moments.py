@@ -81,7 +81,7 @@ class Moments:
 
     def reduce(self, processes: Processes, owner: int) -> None:
         """Add up what several processes have summed: the matrices at the owner alone, all else at each of them."""
-        if processes.alone:
+        if processes.is_single:
             return
         if self.centre:
             self._shift(processes)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.base.files import digest, hash_of, write_whole
+from secateur.base.files import write_atomically
+from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.open import OpenRun, open_model
@@ -67,9 +68,9 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
                 "kind": recipe.kind,
                 "fingerprint": run.stream.checkpoint.fingerprint,
                 "blocks": f"{run.request.block_range.start}:{run.request.block_range.stop}",
-                "rows": hash_of(text),
+                "rows": hash_rows(text),
             }
-            result = store.find(key := digest(decided_by))
+            result = store.find(key := hash_json(decided_by))
             if result is None:
                 result = _measure(recipe.kind, name, run, text, watcher)
                 store.keep(key, decided_by, result)
@@ -145,6 +146,6 @@ def _write_graph(recipe: Recipe, results: dict[str, dict[str, Any]], out: Path) 
     """Distances of all heads in nats (h x h, by block), and those closer than tau joined: the paper's figure 3."""
     assert recipe.tau is not None
     contents = {"title": recipe.title, "tau": recipe.tau, "unit": "nats", "models": results}
-    write_whole(out / "table.json", json.dumps(contents, indent=2) + "\n")
+    write_atomically(out / "table.json", json.dumps(contents, indent=2) + "\n")
     plot_graphs(results, recipe.tau, out / "graph.png")
     return "table.json and graph.png"

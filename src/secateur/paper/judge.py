@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import secateur
-from secateur.base.files import hash_of
+from secateur.base.hashes import hash_rows
 from secateur.base.progress import Watcher
 from secateur.measure.compare import load
 from secateur.measure.perplexity import perplexity
@@ -49,7 +49,7 @@ class Judge:
             "secateur": secateur.__version__,
             "fingerprint": subject.checkpoint.fingerprint,
             "device": self.device.type,
-            "texts": {column: hash_of(rows) for column, rows in subject.texts.items()},
+            "texts": {column: hash_rows(rows) for column, rows in subject.texts.items()},
             "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in asked.items()},
         }
 

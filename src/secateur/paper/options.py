@@ -29,14 +29,14 @@ class PaperOptions(Base):
         None,
         PAPER,
         "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence: 0.19, say.",
-        shown="none",
+        default_text="none",
     )
     sigma: str | None = option(
         None,
         PAPER,
         "Covariance of a module's inputs in second-moment: data, that of the calibration; identity; or random, that of "
         "random token ids.",
-        shown="data",
+        default_text="data",
         choices=("data", "identity", "random"),
     )
     recover: str = option(
@@ -44,24 +44,24 @@ class PaperOptions(Base):
         PAPER,
         "Moment of --recovery paper: before units are chosen, after, or both.",
         choices=("after", "before", "both"),
-        fit=True,
+        fit_only=True,
     )
     refit_calibration: str | None = option(
         None,
         PAPER,
         "Text of its own for the recovery, like --calibration: that one decides what goes, this one what the rest is "
         "fitted to.",
-        shown="that of --calibration",
-        file=True,
-        fit=True,
+        default_text="that of --calibration",
+        may_name_file=True,
+        fit_only=True,
     )
     refit_samples: int | None = option(
         None,
         PAPER,
         "Rows of its own for the recovery; those of --samples then only decide what goes.",
-        shown="the same rows for both",
-        least=1,
-        fit=True,
+        default_text="the same rows for both",
+        minimum=1,
+        fit_only=True,
     )
 
     def __post_init__(self) -> None:

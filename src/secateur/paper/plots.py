@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from secateur.base.files import write_whole
+from secateur.base.files import write_atomically
 from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
 
 
@@ -161,4 +161,4 @@ def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Any, list[Any
 def _save(figure: Any, path: Path) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    write_whole(path, file.getvalue())
+    write_atomically(path, file.getvalue())

@@ -17,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import local_path, read_yaml
+from secateur.base.files import local_path
+from secateur.base.yaml_files import read_yaml
 from secateur.commands.options import Options
 from secateur.paper.options import LARGEST
 from secateur.paper.recipes import FOLDER, recipe_names

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import digest, parse_json, write_whole
+from secateur.base.files import write_atomically
+from secateur.base.hashes import hash_json
+from secateur.base.json_files import parse_json
 
 RUNS, SURVEYS, SCRATCH, LOCK = "runs", "surveys", ".scratch", ".lock"
 
@@ -71,8 +73,8 @@ class RunStore:
     def keep(self, key: str, decided_by: dict[str, Any], result: dict[str, Any]) -> None:
         """Store a result, with what decides it."""
         contents = json.dumps({"decided_by": decided_by, "result": result}, indent=2) + "\n"
-        write_whole(self.path / RUNS / f"{key}.json", contents)
+        write_atomically(self.path / RUNS / f"{key}.json", contents)
 
     def survey_file(self, decided_by: dict[str, Any]) -> Path:
         """Where the survey of some runs is kept."""
-        return self.path / SURVEYS / f"{digest(decided_by)}.json"
+        return self.path / SURVEYS / f"{hash_json(decided_by)}.json"

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from secateur.base.files import digest, hash_of
+from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.progress import Silent
 from secateur.commands.open import OpenRun
 from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
@@ -38,7 +38,7 @@ class Planned:
     @cached_property
     def key(self) -> str:
         """The name of its result."""
-        return digest(self.decided_by)
+        return hash_json(self.decided_by)
 
     @property
     def what(self) -> str:
@@ -95,10 +95,10 @@ def planned_runs(subject: Subject, judge: Judge) -> Iterator[Planned]:
         own = {
             "options": asdict(opened.options),
             # With the options, stand-ins decide what a model writes in their place.
-            "rows": [hash_of(group) for group in (rows.text, *rows.groups.groups)],
+            "rows": [hash_rows(group) for group in (rows.text, *rows.groups.groups)],
             # The contents of a file with a plan or ratios.
             "given": repr(opened.request.plan_from_file),
             "training": training and asdict(training),
-            "training rows": None if trained is None else hash_of(trained),
+            "training rows": None if trained is None else hash_rows(trained),
         }
         yield Planned(subject, run, replace(opened, stream=opened.stream.using(watcher=judge.watcher)), dense | own)

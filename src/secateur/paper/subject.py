@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import digest
-from secateur.base.progress import Silent, Watcher, reading
-from secateur.base.words import twice
+from secateur.base.hashes import hash_json
+from secateur.base.progress import Silent, Watcher, busy_reading
+from secateur.base.words import first_duplicate
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, RunOptions
 from secateur.commands.request import check_request
@@ -59,7 +59,7 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
         found.append(Asked(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
     if not found:
         raise SecateurError("the recipe names no model of its own; give one in front of it")
-    if (again := twice([asked.name for asked in found])) is not None:
+    if (again := first_duplicate([asked.name for asked in found])) is not None:
         raise SecateurError(f"model {again} is there twice; leave one out, or give its folder another name")
     return found
 
@@ -82,9 +82,9 @@ def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher:
             check_retraining(run_options.device)
     opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
     found = []
-    with reading(watcher, "Checking all runs on", asked.source):
+    with busy_reading(watcher, "Checking all runs on", asked.source):
         for run in asked.runs:
-            group = digest({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
+            group = hash_json({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
             try:
                 if group not in opened:
                     first = open_model(asked.source, run.options, run_options)
@@ -99,7 +99,7 @@ def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher:
     checkpoint = found[0][1].stream.checkpoint
     tokenizer, texts = checkpoint.tokenizer(), {}
     for column, text in columns.items():
-        with reading(watcher, "Reading", text):
+        with busy_reading(watcher, "Reading", text):
             texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens)
     return Subject(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
 
@@ -107,6 +107,6 @@ def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher:
 def columns_of(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
     """What is scored, by the name of its column."""
     names = [name for name, _ in sources]
-    if (again := twice(names)) is not None:
+    if (again := first_duplicate(names)) is not None:
         raise SecateurError(f"two {what} are called {again}; give them names of their own, NAME={what[:-1].upper()}")
     return dict(sources)

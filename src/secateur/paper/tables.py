@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from secateur.base.files import write_whole
+from secateur.base.files import write_atomically
 from secateur.paper.comparison import Column, Comparison, Row
 
 _SIZES = ("sparsity", "parameters", "heads", "channels")
@@ -36,9 +36,9 @@ def write_table(
     lines = [f"# {title}", "", *notes, "", head, "|" + "---|" * len(shown[0]), *rows]
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(whole)
-    write_whole(out / "table.md", "\n".join(lines) + "\n")
-    write_whole(out / "table.csv", file.getvalue())
-    write_whole(out / "table.json", json.dumps(contents, indent=2) + "\n")
+    write_atomically(out / "table.md", "\n".join(lines) + "\n")
+    write_atomically(out / "table.csv", file.getvalue())
+    write_atomically(out / "table.json", json.dumps(contents, indent=2) + "\n")
 
 
 def write_tables(found: Comparison, out: Path) -> None:

@@ -32,7 +32,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import cache_folder, digest, parse_json, write_whole
+from secateur.base.files import cache_folder, write_atomically
+from secateur.base.hashes import hash_json
+from secateur.base.json_files import parse_json
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
 from secateur.model.axes import Axis, Width
@@ -109,7 +111,7 @@ def measured(
     measures is not kept apart from what the clock does.
     """
     facts = _facts(stream, index, kind, device, dtype)
-    file = cache_folder() / "latency" / f"{digest(facts)}.json"
+    file = cache_folder() / "latency" / f"{hash_json(facts)}.json"
     with suppress(OSError, ValueError):
         stored = parse_json(file.read_text(encoding="utf-8"))
         kept = TypeAdapter(Latency).validate_python(stored)
@@ -120,7 +122,7 @@ def measured(
     # Where the folder cannot be written to, the next run measures again.
     with suppress(OSError, SecateurError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({**asdict(table), "facts": facts}, indent=1))
+        write_atomically(file, json.dumps({**asdict(table), "facts": facts}, indent=1))
     return table
 
 

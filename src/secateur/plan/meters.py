@@ -9,7 +9,7 @@ import torch
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
-from secateur.base.words import counted
+from secateur.base.words import format_count
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
@@ -97,7 +97,7 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         dense_widths(stream),
         stored - inside,
         module=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
-        form=lambda value: f"{counted(value, 1)} parameters",
+        form=lambda value: f"{format_count(value, 1)} parameters",
         added=added_biases(stream) if biases else (),
     )
 
@@ -108,7 +108,7 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
     return replace(
         every,
         module=lambda index, kind, width: stream.blocks[index].active_parameters(width, kind),
-        form=lambda value: f"{counted(round(value), 1)} active parameters",
+        form=lambda value: f"{format_count(round(value), 1)} active parameters",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import parse_json
+from secateur.base.json_files import parse_json
 from secateur.model.axes import Width
 from secateur.model.kinds import KINDS
 from secateur.model.structure import Block, KeptUnits, PrunableModule

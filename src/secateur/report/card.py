@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from secateur.base.words import counted
+from secateur.base.words import format_count
 from secateur.fit.recovery import all_recoveries
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
@@ -74,7 +74,7 @@ def name_of(record: Mapping[str, Any]) -> str:
 def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Label, before, after and ratio of what the model takes."""
     forms = {
-        "parameters": ("parameters", counted),
+        "parameters": ("parameters", format_count),
         "bytes": ("weights", lambda value: f"{value / 1e6:,.1f} MB"),
         "cache_bytes": ("cache of a token", "{:,} B".format),
     }

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import write_whole
+from secateur.base.files import write_atomically
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import open_checkpoint
 from secateur.report.card import BASE_CARD, CARD, PAGE, card, name_of
@@ -66,8 +66,8 @@ def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str
 def add_measured(folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]]) -> None:
     """Make card and page of a pruned folder once more, with what was measured; see `model_page`."""
     record = _record(folder)
-    write_whole(folder / CARD, card(record, base_card=text_of(folder / BASE_CARD), measured=rows))
-    write_whole(folder / PAGE, model_page(record, rows, texts))
+    write_atomically(folder / CARD, card(record, base_card=text_of(folder / BASE_CARD), measured=rows))
+    write_atomically(folder / PAGE, model_page(record, rows, texts))
 
 
 def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:

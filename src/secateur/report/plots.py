@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from secateur.base.words import counted
+from secateur.base.words import format_count
 from secateur.model.axes import Width, shares
 
 
@@ -38,7 +38,7 @@ def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[floa
     for text, values in perplexity.items():
         axes.plot(shares, [value / values[0] for value in values], marker="o", label=Path(text).stem)
     axes.invert_xaxis()
-    axes.set_xlabel(f"parameters over dense ({counted(parameters[0], 0)})")
+    axes.set_xlabel(f"parameters over dense ({format_count(parameters[0], 0)})")
     axes.set_ylabel("perplexity over dense")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from secateur.base.words import counted
+from secateur.base.words import format_count
 from secateur.formats.format import format_class
 from secateur.measure.compare import Evaluation, Figure, short
 from secateur.model.axes import Width, axis_kinds, shares, totals
@@ -21,7 +21,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     dense, now = summary.dense, summary.now()
     units, left = totals(dense), totals(now)
     figures: list[tuple[str, tuple[int, int], Callable[[int], str]]] = [
-        ("parameters", summary.parameters, counted),
+        ("parameters", summary.parameters, format_count),
         ("weights on disk", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
         ("cache per token", summary.cache_bytes, "{:,} B".format),
         *((label, (before, left[label]), "{:,}".format) for label, before in units.items()),
@@ -93,7 +93,9 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
         cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
         table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
     before, after = proposal.parameters
-    lines = [f"{_goes(decided.sparsity, proposal.blocks)}: {counted(before)} to {counted(after)} in the model."]
+    lines = [
+        f"{_goes(decided.sparsity, proposal.blocks)}: {format_count(before)} to {format_count(after)} in the model."
+    ]
     if decided.price is not None:
         lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
     if decided.note:
@@ -119,7 +121,7 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
         now = [decided.widths.get(index, width) for index, width in enumerate(dense)]
         table.add_row(
             f"{decided.sparsity:.1%}",
-            counted(found.parameters[share]),
+            format_count(found.parameters[share]),
             *(f"{after:,}/{units[label]:,}" for label, after in totals(now).items()),
             f"{decided.price or 0.0:.3f}",
         )
@@ -136,7 +138,7 @@ def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
     for size in sizes:
         ratios = [f"{value:.2f} ({value / dense.perplexity[text]:.2f}x)" for text, value in size.perplexity.items()]
         table.add_row(
-            size.folder, f"{size.sparsity:.1%}", counted(size.parameters), f"{size.bytes / 1e6:,.1f}", *ratios
+            size.folder, f"{size.sparsity:.1%}", format_count(size.parameters), f"{size.bytes / 1e6:,.1f}", *ratios
         )
     if dense.perplexity:
         return table, [f"sizes.json and sizes.png are in {out}"]

@@ -26,7 +26,7 @@ class Training:
         None,
         TRAINING,
         "The dense model, whose distribution and residual stream are learned in place of the text's own tokens.",
-        shown="none",
+        default_text="none",
     )
     epochs: int = option(2, TRAINING, "Passes over the rows.")
     batch: int = option(16, TRAINING, "Rows in a step.")

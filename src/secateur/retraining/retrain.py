@@ -18,8 +18,10 @@ from transformers import set_seed
 import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import Output, hash_of, local_path
-from secateur.base.progress import Silent, Watcher, reading
+from secateur.base.files import local_path
+from secateur.base.hashes import hash_rows
+from secateur.base.output import Output
+from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.run_folder import RunFolder
 from secateur.formats.folder import open_folder
 from secateur.measure import compare, perplexity
@@ -126,7 +128,7 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
     Raises:
         SecateurError: the text cannot be read or is too short.
     """
-    with reading(watcher, "Reading", training.calibration):
+    with busy_reading(watcher, "Reading", training.calibration):
         return calibration_rows(
             checkpoint.tokenizer(),
             training.calibration,
@@ -164,7 +166,7 @@ def _loaded(checkpoint: Checkpoint, name: str, device: torch.device, watcher: Wa
 def _decided_by(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training, rows: Tensor) -> dict[str, Any]:
     """Return everything that decides the result, so that no other training is resumed from its state."""
     options = {name: value for name, value in asdict(training).items() if name != "teacher"}
-    inputs = {"model": checkpoint.fingerprint, "text": hash_of(rows), "version": secateur.__version__}
+    inputs = {"model": checkpoint.fingerprint, "text": hash_rows(rows), "version": secateur.__version__}
     return options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.base.files import Output
+from secateur.base.output import Output
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.card import BASE_CARD

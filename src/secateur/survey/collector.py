@@ -65,7 +65,7 @@ class Collector:
     def told(self) -> tuple[list[Curve], list[Cut]]:
         """Return the module's curves, one for each axis, and the cuts to be probed."""
         processes, owner, (curves, cuts) = self.stream.processes, self.sample.owner, self._found
-        if processes.alone:
+        if processes.is_single:
             return curves, cuts
         raw, errors = processes.broadcast(lambda: [[asdict(one) for one in curves], [cut.error for cut in cuts]], owner)
         tensors = {f"{n} {what}": getattr(cut, what) for n, cut in enumerate(cuts) for what in ("kept", "weight_ao")}

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import write_whole
+from secateur.base.files import write_atomically
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 """Of what a file holds."""
@@ -81,7 +81,7 @@ class Survey:
 
 def save_survey(survey: Survey, path: Path) -> None:
     """Write survey.json."""
-    write_whole(path, json.dumps(asdict(survey)) + "\n")
+    write_atomically(path, json.dumps(asdict(survey)) + "\n")
 
 
 def load_survey(path: Path, asked: dict[str, Any]) -> Survey:

@@ -99,7 +99,7 @@ def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
 
 def _gathered(processes: Processes, rows: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all processes, and the place where this process's rows begin."""
-    if processes.alone:
+    if processes.is_single:
         return rows, 0
     counts = processes.all_gather(len(rows))
     every, start = rows.new_zeros(sum(counts), rows.shape[1]), sum(counts[: processes.rank])

@@ -9,7 +9,8 @@ from functools import cache
 from typing import Any, Literal, TextIO
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import local_path, parse_json
+from secateur.base.files import local_path
+from secateur.base.json_files import parse_json
 from secateur.base.quiet import first_line
 from secateur.model.hub_source import out_of_reach
 from secateur.model.tokens import begins_with_bos

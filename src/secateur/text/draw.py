@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.memory import free_bytes
-from secateur.base.progress import reading
+from secateur.base.memory import available_bytes
+from secateur.base.progress import busy_reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.text.calibration import calibration_rows
@@ -137,11 +137,11 @@ def draw(
             def written() -> Any:
                 return processes.broadcast(lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
 
-            return torch.tensor(stream.services.saved(f"written-{option}", written))
+            return torch.tensor(stream.services.saved_result(f"written-{option}", written))
         if source == SELF:
             watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
         how |= {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}
-        with reading(watcher, "Reading", source):
+        with busy_reading(watcher, "Reading", source):
             return torch.tensor(
                 processes.broadcast(
                     lambda: calibration_rows(tokenizer, text, **how, option=option, taken=taken).tolist()
@@ -163,7 +163,7 @@ def draw(
 def _check_room(request: RowRequest) -> None:
     """Sources without end give as many rows as they are asked for, and their ids alone may be too many."""
     rows = request.samples + request.held_out + (request.refit_samples or 0)
-    needed, free = 8 * rows * request.length, free_bytes()
+    needed, free = 8 * rows * request.length, available_bytes()
     if needed > free:
         raise SecateurError(
             f"samples is {request.samples:,}: the ids of such rows take {needed / 1e9:,.0f} GB, and "

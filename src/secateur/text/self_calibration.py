@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from secateur.base.errors import SecateurError
-from secateur.base.memory import free_bytes, resident_now
+from secateur.base.memory import available_bytes, rss_bytes
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ def check_self(
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes() - resident_now()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() - rss_bytes()
 
 
 def writing_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:

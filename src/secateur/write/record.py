@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from secateur.base.files import parse_json
+from secateur.base.json_files import parse_json
 
 RECORD = "secateur.json"
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from secateur.base.files import damaged
+from secateur.base.json_files import damaged_state
 from secateur.model.weights import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
@@ -77,7 +77,7 @@ class ShardWriter:
                 if named.exists() and not self._path(number).exists():
                     named.rename(self._path(number))
             if self._hash(number) != wanted:
-                raise damaged(self._path(number))
+                raise damaged_state(self._path(number))
         if self._shards:
             last = self._path(len(self._shards))
             self._size = ends[-1]

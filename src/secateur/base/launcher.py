@@ -9,7 +9,7 @@ ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 ADVICE = "start all processes with torchrun, or unset WORLD_SIZE"
 
 
-class Launched(NamedTuple):
+class ProcessPlace(NamedTuple):
     """A process among those of one run."""
 
     rank: int = 0
@@ -20,7 +20,7 @@ class Launched(NamedTuple):
     """Which of these it is."""
 
 
-def launched() -> Launched:
+def process_place() -> ProcessPlace:
     """Which process this is; the only one where no launcher says otherwise.
 
     Raises:
@@ -28,13 +28,13 @@ def launched() -> Launched:
     """
     size = _number("WORLD_SIZE", 1, 1)
     if size == 1:
-        return Launched()
+        return ProcessPlace()
     if missing := [name for name in ("RANK", *ADDRESS) if not os.environ.get(name)]:
         raise SecateurError(f"WORLD_SIZE is {size}, but {' and '.join(missing)} are not set; {ADVICE}")
     rank = _number("RANK", 0, 0)
     if rank >= size:
         raise SecateurError(f"RANK is {rank}, but WORLD_SIZE is {size}; {ADVICE}")
-    return Launched(rank, size, _number("LOCAL_WORLD_SIZE", 1, 1), _number("LOCAL_RANK", 0, 0))
+    return ProcessPlace(rank, size, _number("LOCAL_WORLD_SIZE", 1, 1), _number("LOCAL_RANK", 0, 0))
 
 
 def _number(name: str, usual: int, least: int) -> int:
