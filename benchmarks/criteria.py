@@ -136,10 +136,12 @@ class Bench:
         """Return a plan with one width for all blocks: the one given (KV groups, heads, channels) or the cheapest."""
         counted = parameter_meter(self.stream)
         wish = PlanProblem(
-            self.stream.blocks, range(len(self.stream)), parameters=counted, goal=sparsity, meter=counted
+            self.stream.blocks, range(len(self.stream)), parameters=counted, target=sparsity, meter=counted
         )
         if width:
-            return wish.plan(dict.fromkeys(wish.chosen, Width(dict(zip((*HEADS, CHANNELS), width, strict=True)))))
+            return wish.plan(
+                dict.fromkeys(wish.pruned_blocks, Width(dict(zip((*HEADS, CHANNELS), width, strict=True))))
+            )
         few, probe_rows = split_survey_rows(self.text)
         return plan(wish, "uniform", survey(self.stream, few, probe_rows=probe_rows, ridge=self.ridge))
 

@@ -22,7 +22,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.report.summary import Summary
-from secateur.survey.probes import STRIDE
+from secateur.survey.probes import POSITION_STRIDE
 from secateur.text import draw
 from secateur.text.self_calibration import BATCH_ROWS
 
@@ -81,7 +81,7 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
     with FlopCounterMode(display=False) as counter:
         found = survey(stream, few, probe_rows=probed)
     # The output layer is left out of what is expected.
-    head = 2 * stream.width * VOCAB * (len(found.probes) + 1) * probed.numel() / STRIDE
+    head = 2 * stream.width * VOCAB * (len(found.probes) + 1) * probed.numel() / POSITION_STRIDE
     assert 0.7 < seconds / dry_run.SLACK / (counter.get_total_flops() - head) < 1.4
 
 

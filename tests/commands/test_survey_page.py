@@ -30,8 +30,8 @@ from secateur.commands.survey import survey_page as write_page
 from secateur.model.structure import Block
 from secateur.plan.problem import Plan
 from secateur.report.page import POINTS, UNITS, page_data, render
-from secateur.survey.curves import Curve, Probe, Survey, load_survey
-from secateur.survey.prices import Prices
+from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey
+from secateur.survey.width_costs import WidthCosts
 
 FACTS = {"model": "m", "family": "llama", "parameters": 1000, "line": "secateur prune m OUT"}
 NASTY = '</script><script>window.broken = 1</script><!-- & "quoted" \\ \u2028 é'
@@ -82,7 +82,7 @@ def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, li
     for index in range(count):
         for kind, axis, units in (("heads", "kv_groups", heads), ("channels", "channels", channels)):
             errors = tuple(((np.arange(units) / units) ** 2 * 0.5).tolist())
-            curves.append(Curve(index, kind, axis, errors, 0.5, tuple(range(units - 1, 0, -1))))  # type: ignore[arg-type]
+            curves.append(ErrorCurve(index, kind, axis, errors, 0.5, tuple(range(units - 1, 0, -1))))  # type: ignore[arg-type]
             probes += [Probe(index, kind, 0.1, False, 0.02), Probe(index, kind, 0.5, True, 0.7)]  # type: ignore[arg-type]
     return Survey("surgeon", 0.3, 2048, tuple(curves), tuple(probes)), [larger] * count
 
@@ -94,7 +94,7 @@ def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, li
 def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
     survey, blocks = synthetic(channels, 1)
     heads, channel = page_data(survey, blocks, {}, facts=FACTS)["modules"]
-    prices = Prices(survey)
+    prices = WidthCosts(survey)
     for module, units, errors in ((heads, 32, survey.curves[0].errors), (channel, channels, survey.curves[1].errors)):
         (curve,) = module["curves"]
         left = curve["left"]
@@ -126,8 +126,8 @@ def test_units_come_in_the_order_in_which_they_leave() -> None:
 def test_heads_that_leave_together_share_a_turn() -> None:
     blocks = blocks_of(build("llama"))[:1]
     curves = (
-        Curve(0, "heads", "kv_groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
-        Curve(0, "heads", "heads_per_group", (0.0, 0.2), 0.5, (1, 2, 5)),
+        ErrorCurve(0, "heads", "kv_groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
+        ErrorCurve(0, "heads", "heads_per_group", (0.0, 0.2), 0.5, (1, 2, 5)),
     )
     (module,) = page_data(Survey("l1", 0.3, 64, curves), blocks, {}, facts=FACTS)["modules"]
     assert [curve["left"] for curve in module["curves"]] == [[3, 2, 1, 0], [2, 1, 0]]
@@ -137,7 +137,7 @@ def test_heads_that_leave_together_share_a_turn() -> None:
 
 def test_a_locked_module_goes_as_a_whole() -> None:
     blocks = blocks_of(build("olmo2"))[:1]
-    survey = Survey("l1", 0.3, 64, (Curve(0, "heads", "kv_groups", (0.0,), 0.5),))
+    survey = Survey("l1", 0.3, 64, (ErrorCurve(0, "heads", "kv_groups", (0.0,), 0.5),))
     (module,) = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     assert module["locked"]
     assert module["scores"] == []
@@ -472,7 +472,7 @@ def test_edges_follow_tau(browser: Browser, page_file: Path) -> None:
 
 def test_a_page_without_distances_and_plans(browser: Browser, tmp_path: Path) -> None:
     blocks = blocks_of(build("llama"))
-    survey = Survey("l1", 0.3, 64, (Curve(1, "channels", "channels", (0.0,), 0.5),))
+    survey = Survey("l1", 0.3, 64, (ErrorCurve(1, "channels", "channels", (0.0,), 0.5),))
     (tmp_path / "p.html").write_text(render(page_data(survey, blocks, {}, facts=FACTS)), encoding="utf-8")
     with Opened(browser, tmp_path / "p.html", 360) as opened:
         assert opened.complaints == []

@@ -28,8 +28,8 @@ from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
-from secateur.survey.expert_refit import left_by_refit, left_out
-from secateur.survey.routed import channel_errors
+from secateur.survey.expert_refit import leave_one_out_residuals, share_left_by_refit
+from secateur.survey.mixture_estimator import channel_errors
 
 TOKENS = 60
 
@@ -440,8 +440,10 @@ def test_a_row_is_judged_by_the_others(rows: int, inputs_: int) -> None:
         others = [one for one in range(rows) if one != row]
         solved = torch.linalg.solve(x[others].T @ x[others] + penalty, x[others].T @ r[others])
         wanted.append(r[row] - x[row] @ solved)
-    torch.testing.assert_close(left_out(x.float(), r.float(), 0.3).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
-    assert torch.isfinite(left_out(x.float(), r.float(), 0.0)).all()
+    torch.testing.assert_close(
+        leave_one_out_residuals(x.float(), r.float(), 0.3).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4
+    )
+    assert torch.isfinite(leave_one_out_residuals(x.float(), r.float(), 0.0)).all()
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "hunyuan_v1_moe"])
@@ -455,11 +457,11 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
             return weight
 
         routed.target_nd *= scale[:, None]
-        assert left_by_refit(routed, scale, unit, mixture.every, None, 0.3) == 1.0
+        assert share_left_by_refit(routed, scale, unit, mixture.every, None, 0.3) == 1.0
         _, orders = channel_errors(routed)
         half = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
         for some, stay in ((alive, None), (mixture.every, half)):
-            weak, strong = (left_by_refit(routed, scale, unit, some, stay, ridge) for ridge in (3.0, 1e6))
+            weak, strong = (share_left_by_refit(routed, scale, unit, some, stay, ridge) for ridge in (3.0, 1e6))
             assert 0 < weak < 1
             assert strong == pytest.approx(1.0, abs=1e-3)
         # By hand: the last expert alone, on the tokens that meet it, in the units that errors have.
@@ -471,10 +473,10 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
             tokens, rows = mixture.gated(expert, routed.x_nd, routes)
             root = routed.weight_n[tokens].sqrt()[:, None]
             rows *= scale[tokens][:, None] * root
-            judged = left_out(rows, left[tokens] * root, 3.0 * (1 + rows.shape[1] / len(tokens)))
+            judged = leave_one_out_residuals(rows, left[tokens] * root, 3.0 * (1 + rows.shape[1] / len(tokens)))
             left[tokens] = judged / root
         after = (left.square().sum(1) * routed.weight_n).sum()
-        found = left_by_refit(routed, scale, unit, alive, None, 3.0)
+        found = share_left_by_refit(routed, scale, unit, alive, None, 3.0)
         assert found == pytest.approx(float(after / before), rel=1e-3)
 
 

@@ -143,7 +143,9 @@ def test_headers_that_the_library_refuses(tmp_path: Path, bench: Bench, case: st
         open_checkpoint(file.parent)
 
 
-@pytest.mark.parametrize("keys", [{"left": float("nan")}, {"kind": ["heads"]}, {"errors": [True]}, {"energy": "1"}])
+@pytest.mark.parametrize(
+    "keys", [{"left_after_refit": float("nan")}, {"kind": ["heads"]}, {"errors": [True]}, {"energy": "1"}]
+)
 def test_surveys(tmp_path: Path, bench: Bench, keys: dict[str, Any]) -> None:
     file, raw = tmp_path / "survey.json", json.loads(bench.survey.read_text())
     raw["curves"][0] |= keys

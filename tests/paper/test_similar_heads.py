@@ -176,18 +176,18 @@ def test_a_plan_of_similar_heads_is_exact(checkpoint_folder: CheckpointFolder, n
     """It names the heads that stay, which amount to its widths, and the share that goes."""
     wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
     plan = similar_plan(wish, distances, tau)
-    assert plan.exact
-    assert plan.first is not None
-    assert plan.first.removed is not None
+    assert plan.lists_units
+    assert plan.first_heads is not None
+    assert plan.first_heads.removed is not None
     before = after = 0.0
     for index, units in plan.units.items():
         gone, width = loadable(wish, index, candidates(distances[index], tau))
-        assert plan.first.removed[index] == gone
+        assert plan.first_heads.removed[index] == gone
         assert plan.widths[index] == width == width_of(wish.blocks[index], selected(**units))
         assert sorted((*units["heads"], *gone)) == list(range(6))
-        before += wish.parameters.module(index, "heads", wish.blocks[index].width)
-        after += wish.parameters.module(index, "heads", width)
-    assert plan.first.share == pytest.approx(1 - after / before, abs=1e-12)
+        before += wish.parameters.module_size(index, "heads", wish.blocks[index].width)
+        after += wish.parameters.module_size(index, "heads", width)
+    assert plan.first_heads.share == pytest.approx(1 - after / before, abs=1e-12)
 
 
 def raised(call: Callable[[], Any]) -> str:
@@ -220,7 +220,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
     message = raised(lambda: similar_plan(wish, distances, 0.15))
     assert "its 1 similar heads are no whole key/value group" in message
     assert message.endswith("go from 0.11 to 0.5; take a larger one")
-    found = similar_plan(wish, distances, 0.31).first
+    found = similar_plan(wish, distances, 0.31).first_heads
     assert found is not None
     assert found.removed == {0: (0, 1)}
 

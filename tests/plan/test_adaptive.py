@@ -155,7 +155,7 @@ def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     found = record(tmp_path / "out")
     assert (summary.format, summary.uniform) == ("hf", False)
     assert 0.25 <= summary.sparsity < 0.255
-    assert found["price"] > 0
+    assert found["cost"] > 0
     assert len({tuple(block["width"].values()) for block in found["blocks"]}) > 1
     assert summary.widths == {block["block"]: Width(block["width"]) for block in found["blocks"]}
     assert summary.now() == list(summary.widths.values())
@@ -193,7 +193,7 @@ def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) ->
         options = Options(**wishes, widths=widths)
         run = open_model(model, options)
         rows = steps.draw_rows(run, fitted=False)
-        losses[widths] = steps.plan_widths(run, rows, steps.survey_model(run, rows)).price
+        losses[widths] = steps.plan_widths(run, rows, steps.survey_model(run, rows)).cost
     assert losses["adaptive"] < 0.8 * losses["uniform"]
 
 

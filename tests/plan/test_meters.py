@@ -46,7 +46,7 @@ from secateur.plan.meters import (
     latency_meter,
     meter_of,
     parameter_meter,
-    unreachable,
+    unreachable_error,
 )
 from secateur.plan.target import parse_target
 
@@ -163,7 +163,7 @@ def test_added_biases_count(tmp_path, opened, name, goal, file):
     index = 0 if goal.startswith("params") else 1
     before, after = (summary.parameters, summary.bytes)[index]
     assert after <= 0.8 * before
-    added = parameter_meter(stream, biases=True).added
+    added = parameter_meter(stream, biases=True).bias_sizes
     assert sum(added) == (2 * len(stream) * stream.width if name.startswith("llama") else 0)
 
 
@@ -243,7 +243,7 @@ def test_gguf_needs_an_architecture(opened):
 
 def test_padding_is_paid_for(opened):
     meter = gguf_byte_meter(opened("llama 64"), "q8_0")
-    sizes = [meter.module(0, "channels", wide(2, 2, channels)) for channels in range(73)]
+    sizes = [meter.module_size(0, "channels", wide(2, 2, channels)) for channels in range(73)]
     assert len(set(sizes[:33])) == 1 < len(set(sizes[:34]))
     # 3 matrices, 32 channels by 64, 34 bytes for 32 weights
     assert sizes[33] - sizes[32] == 3 * 32 * 64 // 32 * 34
@@ -254,7 +254,7 @@ def test_cache(opened):
     meter = cache_meter(stream, torch.bfloat16)
     assert meter.dense == 3 * 3 * 16 * 2 * 2
     assert meter.total({0: wide(0, 0, 72), 1: wide(1, 2, 0), 2: wide(3, 1, 5)}) == (0 + 1 + 3) * 64
-    assert meter.form(meter.dense) == "576 B per token"
+    assert meter.format_value(meter.dense) == "576 B per token"
 
 
 def operations(case: latency.Case) -> float:
@@ -293,10 +293,10 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
 
 def test_latency_between_measured_widths(opened):
     meter = latency_meter(opened("llama every head"), "prefill", CPU, torch.float32, Silent(), operations)
-    sizes = [meter.module(1, "channels", wide(6, 1, channels)) for channels in range(73)]
+    sizes = [meter.module_size(1, "channels", wide(6, 1, channels)) for channels in range(73)]
     assert sizes == pytest.approx([channels / 72 * sizes[72] for channels in range(73)])
-    assert sizes[0] == 0 == meter.module(1, "heads", wide(0, 0, 72))
-    heads = [meter.module(1, "heads", wide(groups, 1, 0)) for groups in range(7)]
+    assert sizes[0] == 0 == meter.module_size(1, "heads", wide(0, 0, 72))
+    heads = [meter.module_size(1, "heads", wide(groups, 1, 0)) for groups in range(7)]
     assert heads == sorted(heads)
     assert heads[-1] > 0
 
@@ -336,9 +336,9 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
     meter = latency_meter(stream, "decode", CPU, torch.float32, Silent(), noisy)
     full = stream.blocks[0].width
     for line in (
-        [meter.module(0, "channels", wide(0, 0, channels)) for channels in range(73)],
-        [meter.module(0, "heads", wide(groups, full.per_group, 0)) for groups in range(full.groups + 1)],
-        [meter.module(0, "heads", wide(full.groups, heads, 0)) for heads in range(full.per_group + 1)],
+        [meter.module_size(0, "channels", wide(0, 0, channels)) for channels in range(73)],
+        [meter.module_size(0, "heads", wide(groups, full.per_group, 0)) for groups in range(full.groups + 1)],
+        [meter.module_size(0, "heads", wide(full.groups, heads, 0)) for heads in range(full.per_group + 1)],
     ):
         assert line == sorted(line)
         assert line[0] == 0
@@ -510,7 +510,7 @@ def test_a_budget_above_the_dense_model():
 )
 def test_targets_out_of_reach(target, least, says):
     meter, wanted = a_meter(100e6), parse_target(target)
-    error = str(unreachable(wanted, meter, least))
+    error = str(unreachable_error(wanted, meter, least))
     assert f"target {wanted}" in error
     assert says in error
     assert "\n" not in error
@@ -528,7 +528,7 @@ def test_meters_by_target(opened, monkeypatch):
     assert meter_of(parse_target("bytes=80%"), stream, **how).dense == 2 * parameters
     assert meter_of(parse_target("kv=80%"), stream, **how).dense == cache_meter(stream, torch.bfloat16).dense
     meter = meter_of(parse_target("decode=2x"), stream, **how)
-    assert meter.form(0.0123) == "12.3 ms"
+    assert meter.format_value(0.0123) == "12.3 ms"
     assert meter.dense > 0
     for target in ("kv=80%", "decode=2x"):
         with pytest.raises(SecateurError, match="attend with keys and values of others"):

@@ -23,12 +23,12 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.model.units.channels import CHANNELS
 from secateur.plan.meters import byte_meter, meter_of, parameter_meter
-from secateur.plan.plan import check_reach, plan, uniform_plans
+from secateur.plan.plan import check_reachable, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import parse_target
-from secateur.plan.widths import head_widths, module_widths, usual_multiple
-from secateur.survey.curves import Curve, Probe, Survey
-from secateur.survey.prices import Prices
+from secateur.plan.widths import default_multiple, head_widths, module_widths
+from secateur.survey.curves import ErrorCurve, Probe, Survey
+from secateur.survey.width_costs import WidthCosts
 
 Wishes = Callable[..., PlanProblem]
 
@@ -50,8 +50,10 @@ def wishes(checkpoint_folder: CheckpointFolder) -> Wishes:
                 device=stream.device,
                 watcher=Silent(),
             )
-        chosen = more.pop("chosen", range(len(stream)))
-        return PlanProblem(blocks=stream.blocks, chosen=chosen, parameters=parameters, goal=wanted, meter=meter, **more)
+        chosen = more.pop("pruned_blocks", range(len(stream)))
+        return PlanProblem(
+            blocks=stream.blocks, pruned_blocks=chosen, parameters=parameters, target=wanted, meter=meter, **more
+        )
 
     return make
 
@@ -59,7 +61,7 @@ def wishes(checkpoint_folder: CheckpointFolder) -> Wishes:
 def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
     """Curves that rise at random, and a price for each whole module."""
     dice = random.Random(seed)
-    curves, probes = list[Curve](), list[Probe]()
+    curves, probes = list[ErrorCurve](), list[Probe]()
     for index, block in enumerate(blocks):
         for kind in SCORED_KINDS:
             module, energy = block.module(kind), dice.uniform(0.5, 2)
@@ -67,7 +69,7 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
                 steps = [0.0] + [dice.random() ** 3 for _ in range(module.axis(axis).units)]
                 total = list(itertools.accumulate(steps))
                 errors = tuple(energy * value / total[-1] for value in total[:-1])
-                curves.append(Curve(index, kind, axis, errors, energy))
+                curves.append(ErrorCurve(index, kind, axis, errors, energy))
             probes.append(Probe(index, kind, energy / 4, False, dice.uniform(0, 0.3)))
             probes.append(Probe(index, kind, energy, True, dice.uniform(0.2, 2)))
     return Survey("l1", 0.3, 64, tuple(curves), tuple(probes))
@@ -76,8 +78,8 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
 def every_plan(wish: PlanProblem) -> list[dict[int, Width]]:
     """All combinations of what each module may be cut to."""
     options = []
-    for index in wish.chosen:
-        modules = wish.modules_of(index)
+    for index in wish.pruned_blocks:
+        modules = wish.prunable_modules(index)
         each = [module_widths(wish.blocks[index], module, wish.multiple, wish.unsupported_reason) for module in modules]
         found = []
         for chosen in itertools.product(*each):
@@ -86,7 +88,7 @@ def every_plan(wish: PlanProblem) -> list[dict[int, Width]]:
                 width |= {name: other[name] for name in module.removed}
             found.append(width)
         options.append(found)
-    return [dict(zip(wish.chosen, widths, strict=True)) for widths in itertools.product(*options)]
+    return [dict(zip(wish.pruned_blocks, widths, strict=True)) for widths in itertools.product(*options)]
 
 
 @pytest.mark.parametrize("goal", [0.05, 0.25, 0.5, 0.9, "params=70%", "kv=50%", "bytes=0.18MB"])
@@ -94,10 +96,10 @@ def test_adaptive_is_the_cheapest_of_all_plans(wishes: Wishes, goal: float | str
     wish = wishes(goal, multiple=24)
     survey = survey_of(wish.blocks, seed=3)
     found = plan(wish, "adaptive", survey)
-    prices, meter = Prices(survey), wish.meter
+    prices, meter = WidthCosts(survey), wish.meter
     # Sums over modules, so that thousands of plans take no time.
-    cost = {(i, w): prices.total(wish.blocks, {i: w}) for i in wish.chosen for w in _widths(wish, i)}
-    size = {(i, w): meter.total({i: w}) - meter.dense for i in wish.chosen for w in _widths(wish, i)}
+    cost = {(i, w): prices.total(wish.blocks, {i: w}) for i in wish.pruned_blocks for w in _widths(wish, i)}
+    size = {(i, w): meter.total({i: w}) - meter.dense for i in wish.pruned_blocks for w in _widths(wish, i)}
     within = [
         sum(cost[at] for at in one.items())
         for one in every_plan(wish)
@@ -105,12 +107,12 @@ def test_adaptive_is_the_cheapest_of_all_plans(wishes: Wishes, goal: float | str
     ]
     assert meter.total(found.widths) <= wish.budget + 1e-6
     assert 10 < len(within) < 8000
-    assert found.price == pytest.approx(min(within), rel=1e-9)
-    assert found.price == pytest.approx(prices.total(wish.blocks, found.widths), rel=1e-9)
+    assert found.cost == pytest.approx(min(within), rel=1e-9)
+    assert found.cost == pytest.approx(prices.total(wish.blocks, found.widths), rel=1e-9)
 
 
 def _widths(wish: PlanProblem, index: int) -> set[Width]:
-    return {one[index] for one in every_plan(replace(wish, chosen=range(index, index + 1)))}
+    return {one[index] for one in every_plan(replace(wish, pruned_blocks=range(index, index + 1)))}
 
 
 def test_adaptive_says_what_it_is(wishes: Wishes) -> None:
@@ -119,14 +121,14 @@ def test_adaptive_says_what_it_is(wishes: Wishes) -> None:
     removed = wish.parameters.dense - wish.parameters.total(found.widths)
     assert found.sparsity == pytest.approx(removed / sum(block.parameters for block in wish.blocks))
     assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
-    assert (found.wanted, found.note, found.units) == (0.4, None, {})
+    assert (found.requested_sparsity, found.note, found.units) == (0.4, None, {})
     assert not found.uniform
 
 
 def test_widths_without_a_survey_are_even_and_on_target(wishes: Wishes) -> None:
     wish = wishes(0.4)
     found = plan(wish, "adaptive")
-    assert found.price is None
+    assert found.cost is None
     assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
     channels = [width.channels for width in found.widths.values()]
     assert max(channels) - min(channels) <= 2
@@ -135,7 +137,7 @@ def test_widths_without_a_survey_are_even_and_on_target(wishes: Wishes) -> None:
 def test_a_target_is_its_own_wish(wishes: Wishes) -> None:
     wish = wishes("params=70%")
     found = plan(wish, "adaptive", survey_of(wish.blocks))
-    assert found.wanted == found.sparsity
+    assert found.requested_sparsity == found.sparsity
     assert found.note is None
 
 
@@ -162,7 +164,7 @@ def test_steps_of_wide_modules_are_coarse(channels: int, multiple: int) -> None:
 def test_wide_modules_are_rounded_where_nobody_says() -> None:
     def multiples(wide: int, numbers: tuple[int, ...]) -> list[int]:
         axes = (Axis("channels", number, rounded=True, wide=wide) for number in numbers)
-        return [usual_multiple([axis]) for axis in axes]
+        return [default_multiple([axis]) for axis in axes]
 
     assert multiples(1024, (256, 1023, 1024)) == [1, 1, 32]
     assert multiples(256, (255, 256, 1024)) == [1, 32, 32]
@@ -189,7 +191,7 @@ def test_other_modules_stay(wishes: Wishes, kinds: Any) -> None:
 @pytest.mark.parametrize("goal", [0.3, "params=95%"])
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
 def test_blocks_outside_the_range_stay(wishes: Wishes, widths: str, goal: float | str) -> None:
-    wish = wishes(goal, chosen=range(1, 2))
+    wish = wishes(goal, pruned_blocks=range(1, 2))
     found = plan(wish, widths, survey_of(wish.blocks))
     assert found.widths.keys() == {1}
     block = wish.blocks[1]
@@ -212,9 +214,9 @@ def test_what_the_format_cannot_hold_is_not_planned(wishes: Wishes) -> None:
     free = plan(wishes(0.5), "adaptive", survey_of(wish.blocks))
     assert any(held(width) for width in free.widths.values())
     with pytest.raises(SecateurError, match=r"more than the modules hold: at most \d\d\.\d% can go; too narrow"):
-        check_reach(replace(wish, goal=0.9))
+        check_reachable(replace(wish, target=0.9))
     refused = replace(wish, unsupported_reason=lambda _: "nothing fits")
-    for check in (check_reach, uniform_plans):
+    for check in (check_reachable, uniform_plans):
         with pytest.raises(SecateurError, match="the format cannot hold this: nothing fits"):
             check(refused)
 
@@ -241,7 +243,7 @@ def test_modules_go_as_a_whole_only_where_the_format_holds_that(checkpoint_folde
 
 def _wish(stream: BlockStream) -> PlanProblem:
     meter = parameter_meter(stream)
-    return PlanProblem(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.4, meter=meter)
+    return PlanProblem(blocks=stream.blocks, pruned_blocks=range(3), parameters=meter, target=0.4, meter=meter)
 
 
 # One width.
@@ -254,7 +256,7 @@ def test_uniform_is_within_half_a_point(wishes: Wishes, share: float) -> None:
     gaps = [abs(one.sparsity - share) for one in plans]
     assert gaps == sorted(gaps)
     assert gaps[-1] <= TOLERANCE
-    assert all(one.uniform and one.note is None and one.price is None for one in plans)
+    assert all(one.uniform and one.note is None and one.cost is None for one in plans)
     assert len({(one.widths[0].groups, one.widths[0].per_group) for one in plans}) == len(plans)
     for one in plans:
         # One channel more or less in every block comes no nearer.
@@ -285,10 +287,10 @@ def test_a_plan_says_what_is_settled(wishes: Wishes) -> None:
     assert wish.plan(dict.fromkeys(range(3), dense)).uniform is True
     several = wish.plan({0: dense, 1: dense | {CHANNELS: 1}})
     assert several.uniform is False
-    assert several.exact is False
+    assert several.lists_units is False
     settled = {"heads": (0,), "channels": (1,)}
-    assert replace(several, units={0: settled, 1: settled}).exact is True
-    assert replace(several, units={0: settled, 1: {"heads": (0,)}}).exact is False
+    assert replace(several, units={0: settled, 1: settled}).lists_units is True
+    assert replace(several, units={0: settled, 1: {"heads": (0,)}}).lists_units is False
 
 
 def test_the_split_that_costs_least(wishes: Wishes) -> None:
@@ -296,9 +298,9 @@ def test_the_split_that_costs_least(wishes: Wishes) -> None:
     plans, places = uniform_plans(wish), set()
     for seed in range(8):
         survey = survey_of(wish.blocks, seed)
-        costs = [Prices(survey).total(wish.blocks, one.widths) for one in plans]
+        costs = [WidthCosts(survey).total(wish.blocks, one.widths) for one in plans]
         places.add(costs.index(min(costs)))
-        assert plan(wish, "uniform", survey) == replace(plans[costs.index(min(costs))], price=min(costs))
+        assert plan(wish, "uniform", survey) == replace(plans[costs.index(min(costs))], cost=min(costs))
     assert len(places) > 1
 
 
@@ -306,7 +308,7 @@ def test_a_lone_plan_has_its_price(wishes: Wishes) -> None:
     wish = wishes(0.2, kinds=("heads",))
     (alone,) = uniform_plans(wish)
     survey = survey_of(wish.blocks, 0)
-    assert plan(wish, "uniform", survey).price == Prices(survey).total(wish.blocks, alone.widths) > 0
+    assert plan(wish, "uniform", survey).cost == WidthCosts(survey).total(wish.blocks, alone.widths) > 0
 
 
 def test_the_nearest_where_none_is_near(wishes: Wishes) -> None:
@@ -341,7 +343,7 @@ def test_out_of_reach(wishes: Wishes, widths: str, goal: float | str, more: dict
     wish = wishes(goal, **more)
     calls: list[Callable[[], Any]] = [lambda: plan(wish, widths, survey_of(wish.blocks))]
     if widths == "adaptive":
-        calls.append(lambda: check_reach(wish))
+        calls.append(lambda: check_reachable(wish))
     if widths == "uniform" and goal == "kv=90%":
         message = "changes nothing of it|nothing can go"
     for call in calls:
@@ -353,9 +355,9 @@ def test_out_of_reach(wishes: Wishes, widths: str, goal: float | str, more: dict
 def test_the_nearest_that_is_named_can_be_had(wishes: Wishes) -> None:
     for goal in ("params=100", "params=5%", "bytes=1kB", "bytes=3%"):
         with pytest.raises(SecateurError) as caught:
-            check_reach(wishes(goal))
+            check_reachable(wishes(goal))
         named = str(caught.value).partition("ask for ")[2].partition(",")[0]
         wish = wishes(named)
-        check_reach(wish)
+        check_reachable(wish)
         found: Plan = plan(wish, "adaptive", survey_of(wish.blocks))
         assert wish.meter.total(found.widths) <= wish.budget

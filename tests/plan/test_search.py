@@ -15,23 +15,23 @@ from secateur.model.stream import BlockStream
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.search import CLOSE, MOST, TRIES, smallest_within
-from secateur.survey.curves import Curve, Probe, Survey
+from secateur.survey.curves import ErrorCurve, Probe, Survey
 
 
 @pytest.fixture
 def wish(checkpoint_folder: CheckpointFolder) -> PlanProblem:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     meter = parameter_meter(stream)
-    return PlanProblem(blocks=stream.blocks, chosen=range(3), parameters=meter, goal=0.0, meter=meter)
+    return PlanProblem(blocks=stream.blocks, pruned_blocks=range(3), parameters=meter, target=0.0, meter=meter)
 
 
 UNITS = {"kv_groups": 3, "heads_per_group": 2, "channels": 72}
 
 
-def curve(index: int, axis: str, units: int) -> Curve:
+def curve(index: int, axis: str, units: int) -> ErrorCurve:
     share = [gone / units for gone in range(units)]
     kind = "channels" if axis == "channels" else "heads"
-    return Curve(index, kind, axis, tuple((index + 1) * s**1.5 for s in share), index + 1.0)
+    return ErrorCurve(index, kind, axis, tuple((index + 1) * s**1.5 for s in share), index + 1.0)
 
 
 SURVEY = Survey(
@@ -53,8 +53,8 @@ class Loss:
 
     def __call__(self, plan: Plan) -> float:
         self.seen.append(plan)
-        assert plan.price is not None
-        return self.of(plan.price)
+        assert plan.cost is not None
+        return self.of(plan.cost)
 
 
 TRUE: dict[str, Callable[[float], float]] = {
@@ -78,7 +78,7 @@ def test_it_comes_near_the_ratio_from_below(wish: PlanProblem, case: str, ratio:
     assert got <= 1
     # One channel more or less is a step of this size.
     assert got > CLOSE - 0.05
-    within = [plan for plan in loss.seen if loss.of(plan.price or 0.0) <= ratio]
+    within = [plan for plan in loss.seen if loss.of(plan.cost or 0.0) <= ratio]
     assert found.sparsity == max(plan.sparsity for plan in within)
 
 
@@ -96,7 +96,7 @@ def test_more_loss_means_a_smaller_model(wish: PlanProblem) -> None:
 
 
 def test_limits_of_the_wish_hold(wish: PlanProblem) -> None:
-    part = replace(wish, chosen=range(1, 2), kinds=("channels",), multiple=8)
+    part = replace(wish, pruned_blocks=range(1, 2), kinds=("channels",), multiple=8)
     found = smallest_within(part, "adaptive", SURVEY, 1.3, Loss(TRUE["as expected"]))
     assert found.widths.keys() == {1}
     assert (found.widths[1].groups, found.widths[1].channels % 8) == (3, 0)

@@ -129,7 +129,7 @@ def made(**changes: Any) -> dict[str, Any]:
         "command": "secateur prune owner/name OUT",
         "options": {"recovery": "refit", "blocks": None},
         "sparsity": {"reached": 0.4},
-        "price": 0.25,
+        "cost": 0.25,
         "sizes": {"parameters": [1000, 600], "bytes": [2000, 1200], "cache_bytes": [0, 0]},
         "dense": [dense, mixture],
         "loads": {"class": "AutoModelForCausalLM", "format": "hf", "task": "text-generation", "vllm": None},

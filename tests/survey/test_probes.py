@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.survey.probes import DRAWN, LIKELY, divergences, some_tokens
+from secateur.survey.probes import DRAWN_TOKENS, LIKELY_TOKENS, divergences, sampled_tokens
 
 
 def exact(dense: Tensor, other: Tensor) -> Tensor:
@@ -16,8 +16,8 @@ def exact(dense: Tensor, other: Tensor) -> Tensor:
 
 
 def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
-    """What `Probes.finish` makes of logits (t x v), for each position and distribution (t x p)."""
-    tokens, weights = some_tokens(dense, torch.Generator().manual_seed(seed))
+    """What `ProbeStreams.finish` makes of logits (t x v), for each position and distribution (t x p)."""
+    tokens, weights = sampled_tokens(dense, torch.Generator().manual_seed(seed))
     found = []
     for place, (some, counts) in enumerate(zip(tokens, weights, strict=True)):
         found.append(divergences(dense[place, some], torch.stack([o[place, some] for o in others]), counts))
@@ -25,7 +25,7 @@ def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**31), st.integers(1, LIKELY + DRAWN), st.floats(1e-3, 30), st.floats(1e-4, 20))
+@given(st.integers(0, 2**31), st.integers(1, LIKELY_TOKENS + DRAWN_TOKENS), st.floats(1e-3, 30), st.floats(1e-4, 20))
 def test_a_small_vocabulary_is_taken_whole(seed: int, size: int, spread: float, change: float) -> None:
     dice = torch.Generator().manual_seed(seed)
     dense = spread * torch.randn(3, size, generator=dice)
@@ -59,10 +59,10 @@ def test_a_large_vocabulary_is_sampled(spread: float) -> None:
 
 def test_weights_are_a_distribution() -> None:
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(2))
-    tokens, weights = some_tokens(logits, torch.Generator().manual_seed(0))
-    assert tokens.shape == weights.shape == (5, LIKELY + DRAWN)
+    tokens, weights = sampled_tokens(logits, torch.Generator().manual_seed(0))
+    assert tokens.shape == weights.shape == (5, LIKELY_TOKENS + DRAWN_TOKENS)
     torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
     # The likeliest are among them once, and no drawn one is one of these.
-    for likely, drawn in zip(tokens[:, :LIKELY], tokens[:, LIKELY:], strict=True):
-        assert len(set(likely.tolist())) == LIKELY
+    for likely, drawn in zip(tokens[:, :LIKELY_TOKENS], tokens[:, LIKELY_TOKENS:], strict=True):
+        assert len(set(likely.tolist())) == LIKELY_TOKENS
         assert not set(likely.tolist()) & set(drawn.tolist())

@@ -30,9 +30,9 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
 from secateur.numerics.moments import Moments
-from secateur.survey.curves import Curve, Probe, Survey, load_survey, save_survey
+from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey, save_survey
 from secateur.survey.gradients import gradient_scores
-from secateur.survey.probes import STRIDE
+from secateur.survey.probes import POSITION_STRIDE
 from secateur.survey.survey import survey
 
 SMALL = Services(batch_tokens=50)
@@ -128,7 +128,7 @@ class Plain:
         return remaining_units(self.module, axis, removal_order(l1, stats, axis, left) if gone else torch.empty(0))
 
 
-def curve_of(found: Survey, kind: str, axis: str, index: int = INDEX) -> Curve:
+def curve_of(found: Survey, kind: str, axis: str, index: int = INDEX) -> ErrorCurve:
     (curve,) = (c for c in found.curves if (c.block, c.kind, c.axis) == (index, kind, axis))
     return curve
 
@@ -151,9 +151,9 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
 def divergence(name: str, keeps: dict[int, KeptUnits], changed: Any = None) -> float:
     """KL of the logits at every second position, the units that are not kept silenced."""
     model = dense(name) if changed is None else changed
-    wanted = logits_of(dense(name), PROBES)[:, STRIDE - 1 :: STRIDE].double().log_softmax(-1)
+    wanted = logits_of(dense(name), PROBES)[:, POSITION_STRIDE - 1 :: POSITION_STRIDE].double().log_softmax(-1)
     with masked(model, keeps):
-        got = logits_of(model, PROBES)[:, STRIDE - 1 :: STRIDE].double().log_softmax(-1)
+        got = logits_of(model, PROBES)[:, POSITION_STRIDE - 1 :: POSITION_STRIDE].double().log_softmax(-1)
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
@@ -171,7 +171,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
     found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
     modules = {(index, kind) for index in range(3) for kind in SCORED_KINDS}
     assert {(curve.block, curve.kind) for curve in found.curves} == modules
-    whole = {(probe.block, probe.kind): probe for probe in found.probes if probe.whole}
+    whole = {(probe.block, probe.kind): probe for probe in found.probes if probe.removes_module}
     assert whole.keys() == modules
     for (index, kind), probe in whole.items():
         wanted = divergence(name, without(name, index, kind))
@@ -181,7 +181,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
             probe.error
             == curve_of(found, kind, blocks_of(dense(name))[index].module(kind).cut_axes[0].name, index).energy
         )
-    parts = [probe for probe in found.probes if not probe.whole]
+    parts = [probe for probe in found.probes if not probe.removes_module]
     locked = blocks_of(dense(name))[0].attention.locked
     assert {probe.kind for probe in parts} == ({"channels"} if locked else set(SCORED_KINDS))
     assert all(0 <= probe.divergence < float("inf") for probe in parts)
@@ -192,13 +192,13 @@ def test_a_partial_probe_is_the_refitted_model(
     checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
     """At any shares, several of them too."""
-    monkeypatch.setattr(sys.modules["secateur.survey.sample"], "PROBED", SHARES)
+    monkeypatch.setattr(sys.modules["secateur.survey.curve_estimator"], "PROBED_SHARES", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
     axis = plain.module.cut_axes[-1].name
     curve, units = curve_of(found, kind, axis), plain.module.axis(axis).units
     counts = [gone for gone in dict.fromkeys(round(units * share) for share in SHARES) if 0 < gone < units]
-    probes = [p for p in found.probes if (p.block, p.kind, p.whole) == (INDEX, kind, False)]
+    probes = [p for p in found.probes if (p.block, p.kind, p.removes_module) == (INDEX, kind, False)]
     assert len(probes) == len(counts) > 0
     width = blocks_of(dense(name))[INDEX].width
     for gone, probe in zip(counts, probes, strict=True):
@@ -268,7 +268,10 @@ SURVEY = Survey(
     "l1",
     0.3,
     64,
-    (Curve(0, "heads", "kv_groups", (0.0, 0.25), 1.0), Curve(0, "channels", "channels", (1e-9, 0.1, 0.3), 0.5)),
+    (
+        ErrorCurve(0, "heads", "kv_groups", (0.0, 0.25), 1.0),
+        ErrorCurve(0, "channels", "channels", (1e-9, 0.1, 0.3), 0.5),
+    ),
     (Probe(0, "heads", 1.0, True, 0.7), Probe(0, "channels", 0.1, False, 1 / 3)),
     ASKED,
 )
@@ -313,7 +316,7 @@ STORED = json.loads(json.dumps(SURVEY, default=lambda value: vars(value)))
         json.dumps({**STORED, "curves": [{"block": 0}]}),
         json.dumps({**STORED, "probes": [1]}),
         json.dumps({**STORED, "colour": "red"}),
-        json.dumps({**STORED, "asked": 3}),
+        json.dumps({**STORED, "settings": 3}),
         json.dumps({key: value for key, value in STORED.items() if key != "tokens"}),
     ],
 )

@@ -25,7 +25,7 @@ from secateur.plan.meters import cache_meter, parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
-from secateur.survey.sample import PROBED
+from secateur.survey.curve_estimator import PROBED_SHARES
 from secateur.text.draw import CalibrationRows
 from secateur.text.self_calibration import rows_at_once, writing_bytes
 from secateur.text.sources import SELF
@@ -80,7 +80,7 @@ def estimate(run: OpenRun) -> Summary:
 
 def work_by_effort(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[str, Work]:
     """What the whole run takes at each effort; where nothing is fitted by effort, at the one given."""
-    before = [_writing(run, rows), *_before_fits(run, rows, decided.exact)]
+    before = [_writing(run, rows), *_before_fits(run, rows, decided.lists_units)]
     efforts = EFFORTS if run.recovery.uses_effort else (run.options.effort,)
     return {name: Work.of([*before, *_fitting(run, rows, decided, name)]) for name in efforts}
 
@@ -102,8 +102,8 @@ def _before_fits(run: OpenRun, rows: CalibrationRows, exact: bool) -> list[Work]
     found, file = [], run.run_options.survey
     if run.request.needs_survey and not (file and file.exists()):
         few, probed = split_survey_rows(rows.text)
-        modules = max(len(run.request.problem.modules_of(index)) for index in run.request.block_range)
-        probes = modules * (len(PROBED) + 1)
+        modules = max(len(run.request.problem.prunable_modules(index)) for index in run.request.block_range)
+        probes = modules * (len(PROBED_SHARES) + 1)
         found.append(survey_work(run.stream, few.numel(), probed.numel(), probes))
     if Criteria(run.options.criterion_name).needs_gradients and not exact:
         found.append(gradient_work(run.stream, rows.groups.tokens))

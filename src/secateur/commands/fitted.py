@@ -50,7 +50,7 @@ class FittedBlocks(Iterator[FittedBlock]):
             run.stream,
             decided,
             rows.groups,
-            method=run.method(rows, decided.first, decided.exact),
+            method=run.method(rows, decided.first_heads, decided.lists_units),
             dtype=run.dtype,
             compare=self._behind if judged else None,
             checkpoint=self.checkpoint,

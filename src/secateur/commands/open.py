@@ -28,7 +28,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import cache_meter
 from secateur.plan.problem import FirstHeads
-from secateur.plan.target import FASTER, Target
+from secateur.plan.target import SPEEDUPS, Target
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
@@ -139,7 +139,7 @@ def open_model(
     services, started = services or Services(), time.perf_counter()
     processes, watcher = services.processes, services.watcher
     goal = options.size_target
-    if isinstance(goal, Target) and goal.quantity in FASTER and not processes.is_single:
+    if isinstance(goal, Target) and goal.quantity in SPEEDUPS and not processes.is_single:
         raise SecateurError(
             f"target {goal} is measured by one process alone; let secateur plan write the widths to a file, and name "
             "it by --plan"

@@ -12,11 +12,11 @@ from secateur.criteria.registry import Criteria
 from secateur.formats.format import Format, format_class
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, meter_of, parameter_meter
-from secateur.plan.plan import check_reach, nearest_uniform, uniform_plans
+from secateur.plan.plan import check_reachable, uniform_alternative, uniform_plans
 from secateur.plan.plan_file import read_plan, read_ratios
 from secateur.plan.problem import Plan, PlanProblem
-from secateur.plan.target import FASTER, Target
-from secateur.plan.widths import usual_multiple
+from secateur.plan.target import SPEEDUPS, Target
+from secateur.plan.widths import default_multiple
 
 TINY_SHARE = 1e-6
 """A share of the parameters that any cut exceeds."""
@@ -37,7 +37,7 @@ class CheckedRequest:
     @property
     def block_range(self) -> range:
         """The blocks to prune."""
-        return self.problem.chosen
+        return self.problem.pruned_blocks
 
     @property
     def parameters(self) -> Meter:
@@ -63,7 +63,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
         check_plan(format, given, options.plan or options.widths)
         return CheckedRequest(problem, given, format, False)
     if isinstance(options.size_target, Target) and not options.targets_perplexity:
-        if format.other_kernels and options.size_target.quantity in FASTER:
+        if format.other_kernels and options.size_target.quantity in SPEEDUPS:
             watcher.note(
                 f"Speed is measured with torch's kernels on this machine; {format.other_kernels}'s may gain otherwise"
             )
@@ -100,7 +100,7 @@ def check_plan(format: Format, decided: Plan, file: str | None = None) -> Plan:
     """
     if (reason := format.unsupported_plan(decided.widths)) is not None:
         whole = decided.uniform and len(decided.widths) == len(format.stream)
-        more = "" if whole else f"; the nearest that fits: {nearest_uniform(decided.sparsity)}"
+        more = "" if whole else f"; the nearest that fits: {uniform_alternative(decided.sparsity)}"
         place = f"{file}: " if file else ""
         raise SecateurError(f"{place}the {format.declaration.name} format cannot hold this plan: {reason}{more}")
     return decided
@@ -113,12 +113,12 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
 
     return PlanProblem(
         blocks=stream.blocks,
-        chosen=chosen,
+        pruned_blocks=chosen,
         parameters=parameters,
-        goal=options.size_target,
+        target=options.size_target,
         meter=parameters,
         kinds=_kinds(stream, options),
-        multiple=options.round or usual_multiple([axis for block in stream.blocks for axis in block.axes]),
+        multiple=options.round or default_multiple([axis for block in stream.blocks for axis in block.axes]),
         unsupported_reason=cache(format.unsupported_reason),
     )
 
@@ -141,10 +141,10 @@ def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     if options.parsed_criterion.preselection_only:
         return False
     # How much a loss of perplexity allows is not known yet, but something must be able to go.
-    aim = replace(problem, goal=TINY_SHARE) if options.targets_perplexity else problem
+    aim = replace(problem, target=TINY_SHARE) if options.targets_perplexity else problem
     if options.widths == "uniform":
         return len(uniform_plans(aim)) != 1 or options.targets_perplexity
-    check_reach(aim)
+    check_reachable(aim)
     return True
 
 

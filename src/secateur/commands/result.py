@@ -24,7 +24,7 @@ from secateur.model.units.experts import EXPERTS
 from secateur.plan.meters import Meter, cache_meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
-from secateur.survey.curves import Curve
+from secateur.survey.curves import ErrorCurve
 from secateur.text.draw import CalibrationRows
 
 UNLIKE = 0.1
@@ -89,11 +89,11 @@ def record(
             "begins_with_bos": rows.begins_with_bos,
         },
         "sparsity": {
-            "wanted": decided.wanted,
+            "wanted": decided.requested_sparsity,
             "reached": decided.sparsity,
             "note": decided.note,
         },
-        "price": decided.price,
+        "cost": decided.cost,
         "sizes": {name: getattr(summary, name) for name in ("parameters", "bytes", "cache_bytes")},
         "dense": [dict(width) for width in summary.dense],
         "loads": {
@@ -105,7 +105,7 @@ def record(
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "blocks": done,
     }
-    first = decided.first
+    first = decided.first_heads
     return found | ({} if first is None else {first.name: first.as_dict()})
 
 
@@ -131,7 +131,7 @@ def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, A
     }
 
 
-def dissimilar_experts(blocks: Sequence[Block], curves: Iterable[Curve], decided: Plan) -> str | None:
+def dissimilar_experts(blocks: Sequence[Block], curves: Iterable[ErrorCurve], decided: Plan) -> str | None:
     """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
     lost = []
     for curve in curves:

@@ -139,7 +139,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
         )
         return asdict(result)
 
-    made = replace(Survey.of(run.services.saved_result("survey", made_anew)), asked=wanted)
+    made = replace(Survey.of(run.services.saved_result("survey", made_anew)), settings=wanted)
     if file is not None and run.processes.is_first:
         save_survey(made, file)
     return replace(found, survey=made)
@@ -225,11 +225,11 @@ def write_model(run: OpenRun, rows: CalibrationRows, decided: Plan, blocks: Fitt
 def _preselected(run: OpenRun, text: Tensor) -> Findings:
     """Find the heads that leave first, where the criterion measures which."""
     preselection, given = run.options.preselection, run.request.plan_from_file
-    if preselection is None or (given is not None and given.exact):
+    if preselection is None or (given is not None and given.lists_units):
         return Findings()
     found = preselection.find(run.stream, text, run.request.problem, run.watcher)
-    run.watcher.note(found.first.said().capitalize())
-    return Findings(first=found.first, plan=found.plan)
+    run.watcher.note(found.first_heads.describe().capitalize())
+    return Findings(first=found.first_heads, plan=found.plan)
 
 
 def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
@@ -237,27 +237,27 @@ def _plan(run: OpenRun, rows: CalibrationRows, found: Findings) -> Plan:
     options, problem, first = run.options, run.request.problem, found.first
 
     def checked(one: Plan) -> Plan:
-        return replace(check_plan(run.request.format, one), first=first)
+        return replace(check_plan(run.request.format, one), first_heads=first)
 
     if run.request.plan_from_file is not None:
-        return replace(run.request.plan_from_file, first=first)
+        return replace(run.request.plan_from_file, first_heads=first)
     if found.plan is not None:
         return checked(found.plan)
-    if isinstance(problem.goal, Target) and options.targets_perplexity:
+    if isinstance(problem.target, Target) and options.targets_perplexity:
         assert found.survey is not None
 
         def loss(one: Plan) -> float:
             one = checked(one)
             return float(run.services.saved_result(f"trial-{plan_key(one)}", lambda: perplexity_ratio(run, rows, one)))
 
-        return checked(smallest_within(problem, options.widths, found.survey, problem.goal.value, loss))
+        return checked(smallest_within(problem, options.widths, found.survey, problem.target.value, loss))
     return checked(plan(problem, options.widths, found.survey))
 
 
 def _described(run: OpenRun, decided: Plan) -> str:
     """Which widths were chosen, in one line."""
     dense = [run.stream.blocks[index].width for index in decided.widths]
-    price = "" if decided.price is None else f", expected to cost {decided.price:.2f} nats per token, module by module"
+    price = "" if decided.cost is None else f", expected to cost {decided.cost:.2f} nats per token, module by module"
     kept = list(decided.widths.values())
     if decided.uniform:
         width, full = max(zip(kept, dense, strict=True), key=lambda pair: len(pair[1]))

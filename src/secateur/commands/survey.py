@@ -14,7 +14,7 @@ from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, RunOptions
 from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.steps import draw_rows, survey_model
-from secateur.plan.plan import check_reach, plan
+from secateur.plan.plan import check_reachable, plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.page import Distances, page_data, render
 from secateur.report.summary import Surveyed
@@ -111,9 +111,9 @@ def _plans(problem: PlanProblem, found: Survey, shares: Iterable[float]) -> dict
     """The plan of each share that the modules can reach."""
     plans: dict[float, Plan] = {}
     for share in shares:
-        one = replace(problem, goal=share)
+        one = replace(problem, target=share)
         try:
-            check_reach(one)
+            check_reachable(one)
         except SecateurError:
             continue
         plans[share] = plan(one, survey=found)

@@ -53,9 +53,9 @@ def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
     found = load_survey(file, wanted)
     lengths = {(curve.block, curve.kind, curve.axis): len(curve.errors) for curve in found.curves}
     kinds = run.request.problem.kinds
-    whole = {(probe.block, probe.kind) for probe in found.probes if probe.whole}
+    whole = {(probe.block, probe.kind) for probe in found.probes if probe.removes_module}
     for index in run.request.block_range:
-        for module in run.request.problem.modules_of(index):
+        for module in run.request.problem.prunable_modules(index):
             widths = {axis.name: _length(module, axis) for axis in module.cut_axes if axis.kind in kinds}
             here = {axis: lengths.get((index, module.kind, axis)) for axis in widths}
             if here != widths or (index, module.kind) not in whole:

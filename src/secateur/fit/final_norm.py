@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.survey.probes import STRIDE
+from secateur.survey.probes import POSITION_STRIDE
 
 ROUNDING = 1e-6
 """A divergence below it, in nats per token, says that both models are the same."""
@@ -49,7 +49,9 @@ def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activat
     totals = [0.0] * len(SCALES)
     with stream.head() as head:
         for row in range(len(stream.own(rows).groups[group])):
-            wanted, found = (streams.parts[group][row][STRIDE - 1 :: STRIDE] for streams in (dense, pruned))
+            wanted, found = (
+                streams.parts[group][row][POSITION_STRIDE - 1 :: POSITION_STRIDE] for streams in (dense, pruned)
+            )
             logs = head(wanted).log_softmax(-1)
             shares = logs.exp()
             for number, norm in enumerate(norms):

@@ -21,7 +21,7 @@ from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, context_length, write_gguf
 from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
-from secateur.plan.plan import nearest_uniform
+from secateur.plan.plan import uniform_alternative
 from secateur.write.record import read_record
 
 ALONE = (
@@ -119,5 +119,5 @@ def _nearest(folder: Path, widths: Sequence[Width]) -> str:
     """How to come by the nearest plan that every format holds, where it is the widths that differ."""
     match read_record(folder):
         case {"sparsity": {"reached": float(reached)}} if not alike(widths):
-            return f"; the nearest that fits: prune again with {nearest_uniform(reached)}"
+            return f"; the nearest that fits: prune again with {uniform_alternative(reached)}"
     return ""

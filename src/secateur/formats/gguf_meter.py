@@ -28,7 +28,7 @@ def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Met
     """
     # Vectors are float32 there, whatever the type of the file.
     added = tuple(value * torch.float32.itemsize for value in added_biases(stream)) if biases else ()
-    return replace(_tensor_meter(stream, type, any(added)), added=added)
+    return replace(_tensor_meter(stream, type, any(added)), bias_sizes=added)
 
 
 def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:

@@ -32,12 +32,12 @@ class Similarity:
 
     def find(self, stream: BlockStream, rows: Tensor, problem: PlanProblem, watcher: Watcher) -> Preselected:
         """Compare the heads of the dense model on calibration rows (rows x length)."""
-        distances = head_distances(stream, rows, blocks=problem.chosen, watcher=watcher)
+        distances = head_distances(stream, rows, blocks=problem.pruned_blocks, watcher=watcher)
         if not self.decides:
             return Preselected(find_similar_heads(distances, self.tau))
         plan = similar_plan(problem, distances, self.tau)
-        assert plan.first is not None
-        return Preselected(plan.first, plan)
+        assert plan.first_heads is not None
+        return Preselected(plan.first_heads, plan)
 
 
 def check_heads(problem: PlanProblem) -> None:
@@ -47,7 +47,7 @@ def check_heads(problem: PlanProblem) -> None:
         SecateurError: the model or the output format holds no fewer heads.
     """
     reasons = []
-    blocks = [problem.blocks[index] for index in problem.chosen]
+    blocks = [problem.blocks[index] for index in problem.pruned_blocks]
     if all(block.attention.locked for block in blocks):
         why = blocks[0].attention.locked
         raise SecateurError(f"heads cannot be removed exactly, as {why}; take another criterion")
@@ -81,14 +81,14 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
             f"of every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; take a "
             "larger one"
         )
-    size = problem.parameters.module
+    size = problem.parameters.module_size
     dense, kept = (
         sum(size(index, "heads", one) for index, one in some.items())
         for some in ({index: problem.blocks[index].width for index in widths}, widths)
     )
     found = replace(found, removed=removed, share=1 - kept / dense)
     reached = problem.sparsity(widths)
-    return Plan(widths, reached, reached, note=found.said(), units=units, first=found)
+    return Plan(widths, reached, reached, note=found.describe(), units=units, first_heads=found)
 
 
 def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tuple[tuple[int, ...], Width]:
@@ -104,11 +104,11 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
     each = min(map(len, members))
     best: tuple[int, ...] = ()
     width = block.width
-    least = problem.parameters.module(index, "heads", width)
+    least = problem.parameters.module_size(index, "heads", width)
     for narrower in _narrower(block):
         by_groups = narrower.groups < module.groups
         count = module.groups - narrower.groups if by_groups else module.per_group - narrower.per_group
-        size = problem.parameters.module(index, "heads", narrower)
+        size = problem.parameters.module_size(index, "heads", narrower)
         if (
             count > (len(whole) if by_groups else each)
             or size >= least

@@ -60,7 +60,7 @@ class SimilarHeads:
             blocks.append({"block": index, "candidates": list(heads), **removed})
         return record | {"blocks": blocks}
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """One clause for people."""
         found = sum(map(len, self.candidates.values()))
         what = f"tau {self.tau:.4g} finds {found} similar heads (distances {self.range[0]:.3g} to {self.range[1]:.3g})"

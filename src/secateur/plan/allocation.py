@@ -1,6 +1,6 @@
 """The width of each block under one budget: the same for all, or those that together cost least.
 
-What a plan takes is a sum over modules (`plan/meters.py`), and so is what it costs (`survey/prices.py`); the best
+What a plan takes is a sum over modules (`plan/meters.py`), and so is what it costs (`survey/width_costs.py`); the best
 widths are then a separable knapsack (`plan/knapsack.py`).
 """
 
@@ -12,10 +12,10 @@ from secateur.model.axes import Width
 from secateur.plan.knapsack import choose
 from secateur.plan.problem import PlanProblem
 from secateur.plan.widths import head_widths
-from secateur.survey.prices import Prices
+from secateur.survey.width_costs import WidthCosts
 
 
-def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
+def adaptive(problem: PlanProblem, prices: WidthCosts) -> dict[int, Width] | None:
     """The widths of the chosen blocks that cost least within the budget, or None if nothing is small enough."""
     blocks, meter = problem.blocks, problem.meter
     modules = problem.modules
@@ -23,8 +23,8 @@ def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
     costs, sizes = [], []
     for (index, module), widths in zip(modules, options, strict=True):
         costs.append(np.array([prices.of(index, module, width) for width in widths]))
-        sizes.append(np.array([float(meter.module(index, module.kind, width)) for width in widths]))
-    result = {index: blocks[index].width for index in problem.chosen}
+        sizes.append(np.array([float(meter.module_size(index, module.kind, width)) for width in widths]))
+    result = {index: blocks[index].width for index in problem.pruned_blocks}
     elsewhere = meter.total(result) - sum(float(size[0]) for size in sizes)
     best = choose(costs, sizes, problem.budget - elsewhere)
     if best is None:
@@ -37,9 +37,9 @@ def adaptive(problem: PlanProblem, prices: Prices) -> dict[int, Width] | None:
 def narrowest(problem: PlanProblem) -> float:
     """The least that the model can take where each module has its own width, in the meter's unit."""
     blocks, meter = problem.blocks, problem.meter
-    total = meter.total({index: blocks[index].width for index in problem.chosen})
+    total = meter.total({index: blocks[index].width for index in problem.pruned_blocks})
     for index, module in problem.modules:
-        sizes = [meter.module(index, module.kind, width) for width in problem.widths_of(index, module)]
+        sizes = [meter.module_size(index, module.kind, width) for width in problem.widths_of(index, module)]
         total += min(sizes) - sizes[0]
     return total
 
@@ -53,7 +53,7 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
         Widths with what the model takes at them; the least that it can take; and why some cuts were left out.
     """
     meter, budget = problem.meter, problem.budget
-    block = problem.leading
+    block = problem.reference_block
     # Narrowest first; experts leave, or channels of every one.
     axes = [axis for axis in block.feed_forward.axes if axis.kind in problem.kinds]
     ways = [[{axis.name: number} for number in reversed(axis.all_numbers(problem.multiple))] for axis in axes] or [[{}]]
@@ -62,7 +62,7 @@ def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, floa
     least = meter.dense
 
     def taken(width: Width) -> float:
-        return meter.total(problem.everywhere(width))
+        return meter.total(problem.uniform_widths(width))
 
     for heads, way in product(head_widths(block, problem.kinds), ways):
         steps = [heads | numbers for numbers in way]

@@ -15,29 +15,29 @@ from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.latency import Timer, measured
-from secateur.plan.target import FASTER, Target
+from secateur.plan.target import SPEEDUPS, Target
 
 
 @dataclass(frozen=True)
 class Meter:
     """What each module takes at each width, in one unit; what a model takes is their sum and `fixed`."""
 
-    widths: tuple[Width, ...]
+    dense_widths: tuple[Width, ...]
     """The dense width of every block."""
     fixed: float
     """What everything outside the prunable modules takes, norms and output biases included."""
-    module: Callable[[int, str, Width], float]
+    module_size: Callable[[int, str, Width], float]
     """What the attention (`heads`) or the feed-forward (`channels`) of a block takes at a width; zero is legal."""
-    form: Callable[[float], str]
+    format_value: Callable[[float], str]
     """A value with its unit, for people."""
-    added: tuple[float, ...] = ()
+    bias_sizes: tuple[float, ...] = ()
     """What the biases that a recovery adds to a block take, for every block; nothing by default."""
 
     def total(self, widths: Mapping[int, Width]) -> float:
         """What the model takes at some widths, with what a recovery adds; blocks that are absent are dense."""
-        now = [(i, dense.kinds, widths.get(i, dense)) for i, dense in enumerate(self.widths)]
-        parts = (self.module(i, kind, width) for i, kinds, width in now for kind in kinds)
-        return self.fixed + sum(parts) + (sum(self.added[i] for i in widths) if self.added else 0)
+        now = [(i, dense.kinds, widths.get(i, dense)) for i, dense in enumerate(self.dense_widths)]
+        parts = (self.module_size(i, kind, width) for i, kinds, width in now for kind in kinds)
+        return self.fixed + sum(parts) + (sum(self.bias_sizes[i] for i in widths) if self.bias_sizes else 0)
 
     @property
     def dense(self) -> float:
@@ -96,9 +96,9 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
     return Meter(
         dense_widths(stream),
         stored - inside,
-        module=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
-        form=lambda value: f"{format_count(value, 1)} parameters",
-        added=added_biases(stream) if biases else (),
+        module_size=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
+        format_value=lambda value: f"{format_count(value, 1)} parameters",
+        bias_sizes=added_biases(stream) if biases else (),
     )
 
 
@@ -107,8 +107,8 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
     every = parameter_meter(stream, biases)
     return replace(
         every,
-        module=lambda index, kind, width: stream.blocks[index].active_parameters(width, kind),
-        form=lambda value: f"{format_count(round(value), 1)} active parameters",
+        module_size=lambda index, kind, width: stream.blocks[index].active_parameters(width, kind),
+        format_value=lambda value: f"{format_count(round(value), 1)} active parameters",
     )
 
 
@@ -118,8 +118,8 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) ->
     # What is no floating-point number is copied as it is.
     others = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
     fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in others)
-    added = tuple(value * dtype.itemsize for value in counts.added)
-    return Meter(counts.widths, fixed, lambda *at: counts.module(*at) * dtype.itemsize, megabytes, added)
+    added = tuple(value * dtype.itemsize for value in counts.bias_sizes)
+    return Meter(counts.dense_widths, fixed, lambda *at: counts.module_size(*at) * dtype.itemsize, megabytes, added)
 
 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
@@ -137,8 +137,8 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     return Meter(
         dense_widths(stream),
         fixed=0,
-        module=module,
-        form=lambda value: f"{value:,.0f} B per token",
+        module_size=module,
+        format_value=lambda value: f"{value:,.0f} B per token",
     )
 
 
@@ -163,8 +163,10 @@ def latency_meter(
     return Meter(
         dense_widths(stream),
         fixed=own[0].outside + sum(table.rest for table in own),
-        module=lambda index, kind, width: own[index].module(list(stream.blocks[index].module(kind).removed), width),
-        form=lambda value: f"{1e3 * value:,.1f} ms",
+        module_size=lambda index, kind, width: own[index].module(
+            list(stream.blocks[index].module(kind).removed), width
+        ),
+        format_value=lambda value: f"{1e3 * value:,.1f} ms",
     )
 
 
@@ -175,19 +177,20 @@ def budget_of(target: Target, meter: Meter) -> float:
         SecateurError: the dense model takes no more.
     """
     dense = meter.dense
-    if target.quantity in FASTER:
+    if target.quantity in SPEEDUPS:
         return dense / target.value
     if target.relative:
         return dense * target.value
     if target.value >= dense:
         less = Target(target.quantity, 0.8, True)
         raise SecateurError(
-            f"target {target}: the dense model takes no more than {meter.form(dense)}; ask for less, such as {less}"
+            f"target {target}: the dense model takes no more than {meter.format_value(dense)}; ask for less, such as "
+            f"{less}"
         )
     return target.value
 
 
-def unreachable(target: Target, meter: Meter, least: float) -> SecateurError:
+def unreachable_error(target: Target, meter: Meter, least: float) -> SecateurError:
     """What to raise where no plan meets a target, with the nearest one that can be met.
 
     `least` is the least that any plan takes, in the meter's unit.
@@ -199,14 +202,14 @@ def unreachable(target: Target, meter: Meter, least: float) -> SecateurError:
             f"target {target}: what may be pruned here changes nothing of it; let other modules go too"
         )
     return SecateurError(
-        f"target {target} is out of reach: the least is {meter.form(least)}, and the dense model takes "
-        f"{meter.form(dense)}; ask for {nearest}, or let more go"
+        f"target {target} is out of reach: the least is {meter.format_value(least)}, and the dense model takes "
+        f"{meter.format_value(dense)}; ask for {nearest}, or let more go"
     )
 
 
 def _nearest(target: Target, dense: float, least: float) -> Target | None:
     """The closest target that can be met, rounded to figures that people write; None if nothing can be gained."""
-    if target.quantity in FASTER:
+    if target.quantity in SPEEDUPS:
         ratio = math.floor(100 * dense / least) / 100
         return Target(target.quantity, ratio, True) if ratio > 1 else None
     if target.relative:

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from secateur.base.errors import SecateurError
 from secateur.plan.allocation import adaptive, narrowest, uniform
-from secateur.plan.meters import unreachable
+from secateur.plan.meters import unreachable_error
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import Target
-from secateur.survey.curves import Curve, Survey
-from secateur.survey.prices import Prices
+from secateur.survey.curves import ErrorCurve, Survey
+from secateur.survey.width_costs import WidthCosts
 
 
 def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None = None) -> Plan:
@@ -27,10 +27,10 @@ def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None =
         possible = uniform_plans(problem)
         if survey is None:
             return possible[0]
-        prices = Prices(survey)
+        prices = WidthCosts(survey)
         costs = [prices.total(problem.blocks, one.widths) for one in possible]
-        return replace(possible[costs.index(min(costs))], price=min(costs))
-    prices = Prices(survey or _even(problem))
+        return replace(possible[costs.index(min(costs))], cost=min(costs))
+    prices = WidthCosts(survey or _even(problem))
     found = adaptive(problem, prices)
     if found is None:
         raise _out_of_reach(problem, narrowest(problem), [])
@@ -40,8 +40,8 @@ def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None =
 def _even(problem: PlanProblem) -> Survey:
     """Stands in for a survey: the square of the share of its units that goes is what a module costs."""
     curves = [
-        Curve(index, module.kind, axis.name, tuple((gone / axis.units) ** 2 for gone in range(axis.units)), 1.0)
-        for index in problem.chosen
+        ErrorCurve(index, module.kind, axis.name, tuple((gone / axis.units) ** 2 for gone in range(axis.units)), 1.0)
+        for index in problem.pruned_blocks
         for module in problem.blocks[index].modules
         for axis in module.cut_axes
     ]
@@ -50,31 +50,31 @@ def _even(problem: PlanProblem) -> Survey:
 
 def uniform_plans(problem: PlanProblem) -> list[Plan]:
     """Every split of one width between heads and channels that meets the target, the nearest first."""
-    share = not isinstance(problem.goal, Target)
+    share = not isinstance(problem.target, Target)
     found, least, reasons = uniform(problem, over=share)
     if least == problem.meter.dense:
         raise SecateurError(_nothing(problem, reasons))
     # A share of the parameters is met to within half a point, anything else is a limit.
-    slack = TOLERANCE * problem.counted if share else 0.0
+    slack = TOLERANCE * problem.block_parameters if share else 0.0
     if not found or least > problem.budget + slack:
         raise _out_of_reach(problem, least, reasons)
     found.sort(key=lambda one: abs(one[1] - problem.budget))
-    plans = [problem.plan(problem.everywhere(width), nearest=True) for width, _ in found]
+    plans = [problem.plan(problem.uniform_widths(width), nearest=True) for width, _ in found]
     near = [one for one in plans if one.note is None]
     return near or plans[:1]
 
 
-def nearest_uniform(sparsity: float) -> str:
+def uniform_alternative(sparsity: float) -> str:
     """How to ask for as much with one width for all blocks, as far as a format holds it."""
     return f"--widths uniform --sparsity {sparsity:.3g}, or less where that is refused"
 
 
-def check_reach(problem: PlanProblem) -> None:
+def check_reachable(problem: PlanProblem) -> None:
     """See that adaptive widths can meet the target, before anything is measured."""
     least = narrowest(problem)
-    dense, modules = problem.leading.width, problem.is_prunable(problem.leading)
+    dense, modules = problem.reference_block.width, problem.is_prunable(problem.reference_block)
     reasons = list(filter(None, (problem.unsupported_reason(dense | module.removed) for module in modules)))
-    if least >= problem.meter.dense and (reasons or not isinstance(problem.goal, Target)):
+    if least >= problem.meter.dense and (reasons or not isinstance(problem.target, Target)):
         raise SecateurError(_nothing(problem, reasons))
     # Sums in another order are rounded otherwise.
     if least > problem.budget + 1e-9 * problem.meter.dense:
@@ -83,12 +83,12 @@ def check_reach(problem: PlanProblem) -> None:
 
 def _out_of_reach(problem: PlanProblem, least: float, reasons: list[str]) -> SecateurError:
     """The target is more than the modules hold."""
-    if isinstance(problem.goal, Target):
-        return unreachable(problem.goal, problem.meter, least)
+    if isinstance(problem.target, Target):
+        return unreachable_error(problem.target, problem.meter, least)
     # Rounded down, so that it can be had.
-    most = math.floor(1000 * (problem.meter.dense - least) / problem.counted) / 1000
+    most = math.floor(1000 * (problem.meter.dense - least) / problem.block_parameters) / 1000
     return SecateurError(
-        f"a sparsity of {problem.goal:.1%} of the blocks is more than the modules hold: at most {most:.1%} can go"
+        f"a sparsity of {problem.target:.1%} of the blocks is more than the modules hold: at most {most:.1%} can go"
         + (f" (only {problem.kinds[0]} were asked for)" if len(problem.kinds) == 1 else "")
         + (f"; {reasons[0]}" if reasons and len(problem.kinds) > 1 else "")
     )
@@ -96,7 +96,7 @@ def _out_of_reach(problem: PlanProblem, least: float, reasons: list[str]) -> Sec
 
 def _nothing(problem: PlanProblem, reasons: list[str]) -> str:
     """Why no width is left at all."""
-    block = problem.leading
+    block = problem.reference_block
     if reasons:
         return f"the format cannot hold this: {reasons[0]}"
     if block.feed_forward.kind == "channels" in problem.kinds and problem.multiple >= block.feed_forward.units:

@@ -14,7 +14,7 @@ from secateur.plan.problem import FirstHeads, Plan, PlanProblem
 class Preselected:
     """What a measurement has found."""
 
-    first: FirstHeads
+    first_heads: FirstHeads
     plan: Plan | None = None
     """The plan in which these heads go, and nothing else."""
 

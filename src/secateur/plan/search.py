@@ -48,7 +48,7 @@ def smallest_within(
         if CLOSE * allowed <= math.log(found) <= allowed:
             break
         # A refit can beat the dense model on such rows; then go on to larger cuts, but not at once to the largest.
-        factor = max(math.log(found) / (tried.price or 1e-6), factor / 4)
+        factor = max(math.log(found) / (tried.cost or 1e-6), factor / 4)
     if best is None:
         raise SecateurError(
             f"target ppl={ratio:g}x: the best plan that was tried came to {lowest:.3f}x; ask for more than that, or "
@@ -64,13 +64,13 @@ def _priced_at(problem: PlanProblem, widths: str, survey: Survey, price: float) 
     for _ in range(12):
         middle = (low + high) / 2
         try:
-            tried = plan(replace(problem, goal=middle, meter=problem.parameters), widths, survey)
+            tried = plan(replace(problem, target=middle, meter=problem.parameters), widths, survey)
         except SecateurError:
             high = middle
             continue
-        if (tried.price or 0.0) <= price:
+        if (tried.cost or 0.0) <= price:
             low, best = middle, tried
         else:
             high = middle
             best = best if best is not None or middle > 0.001 else tried
-    return best if best is not None else plan(replace(problem, goal=0.01, meter=problem.parameters), widths, survey)
+    return best if best is not None else plan(replace(problem, target=0.01, meter=problem.parameters), widths, survey)

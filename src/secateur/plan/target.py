@@ -38,7 +38,7 @@ _SPELLINGS: dict[Quantity, _Spelling] = {
     "ppl": _Spelling({}, "ppl=1.2x", "at most {} the perplexity"),
 }
 QUANTITIES: tuple[Quantity, ...] = tuple(_SPELLINGS)
-FASTER: tuple[Quantity, ...] = ("prefill", "decode")
+SPEEDUPS: tuple[Quantity, ...] = ("prefill", "decode")
 """Whose value is by how much the result is faster."""
 
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([a-zA-Z%]*)")
@@ -66,7 +66,7 @@ class Target:
         if ratio and not self.relative:
             raise SecateurError(f"target {self.quantity} is a ratio; write for example {example}")
         if ratio and self.value <= 1:
-            what = "a speed-up" if self.quantity in FASTER else "how much the perplexity may grow, over the dense one"
+            what = "a speed-up" if self.quantity in SPEEDUPS else "how much the perplexity may grow, over the dense one"
             raise SecateurError(f"target {self}: it is {what} and must be above 1x, for example {example}")
         if not ratio and self.relative and not 0 < self.value < 1:
             raise SecateurError(f"target {self}: the share that stays must lie between 0% and 100%: {example}")

@@ -10,7 +10,7 @@ UnsupportedReason = Callable[[Width], "str | None"]
 """Why the output format cannot hold a width, or None if it can."""
 
 
-def usual_multiple(axes: Sequence[Axis]) -> int:
+def default_multiple(axes: Sequence[Axis]) -> int:
     """Return the multiple to which rounded axes are cut where `--round` is not given.
 
     Products in bfloat16 take a third longer at odd multiples of 8, and quantised GGUF types store 32 numbers at a time;

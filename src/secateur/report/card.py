@@ -102,9 +102,9 @@ def what_goes(record: Mapping[str, Any]) -> str:
 
 def expected(record: Mapping[str, Any]) -> str:
     """The loss that was expected, where prices were measured."""
-    if record["price"] is None:
+    if record["cost"] is None:
         return ""
-    return f"It was expected to cost {record['price']:.2f} nats per token, module by module."
+    return f"It was expected to cost {record['cost']:.2f} nats per token, module by module."
 
 
 def opening(record: Mapping[str, Any], folder: str) -> str:

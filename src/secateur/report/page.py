@@ -17,8 +17,8 @@ from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
-from secateur.survey.curves import Curve, Survey
-from secateur.survey.prices import Prices
+from secateur.survey.curves import ErrorCurve, Survey
+from secateur.survey.width_costs import WidthCosts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "{{DATA}}"
@@ -51,8 +51,8 @@ def page_data(
         facts: `model`, its `family`, its `parameters` and the `line` that uses the survey.
         distances: of the query heads; without them the page does not compare heads.
     """
-    prices = Prices(survey)
-    modules: dict[tuple[int, str], list[Curve]] = {}
+    prices = WidthCosts(survey)
+    modules: dict[tuple[int, str], list[ErrorCurve]] = {}
     for curve in survey.curves:
         # Of a mixture the page shows experts; what channels of these cost is in the prices of plans.
         if curve.axis in (*HEADS, curve.kind):
@@ -84,7 +84,7 @@ def render(data: Mapping[str, Any]) -> str:
     return page.replace(PLACE, text)
 
 
-def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, Any]:
+def _module(block: Block, curves: Sequence[ErrorCurve], prices: WidthCosts) -> dict[str, Any]:
     """One module: its curves, and its units in the order in which they leave."""
     module = block.module(curves[0].kind)
     return {
@@ -98,7 +98,7 @@ def _module(block: Block, curves: Sequence[Curve], prices: Prices) -> dict[str, 
     }
 
 
-def _curve(block: Block, module: PrunableModule, curve: Curve, prices: Prices) -> dict[str, Any]:
+def _curve(block: Block, module: PrunableModule, curve: ErrorCurve, prices: WidthCosts) -> dict[str, Any]:
     """One curve: units left, share of the module's output that is lost, and price, from dense to nothing."""
     units = module.axis(curve.axis).units
     gone = [*_thinned(len(curve.errors)), units]
@@ -111,7 +111,7 @@ def _curve(block: Block, module: PrunableModule, curve: Curve, prices: Prices) -
     }
 
 
-def _scores(block: Block, module: PrunableModule, curve: Curve, prices: Prices) -> list[list[float]]:
+def _scores(block: Block, module: PrunableModule, curve: ErrorCurve, prices: WidthCosts) -> list[list[float]]:
     """(unit, turn, rise of the lost share, rise of the price) as units leave; the last ones go with the module."""
     together = module.enclosing_units(curve.axis)
     last = sorted(set(range(module.units)) - set(curve.order)) if curve.order else []
@@ -128,7 +128,7 @@ def _scores(block: Block, module: PrunableModule, curve: Curve, prices: Prices) 
     return [[unit, turn + 1, *rise(turn)] for unit, turn in turns]
 
 
-def _price(block: Block, module: PrunableModule, curve: Curve, gone: int, prices: Prices) -> float:
+def _price(block: Block, module: PrunableModule, curve: ErrorCurve, gone: int, prices: WidthCosts) -> float:
     """Return the cost of a module that has lost so many units along the curve's axis, in nats per token."""
     # What never leaves alone goes with the module.
     left = module.axis(curve.axis).units - gone if gone < len(curve.errors) else 0
@@ -140,7 +140,7 @@ def _width(dense: Width, module: PrunableModule, axis: str, left: int) -> Width:
     return dense | ({axis: left} if left else module.removed)
 
 
-def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> dict[str, Any]:
+def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: WidthCosts) -> dict[str, Any]:
     """What one share would remove, block by block."""
     widths = [plan.widths.get(index, block.width) for index, block in enumerate(blocks)]
     kept = [block.parameters_at(width) for block, width in zip(blocks, widths, strict=True)]
@@ -149,7 +149,7 @@ def _plan(share: float, plan: Plan, blocks: Sequence[Block], prices: Prices) -> 
         "share": share,
         "reached": _short(plan.sparsity),
         "removed": removed,
-        "price": _short(plan.price or 0.0),
+        "price": _short(plan.cost or 0.0),
         "note": "; ".join(filter(None, (plan.note, _drawn(widths, blocks)))) or None,
         "widths": [
             [width.groups, width.per_group, _fed(width, block)] for width, block in zip(widths, blocks, strict=True)
@@ -178,7 +178,7 @@ def _drawn(widths: Sequence[Width], blocks: Sequence[Block]) -> str | None:
     return "channels of experts that go are shown as the experts that would hold them"
 
 
-def _share(error: float, curve: Curve) -> float:
+def _share(error: float, curve: ErrorCurve) -> float:
     """Of the module's output energy, what a width loses beyond the dense width's own rounding."""
     return max(error - curve.errors[0], 0.0) / curve.energy if curve.energy > 0 else 0.0
 

@@ -102,13 +102,13 @@ class Proposal(Shown):
         blocks: list[dict[str, Any]] = []
         for index, width in self.plan.widths.items():
             # Units that are not settled are chosen while pruning.
-            units = self.plan.units.get(index, {}) if self.plan.exact else {}
+            units = self.plan.units.get(index, {}) if self.plan.lists_units else {}
             blocks.append({"block": index, "width": dict(width)} | {kind: list(kept) for kind, kept in units.items()})
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
             "sparsity": {"reached": self.plan.sparsity},
-            "price": self.plan.price,
+            "cost": self.plan.cost,
             "blocks": blocks,
         }
 

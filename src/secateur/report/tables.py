@@ -96,8 +96,8 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     lines = [
         f"{_goes(decided.sparsity, proposal.blocks)}: {format_count(before)} to {format_count(after)} in the model."
     ]
-    if decided.price is not None:
-        lines.append(f"Expected to cost {decided.price:.3f} nats per token, the modules taken one by one.")
+    if decided.cost is not None:
+        lines.append(f"Expected to cost {decided.cost:.3f} nats per token, the modules taken one by one.")
     if decided.note:
         lines.append(f"Note: {decided.note}.")
     if out is not None:
@@ -123,7 +123,7 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
             f"{decided.sparsity:.1%}",
             format_count(found.parameters[share]),
             *(f"{after:,}/{units[label]:,}" for label, after in totals(now).items()),
-            f"{decided.price or 0.0:.3f}",
+            f"{decided.cost or 0.0:.3f}",
         )
     return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]
 

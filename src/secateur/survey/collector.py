@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
-from secateur.survey.curves import Curve
+from secateur.survey.curve_estimator import CurveEstimator, ModuleActivations
+from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
-from secateur.survey.sample import Sample, Seen
 
 
 class Collector:
     """Takes one module's sample, and measures it."""
 
-    def __init__(self, stream: BlockStream, layer: nn.Module, sample: Sample):
+    def __init__(self, stream: BlockStream, layer: nn.Module, sample: CurveEstimator):
         self.stream, self.sample, self.module = stream, sample, sample.module
         self._norm = PostNorm(stream, sample.index, layer, sample.module)
         nothing = torch.empty(0)
         self._source, self._inner, self._output = nothing, nothing, nothing
-        self._found = (list[Curve](), list[Cut]())
+        self._found = (list[ErrorCurve](), list[Cut]())
         self._probed: list[Tensor] = []
         """What the sample keeps of the rows to be probed, a batch each (b x t x ...)."""
 
@@ -46,7 +46,7 @@ class Collector:
 
     def update(self, after: Tensor, at: Batch) -> None:
         """Add the last run to the sample; `after` is the residual stream after the block (b, t, d)."""
-        seen = Seen(self._source, self._inner, self._output)
+        seen = ModuleActivations(self._source, self._inner, self._output)
         if not (at.weight or at.score):
             self._probed.append(self.sample.probed(seen).reshape(*after.shape[:-1], -1))
             return
@@ -62,7 +62,7 @@ class Collector:
         # What was measured is larger than the module itself.
         self.sample.release()
 
-    def told(self) -> tuple[list[Curve], list[Cut]]:
+    def told(self) -> tuple[list[ErrorCurve], list[Cut]]:
         """Return the module's curves, one for each axis, and the cuts to be probed."""
         processes, owner, (curves, cuts) = self.stream.processes, self.sample.owner, self._found
         if processes.is_single:
@@ -70,7 +70,7 @@ class Collector:
         raw, errors = processes.broadcast(lambda: [[asdict(one) for one in curves], [cut.error for cut in cuts]], owner)
         tensors = {f"{n} {what}": getattr(cut, what) for n, cut in enumerate(cuts) for what in ("kept", "weight_ao")}
         tensors = processes.broadcast_tensors(tensors, owner, self.stream.device)
-        return [Curve.of(one) for one in raw], [
+        return [ErrorCurve.of(one) for one in raw], [
             Cut(self.sample.index, self.module, error, tensors[f"{n} kept"], tensors[f"{n} weight_ao"])
             for n, error in enumerate(errors)
         ]

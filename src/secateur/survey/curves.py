@@ -16,7 +16,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
-class Curve:
+class ErrorCurve:
     """One module's error against width."""
 
     __pydantic_config__ = _STRICT
@@ -33,11 +33,11 @@ class Curve:
     order: tuple[int, ...] = ()
     """Units as they leave: key/value groups, query heads (one of every group in turn) or channels. What never leaves
     alone is not in it."""
-    left: float = 1.0
+    left_after_refit: float = 1.0
     """The share of the errors that stays behind the refit, where they are those of unchanged weights."""
 
     @classmethod
-    def of(cls, raw: dict[str, Any]) -> "Curve":
+    def of(cls, raw: dict[str, Any]) -> "ErrorCurve":
         """From its fields as JSON holds them."""
         return cls(**{**raw, "errors": tuple(raw["errors"]), "order": tuple(raw["order"])})
 
@@ -51,8 +51,8 @@ class Probe:
     block: int
     kind: str
     error: float
-    """What the cut adds to the module's error, on the scale of its `Curve`."""
-    whole: bool
+    """What the cut adds to the module's error, on the scale of its `ErrorCurve`."""
+    removes_module: bool
     """Nothing of the module is left."""
     divergence: float
     """KL(dense || pruned) of the logits, in nats per token."""
@@ -67,15 +67,15 @@ class Survey:
     criterion: str
     ridge: float
     tokens: int
-    curves: tuple[Curve, ...]
+    curves: tuple[ErrorCurve, ...]
     probes: tuple[Probe, ...] = ()
-    asked: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
     """What decides the result besides the code: the weights' fingerprint, and the options that matter."""
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Survey":
         """From its fields as JSON holds them."""
-        curves, probes = map(Curve.of, raw["curves"]), (Probe(**probe) for probe in raw["probes"])
+        curves, probes = map(ErrorCurve.of, raw["curves"]), (Probe(**probe) for probe in raw["probes"])
         return cls(**raw | {"curves": tuple(curves), "probes": tuple(probes)})
 
 
@@ -84,12 +84,12 @@ def save_survey(survey: Survey, path: Path) -> None:
     write_atomically(path, json.dumps(asdict(survey)) + "\n")
 
 
-def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
+def load_survey(path: Path, settings: dict[str, Any]) -> Survey:
     """Read a survey.json.
 
     Args:
         path: the file.
-        asked: what the survey must have been made for; see `Survey.asked`.
+        settings: what the survey must have been made for; see `Survey.settings`.
 
     Raises:
         SecateurError: it is no survey, or one of another model or with other options.
@@ -97,14 +97,14 @@ def load_survey(path: Path, asked: dict[str, Any]) -> Survey:
     try:
         survey = TypeAdapter(Survey).validate_json(path.read_bytes())
         curves, probes = survey.curves, survey.probes
-        found = dict(survey.asked or {})
+        found = dict(survey.settings or {})
         figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
-        figures += [figure for curve in curves for figure in (curve.energy, curve.left)]
+        figures += [figure for curve in curves for figure in (curve.energy, curve.left_after_refit)]
         if not probes or not all(math.isfinite(value) for value in figures):
             raise ValueError
     except ValueError as error:
         raise SecateurError(f"{path}: not a survey of secateur's; name another file, or delete it") from error
-    for name, wanted in asked.items():
+    for name, wanted in settings.items():
         if found.get(name) != wanted:
             if name == "fingerprint":
                 raise SecateurError(f"{path}: a survey of other weights; name another file to make a new one")

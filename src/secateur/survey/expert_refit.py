@@ -19,7 +19,7 @@ LEAST = 1e-4
 """Least ridge by which a row is judged without it."""
 
 
-def left_by_refit(
+def share_left_by_refit(
     routed: RoutedTokens,
     scale_n: Tensor,
     unit: Callable[[Tensor], Tensor],
@@ -71,12 +71,12 @@ def left_by_refit(
         every, start = _gathered(processes, torch.cat([rows * root, left[tokens] * root], 1))
         if len(every):
             penalty = ridge * (1 + wide / len(every))
-            judged = left_out(every[:, : rows.shape[1]], every[:, rows.shape[1] :], penalty)
+            judged = leave_one_out_residuals(every[:, : rows.shape[1]], every[:, rows.shape[1] :], penalty)
             left[tokens] = judged[start : start + len(tokens)] / root
     return min(error() / before, 1.0) if before else 1.0
 
 
-def left_out(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
+def leave_one_out_residuals(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     """Each row's residual (m x d) in the ridge regression of r on x from all other rows.
 
     The penalty is `ridge` times each input's energy, and never none: m inputs would fit m rows, and say nothing of

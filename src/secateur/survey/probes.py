@@ -20,9 +20,9 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Probe
 
-STRIDE = 2
+POSITION_STRIDE = 2
 """The divergence is taken at every second position: the output layer is dear, and neighbours tell the same."""
-LIKELY, DRAWN = 256, 256
+LIKELY_TOKENS, DRAWN_TOKENS = 256, 256
 """Tokens on which it is taken, of a large vocabulary: so many of the likeliest, and so many drawn from the others."""
 
 
@@ -33,14 +33,14 @@ class Cut:
     block: int
     module: PrunableModule
     error: float
-    """What the cut adds to the module's error, on the scale of its `Curve`."""
+    """What the cut adds to the module's error, on the scale of its `ErrorCurve`."""
     kept: Tensor
     """Level-2 input entries that stay; none if the whole module goes."""
     weight_ao: Tensor
     """Their refitted weights, in residual units."""
 
 
-class Probes:
+class ProbeStreams:
     """Perturbed streams on their way through the model."""
 
     def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena, checkpoint: PassCheckpoint):
@@ -89,8 +89,8 @@ class Probes:
                 # Dice of its own: the same ones wherever the row is run.
                 dice = torch.Generator().manual_seed(self._first + row)
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
-                streams = torch.stack([part[row][STRIDE - 1 :: STRIDE] for part in parts])
-                tokens, shares = some_tokens(head(streams[0]), dice)
+                streams = torch.stack([part[row][POSITION_STRIDE - 1 :: POSITION_STRIDE] for part in parts])
+                tokens, shares = sampled_tokens(head(streams[0]), dice)
                 for place, (some, weights) in enumerate(zip(tokens, shares, strict=True)):
                     with self.stream.fewer_logits(some):
                         logits = head(streams[:, place])
@@ -105,21 +105,21 @@ class Probes:
         return [replace(probe, divergence=value) for probe, value in zip(self.begun, found, strict=True)]
 
 
-def some_tokens(logits: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+def sampled_tokens(logits: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor]:
     """The tokens on which distributions are compared at each of some positions, and what each counts (both t x k).
 
     The most probable ones count their probability (t x v logits). Others are drawn by theirs, and share what is left:
     every mean over a distribution comes out right on average. A vocabulary that is no larger is taken whole.
     """
     vocabulary = logits.shape[-1]
-    if vocabulary <= LIKELY + DRAWN:
+    if vocabulary <= LIKELY_TOKENS + DRAWN_TOKENS:
         return torch.arange(vocabulary, device=logits.device).expand_as(logits), logits.double().softmax(-1)
     shares = logits.float().softmax(-1)
-    likely = shares.topk(LIKELY, -1)
+    likely = shares.topk(LIKELY_TOKENS, -1)
     rest = shares.scatter(-1, likely.indices, 0.0)
-    drawn = torch.multinomial(rest.cpu(), DRAWN, replacement=True, generator=dice).to(rest.device)
+    drawn = torch.multinomial(rest.cpu(), DRAWN_TOKENS, replacement=True, generator=dice).to(rest.device)
     left = rest.double().sum(-1, keepdim=True)
-    counts = torch.cat([likely.values.double(), (left / DRAWN).expand(-1, DRAWN)], -1)
+    counts = torch.cat([likely.values.double(), (left / DRAWN_TOKENS).expand(-1, DRAWN_TOKENS)], -1)
     return torch.cat([likely.indices, drawn], -1), counts / counts.sum(-1, keepdim=True)
 
 

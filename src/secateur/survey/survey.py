@@ -1,7 +1,7 @@
 """One pass over the dense model: the error of every module at every width, and what errors cost at the output.
 
-A plan is made from the two (`survey/prices.py`). Errors are measured on the dense stream, where each module's target
-is its own dense output, so that the Gram matrix of the level-2 input is the only statistic that most criteria need.
+A plan is made from the two (`survey/width_costs.py`). Errors are measured on the dense stream, where each module's
+target is its own dense output, so that the Gram matrix of the level-2 input is all that most criteria need.
 Each token's error counts relative to its own residual stream: otherwise the few tokens with massive activations,
 ten thousand times the energy of the rest, would be all that a curve sees. The cost is the divergence of the logits
 where a module alone is cut to a few widths (`secateur.survey.probes`), on rows that the errors were not measured on.
@@ -18,11 +18,11 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.survey.collector import Collector
-from secateur.survey.curves import Curve, Survey
-from secateur.survey.probes import Probes
-from secateur.survey.routed import RoutedSample
-from secateur.survey.sample import Sample
-from secateur.survey.summed import SummedSample
+from secateur.survey.curve_estimator import CurveEstimator
+from secateur.survey.curves import ErrorCurve, Survey
+from secateur.survey.gram_estimator import GramEstimator
+from secateur.survey.mixture_estimator import MixtureEstimator
+from secateur.survey.probes import ProbeStreams
 
 
 def survey(
@@ -48,14 +48,14 @@ def survey(
     """
     blocks = blocks if blocks is not None else range(len(stream))
     checkpoint, criteria = checkpoint or PassCheckpoint(stream.services), Criteria.of(criterion)
-    curves: list[Curve] = []
-    curves += [Curve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
+    curves: list[ErrorCurve] = []
+    curves += [ErrorCurve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
     fitted = Rows.of(rows)
     every = fitted if probe_rows is None else fitted.along(probe_rows)
     rows, probed = stream.own(every), len(fitted.groups)
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
-        probes = None if probe_rows is None else Probes(stream, every, probed, arena, checkpoint)
+        probes = None if probe_rows is None else ProbeStreams(stream, every, probed, arena, checkpoint)
         stop = blocks.stop if probes is None else len(stream)
         for index in checkpoint.blocks(stop, "Survey", lambda: [hidden, *(probes.hidden if probes else [])]):
             with stream.filled(index) as layer:
@@ -95,8 +95,8 @@ def _sample(
     criteria: Criteria,
     rows: Rows,
     kinds: tuple[str, ...],
-) -> Sample:
+) -> CurveEstimator:
     """Return an empty sample of one module of a block."""
     if module.kind == "experts":
-        return RoutedSample(stream, index, layer, module, criteria.choice.experts, rows.tokens, kinds)
-    return SummedSample(stream, index, layer, module, criteria, apart=rows.scores is not None)
+        return MixtureEstimator(stream, index, layer, module, criteria.choice.experts, rows.tokens, kinds)
+    return GramEstimator(stream, index, layer, module, criteria, apart=rows.scores is not None)

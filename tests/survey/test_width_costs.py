@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from models import blocks_of, build, wide
 from secateur.model.structure import Block
-from secateur.survey.curves import Curve, Probe, Survey
-from secateur.survey.prices import Prices
+from secateur.survey.curves import ErrorCurve, Probe, Survey
+from secateur.survey.width_costs import WidthCosts
 
 
 @cache
@@ -22,15 +22,15 @@ def block() -> Block:
     return blocks_of(build("llama"))[0]
 
 
-def survey(curves: Sequence[Curve], probes: Sequence[Probe] = ()) -> Survey:
+def survey(curves: Sequence[ErrorCurve], probes: Sequence[Probe] = ()) -> Survey:
     return Survey("l1", 0.3, 64, tuple(curves), tuple(probes))
 
 
-def channels(errors: Sequence[float], energy: float = 1.0) -> Curve:
-    return Curve(0, "channels", "channels", tuple(errors), energy)
+def channels(errors: Sequence[float], energy: float = 1.0) -> ErrorCurve:
+    return ErrorCurve(0, "channels", "channels", tuple(errors), energy)
 
 
-def price(found: Prices, gone: int) -> float:
+def price(found: WidthCosts, gone: int) -> float:
     return found.of(0, block().feed_forward, wide(3, 2, 72 - gone))
 
 
@@ -45,7 +45,7 @@ PROBES = [
 
 
 def test_between_probes_the_line_is_straight_in_logarithms() -> None:
-    found = Prices(survey([CURVE], PROBES))
+    found = WidthCosts(survey([CURVE], PROBES))
     assert price(found, 0) == 0
     # Below the first probe in proportion; at a probe what it says.
     assert price(found, 1) == pytest.approx(0.005, rel=1e-6)
@@ -59,32 +59,32 @@ def test_between_probes_the_line_is_straight_in_logarithms() -> None:
 
 
 def test_the_order_of_probes_does_not_matter() -> None:
-    one, two = Prices(survey([CURVE], PROBES)), Prices(survey([CURVE], PROBES[::-1]))
+    one, two = WidthCosts(survey([CURVE], PROBES)), WidthCosts(survey([CURVE], PROBES[::-1]))
     assert [price(one, gone) for gone in range(6)] == [price(two, gone) for gone in range(6)]
 
 
 def test_a_part_may_cost_more_than_the_whole() -> None:
     """Then what lies between is never cheaper than the part; nothing left costs what was measured."""
-    found = Prices(survey([CURVE], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
+    found = WidthCosts(survey([CURVE], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
     assert price(found, 5) == pytest.approx(0.08, rel=1e-6)
     assert price(found, 72) == 0.02
     # Also where no width has the error of the dearest probe.
     few = channels([0.0, 1e-4, 0.02])
-    found = Prices(survey([few], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
+    found = WidthCosts(survey([few], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
     assert price(found, 2) == pytest.approx(0.08, rel=1e-6)
 
 
 def test_without_probes_the_price_is_the_share_of_the_output() -> None:
-    found = Prices(survey([channels([0.0, 0.1, 0.4, 1.0], energy=2.0)]))
+    found = WidthCosts(survey([channels([0.0, 0.1, 0.4, 1.0], energy=2.0)]))
     assert [price(found, gone) for gone in (0, 1, 2, 3, 72)] == pytest.approx([0, 0.05, 0.2, 0.5, 1.0])
 
 
 def test_each_way_of_cutting_heads_has_its_curve() -> None:
     curves = [
-        Curve(0, "heads", "kv_groups", (0.0, 0.2, 0.5), 1.0),
-        Curve(0, "heads", "heads_per_group", (0.0, 0.3), 1.0),
+        ErrorCurve(0, "heads", "kv_groups", (0.0, 0.2, 0.5), 1.0),
+        ErrorCurve(0, "heads", "heads_per_group", (0.0, 0.3), 1.0),
     ]
-    found = Prices(survey(curves, [Probe(0, "heads", 1.0, True, 3.0)]))
+    found = WidthCosts(survey(curves, [Probe(0, "heads", 1.0, True, 3.0)]))
     attention = block().attention
     widths = {(3, 2): 0.0, (2, 2): 0.6, (1, 2): 1.5, (3, 1): 0.9, (0, 0): 3.0}
     for (groups, heads), wanted in widths.items():
@@ -93,11 +93,11 @@ def test_each_way_of_cutting_heads_has_its_curve() -> None:
 
 def test_a_plan_costs_its_modules_together() -> None:
     modules = [
-        Curve(i, kind, kind_, (0.0, 0.1 * (i + 1)), 1.0)
+        ErrorCurve(i, kind, kind_, (0.0, 0.1 * (i + 1)), 1.0)
         for i in range(2)
         for kind, kind_ in (("heads", "kv_groups"), ("channels", "channels"))
     ]  # type: ignore[arg-type]
-    found = Prices(survey(modules))
+    found = WidthCosts(survey(modules))
     widths = {0: wide(2, 2, 71), 1: wide(3, 2, 71)}
     assert found.total([block()] * 3, widths) == pytest.approx(0.1 + 0.1 + 0.2)
     assert found.total([block()] * 3, {}) == 0
@@ -122,7 +122,7 @@ def test_more_gone_never_costs_less(
 ) -> None:
     curve = channels([0.0, *accumulate(steps)], energy)
     made = [Probe(0, "channels", error, False, divergence) for error, divergence in probes]
-    found = Prices(survey([curve], [*made, Probe(0, "channels", energy, True, whole)]))
+    found = WidthCosts(survey([curve], [*made, Probe(0, "channels", energy, True, whole)]))
     prices = [price(found, gone) for gone in range(len(curve.errors))]
     assert prices[0] == 0
     assert all(0 <= one <= two < float("inf") for one, two in pairwise(prices))

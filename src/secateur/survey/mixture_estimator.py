@@ -22,16 +22,16 @@ from secateur.model.rows import Batch
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.survey.curves import Curve
-from secateur.survey.expert_refit import left_by_refit
+from secateur.survey.curve_estimator import PROBED_SHARES, CurveEstimator, ModuleActivations
+from secateur.survey.curves import ErrorCurve
+from secateur.survey.expert_refit import share_left_by_refit
 from secateur.survey.probes import Cut
-from secateur.survey.sample import PROBED, Sample, Seen
 
 COUNTS = 16
 """How many numbers of channels errors are measured at."""
 
 
-class RoutedSample(Sample):
+class MixtureEstimator(CurveEstimator):
     """Some tokens of a mixture, with its outputs."""
 
     reads_source = True
@@ -66,7 +66,7 @@ class RoutedSample(Sample):
         """Experts, and channels of all of them where these may leave."""
         return tuple(axis for axis in self.module.axes if axis.name == EXPERTS or axis.kind in self._kinds)
 
-    def add(self, seen: Seen, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
+    def add(self, seen: ModuleActivations, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
         """Keep tokens, spaced evenly."""
         width, scale = self.stream.width, norms_n1[:, 0].reciprocal()
         scale = scale if inverse_rms is None else scale * inverse_rms.reshape(-1)
@@ -75,7 +75,7 @@ class RoutedSample(Sample):
         x, z = seen.source.reshape(-1, width)[some], seen.output.reshape(-1, width)[some]
         self._kept.append((x, z, scale[some], torch.full_like(scale[some], at.score or at.weight)))
 
-    def probed(self, seen: Seen) -> Tensor:
+    def probed(self, seen: ModuleActivations) -> Tensor:
         """Return the mixture's inputs."""
         return seen.source
 
@@ -96,34 +96,36 @@ class RoutedSample(Sample):
         """Return outputs of some tokens in the units in which errors count."""
         return self._norm.scale(y_md) * self._scale[tokens][:, None]
 
-    def curve(self, axis: Axis) -> tuple[Curve, list[Cut]]:
+    def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
         """Return the errors of unchanged weights, and the share of them that is left behind the refit."""
         return self._experts() if axis.name == EXPERTS else self._channels()
 
-    def _experts(self) -> tuple[Curve, list[Cut]]:
+    def _experts(self) -> tuple[ErrorCurve, list[Cut]]:
         """Return the curve of whole experts, in the order in which they leave."""
         module, every = self.module, self._mixture.every
         stop = module.min_units if "experts" in self._kinds else module.units
         found = expert_order(self._order, self._routed, stop, self._seed)
         errors, cuts, share = tuple(error / self._count for error in found.errors), list[Cut](), 1.0
-        for part in PROBED:
+        for part in PROBED_SHARES:
             if gone := round(len(found.order) * part) // module.groups * module.groups:
                 alive = every[torch.isin(every, torch.tensor(found.order[:gone], device=every.device), invert=True)]
                 cuts.append(self._cut(errors[gone] - errors[0], alive))
                 share = self._left(alive, None)
-        return Curve(self.index, module.kind, EXPERTS, errors, self._energy, found.order, share), cuts
+        return ErrorCurve(self.index, module.kind, EXPERTS, errors, self._energy, found.order, share), cuts
 
-    def _channels(self) -> tuple[Curve, list[Cut]]:
+    def _channels(self) -> tuple[ErrorCurve, list[Cut]]:
         """Return the curve of channels, as many of each expert."""
         lost, orders = channel_errors(self._routed)
         stay = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
         share = self._left(self._mixture.every, stay)
         errors = tuple(error / self._count for error in lost)
-        return Curve(self.index, self.module.kind, EXPERT_CHANNELS, errors, self._energy, left=share), []
+        return ErrorCurve(
+            self.index, self.module.kind, EXPERT_CHANNELS, errors, self._energy, left_after_refit=share
+        ), []
 
     def _left(self, alive: Tensor, stay: Mapping[int, Tensor] | None) -> float:
         """Return the share of a cut's error that is left behind the refit."""
-        return left_by_refit(self._routed, self._scale, self._norm.scale, alive, stay, self._ridge)
+        return share_left_by_refit(self._routed, self._scale, self._norm.scale, alive, stay, self._ridge)
 
     def _cut(self, error: float, alive: Tensor) -> Cut:
         """Return a cut to some experts, whose weights are unchanged."""

@@ -16,13 +16,13 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_entries, inner_weight
 from secateur.numerics.moments import Moments
-from secateur.survey import sample
-from secateur.survey.curves import Curve
+from secateur.survey import curve_estimator
+from secateur.survey.curve_estimator import CurveEstimator, ModuleActivations
+from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
-from secateur.survey.sample import Sample, Seen
 
 
-class SummedSample(Sample):
+class GramEstimator(CurveEstimator):
     """Second moments of the output projection's input, each token relative to its own residual stream."""
 
     def __init__(
@@ -52,7 +52,7 @@ class SummedSample(Sample):
         self._source = Moments(stream.width, device=stream.device) if self.reads_source else None
         self._measured: tuple[Statistics, Statistics | None] | None = None
 
-    def add(self, seen: Seen, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
+    def add(self, seen: ModuleActivations, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
         """Add a batch to the sums."""
         rows = (seen.inner if inverse_rms is None else seen.inner * inverse_rms).reshape(len(norms_n1), -1)
         rows = rows / norms_n1
@@ -63,7 +63,7 @@ class SummedSample(Sample):
         if at.score and self._source is not None:
             self._source.update(seen.source.reshape(len(norms_n1), -1), weight=at.score)
 
-    def probed(self, seen: Seen) -> Tensor:
+    def probed(self, seen: ModuleActivations) -> Tensor:
         """Return the inputs of the output projection."""
         return seen.inner
 
@@ -100,7 +100,7 @@ class SummedSample(Sample):
         """The error if the whole module went."""
         return self._stats.normal.energy / self._moments.count
 
-    def curve(self, axis: Axis) -> tuple[Curve, list[Cut]]:
+    def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
         """Return the errors after the best refit; the last axis is probed.
 
         One axis is enough: what an error costs depends little on which units made it.
@@ -109,9 +109,13 @@ class SummedSample(Sample):
         (stats, choice), module, count = self._measured, self.module, self._moments.count
         if module.locked:
             # All or nothing.
-            return Curve(self.index, module.kind, axis.name, (0.0,), self._energy), []
+            return ErrorCurve(self.index, module.kind, axis.name, (0.0,), self._energy), []
         together, units = module.enclosing_units(axis.name), axis.units
-        probed = {round(units * share) for share in sample.PROBED} - {0, units} if axis is self.axes[-1] else set()
+        probed = (
+            {round(units * share) for share in curve_estimator.PROBED_SHARES} - {0, units}
+            if axis is self.axes[-1]
+            else set()
+        )
         found = error_curve(self._criterion, stats, axis.name, 1, choice, [gone * together for gone in probed])
         errors = (found.errors[::together] / count).tolist()
         cuts = []
@@ -119,7 +123,9 @@ class SummedSample(Sample):
             kept = inner_entries(module, remaining_units(module, axis.name, found.order[: gone * together]))
             weight = found.weights[gone * together]
             cuts.append(Cut(self.index, module, errors[gone] - errors[0], kept.to(weight.device), weight))
-        return Curve(self.index, module.kind, axis.name, tuple(errors), self._energy, tuple(found.order.tolist())), cuts
+        return ErrorCurve(
+            self.index, module.kind, axis.name, tuple(errors), self._energy, tuple(found.order.tolist())
+        ), cuts
 
     def whole(self) -> Cut:
         """Return the cut that leaves no input of the output projection."""

@@ -1,7 +1,7 @@
 """A sample: what a survey keeps of one module while the dense block runs, and the error curves that follow from it.
 
-A module of the dense block needs sums alone (`secateur.survey.summed`); a mixture needs some of its tokens
-(`secateur.survey.routed`), as tokens are routed anew once experts are gone.
+A module of the dense block needs sums alone (`secateur.survey.gram_estimator`); a mixture needs some of its tokens
+(`secateur.survey.mixture_estimator`), as tokens are routed anew once experts are gone.
 
 Shapes: n tokens of a batch, a inputs of the output projection, d residual width; b rows of t positions.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from secateur.model.axes import Axis
 from secateur.model.rows import Batch
 from secateur.model.structure import PrunableModule
-from secateur.survey.curves import Curve
+from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
 
-PROBED = (0.5,)
+PROBED_SHARES = (0.5,)
 """Shares of a module's units whose removal is probed, beside the removal of all."""
 
 
-class Seen(NamedTuple):
+class ModuleActivations(NamedTuple):
     """What one run of a block shows of a module."""
 
     source: Tensor
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     """Output of the output projection (... x d); of a mixture, the mixture's."""
 
 
-class Sample(ABC):
+class CurveEstimator(ABC):
     """What is kept of one module.
 
     Attributes:
@@ -53,7 +53,7 @@ class Sample(ABC):
         return self.module.cut_axes
 
     @abstractmethod
-    def add(self, seen: Seen, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
+    def add(self, seen: ModuleActivations, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
         """Add a batch.
 
         Args:
@@ -62,7 +62,7 @@ class Sample(ABC):
         """
 
     @abstractmethod
-    def probed(self, seen: Seen) -> Tensor:
+    def probed(self, seen: ModuleActivations) -> Tensor:
         """Return what `output` needs of the rows to be probed."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Sample(ABC):
         """Add up what several processes have, and prepare for `curve`; return whether this process measures."""
 
     @abstractmethod
-    def curve(self, axis: Axis) -> tuple[Curve, list[Cut]]:
+    def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
         """Return the error curve of one axis, and the cuts along it that are to be probed."""
 
     @abstractmethod

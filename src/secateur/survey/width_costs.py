@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from secateur.model.axes import Width
 from secateur.model.structure import Block, PrunableModule
-from secateur.survey.curves import Curve, Survey
+from secateur.survey.curves import ErrorCurve, Survey
 
 SMALLEST = 1e-9
 """Errors and divergences below it count as this, for the logarithms."""
 
 
-class Prices:
+class WidthCosts:
     """The price of every width of every surveyed module, in nats per token."""
 
     def __init__(self, survey: Survey):
@@ -30,7 +30,7 @@ class Prices:
         self._whole: dict[tuple[int, str], float] = {}
         points: dict[tuple[int, str], list[tuple[float, float]]] = {}
         for probe in survey.probes:
-            if probe.whole:
+            if probe.removes_module:
                 self._whole[probe.block, probe.kind] = probe.divergence
             else:
                 points.setdefault((probe.block, probe.kind), []).append((probe.error, probe.divergence))
@@ -59,9 +59,9 @@ class Prices:
         return total
 
 
-def _priced(curve: Curve, points: list[tuple[float, float]], energy: tuple[float, float]) -> NDArray[np.float64]:
+def _priced(curve: ErrorCurve, points: list[tuple[float, float]], energy: tuple[float, float]) -> NDArray[np.float64]:
     """The price with 0, 1, 2, ... units gone; never falling."""
-    errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0) * curve.left
+    errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0) * curve.left_after_refit
     # A module whose loss costs less than the loss of a part of it is priced by the part.
     known = sorted({(max(e, SMALLEST), max(d, SMALLEST)) for e, d in [*points, energy]})
     x, y = np.log([e for e, _ in known]), np.log(np.maximum.accumulate([d for _, d in known]))
