@@ -27,9 +27,10 @@ from torch import Tensor
 
 from peers import PEERS, pruned_by
 from secateur import BlockStream, Options, consecutive_rows, open_checkpoint
-from secateur.measure.compare import load
+from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity, scoring
-from secateur.measure.tasks import open_tasks, zero_shot
+from secateur.measure.tasks import open_tasks
+from secateur.measure.zero_shot import zero_shot
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import encode
 from secateur.text.documents import read_documents

@@ -22,7 +22,7 @@ from secateur.criteria.registry import SCORED_KINDS, Criteria, UnitScores
 from secateur.fit.loop import Method, refit
 from secateur.fit.recovery import recovery_of
 from secateur.measure import perplexity
-from secateur.measure.compare import load
+from secateur.measure.loading import load
 from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.surgery import assign, narrow

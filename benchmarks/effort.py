@@ -23,7 +23,7 @@ import torch
 from secateur import prune
 from secateur.commands.dry_run import product_rate
 from secateur.commands.options import EFFORTS, Effort, Options
-from secateur.measure.compare import evaluate
+from secateur.measure.evaluation import evaluate
 from tables import put
 
 

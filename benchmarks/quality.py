@@ -20,7 +20,7 @@ import torch
 from peers import PEERS, pruned_by
 from secateur import BlockStream, Options, consecutive_rows, open_checkpoint, prune
 from secateur.measure import perplexity
-from secateur.measure.compare import load
+from secateur.measure.loading import load
 from tables import put
 
 OURS = {"secateur": "adaptive", "secateur, uniform": "uniform"}

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from secateur import open_checkpoint, prune
-from secateur.measure.compare import load, scored_rows
+from secateur.measure.evaluation import scored_rows
+from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity
 from tables import put
 

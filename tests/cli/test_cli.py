@@ -236,7 +236,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--samples many", "--samples"),
     ("--length 1", "length is 1; it must be at least 2"),
     (f"--length {POSITIONS + 1}", f"length is {POSITIONS + 1}, but the model has {POSITIONS} positions: take a smal"),
-    ("--samples 4000", "text.txt: text too short for the samples, it has 1,500 tokens, but 4000 x 16 need 64,000"),
+    ("--samples 4000", "text.txt: too short, it has 1,500 tokens, but 4,000 rows of 16 tokens need 64,000"),
     ("--seed -1", "seed is -1; it must lie between 0 and"),
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must lie between 0 and 1,000,000, for example 0.3"),
@@ -312,7 +312,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--refit-samples 0", "refit-samples is 0; it must be at least 1"),
     (
         "--refit-samples 4000",
-        "text.txt: text too short for the samples, it has 1,500 tokens, but 4004 x 16 need 64,064",
+        "text.txt: too short, it has 1,500 tokens, but 4,004 rows of 16 tokens need 64,064",
     ),
     ("--refit-samples 4000", "take refit-samples 89, or a longer text"),
     ("--refit-calibration missing.txt", "missing.txt does not exist: check the path of the text"),
@@ -360,7 +360,7 @@ def test_a_device_without_float64(place: Path, run: Run, no_work: None, monkeypa
 FILES: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "empty.txt is empty: give some text"),
     "blank.txt": (b"\n \n", "blank.txt holds no text: give some"),
-    "short.txt": (b"w1 w2", "short.txt: text too short for the samples, it has 2 tokens, but 4 x 16 need 64"),
+    "short.txt": (b"w1 w2", "short.txt: too short, it has 2 tokens, but 4 rows of 16 tokens need 64"),
     "binary.txt": (b"MZ\x90\0\3", "binary.txt is not text: a NUL at byte 3; give UTF-8 text"),
     "latin.txt": (b"caf\xe9 w1", "latin.txt is not UTF-8: invalid byte at 3; convert it to UTF-8"),
     "bad.jsonl": (b'{"text": "w1"}\n\n{"text": ', "bad.jsonl line 3 is not JSON"),
@@ -388,11 +388,11 @@ def test_what_is_no_text(source: str, place: Path, run: Run, no_work: None) -> N
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_text(name: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.measure import compare
+    from secateur.measure import evaluation
 
     data, message = FILES[name]
     Path(name).write_bytes(data)
-    monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, "--calibration", name), message)
     refused(run("eval", "model", "--length", "16", "--perplexity", name), message.replace("4 x 16 need 64", "1 x 16"))
@@ -517,9 +517,9 @@ ARGUMENTS = [
 def test_wrong_arguments(
     arguments: str, message: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.measure import compare
+    from secateur.measure import evaluation
 
-    monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
     before = listing(place)
     refused(run(*arguments.split()), message)
     assert listing(place) == before
@@ -802,7 +802,7 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     assert notes[0] == f"Opened model: llama, 3 blocks, {counted:,} parameters, float32"
     assert f"{counted:,}" in next(line for line in result.out.splitlines() if "parameters" in line)
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
-    assert [line.split()[0] for line in notes[2:]] == ["Rewrite", "Draw", "Survey", "Price", "Keeping", "Prune"]
+    assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Price", "Keeping", "Prune"]
     assert "of 18 query heads (" in notes[6]
     assert "nats per token, module by module" in notes[6]
     for words in ("parameters", "weights on disk", "cache per token", "KV groups", "channels", "peak memory"):

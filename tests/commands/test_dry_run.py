@@ -86,7 +86,7 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
 
 
 def test_nothing_is_written_or_rewritten(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((draw, "self_rows"), (steps, "rewritten")):
+    for module, name in ((draw, "self_rows"), (steps, "resample_tokens")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
     assert expected(effort="best", calibration="self").dry
 
@@ -105,7 +105,7 @@ def test_writing(checkpoint_folder: CheckpointFolder, expected: Any, monkeypatch
         assert expected(**only, **options).seconds == dry_run.SLACK * 2 * parameters * (tokens + more)
     # Three blocks of three groups, keys and values of eight float32 each.
     cache = min(BATCH_ROWS, 4096 // SIZE["length"]) * (SIZE["length"] + 1) * 3 * 3 * 2 * 8 * 4
-    for name in ("survey_work", "rewriting_work", "fit_work"):
+    for name in ("survey_work", "resampling_work", "fit_work"):
         monkeypatch.setattr(dry_run, name, lambda *_: Work())
     assert expected(calibration="self").peak_bytes == round(1.1 * (stored.bytes + cache))
     assert expected().peak_bytes == 0

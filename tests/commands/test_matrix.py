@@ -61,7 +61,7 @@ from secateur.model.surgery import assign, width_of
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
-from secateur.text.rewrite import rewritten
+from secateur.text.resample import resample_tokens
 from secateur.write.slice import slice_fitted
 
 MATRIX = ROWS | SIMILAR | MIXTURES
@@ -396,7 +396,7 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     if record["options"]["recovery"] == "refit":
         rows = rows if said["begins_with_bos"] else rows.with_openings()
         if fits := Options(effort=record["options"]["effort"]).resampled_fits:
-            rows = rows.with_versions(*rewritten(stream, text, copies=fits))
+            rows = rows.with_versions(*resample_tokens(stream, text, count=fits))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
     assert list(rows.versions) == said["versions"]

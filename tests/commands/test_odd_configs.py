@@ -16,7 +16,7 @@ from models import logits_of, token_rows
 from secateur import SecateurError, prune
 from secateur.commands.options import Options, RunOptions
 from secateur.formats.per_layer import model_class
-from secateur.measure.compare import evaluate
+from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
 
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur import consecutive_rows, open_checkpoint, perplexity, prune
-from secateur.measure.compare import load
+from secateur.measure.loading import load
 
 SMALL = {"samples": 24, "length": 64}
 

@@ -210,7 +210,7 @@ def test_restart_begins_anew(stopped: Path, checkpoint_folder: CheckpointFolder)
     assert watcher.seen["Survey"] == watcher.seen["Prune"] == [0, 1, 2]
 
 
-DAMAGED = ("asked.json", "survey.json", "copies.json", "state.json", "*.activations", ".shard-00001.partial")
+DAMAGED = ("asked.json", "survey.json", "resampled.json", "state.json", "*.activations", ".shard-00001.partial")
 
 
 @pytest.mark.parametrize("pattern", DAMAGED)
@@ -349,8 +349,8 @@ def test_a_device_whose_memory_is_small(
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
         assert [file.name for file in tmp_path.iterdir()] == ["out"]
         # What was done before is not done again.
-        assert watcher.seen["Rewrite"][:2] == [0, 1]
-        assert watcher.seen["Rewrite"].count(0) == watcher.seen["Prune"].count(0) == 1
+        assert watcher.seen["Resample"][:2] == [0, 1]
+        assert watcher.seen["Resample"].count(0) == watcher.seen["Prune"].count(0) == 1
     said = [note for note in watcher.notes if "tokens at a time" in note]
     assert [note.split("with ")[1].split()[0] for note in said] == (
         ["1,024", "512", "256"] if room == 300 else ["1,024", "512", "256", "128"]

@@ -146,7 +146,7 @@ def test_one_that_dies_ends_the_others_and_any_number_go_on(
     # One process alone is killed in its survey, behind the pass that rewrites rows.
     ((code, _),) = together(1, [{"words": words, "own": {"0": {"ends": 6}}}])
     assert code == -9
-    assert (state / "copies.json").exists()
+    assert (state / "resampled.json").exists()
     assert (state / "survey" / "behind-00002.activations").exists()
     # Two go on, and the second one is killed in the last block of the fit, when two blocks are written.
     begin = time.monotonic()

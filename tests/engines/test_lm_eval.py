@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import LLAMA, MIXTURE, Folders
-from secateur.measure.compare import evaluate
+from secateur.measure.evaluation import evaluate
 
 ITEMS = [{"query": f"w{i} w{i + 1}", "choices": ["w3 w4", "w50", f"w{i} w9 w9"], "gold": i % 3} for i in range(10, 60)]
 YAML = """\

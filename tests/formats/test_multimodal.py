@@ -34,7 +34,8 @@ from models import (
 from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
 from secateur.formats.format import format_class
-from secateur.measure.compare import evaluate, load
+from secateur.measure.evaluation import evaluate
+from secateur.measure.loading import load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream

@@ -48,7 +48,7 @@ from secateur.formats.format import PrunedModel
 from secateur.formats.hf import HfFolder
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_unsupported, widths_of
 from secateur.formats.stock_folder import StockFolder
-from secateur.measure.compare import evaluate
+from secateur.measure.evaluation import evaluate
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.layer_sizes import IN_MEMORY

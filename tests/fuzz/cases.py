@@ -43,7 +43,7 @@ from secateur.base.errors import SecateurError
 from secateur.commands import steps
 from secateur.commands.open import open_model
 from secateur.formats.gguf_export import export
-from secateur.measure.compare import evaluate
+from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.paper.recipe import expand, read_recipe
 from secateur.paper.recipes import FOLDER

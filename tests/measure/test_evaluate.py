@@ -35,8 +35,8 @@ from models import make_letters
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.measure import compare, perplexity, speeds
-from secateur.measure.compare import evaluate
+from secateur.measure import evaluation, perplexity, speeds
+from secateur.measure.evaluation import evaluate
 
 VOCAB = 128
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -329,7 +329,7 @@ def test_models_that_cut_text_otherwise(checkpoint_folder: CheckpointFolder, tex
     shutil.copytree(folder, other)
     make_letters().save_pretrained(other)
     evaluate(folder, against=str(other), texts=[text], length=20, watcher=Notes())
-    assert said == ["The two models cut text into different tokens: perplexities, which are per token, do not compare"]
+    assert said == ["The two models tokenise texts differently: perplexities, which are per token, do not compare"]
 
 
 def test_only_one_model_is_in_memory_unless_two_take_turns(
@@ -344,8 +344,8 @@ def test_only_one_model_is_in_memory_unless_two_take_turns(
         alive.append(weakref.ref(model))
         return model
 
-    dense_load = compare.load
-    monkeypatch.setattr(compare, "load", load)
+    dense_load = evaluation.load
+    monkeypatch.setattr(evaluation, "load", load)
     folder = str(checkpoint_folder("llama"))
     result = evaluate(folder, against=folder, texts=[text], length=20)
     assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0]
@@ -365,8 +365,8 @@ def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: s
     table, lines = eval_table(evaluate(str(folder), against=str(other), texts=[]))
     assert [column.header for column in table.columns] == ["", str(folder), str(other), "ratio"]
     assert lines == []
-    assert compare.short("owner/name") == "owner/name"
-    assert compare.short("Salesforce/wikitext:wikitext-2-raw-v1") == "Salesforce/wikitext:wikitext-2-raw-v1"
+    assert evaluation.short("owner/name") == "owner/name"
+    assert evaluation.short("Salesforce/wikitext:wikitext-2-raw-v1") == "Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -380,7 +380,7 @@ def test_a_model_that_does_not_fit_is_read_as_it_runs(
         folder = tmp_path / "pruned"
     how: dict[str, Any] = {"texts": [text], "length": 12, "device": "cpu", "dtype": dtype}
     devices: list[str] = []
-    load = compare.load
+    load = evaluation.load
 
     def noted(*given: Any, **named: Any) -> Any:
         network = load(*given, **named)
@@ -388,7 +388,7 @@ def test_a_model_that_does_not_fit_is_read_as_it_runs(
         return network
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compare, "load", noted)
+        patched.setattr(evaluation, "load", noted)
         narrow, roomy = (evaluate(str(folder), **how, memory=memory).models[0] for memory in ("1B", "100GB"))
     assert devices == ["meta", "cpu"]
     assert narrow == roomy

@@ -21,8 +21,9 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.formats.per_layer import per_layer_config
-from secateur.measure import Accuracy, kept, open_tasks, tasks, zero_shot
-from secateur.measure.compare import evaluate
+from secateur.measure import Accuracy, accuracy_ratio, open_tasks, tasks, zero_shot
+from secateur.measure.evaluation import evaluate
+from secateur.measure.zero_shot import AccuracyRatio
 from secateur.model.modeling_secateur import SecateurLlamaForCausalLM
 
 PAIRS = [
@@ -133,8 +134,8 @@ def test_likelihoods_of_bfloat16_are_not_rounded_to_it() -> None:
 
 @pytest.mark.parametrize(("logits", "items"), [(1, 64), (128 * 40 * 3, 64), (1 << 27, 1)])
 def test_batches_change_nothing(logits: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_LOGITS", logits)
-    monkeypatch.setattr(tasks, "_ITEMS", items)
+    monkeypatch.setattr(sys.modules[zero_shot.__module__], "_LOGITS", logits)
+    monkeypatch.setattr(sys.modules[zero_shot.__module__], "_ITEMS_PER_STEP", items)
     model = build("llama")
     found = likelihoods(model, make_tokenizer(), *([pair] for pair in PAIRS))
     assert close([one for (one,) in found], [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
@@ -208,19 +209,19 @@ def test_bad_models_and_texts_are_named() -> None:
 
 def test_the_ratio_counts_only_items_on_which_models_differ() -> None:
     same = Accuracy.of([1, 0, 1, 1])
-    assert kept(same, same) == tasks.Kept(1.0, (1.0, 1.0))
+    assert accuracy_ratio(same, same) == AccuracyRatio(1.0, (1.0, 1.0))
     assert same.value == 0.75
     assert same.standard_error == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
     assert Accuracy.of([1]).standard_error is None
-    assert kept(Accuracy.of([0, 0]), Accuracy.of([0, 1])) == tasks.Kept(0.0, None)
-    assert kept(Accuracy.of([0, 1]), Accuracy.of([0, 0])) is None
+    assert accuracy_ratio(Accuracy.of([0, 0]), Accuracy.of([0, 1])) == AccuracyRatio(0.0, None)
+    assert accuracy_ratio(Accuracy.of([0, 1]), Accuracy.of([0, 0])) is None
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_items() -> None:
     draw = np.random.default_rng(0)
     dense = (draw.random(800) < 0.7).astype(int)
     pruned = np.where(draw.random(800) < 0.2, 1 - dense, dense)
-    found = kept(Accuracy.of(pruned.tolist()), Accuracy.of(dense.tolist()))
+    found = accuracy_ratio(Accuracy.of(pruned.tolist()), Accuracy.of(dense.tolist()))
     picks = draw.integers(800, size=(4000, 800))
     expected = np.percentile(pruned[picks].sum(1) / dense[picks].sum(1), [2.5, 97.5])
     assert found is not None
@@ -330,7 +331,7 @@ def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, fo
     assert scores[0].outcomes == expected_outcomes(build("llama"), ITEMS)[0]
     assert figures["mine acc"].values == [score.value for score in scores]
     assert figures["mine acc"].errors == tuple(score.standard_error for score in scores)
-    part = kept(*scores)
+    part = accuracy_ratio(*scores)
     assert part is not None
     assert (figures["mine acc"].ratio, figures["mine acc"].interval) == (part.ratio, part.interval)
     written = json.loads(json.dumps(result.as_dict()))
@@ -346,16 +347,16 @@ def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, fo
     ]
     alone = evaluate(first, texts=[], tasks=["mine"], limit=3, task_path=folder)
     assert alone.models[0].tasks[0].items == 3
-    assert alone.kept() == {}
+    assert alone.accuracy_ratios() == {}
     assert all(figure.ratio is None for figure in alone.figures())
 
 
 def test_tasks_are_opened_before_a_model_is_loaded(
     checkpoint_folder: CheckpointFolder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.measure import compare
+    from secateur.measure import evaluation
 
-    monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SecateurError, match="task gone does not open"):
         evaluate(str(checkpoint_folder("llama")), texts=[], tasks=["mine", "gone"], task_path=folder)
 

@@ -21,7 +21,7 @@ import models
 from models import logits_of, save, token_rows
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.measure.compare import load
+from secateur.measure.loading import load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.quantised import dequantised
 from secateur.model.weights import read_header

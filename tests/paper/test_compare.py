@@ -28,7 +28,7 @@ from secateur.base.errors import SecateurError
 from secateur.commands import open as open_step
 from secateur.commands import steps
 from secateur.commands.prune import prune
-from secateur.measure.compare import evaluate
+from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.paper import dense, judge
@@ -41,7 +41,7 @@ from secateur.paper.run_store import RunStore
 from secateur.retraining.retrain import retrain
 from secateur.survey.head_distances import head_distances
 from secateur.text import calibration, draw
-from secateur.text.rewrite import rewritten
+from secateur.text.resample import resample_tokens
 
 GRID: dict[str, Any] = {
     "title": "Small",
@@ -384,10 +384,10 @@ def test_rows_of_the_fits_are_shared(
     drawn: list[tuple[int, int]] = []
 
     def counted(*given: Any, **more: Any) -> Any:
-        drawn.append((more["copies"], more["seed"]))
-        return rewritten(*given, **more)
+        drawn.append((more["count"], more["seed"]))
+        return resample_tokens(*given, **more)
 
-    monkeypatch.setattr(steps, "rewritten", counted)
+    monkeypatch.setattr(steps, "resample_tokens", counted)
     refit = {"recovery": "refit"}
     runs = {
         "a": {"criterion": "wanda", **refit},
@@ -510,10 +510,10 @@ WRONG = [
     ("compare model grid.yaml --out out --refit-samples 2,4", "refit-samples is 2, 4, but the recipe has no axis for"),
     ("compare model grid.yaml --out out --refit-samples x", "refit-samples is 'x'; write whole numbers with commas"),
     ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
-    ("compare model lora.yaml --out out --refit-samples 99", "text.txt: text too short for the samples, it has 1,500"),
+    ("compare model lora.yaml --out out --refit-samples 99", "text.txt: too short, it has 1,500"),
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
     ("compare model grid.yaml --out out --perplexity self", "what a model writes itself cannot be scored; name a text"),
-    ("compare model grid.yaml --out out --samples 999", "text.txt: text too short for the samples, it has 1,500 tok"),
+    ("compare model grid.yaml --out out --samples 999", "text.txt: too short, it has 1,500 tok"),
     ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: take a smaller"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
     ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),

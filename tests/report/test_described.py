@@ -232,7 +232,7 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
         ),
         (("out", "--report"), "--report needs --against, the model that this one was pruned from"),
         (("out", "--prompt", " "), "a prompt is empty; give some words"),
-        (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, and the model 64 positions; shorten it"),
+        (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, but the model has only 64 positions; shorten it"),
     ],
 )
 def test_eval_refuses(place: Path, run: Run, words: tuple[str, ...], message: str) -> None:

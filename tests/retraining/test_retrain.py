@@ -22,8 +22,8 @@ from models import ROWS, logits_of, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
-from secateur.measure import compare, perplexity
-from secateur.measure.compare import load
+from secateur.measure import loading, perplexity
+from secateur.measure.loading import load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.retraining import retrain as steps
 from secateur.retraining.adapters import adapted_layers
@@ -170,7 +170,7 @@ def test_reloaded_equals_memory(
             into.append(load(*given, **named))
             return into[0]
 
-        monkeypatch.setattr(compare, "load", kept_load)
+        monkeypatch.setattr(loading, "load", kept_load)
         retrain(folders[str(out)], out, calibration=str(text), **SMALL)
         kept[str(out)] = loaded[0]
     ids = token_rows()

@@ -21,7 +21,7 @@ from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
 from secateur.base.errors import SecateurError
 from secateur.model import hub_source
 from secateur.model.tokens import begins_with_bos
-from secateur.text import documents as texts
+from secateur.text import data_sets
 from secateur.text.calibration import calibration_rows, check_calibration, consecutive_rows
 from secateur.text.documents import read_documents
 
@@ -225,9 +225,9 @@ SIZES = [
     ({"samples": 0}, "samples is 0"),
     ({"length": 1}, "length is 1"),
     ({"length": 65, "max_positions": 64}, "length is 65, but the model has 64 positions"),
-    ({"samples": 30}, "it has 100 tokens, but 30 x 8 need 240; take samples 12 or length 3"),
-    ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 x 101 need 101; take length 100"),
-    ({"samples": 200}, "it has 100 tokens, but 200 x 8 need 1,600; take samples 12, or a longer text"),
+    ({"samples": 30}, "it has 100 tokens, but 30 rows of 8 tokens need 240; take samples 12 or length 3"),
+    ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 row of 101 tokens need 101; take length 100"),
+    ({"samples": 200}, "it has 100 tokens, but 200 rows of 8 tokens need 1,600; take samples 12, or a longer text"),
     ({"vocab_size": 50}, "the tokenizer gives id 103, but the model has 50 ids"),
 ]
 
@@ -253,7 +253,7 @@ def test_advice_of_a_short_text_is_right(tokenizer: PreTrainedTokenizerFast, hun
 def test_evaluation_sizes_are_named(hundred: str) -> None:
     with pytest.raises(SecateurError, match="tokens is 7, which does not fill one row of length 8"):
         consecutive_rows(make_tokenizer(), hundred, length=8, tokens=7, vocab_size=VOCAB)
-    with pytest.raises(SecateurError, match="100 tokens, but 1 x 101 need 101"):
+    with pytest.raises(SecateurError, match="100 tokens, but 1 row of 101 tokens need 101"):
         consecutive_rows(make_tokenizer(), hundred, length=101, tokens=None, vocab_size=VOCAB)
 
 
@@ -278,7 +278,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(texts, "out_of_reach", lambda: "it does not answer")
+    monkeypatch.setattr(data_sets, "out_of_reach", lambda: "it does not answer")
     return tmp_path / "cache"
 
 

@@ -15,10 +15,10 @@ from secateur.base.errors import SecateurError
 from secateur.commands import fitted
 from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options
-from secateur.commands.steps import draw_rows, rewrite_rows
+from secateur.commands.steps import draw_rows, resample_rows
 from secateur.model.rows import Rows
 from secateur.text import draw, self_calibration
-from secateur.text.rewrite import rewritten
+from secateur.text.resample import resample_tokens
 
 SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random"}
 
@@ -31,18 +31,18 @@ def opened(folder: Path, **options: Any) -> OpenRun:
 def test_where_copies_come_from(checkpoint_folder: CheckpointFolder, name: str) -> None:
     run = opened(checkpoint_folder(name), effort="best", samples=3, length=12, seed=2)
     rows = draw_rows(run)
-    assert rows.copies is not None
-    assert rows.copies.shape == (2, 3, 12)
-    assert torch.equal(rows.copies, rewritten(run.stream, rows.fitted, copies=2, seed=2))
-    every = torch.cat([rows.fitted, *rows.copies])
+    assert rows.resampled is not None
+    assert rows.resampled.shape == (2, 3, 12)
+    assert torch.equal(rows.resampled, resample_tokens(run.stream, rows.fit, count=2, seed=2))
+    every = torch.cat([rows.fit, *rows.resampled])
     assert len({tuple(row) for row in every.tolist()}) == 9, "no fit takes what another one does"
     # Only where a fit follows, and the same ones whenever they are asked for.
     alone = draw_rows(run, fitted=False)
-    assert alone.copies is None
-    assert torch.equal(alone.text, rows.text)
-    again = rewrite_rows(run, alone).copies
+    assert alone.resampled is None
+    assert torch.equal(alone.selection, rows.selection)
+    again = resample_rows(run, alone).resampled
     assert again is not None
-    assert torch.equal(again, rows.copies)
+    assert torch.equal(again, rows.resampled)
 
 
 def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
@@ -57,7 +57,7 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
     model = checkpoint_folder("llama")
     prune(model, tmp_path / "a", effort="best", **SIZE)
     first, second = given[0].fits()
-    expected = rewritten(opened(model).stream, first.groups[0], copies=2)
+    expected = resample_tokens(opened(model).stream, first.groups[0], count=2)
     for fit, one in ((first, 0), (second, 1)):
         assert torch.equal(fit.groups[0], given[0].groups[0])
         own = [group for number, group in enumerate(fit.groups) if number in given[0].versions and len(group)]
@@ -76,8 +76,8 @@ def test_blank_copies_are_as_many(checkpoint_folder: CheckpointFolder, effort: s
     """A dry run runs no model for them."""
     rows = draw_rows(opened(checkpoint_folder("llama"), effort=effort))
     blank = draw_rows(opened(checkpoint_folder("llama"), effort=effort), dry=True)
-    assert blank.copies is None
-    found, wanted = blank.with_blank_copies().groups, rows.groups
+    assert blank.resampled is None
+    found, wanted = blank.with_placeholders().grouped, rows.grouped
     assert [group.shape for group in found.groups] == [group.shape for group in wanted.groups]
     assert (found.weights, found.scores, found.versions) == (wanted.weights, wanted.scores, wanted.versions)
 
@@ -91,7 +91,7 @@ def test_an_effort_that_there_is_not() -> None:
 def test_no_other_recovery_takes_copies(checkpoint_folder: CheckpointFolder, recovery: str) -> None:
     """The effort is the refit's; a recipe may share one with runs that do not refit."""
     assert Options(effort="normal", recovery=recovery).resampled_fits == 0
-    assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).copies is None
+    assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).resampled is None
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:

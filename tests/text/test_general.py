@@ -14,7 +14,7 @@ from models import BOS, VOCAB, make_tokenizer
 from secateur.base.errors import SecateurError
 from secateur.text import general
 from secateur.text.calibration import calibration_rows
-from secateur.text.general import SHARES, shared_out, spaced, spread
+from secateur.text.general import SHARES, rows_per_kind, spaced, spread
 from secateur.text.windows import windows
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
@@ -46,7 +46,7 @@ def read(row: torch.Tensor) -> str:
 
 @given(st.integers(1, 5000))
 def test_shares_come_to_the_samples(samples: int) -> None:
-    counts = shared_out(samples)
+    counts = rows_per_kind(samples)
     assert sum(counts.values()) == samples
     for kind, share in SHARES.items():
         assert abs(counts[kind] - samples * share / sum(SHARES.values())) < 1
@@ -57,7 +57,7 @@ def test_rows_are_there_twice_by_their_share() -> None:
         rows = draw("general", 256, length)
         half = -(-length // 2)
         twice = (rows[:, : length - half] == rows[:, half:]).all(1)
-        counts = shared_out(256)
+        counts = rows_per_kind(256)
         assert twice.sum() == counts["repeated"] + counts["repeated ids"]
         # Every stretch of rows has some of them.
         assert all(part.any() for part in twice.split(32))
@@ -101,7 +101,7 @@ def test_half_of_the_rows_are_ones_own(tmp_path: Path) -> None:
 def test_advice_for_own_text_that_is_short(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("æ" * 130)
-    with pytest.raises(SecateurError, match=r"own.txt: text too short .*; take samples 4 "):
+    with pytest.raises(SecateurError, match=r"own.txt: too short, .*; take samples 4 "):
         draw(f"general+{own}", 64, 50)
     assert draw(f"general+{own}", 4, 50).shape == (4, 50)
 

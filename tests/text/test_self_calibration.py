@@ -18,7 +18,7 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.model.checkpoint import open_checkpoint
 from secateur.text import draw, self_calibration
-from secateur.text.self_calibration import BATCH_ROWS, opening, self_rows
+from secateur.text.self_calibration import BATCH_ROWS, opening_token, self_rows
 
 NAMES = ["llama", "llama biased", "llama tied", "gpt2", "gpt2 scaled", "opt", "qwen2", "gemma2", "gpt_neox"]
 """Those of two words have a tokenizer that begins texts with BOS."""
@@ -87,14 +87,14 @@ def names(bos: int | None, eos: int | None, **config: Any) -> tuple[Any, Any]:
 
 
 def test_where_a_text_begins() -> None:
-    assert opening(*names(5, 6)) == 5
-    assert opening(*names(None, 6, bos_token_id=7)) == 7
-    assert opening(*names(None, 6)) == 6
-    assert opening(*names(None, None, eos_token_id=[8, 9])) == 8
+    assert opening_token(*names(5, 6)) == 5
+    assert opening_token(*names(None, 6, bos_token_id=7)) == 7
+    assert opening_token(*names(None, 6)) == 6
+    assert opening_token(*names(None, None, eos_token_id=[8, 9])) == 8
     # An id that the model does not have is none.
-    assert opening(*names(VOCAB, 6)) == 6
+    assert opening_token(*names(VOCAB, 6)) == 6
     with pytest.raises(SecateurError, match="model: no BOS or EOS token, from which the model could begin to write"):
-        opening(*names(None, None))
+        opening_token(*names(None, None))
 
 
 # The whole command.

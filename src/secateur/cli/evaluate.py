@@ -91,7 +91,7 @@ def evaluate(
         raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     bars = Bars()
     with bars.loading():
-        from secateur.measure.compare import evaluate as run
+        from secateur.measure.evaluation import evaluate as run
         from secateur.report.folder import add_measured, check_base, check_described
         from secateur.report.tables import eval_table, measured_rows
 

@@ -70,7 +70,7 @@ def survey_work(stream: BlockStream, tokens: int, probed: int, probes: int) -> W
     )
 
 
-def rewriting_work(stream: BlockStream, tokens: int) -> Work:
+def resampling_work(stream: BlockStream, tokens: int) -> Work:
     """One forward, and every logit."""
     logits = 2.0 * tokens * stream.width * stream.checkpoint.config.vocab_size
     return Work(

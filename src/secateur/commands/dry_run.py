@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import rss_bytes
-from secateur.commands.costs import Work, fit_work, forward_flops, gradient_work, rewriting_work, survey_work
+from secateur.commands.costs import Work, fit_work, forward_flops, gradient_work, resampling_work, survey_work
 from secateur.commands.open import OpenRun
 from secateur.commands.options import EFFORTS
 from secateur.commands.result import summarize
@@ -27,7 +27,7 @@ from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
 from secateur.survey.curve_estimator import PROBED_SHARES
 from secateur.text.draw import CalibrationRows
-from secateur.text.self_calibration import rows_at_once, writing_bytes
+from secateur.text.self_calibration import generation_bytes, rows_at_once
 from secateur.text.sources import SELF
 
 WRITING = 4096
@@ -69,7 +69,7 @@ def estimate(run: OpenRun) -> Summary:
         run.watcher.note("Shown is a plan by size alone; a run measures where cuts cost least")
     decided = run.request.plan_from_file or plan(run.request.problem, options.widths)
     with run.watcher.busy("Measuring this machine"):
-        measured = measure_speeds(run, rows.text)
+        measured = measure_speeds(run, rows.selection)
     works = work_by_effort(run, rows, decided)
     most = run.memory - rss_bytes()
     expected = {
@@ -88,12 +88,12 @@ def work_by_effort(run: OpenRun, rows: CalibrationRows, decided: Plan) -> dict[s
 def _writing(run: OpenRun, rows: CalibrationRows) -> Work:
     """What the model writes itself: two operations a parameter and token."""
     checkpoint, length = run.stream.checkpoint, run.options.length
-    parts = (rows.text, rows.refit_text if rows.refit_text is not rows.text else rows.text[:0])
+    parts = (rows.selection, rows.selection[:0] if rows.separate_refit is None else rows.separate_refit)
     tokens = sum(part.numel() for source, part in zip(run.options.sources, parts, strict=True) if source == SELF)
     if not tokens:
         return Work()
     cached = cache_meter(run.stream, checkpoint.dtype).dense
-    peak = round(writing_bytes(checkpoint, length=length, cache_bytes=cached))
+    peak = round(generation_bytes(checkpoint, length=length, cache_bytes=cached))
     return Work(written=2 * parameter_meter(run.stream).dense * tokens, resident=peak)
 
 
@@ -101,21 +101,21 @@ def _before_fits(run: OpenRun, rows: CalibrationRows, exact: bool) -> list[Work]
     """Survey and gradients, where there are such."""
     found, file = [], run.run_options.survey
     if run.request.needs_survey and not (file and file.exists()):
-        few, probed = split_survey_rows(rows.text)
+        few, probed = split_survey_rows(rows.selection)
         modules = max(len(run.request.problem.prunable_modules(index)) for index in run.request.block_range)
         probes = modules * (len(PROBED_SHARES) + 1)
         found.append(survey_work(run.stream, few.numel(), probed.numel(), probes))
     if Criteria(run.options.criterion_name).needs_gradients and not exact:
-        found.append(gradient_work(run.stream, rows.groups.tokens))
+        found.append(gradient_work(run.stream, rows.grouped.tokens))
     return found
 
 
 def _fitting(run: OpenRun, rows: CalibrationRows, decided: Plan, effort: str) -> list[Work]:
     """What an effort decides: rows that are rewritten, and the fits."""
     run = replace(run, options=replace(run.options, effort=effort))
-    rows = replace(rows, request=run.row_request).with_blank_copies()
-    fits = fit_work(run.stream, rows.groups, decided.widths, run.recovery.input_steps)
-    return [fits] if rows.copies is None else [rewriting_work(run.stream, rows.fitted.numel()), fits]
+    rows = replace(rows, request=run.row_request).with_placeholders()
+    fits = fit_work(run.stream, rows.grouped, decided.widths, run.recovery.input_steps)
+    return [fits] if rows.resampled is None else [resampling_work(run.stream, rows.fit.numel()), fits]
 
 
 def measure_speeds(run: OpenRun, text: Tensor) -> Speeds:

@@ -45,11 +45,11 @@ class FittedBlocks(Iterator[FittedBlock]):
 
     def _fit(self, decided: Plan) -> Generator[FittedBlock, None, None]:
         run, rows = self._run, self._rows
-        judged = self._judge is not None or len(rows.unseen)
+        judged = self._judge is not None or len(rows.norm_scale)
         yield from refit(
             run.stream,
             decided,
-            rows.groups,
+            rows.grouped,
             method=run.method(rows, decided.first_heads, decided.lists_units),
             dtype=run.dtype,
             compare=self._behind if judged else None,
@@ -58,9 +58,9 @@ class FittedBlocks(Iterator[FittedBlock]):
 
     def _behind(self, dense: Activations, pruned: Activations) -> None:
         rows = self._rows
-        if len(rows.unseen):
-            group = rows.groups.weights.index(0.0)
-            self.norm_scale = final_norm_scale(self._run.stream, rows.groups, group, dense, pruned)
+        if len(rows.norm_scale):
+            group = rows.grouped.weights.index(0.0)
+            self.norm_scale = final_norm_scale(self._run.stream, rows.grouped, group, dense, pruned)
         if self._judge is not None:
             self._judge(dense, pruned)
 
@@ -72,7 +72,7 @@ def plan_key(decided: Plan) -> str:
 
 def perplexity_ratio(run: OpenRun, rows: CalibrationRows, decided: Plan) -> float:
     """Perplexity over dense on the held-out rows, of a plan that is carried out and thrown away."""
-    stream, groups, losses = run.stream, rows.groups, list[float]()
+    stream, groups, losses = run.stream, rows.grouped, list[float]()
     last = len(groups.groups) - 1
 
     def judge(dense: Activations, pruned: Activations) -> None:

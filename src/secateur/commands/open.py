@@ -84,10 +84,10 @@ class OpenRun:
             refit_samples=options.refit_rows,
             refit_option=options.refit_option,
             held_out=HELD_OUT * options.targets_perplexity,
-            random=options.chooses_on_random_ids,
-            copies=options.resampled_fits,
-            fits=self.recovery.fits,
-            tempers=self.recovery.uses_effort,
+            random_ids=options.chooses_on_random_ids,
+            resamplings=options.resampled_fits,
+            fits_weights=self.recovery.fits,
+            fits_norm_scale=self.recovery.uses_effort,
         )
 
     @property
@@ -97,7 +97,7 @@ class OpenRun:
 
     def method(self, rows: CalibrationRows, first: FirstHeads | None, exact: bool) -> Method:
         """How units are chosen and refitted; with `exact`, no criterion is asked."""
-        return Method(self.criteria("fit", Rows.of(rows.text), first, exact), self.recovery, self.options.seed)
+        return Method(self.criteria("fit", Rows.of(rows.selection), first, exact), self.recovery, self.options.seed)
 
     def criteria(
         self,

@@ -59,7 +59,7 @@ def summarize(
         note=decided.note,
         vllm=format.vllm_unsupported_reason(every),
         bos=run.begins_with_bos,
-        tokens=rows.groups.groups[0].numel(),
+        tokens=rows.grouped.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
         efforts={name: took for name, (took, _) in (expected or {}).items()},
@@ -70,7 +70,7 @@ def record(
     run: OpenRun, rows: CalibrationRows, decided: Plan, done: list[dict[str, Any]], norm_scale: float | None
 ) -> dict[str, Any]:
     """The contents of secateur.json; `done` are the `block_record`s."""
-    stream, groups = run.stream, rows.groups
+    stream, groups = run.stream, rows.grouped
     summary = summarize(run, rows, decided)
     found = {
         "secateur": secateur.__version__,

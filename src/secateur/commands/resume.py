@@ -105,7 +105,8 @@ def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
     Raises:
         SecateurError: the text has changed.
     """
-    found = [hash_rows(part) for part in (rows.text, rows.refit_text, rows.held_out, rows.random) if part is not None]
+    parts = (rows.selection, rows.separate_refit, rows.held_out, rows.random)
+    found = [hash_rows(part) for part in parts if part is not None]
     before = run.services.saved_result(ROWS, lambda: found)
     if before != found:
         raise SecateurError(

@@ -17,9 +17,9 @@ from secateur.commands.options import Options, RunOptions
 from secateur.commands.request import check_request
 from secateur.commands.result import summarize
 from secateur.commands.resume import check_rows, resumable, retry_in_smaller_batches
-from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, rewrite_rows, survey_model, write_model
+from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, resample_rows, survey_model, write_model
 from secateur.commands.survey_file import check_survey_file
-from secateur.measure.compare import evaluate, scored_rows
+from secateur.measure.evaluation import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
 from secateur.report.summary import Size
 from secateur.text.calibration import check_calibration
@@ -85,7 +85,7 @@ def _sizes(
                 Output(folder, overwrite=run_options.overwrite, source=source).check()
         last = open_model(model, options[-1], run_options, services=services)
         runs = [_for_size(last, one, file) for one in options]
-        # All that can be wrong with the rows is found before they are rewritten.
+        # All that can be wrong with the rows is found before they are resampled.
         plain = draw_rows(last, fitted=False)
         for text in texts:
             with busy_reading(last.watcher, "Reading", text):
@@ -127,17 +127,17 @@ def _pruned(
     Args:
         last: the run of the last size, which stands for what all have in common.
         runs: one for each size.
-        plain: the rows, before they are rewritten.
+        plain: the rows, before they are resampled.
         folders: one for each size.
         there: those of them that are made already.
         own: the file of the survey, where a person named none.
     """
-    rows = rewrite_rows(last, plain)
+    rows = resample_rows(last, plain)
     weighing = next((run for run in runs if run.request.needs_survey), last)
     if own:
         # What this command put there is its own to replace.
         try:
-            check_survey_file(weighing, rows.text)
+            check_survey_file(weighing, rows.selection)
         except SecateurError:
             own.unlink()
     found = survey_model(weighing, rows)
@@ -189,7 +189,7 @@ def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
             "fingerprint": run.stream.checkpoint.fingerprint,
             "options": json.loads(json.dumps(asdict(run.options))),
         }
-        return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_rows(rows.fitted)
+        return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_rows(rows.fit)
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
 

@@ -36,7 +36,7 @@ from secateur.report.summary import Summary
 from secateur.survey.curves import Survey, save_survey
 from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows, draw
-from secateur.text.rewrite import rewritten
+from secateur.text.resample import resample_tokens
 from secateur.write.hub import upload
 from secateur.write.slice import slice_fitted
 
@@ -58,7 +58,7 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
 
     Args:
         run: from `open_model`.
-        fitted: a fit will follow, for which rows are rewritten.
+        fitted: whether a fit follows, which takes resampled rows as well.
         dry: only the number of rows matters.
 
     Raises:
@@ -66,23 +66,23 @@ def draw_rows(run: OpenRun, *, fitted: bool = True, dry: bool = False) -> Calibr
     """
     check_survey_file(run)
     rows = draw(run.stream, run.tokenizer, run.row_request, begins_with_bos=run.begins_with_bos, dry=dry)
-    check_survey_file(run, rows.text)
+    check_survey_file(run, rows.selection)
     check_rows(run, rows)
     _describe(run, rows)
-    return rows if dry or not fitted else rewrite_rows(run, rows)
+    return rows if dry or not fitted else resample_rows(run, rows)
 
 
-def rewrite_rows(run: OpenRun, rows: CalibrationRows) -> CalibrationRows:
-    """The rows with their copies, which one pass of the dense model rewrites; as they are where no fit asks."""
-    copies, seed = rows.request.copies, rows.request.seed
-    if not copies:
+def resample_rows(run: OpenRun, rows: CalibrationRows) -> CalibrationRows:
+    """Return the rows together with the resampled rows of each fit, which one pass of the dense model draws."""
+    count, seed = rows.request.resamplings, rows.request.seed
+    if not count:
         return rows
 
     def made() -> list[Any]:
-        checkpoint = PassCheckpoint(run.services, "copies")
-        return rewritten(run.stream, rows.fitted, copies=copies, seed=seed, checkpoint=checkpoint).tolist()
+        checkpoint = PassCheckpoint(run.services, "resampled")
+        return resample_tokens(run.stream, rows.fit, count=count, seed=seed, checkpoint=checkpoint).tolist()
 
-    return replace(rows, copies=torch.tensor(run.services.saved_result("copies", made)))
+    return replace(rows, resampled=torch.tensor(run.services.saved_result("resampled", made)))
 
 
 def _describe(run: OpenRun, rows: CalibrationRows) -> None:
@@ -99,7 +99,7 @@ def _describe(run: OpenRun, rows: CalibrationRows) -> None:
             f"Left out tensors that the model has no place for: {first_few(checkpoint.left_out)} (for example heads "
             "that predict later tokens, or blocks beyond the number in config.json)"
         )
-    own = "" if rows.refit_text is rows.text else f", fitting to {len(rows.refit_text):,} others"
+    own = "" if rows.separate_refit is None else f", fitting to {len(rows.separate_refit):,} others"
     run.watcher.note(
         f"Calibrating on {options.samples} rows of {options.length} tokens{own}, computing on {run.stream.device}; "
         f"the output is {run.request.format.number_type}"
@@ -116,13 +116,13 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     Raises:
         SecateurError: a threshold that removes nothing or too much; a survey of another model or with other options.
     """
-    found = _preselected(run, rows.text)
+    found = _preselected(run, rows.selection)
     if not run.request.needs_survey:
         return found
-    file, wanted = run.run_options.survey, survey_key(run, rows.text)
+    file, wanted = run.run_options.survey, survey_key(run, rows.selection)
     if file is not None and run.processes.broadcast(file.exists):
         return replace(found, survey=Survey.of(run.processes.broadcast(lambda: asdict(read_survey(run, file, wanted)))))
-    few, probe_rows = split_survey_rows(rows.text)
+    few, probe_rows = split_survey_rows(rows.selection)
     fitted = Rows.of(few) if rows.random is None else Rows.of(few).scored_by(Rows.of(rows.random))
 
     def made_anew() -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _surveyed(
 
 def _distances(run: OpenRun, rows: CalibrationRows) -> Distances | None:
     """How alike the heads of each surveyed block are; None where their attention cannot be watched."""
-    some, chosen = rows.text[:LIKENESS_ROWS], run.request.block_range
+    some, chosen = rows.selection[:LIKENESS_ROWS], run.request.block_range
     try:
         found = head_distances(run.stream, some, blocks=chosen, watcher=run.watcher)
     except SecateurError as error:

@@ -1,7 +1,8 @@
-"""How good and how fast a model is: perplexity, tasks and speed, dense or pruned alike."""
+"""Quality and speed of a model, dense or pruned: perplexity, accuracy on tasks, tokens per second."""
 
 from secateur.measure.perplexity import perplexity
 from secateur.measure.speed import speeds
-from secateur.measure.tasks import Accuracy, kept, open_tasks, zero_shot
+from secateur.measure.tasks import open_tasks
+from secateur.measure.zero_shot import Accuracy, accuracy_ratio, zero_shot
 
-__all__ = ["Accuracy", "kept", "open_tasks", "perplexity", "speeds", "zero_shot"]
+__all__ = ["Accuracy", "accuracy_ratio", "open_tasks", "perplexity", "speeds", "zero_shot"]

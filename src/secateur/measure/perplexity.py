@@ -1,8 +1,7 @@
-"""Perplexity over given rows: how surprised a model is by the next token.
+"""Perplexity of rows: the exponential of the mean negative log-likelihood of a token.
 
-Every row is scored alone and each of its tokens but the first counts once, with all tokens before it in the
-row as context. The logits of large vocabularies dwarf the model's activations, so they are turned into a
-loss in pieces.
+Every row is scored alone: each of its tokens except the first is predicted from all tokens before it in the row. The
+logits of a large vocabulary take far more memory than the model's activations, so the loss is computed in pieces.
 """
 
 import math
@@ -18,21 +17,21 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 
 _FORWARD_LOGITS = 1 << 28
-"""Logits that one forward may return, in the model's own dtype: rows are taken in smaller batches beyond."""
+"""Most logits that one forward may return, in the model's dtype; batches are made smaller to stay below."""
 _LOSS_LOGITS = 1 << 24
-"""Logits that are held in float32 at a time: 64 MiB, and about as much again inside the loss."""
+"""Most logits that are in float32 at a time: 64 MiB, and about as much again inside the loss."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The result over all rows."""
+    """Perplexity of all rows together."""
 
     perplexity: float
-    """exp(nll)."""
+    """Exponential of `nll`."""
     nll: float
-    """Mean negative log likelihood of a scored token, in nats."""
+    """Mean negative log-likelihood of a scored token, in nats."""
     tokens: int
-    """Scored tokens: rows * (length - 1)."""
+    """Number of scored tokens: rows * (length - 1)."""
     rows: int
     length: int
     """Tokens in a row."""
@@ -40,7 +39,7 @@ class Perplexity:
 
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model is left in the mode it came in."""
+    """Put a model into evaluation mode without gradients, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -58,16 +57,17 @@ def perplexity(
     watcher: Watcher | None = None,
     what: str = "Perplexity",
 ) -> Perplexity:
-    """Perplexity of rows [rows, length], length at least 2, from a sum in float64.
+    """Measure the perplexity of rows; the losses are summed in float64.
 
     Args:
         model: any causal language model of transformers.
-        rows: token ids, on any device.
-        batch: rows in a forward, at most; fewer where the logits would grow too large.
-        what: what to tell it is being done.
+        rows: token ids on any device (rows x length), length at least 2.
+        batch: most rows in a forward; fewer where the logits would grow too large.
+        watcher: progress output.
+        what: label of the progress bar.
 
     Raises:
-        SecateurError: nothing to score, ids that the model does not have, or a loss that is not finite.
+        SecateurError: there is nothing to score, an id is outside the model's vocabulary, or the loss is not finite.
     """
     count, length = rows.shape
     if batch < 1:
@@ -91,17 +91,17 @@ def perplexity(
             total += loss
     tokens = count * (length - 1)
     nll = total / tokens
-    # Through torch, since math.exp raises where a hopeless model should get an infinite perplexity.
+    # math.exp raises on overflow, where a useless model should get an infinite perplexity; torch's exp gives it.
     return Perplexity(float(torch.tensor(nll, dtype=torch.float64).exp()), nll, tokens, count, length)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where a model computes, also one whose weights stay on disk."""
+    """Return the device on which a model computes, which is the CPU where its weights stay on disk."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Negative log likelihood of ids [rows, length] under logits [rows, length, vocabulary], summed."""
+    """Return the summed negative log-likelihood of ids (rows x length) under logits (rows x length x vocabulary)."""
     step = max(1, _LOSS_LOGITS // logits.shape[-1])
     total = torch.zeros((), dtype=torch.float64)
     for row, targets in zip(logits, ids, strict=True):

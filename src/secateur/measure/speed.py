@@ -1,8 +1,8 @@
-"""How fast a model reads a prompt (prefill) and writes after it (decode).
+"""Speed of a model: tokens per second while it reads a prompt (prefill) and while it generates (decode).
 
-Both come from one greedy generation with the model's own cache: a clock that generation asks after each
-token marks the end of the prompt and then every step, so no time is the difference of two noisy runs.
-Two models are measured in turns, because a busy machine slows neighbouring runs alike.
+Both speeds come from one greedy generation with the model's own cache. The clock is read after the prompt and after
+every new token, so that no time is the difference of two noisy runs. Two models are measured in turns, because a busy
+machine slows neighbouring runs equally.
 """
 
 from collections.abc import Sequence
@@ -21,27 +21,29 @@ from secateur.model.facts import positions_of
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second, each from the median of the repeats, and how they were measured."""
+    """Tokens per second from the median over repeated runs, with the settings of the measurement."""
 
     prefill: float
-    """Prompt tokens per second, all rows of the batch together; the first new token is included."""
+    """Prompt tokens per second of all rows of the batch together; the time includes the first new token."""
     decode: float
-    """New tokens per second behind the first one, all rows of the batch together."""
+    """New tokens per second after the first one, of all rows of the batch together."""
     prompt: int
+    """Tokens in the prompt."""
     new: int
-    """Decode steps."""
+    """Number of decode steps."""
     batch: int
+    """Rows generated together."""
     prefill_seconds: tuple[float, ...]
-    """One for each repeat, for the whole prompt."""
+    """Time of the whole prompt in each run."""
     decode_seconds: tuple[float, ...]
-    """One for each repeat, for all decode steps."""
+    """Time of all decode steps in each run."""
     device: str
     dtype: str
     threads: int
-    """CPU threads of torch."""
+    """Number of CPU threads of torch."""
 
     def over(self, other: "Speed") -> tuple[float, float]:
-        """How much faster than another model this one reads and writes: medians over the turns that both took."""
+        """Return the speeds of prefill and decoding over those of another model: medians over runs in turns."""
         pairs = (
             (self.prefill_seconds, other.prefill_seconds),
             (self.decode_seconds, other.decode_seconds),
@@ -53,17 +55,17 @@ class Speed:
 def speeds(
     models: Sequence[PreTrainedModel], *, prompt: int = 512, new: int = 32, batch: int = 1, repeats: int = 3
 ) -> list[Speed]:
-    """Speed of each model, measured in turns, so that ratios hold on a machine that others use as well.
+    """Measure the speed of each model, in turns, so that ratios are right on a busy machine too.
 
     Args:
         models: causal language models of transformers that can generate.
-        prompt: tokens of the prompt: random ids, the same in every run.
-        new: decode steps.
+        prompt: tokens in the prompt: random ids, the same in every run.
+        new: number of decode steps.
         batch: rows generated together.
-        repeats: measured runs of each, after one that warms up and is not counted.
+        repeats: number of measured runs of each model, after one run that warms up and is not counted.
 
     Raises:
-        SecateurError: a size below 1, or more tokens than a model has positions.
+        SecateurError: a size is below 1, or there are more tokens than a model has positions.
     """
     for name, value in (("prompt", prompt), ("new", new), ("batch", batch), ("repeats", repeats)):
         if value < 1:
@@ -77,11 +79,11 @@ def speeds(
                 "measure with a shorter prompt"
             )
     turns = [[_seconds(model, prompt, new, batch) for model in models] for _ in range(repeats + 1)]
-    found = []
-    # The first turn has warmed up.
+    measured = []
+    # The first turn only warms up.
     for model, run in zip(models, zip(*turns[1:], strict=True), strict=True):
         prefills, decodes = zip(*run, strict=True)
-        one = Speed(
+        speed = Speed(
             prefill=batch * prompt / median(prefills),
             decode=batch * new / median(decodes),
             prompt=prompt,
@@ -93,28 +95,28 @@ def speeds(
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
-        found.append(one)
-    return found
+        measured.append(speed)
+    return measured
 
 
 def _seconds(model: PreTrainedModel, prompt: int, new: int, batch: int) -> tuple[float, float]:
-    """Seconds for the prompt and for the `new` steps behind the first token."""
+    """Return the seconds of the prompt, and of the `new` steps after the first new token."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
-    goes_on = torch.zeros(batch, dtype=torch.bool, device=model.device)
+    unfinished = torch.zeros(batch, dtype=torch.bool, device=model.device)
     marks: list[float] = []
 
     def mark(*_: Any, **__: Any) -> torch.Tensor:
-        """Note the time, and as a stopping criterion let generation go on."""
+        """Record the time; as a stopping criterion, stop no row."""
         if model.device.type != "cpu":
             torch.accelerator.synchronize(model.device)
         marks.append(perf_counter())
-        return goes_on
+        return unfinished
 
     before = model.generation_config
-    # Exactly `new` more tokens: the model's own settings may sample or stop early.
+    # These settings generate exactly `new` + 1 tokens; the model's own may sample or stop early.
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new + 1, use_cache=True, pad_token_id=0)
     try:
         with scoring(model):

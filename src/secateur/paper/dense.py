@@ -60,7 +60,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
     opened: dict[str, tuple[OpenRun, Tensor]] = {}
     for asked in sources(recipe, models):
         run = open_model(asked.source, asked.runs[0].options, RunOptions(**where), services=Services(watcher=watcher))
-        opened[asked.name] = run, draw_rows(run, fitted=False).text
+        opened[asked.name] = run, draw_rows(run, fitted=False).selection
     found: dict[str, dict[str, Any]] = {}
     with store:
         for name, (run, text) in opened.items():

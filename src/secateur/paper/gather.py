@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.measure.compare import short
+from secateur.measure.figures import short
 from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
 from secateur.paper.judge import Judge
 from secateur.paper.recipe import Recipe

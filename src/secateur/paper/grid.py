@@ -21,7 +21,7 @@ from secateur.paper.recipe import Recipe
 from secateur.paper.run_store import RunStore
 from secateur.paper.runs import planned_runs
 from secateur.paper.subject import Subject, open_subject, sources
-from secateur.text.calibration import tokenised_once
+from secateur.text.calibration import cached_token_ids
 
 
 def compare(
@@ -53,7 +53,7 @@ def compare(
     device, store = pick_device(run_options.device), RunStore(out)
     store.check()
     judge = Judge(task_columns(recipe, task_path, watcher), device, watcher)
-    with tokenised_once():
+    with cached_token_ids():
         subjects = [open_subject(recipe, asked, run_options, watcher) for asked in sources(recipe, models)]
         for subject in subjects:
             first = subject.runs[0][1]

@@ -10,9 +10,10 @@ import torch
 import secateur
 from secateur.base.hashes import hash_rows
 from secateur.base.progress import Watcher
-from secateur.measure.compare import load
+from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity
-from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
+from secateur.measure.tasks import OpenTask, open_tasks
+from secateur.measure.zero_shot import zero_shot
 from secateur.model.checkpoint import open_checkpoint
 from secateur.paper.recipe import Recipe, named
 from secateur.paper.subject import Subject, columns_of

@@ -79,7 +79,7 @@ def prune_run(run: OpenRun, subject: Subject, folder: Path, store: RunStore) -> 
     run = replace(run, started=time.perf_counter())
     if (rows := subject.drawn.get(run.row_request)) is None:
         rows = subject.drawn[run.row_request] = draw_rows(run)
-    run_options = replace(run.run_options, survey=store.survey_file(survey_key(run, rows.text)), overwrite=True)
+    run_options = replace(run.run_options, survey=store.survey_file(survey_key(run, rows.selection)), overwrite=True)
     run = replace(run, run_options=run_options)
     plan = plan_widths(run, rows, survey_model(run, rows))
     return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
@@ -95,7 +95,7 @@ def planned_runs(subject: Subject, judge: Judge) -> Iterator[Planned]:
         own = {
             "options": asdict(opened.options),
             # With the options, stand-ins decide what a model writes in their place.
-            "rows": [hash_rows(group) for group in (rows.text, *rows.groups.groups)],
+            "rows": [hash_rows(group) for group in (rows.selection, *rows.grouped.groups)],
             # The contents of a file with a plan or ratios.
             "given": repr(opened.request.plan_from_file),
             "training": training and asdict(training),

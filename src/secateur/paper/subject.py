@@ -14,7 +14,8 @@ from secateur.commands.open import OpenRun, open_model
 from secateur.commands.options import Options, RunOptions
 from secateur.commands.request import check_request
 from secateur.commands.steps import draw_rows
-from secateur.measure.compare import scored_rows, short
+from secateur.measure.evaluation import scored_rows
+from secateur.measure.figures import short
 from secateur.model.checkpoint import Checkpoint
 from secateur.paper.recipe import PaperModel, Recipe, Run, expand, named
 from secateur.retraining.retrain import check_retraining, training_rows
@@ -46,7 +47,7 @@ class Subject:
     texts: dict[str, Tensor]
     """Rows to score (rows x length), by column."""
     runs: list[tuple[Run, OpenRun, CalibrationRows]]
-    """Rows of runs whose model writes its own are stand-ins, and no fit's copies are there."""
+    """Rows of runs whose model writes its own are stand-ins, and resampled rows are not drawn."""
     drawn: dict[RowRequest, CalibrationRows] = field(default_factory=dict)
     """The rows that runs were made with, for others that want the very same."""
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from secateur.base.words import format_count
 from secateur.formats.format import format_class
-from secateur.measure.compare import Evaluation, Figure, short
+from secateur.measure.figures import Evaluation, Figure, short
 from secateur.model.axes import Width, axis_kinds, shares, totals
 from secateur.report.summary import Proposal, Size, Summary, Surveyed, counted_over
 

@@ -24,7 +24,7 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.run_folder import RunFolder
 from secateur.formats.folder import open_folder
-from secateur.measure import compare, perplexity
+from secateur.measure import loading, perplexity
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.folder import check_described
 from secateur.retraining.adapters import adapted_layers, trained
@@ -32,7 +32,7 @@ from secateur.retraining.options import Training
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
 from secateur.retraining.write import write_retrained
-from secateur.text.calibration import calibration_rows
+from secateur.text.calibration import SampleOption, calibration_rows
 from secateur.write.record import read_record
 
 HELD_OUT = 16
@@ -137,7 +137,7 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
             seed=training.seed,
             vocab_size=checkpoint.config.vocab_size,
             max_positions=checkpoint.max_positions,
-            taken=HELD_OUT,
+            option=SampleOption(extra_rows=HELD_OUT),
         )
 
 
@@ -160,7 +160,7 @@ def _opened(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watch
 def _loaded(checkpoint: Checkpoint, name: str, device: torch.device, watcher: Watcher) -> Any:
     """Load a whole model in float32."""
     with watcher.busy(f"Loading {name}"):
-        return compare.load(checkpoint, torch.float32, device, whole=True)
+        return loading.load(checkpoint, torch.float32, device, whole=True)
 
 
 def _decided_by(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training, rows: Tensor) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Texts to rows of token ids: random windows for calibration, consecutive rows for evaluation.
+"""Rows of token ids: random windows of a text for calibration, consecutive rows for evaluation.
 
-Statistics and perplexities are only comparable when the rows are built alike, so everything that decides what a
-row holds stands here: how documents are joined, where a window may begin, and whether BOS opens a row. Where the
-text comes from is `secateur.text.documents`.
+Statistics and perplexities are comparable only when rows are built alike. So this file decides all that shapes a row:
+how documents are joined, where a window may begin, and whether BOS opens a row. Sources of text are in
+`secateur.text.documents`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,27 +17,51 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.base.errors import SecateurError
 from secateur.model.tokens import begins_with_bos, encode
-from secateur.text.documents import MOST_CHARACTERS, Split, is_file, read_documents
+from secateur.text.data_sets import MAX_CHARACTERS, Split
+from secateur.text.documents import is_file, read_documents
 from secateur.text.general import general_rows, spread
-from secateur.text.sources import GENERAL, RANDOM, STDIN, beside_general
-from secateur.text.windows import checked, windows
+from secateur.text.sources import GENERAL, RANDOM, STDIN, text_beside_general
+from secateur.text.windows import checked_ids, windows
 
 _JOIN = "\n\n"
-_seen: ContextVar[dict[Any, Tensor] | None] = ContextVar("_seen", default=None)
-"""Ids of sources that were tokenised already, inside `tokenised_once`."""
+_CHARACTERS_PER_TOKEN = 16
+"""Characters read for each token that evaluation needs: ample in every script."""
+_MIN_CHARACTERS = 1_000_000
+"""Least number of characters read for evaluation, for texts of unusual words."""
+_cache: ContextVar[dict[Any, Tensor] | None] = ContextVar("_cache", default=None)
+"""Token ids of sources that were read inside `cached_token_ids`."""
+
+
+@dataclass(frozen=True)
+class SampleOption:
+    """Option that sets the number of rows, which the error message about a short text advises to change."""
+
+    name: str = "samples"
+    extra_rows: int = 0
+    """Number of rows that are drawn beyond those that the option counts."""
+    rows_per_text_row: int = 1
+    """Number of rows drawn for each row that comes from the text."""
+
+    def largest(self, text_rows: int) -> int:
+        """Return the largest value of the option with which a text of so many rows is long enough."""
+        return self.rows_per_text_row * text_rows - self.extra_rows
+
+
+SAMPLES = SampleOption()
+"""The option `--samples`, which counts all rows."""
 
 
 def check_calibration(source: str, *, samples: int = 1, length: int, max_positions: int | None = None) -> None:
-    """What can be found wrong without reading a token: to be called before a large model is opened.
+    """Check a source and the size of its rows without reading any text, before a large model is opened.
 
     Args:
-        source: As for `read_documents`, or `random`; a file must exist and have a known extension.
-        samples: Rows wanted, at least 1.
+        source: The source as in `read_documents`, or `random`; a file must exist and have a known extension.
+        samples: Number of rows, at least 1.
         length: Tokens in a row, at least 2: a row of one token predicts nothing.
-        max_positions: The longest row that the model's positions allow, if there is a limit.
+        max_positions: The longest row that the model's positions allow; None for no limit.
 
     Raises:
-        SecateurError: One of these does not hold.
+        SecateurError: One of these conditions does not hold.
     """
     if samples < 1:
         raise SecateurError(f"samples is {samples}; it must be at least 1")
@@ -57,33 +82,31 @@ def calibration_rows(
     vocab_size: int,
     max_positions: int | None = None,
     split: Split = "calibration",
-    option: str = "samples",
-    taken: int = 0,
-    one_in: int = 1,
+    option: SampleOption = SAMPLES,
 ) -> Tensor:
-    """Draw random rows from a source, the same ones for the same seed.
+    """Draw random rows from a source; the same seed gives the same rows.
 
-    The text is cut into windows behind a random offset, and windows are drawn without repetition: no token
+    The text is cut into windows from a random offset on, and windows are drawn without repetition, so that no token
     is used twice. A row opens with BOS exactly if the tokenizer would add it.
 
     Args:
-        tokenizer: The model's; may be None for `random`.
-        source: As for `read_documents`; `general`, several kinds of text out of the package; `general+TEXT`, half
-            of it the one and half the other; or `random`, token ids drawn evenly, special ones excepted where a
-            tokenizer tells which they are.
+        tokenizer: The model's tokenizer; may be None for `random`.
+        source: A source as in `read_documents`; `general` for the package's own text of several kinds; `general+TEXT`
+            for half of each; or `random` for token ids drawn uniformly. Where there is a tokenizer, `random` leaves
+            special tokens out.
+        samples: Number of rows.
         length: Tokens in a row, BOS included.
-        vocab_size: Rows of the model's embedding; every id is below it.
-        max_positions: The longest row that the model's positions allow, if there is a limit.
-        option: What a person calls the number of rows, for advice.
-        taken: Rows among them that this number does not count.
-        one_in: Such a number of rows of the run holds one of these.
+        vocab_size: Number of rows of the model's embedding; every id is below it.
+        max_positions: The longest row that the model's positions allow; None for no limit.
+        split: The part of a data set that is read.
+        option: The option that sets the number of rows, for error messages.
 
     Returns:
-        Token ids, int64 [samples, length].
+        Token ids, int64 (samples x length).
 
     Raises:
-        SecateurError: A source that cannot be read or is too short, a size out of range, or ids that the
-            model does not have.
+        SecateurError: The source cannot be read or is too short, a size is out of range, or the tokenizer gives ids
+            that the model does not have.
 
     Example:
         >>> rows = calibration_rows(None, "random", samples=4, length=16, seed=0, vocab_size=128)
@@ -91,31 +114,28 @@ def calibration_rows(
         (torch.Size([4, 16]), torch.int64)
     """
     check_calibration(source, samples=samples, length=length, max_positions=max_positions)
-    own = beside_general(source)
-    if own is not None and samples == 1:
-        source, own = GENERAL, None
-    generator = torch.Generator().manual_seed(seed)
     bos = _bos(tokenizer, vocab_size)
     body = length - len(bos)
-    if source == RANDOM:
-        allowed = _plain_ids(tokenizer, vocab_size)
-        picks = torch.randint(len(allowed), (samples, body), generator=generator)
-        return _opened(bos, allowed[picks])
-    if own is not None:
-        how: dict[str, Any] = {"length": length, "seed": seed, "vocab_size": vocab_size, "option": option}
-        how |= {"split": split, "taken": taken, "one_in": 2}
-        general = calibration_rows(tokenizer, GENERAL, samples=samples - samples // 2, **how)
-        return spread([general, calibration_rows(tokenizer, own, samples=samples // 2, **how)])
-    if source == GENERAL:
-        drawn = general_rows(
-            _there(tokenizer, source), samples=samples, body=body, vocab_size=vocab_size, generator=generator
-        )
-        return _opened(bos, drawn)
-    ids = _ids(tokenizer, source, split, MOST_CHARACTERS, vocab_size)
-    spare = len(ids) - samples * body
-    if spare < 0:
-        raise _too_short(source, len(ids), samples, length, len(bos), option, taken, one_in)
-    return _opened(bos, windows(ids, samples, body, generator))
+
+    def drawn(source: str, count: int, option: SampleOption) -> Tensor:
+        """Draw rows without their BOS (count x body)."""
+        generator = torch.Generator().manual_seed(seed)
+        if source == RANDOM:
+            allowed = _plain_ids(tokenizer, vocab_size)
+            return allowed[torch.randint(len(allowed), (count, body), generator=generator)]
+        required = _require(tokenizer, source)
+        if source == GENERAL:
+            return general_rows(required, samples=count, body=body, vocab_size=vocab_size, generator=generator)
+        ids = _text_ids(required, source, split, MAX_CHARACTERS, vocab_size)
+        _check_enough(source, ids, count, length, len(bos), option)
+        return windows(ids, count, body, generator)
+
+    text = text_beside_general(source)
+    if text is None:
+        return _with_bos(bos, drawn(source, samples, option))
+    half = samples // 2
+    halves = [drawn(GENERAL, samples - half, option), drawn(text, half, replace(option, rows_per_text_row=2))]
+    return _with_bos(bos, spread(halves))
 
 
 def consecutive_rows(
@@ -131,78 +151,75 @@ def consecutive_rows(
     """Cut the beginning of a source into consecutive rows, as perplexity is usually measured.
 
     Args:
-        source: As for `read_documents`.
+        tokenizer: The model's tokenizer.
+        source: A source as in `read_documents`.
         length: Tokens in a row, BOS included where the tokenizer would add it.
-        tokens: Tokens in all rows together; an incomplete last row is dropped. None takes the whole text.
-            A shorter text gives fewer rows.
-        vocab_size: Rows of the model's embedding; every id is below it.
-        max_positions: The longest row that the model's positions allow, if there is a limit.
+        tokens: Number of tokens in all rows together; None takes the whole text. A shorter text gives fewer rows, and
+            an incomplete last row is dropped.
+        vocab_size: Number of rows of the model's embedding; every id is below it.
+        max_positions: The longest row that the model's positions allow; None for no limit.
+        split: The part of a data set that is read.
 
     Returns:
-        Token ids, int64 [rows, length], at least one row.
+        Token ids, int64 (rows x length), at least one row.
 
     Raises:
-        SecateurError: A source that cannot be read or does not fill a row, a size out of range, or ids that
-            the model does not have.
+        SecateurError: The source cannot be read or does not fill a row, a size is out of range, or the tokenizer gives
+            ids that the model does not have.
     """
     check_calibration(source, length=length, max_positions=max_positions)
     if tokens is not None and tokens < length:
         raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: take more")
     bos = _bos(tokenizer, vocab_size)
     body = length - len(bos)
-    # Sixteen characters a token are ample in every script; the floor covers a text of unusual words.
-    characters = MOST_CHARACTERS if tokens is None else min(MOST_CHARACTERS, max(16 * tokens, 1_000_000))
-    ids = _ids(tokenizer, source, split, characters, vocab_size)
+    enough = MAX_CHARACTERS if tokens is None else max(_CHARACTERS_PER_TOKEN * tokens, _MIN_CHARACTERS)
+    ids = _text_ids(_require(tokenizer, source), source, split, min(MAX_CHARACTERS, enough), vocab_size)
+    _check_enough(source, ids, 1, length, len(bos), SAMPLES)
     rows = len(ids) // body if tokens is None else min(len(ids) // body, tokens // length)
-    if rows == 0:
-        raise _too_short(source, len(ids), 1, length, len(bos))
-    return _opened(bos, ids[: rows * body].view(rows, body))
+    return _with_bos(bos, ids[: rows * body].view(rows, body))
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
-    """What opens every row, int64: BOS if the tokenizer puts it there, else nothing."""
+    """Return BOS if the tokenizer puts it in front of a text, else an empty tensor (int64, 1 or 0 entries)."""
     opening = [int(tokenizer.bos_token_id)] if tokenizer is not None and begins_with_bos(tokenizer) else []
-    return checked(opening, vocab_size)
+    return checked_ids(opening, vocab_size)
 
 
-def _opened(bos: Tensor, rows: Tensor) -> Tensor:
+def _with_bos(bos: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
 
 
 @contextmanager
-def tokenised_once() -> Iterator[None]:
-    """Inside, a source is read and tokenised once for each model that rows are made for."""
-    token = _seen.set({})
+def cached_token_ids() -> Iterator[None]:
+    """Read and tokenise each source only once for each tokenizer while the context is open."""
+    token = _cache.set({})
     try:
         yield
     finally:
-        _seen.reset(token)
+        _cache.reset(token)
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase | None, source: str, split: Split, characters: int, vocab_size: int
+def _text_ids(
+    tokenizer: PreTrainedTokenizerBase, source: str, split: Split, characters: int, vocab_size: int
 ) -> Tensor:
-    """All documents of a source as one sequence of ids, int64 [tokens]."""
-    tokenizer = _there(tokenizer, source)
-    seen, key = _seen.get(), (tokenizer.name_or_path, source, split, characters, vocab_size)
-    if seen is not None and key in seen:
-        return seen[key]
-    documents = read_documents(source, tokenizer, split=split, characters=characters)
-    ids = checked(encode(tokenizer, _JOIN.join(documents)), vocab_size)
-    if seen is not None:
-        seen[key] = ids
-    return ids
+    """Return all documents of a source as one sequence of ids, int64 (tokens)."""
+    cache = {} if (current := _cache.get()) is None else current
+    key = (tokenizer.name_or_path, source, split, characters, vocab_size)
+    if key not in cache:
+        documents = read_documents(source, tokenizer, split=split, characters=characters)
+        cache[key] = checked_ids(encode(tokenizer, _JOIN.join(documents)), vocab_size)
+    return cache[key]
 
 
-def _there(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, which a text needs."""
+def _require(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, without which a text cannot be read."""
     if tokenizer is None:
         raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
     return tokenizer
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
-    """The ids that stand for text, int64; rows that only pad the embedding are untrained and stay out."""
+    """Return all ids that are no special token and no untrained padding of the embedding, int64 (ids)."""
     if tokenizer is None:
         return torch.arange(vocab_size)
     special = set(tokenizer.all_special_ids)
@@ -213,26 +230,23 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Te
     return torch.tensor(plain, dtype=torch.int64)
 
 
-def _too_short(
-    source: str,
-    found: int,
-    samples: int,
-    length: int,
-    bos: int,
-    option: str = "samples",
-    taken: int = 0,
-    one_in: int = 1,
-) -> SecateurError:
-    """What is missing, and what the text at hand would give."""
+def _check_enough(source: str, ids: Tensor, rows: int, length: int, bos: int, option: SampleOption) -> None:
+    """Raise `SecateurError` where a text has too few tokens for its rows, and say which sizes it has enough for.
+
+    Args:
+        ids: token ids of the text.
+        length: tokens in a row, BOS included.
+        bos: number of BOS tokens in a row.
+    """
+    body, tokens = length - bos, len(ids)
+    if tokens >= rows * body:
+        return
+    samples, shorter = option.largest(tokens // body), tokens // rows + bos
+    advice = [f"{option.name} {samples}"] if rows > 1 and samples > 0 else []
+    advice += [f"length {shorter}"] if shorter >= 2 else []
+    change = f"take {' or '.join(advice)}, or a longer text" if advice else "take a longer text"
     name = "standard input" if source == STDIN else source
-    body = length - bos
-    fits = []
-    if samples > 1 and (most := one_in * (found // body) - taken) > 0:
-        fits.append(f"{option} {most}")
-    if found // samples + bos >= 2:
-        fits.append(f"length {found // samples + bos}")
-    advice = f"take {' or '.join(fits)}, or a longer text" if fits else "take a longer text"
-    return SecateurError(
-        f"{name}: text too short for the samples, it has {found:,} tokens, but {samples} x {length} need "
-        f"{samples * body:,}; {advice}"
+    raise SecateurError(
+        f"{name}: too short, it has {tokens:,} tokens, but {rows:,} row{'s' * (rows > 1)} of {length} tokens "
+        f"need {rows * body:,}; {change}"
     )

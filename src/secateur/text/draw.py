@@ -1,4 +1,4 @@
-"""The rows of a run: which come from where, and what each of them is for."""
+"""Calibration rows of a run: which source each row comes from, and which step uses it."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,94 +12,106 @@ from secateur.base.memory import available_bytes
 from secateur.base.progress import busy_reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.text.calibration import calibration_rows
+from secateur.text.calibration import SampleOption, calibration_rows
 from secateur.text.self_calibration import self_rows
 from secateur.text.sources import RANDOM, SELF
 
 HELD_OUT = 16
-"""Rows on which a loss is measured, where a target asks for it."""
-UNSEEN_SHARE = 32
-"""One row in so many is left out of the refit, for the scale of the final norm."""
+"""Number of held-out rows on which a loss is measured, where a target asks for it."""
+NORM_SCALE_SHARE = 32
+"""Number of refit rows of which one is held out to fit the final-norm scale."""
 
 
 @dataclass(frozen=True)
 class RowRequest:
-    """What rows a run needs."""
+    """Numbers and sources of the rows that a run needs."""
 
     source: str
-    """The text by which widths and units are chosen; see `secateur.text.documents`."""
+    """Source of the rows by which widths and units are chosen; see `secateur.text.documents`."""
     samples: int
     length: int
+    """Tokens in a row."""
     seed: int
     refit_source: str
-    """The text that weights are fitted to."""
+    """Source of the rows to which weights are fitted."""
     refit_samples: int | None
-    """Rows of their own for the fit; None where these are the ones by which units are chosen."""
+    """Number of rows that only the refit uses; None where it uses the rows by which units are chosen."""
     refit_option: str = "refit-samples"
-    """What a person calls that number, for advice."""
+    """Name of the option that sets the number of refit rows, for error messages."""
     held_out: int = 0
-    """Other rows of the first text, on which a loss is measured."""
-    random: bool = False
-    """Random ids are drawn too, on which units are chosen."""
-    copies: int = 0
-    """Fits, each of which takes the rows and a copy of them that the dense model has partly rewritten."""
-    fits: bool = True
-    """Weights are fitted; otherwise means and scores are those of the text as it is."""
-    tempers: bool = True
-    """Some rows are left out of the fit, for the scale of the final norm."""
+    """Number of held-out rows from `source`, on which a loss is measured."""
+    random_ids: bool = False
+    """Whether rows of random ids are drawn as well, on which units are chosen."""
+    resamplings: int = 0
+    """Number of sets of resampled rows, one for each fit; the weights of all fits are averaged."""
+    fits_weights: bool = True
+    """Whether weights are fitted; otherwise means and scores are computed on the text as it is."""
+    fits_norm_scale: bool = True
+    """Whether some refit rows are held out to fit the final-norm scale."""
 
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Token rows of a run (each rows x length)."""
+    """Token ids of all rows of a run (each rows x length)."""
 
     request: RowRequest
-    text: Tensor
-    """The rows by which widths and units are chosen."""
-    refit_text: Tensor
-    """The rows that weights are fitted to, unseen ones behind; the same ones where there are no others."""
+    selection: Tensor
+    """Rows by which widths and units are chosen."""
+    separate_refit: Tensor | None
+    """Rows that only the refit uses; None where it uses the selection rows."""
     held_out: Tensor | None
-    """Other rows of the first text, on which a loss is measured."""
+    """Held-out rows on which a loss is measured."""
     random: Tensor | None
-    """Random ids on which units are chosen in place of `text`."""
+    """Rows of random ids, on which units are chosen in place of the selection rows."""
     begins_with_bos: bool
-    copies: Tensor | None = None
-    """The fitted rows once more for each fit, half of their tokens rewritten (fits x rows x length)."""
+    resampled: Tensor | None = None
+    """Resampled versions of the fit rows, one set for each fit (fits x rows x length)."""
 
     @property
-    def fitted(self) -> Tensor:
-        """The rows that weights are fitted to."""
-        return self.refit_text[: len(self.refit_text) - len(self.unseen)]
+    def fit(self) -> Tensor:
+        """Rows to which weights are fitted."""
+        return self._refit[: len(self._refit) - self._norm_scale_count]
 
     @property
-    def unseen(self) -> Tensor:
-        """Rows that the fit only runs along, for the scale of the final norm; none where nothing is fitted, or few."""
-        count = len(self.refit_text) // UNSEEN_SHARE if self.request.tempers else 0
-        return self.refit_text[len(self.refit_text) - count :]
+    def norm_scale(self) -> Tensor:
+        """Held-out rows for the final-norm scale; none where the run does not fit it, or has few rows."""
+        return self._refit[len(self._refit) - self._norm_scale_count :]
+
+    @property
+    def _refit(self) -> Tensor:
+        return self.selection if self.separate_refit is None else self.separate_refit
+
+    @property
+    def _norm_scale_count(self) -> int:
+        return len(self._refit) // NORM_SCALE_SHARE if self.request.fits_norm_scale else 0
 
     @cached_property
-    def groups(self) -> Rows:
-        """What the fit runs on: rows to fit, unseen ones, rows by which alone units are chosen, held-out ones."""
-        rows = self._opened(self.fitted)
-        if self.copies is not None:
-            rows = rows.with_versions(*self.copies)
-        if len(self.unseen):
-            rows = rows.along(self.unseen)
+    def grouped(self) -> Rows:
+        """All rows of the fit as groups with weights.
+
+        The order is: fit rows, resampled rows, rows for the final-norm scale, rows that only choose units, held-out
+        rows.
+        """
+        rows = self._with_openings(self.fit)
+        if self.resampled is not None:
+            rows = rows.with_versions(*self.resampled)
+        if len(self.norm_scale):
+            rows = rows.along(self.norm_scale)
         if self.random is not None:
             rows = rows.scored_by(Rows.of(self.random))
-        elif self.refit_text is not self.text:
-            rows = rows.scored_by(self._opened(self.text))
+        elif self.separate_refit is not None:
+            rows = rows.scored_by(self._with_openings(self.selection))
         return rows if self.held_out is None else rows.along(self.held_out)
 
-    def _opened(self, rows: Tensor) -> Rows:
-        # Openings are there for fits; where nothing is fitted, means and scores are those of the text itself.
-        plain = self.begins_with_bos or not self.request.fits
+    def _with_openings(self, rows: Tensor) -> Rows:
+        # One-token rows are of use to fits only; means and scores alone are computed on the text as it is.
+        plain = self.begins_with_bos or not self.request.fits_weights
         return Rows.of(rows) if plain else Rows.of(rows).with_openings()
 
-    def with_blank_copies(self) -> "CalibrationRows":
-        """These rows with as many copies as a run has; what is in them does not count."""
-        copies = self.request.copies
-        return replace(self, copies=self.fitted.repeat(copies, 1, 1)) if copies else self
+    def with_placeholders(self) -> "CalibrationRows":
+        """Return these rows with as many resampled rows as the run will have; their tokens are arbitrary."""
+        count = self.request.resamplings
+        return replace(self, resampled=self.fit.repeat(count, 1, 1)) if count else self
 
 
 def draw(
@@ -110,62 +122,90 @@ def draw(
     begins_with_bos: bool,
     dry: bool = False,
 ) -> CalibrationRows:
-    """Read, draw or write all rows of a run, their copies aside.
+    """Read, draw or generate all rows of a run except the resampled ones.
 
-    Where the fit has rows of its own from the same text, all come out of one draw: no token is used twice.
+    Rows from the same source are drawn together, so that no token is used twice.
 
     Args:
-        request: what is needed.
+        stream: the dense model.
+        tokenizer: its tokenizer.
+        request: numbers and sources of the rows.
         begins_with_bos: whether the tokenizer puts BOS in front of a text.
-        dry: only the number of rows matters: random ids stand for what the model would write.
+        dry: whether only the number of rows matters; then random ids take the place of rows that the model generates.
 
     Raises:
-        SecateurError: a source that cannot be read or is too short, or a model that cannot write.
+        SecateurError: a source cannot be read or is too short, or the model cannot generate text.
     """
-    held, apart = request.held_out, request.refit_samples or 0
-    processes, watcher = stream.processes, stream.services.watcher
-    _check_room(request)
-    together = apart if request.refit_source == request.source else 0
+    _check_memory(request)
 
-    def rows(source: str, count: int, option: str, taken: int = 0) -> Tensor:
-        """Rows of one source; `option` is what a person calls their number, `taken` of them aside."""
-        how: dict[str, Any] = {"samples": count, "length": request.length, "seed": request.seed}
-        checkpoint, text = stream.checkpoint, RANDOM if source == SELF else source
+    def rows(source: str, count: int, option: SampleOption) -> Tensor:
         if source == SELF and not dry:
-            where: dict[str, Any] = {"device": stream.device, "watcher": watcher}
+            return _generated(stream, tokenizer, request, count, option)
+        return _read(stream, tokenizer, request, source, count, option)
 
-            def written() -> Any:
-                return processes.broadcast(lambda: self_rows(checkpoint, tokenizer, **how, **where).tolist())
-
-            return torch.tensor(stream.services.saved_result(f"written-{option}", written))
-        if source == SELF:
-            watcher.note(f"To write its own text, the model is first loaded whole: {checkpoint.bytes / 1e9:,.2f} GB")
-        how |= {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}
-        with busy_reading(watcher, "Reading", source):
-            return torch.tensor(
-                processes.broadcast(
-                    lambda: calibration_rows(tokenizer, text, **how, option=option, taken=taken).tolist()
-                )
-            )
-
-    choose = request.samples + held
-    if together:
-        first = rows(request.source, choose + together, "refit-samples", choose)
-    else:
-        first = rows(request.source, choose, "samples", held)
-    text, held_out, own = first.split([request.samples, held, together])
-    if apart and not together:
-        own = rows(request.refit_source, apart, request.refit_option)
-    ids = rows(RANDOM, request.samples, "samples") if request.random else None
-    return CalibrationRows(request, text, own if apart else text, held_out if held else None, ids, begins_with_bos)
+    refit = request.refit_samples or 0
+    chosen, shared = request.samples + request.held_out, refit if request.refit_source == request.source else 0
+    option = SampleOption("refit-samples", chosen) if shared else SampleOption("samples", request.held_out)
+    drawn = rows(request.source, chosen + shared, option)
+    selection, held_out, separate = drawn.split([request.samples, request.held_out, shared])
+    if refit > shared:
+        separate = rows(request.refit_source, refit, SampleOption(request.refit_option))
+    random = rows(RANDOM, request.samples, SampleOption()) if request.random_ids else None
+    return CalibrationRows(
+        request,
+        selection,
+        separate_refit=separate if refit else None,
+        held_out=held_out if request.held_out else None,
+        random=random,
+        begins_with_bos=begins_with_bos,
+    )
 
 
-def _check_room(request: RowRequest) -> None:
-    """Sources without end give as many rows as they are asked for, and their ids alone may be too many."""
+def _generated(stream: BlockStream, tokenizer: Any, request: RowRequest, count: int, option: SampleOption) -> Tensor:
+    """Return rows that the model generates, on one process for all."""
+    services, checkpoint = stream.services, stream.checkpoint
+
+    def generate() -> list[Any]:
+        size = {"samples": count, "length": request.length, "seed": request.seed}
+        rows = self_rows(checkpoint, tokenizer, **size, device=stream.device, watcher=services.watcher)
+        return list(rows.tolist())
+
+    name = f"written-{option.name}"
+    return torch.tensor(services.saved_result(name, lambda: stream.processes.broadcast(generate)))
+
+
+def _read(
+    stream: BlockStream, tokenizer: Any, request: RowRequest, source: str, count: int, option: SampleOption
+) -> Tensor:
+    """Return rows that are read or drawn, by one process for all."""
+    services, checkpoint = stream.services, stream.checkpoint
+    if source == SELF:
+        size = f"{checkpoint.bytes / 1e9:,.2f} GB"
+        services.watcher.note(f"To generate its own text, the whole model is loaded before the run: {size}")
+
+    def read() -> list[Any]:
+        rows = calibration_rows(
+            tokenizer,
+            RANDOM if source == SELF else source,
+            samples=count,
+            length=request.length,
+            seed=request.seed,
+            vocab_size=checkpoint.config.vocab_size,
+            max_positions=checkpoint.max_positions,
+            option=option,
+        )
+        return list(rows.tolist())
+
+    with busy_reading(services.watcher, "Reading", source):
+        return torch.tensor(stream.processes.broadcast(read))
+
+
+def _check_memory(request: RowRequest) -> None:
+    """Raise `SecateurError` where the ids of all rows alone take more than the free memory."""
     rows = request.samples + request.held_out + (request.refit_samples or 0)
     needed, free = 8 * rows * request.length, available_bytes()
     if needed > free:
         raise SecateurError(
-            f"samples is {request.samples:,}: the ids of such rows take {needed / 1e9:,.0f} GB, and "
+            f"samples is {request.samples:,}: the token ids of all rows take {needed / 1e9:,.0f} GB, and "
             f"{free / 1e9:,.0f} GB are free; take fewer"
         )

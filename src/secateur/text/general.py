@@ -1,8 +1,8 @@
-"""`general`: rows of several kinds of text, out of a file that comes with the package.
+"""Rows of the source `general`: several kinds of text from a file that comes with the package.
 
-A pruned model keeps what its calibration shows, on every kind of text only if it is shown every kind. Above all it must
-see text that repeats itself: the heads by which a model copies what stood before are the first to go otherwise, and
-with them names, source code and long contexts. docs/calibrate.md says what the shares were decided by.
+A pruned model keeps the abilities that its calibration rows use. So the rows hold several kinds of text, and above all
+text that repeats itself: otherwise the heads with which a model copies earlier tokens are removed first, and with them
+the handling of names, source code and long contexts. docs/calibrate.md has the measurements behind the shares.
 """
 
 import json
@@ -17,93 +17,96 @@ import torch
 from torch import Tensor
 
 from secateur.model.tokens import encode
-from secateur.text.documents import rendered
-from secateur.text.windows import checked, windows
+from secateur.text.jsonl import render_or_join
+from secateur.text.windows import checked_ids, windows
 
-REPEATED, LOOSE = "repeated", "repeated ids"
-SHARES = {
-    "encyclopaedia": 20,
-    "spaced": 20,
-    "code": 20,
-    "talk": 20,
-    "mathematics": 16,
-    REPEATED: 24,
-    LOOSE: 8,
-}
-"""What is in the rows, and how much of each."""
+REPEATED, REPEATED_IDS = "repeated", "repeated ids"
+TEXT_SHARES = {"encyclopaedia": 20, "spaced": 20, "code": 20, "talk": 20, "mathematics": 16}
+"""Parts of rows of each kind of text."""
+SHARES = {**TEXT_SHARES, REPEATED: 24, REPEATED_IDS: 8}
+"""Parts of rows of each kind, out of 128. Repeated rows hold a passage of text, or of random ids, twice."""
 FILE = Path(__file__).with_name("general.jsonl.xz")
-"""Documents, a JSON object a line: `kind`, and `text` or `messages`."""
+"""Documents, one JSON object a line: `kind`, and `text` or `messages`."""
 
 
 def general_rows(tokenizer: Any, *, samples: int, body: int, vocab_size: int, generator: torch.Generator) -> Tensor:
     """Draw rows of all kinds, spread evenly: every stretch of rows holds about the same mixture.
 
     Args:
+        tokenizer: the model's tokenizer.
+        samples: number of rows.
         body: tokens in a row.
+        vocab_size: number of rows of the model's embedding.
+        generator: source of randomness.
 
     Returns:
-        Token ids, int64 [samples, body].
+        Token ids, int64 (samples x body).
     """
-    counts = shared_out(samples)
-    texts = [kind for kind in SHARES if kind not in (REPEATED, LOOSE)]
-    ids = {kind: checked(encode(tokenizer, "\n\n".join(_documents(kind, tokenizer))), vocab_size) for kind in texts}
-    found = {kind: windows(of, counts[kind], body, generator) for kind, of in ids.items()}
+    counts = rows_per_kind(samples)
+    texts = {kind: "\n\n".join(_documents(kind, tokenizer)) for kind in TEXT_SHARES}
+    ids = {kind: checked_ids(encode(tokenizer, text), vocab_size) for kind, text in texts.items()}
+    rows = [windows(text, counts[kind], body, generator) for kind, text in ids.items()]
     passage = -(-body // 2)
-    each = -(-counts[REPEATED] // len(ids))
-    passages = torch.cat([windows(of, each, passage, generator) for of in ids.values()])
+    per_kind = -(-counts[REPEATED] // len(ids))
+    passages = torch.cat([windows(text, per_kind, passage, generator) for text in ids.values()])
     passages = passages[torch.randperm(len(passages), generator=generator)[: counts[REPEATED]]]
-    # Every id that some text holds is as likely; others are hardly trained.
+    # Uniform over the ids that occur in some text: the embeddings of other ids are hardly trained.
     known = torch.cat(list(ids.values())).unique()
-    loose = known[torch.randint(len(known), (counts[LOOSE], passage), generator=generator)]
-    return spread([*found.values(), *(once.repeat(1, 2)[:, :body] for once in (passages, loose))])
+    random_ids = known[torch.randint(len(known), (counts[REPEATED_IDS], passage), generator=generator)]
+    return spread([*rows, *(once.repeat(1, 2)[:, :body] for once in (passages, random_ids))])
 
 
-def shared_out(samples: int) -> dict[str, int]:
-    """How many rows of each kind there are: their shares, rounded so that they come to `samples`."""
+def rows_per_kind(samples: int) -> dict[str, int]:
+    """Return the number of rows of each kind: its share of the samples, rounded so that the sum is `samples`."""
     total = sum(SHARES.values())
     ends = [round(samples * so_far / total) for so_far in accumulate(SHARES.values())]
     return {kind: end - start for kind, start, end in zip(SHARES, [0, *ends], ends, strict=False)}
 
 
 def spread(parts: list[Tensor]) -> Tensor:
-    """Rows of several tensors, each as evenly spread over the result as its number allows."""
+    """Return the rows of several tensors, those of each tensor spread evenly over the result."""
     places = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
     return torch.cat(parts)[places.argsort(stable=True)]
 
 
 def _documents(kind: str, tokenizer: Any) -> list[str]:
-    """Texts of one kind."""
-    if kind in ("encyclopaedia", "spaced"):
-        # No article is there twice.
-        articles = [document["text"] for document in _file()["encyclopaedia"]]
-        return list(map(spaced, articles[1::2])) if kind == "spaced" else articles[::2]
+    """Return the documents of one kind of text."""
+    documents = _file()["encyclopaedia" if kind == "spaced" else kind]
+    # Every second article is spaced, so that no article occurs in both kinds.
+    if kind == "spaced":
+        return [spaced(document["text"]) for document in documents[1::2]]
+    if kind == "encyclopaedia":
+        documents = documents[::2]
     return [
-        rendered(document["messages"], tokenizer) if "messages" in document else document["text"]
-        for document in _file()[kind]
+        render_or_join(document["messages"], tokenizer) if "messages" in document else document["text"]
+        for document in documents
     ]
 
 
+_SPACINGS = (
+    (r"(?<=\w)-(?=\w)", " @-@ "),
+    (r'([;:!?()"\[\]]|,(?!\d)|\.(?=\s|$))', r" \1 "),
+    (r"(?<=\d)([.,])(?=\d)", r" @\1@ "),
+    (r"(?<=\w)('s|n't|'re|'ve|'ll|'d|')(?=\s|$)", r" \1"),
+    (r"\n+", " \n "),
+    (" +", " "),
+)
+
+
 def spaced(text: str) -> str:
-    """A text as corpora like WikiText and the Penn Treebank spell it: words and marks stand apart."""
+    """Return a text in the spelling of WikiText and the Penn Treebank: spaces around every word and mark."""
     head, _, body = text.partition("\n")
-    for pattern, by in (
-        (r"(?<=\w)-(?=\w)", " @-@ "),
-        (r'([;:!?()"\[\]]|,(?!\d)|\.(?=\s|$))', r" \1 "),
-        (r"(?<=\d)([.,])(?=\d)", r" @\1@ "),
-        (r"(?<=\w)('s|n't|'re|'ve|'ll|'d|')(?=\s|$)", r" \1"),
-        (r"\n+", " \n "),
-        (" +", " "),
-    ):
-        body = re.sub(pattern, by, body)
+    for pattern, replacement in _SPACINGS:
+        body = re.sub(pattern, replacement, body)
     return f" = {head} = \n\n {body}"
 
 
 @cache
 def _file() -> dict[str, list[dict[str, Any]]]:
-    """All documents, by kind."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Return all documents of the package by kind."""
+    documents: dict[str, list[dict[str, Any]]] = {}
     with lzma.open(FILE, "rt", encoding="utf-8") as lines:
         for line in lines:
             document = json.loads(line)
-            found.setdefault(document["kind"], []).append(document)
-    return found
+            documents.setdefault(document["kind"], []).append(document)
+    return documents

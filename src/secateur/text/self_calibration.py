@@ -1,11 +1,11 @@
-"""Rows that the model writes itself, sampled from its own distribution: calibration without data.
+"""Rows of the source `self`: text that the model generates, sampled from its own distribution.
 
-The one step that holds a whole model in memory, in its stored dtype: writing token by token, block by block from disk,
-would read the model once a token. It goes before pruning starts.
+Generation is the one step that holds a whole model in memory, in its stored dtype: block by block from disk, it would
+read the model once for every token. It is done before pruning starts.
 
-Every row begins at the token that opens texts: BOS, or EOS where there is none, since models that know no BOS are
-trained on texts with EOS between them. It stays in the row exactly if the tokenizer would put BOS in front of a text,
-so that rows are built as those of a text are. EOS is not drawn: a row is one text.
+Every row begins with the token that opens a text: BOS, or EOS for a model without BOS, which was trained on texts with
+EOS between them. The opening token stays in the row exactly if the tokenizer would put BOS in front of a text, so that
+generated rows are built like rows of a text. EOS is never drawn, so that a row is one text.
 """
 
 from typing import Any
@@ -24,60 +24,63 @@ from secateur.text.calibration import check_calibration
 from secateur.text.sources import SELF
 
 BATCH_ROWS = 32
-"""Rows written at once."""
+"""Most rows that are generated together."""
 BATCH_TOKENS = 4096
-"""Most tokens of all of these: bounds the key/value cache."""
-INSTEAD = "calibrate on a text, or on random"
+"""Most tokens of all rows that are generated together, which bounds the key/value cache."""
+ALTERNATIVE = "calibrate on a text, or on random"
 SPARE = 1.1
-"""Memory that must be free, over weights and cache: the libraries' own and one layer's activations."""
+"""Free memory needed over weights and cache, for the libraries and the activations of one layer."""
 
 
-def opening(checkpoint: Checkpoint, tokenizer: Any) -> int:
-    """The token that opens a text.
+def opening_token(checkpoint: Checkpoint, tokenizer: Any) -> int:
+    """Return the id of the token that opens a text.
 
     Raises:
-        SecateurError: Neither the tokenizer nor config.json names BOS or EOS.
+        SecateurError: Neither the tokenizer nor config.json names a BOS or EOS token that the model has.
     """
-    for kind in ("bos_token_id", "eos_token_id"):
-        for named in (getattr(tokenizer, kind, None), checkpoint.raw_config.get(kind)):
-            ids = _ids(named)
+    for key in ("bos_token_id", "eos_token_id"):
+        for entry in (getattr(tokenizer, key, None), checkpoint.raw_config.get(key)):
+            ids = _ids(entry)
             if ids and 0 <= ids[0] < checkpoint.config.vocab_size:
                 return ids[0]
     raise SecateurError(
-        f"{checkpoint.source}: no BOS or EOS token, from which the model could begin to write; {INSTEAD}"
+        f"{checkpoint.source}: no BOS or EOS token, from which the model could begin to write; {ALTERNATIVE}"
     )
 
 
 def check_self(
     checkpoint: Checkpoint, tokenizer: Any, *, length: int, cache_bytes: float, device: torch.device
 ) -> None:
-    """What can be found wrong before the model is loaded.
+    """Check that a model can generate rows, before it is loaded.
 
     Args:
+        checkpoint: The dense model.
+        tokenizer: Its tokenizer.
         length: Tokens in a row.
-        cache_bytes: Of one token's keys and values, all blocks together.
+        cache_bytes: Bytes of one token's keys and values in all blocks together.
+        device: The device on which the model generates.
 
     Raises:
         SecateurError: No token opens a text, rows are too long, or the model does not fit into memory.
     """
-    opening(checkpoint, tokenizer)
+    opening_token(checkpoint, tokenizer)
     check_calibration(SELF, length=length, max_positions=checkpoint.max_positions)
-    needed = writing_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
+    needed = generation_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
     free = free_memory(device)
     if needed > free:
         raise SecateurError(
             f"{checkpoint.source}: to write its own text, the whole model must be in memory, {needed / 1e9:,.1f} GB, "
-            f"but {free / 1e9:,.1f} GB are free; {INSTEAD}"
+            f"but {free / 1e9:,.1f} GB are free; {ALTERNATIVE}"
         )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Return the bytes that are free on a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() - rss_bytes()
 
 
-def writing_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:
-    """Memory that writing takes: the whole model in its stored dtype, and keys and values; see `check_self`."""
+def generation_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:
+    """Return the bytes that generation takes: the model in its stored dtype, keys and values; see `check_self`."""
     return SPARE * (checkpoint.bytes + rows_at_once(length) * (length + 1) * cache_bytes)
 
 
@@ -91,56 +94,70 @@ def self_rows(
     device: str | torch.device = "cpu",
     watcher: Watcher | None = None,
 ) -> Tensor:
-    """Let the model write rows; the same ones for the same seed, on the same machine.
+    """Let the model generate rows; the same seed gives the same rows on the same machine.
 
     Args:
+        checkpoint: The dense model.
+        tokenizer: Its tokenizer.
+        samples: Number of rows.
         length: Tokens in a row, BOS included where the tokenizer would add it.
+        seed: Seed of the sampling.
+        device: The device on which the model generates.
+        watcher: Progress output.
 
     Returns:
-        Token ids, int64 [samples, length].
+        Token ids, int64 (samples x length).
 
     Raises:
         SecateurError: No token opens a text, or the model cannot be run.
     """
     watcher, device = watcher or Silent(), torch.device(device)
-    first, kept = opening(checkpoint, tokenizer), int(begins_with_bos(tokenizer))
+    opening, kept = opening_token(checkpoint, tokenizer), int(begins_with_bos(tokenizer))
     rows: list[Tensor] = []
     try:
         with watcher.busy(f"Loading {checkpoint.source}"), quiet():
             model = checkpoint.loaded(checkpoint.auto_class, checkpoint.dtype, use_safetensors=True)
             model = model.eval().to(device)
-        ends = {*_ids(getattr(tokenizer, "eos_token_id", None)), *_ids(model.generation_config.eos_token_id)}
-        untrained = list(range(len(tokenizer), checkpoint.config.vocab_size))
-        # In place of the checkpoint's own, which would fill in what is not said here.
-        how = model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=length - kept,
-            min_new_tokens=length - kept,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=first,
-            suppress_tokens=untrained or None,
-        )
+        # The checkpoint's own settings would fill in whatever is not given in the call.
+        model.generation_config = _sampling(model, tokenizer, checkpoint, length - kept, opening)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(), quiet():
             torch.manual_seed(seed)
             for start in watcher.track(range(0, samples, rows_at_once(length)), "Write"):
-                begin = torch.full((min(rows_at_once(length), samples - start), 1), first, device=device)
-                written = model.generate(begin, attention_mask=torch.ones_like(begin), generation_config=how)
-                rows.append(written[:, 1 - kept :].cpu())
+                begin = torch.full((min(rows_at_once(length), samples - start), 1), opening, device=device)
+                mask = torch.ones_like(begin)
+                generated = model.generate(begin, attention_mask=mask, generation_config=model.generation_config)
+                rows.append(generated[:, 1 - kept :].cpu())
     except (RuntimeError, MemoryError) as error:
         raise SecateurError(
-            f"{checkpoint.source}: the model could not write its own text ({first_line(error)}); {INSTEAD}"
+            f"{checkpoint.source}: the model could not write its own text ({first_line(error)}); {ALTERNATIVE}"
         ) from error
     return torch.cat(rows)
 
 
+def _sampling(model: Any, tokenizer: Any, checkpoint: Checkpoint, tokens: int, padding: int) -> GenerationConfig:
+    """Return settings that sample exactly `tokens` tokens from the model's distribution, never EOS or untrained ids."""
+    ends = {*_ids(getattr(tokenizer, "eos_token_id", None)), *_ids(model.generation_config.eos_token_id)}
+    untrained = list(range(len(tokenizer), checkpoint.config.vocab_size))
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding,
+        suppress_tokens=untrained or None,
+    )
+
+
 def rows_at_once(length: int) -> int:
-    """Rows of a batch."""
+    """Return the number of rows of a length (tokens) that are generated together."""
     return max(1, min(BATCH_ROWS, BATCH_TOKENS // length))
 
 
-def _ids(named: Any) -> list[int]:
-    """Token ids as configs name them: none, one or several."""
-    return [] if named is None else list(named) if isinstance(named, list | tuple) else [int(named)]
+def _ids(entry: Any) -> list[int]:
+    """Return token ids as a list from an entry of a config, which may be None, a number or a list."""
+    if entry is None:
+        return []
+    return list(entry) if isinstance(entry, list | tuple) else [int(entry)]

@@ -1,15 +1,15 @@
-"""Names of the sources of rows that are no file and no data set."""
+"""Names of the sources of rows that are neither a file nor a data set."""
 
 GENERAL = "general"
-"""Several kinds of text out of the package."""
+"""Source of several kinds of text that come with the package."""
 RANDOM = "random"
-"""Random token ids."""
+"""Source of random token ids."""
 SELF = "self"
-"""What the model itself writes."""
+"""Source of text that the model itself generates."""
 STDIN = "-"
-"""Standard input."""
+"""Source that reads standard input."""
 
 
-def beside_general(source: str) -> str | None:
-    """The text that is mixed with `general` half and half, of `general+TEXT`; None for any other source."""
+def text_beside_general(source: str) -> str | None:
+    """Return TEXT for a source of the form `general+TEXT`, and None for any other source."""
     return source.removeprefix(f"{GENERAL}+") if source.startswith(f"{GENERAL}+") else None

@@ -1,4 +1,4 @@
-"""Ids of a text, and random windows of them."""
+"""Token ids of a text, and random windows of them."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 
 
-def checked(ids: list[int], vocab_size: int) -> Tensor:
-    """Ids that the model has, int64."""
+def checked_ids(ids: list[int], vocab_size: int) -> Tensor:
+    """Return token ids as an int64 tensor, and raise `SecateurError` where the model's embedding has no such id."""
     if ids and max(ids) >= vocab_size:
         raise SecateurError(
             f"the tokenizer gives id {max(ids)}, but the model has {vocab_size} ids: "
@@ -17,13 +17,18 @@ def checked(ids: list[int], vocab_size: int) -> Tensor:
 
 
 def windows(ids: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Cut ids behind a random offset, and draw windows without repetition while there are any; then once more.
+    """Draw windows of a text at random.
+
+    The text is cut into windows from a random offset on, and windows are drawn without repetition. Where the text has
+    too few windows, it is cut and drawn from again, from another offset.
 
     Args:
-        ids: of a whole text (tokens), at least one.
+        ids: token ids of the whole text, at least one (tokens).
+        count: number of windows.
+        length: tokens in a window.
 
     Returns:
-        [count, length]
+        Token ids (count x length).
     """
     drawn: list[Tensor] = []
     while missing := count - sum(map(len, drawn)):
@@ -31,6 +36,6 @@ def windows(ids: Tensor, count: int, length: int, generator: torch.Generator) ->
             ids = ids.repeat(-(-length // len(ids)))
         spare = max(0, len(ids) - missing * length)
         offset = int(torch.randint(min(length, len(ids) - length + 1, spare + 1), (1,), generator=generator))
-        all_of_them = ids[offset : offset + (len(ids) - offset) // length * length].view(-1, length)
-        drawn.append(all_of_them[torch.randperm(len(all_of_them), generator=generator)[:missing]])
+        available = ids[offset : offset + (len(ids) - offset) // length * length].view(-1, length)
+        drawn.append(available[torch.randperm(len(available), generator=generator)[:missing]])
     return torch.cat(drawn) if drawn else ids.new_empty(0, length)

@@ -14,8 +14,8 @@ from models import build, token_rows
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.text import rewrite
-from secateur.text.rewrite import rewritten
+from secateur.text import resample
+from secateur.text.resample import resample_tokens
 
 SMALL: dict[str, Any] = {"samples": 6, "length": 16, "calibration": "random", "sparsity": 0.3, "widths": "uniform"}
 
@@ -32,9 +32,9 @@ def stream(checkpoint_folder: Callable[[str], Path], name: str) -> BlockStream:
 
 def test_draws_follow_the_model(stream, name, monkeypatch):
     """At a place whose text before it is the same in every copy, tokens come as often as the model says."""
-    monkeypatch.setattr(rewrite, "SHARE", 1.0)
+    monkeypatch.setattr(resample, "RESAMPLED_SHARE", 1.0)
     text, copies = token_rows(1, 6), 4000
-    drawn = rewritten(stream, text, copies=copies)
+    drawn = resample_tokens(stream, text, count=copies)
     with torch.no_grad():
         shares = build(name)(text).logits[0, :-1].softmax(-1)
     assert drawn.shape == (copies, 1, 6)
@@ -50,13 +50,13 @@ def test_draws_follow_the_model(stream, name, monkeypatch):
 
 def test_half_of_the_tokens_stay(stream):
     text = token_rows(8, 64)
-    drawn = rewritten(stream, text, copies=2, seed=3)
+    drawn = resample_tokens(stream, text, count=2, seed=3)
     same = (drawn == text)[..., 1:].double().mean()
     assert 0.42 < same < 0.62
     assert not torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn, rewritten(stream, text, copies=2, seed=3))
-    assert torch.equal(drawn[:1], rewritten(stream, text, seed=3)), "another copy changes nothing about the first"
-    assert not torch.equal(drawn, rewritten(stream, text, copies=2, seed=4))
+    assert torch.equal(drawn, resample_tokens(stream, text, count=2, seed=3))
+    assert torch.equal(drawn[:1], resample_tokens(stream, text, seed=3)), "another copy changes nothing about the first"
+    assert not torch.equal(drawn, resample_tokens(stream, text, count=2, seed=4))
 
 
 @pytest.mark.parametrize(

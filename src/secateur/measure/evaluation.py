@@ -1,0 +1,183 @@
+"""Evaluation of one model, or of two side by side: size, perplexity of texts, accuracy on tasks, speed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from secateur.base.device import pick_device
+from secateur.base.errors import SecateurError
+from secateur.base.memory import parse_memory
+from secateur.base.progress import Silent, Watcher, busy_reading
+from secateur.base.words import DTYPES
+from secateur.measure.figures import Evaluation, ModelScore, short
+from secateur.measure.generation import check_prompts, generate
+from secateur.measure.loading import load
+from secateur.measure.perplexity import perplexity
+from secateur.measure.speed import speeds
+from secateur.measure.tasks import OpenTask, open_tasks
+from secateur.measure.zero_shot import zero_shot
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.facts import positions_of
+from secateur.model.tokens import begins_with_bos
+from secateur.text.calibration import check_calibration, consecutive_rows
+from secateur.text.sources import RANDOM
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 32
+"""Tokens read and generated when speed is measured, where the model has positions for them."""
+
+
+class _Opened(NamedTuple):
+    """A model that is opened but not loaded, with the rows to score it on."""
+
+    checkpoint: Checkpoint
+    tokenizer: Any
+    rows: dict[str, torch.Tensor]
+    """Token ids by source of text (rows x length)."""
+
+
+def evaluate(
+    model: str,
+    *,
+    against: str | None = None,
+    texts: list[str],
+    length: int = 128,
+    tokens: int | None = 8192,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    speed: bool = False,
+    prompts: Sequence[str] = (),
+    device: str = "auto",
+    memory: str | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+) -> Evaluation:
+    """Evaluate a model, alone or beside another one.
+
+    Args:
+        model: a folder, a .gguf file or a hub id.
+        against: a second model to compare with.
+        texts: files or data sets whose perplexity is measured.
+        length: tokens in a row.
+        tokens: number of tokens from the start of each text; None for all.
+        tasks: names of lm-eval's multiple-choice tasks, or of tasks in `task_path`; scored zero-shot.
+        limit: number of items from the start of each task; None for all.
+        task_path: a folder with the user's own task files.
+        speed: whether to measure prefill and decoding. Two models are measured in turns, so that their ratio is fair.
+        prompts: texts after which each model generates text.
+        device: device to compute on.
+        memory: most memory that the process may take: `8GB`, or `50%` of the free memory; half of it by default.
+        dtype: dtype to compute in.
+        revision: revision of `model` on the hub.
+        trust_remote_code: whether code that ships with the checkpoints may run.
+        watcher: progress output.
+
+    Raises:
+        SecateurError: something cannot be read or measured; found before any model is loaded where possible.
+    """
+    watcher = watcher or Silent()
+    if dtype not in DTYPES:
+        raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
+    where = pick_device(device)
+    parse_memory(memory)
+    check_prompts(prompts)
+    for text in texts:
+        if text == RANDOM:
+            raise SecateurError("random ids cannot be scored; name a text file or a data set")
+        check_calibration(text, length=length)
+    checkpoints = []
+    for name in (model,) if against is None else (model, against):
+        with busy_reading(watcher, "Opening", name):
+            checkpoints.append(
+                open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
+            )
+    # All texts and tasks are read before a model is loaded, so that mistakes are found first.
+    opened_tasks = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
+    needs_tokenizer = bool(texts or opened_tasks or prompts)
+    opened = [_open(one, needs_tokenizer, texts, length, tokens, watcher) for one in checkpoints]
+    if any(not torch.equal(opened[0].rows[text], opened[-1].rows[text]) for text in texts):
+        watcher.note("The two models tokenise texts differently: perplexities, which are per token, do not compare")
+    scores: list[ModelScore] = []
+    networks: list[Any] = []
+    for one in opened:
+        with watcher.busy(f"Loading {one.checkpoint.source}"):
+            network = load(one.checkpoint, getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
+        scores.append(_score(one, network, opened_tasks, prompts, checkpoints[0].dtype, watcher))
+        # Both models stay in memory only where they are run in turns.
+        networks += [network] if speed else []
+        del network
+    if not speed:
+        return Evaluation(scores)
+    with watcher.busy("Measuring speed"):
+        return Evaluation(scores, _measure_speeds(networks, scores))
+
+
+def _open(
+    checkpoint: Checkpoint,
+    needs_tokenizer: bool,
+    texts: Sequence[str],
+    length: int,
+    tokens: int | None,
+    watcher: Watcher,
+) -> _Opened:
+    """Read the tokenizer and the texts of a model."""
+    tokenizer, rows = checkpoint.tokenizer() if needs_tokenizer else None, {}
+    for text in texts:
+        with busy_reading(watcher, "Reading", text):
+            rows[text] = scored_rows(checkpoint, tokenizer, text, length, tokens)
+    return _Opened(checkpoint, tokenizer, rows)
+
+
+def _score(
+    opened: _Opened,
+    network: Any,
+    tasks: Sequence[OpenTask],
+    prompts: Sequence[str],
+    stored_dtype: torch.dtype,
+    watcher: Watcher,
+) -> ModelScore:
+    """Measure all figures of a model but its speed."""
+    checkpoint, tokenizer, rows = opened
+    name = short(checkpoint.source)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    texts = {
+        text: perplexity(network, ids, watcher=watcher, what=f"{name} on {short(text)}") for text, ids in rows.items()
+    }
+    results = zero_shot(network, tokenizer, tasks, watcher=watcher, what=f"{name} on")
+    tracked = watcher.track(prompts, f"{name} writes") if prompts else ()
+    return ModelScore(
+        checkpoint.source,
+        parameters,
+        parameters * stored_dtype.itemsize,
+        bos=tokenizer is not None and begins_with_bos(tokenizer),
+        texts=texts,
+        tasks=results,
+        written={prompt: generate(network, tokenizer, prompt) for prompt in tracked},
+    )
+
+
+def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
+    """Return the rows of a text on which a model is scored (rows x length)."""
+    return consecutive_rows(
+        tokenizer,
+        text,
+        length=length,
+        tokens=tokens,
+        vocab_size=checkpoint.config.vocab_size,
+        max_positions=checkpoint.max_positions,
+    )
+
+
+def _measure_speeds(networks: list[Any], scores: list[ModelScore]) -> tuple[float, float] | None:
+    """Put the speed of each model into its scores, and return the ratios of the first model to the second, if any."""
+    positions = min(positions_of(network.config) or PROMPT_TOKENS + NEW_TOKENS for network in networks)
+    new = min(NEW_TOKENS, max(1, positions // 4))
+    prompt = min(PROMPT_TOKENS, positions - new)
+    measured = speeds(networks, prompt=prompt, new=new)
+    for score, speed in zip(scores, measured, strict=True):
+        score.speed = speed
+    return measured[0].over(measured[1]) if len(measured) == 2 else None

@@ -1,0 +1,117 @@
+"""Figures of one evaluated model, or of two side by side."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from secateur.base.files import local_path
+from secateur.measure.perplexity import Perplexity
+from secateur.measure.speed import Speed
+from secateur.measure.zero_shot import AccuracyRatio, TaskResult, accuracy_ratio
+
+
+@dataclass
+class ModelScore:
+    """All figures of one model."""
+
+    name: str
+    parameters: int
+    """Number of parameters."""
+    bytes: int
+    """Size of the parameters in bytes, at the dtype in which the first model is stored."""
+    bos: bool
+    """Whether rows begin with BOS."""
+    texts: dict[str, Perplexity]
+    """Perplexity by source of text."""
+    tasks: list[TaskResult]
+    speed: Speed | None = None
+    written: dict[str, str] = field(default_factory=dict)
+    """Generated text by prompt."""
+
+
+class Figure(NamedTuple):
+    """One row of the table: a value for each model, and their ratio."""
+
+    label: str
+    values: list[float]
+    ratio: float | None
+    """The first model's value over the second's; None for one model."""
+    form: str
+    """Format string of a value."""
+    errors: tuple[float | None, ...] = ()
+    """Standard errors of the values, where they are known."""
+    interval: tuple[float, float] | None = None
+    """95 % confidence interval of the ratio, where it is known."""
+
+    @classmethod
+    def of(cls, label: str, values: list[float], form: str) -> "Figure":
+        """Return a figure whose ratio is that of the values."""
+        return cls(label, values, values[0] / values[1] if len(values) == 2 else None, form)
+
+
+@dataclass
+class Evaluation:
+    """Result of an evaluation: one model, or a model and the one that it is compared with."""
+
+    models: list[ModelScore]
+    speed_ratios: tuple[float, float] | None = None
+    """Speeds of prefill and decoding of the first model over those of the second, from runs in turns."""
+
+    def figures(self) -> list[Figure]:
+        """Return all figures, in the order of the table."""
+        models = self.models
+        figures = [
+            Figure.of("parameters", [model.parameters for model in models], "{:,}"),
+            Figure.of("bytes at equal dtype", [model.bytes for model in models], "{:,}"),
+        ]
+        for text in models[0].texts:
+            perplexities = [model.texts[text].perplexity for model in models]
+            figures.append(Figure.of(f"perplexity {short(text)}", perplexities, "{:,.3f}"))
+        return [*figures, *self._accuracies(), *self._speeds()]
+
+    def _accuracies(self) -> list[Figure]:
+        figures, ratios = [], self.accuracy_ratios()
+        for results in zip(*(model.tasks for model in self.models), strict=True):
+            for metric in results[0].accuracies():
+                accuracies = [result.accuracies()[metric] for result in results]
+                label = f"{results[0].name} {metric}"
+                ratio, interval = (found.ratio, found.interval) if (found := ratios.get(label)) else (None, None)
+                errors = tuple(accuracy.standard_error for accuracy in accuracies)
+                values = [accuracy.value for accuracy in accuracies]
+                figures.append(Figure(label, values, ratio, "{:.3f}", errors, interval))
+        return figures
+
+    def _speeds(self) -> list[Figure]:
+        speeds = [model.speed for model in self.models if model.speed is not None]
+        if not speeds:
+            return []
+        prefill, decode = self.speed_ratios or (None, None)
+        return [
+            Figure("prefill tokens/s", [speed.prefill for speed in speeds], prefill, "{:,.1f}"),
+            Figure("decoding tokens/s", [speed.decode for speed in speeds], decode, "{:,.1f}"),
+        ]
+
+    def accuracy_ratios(self) -> dict[str, AccuracyRatio]:
+        """Return the first model's accuracies over the second's, by task and metric; empty for one model."""
+        if len(self.models) < 2:
+            return {}
+        ratios = {
+            f"{first.name} {metric}": accuracy_ratio(accuracy, second.accuracies()[metric])
+            for first, second in zip(self.models[0].tasks, self.models[1].tasks, strict=True)
+            for metric, accuracy in first.accuracies().items()
+        }
+        return {label: ratio for label, ratio in ratios.items() if ratio is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the contents of a JSON file; the outcomes of a task's items are one string of 0 and 1."""
+        result = asdict(self)
+        for model in result["models"]:
+            for task in model["tasks"]:
+                for metric in filter(None, (task["acc"], task["acc_norm"])):
+                    metric["outcomes"] = "".join(map(str, metric["outcomes"]))
+        return result | {"kept": {label: asdict(ratio) for label, ratio in self.accuracy_ratios().items()}}
+
+
+def short(source: str) -> str:
+    """Return the name of a source for a table: the last part of a path; hub ids and data sets stay as they are."""
+    path = local_path(source)
+    return path.absolute().name if path.exists() else source
