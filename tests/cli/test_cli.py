@@ -373,7 +373,7 @@ NO_TEXTS = {
     "": "no text is named: give a .txt or .jsonl file, - or a data set",
     "model": "model is a folder without Parquet files: name a .txt or .jsonl file",
     "./model": "./model is a folder without Parquet files: name a .txt or .jsonl file",
-    "./pipe": "./pipe is no regular file: give - and pipe its text in",
+    "./pipe": "./pipe is not a regular file: give - and pipe its text in",
     "/dev/null": "/dev/null is no regular file: give - and pipe its text in",
 }
 

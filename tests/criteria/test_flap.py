@@ -91,7 +91,7 @@ def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
     run = open_model(folder, samples=64, length=16, calibration="random", device="cpu", **options)
     rows = draw_rows(run)
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
-    return list(fit_blocks(run, rows, plan)), rows.text
+    return list(fit_blocks(run, rows, plan)), rows.selection
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["the refit alone", "as prune asks for it"])

@@ -112,9 +112,9 @@ def drawn(folder: Path, **options: Any) -> CalibrationRows:
 
 def test_without_options_there_are_no_other_rows(checkpoint_folder: CheckpointFolder) -> None:
     rows = drawn(checkpoint_folder("llama"), calibration="random")
-    assert rows.text.shape == (4, 16)
+    assert rows.selection.shape == (4, 16)
     assert rows.held_out is rows.random is None
-    assert rows.refit_text is rows.text
+    assert rows.separate_refit is None
 
 
 def test_one_source_gives_other_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -123,40 +123,42 @@ def test_one_source_gives_other_rows_for_the_refit(checkpoint_folder: Checkpoint
     text.write_text(" ".join(f"w{i % (WORDS - 4)}" for i in range(9 * 12)))
     options = {"calibration": str(text), "length": 12, "refit_samples": 5}
     rows = drawn(checkpoint_folder("llama"), **options)
-    assert rows.refit_text is not rows.text
-    together = torch.cat([rows.text, rows.refit_text])
+    assert rows.separate_refit is not None
+    together = torch.cat([rows.selection, rows.separate_refit])
     assert together.shape == (9, 12)
     assert len({tuple(row) for row in together.tolist()}) == 9
     same = drawn(checkpoint_folder("llama"), **options, refit_calibration=str(text))
-    assert same.refit_text is not same.text
-    assert torch.equal(same.refit_text, rows.refit_text)
+    assert same.separate_refit is not None
+    assert torch.equal(same.separate_refit, rows.separate_refit)
 
 
 @pytest.mark.parametrize("source", ["random", "self"])
 def test_data_free_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path, source: str) -> None:
     folder, text = checkpoint_folder("gpt2"), write_text(tmp_path, 500)
     rows = drawn(folder, calibration=text, refit_calibration=source, refit_samples=6)
-    assert torch.equal(rows.text, drawn(folder, calibration=text).text)
-    assert rows.refit_text is not rows.text
-    assert torch.equal(rows.refit_text, drawn(folder, calibration=source, samples=6).text)
+    assert torch.equal(rows.selection, drawn(folder, calibration=text).selection)
+    assert rows.separate_refit is not None
+    assert torch.equal(rows.separate_refit, drawn(folder, calibration=source, samples=6).selection)
     # As many as of the calibration where no number is given.
     other = drawn(folder, calibration=text, refit_calibration=source)
-    assert other.refit_text is not other.text
-    assert len(other.refit_text) == 4
+    assert other.separate_refit is not None
+    assert len(other.separate_refit) == 4
 
 
 def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     text, folder = write_text(tmp_path, 200), checkpoint_folder("llama")
-    with pytest.raises(SecateurError, match="has 200 tokens, but 13 x 16 need 208; take refit-samples 8 or") as error:
+    with pytest.raises(
+        SecateurError, match="has 200 tokens, but 13 rows of 16 tokens need 208; take refit-samples 8 or"
+    ) as error:
         drawn(folder, calibration=text, refit_samples=9)
     assert "\n" not in str(error.value)
     rows = drawn(folder, calibration=text, refit_samples=8)
-    assert rows.refit_text is not rows.text
-    with pytest.raises(SecateurError, match="but 16 x 16 need 256; take refit-samples 4 or"):
+    assert rows.separate_refit is not None
+    with pytest.raises(SecateurError, match="but 16 rows of 16 tokens need 256; take refit-samples 4 or"):
         drawn(folder, calibration=text, samples=8, refit_calibration=text)
-    with pytest.raises(SecateurError, match="but 13 x 16 need 208; take refit-samples 12 or"):
+    with pytest.raises(SecateurError, match="but 13 rows of 16 tokens need 208; take refit-samples 12 or"):
         drawn(folder, calibration="random", refit_calibration=text, refit_samples=13)
-    with pytest.raises(SecateurError, match="but 40 x 16 need 640; take samples 12 or"):
+    with pytest.raises(SecateurError, match="but 40 rows of 16 tokens need 640; take samples 12 or"):
         drawn(folder, calibration="random", refit_calibration=text, samples=40)
 
 
@@ -176,7 +178,7 @@ def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, 
     calibration = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
     shapes, weights, scores = calibration["groups"], calibration["weights"], calibration["scores"]
     openings = [] if " " in name else [0.01]
-    # Rows to fit and their copy, two of them unseen for the final norm, and those that decide.
+    # Rows to fit and their copy, two of them held out for the final-norm scale, and those that decide.
     assert shapes[0] == [62, 16]
     assert shapes[len(openings) + 1] == [62, 16]
     assert shapes[len(openings) + 2] == [2, 16]
@@ -191,10 +193,10 @@ def test_held_out_rows_come_last(checkpoint_folder: CheckpointFolder, tmp_path: 
     options: dict[str, Any] = {"target": "ppl=2x", "calibration": text, "refit_samples": 32, "seed": 1}
     rows = drawn(checkpoint_folder("llama"), **options)
     assert rows.held_out is not None
-    assert rows.refit_text is not rows.text
-    assert torch.equal(rows.groups.groups[-1], rows.held_out)
-    assert torch.equal(rows.unseen, rows.refit_text[-1:])
-    assert torch.equal(rows.groups.groups[rows.groups.weights.index(0.0)], rows.unseen)
-    used = torch.cat([rows.text, rows.held_out, rows.refit_text])
+    assert rows.separate_refit is not None
+    assert torch.equal(rows.grouped.groups[-1], rows.held_out)
+    assert torch.equal(rows.norm_scale, rows.separate_refit[-1:])
+    assert torch.equal(rows.grouped.groups[rows.grouped.weights.index(0.0)], rows.norm_scale)
+    used = torch.cat([rows.selection, rows.held_out, rows.separate_refit])
     whole = calibration_rows(make_tokenizer(), text, samples=len(used), length=16, seed=1, vocab_size=128)
     assert torch.equal(used, whole)

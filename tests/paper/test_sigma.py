@@ -195,11 +195,11 @@ def test_the_three_choose_differently(checkpoint_folder: CheckpointFolder, tmp_p
 def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
     rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), fitted=False)
-    scores = rows.groups.scores
+    scores = rows.grouped.scores
     assert scores is not None
     assert rows.random is not None
-    assert [group.shape for group, score in zip(rows.groups.groups, scores, strict=True) if score] == [(8, 16)]
-    assert torch.equal(rows.groups.groups[scores.index(1.0)], rows.random)
+    assert [group.shape for group, score in zip(rows.grouped.groups, scores, strict=True) if score] == [(8, 16)]
+    assert torch.equal(rows.grouped.groups[scores.index(1.0)], rows.random)
 
 
 def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
