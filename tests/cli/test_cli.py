@@ -374,7 +374,7 @@ NO_TEXTS = {
     "model": "model is a folder without Parquet files: name a .txt or .jsonl file",
     "./model": "./model is a folder without Parquet files: name a .txt or .jsonl file",
     "./pipe": "./pipe is not a regular file: give - and pipe its text in",
-    "/dev/null": "/dev/null is no regular file: give - and pipe its text in",
+    "/dev/null": "/dev/null is not a regular file: give - and pipe its text in",
 }
 
 
