@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from secateur import prune
+from secateur.commands.draw_rows import draw_rows
 from secateur.commands.dry_run import Speeds, product_rate, work_by_effort
-from secateur.commands.open import open_model
+from secateur.commands.open_model import open_model
 from secateur.commands.options import EFFORTS, Options
-from secateur.commands.steps import draw_rows
 from secateur.plan.plan import plan
 from tables import put
 

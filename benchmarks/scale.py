@@ -31,9 +31,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from floor import rates
 from secateur.base.memory import LIMITS, parse_memory
+from secateur.commands.draw_rows import draw_rows
 from secateur.commands.dry_run import Speeds, work_by_effort
-from secateur.commands.open import open_model
-from secateur.commands.steps import draw_rows
+from secateur.commands.open_model import open_model
 from secateur.plan.plan import plan
 from secateur.write.shards import ShardWriter
 from tables import put

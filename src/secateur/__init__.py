@@ -14,11 +14,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
     from secateur.cli.terminal import Bars
-    from secateur.commands.open import open_model
+    from secateur.commands.draw_rows import draw_rows
+    from secateur.commands.fit_blocks import fit_blocks
+    from secateur.commands.open_model import open_model
     from secateur.commands.options import Options, RunOptions
     from secateur.commands.plan import propose
+    from secateur.commands.plan_widths import plan_widths
     from secateur.commands.prune import prune
-    from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
+    from secateur.commands.survey_model import survey_model
+    from secateur.commands.write_model import write_model
     from secateur.formats.per_layer import register
     from secateur.measure import perplexity, speed
     from secateur.model.checkpoint import open_checkpoint
@@ -29,12 +33,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "prune": "secateur.commands.prune",
-    "open_model": "secateur.commands.open",
-    "draw_rows": "secateur.commands.steps",
-    "survey_model": "secateur.commands.steps",
-    "plan_widths": "secateur.commands.steps",
-    "fit_blocks": "secateur.commands.steps",
-    "write_model": "secateur.commands.steps",
+    "open_model": "secateur.commands.open_model",
+    "draw_rows": "secateur.commands.draw_rows",
+    "survey_model": "secateur.commands.survey_model",
+    "plan_widths": "secateur.commands.plan_widths",
+    "fit_blocks": "secateur.commands.fit_blocks",
+    "write_model": "secateur.commands.write_model",
     "propose": "secateur.commands.plan",
     "Bars": "secateur.cli.terminal",
     "Options": "secateur.commands.options",

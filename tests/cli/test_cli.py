@@ -30,7 +30,7 @@ from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
 from secateur.base.quiet import quiet
 from secateur.cli import terminal
-from secateur.commands import fitted, plan, prune, sizes, steps
+from secateur.commands import fit_blocks, plan, prune, sizes, survey_model, write_model
 from secateur.families.registry import FAMILIES
 from secateur.write import shards
 
@@ -82,7 +82,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
-    for module in (steps, fitted, prune, plan, sizes):
+    for module in (survey_model, fit_blocks, write_model, prune, plan, sizes):
         for name in ("survey_model", "survey", "refit", "write", "write_model"):
             monkeypatch.setattr(module, name, reached, raising=False)
 
@@ -736,14 +736,14 @@ def test_damaged_weights_are_located(tensor: str, module: str, place: Path, run:
 @pytest.fixture
 def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Lets the work end with an exception once a block is through."""
-    refit = fitted.refit
+    refit = fit_blocks.refit
 
     def arrange(error: BaseException) -> None:
         def one(*given: Any, **more: Any) -> Iterator[Any]:
             yield next(refit(*given, **more))
             raise error
 
-        monkeypatch.setattr(fitted, "refit", one)
+        monkeypatch.setattr(fit_blocks, "refit", one)
 
     return arrange
 
@@ -801,10 +801,10 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     counted = sum(tensor.numel() for tensor in load_file(place / "model" / "model.safetensors").values())
     assert notes[0] == f"Opened model: llama, 3 blocks, {counted:,} parameters, float32"
     assert f"{counted:,}" in next(line for line in result.out.splitlines() if "parameters" in line)
-    assert notes[1].startswith("Calibrating on 4 rows of 16 tokens, computing on ")
+    assert notes[1].startswith("Calibrating on 4 rows of 16 tokens; computing on ")
     assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Price", "Keeping", "Prune"]
     assert "of 18 query heads (" in notes[6]
-    assert "nats per token, module by module" in notes[6]
+    assert "estimated loss increase: " in notes[6]
     for words in ("parameters", "weights on disk", "cache per token", "KV groups", "channels", "peak memory"):
         assert words in result.out
     assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
@@ -1227,17 +1227,17 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from secateur import cli\n"
-        "from secateur.commands import fitted\n"
+        "from secateur.commands import fit_blocks\n"
         # Under nohup it is ignored, and stays so.
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "refit = fitted.refit\n"
+        "refit = fit_blocks.refit\n"
         "sys.argv = ['secateur', *sys.argv[1:]]\n"
         "for number in (signal.SIGTERM, signal.SIGHUP):\n"
         "    def one(*given, **more):\n"
         "        yield next(refit(*given, **more))\n"
         "        os.kill(os.getpid(), number)\n"
         "        signal.pause()\n"
-        "    fitted.refit = one\n"
+        "    fit_blocks.refit = one\n"
         "    try:\n"
         "        cli.main()\n"
         "    except SystemExit as ended:\n"

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import CheckpointFolder
 from models import VOCAB, save
 from secateur.base.device import fast_dtype
-from secateur.commands import dry_run, steps
+from secateur.commands import draw_rows, dry_run
 from secateur.commands.costs import Work, fit_work, gradient_work
 from secateur.commands.dry_run import Speeds
 from secateur.commands.options import EFFORTS
@@ -86,7 +86,7 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
 
 
 def test_nothing_is_written_or_rewritten(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((draw, "self_rows"), (steps, "resample_tokens")):
+    for module, name in ((draw, "self_rows"), (draw_rows, "resample_tokens")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
     assert expected(effort="best", calibration="self").dry
 

@@ -75,8 +75,8 @@ def test_a_machine_with_little_left(checkpoint_folder: CheckpointFolder, monkeyp
     least = 1000 + resident_bytes(stream)
     for module in (memory, amounts):
         monkeypatch.setattr(module, "available_bytes", lambda: least + 10)
-    assert memory.memory_limit(stream, None, input_steps=False, apart=False) == (least, 0)
+    assert memory.memory_limit(stream, None, input_steps=False, separate_choice=False) == (least, 0)
     for module in (memory, amounts):
         monkeypatch.setattr(module, "available_bytes", lambda: least - 1)
     with pytest.raises(SecateurError, match="GB of memory are free, but the largest block"):
-        memory.memory_limit(stream, None, input_steps=False, apart=False)
+        memory.memory_limit(stream, None, input_steps=False, separate_choice=False)

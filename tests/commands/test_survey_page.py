@@ -22,8 +22,8 @@ from conftest import CheckpointFolder
 from models import blocks_of, build, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.commands import steps
 from secateur.commands import survey as survey_page
+from secateur.commands import survey_model
 from secateur.commands.clean import clean
 from secateur.commands.options import Options
 from secateur.commands.survey import survey_page as write_page
@@ -167,13 +167,13 @@ def test_nothing_in_the_data_ends_the_script(found: dict[str, Any]) -> None:
 def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the surveys that are measured."""
     calls: list[int] = []
-    measure = steps.survey
+    measure = survey_model.survey
 
     def counted(*args: Any, **kwargs: Any) -> Survey:
         calls.append(1)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(steps, "survey", counted)
+    monkeypatch.setattr(survey_model, "survey", counted)
     return calls
 
 

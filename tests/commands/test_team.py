@@ -29,7 +29,7 @@ from secateur.base.memory import available_bytes
 from secateur.base.processes import Processes
 from secateur.base.services import BATCH_TOKENS, Services
 from secateur.cli.app import app
-from secateur.commands.open import open_model
+from secateur.commands.open_model import open_model
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 

@@ -15,8 +15,9 @@ from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, logits_of, narrowed, relative, selected, token_rows, wide
-from secateur.commands.open import open_model
-from secateur.commands.steps import draw_rows, fit_blocks
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.fit_blocks import fit_blocks
+from secateur.commands.open_model import open_model
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit.fitted_block import FittedBlock
 from secateur.model.checkpoint import open_checkpoint

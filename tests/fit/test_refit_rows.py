@@ -15,8 +15,8 @@ from conftest import CheckpointFolder
 from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.commands.open import open_model
-from secateur.commands.steps import draw_rows
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import open_model
 from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import Method, refit
 from secateur.model.checkpoint import open_checkpoint
@@ -107,7 +107,7 @@ def write_text(folder: Path, words: int) -> str:
 
 def drawn(folder: Path, **options: Any) -> CalibrationRows:
     run = open_model(folder, device="cpu", **({"samples": 4, "length": 16} | options))
-    return draw_rows(run, fitted=False)
+    return draw_rows(run, resample=False)
 
 
 def test_without_options_there_are_no_other_rows(checkpoint_folder: CheckpointFolder) -> None:

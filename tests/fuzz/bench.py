@@ -19,8 +19,9 @@ from models import ROWS, SIZES, make_letters, save
 from secateur import prune
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands import steps
-from secateur.commands.open import open_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import open_model
+from secateur.commands.survey_model import survey_model
 from secateur.families.registry import FAMILIES
 from secateur.formats import family_file
 
@@ -97,7 +98,7 @@ class Bench:
     def survey(self) -> Path:
         """What a survey of the smallest model keeps."""
         run = open_model(self.tiny, **SMALL, survey=self.place / "survey.json")
-        steps.survey_model(run, steps.draw_rows(run))
+        survey_model(run, draw_rows(run))
         return self.place / "survey.json"
 
     @cache  # noqa: B019

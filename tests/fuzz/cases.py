@@ -40,8 +40,10 @@ from models import (
 )
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.commands import steps
-from secateur.commands.open import open_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import open_model
+from secateur.commands.plan_widths import plan_widths
+from secateur.commands.survey_model import survey_model
 from secateur.formats.gguf_export import export
 from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
@@ -199,8 +201,8 @@ def survey(bench: Bench, rng: random.Random, at: Path) -> None:
     file = shutil.copy(bench.survey, at / "in.json")
     damaged_file(rng, Path(file))
     run = open_model(bench.tiny, **SMALL, survey=Path(file))
-    drawn = steps.draw_rows(run)
-    decided = steps.plan_widths(run, drawn, steps.survey_model(run, drawn))
+    drawn = draw_rows(run)
+    decided = plan_widths(run, drawn, survey_model(run, drawn))
     assert 0.2 < decided.sparsity < 0.5, decided
 
 

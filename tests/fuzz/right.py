@@ -22,7 +22,7 @@ from models import blocks_of, layers_of, logits_of, masked, narrowed, relative, 
 from secateur import cli, prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.commands import steps
+from secateur.commands import write_model
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.per_layer import model_class
@@ -102,13 +102,13 @@ def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[
     """`prune` by the library or, at times, the command line; the blocks that were written."""
     settings = SMALL | settings
     blocks: list[FittedBlock] = []
-    cut = steps.slice_fitted
+    cut = write_model.slice_fitted
 
     def noticed(stream: BlockStream, block: FittedBlock, **how: Any) -> Any:
         blocks.append(block)
         return cut(stream, block, **how)
 
-    with patch.object(steps, "slice_fitted", noticed):
+    with patch.object(write_model, "slice_fitted", noticed):
         if rng.random() < 0.15:
             said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
             given = (part for name, value in said.items() for part in (f"--{name.replace('_', '-')}", value))

@@ -25,8 +25,8 @@ from test_tasks import ITEMS, NORM, YAML
 from conftest import CheckpointFolder
 from models import build, layers_of, token_rows
 from secateur.base.errors import SecateurError
-from secateur.commands import open as open_step
-from secateur.commands import steps
+from secateur.commands import draw_rows, survey_model
+from secateur.commands import open_model as open_step
 from secateur.commands.prune import prune
 from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
@@ -153,8 +153,10 @@ def test_what_runs_have_in_common_is_made_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     surveys, reads = [], []
-    survey, read = steps.survey, calibration.read_documents
-    monkeypatch.setattr(steps, "survey", lambda *a, **k: surveys.append(k["criterion"].choice.text) or survey(*a, **k))
+    survey, read = survey_model.survey, calibration.read_documents
+    monkeypatch.setattr(
+        survey_model, "survey", lambda *a, **k: surveys.append(k["criterion"].choice.text) or survey(*a, **k)
+    )
     monkeypatch.setattr(calibration, "read_documents", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     # One for each criterion and seed, whatever the sparsity.
@@ -387,7 +389,7 @@ def test_rows_of_the_fits_are_shared(
         drawn.append((more["count"], more["seed"]))
         return resample_tokens(*given, **more)
 
-    monkeypatch.setattr(steps, "resample_tokens", counted)
+    monkeypatch.setattr(draw_rows, "resample_tokens", counted)
     refit = {"recovery": "refit"}
     runs = {
         "a": {"criterion": "wanda", **refit},

@@ -15,8 +15,8 @@ from conftest import CheckpointFolder
 from models import build, layers_of, token_rows, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.commands.open import open_model
-from secateur.commands.steps import draw_rows
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import open_model
 from secateur.criteria.order import error_curve, remaining_units, removal_order
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics

@@ -17,11 +17,14 @@ from conftest import CheckpointFolder
 from models import make_letters, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.commands import steps
-from secateur.commands.open import open_model
+from secateur.commands import survey_model as survey_step
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import open_model
 from secateur.commands.options import Options, RunOptions
+from secateur.commands.plan_widths import plan_widths
 from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
+from secateur.commands.survey_model import survey_model
 from secateur.formats.gguf_export import export
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
@@ -60,13 +63,13 @@ def taken(folder: Path) -> dict[str, float]:
 def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry a survey that is made."""
     made: list[int] = []
-    survey = steps.survey
+    survey = survey_step.survey
 
     def counted(*given: Any, **more: Any) -> Any:
         made.append(1)
         return survey(*given, **more)
 
-    monkeypatch.setattr(steps, "survey", counted)
+    monkeypatch.setattr(survey_step, "survey", counted)
     return made
 
 
@@ -192,8 +195,8 @@ def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) ->
     for widths in ("adaptive", "uniform"):
         options = Options(**wishes, widths=widths)
         run = open_model(model, options)
-        rows = steps.draw_rows(run, fitted=False)
-        losses[widths] = steps.plan_widths(run, rows, steps.survey_model(run, rows)).cost
+        rows = draw_rows(run, resample=False)
+        losses[widths] = plan_widths(run, rows, survey_model(run, rows)).cost
     assert losses["adaptive"] < 0.8 * losses["uniform"]
 
 

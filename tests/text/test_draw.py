@@ -12,10 +12,10 @@ import torch
 from conftest import CheckpointFolder
 from secateur import prune
 from secateur.base.errors import SecateurError
-from secateur.commands import fitted
-from secateur.commands.open import OpenRun, open_model
+from secateur.commands import fit_blocks
+from secateur.commands.draw_rows import draw_rows, resample_rows
+from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import Options
-from secateur.commands.steps import draw_rows, resample_rows
 from secateur.model.rows import Rows
 from secateur.text import draw, self_calibration
 from secateur.text.resample import resample_tokens
@@ -37,7 +37,7 @@ def test_where_copies_come_from(checkpoint_folder: CheckpointFolder, name: str) 
     every = torch.cat([rows.fit, *rows.resampled])
     assert len({tuple(row) for row in every.tolist()}) == 9, "no fit takes what another one does"
     # Only where a fit follows, and the same ones whenever they are asked for.
-    alone = draw_rows(run, fitted=False)
+    alone = draw_rows(run, resample=False)
     assert alone.resampled is None
     assert torch.equal(alone.selection, rows.selection)
     again = resample_rows(run, alone).resampled
@@ -52,8 +52,8 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
         given.append(rows)
         return refit(stream, plan, rows, **how)
 
-    refit = fitted.refit
-    monkeypatch.setattr(fitted, "refit", noted)
+    refit = fit_blocks.refit
+    monkeypatch.setattr(fit_blocks, "refit", noted)
     model = checkpoint_folder("llama")
     prune(model, tmp_path / "a", effort="best", **SIZE)
     first, second = given[0].fits()

@@ -107,7 +107,7 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
                 quick=sum(gram_flops(a, width, tokens) for tokens in each for a in _output_projection_inputs(blocks)),
                 exact=len(each) * sum(solve_flops(a, width) for a in _output_projection_inputs(blocks)),
                 resident=resident_bytes(
-                    stream, input_steps=bool(fitted) or (input_steps > 0 and bool(mixed)), apart=apart
+                    stream, input_steps=bool(fitted) or (input_steps > 0 and bool(mixed)), separate_choice=apart
                 ),
                 # Of all fits but the one under way both streams are there, and nothing else.
                 streams=4
@@ -234,7 +234,7 @@ def solve_flops(inputs: int, width: int) -> float:
     return 2.0 * inputs**3 + 4 * inputs**2 * width
 
 
-def resident_bytes(stream: BlockStream, *, input_steps: bool = False, apart: bool = False) -> int:
+def resident_bytes(stream: BlockStream, *, input_steps: bool = False, separate_choice: bool = False) -> int:
     """What must be in memory while the largest block is at work, or the embedding and the output layer are.
 
     Beside the block, these are a module's solve or the step of level 1, whichever takes more, and
@@ -244,7 +244,7 @@ def resident_bytes(stream: BlockStream, *, input_steps: bool = False, apart: boo
     block, d = max(stream.blocks, key=lambda b: b.parameters), stream.width
     a, m = max(_output_projection_inputs([block])), len(block.feed_forward.channel_projections)
     a = max(a, block.feed_forward.units_inside)
-    solve = (2.3 + apart) * a * a + (7 + apart) * a * d
+    solve = (2.3 + separate_choice) * a * a + (7 + separate_choice) * a * d
     step = m * (2 * a * a + 6 * a * d) if input_steps else 0.0
     batch = stream.batch_tokens * (3 * a + 4 * d)
     stored = sum(info.entries for info in stream.checkpoint.weights.values())

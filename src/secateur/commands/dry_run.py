@@ -12,11 +12,18 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import rss_bytes
-from secateur.commands.costs import Work, fit_work, forward_flops, gradient_work, resampling_work, survey_work
-from secateur.commands.open import OpenRun
+from secateur.commands.costs import (
+    Work,
+    fit_work,
+    forward_flops,
+    gradient_work,
+    resampling_work,
+    survey_work,
+)
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import OpenRun
 from secateur.commands.options import EFFORTS
 from secateur.commands.result import summarize
-from secateur.commands.steps import draw_rows
 from secateur.commands.survey_file import split_survey_rows
 from secateur.criteria.registry import Criteria
 from secateur.model.rows import Rows
@@ -71,7 +78,7 @@ def estimate(run: OpenRun) -> Summary:
     with run.watcher.busy("Measuring this machine"):
         measured = measure_speeds(run, rows.selection)
     works = work_by_effort(run, rows, decided)
-    most = run.memory - rss_bytes()
+    most = run.memory_bytes - rss_bytes()
     expected = {
         name: (SLACK * measured.seconds(work), min(work.resident + work.streams, most)) for name, work in works.items()
     }

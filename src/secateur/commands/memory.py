@@ -6,19 +6,21 @@ from secateur.commands.costs import resident_bytes
 from secateur.model.stream import BlockStream
 
 
-def memory_limit(stream: BlockStream, allowed: str | None, *, input_steps: bool, apart: bool) -> tuple[int, int]:
+def memory_limit(
+    stream: BlockStream, allowed: str | None, *, input_steps: bool, separate_choice: bool
+) -> tuple[int, int]:
     """Return the bytes that the process may take, and how many of them remain for activations.
 
     Args:
         allowed: `8GB`, or `50%` of what is free; half of it by default.
         input_steps: level 1 will be fitted along.
-        apart: the rows that choose units stand apart from those that are fitted to.
+        separate_choice: whether units are chosen on other rows than the weights are fitted to.
 
     Raises:
         SecateurError: it is no amount, or less than the least.
     """
     most = parse_memory(allowed)
-    least = rss_bytes() + resident_bytes(stream, input_steps=input_steps, apart=apart)
+    least = rss_bytes() + resident_bytes(stream, input_steps=input_steps, separate_choice=separate_choice)
     if allowed is None:
         # What is there decides nothing before it is too little.
         most = max(most, min(least, available_bytes()))

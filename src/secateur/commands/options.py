@@ -270,6 +270,11 @@ class Options:
         return False
 
     @property
+    def separate_choice(self) -> bool:
+        """Whether units are chosen on other rows than the weights are fitted to."""
+        return self.refit_rows is not None or self.chooses_on_random_ids
+
+    @property
     def survey_key(self) -> dict[str, Any]:
         """What a survey depends on, as far as options say it."""
         random = self.chooses_on_random_ids

@@ -8,10 +8,12 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
-from secateur.commands.open import OpenRun, open_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import Options, RunOptions
+from secateur.commands.plan_widths import plan_widths
 from secateur.commands.resume import resumable, retry_in_smaller_batches
-from secateur.commands.steps import draw_rows, plan_widths, survey_model
+from secateur.commands.survey_model import survey_model
 from secateur.plan.problem import Plan
 from secateur.report.summary import Proposal
 
@@ -43,7 +45,7 @@ def propose(
         run = open_model(model, options, run_options, services=services)
         beside = out or run.run_options.survey
         with nullcontext(run) if beside is None else resumable(run, beside) as run:
-            rows = draw_rows(run, fitted=False)
+            rows = draw_rows(run, resample=False)
             return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
 
     proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), planned)

@@ -1,15 +1,19 @@
-"""`prune`: six steps, from a checkpoint on disk to a smaller one beside it."""
+"""`prune`: read a checkpoint, and write a smaller one, in six steps."""
 
 from pathlib import Path
 from typing import Any
 
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
+from secateur.commands.draw_rows import draw_rows
 from secateur.commands.dry_run import estimate
-from secateur.commands.open import open_model
+from secateur.commands.fit_blocks import fit_blocks
+from secateur.commands.open_model import open_model
 from secateur.commands.options import Options, RunOptions
+from secateur.commands.plan_widths import plan_widths
 from secateur.commands.resume import resumable, retry_in_smaller_batches
-from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
+from secateur.commands.survey_model import survey_model
+from secateur.commands.write_model import write_model
 from secateur.report.summary import Summary
 
 
@@ -22,22 +26,28 @@ def prune(
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Summary:
-    """Prune a model in one shot and write the smaller one.
+    """Prune a model in one shot, without training, and write the smaller model.
 
-    A run that is stopped, by whatever, goes on where it was when it is called again: its state stands beside `out`.
-    Processes that a launcher such as torchrun starts share the work, and the first of them writes.
+    A stopped run leaves its state beside `out`; the same call resumes it. Processes that a launcher such as torchrun
+    starts share the work, and rank 0 writes.
 
     Args:
-        model: a folder, a .gguf file or a hub id.
-        out: the folder, or the .gguf file, to write; it appears whole or not at all.
-        settings: in place of `options` and `run_options`, any of their fields by name: `sparsity=0.25`,
+        model: a folder, a .gguf file or a Hugging Face Hub id.
+        out: folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
+        options: options that decide the result.
+        run_options: options that do not change the result, such as the device.
+        watcher: receives progress and notes.
+        settings: fields of `Options` and `RunOptions` by name, in place of the two objects: `sparsity=0.25`,
             `device="cpu"`, ...
 
+    Returns:
+        The sizes before and after, and the time and memory used.
+
     Raises:
-        SecateurError: for anything wrong with the input or the request, before anything is written.
+        SecateurError: the model or an option is wrong. Most such errors are raised before any long work.
     """
 
-    def pruned(services: Services) -> Summary:
+    def run_steps(services: Services) -> Summary:
         run = open_model(model, options, run_options, out=Path(out), services=services, **settings)
         if run.run_options.dry_run:
             return estimate(run)
@@ -48,4 +58,4 @@ def prune(
             blocks = fit_blocks(run, rows, plan)
             return write_model(run, rows, plan, blocks, out)
 
-    return retry_in_smaller_batches(Services.join(watcher), pruned)
+    return retry_in_smaller_batches(Services.join(watcher), run_steps)

@@ -15,7 +15,7 @@ import transformers
 import secateur
 from secateur.base.hashes import hash_rows
 from secateur.base.options import changed_options, cli_name, option_specs
-from secateur.commands.open import OpenRun
+from secateur.commands.open_model import OpenRun
 from secateur.commands.options import Options
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.fitted_block import FittedBlock
@@ -66,7 +66,7 @@ def summarize(
     )
 
 
-def record(
+def make_record(
     run: OpenRun, rows: CalibrationRows, decided: Plan, done: list[dict[str, Any]], norm_scale: float | None
 ) -> dict[str, Any]:
     """The contents of secateur.json; `done` are the `block_record`s."""
@@ -78,7 +78,7 @@ def record(
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
         "fingerprint": stream.checkpoint.fingerprint,
-        "command": command(stream.checkpoint.source, run.options),
+        "command": command_line(stream.checkpoint.source, run.options),
         "options": asdict(run.options),
         "calibration": {
             "groups": [list(group.shape) for group in groups.groups],
@@ -109,7 +109,7 @@ def record(
     return found | ({} if first is None else {first.name: first.as_dict()})
 
 
-def command(source: str, options: Options) -> str:
+def command_line(source: str, options: Options) -> str:
     """The command that makes the model once more; of files it has the names alone, as others read it too."""
     words = ["secateur", "prune", Path(source).name if Path(source).exists() else source, "OUT"]
     known = option_specs(Options)
@@ -131,7 +131,7 @@ def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, A
     }
 
 
-def dissimilar_experts(blocks: Sequence[Block], curves: Iterable[ErrorCurve], decided: Plan) -> str | None:
+def dissimilar_experts_note(blocks: Sequence[Block], curves: Iterable[ErrorCurve], decided: Plan) -> str | None:
     """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
     lost = []
     for curve in curves:
@@ -146,7 +146,7 @@ def dissimilar_experts(blocks: Sequence[Block], curves: Iterable[ErrorCurve], de
     )
 
 
-def unfitted(done: list[dict[str, Any]]) -> str | None:
+def unfitted_experts_note(done: list[dict[str, Any]]) -> str | None:
     """What is said where experts met too few tokens to be refitted; `done` are the `block_record`s."""
     modules = [module for block in done for module in block["modules"] if module["kind"] == "experts"]
     few, kept = sum(len(module["unfitted"]) for module in modules), sum(module["kept"] for module in modules)

@@ -15,7 +15,7 @@ from secateur.base.files import local_path
 from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.base.services import Services
-from secateur.commands.open import OpenRun
+from secateur.commands.open_model import OpenRun
 from secateur.text.draw import CalibrationRows
 
 R = TypeVar("R")

@@ -1,7 +1,6 @@
 """`sizes`: several sizes of one model from one survey, and what each costs."""
 
 import json
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,13 +11,16 @@ from secateur.base.hashes import hash_rows
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
-from secateur.commands.open import OpenRun, open_model
+from secateur.commands.draw_rows import draw_rows, resample_rows
+from secateur.commands.fit_blocks import fit_blocks
+from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import Options, RunOptions
-from secateur.commands.request import check_request
+from secateur.commands.plan_widths import plan_widths
 from secateur.commands.result import summarize
 from secateur.commands.resume import check_rows, resumable, retry_in_smaller_batches
-from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, resample_rows, survey_model, write_model
 from secateur.commands.survey_file import check_survey_file
+from secateur.commands.survey_model import survey_model
+from secateur.commands.write_model import write_model
 from secateur.measure.evaluation import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
 from secateur.report.summary import Size
@@ -84,9 +86,9 @@ def _sizes(
             if folder not in there:
                 Output(folder, overwrite=run_options.overwrite, source=source).check()
         last = open_model(model, options[-1], run_options, services=services)
-        runs = [_for_size(last, one, file) for one in options]
+        runs = [last.with_options(one).with_run_options(survey=file) for one in options]
         # All that can be wrong with the rows is found before they are resampled.
-        plain = draw_rows(last, fitted=False)
+        plain = draw_rows(last, resample=False)
         for text in texts:
             with busy_reading(last.watcher, "Reading", text):
                 scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
@@ -149,19 +151,13 @@ def _pruned(
             summary = summarize(run, rows, decided)
         else:
             run.watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
-            run = replace(run, started=time.perf_counter())
+            run = run.timed_from_now()
             summary = write_model(run, rows, decided, fit_blocks(run, rows, decided), folder)
         if not results:
             results.append(Size(last.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
         results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
         _keep(results, folders[0].parent)
     return results
-
-
-def _for_size(run: OpenRun, options: Options, survey: Path) -> OpenRun:
-    """The same open model with another size asked for."""
-    request = check_request(run.stream, options, run.dtype)
-    return replace(run, options=options, request=request, run_options=replace(run.run_options, survey=survey))
 
 
 def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]:

@@ -10,10 +10,11 @@ from secateur.base.options import changed_options, cli_name
 from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
-from secateur.commands.open import OpenRun, open_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, RunOptions
 from secateur.commands.resume import resumable, retry_in_smaller_batches
-from secateur.commands.steps import draw_rows, survey_model
+from secateur.commands.survey_model import survey_model
 from secateur.plan.plan import check_reachable, plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.page import Distances, page_data, render
@@ -72,7 +73,7 @@ def _surveyed(
     run: OpenRun, model: str | Path, out: Path, folder: Output, options: Options, run_options: RunOptions
 ) -> Surveyed:
     """The survey and its page, written; see `survey_page`."""
-    rows = draw_rows(run, fitted=False)
+    rows = draw_rows(run, resample=False)
     found = survey_model(run, rows).survey
     assert found is not None
     plans = _plans(run.request.problem, found, run.watcher.track(SHARES, "Plan"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.hashes import hash_rows
-from secateur.commands.open import OpenRun
+from secateur.commands.open_model import OpenRun
 from secateur.model.axes import Axis
 from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Survey, load_survey

@@ -13,9 +13,9 @@ from secateur.base.files import write_atomically
 from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
-from secateur.commands.open import OpenRun, open_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import RunOptions
-from secateur.commands.steps import draw_rows
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.paper.plots import plot_graphs, plot_magnitudes
@@ -60,7 +60,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
     opened: dict[str, tuple[OpenRun, Tensor]] = {}
     for asked in sources(recipe, models):
         run = open_model(asked.source, asked.runs[0].options, RunOptions(**where), services=Services(watcher=watcher))
-        opened[asked.name] = run, draw_rows(run, fitted=False).selection
+        opened[asked.name] = run, draw_rows(run, resample=False).selection
     found: dict[str, dict[str, Any]] = {}
     with store:
         for name, (run, text) in opened.items():

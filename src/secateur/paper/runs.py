@@ -10,9 +10,13 @@ from typing import Any
 
 from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.progress import Silent
-from secateur.commands.open import OpenRun
-from secateur.commands.steps import draw_rows, fit_blocks, plan_widths, survey_model, write_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.fit_blocks import fit_blocks
+from secateur.commands.open_model import OpenRun
+from secateur.commands.plan_widths import plan_widths
 from secateur.commands.survey_file import survey_key
+from secateur.commands.survey_model import survey_model
+from secateur.commands.write_model import write_model
 from secateur.paper.judge import Judge
 from secateur.paper.recipe import Run
 from secateur.paper.run_store import RunStore
@@ -76,11 +80,10 @@ class Planned:
 
 def prune_run(run: OpenRun, subject: Subject, folder: Path, store: RunStore) -> Summary:
     """All steps of `prune` but the first; rows are drawn once, and the survey is kept in the comparison's folder."""
-    run = replace(run, started=time.perf_counter())
+    run = run.timed_from_now()
     if (rows := subject.drawn.get(run.row_request)) is None:
         rows = subject.drawn[run.row_request] = draw_rows(run)
-    run_options = replace(run.run_options, survey=store.survey_file(survey_key(run, rows.selection)), overwrite=True)
-    run = replace(run, run_options=run_options)
+    run = run.with_run_options(survey=store.survey_file(survey_key(run, rows.selection)), overwrite=True)
     plan = plan_widths(run, rows, survey_model(run, rows))
     return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
 

@@ -1,7 +1,7 @@
 """A model of a comparison: opened once, with every run on it checked before the first is carried out."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,10 +10,9 @@ from secateur.base.errors import SecateurError
 from secateur.base.hashes import hash_json
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.words import first_duplicate
-from secateur.commands.open import OpenRun, open_model
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import Options, RunOptions
-from secateur.commands.request import check_request
-from secateur.commands.steps import draw_rows
 from secateur.measure.evaluation import scored_rows
 from secateur.measure.figures import short
 from secateur.model.checkpoint import Checkpoint
@@ -91,12 +90,12 @@ def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher:
                     first = open_model(asked.source, run.options, run_options)
                     opened[group] = first, draw_rows(first, dry=True)
                 model, rows = opened[group]
-                request = check_request(model.stream, run.options, model.dtype)
+                model = model.with_options(run.options)
                 if run.training is not None:
                     training_rows(model.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{asked.name}, {run.row or 'run'}: {error}") from error
-            found.append((run, replace(model, options=run.options, request=request), rows))
+            found.append((run, model, rows))
     checkpoint = found[0][1].stream.checkpoint
     tokenizer, texts = checkpoint.tokenizer(), {}
     for column, text in columns.items():

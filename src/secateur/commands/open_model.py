@@ -1,0 +1,251 @@
+"""The first step of `prune`: open the model, and check the options before any long work."""
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.base.device import pick_device
+from secateur.base.errors import SecateurError
+from secateur.base.files import leftovers, local_path
+from secateur.base.processes import Processes
+from secateur.base.progress import Watcher, busy_reading
+from secateur.base.run_folder import PARTIAL_OUTPUT, run_folder_path
+from secateur.base.services import Services
+from secateur.commands.memory import memory_limit
+from secateur.commands.options import Options, RunOptions, with_settings
+from secateur.commands.request import CheckedRequest, check_request, format_of
+from secateur.criteria.registry import Criteria, UnitScores
+from secateur.fit.block import Method
+from secateur.fit.recovery import Recovery
+from secateur.formats.family_file import read_family
+from secateur.formats.format import format_class
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.rows import Rows
+from secateur.model.stream import BlockStream
+from secateur.model.tokens import begins_with_bos
+from secateur.plan.meters import cache_meter
+from secateur.plan.problem import FirstHeads
+from secateur.plan.target import SPEEDUPS, Target
+from secateur.survey.gradients import gradient_scores
+from secateur.text.calibration import check_calibration
+from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
+from secateur.text.self_calibration import check_self
+from secateur.text.sources import RANDOM, SELF
+from secateur.write.hub import check_upload
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """An open model with the options of a run, checked against the model."""
+
+    stream: BlockStream
+    options: Options
+    run_options: RunOptions
+    request: CheckedRequest
+    dtype: torch.dtype
+    """Dtype of the weights to write."""
+    tokenizer: Any
+    begins_with_bos: bool
+    """Whether the tokenizer begins each text with BOS."""
+    started: float
+    """Time at which the run began, in seconds of `time.perf_counter`."""
+    memory_bytes: int
+    """Bytes of memory that the process may use."""
+    gradients: dict[str, UnitScores] = field(default_factory=dict)
+    """Cache of scores from backward passes, by the purpose and the blocks that they were made for."""
+
+    @property
+    def services(self) -> Services:
+        """The resources of this run."""
+        return self.stream.services
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of this run."""
+        return self.stream.processes
+
+    @property
+    def watcher(self) -> Watcher:
+        """The progress output of this run."""
+        return self.stream.services.watcher
+
+    @property
+    def recovery(self) -> Recovery:
+        """The recovery with its settings."""
+        return self.options.recovery_settings
+
+    @property
+    def row_request(self) -> RowRequest:
+        """The calibration rows that this run needs."""
+        options = self.options
+        source, refit_source = options.sources
+        return RowRequest(
+            source=source,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            refit_source=refit_source,
+            refit_samples=options.refit_rows,
+            refit_option=options.refit_option,
+            held_out=HELD_OUT * options.targets_perplexity,
+            random_ids=options.chooses_on_random_ids,
+            resamplings=options.resampled_fits,
+            fits_weights=self.recovery.fits,
+            fits_norm_scale=self.recovery.uses_effort,
+        )
+
+    def with_options(self, options: Options) -> "OpenRun":
+        """Return a run of the same open model with other options, which are checked against the model.
+
+        Args:
+            options: options that ask for the same dtype.
+
+        Raises:
+            SecateurError: as `open_model` does for options that the model or the output format cannot meet.
+        """
+        return replace(self, options=options, request=check_request(self.stream, options, self.dtype))
+
+    def with_run_options(self, **changes: Any) -> "OpenRun":
+        """Return the same run with other values for some fields of its `RunOptions`."""
+        return replace(self, run_options=replace(self.run_options, **changes))
+
+    def timed_from_now(self) -> "OpenRun":
+        """Return the same run with its clock at zero."""
+        return replace(self, started=time.perf_counter())
+
+    def method(self, rows: CalibrationRows, first: FirstHeads | None, exact: bool) -> Method:
+        """Return the criterion and the recovery for the fit.
+
+        Args:
+            rows: the calibration rows.
+            first: heads that are removed before all others.
+            exact: whether the plan names the units to keep, so that no criterion is needed.
+        """
+        return Method(self.criteria("fit", Rows.of(rows.selection), first, exact), self.recovery, self.options.seed)
+
+    def criteria(
+        self,
+        purpose: str,
+        rows: Rows,
+        first: FirstHeads | None = None,
+        exact: bool = False,
+        blocks: range | None = None,
+    ) -> Criteria:
+        """Return the criterion of every module; a criterion that needs gradients takes one backward pass per purpose.
+
+        Args:
+            purpose: name of the step that asks, under which gradient scores are cached.
+            rows: rows of the backward pass.
+            first: heads that are removed before all others.
+            exact: whether the plan names the units to keep, so that no gradients are needed.
+            blocks: blocks of the backward pass; all of them by default.
+        """
+        name = self.options.criterion_name
+        key = f"{purpose} {blocks}"
+        if Criteria(name).needs_gradients and not exact and key not in self.gradients:
+            self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks)
+        return Criteria(name, self.gradients.get(key), first.candidates if first else None)
+
+
+def open_model(
+    model: str | Path,
+    options: Options | None = None,
+    run_options: RunOptions | None = None,
+    *,
+    out: Path | None = None,
+    services: Services | None = None,
+    **settings: Any,
+) -> OpenRun:
+    """Open a model, and check the options before any long work.
+
+    Args:
+        model: a folder, a .gguf file or a Hugging Face Hub id.
+        options: options that decide the result.
+        run_options: options that do not change the result, such as the device.
+        out: folder or .gguf file that the run will write, to check that it can be written.
+        services: processes, batch size and progress output of the run.
+        settings: fields of `Options` and `RunOptions` by name, in place of the two objects.
+
+    Raises:
+        SecateurError: the model or an option is wrong.
+    """
+    started = time.perf_counter()
+    options, run_options = with_settings(options, run_options, settings)
+    services = services or Services()
+    device = _check_options(options, run_options, services.processes)
+    if services.processes.is_first:
+        _check_files(model, out, options, run_options, services.watcher)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    checkpoint = _open(model, run_options, dtype, services)
+    stream = BlockStream(checkpoint, device=device, services=services)
+    dtype = dtype or checkpoint.dtype
+    tokenizer = _tokenizer(checkpoint, options)
+    if out is not None and services.processes.is_first:
+        growing = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
+        format_of(stream, options, dtype).check_output(out, overwrite=run_options.overwrite, growing=growing)
+    request = check_request(stream, options, dtype)
+    if run_options.family is not None:
+        request.format.check_family()
+    request.format.check_tokenizer(tokenizer)
+    if SELF in options.sources:
+        cache_bytes = cache_meter(stream, checkpoint.dtype).dense
+        check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cache_bytes, device=device)
+    memory, activations = memory_limit(
+        stream,
+        run_options.memory,
+        input_steps=options.recovery_settings.input_steps > 0,
+        separate_choice=options.separate_choice,
+    )
+    stream = stream.using(activation_bytes=activations)
+    return OpenRun(stream, options, run_options, request, dtype, tokenizer, begins_with_bos(tokenizer), started, memory)
+
+
+def _check_options(options: Options, run_options: RunOptions, processes: Processes) -> torch.device:
+    """Check what needs neither the model nor the output, read the family file, and return the device."""
+    target = options.size_target
+    if isinstance(target, Target) and target.quantity in SPEEDUPS and not processes.is_single:
+        raise SecateurError(
+            f"target {target} is a speed, which only a run with one process can measure; write the widths to a file "
+            "with secateur plan, and pass that file to --plan"
+        )
+    if run_options.family is not None:
+        read_family(run_options.family)
+    if options.type != Options.type:
+        format_class(options.output_format.name).check_type(options.type)
+    return pick_device(run_options.device)
+
+
+def _check_files(
+    model: str | Path, out: Path | None, options: Options, run_options: RunOptions, watcher: Watcher
+) -> None:
+    """Check the calibration text, the output and the upload before anything is downloaded or dequantised."""
+    for source in dict.fromkeys(options.sources):
+        check_calibration(source, samples=options.samples, length=options.length)
+    if out is not None:
+        # The output is checked again once its size is known.
+        folder = Path(model) if Path(model).is_dir() else None
+        options.output_format.output(out, source=folder, overwrite=run_options.overwrite).check()
+        for left in leftovers(out):
+            watcher.note(f"{left} was left by a run that was killed; delete it, unless another run is writing it now")
+    if run_options.push_to_hub is not None:
+        check_upload(run_options.push_to_hub)
+
+
+def _open(model: str | Path, run_options: RunOptions, dtype: torch.dtype | None, services: Services) -> Checkpoint:
+    """Open the checkpoint, on rank 0 first, so that only one process downloads it."""
+    with busy_reading(services.watcher, "Opening", str(model)), services.processes.first_rank_first():
+        return open_checkpoint(
+            model,
+            revision=run_options.revision,
+            trust_remote_code=run_options.trust_remote_code,
+            dtype=dtype or torch.bfloat16,
+        )
+
+
+def _tokenizer(checkpoint: Checkpoint, options: Options) -> Any:
+    """Return the tokenizer; None if there is none and neither the calibration nor the output needs it."""
+    needed = set(options.sources) != {RANDOM} or options.output_format.tokenizer
+    return checkpoint.tokenizer() if needed or checkpoint.has_tokenizer else None

@@ -1,0 +1,103 @@
+"""The sixth step of `prune`: write the model with its records."""
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.commands.fit_blocks import FittedBlocks
+from secateur.commands.open_model import OpenRun
+from secateur.commands.result import block_record, make_record, summarize, unfitted_experts_note
+from secateur.fit.final_norm import scaled_final_norm
+from secateur.formats.format import PrunedModel
+from secateur.plan.problem import Plan
+from secateur.report.card import CARD
+from secateur.report.folder import described, text_of
+from secateur.report.summary import Summary
+from secateur.text.draw import CalibrationRows
+from secateur.write.hub import upload
+from secateur.write.slice import slice_fitted
+
+BlockRecords = list[dict[str, Any]]
+"""What secateur.json says of each pruned block."""
+
+
+def write_model(run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
+    """Fit the blocks one after the other, write each, and put the complete output in place.
+
+    Args:
+        run: the result of `open_model`.
+        rows: the calibration rows.
+        plan: the result of `plan_widths`.
+        blocks: the result of `fit_blocks`.
+        out: folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
+    """
+    # Seconds that the run took before it was stopped count too.
+    earlier = blocks.checkpoint.value("seconds", lambda: time.perf_counter() - run.started, 0.0)
+    run = replace(run, started=run.started - earlier)
+    done: BlockRecords = blocks.checkpoint.value("blocks", lambda: done, [])
+    if run.processes.is_first:
+        _write(run, rows, plan, blocks, done, Path(out))
+    else:
+        # Other ranks only share the work of the fits.
+        for _ in blocks:
+            pass
+    return summarize(run, rows, plan)
+
+
+def _write(
+    run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedBlocks, done: BlockRecords, out: Path
+) -> None:
+    """Write the output, upload it where that was asked for, and print notes."""
+    stream, state = run.stream, run.services.run_folder
+    # Both are closed before an error is shown, so that temporary files are gone and no progress bar follows it.
+    with closing(_narrowed(run, plan, blocks, done)) as tensors, closing(blocks):
+        pruned = PrunedModel(
+            plan,
+            tensors,
+            records=_records(run, rows, plan, blocks, done),
+            final_norm=lambda: {} if blocks.norm_scale is None else scaled_final_norm(stream, blocks.norm_scale),
+            fit_checkpoint=blocks.checkpoint,
+            state=None if state is None else state.path,
+            overwrite=run.run_options.overwrite,
+            watcher=run.watcher,
+        )
+        run.request.format.write(out, pruned)
+    if (note := unfitted_experts_note(done)) is not None:
+        run.watcher.note(note)
+    if run.run_options.push_to_hub is not None:
+        run.watcher.note(f"Uploaded to {upload(out, run.run_options.push_to_hub, run.watcher)}")
+
+
+def _narrowed(
+    run: OpenRun, plan: Plan, blocks: FittedBlocks, done: BlockRecords
+) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
+    """Yield the number and the narrowed tensors of each block, and add its record to `done`."""
+    for block in blocks:
+        done.append(block_record(run.stream.blocks[block.index], plan, block))
+        yield block.index, slice_fitted(run.stream, block, dtype=run.dtype)
+        # Free the block before the next one is fitted.
+        del block
+
+
+def _records(
+    run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedBlocks, done: BlockRecords
+) -> dict[str, Any]:
+    """Return the files that describe the model: name to contents, or to a function that is called at the end."""
+
+    @cache
+    def record() -> dict[str, Any]:
+        return make_record(run, rows, plan, done, blocks.norm_scale)
+
+    def timings() -> dict[str, float]:
+        summary, processes = summarize(run, rows, plan), run.processes
+        team = {} if processes.is_single else {"processes": processes.size, "moved_bytes": processes.bytes_moved}
+        return {"seconds": summary.seconds, "peak_bytes": summary.peak_bytes} | team
+
+    card = text_of(run.stream.checkpoint.path / CARD)
+    return {"secateur.json": record, "timings.json": timings} | described(card, record)
