@@ -123,10 +123,10 @@ def test_a_target_of_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFol
     for ratio in ("1.02", "1.2"):
         watcher = Notes()
         prune(model, tmp_path / ratio, target=f"ppl={ratio}x", watcher=watcher, **SMALL)
-        notes[ratio] = [line for line in watcher.said if "x dense on 16 other rows" in line]
+        notes[ratio] = [line for line in watcher.said if "times the dense perplexity on 16 held-out rows" in line]
         shares[ratio] = record(tmp_path / ratio)["sparsity"]["reached"]
         # The plan that was taken is one of those that were measured, and within.
-        measured = [(float(line.split("%")[0]), float(line.split()[3])) for line in notes[ratio]]
+        measured = [(float(line.split()[1].rstrip("%")), float(line.split()[3])) for line in notes[ratio]]
         chosen = [loss for gone, loss in measured if abs(gone - 100 * shares[ratio]) < 0.06]
         assert chosen
         assert min(chosen) <= float(ratio)
