@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
-    from secateur.cli.terminal import Bars
+    from secateur.cli.bars import Bars
     from secateur.commands.draw_rows import draw_rows
     from secateur.commands.fit_blocks import fit_blocks
     from secateur.commands.open_model import open_model
@@ -40,7 +40,7 @@ _HOMES = {
     "fit_blocks": "secateur.commands.fit_blocks",
     "write_model": "secateur.commands.write_model",
     "propose": "secateur.commands.plan",
-    "Bars": "secateur.cli.terminal",
+    "Bars": "secateur.cli.bars",
     "Options": "secateur.commands.options",
     "RunOptions": "secateur.commands.options",
     "retrain": "secateur.retraining.retrain",

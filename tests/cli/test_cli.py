@@ -29,7 +29,7 @@ from conftest import CheckpointFolder
 from models import POSITIONS, WORDS, make_letters, make_tokenizer
 from secateur import cli
 from secateur.base.quiet import quiet
-from secateur.cli import terminal
+from secateur.cli import bars, terminal
 from secateur.commands import fit_blocks, plan, prune, sizes, survey_model, write_model
 from secateur.families.registry import FAMILIES
 from secateur.write import shards
@@ -458,14 +458,20 @@ ARGUMENTS = [
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
     ("plan model --out model", "model: a folder is there; choose another name"),
     ("plan model --out text.txt", "text.txt: exists; choose another name, or overwrite it"),
-    ("survey model --out page --criterion similarity", "a survey orders units by a score: take another criterion"),
+    ("survey model --out page --criterion similarity", "a survey needs a criterion that gives every unit a score"),
     ("sizes model", "Missing option '--out'; see secateur sizes --help"),
     ("sizes nowhere/at/all --out sizes", "nowhere/at/all: does not exist"),
-    ("sizes model --out sizes --sparsities .1,x", "sparsities is '.1,x'; write numbers with commas, for example .1,"),
-    ("sizes model --out sizes --sparsities .1,,.2", "write numbers with commas"),
-    ("sizes model --out sizes --sparsities .1,.2,.1", "sparsities is '.1,.2,.1', where one is there twice"),
+    (
+        "sizes model --out sizes --sparsities .1,x",
+        "--sparsities is '.1,x'; write fractions separated by commas, for example .1,",
+    ),
+    ("sizes model --out sizes --sparsities .1,,.2", "write fractions separated by commas"),
+    (
+        "sizes model --out sizes --sparsities .1,.2,.1",
+        "--sparsities is '.1,.2,.1', which has a number twice; write each",
+    ),
     ("prune model out --calibration random --length 32 --samples 100000000000", "samples is 100,000,000,000: the ids"),
-    ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a share, as 0.25 or 25%"),
+    ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a fraction such as 0.25 or 25%"),
     ("prune model out --sparsity 25", "sparsity is 25.0; it must lie between 0 and 1, for example 0.25"),
     ("prune model out --sparsity 0%", "sparsity is 0.0; it must lie between 0 and 1"),
     ("sizes model --out sizes --sparsities .1,2", "sparsity is 2.0; it must lie between 0 and 1"),
@@ -479,15 +485,15 @@ ARGUMENTS = [
     ("sizes model --out sizes --tokens -1", "tokens is -1; it must be positive, or 0 for all"),
     ("sizes model --out sizes --perplexity missing.txt", "missing.txt does not exist: check the path of the text"),
     ("sizes model --out text.txt", "text.txt: a file is there; name a folder"),
-    ("sizes model --out sizes --format gguf", "sizes writes folders; take --format hf, then secateur export each"),
+    ("sizes model --out sizes --format gguf", "sizes writes folders: use --format hf, then run secateur export"),
     ("sizes model --out sizes --survey missing/survey.json", "missing does not exist; create it first"),
     ("sizes model --out sizes --survey sizes/sizes.json", "sizes does not exist; create it first"),
-    ("prune model out --survey out", "out: the survey needs a place of its own beside out"),
+    ("prune model out --survey out", "out: the survey cannot be inside the output out"),
     (
         "prune model out --overwrite --survey out/s.json",
-        "out/s.json: the survey needs a place of its own beside out",
+        "out/s.json: the survey cannot be inside the output out",
     ),
-    ("plan model --survey a.json --out a.json", "a.json: the survey needs a place of its own beside a.json"),
+    ("plan model --survey a.json --out a.json", "a.json: the survey cannot be inside the output a.json"),
     ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
     ("prune model out --blocks " + "9" * 5000 + ":", "write first:end, for example 4:30"),
     ("export", "Missing argument 'DIR'; see secateur export --help"),
@@ -758,7 +764,7 @@ def test_interrupts_leave_nothing_behind(
     after_one_block(KeyboardInterrupt())
     result = run("prune", "model", "out", *SMALL, *(["--overwrite"] if there else []))
     assert result.code == 130
-    assert result.err.splitlines()[-1] == "interrupted: nothing is left half-written"
+    assert result.err.splitlines()[-1] == "interrupted: no partial output is left"
     assert apart_from_state(place) == before
     assert run("clean", "out").code == 0
     assert listing(place) == before
@@ -921,7 +927,7 @@ def test_plan_shows_what_prune_does(place: Path, run: Run) -> None:
 
 def test_sizes_draws_a_curve(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # A busy machine takes long enough to say where the time went.
-    monkeypatch.setattr(terminal.Bars, "times", lambda _: "")
+    monkeypatch.setattr(bars.Bars, "times", lambda _: "")
     arguments = ["sizes", "model", "--out", "sizes", *SMALL, "--sparsities", ".5,.2", "--perplexity", "text.txt"]
     result = run(*arguments)
     assert result.code == 0, result.err
@@ -960,7 +966,7 @@ def test_retrain(place: Path, run: Run) -> None:
     result = run("retrain", "pruned", "out", *SMALL, "--epochs", "1", "--batch", "2", "--device", "cpu")
     assert result.code == 0
     assert result.out.count("\n") == 1
-    assert result.out.startswith("Perplexity on rows not trained on: ")
+    assert result.out.startswith("Perplexity on held-out rows: ")
     assert "Retrain" in result.err
     assert "Retrain 2 of 2" in result.err
     assert kept(place)["retrained"][0]["steps"] == 2
@@ -974,7 +980,7 @@ def test_gguf_out_of_the_command(place: Path, run: Run) -> None:
     assert result.code == 0, result.err
     assert "Run it: llama-cli -m out.gguf" in result.out
     assert run("prune", "model", "folder", *SMALL).code == 0
-    assert "computed by " in run("export", "folder", "again.gguf").out
+    assert "llama.cpp architecture " in run("export", "folder", "again.gguf").out
     assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out.gguf", "folder", "again.gguf"}
     # The names inside differ, as they are the files'.
     sizes = [(place / name).stat().st_size for name in ("out.gguf", "again.gguf")]
@@ -1090,7 +1096,7 @@ def test_an_interrupt_in_the_middle_of_imports() -> None:
         command = [sys.executable, "-c", code, name, str(int(number))]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (ended, "")
-        assert result.stderr == ("interrupted: nothing is left half-written\n" if ended > 0 else "")
+        assert result.stderr == ("interrupted: no partial output is left\n" if ended > 0 else "")
 
 
 def test_eval_with_nothing_to_do_prints_sizes(place: Path, run: Run) -> None:
@@ -1251,5 +1257,5 @@ def test_a_polite_kill_cleans_up(place: Path) -> None:
         [sys.executable, "-c", code, *arguments], env=os.environ | home, capture_output=True, text=True, timeout=120
     )
     assert result.stdout.count("ended 130") == 2, result.stdout
-    assert result.stderr.splitlines()[-1] == "interrupted: nothing is left half-written"
+    assert result.stderr.splitlines()[-1] == "interrupted: no partial output is left"
     assert apart_from_state(place) == before

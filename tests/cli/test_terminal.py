@@ -7,8 +7,8 @@ import time
 import pytest
 from rich.console import Console
 
-from secateur.cli import terminal
-from secateur.cli.terminal import Bars
+from secateur.cli import bars, terminal
+from secateur.cli.bars import Bars
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 
 def test_a_long_loop_says_where_it_is(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "LOG_INTERVAL", 0.05)
+    monkeypatch.setattr(bars, "LOG_INTERVAL", 0.05)
     for _ in Bars().track(range(4), "Prune"):
         time.sleep(0.12)
     lines = log.getvalue().splitlines()
@@ -43,7 +43,7 @@ def test_names_are_no_markup(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_loop_that_fails_says_no_more(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "LOG_INTERVAL", 0.02)
+    monkeypatch.setattr(bars, "LOG_INTERVAL", 0.02)
 
     def broken() -> None:
         for _ in Bars().track(range(3), "Prune"):
@@ -57,9 +57,9 @@ def test_a_loop_that_fails_says_no_more(log: io.StringIO, monkeypatch: pytest.Mo
 
 
 def test_where_the_time_went() -> None:
-    bars = Bars()
-    bars.seconds = {"Survey": 61.2, "Price": 0.4, "Prune": 3725.0}
-    assert bars.times() == "prune 1:02:05, survey 1:01"
+    progress = Bars()
+    progress.seconds = {"Survey": 61.2, "Price": 0.4, "Prune": 3725.0}
+    assert progress.times() == "prune 1:02:05, survey 1:01"
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_clean_removes_what_is_left(
 ) -> None:
     stopped.mkdir()
     (stopped / "kept").touch()
-    for said in (r"Removed .*\.out\.run", "Nothing is left"):
+    for said in (r"Deleted .*\.out\.run", "Nothing to delete"):
         monkeypatch.setattr(sys, "argv", ["secateur", "clean", str(stopped)])
         with pytest.raises(SystemExit) as end:
             cli.main()

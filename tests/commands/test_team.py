@@ -171,7 +171,9 @@ def test_what_one_process_does_alone(monkeypatch: pytest.MonkeyPatch, checkpoint
         open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", services=two)
     told(monkeypatch)
     found = CliRunner().invoke(app, ["eval", str(checkpoint_folder("llama"))])
-    assert str(found.exception).startswith("eval runs in one process, and WORLD_SIZE is 2; only prune and survey share")
+    assert str(found.exception).startswith(
+        "eval runs in one process, but WORLD_SIZE is 2: unset WORLD_SIZE; only prune and"
+    )
 
 
 def test_under_torchrun(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:

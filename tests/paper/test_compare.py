@@ -208,7 +208,7 @@ def test_an_interrupt_leaves_what_is_finished(
         result = run("compare", "model", "grid.yaml", "--out", "out")
     assert result.code == 130
     last = result.err.splitlines()[-1]
-    assert last == "interrupted: finished runs are in out; the same command goes on from there"
+    assert last == "interrupted: finished runs are in out; run the same command to resume"
     assert "So far 4 of 9 runs." in (grid / "out" / "table.md").read_text()
     assert not (grid / "out" / ".scratch").exists()
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
@@ -504,13 +504,13 @@ WRONG = [
     ("compare model grid.yaml --out text.txt", "text.txt: a file is there; name a folder"),
     ("compare model grid.yaml --out model", "model: holds other files and no comparison; name a new folder"),
     ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
-    ("compare model grid.yaml --out out --seeds 0,x", "seeds is '0,x'; write whole numbers with commas, for example"),
-    ("compare model grid.yaml --out out --seeds 0,0", "seeds is '0,0', where one is there twice"),
+    ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),
+    ("compare model grid.yaml --out out --seeds 0,0", "--seeds is '0,0', which has a number twice"),
     ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
     ("compare model grid.yaml --out out --samples 0", "runs.wanda: samples is 0; it must be at least 1"),
     ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
     ("compare model grid.yaml --out out --refit-samples 2,4", "refit-samples is 2, 4, but the recipe has no axis for"),
-    ("compare model grid.yaml --out out --refit-samples x", "refit-samples is 'x'; write whole numbers with commas"),
+    ("compare model grid.yaml --out out --refit-samples x", "--refit-samples is 'x'; write whole numbers separated by"),
     ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
     ("compare model lora.yaml --out out --refit-samples 99", "text.txt: too short, it has 1,500"),
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),

@@ -1,17 +1,17 @@
-"""The command line: thin typer commands over the library, `secateur X` in `X.py`."""
+"""The command line: one typer command over the library in each file, `secateur X` in `X.py`."""
 
 import signal
 import threading
 
-_before = signal.getsignal(signal.SIGINT)
-_plain = _before == signal.default_int_handler and threading.current_thread() is threading.main_thread()
-if _plain:
-    # Ctrl-C in the middle of the imports would end in a traceback through them.
+_handler = signal.getsignal(signal.SIGINT)
+_quiet_exit = _handler == signal.default_int_handler and threading.current_thread() is threading.main_thread()
+if _quiet_exit:
+    # Ctrl-C during the imports ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from secateur.cli.app import main  # noqa: E402
 
-if _plain:
-    signal.signal(signal.SIGINT, _before)
+if _quiet_exit:
+    signal.signal(signal.SIGINT, _handler)
 
 __all__ = ["main"]

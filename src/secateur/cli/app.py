@@ -1,4 +1,4 @@
-"""All commands in the order of the help, and `main`: one line for every mistake."""
+"""All commands in the order of the help, and `main`, which turns every error into one line."""
 
 import logging
 import os
@@ -24,100 +24,115 @@ from secateur.cli.plan import plan
 from secateur.cli.prune import prune
 from secateur.cli.retrain import retrain
 from secateur.cli.sizes import sizes
+from secateur.cli.streams import protect_streams
 from secateur.cli.survey import survey
 from secateur.cli.terminal import EXIT_INTERRUPTED, IS_WORKER, exit_interrupted
 
 app = typer.Typer(
     name="secateur",
-    help="Prune a pretrained language model in one shot: fewer attention heads, narrower feed-forward layers, "
-    "an ordinary checkpoint out. By default nothing is trained, and one block is in memory at a time.",
+    help="Prune a pretrained language model in one shot: remove attention heads, feed-forward channels and experts, "
+    "and write an ordinary checkpoint. No training is needed, and only one block is in memory at a time.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command()(prune)
-app.command()(export)
-app.command()(retrain)
-app.command()(plan)
-app.command()(survey)
-app.command()(sizes)
-app.command(name="eval")(evaluate)
-app.command()(doctor)
-app.command()(compare)
-app.command()(clean)
-app.command()(families)
+for name, command in {
+    "prune": prune,
+    "export": export,
+    "retrain": retrain,
+    "plan": plan,
+    "survey": survey,
+    "sizes": sizes,
+    "eval": evaluate,
+    "doctor": doctor,
+    "compare": compare,
+    "clean": clean,
+    "families": families,
+}.items():
+    app.command(name=name)(command)
 
-TOGETHER = ("prune", "survey")
-"""What several processes do together."""
+DISTRIBUTED = ("prune", "survey")
+"""Commands that several processes can run together."""
 
-# Newer typers carry a click of their own; its base class of mistakes is reached through what both export.
-_Mistake: type[Exception] = typer.BadParameter.__mro__[2]
+# Some versions of typer bring their own copy of click. `BadParameter` is public in both; this is its base class.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Top level: only `--version`."""
+    """Handle `secateur` without a command, and check that the command fits the number of processes."""
     if version:
         typer.echo(f"secateur {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-    elif context.invoked_subcommand not in TOGETHER and (size := process_place().size) > 1:
+    elif context.invoked_subcommand not in DISTRIBUTED and (size := process_place().size) > 1:
         raise SecateurError(
-            f"{context.invoked_subcommand} runs in one process, and WORLD_SIZE is {size}; only "
-            f"{' and '.join(TOGETHER)} share their work"
+            f"{context.invoked_subcommand} runs in one process, but WORLD_SIZE is {size}: unset WORLD_SIZE; only "
+            f"{' and '.join(DISTRIBUTED)} run in several"
         )
 
 
 def main() -> None:
-    """Run the command line; mistakes are one line on standard error and exit code 2."""
-    terminal.settle_streams()
-    # Threads that wait for each other sleep: spinning, they take the cores from whatever else runs here. torch reads it
-    # when it is loaded, which no command has done yet.
+    """Run the command line. An error is one line on standard error and exit code 2."""
+    protect_streams()
+    # Threads that wait for each other sleep instead of spinning, which would take cores from other programs. torch
+    # reads this variable when it is imported, which has not happened yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for library in () if "--verbose" in sys.argv else ("transformers", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        # A closed terminal; `nohup` has it ignored.
-        signal.signal(signal.SIGHUP, _interrupt)
+    _interrupt_on_signals()
     try:
         code: Any = app(prog_name="secateur", standalone_mode=False)
     except SecateurError as error:
-        if terminal.speech.verbose:
+        if terminal.output_options.verbose:
             traceback.print_exc()
         _fail(str(error))
-    except _Mistake as error:
-        where = getattr(getattr(error, "ctx", None), "command_path", "secateur")
-        _fail(f"{error.format_message().rstrip('.')}; see {where} --help")  # type: ignore[attr-defined]
+    except _UsageError as error:
+        command_path = getattr(getattr(error, "ctx", None), "command_path", "secateur")
+        _fail(f"{error.format_message().rstrip('.')}; see {command_path} --help")  # type: ignore[attr-defined]
     except OSError as error:
-        if error.filename is None:
-            if not (is_disk_full(error) and _printing(error)):
-                raise
-            _fail(str(terminal.output_is_full()))
-        advice = "make room and run again" if is_disk_full(error) else "check the path and its permissions"
-        _fail(f"{error.filename}: {error.strerror}; {advice}")
+        if (message := _os_error_message(error)) is None:
+            raise
+        _fail(message)
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
-        exit_interrupted("nothing is left half-written")
+        exit_interrupted("no partial output is left")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt_on_signals() -> None:
+    """Make a polite kill, and the closing of the terminal, clean up as Ctrl-C does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    # Under `nohup`, SIGHUP is ignored and stays so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, interrupt)
 
 
-def _printing(error: OSError) -> bool:
-    """Whether it came up where text is printed, help among it."""
+def _os_error_message(error: OSError) -> str | None:
+    """Return the line for an operating-system error, or None if the user cannot do anything about it."""
+    disk_full = is_disk_full(error)
+    if error.filename is not None:
+        advice = "free some space and run again" if disk_full else "check the path and its permissions"
+        return f"{error.filename}: {error.strerror}; {advice}"
+    return str(terminal.output_full_error()) if disk_full and _raised_by_printing(error) else None
+
+
+def _raised_by_printing(error: OSError) -> bool:
+    """Return whether a library that prints text, such as the help, raised the error."""
     frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
     return frame.f_globals["__name__"].partition(".")[0] in ("rich", "typer", "click")
 
 
 def _fail(message: str) -> NoReturn:
-    place = f"process {os.environ['RANK']}: " if IS_WORKER else ""
-    print(f"error: {place}{' '.join(message.split())}", file=sys.stderr)
+    """Print an error as one line, with the rank of the process if it is not rank 0, and exit with code 2."""
+    rank = f"process {os.environ['RANK']}: " if IS_WORKER else ""
+    print(f"error: {rank}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

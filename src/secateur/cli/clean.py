@@ -1,4 +1,4 @@
-"""`secateur clean`: what stopped runs have left."""
+"""`secateur clean`: delete what stopped runs have left."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +11,18 @@ from secateur.cli.terminal import print_result
 
 @expand_options
 def clean(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What the run was to make; it stays.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output of the stopped run; it is not deleted.", show_default=False)
+    ],
 ) -> None:
-    """Remove what runs that were stopped have left beside OUT: their state, and files that were never finished.
+    """Delete what stopped runs have left next to OUT: saved state and unfinished files.
 
     Example: secateur clean ./SmolLM2-pruned
     """
     from secateur.commands.clean import clean as run
 
     removed = run(out)
-    lines = [f"Removed {path}" for path in removed] or [f"Nothing is left of a run beside {out}"]
+    lines = [f"Deleted {path}" for path in removed] or [
+        f"Nothing to delete: no stopped run has left files next to {out}"
+    ]
     print_result({"removed": removed}, None, lines)

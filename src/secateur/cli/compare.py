@@ -1,4 +1,4 @@
-"""`secateur compare`: a recipe carried out."""
+"""`secateur compare`: run a recipe."""
 
 from functools import partial
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
-from secateur.cli.terminal import Bars, exit_interrupted, print_result
-from secateur.cli.values import parse_list, parse_whole_numbers
+from secateur.cli.terminal import exit_interrupted, print_result
+from secateur.cli.values import parse_integers, parse_list
 from secateur.commands.options import RunOptions
 from secateur.paper.recipes import recipe_names
 
-_in_place = partial(typer.Option, show_default="as in the recipe", rich_help_panel="In place of the recipe's")
+_replacement = partial(typer.Option, show_default="as in the recipe", rich_help_panel="Replace settings of the recipe")
 
 
 @expand_options
@@ -22,61 +23,70 @@ def compare(
         list[str],
         typer.Argument(
             metavar="[MODEL]... RECIPE",
-            help="A recipe: a .yaml file, or by name one that comes with secateur: " + ", ".join(recipe_names()) + ". "
-            "In front of it the models to run it on, by default the recipe's own.",
+            help="The recipe: a .yaml file, or the name of a recipe that comes with secateur ("
+            + ", ".join(recipe_names())
+            + "). Models in front of it replace those that the recipe names.",
             show_default=False,
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            help="The folder for tables and plots. Finished runs stay in it: the same command goes on from there.",
+            help="Folder for the tables and plots. It also keeps finished runs, so that the same command resumes.",
             show_default=False,
         ),
     ],
     run_options: Annotated[RunOptions, Only(("device", "trust_remote_code"))],
     calibration: Annotated[
         str | None,
-        _in_place(help="Calibrate on this text, see secateur prune; random ids, and what the model writes, stay."),
+        _replacement(
+            help="Calibrate on this text, written as for secateur prune. Runs that use random or self are not changed."
+        ),
     ] = None,
     perplexity: Annotated[
         list[str] | None,
-        _in_place(
-            help="Score this text. NAME=TEXT puts it into the column NAME, beside what is published for that. May be "
-            "given several times."
+        _replacement(
+            help="Score this text. NAME=TEXT puts the score into the column NAME, next to published figures of that "
+            "name. May be given several times."
         ),
     ] = None,
     tasks: Annotated[
-        str | None, _in_place(help="Score these tasks of lm-eval, with commas; or NAME=TASK; none for no tasks.")
+        str | None,
+        _replacement(help="Score these lm-eval tasks, separated by commas, as TASK or NAME=TASK; none for no tasks."),
     ] = None,
-    limit: Annotated[int | None, _in_place(help="Items from the start of each task; 0 for all.")] = None,
-    tokens: Annotated[int | None, _in_place(help="Tokens to score of each text; 0 for all.")] = None,
+    limit: Annotated[
+        int | None, _replacement(help="Number of items to score, from the start of each task; 0 for all.")
+    ] = None,
+    tokens: Annotated[int | None, _replacement(help="Number of tokens to score of each text; 0 for all.")] = None,
     samples: Annotated[
-        str | None, _in_place(help="Calibration rows; several with commas where the recipe has an axis of them.")
+        str | None,
+        _replacement(help="Number of calibration rows. Several numbers, separated by commas, if the recipe varies it."),
     ] = None,
     refit_samples: Annotated[
         str | None,
-        _in_place(
-            help="Rows of its own for the recovery, in runs that have such, and rows to retrain on; several with "
-            "commas where the recipe has an axis of them."
+        _replacement(
+            help="Number of rows for the recovery, in runs that use separate rows for it, and of rows to retrain on. "
+            "Several numbers, separated by commas, if the recipe varies it."
         ),
     ] = None,
-    length: Annotated[int | None, _in_place(help="Tokens in each row, of calibration and scoring.")] = None,
-    blocks: Annotated[str | None, _in_place(help="Blocks to prune, such as 4:30.")] = None,
+    length: Annotated[int | None, _replacement(help="Tokens in each row, for calibration and for scoring.")] = None,
+    blocks: Annotated[str | None, _replacement(help="Range of blocks to prune, such as 4:30.")] = None,
     seeds: Annotated[
-        str | None, _in_place(help="Seeds, with commas; each run is made with every one, but for figures 3 and 5.")
+        str | None,
+        _replacement(
+            help="Random seeds, separated by commas. Runs are repeated with every seed, except in figure3 and figure5."
+        ),
     ] = None,
     task_path: Annotated[
         Path | None,
-        typer.Option(help="A folder with task files (.yaml) of your own, in lm-eval's form.", show_default="none"),
+        typer.Option(help="Folder with your own task files (.yaml) in lm-eval's format.", show_default="none"),
     ] = None,
 ) -> None:
-    """Carry out a recipe: prune models in many ways under one protocol, and put the scores into a table and plots.
+    """Run a recipe: prune models in many ways under the same protocol, and write tables and plots of the scores.
 
-    Where the model is the paper's, by the name of its folder or hub id, the paper's figures stand beside.
+    If a model has the name of one of the paper's models, the table also shows the paper's figures.
 
-    Scores, surveys and written texts are kept, no pruned models. A run that is finished is not made again, however the
-    last command ended.
+    OUT keeps scores, surveys and generated texts, but no pruned models. The same command skips runs that are finished.
 
     Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """
@@ -90,11 +100,11 @@ def compare(
         tasks=None if tasks is None else parse_list("" if tasks == "none" else tasks),
         limit=limit,
         tokens=tokens,
-        samples=parse_whole_numbers("samples", samples),
-        refit_samples=parse_whole_numbers("refit-samples", refit_samples),
+        samples=parse_integers("--samples", samples),
+        refit_samples=parse_integers("--refit-samples", refit_samples),
         length=length,
         blocks=blocks,
-        seeds=parse_whole_numbers("seeds", seeds),
+        seeds=parse_integers("--seeds", seeds),
     )
     bars = Bars()
     with bars.loading():
@@ -103,17 +113,20 @@ def compare(
         from secateur.paper.plots import plot_comparison
         from secateur.paper.tables import compare_table, write_tables
 
-    how: dict[str, Any] = {"device": run_options.device, "watcher": bars}
-    how["trust_remote_code"] = run_options.trust_remote_code
+    settings: dict[str, Any] = {"device": run_options.device, "watcher": bars}
+    settings["trust_remote_code"] = run_options.trust_remote_code
     try:
         if recipe.kind != "grid":
-            made = compare_dense(recipe, models, out, **how)
-            print_result({"out": out, "files": made}, None, [f"{made} are in {out}"])
+            files = compare_dense(recipe, models, out, **settings)
+            print_result({"out": out, "files": files}, None, [f"Written to {out}: {files}"])
             return
-        found = run(recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **how)
+        comparison = run(
+            recipe, models, out, task_path=task_path, done=lambda part: write_tables(part, out), **settings
+        )
     except KeyboardInterrupt:
-        exit_interrupted(f"finished runs are in {out}; the same command goes on from there")
-    plot_comparison(found, out)
-    print_result(found, *compare_table(found, out), bars)
-    if found.failed:
-        raise SecateurError(f"{len(found.failed)} of {found.planned} runs failed; the first, {found.failed[0]}")
+        exit_interrupted(f"finished runs are in {out}; run the same command to resume")
+    plot_comparison(comparison, out)
+    print_result(comparison, *compare_table(comparison, out), bars.times())
+    if comparison.failed:
+        first = comparison.failed[0]
+        raise SecateurError(f"{len(comparison.failed)} of {comparison.planned} runs failed; the first: {first}")

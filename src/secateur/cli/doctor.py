@@ -1,4 +1,4 @@
-"""`secateur doctor`: which engines run a pruned model."""
+"""`secateur doctor`: try a pruned model in each installed engine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,21 +6,22 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 from secateur.commands.options import RunOptions
 
 
 @expand_options
 def doctor(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder or .gguf file that secateur wrote.", show_default=False)
+        Path, typer.Argument(metavar="OUT", help="A folder or .gguf file written by secateur.", show_default=False)
     ],
     run_options: Annotated[RunOptions, Only(("trust_remote_code",))],
 ) -> None:
-    """Open OUT in each engine that is installed, and say which of them run it.
+    """Load OUT in each installed engine, and report which of them run it.
 
-    transformers and vLLM write some tokens, lm-eval scores a text, peft adapts the layers, llama.cpp runs a file.
+    transformers, vLLM and llama.cpp generate a few tokens, lm-eval scores a text, and peft adds adapters to the layers.
 
     Example: secateur doctor ./SmolLM2-pruned
     """
@@ -28,11 +29,11 @@ def doctor(
     with bars.loading():
         from secateur.commands.doctor import check_engines
 
-    found = check_engines(out, trust_remote_code=run_options.trust_remote_code, watcher=bars)
+    engines = check_engines(out, trust_remote_code=run_options.trust_remote_code, watcher=bars)
     table = Table(title="Engines", title_justify="left", show_lines=True)
-    for name in ("engine", "version", "runs", "what was seen"):
+    for name in ("engine", "version", "runs", "result"):
         table.add_column(name)
     marks = {True: "yes", False: "no", None: ""}
-    for engine in found:
+    for engine in engines:
         table.add_row(engine.name, engine.version or "", marks[engine.runs], engine.message)
-    print_result(found, table, [f"{engine.name}: {engine.command}" for engine in found if engine.runs is not False])
+    print_result(engines, table, [f"{engine.name}: {engine.command}" for engine in engines if engine.runs is not False])

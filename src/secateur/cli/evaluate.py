@@ -1,4 +1,4 @@
-"""`secateur eval`: one model measured, or two side by side."""
+"""`secateur eval`: measure one model, or two side by side."""
 
 from functools import partial
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 from secateur.cli.values import Model, parse_list
 from secateur.commands.options import COMPUTING, OUTPUT, RunOptions
 
@@ -22,33 +23,34 @@ def evaluate(
     against: Annotated[
         str | None,
         _measured(
-            help="A second model, usually the dense one, printed beside with the ratio of MODEL to it.",
+            help="A second model to measure, usually the one before pruning. Ratios are MODEL divided by it.",
             show_default="none",
         ),
     ] = None,
     perplexity: Annotated[
         list[str] | None,
         _measured(
-            help="Text to score: a .txt or .jsonl file, - for standard input, or a data set (wikitext2, c4, ptb or "
-            "name:config:column). May be given several times.",
+            help="Measure the perplexity of this text: a .txt or .jsonl file, - for standard input, or a data set "
+            "(wikitext2, c4, ptb or name:config:column). May be given several times.",
             show_default="none",
         ),
     ] = None,
-    length: Annotated[int, _measured(help="Tokens in each row; rows are scored alone.")] = 128,
-    tokens: Annotated[int, _measured(help="Tokens to use from the start of each text; 0 for all.")] = 8192,
+    length: Annotated[int, _measured(help="Tokens in each row; no row sees the tokens of another.")] = 128,
+    tokens: Annotated[int, _measured(help="Number of tokens to score, from the start of each text; 0 for all.")] = 8192,
     tasks: Annotated[
         str,
         _measured(
-            help="Multiple-choice tasks of lm-eval to answer zero-shot, such as boolq,piqa,hellaswag,winogrande,"
-            "arc_easy,arc_challenge,openbookqa. Needs secateur\\[tasks]; the data come from the hub.",
+            help="Measure the zero-shot accuracy on these multiple-choice tasks of lm-eval, with commas, such as "
+            "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa. Needs secateur\\[tasks]; the data is "
+            "downloaded from the Hugging Face Hub.",
             show_default="none",
         ),
     ] = "",
-    limit: Annotated[int, _measured(help="Items from the start of each task; 0 for all.")] = 0,
+    limit: Annotated[int, _measured(help="Number of items to score, from the start of each task; 0 for all.")] = 0,
     task_path: Annotated[
         Path | None,
         _measured(
-            help="A folder with task files (.yaml) of your own, in lm-eval's form, which can read local data.",
+            help="Folder with your own task files (.yaml) in lm-eval's format, which can read local data.",
             show_default="none",
         ),
     ] = None,
@@ -56,15 +58,15 @@ def evaluate(
         bool,
         _measured(
             "--speed",
-            help="Measure tokens/s of prefill and decoding; two models take turns, so that a busy machine does not "
-            "spoil their ratio.",
+            help="Measure the speed of prefill and decoding in tokens per second. Two models are measured in turns, so "
+            "that a busy machine slows both.",
         ),
     ] = False,
     prompt: Annotated[
         list[str] | None,
         _measured(
-            help="A beginning, or a question to a chat model, behind which each model writes up to 80 tokens. May be "
-            "given several times.",
+            help="Let each model continue this text, or a chat model answer it, with up to 80 tokens. May be given "
+            "several times.",
             show_default="none",
         ),
     ] = None,
@@ -72,16 +74,16 @@ def evaluate(
         bool,
         typer.Option(
             "--report",
-            help="Put what is measured into README.md and report.html of MODEL, a folder that secateur prune wrote. "
-            "Needs --against with the model that MODEL was pruned from.",
+            help="Add the results to README.md and report.html in MODEL, a folder written by secateur prune. Needs "
+            "--against with the model that MODEL was pruned from.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="Dtype to compute in: float32, bfloat16 or float16.", rich_help_panel=COMPUTING)
+        str, typer.Option(help="Data type to compute in: float32, bfloat16 or float16.", rich_help_panel=COMPUTING)
     ] = "float32",
 ) -> None:
-    """Measure MODEL: size, perplexity of texts, accuracy on tasks, speed; --against puts another beside it.
+    """Measure size, perplexity, accuracy on tasks and speed of MODEL, alone or next to a second model.
 
     Example: secateur eval ./SmolLM2-pruned --perplexity wiki.txt --against ./SmolLM2-135M --speed
     """
@@ -97,7 +99,7 @@ def evaluate(
 
     if report:
         if against is None:
-            raise SecateurError("--report needs --against, the model that this one was pruned from")
+            raise SecateurError("--report needs --against: add --against with the model that MODEL was pruned from")
         check_described(Path(model))
         check_base(Path(model), against, trust_remote_code=run_options.trust_remote_code)
     result = run(

@@ -1,14 +1,15 @@
-"""`secateur families`: which models can be pruned."""
+"""`secateur families`: list the model families that can be pruned."""
 
 from rich.table import Table
 
+from secateur.cli.bars import Bars
 from secateur.cli.generate import expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 
 
 @expand_options
 def families() -> None:
-    """Print which model families can be pruned, and what of them.
+    """List the model families that can be pruned, and what can be removed from each.
 
     Example: secateur families
     """
@@ -16,11 +17,9 @@ def families() -> None:
         from secateur.commands.families import families as rows
 
     table = Table(title="Families", title_justify="left")
-    for name in ("model_type", "heads go", "of the feed-forward", "stock takes", "llama.cpp's"):
+    for name in ("model_type", "heads removed", "removed from feed-forwards", "--format stock", "--format gguf"):
         table.add_column(name)
     found = rows()
     for row in found:
         table.add_row(*row)
-    print_result(
-        found, table, [f"{len(found)} families. --format hf holds whatever goes, in each block its own width."]
-    )
+    print_result(found, table, [f"{len(found)} families. --format hf stores every pruned model of these families."])

@@ -1,107 +1,123 @@
-"""Commands from declarations: a parameter that is a dataclass of options becomes these options.
+"""Options of a command from dataclasses: each declared field becomes one command-line option.
 
-A command is a plain function. Where one of its parameters is annotated with `Options`, `RunOptions` or another
-dataclass whose fields are declared by `secateur.base.options.option`, the command line gets one option for each field,
-and the function an object of the class. `Only(...)` and `Without(...)` in the annotation pick some of the fields.
+A command is a plain function. A parameter annotated with `Options`, `RunOptions` or another dataclass whose fields are
+declared by `secateur.base.options.option` stands for one command-line option per field; the function is called with an
+object of the dataclass. `Only(...)` and `Without(...)` in the annotation select some of the fields.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from secateur.base.options import OptionSpec, cli_name, option_specs
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
-from secateur.cli.values import parse_share
+from secateur.cli.values import parse_fraction
 
-_ORDER = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing", MESSAGES)
+_PANELS = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing", MESSAGES)
+"""Panels in the order of the help; panels of plug-ins follow."""
 
 
 @dataclass(frozen=True)
 class Only:
-    """The fields of a dataclass that a command takes."""
+    """Selection of the fields that a command has as options."""
 
     names: tuple[str, ...]
     check: Callable[[dict[str, Any]], None] = lambda _: None
-    """Sees their values before the dataclass does: what is wrong with them for this command alone."""
+    """Check of the values that only this command makes, before the dataclass makes its own."""
 
-    def picks(self, name: str) -> bool:
-        """Whether a field is one of them."""
+    def selects(self, name: str) -> bool:
+        """Return whether a field becomes an option."""
         return name in self.names
 
 
 class Without(Only):
-    """The fields of a dataclass that a command does not take."""
+    """Selection of the fields that a command does not have as options."""
 
-    def picks(self, name: str) -> bool:
-        """Whether a field is none of them."""
+    def selects(self, name: str) -> bool:
+        """Return whether a field becomes an option."""
         return name not in self.names
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Dataclass of options behind one parameter of a command."""
+
+    owner: type
+    selection: Only = field(default_factory=lambda: Without(()))
+
+    @property
+    def specs(self) -> dict[str, OptionSpec]:
+        return {name: spec for name, spec in option_specs(self.owner).items() if self.selection.selects(name)}
+
+    def parameters(self) -> list[tuple[str, inspect.Parameter]]:
+        """Return the panel and the parameter of each option."""
+        hints = get_type_hints(self.owner)
+        return [(spec.panel, _parameter(self.owner, name, spec, hints[name])) for name, spec in self.specs.items()]
+
+    def build(self, values: dict[str, Any]) -> Any:
+        """Remove the values of the options from `values`, and return an object of the dataclass made from them."""
+        own = {name: _value(self.owner, name, values.pop(name)) for name in self.specs}
+        self.selection.check(own)
+        return self.owner(**own)
+
+
 def expand_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as typer takes it, its dataclasses spelled out; options stand in the order of their panels."""
-    plain: list[inspect.Parameter] = []
-    options: list[tuple[str, inspect.Parameter]] = []
-    owners: dict[str, tuple[type, list[str], Callable[[dict[str, Any]], None]]] = {}
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        owner, *notes = get_args(parameter.annotation) or (parameter.annotation,)
-        if not (is_dataclass(owner) and isinstance(owner, type)):
-            plain.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        pick = next((note for note in notes if isinstance(note, Only)), Without(()))
-        found = {name: one for name, one in option_specs(owner).items() if pick.picks(name)}
-        owners[parameter.name] = owner, list(found), pick.check
-        hints = get_type_hints(owner)
-        options += [(one.panel, _parameter(name, one, owner, hints[name])) for name, one in found.items()]
-    spoken = option_specs(OutputOptions)
-    hints = get_type_hints(OutputOptions)
-    options += [(one.panel, _parameter(name, one, OutputOptions, hints[name])) for name, one in spoken.items()]
-    # Panels that plug-ins name stand last.
-    options.sort(key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else len(_ORDER))
-    parameters = [*plain, *(parameter for _, parameter in options)]
+    """Return a function for typer in which each dataclass parameter is replaced by its options, sorted by panel."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    groups = {parameter.name: group for parameter in parameters if (group := _group(parameter.annotation))}
+    output = _Group(OutputOptions)
+    options = [entry for group in (*groups.values(), output) for entry in group.parameters()]
+    options.sort(key=lambda entry: _PANELS.index(entry[0]) if entry[0] in _PANELS else len(_PANELS))
+    expanded = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters if one.name not in groups]
+    expanded += [parameter for _, parameter in options]
 
     def command(**values: Any) -> None:
-        made: dict[str, Any] = {}
-        speech = OutputOptions(**{name: values.pop(name) for name in spoken})
-        for name, (owner, names, check) in owners.items():
-            given = {field: _read(owner, field, values.pop(field)) for field in names}
-            check(given)
-            made[name] = owner(**given)
-        set_output_options(speech, any(getattr(one, "overwrite", False) for one in made.values()))
-        function(**values, **made)
+        output_options = output.build(values)
+        built = {name: group.build(values) for name, group in groups.items()}
+        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in built.values()))
+        function(**values, **built)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    # Arguments come first, whether a default follows or not; typer calls by name.
+    # Parameters without a default first, as a signature needs them; typer calls by name.
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        sorted(parameters, key=lambda one: one.default is not inspect.Parameter.empty)
+        sorted(expanded, key=lambda one: one.default is not inspect.Parameter.empty)
     )
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     return command
 
 
-def _parameter(name: str, one: OptionSpec, owner: type, hint: Any) -> inspect.Parameter:
-    """One option as a parameter of the command's function."""
-    default = getattr(owner, name)
-    shown: Any = one.default_text if one.default_text is not None else True
+def _group(annotation: Any) -> _Group | None:
+    """Return the group of options that an annotation stands for, or None if it is an ordinary parameter."""
+    owner, *notes = get_args(annotation) or (annotation,)
+    if not (is_dataclass(owner) and isinstance(owner, type)):
+        return None
+    return _Group(owner, *(note for note in notes if isinstance(note, Only)))
+
+
+def _parameter(owner: type, name: str, spec: OptionSpec, hint: Any) -> inspect.Parameter:
+    """Return the parameter of the command's function for one option."""
+    flag, default = f"--{cli_name(name)}", getattr(owner, name)
+    shown: Any = True if spec.default_text is None else spec.default_text
     if get_origin(hint) is tuple:
         hint, default = str, ",".join(default)
-    how: dict[str, Any] = {"parser": _share_of(f"--{cli_name(name)}"), "metavar": "<float>"} if one.percent else {}
-    what = typer.Option(f"--{cli_name(name)}", help=one.help, rich_help_panel=one.panel, show_default=shown, **how)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, what])
+    parsing: dict[str, Any] = {"parser": _fraction_parser(flag), "metavar": "<float>"} if spec.percent else {}
+    declared = typer.Option(flag, help=spec.help, rich_help_panel=spec.panel, show_default=shown, **parsing)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, declared]
+    )
 
 
-def _share_of(option: str) -> Callable[[str], float]:
-    # Older typers ask for a name, which a partial function has not.
-    def share(text: str) -> float:
-        return parse_share(option, text)
+def _fraction_parser(flag: str) -> Callable[[str], float]:
+    # Not functools.partial: older typers need a function with a name.
+    def parse(text: str) -> float:
+        return parse_fraction(flag, text)
 
-    return share
+    return parse
 
 
-def _read(owner: type, name: str, value: Any) -> Any:
-    """A value as the dataclass takes it: lists are written with commas."""
-    if isinstance(getattr(owner, name), tuple):
-        return tuple(part.strip() for part in value.split(","))
-    return value
+def _value(owner: type, name: str, value: Any) -> Any:
+    """Return an option's value as the dataclass takes it: tuples are written with commas on the command line."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(getattr(owner, name), tuple) else value

@@ -1,4 +1,4 @@
-"""`secateur plan`: widths block by block, chosen or checked."""
+"""`secateur plan`: choose or check the width of every block."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +7,14 @@ import typer
 
 from secateur.base.options import option_specs
 from secateur.base.output import Output
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 from secateur.cli.values import Model, check_survey_path
 from secateur.commands.options import OUTPUT, Options, RunOptions
 
 FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_only)
-"""Options of which nothing shows before blocks are fitted."""
+"""Options that change the fitted weights only, not the plan."""
 
 
 @expand_options
@@ -24,13 +25,13 @@ def plan(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File for the plan, as JSON: edit it, then give it to secateur prune --plan.",
+            help="Write the plan to this JSON file, which you can edit and pass to secateur prune --plan.",
             rich_help_panel=OUTPUT,
             show_default="none",
         ),
     ] = None,
 ) -> None:
-    """Choose widths for MODEL, or check those of --plan, and show them block by block; no model is written.
+    """Choose the width of every block of MODEL, or check the widths in --plan, and print them. No model is written.
 
     Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
     """

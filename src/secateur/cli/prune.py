@@ -1,12 +1,13 @@
-"""`secateur prune`: a smaller checkpoint."""
+"""`secateur prune`: write a smaller checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from secateur.cli.bars import Bars
 from secateur.cli.generate import expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 from secateur.cli.values import Model, check_survey_path
 from secateur.commands.options import Options, RunOptions
 
@@ -17,7 +18,9 @@ def prune(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="The folder or .gguf file to write; it appears whole or not at all.", show_default=False
+            metavar="OUT",
+            help="The folder or .gguf file to write; it appears only once it is complete.",
+            show_default=False,
         ),
     ],
     options: Options,
@@ -35,4 +38,4 @@ def prune(
         from secateur.report.tables import prune_table
 
     done = run(model, out, options, run_options, watcher=bars)
-    print_result({"out": out, **plain(done)}, *prune_table(done, out), bars)
+    print_result({"out": out, **plain(done)}, *prune_table(done, out), bars.times())

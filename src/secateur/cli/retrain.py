@@ -1,9 +1,10 @@
-"""`secateur retrain`: a pruned folder, retrained with LoRA."""
+"""`secateur retrain`: retrain a pruned folder with LoRA."""
 
 from typing import Annotated
 
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
@@ -16,7 +17,7 @@ def retrain(
     training: Training,
     run_options: Annotated[RunOptions, Only(("device", "overwrite", "restart"))],
 ) -> None:
-    """Retrain a pruned model in DIR with LoRA, merged into the weights. Needs the extra `lora`.
+    """Retrain a pruned model with LoRA, and merge the adapters into the weights. Needs secateur\\[lora].
 
     Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-retrained --calibration text.txt
     """
@@ -34,5 +35,5 @@ def retrain(
         watcher=bars,
     )
     before, after = done.perplexity
-    line = f"Perplexity on rows not trained on: {before:.3f} before, {after:.3f} after. Written to {done.path}"
+    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after. Written to {done.path}"
     print_result(done, None, [line])

@@ -1,4 +1,4 @@
-"""`secateur sizes`: several sizes from one survey, side by side."""
+"""`secateur sizes`: prune to several sizes from one survey."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,54 +7,66 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, Without, expand_options
-from secateur.cli.terminal import Bars, print_result
-from secateur.cli.values import Model, check_survey_path, parse_shares
+from secateur.cli.terminal import print_result
+from secateur.cli.values import Model, check_survey_path, parse_fractions
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
 
-TAKEN = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
+OPTIONS = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
 
 
 @expand_options
 def sizes(
     model: Model,
-    options: Annotated[Options, Only(TAKEN)],
+    options: Annotated[Options, Only(OPTIONS)],
     run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
-        Path, typer.Option(help="Folder that gets a model for each size, a table and a plot.", show_default=False)
+        Path,
+        typer.Option(
+            help="Folder for the models, one for each size, and for the table and the plot.", show_default=False
+        ),
     ],
     sparsities: Annotated[
-        str, typer.Option(help="Shares of the parameters to remove, with commas.", rich_help_panel=TARGET)
+        str,
+        typer.Option(
+            help="Fractions of the blocks' parameters to remove, one model for each, separated by commas.",
+            rich_help_panel=TARGET,
+        ),
     ] = "0.1,0.2,0.3,0.5",
     perplexity: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to score each size on, for the table and the plot; may be given several times.",
+            help="Measure the perplexity of this text at each size, for the table and the plot. May be given several "
+            "times.",
             rich_help_panel="What to measure",
             show_default="none: no plot",
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(help="Tokens of each text; 0 for all.", rich_help_panel="What to measure")
+        int,
+        typer.Option(
+            help="Number of tokens to score, from the start of each text; 0 for all.", rich_help_panel="What to measure"
+        ),
     ] = 8192,
 ) -> None:
-    """Prune MODEL to several sizes from one survey, and plot perplexity against size.
+    """Prune MODEL to several sizes, and plot perplexity against size. One survey serves all sizes.
 
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
-    shares = parse_shares(sparsities)
+    fractions = parse_fractions("--sparsities", sparsities)
     check_survey_path(run_options.survey)
     if tokens < 0:
         raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if options.widths not in WIDTHS:
         raise SecateurError(f"widths is '{options.widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
     if options.output_format.suffix is not None:
-        raise SecateurError("sizes writes folders; take --format hf, then secateur export each")
-    each = [replace(options, sparsity=share) for share in shares]
+        raise SecateurError("sizes writes folders: use --format hf, then run secateur export on each")
+    each = [replace(options, sparsity=fraction) for fraction in fractions]
     bars = Bars()
     with bars.loading():
         from secateur.commands.sizes import sizes as run
         from secateur.report.tables import sizes_table
 
     found = run(model, out, each, run_options, texts=perplexity or [], tokens=tokens or None, watcher=bars)
-    print_result(found, *sizes_table(found, out), bars)
+    print_result(found, *sizes_table(found, out), bars.times())

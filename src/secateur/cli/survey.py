@@ -1,4 +1,4 @@
-"""`secateur survey`: what each module costs at each width, as a file and a page."""
+"""`secateur survey`: measure what each width of each module costs."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,33 +6,35 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
+from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
-from secateur.cli.terminal import Bars, print_result
+from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
 from secateur.commands.options import OUTPUT, SURVEYED, Options, RunOptions
 from secateur.criteria.choice import parse_choice
 
 
-def _by_score(values: dict[str, Any]) -> None:
-    """Refuse criteria that need an option which a survey does not have."""
+def _refuse_preselection(values: dict[str, Any]) -> None:
+    """Refuse criteria that select units without a score."""
     if parse_choice(values["criterion"]).preselection is not None:
         raise SecateurError(
-            "a survey orders units by a score: take another criterion; its page shows how alike heads are in any case"
+            "a survey needs a criterion that gives every unit a score: choose another one; survey.html compares "
+            "heads in pairs with any criterion"
         )
 
 
 @expand_options
 def survey(
     model: Model,
-    options: Annotated[Options, Only(SURVEYED, _by_score)],
+    options: Annotated[Options, Only(SURVEYED, _refuse_preselection)],
     run_options: Annotated[
         RunOptions, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder to write; it appears whole or not at all.", rich_help_panel=OUTPUT)
+        Path, typer.Option(help="Folder to write; it appears only once it is complete.", rich_help_panel=OUTPUT)
     ] = Path("survey"),
 ) -> None:
-    """Measure what each module of MODEL costs at each width: survey.json for prune, and survey.html to look at.
+    """Measure the error of each module of MODEL at each width. Writes survey.json and, to look at, survey.html.
 
     Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
     """
@@ -42,4 +44,4 @@ def survey(
         from secateur.report.tables import survey_table
 
     found = survey_page(model, out, options, run_options, watcher=bars)
-    print_result(found, *survey_table(found, out), bars)
+    print_result(found, *survey_table(found, out), bars.times())

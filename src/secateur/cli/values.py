@@ -1,74 +1,91 @@
-"""Arguments that several commands take, and what is given as text, read and checked."""
+"""Arguments that several commands share, and parsers for option values that typer does not parse."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from secateur.base.errors import SecateurError
 from secateur.base.output import Output
 
+T = TypeVar("T", int, float)
+
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A Hugging Face folder, a hub id (owner/name), or a .gguf file.", show_default=False
+        metavar="MODEL",
+        help="The model: a folder in Hugging Face format, a hub id (owner/name) or a .gguf file.",
+        show_default=False,
     ),
 ]
 PrunedFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that secateur prune wrote.", show_default=False)
+    Path, typer.Argument(metavar="DIR", help="A folder written by secateur prune.", show_default=False)
 ]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
 
 
 def parse_list(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
+    """Return the names in a list that is separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_whole_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Whole numbers between commas."""
-    if text is None:
-        return None
+def parse_integers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Return the whole numbers in a list that is separated by commas, or None if the option is not given.
+
+    Raises:
+        SecateurError: a part is not a whole number, or a number occurs twice.
+    """
+    return None if text is None else _parse_numbers(option, text, int, "whole numbers", "0,1,2")
+
+
+def parse_fractions(option: str, text: str) -> list[float]:
+    """Return the fractions in a list that is separated by commas, in ascending order.
+
+    Raises:
+        SecateurError: a part is not a number, or a number occurs twice.
+    """
+    return sorted(_parse_numbers(option, text, _fraction, "fractions", ".1,.25,.5"))
+
+
+def parse_fraction(option: str, text: str) -> float:
+    """Return a fraction that is written as 0.25 or as 25%.
+
+    Raises:
+        SecateurError: the text is neither.
+    """
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        return _fraction(text)
     except ValueError:
-        raise SecateurError(f"{name} is '{text}'; write whole numbers with commas, for example 0,1,2") from None
-    if len(set(numbers)) < len(numbers):
-        raise SecateurError(f"{name} is '{text}', where one is there twice")
-    return numbers
+        raise SecateurError(f"{option} is '{text}'; write a fraction such as 0.25 or 25%") from None
 
 
-def parse_share(name: str, text: str) -> float:
-    """A share of one, or in per cent."""
-    try:
-        return _share(text)
-    except ValueError:
-        raise SecateurError(f"{name} is '{text}'; write a share, as 0.25 or 25%") from None
-
-
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     number, sign, rest = text.strip().partition("%")
     if rest:
         raise ValueError
     return float(number) / 100 if sign else float(number)
 
 
-def parse_shares(text: str) -> list[float]:
-    """Numbers between commas, in ascending order."""
+def _parse_numbers(option: str, text: str, parse: Callable[[str], T], what: str, example: str) -> tuple[T, ...]:
     try:
-        shares = [_share(part) for part in text.split(",")]
+        numbers = tuple(parse(part) for part in text.split(","))
     except ValueError:
-        raise SecateurError(f"sparsities is '{text}'; write numbers with commas, for example .1,.25,.5") from None
-    if len(set(shares)) < len(shares):
-        raise SecateurError(f"sparsities is '{text}', where one is there twice")
-    return sorted(shares)
+        raise SecateurError(f"{option} is '{text}'; write {what} separated by commas, for example {example}") from None
+    if len(set(numbers)) < len(numbers):
+        raise SecateurError(f"{option} is '{text}', which has a number twice; write each number once")
+    return numbers
 
 
 def check_survey_path(survey: Path | None, out: Path | None = None) -> None:
-    """See that a survey can be written where there is none to read, and that no other output takes its place."""
+    """Check that a new survey can be written, and that its path is not inside the other output.
+
+    Raises:
+        SecateurError: the path cannot be written or is inside `out`.
+    """
     if survey is None:
         return
     if out is not None and out.absolute() in (survey.absolute(), *survey.absolute().parents):
-        raise SecateurError(f"{survey}: the survey needs a place of its own beside {out}; name another one")
+        raise SecateurError(f"{survey}: the survey cannot be inside the output {out}; choose another path for --survey")
     if not survey.exists():
         Output(survey, suffix="").check()

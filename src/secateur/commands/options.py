@@ -56,106 +56,122 @@ class Options:
     sparsity: float | None = option(
         None,
         TARGET,
-        "Share of the parameters to remove, between 0 and 1, or as 25%.",
+        "Fraction of the blocks' parameters to remove, between 0 and 1, or a percentage such as 25%. The result is "
+        "within 0.5 percentage points of it, or the command says why not.",
         default_text="0.25",
         percent=True,
     )
     target: str | None = option(
         None,
         TARGET,
-        "The most that the result may take, in place of a share: params=100M, params=80%, bytes=60MB (of its tensors), "
-        "active=80% (parameters that a token meets), kv=50%, prefill=1.5x or decode=1.5x (as fast, on this machine), "
-        "ppl=1.2x (of prune alone: the smallest model within that loss).",
+        "Limit on the size or the cost of the result, used instead of --sparsity. params=100M or params=80%: "
+        "parameters; active=80%: parameters active per token; bytes=60MB: size of the weights; kv=50%: size of the KV "
+        "cache; prefill=1.5x or decode=1.5x: speed-up over MODEL, measured on this machine; ppl=1.2x: perplexity at "
+        "most 1.2 times that of MODEL (secateur prune only).",
         default_text="none",
     )
     plan: str | None = option(
         None,
         TARGET,
-        "File with each block's width, as secateur plan writes it, or with the exact heads and channels to keep, as in "
-        "the secateur.json of an earlier run; in place of a share.",
+        "JSON file with the width of every block, used instead of --sparsity: the output of secateur plan, or the "
+        "secateur.json of an earlier run, which also lists the heads and channels to keep.",
         default_text="none",
         may_name_file=True,
     )
     widths: str = option(
         "adaptive",
         TARGET,
-        "Widths of the blocks. adaptive (the paper's AL-AM): each module has the width at which the whole model loses "
-        "least; uniform: all blocks have one width, which the stock class holds; or a JSON file (ML-MM) with the share "
-        'that goes for ranges of blocks, like {"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}; {"0:32": 0.25} is '
-        "UL-UM, one ratio everywhere.",
+        "How widths vary between blocks. adaptive: modules get the widths that together raise the loss of the model "
+        "least (AL-AM in the paper); uniform: all blocks have the same width, as the standard transformers class "
+        'needs; or a JSON file with the fraction to remove from ranges of blocks (ML-MM), such as {"4:20": 0.2, '
+        '"20:30": {"heads": 0, "channels": 0.4}}. The file {"0:32": 0.25} removes the same fraction everywhere '
+        "(UL-UM).",
         may_name_file=True,
     )
     blocks: str | None = option(
-        None, TARGET, "Blocks to prune, first:end with the end left out, such as 4:30.", default_text="all"
+        None,
+        TARGET,
+        "Range of blocks to prune, as first:end without the end: 4:30 prunes blocks 4 to 29.",
+        default_text="all blocks",
     )
-    modules: tuple[str, ...] = option(KINDS, TARGET, "Units that may go: heads, channels (of experts, too), experts.")
+    modules: tuple[str, ...] = option(
+        KINDS,
+        TARGET,
+        "Kinds of units that may be removed, separated by commas: heads, channels (including those of experts) and "
+        "experts.",
+    )
     round: int | None = option(
         None,
         TARGET,
-        "Multiple to which feed-forward widths that are cut are rounded. Kernels are slow at others than 16, and GGUF "
-        "stores blocks of 32; some GPUs like 64 or 128.",
-        default_text="32 from 1,024 channels on, else 1",
+        "Round the feed-forward widths that change to multiples of this number. Kernels are slow unless widths are "
+        "multiples of 16, GGUF stores weights in groups of 32, and some GPUs prefer 64 or 128.",
+        default_text="32 for widths of at least 1,024 channels, otherwise 1",
         minimum=1,
     )
     criterion: str = option(
         "surgeon",
         METHOD,
-        "Criterion for which units go. surgeon: those that the others replace best; second-moment (the paper's), wanda "
-        "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: by activations; l1, l2: by weights alone; random; "
-        "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: by gradients; or a pair, heads=X,channels=Y.",
+        "How to choose the units to remove. surgeon: units whose output the remaining ones reproduce best; "
+        "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: units with the lowest score "
+        "by activations; l1, l2: by the norm of their weights; llm-pruner-vector, llm-pruner-element1, "
+        "llm-pruner-element2: by gradients; random: at random. heads=X,channels=Y uses X for heads and Y for channels.",
     )
     recovery: str = option(
         "refit",
         METHOD,
-        "Recovery from what goes. refit: the output layers are fitted to what the dense model gives, so that each also "
-        "repairs the errors of earlier blocks; bias (FLAP's): no weight changes, but what the removed units gave on "
-        "average is added; none: weights are only cut.",
+        "How the remaining weights compensate for removed units. refit: fit the output projections to the activations "
+        "of the original model, which also corrects the errors of earlier blocks; bias: keep the weights and add the "
+        "mean output of the removed units as a bias, as FLAP does; none: only cut the weights.",
         choices=(*NAMES, *recovery_modules()),
         fit_only=True,
     )
     effort: str = option(
         "normal",
         METHOD,
-        "Time that the refit may take. quick: one fit of the output layers to the text; normal: one to the text and "
-        "to as much that the model makes of it, with the up and gate layers fitted along; best: two fits like normal, "
-        "averaged.",
+        "Time spent on --recovery refit. quick: fit the output projections once, to the calibration rows; normal: fit "
+        "them to the calibration rows and as many resampled rows (rows in which the model has drawn half of the "
+        "tokens anew), and fit the up and gate projections too; best: average two fits of the kind normal.",
         choices=tuple(EFFORTS),
         fit_only=True,
     )
     ridge: float = option(
-        0.3, METHOD, "Pull of the refit toward the old weights; less follows the calibration text more closely."
+        0.3,
+        METHOD,
+        "Strength of the penalty that keeps fitted weights close to the original ones, for --recovery refit and for "
+        "the errors in a survey. A smaller value follows the calibration text more closely.",
     )
     calibration: str = option(
         GENERAL,
         CALIBRATION,
-        "Text that shows what the model does. general: several kinds of text that come with the package; general+TEXT: "
-        "half of it own text; or own text alone: a .txt file, a .jsonl file with the key text or messages, - for "
-        "standard input, a data set (wikitext2, c4, ptb, bookcorpus or name:config:column); or without any data: self, "
-        "what the model itself writes, whole in memory, or random token ids.",
+        "Text to run through the model. general: a mix of texts that comes with secateur; general+TEXT: half of the "
+        "rows from that mix, half from TEXT; or TEXT alone. TEXT is a .txt file, a .jsonl file with the key text or "
+        "messages, - for standard input, or a data set (wikitext2, c4, ptb, bookcorpus or name:config:column). "
+        "Without any text: self (MODEL writes the text itself, and must fit into memory whole) or random (random "
+        "token ids).",
         may_name_file=True,
     )
-    samples: int = option(128, CALIBRATION, "Rows drawn from the text at random.", minimum=1)
-    length: int = option(128, CALIBRATION, "Tokens in each row.", minimum=2)
-    seed: int = option(0, CALIBRATION, "Seed of the rows, and of the criterion random.")
+    samples: int = option(128, CALIBRATION, "Number of calibration rows, drawn from the text at random.", minimum=1)
+    length: int = option(128, CALIBRATION, "Tokens in each calibration row.", minimum=2)
+    seed: int = option(0, CALIBRATION, "Random seed for the calibration rows and for --criterion random.")
     format: str | None = option(
         None,
         OUTPUT,
-        f"Format of OUT. {'; '.join(f'{one.name}: {one.help}' for one in FORMATS.values())}.",
+        f"Format of the pruned model. {'; '.join(f'{one.name}: {one.help}' for one in FORMATS.values())}.",
         default_text=f"{default_format(False).name}; {default_format(True).name} with --widths uniform",
         choices=tuple(FORMATS),
     )
     type: str = option(
         "f16",
         OUTPUT,
-        "Type of the tensors, where the format has its own. "
-        + "; ".join(f"{one.name}: {', '.join(one.types)}" for one in FORMATS.values() if one.types)
+        "Data type of the tensors "
+        + "; ".join(f"with --format {one.name}: {', '.join(one.types)}" for one in FORMATS.values() if one.types)
         + ".",
     )
     dtype: str | None = option(
         None,
         OUTPUT,
-        "Dtype of the weights in a folder: float32, bfloat16 or float16.",
-        default_text="as in MODEL; bfloat16 from .gguf",
+        "Data type of the weights in a folder: float32, bfloat16 or float16.",
+        default_text="as in MODEL; bfloat16 if MODEL is a .gguf file",
         choices=DTYPES,
     )
 
@@ -358,35 +374,47 @@ class RunOptions:
     survey: Path | None = option(
         None,
         OUTPUT,
-        "File that keeps the survey: read if it is there, written otherwise. One survey serves every size.",
+        "File for the survey of MODEL, which holds the error of every module at every width. It is read if it exists, "
+        "and written otherwise. One survey serves all sparsities.",
         default_text="none",
     )
-    dry_run: bool = option(False, OUTPUT, "Print sizes, memory and time to expect; OUT is not written.")
-    overwrite: bool = option(False, OUTPUT, "Replace what is there already under the name of an output.")
-    restart: bool = option(False, OUTPUT, "Begin anew where an earlier run to OUT was stopped; without it, it goes on.")
+    dry_run: bool = option(False, OUTPUT, "Print the expected sizes, memory and time, and write nothing.")
+    overwrite: bool = option(False, OUTPUT, "Replace an output that already exists.")
+    restart: bool = option(
+        False,
+        OUTPUT,
+        "Start from the beginning. Without this option, the same command resumes a run that was stopped.",
+    )
     push_to_hub: str | None = option(
-        None, OUTPUT, "Send OUT to this repository of the hub, owner/name; a new one is private.", default_text="none"
+        None,
+        OUTPUT,
+        "Upload OUT to this repository of the Hugging Face Hub, owner/name. A new repository is private.",
+        default_text="none",
     )
     device: str = option(
-        "auto", COMPUTING, "Device to compute on: auto (CUDA if there is any, else the CPU), cpu, cuda, cuda:1."
+        "auto",
+        COMPUTING,
+        "Device to compute on: auto (a CUDA GPU if there is one, otherwise the CPU), cpu, cuda or cuda:1.",
     )
     memory: str | None = option(
         None,
         COMPUTING,
-        "Most that the process may take, 8GB or 50% of what is free; activations beyond it lie in files.",
-        default_text="half of what is free",
+        "Upper bound on the memory of this process, such as 8GB, or 50% of the free memory. Activations that do not "
+        "fit are kept in files.",
+        default_text="half of the free memory",
     )
     revision: str | None = option(
-        None, COMPUTING, "Branch, tag or commit of MODEL, where that is a hub id.", default_text="the main branch"
+        None, COMPUTING, "Branch, tag or commit of MODEL, if MODEL is a hub id.", default_text="the main branch"
     )
     family: Path | None = option(
         None,
         COMPUTING,
-        "YAML file that describes MODEL's family, where secateur families does not print it; see docs/extend.md.",
+        "YAML file that describes the model family of MODEL, if secateur families does not list it; see "
+        "docs/extend.md.",
         default_text="none",
     )
     trust_remote_code: bool = option(
-        False, COMPUTING, "Let code that comes with the checkpoint run, where transformers does not know the model."
+        False, COMPUTING, "Run Python code that comes with MODEL, for models that transformers does not include."
     )
 
 

@@ -22,7 +22,7 @@ from secateur.plan.meters import Meter, added_biases
 
 @output_format(
     "gguf",
-    help="one file for llama.cpp",
+    help="a file for llama.cpp",
     suffix=".gguf",
     types=("f16", "f32", "bf16", "q8_0", "q4_0"),
     tokenizer=True,

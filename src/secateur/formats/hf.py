@@ -11,7 +11,10 @@ from secateur.model.facts import head_dim
 from secateur.plan.problem import Plan
 
 
-@output_format("hf", help="a folder with a width for each block, which transformers loads with trust_remote_code=True")
+@output_format(
+    "hf",
+    help="a folder in which each block has its own width, loaded by transformers with trust_remote_code=True",
+)
 class HfFolder(Folder):
     """A width for each block; blocks do not bind each other."""
 

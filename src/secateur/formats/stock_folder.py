@@ -12,7 +12,11 @@ from secateur.model.structure import levelled
 from secateur.plan.problem import Plan
 
 
-@output_format("stock", help="a folder with one width, for the family's own class", uniform=True)
+@output_format(
+    "stock",
+    help="a folder in which all blocks have the same width, loaded by the standard transformers class",
+    uniform=True,
+)
 class StockFolder(Folder):
     """One width for all blocks."""
 

@@ -28,38 +28,39 @@ class PaperOptions(Base):
     tau: float | None = option(
         None,
         PAPER,
-        "Divergence below which similarity takes two heads for alike, in nats of Jensen-Shannon divergence: 0.19, say.",
+        "Threshold of --criterion similarity, in nats, for example 0.19: two heads are similar if the Jensen-Shannon "
+        "divergence of their attention weights is below it.",
         default_text="none",
     )
     sigma: str | None = option(
         None,
         PAPER,
-        "Covariance of a module's inputs in second-moment: data, that of the calibration; identity; or random, that of "
-        "random token ids.",
+        "Covariance of the inputs that --criterion second-moment uses. data: of the calibration rows; identity: the "
+        "identity matrix; random: of random token ids.",
         default_text="data",
         choices=("data", "identity", "random"),
     )
     recover: str = option(
         "after",
         PAPER,
-        "Moment of --recovery paper: before units are chosen, after, or both.",
+        "When --recovery paper fits the weights: after the units are chosen, before that, or both.",
         choices=("after", "before", "both"),
         fit_only=True,
     )
     refit_calibration: str | None = option(
         None,
         PAPER,
-        "Text of its own for the recovery, like --calibration: that one decides what goes, this one what the rest is "
-        "fitted to.",
-        default_text="that of --calibration",
+        "Text for the recovery alone, written like --calibration. Units are then chosen on --calibration, and weights "
+        "are fitted on this text.",
+        default_text="the text of --calibration",
         may_name_file=True,
         fit_only=True,
     )
     refit_samples: int | None = option(
         None,
         PAPER,
-        "Rows of its own for the recovery; those of --samples then only decide what goes.",
-        default_text="the same rows for both",
+        "Number of rows for the recovery alone. Units are then chosen on other rows, as many as --samples.",
+        default_text="the rows that units are chosen on",
         minimum=1,
         fit_only=True,
     )

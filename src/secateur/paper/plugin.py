@@ -6,9 +6,10 @@ from secateur.paper.options import SIMILARITY, PaperOptions
 PLUGIN = Plugin(
     options=PaperOptions,
     helps={
-        "criterion": f"{SIMILARITY} (the paper's Algorithm 2): heads that attend like another one; {SIMILARITY}+X: "
-        "these first, the rest by X.",
-        "recovery": "paper (Algorithms 1, 3 and 4): both layers of a module are fitted to their dense outputs.",
+        "criterion": f"{SIMILARITY} (Algorithm 2 of the paper): heads whose attention weights resemble those of "
+        f"another head; {SIMILARITY}+X: such heads first, then units by X.",
+        "recovery": "paper (Algorithms 1, 3 and 4 of the paper): fit the input projections and the output projection "
+        "of each module to their outputs in the original model.",
     },
     preselections=(SIMILARITY,),
     recoveries={"paper": "secateur.paper.recovery"},

@@ -17,21 +17,23 @@ class Training:
     calibration: str = option(
         GENERAL,
         CALIBRATION,
-        "Text to train on: general, a file, - for standard input, a data set or general+TEXT; see secateur prune.",
+        "Text to train on: general, general+TEXT or TEXT, as for secateur prune. TEXT is a file, - for standard "
+        "input, or a data set.",
     )
-    samples: int = option(1024, CALIBRATION, "Rows drawn from the text at random.")
+    samples: int = option(1024, CALIBRATION, "Number of rows to train on, drawn from the text at random.")
     length: int = option(128, CALIBRATION, "Tokens in each row.")
-    seed: int = option(0, CALIBRATION, "Seed of the rows, their order and the adapters' start.")
+    seed: int = option(0, CALIBRATION, "Random seed for the rows, their order and the initial adapters.")
     teacher: str | None = option(
         None,
         TRAINING,
-        "The dense model, whose distribution and residual stream are learned in place of the text's own tokens.",
+        "The model before pruning. The pruned model then learns its output distribution and its residual stream "
+        "instead of the tokens of the text.",
         default_text="none",
     )
-    epochs: int = option(2, TRAINING, "Passes over the rows.")
-    batch: int = option(16, TRAINING, "Rows in a step.")
-    rank: int = option(8, TRAINING, "Rank of the adapters; 0 trains all weights of the blocks.")
-    learning_rate: float = option(1e-4, TRAINING, "Learning rate at the start; it falls to zero.")
+    epochs: int = option(2, TRAINING, "Number of passes over the rows.")
+    batch: int = option(16, TRAINING, "Rows in each training step.")
+    rank: int = option(8, TRAINING, "Rank of the LoRA adapters; 0 trains all weights of the blocks instead.")
+    learning_rate: float = option(1e-4, TRAINING, "Learning rate of the first step; it decreases to zero.")
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch", 1), ("rank", 0)):
