@@ -1,6 +1,6 @@
 """Compare secateur with other pruning methods: perplexity over the dense model's at several sparsities.
 
-    python benchmarks/quality.py MODEL --calibration a.txt --evaluate b.txt --evaluate c.txt --out docs/results.md
+    python benchmarks/quality.py MODEL --calibration a.txt --evaluate b.txt --evaluate c.txt --out docs/recipes/peers.md
 
 All methods are scored on the same tokens. Each row of the table is printed as soon as it is there. `--out FILE` also
 writes the table between the markers `<!-- quality NAME -->` and `<!-- /quality NAME -->` of a Markdown file. secateur
