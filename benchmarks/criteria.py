@@ -1,6 +1,6 @@
 """Compare every criterion with every recovery on one model: perplexity over the dense model's.
 
-    python benchmarks/criteria.py MODEL --calibration text.txt --evaluate a.txt --evaluate b.txt --out docs/recipes/criteria.md
+    python benchmarks/criteria.py MODEL --calibration text.txt --evaluate a.txt --out docs/recipes/criteria.md
 
 All runs give every block the same width, which the default criterion chooses, so that runs differ only in which units
 they keep and in how they compensate for the removed ones. Each result is printed as soon as it is there. `--out FILE`
