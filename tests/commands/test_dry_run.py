@@ -38,7 +38,7 @@ def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: p
         every = dict.fromkeys(Speeds._fields, NEVER) | (speeds or {})
         monkeypatch.setattr(dry_run, "measure_speeds", lambda *_: Speeds(**every))
         summary = prune(checkpoint_folder(name), tmp_path / "dry", **SIZE | options)
-        assert summary.dry
+        assert summary.is_dry_run
         assert not (tmp_path / "dry").exists()
         return summary
 
@@ -63,8 +63,8 @@ def test_fits_take_what_is_counted(
         prune(model, tmp_path / "out", **how | {"dry_run": False})
     summary = expected(name, speeds=PRODUCTS, **how)
     assert 0.7 < summary.seconds / dry_run.SLACK / counter.get_total_flops() < 1.4
-    assert summary.efforts["quick"] < summary.efforts["normal"] < summary.efforts["best"]
-    assert summary.seconds == summary.efforts[effort]
+    assert summary.effort_seconds["quick"] < summary.effort_seconds["normal"] < summary.effort_seconds["best"]
+    assert summary.seconds == summary.effort_seconds[effort]
 
 
 def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any) -> None:
@@ -129,7 +129,7 @@ def test_memory(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     random = expected(samples=32, sigma="random", **how)
     more = pytest.approx(4.2 * (72 * 72 + 72 * 48), abs=1)
     assert two.peak_bytes - one.peak_bytes == random.peak_bytes - one.peak_bytes == more
-    assert list(one.efforts) == ["normal"], "only the refit has efforts"
+    assert list(one.effort_seconds) == ["normal"], "only the refit has efforts"
 
 
 def test_gradients(checkpoint_folder: CheckpointFolder, expected: Any) -> None:

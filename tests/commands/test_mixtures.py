@@ -58,7 +58,7 @@ def test_channels_of_experts_are_a_plan_too(tmp_path: Path, checkpoint_folder: C
     file.write_text(json.dumps({"blocks": entries}))
     for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
         found = prune(model, tmp_path / out, plan=str(given), **SMALL)
-        assert [(width.experts, width.channels) for width in found.now()] == [(0, 72), (6, 8), (8, 16)]
+        assert [(width.experts, width.channels) for width in found.pruned_widths()] == [(0, 72), (6, 8), (8, 16)]
     first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
     blocks = json.loads((tmp_path / "first" / "secateur.json").read_text())["blocks"]
@@ -75,8 +75,8 @@ def test_channels_alone(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> 
     """No expert goes, and a survey of channels has no order of experts."""
     model, file = checkpoint_folder(NAME), tmp_path / "survey.json"
     found = prune(model, tmp_path / "out", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
-    assert {width.experts for width in found.now()[1:]} == {8}
-    assert min(width.channels for width in found.now()[1:]) < 20
+    assert {width.experts for width in found.pruned_widths()[1:]} == {8}
+    assert min(width.channels for width in found.pruned_widths()[1:]) < 20
     curves = json.loads(file.read_text())["curves"]
     assert {(one["kind"], one["axis"], len(one["errors"])) for one in curves if one["block"]} == {
         ("experts", "experts", 1),
@@ -142,7 +142,7 @@ def test_ratios_are_of_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFo
     assert [width.heads for width in widths] == [6, 6, 4]
     file.write_text('{"0:3": 0.25}')
     found = prune(checkpoint_folder(NAME), tmp_path / "all", widths=str(file), **SMALL)
-    assert [(width.experts, width.channels) for width in found.now()] == [(0, 54), (6, 20), (6, 20)]
+    assert [(width.experts, width.channels) for width in found.pruned_widths()] == [(0, 54), (6, 20), (6, 20)]
 
 
 WRONG = {
@@ -301,7 +301,7 @@ def test_a_config_may_have_no_shared_expert(tmp_path: Path, name: str, key: str)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     how: dict[str, Any] = {"modules": ("channels",), "widths": "uniform", "sparsity": 0.15}
     found = prune(tmp_path / "dense", tmp_path / "out", **SMALL, **how)
-    assert {width.channels for width in found.now() if width.experts} == {16}
+    assert {width.channels for width in found.pruned_widths() if width.experts} == {16}
 
 
 def test_a_config_may_speak_of_experts_that_no_block_has(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_config_may_speak_of_experts_that_no_block_has(tmp_path: Path) -> None
     with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {found.now()[0].channels}
+    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {found.pruned_widths()[0].channels}
 
 
 def test_norms_behind_a_mixture() -> None:

@@ -29,7 +29,7 @@ from secateur.commands.options import Options
 from secateur.commands.survey import survey_page as write_page
 from secateur.model.structure import Block
 from secateur.plan.problem import Plan
-from secateur.report.page import POINTS, UNITS, page_data, render
+from secateur.report.survey_page import POINTS, UNITS, page_data, render
 from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey
 from secateur.survey.width_costs import WidthCosts
 

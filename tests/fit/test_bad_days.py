@@ -163,5 +163,5 @@ def test_a_module_of_one_unit(tmp_path: Path, checkpoint_folder: CheckpointFolde
     """It goes as a whole, or stays."""
     how = {"calibration": "random", "samples": 4, "length": 16, "device": "cpu"}
     found = prune(checkpoint_folder("one of each"), tmp_path / "out", sparsity=0.3, **how)
-    assert all(width.heads in (0, 1) and width.channels in (0, 1) for width in found.now())
+    assert all(width.heads in (0, 1) and width.channels in (0, 1) for width in found.pruned_widths())
     assert found.parameters[1] < found.parameters[0]

@@ -268,7 +268,7 @@ def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
     how = SMALL | {"widths": "adaptive", "modules": kinds}
     found = prune(folder, out, **how, sparsity=0.3, recovery="none")
     assert not found.uniform
-    assert found.opens == "AutoModelForImageTextToText"
+    assert found.auto_class == "AutoModelForImageTextToText"
     dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks
     loaded = [opened(out, trust_remote_code=True), load(open_checkpoint(out), torch.float32, torch.device("cpu"))]
     for image in (False, True):

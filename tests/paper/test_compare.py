@@ -31,7 +31,7 @@ from secateur.commands.prune import prune
 from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.paper import dense, judge
+from secateur.paper import dense, scorer
 from secateur.paper import plots as comparison_plots
 from secateur.paper import runs as compare_step
 from secateur.paper.comparison import Spread
@@ -550,7 +550,7 @@ def test_mistakes_come_before_work(
         raise AssertionError("a mistake was found after long work")
 
     monkeypatch.setattr(compare_step, "prune_run", reached)
-    monkeypatch.setattr(judge, "load", reached)
+    monkeypatch.setattr(scorer, "load", reached)
     wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
     (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
     (grid / "lora.yaml").write_text(yaml.safe_dump(GRID | {"retrain": {"wanda": {}}}))

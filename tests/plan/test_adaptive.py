@@ -161,7 +161,7 @@ def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     assert found["cost"] > 0
     assert len({tuple(block["width"].values()) for block in found["blocks"]}) > 1
     assert summary.widths == {block["block"]: Width(block["width"]) for block in found["blocks"]}
-    assert summary.now() == list(summary.widths.values())
+    assert summary.pruned_widths() == list(summary.widths.values())
     assert (tmp_path / "out" / "modeling_secateur.py").is_file()
 
 
@@ -184,7 +184,7 @@ def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
     file = str(tmp_path / "ratios.json")
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths=file, **SMALL)
     assert summary.widths == {0: wide(3, 1, 36), 2: wide(3, 2, 54)}
-    assert summary.now()[1] == wide(3, 2, 72)
+    assert summary.pruned_widths()[1] == wide(3, 2, 72)
     assert summary.format == "hf"
 
 

@@ -21,7 +21,7 @@ from test_cli import SMALL, Run, place, refused, run  # noqa: F401
 from models import save
 from secateur import Options, RunOptions, prune
 from secateur.commands.plan import propose
-from secateur.report.card import card, what_goes
+from secateur.report.card import card, units_kept
 from secateur.report.model_page import model_page
 from secateur.report.tables import prune_table
 
@@ -53,12 +53,12 @@ def test_a_notebook_shows_a_plan(place: Path) -> None:
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
     found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
     table = found._repr_html_()
-    first, dense = found.now()[0], found.dense[0]
+    first, dense = found.pruned_widths()[0], found.dense[0]
     cells = (f"{first.heads}/{dense.heads}", f"{first.groups}/{dense.groups}", f"{first.channels}/{dense.channels}")
     assert f"<tr><td>0</td><td>{'</td><td>'.join(cells)}</td></tr>" in table
     (axes,) = found.plot().axes
     bars = [bar.get_height() for bar in axes.patches]
-    blocks = list(zip(found.now(), found.dense, strict=True))
+    blocks = list(zip(found.pruned_widths(), found.dense, strict=True))
     assert bars[: len(blocks)] == [now.heads / dense.heads for now, dense in blocks]
     assert bars[len(blocks) :] == [now.channels / dense.channels for now, dense in blocks]
     done = prune("model", "out", sparsity=0.4, device="cpu", **asked)
@@ -173,8 +173,8 @@ def test_a_model_without_a_cache_has_no_ratio_of_it(place: Path) -> None:
 
 def test_what_stays_is_counted_by_kind() -> None:
     kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
-    assert what_goes(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts stay"
-    assert what_goes(made(blocks=[])) == "no unit, as nothing had to go"
+    assert units_kept(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts stay"
+    assert units_kept(made(blocks=[])) == "no unit, as nothing had to go"
 
 
 def test_a_hub_model_is_named_as_the_base() -> None:

@@ -94,13 +94,13 @@ def evaluate(
     bars = Bars()
     with bars.loading():
         from secateur.measure.evaluation import evaluate as run
-        from secateur.report.folder import add_measured, check_base, check_described
+        from secateur.report.folder import add_measurements, check_base, check_record
         from secateur.report.tables import eval_table, measured_rows
 
     if report:
         if against is None:
             raise SecateurError("--report needs --against: add --against with the model that MODEL was pruned from")
-        check_described(Path(model))
+        check_record(Path(model))
         check_base(Path(model), against, trust_remote_code=run_options.trust_remote_code)
     result = run(
         model,
@@ -123,5 +123,5 @@ def evaluate(
     if report:
         here, base = result.models
         texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
-        add_measured(Path(model), measured_rows(result), texts)
+        add_measurements(Path(model), measured_rows(result), texts)
     print_result(result, *eval_table(result))

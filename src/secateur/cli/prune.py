@@ -34,8 +34,8 @@ def prune(
     bars = Bars()
     with bars.loading():
         from secateur.commands.prune import prune as run
-        from secateur.report.plain import plain
+        from secateur.report.json_values import json_value
         from secateur.report.tables import prune_table
 
     done = run(model, out, options, run_options, watcher=bars)
-    print_result({"out": out, **plain(done)}, *prune_table(done, out), bars.times())
+    print_result({"out": out, **json_value(done)}, *prune_table(done, out), bars.times())

@@ -15,7 +15,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import is_disk_full, write_atomically
 from secateur.base.options import option
 from secateur.base.output import Output
-from secateur.report.plain import plain
+from secateur.report.json_values import json_value
 
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -80,7 +80,7 @@ def print_result(result: Any, table: Table | None, lines: list[str], times: str 
     if IS_WORKER:
         return
     if output_options.json is not None:
-        text = json.dumps(plain(result), indent=2)
+        text = json.dumps(json_value(result), indent=2)
         if output_options.json_printed:
             table, lines, times = None, [text], ""
         else:

@@ -12,7 +12,7 @@ from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan
 from secateur.plan.search import smallest_within
 from secateur.plan.target import Target
-from secateur.report.summary import counted_over
+from secateur.report.summary import pruned_part
 from secateur.text.draw import CalibrationRows
 
 
@@ -63,7 +63,7 @@ def _description(run: OpenRun, plan: Plan) -> str:
         units = f"{_joined(parts)} in every block"
     else:
         units = _joined([_kept_units(kind, kept, dense) for kind in present(dense)])
-    return f"Keeping {units}. Removing {plan.sparsity:.1%} of {counted_over(run.options.blocks)}{loss}"
+    return f"Keeping {units}. Removing {plan.sparsity:.1%} of {pruned_part(run.options.blocks)}{loss}"
 
 
 def _kept_units(kind: AxisKind, kept: list[Width], dense: list[Width]) -> str:

@@ -53,16 +53,16 @@ def summarize(
         dense=tuple(block.width for block in blocks),
         widths=decided.widths,
         format=format.declaration.name,
-        opens=stream.checkpoint.auto_class.__name__,
+        auto_class=stream.checkpoint.auto_class.__name__,
         sparsity=decided.sparsity,
         blocks=options.blocks,
         note=decided.note,
-        vllm=format.vllm_unsupported_reason(every),
+        vllm_unsupported=format.vllm_unsupported_reason(every),
         bos=run.begins_with_bos,
         tokens=rows.grouped.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,
-        efforts={name: took for name, (took, _) in (expected or {}).items()},
+        effort_seconds={name: took for name, (took, _) in (expected or {}).items()},
     )
 
 
@@ -97,10 +97,10 @@ def make_record(
         "sizes": {name: getattr(summary, name) for name in ("parameters", "bytes", "cache_bytes")},
         "dense": [dict(width) for width in summary.dense],
         "loads": {
-            "class": summary.opens,
+            "class": summary.auto_class,
             "format": summary.format,
             "task": "text-generation" if stream.checkpoint.around is None else "image-text-to-text",
-            "vllm": summary.vllm,
+            "vllm": summary.vllm_unsupported,
         },
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "blocks": done,

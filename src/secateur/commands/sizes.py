@@ -23,7 +23,7 @@ from secateur.commands.survey_model import survey_model
 from secateur.commands.write_model import write_model
 from secateur.measure.evaluation import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
-from secateur.report.summary import Size
+from secateur.report.summary import ModelSize
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
 from secateur.write.record import RECORD, read_record
@@ -40,7 +40,7 @@ def sizes(
     texts: list[str],
     tokens: int | None,
     watcher: Watcher | None = None,
-) -> list[Size]:
+) -> list[ModelSize]:
     """Prune to each size and score it; the dense model comes first in the result.
 
     Args:
@@ -57,7 +57,7 @@ def sizes(
         SecateurError: as `prune` does, before the first model is written.
     """
 
-    def sized(services: Services) -> list[Size]:
+    def sized(services: Services) -> list[ModelSize]:
         return _sizes(model, out, options, run_options or RunOptions(), texts, tokens, services)
 
     return retry_in_smaller_batches(Services(watcher=watcher or Silent()), sized)
@@ -71,7 +71,7 @@ def _sizes(
     texts: list[str],
     tokens: int | None,
     services: Services,
-) -> list[Size]:
+) -> list[ModelSize]:
     """Prune to each size and score it; see `sizes`."""
     own, file = run_options.survey is None, run_options.survey or out / "survey.json"
     folders = _folders(out, options, file)
@@ -123,7 +123,7 @@ def _pruned(
     folders: list[Path],
     there: list[Path],
     own: Path | None,
-) -> list[Size]:
+) -> list[ModelSize]:
     """The dense model and a model of each size, from one survey.
 
     Args:
@@ -144,7 +144,7 @@ def _pruned(
             own.unlink()
     found = survey_model(weighing, rows)
     plans = [plan_widths(run, rows, found) for run in runs]
-    results: list[Size] = []
+    results: list[ModelSize] = []
     for run, decided, folder in zip(runs, plans, folders, strict=True):
         if folder in there:
             run.watcher.note(f"{folder}: made already")
@@ -154,8 +154,8 @@ def _pruned(
             run = run.timed_from_now()
             summary = write_model(run, rows, decided, fit_blocks(run, rows, decided), folder)
         if not results:
-            results.append(Size(last.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
-        results.append(Size(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
+            results.append(ModelSize(last.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
+        results.append(ModelSize(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
         _keep(results, folders[0].parent)
     return results
 
@@ -190,7 +190,7 @@ def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
         return False
 
 
-def _keep(results: list[Size], out: Path) -> None:
+def _keep(results: list[ModelSize], out: Path) -> None:
     write_atomically(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
 
 

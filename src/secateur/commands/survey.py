@@ -17,8 +17,8 @@ from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.survey_model import survey_model
 from secateur.plan.plan import check_reachable, plan
 from secateur.plan.problem import Plan, PlanProblem
-from secateur.report.page import Distances, page_data, render
-from secateur.report.summary import Surveyed
+from secateur.report.summary import SurveySummary
+from secateur.report.survey_page import Distances, page_data, render
 from secateur.survey.curves import Survey, save_survey
 from secateur.survey.head_distances import head_distances
 from secateur.text.draw import CalibrationRows
@@ -39,7 +39,7 @@ def survey_page(
     run_options: RunOptions | None = None,
     *,
     watcher: Watcher | None = None,
-) -> Surveyed:
+) -> SurveySummary:
     """Survey a model and write what was found; the folder appears complete or not at all.
 
     Args:
@@ -61,7 +61,7 @@ def survey_page(
     if services.processes.is_first:
         folder.check()
 
-    def surveyed(services: Services) -> Surveyed:
+    def surveyed(services: Services) -> SurveySummary:
         run = open_model(model, replace(options, sparsity=ANY_SHARE), run_options, services=services)
         with resumable(run, out) as run:
             return _surveyed(run, model, out, folder, options, run_options)
@@ -71,7 +71,7 @@ def survey_page(
 
 def _surveyed(
     run: OpenRun, model: str | Path, out: Path, folder: Output, options: Options, run_options: RunOptions
-) -> Surveyed:
+) -> SurveySummary:
     """The survey and its page, written; see `survey_page`."""
     rows = draw_rows(run, resample=False)
     found = survey_model(run, rows).survey
@@ -94,7 +94,7 @@ def _surveyed(
             save_survey(found, partial / FILE)
             (partial / PAGE).write_text(page, encoding="utf-8")
     parameters = {share: counted.total(one.widths) for share, one in plans.items()}
-    return Surveyed(tuple(block.width for block in run.stream.blocks), plans, parameters, line)
+    return SurveySummary(tuple(block.width for block in run.stream.blocks), plans, parameters, line)
 
 
 def _distances(run: OpenRun, rows: CalibrationRows) -> Distances | None:

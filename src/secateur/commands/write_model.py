@@ -17,7 +17,7 @@ from secateur.fit.final_norm import scaled_final_norm
 from secateur.formats.format import PrunedModel
 from secateur.plan.problem import Plan
 from secateur.report.card import CARD
-from secateur.report.folder import described, text_of
+from secateur.report.folder import read_text, readme_and_report
 from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
 from secateur.write.hub import upload
@@ -99,5 +99,5 @@ def _records(
         team = {} if processes.is_single else {"processes": processes.size, "moved_bytes": processes.bytes_moved}
         return {"seconds": summary.seconds, "peak_bytes": summary.peak_bytes} | team
 
-    card = text_of(run.stream.checkpoint.path / CARD)
-    return {"secateur.json": record, "timings.json": timings} | described(card, record)
+    card = read_text(run.stream.checkpoint.path / CARD)
+    return {"secateur.json": record, "timings.json": timings} | readme_and_report(card, record)

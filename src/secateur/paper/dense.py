@@ -18,10 +18,10 @@ from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import RunOptions
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.paper.compared_model import sources
 from secateur.paper.plots import plot_graphs, plot_magnitudes
 from secateur.paper.recipe import Recipe
 from secateur.paper.run_store import RunStore
-from secateur.paper.subject import sources
 from secateur.paper.tables import write_table
 from secateur.survey.head_distances import head_distances
 

@@ -4,62 +4,62 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.measure.figures import short
+from secateur.paper.compared_model import ComparedModel
 from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
-from secateur.paper.judge import Judge
 from secateur.paper.recipe import Recipe
-from secateur.paper.runs import DENSE, Planned
-from secateur.paper.subject import Subject
+from secateur.paper.runs import DENSE, PlannedRun
+from secateur.paper.scorer import Scorer
 
 
-def comparison_of(
+def gather_comparison(
     recipe: Recipe,
-    subjects: Sequence[Subject],
-    judge: Judge,
-    planned: Sequence[Planned],
+    models: Sequence[ComparedModel],
+    scorer: Scorer,
+    planned: Sequence[PlannedRun],
     results: dict[str, dict[str, Any]],
     failed: Sequence[str],
 ) -> Comparison:
     """Rows from the results that there are, by key."""
     rows: list[Row] = []
-    for subject in subjects:
-        published = {} if subject.paper is None else subject.paper.published
-        by_row: dict[str | None, list[Planned]] = {}
+    for model in models:
+        published = {} if model.paper is None else model.paper.published
+        by_row: dict[str | None, list[PlannedRun]] = {}
         for one in planned:
-            if one.subject is subject:
+            if one.model is model:
                 by_row.setdefault(None if one.run is None else one.run.row, []).append(one)
         for row, made in by_row.items():
             run, name = made[0].run, DENSE if row is None else row
             axes = {} if run is None else {axis: value for axis, value in run.axes if axis != "seed"}
             found = tuple(results[one.key] for one in made if one.key in results)
             label = DENSE if run is None else run.label
-            rows.append(Row(subject.name, name, label, axes, found, published.get(name, {})))
+            rows.append(Row(model.name, name, label, axes, found, published.get(name, {})))
         rest = [name for name in published if name not in by_row and name != DENSE]
-        rows += [Row(subject.name, name, name, {}, (), published[name]) for name in rest]
-    texts = list(dict.fromkeys(column for subject in subjects for column in subject.texts))
-    columns = [Column(name, "perplexity") for name in texts] + [Column(name, "accuracy") for name in judge.tasks]
-    if len(judge.tasks) > 1:
+        rows += [Row(model.name, name, name, {}, (), published[name]) for name in rest]
+    texts = list(dict.fromkeys(column for model in models for column in model.texts))
+    columns = [Column(name, "perplexity") for name in texts] + [Column(name, "accuracy") for name in scorer.tasks]
+    if len(scorer.tasks) > 1:
         columns.append(Column(AVERAGE, "accuracy"))
-    protocol = _protocol(recipe, subjects, judge)
+    protocol = _protocol(recipe, models, scorer)
     return Comparison(recipe.title, protocol, tuple(columns), tuple(rows), len(planned), tuple(failed))
 
 
-def _protocol(recipe: Recipe, subjects: Sequence[Subject], judge: Judge) -> tuple[str, ...]:
+def _protocol(recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer) -> tuple[str, ...]:
     """How it was measured, one sentence a fact."""
     # Of a file the name alone: a table is read where the file does not lie.
     shared = ", ".join(f"{key} {short(x) if isinstance(x, str) else x}" for key, x in recipe.options.items())
     lines = [f"Options of all runs: {shared}." if shared else "All runs have the default options."]
-    for subject in subjects:
-        if subject.paper is not None and subject.paper.options:
-            own = ", ".join(f"{name} {value}" for name, value in subject.paper.options.items())
-            lines.append(f"{subject.name}: {own}.")
+    for model in models:
+        if model.paper is not None and model.paper.options:
+            own = ", ".join(f"{name} {value}" for name, value in model.paper.options.items())
+            lines.append(f"{model.name}: {own}.")
         lines += [
-            f"Perplexity of {subject.name} on {column}: {len(rows):,} rows of {rows.shape[1]} tokens."
-            for column, rows in subject.texts.items()
+            f"Perplexity of {model.name} on {column}: {len(rows):,} rows of {rows.shape[1]} tokens."
+            for column, rows in model.texts.items()
         ]
-    if judge.tasks:
-        counts = ", ".join(f"{name} {sum(len(t.items) for t in tasks):,}" for name, tasks in judge.tasks.items())
+    if scorer.tasks:
+        counts = ", ".join(f"{name} {sum(len(t.items) for t in tasks):,}" for name, tasks in scorer.tasks.items())
         lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
-    trained = {run.label: run.training for subject in subjects for run, *_ in subject.runs if run.training is not None}
+    trained = {run.label: run.training for model in models for run, *_ in model.runs if run.training is not None}
     for label, one in trained.items():
         which = f"{one.samples:,} rows of {one.length} tokens of {short(one.calibration)}"
         lines.append(f"{label}: LoRA on {which}, {one.epochs} epochs.")

@@ -14,13 +14,13 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.commands.options import RunOptions
+from secateur.paper.compared_model import ComparedModel, open_compared_model, sources
 from secateur.paper.comparison import Comparison
-from secateur.paper.gather import comparison_of
-from secateur.paper.judge import Judge, task_columns
+from secateur.paper.gather import gather_comparison
 from secateur.paper.recipe import Recipe
 from secateur.paper.run_store import RunStore
 from secateur.paper.runs import planned_runs
-from secateur.paper.subject import Subject, open_subject, sources
+from secateur.paper.scorer import Scorer, task_columns
 from secateur.text.calibration import cached_token_ids
 
 
@@ -52,23 +52,23 @@ def compare(
     run_options = RunOptions(**where)
     device, store = pick_device(run_options.device), RunStore(out)
     store.check()
-    judge = Judge(task_columns(recipe, task_path, watcher), device, watcher)
+    scorer = Scorer(task_columns(recipe, task_path, watcher), device, watcher)
     with cached_token_ids():
-        subjects = [open_subject(recipe, asked, run_options, watcher) for asked in sources(recipe, models)]
-        for subject in subjects:
-            first = subject.runs[0][1]
+        compared = [open_compared_model(recipe, asked, run_options, watcher) for asked in sources(recipe, models)]
+        for model in compared:
+            first = model.runs[0][1]
             # On the disk that the comparison will be on.
             beside = out.absolute().parent / f".{out.name}.scratch"
             first.request.format.output(beside, overwrite=True).check()
         with store:
-            return _carry_out(recipe, subjects, judge, store, done)
+            return _carry_out(recipe, compared, scorer, store, done)
 
 
 def _carry_out(
-    recipe: Recipe, subjects: Sequence[Subject], judge: Judge, store: RunStore, done: Callable[[Comparison], None]
+    recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer, store: RunStore, done: Callable[[Comparison], None]
 ) -> Comparison:
     """All runs that are not in the store yet, one after the other."""
-    watcher, planned = judge.watcher, [one for subject in subjects for one in planned_runs(subject, judge)]
+    watcher, planned = scorer.watcher, [one for model in models for one in planned_runs(model, scorer)]
     results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
     failed: list[str] = []
     if results:
@@ -78,14 +78,14 @@ def _carry_out(
             continue
         watcher.note(f"Run {number} of {len(planned)}: {one.what}")
         try:
-            results[one.key] = one.carried_out(judge, store)
+            results[one.key] = one.execute(scorer, store)
         except SecateurError as error:
             # Found by running alone; it says nothing about the other runs.
             failed.append(f"{one.what}: {error}")
             watcher.note(failed[-1])
             continue
         store.keep(one.key, one.decided_by, results[one.key])
-        done(comparison_of(recipe, subjects, judge, planned, results, failed))
-    whole = comparison_of(recipe, subjects, judge, planned, results, failed)
+        done(gather_comparison(recipe, models, scorer, planned, results, failed))
+    whole = gather_comparison(recipe, models, scorer, planned, results, failed)
     done(whole)
     return whole

@@ -17,10 +17,10 @@ from secateur.commands.plan_widths import plan_widths
 from secateur.commands.survey_file import survey_key
 from secateur.commands.survey_model import survey_model
 from secateur.commands.write_model import write_model
-from secateur.paper.judge import Judge
+from secateur.paper.compared_model import ComparedModel
 from secateur.paper.recipe import Run
 from secateur.paper.run_store import RunStore
-from secateur.paper.subject import Subject
+from secateur.paper.scorer import Scorer
 from secateur.plan.meters import parameter_meter
 from secateur.report.summary import Summary
 from secateur.retraining.retrain import retrain, training_rows
@@ -30,10 +30,10 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of the comparison, or the scoring of a dense model."""
 
-    subject: Subject
+    model: ComparedModel
     run: Run | None
     """None for the dense model."""
     open: OpenRun
@@ -48,25 +48,25 @@ class Planned:
     def what(self) -> str:
         """In words."""
         if self.run is None:
-            return f"{self.subject.name} {DENSE}"
+            return f"{self.model.name} {DENSE}"
         seed = self.run.place("seed")
-        return f"{self.subject.name} {self.run.row}" + ("" if seed is None else f", seed {seed}")
+        return f"{self.model.name} {self.run.row}" + ("" if seed is None else f", seed {seed}")
 
-    def carried_out(self, judge: Judge, store: RunStore) -> dict[str, Any]:
+    def execute(self, scorer: Scorer, store: RunStore) -> dict[str, Any]:
         """Scores and sizes; what is pruned is thrown away."""
         start = time.perf_counter()
-        folder, sparsity = self.subject.checkpoint.path, 0.0
+        folder, sparsity = self.model.checkpoint.path, 0.0
         parameters = round(parameter_meter(self.open.stream).dense)
         widths = [block.width for block in self.open.stream.blocks]
         if self.run is not None:
             folder = store.scratch / "model"
-            summary = prune_run(self.open, self.subject, folder, store)
-            sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.now()
+            summary = prune_run(self.open, self.model, folder, store)
+            sparsity, parameters, widths = summary.sparsity, summary.parameters[1], summary.pruned_widths()
             if self.run.training is not None:
                 pruned, folder = folder, store.scratch / "retrained"
-                device = "cpu" if judge.device.type == "cpu" else "auto"
-                retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=judge.watcher)
-        scores = judge.score(folder, self.subject, self.what)
+                device = "cpu" if scorer.device.type == "cpu" else "auto"
+                retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=scorer.watcher)
+        scores = scorer.score(folder, self.model, self.what)
         for name in ("model", "retrained"):
             shutil.rmtree(store.scratch / name, ignore_errors=True)
         return scores | {
@@ -78,23 +78,23 @@ class Planned:
         }
 
 
-def prune_run(run: OpenRun, subject: Subject, folder: Path, store: RunStore) -> Summary:
+def prune_run(run: OpenRun, model: ComparedModel, folder: Path, store: RunStore) -> Summary:
     """All steps of `prune` but the first; rows are drawn once, and the survey is kept in the comparison's folder."""
     run = run.timed_from_now()
-    if (rows := subject.drawn.get(run.row_request)) is None:
-        rows = subject.drawn[run.row_request] = draw_rows(run)
+    if (rows := model.drawn.get(run.row_request)) is None:
+        rows = model.drawn[run.row_request] = draw_rows(run)
     run = run.with_run_options(survey=store.survey_file(survey_key(run, rows.selection)), overwrite=True)
     plan = plan_widths(run, rows, survey_model(run, rows))
     return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
 
 
-def planned_runs(subject: Subject, judge: Judge) -> Iterator[Planned]:
+def planned_runs(model: ComparedModel, scorer: Scorer) -> Iterator[PlannedRun]:
     """All runs on a model, the dense one first, with what decides each: the dense weights and scoring, and its own."""
-    dense = judge.decided_by(subject)
-    yield Planned(subject, None, subject.runs[0][1], dense)
-    for run, opened, rows in subject.runs:
+    dense = scorer.decided_by(model)
+    yield PlannedRun(model, None, model.runs[0][1], dense)
+    for run, opened, rows in model.runs:
         training = run.training
-        trained = None if training is None else training_rows(subject.checkpoint, training, Silent())
+        trained = None if training is None else training_rows(model.checkpoint, training, Silent())
         own = {
             "options": asdict(opened.options),
             # With the options, stand-ins decide what a model writes in their place.
@@ -104,4 +104,4 @@ def planned_runs(subject: Subject, judge: Judge) -> Iterator[Planned]:
             "training": training and asdict(training),
             "training rows": None if trained is None else hash_rows(trained),
         }
-        yield Planned(subject, run, replace(opened, stream=opened.stream.using(watcher=judge.watcher)), dense | own)
+        yield PlannedRun(model, run, replace(opened, stream=opened.stream.using(watcher=scorer.watcher)), dense | own)

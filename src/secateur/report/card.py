@@ -15,12 +15,12 @@ from secateur.base.words import format_count
 from secateur.fit.recovery import all_recoveries
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
-from secateur.report.summary import counted_over
+from secateur.report.summary import pruned_part
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
 """The card of the model that was pruned, as it was."""
-HANDED_ON = ("license", "license_name", "license_link", "language")
+INHERITED = ("license", "license_name", "license_link", "language")
 """What a card says of the base model that holds for the pruned one too."""
 FRONT = re.compile(r"\A---\s*\n(.{0,20000}?)\n---\s*(\n|\Z)", re.DOTALL)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,12 +34,12 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         base_card: the card of the model that was pruned, where it has one.
         measured: rows of what was measured since: a label, this model's figure, the base model's, their ratio.
     """
-    name, said = name_of(record), record["loads"]
+    name, said = model_name(record), record["loads"]
     repair = all_recoveries()[record["options"]["recovery"]].summary
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": said["task"]}
     if HUB_ID.fullmatch(str(record["model"])) and not Path(record["model"]).exists():
         front["base_model"] = record["model"]
-    front |= {key: value for key, value in _front(base_card or "").items() if key in HANDED_ON}
+    front |= {key: value for key, value in _front(base_card or "").items() if key in INHERITED}
     front["tags"] = ["pruned", "secateur"]
     rows = [f"| {label} | {before} | {after} | {ratio} |" for label, before, after, ratio in sizes(record)]
     rows += [f"| {_plain(label)} | {base} | {here} | {ratio} |" for label, here, base, ratio in measured]
@@ -48,12 +48,12 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         f"# {_plain(name)}, pruned",
-        f"Of `{_code(name)}`, {share_gone(record)}: {what_goes(record)}. "
+        f"Of `{_code(name)}`, {share_removed(record)}: {units_kept(record)}. "
         f"{repair} [{PAGE}]({PAGE}) shows what was removed where.",
         "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows]),
-        expected(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
+        expected_cost(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
         "## How to open it",
-        f"```python\n{opening(record, 'THIS_FOLDER')}\n```",
+        f"```python\n{loading_code(record, 'THIS_FOLDER')}\n```",
         _without_code(record),
         _served(record),
         "## How it was made",
@@ -66,7 +66,7 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
     return "\n".join(head) + "\n\n" + "\n\n".join(filter(None, body)) + "\n"
 
 
-def name_of(record: Mapping[str, Any]) -> str:
+def model_name(record: Mapping[str, Any]) -> str:
     """What the model that was pruned is called, without the folders that it lay in."""
     return str(record["model"]) if HUB_ID.fullmatch(str(record["model"])) else Path(str(record["model"])).name
 
@@ -85,12 +85,12 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def share_gone(record: Mapping[str, Any]) -> str:
+def share_removed(record: Mapping[str, Any]) -> str:
     """Return the share of the parameters that is gone, in words: of all blocks, or of those that were to be pruned."""
-    return f"{record['sparsity']['reached']:.1%} of {counted_over(record['options']['blocks'])} are gone"
+    return f"{record['sparsity']['reached']:.1%} of {pruned_part(record['options']['blocks'])} are gone"
 
 
-def what_goes(record: Mapping[str, Any]) -> str:
+def units_kept(record: Mapping[str, Any]) -> str:
     """How many units of each kind stay, in words."""
     dense = [Width(width) for width in record["dense"]]
     pruned = {block["block"]: Width(block["width"]) for block in record["blocks"]}
@@ -100,14 +100,14 @@ def what_goes(record: Mapping[str, Any]) -> str:
     return f"{' and '.join(parts)} stay" if parts else "no unit, as nothing had to go"
 
 
-def expected(record: Mapping[str, Any]) -> str:
+def expected_cost(record: Mapping[str, Any]) -> str:
     """The loss that was expected, where prices were measured."""
     if record["cost"] is None:
         return ""
     return f"It was expected to cost {record['cost']:.2f} nats per token, module by module."
 
 
-def opening(record: Mapping[str, Any], folder: str) -> str:
+def loading_code(record: Mapping[str, Any], folder: str) -> str:
     """Python that opens the model."""
     return f"from transformers import {record['loads']['class']}\n\nmodel = {_loading(record, folder).expression}"
 

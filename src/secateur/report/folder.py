@@ -12,14 +12,14 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import open_checkpoint
-from secateur.report.card import BASE_CARD, CARD, PAGE, card, name_of
+from secateur.report.card import BASE_CARD, CARD, PAGE, card, model_name
 from secateur.report.model_page import model_page
 from secateur.write.record import RECORD, read_record
 
 T = TypeVar("T")
 
 
-def described(base: str | None, record: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def readme_and_report(base: str | None, record: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Name of each file to contents, or to what gives them once the record is complete.
 
     Args:
@@ -30,12 +30,12 @@ def described(base: str | None, record: Callable[[], Mapping[str, Any]]) -> dict
     return own if base is None else own | {BASE_CARD: base}
 
 
-def text_of(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
     """A file that others wrote, whatever it holds; None where there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def check_described(folder: Path) -> None:
+def check_record(folder: Path) -> None:
     """Raise `SecateurError` where a folder has no record that card and page can be made of."""
     _from_record(folder, lambda record: (card(record), model_page(record)))
 
@@ -44,7 +44,7 @@ def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> N
     """Raise `SecateurError` where a folder was pruned from another model than this one."""
 
     def read(record: Mapping[str, Any]) -> tuple[str, str, torch.dtype]:
-        return name_of(record), record["fingerprint"], getattr(torch, record["options"]["dtype"] or "bfloat16")
+        return model_name(record), record["fingerprint"], getattr(torch, record["options"]["dtype"] or "bfloat16")
 
     name, fingerprint, dtype = _from_record(folder, read)
     if _fingerprint(base, dtype, trust_remote_code) != fingerprint:
@@ -63,10 +63,10 @@ def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str
     return checkpoint.fingerprint
 
 
-def add_measured(folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]]) -> None:
+def add_measurements(folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]]) -> None:
     """Make card and page of a pruned folder once more, with what was measured; see `model_page`."""
     record = _record(folder)
-    write_atomically(folder / CARD, card(record, base_card=text_of(folder / BASE_CARD), measured=rows))
+    write_atomically(folder / CARD, card(record, base_card=read_text(folder / BASE_CARD), measured=rows))
     write_atomically(folder / PAGE, model_page(record, rows, texts))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.model.axes import Width, axis_kinds, shares
-from secateur.report.card import expected, name_of, opening, share_gone, sizes, versions, what_goes
+from secateur.report.card import expected_cost, loading_code, model_name, share_removed, sizes, units_kept, versions
 
 TEMPLATE = Path(__file__).with_name("model_page.html")
 CELL, HIGH = 18, 130
@@ -33,12 +33,12 @@ def model_page(
         texts: prompts, with what this model and the base model write behind them.
     """
     blocks = list(_blocks(record))
-    name = name_of(record)
+    name = model_name(record)
     rows = [(label, before, after, ratio) for label, before, after, ratio in sizes(record)]
     rows += [(label, base, here, ratio) for label, here, base, ratio in measured]
     parts = {
         "TITLE": f"{escape(name)}, pruned",
-        "SUMMARY": escape(f"{share_gone(record)}: {what_goes(record)}. {expected(record)}"),
+        "SUMMARY": escape(f"{share_removed(record)}: {units_kept(record)}. {expected_cost(record)}"),
         "FIGURES": _table(("", "before", "after", "ratio"), rows),
         "MAP": _map(blocks),
         "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
@@ -48,7 +48,7 @@ def model_page(
         ),
         "TEXTS": _texts(texts),
         "COMMAND": escape(record["command"]),
-        "OPENING": escape(opening(record, "THIS_FOLDER")),
+        "OPENING": escape(loading_code(record, "THIS_FOLDER")),
         "MADE": escape(versions(record)),
     }
     page = TEMPLATE.read_text(encoding="utf-8")

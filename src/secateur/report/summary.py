@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Shown:
+class NotebookView:
     """Widths that a notebook shows: as a table where they stand at the end of a cell, and as a picture."""
 
     dense: tuple[Width, ...]
 
-    def now(self) -> list[Width]:
+    def pruned_widths(self) -> list[Width]:
         """The width of every block after pruning."""
         raise NotImplementedError
 
@@ -23,18 +23,18 @@ class Shown:
         """What stays of each block, as a figure of matplotlib."""
         from secateur.report.plots import plot_widths
 
-        return plot_widths(self.dense, self.now())
+        return plot_widths(self.dense, self.pruned_widths())
 
     def _repr_html_(self) -> str:
         axes = present(self.dense)
         rows: list[tuple[str, ...]] = [("block", *(kind.total for kind in axes))]
-        for index, (now, dense) in enumerate(zip(self.now(), self.dense, strict=True)):
+        for index, (now, dense) in enumerate(zip(self.pruned_widths(), self.dense, strict=True)):
             rows.append((str(index), *(f"{kind.count(now):,}/{kind.count(dense):,}" for kind in axes)))
         return f"<table>{''.join('<tr><td>' + '</td><td>'.join(row) + '</td></tr>' for row in rows)}</table>"
 
 
 @dataclass(frozen=True)
-class Summary(Shown):
+class Summary(NotebookView):
     """Before and after; what the command prints as its table."""
 
     parameters: tuple[int, int]
@@ -47,40 +47,40 @@ class Summary(Shown):
     widths: dict[int, Width]
     """The width of every pruned block."""
     format: str
-    opens: str
+    auto_class: str
     """transformers' auto class for a folder."""
     sparsity: float
     """Share of the parameters of `blocks` that goes."""
     blocks: str | None
     """The range of blocks to which pruning was confined, as --blocks has it; None for all."""
     note: str | None
-    vllm: str | None
+    vllm_unsupported: str | None
     """Why vLLM does not serve it; None where it does, or where it is no folder."""
     bos: bool
     tokens: int
     seconds: float
     peak_bytes: int
     """Peak resident memory of the process; on a dry run the expected peak above the libraries' own."""
-    efforts: dict[str, float]
+    effort_seconds: dict[str, float]
     """Seconds expected at each effort, on a dry run; empty otherwise."""
 
     @property
-    def dry(self) -> bool:
+    def is_dry_run(self) -> bool:
         """Nothing was carried out."""
-        return bool(self.efforts)
+        return bool(self.effort_seconds)
 
     @property
     def uniform(self) -> bool:
         """Whether the pruned blocks have one width."""
         return alike(self.widths.values())
 
-    def now(self) -> list[Width]:
+    def pruned_widths(self) -> list[Width]:
         """The width of every block after pruning."""
         return [self.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
 
 @dataclass(frozen=True)
-class Proposal(Shown):
+class Proposal(NotebookView):
     """A plan with what it belongs to."""
 
     model: str
@@ -93,7 +93,7 @@ class Proposal(Shown):
     blocks: str | None
     """The range of blocks to which pruning is confined, as --blocks has it; None for all."""
 
-    def now(self) -> list[Width]:
+    def pruned_widths(self) -> list[Width]:
         """The width of every block after pruning."""
         return [self.plan.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
@@ -114,7 +114,7 @@ class Proposal(Shown):
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """One model."""
 
     folder: str
@@ -126,7 +126,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class SurveySummary:
     """A survey in figures, for the table."""
 
     dense: tuple[Width, ...]
@@ -139,6 +139,6 @@ class Surveyed:
     """The command that prunes from this survey."""
 
 
-def counted_over(blocks: str | None) -> str:
+def pruned_part(blocks: str | None) -> str:
     """Return the parameters of which a plan's sparsity is the share, in words; the range is as --blocks has it."""
     return "the blocks' parameters" if blocks is None else f"the parameters of blocks {blocks}"

@@ -10,15 +10,15 @@ from secateur.base.words import format_count
 from secateur.formats.format import format_class
 from secateur.measure.figures import Evaluation, Figure, short
 from secateur.model.axes import Width, axis_kinds, shares, totals
-from secateur.report.summary import Proposal, Size, Summary, Surveyed, counted_over
+from secateur.report.summary import ModelSize, Proposal, Summary, SurveySummary, pruned_part
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     """Before and after, and below it what the run took."""
-    table = Table(title="Expected" if summary.dry else "Pruned", title_justify="left")
+    table = Table(title="Expected" if summary.is_dry_run else "Pruned", title_justify="left")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left")
-    dense, now = summary.dense, summary.now()
+    dense, now = summary.dense, summary.pruned_widths()
     units, left = totals(dense), totals(now)
     figures: list[tuple[str, tuple[int, int], Callable[[int], str]]] = [
         ("parameters", summary.parameters, format_count),
@@ -32,24 +32,24 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     lines += [] if summary.uniform else profile(list(dense), now)
     if summary.note:
         lines.append(f"Note: {summary.note}.")
-    if summary.dry:
+    if summary.is_dry_run:
         lines.append(f"About {summary.seconds:,.0f} s and {summary.peak_bytes / 1e9:.2f} GB beside the libraries' own.")
-        if len(summary.efforts) > 1:
-            every = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in summary.efforts.items())
+        if len(summary.effort_seconds) > 1:
+            every = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in summary.effort_seconds.items())
             lines.append(f"With --effort: {every}.")
         lines.append(f"Nothing was written to {out} (dry run).")
     else:
         lines.append(f"Calibrated on {summary.tokens:,} tokens; {_begin(summary.bos)}.")
         lines.append(f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}")
-        lines.append(format_class(summary.format).how_to_load(summary.opens, str(out)).line)
-        if summary.vllm is not None:
-            lines.append(f"vLLM does not serve it: {summary.vllm}.")
+        lines.append(format_class(summary.format).how_to_load(summary.auto_class, str(out)).line)
+        if summary.vllm_unsupported is not None:
+            lines.append(f"vLLM does not serve it: {summary.vllm_unsupported}.")
     return table, lines
 
 
 def _goes(sparsity: float, blocks: str | None) -> str:
     """Return the share that goes, and of what."""
-    return f"{sparsity:.2%} of {counted_over(blocks)} go"
+    return f"{sparsity:.2%} of {pruned_part(blocks)} go"
 
 
 def _where(summary: Summary) -> str:
@@ -89,7 +89,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     for name in ("block", *(kind.label.replace(" ", "\n", 1) for kind in axes)):
         table.add_column(name, justify="right")
     table.add_column("stays")
-    for index, (dense, width) in enumerate(zip(proposal.dense, proposal.now(), strict=True)):
+    for index, (dense, width) in enumerate(zip(proposal.dense, proposal.pruned_widths(), strict=True)):
         cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
         table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
     before, after = proposal.parameters
@@ -110,7 +110,7 @@ def _bar(share: float, length: int) -> str:
     return "█" * full + "·" * (length - full)
 
 
-def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
+def survey_table(found: SurveySummary, out: Path) -> tuple[Table, list[str]]:
     """One row for each share that the page offers, and below them where everything is."""
     table = Table(title="What would go", title_justify="left")
     dense = found.dense
@@ -128,7 +128,7 @@ def survey_table(found: Surveyed, out: Path) -> tuple[Table, list[str]]:
     return table, [f"survey.json and survey.html are in {out}", f"Use it: {found.line}"]
 
 
-def sizes_table(sizes: Sequence[Size], out: Path) -> tuple[Table, list[str]]:
+def sizes_table(sizes: Sequence[ModelSize], out: Path) -> tuple[Table, list[str]]:
     """One row a size, the dense model first."""
     dense = sizes[0]
     table = Table(title="Sizes", title_justify="left")

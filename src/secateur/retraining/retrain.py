@@ -26,7 +26,7 @@ from secateur.base.run_folder import RunFolder
 from secateur.formats.folder import open_folder
 from secateur.measure import loading, perplexity
 from secateur.model.checkpoint import Checkpoint
-from secateur.report.folder import check_described
+from secateur.report.folder import check_record
 from secateur.retraining.adapters import adapted_layers, trained
 from secateur.retraining.options import Training
 from secateur.retraining.teacher import open_teacher
@@ -153,7 +153,7 @@ def _opened(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watch
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
     if "sizes" in read_record(source):
-        check_described(source)
+        check_record(source)
     return checkpoint, target
 
 

@@ -8,7 +8,7 @@ from secateur.base.output import Output
 from secateur.formats.per_layer import MODELING_FILE, is_per_layer
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.card import BASE_CARD
-from secateur.report.folder import described, text_of
+from secateur.report.folder import read_text, readme_and_report
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import RECORD, read_record
 from secateur.write.shards import ShardWriter, header_bytes_for
@@ -32,6 +32,6 @@ def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, T
         record["retrained"] = [*record.get("retrained", []), entry]
         write_json(partial / RECORD, record)
         # A folder that another tool has saved has no record to be described by.
-        files = described(text_of(source / BASE_CARD), lambda: record) if "sizes" in record else {}
+        files = readme_and_report(read_text(source / BASE_CARD), lambda: record) if "sizes" in record else {}
         for name, contents in files.items():
             write_text_or_json(partial / name, contents)

@@ -1,7 +1,7 @@
 """A survey as one self-contained HTML page: what each module costs, and what a sparsity would remove.
 
-`page.html` beside this file draws; here is what it draws, rounded and thinned so that the page of a large model stays
-small. Nothing is fetched when the page opens.
+`survey_page.html` beside this file draws; here is what it draws, rounded and thinned so that the page of a large model
+stays small. Nothing is fetched when the page opens.
 """
 
 import json
@@ -20,7 +20,7 @@ from secateur.plan.problem import Plan
 from secateur.survey.curves import ErrorCurve, Survey
 from secateur.survey.width_costs import WidthCosts
 
-TEMPLATE = Path(__file__).with_name("page.html")
+TEMPLATE = Path(__file__).with_name("survey_page.html")
 PLACE = "{{DATA}}"
 """Where the template takes the data."""
 _LINES = {KV_GROUPS: "groups", HEADS_PER_GROUP: "heads", CHANNELS: "channels", EXPERTS: "channels"}

@@ -15,12 +15,12 @@ from secateur.measure.perplexity import perplexity
 from secateur.measure.tasks import OpenTask, open_tasks
 from secateur.measure.zero_shot import zero_shot
 from secateur.model.checkpoint import open_checkpoint
+from secateur.paper.compared_model import ComparedModel, columns_of
 from secateur.paper.recipe import Recipe, named
-from secateur.paper.subject import Subject, columns_of
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """Scores whole models, all in the same way."""
 
     tasks: dict[str, list[OpenTask]]
@@ -28,29 +28,29 @@ class Judge:
     device: torch.device
     watcher: Watcher
 
-    def score(self, folder: str | Path, subject: Subject, what: str) -> dict[str, Any]:
+    def score(self, folder: str | Path, model: ComparedModel, what: str) -> dict[str, Any]:
         """Perplexities and accuracies in percent, by column."""
-        checkpoint = subject.checkpoint
+        checkpoint = model.checkpoint
         if folder != checkpoint.path:
             checkpoint = open_checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
         with self.watcher.busy(f"Loading {what}"):
             network = load(checkpoint, torch.float32, self.device)
         texts, accuracies = {}, {}
-        for column, rows in subject.texts.items():
+        for column, rows in model.texts.items():
             texts[column] = perplexity(network, rows, watcher=self.watcher, what=f"{what} on {column}").perplexity
         for column, tasks in self.tasks.items():
-            found = zero_shot(network, subject.tokenizer, tasks, watcher=self.watcher, what=f"{what} on")
+            found = zero_shot(network, model.tokenizer, tasks, watcher=self.watcher, what=f"{what} on")
             accuracies[column] = 100 * sum((one.acc_norm or one.acc).value for one in found) / len(found)
         return {"perplexity": texts, "accuracy": accuracies}
 
-    def decided_by(self, subject: Subject) -> dict[str, Any]:
+    def decided_by(self, model: ComparedModel) -> dict[str, Any]:
         """What decides the scores of a given model."""
         asked = {name: repr([(task.name, task.items) for task in tasks]) for name, tasks in self.tasks.items()}
         return {
             "secateur": secateur.__version__,
-            "fingerprint": subject.checkpoint.fingerprint,
+            "fingerprint": model.checkpoint.fingerprint,
             "device": self.device.type,
-            "texts": {column: hash_rows(rows) for column, rows in subject.texts.items()},
+            "texts": {column: hash_rows(rows) for column, rows in model.texts.items()},
             "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in asked.items()},
         }
 

@@ -26,7 +26,7 @@ _REQUESTED = frozenset(("sparsity", "plan", "blocks", "modules", "widths", "ridg
 """Options that decide neither the open model nor its rows; runs that differ in no others share what was opened."""
 
 
-class Asked(NamedTuple):
+class ModelRuns(NamedTuple):
     """One model of the comparison, and what to make of it."""
 
     name: str
@@ -36,7 +36,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedModel:
     """One model of the comparison, opened and checked."""
 
     name: str
@@ -51,12 +51,12 @@ class Subject:
     """The rows that runs were made with, for others that want the very same."""
 
 
-def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
+def sources(recipe: Recipe, models: Sequence[str]) -> list[ModelRuns]:
     """Every model with its runs: those given, or the recipe's own."""
     found = []
     for source in models or [model.id for model in recipe.models.values()]:
         entry, paper = recipe.model_of(source) or (None, None)
-        found.append(Asked(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
+        found.append(ModelRuns(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
     if not found:
         raise SecateurError("the recipe names no model of its own; give one in front of it")
     if (again := first_duplicate([asked.name for asked in found])) is not None:
@@ -64,7 +64,7 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[Asked]:
     return found
 
 
-def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher: Watcher) -> Subject:
+def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOptions, watcher: Watcher) -> ComparedModel:
     """Open a model with all runs on it, and find what is wrong with any."""
     columns = columns_of("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # One length for all runs, also where the calibration's is an axis of the grid.
@@ -101,7 +101,7 @@ def open_subject(recipe: Recipe, asked: Asked, run_options: RunOptions, watcher:
     for column, text in columns.items():
         with busy_reading(watcher, "Reading", text):
             texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens)
-    return Subject(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
+    return ComparedModel(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
 
 
 def columns_of(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Dataclasses and named tuples as dictionaries, paths as text, and null where a number is not finite."""
     if hasattr(value, "as_dict"):
-        return plain(value.as_dict())
+        return json_value(value.as_dict())
     if hasattr(value, "_asdict"):
-        return plain(value._asdict())
+        return json_value(value._asdict())
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: json_value(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): json_value(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
+        return [json_value(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
