@@ -230,7 +230,7 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
             "other: out was pruned from another model (model), whose figures belong beside its own in the report; "
             "name that model by --against",
         ),
-        (("out", "--report"), "--report needs --against, the model that this one was pruned from"),
+        (("out", "--report"), "--report needs --against: add --against with the model that MODEL was pruned from"),
         (("out", "--prompt", " "), "a prompt is empty; give some words"),
         (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, but the model has only 64 positions; shorten it"),
     ],
