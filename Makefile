@@ -43,9 +43,10 @@ LOCK := requirements.lock
 LOCKED := Linux x86_64 3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs lock sbom clean browser
+.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs lock sbom clean browser
 
 help:
+	@echo "make check      lint, and test in a minute what has changed since the branch that this one follows"
 	@echo "make test       run the tests"
 	@echo "make test-lowest  run tests with the oldest versions that pyproject.toml allows"
 	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
@@ -59,6 +60,10 @@ help:
 	@echo "make lock       bring $(LOCK) up to date, which make test installs"
 	@echo "make sbom       write out/sbom.json, a bill of materials of an installed secateur"
 	@echo "make clean      remove what these leave: $(VENV) and its like, $(OLDER_DIR), out/demo, out/sbom.json, site, build, dist, caches"
+
+# One process, as several would each spend their first seconds on imports.
+check: lint
+	$(BIN)/python -m pytest $$($(BIN)/python tests/changed.py)
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -28,9 +28,30 @@ collect_ignore = ["serving", "older", "larger", "engines"]
 CheckpointFolder = Callable[[str], Path]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model's tests come first: workers that share the files then end together."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--few",
+        metavar="WORDS",
+        help="of each test run one case, and cases with one of these words (separated by commas) in their name; "
+        "leave out tests that are marked as slow",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the real model's tests first, so that workers that share the files end together; obey `--few`."""
     items.sort(key=lambda item: item.path.name != "test_real.py")
+    if config.getoption("--few") is not None:
+        items[:] = few(items, config.getoption("--few").split(","))
+
+
+def few(items: list[pytest.Item], words: list[str]) -> list[pytest.Item]:
+    """Return the first case of each test that is not slow, and all its cases with one of the words in their name."""
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    named = [item for item in items if any(word in item.nodeid.partition("[")[2] for word in words if word)]
+    kept = {*first.values(), *named}
+    return [item for item in items if item in kept and item.get_closest_marker("slow") is None]
 
 
 @pytest.fixture(scope="module", autouse=True)

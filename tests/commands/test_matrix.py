@@ -415,6 +415,7 @@ def rounded_model(name: str, dtype: torch.dtype) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_reloaded_equals_memory(pruned, job):
     record = pruned.record(job)

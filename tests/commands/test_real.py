@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from secateur import consecutive_rows, open_checkpoint, perplexity, prune
 from secateur.measure.loading import load
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"samples": 24, "length": 64}
 
 

@@ -57,6 +57,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpoin
     return json.loads(subprocess.check_output(command))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", KILLED)
 def test_killed_anywhere(case: str, lives: dict[str, Any]) -> None:
     assert len(lives[case]) == KILLED[case][0]

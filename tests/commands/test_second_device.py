@@ -21,10 +21,13 @@ from conftest import CheckpointFolder
 from models import token_rows
 from secateur.base.device import to_device
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch has no devices made in Python",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch has no devices made in Python",
+    ),
+]
 
 LENGTH = 16
 ROUGH = "--criterion second-moment"

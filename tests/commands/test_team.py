@@ -33,6 +33,8 @@ from secateur.commands.open_model import open_model
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 19
 """Odd, and no multiple of a batch: one process has more rows than the other."""
 MEMBER = Path(__file__).with_name("member.py")

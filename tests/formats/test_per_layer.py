@@ -297,6 +297,7 @@ def run_alone(script: str, place: Path, *arguments: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_transformers_alone(written, tmp_path):
     chosen = [("llama", "gone", True), ("gpt_neox", "uneven", False), ("opt", "one block", False)]
     ids, made = token_rows(2, 20), {row: written(*row) for row in chosen}
