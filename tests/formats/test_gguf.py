@@ -33,14 +33,14 @@ from secateur.formats import gguf_export
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import Exported, export
 from secateur.formats.gguf_meter import gguf_byte_meter
-from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary
+from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary_of
 from secateur.formats.gguf_types import TYPES
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
 from secateur.model.axes import alike
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import head_dim
-from secateur.model.gguf_config import _complete_rotation, _llama3
+from secateur.model.gguf_rope import llama3_settings, read_rope
 from secateur.model.gguf_source import gguf_folder
 from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
@@ -636,7 +636,7 @@ def test_a_file_of_other_tensors_than_were_planned_never_appears(tmp_path, monke
         right(path, model, graph, tensors[:-1], *rest, **named)
 
     monkeypatch.setattr(gguf_export, "write_gguf", without_last)
-    with pytest.raises(SecateurError, match=r"m.gguf: removed, .*\(blk.2.\S+ is None where .*; report it as a fault"):
+    with pytest.raises(SecateurError, match=r"m.gguf: removed, .*\(blk.2.\S+ is None, .*; report it as a fault"):
         export(tmp_path / "folder", tmp_path / "m.gguf")
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
@@ -663,8 +663,8 @@ def test_scale_of_the_deepest_gemmas(tmp_path, name):
 def vocabulary_file(tokenizer: Any, path: Path) -> Path:
     """A file with no more than a tokenizer."""
     writer = GGUFWriter(path, "llama")
-    words = vocabulary(tokenizer, len(tokenizer) + 3)
-    writer.add_name(words.named(path.stem))
+    words = vocabulary_of(tokenizer, len(tokenizer) + 3)
+    writer.add_name(words.safe_name(path.stem))
     add_vocabulary(writer, words)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -752,11 +752,11 @@ READ += ["llama every head", "mistral", "mistral window", "qwen2 window", "phi3 
 READ += ["gemma2 deep", "starcoder2", "stablelm", "stablelm plain", "nemotron", "lfm2"]
 READ += [name for name in MORE_ROWS if name.split()[-1] in ("linear", "dynamic", "yarn", "set", "longrope", "llama3")]
 NOT_READ = {
-    "llama biased": "of its 52,608 weights transformers makes a model with 51,792, without its biases; use the checkp",
+    "llama biased": "transformers reads 51,792 of its 52,608 weights, without the biases; use the checkp",
     # Written as llama, whose class has no biases.
-    "qwen2 llama3": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the checkp",
-    "qwen2 longrope": "of its 54,384 weights transformers makes a model with 54,096, without its biases; use the chec",
-    "nemotron biased": "of its 45,888 weights transformers makes a model with 45,216, without its biases; use the che",
+    "qwen2 llama3": "transformers reads 54,096 of its 54,384 weights, without the biases; use the checkp",
+    "qwen2 longrope": "transformers reads 54,096 of its 54,384 weights, without the biases; use the chec",
+    "nemotron biased": "transformers reads 45,216 of its 45,888 weights, without the biases; use the che",
     "mistral 64": "transformers cannot load it (Class validation error",
     "olmo2": "transformers cannot read the architecture 'olmo2' from GGUF; use the checkpoint that it was made from",
 }
@@ -790,10 +790,10 @@ def test_what_is_read_is_what_llama_cpp_computes(tmp_path, monkeypatch, name):
 def test_how_a_file_says_rotations(facts, expected):
     config = tiny.ROWS["llama"]()
     before = dict(config.rope_parameters)
-    _complete_rotation(config, facts, {})
+    read_rope(config, facts, {})
     assert config.rope_parameters == before | expected
-    with pytest.raises(SecateurError, match="rotary scaling of the kind other is not known here"):
-        _complete_rotation(config, {"rope.scaling.type": "other"}, {})
+    with pytest.raises(SecateurError, match="its rotary scaling 'other' is not known to secateur"):
+        read_rope(config, {"rope.scaling.type": "other"}, {})
 
 
 @pytest.mark.parametrize("name", NOT_READ)
@@ -827,7 +827,7 @@ def test_the_settings_behind_rotary_factors(factor, theta, size, original):
     wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
     share = np.clip((original / wavelengths - 1) / 3, 0, 1)
     factors = 1 / ((1 - share) / factor + share)
-    assert _llama3(factors.astype(np.float32).astype(float), theta, size) == {
+    assert llama3_settings(factors.astype(np.float32).astype(float), theta, size) == {
         "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
@@ -835,7 +835,7 @@ def test_the_settings_behind_rotary_factors(factor, theta, size, original):
     }
     for wrong in (factors[::-1], np.ones_like(factors), factors[:-1], factors + np.linspace(0, 1, len(factors))):
         with pytest.raises(SecateurError, match=r"its rotary factors \(rope_freqs\) are none of Llama 3.1's kind"):
-            _llama3(wrong, theta, size)
+            llama3_settings(wrong, theta, size)
 
 
 def test_a_name_that_readers_would_take_something_from(tmp_path):
@@ -859,8 +859,11 @@ def test_tokens_that_take_blanks_along(tmp_path):
     for how in ({"rstrip": True}, {"lstrip": True}, {"single_word": True}):
         tokenizer = byte_level()
         tokenizer.add_tokens([AddedToken("<|user|>", special=True, **how)], special_tokens=True)
-        with pytest.raises(SecateurError, match=r"the tokenizer's <\|user\|> takes blanks or words around it along"):
-            vocabulary(tokenizer, len(tokenizer))
+        with pytest.raises(
+            SecateurError,
+            match=r"the tokenizer's <\|user\|> removes spaces around it or depends on the words around it",
+        ):
+            vocabulary_of(tokenizer, len(tokenizer))
 
 
 def test_a_tokenizer_without_merges():
@@ -869,59 +872,68 @@ def test_a_tokenizer_without_merges():
     state["model"]["merges"] = []
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
     with pytest.raises(SecateurError, match="the tokenizer has no merges, without which llama"):
-        vocabulary(bare, len(bare))
+        vocabulary_of(bare, len(bare))
 
 
 REFUSED = {
     "opt": (CHANNELS, "llama.cpp has no architecture for opt; keep the safetensors folder"),
     "qwen3 biased": (BOTH, "qwen3 has no place for the biases of attn_output; openelm has no place for"),
-    "gemma2 every head": (CHANNELS, "gemma2 has the embedding for its output matrix"),
+    "gemma2 every head": (CHANNELS, "gemma2 uses the embedding as its output matrix"),
     "gemma3 biased": (BOTH, "gemma3 has no place for the biases of attn_output"),
-    "deepseek_v3 plain": (ALL, "and has a latent vector for queries too, but in models of 26 and 27 blocks"),
-    "deepseek_v2": (EXPERTS, "deepseek2 chooses groups of experts by their best two, and this model by their best"),
-    "youtu plain": (BOTH, "and has a latent vector for queries too, .* and rotates neighbouring entries of a head"),
+    "deepseek_v3 plain": (ALL, "and needs a latent vector for queries too .* except in models of 26"),
+    "deepseek_v2": (
+        EXPERTS,
+        "deepseek2 chooses groups of experts by their best two experts, and this",
+    ),
+    "youtu plain": (BOTH, "and needs a latent vector for queries too .* and rotates neighbouring entries of a head"),
     "smollm3": (BOTH, "smollm3 leaves positions out in every fourth block"),
     "exaone4": (CHANNELS, "exaone4 has windows in models of 64 blocks, and in no others"),
     "exaone4 deep open": (CHANNELS, "exaone4 has windows in models of 64 blocks, and in no others"),
-    "cohere normed": (CHANNELS, "command-r norms queries and keys in models of 64 blocks and more, and in no others"),
-    "cohere untied": (CHANNELS, "command-r has the embedding for its output matrix"),
+    "cohere normed": (
+        CHANNELS,
+        "command-r normalises queries and keys in models of 64 blocks and more",
+    ),
+    "cohere untied": (CHANNELS, "command-r uses the embedding as its output matrix"),
     "cohere2 biased": (CHANNELS, "cohere2 has no place for the biases of attn_k, attn_output, attn_q, attn_v"),
-    "cohere2 open": (CHANNELS, "cohere2 has windows in some blocks, and turns positions there"),
-    "cohere2 closed": (CHANNELS, "cohere2 has windows at regular intervals only, and blocks without between them"),
-    "qwen2_moe": (BOTH, "qwen2moe wants heads x head size = 48, so all 6 heads"),
-    "glm": (BOTH, "chatglm wants heads x head size = 48, so all 6 heads"),
-    "jais2": (CHANNELS, "jais2 has as many key/value heads as query heads"),
-    "stablelm beside": (CHANNELS, "stablelm has no place here for norms of queries and keys"),
-    "phi": (CHANNELS, "phi2 has no place here for norms of queries and keys"),
-    "olmo3 apart": (CHANNELS, "olmo2 turns positions of all blocks equally fast"),
+    "cohere2 open": (CHANNELS, "cohere2 has windows in some blocks, and rotates only in these"),
+    "cohere2 closed": (
+        CHANNELS,
+        "cohere2 supports windows only where blocks without a window lie at",
+    ),
+    "qwen2_moe": (BOTH, "qwen2moe needs heads x head size = 48, so all 6 heads"),
+    "glm": (BOTH, "chatglm needs heads x head size = 48, so all 6 heads"),
+    "jais2": (CHANNELS, "jais2 needs as many key/value heads as query heads"),
+    "stablelm beside": (CHANNELS, "stablelm has no norms of queries and keys"),
+    "phi": (CHANNELS, "phi2 has no norms of queries and keys"),
+    "olmo3 apart": (CHANNELS, "olmo2 rotates with one base \\(rope_theta\\) in all blocks"),
     "falcon old": (CHANNELS, "falcon has no place for the biases of attn_k, attn_output, attn_q, attn_v, ffn_down"),
-    "falcon alibi": (CHANNELS, "falcon turns positions, and has both modules beside each other"),
-    "bloom after": (CHANNELS, "bloom adds to what has not been normed"),
-    "qwen3_5_text": (CHANNELS, "qwen35 rotates entries of a head by pairs, and here 3 are"),
+    "falcon alibi": (CHANNELS, "falcon needs rotary positions, and attention and feed-forward in parallel"),
+    "bloom after": (CHANNELS, "bloom adds outputs to a residual stream that is not normalised"),
+    "qwen3_5_text": (CHANNELS, "qwen35 rotates entries of a head in pairs, but 3 rotate here"),
     "qwen3_5_text biased": (CHANNELS, "qwen35 has no place for the biases of attn_k, attn_output, attn_q, attn_v"),
-    "qwen3_5_text first": (CHANNELS, "qwen35 has full attention at regular intervals, and linear attention before"),
-    "qwen3_5_text last": (CHANNELS, "qwen35 has full attention at regular intervals"),
-    "qwen3_5_text odd": (CHANNELS, "qwen35 has keys and values of linear attention of one size"),
-    "qwen3_next gates": (EXPERTS, "qwen3next makes gates add up to one"),
-    "qwen3_next dense": (EXPERTS, "qwen3next has experts in all blocks"),
+    "qwen3_5_text first": (CHANNELS, "qwen35 has full attention at regular distances, and linear attention before"),
+    "qwen3_5_text last": (CHANNELS, "qwen35 has full attention at regular distances"),
+    "qwen3_5_text odd": (CHANNELS, "qwen35 needs keys and values of linear attention to have one size"),
+    "qwen3_next gates": (EXPERTS, "qwen3next divides the gates of experts by their sum"),
+    "qwen3_next dense": (EXPERTS, "qwen3next supports experts in all blocks or none only"),
     "phimoe": (EXPERTS, "llama.cpp's phimoe norms without taking the mean off, and makes gates add up to one, unlike"),
     "gemma4_text swapped": (CHANNELS, "gemma4 takes shared keys and values from two blocks, first one with a window"),
-    "gemma4_text fewer": (CHANNELS, "gemma4 reads inputs of blocks for all tokens"),
-    "gemma4_text open": (CHANNELS, "gemma4 has windows in some blocks"),
-    "gemma4_text default": (CHANNELS, "gemma4 does not know default rotary scaling"),
-    "gemma4_text ahead": (CHANNELS, "gemma4 does not look ahead"),
-    "lfm2": (BOTH, "lfm2 wants heads x head size = 48, so all 6 heads"),
+    "gemma4_text fewer": (CHANNELS, "gemma4 reads per-layer inputs for all tokens"),
+    "gemma4_text open": (CHANNELS, "gemma4 needs windows in some blocks"),
+    "gemma4_text default": (CHANNELS, "gemma4 does not support default rotary scaling"),
+    "gemma4_text ahead": (CHANNELS, "gemma4 attends to earlier tokens only"),
+    "lfm2": (BOTH, "lfm2 needs heads x head size = 48, so all 6 heads"),
     "lfm2 biased": (CHANNELS, "lfm2 has no place for the biases of convolutions"),
-    "lfm2_moe unbiased": (EXPERTS, "lfm2moe has a bias of the choice, and multiplies gates by nothing"),
-    "lfm2_moe scaled": (EXPERTS, "lfm2moe has a bias of the choice, and multiplies gates by nothing"),
-    "mpt scaled": (CHANNELS, "mpt takes the scale of attention scores from the head size"),
-    "llama4_text": (EXPERTS, "llama4 has experts in all blocks"),
-    "llama4_text 128": ((), "llama4 takes use_qk_norm for False here"),
-    "mistral4": (EXPERTS, "mistral4 takes yarn's mscale and mscale_all_dim for the same number"),
-    "mistral4 half": (EXPERTS, "mistral4 takes yarn's mscale for 1"),
-    "gpt_oss wide open": (EXPERTS, "and has a window in every other block, the first one among them"),
-    "gpt_oss limited": (EXPERTS, "gpt-oss limits what experts compute to 7, and this model to 5"),
-    "phi3": (BOTH, "phi3 wants heads x head size = 48, so all 6 heads; llama rotates whole heads, and here 4 of 8"),
+    "lfm2_moe unbiased": (EXPERTS, "lfm2moe needs a bias on the choice of experts"),
+    "lfm2_moe scaled": (EXPERTS, "lfm2moe needs a bias on the choice of experts"),
+    "mpt scaled": (CHANNELS, "mpt computes the scale of attention scores from the head size"),
+    "llama4_text": (EXPERTS, "llama4 supports experts in all blocks or none only"),
+    "llama4_text 128": ((), "llama4 computes with use_qk_norm = False only"),
+    "mistral4": (EXPERTS, "mistral4 needs yarn's mscale and mscale_all_dim to be the same number"),
+    "mistral4 half": (EXPERTS, "and needs yarn's mscale to be 1"),
+    "gpt_oss wide open": (EXPERTS, "gpt-oss has a window in every other block, beginning with the first"),
+    "gpt_oss limited": (EXPERTS, "gpt-oss computes with swiglu_limit = 7.0 only"),
+    "phi3": (BOTH, "phi3 needs heads x head size = 48, so all 6 heads; llama rotates whole heads, but 4 of 8"),
 }
 
 
@@ -972,7 +984,7 @@ def test_refused_tokenizers(tmp_path):
     steps = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     for tokenizer, message in {
         tiny.make_tokenizer(): "folder: the tokenizer is WordLevel",
-        byte_level(steps): "splits text in a way that is none of those known here",
+        byte_level(steps): "splits text by a rule that has no name here",
     }.items():
         write_folder("llama", keeps, tmp_path / "folder", tokenizer)
         with pytest.raises(SecateurError, match=message):

@@ -41,10 +41,10 @@ from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
-from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary
+from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary_of
 from secateur.model import gguf_file
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.gguf_keys import read_dense, readings
+from secateur.model.gguf_file import dense_reading, readings
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MORE_ROWS = test_gguf.MORE_ROWS | {
@@ -59,7 +59,7 @@ READ = OF_EXPERTS | {
     name: kept
     for name, (kinds, kept) in UNIFORM.items()
     # A model whose last blocks are twice as wide is written when it has been cut alone.
-    if read_dense(kept) and name not in OF_EXPERTS and name != "gemma4_text wide"
+    if dense_reading(kept) and name not in OF_EXPERTS and name != "gemma4_text wide"
 }
 TWINS = {"glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
 """Of these, other classes compute the same."""
@@ -134,8 +134,8 @@ def same(first: Checkpoint, second: Checkpoint) -> bool:
 
 
 def test_every_architecture_is_read() -> None:
-    assert set(OF_EXPERTS.values()) == {one.how.architecture for one in readings() if one.family.experts}
-    dense = {one.how.architecture for one in readings() if one.how.dense}
+    assert set(OF_EXPERTS.values()) == {one.input.architecture for one in readings() if one.family.experts}
+    dense = {one.input.architecture for one in readings() if one.input.dense}
     assert {kept for name, kept in READ.items() if name not in OF_EXPERTS} == dense
 
 
@@ -143,7 +143,7 @@ def test_every_architecture_is_read() -> None:
 def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
     """Every weight by the name that checkpoints have for it, and the config behind the logits."""
     # Of a norm that is stored plus one, what has the digits of checkpoints comes back to the bit.
-    kept = next(one for one in readings() if one.how.architecture == READ[name])
+    kept = next(one for one in readings() if one.input.architecture == READ[name])
     dtype = torch.bfloat16 if kept.family.norm_offset else torch.float32
     source = dense(name, tmp_path / "dense", dtype)
     found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path, dtype)
@@ -288,34 +288,54 @@ def twice(name: str, values: Any) -> list[Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
-    "older files": ({}, {BLOCK + r"ffn_.*_exps\.weight": apart}, "there is no blk.0.ffn_down_exps.weight in it"),
-    "a tensor is missing": ({}, {r"blk\.2\.attn_q_norm\.weight": drop}, "there is no blk.2.attn_q_norm.weight in it"),
+    "older files": ({}, {BLOCK + r"ffn_.*_exps\.weight": apart}, "tensor blk.0.ffn_down_exps.weight is missing"),
+    "a tensor is missing": ({}, {r"blk\.2\.attn_q_norm\.weight": drop}, "tensor blk.2.attn_q_norm.weight is missing"),
     "another shape": (
         {},
         {r"blk\.1\.ffn_up_exps\.weight": shorter},
-        "blk.1.ffn_gate_exps.weight is [8, 39, 48] where [8, 40, 48] are wanted",
+        "tensor blk.1.ffn_gate_exps.weight has the shape [8, 39, 48], but the model needs [8, 40, 48]",
     ),
-    "one tensor more": ({}, {r"blk\.1\.ffn_norm\.weight": twice}, "qwen3_moe has no place for blk.1.attn_post_norm.w"),
-    "an unknown key": ({"qwen3moe.expert_group_scale": 0.5}, {}, "its qwen3moe.expert_group_scale is not known here"),
-    "another rotation in windows": ({"qwen3moe.rope.freq_base_swa": 9.0}, {}, "its qwen3moe.rope.freq_base_swa is not"),
+    "one tensor more": (
+        {},
+        {r"blk\.1\.ffn_norm\.weight": twice},
+        "qwen3_moe has no place for tensor blk.1.attn_post_norm.w",
+    ),
+    "an unknown key": (
+        {"qwen3moe.expert_group_scale": 0.5},
+        {},
+        "the metadata key qwen3moe.expert_group_scale is not known",
+    ),
+    "another rotation in windows": (
+        {"qwen3moe.rope.freq_base_swa": 9.0},
+        {},
+        "the metadata key qwen3moe.rope.freq_base_swa is not known",
+    ),
     "a key of others": (
         {"qwen3moe.expert_weights_scale": 2.5},
         {},
-        "qwen3_moe does not compute what it says: routed_s",
+        "qwen3_moe does not support routed_scaling_factor = 2.5",
     ),
     "too many blocks": (
         {"qwen3moe.block_count": 10**9},
         {},
-        "it says that it has 1,000,000,000 blocks, and holds 39 t",
+        "its metadata state 1,000,000,000 blocks, but it holds 39 t",
     ),
-    "too many at once": ({"qwen3moe.expert_used_count": 9}, {}, "it says that a token meets 9 of its 8 experts"),
-    "no length": ({"qwen3moe.context_length": None}, {}, "its qwen3moe.context_length is missing"),
+    "too many at once": (
+        {"qwen3moe.expert_used_count": 9},
+        {},
+        "its metadata state 9 experts per token, but there are 8 experts",
+    ),
+    "no length": ({"qwen3moe.context_length": None}, {}, "the metadata key qwen3moe.context_length is missing"),
     "other gates": (
         {"qwen3moe.expert_gating_func": 2},
         {},
-        "its qwen3moe.expert_gating_func is not the softmax of qwen3_moe",
+        "qwen3moe.expert_gating_func is not 1, the softmax of qwen3_moe",
     ),
-    "another split": ({"tokenizer.ggml.pre": "deepseek-llm"}, {}, "its text is split in a way that is not known here"),
+    "another split": (
+        {"tokenizer.ggml.pre": "deepseek-llm"},
+        {},
+        "its pre-tokenizer (tokenizer.ggml.pre) is not known here: deepseek-llm",
+    ),
     "another architecture": (
         {"general.architecture": "arctic", "arctic.expert_count": 8},
         {},
@@ -344,12 +364,14 @@ def test_a_tensor_that_transformers_misses(tmp_path: Path) -> None:
 
 def test_what_a_family_must_say(tmp_path: Path) -> None:
     file = made("granitemoe", tmp_path)
-    with pytest.raises(SecateurError, match=r"its granitemoe.attention.scale is missing; use the checkpoint"):
+    with pytest.raises(
+        SecateurError, match=r"the metadata key granitemoe.attention.scale is missing; use the checkpoint"
+    ):
         read(rewritten(file, {"granitemoe.attention.scale": None}))
     scaled = made("deepseek_v3 scaled", tmp_path / "latent")
-    with pytest.raises(SecateurError, match="its yarn has no yarn_log_multiplier, so that it scales what is rotated"):
+    with pytest.raises(SecateurError, match="its yarn has no yarn_log_multiplier, so that it scales rotated entries"):
         read(rewritten(scaled, {"deepseek2.rope.scaling.yarn_log_multiplier": None}))
-    with pytest.raises(SecateurError, match="deepseek_v3 does not scale queries with their positions, as it says"):
+    with pytest.raises(SecateurError, match="deepseek_v3 cannot scale queries with their positions, as it states"):
         read(rewritten(scaled, {"deepseek2.attention.temperature_scale": 0.1}))
 
 
@@ -363,44 +385,44 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         LAYERS[0],
         {"qwen35moe.ssm.group_count": 3},
         {},
-        "blk.0.ssm_conv1d.weight is [60, 4] where [72, 1, 4]",
+        "tensor blk.0.ssm_conv1d.weight has the shape [60, 4], but the model needs [72, 1, 4]",
     ),
     "no whole groups": (
         LAYERS[0],
         {"qwen35moe.ssm.group_count": 4},
         {},
-        "it says that its linear attention has 4 key h",
+        "its linear attention has 4 key h",
     ),
     "too many heads": (
         LAYERS[0],
         {"qwen35moe.ssm.time_step_rank": 4 * 10**9},
         {},
-        "its qwen35moe.ssm.time_step_rank is 4,000,000,000, and none of its tensors is as long",
+        "qwen35moe.ssm.time_step_rank is 4,000,000,000, but no tensor is that long",
     ),
     "heads too long": (
         "qwen3_moe",
         {"qwen3moe.attention.key_length": 10**9},
         {},
-        "its qwen3moe.attention.key_length is",
+        "qwen3moe.attention.key_length is 1,000,000,000, but",
     ),
     "no sections": (
         LAYERS[0],
         {"qwen35moe.rope.dimension_sections": None},
         {},
-        "its qwen35moe.rope.dimension_sections",
+        "the metadata key qwen35moe.rope.dimension_sections",
     ),
-    "half a block": (LAYERS[0], {}, {r"blk\.1\.attn_k\.weight": drop}, "there is no blk.1.ssm_dt.bias in it"),
+    "half a block": (LAYERS[0], {}, {r"blk\.1\.attn_k\.weight": drop}, "tensor blk.1.ssm_dt.bias is missing"),
     "gates as they are": (
         LAYERS[0],
         {"qwen35moe.expert_gating_func": 2},
         {},
-        "its qwen35moe.expert_gating_func is not",
+        "qwen35moe.expert_gating_func is not 1",
     ),
     "sections of others": (
         "qwen3_moe",
         {"qwen3moe.rope.dimension_sections": [1, 1, 0, 0]},
         {},
-        "its qwen3moe.rope.dim",
+        "the metadata key qwen3moe.rope.dim",
     ),
     "other factors": (
         LAYERS[1],
@@ -419,31 +441,31 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         LAYERS[1],
         {"gemma4.final_logit_softcapping": None},
         {},
-        "its gemma4.final_logit_softcapping is missing",
+        "the metadata key gemma4.final_logit_softcapping is missing",
     ),
     "no windows": (
         LAYERS[1],
         {"gemma4.attention.sliding_window_pattern": [False] * 4},
         {},
-        "it has no blocks with a w",
+        "it needs both blocks with a sliding w",
     ),
     "a window last": (
         LAYERS[1],
         {"gemma4.attention.sliding_window_pattern": [True, False, False, True], "gemma4.attention.shared_kv_layers": 0},
         {},
-        "gemma4_text does not compute its blocks in the order that it says",
+        "gemma4_text cannot have full attention and windows in the order that the file states",
     ),
     "heads block by block": (
         LAYERS[1],
         {"gemma4.attention.head_count": [6, 6, 6, 3]},
         {},
-        "gemma4_text has the same heads in all blocks, unlike it (num_attention_heads)",
+        "gemma4_text has one num_attention_heads for all blocks, but the file states a list",
     ),
     "no scale": (
         LAYERS[1],
         {},
         {r"blk\.2\.layer_output_scale\.weight": drop},
-        "there is no blk.2.layer_output_scale.weight in it",
+        "tensor blk.2.layer_output_scale.weight is missing",
     ),
 }
 
@@ -498,7 +520,7 @@ def test_text_is_split_as_it_was(tmp_path: Path, key: tuple[tuple[str, ...], boo
     tokenizer.save_pretrained(tmp_path / "dense")
     again = AutoTokenizer.from_pretrained(read(export(tmp_path / "dense", tmp_path / "m.gguf").path).path)
     assert [again(sample).input_ids for sample in SAMPLES] == [tokenizer(sample).input_ids for sample in SAMPLES]
-    assert vocabulary(again, 400).pre == PRE_TOKENIZERS[key]
+    assert vocabulary_of(again, 400).pre == PRE_TOKENIZERS[key]
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("glm4", 2), ("hunyuan", 4), ("olmo", 1), ("refact", 4)])
@@ -512,9 +534,7 @@ def test_splits_of_text(tmp_path: Path, name: str, numbers: int) -> None:
 def test_a_dense_model_whose_split_is_not_known(tmp_path: Path) -> None:
     """transformers would cut its text as GPT-2 does."""
     file = rewritten(made("llama", tmp_path), {"tokenizer.ggml.pre": "deepseek-llm"})
-    with pytest.raises(
-        SecateurError, match=r"not known here \(deepseek-llm\); use the checkpoint that it was made from"
-    ):
+    with pytest.raises(SecateurError, match=r"not known here: deepseek-llm; use the checkpoint that it was made from"):
         read(file)
 
 

@@ -36,7 +36,7 @@ from secateur import SecateurError, prune
 from secateur.base.progress import Silent
 from secateur.commands import doctor
 from secateur.formats.gguf_choice import gguf_unsupported
-from secateur.formats.gguf_export import ALONE, export
+from secateur.formats.gguf_export import DECODER_ONLY, export
 from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
@@ -170,7 +170,7 @@ def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
     graph, kinds = WRITTEN[name]
     dense, notes = saved(name, tmp_path / "dense"), Notes()
     done = export(dense, tmp_path / "dense.gguf", type="f32", watcher=notes)
-    assert notes.said == [ALONE]
+    assert notes.said == [DECODER_ONLY]
     assert done.architecture == graph
     assert gap(dense, done.path, graph) < bound(graph)
     how = SMALL | {"modules": kinds, "sparsity": 0.3}
@@ -209,7 +209,7 @@ def test_widths_that_only_folders_hold(tmp_path: Path, name: str, graph: str) ->
     with pytest.raises(SecateurError, match=why):
         prune(dense, tmp_path / "m.gguf", **how | {"widths": "adaptive"}, sparsity=0.1, format="gguf")
     if name == "qwen2_vl":
-        with pytest.raises(SecateurError, match="qwen2vl wants heads x head size = 48, so all 6 heads"):
+        with pytest.raises(SecateurError, match="qwen2vl needs heads x head size = 48, so all 6 heads"):
             prune(dense, tmp_path / "m.gguf", **how, sparsity=0.1, format="gguf")
 
 
@@ -430,8 +430,8 @@ def test_a_picture_at_positions_in_sections(tmp_path: Path, name: str) -> None:
 
 REFUSED = {
     "paligemma": "llama.cpp's gemma sees nothing ahead within a prompt, unlike the model; keep the safetensors folder",
-    "llama4": "llama4 has experts in all blocks",
-    "qwen3_5": "qwen35 rotates entries of a head by pairs, and here 3 are",
+    "llama4": "llama4 supports experts in all blocks or none only",
+    "qwen3_5": "qwen35 rotates entries of a head in pairs, but 3 rotate here",
 }
 
 

@@ -18,9 +18,9 @@ from secateur.base.json_files import parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
 from secateur.formats.folder import Folder, format_of_folder, open_folder
-from secateur.formats.gguf_choice import choose
+from secateur.formats.gguf_choice import choose_architecture
 from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_tokenizer import vocabulary
+from secateur.formats.gguf_tokenizer import vocabulary_of
 from secateur.formats.per_layer import MODELING_FILE, widths_of
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import encode
@@ -172,8 +172,8 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
     line = f"secateur export {path} {path.name}.gguf"
     try:
         model = GgufModel(checkpoint, widths_of(checkpoint.config))
-        graph = choose(model, "f16")
-        vocabulary(checkpoint.tokenizer(), checkpoint.config.vocab_size)
+        graph = choose_architecture(model, "f16")
+        vocabulary_of(checkpoint.tokenizer(), checkpoint.config.vocab_size)
     except SecateurError as error:
         return Engine("llama.cpp", None, False, str(error).removeprefix(f"{checkpoint.source}: "), line)
     what = "it" if checkpoint.around is None else "its language model"

@@ -3,6 +3,10 @@
 from secateur.families.entry import Family, Gguf
 
 FAMILIES = {
-    "cohere": Family(gguf=Gguf(("command-r",), epsilon="layer_norm_eps", pairs=True)),
-    "cohere2": Family(gguf=Gguf(("cohere2",), epsilon="layer_norm_eps", pairs=True)),
+    "cohere": Family(
+        gguf=Gguf(("command-r",), keys={"logit_scale": "logit_scale"}, epsilon="layer_norm_eps", pairs=True)
+    ),
+    "cohere2": Family(
+        gguf=Gguf(("cohere2",), keys={"logit_scale": "logit_scale"}, epsilon="layer_norm_eps", pairs=True)
+    ),
 }

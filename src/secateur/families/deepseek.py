@@ -1,25 +1,47 @@
 """DeepSeek's families, and others with its latent attention or its experts."""
 
 from dataclasses import replace
+from typing import Any
 
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
+from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, Stock
 
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
-LATENT_KEYS = {"attention.kv_lora_rank": "kv_lora_rank", "rope.dimension_count": "qk_rope_head_dim"}
 DEEPSEEK_EXPERTS = Experts(number="n_routed_experts", groups=("n_group", "topk_group"), shared_expert="shared_experts")
-DEEPSEEK2 = Gguf(("deepseek2",))
+
+
+def latent_attention(file: GgufContents) -> dict[str, Any]:
+    """Return the sizes of latent attention that a GGUF file states."""
+    metadata, rotated = file.metadata, file.metadata["rope.dimension_count"]
+    # Older files state the sizes of heads by the keys that newer ones use for latent vectors.
+    keys, values = (
+        metadata.get(f"attention.{kind}_length_mla", metadata.get(f"attention.{kind}_length"))
+        for kind in ("key", "value")
+    )
+    return {
+        "num_key_value_heads": file.common("attention.head_count"),
+        "head_dim": rotated,
+        "q_lora_rank": metadata.get("attention.q_lora_rank"),
+        "qk_nope_head_dim": keys - rotated,
+        "v_head_dim": values,
+        "topk_method": "greedy" if metadata.get("expert_group_count", 1) == 1 else "group_limited_greedy",
+    }
+
+
+LATENT_KEYS = {"attention.kv_lora_rank": "kv_lora_rank"}
+LATENT_INPUT = GgufInput("deepseek2", keys={"rope.dimension_count": "qk_rope_head_dim"}, config=latent_attention)
+DEEPSEEK2 = Gguf(("deepseek2",), keys=LATENT_KEYS)
 
 FAMILIES = {
     "deepseek_v2": Family(
         latent=LATENT,
         experts=replace(DEEPSEEK_EXPERTS, gating="softmax", gates_sum_to_one=False),
         stock=Stock(heads="divisors"),
-        gguf=replace(DEEPSEEK2, input=GgufInput("deepseek2", keys=LATENT_KEYS)),
+        gguf=replace(DEEPSEEK2, input=LATENT_INPUT),
     ),
     "deepseek_v3": Family(
         latent=LATENT,
         experts=DEEPSEEK_EXPERTS,
-        gguf=replace(DEEPSEEK2, input=GgufInput("deepseek2", keys=LATENT_KEYS)),
+        gguf=replace(DEEPSEEK2, input=LATENT_INPUT),
     ),
     "dots1": Family(
         experts=DEEPSEEK_EXPERTS,

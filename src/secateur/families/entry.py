@@ -7,7 +7,7 @@ computes something that no field describes, a field takes a function: a hook in 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import nn
 
@@ -121,61 +121,91 @@ class Stock:
     """Name of the kind of scaling inside rope_scaling in 4.57."""
 
 
+class GgufContents(Protocol):
+    """A GGUF file, as far as the hook of a family reads it."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Metadata of the architecture, by keys without its name."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Tensors by llama.cpp's names."""
+
+    def common(self, key: str, default: Any = None) -> Any:
+        """Return a number that all blocks share; the list of numbers where they differ."""
+
+    def layer_types(self) -> list[str]:
+        """Return the type of attention of each block; an empty list where the file does not state it."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, outputs before inputs."""
+
+
+def no_config(_: GgufContents) -> dict[str, Any]:
+    """Return no config values."""
+    return {}
+
+
 @dataclass(frozen=True)
 class GgufInput:
-    """How GGUF files of the family are read, where secateur reads them itself: facts that the files do not state.
-
-    Metadata and tensor shapes state the rest.
-    """
+    """How secateur itself reads GGUF files of the family: facts that metadata and tensor shapes do not state."""
 
     architecture: str
     """llama.cpp's name of the architecture."""
     dense: bool = False
-    """Files without experts are read here as well; transformers reads those of the other families."""
+    """Secateur also reads files without experts; transformers reads those of the other families."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Keys of the metadata that must be there, in addition to the usual ones, and the config's."""
+    """Metadata keys that a file must have, and the config's keys of the same values, in addition to `Gguf.keys`."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Constants in the code of llama.cpp's graph, by config key."""
+    """Constants in llama.cpp's code for the architecture, by config key."""
     pairs: bool = False
-    """Neighbouring entries of a head rotate together in the file, and entries half a head apart in checkpoints."""
+    """In files, neighbouring entries of a head rotate together; in checkpoints, entries half a head apart."""
     scales_queries: bool = False
-    """The class scales queries with their positions, where a file says so."""
+    """The class can scale queries with their positions, as some files ask for."""
     yarn: Mapping[str, Any] = field(default_factory=dict)
-    """Rotary settings under which the class computes llama.cpp's yarn."""
-    of_number: Callable[[int], Mapping[str, Any]] | None = None
-    """Hook that returns config values which llama.cpp's graph takes from the number of experts."""
+    """Rotary settings with which the class computes yarn as llama.cpp does."""
+    config: Callable[[GgufContents], Mapping[str, Any]] = no_config
+    """Hook that returns further config values, computed from a file."""
     linear: Literal["grouped", "tiled"] | None = None
-    """Order of the value heads of linear attention: group by group, or the first of all groups before the second
-    ones. Blocks without keys have linear attention."""
+    """Order of the value heads of linear attention in files: all of one key head after the other; or the first of every
+    key head, then the second ones. Blocks without keys have linear attention."""
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """How the family's models are written as GGUF files for llama.cpp, and read from them."""
+    """How models of the family are written as GGUF files for llama.cpp, and read from them."""
 
     architectures: tuple[str, ...] = ()
-    """llama.cpp's architectures that compute the family, the best known first."""
+    """llama.cpp's architectures that compute the family, the preferred one first."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Metadata keys that only some families have, and the config's keys of the same values. They are written, and must
+    be there when secateur itself reads a file."""
     unlike: str | None = None
-    """What llama.cpp's graph of the family computes differently, as a clause; it is then not written."""
+    """What llama.cpp computes differently for the family, as a clause; files are then not written."""
     unlike_inside: Mapping[str, str] = field(default_factory=dict)
-    """The same by the model_type of a multimodal model around the decoder."""
+    """The same for decoders inside multimodal models, by the model_type of the multimodal model."""
     activation: str = "hidden_act"
     """Config key of the activation function; or the function itself, where the class fixes it."""
     epsilon: str = "rms_norm_eps"
     """Config key of the epsilon of norms."""
     query_gate: bool = False
-    """The query layer holds, behind the query rows of a head, the rows of the gate on its output."""
+    """The query layer also holds rows of a gate on each head's output, after the head's query rows."""
     transposed: bool = False
-    """Matrices inside blocks are stored with inputs first."""
+    """Checkpoints store matrices inside blocks with inputs first."""
     pairs: bool = False
-    """Neighbouring entries of a head rotate together in checkpoints."""
+    """In checkpoints, neighbouring entries of a head rotate together."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Keys of the metadata that transformers does not read although the config has them, and the config's keys."""
+    """Metadata keys that transformers ignores although the config has a place for them, and the config's keys."""
     deepest: int | None = None
     """Number of blocks by which llama.cpp recognises Gemma's 27B models: it scales their attention scores by
     hidden_size / heads, those of the other sizes by the head size."""
     input: GgufInput | None = None
-    """How GGUF files are read, where transformers does not read them."""
+    """How secateur reads GGUF files itself; None where transformers reads them."""
 
 
 @dataclass(frozen=True)

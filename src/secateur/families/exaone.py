@@ -19,7 +19,8 @@ FAMILIES = {
         ),
         gguf=Gguf(
             ("exaone-moe",),
-            input=GgufInput("exaone-moe", keys={"attention.sliding_window": "sliding_window"}),
+            keys={"attention.sliding_window": "sliding_window"},
+            input=GgufInput("exaone-moe"),
         ),
     ),
 }

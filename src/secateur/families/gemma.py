@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, KvSharing, Stock
+from secateur.base.errors import SecateurError
+from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, KvSharing, Stock
 
 GEMMA_GGUF = Gguf(activation="hidden_activation")
 GEMMA2 = Family(
@@ -14,6 +15,7 @@ GEMMA2 = Family(
     norm_before_feed_forward="pre_feedforward_layernorm",
     stock=Stock(heads="divisors"),
 )
+CAP = {"attn_logit_softcapping": "attn_logit_softcapping"}
 GEMMA4_KEYS = {
     "attention.sliding_window": "sliding_window",
     "attention.key_length": "global_head_dim",
@@ -22,6 +24,33 @@ GEMMA4_KEYS = {
     "embedding_length_per_layer_input": "hidden_size_per_layer_input",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+
+
+def _gemma4_sizes(file: GgufContents) -> dict[str, Any]:
+    """Return the config values of Gemma 4 that a GGUF file states for blocks with and without a window.
+
+    Raises:
+        SecateurError: the file does not have both kinds of blocks.
+    """
+    types, heads = file.layer_types(), file.common("attention.head_count_kv", file.common("attention.head_count"))
+    if {"sliding_attention", "full_attention"} != set(types):
+        raise SecateurError("it needs both blocks with a sliding window and blocks without")
+    window, full = (types.index(f"{kind}_attention") for kind in ("sliding", "full"))
+    tokens, theta = "per_layer_token_embd.weight", file.metadata.get("rope.freq_base", 10000.0)
+    per_block = heads if isinstance(heads, list) else [heads] * file.blocks
+    first, last = (file.shape(f"blk.{index}.ffn_up.weight")[0] for index in (0, file.blocks - 1))
+    return {
+        "head_dim": file.metadata["attention.key_length_swa"],
+        "num_key_value_heads": per_block[window],
+        "num_global_key_value_heads": per_block[full],
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
+        "use_double_wide_mlp": last == 2 * first,
+        **({"vocab_size_per_layer_input": file.shape(tokens)[0]} if tokens in file.tensors else {}),
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+            "full_attention": {"rope_type": "proportional", "rope_theta": theta},
+        },
+    }
 
 
 def _kv_sharing(config: Any, attention: Any) -> KvSharing | None:
@@ -40,7 +69,7 @@ FAMILIES = {
         norm_offset=True,
         gguf=Gguf(("gemma",), unlike_inside={"paligemma": "sees nothing ahead within a prompt"}),
     ),
-    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), deepest=46)),
+    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, deepest=46)),
     "gemma3_text": replace(
         GEMMA2,
         stock=Stock(heads="divisors", local_theta="rope_local_base_freq"),
@@ -66,7 +95,9 @@ FAMILIES = {
         gguf=replace(
             GEMMA_GGUF,
             architectures=("gemma4",),
-            input=GgufInput("gemma4", dense=True, keys=GEMMA4_KEYS, fixed={"norm_topk_prob": True}),
+            input=GgufInput(
+                "gemma4", dense=True, keys=GEMMA4_KEYS, fixed={"norm_topk_prob": True}, config=_gemma4_sizes
+            ),
         ),
     ),
     "vaultgemma": Family(norm_offset=True, stock=Stock(heads="divisors")),

@@ -15,6 +15,6 @@ FAMILIES = {
         down="dense_4h_to_h",
         final_norm="gpt_neox.final_layer_norm",
         stock=Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
-        gguf=Gguf(("gptneox",), epsilon="layer_norm_eps"),
+        gguf=Gguf(("gptneox",), keys={"use_parallel_residual": "use_parallel_residual"}, epsilon="layer_norm_eps"),
     ),
 }

@@ -18,12 +18,9 @@ FAMILIES = {
         ),
         gguf=Gguf(
             ("gpt-oss",),
-            input=GgufInput(
-                "gpt-oss",
-                keys={"attention.sliding_window": "sliding_window"},
-                # llama.cpp rounds its limits, and the checkpoints do not.
-                yarn={"truncate": False},
-            ),
+            keys={"attention.sliding_window": "sliding_window"},
+            # llama.cpp rounds the limits of yarn; checkpoints do not.
+            input=GgufInput("gpt-oss", yarn={"truncate": False}),
         ),
     ),
 }

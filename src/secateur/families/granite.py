@@ -10,7 +10,7 @@ SCALES = {
 }
 
 FAMILIES = {
-    "granite": Family(residual_multiplier="residual_multiplier", gguf=Gguf(("granite",))),
+    "granite": Family(residual_multiplier="residual_multiplier", gguf=Gguf(("granite",), keys=SCALES)),
     "granitemoe": Family(
         feed_forward="block_sparse_moe",
         residual_multiplier="residual_multiplier",
@@ -30,7 +30,8 @@ FAMILIES = {
         stock=Stock(heads="dense"),
         gguf=Gguf(
             ("granitemoe",),
-            input=GgufInput("granitemoe", keys=SCALES, fixed={"norm_topk_prob": True}, pairs=True),
+            keys=SCALES,
+            input=GgufInput("granitemoe", fixed={"norm_topk_prob": True}, pairs=True),
         ),
     ),
 }

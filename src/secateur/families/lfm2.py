@@ -14,7 +14,7 @@ LFM2 = Family(
     final_norm="model.embedding_norm",
     token_mixer=TokenMixer("conv", "out_proj", "conv"),
     stock=Stock(same=("block_ff_dim",), also=(("block_auto_adjust_ff_dim", False),)),
-    gguf=Gguf(("lfm2",), activation="silu", epsilon="norm_eps"),
+    gguf=Gguf(("lfm2",), keys={"shortconv.l_cache": "conv_L_cache"}, activation="silu", epsilon="norm_eps"),
     vllm=Vllm(derives_head_size="prune channels only"),
 )
 
@@ -27,7 +27,7 @@ FAMILIES = {
         gguf=replace(
             LFM2.gguf,
             architectures=("lfm2moe",),
-            input=GgufInput("lfm2moe", keys={"shortconv.l_cache": "conv_L_cache"}, fixed={"norm_topk_prob": True}),
+            input=GgufInput("lfm2moe", fixed={"norm_topk_prob": True}),
         ),
         vllm=Vllm(derives_head_size="prune experts and channels only"),
     ),

@@ -1,16 +1,16 @@
 """Meta's families: Llama, Code World Model and Llama 4. A `Family` without arguments is laid out as Llama."""
 
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
+from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, Stock
 
 LLAMA_GGUF = Gguf(("llama", "deci"))
 
 
-def _norms_of_maverick(experts: int) -> dict[str, bool]:
+def _norms_of_maverick(file: GgufContents) -> dict[str, bool]:
     """Return whether queries and keys are normed: not in Maverick, which llama.cpp recognises by its 128 experts.
 
     The norms have no weights.
     """
-    return {"use_qk_norm": experts != 128}
+    return {"use_qk_norm": file.metadata["expert_count"] != 128}
 
 
 FAMILIES = {
@@ -38,7 +38,7 @@ FAMILIES = {
             pairs=True,
             input=GgufInput(
                 "llama4",
-                of_number=_norms_of_maverick,
+                config=_norms_of_maverick,
                 fixed={
                     "attention_chunk_size": 8192,
                     "floor_scale": 8192,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from secateur.families.deepseek import DEEPSEEK_EXPERTS, LATENT, LATENT_KEYS
+from secateur.families.deepseek import DEEPSEEK_EXPERTS, LATENT, LATENT_INPUT, LATENT_KEYS
 from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
 from secateur.families.llama import LLAMA_GGUF
 
@@ -27,6 +27,10 @@ FAMILIES = {
         latent=LATENT,
         experts=replace(DEEPSEEK_EXPERTS, gating="softmax", stacked=True),
         stock=Stock(theta=None),
-        gguf=Gguf(("mistral4",), input=GgufInput("mistral4", keys=LATENT_KEYS, scales_queries=True)),
+        gguf=Gguf(
+            ("mistral4",),
+            keys=LATENT_KEYS,
+            input=replace(LATENT_INPUT, architecture="mistral4", scales_queries=True),
+        ),
     ),
 }

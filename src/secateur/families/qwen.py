@@ -4,7 +4,18 @@ models."""
 from dataclasses import replace
 from typing import Any
 
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock, TokenMixer, Twin, Vllm
+from secateur.base.errors import SecateurError
+from secateur.families.entry import (
+    Experts,
+    Family,
+    Gguf,
+    GgufContents,
+    GgufInput,
+    Stock,
+    TokenMixer,
+    Twin,
+    Vllm,
+)
 
 OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
 LINEAR = TokenMixer("linear_attn", "out_proj", "linear_attention")
@@ -34,6 +45,25 @@ def _one_window(config: Any) -> str | None:
     return None
 
 
+def _linear_attention(file: GgufContents) -> dict[str, int]:
+    """Return the size of a value head of linear attention, which a GGUF file states for all heads together.
+
+    Raises:
+        SecateurError: the numbers of heads do not fit.
+    """
+    keys, values = file.metadata["ssm.group_count"], file.metadata["ssm.time_step_rank"]
+    if not keys or not values or values % keys:
+        raise SecateurError(f"its linear attention has {keys:,} key heads and {values:,} value heads, no multiple")
+    return {"linear_value_head_dim": file.metadata.get("ssm.inner_size", 0) // values}
+
+
+QWEN35_GGUF = Gguf(
+    ("qwen35",),
+    keys=LINEAR_KEYS,
+    query_gate=True,
+    input=GgufInput("qwen35", dense=True, keys=SECTIONS, linear="tiled", config=_linear_attention),
+)
+
 FAMILIES = {
     "qwen2": Family(
         gguf=Gguf(("qwen2", "llama", "deci")),
@@ -56,29 +86,26 @@ FAMILIES = {
         stock=PARTIAL,
         gguf=Gguf(
             ("qwen3next",),
+            keys=LINEAR_KEYS,
             query_gate=True,
-            input=GgufInput("qwen3next", keys=LINEAR_KEYS, fixed=SUMMED, linear="grouped"),
+            input=GgufInput("qwen3next", fixed=SUMMED, linear="grouped", config=_linear_attention),
         ),
     ),
     "qwen3_5_text": Family(
         norm_offset=True,
         token_mixer=LINEAR,
         stock=PARTIAL,
-        gguf=Gguf(
-            ("qwen35",),
-            query_gate=True,
-            input=GgufInput("qwen35", dense=True, keys=LINEAR_KEYS | SECTIONS, linear="tiled"),
-        ),
+        gguf=QWEN35_GGUF,
     ),
     "qwen3_5_moe_text": Family(
         norm_offset=True,
         token_mixer=LINEAR,
         experts=replace(QWEN2_EXPERTS, gates_sum_to_one=True),
         stock=PARTIAL,
-        gguf=Gguf(
-            ("qwen35moe",),
-            query_gate=True,
-            input=GgufInput("qwen35moe", keys=LINEAR_KEYS | SECTIONS, fixed=SUMMED, linear="tiled"),
+        gguf=replace(
+            QWEN35_GGUF,
+            architectures=("qwen35moe",),
+            input=GgufInput("qwen35moe", keys=SECTIONS, fixed=SUMMED, linear="tiled", config=_linear_attention),
         ),
     ),
 }

@@ -1,7 +1,7 @@
-"""A file that is converted from a folder: the folder is written before it, and removed behind it.
+"""A format of files, each converted from a folder that is written first and removed afterwards.
 
-Blocks come one by one and are never made twice, also where a run that was stopped goes on; so a file that cannot be
-written in pieces is made of a folder that can.
+Pruned blocks are made one by one and never twice, even when an interrupted run resumes. A file that cannot be written
+in pieces is therefore made from a folder, which can.
 """
 
 from __future__ import annotations
@@ -26,37 +26,41 @@ class Converted(Format):
 
     @abstractmethod
     def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
-        """Write the file (`with output as path: ...`) from a folder, and return the bytes of its weights."""
+        """Convert a folder to the file (`with output as path: ...`), and return the bytes of its weights."""
 
     @cached_property
     def folder(self) -> HfFolder:
-        """The format of the folder."""
+        """Format of the folder."""
         return HfFolder(
-            self.stream, block_range=self.block_range, dtype=self.dtype, biases=self.biases, same_width=self.same_width
+            self.stream,
+            block_range=self.block_range,
+            dtype=self.dtype,
+            biases=self.biases,
+            same_width=self.same_width,
         )
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the dense model's weights in the file, about."""
+        """Approximate bytes of the dense model's weights in the file."""
         return round(self.folder.byte_meter().dense)
 
     def unsupported_reason(self, width: Width) -> str | None:
-        """Ask the format of the folder."""
+        """Return why the folder cannot hold this width, or None."""
         return self.folder.unsupported_reason(width)
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
-        """Ask the format of the folder."""
+        """Return why the folder cannot hold blocks at these widths, or None."""
         return self.folder.unsupported_plan(widths)
 
     def check_output(self, out: Path, *, overwrite: bool = False, growing: Path | None = None) -> None:
-        """Ask for room for both the folder, which lies beside the file under a name like it, and the file."""
+        """Check that there is room for both the folder, under a hidden name in the folder of `out`, and the file."""
         both = self.folder.output(out.with_name(f".{out.name}.folder"), overwrite=overwrite, at=growing)
         both.expected_bytes += self.file_bytes
         both.check()
         self.check_range()
 
     def write(self, out: Path, pruned: PrunedModel) -> int:
-        """Write a folder and convert it; a folder that an earlier run has finished is taken as it is."""
+        """Write a folder and convert it; a folder that an interrupted run has finished is converted as it is."""
         state = pruned.state
         folder = out.with_name(f".{out.name}.folder-{secrets.token_hex(4)}") if state is None else state / "folder"
         output = self.declaration.output(out, overwrite=pruned.overwrite)

@@ -1,4 +1,4 @@
-"""The questions that an output format answers, and what it is handed to write."""
+"""The base class of output formats, and the pruned model that a format writes."""
 
 from __future__ import annotations
 
@@ -26,50 +26,51 @@ from secateur.plan.problem import Plan
 
 @dataclass(frozen=True)
 class Loading:
-    """How a person opens an output."""
+    """Instructions for opening an output."""
 
     line: str
-    """What the terminal says at the end of a run."""
+    """Line that is printed at the end of a run."""
     expression: str = ""
-    """Python that gives the model, by a class of transformers; empty where transformers does not open it."""
+    """Python expression that loads the model with transformers; empty where transformers cannot open it."""
     runs_code: bool = False
-    """Opening the output runs a Python file in it, which engines must be allowed (`--trust-remote-code`)."""
+    """Opening the output runs a Python file in it, which engines must be allowed to do (`--trust-remote-code`)."""
     registered: str = ""
-    """A call after which the expression needs no permission to run code; empty where there is none."""
+    """Call after which the expression needs no permission to run code; empty where there is none."""
 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A pruned model that is about to be written."""
+    """A pruned model that is to be written."""
 
     plan: Plan
     blocks: Iterable[tuple[int, dict[str, Tensor]]]
-    """Each pruned block's tensors by their names inside the block, in order; made one by one."""
+    """Index and tensors of each pruned block, in order, by names inside the block. Blocks are computed one by one."""
     records: Mapping[str, Any] = field(default_factory=dict)
-    """Files to add, name to contents: text, what is to be JSON, or a function that gives either once the blocks are
-    done."""
+    """Contents of further files, by name: text, data for JSON, or a function that returns either when all blocks are
+    written."""
     final_norm: Callable[[], Mapping[str, Tensor]] = dict
-    """Gives other values for the final norm, by their names in the model, once the blocks are done."""
+    """Returns changed tensors of the final norm, by their names in the model; called when all blocks are written."""
     fit_checkpoint: PassCheckpoint | None = None
-    """Checkpoint of the pass that fits the blocks, which also saves how far the files are written."""
+    """Checkpoint of the pass that fits the blocks; it also saves how much of the files is written."""
     state: Path | None = None
-    """The folder of the run's state, where a run that was stopped goes on."""
+    """Folder of the run's state, from which an interrupted run resumes."""
     overwrite: bool = False
+    """Replace an output that exists."""
     watcher: Watcher = field(default_factory=Silent)
 
     @property
     def growing(self) -> Path | None:
-        """Where the output grows in the folder of the run's state."""
+        """Path in the run's state folder under which the output grows; None without such a folder."""
         return None if self.state is None else self.state / PARTIAL_OUTPUT
 
 
 class Format(ABC):
-    """An output format, bound to an open model: the widths that it holds, and how it writes them."""
+    """An output format for one model: which widths it can hold, and how it writes them."""
 
     declaration: ClassVar[Declaration]
-    """What `@output_format` says of the class."""
+    """Declaration by the decorator `@output_format`."""
     other_kernels: ClassVar[str | None] = None
-    """The engine whose kernels run the output; None for torch's, by which speed is measured."""
+    """Engine whose kernels run the output; None for torch, with which speed is measured."""
 
     def __init__(
         self,
@@ -81,15 +82,15 @@ class Format(ABC):
         biases: bool = False,
         same_width: bool = False,
     ):
-        """Bind the format to a model.
+        """Prepare the format for a model.
 
         Args:
             stream: the dense model.
-            block_range: the blocks to prune; all by default.
-            dtype: of the weights; the checkpoint's by default.
-            type: of the tensors, one of the declared types.
+            block_range: blocks to prune; all by default.
+            dtype: dtype of the weights; the checkpoint's by default.
+            type: type of the tensors, one of the declared types.
             biases: the recovery adds biases to output projections that have none.
-            same_width: all pruned blocks get the same width, not one of their own each.
+            same_width: all pruned blocks get the same width.
         """
         self.stream = stream
         self.block_range = range(len(stream)) if block_range is None else block_range
@@ -100,69 +101,76 @@ class Format(ABC):
 
     @classmethod
     def check_type(cls, type: str) -> None:
-        """Raise `SecateurError` for a type of tensors that the format does not have."""
+        """Raise `SecateurError` for a type of tensors that the format cannot write."""
         if type not in cls.declaration.types:
             raise SecateurError(f"no type {type!r}; choose one of {', '.join(cls.declaration.types)}")
 
     @classmethod
     @abstractmethod
     def how_to_load(cls, auto_class: str, path: str) -> Loading:
-        """Return how a person opens an output.
+        """Return instructions for opening an output.
 
         Args:
-            auto_class: the class of transformers that opens the dense model, such as AutoModelForCausalLM.
+            auto_class: class of transformers that opens the dense model, such as AutoModelForCausalLM.
             path: the output.
         """
 
     @abstractmethod
     def unsupported_reason(self, width: Width) -> str | None:
-        """Return why a plan may not give this width to blocks, or None.
+        """Return why the format cannot hold a block of this width, or None. The answer takes no noticeable time.
 
-        The reason is a clause that ends in what can be done instead. It costs nothing to ask.
+        The reason is a clause that ends in what can be done instead.
         """
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
-        """Return why the format cannot hold blocks at these widths together, or None; absent blocks are dense."""
+        """Return why the format cannot hold blocks of these widths together, or None; other blocks are dense."""
         return next(filter(None, map(self.unsupported_reason, dict.fromkeys(widths.values()))), None)
 
     @abstractmethod
     def write(self, out: Path, pruned: PrunedModel) -> int:
-        """Write the pruned model, whole or not at all, and return the bytes of its weights.
+        """Write the pruned model completely or not at all, and return the bytes of its weights.
 
         Raises:
             SecateurError: the format cannot hold the plan, or the output cannot be written.
         """
 
     def byte_meter(self) -> Meter:
-        """Return the meter of the bytes that weights take in the output, without headers."""
+        """Return the meter of the bytes of weights in the output, without headers."""
         return byte_meter(self.stream, self.dtype, self.biases)
 
     @property
     def number_type(self) -> str:
-        """The type of the numbers in the output, for people."""
+        """Type of the numbers in the output, as reports name it."""
         return self.type or str(self.dtype).removeprefix("torch.")
 
     def check_output(self, out: Path, *, overwrite: bool = False, growing: Path | None = None) -> None:
-        """See that the model can be written to a place: its name, room on the disk, the range of its numbers.
+        """Check that the model can be written: the output's name, room on the disk, and the range of the numbers.
 
         Args:
             out: the output.
-            overwrite: an output that is there may be replaced.
-            growing: where an earlier run that was stopped has begun to write.
+            overwrite: replace an output that exists.
+            growing: path under which an interrupted run has begun to write the output.
 
         Raises:
-            SecateurError: it cannot.
+            SecateurError: the model cannot be written.
         """
         self.output(out, overwrite=overwrite, at=growing).check()
         self.check_range()
 
     def check_range(self) -> None:
-        """Raise `SecateurError` for weights that the numbers of the output do not hold."""
+        """Raise `SecateurError` for weights that are too large for the output's type of numbers."""
         if self.dtype == torch.float16:
             self.stream.checkpoint.check_range(torch.float16)
 
     def output(self, out: Path, plan: Plan | None = None, *, overwrite: bool = False, at: Path | None = None) -> Output:
-        """Return the output of the weights at the widths of a plan, dense ones by default."""
+        """Return the output with its expected size.
+
+        Args:
+            out: the output.
+            plan: widths of the blocks; dense ones by default.
+            overwrite: replace an output that exists.
+            at: path under which the output grows until it is complete.
+        """
         meter = self.byte_meter()
         output = self.declaration.output(out, source=self.stream.checkpoint.path, overwrite=overwrite)
         output.expected_bytes, output.resume_path = round(meter.total(plan.widths if plan else {})), at
@@ -172,22 +180,24 @@ class Format(ABC):
         """Raise `SecateurError` for a tokenizer that the output cannot hold."""
 
     def check_family(self) -> None:  # noqa: B027 (an output without a class has none to fit)
-        """See that what a person says of a family (`--family`) fits its class.
+        """Check that a family's entry that a person has written (`--family`) fits the model's class.
 
         Raises:
-            SecateurError: it does not.
+            SecateurError: it does not fit.
         """
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
-        """Return why vLLM does not serve an output with these widths; None where it does, or opens no such output."""
+        """Return why vLLM cannot serve an output with these widths; None where it can, or opens no such output."""
         return None
 
     def tensors(self, pruned: PrunedModel, written: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the pruned model by its stored name: what is in no pruned block, blocks, final norm.
+        """Yield every tensor of the pruned model with its stored name.
+
+        Tensors outside of pruned blocks come first, then the blocks, then the final norm.
 
         Args:
             pruned: the model; its blocks are consumed.
-            written: names to leave out, as an earlier run has written them.
+            written: names of tensors to leave out, since an interrupted run has written them.
         """
         stream, checkpoint = self.stream, self.stream.checkpoint
         inside = self.names_inside(pruned.plan)
@@ -198,7 +208,7 @@ class Format(ABC):
                 yield name, info.as_stored(tensor.to(self.dtype) if info.dtype.is_floating_point else tensor)
         for index, tensors in pruned.blocks:
             yield from self._as_stored(index, tensors)
-            # The next block is made behind this line.
+            # Free the block before the next one is computed.
             del tensors
         changed = pruned.final_norm()
         for stored, name in last.items():
@@ -212,14 +222,14 @@ class Format(ABC):
         }
 
     def stored_name(self, index: int, name: str) -> str:
-        """Return the stored name of a block's tensor; one that the checkpoint lacks is named after its weight."""
+        """Return the stored name of a block's tensor; a bias that the checkpoint lacks is named after its weight."""
         stream = self.stream
         if name in stream.blocks[index].shapes:
             return stream.stored_name(index, name)
         return stream.stored_name(index, name.removesuffix("bias") + "weight").removesuffix("weight") + "bias"
 
     def _as_stored(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield a block's tensors in as many pieces as the checkpoint holds them."""
+        """Yield a block's tensors in the pieces in which the checkpoint stores them."""
         for name, tensor in tensors.items():
             if name in self.stream.blocks[index].shapes:
                 yield from self.stream.as_stored(index, name, tensor).items()

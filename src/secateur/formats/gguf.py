@@ -13,7 +13,7 @@ from secateur.formats.format import Loading
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import export
 from secateur.formats.gguf_meter import gguf_byte_meter
-from secateur.formats.gguf_tokenizer import vocabulary
+from secateur.formats.gguf_tokenizer import vocabulary_of
 from secateur.formats.gguf_types import TYPES, check_type
 from secateur.formats.registry import output_format
 from secateur.model.axes import Width
@@ -28,13 +28,13 @@ from secateur.plan.meters import Meter, added_biases
     tokenizer=True,
 )
 class GgufFormat(Converted):
-    """A width for each block where the architecture of llama.cpp takes one, else one width for all blocks."""
+    """A GGUF file, with a width for each block where llama.cpp's architecture allows it, else with one width."""
 
     other_kernels = "llama.cpp"
 
     @classmethod
     def check_type(cls, type: str) -> None:
-        """Raise `SecateurError` for a type that cannot be written, with the way to llama.cpp's others."""
+        """Raise `SecateurError` for a type that cannot be written; the error says how to make llama.cpp's others."""
         check_type(type)
 
     @classmethod
@@ -44,35 +44,34 @@ class GgufFormat(Converted):
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the dense model's weights in the file, about."""
+        """Approximate bytes of the dense model's weights in the file."""
         checkpoint = self.stream.checkpoint
         return int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[self.type].bytes)
 
     def unsupported_reason(self, width: Width) -> str | None:
-        """Ask for one block of this width among dense ones, or for all pruned blocks where they are cut together."""
+        """Return why the file cannot hold one block of this width; or all pruned blocks, where they share a width."""
         if (reason := super().unsupported_reason(width)) is not None:
             return reason
-        blocks, block_range = self.stream.blocks, self.block_range
-        first = next((index for index in block_range if not blocks[index].attention.fixed), block_range.start)
-        return self._architecture_reason(
-            dict.fromkeys(block_range if self.same_width else range(first, first + 1), width)
-        )
+        blocks = self.stream.blocks
+        first = next((i for i in self.block_range if not blocks[i].attention.fixed), self.block_range.start)
+        return self._unsupported(dict.fromkeys(self.block_range if self.same_width else [first], width))
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
-        """Ask for every block by itself, then for an architecture that computes them together."""
-        return super().unsupported_plan(widths) or self._architecture_reason(widths)
+        """Return why the file cannot hold blocks at these widths, each by itself or all together; or None."""
+        return super().unsupported_plan(widths) or self._unsupported(widths)
 
-    def _architecture_reason(self, widths: Mapping[int, Width]) -> str | None:
+    def _unsupported(self, widths: Mapping[int, Width]) -> str | None:
+        """Return why no architecture computes the model with these widths; blocks without a width are dense."""
         every = [widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)]
         added = self.biases and any(added_biases(self.stream))
         return gguf_unsupported(self.stream.checkpoint, every, self.type, biases=added)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """See that GGUF has a spelling of the tokenizer."""
-        vocabulary(tokenizer, self.stream.checkpoint.config.vocab_size)
+        """Raise `SecateurError` for a tokenizer that GGUF cannot hold."""
+        vocabulary_of(tokenizer, self.stream.checkpoint.config.vocab_size)
 
     def check_range(self) -> None:
-        """See that float16 holds all weights, where the folder or the file has such."""
+        """Raise `SecateurError` for weights beyond float16, where the folder or the file has that type."""
         if self.dtype == torch.float16 or self.type == "f16":
             self.stream.checkpoint.check_range(torch.float16)
 
@@ -81,6 +80,6 @@ class GgufFormat(Converted):
         return gguf_byte_meter(self.stream, self.type, self.biases)
 
     def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
-        """Export the folder, as `secateur export` does."""
-        how: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.resume_path}
-        return export(folder, output.path, type=self.type, **how).bytes
+        """Convert the folder as `secateur export` does, and return the bytes of its weights."""
+        options: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.resume_path}
+        return export(folder, output.path, type=self.type, **options).bytes

@@ -1,86 +1,113 @@
-"""What one of llama.cpp's graphs computes, as an entry of a table."""
+"""The entry of one of llama.cpp's architectures: what it computes, and what its files hold.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+An architecture is the code by which llama.cpp computes models of one kind. A file names its architecture.
+"""
 
-from gguf import GGUFWriter
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from secateur.formats.gguf_model import GgufModel
+from secateur.formats.gguf_sizes import BlockSizes
+from secateur.formats.gguf_specifics import head_sizes, no_windows
+from secateur.model.gguf_layout import Order
 
 Requirement = Callable[[GgufModel, "Architecture"], str | None]
-"""What a graph asks of a model: the rest of a sentence that begins with its name, or None where the model meets it."""
-Setting = Callable[[GGUFWriter, GgufModel], None]
-"""Adds what only files of one graph say."""
+"""Returns None for a model that an architecture computes; else why it does not, as the rest of a sentence that begins
+with the architecture's name."""
+Metadata = Callable[[GgufModel], Mapping[str, Any]]
+"""Returns metadata of a model, by keys without the architecture; None leaves a key out."""
 
 SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
-"""Kinds of rotary scaling that most graphs compute."""
+"""Kinds of rotary scaling that most architectures compute."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one of llama.cpp's graphs computes and where it looks for it, as far as ours differ in that."""
+    """One of llama.cpp's architectures. The fields list what differs between architectures that secateur writes."""
 
     name: str
     biases: frozenset[str]
-    """Layers whose bias is added where there is one."""
+    """Layers, by llama.cpp's names, that may have a bias."""
     needs_biases: bool = False
-    """All of these biases must be there."""
+    """All of these biases must be in the file."""
     per_layer: bool = False
-    """Heads and channels are read block by block."""
+    """Numbers of heads and channels may differ from block to block."""
     headless: bool = False
-    """Blocks without heads are skipped over; elsewhere they keep one head that adds nothing."""
+    """Blocks without heads have no attention; elsewhere they keep one head that adds nothing."""
     square: bool = False
-    """Query rows are as many as the residual stream is wide."""
+    """Heads x head size must be the width of the residual stream."""
     ungrouped: bool = False
-    """Every query head has a key/value head of its own."""
+    """Every query head has its own key/value head."""
     pairs: bool = False
-    """Consecutive entries of a head rotate together, not entries half a head apart."""
+    """Neighbouring entries of a head rotate together, not entries half a head apart."""
     head_norms: bool = False
-    """Queries and keys of every head are normed."""
+    """Queries and keys of every head are normalised."""
     fused_qkv: bool = False
+    """One tensor holds the rows of queries, keys and values."""
     fused_gate: bool = False
-    """One tensor for the gate's rows, then the up layer's."""
+    """One tensor holds the rows of the gate, then those of the up layer."""
     scalings: frozenset[str] = SCALINGS
     """Kinds of rotary scaling."""
     partial: bool = False
-    """A part of a head may stay unrotated."""
-    windows: bool = False
-    """Layers may have sliding windows; elsewhere every layer sees everything."""
-    output: Literal["either", "tied", "stored"] = "either"
-    """The output matrix: the embedding where none is stored, always the embedding, or always stored."""
-    activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"
-    epsilon: Literal["rms", "layer"] = "rms"
-    final_norm: str | None = "output_norm.weight"
-    """None where no norm has factors."""
-    distances: bool = False
-    """Attention fades with the distance (ALiBi), and nothing rotates."""
-    scales: bool = False
-    """Embeddings, attention scores, module outputs and logits are each multiplied by a number of the file."""
-    normed: bool | None = None
-    """The gates of what a token meets add up to one: always, never, or as the file says."""
-    leading: bool = False
-    """The first blocks may have channels in place of experts."""
-    linear: Literal["grouped", "tiled"] | None = None
-    """Linear attention stands in the attention's place but in every so-manieth block; its value heads lie group by
-    group, or the first of all groups before the second ones."""
-    sections: Literal["apart", "in turn"] | None = None
-    """Time, height and width of a picture turn frequencies of their own: one after the other, or each every third."""
-    latent: bool = False
-    """All heads share one key and one value, a latent vector, and what each makes of it is put off."""
-    requirements: tuple[Requirement, ...] = ()
-    """What its code fixes, beyond the fields above."""
-    settings: tuple[Setting, ...] = ()
-    """What its files say, beyond what all files do."""
-    score_ratio: Callable[[GgufModel, int], float] | None = None
-    """The model's scale of a block's attention scores over the graph's; None where they are equal."""
-    rounds_yarn: bool = True
-    """The limits of yarn are rounded."""
+    """A part of each head may stay unrotated."""
+    windows: Metadata = no_windows
+    """Metadata of sliding windows."""
     windows_by_block: bool = False
-    """The file names the blocks with windows; elsewhere they lie at regular intervals."""
-    always_windows: bool = False
-    """Files say how wide windows are, also where no layer has one."""
-    caps_logits: bool = False
-    """Attention logits are capped."""
-    routing: bool = False
-    """Files say how gates are made, also where they are `normed` always or never."""
+    """Any block may have a window; elsewhere blocks without a window lie at regular distances."""
+    output: Literal["either", "tied", "stored"] = "either"
+    """The output matrix: the embedding where none is stored; always the embedding; or always stored."""
+    activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"
+    epsilon: Literal["layer_norm_rms_epsilon", "layer_norm_epsilon"] = "layer_norm_rms_epsilon"
+    """Metadata key of the epsilon of norms."""
+    final_norm: str | None = "output_norm.weight"
+    """Name of the final norm's tensor; None where norms have no weights."""
+    alibi: bool = False
+    """Attention scores fall with the distance (ALiBi), and nothing rotates."""
+    gates_sum_to_one: bool | None = None
+    """Gates of a token's experts are divided by their sum: always, never, or as the file says."""
+    leading_dense: bool = False
+    """The first blocks may have a feed-forward where the others have experts."""
+    linear: Order | None = None
+    """Order of the value heads of linear attention, which stands in the attention's place except in every nth block;
+    None where there is none."""
+    sections: Literal["consecutive", "interleaved"] | None = None
+    """How the frequencies of a head are shared between time, height and width of a picture: one range after the other,
+    or every third frequency each; None where positions have one number."""
+    latent: bool = False
+    """All heads share a latent vector per token; keys and values are computed from it by two matrices."""
+    attention: Metadata = head_sizes
+    """Metadata of head sizes."""
+    metadata: tuple[Metadata, ...] = ()
+    """Metadata that only some architectures have."""
+    requirements: tuple[Requirement, ...] = ()
+    """Requirements that the fields above do not express."""
+    score_ratio: Callable[[GgufModel, int], float] | None = None
+    """Returns the model's scale of a block's attention scores, divided by llama.cpp's; None where they are equal."""
+    rounds_yarn: bool = True
+    """The range of frequencies that yarn scales has rounded limits."""
+    caps_scores: bool = False
+    """Attention scores are capped (`attn_logit_softcapping`)."""
+    states_routing: bool = False
+    """Files state how gates are computed even where `gates_sum_to_one` is always or never."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether layers may have sliding windows; elsewhere every layer sees all positions."""
+        return self.windows is not no_windows
+
+    def sizes(self, model: GgufModel, type: str) -> list[BlockSizes]:
+        """Return the sizes of each block in a file of a type, with filled rows, and idle heads where needed."""
+        return [
+            replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle).filled(type)
+            for idle, sizes in zip(self._idle_heads(model), model.blocks, strict=True)
+        ]
+
+    def _idle_heads(self, model: GgufModel) -> list[int]:
+        """Return the number of heads of each block that has lost all of its heads."""
+        output = model.layers["attn_output"]
+        biased = ["attn_output" in model.added_biases or f"{output}.bias" in inside for inside in model.inside]
+        # llama.cpp reads the size of heads from the first block.
+        return [int(not self.headless or index == 0 or bias) for index, bias in enumerate(biased)]

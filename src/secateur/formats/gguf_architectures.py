@@ -1,25 +1,16 @@
-"""What llama.cpp's graphs compute, as a table.
+"""llama.cpp's architectures that secateur writes, one entry each.
 
-llama.cpp has one graph an architecture, which looks for widths, biases and norms in its own places. Two of them read
-heads and channels from arrays, one number a block: they carry models whose blocks differ in width. The tables hold from
-release b8840 of llama.cpp; releases before it refuse biased query layers that are not as wide as the residual stream.
-A family's entry names its graphs; which of them a model takes is decided in `gguf_choice.py`.
+Each architecture looks for sizes, biases and norms in its own places. `deci`, `openelm` and `gemma4` read heads and
+channels from lists, one number per block, so they hold models whose blocks differ in width. The entries hold from
+release b8840 of llama.cpp on; earlier ones refuse biased query layers that are narrower than the residual stream. A
+family's entry names its architectures; `gguf_choice.py` picks one for a model.
 """
 
 from dataclasses import replace
 from functools import partial
 
 from secateur.formats.gguf_architecture import SCALINGS, Architecture
-from secateur.formats.gguf_metadata import (
-    attention_cap,
-    experts_in_every_block,
-    gemma_ratio,
-    gpt2_ratio,
-    logit_scale,
-    parallel_residual,
-    steepest_slope,
-    xielu_parameters,
-)
+from secateur.formats.gguf_model import QKV
 from secateur.formats.gguf_requirements import (
     BLOOM,
     COMMAND_R,
@@ -38,32 +29,75 @@ from secateur.formats.gguf_requirements import (
     SOME_WINDOWS,
     llama4,
 )
+from secateur.formats.gguf_specifics import (
+    experts_in_every_block,
+    gemma2_windows,
+    gemma4_settings,
+    gemma4_sizes,
+    gemma_ratio,
+    gpt2_ratio,
+    latent_sizes,
+    linear_attention,
+    listed_windows,
+    regular_windows,
+    steepest_slope,
+    xielu_parameters,
+)
 
-QKV = frozenset({"attn_q", "attn_k", "attn_v"})
-LEVEL2 = frozenset({"attn_output", "ffn_down"})
-"""The output layers of both modules, to which a recovery may add biases."""
-_ALL = QKV | LEVEL2 | {"ffn_gate", "ffn_up"}
+OUTPUT_LAYERS = frozenset({"attn_output", "ffn_down"})
+"""Output projections, by llama.cpp's names; a recovery may add biases to them."""
+_QKV = frozenset(QKV)
+_ALL = _QKV | OUTPUT_LAYERS | {"ffn_gate", "ffn_up"}
 
-_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=SCALINGS | {"llama3", "longrope"}, normed=True)
-_GEMMA3 = Architecture("gemma3", QKV, head_norms=True, windows=True, scalings=SCALINGS - {"yarn"}, activation="gelu")
-_PHI3 = Architecture("phi3", QKV, square=True, fused_qkv=True, partial=True, scalings=SCALINGS | {"longrope"})
-_QWEN3 = Architecture("qwen3", QKV, head_norms=True)
-_OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=True, output="stored")
-_GLM = replace(_QWEN3, name="glm4moe", partial=True, leading=True)
+_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=SCALINGS | {"llama3", "longrope"}, gates_sum_to_one=True)
+_GEMMA3 = Architecture(
+    "gemma3", _QKV, head_norms=True, windows=regular_windows, scalings=SCALINGS - {"yarn"}, activation="gelu"
+)
+_PHI3 = Architecture("phi3", _QKV, square=True, fused_qkv=True, partial=True, scalings=SCALINGS | {"longrope"})
+_QWEN3 = Architecture("qwen3", _QKV, head_norms=True)
+_OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=regular_windows, output="stored")
+_GLM = replace(_QWEN3, name="glm4moe", partial=True, leading_dense=True)
 _DEEPSEEK2 = replace(
-    _GLM, name="deepseek2", partial=False, head_norms=False, latent=True, biases=frozenset(), requirements=LATENT
+    _GLM,
+    name="deepseek2",
+    partial=False,
+    head_norms=False,
+    latent=True,
+    attention=latent_sizes,
+    biases=frozenset(),
+    requirements=LATENT,
 )
 _LFM2 = replace(_QWEN3, name="lfm2", square=True, biases=frozenset(), final_norm="token_embd_norm.weight")
 _NEXT = replace(
-    _QWEN3, name="qwen3next", biases=frozenset(), partial=True, normed=True, linear="grouped", requirements=LINEAR
+    _QWEN3,
+    name="qwen3next",
+    biases=frozenset(),
+    partial=True,
+    gates_sum_to_one=True,
+    linear="grouped",
+    metadata=(linear_attention,),
+    requirements=LINEAR,
 )
-_QWEN35 = replace(_NEXT, name="qwen35", linear="tiled", sections="in turn")
-_GPT = Architecture("gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer")
+_QWEN35 = replace(_NEXT, name="qwen35", linear="tiled", sections="interleaved")
+_GPT = Architecture(
+    "gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer_norm_epsilon"
+)
 _COHERE = Architecture(
-    "command-r", frozenset(), square=True, pairs=True, output="tied", epsilon="layer", settings=(logit_scale,)
+    "command-r",
+    frozenset(),
+    square=True,
+    pairs=True,
+    output="tied",
+    epsilon="layer_norm_epsilon",
 )
 _NEMOTRON = Architecture(
-    "nemotron", _ALL - {"ffn_gate"}, square=True, partial=True, output="stored", activation="relu2", epsilon="layer"
+    "nemotron",
+    _ALL - {"ffn_gate"},
+    square=True,
+    partial=True,
+    output="stored",
+    activation="relu2",
+    epsilon="layer_norm_epsilon",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -72,46 +106,46 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LLAMA,
         replace(_LLAMA, name="deci", per_layer=True, headless=True),
         replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset()),
-        replace(_LLAMA, name="granite", scales=True),
+        replace(_LLAMA, name="granite"),
         Architecture("gemma", frozenset(), activation="gelu", output="tied"),
-        Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer"),
-        Architecture("qwen2", QKV, square=True),
-        Architecture("qwen2vl", QKV, square=True, sections="apart"),
+        Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer_norm_epsilon"),
+        Architecture("qwen2", _QKV, square=True),
+        Architecture("qwen2vl", _QKV, square=True, sections="consecutive"),
         _QWEN3,
-        replace(_QWEN3, name="qwen3vl", sections="in turn"),
-        replace(_QWEN3, name="qwen3vlmoe", sections="in turn", normed=True),
-        Architecture("qwen2moe", QKV, square=True, normed=False),
-        replace(_QWEN3, name="qwen3moe", normed=True),
-        replace(_OLMO2, name="olmoe", ungrouped=True, normed=False),
-        replace(_LLAMA, name="granitemoe", scales=True),
+        replace(_QWEN3, name="qwen3vl", sections="interleaved"),
+        replace(_QWEN3, name="qwen3vlmoe", sections="interleaved", gates_sum_to_one=True),
+        Architecture("qwen2moe", _QKV, square=True, gates_sum_to_one=False),
+        replace(_QWEN3, name="qwen3moe", gates_sum_to_one=True),
+        replace(_OLMO2, name="olmoe", ungrouped=True, gates_sum_to_one=False),
+        replace(_LLAMA, name="granitemoe"),
         _GLM,
         replace(_LLAMA, name="smollm3", biases=frozenset(), requirements=(SMOLLM3,)),
-        Architecture("glm4", QKV, pairs=True, fused_gate=True, partial=True),
+        Architecture("glm4", _QKV, pairs=True, fused_gate=True, partial=True),
         Architecture(
             "exaone4",
             frozenset(),
             square=True,
             head_norms=True,
-            windows=True,
+            windows=regular_windows,
             requirements=(EXAONE4,),
         ),
         Architecture("hunyuan-dense", frozenset(), head_norms=True),
-        Architecture("hunyuan-moe", frozenset(), head_norms=True, normed=True),
+        Architecture("hunyuan-moe", frozenset(), head_norms=True, gates_sum_to_one=True),
         replace(
             _LLAMA,
             name="ernie4_5-moe",
             biases=frozenset(),
-            leading=True,
-            normed=True,
-            settings=(experts_in_every_block,),
+            leading_dense=True,
+            gates_sum_to_one=True,
+            metadata=(experts_in_every_block,),
         ),
         Architecture(
             "gpt-oss",
-            QKV | {"attn_output"},
-            windows=True,
+            _QKV | {"attn_output"},
+            windows=regular_windows,
             scalings=frozenset({"default", "yarn"}),
             rounds_yarn=False,
-            normed=True,
+            gates_sum_to_one=True,
             requirements=GPT_OSS,
         ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
@@ -121,10 +155,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             _LLAMA,
             name="llama4",
             biases=frozenset(),
-            normed=False,
-            windows=True,
+            gates_sum_to_one=False,
+            windows=regular_windows,
             requirements=(llama4,),
-            settings=(experts_in_every_block,),
+            metadata=(experts_in_every_block,),
         ),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
         replace(_PHI3, fused_gate=True),
@@ -134,11 +168,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             name="gemma2",
             head_norms=False,
             output="tied",
-            always_windows=True,
-            caps_logits=True,
+            windows=gemma2_windows,
+            caps_scores=True,
             score_ratio=partial(gemma_ratio, deepest=46),
             requirements=(GEMMA2,),
-            settings=(attention_cap,),
         ),
         replace(_GEMMA3, score_ratio=partial(gemma_ratio, deepest=62)),
         replace(
@@ -147,15 +180,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             biases=frozenset(),
             per_layer=True,
             scalings=frozenset({"proportional"}),
-            normed=True,
+            gates_sum_to_one=True,
+            windows=listed_windows,
             windows_by_block=True,
+            attention=gemma4_sizes,
+            metadata=(gemma4_settings,),
             requirements=GEMMA4,
         ),
         replace(_GPT, needs_biases=True, score_ratio=gpt2_ratio),
-        replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored", settings=(parallel_residual,)),
+        replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
         replace(_GPT, name="phi2", fused_qkv=False, needs_biases=True, partial=True, output="stored"),
         replace(_LLAMA, name="mistral3"),
-        Architecture("chatglm", QKV, square=True, pairs=True, fused_gate=True, partial=True),
+        Architecture("chatglm", _QKV, square=True, pairs=True, fused_gate=True, partial=True),
         replace(
             _GPT,
             name="falcon",
@@ -166,24 +202,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GPT,
             name="bloom",
             needs_biases=True,
-            distances=True,
+            alibi=True,
             requirements=(BLOOM,),
         ),
         replace(
             _GPT,
             name="mpt",
             biases=frozenset(),
-            distances=True,
+            alibi=True,
             requirements=(MPT,),
-            settings=(steepest_slope,),
+            metadata=(steepest_slope,),
         ),
-        replace(_GLM, name="minimax-m2", biases=frozenset(), output="stored", leading=False),
+        replace(_GLM, name="minimax-m2", biases=frozenset(), output="stored", leading_dense=False),
         replace(_COHERE, requirements=(COMMAND_R,)),
-        replace(_COHERE, name="cohere2", windows=True, requirements=(SOME_WINDOWS,)),
+        replace(_COHERE, name="cohere2", windows=regular_windows, requirements=(SOME_WINDOWS,)),
         _NEMOTRON,
         replace(_NEMOTRON, name="jais2", partial=False, needs_biases=True, ungrouped=True),
-        replace(_NEMOTRON, name="stablelm", biases=QKV, activation="silu"),
-        Architecture("olmo", frozenset(), square=True, pairs=True, final_norm=None, epsilon="layer"),
+        replace(_NEMOTRON, name="stablelm", biases=_QKV, activation="silu"),
+        Architecture("olmo", frozenset(), square=True, pairs=True, final_norm=None, epsilon="layer_norm_epsilon"),
         replace(
             _QWEN3,
             name="apertus",
@@ -191,15 +227,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             scalings=SCALINGS | {"llama3"},
             output="stored",
             activation="xielu",
-            settings=(xielu_parameters,),
+            metadata=(xielu_parameters,),
         ),
         _LFM2,
         replace(
             _LFM2,
             name="lfm2moe",
-            leading=True,
-            normed=True,
-            routing=True,
+            leading_dense=True,
+            gates_sum_to_one=True,
+            states_routing=True,
             output="tied",
             requirements=(LFM2_MOE,),
         ),
@@ -210,11 +246,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GLM,
             name="exaone-moe",
             partial=False,
-            windows=True,
+            windows=regular_windows,
             biases=frozenset(),
             output="stored",
             requirements=(SOME_WINDOWS,),
         ),
     )
 }
-"""By llama.cpp's name."""
+"""Entries by llama.cpp's names."""

@@ -1,44 +1,33 @@
-"""Which of llama.cpp's architectures computes a model, and what keeps the others from it.
-
-A model takes the first one on its family's list that computes the same.
-"""
+"""The choice of an architecture of llama.cpp for a model: the first of its family's list that computes the model."""
 
 from collections.abc import Sequence
 
 from secateur.base.errors import SecateurError
 from secateur.formats.gguf_architecture import Architecture
-from secateur.formats.gguf_architectures import ARCHITECTURES, LEVEL2
+from secateur.formats.gguf_architectures import ARCHITECTURES, OUTPUT_LAYERS
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_requirements import COMMON
-from secateur.formats.gguf_types import TYPES, check_type
+from secateur.formats.gguf_types import check_type
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.units.channels import CHANNELS
 
 
-def filled(channels: int, type: str) -> int:
-    """Channels of whole rows. llama.cpp's graphs leave a block without any before its attention has been added."""
-    multiple = TYPES[type].multiple
-    return max(1, -(-channels // multiple)) * multiple
+def choose_architecture(model: GgufModel, type: str) -> Architecture:
+    """Return the first architecture that computes a model.
 
-
-def in_file(width: Width, type: str) -> Width:
-    """A width as a file has it."""
-    return width if width.experts else width | {CHANNELS: filled(width.channels, type)}
-
-
-def choose(model: GgufModel, type: str) -> Architecture:
-    """The first architecture that computes the model.
+    Args:
+        model: the model to write.
+        type: name of the file's type.
 
     Raises:
-        SecateurError: there is none; with what each one lacks and what would fit.
+        SecateurError: there is none; the error lists what each one lacks and what it would hold.
     """
     check_type(type)
     reasons = []
-    # An architecture that leaves heads out comes first where there are none, as others keep an idle one.
-    headless = any(not width.heads for width in model.widths)
+    # Where a block has no heads, an architecture that leaves its attention out is better than one idle head.
+    headless = any(not sizes.heads for sizes in model.blocks)
     for name in sorted(model.source.architectures, key=lambda name: headless and not ARCHITECTURES[name].headless):
-        reason = _reason(model, ARCHITECTURES[name], type)
+        reason = _unsupported_reason(model, ARCHITECTURES[name], type)
         if reason is None:
             return ARCHITECTURES[name]
         reasons.append(f"{name} {reason}")
@@ -47,9 +36,9 @@ def choose(model: GgufModel, type: str) -> Architecture:
     )
 
 
-def _reason(model: GgufModel, architecture: Architecture, type: str) -> str | None:
-    """Return what an architecture lacks for a model, as the rest of a sentence that begins with its name."""
-    if not architecture.per_layer and not alike(in_file(width, type) for width in model.widths):
+def _unsupported_reason(model: GgufModel, architecture: Architecture, type: str) -> str | None:
+    """Return why an architecture does not compute a model, as the rest of a sentence that begins with its name."""
+    if not architecture.per_layer and not alike(sizes.filled(type).numbers() for sizes in model.blocks):
         return "has one width for all blocks, so prune all of them with uniform widths"
     reasons = (requirement(model, architecture) for requirement in (*COMMON, *architecture.requirements))
     return ", and ".join(filter(None, reasons)) or None
@@ -58,12 +47,16 @@ def _reason(model: GgufModel, architecture: Architecture, type: str) -> str | No
 def gguf_unsupported(
     checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, biases: bool = False
 ) -> str | None:
-    """Why no GGUF file of a type can hold a model, pruned or not, at the widths of its blocks, or None.
+    """Return why no GGUF file can hold a model, pruned or to be pruned; None where one can. No weights are read.
 
-    Reads no weights. With `biases`, the output layers of both modules get some.
+    Args:
+        checkpoint: the stored model.
+        widths: width of each block.
+        type: name of the file's type.
+        biases: the recovery adds biases to output projections.
     """
     try:
-        choose(GgufModel(checkpoint, list(widths), LEVEL2 if biases else frozenset()), type)
+        choose_architecture(GgufModel(checkpoint, widths, OUTPUT_LAYERS if biases else frozenset()), type)
     except SecateurError as error:
         return str(error).removeprefix(f"{checkpoint.source}: ")
     return None

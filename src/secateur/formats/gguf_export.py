@@ -1,4 +1,4 @@
-"""`export`: a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
+"""`export`: write a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,34 +13,37 @@ from secateur.base.json_files import parse_json
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
-from secateur.formats.gguf_choice import choose
+from secateur.formats.gguf_architecture import Architecture
+from secateur.formats.gguf_choice import choose_architecture
+from secateur.formats.gguf_metadata import context_length
 from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_tensors import entries
-from secateur.formats.gguf_tokenizer import vocabulary
+from secateur.formats.gguf_tensors import FileTensor, file_tensors
+from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from secateur.formats.gguf_types import check_type
-from secateur.formats.gguf_write import check_tensors, context_length, write_gguf
+from secateur.formats.gguf_write import check_tensors, write_gguf
 from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
+from secateur.model.checkpoint import Checkpoint
 from secateur.plan.plan import uniform_alternative
 from secateur.write.record import read_record
 
-ALONE = (
-    "The file holds the language model alone. llama.cpp takes towers and projector from a second file (mmproj), where "
-    "it knows them; that of the dense model fits, as pruning leaves them and the width of the residual stream alone"
+DECODER_ONLY = (
+    "The file holds only the language model. For models that it supports, llama.cpp takes vision towers and projector "
+    "from a second file (mmproj); use that of the dense model, since pruning changes neither towers nor projector"
 )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """A file that was written."""
 
     path: Path
     bytes: int
-    """Of the tensors."""
+    """Bytes of its tensors."""
     architecture: str
-    """llama.cpp's name of the graph that computes it."""
+    """llama.cpp's name of the architecture that computes it."""
     context: int
-    """Positions over which it computes what the folder does."""
+    """Number of positions over which llama.cpp computes what the folder's model does."""
 
 
 def export(
@@ -55,14 +58,16 @@ def export(
     """Convert a folder that `prune` wrote to a GGUF file, which appears complete or not at all.
 
     Args:
-        folder: with config.json, weights and tokenizer; widths are read from the config, so that it may have been
-            loaded, trained and saved again.
+        folder: folder with config.json, weights and tokenizer. Widths are read from the config, so the model may have
+            been loaded, trained and saved again.
         out: the file, `*.gguf`.
-        type: of the weights in it: f32, f16, bf16, q8_0 or q4_0.
-        at: where the file grows, in place of a hidden name beside it.
+        type: type of its weights: f32, f16, bf16, q8_0 or q4_0.
+        overwrite: replace a file that exists.
+        watcher: shows the progress.
+        at: where the file grows until it is complete; by default under a hidden name in the folder of `out`.
 
     Raises:
-        SecateurError: the folder is no model's, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
+        SecateurError: the folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
             the output cannot be written.
     """
     watcher = watcher or Silent()
@@ -72,38 +77,58 @@ def export(
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
-        model = GgufModel(checkpoint, widths_of(checkpoint.config))
-        try:
-            architecture = choose(model, type)
-        except SecateurError as error:
-            raise SecateurError(f"{error}{_nearest(folder, model.widths)}") from error
-        tensors = entries(model, architecture, type)
-        rows = next(entry.tensor.shape[0] for entry in tensors if entry.name == "token_embd.weight")
-        try:
-            words = vocabulary(checkpoint.tokenizer(), rows)
-            words = replace(words, chat_template=words.chat_template or _processors_template(folder))
-        except SecateurError as error:
-            raise SecateurError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
-    if checkpoint.around is not None:
-        watcher.note(ALONE)
-    total, context = sum(entry.bytes for entry in tensors), context_length(model, architecture)
-    if context < model.positions:
-        watcher.note(
-            f"llama.cpp's {architecture.name} has no sliding window, so the file declares {context:,} positions: "
-            "over these it computes what the model does"
-        )
-    short = sum(entry.type == GGMLQuantizationType.F16 for entry in tensors)
-    if type.startswith("q") and short:
-        watcher.note(f"{short} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")
-    with Output(path, suffix=".gguf", overwrite=overwrite, expected_bytes=total, resume_path=at) as partial:
-        write_gguf(partial, model, architecture, tensors, words, type=type, name=path.stem, watcher=watcher)
-        if (why := check_tensors(partial, tensors)) is not None:
-            raise SecateurError(f"{out}: removed, as it is not what was to be written ({why}); report it as a fault")
-    return Exported(path, total, architecture.name, context)
+        model, architecture = _planned(folder, checkpoint, type)
+        tensors = file_tensors(model, architecture, type)
+        rows = next(tensor.values.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+        vocabulary = _vocabulary(folder, checkpoint, rows)
+    _note(watcher, model, architecture, tensors, type)
+    size = sum(tensor.bytes for tensor in tensors)
+    with Output(path, suffix=".gguf", overwrite=overwrite, expected_bytes=size, resume_path=at) as partial:
+        write_gguf(partial, model, architecture, tensors, vocabulary, type=type, name=path.stem, watcher=watcher)
+        if (difference := check_tensors(partial, tensors)) is not None:
+            raise SecateurError(
+                f"{out}: removed, since it is not what was planned ({difference}); report it as a fault"
+            )
+    return Exported(path, size, architecture.name, context_length(model, architecture))
 
 
-def _processors_template(folder: Path) -> Any:
-    """The chat template of a processor's older file, which tokenizers do not read; None where there is none.
+def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel, Architecture]:
+    """Return the model of a folder, and the architecture that computes it.
+
+    Raises:
+        SecateurError: none does; with the nearest plan that every format holds, where widths are the reason.
+    """
+    widths = widths_of(checkpoint.config)
+    model = GgufModel(checkpoint, widths)
+    try:
+        return model, choose_architecture(model, type)
+    except SecateurError as error:
+        raise SecateurError(f"{error}{_nearest_plan(folder, widths)}") from error
+
+
+def _nearest_plan(folder: Path, widths: Sequence[Width]) -> str:
+    """Return the end of an error: how to get the nearest plan that every format holds, where blocks differ in width."""
+    match read_record(folder):
+        case {"sparsity": {"reached": float(reached)}} if not alike(widths):
+            return f"; the nearest that fits: prune again with {uniform_alternative(reached)}"
+    return ""
+
+
+def _vocabulary(folder: Path, checkpoint: Checkpoint, rows: int) -> Vocabulary:
+    """Return the vocabulary of a folder's tokenizer.
+
+    Raises:
+        SecateurError: GGUF cannot hold it.
+    """
+    try:
+        vocabulary = vocabulary_of(checkpoint.tokenizer(), rows)
+        return replace(vocabulary, chat_template=vocabulary.chat_template or _processor_template(folder))
+    except SecateurError as error:
+        raise SecateurError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
+
+
+def _processor_template(folder: Path) -> Any:
+    """Return the chat template in a processor's older file, which tokenizers do not read; None where there is none.
 
     Raises:
         SecateurError: the file is damaged.
@@ -115,9 +140,18 @@ def _processors_template(folder: Path) -> Any:
         raise SecateurError(f"{file}: no chat template as JSON; download it again, or remove it") from error
 
 
-def _nearest(folder: Path, widths: Sequence[Width]) -> str:
-    """How to come by the nearest plan that every format holds, where it is the widths that differ."""
-    match read_record(folder):
-        case {"sparsity": {"reached": float(reached)}} if not alike(widths):
-            return f"; the nearest that fits: prune again with {uniform_alternative(reached)}"
-    return ""
+def _note(
+    watcher: Watcher, model: GgufModel, architecture: Architecture, tensors: Sequence[FileTensor], type: str
+) -> None:
+    """Note what the file lacks: vision towers, positions beyond a window, and quantised types of some tensors."""
+    if model.checkpoint.around is not None:
+        watcher.note(DECODER_ONLY)
+    context = context_length(model, architecture)
+    if context < model.positions:
+        watcher.note(
+            f"llama.cpp's {architecture.name} has no sliding window, so the file declares {context:,} positions, over "
+            "which it computes what the model does"
+        )
+    unquantised = sum(tensor.type == GGMLQuantizationType.F16 for tensor in tensors)
+    if type.startswith("q") and unquantised:
+        watcher.note(f"{unquantised} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")

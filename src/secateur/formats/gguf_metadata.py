@@ -1,55 +1,182 @@
-"""What only files of one graph of llama.cpp say, and where its scale of attention scores is fixed."""
+"""The metadata of a GGUF file that describe the model, by keys without the architecture.
 
-from gguf import GGUFWriter
+Metadata that only some architectures have come from the functions that their entries name (`gguf_specifics.py`), and
+those of some families from `Gguf.keys`.
+"""
 
+import re
+from typing import Any
+
+from gguf import ExpertGatingFuncType, GGUFWriter
+
+from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_model import GgufModel
+from secateur.formats.gguf_sizes import BlockSizes
+from secateur.model.gguf_rope import rope_metadata
+
+Values = dict[str, Any]
+_ADD = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array"}
+"""Methods of the gguf package's writer, by the Python type of a value."""
+_FLOATS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale", "attn_logit_softcapping"})
+"""Keys of `Gguf.keys` whose values llama.cpp reads as floats, whatever type a config has."""
+_DEEPSTACK = re.compile(r"\.deepstack_merger_list\.(\d+)\.")
+"""Layers that turn intermediate states of a vision tower into inputs of the decoder's first blocks (Qwen3-VL)."""
 
 
-def logit_scale(writer: GGUFWriter, model: GgufModel) -> None:
-    """Add the factor of the logits (Command R)."""
-    writer.add_logit_scale(model.config.logit_scale)
+def add_metadata(writer: GGUFWriter, values: Values) -> None:
+    """Add metadata to a file, by keys without the architecture; None adds nothing."""
+    for key, value in values.items():
+        # Files have no architecture in front of this one activation's keys.
+        name = key if key.startswith("xielu.") else f"{writer.arch}.{key}"
+        if value is not None:
+            getattr(writer, _ADD[type(value)])(name, value)
 
 
-def experts_in_every_block(writer: GGUFWriter, model: GgufModel) -> None:
-    """Add the interval between blocks with experts (ERNIE, Llama 4)."""
-    if any(width.experts for width in model.widths):
-        writer.add_interleave_moe_layer_step(1)
+def model_metadata(model: GgufModel, architecture: Architecture, type: str) -> Values:
+    """Return the metadata of a model in a file of a type, a name in `TYPES`."""
+    config, blocks = model.config, architecture.sizes(model, type)
+    merged = {found[1] for name in model.checkpoint.tensors if (found := _DEEPSTACK.search(name))}
+    return {
+        "context_length": context_length(model, architecture),
+        "embedding_length": config.hidden_size,
+        "block_count": len(blocks),
+        **_block_metadata(model, architecture, blocks),
+        **architecture.attention(model),
+        # Norms without weights (OLMo) have their epsilon in the class.
+        f"attention.{architecture.epsilon}": float(getattr(config, model.source.epsilon, 1e-5)),
+        **{key: _of_config(config, key, name) for key, name in model.source.keys.items()},
+        **_expert_metadata(model, architecture),
+        "attention.clamp_kqv": _float(getattr(getattr(config, "attn_config", config), "clip_qkv", None)),
+        # A multimodal model's embeddings come with inputs of the decoder's first blocks.
+        "n_deepstack_layers": len(merged) or None,
+        "final_logit_softcapping": _float(getattr(config, "final_logit_softcapping", None)),
+        **architecture.windows(model),
+        **_rope_metadata(model, architecture),
+        **{key: value for part in architecture.metadata for key, value in part(model).items()},
+    }
 
 
-def xielu_parameters(writer: GGUFWriter, model: GgufModel) -> None:
-    """Add the parameters of every block's activation (Apertus)."""
-    for key in ("alpha_n", "alpha_p", "beta", "eps"):
-        stored = [inside[f"mlp.act_fn.{key}"] for inside in model.inside]
-        getattr(writer, f"add_xielu_{key}")([float(model.checkpoint.read(name)) for name in stored])
+def context_length(model: GgufModel, architecture: Architecture) -> int:
+    """Return the number of positions over which llama.cpp computes what the model does.
 
-
-def steepest_slope(writer: GGUFWriter, model: GgufModel) -> None:
-    """Add the largest slope by which attention fades with the distance (MPT)."""
-    writer.add_max_alibi_bias(8.0)
-
-
-def parallel_residual(writer: GGUFWriter, model: GgufModel) -> None:
-    """Add whether both modules read the same stream (GPT-NeoX)."""
-    writer.add_parallel_residual(model.config.use_parallel_residual)
-
-
-def attention_cap(writer: GGUFWriter, model: GgufModel) -> None:
-    """Add the cap of attention logits (Gemma 2)."""
-    writer.add_attn_logit_softcapping(model.config.attn_logit_softcapping)
-
-
-def gemma_ratio(model: GgufModel, index: int, *, deepest: int) -> float:
-    """Return the model's scale of attention scores over llama.cpp's.
-
-    It tells the family's 27B model by its depth, and takes that one's scale from the width per head.
+    An architecture without windows computes something else beyond the model's window.
     """
-    config = model.config
-    assumed = config.hidden_size // model.widths[0].heads if len(model.widths) == deepest else model.dim
-    return float((assumed / config.query_pre_attn_scalar) ** 0.5)
+    if architecture.has_windows or model.window is None:
+        return model.positions
+    return min(model.positions, model.window)
 
 
-def gpt2_ratio(model: GgufModel, index: int) -> float:
-    """Return the model's scale of attention scores over llama.cpp's, in a block."""
-    config = model.config
-    ratio = 1.0 if config.scale_attn_weights else float(model.dim**0.5)
-    return ratio / (index + 1) if config.scale_attn_by_inverse_layer_idx else ratio
+def _float(value: float | None) -> float | None:
+    """Return a number as a float; None for nothing and zero."""
+    return float(value) if value else None
+
+
+def _of_config(config: Any, key: str, name: str) -> Any:
+    """Return the value of a config key in the type that llama.cpp reads."""
+    value = getattr(config, name)
+    return float(value) if key in _FLOATS else value
+
+
+def _block_metadata(model: GgufModel, architecture: Architecture, blocks: list[BlockSizes]) -> Values:
+    """Return numbers of heads and channels: lists of one number per block, or numbers that all blocks share.
+
+    A list is also needed where some block has none of them.
+    """
+    numbers = {
+        "attention.head_count": [sizes.heads for sizes in blocks],
+        "attention.head_count_kv": [_kv_heads(model, architecture, index, sizes) for index, sizes in enumerate(blocks)],
+        "feed_forward_length": [_channels(model, sizes) for sizes in blocks],
+    }
+    return {key: list_ if architecture.per_layer or 0 in list_ else list_[0] for key, list_ in numbers.items()}
+
+
+def _kv_heads(model: GgufModel, architecture: Architecture, index: int, sizes: BlockSizes) -> int:
+    """Return the number of key/value heads of a block as a file states it."""
+    # By a zero llama.cpp knows blocks with a convolution; those with linear attention it knows by their distance.
+    if model.is_token_mixer(index) and not architecture.linear:
+        return 0
+    return 1 if architecture.latent else sizes.kv_heads
+
+
+def _channels(model: GgufModel, sizes: BlockSizes) -> int:
+    """Return the feed-forward's channels of a block; in a block with experts, those that a dense block would have."""
+    if sizes.channels is not None:
+        return sizes.channels
+    assert model.family.experts is not None
+    is_own_key = model.family.experts.expert_width != "intermediate_size"
+    return is_own_key * getattr(model.config, "intermediate_size", 0) or sizes.expert_channels
+
+
+def _expert_metadata(model: GgufModel, architecture: Architecture) -> Values:
+    """Return the metadata of a mixture of experts; of a model without experts, what its architecture asks for."""
+    if (first := model.first_experts) is None:
+        dense = {
+            "leading_dense_block_count": len(model.blocks),
+            "expert_feed_forward_length": 0,
+            "expert_shared_count": 0,
+        }
+        return dense if architecture.leading_dense else {}
+    config, names, sizes = model.config, model.family.experts, model.blocks[first]
+    assert names is not None
+    per_token = getattr(config, names.experts_per_token)
+    states_routing = architecture.gates_sum_to_one is None or architecture.states_routing
+    return {
+        "expert_count": sizes.experts,
+        # A config may have a number per block.
+        "expert_used_count": max(per_token) if isinstance(per_token, list) else per_token,
+        "expert_feed_forward_length": sizes.expert_channels,
+        "leading_dense_block_count": first if architecture.leading_dense else None,
+        **_shared_expert_metadata(model, first),
+        **(_routing_metadata(model) if states_routing else {}),
+    }
+
+
+def _shared_expert_metadata(model: GgufModel, first: int) -> Values:
+    assert model.family.experts is not None
+    if (shared := model.family.experts.shared_expert) is None:
+        return {}
+    stored = model.inside[first][f"{model.family.feed_forward}.{shared}.down_proj.weight"]
+    return {
+        "expert_shared_feed_forward_length": model.checkpoint.tensors[stored].shape[1],
+        "expert_shared_count": getattr(model.config, "n_shared_experts", 1),
+    }
+
+
+def _routing_metadata(model: GgufModel) -> Values:
+    """Return how the router's logits become gates, and from how many groups of experts a token chooses."""
+    assert model.family.experts is not None
+    groups, used = (getattr(model.config, key, None) or 1 for key in ("n_group", "topk_group"))
+    # Where a token may choose from all groups, llama.cpp needs none.
+    groups, used = (groups, used) if used < groups else (1, 1)
+    return {
+        "expert_weights_norm": model.gates_sum_to_one,
+        "expert_weights_scale": float(getattr(model.config, "routed_scaling_factor", 1.0)),
+        "expert_gating_func": int(ExpertGatingFuncType[model.family.experts.gating.upper()]),
+        "expert_group_count": groups,
+        "expert_group_used_count": used,
+    }
+
+
+def _rope_metadata(model: GgufModel, architecture: Architecture) -> Values:
+    if architecture.alibi or not model.rope:
+        return {}
+    sections = [*_sections(model, architecture), 0] if architecture.sections else None
+    return {
+        "rope.dimension_count": model.rotated,
+        "rope.dimension_sections": sections,
+        **rope_metadata(model.config),
+    }
+
+
+def _sections(model: GgufModel, architecture: Architecture) -> list[int]:
+    """Return how many frequencies of a head belong to time, height and width of a picture.
+
+    Tokens of a text have one position for all three.
+    """
+    stored = model.rope.get("mrope_section")
+    if architecture.sections == "consecutive":
+        # The class's own default.
+        return stored or [16, 24, 24]
+    thirds = [(model.rotated // 2 + 2 - axis) // 3 for axis in range(3)]
+    # For frequencies beyond the sections, the model uses the time, and llama.cpp a position that is 0 for all tokens.
+    return [max(pair) for pair in zip(thirds, stored or thirds, strict=False)]

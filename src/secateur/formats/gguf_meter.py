@@ -1,4 +1,4 @@
-"""Bytes that each module takes in a GGUF file, at each width."""
+"""The byte meter of GGUF files: bytes that each module takes at each width."""
 
 from copy import copy
 from dataclasses import replace
@@ -8,93 +8,124 @@ import torch
 
 from secateur.base.errors import SecateurError
 from secateur.formats.gguf_architecture import Architecture
-from secateur.formats.gguf_architectures import LEVEL2
-from secateur.formats.gguf_choice import choose, filled
+from secateur.formats.gguf_architectures import OUTPUT_LAYERS
+from secateur.formats.gguf_choice import choose_architecture
 from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_tensors import block_entries, bytes_at, entries
-from secateur.model.axes import ATTENTION, Width
+from secateur.formats.gguf_sizes import filled
+from secateur.formats.gguf_tensors import block_tensors, bytes_of, file_tensors
+from secateur.formats.gguf_types import TYPES
+from secateur.model.axes import Width
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.meters import Meter, added_biases, dense_widths, megabytes
+
+_PREFIXES = {"heads": ("attn_",), "channels": ("ffn_",), "experts": ("ffn_", "exp_")}
+"""How names of a module's tensors begin, by the kind of its units."""
 
 
 def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Meter:
-    """Return the meter of the bytes of all tensors in a GGUF file of a type, a name in `TYPES`.
+    """Return the meter of the bytes of all tensors in a GGUF file.
 
-    With `biases`, output projections of pruned blocks get one where they have none, unless a norm follows.
+    Args:
+        stream: the dense model.
+        type: of the file, a name in `TYPES`.
+        biases: the recovery adds biases to output projections that have none, unless a norm follows.
 
     Raises:
         SecateurError: no GGUF file can hold the dense model.
     """
-    # Vectors are float32 there, whatever the type of the file.
-    added = tuple(value * torch.float32.itemsize for value in added_biases(stream)) if biases else ()
-    return replace(_tensor_meter(stream, type, any(added)), bias_sizes=added)
+    # Vectors are float32 in files of every type.
+    added = tuple(entries * torch.float32.itemsize for entries in added_biases(stream)) if biases else ()
+    bytes_at, dense = _ModuleBytes(stream, type, OUTPUT_LAYERS if any(added) else frozenset()), dense_widths(stream)
+    total = sum(tensor.bytes for tensor in file_tensors(bytes_at.model, bytes_at.architecture, type))
+    modules = sum(bytes_at(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
+    return Meter(dense, total - modules, bytes_at, megabytes, added)
 
 
-def _tensor_meter(stream: BlockStream, type: str, biases: bool) -> Meter:
-    """Return the meter of all tensors but added biases; see `gguf_byte_meter`."""
-    dense, checkpoint = dense_widths(stream), stream.checkpoint
-    added: frozenset[str] = LEVEL2 if biases else frozenset()
-    model = GgufModel(checkpoint, list(dense), added)
-    try:
-        # Blocks that differ may need another architecture, which can leave out more of a block without heads.
-        without = [*dense[:-1], dense[-1] | stream.blocks[-1].attention.removed]
-        architecture = choose(GgufModel(checkpoint, without, added), type)
-    except SecateurError:
-        architecture = choose(model, type)
-    # One block stands for all of the same shape, but the first is a case of its own: it may have to keep a head.
-    shapes = [block.shapes for block in stream.blocks]
-    at = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
+class _ModuleBytes:
+    """Bytes that a module takes in a file at a width, computed from headers alone."""
 
-    @cache
-    def taken(index: int, kind: str, width: Width) -> int:
-        return _gguf_meter(stream, model, architecture, type, index, kind, width)
+    def __init__(self, stream: BlockStream, type: str, added: frozenset[str]):
+        self.stream, self.type = stream, type
+        self.dense = dense_widths(stream)
+        self.model = GgufModel(stream.checkpoint, self.dense, added)
+        self.architecture = self._architecture(added)
+        # Blocks of the same shapes take the same bytes. The first block differs: it may have to keep an idle head.
+        shapes = [block.shapes for block in stream.blocks]
+        self.same = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
+        self._bytes = cache(self._module_bytes)
 
-    @cache
-    def experts(index: int, width: Width) -> int:
-        """Bytes of a block's mixture: its experts' matrices shrink along two axes, the router's along one."""
-        full, total, times = dense[index], 0, stream.blocks[index].feed_forward.shared_multiple
-        for entry in block_entries(model, architecture, index, type):
-            shape = list(entry.tensor.shape)
-            if ".ffn_" in entry.name or ".exp_" in entry.name:
-                if times and "_shexp." in entry.name:
-                    shape["ffn_down" in entry.name] = times * width.channels
-                elif shape[0] == full.experts:
-                    shape[0] = width.experts
-                if len(shape) == 3:
-                    shape[2 if ".ffn_down_exps" in entry.name else 1] = width.channels
-                total += bytes_at(entry, tuple(shape), type)
+    def _architecture(self, added: frozenset[str]) -> Architecture:
+        """Return the architecture of the pruned file.
+
+        Raises:
+            SecateurError: none computes the dense model.
+        """
+        # An architecture for blocks that differ in width can leave out more of a block without heads.
+        headless = [*self.dense[:-1], self.dense[-1] | self.stream.blocks[-1].attention.removed]
+        try:
+            return choose_architecture(GgufModel(self.stream.checkpoint, headless, added), self.type)
+        except SecateurError:
+            return choose_architecture(self.model, self.type)
+
+    def __call__(self, index: int, kind: str, width: Width) -> float:
+        """Return the bytes of one module of a block, by the kind of its units."""
+        module, dense, same = self.stream.blocks[index].module(kind), self.dense[index], self.same[index]
+        kept = {axis: width[axis] for axis in module.removed}
+        if kept.get(CHANNELS):
+            # Rows are filled up, so that slightly different numbers of channels take the same bytes.
+            kept = {CHANNELS: min(filled(width[CHANNELS], self.type), dense[CHANNELS])}
+        return self._bytes(same, kind, dense | kept)
+
+    def _module_bytes(self, index: int, kind: str, width: Width) -> int:
+        """Return the bytes of a module of a block that stands for all blocks of its shapes."""
+        return self._expert_bytes(index, width) if kind == "experts" else self._narrowed_bytes(index, kind, width)
+
+    def _expert_bytes(self, index: int, width: Width) -> int:
+        """Return the bytes of a mixture: matrices of experts shrink along two axes, the router's along one."""
+        shared = self.stream.blocks[index].feed_forward.shared_multiple * width[EXPERT_CHANNELS]
+        total = 0
+        for tensor in block_tensors(self.model, self.architecture, index, self.type):
+            name = tensor.name.split(".", 2)[2]
+            if name.startswith(_PREFIXES["experts"]):
+                shape = _expert_shape(name, tensor.values.shape, self.dense[index][EXPERTS], width, shared)
+                total += bytes_of(shape, TYPES[self.type].type_of(name, shape))
         return total
 
-    def module(index: int, kind: str, width: Width) -> float:
-        full = dense[index]
-        if stream.blocks[index].module(kind).role == ATTENTION:
-            return taken(at[index], kind, full.taking(kind, width))
-        if kind == "experts":
-            return experts(at[index], full.taking("experts", width))
-        # Rows are filled up, so a few channels fewer may be as large.
-        channels = min(filled(width.channels, type), full.channels) if width.channels else 0
-        return taken(at[index], kind, full | {CHANNELS: channels})
+    def _narrowed_bytes(self, index: int, kind: str, width: Width) -> int:
+        """Return the bytes of an attention or a feed-forward, its norms included."""
+        block, model, tensors = self.stream.blocks[index], copy(self.model), dict(self.model.checkpoint.tensors)
+        after, inside = block.shapes_at(width, kind), dict(self.model.inside[index])
+        for name in block.inside(block.module(kind)):
+            stored = self.stream.stored_name(index, name)
+            if name in after:
+                tensors[stored] = replace(tensors[stored], shape=after[name])
+            else:
+                del inside[name]
+        model.checkpoint = replace(self.model.checkpoint, tensors=tensors)
+        model.inside = [*model.inside[:index], inside, *model.inside[index + 1 :]]
+        model.blocks = [*model.blocks[:index], model.sizes(index, width), *model.blocks[index + 1 :]]
+        tensors_of_block = block_tensors(model, self.architecture, index, self.type)
+        prefixes = tuple(f"blk.{index}.{prefix}" for prefix in _PREFIXES[kind])
+        return sum(tensor.bytes for tensor in tensors_of_block if tensor.name.startswith(prefixes))
 
-    whole = sum(entry.bytes for entry in entries(model, architecture, type))
-    inside = sum(module(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
-    return Meter(dense, whole - inside, module, megabytes)
 
+def _expert_shape(name: str, shape: tuple[int, ...], experts: int, width: Width, shared: int) -> tuple[int, ...]:
+    """Return the shape of a tensor of a mixture at a width.
 
-def _gguf_meter(
-    stream: BlockStream, model: GgufModel, architecture: Architecture, type: str, index: int, kind: str, width: Width
-) -> int:
-    """Count the bytes of one module in a GGUF file, its norms included; only headers are made up, no tensor is read."""
-    block, trial, tensors = stream.blocks[index], copy(model), dict(model.checkpoint.tensors)
-    after, kept = block.shapes_at(width, kind), dict(model.inside[index])
-    for name in block.inside(block.module(kind)):
-        stored = stream.stored_name(index, name)
-        if name in after:
-            tensors[stored] = replace(tensors[stored], shape=after[name])
-        else:
-            del kept[name]
-    trial.checkpoint = replace(model.checkpoint, tensors=tensors)
-    trial.widths = [width if i == index else dense for i, dense in enumerate(model.widths)]
-    trial.inside = [kept if i == index else inside for i, inside in enumerate(model.inside)]
-    prefix = f"blk.{index}.{'attn' if kind == 'heads' else 'ffn'}_"
-    return sum(e.bytes for e in block_entries(trial, architecture, index, type) if e.name.startswith(prefix))
+    Args:
+        name: llama.cpp's name inside a block.
+        shape: dense shape.
+        experts: number of experts of the dense block.
+        width: the block's width.
+        shared: channels of the shared expert at that width; 0 where it keeps its own.
+    """
+    kept, is_down = list(shape), name.startswith("ffn_down_")
+    if shared and "_shexp." in name:
+        kept[int(is_down)] = shared
+    elif kept[0] == experts:
+        kept[0] = width[EXPERTS]
+    if len(kept) == 3:
+        kept[2 if is_down else 1] = width[EXPERT_CHANNELS]
+    return tuple(kept)

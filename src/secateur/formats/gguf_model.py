@@ -1,52 +1,51 @@
-"""A stored model, as far as a GGUF file depends on it."""
+"""A stored model as the GGUF format sees it: its family's entry, the sizes of its blocks, and its tensors' names."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Family, Gguf
 from secateur.families.registry import family_of, gguf_of
+from secateur.formats.gguf_sizes import BlockSizes
 from secateur.formats.per_layer import dense_channels
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
+from secateur.model.gguf_rope import rope_kind, rope_of, window_rope_of
+
+QKV = ("attn_q", "attn_k", "attn_v")
+"""llama.cpp's names of the layers of queries, keys and values."""
 
 
 @dataclass
 class GgufModel:
-    """A stored model, as far as the choice of an architecture asks."""
+    """A stored model, or the plan of one."""
 
     checkpoint: Checkpoint
-    widths: list[Width]
+    widths: Sequence[Width]
+    """Width of each block."""
     added_biases: frozenset[str] = frozenset()
-    """Of layers that will get one, where the model is still to be pruned."""
+    """llama.cpp's names of layers that will get a bias when the model is pruned."""
     family: Family = field(init=False)
     source: Gguf = field(init=False)
+    """How the family's models are written."""
     inside: list[dict[str, str]] = field(init=False)
-    """By block: name inside the block → stored name."""
+    """Stored names of each block's tensors, by their names inside the block."""
     outside: dict[str, str] = field(init=False)
-    """The language model's name of each of its other tensors → stored name."""
+    """Stored names of the other tensors of the language model, by its names for them."""
+    blocks: list[BlockSizes] = field(init=False)
+    """Sizes of each block."""
 
     def __post_init__(self) -> None:
-        kind = getattr(self.config, "twin_of", self.config.model_type)
+        """List the tensors.
+
+        Raises:
+            SecateurError: llama.cpp has no architecture for the family, or computes something else.
+        """
         self.source, self.family = gguf_of(self.config), family_of(self.config)
-        around = (self.checkpoint.around or {}).get("model_type")
-        if other := self.source.unlike_inside.get(str(around)) or self.source.unlike:
-            raise SecateurError(
-                f"{self.checkpoint.source}: llama.cpp's {kind} {other}, unlike the model; keep the safetensors folder"
-            )
-        if not self.source.architectures:
-            raise SecateurError(
-                f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"
-            )
-        # Configs have no common way to say which blocks have no experts.
-        self.widths = [
-            width.without_experts(dense_channels(self.config, index))
-            if width.experts and not self.checkpoint.holds_experts(self.parameter(index, "down_proj"))
-            else width
-            for index, width in enumerate(self.widths)
-        ]
+        self._check_family()
         self.inside, self.outside = [{} for _ in self.widths], {}
         in_block = re.compile(rf"(?:.*\.)?{self.family.blocks.rpartition('.')[2]}\.(\d+)\.(.+)")
         for stored in self.checkpoint.weights:
@@ -55,12 +54,53 @@ class GgufModel:
                 self.inside[int(match[1])][match[2]] = stored
             elif name is not None:
                 self.outside[name] = stored
-        # Where something else stands in the attention's place, heads are a number alone: that of the others.
-        own = next((width for index, width in enumerate(self.widths) if not self.mixes(index)), None)
-        self.widths = [
-            width.taking("heads", own) if own and self.mixes(index) else width
-            for index, width in enumerate(self.widths)
-        ]
+        self.blocks = [self.sizes(index, width) for index, width in enumerate(self.widths)]
+        # Blocks with a token mixer have no heads; files state those of the other blocks.
+        attends = [index for index in range(len(self.blocks)) if not self.is_token_mixer(index)]
+        heads = self.blocks[attends[0]] if attends else None
+        if heads is not None:
+            own = {"heads": heads.heads, "kv_heads": heads.kv_heads}
+            self.blocks = [
+                replace(sizes, **own) if self.is_token_mixer(index) else sizes
+                for index, sizes in enumerate(self.blocks)
+            ]
+
+    def _check_family(self) -> None:
+        """Raise `SecateurError` for a family that llama.cpp does not compute."""
+        kind = getattr(self.config, "twin_of", self.config.model_type)
+        around = str((self.checkpoint.around or {}).get("model_type"))
+        if other := self.source.unlike_inside.get(around) or self.source.unlike:
+            raise SecateurError(
+                f"{self.checkpoint.source}: llama.cpp's {kind} {other}, unlike the model; keep the safetensors folder"
+            )
+        if not self.source.architectures:
+            raise SecateurError(
+                f"{self.checkpoint.source}: llama.cpp has no architecture for {kind}; keep the safetensors folder"
+            )
+
+    def sizes(self, index: int, width: Width) -> BlockSizes:
+        """Return the sizes of a block at a width."""
+        sizes = BlockSizes.of(width, self.dim, self.dim if self.family.latent is None else int(self.config.v_head_dim))
+        # Configs have no common key for blocks without experts.
+        if sizes.experts and not self.checkpoint.holds_experts(self.expert_parameter(index, "down_proj")):
+            sizes = replace(sizes, experts=0, channels=dense_channels(self.config, index))
+        elif sizes.experts and not self.family.mixture:
+            sizes = replace(sizes, channels=int(self.config.intermediate_size))
+        if self.family.heads_by_layer_type and sizes.heads:
+            dim, kv_heads = self._heads_of_type(self.config.layer_types[index])
+            sizes = replace(sizes, kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+        return sizes
+
+    def _heads_of_type(self, layer_type: str) -> tuple[int, int]:
+        """Return the head size and the number of key/value heads of blocks of one type (Gemma 4)."""
+        norm, keys = (f"{self.family.attention}.{name}.weight" for name in ("q_norm", "k_proj"))
+        # The last blocks may attend with keys of earlier blocks of their type.
+        same_type = (
+            inside for inside, kind in zip(self.inside, self.config.layer_types, strict=True) if kind == layer_type
+        )
+        first = next(inside for inside in same_type if keys in inside)
+        dim, rows = (self.checkpoint.tensors[first[name]].shape[0] for name in (norm, keys))
+        return dim, rows // dim
 
     @property
     def config(self) -> Any:
@@ -69,111 +109,96 @@ class GgufModel:
 
     @property
     def dim(self) -> int:
-        """Entries per head."""
+        """Entries per head; of most blocks, where they differ."""
         return head_dim(self.config)
-
-    def heads_of(self, index: int) -> tuple[int, int]:
-        """Entries per head and key/value heads of a block, where blocks with a window have others (Gemma 4)."""
-        kinds = self.config.layer_types
-        names = [f"{self.family.attention}.{own}.weight" for own in ("q_norm", "k_proj")]
-        # The last blocks may have no keys; earlier ones of their kind have.
-        alike = (own for own, kind in zip(self.inside, kinds, strict=True) if kind == kinds[index])
-        first = next(own for own in alike if names[1] in own)
-        dim, rows = (self.checkpoint.tensors[first[name]].shape[0] for name in names)
-        return dim, rows // dim
 
     @property
     def positions(self) -> int:
-        """How many the config allows; those whose attention fades with the distance call them otherwise, or not."""
+        """Number of positions that the config allows; configs of models with ALiBi have another key for it, or none."""
         others = (getattr(self.config, key, None) for key in ("max_seq_len", "seq_length"))
         return int(positions_of(self.config) or next(filter(None, others), 2048))
 
     @property
-    def fused(self) -> tuple[str, bool] | None:
-        """The one layer for queries, keys and values, and whether it holds them group by group."""
-        family = self.family
-        return None if family.fused is None else (family.fused, family.interleaved)
-
-    @property
-    def value_dim(self) -> int:
-        """Entries that a head hands to the output layer."""
-        return self.dim if self.family.latent is None else int(self.config.v_head_dim)
-
-    @property
     def rope(self) -> dict[str, Any]:
-        """Rotary settings of layers without a window; empty where positions are learned."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        return rope.get("full_attention", rope)
+        """Rotary settings of layers without a window; empty where positions are not rotary."""
+        return rope_of(self.config)
 
     @property
     def window_rope(self) -> dict[str, Any]:
-        """Rotary settings of layers with a window, where they have their own."""
-        return (getattr(self.config, "rope_parameters", None) or {}).get("sliding_attention", {})
+        """Rotary settings of layers with a window; empty where they have none of their own."""
+        return window_rope_of(self.config)
 
     @property
-    def kind(self) -> str:
-        """The kind of rotary scaling."""
-        return self.rope.get("rope_type", "default")
+    def rope_kind(self) -> str:
+        """Kind of rotary scaling."""
+        return rope_kind(self.config)
 
     @property
     def rotated(self) -> int:
-        """Rotated entries of a head; of proportional ones some have the frequency zero."""
-        return self.dim if self.kind == "proportional" else int(self.dim * self.rope.get("partial_rotary_factor", 1.0))
+        """Number of rotated entries of a head; all for the kind `proportional`, some with the frequency zero."""
+        share = 1.0 if self.rope_kind == "proportional" else self.rope.get("partial_rotary_factor", 1.0)
+        return int(self.dim * share)
 
     @property
     def window(self) -> int | None:
-        """How many positions a layer with a sliding window sees; None where no layer has one."""
-        kinds = getattr(self.config, "layer_types", None)
+        """Number of positions that a layer with a sliding window sees; None where no layer has a window."""
+        types = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
-        return None if kinds and "sliding_attention" not in kinds else window
+        return None if types and "sliding_attention" not in types else window
 
     @property
     def period(self) -> int | None:
-        """Every how many blocks one has full attention, and those before it windows or a linear one; 0 for never, None
-        where there is no such number."""
-        kinds = [kind in ("sliding_attention", "linear_attention") for kind in self.config.layer_types]
-        count = len(kinds)
-        return next((p for p in range(count + 1) if kinds == [not p or i % p < p - 1 for i in range(count)]), None)
+        """Distance between blocks of full attention, which the others, with windows or linear attention, precede.
+
+        0 means that no block has full attention; None that the distance varies.
+        """
+        others = [kind in ("sliding_attention", "linear_attention") for kind in self.config.layer_types]
+        periods = range(len(others) + 1)
+        return next((p for p in periods if others == [not p or i % p < p - 1 for i in range(len(others))]), None)
 
     @property
     def layers(self) -> dict[str, str]:
-        """llama.cpp's names of the layers that pruning cuts → names inside a block; fused ones appear again."""
+        """Names inside a block of the layers that pruning narrows, by llama.cpp's names.
+
+        A layer that holds several of them, such as a fused query, key and value layer, has several entries.
+        """
         family = self.family
-        feed = "" if family.feed_forward is None else f"{family.feed_forward}."
-        qkv = (self.fused[0],) * 3 if self.fused else (family.queries, family.keys, family.values)
-        attention = dict(zip(("attn_q", "attn_k", "attn_v"), qkv, strict=True)) if family.latent is None else {}
-        names = {
-            layer: f"{family.attention}.{name}" for layer, name in (attention | {"attn_output": family.output}).items()
-        }
-        if family.experts is not None and family.mixture and all(width.experts for width in self.widths):
+        qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
+        attention = {} if family.latent else dict(zip(QKV, qkv, strict=True))
+        names = {f: f"{family.attention}.{name}" for f, name in {**attention, "attn_output": family.output}.items()}
+        if all(sizes.channels is None for sizes in self.blocks):
             return names
-        if gate := family.fused_gate or family.gate:
-            names["ffn_gate"] = feed + gate
-        return names | {"ffn_up": feed + (family.fused_gate or family.up), "ffn_down": feed + family.down}
+        feed_forward = "" if family.feed_forward is None else f"{family.feed_forward}."
+        channels = {
+            "ffn_gate": family.fused_gate or family.gate,
+            "ffn_up": family.fused_gate or family.up,
+            "ffn_down": family.down,
+        }
+        return names | {layer: feed_forward + name for layer, name in channels.items() if name}
 
-    def fed(self, width: Width) -> int:
-        """Channels of a block's feed-forward, also of one that stands beside experts."""
-        parallel = width.experts and not self.family.mixture
-        return int(self.config.intermediate_size) if parallel else width.channels
-
-    def mixes(self, index: int) -> bool:
-        """Whether something else stands in the place of a block's attention."""
+    def is_token_mixer(self, index: int) -> bool:
+        """Return whether a block has a token mixer in the attention's place."""
         mixer = self.family.token_mixer
         return mixer is not None and any(name.startswith(f"{mixer.path}.") for name in self.inside[index])
 
     @property
-    def normed(self) -> bool:
-        """Whether the gates of what a token meets add up to one."""
+    def first_experts(self) -> int | None:
+        """Index of the first block with experts; None where there is none."""
+        return next((index for index, sizes in enumerate(self.blocks) if sizes.experts), None)
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        """Whether the gates of a token's experts are divided by their sum."""
         always = None if self.family.experts is None else self.family.experts.gates_sum_to_one
         return bool(self.config.norm_topk_prob) if always is None else always
 
-    def parameter(self, index: int, leaf: str) -> str:
-        """What transformers calls one of the tensors of a block's experts."""
+    def expert_parameter(self, index: int, leaf: str) -> str:
+        """Return transformers' name of one of the parameters of a block's experts."""
         assert self.family.experts is not None
         return f"{self.family.blocks}.{index}.{self.family.mixture}{self.family.experts.experts}.{leaf}"
 
     @property
     def biases(self) -> frozenset[str]:
-        """Layers with a bias in some block."""
+        """llama.cpp's names of the layers that have a bias in some block."""
         stored = set().union(*self.inside)
         return self.added_biases | {layer for layer, name in self.layers.items() if f"{name}.bias" in stored}

@@ -1,12 +1,11 @@
-"""What graphs of llama.cpp ask of a model, one requirement each.
+"""What llama.cpp's architectures require of a model, one requirement each.
 
-A requirement gives the rest of a sentence that begins with the graph's name, or None where the model meets it; most are
-a sentence with the condition under which it is no hindrance. `COMMON` is asked for every graph, and reads what the
-graph's entry says. The others are named in entries of `gguf_architectures.py`, by graphs whose code fixes what
-elsewhere is a setting.
+A requirement returns None for a model that meets it, else the rest of a sentence that begins with the architecture's
+name. Most are made by `requires` or `config_requires` from a condition and the sentence. `COMMON` holds for every
+architecture, and reads its entry. The others are named by entries in `gguf_architectures.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from secateur.formats.gguf_architecture import Architecture, Requirement
@@ -18,245 +17,262 @@ ACTIVATIONS = {
     "xielu": {"xielu"},
     "gelu": {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"},
 }
-"""llama.cpp's name → transformers'; it has one gelu, and the exact one differs from it by less than 0.001."""
+"""transformers' names of activations, by llama.cpp's; its one gelu differs from the exact one by less than 0.001."""
 
 
-def unless(holds: Callable[[GgufModel, Architecture], Any], reason: str) -> Requirement:
-    """Return the requirement that a condition holds."""
-    return lambda model, graph: None if holds(model, graph) else reason
+def requires(holds: Callable[[GgufModel, Architecture], Any], reason: str) -> Requirement:
+    """Return a requirement that a condition on the model holds."""
+    return lambda model, architecture: None if holds(model, architecture) else reason
 
 
-def config(holds: Callable[[Any], Any], reason: str) -> Requirement:
-    """Return the requirement that a condition on the config holds."""
-    return lambda model, graph: None if holds(model.config) else reason
+def config_requires(holds: Callable[[Any], Any], reason: str) -> Requirement:
+    """Return a requirement that a condition on the config holds."""
+    return lambda model, _: None if holds(model.config) else reason
 
 
-def has_experts_in_order(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for experts in all blocks, or in all behind the first ones."""
-    experts = [bool(width.experts) for width in model.widths]
-    if experts == sorted(experts) and (graph.leading or len(set(experts)) == 1):
+def _fixed(model: GgufModel, values: dict[str, Any]) -> str | None:
+    """Require the values that an architecture's code has for config keys."""
+    other = next((key for key, value in values.items() if getattr(model.config, key) != value), None)
+    return None if other is None else f"computes with {other} = {values[other]} only"
+
+
+def _experts_in_order(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require experts in all blocks, or in all blocks after the first ones."""
+    experts = [bool(sizes.experts) for sizes in model.blocks]
+    allowed = experts == sorted(experts) if architecture.leading_dense else len(set(experts)) == 1
+    where = "in all blocks after the first ones" if architecture.leading_dense else "in all blocks or none"
+    return None if allowed else f"supports experts {where} only"
+
+
+def _gates(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require gates of experts that sum to one, or are not divided by their sum."""
+    if model.first_experts is None or architecture.gates_sum_to_one in (None, model.gates_sum_to_one):
         return None
-    return "has experts in all blocks" + (" behind the first ones" if graph.leading else "")
+    return f"{'divides' if architecture.gates_sum_to_one else 'does not divide'} the gates of experts by their sum"
 
 
-def makes_such_gates(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for gates that add up to one, or do not."""
-    if not any(width.experts for width in model.widths) or graph.normed in (None, model.normed):
-        return None
-    return "makes gates add up to one" if graph.normed else "leaves gates as they are"
-
-
-def has_all_heads(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for as many rows of queries as the residual stream has entries."""
+def _all_heads(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require heads x head size to be the width of the residual stream."""
     hidden = model.config.hidden_size
-    if not graph.square or model.widths[0].heads * model.dim == hidden:
+    if not architecture.square or model.blocks[0].heads * model.dim == hidden:
         return None
-    return f"wants heads x head size = {hidden}, so all {hidden // model.dim} heads"
+    return f"needs heads x head size = {hidden}, so all {hidden // model.dim} heads"
 
 
-def computes_activation(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for the graph's activation."""
+def _activation(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require the architecture's activation."""
     activation = getattr(model.config, model.source.activation, model.source.activation)
-    return None if activation in ACTIVATIONS[graph.activation] else f"computes {graph.activation}, not {activation}"
+    if activation in ACTIVATIONS[architecture.activation]:
+        return None
+    return f"computes {architecture.activation}, not {activation}"
 
 
-def adds_biases(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for biases in some layers only."""
-    extra = model.biases - graph.biases
+def _biases(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require that only layers with a place for a bias have one."""
+    extra = model.biases - architecture.biases
     return f"has no place for the biases of {', '.join(sorted(extra))}" if extra else None
 
 
-def scales_rotation(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for a rotary scaling that the graph knows."""
-    return None if model.kind in graph.scalings else f"does not know {model.kind} rotary scaling"
+def _scaling(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require a known kind of rotary scaling."""
+    kind = model.rope_kind
+    return None if kind in architecture.scalings else f"does not support {kind} rotary scaling"
 
 
-def rotates_heads(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for pairs of rotated entries, in some graphs for whole heads of them."""
-    if model.rotated != model.dim and not graph.partial:
-        return f"rotates whole heads, and here {model.rotated} of {model.dim} entries are"
-    return f"rotates entries of a head by pairs, and here {model.rotated} are" if model.rotated % 2 else None
+def _whole_rotation(model: GgufModel, architecture: Architecture) -> str | None:
+    """Require that all entries of a head rotate, where the architecture cannot rotate some."""
+    if architecture.partial or model.rotated == model.dim:
+        return None
+    return f"rotates whole heads, but {model.rotated} of {model.dim} entries rotate here"
+
+
+def _paired_rotation(model: GgufModel, _: Architecture) -> str | None:
+    """Require an even number of rotated entries."""
+    return f"rotates entries of a head in pairs, but {model.rotated} rotate here" if model.rotated % 2 else None
+
+
+def _same_experts(model: GgufModel, _: Architecture) -> bool:
+    """Return whether all mixtures have the same numbers of experts and of expert channels."""
+    return len({(sizes.experts, sizes.expert_channels) for sizes in model.blocks if sizes.experts}) <= 1
 
 
 COMMON: tuple[Requirement, ...] = (
-    has_experts_in_order,
-    unless(
-        lambda model, _: len({(width.experts, width.channels) for width in model.widths if width.experts}) <= 1,
-        "has as many experts in all blocks that have some, and as many channels in all experts",
+    _experts_in_order,
+    requires(_same_experts, "needs the same number of experts, and of channels of each, in all blocks with experts"),
+    _gates,
+    requires(
+        lambda model, architecture: not architecture.ungrouped or model.blocks[0].kv_heads == model.blocks[0].heads,
+        "needs as many key/value heads as query heads",
     ),
-    makes_such_gates,
-    unless(
-        lambda model, graph: not graph.ungrouped or model.widths[0].groups == model.widths[0].heads,
-        "has as many key/value heads as query heads",
-    ),
-    has_all_heads,
-    computes_activation,
-    adds_biases,
-    scales_rotation,
-    unless(
-        lambda model, graph: not graph.rounds_yarn or model.kind != "yarn" or model.rope.get("truncate") is not False,
+    _all_heads,
+    _activation,
+    _biases,
+    _scaling,
+    requires(
+        lambda model, architecture: (
+            not (architecture.rounds_yarn and model.rope_kind == "yarn" and model.rope.get("truncate") is False)
+        ),
         "rounds the limits of yarn, which this model does not (truncate)",
     ),
-    unless(
+    requires(
         lambda model, _: model.window_rope.get("rope_type", "default") == "default",
         "does not scale the rotation of layers with a window",
     ),
-    rotates_heads,
-    unless(
-        lambda model, graph: not graph.windows or graph.windows_by_block or model.window is None or model.period,
-        "has windows at regular intervals only, and blocks without between them",
+    _whole_rotation,
+    _paired_rotation,
+    requires(
+        lambda model, architecture: (
+            not architecture.has_windows or architecture.windows_by_block or model.window is None or model.period
+        ),
+        "supports windows only where blocks without a window lie at regular distances",
     ),
-    config(
-        lambda config: not getattr(config, "qk_layernorm", False), "has no place here for norms of queries and keys"
+    config_requires(lambda config: not getattr(config, "qk_layernorm", False), "has no norms of queries and keys"),
+    config_requires(
+        lambda config: not getattr(config, "conv_bias", False), "has no place for the biases of convolutions"
     ),
-    config(lambda config: not getattr(config, "conv_bias", False), "has no place for the biases of convolutions"),
-    unless(
-        lambda model, graph: graph.output != "tied" or model.config.tie_word_embeddings,
-        "has the embedding for its output matrix, and this model has another one (tie_word_embeddings)",
+    requires(
+        lambda model, architecture: architecture.output != "tied" or model.config.tie_word_embeddings,
+        "uses the embedding as its output matrix, and this model has another one (tie_word_embeddings)",
     ),
-    unless(
-        lambda model, graph: graph.caps_logits or not getattr(model.config, "attn_logit_softcapping", None),
-        "does not cap attention logits, which this model does",
+    requires(
+        lambda model, architecture: (
+            architecture.caps_scores or not getattr(model.config, "attn_logit_softcapping", None)
+        ),
+        "does not cap attention scores, which this model does",
     ),
 )
-"""Requirements of every graph, as far as its entry says so, in the order in which they are told."""
+"""Requirements of every architecture, in the order in which errors list them."""
 
 
-def fourth_block_without_positions(model: GgufModel) -> list[int]:
-    """Return `no_rope_layers` as graphs take it: 0 for every fourth block."""
-    return [int((index + 1) % 4 != 0) for index in range(len(model.widths))]
+def _every_fourth_unrotated(model: GgufModel) -> list[int]:
+    """Return `no_rope_layers` with which every fourth block leaves positions out: 0 for these blocks."""
+    return [int((index + 1) % 4 != 0) for index in range(len(model.blocks))]
 
 
-SMOLLM3 = unless(
-    lambda model, _: model.config.no_rope_layers == fourth_block_without_positions(model),
-    "leaves positions out in every fourth block",
-)
-EXAONE4 = unless(
-    lambda model, _: (model.window is None) is (len(model.widths) != 64),
-    "has windows in models of 64 blocks, and in no others",
-)
-SOME_WINDOWS = unless(
-    lambda model, _: model.window is not None, "has windows in some blocks, and turns positions there"
-)
-OLMO2 = unless(
-    lambda model, _: not model.window_rope or model.window_rope["rope_theta"] == model.rope["rope_theta"],
-    "turns positions of all blocks equally fast",
-)
-COMMAND_R = unless(
-    lambda model, _: model.config.use_qk_norm == (len(model.widths) >= 64),
-    "norms queries and keys in models of 64 blocks and more, and in no others",
-)
-FALCON = config(
-    lambda config: not config.alibi and config.parallel_attn, "turns positions, and has both modules beside each other"
-)
-BLOOM = config(lambda config: not config.apply_residual_connection_post_layernorm, "adds to what has not been normed")
-MPT = config(
-    lambda config: config.attn_config.softmax_scale is None, "takes the scale of attention scores from the head size"
-)
-LFM2_MOE = config(
-    lambda config: config.use_expert_bias and config.routed_scaling_factor == 1,
-    "has a bias of the choice, and multiplies gates by nothing",
-)
-GEMMA2 = config(
-    lambda config: config.attn_logit_softcapping and config.final_logit_softcapping,
-    "caps logits, which this model does not",
-)
-HEADS_EVERYWHERE = unless(lambda model, _: min(width.heads for width in model.widths), "has heads in all blocks")
+def llama4(model: GgufModel, _: Architecture) -> str | None:
+    """Require the settings of Llama 4's released models."""
+    assert model.source.input is not None
+    # llama.cpp recognises Maverick, which normalises no queries and keys, by its number of experts.
+    norms = model.blocks[0].experts != 128
+    fixed = {"no_rope_layers": _every_fourth_unrotated(model), "use_qk_norm": norms}
+    return _fixed(model, {**model.source.input.fixed, **fixed})
 
 
-def llama4(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for the settings of Llama 4's released models."""
-    fixed: dict[str, Any] = {
-        "attention_chunk_size": 8192,
-        "floor_scale": 8192,
-        "attn_scale": 0.1,
-        "attn_temperature_tuning": True,
-        "no_rope_layers": fourth_block_without_positions(model),
-        # It tells Maverick, which has no such norms, by the number of its experts.
-        "use_qk_norm": model.widths[0].experts != 128,
-    }
-    other = next((key for key, value in fixed.items() if getattr(model.config, key) != value), None)
-    return None if other is None else f"takes {other} for {fixed[other]} here"
-
-
-def limits_experts(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for gpt-oss's limit of what experts compute."""
-    limit = model.config.swiglu_limit
-    return None if limit == 7.0 else f"limits what experts compute to 7, and this model to {limit:g}"
-
-
-GPT_OSS: tuple[Requirement, ...] = (
-    # Files that others make of it are rounded as well.
-    unless(
-        lambda model, _: model.window is not None and model.period == 2,
-        "has a window in every other block, the first one among them",
-    ),
-    limits_experts,
-)
-
-
-def last_keys(config: Any) -> list[str]:
-    """Return the kinds of the last two blocks of Gemma 4 that have keys and values of their own."""
+def _last_keys(config: Any) -> Sequence[str]:
+    """Return the types of the last two blocks of Gemma 4 that have keys and values of their own."""
     return list(config.layer_types[: len(config.layer_types) - config.num_kv_shared_layers][-2:])
 
 
+SMOLLM3 = requires(
+    lambda model, _: model.config.no_rope_layers == _every_fourth_unrotated(model),
+    "leaves positions out in every fourth block",
+)
+EXAONE4 = requires(
+    lambda model, _: (model.window is None) is (len(model.blocks) != 64),
+    "has windows in models of 64 blocks, and in no others",
+)
+SOME_WINDOWS = requires(
+    lambda model, _: model.window is not None, "has windows in some blocks, and rotates only in these"
+)
+OLMO2 = requires(
+    lambda model, _: not model.window_rope or model.window_rope["rope_theta"] == model.rope["rope_theta"],
+    "rotates with one base (rope_theta) in all blocks",
+)
+COMMAND_R = requires(
+    lambda model, _: model.config.use_qk_norm == (len(model.blocks) >= 64),
+    "normalises queries and keys in models of 64 blocks and more, and in no others",
+)
+FALCON = config_requires(
+    lambda config: not config.alibi and config.parallel_attn,
+    "needs rotary positions, and attention and feed-forward in parallel",
+)
+BLOOM = config_requires(
+    lambda config: not config.apply_residual_connection_post_layernorm,
+    "adds outputs to a residual stream that is not normalised",
+)
+MPT = config_requires(
+    lambda config: config.attn_config.softmax_scale is None, "computes the scale of attention scores from the head size"
+)
+LFM2_MOE = config_requires(
+    lambda config: config.use_expert_bias and config.routed_scaling_factor == 1,
+    "needs a bias on the choice of experts (use_expert_bias), and gates that are not scaled (routed_scaling_factor)",
+)
+GEMMA2 = config_requires(
+    lambda config: config.attn_logit_softcapping and config.final_logit_softcapping,
+    "caps logits and attention scores, which this model does not",
+)
+GPT_OSS: tuple[Requirement, ...] = (
+    # llama.cpp rounds the limits of yarn in any gpt-oss, so truncate is not asked about.
+    requires(
+        lambda model, _: model.window is not None and model.period == 2,
+        "has a window in every other block, beginning with the first",
+    ),
+    lambda model, _: _fixed(model, {"swiglu_limit": 7.0}),
+)
+HEADS_EVERYWHERE = requires(lambda model, _: min(sizes.heads for sizes in model.blocks), "needs heads in all blocks")
 GEMMA4: tuple[Requirement, ...] = (
     HEADS_EVERYWHERE,
-    unless(
+    requires(
         lambda model, _: model.window is not None and "full_attention" in model.config.layer_types,
-        "has windows in some blocks",
+        "needs windows in some blocks, and none in others",
     ),
-    config(
-        lambda config: not config.num_kv_shared_layers or last_keys(config) == ["sliding_attention", "full_attention"],
+    config_requires(
+        lambda config: not config.num_kv_shared_layers or _last_keys(config) == ["sliding_attention", "full_attention"],
         "takes shared keys and values from two blocks, first one with a window and then one without",
     ),
-    config(
+    config_requires(
         lambda config: not config.hidden_size_per_layer_input or config.vocab_size_per_layer_input == config.vocab_size,
-        "reads inputs of blocks for all tokens (vocab_size_per_layer_input)",
+        "reads per-layer inputs for all tokens (vocab_size_per_layer_input)",
     ),
-    config(lambda config: config.use_bidirectional_attention != "all", "does not look ahead"),
+    config_requires(
+        lambda config: config.use_bidirectional_attention != "all", "attends to earlier tokens only, not to later ones"
+    ),
 )
 LINEAR: tuple[Requirement, ...] = (
-    unless(
+    requires(
         lambda model, _: model.period,
-        "has full attention at regular intervals, and linear attention before each of them",
+        "has full attention at regular distances, and linear attention before each of these blocks",
     ),
-    config(
+    config_requires(
         lambda config: config.linear_key_head_dim == config.linear_value_head_dim,
-        "has keys and values of linear attention of one size",
+        "needs keys and values of linear attention to have one size",
     ),
 )
 
 
-def chooses_groups_by_two(model: GgufModel, graph: Architecture) -> str | None:
-    """Ask for groups of experts that are chosen by their best two."""
+def _groups_by_best_two(model: GgufModel, _: Architecture) -> str | None:
+    """Require that groups of experts are chosen by the sum of their best two, or not at all."""
     experts, method = model.family.experts, getattr(model.config, "topk_method", "greedy")
     if experts is None or experts.gating != "softmax" or method == "greedy":
         return None
-    return "chooses groups of experts by their best two, and this model by their best"
+    return "chooses groups of experts by their best two experts, and this model by the best one"
 
 
 LATENT: tuple[Requirement, ...] = (
     HEADS_EVERYWHERE,
-    unless(
-        lambda model, _: model.config.q_lora_rank or len(model.widths) in (26, 27),
-        "has a latent vector for queries too, but in models of 26 and 27 blocks",
+    requires(
+        lambda model, _: model.config.q_lora_rank or len(model.blocks) in (26, 27),
+        "needs a latent vector for queries too (q_lora_rank), except in models of 26 and 27 blocks",
     ),
-    config(
+    config_requires(
         lambda config: not getattr(config, "attention_bias", False),
-        "has no place for the biases of what makes latent vectors",
+        "has no place for the biases of layers that compute latent vectors",
     ),
-    config(
+    config_requires(
         lambda config: getattr(config, "rope_interleave", True),
         "rotates neighbouring entries of a head, unlike this model",
     ),
-    unless(
-        lambda model, _: model.kind != "yarn" or (model.rope.get("mscale_all_dim") or 0) == model.rope.get("mscale"),
-        "takes yarn's mscale and mscale_all_dim for the same number",
+    requires(
+        lambda model, _: (
+            model.rope_kind != "yarn" or (model.rope.get("mscale_all_dim") or 0) == model.rope.get("mscale")
+        ),
+        "needs yarn's mscale and mscale_all_dim to be the same number",
     ),
-    chooses_groups_by_two,
+    _groups_by_best_two,
 )
 MISTRAL4: tuple[Requirement, ...] = (
     *LATENT,
-    unless(lambda model, _: model.kind != "yarn" or model.rope.get("mscale") == 1, "takes yarn's mscale for 1"),
+    requires(
+        lambda model, _: model.rope_kind != "yarn" or model.rope.get("mscale") == 1, "needs yarn's mscale to be 1"
+    ),
 )

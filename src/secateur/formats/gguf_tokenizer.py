@@ -1,9 +1,9 @@
-"""A transformers tokenizer as GGUF metadata.
+"""A transformers tokenizer as metadata of a GGUF file.
 
-GGUF stores a vocabulary in one of llama.cpp's own forms and, for byte-level BPE, only the *name* of the way in
-which text is split before merging. The name is looked up by the split itself, as the tokenizer spells it, so that
-a fine-tuned or rebuilt tokenizer gets the same name as the original; an unknown split is refused, since llama.cpp
-would cut text elsewhere without a word.
+GGUF stores a vocabulary in one of llama.cpp's own forms. For byte-level BPE, it stores only the *name* of the
+pre-tokenizer, the rule by which text is split before merging. Secateur finds the name by the rule, as the tokenizer
+spells it, so that a fine-tuned or rebuilt tokenizer gets the same name as the original. An unknown rule is refused,
+since llama.cpp would silently split text at other places.
 """
 
 import json
@@ -46,21 +46,23 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((r" ?[^(\s|[.,!?…。，、।۔،])]+",), False): "bloom",
     ((_CONTRACTION + _PHRASE + r"\p{N}" + _REST_ONE,), False): "exaone-moe",
 }
-"""Splits in order, and whether a word that is in the vocabulary is taken whole → llama.cpp's name for it."""
+"""llama.cpp's names of pre-tokenizers, by their splits in order, and by whether a word that is in the vocabulary is
+taken as it is, without merging inside it."""
 
-_TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_BLANK = "▁"
+_SPACE = "▁"
+"""Sign for a space in SentencePiece vocabularies."""
 
-_NAMES = ("phi-3", "phi3", "jina-v2", "modern-bert", "mistral")
-"""What general.name must not contain: llama.cpp, or transformers, takes such files for models of that name."""
-_STRIPPING = "phi-3"
-"""The name by which llama.cpp drops blanks behind special tokens ..."""
+_RESERVED_NAMES = ("phi-3", "phi3", "jina-v2", "modern-bert", "mistral")
+"""Parts of general.name by which llama.cpp or transformers would treat the file as another model."""
+_STRIPPING_NAME = "phi-3"
+"""Part of general.name by which llama.cpp drops spaces after special tokens, except after `_NOT_STRIPPING`."""
 _NOT_STRIPPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-"""... but behind these; they and `</s>` must be there."""
+"""Tokens that must be in the vocabulary for this, as must `</s>`."""
 
-_NEVER = -1e9
-"""Score of a piece that no merge makes."""
+_UNMERGED = -1e9
+"""Score of a token that no merge makes."""
 
 
 @dataclass(frozen=True)
@@ -68,37 +70,68 @@ class Vocabulary:
     """What GGUF holds of a tokenizer."""
 
     model: str
-    """llama.cpp's kind: `gpt2` for byte-level BPE, `llama` for SentencePiece BPE."""
+    """llama.cpp's name of the algorithm: `gpt2` for byte-level BPE, `llama` for SentencePiece BPE."""
     pre: str
+    """llama.cpp's name of the pre-tokenizer."""
     tokens: list[str]
+    """Text of each token, by id."""
     types: list[int]
+    """llama.cpp's type of each token, by id."""
     merges: list[str] | None
-    """Of byte-level BPE, best first."""
+    """Merges of byte-level BPE, in the order in which they are tried."""
     scores: list[float] | None
-    """Of SentencePiece BPE, higher is merged earlier."""
+    """Scores of SentencePiece tokens, by id; tokens with higher scores are merged earlier."""
     space_prefix: bool
-    """Whether a text gets a space in front."""
+    """Whether a space is put in front of a text."""
     special: dict[str, int]
-    """`bos`, `eos`, ... → id."""
+    """Ids of special tokens, by name: `bos`, `eos`, ..."""
     bos: bool
+    """Whether BOS is put in front of a text."""
     eos: bool
-    """Whether a text is put between them."""
+    """Whether EOS is put after a text."""
     chat_template: Any
     strips: bool
-    """Whether blanks behind special tokens are dropped, as Phi-3 has it."""
+    """Whether spaces after special tokens are dropped, as in Phi-3."""
 
-    def named(self, name: str) -> str:
-        """The name for a file with these words: as wished, where readers take nothing from it."""
+    def safe_name(self, name: str) -> str:
+        """Return the model's name for the file, or another one where readers would take the name for another model."""
         if self.strips:
-            return _STRIPPING
-        return "pruned" if any(part in name.lower() for part in _NAMES) else name
+            return _STRIPPING_NAME
+        return "pruned" if any(part in name.lower() for part in _RESERVED_NAMES) else name
 
 
-def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Read a tokenizer of transformers; size is the rows of the embedding, which llama.cpp takes for that of the words.
+def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        size: number of rows of the embedding, which llama.cpp takes for the number of tokens.
 
     Raises:
-        SecateurError: GGUF has no form for it, or none is known here.
+        SecateurError: GGUF cannot hold the tokenizer, or its pre-tokenizer has no name here.
+    """
+    stored = _stored(tokenizer)
+    byte_level = _is_byte_level(stored)
+    tokens, types = _tokens(stored, size, byte_level)
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    plain, full = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
+    return Vocabulary(
+        **(_byte_level_fields(stored) if byte_level else _sentencepiece_fields(stored, tokens)),
+        tokens=tokens,
+        types=types,
+        special={name: index for name, index in special.items() if index is not None and index < size},
+        bos=begins_with_bos(tokenizer),
+        eos=len(full) > len(plain) and full[-1] == special["eos"],
+        chat_template=tokenizer.chat_template,
+        strips=_strips(stored, size),
+    )
+
+
+def _stored(tokenizer: Any) -> dict[str, Any]:
+    """Return the contents of tokenizer.json.
+
+    Raises:
+        SecateurError: there is no such form of the tokenizer, or GGUF cannot hold its algorithm.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -107,59 +140,68 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
             "save a fast tokenizer into the folder"
         )
     stored: dict[str, Any] = json.loads(backend.to_str())
-    model = stored["model"]
+    model, known = stored["model"], "GGUF output holds byte-level BPE and SentencePiece BPE"
     if model["type"] != "BPE":
+        raise SecateurError(f"the tokenizer is {model['type']}; {known}, so keep the safetensors folder")
+    if not _is_byte_level(stored) and not model.get("byte_fallback"):
         raise SecateurError(
-            f"the tokenizer is {model['type']}; GGUF output holds byte-level BPE and SentencePiece BPE, "
-            "so keep the safetensors folder"
+            f"the tokenizer is BPE over characters without a fallback to bytes; {known}, so keep the safetensors folder"
         )
-    steps = tuple(_steps(stored.get("pre_tokenizer")))
-    byte_level = any(step["type"] == "ByteLevel" for step in steps)
-    if not byte_level and not model.get("byte_fallback"):
-        raise SecateurError(
-            "the tokenizer is BPE over characters, without bytes to fall back on; GGUF output holds byte-level BPE "
-            "and SentencePiece BPE, so keep the safetensors folder"
-        )
-    tokens, types = _tokens(stored, size, byte_level)
-    if byte_level and not model["merges"]:
+    if _is_byte_level(stored) and not model["merges"]:
         raise SecateurError(
             "the tokenizer has no merges, without which llama.cpp opens no file; keep the safetensors folder"
         )
-    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _TOKENS}
-    plain, full = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
-    return Vocabulary(
-        model="gpt2" if byte_level else "llama",
-        pre=_pre(steps, bool(model.get("ignore_merges"))) if byte_level else "default",
-        tokens=tokens,
-        types=types,
-        merges=[" ".join(pair) for pair in pairs] if byte_level else None,
-        scores=None if byte_level else _scores(tokens, pairs),
-        space_prefix=not byte_level and _prefixes(stored.get("normalizer"), steps),
-        special={name: i for name, i in special.items() if i is not None and i < size},
-        bos=begins_with_bos(tokenizer),
-        eos=len(full) > len(plain) and full[-1] == special["eos"],
-        chat_template=tokenizer.chat_template,
-        strips=_strips(stored, size),
-    )
+    return stored
 
 
-def add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
-    """Put a vocabulary into a file's metadata."""
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.merges is not None:
-        writer.add_token_merges(words.merges)
-    if words.scores is not None:
-        writer.add_token_scores(words.scores)
-    writer.add_add_space_prefix(words.space_prefix)
-    for name, index in words.special.items():
+def _is_byte_level(stored: dict[str, Any]) -> bool:
+    """Return whether a BPE tokenizer works on bytes, rather than on characters as SentencePiece does."""
+    return any(step["type"] == "ByteLevel" for step in _steps(stored.get("pre_tokenizer")))
+
+
+def _byte_level_fields(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Vocabulary` that differ between both algorithms, for byte-level BPE."""
+    return {
+        "model": "gpt2",
+        "pre": _pre_tokenizer(stored),
+        "merges": [" ".join(pair) for pair in _pairs(stored)],
+        "scores": None,
+        "space_prefix": False,
+    }
+
+
+def _sentencepiece_fields(stored: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """Return the fields of a `Vocabulary` that differ between both algorithms, for SentencePiece BPE."""
+    return {
+        "model": "llama",
+        "pre": "default",
+        "merges": None,
+        "scores": _scores(tokens, _pairs(stored)),
+        "space_prefix": _has_space_prefix(stored),
+    }
+
+
+def _pairs(stored: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the pairs of tokens that are merged, in the order in which they are tried."""
+    merges = stored["model"]["merges"]
+    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add a vocabulary to the metadata of a file."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    # The writer leaves out empty lists.
+    writer.add_token_merges(vocabulary.merges or [])
+    writer.add_token_scores(vocabulary.scores or [])
+    writer.add_add_space_prefix(vocabulary.space_prefix)
+    for name, index in vocabulary.special.items():
         getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(words.bos)
-    writer.add_add_eos_token(words.eos)
-    template = words.chat_template
+    writer.add_add_bos_token(vocabulary.bos)
+    writer.add_add_eos_token(vocabulary.eos)
+    template = vocabulary.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
@@ -167,28 +209,34 @@ def add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
 
 
 def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Normalizers or pre-tokenizers in order, sequences unrolled."""
-    if part is not None and part["type"] == "Sequence":
-        for inner in part.get("pretokenizers") or part.get("normalizers") or ():
-            yield from _steps(inner)
-    elif part is not None:
+    """Yield normalizers or pre-tokenizers in order, with sequences unrolled."""
+    if part is None:
+        return
+    if part["type"] != "Sequence":
         yield part
+    for inner in part.get("pretokenizers") or part.get("normalizers") or ():
+        yield from _steps(inner)
 
 
-def _pre(steps: tuple[dict[str, Any], ...], whole_words: bool) -> str:
-    """llama.cpp's name of a split."""
-    name = PRE_TOKENIZERS.get((tuple(filter(None, map(_split, steps))), whole_words))
+def _pre_tokenizer(stored: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the pre-tokenizer.
+
+    Raises:
+        SecateurError: it has none here.
+    """
+    splits = tuple(filter(None, map(_split, _steps(stored.get("pre_tokenizer")))))
+    name = PRE_TOKENIZERS.get((splits, bool(stored["model"].get("ignore_merges"))))
     if name is None:
         known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise SecateurError(
-            f"the tokenizer splits text in a way that is none of those known here ({known}), and llama.cpp goes by "
-            "the name; add its split to secateur/formats/gguf_tokenizer.py, or keep the safetensors folder"
+            f"the tokenizer splits text by a rule that has no name here, by which llama.cpp would know it (known: "
+            f"{known}); add the rule to secateur/formats/gguf_tokenizer.py, or keep the safetensors folder"
         )
     return name
 
 
 def _split(step: dict[str, Any]) -> str:
-    """One step as `PRE_TOKENIZERS` spells it; empty where it splits nothing."""
+    """Return one step of a pre-tokenizer as `PRE_TOKENIZERS` spells it; empty where it splits nothing."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return _WORDS if use_regex else ""
@@ -197,61 +245,61 @@ def _split(step: dict[str, Any]) -> str:
         case {"type": "Punctuation", "behavior": "Contiguous"}:
             return _PUNCTUATION
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}:
-            # Keeping every match and dropping what is between is the same where a regex matches everything.
+            # To keep every match and to drop the text between is the same where a regex matches everything.
             if (behavior, invert) in (("Isolated", False), ("Removed", True)):
                 return str(regex).replace("\r", r"\r").replace("\n", r"\n")
     return f"unknown {step['type']}"
 
 
 def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[int]]:
-    """Texts and types by id; ids that the tokenizer does not use get a name that no text contains."""
-    tokens = [f"[PAD{i}]" for i in range(size)]
+    """Return text and type of each token, by id; unused ids get a text that occurs nowhere."""
+    tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
-    for text, index in stored["model"]["vocab"].items():
-        if index < size:
-            tokens[index] = text
-            byte = not byte_level and _BYTE.fullmatch(text)
-            types[index] = int(TokenType.BYTE if byte else TokenType.NORMAL)
+    vocabulary = {text: index for text, index in stored["model"]["vocab"].items() if index < size}
+    for text, index in vocabulary.items():
+        is_byte = not byte_level and _BYTE.fullmatch(text)
+        tokens[index], types[index] = text, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+    for added in (token for token in stored["added_tokens"] if token["id"] < size):
+        index, text, special = added["id"], added["content"], added["special"]
+        # llama.cpp looks for these tokens before it replaces spaces by their sign.
+        tokens[index] = text if byte_level or special else text.replace(_SPACE, " ")
+        types[index] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
     unknown = stored["model"].get("unk_token")
-    for added in stored["added_tokens"]:
-        index, text = added["id"], added["content"]
-        if index < size:
-            # llama.cpp looks for these in the text before blanks become a sign.
-            tokens[index] = text if byte_level or added["special"] else text.replace(_BLANK, " ")
-            types[index] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     if not byte_level and unknown in tokens:
         types[tokens.index(unknown)] = int(TokenType.UNKNOWN)
     return tokens, types
 
 
 def _strips(stored: dict[str, Any], size: int) -> bool:
-    """Whether added tokens swallow the blanks behind them, all that llama.cpp has swallow them in Phi-3.
+    """Return whether added tokens remove spaces after them: those that llama.cpp lets do so in Phi-3.
 
-    Raises `SecateurError` where some do otherwise, or look at what is around them, for which GGUF has no place.
+    Raises:
+        SecateurError: other tokens remove spaces, or tokens depend on the text around them; GGUF has no place for that.
     """
     added = {token["content"]: token for token in stored["added_tokens"] if token["id"] < size}
-    strips = {text for text, token in added.items() if token.get("rstrip")}
-    around = [text for text, token in added.items() if token.get("lstrip") or token.get("single_word")]
-    as_phi3 = _NOT_STRIPPING | {"</s>"} <= added.keys() and strips == added.keys() - _NOT_STRIPPING
-    if around or (strips and not as_phi3):
-        name = (around or sorted(strips))[0]
+    stripping = {text for text, token in added.items() if token.get("rstrip")}
+    depending = [text for text, token in added.items() if token.get("lstrip") or token.get("single_word")]
+    as_phi3 = _NOT_STRIPPING | {"</s>"} <= added.keys() and stripping == added.keys() - _NOT_STRIPPING
+    refused = depending + ([] if as_phi3 else sorted(stripping))
+    if refused:
         raise SecateurError(
-            f"the tokenizer's {name} takes blanks or words around it along, which llama.cpp would not; "
-            "keep the safetensors folder"
+            f"the tokenizer's {refused[0]} removes spaces around it or depends on the words around it, which llama.cpp "
+            "does not support; keep the safetensors folder"
         )
-    return bool(strips)
+    return bool(stripping)
 
 
 def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
-    """Scores that make SentencePiece's rule, the best piece first, follow the order of the merges."""
+    """Return scores with which SentencePiece's rule, the best token first, follows the order of the merges."""
     rank: dict[str, int] = {}
     for position, pair in enumerate(pairs):
         rank.setdefault("".join(pair), position)
-    return [-float(rank[token]) if token in rank else _NEVER for token in tokens]
+    return [-float(rank[token]) if token in rank else _UNMERGED for token in tokens]
 
 
-def _prefixes(normalizer: dict[str, Any] | None, steps: tuple[dict[str, Any], ...]) -> bool:
-    """Whether a SentencePiece tokenizer puts a blank before a text."""
-    prepends = any(step["type"] == "Prepend" and step["prepend"] == _BLANK for step in _steps(normalizer))
-    schemes = [step.get("prepend_scheme", "always") for step in steps if step["type"] == "Metaspace"]
-    return prepends or any(scheme != "never" for scheme in schemes)
+def _has_space_prefix(stored: dict[str, Any]) -> bool:
+    """Return whether a SentencePiece tokenizer puts a space in front of a text."""
+    normalizers, pre_tokenizers = (_steps(stored.get(part)) for part in ("normalizer", "pre_tokenizer"))
+    prepends = (step["type"] == "Prepend" and step["prepend"] == _SPACE for step in normalizers)
+    schemes = (step.get("prepend_scheme", "always") for step in pre_tokenizers if step["type"] == "Metaspace")
+    return any(prepends) or any(scheme != "never" for scheme in schemes)

@@ -1,4 +1,4 @@
-"""Types of the tensors in a GGUF file."""
+"""Types of the numbers in a GGUF file, by the names that `--type` takes."""
 
 import re
 from dataclasses import dataclass
@@ -11,26 +11,43 @@ from secateur.base.errors import SecateurError
 
 @dataclass(frozen=True)
 class Storage:
-    """How a type of file stores weights."""
+    """Types of the tensors in a file of one type."""
 
     matrices: GGMLQuantizationType
-    ends: GGMLQuantizationType
-    """Of the embedding and the output matrix, which suffer most."""
+    """Type of most matrices."""
+    embeddings: GGMLQuantizationType
+    """Type of the embedding and of the output matrix, whose rounding harms the model most."""
     file: int
-    """llama.cpp's number of it."""
+    """llama.cpp's number of the file's type."""
 
     @property
-    def multiple(self) -> int:
-        """What a row must be a multiple of."""
+    def block(self) -> int:
+        """Number of weights in one block of the type; it must divide the rows of a matrix."""
         return int(gguf.GGML_QUANT_SIZES[self.matrices][0])
 
     @property
     def bytes(self) -> float:
-        """What a weight takes in a matrix."""
-        entries, size = gguf.GGML_QUANT_SIZES[self.matrices]
-        return float(size / entries)
+        """Bytes per weight of a matrix."""
+        weights, size = gguf.GGML_QUANT_SIZES[self.matrices]
+        return float(size / weights)
+
+    def type_of(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+        """Return the type of one tensor: vectors stay float32, and rows that do not fill blocks become float16.
+
+        Args:
+            name: llama.cpp's name, inside a block or outside of blocks.
+            shape: of the tensor.
+        """
+        if len(shape) == 1 or name in _EXACT or name.endswith("_norm.weight"):
+            return GGMLQuantizationType.F32
+        if shape[-1] % self.block:
+            return GGMLQuantizationType.F16
+        return self.embeddings if name in _EMBEDDINGS else self.matrices
 
 
+_EXACT = frozenset({"position_embd.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight"})
+"""Matrices that stay float32."""
+_EMBEDDINGS = frozenset({"token_embd.weight", "per_layer_token_embd.weight", "output.weight"})
 _T, _F = GGMLQuantizationType, gguf.LlamaFileType
 
 TYPES: dict[str, Storage] = {
@@ -40,11 +57,11 @@ TYPES: dict[str, Storage] = {
     "q8_0": Storage(_T.Q8_0, _T.Q8_0, _F.MOSTLY_Q8_0),
     "q4_0": Storage(_T.Q4_0, _T.Q8_0, _F.MOSTLY_Q4_0),
 }
-"""By the name that a person gives."""
+"""Types that can be written, by name."""
 
 
 def check_type(type: str) -> None:
-    """Raise `SecateurError` for a type that cannot be written, with the way to llama.cpp's others."""
+    """Raise `SecateurError` for a type that cannot be written; the error says how llama.cpp makes its other types."""
     if type in TYPES:
         return
     if type.lower() in TYPES:
@@ -52,7 +69,7 @@ def check_type(type: str) -> None:
     known = ", ".join(TYPES)
     if re.fullmatch(r"i?q\d_.+", type.lower()):
         raise SecateurError(
-            f"type {type} is made by llama.cpp's own llama-quantize from a file of type f16 or bf16; its K-quants take "
-            f"rows that 256 divides, so prune with --round 256 (types here: {known})"
+            f"type {type} is made by llama.cpp's own llama-quantize from a file of type f16 or bf16; K-quants need "
+            f"channel counts that 256 divides, so prune with --round 256 (types here: {known})"
         )
     raise SecateurError(f"no type {type!r}; choose one of {known}")

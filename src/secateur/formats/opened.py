@@ -1,6 +1,7 @@
-"""A pruned model opened as transformers opens it, on the meta device: config.json must describe the stored tensors.
+"""Check that transformers opens a pruned model: that its config.json describes the tensors that are stored.
 
-A family's entry is checked so ahead of the work, and every folder before it appears.
+The model is opened on the meta device, without weights. Every folder is checked before it appears, and a family's entry
+that a person has written is checked before the work begins.
 """
 
 from collections.abc import Mapping
@@ -22,41 +23,54 @@ from secateur.model.weights import TensorInfo
 
 
 def check_written(folder: Path, out: Path, advice: str) -> None:
-    """Check that a folder opens, which is to take the place of `out`; of a multimodal one, the language model alone.
+    """Check that a folder opens; of a multimodal model, only the language model is opened.
+
+    Args:
+        folder: the folder, under the hidden name under which it was written.
+        out: the name that it will get.
+        advice: end of the error: what a person can do.
 
     Raises:
-        SecateurError: it does not, with the advice.
+        SecateurError: the folder does not open.
     """
     try:
         why = _misfit(open_checkpoint(folder))
     except SecateurError as error:
-        # What it ends in is for a model that was downloaded.
+        # The advice in this error is for models that were downloaded.
         why = str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").rpartition("; ")[0]
     if why is not None:
         raise SecateurError(f"{out}: transformers does not open what was made, so it was removed ({why}); {advice}")
 
 
 def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_config: dict[str, Any]) -> str | None:
-    """Return how config.json would differ from a model with these units, as a clause; None where it describes it."""
+    """Return how a config.json differs from the tensors of a pruned model, as a clause; None where it describes them.
+
+    Args:
+        stream: the dense model.
+        keeps: units that blocks keep, by block.
+        raw_config: contents of config.json.
+    """
     with quiet():
         config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)
-    return _misfit(replace(stream.checkpoint, config=config, raw_config=raw_config, tensors=_cut(stream, keeps)))
+    tensors = _pruned_tensors(stream, keeps)
+    return _misfit(replace(stream.checkpoint, config=config, raw_config=raw_config, tensors=tensors))
 
 
 def _misfit(checkpoint: Checkpoint) -> str | None:
+    """Return how a checkpoint's config differs from its tensors, as a clause, or None."""
     with quiet():
         return checkpoint.misfit(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
 
 
-def _cut(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict[str, TensorInfo]:
-    """Return the tensors that will be stored, of which only the shapes are true."""
+def _pruned_tensors(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict[str, TensorInfo]:
+    """Return the tensors that a pruned model stores; only their shapes are valid."""
     tensors = dict(stream.checkpoint.weights)
     for index, keep in keeps.items():
         block = stream.blocks[index]
         dense = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
-        names = [name for whole in dense for name in stream.stored_names(index, whole)]
-        before = {name: tensors.pop(name) for name in names}
-        for whole, tensor in slice_block(block, dense, keep).items():
-            for name, part in stream.as_stored(index, whole, tensor).items():
-                tensors[name] = replace(before[name], shape=tuple(part.shape))
+        stored = [stored for name in dense for stored in stream.stored_names(index, name)]
+        before = {name: tensors.pop(name) for name in stored}
+        for name, tensor in slice_block(block, dense, keep).items():
+            for piece, part in stream.as_stored(index, name, tensor).items():
+                tensors[piece] = replace(before[piece], shape=tuple(part.shape))
     return tensors

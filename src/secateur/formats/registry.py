@@ -1,7 +1,8 @@
-"""Output formats by name: what a person may write behind `--format`.
+"""Output formats by name, as `--format` takes them.
 
-A format is one file of this folder: a class under the decorator `@output_format`, which gives its name and all that is
-needed of it before torch is loaded. So the decorator's arguments are literals, and are read off the sources.
+A format is one file of this folder: a class under the decorator `@output_format`, which declares the name and whatever
+is needed before torch is loaded. The decorator's arguments are literals, so that they can be read from the source
+without importing the file.
 """
 
 import ast
@@ -19,24 +20,29 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Declaration:
-    """An output format as a person meets it."""
+    """What is known of an output format before its class is imported."""
 
     name: str
     help: str
-    """What `--help` says of it."""
+    """Description in `--help`."""
     suffix: str | None = None
-    """The ending of the file's name; None for a folder."""
+    """Ending of the file's name; None for a folder."""
     uniform: bool = False
     """All blocks have one width."""
     types: tuple[str, ...] = ()
-    """Names that `--type` takes, the default first, where tensors are stored in types of the format's own."""
+    """Values of `--type`, the default first, where the format has its own types of tensors."""
     tokenizer: bool = False
     """The output cannot be written without a tokenizer."""
     file: str = ""
-    """The module of this folder that has the class."""
+    """Module of this folder that has the class."""
 
     def output(self, out: Path, *, source: Path | None = None, overwrite: bool = False) -> Output:
-        """Return the output as it will be written.
+        """Return the output that is to be written.
+
+        Args:
+            out: the file or folder.
+            source: folder of the dense model, which the output must not touch.
+            overwrite: replace an output that exists.
 
         Raises:
             SecateurError: the name is that of another format's file.
@@ -57,11 +63,14 @@ def output_format(
     types: tuple[str, ...] = (),
     tokenizer: bool = False,
 ) -> Callable[[T], T]:
-    """Give a class of this folder the name and the properties that `Declaration` lists, all of them literals."""
+    """Return the decorator that registers a class of this folder as an output format.
+
+    The arguments are fields of `Declaration`, and must be literals.
+    """
 
     def register(kind: T) -> T:
-        said = Declaration(name, help, suffix, uniform, types, tokenizer)
-        kind.declaration = FORMATS.setdefault(name, said)  # type: ignore[attr-defined]
+        declaration = Declaration(name, help, suffix, uniform, types, tokenizer)
+        kind.declaration = FORMATS.setdefault(name, declaration)  # type: ignore[attr-defined]
         CLASSES[name] = kind
         return kind
 
@@ -69,28 +78,29 @@ def output_format(
 
 
 def default_format(uniform: bool) -> Declaration:
-    """Return the format of an output where a person names none."""
+    """Return the format of a run without `--format`, for uniform or other widths."""
     return FORMATS["stock" if uniform else "hf"]
 
 
-def _declared(file: Path) -> Iterator[Declaration]:
-    """Yield what the decorators of a source file say."""
+def _declarations_in(file: Path) -> Iterator[Declaration]:
+    """Yield the declarations in a source file."""
     text = file.read_text(encoding="utf-8")
     if "\n@output_format(" not in text:
         return
     for node in ast.parse(text).body:
         for call in getattr(node, "decorator_list", ()):
             if isinstance(call, ast.Call) and getattr(call.func, "id", None) == output_format.__name__:
-                said = {one.arg: ast.literal_eval(one.value) for one in call.keywords if one.arg}
-                yield Declaration(ast.literal_eval(call.args[0]), file=file.stem, **said)
+                fields = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+                yield Declaration(ast.literal_eval(call.args[0]), file=file.stem, **fields)
 
 
-def _found() -> dict[str, Declaration]:
-    """Return every format by its name: the default first, and folders before files."""
-    found = [one for file in sorted(FOLDER.glob("[!_]*.py")) for one in _declared(file)]
-    return {one.name: one for one in sorted(found, key=lambda one: (one.suffix is not None, one.uniform, one.name))}
+def _declarations() -> dict[str, Declaration]:
+    """Return every declaration by name: the default format first, and folders before files."""
+    all_of_them = [one for file in sorted(FOLDER.glob("[!_]*.py")) for one in _declarations_in(file)]
+    ordered = sorted(all_of_them, key=lambda one: (one.suffix is not None, one.uniform, one.name))
+    return {declaration.name: declaration for declaration in ordered}
 
 
-FORMATS = _found()
+FORMATS = _declarations()
 CLASSES: dict[str, type] = {}
-"""The classes of formats whose files have been imported."""
+"""Classes of formats whose files have been imported."""

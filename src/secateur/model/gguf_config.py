@@ -1,187 +1,221 @@
-"""What transformers leaves out of a config that it makes of a GGUF file: rotations, windows, scales, caps.
+"""The config of a GGUF file that secateur reads itself, computed from metadata and tensor shapes.
 
-Left out, these change what the model computes without a word. Here they are read from the file's metadata, and from
-the tensors of rotary factors, as llama.cpp reads them; and what has no place in the config is refused.
+Shapes tell sizes, which blocks have experts, and which layers have biases or norms; metadata tell the rest. A metadata
+key that is not known here is refused, since it may change what the model computes.
 """
 
-import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from gguf import GGUFReader
+from transformers import AutoConfig
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Gguf
 from secateur.families.registry import FAMILIES
-from secateur.model.gguf_layout import STILL
-
-FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that are no weights: by how much each frequency is divided."""
-
-
-def complete(config: Any, reader: GGUFReader) -> None:
-    """Put into a config, in place, what transformers has not taken over; `SecateurError` for what no config holds."""
-    facts, gguf = facts_of(reader), FAMILIES[config.model_type].gguf if config.model_type in FAMILIES else Gguf()
-    factors = {
-        tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
-    }
-    # Where heads share a latent vector, it is the length of that; in Gemma 4, of blocks without a window.
-    other = {"attention.kv_lora_rank", "attention.key_length_swa"} & facts.keys()
-    if "attention.key_length" in facts and not other and hasattr(config, "head_dim"):
-        config.head_dim = facts["attention.key_length"]
-    for key, own in gguf.left_out.items():
-        if facts.get(key):
-            setattr(config, own, facts[key])
-    _complete_rotation(config, facts, factors)
-    if gguf.deepest is not None:
-        config.layer_types = windows_of(facts, config.num_hidden_layers) or config.layer_types
-        deepest = config.num_hidden_layers == gguf.deepest
-        per_head = config.hidden_size // config.num_attention_heads
-        config.query_pre_attn_scalar = per_head if deepest else config.head_dim
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if key in facts:
-            setattr(config, key, facts[key] or None)
+from secateur.model.gguf_file import GgufFile
+from secateur.model.gguf_keys import (
+    DEFAULTS,
+    KEYS,
+    READ_ELSEWHERE,
+    READ_OF_WINDOWS,
+    REQUIRED,
+    ROTARY,
+    UNDECLARED,
+)
+from secateur.model.gguf_transformers import complete_config
 
 
-def known_name(name: str) -> str:
-    """What the gguf package calls a checkpoint's tensor where it does not know it by its name."""
-    for own, known in _KNOWN.items():
-        name = name.replace(own, known)
-    return name
+def read_config(file: GgufFile, reader: GGUFReader) -> Any:
+    """Return the config of a file.
 
-
-_KNOWN = {
-    "correction_bias": "correction.bias",
-    ".sinks": ".sinks.weight",
-    ".expert_bias": ".expert_bias.bias",
-    ".dt_bias": ".dt_proj.bias",
-    "layer_scalar": "layer_scalar.weight",
-}
-
-
-def facts_of(reader: GGUFReader) -> dict[str, Any]:
-    """What a file says of its architecture, by keys without its name."""
-    start = f"{reader.fields['general.architecture'].contents()}."
-    return {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
-
-
-def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None:
-    """Raise `SecateurError` unless every weight of a file has become one of the model's, and the other way around.
-
-    Those that transformers does not find it fills with random numbers, without a word.
+    Raises:
+        SecateurError: a metadata key is not known, is missing, or states what the model's class does not compute.
     """
-    if missing:
-        raise SecateurError(f"transformers does not find {min(missing)} in it")
-    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
-    read = sum(parameter.numel() for parameter in model.parameters())
-    if stored != read:
-        raise SecateurError(
-            f"of its {stored:,} weights transformers makes a model with {read:,}"
-            + (", without its biases" if any(tensor.name.endswith(".bias") for tensor in reader.tensors) else "")
-        )
+    kind = file.reading.model_type
+    _check_keys(file)
+    _check_gating(file)
+    default = AutoConfig.for_model(kind)
+    values = {**_stated(file, default), **file.reading.input.fixed, **_computed(file)}
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if isinstance(values.get(key), list):
+            raise SecateurError(f"{kind} has one {key} for all blocks, but the file states a list")
+    # The class may change the list in place.
+    types = tuple(values.get("layer_types", ()))
+    config = AutoConfig.for_model(kind, **{key: value for key, value in values.items() if _is_key(default, key)})
+    if types and types != tuple(getattr(config, "layer_types", types)):
+        raise SecateurError(f"{kind} cannot have full attention and windows in the order that the file states")
+    complete_config(config, reader)
+    _complete_rope(config, file)
+    return config
 
 
-def _complete_rotation(config: Any, facts: dict[str, Any], factors: dict[str, Any]) -> None:
-    rope = getattr(config, "rope_parameters", None)
-    if rope is None:
+def _keys(file: GgufFile) -> dict[str, str]:
+    """Return the metadata keys that this family's files must have, and the config's keys of the same values."""
+    return {**FAMILIES[file.reading.model_type].gguf.keys, **file.reading.input.keys}
+
+
+def _check_keys(file: GgufFile) -> None:
+    """Raise `SecateurError` for a metadata key that is unknown or missing, or whose value is too large."""
+    metadata, own = file.metadata, _keys(file)
+    for key in metadata:
+        elsewhere = READ_ELSEWHERE.fullmatch(key)
+        of_windows = file.reading.family.heads_by_layer_type and READ_OF_WINDOWS.fullmatch(key)
+        if not (key in KEYS or key in own or elsewhere or of_windows):
+            raise SecateurError(f"the metadata key {file.architecture}.{key} is not known to secateur")
+    for key in (*REQUIRED, *own):
+        if key not in metadata:
+            raise SecateurError(f"the metadata key {file.architecture}.{key} is missing")
+    # Tensors of these sizes are made before shapes are compared.
+    largest = max(int(size) for tensor in file.tensors.values() for size in tensor.shape)
+    for key in ("attention.key_length", "attention.key_length_swa", "rope.dimension_count", *own):
+        is_size = key.startswith(("attention.key", "rope.dimension_count", "ssm."))
+        if is_size and metadata.get(key, 0) > largest:
+            raise SecateurError(f"{file.architecture}.{key} is {metadata[key]:,}, but no tensor is that long")
+
+
+def _check_gating(file: GgufFile) -> None:
+    """Raise `SecateurError` for a function from the router's logits to gates that is not the family's."""
+    if (experts := file.reading.family.experts) is None:
         return
-    around, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
-    if around is not None and "rope.freq_base_swa" in facts:
-        around["rope_theta"] = facts["rope.freq_base_swa"]
-    if rope.get("rope_type") == "proportional":
-        rope |= _proportional(facts, factors)
-        return
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotated = facts.get("rope.dimension_count", size)
-    if rotated != size:
-        rope["partial_rotary_factor"] = rotated / size
-    # Older files have another name for the factor, and name no kind.
-    factor = float(facts.get("rope.scaling.factor") or facts.get("rope.scale_linear") or 1.0)
-    kind = facts.get("rope.scaling.type", "none" if factor == 1 else "linear")
-    before = facts.get("rope.scaling.original_context_length")
-    if len(factors) == 2:
-        longest = config.max_position_embeddings
-        rope |= {"rope_type": "longrope", "original_max_position_embeddings": before or longest}
-        rope |= {"factor": longest / rope["original_max_position_embeddings"]}
-        rope |= {f"{name}_factor": factors[f"rope_factors_{name}.weight"].tolist() for name in ("long", "short")}
-        rope["attention_factor"] = float(facts.get("rope.scaling.attn_factor", 1.0))
-    elif factors:
-        rope |= {"rope_type": "llama3"} | _llama3(factors[FACTORS[0]], rope["rope_theta"], rotated)
-    elif kind == "linear":
-        rope |= {"rope_type": "linear", "factor": factor}
-    elif kind == "yarn":
-        rope |= {"rope_type": "yarn", "factor": factor}
-        rope["original_max_position_embeddings"] = before or config.max_position_embeddings
-        # llama.cpp multiplies by this formula, and by the factor of the file.
-        usual = 0.1 * math.log(factor) + 1
-        rope["attention_factor"] = float(facts.get("rope.scaling.attn_factor", 1.0)) * usual
-        rope |= {
-            f"beta_{end}": float(facts[f"rope.scaling.yarn_beta_{end}"])
-            for end in ("fast", "slow")
-            if f"rope.scaling.yarn_beta_{end}" in facts
-        }
-    elif kind != "none":
-        raise SecateurError(f"rotary scaling of the kind {kind} is not known here")
+    gating = file.reading.gating
+    if file.metadata.get("expert_gating_func", gating) != gating:
+        key = f"{file.architecture}.expert_gating_func"
+        raise SecateurError(f"{key} is not {gating:d}, the {experts.gating} of {file.reading.model_type}")
 
 
-def _llama3(factors: Any, theta: float, rotated: int) -> dict[str, Any]:
-    """The settings behind the factors of Llama 3.1's rotation.
+def _is_key(default: Any, key: str) -> bool:
+    """Return whether a class has a config key, by its default config."""
+    return key in UNDECLARED or hasattr(default, key)
 
-    A frequency is divided by (1 - s) / factor + s, inverted, where s = (original / wavelength - low) / (high - low) is
-    cut off at 0 and 1. Original, low and high may all be multiplied by one number: low is taken for 1. Settings that
-    give these factors again are right, whatever they were.
+
+def _stated(file: GgufFile, default: Any) -> dict[str, Any]:
+    """Return the config values that metadata state.
+
+    Raises:
+        SecateurError: the model's class does not compute one of them.
     """
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
-    factor = round(float(factors.max()), 5)
-    if len(factors) != len(wavelengths) or factor <= 1:
-        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
-    share = (1 / factors - 1 / factor) / (1 - 1 / factor)
-    inside = (share > 1e-4) & (share < 1 - 1e-4)
-    high, original = 4.0, 0
-    if inside.sum() > 1:
-        slope, start = np.polyfit(1 / wavelengths[inside], share[inside], 1)
-        high = round(float(1 - 1 / start), 3)
-        original = round(float(slope * (high - 1)))
-    elif inside.any():
-        original = round(float((wavelengths * (share * (high - 1) + 1))[inside][0]))
-    again = np.clip((original / wavelengths - 1) / (high - 1), 0, 1)
-    if not np.allclose(1 / ((1 - again) / factor + again), factors, rtol=1e-3):
-        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+    kind, fixed, metadata = file.reading.model_type, file.reading.input.fixed, file.metadata
+    keys = {**KEYS, **_keys(file)}
+    values = DEFAULTS | {name: metadata[key] for key, name in keys.items() if key in metadata}
+    for name, value in values.items():
+        free = value if name in ROTARY or _is_key(default, name) else None
+        if value not in (fixed.get(name, free), DEFAULTS.get(name)):
+            raise SecateurError(f"{kind} does not support {name} = {value}, which the metadata state")
+    return values
+
+
+def _computed(file: GgufFile) -> dict[str, Any]:
+    """Return the config values that follow from tensors and metadata, by every name that configs have for them."""
+    metadata, tensors = file.metadata, file.tensors
+    heads = file.common("attention.head_count")
+    first_up = next((f"blk.{i}.ffn_up.weight" for i in range(file.blocks) if f"blk.{i}.ffn_up.weight" in tensors), None)
     return {
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
+        "num_hidden_layers": file.blocks,
+        "vocab_size": file.shape("token_embd.weight")[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.common("attention.head_count_kv", heads),
+        # A file without dense blocks may still state how wide these would be.
+        "intermediate_size": file.shape(first_up)[0] if first_up else file.common("feed_forward_length", 0),
+        "head_dim": metadata.get("attention.key_length", metadata["embedding_length"] // max(1, _largest(heads))),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": metadata.get("rope.freq_base", 10000.0),
+            # Some classes rotate half of a head by default.
+            "partial_rotary_factor": 1.0,
+        },
+        **dict.fromkeys(("rms_norm_eps", "norm_eps"), metadata["attention.layer_norm_rms_epsilon"]),
+        **dict.fromkeys(("attention_bias", "qkv_bias"), any(name.endswith("attn_k.bias") for name in tensors)),
+        **_windows(file),
+        **_experts(file),
+        **_token_mixers(file),
+        **file.reading.input.config(file),
+        "bos_token_id": file.token_id("bos"),
+        "eos_token_id": file.token_id("eos"),
+        "pad_token_id": file.token_id("padding"),
     }
 
 
-def _proportional(facts: dict[str, Any], factors: dict[str, Any]) -> dict[str, Any]:
-    """The settings behind the factors of Gemma 4's blocks without a window: how many frequencies turn anything, and by
-    what they are divided."""
-    divided = factors.get(FACTORS[0], np.empty(0))
-    turning = divided[divided < STILL / 2]
-    share = len(turning) / max(1, len(divided))
-    # All of a head is in the rotation, of which a part stays where it is.
-    whole = all(facts.get(f"rope.dimension_count{at}") == facts.get(f"attention.key_length{at}") for at in ("", "_swa"))
-    again = np.full(len(divided), STILL)
-    again[: int(len(divided) * share)] = turning[:1]
-    alike = len(turning) and np.array_equal(again.astype(np.float32), divided.astype(np.float32))
-    scaled = facts.get("rope.scaling.type", "none") != "none" or "rope.scale_linear" in facts
-    if not whole or not alike or scaled or len(divided) * 2 != facts.get("attention.key_length"):
-        raise SecateurError("its rotary factors (rope_freqs) are none of Gemma 4's kind")
-    factor = float(turning[0])
-    return {"partial_rotary_factor": share} | ({"factor": factor} if factor != 1 else {})
+def _largest(value: Any) -> int:
+    """Return a number, or the largest one of a list."""
+    return int(max(value)) if isinstance(value, list) else int(value)
 
 
-def windows_of(facts: dict[str, Any], blocks: int) -> list[str] | None:
-    """Which blocks see everything: every so many-th one, none, or those of a list; None where the file does not say."""
-    pattern = facts.get("attention.sliding_window_pattern")
-    if pattern is None:
-        return None
-    sliding = (
-        pattern[:blocks]
-        if isinstance(pattern, list)
-        else [not pattern or i % pattern < pattern - 1 for i in range(blocks)]
-    )
-    return ["sliding_attention" if one else "full_attention" for one in sliding]
+def _windows(file: GgufFile) -> dict[str, Any]:
+    """Return the types of layers where some have a window."""
+    types = file.layer_types() if "attention.sliding_window" in file.metadata else []
+    return {"layer_types": types} if types else {}
+
+
+def _token_mixers(file: GgufFile) -> dict[str, Any]:
+    """Return the types of layers where blocks without keys have a token mixer."""
+    if (mixer := file.reading.family.token_mixer) is None:
+        return {}
+    attends = [f"blk.{index}.attn_k.weight" in file.tensors for index in range(file.blocks)]
+    kv_heads = file.metadata.get("attention.head_count_kv", file.metadata["attention.head_count"])
+    return {
+        "num_key_value_heads": _largest(kv_heads),
+        "layer_types": ["full_attention" if attention else mixer.layer_type for attention in attends],
+    }
+
+
+def _experts(file: GgufFile) -> Mapping[str, Any]:
+    """Return the config values of a mixture of experts; nothing for a file without experts.
+
+    Raises:
+        SecateurError: a token cannot have as many experts as the metadata state.
+    """
+    names, metadata = file.reading.family.experts, file.metadata
+    if names is None or not metadata.get("expert_count"):
+        return {}
+    blocks = range(file.blocks)
+    dense = [index for index in blocks if f"blk.{index}.ffn_gate_inp.weight" not in file.tensors]
+    routed = [index for index in blocks if index not in dense]
+    first = routed[0] if routed else 0
+    count, _, channels = file.shape(f"blk.{first}.ffn_down_exps.weight")
+    shared_name = f"blk.{first}.ffn_down_shexp.weight"
+    shared = file.shape(shared_name)[1] if shared_name in file.tensors else 0
+    per_token = metadata.get("expert_used_count", 0)
+    if not 0 < per_token <= count:
+        raise SecateurError(f"its metadata state {per_token:,} experts per token, but there are {count:,} experts")
+    return {
+        names.number: count,
+        names.experts_per_token: per_token,
+        names.expert_width: channels,
+        "enable_moe_block": True,
+        "shared_expert_intermediate_size": shared,
+        "intermediate_size_mlp": metadata.get("feed_forward_length", 0),
+        "mlp_only_layers": dense,
+        "moe_layers": routed,
+        "mlp_layer_types": ["dense" if index in dense else "sparse" for index in blocks],
+        "use_qk_norm": f"blk.{first}.attn_q_norm.weight" in file.tensors,
+        "use_expert_bias": f"blk.{first}.exp_probs_b.bias" in file.tensors,
+        **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), first),
+        **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), shared // channels),
+    }
+
+
+def _complete_rope(config: Any, file: GgufFile) -> None:
+    """Add rotary settings that only some families have, in place.
+
+    Raises:
+        SecateurError: the model's class does not compute what the metadata state.
+    """
+    rope, metadata, input = config.rope_parameters, file.metadata, file.reading.input
+    if sections := metadata.get("rope.dimension_sections"):
+        # Tokens of a text have one position for time, height and width; engines ask for the sections all the same.
+        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
+    if beta := metadata.get("attention.temperature_scale"):
+        if not input.scales_queries:
+            raise SecateurError(f"{file.reading.model_type} cannot scale queries with their positions, as it states")
+        rope["llama_4_scaling_beta"] = beta
+    if rope.get("rope_type") != "yarn":
+        return
+    rope |= input.yarn
+    if file.reading.family.latent is not None:
+        # With latent attention, llama.cpp multiplies scores by the square of this, and rotated entries by nothing.
+        scale = metadata.get("rope.scaling.yarn_log_multiplier")
+        if not scale:
+            raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales rotated entries")
+        del rope["attention_factor"]
+        rope |= dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))

@@ -1,80 +1,173 @@
-"""What llama.cpp's files lay out otherwise than checkpoints, both ways: norms that add one, linear attention, scales.
+"""Tensors that GGUF files hold in another order, or with other values, than checkpoints; in both directions.
 
-What is written is undone by what stands beside it here when a file is read.
+A `Change` turns one tensor into one tensor of the file, a `Split` turns it into two. Each knows its inverse, so that
+writing and reading cannot disagree.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
-"""What Gemma 4 calls some tensors inside a block → what llama.cpp does; the gguf package does not know them."""
-STILL = 1e30
-"""A frequency divided by it turns nothing."""
+from secateur.families.registry import family_of
+from secateur.model.facts import head_dim
+
+Order = Literal["grouped", "tiled"]
+"""Order of the value heads of linear attention in a file: all value heads of one key head after the other, as in
+checkpoints; or the first value head of every key head, then the second ones, and so on."""
 
 
-def adds_one(name: str) -> bool:
-    """Whether a tensor of a file holds the factors of a norm, where checkpoints have them less one."""
-    # Linear attention's own norm is behind it, and stored as it is.
-    return name.endswith("_norm.weight") and not name.endswith("ssm_norm.weight")
+@dataclass(frozen=True)
+class Change:
+    """Difference between a checkpoint's tensor and the file's, in both directions."""
+
+    write: Callable[[Tensor], Tensor]
+    """Returns the file's tensor."""
+    read: Callable[[Tensor], Tensor]
+    """Returns the checkpoint's tensor, from one in float32."""
 
 
-def decays(stored: Tensor) -> Tensor:
-    """What a file holds of `A_log`."""
-    return -stored.float().exp()
+@dataclass(frozen=True)
+class Split:
+    """Pair of tensors in a file that hold one tensor of a checkpoint."""
+
+    names: tuple[str, str]
+    """llama.cpp's names, inside a block."""
+    write: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+    """Returns the two, from the checkpoint's tensor and the config."""
+    read: Callable[[Tensor, Tensor, Any], Tensor]
+    """Returns the checkpoint's tensor, from the two and the config."""
+
+    def part(self, number: int, config: Any) -> Callable[[Tensor], Tensor]:
+        """Return the function that takes the first (0) or second (1) tensor out of the checkpoint's."""
+        return lambda rows: self.write(rows, config)[number]
 
 
-def decays_back(found: Tensor) -> Tensor:
-    """`A_log` of what a file holds."""
-    return (-found).log()
+def changes_of(name: str, stored: str, config: Any, *, pairs: bool, order: Order | None) -> list[Change]:
+    """Return the changes of one tensor, in the order in which they are made when a file is written.
+
+    Args:
+        name: transformers' name, of which the end is enough.
+        stored: llama.cpp's name, of which the end is enough.
+        config: the config object.
+        pairs: the file's queries and keys have neighbouring entries that rotate together, unlike the checkpoint's.
+        order: order of the value heads of linear attention in the file; None where there is none.
+    """
+    leaf = name.partition("linear_attn.")[2]
+    rules = (
+        (_rotation_pairs(config), pairs and re.search(r"\battn_[qk]\.", stored)),
+        (_PLUS_ONE, family_of(config).norm_offset and _holds_gain(stored)),
+        (_DECAY, leaf == "A_log"),
+        (_tiling(config, leaf), order == "tiled"),
+        (_ONE_CHANNEL, stored.endswith(("conv.weight", "conv1d.weight"))),
+    )
+    return [change for change, applies in rules if applies and change]
 
 
-_OF_VALUES = {
+def split_of(name: str) -> Split | None:
+    """Return how a file splits a tensor of a checkpoint, by transformers' name; None where it does not."""
+    return _SPLITS.get(".".join(name.split(".")[-2:]))
+
+
+def _holds_gain(stored: str) -> bool:
+    """Return whether a file's tensor holds the gain of a norm, which some checkpoints store minus one."""
+    # Linear attention's own norm is stored without an offset.
+    return stored.endswith("_norm.weight") and not stored.endswith("ssm_norm.weight")
+
+
+_PLUS_ONE = Change(lambda gain: gain.float() + 1, lambda gain: gain - 1)
+_DECAY = Change(lambda log: -log.float().exp(), lambda decay: (-decay).log())
+"""Decay of linear attention, of which checkpoints store the logarithm, `A_log`."""
+_ONE_CHANNEL = Change(partial(torch.squeeze, dim=1), partial(torch.unsqueeze, dim=1))
+"""Kernel of a convolution within each channel, channels x 1 x positions; files leave out the axis of one entry."""
+
+
+def _rotation_pairs(config: Any) -> Change:
+    """Return the change of the rows of queries or keys.
+
+    In checkpoints, entry i of a head rotates together with entry i + head_dim / 2; in these files with its neighbour.
+    """
+
+    def write(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, 2, head_dim(config) // 2)).transpose(1, 2).reshape(rows.shape)
+
+    def read(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, head_dim(config) // 2, 2)).transpose(1, 2).reshape(rows.shape)
+
+    return Change(write, read)
+
+
+_VALUE_AXES = {
     **dict.fromkeys(("in_proj_qkv.weight", "conv1d.weight"), (0, True)),
     **dict.fromkeys(("in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight", "A_log", "dt_bias"), (0, False)),
     "out_proj.weight": (1, False),
 }
-"""What belongs to the value heads of linear attention: along which axis, and whether queries and keys come first."""
+"""Tensors of linear attention that have an axis of value heads: which axis, and whether queries and keys come first."""
 
 
-def tiled(config: Any, *, back: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
-    """How tensors of linear attention are reordered for `qwen35`, or back, by what checkpoints call them.
+def _tiling(config: Any, leaf: str) -> Change | None:
+    """Return the change from the order `grouped` to `tiled`; None for a tensor without value heads."""
+    if leaf not in _VALUE_AXES:
+        return None
+    axis, follows = _VALUE_AXES[leaf]
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    start = 2 * keys * config.linear_key_head_dim * follows
+    sizes = keys, values // keys
+    write, read = (partial(_transposed, axis=axis, start=start, sizes=own) for own in (sizes, sizes[::-1]))
+    return Change(write, read)
 
-    Checkpoints hold value heads group by group; those files the first of all groups, then the second ones.
+
+def _transposed(tensor: Tensor, axis: int, start: int, sizes: tuple[int, int]) -> Tensor:
+    """Transpose the heads along an axis from `start` on, seen as a matrix of these sizes."""
+    first, heads = tensor.tensor_split([start], dim=axis)
+    matrix = heads.unflatten(axis, (*sizes, -1)).transpose(axis, axis + 1)
+    return torch.cat((first, matrix.flatten(axis, axis + 2)), axis)
+
+
+def _latent_matrices(rows: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Return what each head makes of the latent vector: keys and values, from the rows of both, head by head.
+
+    llama.cpp applies the matrix of keys to queries, so it is transposed: heads x latent entries x key entries. The
+    matrix of values is heads x value entries x latent entries.
     """
-    groups, ahead = config.linear_num_key_heads, 2 * config.linear_num_key_heads * config.linear_key_head_dim
-    sizes = groups, config.linear_num_value_heads // groups
-    return {
-        leaf: partial(_turned, axis=axis, ahead=ahead if behind else 0, sizes=sizes[::-1] if back else sizes)
-        for leaf, (axis, behind) in _OF_VALUES.items()
-    }
+    heads = rows.unflatten(0, (-1, config.qk_nope_head_dim + config.v_head_dim))
+    return heads[:, : config.qk_nope_head_dim].transpose(1, 2), heads[:, config.qk_nope_head_dim :]
 
 
-def _turned(tensor: Tensor, axis: int, ahead: int, sizes: tuple[int, int]) -> Tensor:
-    """Heads along an axis, which are so many times so many: the first of each run, then the second ones, and so on."""
-    first, heads = tensor.tensor_split([ahead], dim=axis)
-    apart = heads.unflatten(axis, (*sizes, -1)).transpose(axis, axis + 1)
-    return torch.cat((first, apart.flatten(axis, axis + 2)), axis)
+def _latent_rows(keys: Tensor, values: Tensor, _: Any) -> Tensor:
+    """Return the rows of the layer that makes keys and values of the latent vector."""
+    return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
 
 
-def by_kind(fused: Tensor, config: Any, which: slice) -> Tensor:
-    """Rows of some of queries, keys, values and gates, one kind after the other, where a checkpoint of Qwen3-Next holds
-    those of each key head together."""
-    kinds = fused.unflatten(0, (config.linear_num_key_heads, -1)).split(_sizes(config), dim=1)
-    return torch.cat([kind.flatten(0, 1) for kind in kinds[which]])
+def _by_kind(rows: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Return the rows of all queries, then keys, then values; and the rows of all gates.
+
+    A checkpoint of Qwen3-Next holds the rows of each key head together.
+    """
+    kinds = rows.unflatten(0, (config.linear_num_key_heads, -1)).split(_rows_of_key_head(config), dim=1)
+    queries, keys, values, gates = (kind.flatten(0, 1) for kind in kinds)
+    return torch.cat([queries, keys, values]), gates
 
 
-def by_key(qkv: Tensor, gates: Tensor, config: Any) -> Tensor:
-    """The rows of each key head together, of what `by_kind` gives."""
+def _by_key_head(rows: Tensor, gates: Tensor, config: Any) -> Tensor:
+    """Return the rows as a checkpoint of Qwen3-Next holds them: those of each key head together."""
     heads = config.linear_num_key_heads
-    kinds = torch.cat((qkv, gates)).split([heads * size for size in _sizes(config)])
+    kinds = torch.cat((rows, gates)).split([heads * size for size in _rows_of_key_head(config)])
     return torch.cat([kind.unflatten(0, (heads, -1)) for kind in kinds], dim=1).flatten(0, 1)
 
 
-def _sizes(config: Any) -> tuple[int, int, int, int]:
-    """Rows that a key head has of queries, keys, values and gates."""
+def _rows_of_key_head(config: Any) -> tuple[int, int, int, int]:
+    """Return the numbers of rows of queries, keys, values and gates that belong to one key head."""
     values = config.linear_num_value_heads // config.linear_num_key_heads * config.linear_value_head_dim
     return (config.linear_key_head_dim,) * 2 + (values,) * 2
+
+
+_SPLITS: Mapping[str, Split] = {
+    "kv_b_proj.weight": Split(("attn_k_b.weight", "attn_v_b.weight"), _latent_matrices, _latent_rows),
+    "in_proj_qkvz.weight": Split(("attn_qkv.weight", "attn_gate.weight"), _by_kind, _by_key_head),
+}
+"""Splits by the last two parts of transformers' names."""

@@ -1,4 +1,7 @@
-"""A GGUF file to a folder: dequantised once, by transformers where that reads it, and kept in the user's cache."""
+"""A GGUF file as a model to prune: dequantised once into a folder of the user's cache.
+
+transformers reads the file where it can, and secateur itself reads the others.
+"""
 
 import contextlib
 import hashlib
@@ -6,58 +9,41 @@ import io
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 from unittest.mock import patch
 
 import gguf
 import torch
 from gguf import GGUFReader
-from tokenizers import decoders, normalizers
-from tokenizers.normalizers import Prepend, Replace
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import cache_folder, replace_atomically
 from secateur.base.quiet import first_line, quiet
-from secateur.model.gguf_config import check_read, complete
-from secateur.model.gguf_file import is_read_here
-from secateur.model.gguf_weights import planned
+from secateur.model.gguf_file import architecture_of, is_read_here
+from secateur.model.gguf_text import read_tokenizer
+from secateur.model.gguf_transformers import check_read, complete_config
+from secateur.model.gguf_weights import folder_writer
 
 ADVICE = "make room, or set XDG_CACHE_HOME to another folder"
-_LAYOUT = "5"
-"""Part of the cache key; to be raised when the conversion changes."""
-
-_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
-"""Values of tokenizer.ggml.pre whose split into single digits transformers does not rebuild from a GGUF file."""
-_ALIKE = {
-    **dict.fromkeys(("hunyuan", "solar-open"), "qwen2"),
-    **dict.fromkeys(("chatglm-bpe", "glm4", "glm5"), "llama-bpe"),
-}
-"""Others that it does not know, and what they split like."""
-_WORDS = frozenset({"gpt-2", "jais", "mpt", "olmo", "phi-2"})
-"""Those that split as GPT-2, which is what it takes where it does not know."""
-
-_WHOLE = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "glm4", "glm5", "lfm2", "midm-2.0", "pixtral", "tekken"}
-)
-"""Those under which llama.cpp merges nothing inside a word that is a token itself; transformers does."""
+_VERSION = "5"
+"""Version of the conversion, part of the cache key; to be raised when the conversion changes."""
 
 
 def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
-    """The folder with a GGUF file's model as safetensors.
+    """Return the folder that holds a GGUF file's model as safetensors; make it at the first call for a file.
 
-    The first call for a file takes as long as dequantising takes. It needs memory for the whole model, or, where that
-    is read here, as mixtures of experts are, for one block of it.
+    The first call takes the time of dequantising. Where transformers reads the file, it needs memory for the whole
+    model; where secateur does, for one block.
 
     Args:
+        file: the GGUF file.
         dtype: of the weights to write.
 
     Raises:
-        SecateurError: the file is broken, one of several parts, or of an architecture that is not read from
-            GGUF; or the cache cannot be written.
+        SecateurError: the file is broken, one of several parts, or of an architecture that is not read from GGUF; or
+            the cache cannot be written.
     """
     with file.open("rb") as stream:
         start = stream.read(2**20)
@@ -81,25 +67,30 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
 
 
 def _key(file: Path, start: bytes, dtype: torch.dtype) -> str:
-    """A hash of what tells one file from another without reading it all."""
+    """Return a hash that differs from file to file, computed without reading all of the file."""
     stat = file.stat()
-    facts = f"{_LAYOUT}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}"
+    facts = f"{_VERSION}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}"
     return hashlib.sha256(facts.encode() + start).hexdigest()[:16]
 
 
 def _opened(file: Path) -> GGUFReader:
-    """The file's metadata; refuses what transformers would fail on after a long time, or with a long traceback."""
+    """Return the reader of a file's metadata.
+
+    Raises:
+        SecateurError: the file is broken or one of several parts, or nothing here reads its architecture. transformers
+            would find out late, or with a long traceback.
+    """
     try:
         reader = GGUFReader(file)
-        architecture = str(reader.fields["general.architecture"].contents())
+        architecture = architecture_of(reader)
         parts = reader.fields.get("split.count")
         count = int(parts.contents()) if parts is not None else 1
     except Exception as error:
-        # The reader maps the file and trips over whatever is missing, in many ways.
+        # The reader maps the file into memory, and fails in many ways when something is missing.
         raise SecateurError(f"{file}: truncated or broken GGUF; download it again") from error
     if count > 1:
         raise SecateurError(f"{file}: one of {count} parts; merge them with llama-gguf-split --merge first")
-    # The list spells some names with an underscore that files spell with a hyphen.
+    # transformers' list spells some names with an underscore where files have a hyphen.
     known = {name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES}
     if not is_read_here(reader) and architecture.replace("-", "_") not in known:
         raise SecateurError(
@@ -110,16 +101,17 @@ def _opened(file: Path) -> GGUFReader:
 
 
 def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
-    """Dequantise into a folder, tokenizer included."""
+    """Write model and tokenizer into a folder that exists.
+
+    Raises:
+        SecateurError: the file cannot be read.
+    """
     try:
-        # The progress bar of the dequantisation cannot be switched off otherwise.
+        # Redirection is the only way to hide the progress bar of the dequantisation.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once(reader):
-            if is_read_here(reader):
-                write = planned(reader, dtype)
-                tokenizer = _tokenizer(PreTrainedTokenizerFast, file, reader)
-            else:
-                write = _loaded(file, reader, dtype)
-                tokenizer = _tokenizer(AutoTokenizer, file, reader)
+            read_here = is_read_here(reader)
+            write = folder_writer(reader, dtype) if read_here else _loaded(file, reader, dtype)
+            tokenizer = read_tokenizer(file, reader, read_here)
     except SecateurError as error:
         raise SecateurError(f"{file}: {error}; use the checkpoint that it was made from") from error
     except Exception as error:
@@ -133,14 +125,18 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
 
 
 def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
-    """Let transformers read a file, whole; gives what writes it into a folder."""
+    """Let transformers read a whole file, and return a function that writes the model into a folder.
+
+    Raises:
+        SecateurError: transformers does not read all of the file.
+    """
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    complete(config, reader)
+    complete_config(config, reader)
     model, found = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
     )
     check_read(model, reader, found["missing_keys"])
-    # The weights are quantised no longer; a model that still says so refuses to be saved.
+    # The weights are no longer quantised, and transformers would refuse to save a model that claims otherwise.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -149,39 +145,7 @@ def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Pat
 
 @contextlib.contextmanager
 def _read_once(reader: GGUFReader) -> Iterator[None]:
-    """Spare transformers most of its time: it parses the file three times, and lists gguf's names for each tensor."""
+    """Save most of transformers' time: it opens the file three times, and makes the table of names for each tensor."""
     names = cache(gguf.get_tensor_name_map)
     with patch.object(gguf, "GGUFReader", lambda _: reader), patch.object(gguf, "get_tensor_name_map", names):
         yield
-
-
-def _tokenizer(kind: Any, file: Path, reader: GGUFReader) -> Any:
-    """A file's tokenizer, which cuts text as llama.cpp does: cut otherwise, it becomes ids unseen in training.
-
-    Raises:
-        SecateurError: its split is not known here.
-    """
-    said = {key.removeprefix("tokenizer.ggml."): field for key, field in reader.fields.items()}
-    name = str(said["pre"].contents()) if "pre" in said else ""
-    model = said["model"].contents()
-    alike = {other: GGUF_PRE_TOKENIZER_SPLITS[known] for other, known in _ALIKE.items()}
-    with patch.dict(GGUF_PRE_TOKENIZER_SPLITS, alike):
-        known = name in GGUF_PRE_TOKENIZER_SPLITS or name in _SINGLE_DIGITS | _WORDS
-        if model == "gpt2" and not known:
-            raise SecateurError(f"its text is split in a way that is not known here ({name or 'it does not say how'})")
-        tokenizer = kind.from_pretrained(file.parent, gguf_file=file.name)
-    backend = tokenizer.backend_tokenizer
-    if name in _SINGLE_DIGITS:
-        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    if name in _WHOLE:
-        backend.model.ignore_merges = True
-    if model == "llama":
-        # transformers puts a blank before the first word alone, and where the file wants none, too.
-        blank = "add_space_prefix" not in said or said["add_space_prefix"].contents()
-        into = [Prepend("▁")] if blank else []
-        back = [decoders.Strip(" ", 1, 0)] if blank else []
-        backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([*into, Replace(" ", "▁")]), None
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *back]
-        )
-    return tokenizer

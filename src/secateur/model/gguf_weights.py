@@ -1,17 +1,17 @@
-"""The weights of a GGUF file that is read here as a folder, block by block.
+"""The weights of a GGUF file that secateur reads itself, written as a safetensors folder block by block.
 
-The model of the file's config says which tensors there must be, and the gguf package's map what llama.cpp calls them.
-What one side has and the other has not is refused before anything is read.
+The model class says which tensors there must be. A tensor that the class has and the file lacks, or the other way
+around, is refused before anything is read.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import gguf
 import torch
 from accelerate import init_empty_weights
 from gguf import GGUFReader
@@ -23,215 +23,205 @@ from transformers.initialization import no_init_weights
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family
 from secateur.families.registry import family_of
-from secateur.model.facts import head_dim
-from secateur.model.gguf_config import known_name
+from secateur.model.gguf_config import read_config
 from secateur.model.gguf_file import GgufFile
-from secateur.model.gguf_layout import SCALES, adds_one, by_key, decays_back, tiled
+from secateur.model.gguf_layout import Split, changes_of, split_of
+from secateur.model.gguf_names import gguf_name
 from secateur.model.weights import INDEX
 
-Make = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
-"""What a checkpoint holds of one parameter, by stored names."""
+Read = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
+"""Yields the tensors that a checkpoint holds of one parameter, with their stored names, in a dtype."""
 
 
-def planned(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
-    """What writes the model of a file into a folder, without tokenizer; no weights are read before.
+class Source(NamedTuple):
+    """Where the tensors of one parameter come from."""
 
-    One block is in memory at a time, and one expert in float32.
+    names: Sequence[str]
+    """The file's tensors."""
+    read: Read
+
+
+def folder_writer(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
+    """Return a function that writes the model of a file into a folder, without the tokenizer.
+
+    No weights are read before it is called. It has one block in memory at a time, and one expert in float32.
 
     Args:
-        dtype: of the weights to write; biases of the choice of experts are float32.
+        reader: the open file.
+        dtype: of the weights to write; biases on the choice of experts are written as float32.
 
     Raises:
-        SecateurError: the file is of another architecture, or says or holds something that has no place in its class.
+        SecateurError: the architecture is not supported, or metadata or tensors do not fit the model's class.
     """
     file = GgufFile(reader)
-    config = file.config()
+    config = read_config(file, reader)
     return partial(_write, config, _shards(file, config), dtype)
 
 
-def _write(config: Any, shards: Sequence[Sequence[Make]], dtype: torch.dtype, folder: Path) -> None:
-    """Weights, index and config.json, into a folder that is there."""
-    places, total = dict[str, str](), 0
-    for number, makers in enumerate(shards, 1):
+def _write(config: Any, shards: Sequence[Sequence[Read]], dtype: torch.dtype, folder: Path) -> None:
+    """Write weights, index and config.json into a folder that exists."""
+    shard_of, total = dict[str, str](), 0
+    for number, reads in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {stored: value for make in makers for stored, value in make(dtype)}
+        tensors = {stored: value for read in reads for stored, value in read(dtype)}
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, name)
+        shard_of |= dict.fromkeys(tensors, name)
         total += sum(value.nbytes for value in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": shard_of}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     config.dtype = dtype
     config.save_pretrained(folder)
 
 
-def _shards(file: GgufFile, config: Any) -> list[list[Make]]:
-    """How to make what a checkpoint holds, block by block, and outside of blocks.
+def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
+    """Return how the tensors of each shard are read: one shard for each block, then one for all other tensors.
 
     Raises:
-        SecateurError: the file lacks something that the model has, has something else, or in another shape.
+        SecateurError: tensors are missing, left over, or have other shapes than the model's class gives them.
     """
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     config.architectures = [type(model).__name__]
-    family = family_of(config)
-    of_block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)")
-    shards: list[list[Make]] = [[] for _ in range(file.blocks + 1)]
+    in_block = re.compile(rf"{re.escape(family_of(config).blocks)}\.(\d+)\.(.+)")
+    shards: list[list[Read]] = [[] for _ in range(file.blocks + 1)]
     used = set[str]()
     for name, parameter in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
-        match, shape = of_block.fullmatch(name), tuple(parameter.shape)
-        if match is None:
-            sources, make = _plain(file, config, name, shape)
-        elif family.experts and match[2].startswith(_of_experts(family)):
-            sources, make = _experts(file, family, name, f"blk.{match[1]}", shape)
-        elif family.latent and match[2] == f"{family.attention}.{family.latent[1]}.weight":
-            sources, make = _latent(file, config, name, f"blk.{match[1]}", shape)
-        elif match[2].endswith(".in_proj_qkvz.weight"):
-            sources, make = _of_keys(file, config, name, f"blk.{match[1]}", shape)
-        else:
-            sources, make = _plain(file, config, name, shape)
-        used.update(sources)
-        shards[int(match[1]) if match else -1].append(make)
-    unused = file.tensors.keys() - used
-    if unused:
-        raise SecateurError(f"{config.model_type} has no place for {min(unused)}, which is in it")
+        match = in_block.fullmatch(name)
+        block, inside = (int(match[1]), match[2]) if match else (-1, "")
+        source = _Parameter(file, config, name, tuple(parameter.shape), block, inside).source()
+        used.update(source.names)
+        shards[block].append(source.read)
+    if unused := file.tensors.keys() - used:
+        raise SecateurError(f"{config.model_type} has no place for tensor {min(unused)}")
     return shards
 
 
-def _plain(file: GgufFile, config: Any, name: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
-    """The tensors of a file that a parameter is made of, and how: here, one."""
-    stored = _stored(family_of(config).experts, name)
-    source = _in_file(file, stored) or _in_file(file, name)
-    if source is None:
-        raise SecateurError(f"GGUF has no place for {name}")
-    _check(source, file.shape(source), shape)
-    undo = _undoing(file, config, name, source)
+@dataclass(frozen=True)
+class _Parameter:
+    """One parameter of the model, and how it is read from a file."""
 
-    def make(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        tensor = file.read(source, torch.float32 if undo else dtype)
-        yield stored, (undo(tensor).to(dtype) if undo else tensor).reshape(shape).contiguous()
+    file: GgufFile
+    config: Any
+    name: str
+    """transformers' name."""
+    shape: tuple[int, ...]
+    block: int
+    """Index of the parameter's block; -1 outside of blocks."""
+    inside: str
+    """Name inside the block; empty outside of blocks."""
 
-    return [source], make
+    @property
+    def family(self) -> Family:
+        """Entry of the model's family."""
+        return family_of(self.config)
 
+    @property
+    def stored(self) -> str:
+        """Name in checkpoints."""
+        return _stored_name(self.family.experts, self.name)
 
-def _undoing(file: GgufFile, config: Any, name: str, source: str) -> Callable[[Tensor], Tensor] | None:
-    """What gives a parameter, in float32, of what llama.cpp has made of it; None where that is the same."""
-    if file.how.pairs and re.search(r"\.attn_[qk]\.", source):
-        return partial(_out_of_pairs, half=head_dim(config) // 2)
-    if file.family.norm_offset and adds_one(source):
-        return lambda values: values - 1
-    if file.how.linear is None or ".linear_attn." not in name:
-        return None
-    leaf = name.partition(".linear_attn.")[2]
-    order = tiled(config, back=True).get(leaf) if file.how.linear == "tiled" else None
-    if leaf != "A_log":
-        return order
-    return lambda values: decays_back(order(values) if order else values)
+    def source(self) -> Source:
+        """Return where the parameter's tensors come from.
 
+        Raises:
+            SecateurError: the file lacks a tensor, or has one of another shape.
+        """
+        experts, split = self.family.experts, split_of(self.inside)
+        if experts and self.inside.startswith(f"{self.family.mixture}{experts.experts}."):
+            return self._from_experts(experts)
+        # Older files hold one tensor, as checkpoints do.
+        if split and f"blk.{self.block}.{split.names[0]}" in self.file.tensors:
+            return self._from_two(split)
+        return self._from_one()
 
-def _out_of_pairs(rows: Tensor, half: int) -> Tensor:
-    """Rows of each head, of which neighbours rotate together, as checkpoints have them: half a head apart."""
-    return rows.unflatten(0, (-1, half, 2)).transpose(1, 2)
+    def _from_one(self) -> Source:
+        """Return the source of a parameter that is one tensor of the file."""
+        names = (gguf_name(self.file.architecture, self.file.blocks, name) for name in (self.stored, self.name))
+        if (found := next(filter(None, names), None)) is None:
+            raise SecateurError(f"GGUF has no place for {self.name}")
+        self._check(found, self.file.shape(found), self.shape)
+        how = self.file.reading.input
+        changes = changes_of(self.name, found, self.config, pairs=how.pairs, order=how.linear)
 
+        def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+            tensor = self.file.read(found, torch.float32 if changes else dtype)
+            for change in reversed(changes):
+                tensor = change.read(tensor)
+            yield self.stored, tensor.to(dtype if changes else tensor.dtype).reshape(self.shape).contiguous()
 
-def _of_keys(file: GgufFile, config: Any, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
-    """The same of queries, keys, values and gates of linear attention, which older files hold as checkpoints do."""
-    sources = [f"{block}.attn_qkv.weight", f"{block}.attn_gate.weight"]
-    if sources[0] not in file.tensors:
-        return _plain(file, config, name, shape)
-    (rows, inputs), (gates, _) = map(file.shape, sources)
-    _check(sources[0], (rows + gates, inputs), shape)
+        return Source([found], read)
 
-    def make(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        qkv, gates = (file.read(source, dtype) for source in sources)
-        yield name, by_key(qkv, gates, config)
+    def _from_two(self, split: Split) -> Source:
+        """Return the source of a parameter that the file splits into two tensors."""
+        first, second = names = [f"blk.{self.block}.{name}" for name in split.names]
+        empty = [torch.empty(self.file.shape(name), device="meta") for name in names]
+        try:
+            joined = split.read(empty[0], empty[1], self.config)
+        except RuntimeError as error:
+            raise SecateurError(
+                f"tensors {first} and {second} do not have the sizes that its metadata state"
+            ) from error
+        self._check(first, tuple(joined.shape), self.shape)
 
-    return sources, make
+        def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+            yield self.name, split.read(self.file.read(first, dtype), self.file.read(second, dtype), self.config)
 
+        return Source(names, read)
 
-def _latent(file: GgufFile, config: Any, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
-    """The same of what makes keys and values of a latent vector, which older files hold in one tensor."""
-    sources = [f"{block}.attn_k_b.weight", f"{block}.attn_v_b.weight"]
-    if sources[0] not in file.tensors:
-        return _plain(file, config, name, shape)
-    (heads, rank, keys), (_, values, _) = map(file.shape, sources)
-    _check(sources[0], (heads * (keys + values), rank), shape)
+    def _from_experts(self, experts: Experts) -> Source:
+        """Return the source of a parameter of all experts of a block: matrices or biases."""
+        owner, _, leaf = self.name.rpartition(".")
+        kind = "bias" if leaf.endswith("_bias") else "weight"
+        parts = dict(experts.stored)[leaf.removesuffix("_bias")]
+        names = [f"blk.{self.block}.ffn_{part}_exps.{kind}" for part in _EXPERT_PARTS[len(parts)]]
+        fused = f"blk.{self.block}.ffn_gate_up_exps.{kind}"
+        names = [fused] if fused in self.file.tensors and len(parts) == 2 else names
+        shapes = [self.file.shape(name) for name in names]
+        transposed = experts.inputs_first and kind == "weight"
+        expected = (self.shape[0], *self.shape[:0:-1]) if transposed else self.shape
+        self._check(names[0], (shapes[0][0], sum(shape[1] for shape in shapes), *shapes[0][2:]), expected)
 
-    def make(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        # That of keys is applied to queries, so it is turned.
-        of_keys, of_values = (file.read(source, dtype) for source in sources)
-        yield name, torch.cat([of_keys.transpose(1, 2), of_values], dim=1).flatten(0, 1)
+        def read_parts(dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+            """Yield the parts of each expert."""
+            for tensors in zip(*(self.file.experts(name, dtype) for name in names), strict=True):
+                yield tensors if len(tensors) == len(parts) else tensors[0].chunk(len(parts))
 
-    return sources, make
+        def read_stacked(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+            """Yield one tensor of all experts."""
+            join = _alternate if experts.alternating else torch.cat
+            stack = torch.empty(self.shape, dtype=dtype)
+            for place, tensors in zip(stack, read_parts(dtype), strict=True):
+                joined = join(tensors)
+                place.copy_(joined.T if transposed else joined)
+            yield self.stored, stack
 
+        def read_apart(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+            """Yield the tensors of each expert."""
+            for expert, tensors in enumerate(read_parts(dtype)):
+                for part, tensor in zip(parts, tensors, strict=True):
+                    yield _stored_name(experts, f"{owner}.{expert}.{part}.weight"), tensor.clone()
 
-def _of_experts(family: Family) -> str:
-    """How names of what all experts of a block hold begin, inside it."""
-    assert family.experts is not None
-    return f"{family.mixture}{family.experts.experts}."
+        return Source(names, read_stacked if experts.stacked else read_apart)
 
-
-def _experts(file: GgufFile, family: Family, name: str, block: str, shape: tuple[int, ...]) -> tuple[list[str], Make]:
-    """The same of a tensor of all experts of a block: matrices, or biases."""
-    names = family.experts
-    assert names is not None
-    owner, _, leaf = name.rpartition(".")
-    kind = "bias" if leaf.endswith("_bias") else "weight"
-    parts = dict(names.stored)[leaf.removesuffix("_bias")]
-    sources = [f"{block}.ffn_{part}_exps.{kind}" for part in (("gate", "up") if len(parts) == 2 else ("down",))]
-    if len(parts) == 2 and (fused := f"{block}.ffn_gate_up_exps.{kind}") in file.tensors:
-        sources = [fused]
-    found = [file.shape(source) for source in sources]
-    turned = names.inputs_first and kind == "weight"
-    rows = sum(one[1] for one in found)
-    _check(sources[0], (found[0][0], rows, *found[0][2:]), (shape[0], *shape[:0:-1]) if turned else shape)
-
-    def pieces(dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-        """Of each expert, its parts."""
-        stacks = [file.stack(source, dtype) for source in sources]
-        for own in zip(*stacks, strict=True):
-            yield own if len(own) == len(parts) else own[0].chunk(len(parts))
-
-    def together(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        whole = torch.empty(shape, dtype=dtype)
-        for place, own in zip(whole, pieces(dtype), strict=True):
-            joined = torch.stack(own, 1).flatten(0, 1) if names.alternating else torch.cat(own)
-            place.copy_(joined.T if turned else joined)
-        yield _stored(names, name), whole
-
-    def apart(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for expert, own in enumerate(pieces(dtype)):
-            for part, piece in zip(parts, own, strict=True):
-                yield _stored(names, f"{owner}.{expert}.{part}.weight"), piece.clone()
-
-    return sources, together if names.stacked else apart
-
-
-def _check(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Raise `SecateurError` where a tensor has another shape than its parameter; axes of one entry do not count."""
-    if [size for size in found if size != 1] != [size for size in wanted if size != 1]:
-        raise SecateurError(f"{name} is {list(found)} where {list(wanted)} are wanted")
+    def _check(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        """Raise `SecateurError` for a tensor of another shape than its parameter; axes of one entry are ignored."""
+        if [size for size in found if size != 1] != [size for size in expected if size != 1]:
+            raise SecateurError(f"tensor {name} has the shape {list(found)}, but the model needs {list(expected)}")
 
 
-def _stored(experts: Experts | None, name: str) -> str:
-    """What checkpoints call a parameter."""
+_EXPERT_PARTS = {1: ("down",), 2: ("gate", "up")}
+"""llama.cpp's names of experts' layers, by the number of layers that a checkpoint's tensor holds."""
+
+
+def _alternate(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of several matrices in turn: the first row of each, then the second ones."""
+    return torch.stack(list(parts), 1).flatten(0, 1)
+
+
+def _stored_name(experts: Experts | None, name: str) -> str:
+    """Return the name of a parameter in checkpoints."""
     for own, stored in experts.renamed if experts else ():
         name = name.replace(own, stored, 1)
     return name
-
-
-def _in_file(file: GgufFile, name: str) -> str | None:
-    """What llama.cpp calls a parameter, or None."""
-    for own, known in SCALES.items():
-        if name.endswith(f".{own}"):
-            return re.sub(r".*\.(\d+)\.[^\d]*$", rf"blk.\1.{known}", name)
-    found: str | None = _names(file.architecture, file.blocks).get_name(known_name(name), (".weight", ".bias"))
-    return found
-
-
-@cache
-def _names(architecture: str, blocks: int) -> Any:
-    """The gguf package's map from checkpoints' names to llama.cpp's."""
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return gguf.get_tensor_name_map(number, blocks)

@@ -1,0 +1,150 @@
+"""The tensors of one block of a GGUF file, by llama.cpp's names inside a block."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.base.errors import SecateurError
+from secateur.formats.gguf_architecture import Architecture
+from secateur.formats.gguf_layers import Tensors, expert_tensors, layer_tensors, stored_tensor
+from secateur.formats.gguf_lazy import LazyTensor
+from secateur.formats.gguf_model import QKV, GgufModel
+from secateur.formats.gguf_sizes import BlockSizes
+from secateur.model.gguf_layout import changes_of, split_of
+from secateur.model.gguf_names import gguf_name
+
+
+@dataclass
+class FileBlock:
+    """A block as an architecture lays it out."""
+
+    model: GgufModel
+    architecture: Architecture
+    index: int
+    sizes: BlockSizes
+    """Sizes in the file."""
+    parts: Tensors = field(default_factory=dict)
+    """Tensors so far, by llama.cpp's names inside a block."""
+
+    def tensors(self) -> Tensors:
+        """Return the block's tensors.
+
+        Raises:
+            SecateurError: a stored tensor is missing, has another shape than config.json gives it, or has no place.
+        """
+        self._collect()
+        if self.model.blocks[self.index].heads:
+            self._rescale_scores()
+        else:
+            self._keep_idle_head()
+        if not self.sizes.experts:
+            self._fill_channels(self.sizes.channels or 0)
+        if self.architecture.needs_biases:
+            for layer in self.model.layers:
+                self.parts.setdefault(f"{layer}.bias", LazyTensor.full(self.parts[f"{layer}.weight"].shape[:1], 0.0))
+        if self.architecture.fused_qkv:
+            self._fuse(QKV, "attn_qkv")
+        if self.architecture.fused_gate:
+            self._fuse(("ffn_gate", "ffn_up"), "ffn_up")
+        return self.parts
+
+    def _collect(self) -> None:
+        """Collect the block's tensors from the checkpoint, with llama.cpp's names and order of entries."""
+        model = self.model
+        layers, (experts, pieces) = layer_tensors(model, self.index), expert_tensors(model, self.index)
+        narrowed = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
+        own_names = dict.fromkeys([*layers, *experts], "")
+        self.parts = layers | experts
+        for name, stored in model.inside[self.index].items():
+            # Parameters of an activation are metadata.
+            if name in narrowed or stored in pieces or ".act_fn." in name:
+                continue
+            tensor = stored_tensor(model, stored)
+            if split := split_of(name):
+                self.parts |= {
+                    place: tensor.then(split.part(number, model.config)) for number, place in enumerate(split.names)
+                }
+            else:
+                place = self._place(name)
+                self.parts[place], own_names[place] = tensor, name
+        for place, name in own_names.items():
+            self._change(place, name)
+
+    def _place(self, name: str) -> str:
+        """Return llama.cpp's name of a tensor of the block.
+
+        Raises:
+            SecateurError: the architecture has no place for it.
+        """
+        whole = f"{self.model.family.blocks}.{self.index}.{name}"
+        return place_of(self.model, self.architecture, whole).removeprefix(f"blk.{self.index}.")
+
+    def _change(self, place: str, name: str) -> None:
+        """Give a tensor the order and the values that files of the architecture have."""
+        pairs = self.architecture.pairs and not self.model.source.pairs
+        for change in changes_of(name, place, self.model.config, pairs=pairs, order=self.architecture.linear):
+            self.parts[place] = self.parts[place].then(change.write)
+
+    def _rescale_scores(self) -> None:
+        """Multiply queries where llama.cpp scales attention scores otherwise than the model."""
+        ratio = self.architecture.score_ratio(self.model, self.index) if self.architecture.score_ratio else 1.0
+        # A norm of queries would undo a factor in front of it.
+        last = {"attn_q_norm.weight"} & self.parts.keys() or {"attn_q.weight", "attn_q.bias"} & self.parts.keys()
+        for name in last if ratio != 1 else ():
+            self.parts[name] = self.parts[name].then(lambda values: values.float() * ratio)
+
+    def _keep_idle_head(self) -> None:
+        """Add a head whose output is multiplied by zero; or leave the attention out, where the architecture can."""
+        hidden, dim = self.model.config.hidden_size, self.model.dim
+        if not self.sizes.heads:
+            self.parts = {name: tensor for name, tensor in self.parts.items() if not name.startswith("attn_")}
+            return
+        self.parts |= {f"{layer}.weight": LazyTensor.full((dim, hidden), 0.0) for layer in QKV}
+        self.parts["attn_output.weight"] = LazyTensor.full((hidden, dim), 0.0)
+        if self.architecture.head_norms:
+            self.parts |= {f"attn_{letter}_norm.weight": LazyTensor.full((dim,), 1.0) for letter in "qk"}
+
+    def _fill_channels(self, channels: int) -> None:
+        """Fill up the feed-forward with channels whose values are zero."""
+        hidden = self.model.config.hidden_size
+        for layer in (layer for layer in self.model.layers if layer.startswith("ffn_")):
+            axis = int(layer == "ffn_down")
+            empty = LazyTensor.full((hidden, 0) if axis else (0, hidden), 0.0)
+            self.parts.setdefault(f"{layer}.weight", empty)
+            for name in {f"{layer}.weight", f"{layer}.bias"} & self.parts.keys() if axis == 0 else (f"{layer}.weight",):
+                self.parts[name] = self.parts[name].then(partial(_padded, axis=axis, size=channels))
+
+    def _fuse(self, layers: tuple[str, ...], name: str) -> None:
+        """Put the rows of several layers into one."""
+        for leaf in ("weight", "bias"):
+            found = [self.parts.pop(f"{layer}.{leaf}") for layer in layers if f"{layer}.{leaf}" in self.parts]
+            if found:
+                self.parts[f"{name}.{leaf}"] = LazyTensor.concatenated(found)
+
+
+def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Return a vector or matrix with zeros at the end of an axis, so that the axis has some size."""
+    later = (0, 0) * (tensor.dim() - 1 - axis)
+    return functional.pad(tensor, (*later, 0, size - tensor.shape[axis]))
+
+
+def place_of(model: GgufModel, architecture: Architecture, name: str) -> str:
+    """Return llama.cpp's name of a tensor.
+
+    Args:
+        model: the model that has the tensor.
+        architecture: the architecture of the file.
+        name: transformers' name in the whole model.
+
+    Raises:
+        SecateurError: the architecture has no place for the tensor.
+    """
+    found = gguf_name(architecture.name, len(model.blocks), name)
+    if found is None:
+        raise SecateurError(
+            f"{model.checkpoint.source}: GGUF has no place for tensor {name}; "
+            "remove it if the model does not need it, or keep the safetensors folder"
+        )
+    return found

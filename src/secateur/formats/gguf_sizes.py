@@ -1,0 +1,65 @@
+"""Sizes of a block in llama.cpp's terms: how many heads, experts and channels it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from secateur.formats.gguf_types import TYPES
+from secateur.model.axes import Width
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
+from secateur.model.units.heads import HEADS, KV_GROUPS
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Sizes of one block."""
+
+    heads: int
+    """Number of query heads."""
+    kv_heads: int
+    """Number of key/value heads."""
+    channels: int | None
+    """Channels of the feed-forward; None where experts stand in its place."""
+    experts: int
+    """Number of experts; zero in a block without any."""
+    expert_channels: int
+    """Channels of each expert."""
+    head_dim: int
+    """Entries of a query head and of a key head."""
+    value_dim: int
+    """Entries that a head hands to the output layer."""
+
+    @classmethod
+    def of(cls, width: Width, head_dim: int, value_dim: int) -> BlockSizes:
+        """Return the sizes of a block of some width."""
+        return cls(
+            width.product(HEADS),
+            width[KV_GROUPS],
+            width.get(CHANNELS),
+            width.get(EXPERTS, 0),
+            width.get(EXPERT_CHANNELS, 0),
+            head_dim,
+            value_dim,
+        )
+
+    def numbers(self) -> dict[str, int]:
+        """Return what an architecture with one width for all blocks wants to be the same in them."""
+        heads, channels = {"heads": self.heads, "kv_heads": self.kv_heads}, self.channels
+        experts = {"experts": self.experts, "expert_channels": self.expert_channels} if self.experts else {}
+        return heads | experts | ({} if channels is None else {"channels": channels})
+
+    def filled(self, type: str) -> BlockSizes:
+        """Return the sizes with channels for whole rows of a type, a name in `TYPES`."""
+        if self.channels is None or self.experts:
+            return self
+        return replace(self, channels=filled(self.channels, type))
+
+
+def filled(channels: int, type: str) -> int:
+    """Return the number of channels in a file: a multiple of the type's block, and at least one such block.
+
+    llama.cpp leaves a block without channels before it has added the attention's output.
+    """
+    multiple = TYPES[type].block
+    return max(1, -(-channels // multiple)) * multiple

@@ -1,0 +1,316 @@
+"""Rotary settings in GGUF files, in both directions: metadata, and tensors of factors that divide frequencies.
+
+`rope_metadata` and `rope_tensors` write what a config says; `read_rope` reads the same back into a config.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from secateur.base.errors import SecateurError
+from secateur.families.registry import family_of
+
+FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+"""Tensors that hold no weights: the numbers by which each frequency is divided."""
+NO_ROTATION = 1e30
+"""Divisor of a frequency that rotates nothing."""
+
+Numbers = dict[str, Any]
+"""Metadata or rotary settings, by key."""
+
+
+def rope_of(config: Any) -> Numbers:
+    """Return the rotary settings of layers without a window; empty where positions are not rotary."""
+    rope: Numbers = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
+def window_rope_of(config: Any) -> Numbers:
+    """Return the rotary settings of layers with a window; empty where they have none of their own."""
+    return (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+
+
+def rope_kind(config: Any) -> str:
+    """Return the kind of rotary scaling, as transformers calls it."""
+    return str(rope_of(config).get("rope_type", "default"))
+
+
+def yarn_scale(factor: float) -> float:
+    """Return the number by which llama.cpp multiplies attention with yarn, before a file's own factor."""
+    return 0.1 * math.log(factor) + 1
+
+
+def rope_metadata(config: Any) -> Numbers:
+    """Return what a file's metadata say of the rotation, by keys without the architecture; None for nothing."""
+    rope, kind = rope_of(config), rope_kind(config)
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    beta = rope.get("llama_4_scaling_beta")
+    return {
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.freq_base_swa": _float(window_rope_of(config).get("rope_theta")),
+        "attention.temperature_scale": _float(beta),
+        "attention.temperature_length": original if beta else None,
+        "rope.scaling.original_context_length": original if beta or kind in ("yarn", "longrope") else None,
+        **_SCALING_METADATA.get(kind, lambda _: {})(config),
+    }
+
+
+def _float(value: Any) -> float | None:
+    """Return a number as a float; None for nothing and zero."""
+    return float(value) if value else None
+
+
+def _linear_metadata(config: Any) -> Numbers:
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope_of(config)["factor"])}
+
+
+def _longrope_metadata(config: Any) -> Numbers:
+    return {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": _attention_factor(config)}
+
+
+def _yarn_metadata(config: Any) -> Numbers:
+    rope = rope_of(config)
+    # With latent attention, llama.cpp multiplies scores by the square of this, and rotated entries by nothing.
+    latent = {"rope.scaling.yarn_log_multiplier": 0.1 * (rope.get("mscale_all_dim") or 0.0)}
+    usual = {"rope.scaling.attn_factor": _attention_factor(config) / yarn_scale(rope["factor"])}
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.yarn_beta_fast": _float(rope.get("beta_fast")),
+        "rope.scaling.yarn_beta_slow": _float(rope.get("beta_slow")),
+        **(usual if family_of(config).latent is None else latent),
+    }
+
+
+def _attention_factor(config: Any) -> float:
+    """Return the factor of rotated queries and of rotated keys, as transformers computes it."""
+    layer_type = {} if rope_of(config) is config.rope_parameters else {"layer_type": "full_attention"}
+    initial = ROPE_INIT_FUNCTIONS[rope_kind(config)]
+    return float(initial(config, torch.device("cpu"), seq_len=1, **layer_type)[1])
+
+
+_SCALING_METADATA: Mapping[str, Callable[[Any], Numbers]] = {
+    "linear": _linear_metadata,
+    "longrope": _longrope_metadata,
+    "yarn": _yarn_metadata,
+}
+
+
+def rope_tensors(config: Any, dim: int) -> dict[str, Tensor]:
+    """Return the tensors of factors that a file holds, by llama.cpp's names.
+
+    Args:
+        config: the config object.
+        dim: entries per head in layers without a window.
+    """
+    return _FACTOR_TENSORS.get(rope_kind(config), lambda *_: {})(config, dim)
+
+
+def _longrope_tensors(config: Any, _: int) -> dict[str, Tensor]:
+    rope = rope_of(config)
+    return {
+        LONG_FACTORS: torch.tensor(rope["long_factor"], dtype=torch.float32),
+        SHORT_FACTORS: torch.tensor(rope["short_factor"], dtype=torch.float32),
+    }
+
+
+def _proportional_tensors(config: Any, dim: int) -> dict[str, Tensor]:
+    rope, half = rope_of(config), dim // 2
+    factors = torch.full((half,), NO_ROTATION)
+    factors[: int(half * rope.get("partial_rotary_factor", 1.0))] = rope.get("factor", 1.0)
+    return {FREQUENCY_FACTORS: factors}
+
+
+def _llama3_tensors(config: Any, dim: int) -> dict[str, Tensor]:
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = rope_of(config)["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return {FREQUENCY_FACTORS: plain / scaled}
+
+
+_FACTOR_TENSORS: Mapping[str, Callable[[Any, int], dict[str, Tensor]]] = {
+    "longrope": _longrope_tensors,
+    "proportional": _proportional_tensors,
+    "llama3": _llama3_tensors,
+}
+
+
+def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
+    """Complete a config's rotary settings by those of a file, in place.
+
+    Args:
+        config: the config object.
+        metadata: the file's metadata, by keys without the architecture.
+        factors: the file's tensors among `FACTORS`, in float64.
+
+    Raises:
+        SecateurError: the file has a rotation that no config describes.
+    """
+    if (rope := getattr(config, "rope_parameters", None)) is None:
+        return
+    windows, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
+    if windows and "rope.freq_base_swa" in metadata:
+        windows["rope_theta"] = metadata["rope.freq_base_swa"]
+    if rope.get("rope_type") == "proportional":
+        rope |= _read_proportional(metadata, factors)
+        return
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = metadata.get("rope.dimension_count", size)
+    if rotated != size:
+        rope["partial_rotary_factor"] = rotated / size
+    stored = _Stored(metadata, factors, config.max_position_embeddings, rope["rope_theta"], rotated)
+    read = _READ_FACTORS.get(len(factors)) or _READ.get(stored.kind)
+    if read is None:
+        raise SecateurError(f"its rotary scaling {stored.kind!r} is not known to secateur")
+    rope |= read(stored)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Rotary settings of a file, with the numbers of the config on which their meaning depends."""
+
+    metadata: Numbers
+    factors: Numbers
+    positions: int
+    """Number of positions that the model allows."""
+    theta: float
+    """Base of the frequencies."""
+    rotated: int
+    """Number of rotated entries of a head."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of rotary scaling of a file without tensors of factors, as llama.cpp calls it."""
+        return str(self.metadata.get("rope.scaling.type", "none" if self.factor == 1 else "linear"))
+
+    @property
+    def factor(self) -> float:
+        """Factor of the scaling; older files have another key for it, and name no kind."""
+        return float(self.metadata.get("rope.scaling.factor") or self.metadata.get("rope.scale_linear") or 1.0)
+
+    @property
+    def original(self) -> int:
+        """Number of positions before the scaling."""
+        return int(self.metadata.get("rope.scaling.original_context_length") or self.positions)
+
+    @property
+    def attention_factor(self) -> float:
+        """The file's own factor of attention."""
+        return float(self.metadata.get("rope.scaling.attn_factor", 1.0))
+
+    def linear(self) -> Numbers:
+        """Return the settings of linear scaling."""
+        return {"rope_type": "linear", "factor": self.factor}
+
+    def yarn(self) -> Numbers:
+        """Return the settings of yarn."""
+        stored = {f"beta_{end}": self.metadata.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
+        return {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original,
+            "attention_factor": self.attention_factor * yarn_scale(self.factor),
+            **{key: float(value) for key, value in stored.items() if value is not None},
+        }
+
+    def longrope(self) -> Numbers:
+        """Return the settings of LongRoPE."""
+        return {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": self.original,
+            "factor": self.positions / self.original,
+            "long_factor": self.factors[LONG_FACTORS].tolist(),
+            "short_factor": self.factors[SHORT_FACTORS].tolist(),
+            "attention_factor": self.attention_factor,
+        }
+
+    def llama3(self) -> Numbers:
+        """Return the settings of Llama 3.1's scaling."""
+        return {"rope_type": "llama3", **llama3_settings(self.factors[FREQUENCY_FACTORS], self.theta, self.rotated)}
+
+
+_READ: Mapping[str, Callable[[_Stored], Numbers]] = {
+    "none": lambda _: {},
+    "linear": _Stored.linear,
+    "yarn": _Stored.yarn,
+}
+"""Readers by the kind of rotary scaling."""
+_READ_FACTORS: Mapping[int, Callable[[_Stored], Numbers]] = {1: _Stored.llama3, 2: _Stored.longrope}
+"""Readers by the number of tensors of factors in the file."""
+
+
+def llama3_settings(factors: Any, theta: float, rotated: int) -> Numbers:
+    """Return the settings from which Llama 3.1's factors follow.
+
+    A frequency is divided by 1 / ((1 - s) / factor + s), where s = (original / wavelength - low) / (high - low) is
+    clipped to the range from 0 to 1. The same factors follow when original, low and high are multiplied by one number,
+    so low is set to 1. The settings are right when the factors follow from them, whatever the model's own were.
+
+    Args:
+        factors: the file's factors, one for each two rotated entries.
+        theta: base of the frequencies.
+        rotated: number of rotated entries of a head.
+
+    Raises:
+        SecateurError: the factors follow from no such settings.
+    """
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
+    factor = round(float(factors.max()), 5)
+    if len(factors) != len(wavelengths) or factor <= 1:
+        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+    share = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    unclipped = (share > 1e-4) & (share < 1 - 1e-4)
+    high, original = 4.0, 0
+    if unclipped.sum() > 1:
+        slope, start = np.polyfit(1 / wavelengths[unclipped], share[unclipped], 1)
+        high = round(float(1 - 1 / start), 3)
+        original = round(float(slope * (high - 1)))
+    elif unclipped.any():
+        original = round(float((wavelengths * (share * (high - 1) + 1))[unclipped][0]))
+    computed = np.clip((original / wavelengths - 1) / (high - 1), 0, 1)
+    if not np.allclose(1 / ((1 - computed) / factor + computed), factors, rtol=1e-3):
+        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+    return {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _read_proportional(metadata: Numbers, factors: Numbers) -> Numbers:
+    """Return the settings of Gemma 4's layers without a window: the share of frequencies that rotate, and their factor.
+
+    Raises:
+        SecateurError: the factors follow from no such settings.
+    """
+    stored = factors.get(FREQUENCY_FACTORS, np.empty(0))
+    rotating = stored[stored < NO_ROTATION / 2]
+    share = len(rotating) / max(1, len(stored))
+    computed = np.full(len(stored), NO_ROTATION)
+    computed[: int(len(stored) * share)] = rotating[:1]
+    suits = (
+        len(rotating) > 0,
+        np.array_equal(computed.astype(np.float32), stored.astype(np.float32)),
+        # Every entry of a head counts as rotated; some of them have the frequency zero.
+        all(
+            metadata.get(f"rope.dimension_count{at}") == metadata.get(f"attention.key_length{at}")
+            for at in ("", "_swa")
+        ),
+        metadata.get("rope.scaling.type", "none") == "none",
+        "rope.scale_linear" not in metadata,
+        len(stored) * 2 == metadata.get("attention.key_length"),
+    )
+    if not all(suits):
+        raise SecateurError("its rotary factors (rope_freqs) are none of Gemma 4's kind")
+    factor = float(rotating[0])
+    return {"partial_rotary_factor": share} | ({"factor": factor} if factor != 1 else {})

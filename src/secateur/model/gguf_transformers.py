@@ -1,0 +1,67 @@
+"""Completion and check of what transformers itself reads from a GGUF file.
+
+transformers leaves rotary settings, windows, scales and caps out of the config, without which the model computes
+something else. They are added here from metadata and factor tensors, read as llama.cpp reads them.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+
+from secateur.base.errors import SecateurError
+from secateur.families.entry import Family
+from secateur.families.registry import FAMILIES
+from secateur.model.gguf_file import layer_types, metadata_of
+from secateur.model.gguf_rope import FACTORS, read_rope
+
+
+def complete_config(config: Any, reader: GGUFReader) -> None:
+    """Add to a config, in place, what transformers has not read from a file.
+
+    Raises:
+        SecateurError: the file has a rotation that no config describes.
+    """
+    metadata, gguf = metadata_of(reader), FAMILIES.get(config.model_type, Family()).gguf
+    factors = {
+        tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
+    }
+    # The key means latent vectors where heads share one, and in Gemma 4 only blocks without a window.
+    other_meaning = {"attention.kv_lora_rank", "attention.key_length_swa"} & metadata.keys()
+    if "attention.key_length" in metadata and not other_meaning and hasattr(config, "head_dim"):
+        config.head_dim = metadata["attention.key_length"]
+    for key, name in gguf.left_out.items():
+        setattr(config, name, metadata.get(key) or getattr(config, name))
+    read_rope(config, metadata, factors)
+    if gguf.deepest is not None:
+        config.layer_types = layer_types(metadata, config.num_hidden_layers) or config.layer_types
+        is_deepest = config.num_hidden_layers == gguf.deepest
+        per_head = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = per_head if is_deepest else config.head_dim
+    for cap in {"attn_logit_softcapping", "final_logit_softcapping"} & metadata.keys():
+        setattr(config, cap, metadata[cap] or None)
+
+
+def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None:
+    """Check that every weight of a file has become one of the model's.
+
+    transformers fills parameters that it does not find with random numbers, and reports no weights that it skips.
+
+    Args:
+        model: the model that transformers made of the file.
+        reader: the open file.
+        missing: names of parameters that transformers did not find.
+
+    Raises:
+        SecateurError: a weight is missing or left over.
+    """
+    if missing:
+        raise SecateurError(f"transformers does not find {min(missing)} in it")
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
+    read = sum(parameter.numel() for parameter in model.parameters())
+    if stored != read:
+        biased = any(tensor.name.endswith(".bias") for tensor in reader.tensors)
+        raise SecateurError(
+            f"transformers reads {read:,} of its {stored:,} weights" + (", without the biases" if biased else "")
+        )
