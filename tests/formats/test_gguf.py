@@ -930,8 +930,8 @@ REFUSED = {
     "llama4_text": (EXPERTS, "llama4 supports experts in all blocks or none only"),
     "llama4_text 128": ((), "llama4 computes with use_qk_norm = False only"),
     "mistral4": (EXPERTS, "mistral4 needs yarn's mscale and mscale_all_dim to be the same number"),
-    "mistral4 half": (EXPERTS, "and needs yarn's mscale to be 1"),
-    "gpt_oss wide open": (EXPERTS, "gpt-oss has a window in every other block, beginning with the first"),
+    "mistral4 half": (EXPERTS, "mistral4 needs yarn's mscale to be 1"),
+    "gpt_oss wide open": (EXPERTS, "and has a window in every other block, beginning with the first"),
     "gpt_oss limited": (EXPERTS, "gpt-oss computes with swiglu_limit = 7.0 only"),
     "phi3": (BOTH, "phi3 needs heads x head size = 48, so all 6 heads; llama rotates whole heads, but 4 of 8"),
 }
