@@ -1,7 +1,7 @@
-"""Secateur prunes a pretrained language model's attention heads and feed-forward channels in one shot.
+"""Secateur prunes pretrained language models in one shot: it removes heads, channels and experts.
 
-`prune` does it all. It consists of six steps, each callable alone: `open_model`, `draw_rows`, `survey_model`,
-`plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that importing the package is free.
+`prune` runs the whole pipeline. Its six steps can also be called one by one: `open_model`, `draw_rows`, `survey_model`,
+`plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that `import secateur` takes no time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from secateur.retraining.retrain import retrain
     from secateur.text.calibration import calibration_rows, consecutive_rows
 
-_HOMES = {
+_MODULES = {
     "prune": "secateur.commands.prune",
     "open_model": "secateur.commands.open_model",
     "draw_rows": "secateur.commands.draw_rows",
@@ -54,6 +54,7 @@ _HOMES = {
     "register": "secateur.formats.per_layer",
     "SecateurError": "secateur.base.errors",
 }
+"""Module of each public name."""
 
 __all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
 __all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint", "open_model"]
@@ -62,7 +63,7 @@ __all__ += ["write_model"]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module 'secateur' has no attribute '{name}'")
-    return getattr(import_module(home), name)
+    return getattr(import_module(module), name)

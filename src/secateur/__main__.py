@@ -1,4 +1,4 @@
-"""`python -m secateur` is the command `secateur`."""
+"""The command `secateur` as `python -m secateur`."""
 
 from secateur.cli import main
 

@@ -305,7 +305,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--widths model/config.json", "is no range of blocks; write first:end within 0:3"),
     ("--format stock", "the stock format holds one width for all blocks: take --widths uniform, or --format hf"),
     ("--format onnx", "format is 'onnx'; it must be one of hf, stock, gguf"),
-    ("--format gguf", "out: the file's name must end in .gguf; name it so"),
+    ("--format gguf", "out: the file name must end in .gguf; rename it"),
     ("--sigma identity", "sigma is part of second-moment, not of surgeon: leave one of them out"),
     ("--sigma data --criterion wanda", "sigma is part of second-moment, not of wanda: leave one of them out"),
     ("--sigma some --criterion second-moment", "sigma is 'some'; it must be one of data, identity, random"),
@@ -352,7 +352,7 @@ def test_a_device_without_float64(place: Path, run: Run, no_work: None, monkeypa
 
     monkeypatch.setattr(torch, "empty", narrow)
     before = listing(place)
-    message = "device 'mps' has no float64, in which sums are kept here; use --device cpu"
+    message = "device 'mps' does not support float64, which sums need here; use --device cpu"
     refused(run("prune", "model", "out", *SMALL, "--device", "mps"), message)
     assert listing(place) == before
 
@@ -406,18 +406,18 @@ def test_a_wrong_output(place: Path, run: Run, no_work: None, monkeypatch: pytes
     (place / "here").mkdir()
     before = listing(place)
     for out, options, message in [
-        ("full", [], "full: exists and is not empty; choose another name, or overwrite it"),
-        ("full", ["--overwrite"], "full: not overwritten, as it does not look like a model folder"),
-        ("model", ["--overwrite"], "model: this is the model's own folder, which would be lost or mixed up"),
-        ("link", ["--overwrite"], "model: this is the model's own folder"),
-        ("model/inner", [], "model/inner: this is inside or around the model's own folder"),
-        ("text.txt", [], "text.txt: a file is there; choose another name"),
+        ("full", [], "full: exists and is not empty; choose another name or add --over"),
+        ("full", ["--overwrite"], "full: not overwritten, as it is no model folder"),
+        ("model", ["--overwrite"], "model: this is the folder of MODEL, which would be replaced"),
+        ("link", ["--overwrite"], "model: this is the folder of MODEL"),
+        ("model/inner", [], "model/inner: this path is inside or around the folder of MODEL"),
+        ("text.txt", [], "text.txt: a file with this name exists; choose another name"),
         ("missing/out", [], "missing does not exist; create it first"),
     ]:
         refused(run("prune", "model", out, *SMALL, *options), message)
 
     monkeypatch.chdir("here")
-    refused(run("prune", "../model", ".", *SMALL, "--calibration", "random"), "here: this is the folder you are in")
+    refused(run("prune", "../model", ".", *SMALL, "--calibration", "random"), "here: this is the current folder")
     monkeypatch.chdir(place)
 
     def forbidden(path: Path, *_: Any, **__: Any) -> None:
@@ -425,13 +425,15 @@ def test_a_wrong_output(place: Path, run: Run, no_work: None, monkeypatch: pytes
 
     with monkeypatch.context() as patch:  # root may write anywhere, so the system's answer is given here
         patch.setattr(Path, "mkdir", forbidden)
-        refused(run("prune", "model", "out", *SMALL), "(Permission denied); choose another place")
+        refused(run("prune", "model", "out", *SMALL), "(Permission denied); choose another path")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_mount", lambda self: self.name == "out")
-        refused(run("prune", "model", "out", *SMALL), "out: this is where a file system is mounted, which cannot be")
+        refused(run("prune", "model", "out", *SMALL), "out: this is a mount point, which cannot be")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    refused(run("prune", "model", "out", *SMALL), "MB are needed and 0.0 MB are free; make room")
-    refused(run("prune", "model", "o.gguf", *SMALL, "--format", "gguf"), "MB are needed and 0.0 MB are free; make room")
+    refused(run("prune", "model", "out", *SMALL), "MB of disk space, but 0.0 MB are free; free some")
+    refused(
+        run("prune", "model", "o.gguf", *SMALL, "--format", "gguf"), "MB of disk space, but 0.0 MB are free; free some"
+    )
     assert listing(place) == before
 
 
@@ -456,8 +458,8 @@ ARGUMENTS = [
     ("plan model --target ppl=1.2x", "found by pruning: use secateur prune; its secateur.json is a plan"),
     ("plan model --plan text.txt", "text.txt: not readable as JSON"),
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
-    ("plan model --out model", "model: a folder is there; choose another name"),
-    ("plan model --out text.txt", "text.txt: exists; choose another name, or overwrite it"),
+    ("plan model --out model", "model: a folder with this name exists; choose another name"),
+    ("plan model --out text.txt", "text.txt: exists; choose another name or add --overwrite"),
     ("survey model --out page --criterion similarity", "a survey needs a criterion that gives every unit a score"),
     ("sizes model", "Missing option '--out'; see secateur sizes --help"),
     ("sizes nowhere/at/all --out sizes", "nowhere/at/all: does not exist"),
@@ -498,7 +500,7 @@ ARGUMENTS = [
     ("prune model out --blocks " + "9" * 5000 + ":", "write first:end, for example 4:30"),
     ("export", "Missing argument 'DIR'; see secateur export --help"),
     ("export nowhere out.gguf", "nowhere: no folder with a config.json; name one that secateur prune wrote"),
-    ("export model out", "out: the file's name must end in .gguf; name it so"),
+    ("export model out", "out: the file name must end in .gguf; rename it"),
     ("retrain nowhere out --calibration text.txt", "nowhere: no folder with a config.json; name one that secateur"),
     ("retrain model out --rank -1", "rank is -1; it must be at least 0"),
     ("retrain model out --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
@@ -512,8 +514,8 @@ ARGUMENTS = [
     ("eval model --perplexity text.txt --length 16 --tokens 15", "does not fill one row of length 16: take more"),
     ("eval model --tokens -1", "tokens is -1; it must be positive, or 0 for the whole text"),
     ("eval model --json missing/figures.json", "missing does not exist; create it first"),
-    ("eval model --json model", "model: a folder is there; choose another name"),
-    ("eval model --json text.txt", "text.txt: exists; choose another name, or overwrite it"),
+    ("eval model --json model", "model: a folder with this name exists; choose another name"),
+    ("eval model --json text.txt", "text.txt: exists; choose another name or add --overwrite"),
     ("retrain model out.gguf", "out.gguf: a folder is to be written; name a folder, then secateur export it"),
     ("eval model --dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
 ]
@@ -798,7 +800,10 @@ def test_a_full_disk_leaves_nothing_behind(
     monkeypatch.setattr(shards.ShardWriter, "add", full)
     result = run("prune", "model", "out", *SMALL)
     assert result.code == 2
-    assert "out: the disk is full; make room and run again (it goes on where it was)" in result.err.splitlines()[-1]
+    assert (
+        "out: the disk is full; free some space and run the same command again (the run will resume)"
+        in result.err.splitlines()[-1]
+    )
     assert apart_from_state(place) == before
     gc.collect()
     assert capsys.readouterr() == ("", "")  # no bar is drawn late
@@ -1068,7 +1073,7 @@ def test_a_user_without_a_home(
     (place / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    refused(run("prune", "m.gguf", "out", *SMALL), "no home to keep a cache in; set XDG_CACHE_HOME to a folder")
+    refused(run("prune", "m.gguf", "out", *SMALL), "no home folder for a cache; set XDG_CACHE_HOME to a folder")
     logging.getLogger("matplotlib").warning("a temporary cache directory was made")
     assert capsys.readouterr().err == ""
 
@@ -1237,7 +1242,7 @@ def test_a_full_disk(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.code == 2
     assert (
         result.err.splitlines()[-1]
-        == "error: figures.json: the disk is full; make room and run again (nothing was left there)"
+        == "error: figures.json: the disk is full; free some space and run the same command again (nothing was written)"
     )
     assert listing(place) == before
 

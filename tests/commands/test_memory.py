@@ -46,7 +46,9 @@ def test_the_bound_moves_activations_to_files(
 
 @pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
 def test_no_amount(wrong: str) -> None:
-    with pytest.raises(SecateurError, match=r"memory is .*: write for example 8GB, or 50% of what is free"):
+    with pytest.raises(
+        SecateurError, match=r"memory is .*; write an amount such as 8GB, or 50% for half of the free memory"
+    ):
         amounts.parse_memory(wrong)
 
 

@@ -26,7 +26,7 @@ from secateur.fit.recovery import recovery_of
         (Options, {"sparsity": "25%"}, "sparsity is '25%'; it must be a number"),
         (Options, {"modules": "heads"}, "modules is 'heads'; it must be a list of names"),
         (Options, {"modules": ["heads", 1]}, "modules is ['heads', 1]; it must be a list of names"),
-        (Options, {"samples": 10**5000}, "samples is a number of more than 18 digits; take a smaller one"),
+        (Options, {"samples": 10**5000}, "samples is a number of more than 18 digits; choose a smaller one"),
         (Options, {"target": 0.8}, "target is 0.8; it must be text"),
         (RunOptions, {"device": 0}, "device is 0; it must be text"),
         (RunOptions, {"survey": 1}, "survey is 1; it must be a path"),

@@ -130,7 +130,7 @@ def test_several_sizes_go_on_within_one(
     with pytest.raises(KeyboardInterrupt):
         made("out", Stopping(times=2))
     assert sorted(file.name for file in tmp_path.iterdir()) == [".out.run", "out"]
-    with pytest.raises(SecateurError, match=r"sparsities \[0.2, 0.4\], now \[0.3, 0.4\]; ask for the same"):
+    with pytest.raises(SecateurError, match=r"sparsities \[0.2, 0.4\], this command has \[0.3, 0.4\]; use the same"):
         made("out", Stopping("never"), [Options(**asked, sparsity=0.3), options[1]])
     watcher = Stopping("never")
     made("out", watcher)
@@ -161,10 +161,10 @@ def test_a_plan_goes_on_within_its_survey(
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "size": ({"sparsity": 0.3}, "sparsity none, now 0.3"),
-    "effort": ({"effort": "quick"}, "effort normal, now quick"),
-    "dtype": ({"dtype": "bfloat16"}, "dtype float32, now bfloat16|dtype none, now bfloat16"),
-    "format": ({"format": "stock", "widths": "uniform"}, "widths adaptive, now uniform"),
+    "size": ({"sparsity": 0.3}, "sparsity none, this command has 0.3"),
+    "effort": ({"effort": "quick"}, "effort normal, this command has quick"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype (float32|none), this command has bfloat16"),
+    "format": ({"format": "stock", "widths": "uniform"}, "widths adaptive, this command has uniform"),
 }
 
 
@@ -172,13 +172,13 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_another_request_is_refused(case: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     others, said = OTHERS[case]
     before = bytes_of(stopped.with_name(".out.run"))
-    with pytest.raises(SecateurError, match=f"({said}); ask for the same .* --restart"):
+    with pytest.raises(SecateurError, match=f"({said}); use the same .* --restart"):
         prune(checkpoint_folder("llama"), stopped, **ASKED | others)
     assert bytes_of(stopped.with_name(".out.run")) == before
 
 
 def test_another_model_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
-    with pytest.raises(SecateurError, match=r"holds a run with model .*, now .*--restart"):
+    with pytest.raises(SecateurError, match=r"the unfinished run has model .*, this command has .*--restart"):
         prune(checkpoint_folder("qwen3"), stopped, **ASKED)
 
 
@@ -186,7 +186,7 @@ def test_another_version_is_refused(
     stopped: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume.secateur, "__version__", "99")
-    with pytest.raises(SecateurError, match=r"version of secateur .*, now 99; .*--restart"):
+    with pytest.raises(SecateurError, match=r"version of secateur .*, this command has 99; .*--restart"):
         prune(checkpoint_folder("llama"), stopped, **ASKED)
 
 
@@ -248,7 +248,7 @@ def test_two_runs_on_one_output(stopped: Path, checkpoint_folder: CheckpointFold
     with (stopped.with_name(".out.run") / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: clean(stopped)):
-            with pytest.raises(SecateurError, match="another run is at work there; wait for it"):
+            with pytest.raises(SecateurError, match="another run is using this folder; wait"):
                 act()
     prune(checkpoint_folder("llama"), stopped, **ASKED)
 
@@ -294,7 +294,7 @@ def test_a_disk_that_fills(
             patched.setattr(PassCheckpoint, "_save", save_full)
         else:
             patched.setattr(ShardWriter, "add", add_full)
-        with pytest.raises(SecateurError, match="the disk is full; make room and run again"):
+        with pytest.raises(SecateurError, match="the disk is full; (make room|free some space) and run"):
             prune(checkpoint_folder("llama"), out, **ASKED)
     assert not out.exists()
     watcher = Stopping(what="never")

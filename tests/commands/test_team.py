@@ -132,7 +132,7 @@ def test_one_that_was_told_something_else(done: Done) -> None:
     first, second = done.differing
     assert (first[0], second[0]) == (2, 2)
     assert first[1].splitlines()[-1].startswith("error: another process of this run has stopped")
-    wanted = "error: process 1: seed is 1 here and 0 in process 0; give all the same options and files"
+    wanted = "error: process 1: seed is 1 here and 0 in process 0; give all processes the same options and files"
     assert second[1].splitlines()[-1] == wanted
 
 
@@ -156,7 +156,7 @@ def test_one_that_dies_ends_the_others_and_any_number_go_on(
     assert time.monotonic() - begin < 60
     assert (code, killed) == (2, -9)
     assert "Going on with a run that was stopped" in said
-    assert said.splitlines()[-1].startswith("error: another process of this run has stopped, and says why")
+    assert said.splitlines()[-1].startswith("error: another process of this run has stopped: fix the error")
     assert "Traceback" not in said
     assert len(list(state.glob("fit-*/behind-00002.activations"))) == 1
     assert not out.exists()
@@ -204,7 +204,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
 
 def test_what_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch)
-    assert process_place() == ProcessPlace(rank=1, size=2, here=2, local=1)
+    assert process_place() == ProcessPlace(rank=1, size=2, local_size=2, local_rank=1)
     told(monkeypatch, WORLD_SIZE="1", MASTER_ADDR=None)
     assert process_place() == ProcessPlace()
 
@@ -215,8 +215,8 @@ def test_what_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"MASTER_ADDR": None}, "WORLD_SIZE is 2, but MASTER_ADDR are not set; start all processes with torchrun"),
         ({"RANK": None, "MASTER_PORT": ""}, "but RANK and MASTER_PORT are not set"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
-        ({"RANK": "first"}, "RANK is 'first', which is no number from 0 on"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', which is no number from 1 on"),
+        ({"RANK": "first"}, "RANK is 'first', which is not a whole number of at least 0"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', which is not a whole number of at least 1"),
     ],
 )
 def test_a_launcher_that_tells_too_little(

@@ -70,7 +70,7 @@ def test_parts_are_mappings(family: Path) -> None:
     [
         ("- a\n- b", "a family is a mapping with model_type"),
         ("up: fc1", "a family is a mapping with model_type"),
-        ("model_type: [", "line 1: not YAML"),
+        ("model_type: [", "line 1: not valid YAML"),
         ("model_type: llama", "secateur knows llama; leave --family out"),
         (BIOGPT.replace("up:", "upp:"), "upp: no such field; there are blocks, attention"),
         (BIOGPT.replace("fc1", "3"), "up: 3: Input should be a valid string"),

@@ -965,7 +965,7 @@ def test_refused_requests(tmp_path):
     }.items():
         with pytest.raises(SecateurError, match=message):
             export(folder, out, type=kind)
-    with pytest.raises(SecateurError, match=r"the file's name must end in \.gguf; name it so"):
+    with pytest.raises(SecateurError, match=r"the file name must end in \.gguf; rename it"):
         export(folder, tmp_path / "m.bin")
     with pytest.raises(SecateurError, match="create it first"):
         export(folder, tmp_path / "no" / "m.gguf")

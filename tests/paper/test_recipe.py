@@ -190,11 +190,11 @@ def test_a_wrong_recipe(fields: dict[str, Any], message: str, tmp_path: Path) ->
     [
         (b"", "a recipe is a mapping with title, runs, evaluation"),
         (b"- 1", "a recipe is a mapping with title, runs, evaluation"),
-        (b"title: [", "line 1: not YAML"),
-        (b"title: a\nruns:\n  x: {}\n  x: {}\n", "line 4: not YAML ('x' is there twice); correct it"),
-        (b"title: !!python/object/apply:os.getcwd []", "not YAML"),
+        (b"title: [", "line 1: not valid YAML"),
+        (b"title: a\nruns:\n  x: {}\n  x: {}\n", "line 4: not valid YAML ('x' is there twice); correct it"),
+        (b"title: !!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"? [a]\n: b\n", "not YAML"),
+        (b"? [a]\n: b\n", "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_recipe(text: bytes, message: str, tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def test_an_interrupted_training_goes_on(
         retrain(folder, tmp_path / "out", watcher=Interrupting(), **settings)
     (state,) = tmp_path.glob(".out.run/training/checkpoint-*")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SecateurError, match=r"\.out\.run: holds a run with epochs 6, now 3; ask for the same"):
+    with pytest.raises(
+        SecateurError, match=r"\.out\.run: the unfinished run has epochs 6, this command has 3; use the same"
+    ):
         retrain(folder, tmp_path / "out", **settings | {"epochs": 3, "learning_rate": 1e-3})
     # One that was killed while it was written does not count.
     (state.parent / "checkpoint-99").mkdir()
@@ -302,7 +304,7 @@ def test_folders_that_cannot_be(checkpoint_folder: CheckpointFolder, tmp_path: P
     with pytest.raises(SecateurError, match=r"no folder with a config\.json; name one that secateur prune wrote"):
         retrain(tmp_path, tmp_path / "out", **settings)
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
-    with pytest.raises(SecateurError, match="this is the model's own folder"):
+    with pytest.raises(SecateurError, match="this is the folder of MODEL"):
         retrain(folder, folder, overwrite=True, **settings)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, progress, devices, files."""
+"""Tools that every other folder uses: errors, options, files, devices, memory, processes and progress."""

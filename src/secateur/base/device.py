@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Choice of the device, and of the precision of large matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,19 @@ from secateur.base.launcher import process_place
 
 
 def pick_device(name: str) -> torch.device:
-    """The device by name; `auto` takes a GPU if there is one. Processes of one run take a GPU each, in their order."""
+    """Return a device that can be computed on.
+
+    Args:
+        name: as torch has it, or `auto` for a GPU if there is one, else the CPU. `cuda` is the GPU whose number is the
+            local rank of this process.
+
+    Raises:
+        SecateurError: the device does not exist here, or cannot hold float64.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and process_place().size > 1 and torch.cuda.is_available():
-        name = f"cuda:{process_place().local}"
+        name = f"cuda:{process_place().local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -24,45 +32,51 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError) as error:
-        # Apple's GPUs.
-        raise SecateurError(f"device '{name}' has no float64, in which sums are kept here; use --device cpu") from error
+        # GPUs of Apple.
+        raise SecateurError(
+            f"device '{name}' does not support float64, which sums need here; use --device cpu"
+        ) from error
     if device.type == "meta":
         raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")
     return device
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device; to a GPU it is copied while the program goes on, from memory that stays put."""
+    """Return a tensor on a device. A copy from the CPU to a GPU runs asynchronously, from pinned memory."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """What to multiply in where float32 is not needed: bfloat16 where there are instructions for it, else float32."""
+    """Return the dtype for products that do not need float32: bfloat16 if the device has instructions for it."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # Since torch 2.11 or so; without it, float32 is slower and as good.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if units else torch.float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch before 2.11 cannot tell, and gets float32: slower, but as good.
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
 @contextmanager
 def reduced_precision_matmul(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Let products of float32 matrices multiply what bfloat16 (TF32 on CUDA) holds of them; sums stay float32.
+    """Round the factors of float32 matrix products to bfloat16 (on CUDA to TF32); sums stay float32.
 
-    Nothing changes where `dtype`, what is wanted, is float32. For sums over many tokens, where roundings cancel; never
-    for solves.
+    For sums over many tokens, in which rounding errors cancel; never for linear solves.
+
+    Args:
+        device: the products' device.
+        dtype: float32 for products that are not rounded.
     """
     backends: Any = torch.backends
-    kinds = {"cpu": (backends.mkldnn.matmul, "bf16"), "cuda": (backends.cuda.matmul, "tf32")}
-    if dtype == torch.float32 or device.type not in kinds:
+    rounding = {"cpu": (backends.mkldnn.matmul, "bf16"), "cuda": (backends.cuda.matmul, "tf32")}
+    if dtype == torch.float32 or device.type not in rounding:
         yield
         return
-    backend, rounded = kinds[device.type]
+    backend, precision = rounding[device.type]
     before = backend.fp32_precision
-    backend.fp32_precision = rounded
+    backend.fp32_precision = precision
     try:
         yield
     finally:

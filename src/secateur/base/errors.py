@@ -1,9 +1,9 @@
-"""The one exception that a person meets: one line that says what is wrong, where, and what to do."""
+"""Exceptions for the user: one line that says what is wrong, where, and what to do."""
 
 
 class SecateurError(Exception):
-    """Bad input or an impossible request; the command line prints it and exits with code 2."""
+    """Error for bad input or an impossible request. The command line prints it and exits with code 2."""
 
 
 class StoppedError(SecateurError):
-    """Nothing is wrong with the request: the same command goes on once what is said has been mended."""
+    """Error for a run that the same command resumes, once the cause in the message is removed (a full disk)."""

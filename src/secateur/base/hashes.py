@@ -1,4 +1,4 @@
-"""Hashes."""
+"""Short hashes, each of 16 hexadecimal digits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def hash_json(decided_by: Any) -> str:
-    """A short name for what decides a result, as JSON holds it, 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
+def hash_json(value: Any) -> str:
+    """Return the hash of a value that JSON can hold; the order of keys does not matter."""
+    return _hash(json.dumps(value, sort_keys=True).encode())
 
 
 def hash_rows(rows: Tensor) -> str:
-    """What tells rows (rows x length) from others, 16 hexadecimal digits."""
-    return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes()).hexdigest()[:16]
+    """Return the hash of token ids (rows × length), from their shape and their values."""
+    return _hash(repr(tuple(rows.shape)).encode() + rows.numpy().tobytes())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,19 +1,20 @@
-"""JSON."""
+"""JSON files, and JSON files with a hash that shows damage."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import _settle, write_atomically
+from secateur.base.files import write_atomically
 from secateur.base.hashes import hash_json
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of JSON that others may have written.
+    """Return the value of a JSON text from outside.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, or nested more deeply than Python can follow.
+        ValueError: the text is not JSON, not UTF-8, or nested too deeply for Python.
     """
     try:
         return json.loads(text)
@@ -22,26 +23,35 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_hashed(path: Path, value: Any) -> None:
-    """A small file with a JSON value, whose damage shows when it is read."""
+    """Write a JSON value and its hash to a file that survives a power cut."""
     write_atomically(path, json.dumps({"hash": hash_json(value), "value": value}))
-    _settle(path.parent)
+    _sync_folder(path.parent)
 
 
 def read_hashed(path: Path) -> Any:
-    """The value that `write_hashed` wrote.
+    """Return the value that `write_hashed` wrote.
 
     Raises:
-        SecateurError: the file is not as it was written.
+        SecateurError: the file is missing or damaged.
     """
     try:
-        raw = parse_json(path.read_bytes())
-        if raw["hash"] == hash_json(raw["value"]):
-            return raw["value"]
+        content = parse_json(path.read_bytes())
+        if content["hash"] == hash_json(content["value"]):
+            return content["value"]
     except (ValueError, KeyError, TypeError, OSError):
         pass
     raise damaged_state(path)
 
 
 def damaged_state(path: Path) -> SecateurError:
-    """What to say of a part of a run's state that is not as it was written."""
-    return SecateurError(f"{path}: damaged, so that the run cannot go on from there; add --restart to begin anew")
+    """Return the error for a damaged part of a run's saved state."""
+    return SecateurError(f"{path}: damaged, so the run cannot be resumed; add --restart to start over")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

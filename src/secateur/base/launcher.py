@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun tells each of the processes that it starts, in environment variables."""
+"""Rank and number of processes, from the environment variables of a launcher such as torchrun."""
 
 import os
 from typing import NamedTuple
@@ -10,35 +10,39 @@ ADVICE = "start all processes with torchrun, or unset WORLD_SIZE"
 
 
 class ProcessPlace(NamedTuple):
-    """A process among those of one run."""
+    """Place of this process among the processes of a run."""
 
     rank: int = 0
     size: int = 1
-    here: int = 1
-    """How many of them run on this machine."""
-    local: int = 0
-    """Which of these it is."""
+    """Number of processes."""
+    local_size: int = 1
+    """Number of processes on this machine."""
+    local_rank: int = 0
+    """Rank among the processes on this machine."""
 
 
 def process_place() -> ProcessPlace:
-    """Which process this is; the only one where no launcher says otherwise.
+    """Return the place of this process; without a launcher it is the only one.
 
     Raises:
-        SecateurError: variables are missing, or make no sense.
+        SecateurError: an environment variable of the launcher is missing or wrong.
     """
-    size = _number("WORLD_SIZE", 1, 1)
+    size = _read_number("WORLD_SIZE", 1, minimum=1)
     if size == 1:
         return ProcessPlace()
     if missing := [name for name in ("RANK", *ADDRESS) if not os.environ.get(name)]:
         raise SecateurError(f"WORLD_SIZE is {size}, but {' and '.join(missing)} are not set; {ADVICE}")
-    rank = _number("RANK", 0, 0)
+    rank = _read_number("RANK", 0, minimum=0)
     if rank >= size:
         raise SecateurError(f"RANK is {rank}, but WORLD_SIZE is {size}; {ADVICE}")
-    return ProcessPlace(rank, size, _number("LOCAL_WORLD_SIZE", 1, 1), _number("LOCAL_RANK", 0, 0))
+    return ProcessPlace(
+        rank, size, _read_number("LOCAL_WORLD_SIZE", 1, minimum=1), _read_number("LOCAL_RANK", 0, minimum=0)
+    )
 
 
-def _number(name: str, usual: int, least: int) -> int:
-    text = os.environ.get(name) or str(usual)
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise SecateurError(f"{name} is '{text}', which is no number from {least} on; {ADVICE}")
+def _read_number(name: str, default: int, *, minimum: int) -> int:
+    """Return the whole number in an environment variable."""
+    text = os.environ.get(name) or str(default)
+    if not text.isascii() or not text.isdigit() or int(text) < minimum:
+        raise SecateurError(f"{name} is '{text}', which is not a whole number of at least {minimum}; {ADVICE}")
     return int(text)

@@ -1,8 +1,9 @@
-"""How much memory there is, what this process has of it, and amounts as people write them."""
+"""Free memory of the machine, memory of this process, and amounts of memory such as `8GB`."""
 
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,58 +13,73 @@ from secateur.base.errors import SecateurError
 from secateur.base.launcher import process_place
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-SHARE = 0.5
-"""Of what is free, where nothing is said: others work here, too."""
+DEFAULT_SHARE = 0.5
+"""Share of the free memory to use by default; the rest is for other programs."""
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LIMITS = {"": (GROUPS, "memory.max"), "memory": (GROUPS / "memory", "memory.limit_in_bytes")}
-"""Where the system says what a control group may take, in its second version and in its first."""
+"""Folder and file name of the memory limits of control groups, in version 2 and in version 1."""
 
 
-def parse_memory(allowed: str | None) -> int:
-    """An amount of memory as a person writes it: `8GB`, or `50%` of what is free; half of it by default.
+def parse_memory(amount: str | None) -> int:
+    """Return an amount of memory in bytes.
+
+    Args:
+        amount: a number with a unit, such as `8GB`, or a share of the free memory, such as `50%`; None for the default
+            share.
 
     Raises:
-        SecateurError: it is none.
+        SecateurError: the text is neither.
 
     Example:
         >>> parse_memory("1.5GiB")
         1610612736
     """
-    if allowed is None:
-        return round(SHARE * available_bytes())
+    if amount is None:
+        return round(DEFAULT_SHARE * available_bytes())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", allowed.strip().lower())
+    match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", amount.strip().lower())
     if match is None or match[2] not in (*units, "%"):
-        raise SecateurError(f"memory is '{allowed}': write for example 8GB, or 50% of what is free")
+        raise SecateurError(f"memory is '{amount}'; write an amount such as 8GB, or 50% for half of the free memory")
     return round(float(match[1]) * (units[match[2]] if match[2] != "%" else available_bytes() / 100))
 
 
 def available_bytes() -> int:
-    """What this process may have: what it has and what is free, within the control groups that it is in.
+    """Return how many bytes of memory this process can have: its present memory plus the free memory.
 
-    Processes of one run share it.
+    The limits of its control groups are respected. Processes of one run on this machine share the memory equally.
     """
-    here = process_place().here
-    found = psutil.virtual_memory().available + here * rss_bytes()
+    processes = process_place().local_size
+    available = psutil.virtual_memory().available + processes * rss_bytes()
+    return min([available, *_group_limits()]) // processes
+
+
+def _group_limits() -> list[int]:
+    """Return the memory limit in bytes of every control group that this process belongs to."""
+    limits = []
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
-            _, kind, own = line.split(":", 2)
-            if kind in LIMITS:
-                root, file = LIMITS[kind]
-                place = root / own.lstrip("/")
-                for group in (place, *place.parents):
-                    # Where nothing is limited, the file says so in words, or there is none.
-                    with suppress(OSError, ValueError):
-                        found = min(found, int((group / file).read_text()))
-    return found // here
+            _, controllers, name = line.split(":", 2)
+            for file in _limit_files(controllers, name):
+                # A group without a limit has no file, or a file with the word `max`.
+                with suppress(OSError, ValueError):
+                    limits.append(int(file.read_text()))
+    return limits
+
+
+def _limit_files(controllers: str, name: str) -> Iterator[Path]:
+    """Yield the files with the memory limits of a control group and of the groups around it."""
+    if controllers in LIMITS:
+        root, file = LIMITS[controllers]
+        group = root / name.lstrip("/")
+        yield from (folder / file for folder in (group, *group.parents))
 
 
 def rss_bytes() -> int:
-    """What this process has."""
+    """Return the resident memory of this process in bytes."""
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def release_freed_memory() -> None:
-    """Let the C library give freed memory back to the system; glibc keeps what was freed in the middle of its heap."""
+    """Make glibc return freed memory to the system; by default it keeps what was freed in the middle of its heap."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,6 @@
-"""Options as dataclass fields: name, default, help, panel and check, each declared once.
+"""Options declared as dataclass fields: name, default, help text, panel and checks in one place.
 
-The command line, the Python signature, recipes and the record in secateur.json all follow from these fields.
+The command line, the Python signature, recipes and the record in secateur.json are made from these fields.
 """
 
 from collections.abc import Collection, Iterable
@@ -14,33 +14,35 @@ from secateur.base.errors import SecateurError
 
 
 class OptionSpec(NamedTuple):
-    """An option as a person meets it; the name and the default are those of its field."""
+    """Declaration of an option. The dataclass field gives the name and the default."""
 
     panel: str
+    """Heading under which `--help` lists the option."""
     help: str
     default_text: str | None = None
-    """The default in words."""
+    """Default in words, for `--help`; None to show the default itself."""
     choices: Collection[str] = ()
+    """Allowed values; empty if any value is allowed."""
     minimum: int | None = None
     percent: bool = False
-    """A person may write it in per cent."""
+    """Whether the command line also takes a percentage, such as 25%."""
     may_name_file: bool = False
-    """The value may name a file."""
+    """Whether the value may be the path of a file."""
     fit_only: bool = False
-    """Only the fit depends on it: `plan` and `survey` do without."""
+    """Whether only the fit depends on the option, so that `plan` and `survey` do not have it."""
 
 
-def option(default: Any, panel: str, help: str, **how: Any) -> Any:
-    """A field of a dataclass that is an option too; `how` as in `Declared`."""
-    return field(default=default, metadata={"option": OptionSpec(panel, help, **how)})
+def option(default: Any, panel: str, help: str, **settings: Any) -> Any:
+    """Return a dataclass field that is also an option; `settings` are the other fields of `OptionSpec`."""
+    return field(default=default, metadata={"option": OptionSpec(panel, help, **settings)})
 
 
 def option_specs(owner: type) -> dict[str, OptionSpec]:
-    """All options of a dataclass, by name."""
+    """Return the declarations of a dataclass's options, by field name."""
     return {one.name: one.metadata["option"] for one in fields(owner) if "option" in one.metadata}
 
 
-TYPES: dict[type, tuple[Any, str]] = {
+ACCEPTED: dict[type, tuple[Any, str]] = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     str: (str, "text"),
@@ -48,34 +50,40 @@ TYPES: dict[type, tuple[Any, str]] = {
     Path: (Path, "a path"),
     tuple: ((tuple, list), "a list of names"),
 }
-"""What an option of a type takes, and what that is called."""
+"""Types of values that an option of a declared type accepts, and how an error message calls them."""
 
 
 def check_types(owner: Any) -> None:
-    """See that what Python gave has the types that options are declared with; numbers may be NumPy's.
+    """Check that the options of a dataclass object have their declared types; turn numbers of NumPy into Python's.
 
     Raises:
-        SecateurError: another one.
+        SecateurError: an option has another type; the message names it.
     """
     hints = get_type_hints(type(owner))
     for name in option_specs(type(owner)):
-        hint = hints[name]
-        value, kinds = getattr(owner, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if value is None and NoneType in kinds:
-            continue
-        takes, called = TYPES[get_origin(kinds[0]) or kinds[0]]
-        items = value if takes == TYPES[tuple][0] and isinstance(value, takes) else ()
-        known = isinstance(value, takes) and all(isinstance(item, str) for item in items)
-        if not known or (isinstance(value, bool) and takes is not bool):
-            raise SecateurError(f"{name} is {value!r}; it must be {called}")
-        if isinstance(value, Integral) and abs(int(value)) >= 2**63:
-            raise SecateurError(f"{name} is a number of more than 18 digits; take a smaller one")
-        if takes in (Integral, Real) and not isinstance(value, int | float):
-            object.__setattr__(owner, name, int(value) if isinstance(value, Integral) else float(value))
+        object.__setattr__(owner, name, _checked(name, getattr(owner, name), hints[name]))
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """Return the value of an option if it fits the type hint, as a plain Python number if it is a number."""
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in types:
+        return None
+    accepted, description = ACCEPTED[get_origin(types[0]) or types[0]]
+    items = value if isinstance(value, tuple | list) else ()
+    # bool is a subclass of int, but no number here.
+    wrong_bool = isinstance(value, bool) != (accepted is bool)
+    if wrong_bool or not isinstance(value, accepted) or not all(isinstance(item, str) for item in items):
+        raise SecateurError(f"{name} is {value!r}; it must be {description}")
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+        raise SecateurError(f"{name} is a number of more than 18 digits; choose a smaller one")
+    if not isinstance(value, Real) or isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def changed_options(options: Any, names: Iterable[str]) -> dict[str, str]:
-    """Those options of some that are not the default, as a command line has them."""
+    """Return the named options that differ from their default, as text for a command line."""
     values = {name: getattr(options, name) for name in names}
     return {
         name: ",".join(value) if isinstance(value, tuple) else str(value)
@@ -85,5 +93,5 @@ def changed_options(options: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def cli_name(name: str) -> str:
-    """An option's name on the command line."""
+    """Return the name of an option on the command line, without the leading dashes."""
     return name.replace("_", "-")

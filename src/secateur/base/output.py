@@ -1,4 +1,4 @@
-"""Output."""
+"""The output of a command: checked before the work, complete after it."""
 
 from __future__ import annotations
 
@@ -10,65 +10,64 @@ from pathlib import Path
 from types import TracebackType
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import _sibling, local_path, remove, replace_atomically
+from secateur.base.files import hidden_sibling, local_path, remove, replace_atomically
 from secateur.base.json_files import parse_json
 from secateur.base.words import first_few
 
-_SPARE = 16 * 2**20
-"""Room kept beside the expected bytes of a folder, for configs and the tokenizer."""
+_SPARE_BYTES = 16 * 2**20
+"""Free space needed beyond the expected bytes of a folder, for configs and the tokenizer."""
 
 
 @dataclass
 class Output:
-    """An output of a command, checked before the work and whole after it.
+    """File or folder that a command writes.
 
-    As a context manager it gives the hidden name to write under: a folder that is there already, or a file to create.
+    As a context manager it yields the hidden path to write to, a new folder or an empty file, which replaces `path` at
+    the end.
     """
 
     path: Path
     suffix: str | None = None
-    """The ending of a file's name (empty for any); None for a folder."""
+    """End of the file name, empty for any; None if the output is a folder."""
     overwrite: bool = False
-    """Replace what is there: a file, a model folder, or a folder with nothing but `files`."""
+    """Whether to replace an existing file, model folder, or folder with no files but `file_names`."""
     source: Path | None = None
-    """The folder of the model being read, which the output must leave alone."""
+    """Folder of the model that is read, which is never replaced."""
     expected_bytes: int = 0
-    """What will be written, to be compared with the free space."""
+    """Expected size, compared with the free space of the disk; 0 for no check."""
     file_names: Collection[str] | None = None
-    """The names of all that a folder will hold, where that is no model."""
+    """All file names of a folder; None if the folder is a model."""
     resume_path: Path | None = None
-    """The hidden name of what is gone on with where a run was stopped."""
+    """Hidden path of an unfinished run to resume."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def __post_init__(self) -> None:
-        # Through symbolic links, so that the folder itself is replaced and not a link to it.
+        # Resolve symbolic links, so that a folder is replaced and not the link to it.
         self.path = local_path(self.path).resolve()
         self.source = None if self.source is None else self.source.resolve()
 
     def check(self) -> None:
-        """See that the output can be written, without leaving a trace.
+        """Check that the output can be written, and leave no trace.
 
         Raises:
-            SecateurError: it would touch the source or other files, its folder is missing or not writable, or the
-                disk is too small.
+            SecateurError: the path is not a possible one, something there must not be replaced, the disk is too small,
+                or the folder around the path is not writable.
         """
-        self._check_target()
-        self._check_room()
-        remove(self._reserve(_sibling(self.path, "partial")))
+        self._check_before_writing()
+        remove(self._create(hidden_sibling(self.path, "partial")))
 
     def __enter__(self) -> Path:
-        self._check_target()
-        self._check_room()
-        partial = self._stack.enter_context(replace_atomically(self.path, self._check_target, at=self.resume_path))
-        return self._reserve(partial)
+        self._check_before_writing()
+        context = replace_atomically(self.path, self._check_target, resume_path=self.resume_path)
+        return self._create(self._stack.enter_context(context))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def _reserve(self, partial: Path) -> Path:
-        """The hidden name, taken. Not by mkdtemp, whose folders nobody else may read."""
+    def _create(self, partial: Path) -> Path:
+        """Create the hidden folder or file, with the permissions of any other (unlike `tempfile.mkdtemp`)."""
         try:
             if self.suffix is None:
                 partial.mkdir(exist_ok=self.resume_path is not None)
@@ -76,70 +75,70 @@ class Output:
                 partial.touch()
         except OSError as error:
             raise SecateurError(
-                f"{self.path}: cannot write into {self.path.parent} ({error.strerror}); choose another place"
+                f"{self.path}: cannot write into {self.path.parent} ({error.strerror}); choose another path"
             ) from error
         return partial
 
-    def _check_room(self) -> None:
-        there = (file.stat().st_size for file in self.resume_path.rglob("*")) if self.resume_path else ()
-        needed = self.expected_bytes + (_SPARE if self.suffix is None else 0) - sum(there)
-        if self.expected_bytes and (free := shutil.disk_usage(self.path.parent).free) < needed:
-            raise SecateurError(
-                f"{self.path}: {needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room"
-            )
+    def _check_before_writing(self) -> None:
+        self._check_target()
+        self._check_disk()
 
     def _check_target(self) -> None:
-        """Everything that can be said of the target without writing."""
-        path = self.path
-        if self.suffix is not None and not path.name.lower().endswith(self.suffix):
-            raise SecateurError(f"{path}: the file's name must end in {self.suffix}; name it so")
-        if self.source is not None:
-            _check_source(path, self.source)
-        if path.is_mount() or path == Path.cwd():
-            what = "the folder you are in" if path == Path.cwd() else "where a file system is mounted"
-            raise SecateurError(f"{path}: this is {what}, which cannot be replaced; name a folder in it, not this one")
-        if path.exists():
-            self._check_present(path)
-        if not path.parent.is_dir():
-            raise SecateurError(f"{path}: the folder {path.parent} does not exist; create it first")
+        self._check_path()
+        if self.path.exists():
+            self._check_existing()
 
-    def _check_present(self, path: Path) -> None:
-        """What is at the target may be replaced."""
-        if path.is_dir() != (self.suffix is None):
-            here = "folder" if path.is_dir() else "file"
-            raise SecateurError(f"{path}: a {here} is there; choose another name")
-        if self.suffix is not None and not path.is_file():
-            raise SecateurError(f"{path}: no regular file is there; choose another name")
-        if path.is_file():
-            if not self.overwrite:
-                raise SecateurError(f"{path}: exists; choose another name, or overwrite it (--overwrite)")
+    def _check_disk(self) -> None:
+        """Check that the disk has room for what is still to be written."""
+        if not self.expected_bytes:
             return
-        present = sorted(file.name for file in path.iterdir())
-        if not present:
-            return
-        if not self.overwrite:
-            raise SecateurError(f"{path}: exists and is not empty; choose another name, or overwrite it (--overwrite)")
-        others = [] if self.file_names is None else [name for name in present if name not in self.file_names]
-        if others:
+        spare = _SPARE_BYTES if self.suffix is None else 0
+        written = sum(file.stat().st_size for file in self.resume_path.rglob("*")) if self.resume_path else 0
+        needed, free = self.expected_bytes + spare - written, shutil.disk_usage(self.path.parent).free
+        if free < needed:
             raise SecateurError(
-                f"{path}: not overwritten, as it holds other files ({first_few(others)}); choose another name"
-            )
-        if self.file_names is None and not _is_model(path):
-            raise SecateurError(
-                f"{path}: not overwritten, as it does not look like a model folder (no config.json with a model_type); "
-                "choose another name"
+                f"{self.path}: needs {needed / 1e6:,.1f} MB of disk space, but {free / 1e6:,.1f} MB are free; "
+                "free some space or choose another path"
             )
 
+    def _check_path(self) -> None:
+        """Check the path itself, whatever is there."""
+        path, model, parent = self.path, self.source, self.path.parent
+        nested = model is not None and (model in path.parents or path in model.parents)
+        named = path.name.lower().endswith(self.suffix or "")
+        self._refuse_if(not named, f"the file name must end in {self.suffix}; rename it")
+        self._refuse_if(path == model, "this is the folder of MODEL, which would be replaced; choose another path")
+        self._refuse_if(nested, "this path is inside or around the folder of MODEL; choose another path")
+        self._refuse_if(path == Path.cwd(), "this is the current folder, which cannot be replaced; choose a path in it")
+        self._refuse_if(path.is_mount(), "this is a mount point, which cannot be replaced; choose a path in it")
+        self._refuse_if(not parent.is_dir(), f"the folder {parent} does not exist; create it first")
 
-def _check_source(path: Path, source: Path) -> None:
-    """The output leaves the model's own folder alone."""
-    if path == source or path in source.parents or source in path.parents:
-        place = "the model's own folder" if path == source else "inside or around the model's own folder"
-        raise SecateurError(f"{path}: this is {place}, which would be lost or mixed up; choose another")
+    def _check_existing(self) -> None:
+        """Check that the existing file or folder may be replaced."""
+        path, is_folder, known = self.path, self.path.is_dir(), self.file_names
+        names = sorted(file.name for file in path.iterdir()) if is_folder else [path.name]
+        foreign = [name for name in names if known is not None and name not in known]
+        replaceable = not is_folder or not names or known is not None or _is_model(path)
+        exists = "exists and is not empty" if is_folder else "exists"
+        wrong_kind = f"a {'folder' if is_folder else 'file'} with this name exists; choose another name"
+        self._refuse_if(is_folder == (self.suffix is not None), wrong_kind)
+        self._refuse_if(not (is_folder or path.is_file()), "exists and is not a regular file; choose another name")
+        self._refuse_if(not self.overwrite and names != [], f"{exists}; choose another name or add --overwrite")
+        self._refuse_if(
+            foreign != [], f"not overwritten, as it contains other files ({first_few(foreign)}); choose another name"
+        )
+        self._refuse_if(
+            not replaceable,
+            "not overwritten, as it is no model folder (no config.json with a model_type); choose another name",
+        )
+
+    def _refuse_if(self, wrong: bool, reason: str) -> None:
+        if wrong:
+            raise SecateurError(f"{self.path}: {reason}")
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder looks like a model, which overwriting may remove."""
+    """Return whether a folder holds a model: a config.json with a model_type."""
     with contextlib.suppress(OSError, ValueError):
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         return isinstance(config, dict) and "model_type" in config

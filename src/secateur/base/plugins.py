@@ -1,4 +1,4 @@
-"""Plug-ins: folders of secateur that add options, criteria and recoveries, which the pipeline does not know by name."""
+"""Plug-ins: folders of secateur that add options, criteria and recoveries without being named in the pipeline."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,21 +6,21 @@ from functools import cache
 from importlib import import_module
 
 PLUGINS = ("secateur.paper.plugin",)
-"""Modules that hold a `PLUGIN`."""
+"""Modules that define a `PLUGIN`."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """What a folder adds. It is read before torch is loaded: heavy modules are named and imported on use."""
+    """Additions of one folder. It is imported before torch, so heavy modules are given by name."""
 
     options: type
-    """Dataclass whose fields become options of `prune`; its properties may override those of `Options`."""
+    """Dataclass whose fields become options of `prune`; its properties may override properties of `Options`."""
     helps: Mapping[str, str] = field(default_factory=dict)
-    """Sentences that follow the help of options that are there already, by name."""
+    """Sentences to append to the help texts of existing options, by option name."""
     preselections: tuple[str, ...] = ()
-    """Criteria that find heads which leave first, alone or as `name+X` in front of another criterion."""
+    """Criteria that select heads to remove first, used alone or as `name+X` before another criterion X."""
     recoveries: Mapping[str, str] = field(default_factory=dict)
-    """Modules of recoveries by name; see `secateur.fit.recovery`."""
+    """Modules of additional recoveries, by name; see `secateur.fit.recovery`."""
 
 
 @cache
@@ -30,10 +30,10 @@ def plugins() -> tuple[Plugin, ...]:
 
 
 def recovery_modules() -> Mapping[str, str]:
-    """Return the modules of all recoveries that plug-ins add, by name."""
+    """Return the modules of the recoveries that plug-ins add, by name."""
     return {name: module for plugin in plugins() for name, module in plugin.recoveries.items()}
 
 
 def preselections() -> tuple[str, ...]:
-    """Return the names of all criteria that find heads which leave first."""
+    """Return the names of the criteria that select heads to remove first."""
     return tuple(name for plugin in plugins() for name in plugin.preselections)

@@ -1,4 +1,4 @@
-"""How long steps tell about their progress: the library is silent, the command line draws bars."""
+"""Progress reports of long steps: the library is silent, the command line draws bars."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,33 +10,39 @@ T = TypeVar("T")
 
 
 class Watcher(Protocol):
-    """Whoever waits: is handed the items of a long loop and passes them on."""
+    """Receiver of progress reports."""
 
     def track(self, items: Iterable[T], what: str, done: int = 0) -> Iterator[T]:
-        """Yield the items one by one; `what` says what is being done, and as many before them were `done` earlier."""
+        """Yield the items of a long loop, and report how many are done.
+
+        Args:
+            items: items of the loop.
+            what: name of the step.
+            done: number of items that an earlier run has done, which are not among `items`.
+        """
 
     def note(self, text: str) -> None:
-        """Say one line about a choice that was made."""
+        """Report a choice or a finding in one line."""
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
-        """Show that a step of unknown length is under way; nothing is left of it."""
-
-
-def busy_reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[Any]:
-    """`busy` for what lies on disk; a download draws bars of its own, which a spinner would hide."""
-    return watcher.busy(f"{what} {source}") if local_path(source).exists() else nullcontext()
+        """Report that a step of unknown length is running while the context is open."""
 
 
 class Silent:
-    """Says nothing."""
+    """Watcher that reports nothing."""
 
     def track(self, items: Iterable[T], what: str, done: int = 0) -> Iterator[T]:
-        """Yield the items one by one."""
+        """Yield the items."""
         yield from items
 
     def note(self, text: str) -> None:
-        """Swallow a line."""
+        """Do nothing."""
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
-        """Show nothing."""
+        """Do nothing."""
         return nullcontext()
+
+
+def busy_reading(watcher: Watcher, what: str, source: str) -> AbstractContextManager[Any]:
+    """Report that a local file or folder is being read; nothing for a download, which draws its own bars."""
+    return watcher.busy(f"{what} {source}") if local_path(source).exists() else nullcontext()

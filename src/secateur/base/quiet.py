@@ -1,4 +1,4 @@
-"""Silence for transformers and the hub client while they load, undone afterwards."""
+"""Silencing of transformers and of the hub client while they load."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,14 +11,11 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings below errors and no progress bars inside; what was set before holds again after.
-
-    Where the logger `secateur` is to say everything, so may they.
-    """
+    """Hide warnings and progress bars of libraries, unless the logger `secateur` is at level DEBUG."""
     if getLogger("secateur").isEnabledFor(DEBUG):
         yield
         return
-    verbosity, bars, hub_silent = (
+    verbosity, bars, no_hub_bars = (
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),
         are_progress_bars_disabled(),
@@ -32,13 +29,13 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            # This also switches the hub's bars on, which somebody may have switched off alone.
+            # This enables the bars of the hub client, too, which may have been disabled before.
             logging.enable_progress_bar()
-            if hub_silent:
+            if no_hub_bars:
                 disable_progress_bars()
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's message as one line, for a message of ours."""
+    """Return the first line of an exception's message that is not blank, or else the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,8 +1,7 @@
-"""The state of an unfinished run, in a hidden folder beside its output, from which the same command resumes.
+"""The state of an unfinished run, in a hidden folder next to its output, from which the same command resumes.
 
-Results of steps are JSON files; the checkpoint of a long step is a folder of its own
-(`secateur.model.pass_checkpoint`). One process holds the folder at a time: the system gives its lock back whatever ends
-the process.
+The result of a step is a JSON file; the checkpoint of a long step is a subfolder (`secateur.model.pass_checkpoint`).
+One process at a time locks the folder. The operating system releases the lock however the process ends.
 """
 
 import fcntl
@@ -18,67 +17,73 @@ from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.json_files import read_hashed, write_hashed
 
 REQUEST, ROWS, LOCK = "asked", "rows", "lock"
+"""Names of the files with the request, with the hashes of the calibration rows, and with the lock."""
 PARTIAL_OUTPUT = "model"
-"""The folder in which the output grows."""
+"""Name of the subfolder in which the output is written."""
 
 
 class RunFolder:
-    """The state of one run, as a context manager: gone when the run is through, kept where it was stopped."""
+    """Folder with the state of one run.
 
-    def __init__(self, out: Path, asked: dict[str, Any], *, restart: bool = False):
-        """Nothing is written yet.
+    A context manager: when the context ends, the folder is deleted, unless the run was stopped and can be resumed.
+    """
+
+    def __init__(self, out: Path, request: dict[str, Any], *, restart: bool = False):
+        """Prepare the folder without writing anything.
 
         Args:
-            out: what the run makes.
-            asked: all that decides the result, by the names that a person gives it.
-            restart: forget what is there.
+            out: output of the run.
+            request: everything that decides the result, by the names that the user knows.
+            restart: delete the state of an earlier run.
         """
         self.path = run_folder_path(out)
-        self._asked, self._restart = json.loads(json.dumps(asked)), restart
-        self._lock = -1
+        self._request, self._restart = json.loads(json.dumps(request)), restart
+        self._lock_file: int | None = None
 
     def __enter__(self) -> "RunFolder":
-        """Take the folder.
+        """Create or resume the folder, and lock it.
 
         Raises:
-            SecateurError: another process has it, it is of another run, or it is damaged.
+            SecateurError: another process has locked it, it belongs to another request, or it is damaged.
         """
+        request_file = self.path / f"{REQUEST}.json"
         try:
-            self._take()
-            if self._restart:
+            self._lock()
+            # Anything written before the request was complete is of no use.
+            if self._restart or not request_file.exists():
                 self._clear()
-            asked = self.path / f"{REQUEST}.json"
-            if asked.exists():
-                self._compare(read_hashed(asked))
-            else:
-                # What was begun before the question was down is of no use.
-                self._clear()
-                write_hashed(asked, self._asked)
+                write_hashed(request_file, self._request)
+            self._check_request(read_hashed(request_file))
         except BaseException:
-            self._give_back()
+            self._unlock()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not (error and self.is_kept_after(error)):
             shutil.rmtree(self.path, ignore_errors=True)
-        self._give_back()
+        self._unlock()
 
     def clean(self) -> None:
-        """Remove what is there, unless another process is at work.
+        """Delete the folder.
 
         Raises:
-            SecateurError: one is.
+            SecateurError: another process has locked it.
         """
         if self.path.exists():
             try:
-                self._take()
+                self._lock()
                 shutil.rmtree(self.path)
             finally:
-                self._give_back()
+                self._unlock()
 
     def result(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a step's result as JSON holds it; it is made unless it is there. The step's checkpoint is removed."""
+        """Return the result of a step, as JSON holds it, and delete the checkpoint of the step.
+
+        Args:
+            name: name of the step.
+            make: computes the result if it is not saved yet.
+        """
         file = self.path / f"{name}.json"
         if not file.exists():
             write_hashed(file, make())
@@ -86,64 +91,69 @@ class RunFolder:
         return read_hashed(file)
 
     def has_result(self, name: str) -> bool:
-        """Whether a step's result is there."""
+        """Return whether the result of a step is saved."""
         return (self.path / f"{name}.json").exists()
 
     def folder(self, name: str) -> Path:
-        """Return the folder of a step's checkpoint."""
+        """Return the folder for the checkpoint of a step."""
         return self.path / name
 
     def has_results(self) -> bool:
-        """Whether there is anything that took time."""
+        """Return whether the folder holds anything that took time to compute."""
         return any(file.suffix == ".json" and file.stem not in (REQUEST, ROWS) for file in self.path.rglob("*"))
 
     def is_kept_after(self, error: BaseException) -> bool:
-        """Whether the folder stays after an error: what we object to would come again, what was interrupted goes on."""
+        """Return whether the folder is kept after an error: an interrupted run can be resumed, a wrong request not."""
         return self.has_results() and (isinstance(error, StoppedError) or not isinstance(error, SecateurError))
 
-    def _take(self) -> None:
+    def _lock(self) -> None:
         try:
             self.path.mkdir(exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock_file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise SecateurError(f"{self.path}: cannot be written ({error.strerror}); choose another place") from error
+            raise SecateurError(f"{self.path}: cannot be written ({error.strerror}); choose another OUT") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SecateurError(
-                f"{self.path}: another run is at work there; wait for it, or name another OUT"
+                f"{self.path}: another run is using this folder; wait until it ends, or choose another OUT"
             ) from error
         except OSError:
-            # A file system without locks: what is left is to trust people.
+            # The file system has no locks, so two runs with the same OUT are not noticed.
             pass
         if not (self.path / LOCK).exists():
-            raise SecateurError(f"{self.path}: another run has just ended there; run again")
+            raise SecateurError(f"{self.path}: another run has just deleted this folder; run the same command again")
 
-    def _give_back(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
 
     def _clear(self) -> None:
-        for one in self.path.iterdir():
-            if one.is_dir():
-                shutil.rmtree(one)
-            elif one.name != LOCK:
-                one.unlink()
+        """Delete everything in the folder but the lock."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
 
-    def _compare(self, there: dict[str, Any]) -> None:
-        """Refuse a run that asked for something else."""
-        for name in [*self._asked, *there]:
-            before, now = there.get(name), self._asked.get(name)
+    def _check_request(self, saved: dict[str, Any]) -> None:
+        """Check that the saved request is the one of this run.
+
+        Raises:
+            SecateurError: it is not; the message names the first difference.
+        """
+        for name in [*self._request, *saved]:
+            before, now = saved.get(name), self._request.get(name)
             if before != now:
                 raise SecateurError(
-                    f"{self.path}: holds a run with {name} {_shown(before)}, now {_shown(now)}; ask for the same to go "
-                    "on with it, or add --restart to begin anew"
+                    f"{self.path}: the unfinished run has {name} {_shown(before)}, this command has {_shown(now)}; use "
+                    "the same value to resume it, or add --restart to start over"
                 )
 
 
 def run_folder_path(out: Path) -> Path:
-    """Where the state of the run that makes `out` lies."""
+    """Return the path of the folder for the run that writes `out`."""
     return out.with_name(f".{out.name}.run")
 
 

@@ -1,22 +1,22 @@
-"""Numbers, lists and dtypes in words."""
+"""Numbers and lists as text, and names of dtypes."""
 
 from collections.abc import Sequence
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Names of the dtypes in which weights are written and computed with."""
+"""Names of the dtypes in which weights can be written, and models evaluated."""
 
 
 def format_count(value: float, digits: int = 2) -> str:
-    """A number of parameters: `134.52 M`; the plain number below a million, of which decimals would leave little."""
+    """Return a number of parameters as text: in millions, such as `134.52 M`, or the plain number below a million."""
     return f"{value / 1e6:,.{digits}f} M" if value >= 1e6 else f"{value:,.0f}"
 
 
 def first_few(names: Sequence[str], limit: int = 3) -> str:
-    """The first few of a list of names, and how many more there are."""
+    """Return the first names of a list and the number of the others, such as `a, b, c and 4 more`."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_duplicate(names: Sequence[str]) -> str | None:
-    """A name that is there more than once."""
+    """Return the first name that occurs more than once, or None."""
     return next((name for name in names if names.count(name) > 1), None)

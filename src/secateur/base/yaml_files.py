@@ -1,4 +1,4 @@
-"""YAML."""
+"""YAML files from outside, checked for size and nesting."""
 
 import math
 from pathlib import Path
@@ -8,39 +8,44 @@ import yaml
 
 from secateur.base.errors import SecateurError
 
-_MOST_ENTRIES = 1_000_000
-"""Of a YAML file, whose aliases make much of few lines."""
+_MAX_ENTRIES = 1_000_000
+"""Largest number of entries of a YAML value, as a few lines of aliases can expand to billions."""
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """What a YAML file holds.
+    """Return the value of a YAML file.
 
     Raises:
-        SecateurError: it is no YAML, with the line, or holds more than any file of ours.
+        SecateurError: the file is not valid YAML, or too large after its aliases are expanded.
     """
     text = path.read_text(encoding="utf-8")
     try:
-        found = yaml.load(text, Loader=loader)
+        value = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise SecateurError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); correct it") from error
+        line = "" if mark is None else f" line {mark.line + 1}"
+        raise SecateurError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); correct it") from error
     except RecursionError as error:
         raise SecateurError(f"{path}: nested too deeply; correct it") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        # A day that no month has, a number with more digits than Python reads.
-        raise SecateurError(f"{path}: a value in it cannot be read ({error}); correct it") from error
-    if _entries(found, {}) > _MOST_ENTRIES:
-        raise SecateurError(f"{path}: its aliases come to more than {_MOST_ENTRIES:,} entries; write out what is meant")
-    return found
+        # For example the 31st of February, or a number with more digits than Python reads.
+        raise SecateurError(f"{path}: a value cannot be read ({error}); correct it") from error
+    if _count_entries(value, {}) > _MAX_ENTRIES:
+        raise SecateurError(f"{path}: its aliases expand to more than {_MAX_ENTRIES:,} entries; use fewer aliases")
+    return value
 
 
-def _entries(value: Any, known: dict[int, float]) -> float:
-    """Entries of a value, as often as they are seen; infinitely many where it is part of itself."""
+def _count_entries(value: Any, known: dict[int, float]) -> float:
+    """Return the number of entries of a value with all aliases expanded; infinity if a value contains itself.
+
+    Args:
+        value: the value of a YAML file.
+        known: counts of the values that were visited before, by id.
+    """
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
         known[id(value)] = math.inf
-        inner = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_entries(one, known) for one in inner)
+        children = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_entries(child, known) for child in children)
     return known[id(value)]

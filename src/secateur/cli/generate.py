@@ -1,8 +1,8 @@
 """Options of a command from dataclasses: each declared field becomes one command-line option.
 
-A command is a plain function. A parameter annotated with `Options`, `RunOptions` or another dataclass whose fields are
-declared by `secateur.base.options.option` stands for one command-line option per field; the function is called with an
-object of the dataclass. `Only(...)` and `Without(...)` in the annotation select some of the fields.
+A command is a plain function with dataclasses as parameters: `Options`, `RunOptions` or any other whose fields are
+declared by `secateur.base.options.option`. On the command line, each field is an option; the function gets an object of
+the dataclass. `Only(...)` and `Without(...)` in the annotation of a parameter select some of the fields.
 """
 
 import inspect
@@ -90,7 +90,7 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _group(annotation: Any) -> _Group | None:
-    """Return the group of options that an annotation stands for, or None if it is an ordinary parameter."""
+    """Return the group of options behind an annotation, or None if it is an ordinary parameter."""
     owner, *notes = get_args(annotation) or (annotation,)
     if not (is_dataclass(owner) and isinstance(owner, type)):
         return None

@@ -56,7 +56,7 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Another process may finish first; its folder is as good as this one.
-        with replace_atomically(folder, keep=True, advice=ADVICE) as partial:
+        with replace_atomically(folder, keep_existing=True, advice=ADVICE) as partial:
             partial.mkdir()
             _convert(file, reader, partial, dtype)
     except OSError as error:
