@@ -211,10 +211,13 @@ OPTIONS: list[tuple[str, str]] = [
     ("--sparsity nan", "sparsity is nan; it must lie between"),
     ("--sparsity inf", "sparsity is inf; it must lie between"),
     ("--sparsity abc", "--sparsity"),
-    ("--sparsity 0.995", "99.5% of the blocks is more than the modules hold: at most 99.4% can go"),
-    ("--sparsity 0.99 --widths uniform", "99.0% of the blocks is more than the modules hold: at most"),
-    ("--sparsity 0.9 --modules channels", "(only channels were asked for)"),
-    ("--sparsity 0.5 --modules heads --widths uniform", "more than the modules hold: at most 26.5% can go (only heads"),
+    ("--sparsity 0.995", "sparsity 99.5% is out of reach: at most 99.4% of the blocks can be removed"),
+    ("--sparsity 0.99 --widths uniform", "sparsity 99.0% is out of reach: at most"),
+    ("--sparsity 0.9 --modules channels", "only channels may be removed"),
+    (
+        "--sparsity 0.5 --modules heads --widths uniform",
+        "out of reach: at most 26.5% of the blocks can be removed; only heads",
+    ),
     ("--recovery most", "recovery is 'most'; it must be one of refit, bias, none, paper"),
     ("--modules nonsense", "modules is 'nonsense'; give one or more of heads, channels, experts"),
     ("--modules heads,heads", "give one or more of heads, channels, experts"),
@@ -245,7 +248,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--round 0", "round is 0; it must be at least 1"),
     (
         "--round 96 --modules channels --widths uniform",
-        "round is 96, but the model has 72 channels; take a smaller one",
+        "--round 96 leaves nothing to remove: the model has 72 channels",
     ),
     (
         "--criterion best",
@@ -281,18 +284,18 @@ OPTIONS: list[tuple[str, str]] = [
     ("--calibration model/model.safetensors", "has an unknown extension: text is read from .txt and .jsonl files"),
     ("--frobnicate", "--frobnicate"),
     ("--sparsity", "--sparsity"),
-    ("--target params=1", "target params=1 is out of reach: the least is"),
-    ("--target params=1 --widths uniform", "or let more go"),
-    ("--target bytes=1kB", "ask for bytes=50500, or let more go"),
-    ("--target kv=50% --modules channels", "what may be pruned here changes nothing of it; let other modules go too"),
-    ("--target params=2G", "the dense model takes no more than"),
+    ("--target params=1", "target params=1 is out of reach: the smallest possible value is"),
+    ("--target params=1 --widths uniform", "or allow more in --modules or --blocks"),
+    ("--target bytes=1kB", "request bytes=50500, or allow more"),
+    ("--target kv=50% --modules channels", "the modules that may be pruned do not change this quantity"),
+    ("--target params=2G", "the dense model has no more than"),
     (
         "--target params=80pounds",
-        "target 'params=80pounds': no unit 'pounds' (there are K, M, G, B, %); write for exam",
+        "target 'params=80pounds': 'pounds' is not a unit of params (use K, M, G, B, %); write for exam",
     ),
     ("--target weight=3", "target 'weight=3': write one of params, active, bytes, kv, prefill, decode, ppl, then ="),
-    ("--target prefill=2", "prefill is a ratio ending in x; write for example prefill=1.5x"),
-    ("--target ppl=0.9x", "it is how much the perplexity may grow, over the dense one and must be above 1x"),
+    ("--target prefill=2", "'' is not a unit of prefill (use x); write for example prefill=1.5x"),
+    ("--target ppl=0.9x", "the ratio to the dense model's perplexity must be above 1x"),
     ("--target ppl=1.2x --dry-run", "the size for a target of perplexity is found by pruning; leave out --dry-run"),
     ("--sparsity 0.2 --target params=80%", "--sparsity and --target both say how much goes; leave one of them out"),
     ("--target params=80% --plan text.txt", "--target and --plan both say how much goes"),
@@ -300,9 +303,9 @@ OPTIONS: list[tuple[str, str]] = [
     ("--plan text.txt --widths text.txt", "--plan and --widths with a file both say how much goes"),
     ("--plan missing.json", "plan is 'missing.json', where there is no file"),
     ("--plan text.txt", "text.txt: not readable as JSON"),
-    ("--plan model/config.json", "model/config.json: no plan: it needs a list 'blocks'"),
+    ("--plan model/config.json", "model/config.json: not a plan: 'blocks' must be a list"),
     ("--widths text.txt", "text.txt: not readable as JSON"),
-    ("--widths model/config.json", "is no range of blocks; write first:end within 0:3"),
+    ("--widths model/config.json", "is not a range of blocks; write first:end within 0:3"),
     ("--format stock", "the stock format holds one width for all blocks: take --widths uniform, or --format hf"),
     ("--format onnx", "format is 'onnx'; it must be one of hf, stock, gguf"),
     ("--format gguf", "out: the file name must end in .gguf; rename it"),
@@ -454,7 +457,7 @@ ARGUMENTS = [
     ("plan", "Missing argument 'MODEL'; see secateur plan --help"),
     ("plan nowhere/at/all", "nowhere/at/all: does not exist"),
     ("plan model --sparsity 0.2 --target params=80%", "--sparsity and --target both say how much goes"),
-    ("plan model --target params=1", "target params=1 is out of reach: the least is"),
+    ("plan model --target params=1", "target params=1 is out of reach: the smallest possible value is"),
     ("plan model --target ppl=1.2x", "found by pruning: use secateur prune; its secateur.json is a plan"),
     ("plan model --plan text.txt", "text.txt: not readable as JSON"),
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
@@ -477,7 +480,7 @@ ARGUMENTS = [
     ("prune model out --sparsity 25", "sparsity is 25.0; it must lie between 0 and 1, for example 0.25"),
     ("prune model out --sparsity 0%", "sparsity is 0.0; it must lie between 0 and 1"),
     ("sizes model --out sizes --sparsities .1,2", "sparsity is 2.0; it must lie between 0 and 1"),
-    ("sizes model --out sizes --sparsities .1,.999", "99.9% of the blocks is more than the modules hold: at most"),
+    ("sizes model --out sizes --sparsities .1,.999", "sparsity 99.9% is out of reach: at most"),
     (
         "sizes model --out sizes --sparsities .25,.25000001",
         "sparsity-0.25: two sizes would have one name; leave one of",
@@ -573,9 +576,12 @@ def made(place: Path, runs: Path) -> None:
 
 
 WRONG_FILES = [
-    ("prune mistral out --plan adaptive/secateur.json", "a plan for another model; remove its fingerprint to use it"),
-    ("prune gpt2 out --plan adaptive/secateur.json", "a plan for another model"),
-    ("plan mistral --plan adaptive/secateur.json", "a plan for another model"),
+    (
+        "prune mistral out --plan adaptive/secateur.json",
+        "this plan was made for another model; remove 'fingerprint' to use it",
+    ),
+    ("prune gpt2 out --plan adaptive/secateur.json", "this plan was made for another model"),
+    ("plan mistral --plan adaptive/secateur.json", "this plan was made for another model"),
     ("prune mistral out --survey survey.json", "survey.json: a survey of other weights; name another file to make"),
     ("plan mistral --survey survey.json", "survey.json: a survey of other weights"),
     ("sizes mistral --out sizes --survey survey.json", "survey.json: a survey of other weights"),
@@ -595,11 +601,11 @@ WRONG_FILES = [
     ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both say how much"),
     (
         "prune model out --plan typo.json",
-        "typo.json: block 0: no key 'head' is known; write block, channels,",
+        "typo.json: block 0: unknown key 'head'; use block, channels,",
     ),
     (
         "prune model out --plan other.json",
-        "other.json: block 0: its width is not that of its heads and channels",
+        "other.json: block 0: 'width' does not match the listed units",
     ),
     (
         "prune model out --survey energy.json",
@@ -623,7 +629,7 @@ WRONG_FILES = [
     ),
     (
         "prune model out --widths uniform --target ppl=1.1x --modules channels --round 128",
-        "round is 128, but the model has 72 channels",
+        "--round 128 leaves nothing to remove: the model has 72 channels",
     ),
     ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "widths; the nearest that fits: --widths"),
     ("prune adaptive out", "can be evaluated but not pruned again; prune the dense model"),
@@ -653,7 +659,7 @@ def test_heads_that_a_stock_class_cannot_lose(
         refused(result, f"{name} derives its head size from hidden_size / heads")
         assert "prune channels only" in result.err
     result = run("prune", model, "out", *SMALL, "--widths", "uniform", "--sparsity", "0.9")
-    refused(result, "more than the modules hold: at most")
+    refused(result, "is out of reach: at most")
     assert listing(place) == before
 
 
@@ -869,7 +875,7 @@ def test_a_target_that_widths_cannot_meet_is_said(place: Path, run: Run) -> None
     assert abs(record["reached"] - record["wanted"]) > 0.005
     assert record["note"] in result.out
     assert "Note: " in result.out
-    assert "in place of 20.0%" in " ".join(result.out.split())
+    assert "instead of 20.0%" in " ".join(result.out.split())
 
 
 def test_other_dtypes(place: Path, run: Run) -> None:

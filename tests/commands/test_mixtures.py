@@ -128,7 +128,7 @@ def test_channels_of_a_shared_expert_are_a_plan_too(tmp_path: Path, checkpoint_f
     name = "model.layers.1.mlp.shared_mlp.up_proj.weight"
     assert torch.equal(found[name], dense[name][60:68])
     file.write_text(json.dumps({"blocks": [entry | {"channels": each + beside[1:]}]}))
-    with pytest.raises(SecateurError, match=r"the shared expert, whose channels begin at 576, must keep 8, not 7"):
+    with pytest.raises(SecateurError, match=r"7 are listed of the shared expert, whose channels begin at 576; list 8"):
         prune(model, tmp_path / "wrong", plan=str(file), **SMALL)
 
 
@@ -146,16 +146,16 @@ def test_ratios_are_of_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFo
 
 
 WRONG = {
-    "too few": ({"block": 1, "experts": [0, 1]}, "a token meets 3 experts, and 2 are listed; keep more"),
-    "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; the module has 0 to 7"),
+    "too few": ({"block": 1, "experts": [0, 1]}, "2 are listed, but at least 3 must stay; list more"),
+    "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; use indices from 0 to 7"),
     "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
     "a width too narrow": (
         {"block": 1, "width": numbers(2, 20)},
-        "2 experts cannot be had: 3 to 8",
+        "2 experts are not possible; use 3 to 8",
     ),
     "no channels": (
         {"block": 1, "width": numbers(8, 0)},
-        "0 channels in each cannot be had: 1 to 20",
+        "0 channels in each are not possible; use 1 to 20",
     ),
     "channels of which no kernel is": (
         {"block": 1, "width": numbers(8, 13)},
@@ -163,15 +163,16 @@ WRONG = {
     ),
     "channels of an expert that goes": (
         {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},
-        "channels: 60 is of expert 3, which is not kept; remove it",
+        "channels: 60 belongs to expert 3, which is not kept; remove it",
     ),
     "channels not of all": (
         {"block": 1, "experts": [0, 1, 2], "channels": list(range(8))},
-        "each expert must keep as many as the others, and at least one",
+        "all experts must keep the same number, and at least one",
     ),
     "a width of channels": (
         {"block": 1, "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 2}},
-        "list the heads and experts to keep, or give a width of kv_groups, heads_per_group, experts, expert_channels",
+        "list the heads and experts to keep, or give a width with whole numbers for kv_groups, heads_per_group, "
+        "experts, expert_channels",
     ),
 }
 
@@ -188,14 +189,16 @@ def test_a_wrong_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder, case:
 def test_groups_must_stay_alike(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"blocks": [{"block": 1, "experts": [0, 1, 2, 4]}]}))
-    with pytest.raises(SecateurError, match=r"experts: each group must keep as many as the others \(group 0 keeps 3"):
+    with pytest.raises(
+        SecateurError, match=r"experts: each group of experts must keep the same number of experts \(group 0 keeps 3"
+    ):
         prune(checkpoint_folder("glm4_moe groups"), tmp_path / "out", plan=str(file), **SMALL)
 
 
 REFUSED = {
-    "more than a token meets leaves": ({"sparsity": 0.9, "modules": ("experts",)}, "only experts were asked for"),
-    "more than the channels are": ({"sparsity": 0.9, "modules": ("channels",)}, "only channels were asked for"),
-    "speed": ({"target": "decode=1.1x"}, "how long experts take depends on where tokens go"),
+    "more than a token meets leaves": ({"sparsity": 0.9, "modules": ("experts",)}, "only experts may be removed"),
+    "more than the channels are": ({"sparsity": 0.9, "modules": ("channels",)}, "only channels may be removed"),
+    "speed": ({"target": "decode=1.1x"}, "the time of experts depends on the tokens that are routed to them"),
     "gguf": ({"sparsity": 0.2, "format": "gguf"}, "qwen3moe has one width for all blocks, so prune all of them"),
     "some blocks": ({"sparsity": 0.2, "widths": "uniform", "blocks": "1:3"}, "only 1:3 are to be pruned"),
     "an order": ({"sparsity": 0.2, "criterion": "experts=l1"}, "that of experts must be one of reroute, reap"),

@@ -105,7 +105,7 @@ def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
         assert curve["lost"] == pytest.approx([errors[units - n] / 0.5 if n else 1.0 for n in left], rel=1e-3)
         kind = module["kind"]
         widths = [wide(n, 1 if n else 0, channels) if kind == "heads" else wide(32, 1, n) for n in left]
-        wanted = [prices.of(0, blocks[0].module(kind), width) for width in widths]
+        wanted = [prices.module_cost(0, blocks[0].module(kind), width) for width in widths]
         assert curve["price"] == pytest.approx(wanted, rel=1e-3)
 
 
@@ -225,7 +225,7 @@ def test_shares_out_of_reach_are_left_out(place: Path, run: Run) -> None:
     assert [one["share"] for one in data["plans"]] == [share for share in survey_page.SHARES if share <= most]
     refused(
         run("prune", "model", "OUT", *SMALL, "--modules", "heads", "--sparsity", f"{most + 0.05}"),
-        "more than the modules hold",
+        "is out of reach",
     )
 
 

@@ -138,8 +138,8 @@ def test_a_target_of_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFol
     [
         ({"target": "params=1%"}, "is out of reach"),
         ({"target": "params=90%", "sparsity": 0.1}, "--sparsity and --target both say how much goes"),
-        ({"target": "prefill=1.5"}, "prefill is a ratio ending in x"),
-        ({"sparsity": 0.999}, "more than the modules hold"),
+        ({"target": "prefill=1.5"}, "is not a unit of prefill"),
+        ({"sparsity": 0.999}, "is out of reach"),
     ],
 )
 def test_nothing_is_written_for_a_wrong_target(
@@ -247,10 +247,10 @@ def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: lis
     model, out = checkpoint_folder("llama"), tmp_path / "sizes"
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
-    common = {"running": RunOptions(device="cpu"), "watcher": Silent()}
+    common = {"run_options": RunOptions(device="cpu"), "watcher": Silent()}
     options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
     wrong = [Options(sparsity=0.999, **SMALL), *options]
-    with pytest.raises(SecateurError, match=r"99\.9% of the blocks is more than the modules hold"):
+    with pytest.raises(SecateurError, match=r"sparsity 99\.9% is out of reach"):
         sizes(model, out, wrong, texts=[], tokens=None, **common)
     assert not out.exists()
     assert not surveys

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.plan import knapsack
-from secateur.plan.knapsack import choose
+from secateur.plan.knapsack import select_options
 
 Instance = tuple[list[Any], list[Any], float]
 
@@ -32,7 +32,7 @@ def brute(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float | 
 
 def check(instance: Instance) -> None:
     costs, sizes, budget = instance
-    found, least = choose(costs, sizes, budget), brute(costs, sizes, budget)
+    found, least = select_options(costs, sizes, budget), brute(costs, sizes, budget)
     if least is None:
         assert found is None
         return
@@ -89,7 +89,7 @@ def test_budget_equal_to_a_selection():
         costs = [np.sort(rng.random(4))[::-1].copy() for _ in range(4)]
         options = rng.integers(0, 4, 4)
         budget = float(sum(size[o] for size, o in zip(sizes, options, strict=True)))
-        found = choose(costs, sizes, budget)
+        found = select_options(costs, sizes, budget)
         assert found is not None
         assert found.size <= budget
         assert found.cost <= sum(cost[o] for cost, o in zip(costs, options, strict=True)) + 1e-9
@@ -98,14 +98,14 @@ def test_budget_equal_to_a_selection():
 def test_nothing_fits():
     sizes = [np.array([3.0, 2.0]), np.array([5.0, 9.0])]
     costs = [np.zeros(2), np.zeros(2)]
-    assert choose(costs, sizes, 6.999) is None
-    found = choose(costs, sizes, 7.0)
+    assert select_options(costs, sizes, 6.999) is None
+    found = select_options(costs, sizes, 7.0)
     assert found is not None
     assert found.options == (1, 0)
 
 
 def test_all_that_costs_nothing_fits():
-    found = choose([np.array([0.0, 1.0])] * 3, [np.array([2.0, 1.0])] * 3, 100.0)
+    found = select_options([np.array([0.0, 1.0])] * 3, [np.array([2.0, 1.0])] * 3, 100.0)
     assert found is not None
     assert (found.options, found.cost, found.proven) == ((0, 0, 0), 0.0, True)
 
@@ -127,7 +127,7 @@ def large(seed: int, modules: int, options: int, convex: bool) -> Instance:
 def test_large_instances(modules, options, convex):
     costs, sizes, budget = large(1, modules, options, convex)
     start = time.process_time()
-    found = choose(costs, sizes, budget)
+    found = select_options(costs, sizes, budget)
     taken = time.process_time() - start
     assert found is not None
     assert found.size <= budget
@@ -156,14 +156,14 @@ def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> flo
 
 def test_more_sums_than_are_held(monkeypatch):
     """It is then a good selection within the budget, and says that it may not be the best."""
-    monkeypatch.setattr(knapsack, "STATES", 3)
+    monkeypatch.setattr(knapsack, "MAX_STATES", 3)
     rng = np.random.default_rng(2)
     proven = 0
     for _ in range(30):
         sizes = [rng.integers(1, 1000, 5).astype(float) for _ in range(5)]
         costs = [1000 / size + rng.random(5) for size in sizes]
         budget = float(sum(np.median(size) for size in sizes))
-        found, least = choose(costs, sizes, budget), brute(costs, sizes, budget)
+        found, least = select_options(costs, sizes, budget), brute(costs, sizes, budget)
         assert found is not None
         assert least is not None
         assert found.size <= budget

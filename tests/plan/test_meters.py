@@ -37,7 +37,7 @@ from secateur.model.surgery import slice_block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan import latency, meters
-from secateur.plan.latency import Latency, grid, measured, medians, stopwatch
+from secateur.plan.latency import LatencyTable, grid, latency_table, medians, stopwatch
 from secateur.plan.meters import (
     Meter,
     budget_of,
@@ -278,7 +278,7 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
     full = stream.blocks[0].width
     partly = wide(full.groups, full.per_group, 0)
     if not stream.blocks[0].attention.locked:
-        partly = wide(full.groups - 1, full.per_group, grid(full.channels, latency.POINTS)[-2])
+        partly = wide(full.groups - 1, full.per_group, grid(full.channels, latency.GRID_POINTS)[-2])
     length = tiny.POSITIONS - 1
     for widths in ({}, {0: wide(0, 0, full.channels), 1: partly}):
         out = tmp_path / f"{len(widths)}"
@@ -286,7 +286,7 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
         with quiet():
             checkpoint = open_checkpoint(out)
             model = model_class(checkpoint.config).from_pretrained(out, dtype=torch.float32)
-        case = latency._case(model, kind, latency._whole(model, length), latency._whole(model, 1))
+        case = latency._case(model, kind, latency._model_call(model, length), latency._model_call(model, 1))
         with torch.inference_mode():
             assert meter.total(widths) == pytest.approx(operations(case))
 
@@ -304,8 +304,8 @@ def test_latency_between_measured_widths(opened):
 def test_latency_of_what_is_no_module(opened, monkeypatch):
     """Embedding and output layer count once, norms and the like in every block."""
     line = ((0, 0.0), (6, 1.0))
-    table = Latency(dict.fromkeys((*HEADS, CHANNELS), line), outside=5.0, rest=2.0)
-    monkeypatch.setattr(meters, "measured", lambda *_: table)
+    table = LatencyTable(dict.fromkeys((*HEADS, CHANNELS), line), model_overhead=5.0, block_overhead=2.0)
+    monkeypatch.setattr(meters, "latency_table", lambda *_: table)
     meter = latency_meter(opened("llama"), "decode", CPU, torch.float32, Silent())
     assert meter.total(dict.fromkeys(range(3), wide(0, 0, 0))) == 5.0 + 3 * 2.0
     single: Any = SimpleNamespace(blocks=opened("llama").blocks[:1])
@@ -315,18 +315,18 @@ def test_latency_of_what_is_no_module(opened, monkeypatch):
 def test_latency_where_groups_and_heads_are_gone():
     line = ((0, 0.0), (2, 4.0), (4, 12.0))
     lines = {KV_GROUPS: line, HEADS_PER_GROUP: ((0, 0.0), (3, 12.0)), CHANNELS: ((0, 0.0), (10, 5.0))}
-    table = Latency(lines, 1.0, 2.0)
-    assert table.module(HEADS, wide(4, 3, 0)) == 12
-    assert table.module(HEADS, wide(3, 3, 0)) == 8
-    assert table.module(HEADS, wide(4, 1, 0)) == pytest.approx(4)
-    assert table.module(HEADS, wide(3, 1, 0)) == pytest.approx(8 / 3)
-    assert table.module(HEADS, wide(0, 0, 9)) == 0
-    assert table.module([CHANNELS], wide(4, 3, 4)) == 2
+    table = LatencyTable(lines, 1.0, 2.0)
+    assert table.module_seconds(HEADS, wide(4, 3, 0)) == 12
+    assert table.module_seconds(HEADS, wide(3, 3, 0)) == 8
+    assert table.module_seconds(HEADS, wide(4, 1, 0)) == pytest.approx(4)
+    assert table.module_seconds(HEADS, wide(3, 1, 0)) == pytest.approx(8 / 3)
+    assert table.module_seconds(HEADS, wide(0, 0, 9)) == 0
+    assert table.module_seconds([CHANNELS], wide(4, 3, 4)) == 2
 
 
 def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
     """Whatever noise there is on the clock."""
-    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
     dice = random.Random(3)
 
     def noisy(case: latency.Case) -> float:
@@ -344,7 +344,7 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
         assert line[0] == 0
         assert line[-1] > 0
     assert meter.fixed > 0
-    table = measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
+    table = latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
     assert table.lines[KV_GROUPS][-1][1] == table.lines[HEADS_PER_GROUP][-1][1], (
         "the dense attention takes one time, however it is narrowed"
     )
@@ -352,20 +352,20 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
 
 def test_latency_is_kept(tmp_path, opened, monkeypatch):
     stream = opened("llama")
-    first = measured(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
-    assert measured(stream, 2, "decode", CPU, torch.float32, Silent(), fails) == first
+    first = latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
+    assert latency_table(stream, 2, "decode", CPU, torch.float32, Silent(), fails) == first
     for kind, dtype in (("prefill", torch.float32), ("decode", torch.bfloat16)):
         with pytest.raises(AssertionError, match="measured again"):
-            measured(stream, 0, kind, CPU, dtype, Silent(), fails)
-    other = measured(stream, 0, "prefill", CPU, torch.float32, Silent(), operations)
-    assert measured(stream, 0, "prefill", CPU, torch.float32, Silent(), fails) == other
+            latency_table(stream, 0, kind, CPU, dtype, Silent(), fails)
+    other = latency_table(stream, 0, "prefill", CPU, torch.float32, Silent(), operations)
+    assert latency_table(stream, 0, "prefill", CPU, torch.float32, Silent(), fails) == other
     assert other.lines[CHANNELS][-1][1] == (tiny.POSITIONS - 1) * first.lines[CHANNELS][-1][1], (
         "a prompt has as many tokens"
     )
-    assert other.outside == first.outside, "logits are asked for of one token"
+    assert other.model_overhead == first.model_overhead, "logits are asked for of one token"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     with pytest.raises(AssertionError, match="measured again"):
-        measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
+        latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
 
 
 def changed(**keys: Any) -> Callable[[str], str]:
@@ -382,9 +382,9 @@ def lined(**lines: Any) -> Callable[[str], str]:
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        changed(rest=None),
-        changed(rest=float("nan")),
-        changed(outside=-1.0),
+        changed(block_overhead=None),
+        changed(block_overhead=float("nan")),
+        changed(model_overhead=-1.0),
         lined(channels=[[0, 0.0]]),
         lined(channels=[[0, 0.0], [9, 2.0], [72, 1.0]]),
         lined(channels=7),
@@ -394,27 +394,27 @@ def lined(**lines: Any) -> Callable[[str], str]:
 )
 def test_broken_cache_files_are_measured_again(tmp_path, opened, spoil):
     stream = opened("llama")
-    first = measured(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
+    first = latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
     (file,) = (tmp_path / "cache" / "secateur" / "latency").iterdir()
     whole = file.read_text()
     file.write_text(spoil(whole))
     with pytest.raises(AssertionError, match="measured again"):
-        measured(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
-    assert measured(stream, 0, "decode", CPU, torch.float32, Silent(), operations) == first
+        latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), fails)
+    assert latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), operations) == first
     assert file.read_text() == whole
 
 
 def test_without_a_cache_folder(tmp_path, opened, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert measured(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations).rest == 0
+    assert latency_table(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations).block_overhead == 0
 
 
 def test_measuring_leaves_random_numbers_alone(opened):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    measured(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations)
+    latency_table(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -428,10 +428,10 @@ def test_medians_take_turns_until_they_settle(monkeypatch):
         count = runs.count(name)
         return {"a": 1.0, "b": 2.0}[name] * (50 if count == 1 or count % 5 == 4 else 1)
 
-    monkeypatch.setattr(latency, "SECONDS", 1e9)
+    monkeypatch.setattr(latency, "MAX_SECONDS", 1e9)
     cases: Any = [lambda: "a", lambda: "b"]
     assert medians(cases, timer) == [1.0, 2.0]
-    assert runs.count("a") == runs.count("b") > latency.ROUNDS
+    assert runs.count("a") == runs.count("b") > latency.MIN_ROUNDS
     assert all(set(runs[i : i + 2]) == {"a", "b"} for i in range(0, len(runs), 2))
 
 
@@ -443,7 +443,7 @@ def test_medians_end_in_time(monkeypatch):
         times.append(dice.choice([1.0, 10.0]))
         return times[-1]
 
-    monkeypatch.setattr(latency, "SECONDS", 100.0)
+    monkeypatch.setattr(latency, "MAX_SECONDS", 100.0)
     monkeypatch.setattr(latency, "perf_counter", lambda: sum(times))
     cases: Any = [lambda: "a", lambda: "b"]
     medians(cases, timer)
@@ -503,9 +503,9 @@ def test_a_budget_above_the_dense_model():
         ("bytes=10MB", 99.99e6, "bytes=99.99MB"),
         ("prefill=9x", 33.33e6, "prefill=3x"),
         ("decode=3x", 51e6, "decode=1.96x"),
-        ("decode=3x", 99.9e6, "changes nothing of it"),
-        ("kv=50%", 100e6, "changes nothing of it"),
-        ("bytes=5MB", 100e6, "changes nothing of it"),
+        ("decode=3x", 99.9e6, "do not change this quantity"),
+        ("kv=50%", 100e6, "do not change this quantity"),
+        ("bytes=5MB", 100e6, "do not change this quantity"),
     ],
 )
 def test_targets_out_of_reach(target, least, says):
@@ -519,7 +519,7 @@ def test_targets_out_of_reach(target, least, says):
 
 
 def test_meters_by_target(opened, monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
     stream = opened("llama")
     how: Any = {"dtype": torch.bfloat16, "output_bytes": lambda: byte_meter(stream, torch.bfloat16), "device": CPU}
     how["watcher"] = Silent()
@@ -531,7 +531,7 @@ def test_meters_by_target(opened, monkeypatch):
     assert meter.format_value(0.0123) == "12.3 ms"
     assert meter.dense > 0
     for target in ("kv=80%", "decode=2x"):
-        with pytest.raises(SecateurError, match="attend with keys and values of others"):
+        with pytest.raises(SecateurError, match="attend to keys and values of other blocks"):
             meter_of(parse_target(target), opened("gemma4_text small"), **how)
 
 

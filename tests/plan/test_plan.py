@@ -213,11 +213,13 @@ def test_what_the_format_cannot_hold_is_not_planned(wishes: Wishes) -> None:
         assert all(held(width) is None for width in found.widths.values())
     free = plan(wishes(0.5), "adaptive", survey_of(wish.blocks))
     assert any(held(width) for width in free.widths.values())
-    with pytest.raises(SecateurError, match=r"more than the modules hold: at most \d\d\.\d% can go; too narrow"):
+    with pytest.raises(
+        SecateurError, match=r"is out of reach: at most \d\d\.\d% of the blocks can be removed; too narrow"
+    ):
         check_reachable(replace(wish, target=0.9))
     refused = replace(wish, unsupported_reason=lambda _: "nothing fits")
     for check in (check_reachable, uniform_plans):
-        with pytest.raises(SecateurError, match="the format cannot hold this: nothing fits"):
+        with pytest.raises(SecateurError, match="the format cannot hold any narrower width: nothing fits"):
             check(refused)
 
 
@@ -315,13 +317,15 @@ def test_the_nearest_where_none_is_near(wishes: Wishes) -> None:
     found = plan(wishes(0.2, kinds=("heads",)), "uniform")
     assert abs(found.sparsity - 0.2) > TOLERANCE
     assert found.note is not None
-    assert f"{found.sparsity:.1%} goes in place of 20.0%: it is the nearest among the widths" in found.note
+    assert f"sparsity is {found.sparsity:.1%} instead of 20.0%: this is the nearest among the widths" in found.note
 
 
 def test_units_that_give_nothing_go_beyond_the_target(wishes: Wishes) -> None:
     wish = wishes(0.1)
     found = wish.plan({index: block.width | {CHANNELS: 9} for index, block in enumerate(wish.blocks)}, 0.0)
-    assert found.note == f"{found.sparsity:.1%} goes in place of 10.0%: all of it is of units that give next to nothing"
+    assert (
+        found.note == f"sparsity is {found.sparsity:.1%} instead of 10.0%: all removed units contribute next to nothing"
+    )
 
 
 # Out of reach.
@@ -331,12 +335,12 @@ def test_units_that_give_nothing_go_beyond_the_target(wishes: Wishes) -> None:
 @pytest.mark.parametrize(
     ("goal", "more", "message"),
     [
-        (0.9999, {}, r"a sparsity of 100.0% of the blocks is more than the modules hold: at most \d\d\.\d% can go"),
-        (0.9, {"kinds": ("channels",)}, r"\(only channels were asked for\)"),
-        ("params=100", {}, r"target params=100 is out of reach: the least is .*; ask for params=\d"),
-        ("params=5%", {}, r"target params=5% is out of reach: .*; ask for params=\d\d(\.\d)?%, or let more go"),
-        ("kv=90%", {"kinds": ("channels",)}, "what may be pruned here changes nothing of it; let other modules go"),
-        ("params=1G", {}, "the dense model takes no more than .*; ask for less"),
+        (0.9999, {}, r"sparsity 100.0% is out of reach: at most \d\d\.\d% of the blocks can be removed"),
+        (0.9, {"kinds": ("channels",)}, r"; only channels may be removed"),
+        ("params=100", {}, r"target params=100 is out of reach: the smallest possible value is .*; request params=\d"),
+        ("params=5%", {}, r"target params=5% is out of reach: .*; request params=\d\d(\.\d)?%, or allow more"),
+        ("kv=90%", {"kinds": ("channels",)}, "the modules that may be pruned do not change this quantity"),
+        ("params=1G", {}, "the dense model has no more than .*; request less"),
     ],
 )
 def test_out_of_reach(wishes: Wishes, widths: str, goal: float | str, more: dict[str, Any], message: str) -> None:
@@ -345,7 +349,7 @@ def test_out_of_reach(wishes: Wishes, widths: str, goal: float | str, more: dict
     if widths == "adaptive":
         calls.append(lambda: check_reachable(wish))
     if widths == "uniform" and goal == "kv=90%":
-        message = "changes nothing of it|nothing can go"
+        message = "do not change this quantity|nothing can be removed"
     for call in calls:
         with pytest.raises(SecateurError, match=message) as caught:
             call()
@@ -356,7 +360,7 @@ def test_the_nearest_that_is_named_can_be_had(wishes: Wishes) -> None:
     for goal in ("params=100", "params=5%", "bytes=1kB", "bytes=3%"):
         with pytest.raises(SecateurError) as caught:
             check_reachable(wishes(goal))
-        named = str(caught.value).partition("ask for ")[2].partition(",")[0]
+        named = str(caught.value).partition("request ")[2].partition(",")[0]
         wish = wishes(named)
         check_reachable(wish)
         found: Plan = plan(wish, "adaptive", survey_of(wish.blocks))

@@ -1,4 +1,4 @@
-"""Plans out of files: what they may say, every way in which they may be wrong, and that they give what they say."""
+"""Plan files and ratio files: their contents, every possible error, and the models that they give."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.structure import Block
-from secateur.plan.plan_file import read_plan, read_ratios
+from secateur.plan.plan_file import read_plan
+from secateur.plan.ratio_file import read_ratios
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
-PRINT = "0123"
-NAMES = "or give a width of kv_groups, heads_per_group, channels"
+FINGERPRINT = "0123"
+NAMES = "or give a width with whole numbers for kv_groups, heads_per_group, channels"
 
 
 @cache
 def blocks(name: str = "llama") -> list[Block]:
-    """Of the Llama: three groups of two heads, 72 channels."""
+    """Return the blocks of a model; those of the Llama have three KV groups of two heads, and 72 channels."""
     return blocks_of(build(name))
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Callable[[Any], Path]:
-    """A file with these contents."""
+    """Return a function that writes a file with given contents."""
 
     def write(contents: Any) -> Path:
         path = tmp_path / "plan.json"
@@ -46,7 +47,7 @@ def file(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
-def test_exact_units(file: Callable[[Any], Path]) -> None:
+def test_a_plan_file_lists_units(file: Callable[[Any], Path]) -> None:
     path = file(
         {
             "blocks": [
@@ -56,7 +57,7 @@ def test_exact_units(file: Callable[[Any], Path]) -> None:
             ]
         }
     )
-    widths, units = read_plan(path, blocks(), PRINT)
+    widths, units = read_plan(path, blocks(), FINGERPRINT)
     assert widths == {0: wide(0, 0, 0), 1: wide(3, 2, 1), 2: wide(2, 1, 3)}
     assert list(widths) == [0, 1, 2]
     assert units == {
@@ -66,13 +67,13 @@ def test_exact_units(file: Callable[[Any], Path]) -> None:
     }
 
 
-def test_widths_alone(file: Callable[[Any], Path]) -> None:
+def test_a_plan_file_gives_widths(file: Callable[[Any], Path]) -> None:
     said = [
         numbers(2, 2, 9),
         numbers(0, 0, 0),
     ]
-    path = file({"fingerprint": PRINT, "blocks": [{"block": i, "width": width} for i, width in enumerate(said)]})
-    assert read_plan(path, blocks(), PRINT) == ({0: wide(2, 2, 9), 1: wide(0, 0, 0)}, {})
+    path = file({"fingerprint": FINGERPRINT, "blocks": [{"block": i, "width": width} for i, width in enumerate(said)]})
+    assert read_plan(path, blocks(), FINGERPRINT) == ({0: wide(2, 2, 9), 1: wide(0, 0, 0)}, {})
 
 
 def numbers(groups: Any, heads: Any, channels: Any) -> dict[str, Any]:
@@ -84,44 +85,50 @@ def one(**entry: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "not readable as JSON"),
+    "not JSON": ("{", "not readable as JSON"),
     "a list": ([], "must be a JSON object, as secateur.json is"),
-    "no blocks": ({"fingerprint": PRINT}, "no plan: it needs a list 'blocks', each with block, heads and channels"),
-    "empty": ({"blocks": []}, "no plan: it needs a list 'blocks'"),
-    "a survey": ({"blocks": "0:2", "curves": []}, "no plan: it needs a list 'blocks'"),
-    "numbers for blocks": ({"blocks": [1, 2]}, "no plan: it needs a list 'blocks'"),
-    "another model": ({"fingerprint": "4567", **one(heads=[0])}, "a plan for another model; remove its fingerprint"),
+    "no blocks": (
+        {"fingerprint": FINGERPRINT},
+        "not a plan: 'blocks' must be a list of entries, each with block, heads and channels",
+    ),
+    "empty": ({"blocks": []}, "not a plan: 'blocks' must be a list of entries"),
+    "a survey": ({"blocks": "0:2", "curves": []}, "not a plan: 'blocks' must be a list of entries"),
+    "numbers for blocks": ({"blocks": [1, 2]}, "not a plan: 'blocks' must be a list of entries"),
+    "another model": (
+        {"fingerprint": "4567", **one(heads=[0])},
+        "made for another model; remove 'fingerprint' to use it anyway",
+    ),
     "no such block": ({"blocks": [{"block": 3, "heads": []}]}, "block 3 does not exist; the model has blocks 0 to 2"),
     "negative block": ({"blocks": [{"block": -1, "heads": []}]}, "block -1 does not exist"),
     "no block": ({"blocks": [{"heads": []}]}, "block None does not exist"),
     "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "block True does not exist"),
-    "twice": ({"blocks": [{"block": 1, "heads": []}] * 2}, "block 1 is there twice"),
-    "a head twice": (one(heads=[0, 1, 1]), "block 0, heads: 1 is there twice"),
-    "a channel twice": (one(channels=[5, 4, 5]), "block 0, channels: 5 is there twice"),
-    "too large a head": (one(heads=[6]), "block 0, heads: 6 does not exist; the module has 0 to 5"),
-    "too large a channel": (one(channels=[0, 72]), "block 0, channels: 72 does not exist; the module has 0 to 71"),
+    "two entries for a block": ({"blocks": [{"block": 1, "heads": []}] * 2}, "block 1 has two entries"),
+    "a head twice": (one(heads=[0, 1, 1]), "block 0, heads: 1 is listed twice"),
+    "a channel twice": (one(channels=[5, 4, 5]), "block 0, channels: 5 is listed twice"),
+    "too large a head": (one(heads=[6]), "block 0, heads: 6 does not exist; use indices from 0 to 5"),
+    "too large a channel": (one(channels=[0, 72]), "block 0, channels: 72 does not exist; use indices from 0 to 71"),
     "negative": (one(channels=[-1]), "block 0, channels: -1 does not exist"),
-    "no list": (one(heads=3), "block 0, heads: must be a list of indices to keep"),
-    "fractions": (one(channels=[0.5]), "block 0, channels: must be a list of indices to keep"),
+    "no list": (one(heads=3), "block 0, heads: must be a list of the indices to keep"),
+    "fractions": (one(channels=[0.5]), "block 0, channels: must be a list of the indices to keep"),
     "a width of booleans": (
         {"blocks": [{"block": 0, "width": numbers(True, True, 4)}]},
         "block 0: list the heads and channels to keep",
     ),
-    "booleans": (one(heads=[True, False]), "block 0, heads: must be a list of indices to keep"),
-    "ragged groups": (
+    "booleans": (one(heads=[True, False]), "block 0, heads: must be a list of the indices to keep"),
+    "groups of different sizes": (
         one(heads=[0, 1, 2]),
-        "heads: each key/value group must keep as many as the others, or none (group 0 keeps 2, group 1 keeps 1)",
+        "heads: each KV group must keep the same number of heads, or none (group 0 keeps 2, group 1 keeps 1)",
     ),
-    "lists in some": (
+    "lists in some blocks only": (
         {
             "blocks": [
                 {"block": 0, "heads": [0]},
                 {"block": 1, "width": numbers(3, 2, 9)},
             ]
         },
-        "block 1 has no heads and channels, as others have; list them everywhere",
+        "block 1 has no heads and channels; list them in every block, or in no block",
     ),
-    "nothing said": (
+    "an empty entry": (
         one(),
         f"list the heads and channels to keep, {NAMES}",
     ),
@@ -133,18 +140,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
         one(width={"kv_groups": 2, "heads_per_group": 2, "channels": 9, "depth": 1}),
         NAMES,
     ),
-    "half a channel": (one(width=numbers(2, 2, 9.5)), "or give a width of"),
+    "half a channel": (one(width=numbers(2, 2, 9.5)), "or give a width with whole numbers"),
     "too wide": (
         one(width=numbers(3, 2, 73)),
-        "73 channels cannot be had: 1 to 72",
+        "73 channels are not possible; use 1 to 72",
     ),
     "negative width": (
         one(width=numbers(3, 2, -1)),
-        "-1 channels cannot be had: 1 to 72",
+        "-1 channels are not possible; use 1 to 72",
     ),
     "both fewer": (
         one(width=numbers(2, 1, 72)),
-        "a plan narrows one of kv_groups and heads_per_group at a time",
+        "the width is narrower along kv_groups and heads_per_group",
     ),
 }
 
@@ -158,25 +165,27 @@ def refused(call: Callable[[], Any], path: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_plan(file: Callable[[Any], Path], case: str) -> None:
+def test_an_error_names_what_is_wrong_with_a_plan_file(file: Callable[[Any], Path], case: str) -> None:
     contents, message = REFUSED[case]
     path = file(contents)
-    refused(lambda: read_plan(path, blocks(), PRINT), path, message)
+    refused(lambda: read_plan(path, blocks(), FINGERPRINT), path, message)
 
 
-def test_locked_heads(file: Callable[[Any], Path]) -> None:
+def test_single_locked_heads_cannot_be_removed(file: Callable[[Any], Path]) -> None:
     path = file(one(heads=[0, 1, 2, 3]))
-    refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "block 0, heads: single heads cannot be removed")
+    refused(
+        lambda: read_plan(path, blocks("olmo2"), FINGERPRINT), path, "block 0, heads: single heads cannot be removed"
+    )
     path = file(one(width=numbers(2, 2, 72)))
-    refused(lambda: read_plan(path, blocks("olmo2"), PRINT), path, "2 KV groups cannot be had: 3")
+    refused(lambda: read_plan(path, blocks("olmo2"), FINGERPRINT), path, "2 KV groups are not possible; use 3")
     for heads in ([], list(range(6))):
-        assert read_plan(file(one(heads=heads)), blocks("olmo2"), PRINT)[0][0].heads == len(heads)
+        assert read_plan(file(one(heads=heads)), blocks("olmo2"), FINGERPRINT)[0][0].heads == len(heads)
 
 
 # Ratios.
 
 
-def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
+def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file: Callable[[Any], Path]) -> None:
     path = file({"0:1": 0.5, "1:3": {"channels": 0.25}})
     assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36), 1: wide(3, 2, 54), 2: wide(3, 2, 54)}
     # The nearest multiple; the attention has its own steps.
@@ -185,7 +194,7 @@ def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
     # A large multiple does not empty a module.
     assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == wide(3, 2, 64)
     large = file({"0:3": {"channels": 0.9}})
-    refused(lambda: read_ratios(large, blocks(), 200), large, "nothing goes")
+    refused(lambda: read_ratios(large, blocks(), 200), large, "no unit is removed")
     assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == wide(3, 2, 32)
 
 
@@ -194,48 +203,49 @@ def test_ratios_of_ranges(file: Callable[[Any], Path]) -> None:
     [
         ("nonsense", "not readable as JSON"),
         ("[0.5]", "must be a JSON object"),
-        ({"0": 0.5}, "'0' is no range of blocks; write first:end within 0:3"),
-        ({"0:4": 0.5}, "'0:4' is no range of blocks"),
-        ({"2:1": 0.5}, "'2:1' is no range of blocks"),
-        ({"1:1": 0.5}, "'1:1' is no range of blocks"),
-        ({"-1:2": 0.5}, "'-1:2' is no range of blocks"),
+        ({"0": 0.5}, "'0' is not a range of blocks; write first:end within 0:3"),
+        ({"0:4": 0.5}, "'0:4' is not a range of blocks"),
+        ({"2:1": 0.5}, "'2:1' is not a range of blocks"),
+        ({"1:1": 0.5}, "'1:1' is not a range of blocks"),
+        ({"-1:2": 0.5}, "'-1:2' is not a range of blocks"),
         ({"0:2": 0.5, "1:3": 0.5}, "block 1 is in two ranges"),
-        ({"0:2": 1.5}, "0:2: write the share that goes, from 0 to 1, or one each for heads, channels, experts"),
-        ({"0:2": -0.1}, "write the share that goes"),
-        ({"0:2": "half"}, "write the share that goes"),
-        ({"0:2": True}, "write the share that goes"),
-        ({"0:2": {"heads": 0.5, "layers": 0.5}}, "write the share that goes"),
-        ({"0:2": float("nan")}, "write the share that goes"),
-        ({}, "nothing goes: no range, or ratios too small to remove a unit"),
-        ({"0:3": 0}, "nothing goes"),
-        ({"0:3": 0.001}, "nothing goes"),
+        ({"0:2": 1.5}, "0:2: write the share to remove, from 0 to 1, or one share each for heads, channels, experts"),
+        ({"0:2": -0.1}, "write the share to remove"),
+        ({"0:2": "half"}, "write the share to remove"),
+        ({"0:2": True}, "write the share to remove"),
+        ({"0:2": {"heads": 0.5, "layers": 0.5}}, "write the share to remove"),
+        ({"0:2": float("nan")}, "write the share to remove"),
+        ({}, "no unit is removed; add a range, or increase the ratios"),
+        ({"0:3": 0}, "no unit is removed"),
+        ({"0:3": 0.001}, "no unit is removed"),
     ],
 )
-def test_wrong_ratios(file: Callable[[Any], Path], contents: Any, message: str) -> None:
+def test_an_error_names_what_is_wrong_with_a_ratio_file(
+    file: Callable[[Any], Path], contents: Any, message: str
+) -> None:
     path = file(contents)
     refused(lambda: read_ratios(path, blocks(), 1), path, message)
 
 
-# There and back.
+# Models pruned by a plan file.
 
 
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_mark_at_the_beginning(file: Callable[[Any], Path]) -> None:
+def test_a_byte_order_mark_is_ignored(file: Callable[[Any], Path]) -> None:
     path = file("\ufeff" + json.dumps({"0:1": 0.5}))
     assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36)}
 
 
-def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="not readable as JSON"):
         read_plan(tmp_path, blocks(), "")
 
 
-def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """The same units on the same text are the same weights to rounding, as sums over the inputs that stay need not
-    round like parts of longer ones; other text refits the same units."""
+def test_secateur_json_is_a_plan_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """The same units and text give the same weights, up to the rounding of sums; another text refits the same units."""
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL}
     prune(model, tmp_path / "first", **wishes)
     plan = {"plan": str(tmp_path / "first" / "secateur.json")}
@@ -255,7 +265,7 @@ def test_a_record_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder)
     assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
 
 
-def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_the_output_of_secateur_plan_is_a_plan_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model, wishes = checkpoint_folder("mistral"), {"sparsity": 0.4, **SMALL}
     found = propose(model, Options(**wishes), watcher=Silent())
     assert found.fingerprint == open_checkpoint(model).fingerprint
@@ -272,7 +282,7 @@ def test_a_proposal_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolde
     assert again.plan.widths == found.plan.widths
 
 
-def test_edited_units_are_obeyed(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_edited_units_are_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 1, "heads": [2, 3], "channels": [0, 71]}]}))
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
     assert summary.widths == {1: wide(1, 2, 2)}
@@ -280,8 +290,10 @@ def test_edited_units_are_obeyed(tmp_path: Path, checkpoint_folder: CheckpointFo
     assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
 
 
-def test_units_of_a_width_that_no_plan_has(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """One of two heads of one group: the record of such a run is a plan, too."""
+def test_units_may_have_a_width_that_secateur_plan_never_chooses(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """Such a width is one of two heads of one KV group; the secateur.json of that run is a plan file, too."""
     asked = {"blocks": [{"block": 0, "heads": [3], "channels": [0]}]}
     (tmp_path / "plan.json").write_text(json.dumps(asked))
     prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
@@ -291,8 +303,10 @@ def test_units_of_a_width_that_no_plan_has(tmp_path: Path, checkpoint_folder: Ch
     assert units == {0: {"heads": (3,), "channels": (0,)}}
 
 
-def test_the_print_tells_weights_apart(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """The folder's name does not matter; one changed weight does."""
+def test_models_with_different_weights_have_different_fingerprints(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """A fingerprint depends on every weight, but not on the folder's name."""
     import shutil
 
     from safetensors.torch import load_file, save_file

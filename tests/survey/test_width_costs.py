@@ -31,7 +31,7 @@ def channels(errors: Sequence[float], energy: float = 1.0) -> ErrorCurve:
 
 
 def price(found: WidthCosts, gone: int) -> float:
-    return found.of(0, block().feed_forward, wide(3, 2, 72 - gone))
+    return found.module_cost(0, block().feed_forward, wide(3, 2, 72 - gone))
 
 
 BASE = 1e-6
@@ -88,7 +88,7 @@ def test_each_way_of_cutting_heads_has_its_curve() -> None:
     attention = block().attention
     widths = {(3, 2): 0.0, (2, 2): 0.6, (1, 2): 1.5, (3, 1): 0.9, (0, 0): 3.0}
     for (groups, heads), wanted in widths.items():
-        assert found.of(0, attention, wide(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
+        assert found.module_cost(0, attention, wide(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
 
 
 def test_a_plan_costs_its_modules_together() -> None:

@@ -13,8 +13,9 @@ from secateur.formats.format import Format, format_class
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reachable, uniform_alternative, uniform_plans
-from secateur.plan.plan_file import read_plan, read_ratios
+from secateur.plan.plan_file import read_plan
 from secateur.plan.problem import Plan, PlanProblem
+from secateur.plan.ratio_file import read_ratios
 from secateur.plan.target import SPEEDUPS, Target
 from secateur.plan.widths import default_multiple
 

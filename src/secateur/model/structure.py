@@ -233,6 +233,11 @@ class Block:
         return [axis for module in self.modules for axis in module.axes]
 
     @property
+    def free_axes(self) -> list[Axis]:
+        """Axes along which single units can be removed."""
+        return [axis for axis in self.axes if not axis.locked]
+
+    @property
     def kinds(self) -> tuple[str, str]:
         """Of the units in either."""
         return self.attention.kind, self.feed_forward.kind

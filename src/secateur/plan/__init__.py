@@ -1,1 +1,1 @@
-"""From a target to a width for every module."""
+"""Plans: from a target to a width for every module."""

@@ -1,86 +1,126 @@
-"""The width of each block under one budget: the same for all, or those that together cost least.
+"""Widths of all blocks within one budget: one width for every block, or the widths with the lowest total cost.
 
-What a plan takes is a sum over modules (`plan/meters.py`), and so is what it costs (`survey/width_costs.py`); the best
-widths are then a separable knapsack (`plan/knapsack.py`).
+The size of a model (`plan/meters.py`) and the cost of a plan (`survey/width_costs.py`) are sums over modules. The
+widths with the lowest cost are therefore the solution of a separable knapsack problem (`plan/knapsack.py`).
 """
 
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secateur.model.axes import Width
-from secateur.plan.knapsack import choose
+from secateur.model.structure import PrunableModule
+from secateur.plan.knapsack import select_options
 from secateur.plan.problem import PlanProblem
 from secateur.plan.widths import head_widths
 from secateur.survey.width_costs import WidthCosts
 
 
-def adaptive(problem: PlanProblem, prices: WidthCosts) -> dict[int, Width] | None:
-    """The widths of the chosen blocks that cost least within the budget, or None if nothing is small enough."""
-    blocks, meter = problem.blocks, problem.meter
-    modules = problem.modules
-    options = [problem.widths_of(index, module) for index, module in modules]
-    costs, sizes = [], []
-    for (index, module), widths in zip(modules, options, strict=True):
-        costs.append(np.array([prices.of(index, module, width) for width in widths]))
-        sizes.append(np.array([float(meter.module_size(index, module.kind, width)) for width in widths]))
-    result = {index: blocks[index].width for index in problem.pruned_blocks}
-    elsewhere = meter.total(result) - sum(float(size[0]) for size in sizes)
-    best = choose(costs, sizes, problem.budget - elsewhere)
-    if best is None:
-        return None
-    for (index, module), widths, option in zip(modules, options, best.options, strict=True):
-        result[index] |= {axis.name: widths[option][axis.name] for axis in module.axes}
+@dataclass(frozen=True)
+class ModuleOptions:
+    """Widths that a plan may choose for one module, with the size of the module at each of them."""
+
+    block: int
+    """Index of the module's block."""
+    module: PrunableModule
+    widths: list[Width]
+    """Widths of the block, the dense one first; only the numbers along the module's own axes differ."""
+    sizes: NDArray[np.float64]
+    """Size of the module at each width, in the meter's unit."""
+
+
+def module_options(problem: PlanProblem) -> list[ModuleOptions]:
+    """Return the options of every prunable module of the pruned blocks."""
+    result = []
+    for index, module in problem.modules:
+        widths = problem.widths_of(index, module)
+        sizes = [float(problem.meter.module_size(index, module.kind, width)) for width in widths]
+        result.append(ModuleOptions(index, module, widths, np.array(sizes)))
     return result
 
 
-def narrowest(problem: PlanProblem) -> float:
-    """The least that the model can take where each module has its own width, in the meter's unit."""
-    blocks, meter = problem.blocks, problem.meter
-    total = meter.total({index: blocks[index].width for index in problem.pruned_blocks})
-    for index, module in problem.modules:
-        sizes = [meter.module_size(index, module.kind, width) for width in problem.widths_of(index, module)]
-        total += min(sizes) - sizes[0]
-    return total
-
-
-def uniform(problem: PlanProblem, *, over: bool) -> tuple[list[tuple[Width, float]], float, list[str]]:
-    """One width for all chosen blocks: for each way of cutting the attention, feed-forwards that fill the budget.
-
-    With `over`, the nearest width is taken, even if it exceeds the budget by less than the next one falls short of it.
+def adaptive_widths(problem: PlanProblem, costs: WidthCosts) -> dict[int, Width] | None:
+    """Return the widths of the pruned blocks with the lowest total cost within the budget.
 
     Returns:
-        Widths with what the model takes at them; the least that it can take; and why some cuts were left out.
+        The width of each pruned block by its index; None if even the narrowest widths exceed the budget.
     """
-    meter, budget = problem.meter, problem.budget
-    block = problem.reference_block
-    # Narrowest first; experts leave, or channels of every one.
-    axes = [axis for axis in block.feed_forward.axes if axis.kind in problem.kinds]
-    ways = [[{axis.name: number} for number in reversed(axis.all_numbers(problem.multiple))] for axis in axes] or [[{}]]
-    found: list[tuple[Width, float]] = []
-    reasons: list[str] = []
-    least = meter.dense
+    options = module_options(problem)
+    widths = problem.dense_widths
+    constant = problem.meter.total(widths) - sum(float(each.sizes[0]) for each in options)
+    option_costs = [
+        np.array([costs.module_cost(each.block, each.module, width) for width in each.widths]) for each in options
+    ]
+    best = select_options(option_costs, [each.sizes for each in options], problem.budget - constant)
+    if best is None:
+        return None
+    for each, option in zip(options, best.options, strict=True):
+        widths[each.block] |= {axis.name: each.widths[option][axis.name] for axis in each.module.axes}
+    return widths
 
-    def taken(width: Width) -> float:
+
+def smallest_size(problem: PlanProblem) -> float:
+    """Return the size of the model with every module at its narrowest width, in the meter's unit."""
+    dense = problem.meter.total(problem.dense_widths)
+    return dense + sum(float(each.sizes.min() - each.sizes[0]) for each in module_options(problem))
+
+
+@dataclass
+class UniformWidths:
+    """Results of the search for one width for all blocks."""
+
+    candidates: list[tuple[Width, float]]
+    """Widths near the budget, each with the size of the model in the meter's unit."""
+    smallest_size: float
+    """Size of the model at the narrowest width that the format supports, in the meter's unit."""
+    unsupported_reasons: list[str]
+    """Reasons why the format cannot hold the widths that were left out."""
+
+
+def search_uniform_widths(problem: PlanProblem, *, allow_excess: bool) -> UniformWidths:
+    """Find the widths that fill the budget best when all pruned blocks get the same width.
+
+    For each number of KV groups and heads, the search looks for the feed-forward width that fills the budget.
+
+    Args:
+        problem: what to plan.
+        allow_excess: also accept a width that exceeds the budget, if it is nearer to the budget than the next
+            narrower one.
+    """
+    dense, meter, budget = problem.reference_block.width, problem.meter, problem.budget
+    result = UniformWidths([], meter.dense, [])
+
+    def size(width: Width) -> float:
         return meter.total(problem.uniform_widths(width))
 
-    for heads, way in product(head_widths(block, problem.kinds), ways):
-        steps = [heads | numbers for numbers in way]
-        narrow = steps[0]
-        if narrow == block.width:
+    for ladder in _width_ladders(problem):
+        if ladder[0] == dense:
             continue
-        reason = problem.unsupported_reason(narrow)
-        if reason is not None:
-            reasons.append(reason)
+        if (reason := problem.unsupported_reason(ladder[0])) is not None:
+            result.unsupported_reasons.append(reason)
             continue
-        least = min(least, taken(narrow))
-        low, high = -1, len(steps) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if taken(steps[middle]) <= budget else (low, middle - 1)
-        near = [at for at in ((low, low + 1) if over else (low,)) if 0 <= at < len(steps)]
-        tried = [(steps[at], taken(steps[at])) for at in near]
-        tried = [(width, size) for width, size in tried if width != block.width]
-        if tried:
-            found.append(min(tried, key=lambda one: abs(one[1] - budget)))
-    return found, least, reasons
+        result.smallest_size = min(result.smallest_size, size(ladder[0]))
+        # The first widths of the ladder, as many as `fitting`, are within the budget.
+        fitting = bisect_right(ladder, budget, key=size)
+        nearest = ladder[max(0, fitting - 1) : fitting + allow_excess]
+        sizes = {width: size(width) for width in nearest if width != dense}
+        if sizes:
+            result.candidates.append(min(sizes.items(), key=lambda item: abs(item[1] - budget)))
+    return result
+
+
+def _width_ladders(problem: PlanProblem) -> Iterator[list[Width]]:
+    """Yield lists of widths, narrowest first, that differ along one axis of the feed-forward only.
+
+    There is one list for each attention width and each prunable axis of the feed-forward.
+    """
+    block = problem.reference_block
+    axes = [axis for axis in block.feed_forward.axes if axis.kind in problem.kinds]
+    steps = [[{axis.name: number} for number in reversed(axis.all_numbers(problem.multiple))] for axis in axes]
+    dense: list[list[dict[str, int]]] = [[{}]]
+    for attention, numbers in product(head_widths(block, problem.kinds), steps or dense):
+        yield [attention | number for number in numbers]

@@ -1,9 +1,9 @@
-"""How long this machine takes for each module at several widths: measured on transformers' own layers, and kept.
+"""Time of each module at several widths on this machine, measured on transformers' layers and cached on disk.
 
-A model of one layer with random weights is built from the config. Copies of the layer are cut to a grid of widths of
-one module, with the other module taken away, and timed in turns, as a busy machine slows neighbouring runs alike. A
-module's time is what its layer takes beyond one without either module; between the widths of the grid it is
-interpolated.
+The measurement builds a model of one layer with random weights from the config. Copies of the layer are cut to a grid
+of widths of one module, with the other module removed. The copies are timed in turns, because a busy machine then slows
+all of them alike. The time of a module is the time of its layer minus the time of a layer without modules. Between the
+widths of the grid, times are interpolated.
 """
 
 from __future__ import annotations
@@ -43,60 +43,61 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import cut_down
 
-LENGTH = 512
-"""Tokens of the prompt, and in the cache of a decode step, where the model has positions for them."""
-POINTS = 10
-"""Widths of the grid along channels, zero included; along heads there may be two more."""
-SECONDS = 5.0
-"""Most time to spend on one table once every run has been taken; shorter where the medians settle earlier."""
-ROUNDS = 5
-"""Fewest rounds before medians can have settled."""
-SETTLED = 0.01
-"""Standard error of a settled median, relative to it."""
-_FLUSH = 2**28
-"""Bytes beyond which no processor's caches hold anything of what was before."""
-_LAYOUT = 2
-"""Part of the cache key; to be raised when the way of measuring changes."""
+PROMPT_TOKENS = 512
+"""Tokens of the prompt, and in the cache when one token is decoded; fewer if the model has fewer positions."""
+GRID_POINTS = 10
+"""Number of widths to time along channels, zero included; along heads up to two more."""
+MAX_SECONDS = 5.0
+"""Time limit for the measurement of one table, in seconds, after every case has been run once."""
+MIN_ROUNDS = 5
+"""Smallest number of rounds after which the measurement may end."""
+MAX_RELATIVE_ERROR = 0.01
+"""Standard error of a median, relative to the median, at which the measurement ends."""
+_FLUSH_BYTES = 2**28
+"""Number of bytes whose reading evicts all earlier data from any processor's caches."""
+_VERSION = 2
+"""Version of the measurement, part of the cache key; increase it when the measurement changes."""
 
 Run = Callable[[], object]
+"""One run of a layer or model, to be timed."""
 Case = Callable[[], Run]
-"""Makes everything ready for a run and returns the run, which is then timed."""
+"""Function that prepares a run and returns it; the preparation is not timed."""
 Timer = Callable[[Case], float]
-"""Seconds of one run."""
+"""Function that returns the seconds of one run of a case."""
 
 
-def _ascending(line: Line) -> Line:
-    """A line as it is; `ValueError` for one that does not rise from zero."""
+def _check_ascending(line: Line) -> Line:
+    """Return a line unchanged; raise `ValueError` if it does not rise from zero."""
     if line[0] != (0, 0.0) or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(line)):
         raise ValueError("it does not rise from zero")
     return line
 
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Line = Annotated[tuple[tuple[int, Seconds], ...], Field(min_length=2), AfterValidator(_ascending)]
-"""(units, seconds), both ascending from zero units and zero seconds to the dense module's."""
+Line = Annotated[tuple[tuple[int, Seconds], ...], Field(min_length=2), AfterValidator(_check_ascending)]
+"""Pairs of a number of units and seconds, both ascending from zero to the values of the dense module."""
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Seconds of what makes up a model with blocks of one shape; fields are checked where a file of them is read."""
+class LatencyTable:
+    """Times of a model whose blocks all have the same shapes; pydantic checks the fields of a cached table."""
 
     lines: dict[str, Line]
-    """Seconds of a module over the numbers along each of its axes, the others dense."""
-    rest: Seconds
-    """Of a block without either module: its norms, and what transformers does around them."""
-    outside: Seconds
-    """Of embedding, masks, last norm and output matrix."""
+    """Seconds of a module against the number of units along each of its axes, with its other axes dense."""
+    block_overhead: Seconds
+    """Seconds of a block without modules: its norms, and the work of transformers around them."""
+    model_overhead: Seconds
+    """Seconds of the model without blocks: embedding, masks, last norm and output layer."""
 
-    def module(self, axes: Sequence[str], width: Width) -> float:
-        """Return the seconds of a module with these axes at a width; a narrower one never takes longer."""
+    def module_seconds(self, axes: Sequence[str], width: Width) -> float:
+        """Return the seconds of a module with the given axes at a width; a narrower module never takes longer."""
         dense = self.lines[axes[0]][-1][1]
-        # Axes were measured one at a time: where a module is narrower along two, each has its share.
-        shares = [_between(self.lines[axis], width[axis]) / dense if dense else 0.0 for axis in axes]
+        # Each axis was measured alone. A module that is narrower along two axes is taken to be faster by both factors.
+        shares = [_interpolate(self.lines[axis], width[axis]) / dense if dense else 0.0 for axis in axes]
         return dense * math.prod(shares)
 
 
-def measured(
+def latency_table(
     stream: BlockStream,
     index: int,
     kind: Literal["prefill", "decode"],
@@ -104,22 +105,28 @@ def measured(
     dtype: torch.dtype,
     watcher: Watcher,
     timer: Timer | None = None,
-) -> Latency:
-    """The table for blocks like one of the dense model, from the user's cache, or measured and put there.
+) -> LatencyTable:
+    """Return the table for blocks with the shapes of one block, from the cache on disk or by a measurement.
 
-    It tells of one row: a prompt of `LENGTH` tokens, or one token behind as many. What a timer in place of the clock
-    measures is not kept apart from what the clock does.
+    Args:
+        stream: the dense model.
+        index: index of the block.
+        kind: `prefill` for a prompt of `PROMPT_TOKENS` tokens; `decode` for one token with as many in the cache.
+        device: device on which to measure.
+        dtype: dtype of weights and activations.
+        watcher: display of progress.
+        timer: replacement for the clock, for tests; its results share the cache with the clock's.
     """
-    facts = _facts(stream, index, kind, device, dtype)
+    facts = _cache_key(stream, index, kind, device, dtype)
     file = cache_folder() / "latency" / f"{hash_json(facts)}.json"
     with suppress(OSError, ValueError):
         stored = parse_json(file.read_text(encoding="utf-8"))
-        kept = TypeAdapter(Latency).validate_python(stored)
+        cached = TypeAdapter(LatencyTable).validate_python(stored)
         if stored.get("facts") == facts:
-            return kept
+            return cached
     with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
         table = _measure(stream, index, kind, device, dtype, timer or stopwatch(device))
-    # Where the folder cannot be written to, the next run measures again.
+    # If the folder is not writable, the next run measures again.
     with suppress(OSError, SecateurError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({**asdict(table), "facts": facts}, indent=1))
@@ -127,7 +134,7 @@ def measured(
 
 
 def stopwatch(device: torch.device) -> Timer:
-    """The clock. A GPU works behind the program's back, so it is given several runs and waited for."""
+    """Return a timer that uses the clock. On a GPU, which runs asynchronously, it times eight runs together."""
     count, wait = (1, lambda: None) if device.type == "cpu" else (8, partial(torch.accelerator.synchronize, device))
 
     def timed(case: Case) -> float:
@@ -143,162 +150,182 @@ def stopwatch(device: torch.device) -> Timer:
 
 
 def medians(cases: Sequence[Case], timer: Timer) -> list[float]:
-    """The median seconds of each case, from rounds over all of them, until all have settled or time is up."""
-    taken: list[list[float]] = [[] for _ in cases]
+    """Return the median seconds of each case.
+
+    The measurement runs rounds over all cases until every median is precise enough or the time limit is reached.
+    """
+    samples: list[list[float]] = [[] for _ in cases]
     for case in cases:
-        # The first run of a shape prepares kernels and is no measurement.
+        # The first run of a shape also prepares kernels, so it is not measured.
         timer(case)
-    start, order, dice = perf_counter(), list(range(len(cases))), random.Random(0)
+    start, order, generator = perf_counter(), list(range(len(cases))), random.Random(0)
     while True:
-        # Whatever comes behind a large run is slower.
-        dice.shuffle(order)
+        # A run is slower right after a large run, so the order changes from round to round.
+        generator.shuffle(order)
         for at in order:
-            taken[at].append(timer(cases[at]))
-        middles = [median(own) for own in taken]
-        if perf_counter() - start > SECONDS or (len(taken[0]) >= ROUNDS and _settled(taken, middles)):
+            samples[at].append(timer(cases[at]))
+        middles = [median(seconds) for seconds in samples]
+        if perf_counter() - start > MAX_SECONDS or (len(samples[0]) >= MIN_ROUNDS and _precise(samples, middles)):
             return middles
 
 
 def grid(full: int, points: int) -> list[int]:
-    """At most so many counts from 0 to `full`, about evenly apart; in between, multiples of a power of two.
+    """Return up to `points` numbers of units from 0 to `full`, about evenly spaced.
 
-    Kernels are fastest at those, and what is rounded to them should be interpolated between such.
+    Numbers between the ends are multiples of a power of two, because kernels are fastest at such numbers and plans
+    are rounded to them.
     """
-    unit = next(unit for unit in (128, 64, 32, 16, 8, 4, 2, 1) if unit == 1 or full >= unit * (points - 1))
-    inner = (unit * round(full * i / (points - 1) / unit) for i in range(1, points - 1))
+    step = next(step for step in (128, 64, 32, 16, 8, 4, 2, 1) if step == 1 or full >= step * (points - 1))
+    inner = (step * round(full * i / (points - 1) / step) for i in range(1, points - 1))
     return sorted({0, full, *(count for count in inner if 0 < count < full)})
 
 
-def _between(line: Line, units: int) -> float:
+def _interpolate(line: Line, units: int) -> float:
+    """Return the seconds at a number of units, by linear interpolation."""
     return float(np.interp(units, [count for count, _ in line], [seconds for _, seconds in line]))
 
 
-def _settled(taken: Sequence[Sequence[float]], middles: Sequence[float]) -> bool:
-    """Whether every median is known well enough, by its standard error from the quartiles, which outliers leave alone.
+def _precise(samples: Sequence[Sequence[float]], middles: Sequence[float]) -> bool:
+    """Return whether every median is precise enough.
 
-    Well enough is for short runs what it is for the typical one, as they are only told from others by subtraction.
+    Standard errors are estimated from the quartiles, which outliers do not affect. For runs shorter than the typical
+    one, the error is compared with the typical median, because a module's time is a difference of two runs.
     """
     typical = median(middles)
-    quarters = (quantiles(own, n=4) for own in taken)
-    errors = [0.93 * (upper - lower) / len(taken[0]) ** 0.5 for lower, _, upper in quarters]
-    return all(error <= SETTLED * max(middle, typical) for error, middle in zip(errors, middles, strict=True))
+    quarters = (quantiles(seconds, n=4) for seconds in samples)
+    errors = [0.93 * (upper - lower) / len(samples[0]) ** 0.5 for lower, _, upper in quarters]
+    return all(
+        error <= MAX_RELATIVE_ERROR * max(middle, typical) for error, middle in zip(errors, middles, strict=True)
+    )
 
 
 @torch.inference_mode()
 def _measure(
     stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype, timer: Timer
-) -> Latency:
+) -> LatencyTable:
+    """Measure the table for blocks with the shapes of one block."""
     block = stream.blocks[index]
-    full = block.width
-    model = _one_layer(stream, index, device, dtype)
-    layers = model.get_submodule(stream.family.blocks)
-    length = _length(model.config)
-    prefill, decode = _calls(model, layers[0], length)
+    model = _one_layer_model(stream, index, device, dtype)
+    layer = model.get_submodule(stream.family.blocks)[0]
+    length = _prompt_length(model.config)
+    prefill, decode = _record_calls(model, layer, length)
 
     def layer_case(width: Width) -> Case:
-        layer = copy.deepcopy(layers[0])
-        cut_down(layer, block, width)
-        return _case(model, kind, partial(prefill, layer), partial(decode, layer))
+        narrowed = copy.deepcopy(layer)
+        cut_down(narrowed, block, width)
+        return _case(model, kind, partial(prefill, narrowed), partial(decode, narrowed))
 
-    nothing = Width(dict.fromkeys(full, 0))
-    lines = {axis.name: _line(module, axis, nothing) for module in block.modules for axis in module.axes}
+    empty = Width(dict.fromkeys(block.width, 0))
+    lines = {axis.name: _line_widths(module, axis, empty) for module in block.modules for axis in module.axes}
     widths = dict.fromkeys(width for line in lines.values() for width in line.values())
     cases: dict[Width | None, Case] = {width: layer_case(width) for width in widths}
-    # A layer of which little is left.
-    small = layer_case(full | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules})
-    # What is left of the model is timed around the layer without anything.
-    cut_down(layers[0], block, nothing)
-    cases[None] = _case(model, kind, _whole(model, length), _whole(model, 1))
+    # The smallest number of units along the first axis of each module.
+    small = layer_case(block.width | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules})
+    # The rest of the model is timed around an empty layer.
+    cut_down(layer, block, empty)
+    cases[None] = _case(model, kind, _model_call(model, length), _model_call(model, 1))
     if kind == "decode" and device.type == "cpu":
-        # A token reads every weight once, so a layer finds its weights pushed out of the processor's caches by the
-        # others. A small layer then brings back what belongs to no weight.
         weights = sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
-        others = torch.ones(min(_FLUSH, weights) // 4, dtype=torch.float32)
-
-        def cold(case: Case) -> Run:
-            others.sum()
-            small()()
-            return case()
-
-        cases = {width: partial(cold, case) for width, case in cases.items()}
+        other_weights = torch.ones(min(_FLUSH_BYTES, weights) // 4, dtype=torch.float32)
+        cases = {width: _with_cold_weights(case, small, other_weights) for width, case in cases.items()}
     seconds = dict(zip(cases, medians(list(cases.values()), timer), strict=True))
-    # A dense module, where all its lines end, takes no less than a narrower one.
+    # Every line of a module ends at the dense module, whose time must be at least that of all narrower ones.
     for module in block.modules:
-        own = [width for axis in module.axes for width in lines[axis.name].values()]
-        seconds[own[-1]] = max(seconds[width] for width in own)
-    rest = seconds[nothing]
+        module_widths = [width for axis in module.axes for width in lines[axis.name].values()]
+        seconds[module_widths[-1]] = max(seconds[width] for width in module_widths)
+    overhead = seconds[empty]
 
     def rising(line: dict[int, Width]) -> Line:
-        # Falls are noise: each is the largest value so far.
-        beyond = np.maximum.accumulate([seconds[width] - rest for width in line.values()])
+        # A wider module that seems faster is noise, so each value is the maximum so far.
+        beyond = np.maximum.accumulate([seconds[width] - overhead for width in line.values()])
         return tuple(zip(line, beyond.tolist(), strict=True))
 
-    outside = max(0.0, seconds[None] - rest)
-    return Latency({name: rising(line) for name, line in lines.items()}, rest=rest, outside=outside)
+    model_overhead = max(0.0, seconds[None] - overhead)
+    return LatencyTable({name: rising(line) for name, line in lines.items()}, overhead, model_overhead)
 
 
-def _line(module: PrunableModule, axis: Axis, nothing: Width) -> dict[int, Width]:
-    """Return the widths to time along one axis by their number, all other modules gone."""
-    # Up to a dozen numbers of heads, or none and all where single ones cannot go.
-    points = 2 if axis.locked else POINTS if axis.rounded else POINTS + 2
+def _with_cold_weights(case: Case, small: Case, other_weights: torch.Tensor) -> Case:
+    """Return a case that runs with the weights of the layer evicted from the processor's caches.
+
+    When the whole model decodes a token, it reads every weight once, so that each layer finds its weights evicted by
+    those of the other layers. A run of a small layer then brings back data that are not weights.
+    """
+
+    def prepare() -> Run:
+        other_weights.sum()
+        small()()
+        return case()
+
+    return prepare
+
+
+def _line_widths(module: PrunableModule, axis: Axis, empty: Width) -> dict[int, Width]:
+    """Return the widths to time along one axis of a module, by the number of units; the other module is removed."""
+    # Locked axes have two numbers: no unit and all units. Numbers of heads are small, so more of them are timed.
+    points = 2 if axis.locked else GRID_POINTS if axis.rounded else GRID_POINTS + 2
     dense = {other.name: other.units for other in module.axes}
-    return {0: nothing} | {number: nothing | dense | {axis.name: number} for number in grid(axis.units, points)[1:]}
+    return {0: empty} | {number: empty | dense | {axis.name: number} for number in grid(axis.units, points)[1:]}
 
 
-def _one_layer(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with one of its layers, on random weights."""
+def _one_layer_model(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model with one layer of the kind of a block, with random weights."""
     config = copy.deepcopy(stream.checkpoint.config)
     config.num_hidden_layers = 1
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = kinds[index : index + 1]
+    if layer_types := getattr(config, "layer_types", None):
+        config.layer_types = layer_types[index : index + 1]
     with quiet(), torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 
-def _length(config: Any) -> int:
-    """Tokens of a prompt that leaves room for one more."""
+def _prompt_length(config: Any) -> int:
+    """Return the number of tokens of the prompt; at least one position is left for a token to decode."""
     positions = positions_of(config)
-    return LENGTH if positions is None else max(1, min(LENGTH, positions - 1))
+    return PROMPT_TOKENS if positions is None else max(1, min(PROMPT_TOKENS, positions - 1))
 
 
-def _calls(model: Any, layer: nn.Module, length: int) -> list[Callable[[nn.Module, Cache], Run]]:
-    """What the model hands to a layer for a prompt and for one token behind it, as runs of any layer with any cache."""
+def _record_calls(model: Any, layer: nn.Module, length: int) -> list[Callable[[nn.Module, Cache], Run]]:
+    """Record how the model calls its layer for a prompt and then for one token.
+
+    Returns:
+        Two functions, for the prompt and for the token. Each returns a run of a layer, with a cache, on the recorded
+        arguments.
+    """
     calls: list[Callable[[nn.Module, Cache], Run]] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def call(other: nn.Module, cache: Cache) -> Run:
-            own = [cache if isinstance(value, Cache) else value for value in args]
+            positional = [cache if isinstance(value, Cache) else value for value in args]
             named = {key: cache if isinstance(value, Cache) else value for key, value in kwargs.items()}
-            return partial(other, *own, **named)
+            return partial(other, *positional, **named)
 
         calls.append(call)
 
     cache = DynamicCache(config=model.config)
-    with layer.register_forward_pre_hook(note, with_kwargs=True):
-        _whole(model, length)(cache)()
-        _whole(model, 1)(cache)()
+    with layer.register_forward_pre_hook(record, with_kwargs=True):
+        _model_call(model, length)(cache)()
+        _model_call(model, 1)(cache)()
     return calls
 
 
-def _whole(model: Any, count: int) -> Callable[[Cache], Run]:
-    """Runs of the whole model on random tokens as in generation, with logits of the last one alone."""
+def _model_call(model: Any, count: int) -> Callable[[Cache], Run]:
+    """Return a function from a cache to a run of the whole model on random tokens, with logits of the last token."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)).to(model.device)
-    # transformers has begun to rename it.
+    # Newer versions of transformers call the argument `cache`.
     key = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return lambda cache: partial(model, ids, **{key: cache}, use_cache=True, logits_to_keep=1)
 
 
 def _case(model: Any, kind: str, prompt: Callable[[Cache], Run], token: Callable[[Cache], Run]) -> Case:
-    """A run on a prompt, or on one token behind it, each with a cache of its own."""
+    """Return the case of a prompt, or of one token after the prompt; each run has its own cache."""
     if kind == "prefill":
         return lambda: prompt(DynamicCache(config=model.config))
     cache = DynamicCache(config=model.config)
     prompt(cache)()
 
     def ready() -> Run:
-        # What is in the cache is shared; the run may append to its copy.
+        # The copy shares the tensors of the cache; the run may append to the copy.
         fresh = copy.copy(cache)
         fresh.layers = [copy.copy(layer) for layer in cache.layers]
         return token(fresh)
@@ -306,12 +333,12 @@ def _case(model: Any, kind: str, prompt: Callable[[Cache], Run], token: Callable
     return ready
 
 
-def _facts(stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """All that a table depends on, ready for JSON."""
+def _cache_key(stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that a table depends on, as JSON types."""
     config, block = stream.checkpoint.config, stream.blocks[index]
-    inside, kinds = f"{stream.family.blocks}.", getattr(config, "layer_types", None)
+    inside, layer_types = f"{stream.family.blocks}.", getattr(config, "layer_types", None)
     return {
-        "layout": _LAYOUT,
+        "version": _VERSION,
         "kind": kind,
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -320,9 +347,9 @@ def _facts(stream: BlockStream, index: int, kind: str, device: torch.device, dty
         "transformers": transformers.__version__,
         "model_type": config.model_type,
         "attention": getattr(stream.model.config, "_attn_implementation", None),
-        "layer_type": kinds[index] if kinds else None,
+        "layer_type": layer_types[index] if layer_types else None,
         "window": getattr(config, "sliding_window", None),
-        "length": _length(config),
+        "length": _prompt_length(config),
         "width": dict(block.width),
         "block": {name: list(shape) for name, shape in block.shapes.items()},
         "others": {n: list(p.shape) for n, p in stream.model.named_parameters() if not n.startswith(inside)},
@@ -330,12 +357,12 @@ def _facts(stream: BlockStream, index: int, kind: str, device: torch.device, dty
 
 
 def _device_name(device: torch.device) -> str:
-    """The make of the processor."""
+    """Return the model name of the GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [device.type, platform.machine(), platform.processor()]
     with suppress(OSError):
-        # Linux leaves `platform.processor` empty.
+        # On Linux, `platform.processor` returns an empty string.
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names += [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1]
     return " ".join(filter(None, names))

@@ -1,4 +1,7 @@
-"""What a plan takes (parameters, bytes, cache, time), as a sum over modules: a knapsack can be solved over it."""
+"""Meters: the size of a model at given widths, in parameters, bytes, cache or time, as a sum over modules.
+
+Because sizes are sums over modules, the best widths within a budget are the solution of a knapsack problem.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,34 +17,42 @@ from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.units.heads import KV_GROUPS
-from secateur.plan.latency import Timer, measured
+from secateur.plan.latency import Timer, latency_table
 from secateur.plan.target import SPEEDUPS, Target
 
 
 @dataclass(frozen=True)
 class Meter:
-    """What each module takes at each width, in one unit; what a model takes is their sum and `fixed`."""
+    """Size of each module at each width, in one unit; the size of a model is their sum plus a constant."""
 
     dense_widths: tuple[Width, ...]
-    """The dense width of every block."""
+    """Dense width of every block."""
     fixed: float
-    """What everything outside the prunable modules takes, norms and output biases included."""
+    """Size of everything outside the prunable modules, such as embeddings, norms and biases of output projections."""
     module_size: Callable[[int, str, Width], float]
-    """What the attention (`heads`) or the feed-forward (`channels`) of a block takes at a width; zero is legal."""
+    """Function that returns the size of one module.
+
+    Its arguments are the index of the block, the kind of the module's units and the width of the block. A module
+    without units has size zero.
+    """
     format_value: Callable[[float], str]
-    """A value with its unit, for people."""
+    """Function that formats a size with its unit for users."""
     bias_sizes: tuple[float, ...] = ()
-    """What the biases that a recovery adds to a block take, for every block; nothing by default."""
+    """Size of the biases that recovery adds to each block when the block is pruned; empty if recovery adds none."""
 
     def total(self, widths: Mapping[int, Width]) -> float:
-        """What the model takes at some widths, with what a recovery adds; blocks that are absent are dense."""
-        now = [(i, dense.kinds, widths.get(i, dense)) for i, dense in enumerate(self.dense_widths)]
-        parts = (self.module_size(i, kind, width) for i, kinds, width in now for kind in kinds)
-        return self.fixed + sum(parts) + (sum(self.bias_sizes[i] for i in widths) if self.bias_sizes else 0)
+        """Return the size of the model at the given widths, including biases that recovery adds.
+
+        Args:
+            widths: width of each pruned block, by its index. All other blocks stay dense.
+        """
+        current = [(index, dense.kinds, widths.get(index, dense)) for index, dense in enumerate(self.dense_widths)]
+        modules = (self.module_size(index, kind, width) for index, kinds, width in current for kind in kinds)
+        return self.fixed + sum(modules) + (sum(self.bias_sizes[index] for index in widths) if self.bias_sizes else 0)
 
     @property
     def dense(self) -> float:
-        """What the dense model takes."""
+        """Size of the dense model."""
         return self.total({})
 
 
@@ -55,47 +66,69 @@ def meter_of(
     watcher: Watcher,
     biases: bool = False,
 ) -> Meter:
-    """Return the meter that a target is about; for `ppl` there is none, as it is no sum over modules.
+    """Return the meter of the quantity that a target limits.
 
-    `output_bytes` gives the meter of the output format.
+    Args:
+        target: any target but `ppl`: perplexity is not a sum over modules.
+        stream: the open model.
+        output_bytes: function that returns the meter of bytes in the output format.
+        dtype: dtype in which the pruned model will run.
+        device: device on which time is measured.
+        watcher: display of progress while time is measured.
+        biases: whether recovery adds biases; see `parameter_meter`.
+
+    Raises:
+        SecateurError: the quantity cannot be measured for this model.
     """
-    if target.quantity == "params":
-        return parameter_meter(stream, biases)
-    if target.quantity == "active":
-        return active_meter(stream, biases)
-    if target.quantity == "bytes":
-        return output_bytes()
-    assert target.quantity != "ppl"
-    if stream.beside.lent:
-        raise SecateurError(
-            f"target {target}: blocks attend with keys and values of others, so that what one of them takes cannot be "
-            "told apart; give params or bytes"
-        )
-    if target.quantity == "kv":
-        return cache_meter(stream, dtype)
-    if any(block.width.experts for block in stream.blocks):
-        raise SecateurError(
-            f"target {target}: how long experts take depends on where tokens go, and is not measured; give params, "
-            "bytes or kv"
-        )
-    if any(block.attention.is_token_mixer for block in stream.blocks):
-        raise SecateurError(
-            f"target {target}: how long the layers in the attention's place of some blocks take is not "
-            "measured; give params, bytes or kv"
-        )
-    return latency_meter(stream, target.quantity, device, dtype, watcher)
+    meters: dict[str, Callable[[], Meter]] = {
+        "params": lambda: parameter_meter(stream, biases),
+        "active": lambda: active_meter(stream, biases),
+        "bytes": output_bytes,
+        "kv": lambda: cache_meter(stream, dtype),
+        "prefill": lambda: latency_meter(stream, "prefill", device, dtype, watcher),
+        "decode": lambda: latency_meter(stream, "decode", device, dtype, watcher),
+    }
+    if (reason := _unsupported_quantity(stream, target)) is not None:
+        raise SecateurError(f"target {target}: {reason}")
+    return meters[target.quantity]()
+
+
+def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
+    """Return why the quantity of a target cannot be measured for a model, and what to use instead; None if it can."""
+    modules = [module for block in stream.blocks for module in block.modules]
+    is_time = target.quantity in SPEEDUPS
+    reasons = [
+        (
+            (is_time or target.quantity == "kv") and stream.beside.lent,
+            "some blocks attend to keys and values of other blocks, so that one block cannot be measured alone; use "
+            "params or bytes",
+        ),
+        (
+            is_time and any(module.experts_per_token for module in modules),
+            "the time of experts depends on the tokens that are routed to them and is not measured; use params, bytes "
+            "or kv",
+        ),
+        (
+            is_time and any(module.is_token_mixer for module in modules),
+            "the time of token mixers, such as linear attention, is not measured; use params, bytes or kv",
+        ),
+    ]
+    return next((reason for holds, reason in reasons if holds), None)
 
 
 def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
-    """Parameters of the whole model as stored: tied ones once.
+    """Return the meter of the parameters of the whole model; tied weights count once.
 
-    With `biases`, level-2 layers of pruned blocks get one where they have none, unless a norm follows.
+    Args:
+        stream: the open model.
+        biases: whether recovery adds a bias to each output projection of a pruned block that has none. An output
+            projection with a norm behind it never gets one.
     """
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
-    inside = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)
+    prunable = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
         dense_widths(stream),
-        stored - inside,
+        stored - prunable,
         module_size=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
         format_value=lambda value: f"{format_count(value, 1)} parameters",
         bias_sizes=added_biases(stream) if biases else (),
@@ -103,10 +136,13 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
 
 
 def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
-    """Parameters that a token meets: of experts, those that it is routed to; else all, as `parameter_meter` has it."""
-    every = parameter_meter(stream, biases)
+    """Return the meter of active parameters: those that take part in computing one token.
+
+    Experts that the router does not choose for a token are not active. All other parameters count as in
+    `parameter_meter`.
+    """
     return replace(
-        every,
+        parameter_meter(stream, biases),
         module_size=lambda index, kind, width: stream.blocks[index].active_parameters(width, kind),
         format_value=lambda value: f"{format_count(round(value), 1)} active parameters",
     )
@@ -115,29 +151,31 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
 def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) -> Meter:
     """Return the meter of the bytes of all weights, stored in one dtype; for `biases` see `parameter_meter`."""
     counts = parameter_meter(stream, biases)
-    # What is no floating-point number is copied as it is.
-    others = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
-    fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in others)
-    added = tuple(value * dtype.itemsize for value in counts.bias_sizes)
-    return Meter(counts.dense_widths, fixed, lambda *at: counts.module_size(*at) * dtype.itemsize, megabytes, added)
+    # Tensors of integers are copied without conversion.
+    copied = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
+    fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in copied)
+    bias_sizes = tuple(value * dtype.itemsize for value in counts.bias_sizes)
+    return Meter(
+        counts.dense_widths, fixed, lambda *at: counts.module_size(*at) * dtype.itemsize, megabytes, bias_sizes
+    )
 
 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
-    """Bytes of the keys and values of one token in all blocks."""
+    """Return the meter of the KV cache: bytes of the keys and values of one token in all blocks."""
     config = stream.checkpoint.config
     latent = latent_width(config)
-    entry = 2 * head_dim(config) * dtype.itemsize
 
-    def module(index: int, kind: str, width: Width) -> float:
-        one = stream.blocks[index].module(kind)
-        if KV_GROUPS not in one.removed or not width[KV_GROUPS] or one.is_token_mixer:
-            return 0
-        return width[KV_GROUPS] * entry if latent is None else latent * dtype.itemsize
+    def module_size(index: int, kind: str, width: Width) -> float:
+        module = stream.blocks[index].module(kind)
+        groups = 0 if module.is_token_mixer or KV_GROUPS not in module.removed else width[KV_GROUPS]
+        # In latent attention, one vector per token holds the keys and values of all heads.
+        entries = groups * 2 * head_dim(config) if latent is None else min(groups, 1) * latent
+        return entries * dtype.itemsize
 
     return Meter(
         dense_widths(stream),
         fixed=0,
-        module_size=module,
+        module_size=module_size,
         format_value=lambda value: f"{value:,.0f} B per token",
     )
 
@@ -150,20 +188,27 @@ def latency_meter(
     watcher: Watcher,
     timer: Timer | None = None,
 ) -> Meter:
-    """Seconds on this machine, measured module by module: of a prompt of 512 tokens, or of one token behind as many.
+    """Return the meter of seconds on this machine, measured module by module.
 
-    Device and dtype are those in which the pruned model will run. Measuring takes seconds the first time; a timer
-    takes the clock's place.
+    The first measurement takes some seconds; results are cached on disk.
+
+    Args:
+        stream: the open model.
+        kind: `prefill` for a prompt of 512 tokens; `decode` for one token with 512 tokens in the cache.
+        device: device on which the pruned model will run.
+        dtype: dtype in which the pruned model will run.
+        watcher: display of progress.
+        timer: replacement for the clock, for tests.
     """
-    # One table for all blocks of the same shape; the first one stands for them.
+    # Blocks with the same shapes share one table, which is measured on the first of them.
     shapes = [block.shapes for block in stream.blocks]
-    first = [shapes.index(own) for own in shapes]
-    tables = {index: measured(stream, index, kind, device, dtype, watcher, timer) for index in sorted(set(first))}
-    own = [tables[index] for index in first]
+    first = [shapes.index(shape) for shape in shapes]
+    tables = {index: latency_table(stream, index, kind, device, dtype, watcher, timer) for index in sorted(set(first))}
+    of_block = [tables[index] for index in first]
     return Meter(
         dense_widths(stream),
-        fixed=own[0].outside + sum(table.rest for table in own),
-        module_size=lambda index, kind, width: own[index].module(
+        fixed=of_block[0].model_overhead + sum(table.block_overhead for table in of_block),
+        module_size=lambda index, kind, width: of_block[index].module_seconds(
             list(stream.blocks[index].module(kind).removed), width
         ),
         format_value=lambda value: f"{1e3 * value:,.1f} ms",
@@ -171,10 +216,10 @@ def latency_meter(
 
 
 def budget_of(target: Target, meter: Meter) -> float:
-    """The most that a plan may take, in the meter's unit.
+    """Return the largest size that a target allows, in the meter's unit.
 
     Raises:
-        SecateurError: the dense model takes no more.
+        SecateurError: the dense model is already within the target.
     """
     dense = meter.dense
     if target.quantity in SPEEDUPS:
@@ -182,42 +227,51 @@ def budget_of(target: Target, meter: Meter) -> float:
     if target.relative:
         return dense * target.value
     if target.value >= dense:
-        less = Target(target.quantity, 0.8, True)
         raise SecateurError(
-            f"target {target}: the dense model takes no more than {meter.format_value(dense)}; ask for less, such as "
-            f"{less}"
+            f"target {target}: the dense model has no more than {meter.format_value(dense)}; request less, for example "
+            f"{Target(target.quantity, 0.8, True)}"
         )
     return target.value
 
 
-def unreachable_error(target: Target, meter: Meter, least: float) -> SecateurError:
-    """What to raise where no plan meets a target, with the nearest one that can be met.
+def unreachable_error(target: Target, meter: Meter, smallest: float) -> SecateurError:
+    """Return the error for a target that no plan reaches; its message names the nearest target that a plan reaches.
 
-    `least` is the least that any plan takes, in the meter's unit.
+    Args:
+        target: the target.
+        meter: meter of the target's quantity.
+        smallest: size of the model with the narrowest widths, in the meter's unit.
     """
     dense = meter.dense
-    nearest = _nearest(target, dense, least)
+    nearest = _nearest_target(target, dense, smallest)
     if nearest is None:
         return SecateurError(
-            f"target {target}: what may be pruned here changes nothing of it; let other modules go too"
+            f"target {target}: the modules that may be pruned do not change this quantity; allow more in --modules or "
+            "--blocks"
         )
     return SecateurError(
-        f"target {target} is out of reach: the least is {meter.format_value(least)}, and the dense model takes "
-        f"{meter.format_value(dense)}; ask for {nearest}, or let more go"
+        f"target {target} is out of reach: the smallest possible value is {meter.format_value(smallest)}, the dense "
+        f"model has {meter.format_value(dense)}; request {nearest}, or allow more in --modules or --blocks"
     )
 
 
-def _nearest(target: Target, dense: float, least: float) -> Target | None:
-    """The closest target that can be met, rounded to figures that people write; None if nothing can be gained."""
+def _nearest_target(target: Target, dense: float, smallest: float) -> Target | None:
+    """Return the nearest target that a plan reaches, with few digits; None if no plan is smaller than the dense model.
+
+    Args:
+        target: the target that no plan reaches.
+        dense: size of the dense model.
+        smallest: size of the model with the narrowest widths.
+    """
     if target.quantity in SPEEDUPS:
-        ratio = math.floor(100 * dense / least) / 100
-        return Target(target.quantity, ratio, True) if ratio > 1 else None
+        speedup = math.floor(100 * dense / smallest) / 100
+        return Target(target.quantity, speedup, True) if speedup > 1 else None
     if target.relative:
-        share = max(1, math.ceil(1000 * least / dense)) / 1000
+        share = max(1, math.ceil(1000 * smallest / dense)) / 1000
         return Target(target.quantity, share, True) if share < 1 else None
-    step = 10.0 ** (math.floor(math.log10(least)) - 2) if least > 0 else 1.0
-    value = max(1.0, math.ceil(least / step) * step)
-    value = value if value < dense else math.ceil(least)
+    step = 10.0 ** (math.floor(math.log10(smallest)) - 2) if smallest > 0 else 1.0
+    rounded = max(1.0, math.ceil(smallest / step) * step)
+    value = rounded if rounded < dense else math.ceil(smallest)
     return Target(target.quantity, value, False) if value < dense else None
 
 
@@ -227,11 +281,13 @@ def dense_widths(stream: BlockStream) -> tuple[Width, ...]:
 
 
 def added_biases(stream: BlockStream) -> tuple[float, ...]:
-    """Count the entries of the biases that a recovery adds to the output projections of each block."""
-    new = ([m for m in block.modules if m.may_gain_bias and not m.bias] for block in stream.blocks)
-    return tuple(float(len(modules) * stream.width) for modules in new)
+    """Return the number of bias entries that recovery adds to the output projections of each block."""
+    biased = (
+        [module for module in block.modules if module.may_gain_bias and not module.bias] for block in stream.blocks
+    )
+    return tuple(float(len(modules) * stream.width) for modules in biased)
 
 
 def megabytes(value: float) -> str:
-    """Return bytes as people read them."""
+    """Format a number of bytes as megabytes."""
     return f"{value / 1e6:,.1f} MB"

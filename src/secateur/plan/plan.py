@@ -1,10 +1,11 @@
-"""The widths that cost least and meet a target, decided before any weight is touched."""
+"""Plans: the widths with the lowest cost that reach a target, found before any weight is changed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
-from secateur.plan.allocation import adaptive, narrowest, uniform
+from secateur.plan.allocation import adaptive_widths, search_uniform_widths, smallest_size
 from secateur.plan.meters import unreachable_error
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import Target
@@ -13,34 +14,42 @@ from secateur.survey.width_costs import WidthCosts
 
 
 def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None = None) -> Plan:
-    """The widths that cost least and meet the target.
+    """Return the plan with the lowest cost that reaches the target.
 
     Args:
-        widths: `adaptive`, each module its own; or `uniform`, one width for all chosen blocks.
-        survey: error curves and probes; without one, a uniform plan is the nearest to the target, and adaptive widths
-            are as even as they can be.
+        problem: the target, and the widths to choose from.
+        widths: value of `--widths`: `adaptive` for a width per block, `uniform` for one width for all blocks.
+        survey: error curves and probes. Without a survey, a uniform plan is the one nearest to the target, and
+            adaptive widths are as even as possible.
 
     Raises:
-        SecateurError: for a target that the modules cannot meet, with the nearest that they can.
+        SecateurError: no plan reaches the target; the message names the nearest target that a plan reaches.
     """
     if widths == "uniform":
-        possible = uniform_plans(problem)
-        if survey is None:
-            return possible[0]
-        prices = WidthCosts(survey)
-        costs = [prices.total(problem.blocks, one.widths) for one in possible]
-        return replace(possible[costs.index(min(costs))], cost=min(costs))
-    prices = WidthCosts(survey or _even(problem))
-    found = adaptive(problem, prices)
+        return _cheapest(problem, uniform_plans(problem), survey)
+    costs = WidthCosts(survey or _even_survey(problem))
+    found = adaptive_widths(problem, costs)
     if found is None:
-        raise _out_of_reach(problem, narrowest(problem), [])
-    return problem.plan(found, prices.total(problem.blocks, found) if survey else None)
+        raise _out_of_reach(problem, smallest_size(problem), [])
+    return problem.plan(found, costs.total(problem.blocks, found) if survey else None)
 
 
-def _even(problem: PlanProblem) -> Survey:
-    """Stands in for a survey: the square of the share of its units that goes is what a module costs."""
+def _cheapest(problem: PlanProblem, plans: Sequence[Plan], survey: Survey | None) -> Plan:
+    """Return the plan with the lowest cost, or the first plan if there is no survey."""
+    if survey is None:
+        return plans[0]
+    costs = WidthCosts(survey)
+    return min(
+        (replace(one, cost=costs.total(problem.blocks, one.widths)) for one in plans), key=lambda one: one.cost or 0.0
+    )
+
+
+def _even_survey(problem: PlanProblem) -> Survey:
+    """Return a survey that makes even widths the cheapest: a module costs the squared share of its removed units."""
     curves = [
-        ErrorCurve(index, module.kind, axis.name, tuple((gone / axis.units) ** 2 for gone in range(axis.units)), 1.0)
+        ErrorCurve(
+            index, module.kind, axis.name, tuple((removed / axis.units) ** 2 for removed in range(axis.units)), 1.0
+        )
         for index in problem.pruned_blocks
         for module in problem.blocks[index].modules
         for axis in module.cut_axes
@@ -49,60 +58,69 @@ def _even(problem: PlanProblem) -> Survey:
 
 
 def uniform_plans(problem: PlanProblem) -> list[Plan]:
-    """Every split of one width between heads and channels that meets the target, the nearest first."""
-    share = not isinstance(problem.target, Target)
-    found, least, reasons = uniform(problem, over=share)
-    if least == problem.meter.dense:
-        raise SecateurError(_nothing(problem, reasons))
-    # A share of the parameters is met to within half a point, anything else is a limit.
-    slack = TOLERANCE * problem.block_parameters if share else 0.0
-    if not found or least > problem.budget + slack:
-        raise _out_of_reach(problem, least, reasons)
-    found.sort(key=lambda one: abs(one[1] - problem.budget))
-    plans = [problem.plan(problem.uniform_widths(width), nearest=True) for width, _ in found]
-    near = [one for one in plans if one.note is None]
-    return near or plans[:1]
+    """Return every plan with one width for all blocks that reaches the target, the nearest to the target first.
+
+    The plans differ in how much they remove from the attention and how much from the feed-forward.
+
+    Raises:
+        SecateurError: no such plan reaches the target.
+    """
+    is_sparsity = not isinstance(problem.target, Target)
+    found = search_uniform_widths(problem, allow_excess=is_sparsity)
+    if found.smallest_size == problem.meter.dense:
+        raise SecateurError(_nothing_to_remove(problem, found.unsupported_reasons))
+    # A sparsity is reached to within 0.5 percentage points; any other target is an upper bound.
+    slack = TOLERANCE * problem.block_parameters if is_sparsity else 0.0
+    if not found.candidates or found.smallest_size > problem.budget + slack:
+        raise _out_of_reach(problem, found.smallest_size, found.unsupported_reasons)
+    nearest_first = sorted(found.candidates, key=lambda candidate: abs(candidate[1] - problem.budget))
+    plans = [problem.plan(problem.uniform_widths(width), nearest=True) for width, _ in nearest_first]
+    return [one for one in plans if one.note is None] or plans[:1]
 
 
 def uniform_alternative(sparsity: float) -> str:
-    """How to ask for as much with one width for all blocks, as far as a format holds it."""
-    return f"--widths uniform --sparsity {sparsity:.3g}, or less where that is refused"
+    """Return the options that request a sparsity with one width for all blocks, for error messages."""
+    return f"--widths uniform --sparsity {sparsity:.3g}, or less if that is refused"
 
 
 def check_reachable(problem: PlanProblem) -> None:
-    """See that adaptive widths can meet the target, before anything is measured."""
-    least = narrowest(problem)
-    dense, modules = problem.reference_block.width, problem.is_prunable(problem.reference_block)
-    reasons = list(filter(None, (problem.unsupported_reason(dense | module.removed) for module in modules)))
-    if least >= problem.meter.dense and (reasons or not isinstance(problem.target, Target)):
-        raise SecateurError(_nothing(problem, reasons))
-    # Sums in another order are rounded otherwise.
-    if least > problem.budget + 1e-9 * problem.meter.dense:
-        raise _out_of_reach(problem, least, reasons)
+    """Check, before anything is measured, that adaptive widths can reach the target.
+
+    Raises:
+        SecateurError: no plan reaches the target; the message names the nearest target that a plan reaches.
+    """
+    smallest, block = smallest_size(problem), problem.reference_block
+    without = [block.width | module.removed for module in block.modules if module.is_prunable(problem.kinds)]
+    reasons = [reason for width in without if (reason := problem.unsupported_reason(width)) is not None]
+    if smallest >= problem.meter.dense and (reasons or not isinstance(problem.target, Target)):
+        raise SecateurError(_nothing_to_remove(problem, reasons))
+    # The two sums add the same numbers in another order, so that they may differ by rounding.
+    if smallest > problem.budget + 1e-9 * problem.meter.dense:
+        raise _out_of_reach(problem, smallest, reasons)
 
 
-def _out_of_reach(problem: PlanProblem, least: float, reasons: list[str]) -> SecateurError:
-    """The target is more than the modules hold."""
+def _out_of_reach(problem: PlanProblem, smallest: float, reasons: list[str]) -> SecateurError:
+    """Return the error for a target that needs a smaller model than the smallest one, `smallest` in meter's units."""
     if isinstance(problem.target, Target):
-        return unreachable_error(problem.target, problem.meter, least)
-    # Rounded down, so that it can be had.
-    most = math.floor(1000 * (problem.meter.dense - least) / problem.block_parameters) / 1000
+        return unreachable_error(problem.target, problem.meter, smallest)
+    # Rounded down, so that a plan can reach this sparsity.
+    most = math.floor(1000 * (problem.meter.dense - smallest) / problem.block_parameters) / 1000
+    limits = reasons[:1] if len(problem.kinds) > 1 else [f"only {problem.kinds[0]} may be removed"]
     return SecateurError(
-        f"a sparsity of {problem.target:.1%} of the blocks is more than the modules hold: at most {most:.1%} can go"
-        + (f" (only {problem.kinds[0]} were asked for)" if len(problem.kinds) == 1 else "")
-        + (f"; {reasons[0]}" if reasons and len(problem.kinds) > 1 else "")
+        "; ".join(
+            [f"sparsity {problem.target:.1%} is out of reach: at most {most:.1%} of the blocks can be removed", *limits]
+        )
     )
 
 
-def _nothing(problem: PlanProblem, reasons: list[str]) -> str:
-    """Why no width is left at all."""
-    block = problem.reference_block
+def _nothing_to_remove(problem: PlanProblem, reasons: list[str]) -> str:
+    """Return the error message for a problem in which every module has to stay dense."""
     if reasons:
-        return f"the format cannot hold this: {reasons[0]}"
-    if block.feed_forward.kind == "channels" in problem.kinds and problem.multiple >= block.feed_forward.units:
-        return (
-            f"round is {problem.multiple}, but the model has {block.feed_forward.units:,} channels; take a smaller one"
-        )
+        return f"the format cannot hold any narrower width: {reasons[0]}"
+    block = problem.reference_block
+    for axis in block.axes:
+        if axis.kind in problem.kinds and axis.rounded and axis.units <= problem.multiple:
+            return f"--round {problem.multiple} leaves nothing to remove: the model has {axis.units:,} {axis.label}"
     if block.attention.locked:
-        return f"heads cannot be removed exactly, as {block.attention.locked}; prune channels"
-    return "one head and one channel are all that there is; nothing can go"
+        return f"heads cannot be removed exactly, because {block.attention.locked}; prune channels"
+    return "nothing can be removed: the model has one head and one channel"

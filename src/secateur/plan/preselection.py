@@ -1,4 +1,4 @@
-"""Heads that leave before all others: the measurement that finds them, as plug-ins provide it."""
+"""Interface of plug-ins that measure the dense model and select heads to remove before all others."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,22 +12,23 @@ from secateur.plan.problem import FirstHeads, Plan, PlanProblem
 
 @dataclass(frozen=True)
 class Preselected:
-    """What a measurement has found."""
+    """Result of a preselection."""
 
     first_heads: FirstHeads
+    """Heads to remove before all others."""
     plan: Plan | None = None
-    """The plan in which these heads go, and nothing else."""
+    """Plan that removes these heads and nothing else; None if other units are removed as well."""
 
 
 class Preselection(Protocol):
-    """A measurement of the dense model ahead of pruning, by which some heads leave before all others."""
+    """Measurement of the dense model that selects heads to remove before all others."""
 
     def check(self, problem: PlanProblem) -> None:
-        """Check that some head can go, before anything is measured."""
+        """Raise `SecateurError` if no head can be removed; called before anything is measured."""
 
     def find(self, stream: BlockStream, rows: Tensor, problem: PlanProblem, watcher: Watcher) -> Preselected:
-        """Measure the dense model on calibration rows (rows x length).
+        """Measure the dense model on calibration rows (rows x length) and select the heads.
 
         Raises:
-            SecateurError: it leaves nothing to remove, or no heads.
+            SecateurError: no head is selected, or the selection leaves a block without heads.
         """

@@ -1,4 +1,4 @@
-"""What a plan is, and the problem that it solves."""
+"""Data classes of a plan and of the problem that a plan solves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,140 +6,157 @@ from typing import Any, Protocol
 
 from secateur.model.axes import Width, alike
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, PrunableModule
+from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
 from secateur.plan.widths import UnsupportedReason, module_widths
 
 TOLERANCE = 0.005
-"""A plan within half a point of the wanted sparsity is on target."""
+"""Largest difference between the requested and the reached sparsity that needs no note: 0.5 percentage points."""
 NEGLIGIBLE_COST = 1e-3
-"""Nats per token that no one would notice."""
+"""Cost of a plan, in nats per token, below which the removed units contribute next to nothing."""
 
 
 class FirstHeads(Protocol):
-    """Heads that leave before all others (`secateur.plan.preselection`)."""
+    """Heads to remove before all others, as a preselection found them (`secateur.plan.preselection`)."""
 
     @property
     def name(self) -> str:
-        """Key of the record under which they stand."""
+        """Key of these heads in secateur.json."""
 
     @property
     def candidates(self) -> Mapping[int, tuple[int, ...]]:
-        """Heads by block."""
+        """Indices of the heads, by index of the block."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record."""
+        """Return the entry for secateur.json."""
 
     def describe(self) -> str:
-        """Return one clause for people."""
+        """Return one clause that describes the heads to users."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Widths of the pruned blocks, and what they amount to."""
+    """Widths of the pruned blocks, with the sparsity and the cost of these widths."""
 
     widths: dict[int, Width]
+    """Width of each pruned block, by its index."""
     sparsity: float
-    """Share of the chosen blocks' parameters that goes."""
+    """Share of the parameters of the pruned blocks that is removed."""
     requested_sparsity: float
-    """The share that was asked for, or the one that the target came to."""
+    """Requested share; equal to `sparsity` where another target than a sparsity was requested."""
     cost: float | None = None
-    """What the survey expects it to cost, in nats per token; None if nothing was weighed."""
+    """Expected rise of the loss in nats per token, by the survey; None without a survey."""
     note: str | None = None
-    """Said when the wanted share could not be had to within half a point."""
-    units: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
-    """The units to keep, by block and module, where they are settled; otherwise the criterion chooses while fitting."""
+    """Note to users where the sparsity differs from the requested one by more than 0.5 percentage points."""
+    units: Mapping[int, KeptUnits] = field(default_factory=dict)
+    """Units to keep, by index of the block; empty where the criterion selects the units during the fit."""
     first_heads: FirstHeads | None = None
-    """Heads that leave before all others, where something was measured to find them."""
+    """Heads to remove before all others; None without a preselection."""
 
     @property
     def uniform(self) -> bool:
-        """Whether all blocks of the plan have one width."""
+        """Whether all blocks of the plan have the same width."""
         return alike(self.widths.values())
 
     @property
     def lists_units(self) -> bool:
-        """Whether the units of every module are settled, so that no criterion is asked."""
+        """Whether the plan lists the units to keep of every module, so that no criterion is needed."""
         return all(len(self.units.get(index, {})) > 1 for index in self.widths)
 
 
 @dataclass(frozen=True)
 class PlanProblem:
-    """A target, and what a plan may do to meet it."""
+    """Target of a plan, and the widths from which a plan may choose."""
 
     blocks: list[Block]
-    """Every block of the model."""
+    """All blocks of the model."""
     pruned_blocks: range
-    """Those to prune."""
+    """Indices of the blocks to prune."""
     parameters: Meter
+    """Meter of the parameters, which defines the sparsity."""
     target: float | Target
-    """The share of parameters to remove, or another target."""
+    """Share of the parameters to remove, or another target."""
     meter: Meter
-    """Of what the target is about."""
+    """Meter of the quantity that the target limits."""
     kinds: tuple[str, ...] = KINDS
+    """Kinds of units that may be removed, as in `--modules`."""
     multiple: int = 1
+    """Value of `--round`: the multiple to which channels are rounded."""
     unsupported_reason: UnsupportedReason = lambda _: None
+    """Function that returns why the output format cannot hold a width."""
 
     @property
     def modules(self) -> list[tuple[int, PrunableModule]]:
-        """Modules that may be cut, with the index of the block."""
+        """Prunable modules of all pruned blocks, each with the index of its block."""
         return [(index, module) for index in self.pruned_blocks for module in self.prunable_modules(index)]
 
+    @property
+    def dense_widths(self) -> dict[int, Width]:
+        """Dense width of each pruned block, by its index."""
+        return {index: self.blocks[index].width for index in self.pruned_blocks}
+
     def widths_of(self, index: int, module: PrunableModule) -> list[Width]:
-        """Return the widths that a module of a block may have, dense first."""
+        """Return the widths that a plan may choose for a module of a block, the dense one first."""
         return module_widths(self.blocks[index], module, self.multiple, self.unsupported_reason, self.kinds)
 
     def prunable_modules(self, index: int) -> list[PrunableModule]:
-        """Those of one block that may be cut."""
-        return self.is_prunable(self.blocks[index])
-
-    def is_prunable(self, block: Block) -> list[PrunableModule]:
-        """Return the modules of a block that may be cut."""
-        return [module for module in block.modules if module.is_prunable(self.kinds)]
+        """Return the modules of a block that have units of a kind that may be removed."""
+        return [module for module in self.blocks[index].modules if module.is_prunable(self.kinds)]
 
     @property
     def reference_block(self) -> Block:
-        """The chosen block that speaks for the others where all get one width: the first with experts, if any has, and
-        with heads that can go."""
-        every = [self.blocks[index] for index in self.pruned_blocks]
-        return max(every, key=lambda block: (block.feed_forward.kind == "experts", not block.attention.fixed))
+        """Pruned block that has all axes of the model: its width determines the widths of uniform plans.
+
+        It is the first block whose feed-forward has the most axes and, among these, whose attention is prunable.
+        """
+        blocks = [self.blocks[index] for index in self.pruned_blocks]
+        return max(blocks, key=lambda block: (len(block.feed_forward.axes), not block.attention.fixed))
 
     def uniform_widths(self, width: Width) -> dict[int, Width]:
-        """Return one width for all chosen blocks: each takes the numbers along its own axes that can change."""
-        found = {}
-        for index in self.pruned_blocks:
-            block = self.blocks[index]
-            names = [axis.name for axis in block.axes if axis.name in width and not axis.locked]
-            found[index] = block.width | {name: width[name] for name in names}
-        return found
+        """Return a width for each pruned block, all with the same numbers of units.
+
+        A block takes over the numbers along the axes that it has. Its other axes, and its locked axes, stay dense.
+        """
+        return {
+            index: dense | {axis.name: width[axis.name] for axis in self.blocks[index].free_axes if axis.name in width}
+            for index, dense in self.dense_widths.items()
+        }
 
     @property
     def block_parameters(self) -> float:
-        """The parameters of which a share may go: those of the chosen blocks."""
+        """Number of parameters of the pruned blocks, of which the sparsity is a share."""
         return float(sum(self.blocks[index].parameters for index in self.pruned_blocks))
 
     @property
     def budget(self) -> float:
-        """The most that the model may take, in the meter's unit."""
+        """Largest size that the target allows, in the meter's unit."""
         if isinstance(self.target, Target):
             return budget_of(self.target, self.meter)
         return self.meter.dense - self.target * self.block_parameters
 
     def sparsity(self, widths: dict[int, Width]) -> float:
-        """Share of the counted parameters that goes at some widths."""
+        """Return the share of the parameters of the pruned blocks that is removed at given widths."""
         return (self.parameters.dense - self.parameters.total(widths)) / self.block_parameters
 
     def plan(self, widths: dict[int, Width], cost: float | None = None, *, nearest: bool = False) -> Plan:
-        """A plan of these widths, the nearest or those that cost least, with a note where it is off target."""
+        """Return the plan with given widths.
+
+        Args:
+            widths: width of each pruned block, by its index.
+            cost: expected rise of the loss in nats per token, if known.
+            nearest: whether the widths are those nearest to the target; otherwise they have the lowest cost.
+        """
         reached = self.sparsity(widths)
         if isinstance(self.target, Target):
             return Plan(widths, reached, reached, cost)
-        note = None
-        if abs(reached - self.target) > TOLERANCE:
-            best = "it is the nearest" if nearest else "that costs least"
-            why = f"{best} among the widths that the format and the rounding allow"
-            if reached > self.target and cost is not None and cost < NEGLIGIBLE_COST:
-                why = "all of it is of units that give next to nothing"
-            note = f"{reached:.1%} goes in place of {self.target:.1%}: {why}"
+        note = None if abs(reached - self.target) <= TOLERANCE else self._note(self.target, reached, cost, nearest)
         return Plan(widths, reached, self.target, cost, note)
+
+    def _note(self, requested: float, reached: float, cost: float | None, nearest: bool) -> str:
+        """Return the note of a plan whose sparsity differs from the requested one."""
+        best = "this is the nearest" if nearest else "this costs least"
+        reason = f"{best} among the widths that the format and --round allow"
+        if reached > requested and cost is not None and cost < NEGLIGIBLE_COST:
+            reason = "all removed units contribute next to nothing"
+        return f"sparsity is {reached:.1%} instead of {requested:.1%}: {reason}"

@@ -1,4 +1,8 @@
-"""The smallest model within a loss of perplexity: prune, measure on rows left out of the fit, correct, repeat."""
+"""Search for the smallest model within a limit on perplexity.
+
+Each attempt prunes the model and measures its perplexity on rows that no weight was fitted to. The measurement corrects
+the costs of the survey for the next attempt.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,68 +13,79 @@ from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.survey.curves import Survey
 
-TRIES, MOST = 5, 10
-"""Prunings after which the best one is taken, and after which none is found; each is measured whole."""
-CLOSE = 0.97
-"""A loss between this share of the allowed one and all of it ends the search."""
+ATTEMPTS = 5
+"""Number of attempts after which the best plan so far is taken."""
+MAX_ATTEMPTS = 10
+"""Number of attempts after which the search fails if no plan was within the limit."""
+CLOSE_ENOUGH = 0.97
+"""Share of the allowed loss above which a plan within the limit ends the search."""
+_BISECTIONS = 12
+"""Steps of the bisection for the sparsity with a given cost: its error is 1/4096."""
 
 
 def smallest_within(
     problem: PlanProblem, widths: str, survey: Survey, ratio: float, loss: Callable[[Plan], float]
 ) -> Plan:
-    """Find the plan that removes most while the perplexity stays within a ratio.
+    """Return the plan with the highest sparsity whose perplexity stays within a ratio to the dense model's.
 
-    The survey's prices add up to about the logarithm of the ratio; each measurement corrects them by a factor.
+    The cost of a plan is about the logarithm of the perplexity ratio. Each measurement corrects the costs by a factor.
 
     Args:
-        problem: what plans may do; its goal is replaced.
-        widths: see `plan`.
-        ratio: the most that perplexity over dense may be, above 1.
-        loss: measures perplexity over dense of a plan.
+        problem: the widths to choose from; its target is ignored.
+        widths: value of `--widths`; see `plan`.
+        survey: error curves and probes.
+        ratio: limit on the perplexity ratio, pruned over dense, above 1.
+        loss: function that measures the perplexity ratio of a plan, pruned over dense.
 
     Raises:
-        SecateurError: no plan that was tried stays within the ratio.
+        SecateurError: none of the plans that were tried stays within the ratio.
     """
     allowed, factor = math.log(ratio), 1.0
     best: Plan | None = None
-    tried: Plan | None = None
+    current: Plan | None = None
     lowest = math.inf
-    for attempt in range(MOST):
-        if attempt >= TRIES and best is not None:
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt >= ATTEMPTS and best is not None:
             break
-        last, tried = tried, _priced_at(problem, widths, survey, allowed * (1 + CLOSE) / 2 / factor)
-        if last is not None and tried.widths == last.widths:
+        previous, current = current, _largest_cut(problem, widths, survey, allowed * (1 + CLOSE_ENOUGH) / 2 / factor)
+        if previous is not None and current.widths == previous.widths:
             break
-        found = loss(tried)
-        lowest = min(lowest, found)
-        if found <= ratio and (best is None or tried.sparsity > best.sparsity):
-            best = tried
-        if CLOSE * allowed <= math.log(found) <= allowed:
+        measured = loss(current)
+        lowest = min(lowest, measured)
+        if measured <= ratio and (best is None or current.sparsity > best.sparsity):
+            best = current
+        if CLOSE_ENOUGH * allowed <= math.log(measured) <= allowed:
             break
-        # A refit can beat the dense model on such rows; then go on to larger cuts, but not at once to the largest.
-        factor = max(math.log(found) / (tried.cost or 1e-6), factor / 4)
+        # A refitted model can have a lower loss than the dense one. The factor then falls by no more than four at a
+        # time, so that the next cut is larger but not at once the largest.
+        factor = max(math.log(measured) / (current.cost or 1e-6), factor / 4)
     if best is None:
         raise SecateurError(
-            f"target ppl={ratio:g}x: the best plan that was tried came to {lowest:.3f}x; ask for more than that, or "
-            "calibrate on more text"
+            f"target ppl={ratio:g}x: the best of the plans that were tried has {lowest:.3f}x the dense model's "
+            "perplexity; allow more than that, or calibrate on more text"
         )
     return best
 
 
-def _priced_at(problem: PlanProblem, widths: str, survey: Survey, price: float) -> Plan:
-    """The largest cut that the survey expects to cost no more."""
+def _largest_cut(problem: PlanProblem, widths: str, survey: Survey, max_cost: float) -> Plan:
+    """Return the plan with the highest sparsity whose cost by the survey is at most `max_cost`, in nats per token."""
+
+    def plan_at(sparsity: float) -> Plan:
+        return plan(replace(problem, target=sparsity, meter=problem.parameters), widths, survey)
+
     low, high = 0.0, 1.0
     best: Plan | None = None
-    for _ in range(12):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         try:
-            tried = plan(replace(problem, target=middle, meter=problem.parameters), widths, survey)
+            current = plan_at(middle)
         except SecateurError:
             high = middle
             continue
-        if (tried.cost or 0.0) <= price:
-            low, best = middle, tried
+        if (current.cost or 0.0) <= max_cost:
+            low, best = middle, current
         else:
             high = middle
-            best = best if best is not None or middle > 0.001 else tried
-    return best if best is not None else plan(replace(problem, target=0.01, meter=problem.parameters), widths, survey)
+            # If every plan is too expensive, the smallest cut is returned.
+            best = best if best is not None or middle > 0.001 else current
+    return best if best is not None else plan_at(0.01)

@@ -1,4 +1,7 @@
-"""What a pruned model may take at most, as a person writes it: `params=80%`, `bytes=60MB`, `prefill=1.5x`."""
+"""Targets: upper bounds on the size, speed or perplexity of the pruned model, as users write them.
+
+Examples are `params=80%`, `bytes=60MB` and `prefill=1.5x`.
+"""
 
 import math
 import re
@@ -16,96 +19,116 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How one quantity is written and talked about."""
+    """Notation of one quantity in targets and in messages."""
 
     suffixes: dict[str, int]
-    """Of absolute values; empty for ratios."""
+    """Factors of the units of absolute values, by suffix; empty for quantities that are ratios."""
     example: str
+    """Example for error messages."""
     relative: str
-    """What a relative target says, the value to be filled in."""
+    """Description of a relative target, with `{}` for the value."""
     absolute: str = ""
+    """Description of an absolute target, with `{}` for the value."""
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether values are ratios to the dense model, such as `1.5x`."""
+        return not self.suffixes
 
 
 _SPELLINGS: dict[Quantity, _Spelling] = {
     "params": _Spelling(_COUNTS, "params=100M or params=80%", "{} of the parameters", "{} parameters"),
     "active": _Spelling(
-        _COUNTS, "active=3B or active=80%", "{} of the parameters a token meets", "{} parameters that a token meets"
+        _COUNTS, "active=3B or active=80%", "{} of the active parameters", "{} active parameters per token"
     ),
     "bytes": _Spelling(UNITS, "bytes=60MB or bytes=50%", "{} of the bytes", "{}"),
-    "kv": _Spelling(UNITS, "kv=12KB or kv=50%", "{} of the key/value cache", "{} of keys and values per token"),
-    "prefill": _Spelling({}, "prefill=1.5x", "prompts read {} as fast"),
-    "decode": _Spelling({}, "decode=1.5x", "tokens written {} as fast"),
+    "kv": _Spelling(UNITS, "kv=12KB or kv=50%", "{} of the KV cache", "{} of KV cache per token"),
+    "prefill": _Spelling({}, "prefill=1.5x", "prefill {} as fast"),
+    "decode": _Spelling({}, "decode=1.5x", "decoding {} as fast"),
     "ppl": _Spelling({}, "ppl=1.2x", "at most {} the perplexity"),
 }
 QUANTITIES: tuple[Quantity, ...] = tuple(_SPELLINGS)
 SPEEDUPS: tuple[Quantity, ...] = ("prefill", "decode")
-"""Whose value is by how much the result is faster."""
+"""Quantities whose value is a speed-up over the dense model."""
 
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([a-zA-Z%]*)")
 
 
 @dataclass(frozen=True)
 class Target:
-    """The most that the result may take of one quantity.
+    """Upper bound on one quantity of the pruned model.
 
-    Raises `SecateurError` for a value that makes no sense whatever the model.
+    Raises:
+        SecateurError: the value is not possible for any model.
     """
 
     quantity: Quantity
+    """Name of the quantity."""
     value: float
-    """Relative: the share that stays, below 1; of times the speed-up and of perplexity the ratio, above 1.
-    Absolute: parameters, bytes of the weights, or bytes of keys and values per token."""
+    """Value of the bound.
+
+    Relative: the share of the dense model's value that is kept, below 1; for `prefill` and `decode` the speed-up, and
+    for `ppl` the ratio to the dense model's perplexity, above 1. Absolute: parameters, bytes of the weights, or bytes
+    of the KV cache per token.
+    """
     relative: bool
+    """Whether the value is relative to the dense model."""
 
     def __post_init__(self) -> None:
         if self.quantity not in _SPELLINGS:
-            raise SecateurError(f"no target '{self.quantity}'; it must be one of {', '.join(QUANTITIES)}")
-        example, ratio = _SPELLINGS[self.quantity].example, not _SPELLINGS[self.quantity].suffixes
+            raise SecateurError(f"there is no target '{self.quantity}'; use one of {', '.join(QUANTITIES)}")
+        example = f"for example {_SPELLINGS[self.quantity].example}"
         if not math.isfinite(self.value):
-            raise SecateurError(f"target {self.quantity} is {self.value}; write a number, for example {example}")
-        if ratio and not self.relative:
-            raise SecateurError(f"target {self.quantity} is a ratio; write for example {example}")
-        if ratio and self.value <= 1:
-            what = "a speed-up" if self.quantity in SPEEDUPS else "how much the perplexity may grow, over the dense one"
-            raise SecateurError(f"target {self}: it is {what} and must be above 1x, for example {example}")
-        if not ratio and self.relative and not 0 < self.value < 1:
-            raise SecateurError(f"target {self}: the share that stays must lie between 0% and 100%: {example}")
-        if not self.relative and self.value < 1:
-            hint = f" (a share is written {_plain(100 * self.value)}%)" if self.value > 0 else ""
-            raise SecateurError(f"target {self}: it must be at least 1{hint}, for example {example}")
+            raise SecateurError(f"target {self.quantity} is {self.value}; write a number, {example}")
+        if _SPELLINGS[self.quantity].is_ratio and not self.relative:
+            raise SecateurError(f"target {self.quantity} is a ratio; write {example}")
+        if (problem := self._problem()) is not None:
+            raise SecateurError(f"target {self}: {problem}, {example}")
+
+    def _problem(self) -> str | None:
+        """Return what is wrong with the value; None if it is possible."""
+        if not self.relative:
+            share = f" (write {_plain(100 * self.value)}% for a share)" if 0 < self.value < 1 else ""
+            return None if self.value >= 1 else f"the value must be at least 1{share}"
+        if _SPELLINGS[self.quantity].is_ratio:
+            ratio = "speed-up" if self.quantity in SPEEDUPS else "ratio to the dense model's perplexity"
+            return None if self.value > 1 else f"the {ratio} must be above 1x"
+        return None if 0 < self.value < 1 else "the share to keep must lie between 0% and 100%"
 
     def __str__(self) -> str:
-        """As it is parsed, in the shortest spelling."""
-        return f"{self.quantity}={self._spelled()}"
+        """Return the target in its shortest notation; `parse_target` reads it back."""
+        return f"{self.quantity}={self._format_value()}"
 
     def describe(self) -> str:
-        """For people: `80% of the parameters`, `prompts read 1.5x as fast`."""
+        """Return a description for users, such as `80% of the parameters` or `prefill 1.5x as fast`."""
         spelling = _SPELLINGS[self.quantity]
-        return (spelling.relative if self.relative else spelling.absolute).format(self._spelled(" "))
+        return (spelling.relative if self.relative else spelling.absolute).format(self._format_value(" "))
 
-    def _spelled(self, blank: str = "") -> str:
+    def _format_value(self, space: str = "") -> str:
+        """Return the value with its unit, with `space` between the two."""
         suffixes = _SPELLINGS[self.quantity].suffixes
         if self.relative:
             return _plain(Decimal(str(float(self.value))) * 100) + "%" if suffixes else f"{_plain(self.value)}x"
         value = Decimal(str(float(self.value)))
-        found = []
+        notations = []
         for suffix, factor in suffixes.items():
             number = _plain(value / factor)
             if (factor == 1 or value >= factor) and float(Decimal(number) * factor) == self.value:
-                found.append(number + (blank if suffix else "") + suffix)
-        # Of equally short ones people use the largest.
-        return min(reversed(found), key=len)
+                notations.append(number + (space if suffix else "") + suffix)
+        # Among equally short notations, the one with the largest unit is the usual one.
+        return min(reversed(notations), key=len)
 
 
 def parse_target(text: str) -> Target:
-    """Read a target.
+    """Parse a target.
 
     Args:
-        text: `params=100M`, `params=80%`, `bytes=60MB`, `kv=12KB`, `prefill=1.5x`, `decode=1.5x` or `ppl=1.2x`.
-            Counts end in K, M, B or G, bytes in kB to GB (powers of 1000) or KiB to GiB (of 1024), in any case.
+        text: a quantity and its value, such as `params=100M`, `params=80%`, `bytes=60MB`, `kv=12KB`, `prefill=1.5x`,
+            `decode=1.5x` or `ppl=1.2x`. Numbers of parameters may end in K, M, B or G. Bytes end in kB, MB or GB
+            (powers of 1000) or in KiB, MiB or GiB (powers of 1024). Upper and lower case are equivalent.
 
     Raises:
-        SecateurError: it does not parse, or makes no sense.
+        SecateurError: the text cannot be parsed, or the value is not possible for any model.
 
     Example:
         >>> target = parse_target("bytes=60MB")
@@ -115,29 +138,32 @@ def parse_target(text: str) -> Target:
     name, equals, amount = (part.strip() for part in text.partition("="))
     quantity = next((quantity for quantity in QUANTITIES if quantity == name.lower()), None)
     if quantity is None or not equals:
-        known = ", ".join(QUANTITIES)
         raise SecateurError(
-            f"target '{text}': write one of {known}, then = and how much of it stays, for example params=80%"
+            f"target '{text}': write one of {', '.join(QUANTITIES)}, then = and the largest value, for example "
+            "params=80%"
         )
-    example, suffixes = f"write for example {_SPELLINGS[quantity].example}", _SPELLINGS[quantity].suffixes
+    spelling = _SPELLINGS[quantity]
+    example = f"write for example {spelling.example}"
     match = _NUMBER.fullmatch(amount)
     if match is None:
-        raise SecateurError(f"target '{text}': '{amount}' is no number; {example}")
-    number, unit = Decimal(match[1]), match[2]
-    if not suffixes and unit.lower() != "x":
-        raise SecateurError(f"target '{text}': {quantity} is a ratio ending in x; {example}")
-    if not suffixes:
-        return Target(quantity, float(number), True)
-    if unit == "%":
-        return Target(quantity, float(number / 100), True)
-    factor = {suffix.lower(): factor for suffix, factor in suffixes.items()}.get(unit.lower())
+        raise SecateurError(f"target '{text}': '{amount}' is not a number; {example}")
+    number, unit = Decimal(match[1]), match[2].lower()
+    factors = {"x": None} if spelling.is_ratio else {"%": None, **_lower_case(spelling.suffixes)}
+    if unit not in factors:
+        units = "x" if spelling.is_ratio else ", ".join([*filter(None, spelling.suffixes), "%"])
+        raise SecateurError(f"target '{text}': '{match[2]}' is not a unit of {quantity} (use {units}); {example}")
+    factor = factors[unit]
     if factor is None:
-        known = ", ".join(suffix for suffix in suffixes if suffix)
-        raise SecateurError(f"target '{text}': no unit '{unit}' (there are {known}, %); {example}")
+        return Target(quantity, float(number if spelling.is_ratio else number / 100), True)
     return Target(quantity, float(number * factor), False)
 
 
+def _lower_case(suffixes: dict[str, int]) -> dict[str, int]:
+    """Return the factors of units by suffix in lower case."""
+    return {suffix.lower(): factor for suffix, factor in suffixes.items()}
+
+
 def _plain(value: float | Decimal) -> str:
-    """A number with all its digits and no exponent."""
+    """Format a number with all its digits and without exponent."""
     text = format(Decimal(str(value)), "f")
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,4 +1,4 @@
-"""Widths that a module may have: narrower along one of its axes, or gone."""
+"""Widths that a plan may choose for a module: narrower along one axis, or zero along all axes."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,14 +7,15 @@ from secateur.model.kinds import KINDS
 from secateur.model.structure import Block, PrunableModule
 
 UnsupportedReason = Callable[[Width], "str | None"]
-"""Why the output format cannot hold a width, or None if it can."""
+"""Function that returns why the output format cannot hold a width, or None if the format can."""
 
 
 def default_multiple(axes: Sequence[Axis]) -> int:
-    """Return the multiple to which rounded axes are cut where `--round` is not given.
+    """Return the default of `--round`: the multiple to which rounded axes are cut.
 
-    Products in bfloat16 take a third longer at odd multiples of 8, and quantised GGUF types store 32 numbers at a time;
-    narrow modules would lose too much choice.
+    The multiple is 32 if all rounded axes are wide, else 1. Matrix products in bfloat16 take a third longer at odd
+    multiples of 8, and quantised GGUF types store 32 numbers at a time. Narrow modules would have too few widths left
+    to choose from.
     """
     return 32 if all(axis.units >= axis.wide for axis in axes if axis.rounded) else 1
 
@@ -26,22 +27,28 @@ def module_widths(
     unsupported_reason: UnsupportedReason,
     kinds: Sequence[str] = KINDS,
 ) -> list[Width]:
-    """Return the widths that one module may have, dense first and zero last, the rest of the block dense.
+    """Return the widths that a plan may choose for one module, while the other module of the block stays dense.
 
     Args:
-        multiple: see `Axis.numbers`.
-        unsupported_reason: asked for each narrower width.
-        kinds: kinds of units that may leave.
+        block: the module's block.
+        module: the module.
+        multiple: value of `--round`; see `Axis.numbers`.
+        unsupported_reason: function that is called for each width narrower than the dense one.
+        kinds: kinds of units that may be removed.
+
+    Returns:
+        Widths of the block: the dense one first, then those that are narrower along one axis. The last width has no
+        units of the module, where the module as a whole can be removed.
     """
     dense = block.width
     axes = [axis for axis in module.axes if axis.kind in kinds]
-    found = [dense | {axis.name: number} for axis in axes for number in axis.numbers(multiple)[1:]]
+    narrower = [dense | {axis.name: number} for axis in axes for number in axis.numbers(multiple)[1:]]
     if axes and not module.fixed:
-        found.append(dense | module.removed)
-    return [dense, *(width for width in found if unsupported_reason(width) is None)]
+        narrower.append(dense | module.removed)
+    return [dense, *(width for width in narrower if unsupported_reason(width) is None)]
 
 
 def head_widths(block: Block, kinds: Sequence[str] = KINDS) -> list[Width]:
-    """Return the widths of a block with fewer query heads but some, dense first."""
+    """Return the widths of a block with one or more query heads and a dense feed-forward, the dense width first."""
     attention = block.attention
     return [width for width in module_widths(block, attention, 1, lambda _: None, kinds) if attention.units_at(width)]

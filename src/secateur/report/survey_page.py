@@ -132,7 +132,7 @@ def _price(block: Block, module: PrunableModule, curve: ErrorCurve, gone: int, p
     """Return the cost of a module that has lost so many units along the curve's axis, in nats per token."""
     # What never leaves alone goes with the module.
     left = module.axis(curve.axis).units - gone if gone < len(curve.errors) else 0
-    return prices.of(curve.block, module, _width(block.width, module, curve.axis, left))
+    return prices.module_cost(curve.block, module, _width(block.width, module, curve.axis, left))
 
 
 def _width(dense: Width, module: PrunableModule, axis: str, left: int) -> Width:

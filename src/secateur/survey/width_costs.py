@@ -1,10 +1,11 @@
-"""What each width of a module costs at the model's output, from a survey's error curves and probes.
+"""Cost of every width of a module: the expected rise of the loss, from a survey's error curves and probes.
 
-The divergence of the logits grows with the error by a power that differs from module to module and from small errors
-to large ones. Between two probes it is taken to be that of the straight line between them on a double logarithmic
-scale; below the first, to be proportional to the error.
+The divergence of the logits grows with a module's error by a power that differs from module to module, and between
+small and large errors. Between two probes, the divergence is therefore interpolated linearly on a double logarithmic
+scale. Below the first probe, the divergence is taken to be proportional to the error.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,57 +16,76 @@ from secateur.model.structure import Block, PrunableModule
 from secateur.survey.curves import ErrorCurve, Survey
 
 SMALLEST = 1e-9
-"""Errors and divergences below it count as this, for the logarithms."""
+"""Lower limit of errors and divergences before their logarithms are taken."""
+
+Key = tuple[int, str]
+"""Index of the block and kind of units of a module."""
 
 
 class WidthCosts:
-    """The price of every width of every surveyed module, in nats per token."""
+    """Cost of every width of every surveyed module, in nats per token."""
 
     def __init__(self, survey: Survey):
         """Fit the relation between error and divergence for each module.
 
-        Without probes, the price is the share of its own output that a module loses.
+        Without probes, the cost is the share of its own output that a module loses.
         """
-        self._curves: dict[tuple[int, str], dict[str, NDArray[np.float64]]] = {}
-        self._whole: dict[tuple[int, str], float] = {}
-        points: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        self._removal_costs: dict[Key, float] = {} if survey.probes else _unit_costs(survey)
+        partial_cuts: defaultdict[Key, list[tuple[float, float]]] = defaultdict(list)
         for probe in survey.probes:
             if probe.removes_module:
-                self._whole[probe.block, probe.kind] = probe.divergence
+                self._removal_costs[probe.block, probe.kind] = probe.divergence
             else:
-                points.setdefault((probe.block, probe.kind), []).append((probe.error, probe.divergence))
+                partial_cuts[probe.block, probe.kind].append((probe.error, probe.divergence))
+        self._curves: defaultdict[Key, dict[str, NDArray[np.float64]]] = defaultdict(dict)
         for curve in survey.curves:
             key = curve.block, curve.kind
-            if not survey.probes:
-                self._whole[key] = 1.0
-            energy = curve.energy, self._whole[key]
-            self._curves.setdefault(key, {})[curve.axis] = _priced(curve, points.get(key, []), energy)
+            points = [*partial_cuts[key], (curve.energy, self._removal_costs[key])]
+            self._curves[key][curve.axis] = _costs(curve, points)
 
     def total(self, blocks: Sequence[Block], widths: Mapping[int, Width]) -> float:
-        """What a plan costs, its modules taken one by one; blocks that are absent are dense."""
+        """Return the cost of a plan, the sum over its modules.
+
+        Args:
+            blocks: all blocks of the model.
+            widths: width of each pruned block, by its index. All other blocks stay dense.
+        """
         modules = [(index, module, width) for index, width in widths.items() for module in blocks[index].modules]
-        return sum(self.of(*module) for module in modules)
+        return sum(self.module_cost(*module) for module in modules)
 
-    def of(self, block: int, module: PrunableModule, width: Width) -> float:
-        """What the module of a block costs at a width; zero for a module that was not surveyed and is dense."""
+    def module_cost(self, block: int, module: PrunableModule, width: Width) -> float:
+        """Return the cost of one module at a width; zero for a dense module, surveyed or not.
+
+        Args:
+            block: index of the module's block.
+            module: the module.
+            width: width of the block.
+        """
         key = block, module.kind
-        total = 0.0
-        for axis in module.axes:
-            left = width[axis.name]
-            if left == 0:
-                return self._whole[key]
-            if left < axis.units:
-                total += float(self._curves[key][axis.name][axis.units - left])
-        return total
+        if not all(width[axis.name] for axis in module.axes):
+            return self._removal_costs[key]
+        narrower = [axis for axis in module.axes if width[axis.name] < axis.units]
+        return sum(float(self._curves[key][axis.name][axis.units - width[axis.name]]) for axis in narrower)
 
 
-def _priced(curve: ErrorCurve, points: list[tuple[float, float]], energy: tuple[float, float]) -> NDArray[np.float64]:
-    """The price with 0, 1, 2, ... units gone; never falling."""
+def _unit_costs(survey: Survey) -> dict[Key, float]:
+    """Return a cost of one for the removal of each module."""
+    return {(curve.block, curve.kind): 1.0 for curve in survey.curves}
+
+
+def _costs(curve: ErrorCurve, points: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+    """Return the cost once 0, 1, 2, ... units are removed; it never falls.
+
+    Args:
+        curve: the error curve along one axis.
+        points: pairs of error and divergence to interpolate between, those of the module's removal included.
+    """
     errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0) * curve.left_after_refit
-    # A module whose loss costs less than the loss of a part of it is priced by the part.
-    known = sorted({(max(e, SMALLEST), max(d, SMALLEST)) for e, d in [*points, energy]})
-    x, y = np.log([e for e, _ in known]), np.log(np.maximum.accumulate([d for _, d in known]))
+    # If removing the module costs less than a partial cut, the removal gets the cost of the partial cut.
+    known = sorted({(max(error, SMALLEST), max(divergence, SMALLEST)) for error, divergence in points})
+    log_errors = np.log([error for error, _ in known])
+    log_divergences = np.log(np.maximum.accumulate([divergence for _, divergence in known]))
     at = np.log(np.maximum(errors, SMALLEST))
-    prices = np.exp(np.interp(at, x, y) + np.minimum(at - x[0], 0.0))
-    prices[errors <= 0] = 0.0
-    return np.maximum.accumulate(prices)
+    costs = np.exp(np.interp(at, log_errors, log_divergences) + np.minimum(at - log_errors[0], 0.0))
+    costs[errors <= 0] = 0.0
+    return np.maximum.accumulate(costs)

@@ -1,0 +1,103 @@
+"""Reader of ratio files: the share of its units that each range of blocks loses."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.model.axes import Axis, Width
+from secateur.model.kinds import KINDS
+from secateur.model.structure import Block, PrunableModule
+from secateur.plan.plan_file import read_json_object
+from secateur.plan.widths import module_widths
+
+
+def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int, Width]:
+    """Read a ratio file, for example `{"4:20": 0.25, "20:30": {"heads": 0.1, "channels": 0.4}}`.
+
+    A ratio is the share of the units to remove. A single ratio applies to the heads of the attention and to the
+    channels of the feed-forward; in a mixture of experts to whole experts, whose channels all stay.
+
+    Args:
+        path: JSON file with a ratio, or a ratio for each kind of units, for ranges of blocks `first:end`. Blocks
+            outside all ranges stay dense.
+        blocks: all blocks of the model.
+        multiple: value of `--round`: the multiple to which channels are rounded.
+
+    Returns:
+        The width of every block in a range, the nearest to its ratios.
+
+    Raises:
+        SecateurError: the file cannot be parsed, ranges overlap or exceed the model, or no unit is removed.
+    """
+    widths: dict[int, Width] = {}
+    for key, raw in read_json_object(path).items():
+        indices = _read_range(path, key, len(blocks))
+        _check_ratios(path, key, raw)
+        for index in indices:
+            if index in widths:
+                raise SecateurError(f"{path}: block {index} is in two ranges; remove it from one of them")
+            block = blocks[index]
+            widths[index] = _nearest_width(block, raw if isinstance(raw, dict) else _same_ratio(block, raw), multiple)
+    if all(width == blocks[index].width for index, width in widths.items()):
+        raise SecateurError(f"{path}: no unit is removed; add a range, or increase the ratios")
+    return dict(sorted(widths.items()))
+
+
+def _read_range(path: Path, key: str, count: int) -> range:
+    """Return the indices of the blocks in a range; `count` is the number of blocks of the model."""
+    match = re.fullmatch(r"(\d+):(\d+)", key)
+    indices = range(int(match[1]), int(match[2])) if match else range(0)
+    if not indices or indices.stop > count:
+        raise SecateurError(f"{path}: '{key}' is not a range of blocks; write first:end within 0:{count}")
+    return indices
+
+
+def _check_ratios(path: Path, key: str, raw: Any) -> None:
+    """Raise `SecateurError` unless the value of a range is a ratio or has a ratio for some kinds of units."""
+    ratios = raw if isinstance(raw, dict) else {KINDS[0]: raw}
+    if not all(kind in KINDS and _is_ratio(ratio) for kind, ratio in ratios.items()):
+        raise SecateurError(
+            f"{path}: {key}: write the share to remove, from 0 to 1, or one share each for {', '.join(KINDS)}"
+        )
+
+
+def _is_ratio(raw: Any) -> bool:
+    """Return whether a value in a JSON file is a number from 0 to 1."""
+    return isinstance(raw, int | float) and not isinstance(raw, bool) and 0 <= raw <= 1
+
+
+def _same_ratio(block: Block, ratio: float) -> dict[str, float]:
+    """Return the same ratio for the units of each module of a block."""
+    return dict.fromkeys(block.kinds, ratio)
+
+
+def _nearest_width(block: Block, ratios: Mapping[str, float], multiple: int) -> Width:
+    """Return the width of a block that is nearest to the ratio of each kind of units."""
+    result = block.width
+    for module in block.modules:
+        for kind, group in groupby(module.axes, key=lambda axis: axis.kind):
+            axes = list(group)
+            names = [axis.name for axis in axes]
+            if ratio := ratios.get(kind, 0.0):
+                units = block.width.product(names) * (1 - ratio)
+                candidates = _candidates(block, module, axes, ratio, multiple)
+                nearest = min(candidates, key=lambda width: abs(width.product(names) - units))
+                result |= {name: nearest[name] for name in names}
+    return result
+
+
+def _candidates(
+    block: Block, module: PrunableModule, axes: Sequence[Axis], ratio: float, multiple: int
+) -> Sequence[Width]:
+    """Return the widths from which a ratio selects one, the dense width first."""
+    if len(axes) > 1:
+        return module_widths(block, module, multiple, lambda _: None)
+    # Only a ratio of one removes the module. A multiple that is larger than the module does not.
+    if ratio == 1 and not module.fixed:
+        return [block.width | module.removed]
+    (axis,) = axes
+    dense, *narrower = axis.all_numbers(multiple)
+    return [block.width | {axis.name: number} for number in (dense, *reversed(narrower))]
