@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.base.processes import Processes
-from secateur.numerics import moments
+from secateur.numerics import moments, panels
 from secateur.numerics.moments import Moments, add_gram
 
 TOLERANCE = 2e-5
@@ -25,7 +25,7 @@ TOLERANCE = 2e-5
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and panels that tiny inputs fill several times."""
     monkeypatch.setattr(moments, "CHUNK", 7)
-    monkeypatch.setattr(moments, "PANEL", 3)
+    monkeypatch.setattr(panels, "PANEL", 3)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from secateur.numerics.ridge import (
     factorise_each,
     least_squares,
     normal_equations,
-    residual,
+    squared_error,
 )
 
 RIDGES = (0.0, 1e-3, 0.03, 0.3, 1.0)
@@ -127,7 +127,7 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
     assert_near(weight * scale, wanted * scale, 1e-3)
     if bias is not None:
         assert_near(bias, case.t.mean(0) - case.x.mean(0)[keep] @ wanted, 5e-3)
-    assert error == pytest.approx(residual(normal, weight, keep), rel=1e-3, abs=1e-5 * seen.energy)
+    assert error == pytest.approx(squared_error(normal, weight, keep), rel=1e-3, abs=1e-5 * seen.energy)
     assert error == pytest.approx(seen.error(ridge, keep), rel=1e-3, abs=1e-5 * seen.energy)
 
 
@@ -137,7 +137,7 @@ def test_residual_of_any_weights(data: st.DataObject, case: Layer, ridge: float)
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
     weight = 1.3 * case.old[keep] - 0.2
     error = float((case.x[:, keep] @ weight - case.t).square().sum())
-    assert residual(case.normal(ridge), weight, keep) == pytest.approx(error, rel=1e-4, abs=1e-5 * case.energy)
+    assert squared_error(case.normal(ridge), weight, keep) == pytest.approx(error, rel=1e-4, abs=1e-5 * case.energy)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])

@@ -19,7 +19,7 @@ from secateur.fit.output_projection import OutputFit, fit_output_projection
 from secateur.fit.regression import Regression, Sums
 from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import residual
+from secateur.numerics.ridge import squared_error
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ class ModuleFit:
     def fit_kept_inputs(self) -> OutputFit:
         """Return a fit of the output projection, with the error of the old weights where it is reported."""
         normal, places = self.stats.normal, self.sums.among(self.kept)
-        old_error = residual(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
+        old_error = squared_error(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
         return fit_output_projection(self.sums.fitted, normal, places)._replace(old_error=old_error)
 
     def keep_old_weights(self) -> OutputFit:
         """Return the weights as they are, with their error where it is reported."""
         weight = self.weight[self.kept]
-        error = residual(self.stats.normal, weight, self.kept) if self.regression.reports else float("nan")
+        error = squared_error(self.stats.normal, weight, self.kept) if self.regression.reports else float("nan")
         return OutputFit(weight, self.bias, error, error)
 
     def fit_input_projections(self, fit: OutputFit) -> OutputFit:

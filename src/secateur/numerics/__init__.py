@@ -1,1 +1,1 @@
-"""Second moments, ridge least squares and elimination, which criteria and fits share."""
+"""Linear algebra shared by criteria and fits: moments, ridge least squares and greedy elimination."""

@@ -1,9 +1,15 @@
-"""Greedy elimination of a level-2 layer's inputs: structured optimal brain surgeon.
+"""Greedy elimination of an output projection's inputs: structured optimal brain surgeon.
 
-With P the inverse of the penalised matrix (`secateur.numerics.ridge`) over the units still there, removing the set S
-raises the minimum by tr(W_S' P_SS^-1 W_S), changes W by -P[:,S] P_SS^-1 W_S, and P by -P[:,S] P_SS^-1 P[S,:]. One pass
-orders all units and gives the error at every width. The changes of P are kept as thin factors and subtracted several
-steps at a time: P is far larger than the caches, so that reading it takes as long as the products do.
+With P the inverse of the penalised matrix over the units that are left (`secateur.numerics.ridge`) and W the refitted
+weights, removing a set S of inputs
+
+    raises the minimum by tr(W_S' P_SS^-1 W_S),   changes W by -P[:,S] P_SS^-1 W_S,   and P by -P[:,S] P_SS^-1 P[S,:].
+
+One pass orders all units and gives the error at every width. Changes of P are stored as thin factors and subtracted
+several steps at a time, as P is far larger than the processor's caches: reading it takes as long as the products.
+
+Shapes: u units that are left, s inputs per unit, a = u * s inputs, r removed inputs by which P is not yet updated, o
+outputs.
 """
 
 from collections.abc import Collection
@@ -13,27 +19,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.numerics.moments import panel_width
+from secateur.numerics.panels import mirror_panel, panels
 from secateur.numerics.ridge import NormalEquations, factorise, factorise_each, invert
 
 STEP = 64
-"""Most units that leave at once; candidates are twice as many."""
+"""Most units that are removed in one step, out of twice as many candidates."""
 RANK = 512
-"""Entries that leave between two updates of the inverse, at least."""
+"""Number of removed inputs at which the inverse is updated."""
+SHRINK = 0.85
+"""Share of the units at which removed ones are taken out of the tensors."""
 
 
 @dataclass
 class Elimination:
-    """What greedy elimination found, unit by unit."""
+    """Result of a greedy elimination, unit by unit."""
 
     order: Tensor
-    """Units in the order in which they left (int64)."""
+    """Units in the order of removal (int64)."""
     increases: Tensor
-    """Rise of the penalised minimum by each of them (float64)."""
+    """Rise of the penalised minimum with each removal (float64)."""
     errors: Tensor
-    """||XW - T||^2 after the best refit with 0, 1, 2, ... of them gone (float64, one longer); NaN if not asked."""
+    """||XW - T||^2 after the best refit without the first 0, 1, 2, ... units (float64); NaN if not asked for."""
     weights: dict[int, Tensor]
-    """Where asked, by how many are gone: the refitted weights of the entries still there (float32)."""
+    """Refitted weights of the remaining inputs (float32), by number of removed units, where asked for."""
 
 
 def eliminate(
@@ -46,70 +54,74 @@ def eliminate(
     with_errors: bool = True,
     weights_at: Collection[int] = (),
 ) -> Elimination:
-    """Remove units one after the other, those first whose loss the others make up best.
+    """Remove units one after the other, always those whose removal raises the minimum least.
 
     Args:
-        normal: the penalised system; its inputs are `units * size` entries.
-        size: entries per unit.
-        stop: units that stay (per group, if `groups` is given).
+        normal: the penalised normal equations, whose inputs are units * size.
+        size: inputs per unit.
+        stop: number of units that are left (in each group, if `groups` is given).
         groups: if given, every step removes one unit from each of that many equal runs of units.
-        order: if given, remove in this order instead of the cheapest first.
-        with_errors: work out the error at every width; where only the order is wanted, that is work for nothing.
-        weights_at: give the weights where so many units are gone.
+        order: if given, the order of removal.
+        with_errors: whether to compute the error at every width.
+        weights_at: numbers of removed units at which the weights are returned.
     """
-    units = normal.scale_a.shape[0] // size
+    units = len(normal.scale_a) // size
     state = _State(normal, size)
-    removed = [torch.empty(0, dtype=torch.int64)]
+    steps = [torch.empty(0, dtype=torch.int64)]
     increases = [torch.empty(0, dtype=torch.float64)]
     errors = [torch.tensor([normal.error(state.weight)], dtype=torch.float64)]
-    goal = units - stop * (groups or 1)
     weights: dict[int, Tensor] = {}
-    gone = 0
-    while gone < goal:
-        ahead = min(cut for cut in (*weights_at, goal) if cut > gone) - gone
-        step = min(max(1, min(STEP, units // 32)), ahead)
+    removed, end = 0, units - stop * (groups or 1)
+    while removed < end:
+        until_stop = min(number for number in (*weights_at, end) if number > removed) - removed
+        step = min(max(1, min(STEP, units // 32)), until_stop)
         if order is not None:
-            step = groups or step
-            chosen = state.positions(order[gone : gone + step])
+            positions = state.positions(order[removed : removed + (groups or step)])
         elif groups is not None:
-            chosen = state.cheapest_of_groups(groups, units // groups)
+            positions = state.cheapest_of_groups(groups, units // groups)
         else:
-            chosen = state.cheapest(step)
-        removed.append(state.units[chosen].cpu())
-        rise, change = state.remove(chosen, with_errors)
-        increases.append(rise.cpu())
+            positions = state.cheapest(step)
+        steps.append(state.units[positions].cpu())
+        increase, change = state.remove(positions, with_errors)
+        increases.append(increase.cpu())
         errors.append(errors[-1][-1] + change.cpu())
-        gone += len(chosen)
-        if gone in weights_at:
-            weights[gone] = normal.unscaled(*state.left())
-    return Elimination(torch.cat(removed), torch.cat(increases), torch.cat(errors), weights)
+        removed += len(positions)
+        if removed in weights_at:
+            weights[removed] = normal.unscaled(*state.remaining())
+    return Elimination(torch.cat(steps), torch.cat(increases), torch.cat(errors), weights)
 
 
 class _State:
-    """The inverse and the weights over the units still there, compacted as units leave."""
+    """Inverse and weights of the units that are left. Tensors shrink as units are removed.
+
+    A position is a unit's place in these tensors.
+    """
 
     def __init__(self, normal: NormalEquations, size: int):
         self.size = size
         self.inverse = invert(normal.matrix_aa.clone())
-        """As it was before the removals in `pending`."""
+        """P without the removals in `pending`."""
         self.pending = self.inverse.new_zeros(0, len(self.inverse))
-        """R (r x a): the inverse is now `inverse - R'R`."""
-        self.weight = normal.scaled_old() if normal.own else self.inverse @ normal.right_ao
+        """R (r x a), with P = inverse - R'R."""
+        self.weight = normal.scaled_old() if normal.old_is_minimum else self.inverse @ normal.right_ao
+        """W (a x o); rows of removed inputs are zero."""
         self.linear = normal.right_ao - 2 * normal.cross_ao
         self.penalty = normal.penalty_a
         self.units = torch.arange(len(self.inverse) // size, device=self.inverse.device)
+        """Unit at each position, ascending."""
         self.alive = torch.ones_like(self.units, dtype=torch.bool)
+        """Whether the unit at a position is left."""
 
     def entries(self, positions: Tensor) -> Tensor:
-        """Matrix entries of the units at these positions."""
+        """Return the inputs of the units at some positions."""
         return (positions[:, None] * self.size + torch.arange(self.size, device=positions.device)).reshape(-1)
 
     def positions(self, units: Tensor) -> Tensor:
-        """Where these units stand now."""
+        """Return the positions of some units."""
         return torch.searchsorted(self.units, units.to(self.units.device))
 
     def costs(self) -> Tensor:
-        """tr(W_S' P_SS^-1 W_S) of every unit on its own; infinite where it has left."""
+        """Return tr(W_S' P_SS^-1 W_S) of every single unit; infinite for removed units."""
         count, size = len(self.units), self.size
         weight = self.weight.view(count, size, -1)
         if size == 1:
@@ -123,22 +135,23 @@ class _State:
         return cost.masked_fill(~self.alive, float("inf"))
 
     def cheapest(self, step: int) -> Tensor:
-        """The next `step` units: greedy one by one among the cheapest 2 * step, each after the ones before it."""
+        """Return the positions of the next `step` units, chosen greedily among the 2 * step cheapest."""
         costs = self.costs()
         if step == 1:
             return costs.argmin()[None]
         pool = costs.topk(min(2 * step, int(self.alive.sum())), largest=False).indices
-        if self.size > 1:
-            return pool[:step]
-        # Rank-one updates on the pool alone: its block of P, and the Gram matrix of its weight rows. Tiny matrices are
-        # numpy's, which calls a loop in a third of the time.
+        return pool[:step] if self.size > 1 else pool[self._greedy(pool, step)]
+
+    def _greedy(self, pool: Tensor, step: int) -> Tensor:
+        """Return the places in the pool of `step` inputs, each the cheapest once those before it are removed."""
+        # Rank-one updates of the pool's block of P and of the Gram matrix of its rows of W. NumPy runs a loop over
+        # small matrices in a third of the time.
         block = self.rows(pool, pool).double().cpu().numpy()
         rows = self.weight[pool].double()
         gram = (rows @ rows.T).cpu().numpy()
-        left = np.zeros(len(pool))
-        chosen = []
+        blocked, chosen = np.zeros(len(pool)), []
         for _ in range(step):
-            index = int((gram.diagonal() / block.diagonal() + left).argmin())
+            index = int((gram.diagonal() / block.diagonal() + blocked).argmin())
             chosen.append(index)
             ratio = block[:, index] / block[index, index]
             change = np.outer(ratio, gram[index] - 0.5 * gram[index, index] * ratio)
@@ -146,65 +159,67 @@ class _State:
             gram -= change.T
             block -= np.outer(ratio, block[index])
             block[index, index] = 1.0
-            left[index] = np.inf
-        return pool[torch.tensor(chosen, device=pool.device)]
+            blocked[index] = np.inf
+        return torch.tensor(chosen, device=pool.device)
 
     def cheapest_of_groups(self, groups: int, per_group: int) -> Tensor:
-        """The cheapest unit of every group."""
-        costs = self.costs()
-        owner = self.units // per_group
-        return torch.stack([costs.masked_fill(owner != group, float("inf")).argmin() for group in range(groups)])
+        """Return the position of the cheapest unit of every group."""
+        costs, group_of = self.costs(), self.units // per_group
+        return torch.stack([costs.masked_fill(group_of != group, float("inf")).argmin() for group in range(groups)])
 
     def rows(self, at: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
-        """Rows of the inverse as it is now, or some columns of them."""
+        """Return rows of P, or some columns of these rows."""
         rows = self.inverse[at][:, columns]
         return rows.addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1) if len(self.pending) else rows
 
     def remove(self, positions: Tensor, with_errors: bool) -> tuple[Tensor, Tensor]:
-        """Take units out in this order; the rise of the minimum and the running change of the error, each."""
+        """Remove units in the given order.
+
+        Returns:
+            For each unit, the rise of the minimum, and the change of the error since the start of this removal.
+        """
         at = self.entries(positions)
         rows = self.rows(at)
         factor = factorise(rows[:, at])
-        # Rows of `reach` and of `lost`: one rank-one update an entry, in order of removal.
-        reach = torch.linalg.solve_triangular(factor, rows, upper=False)
-        lost = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
-        rise = lost.square().sum(1, dtype=torch.float64)
-        change = self._error_changes(reach, lost) if with_errors else torch.full_like(rise, torch.nan)
-        self.weight.addmm_(reach.T, lost, alpha=-1)
-        self.pending = torch.cat([self.pending, reach])
+        # Each row is a rank-one update, one per input in the order of removal: of P by r'r, of W by r'l.
+        r_sa = torch.linalg.solve_triangular(factor, rows, upper=False)
+        l_so = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
+        increase = l_so.square().sum(1, dtype=torch.float64)
+        change = self._error_changes(r_sa, l_so) if with_errors else torch.full_like(increase, torch.nan)
+        self.weight.addmm_(r_sa.T, l_so, alpha=-1)
+        self.pending = torch.cat([self.pending, r_sa])
         self.weight[at] = 0
         self.alive[positions] = False
-        shrink = int(self.alive.sum()) < 0.85 * len(self.alive)
+        shrink = int(self.alive.sum()) < SHRINK * len(self.alive)
         if shrink or self.size > 1 or len(self.pending) >= RANK:
-            self._settle()
+            self._update_inverse()
         if shrink:
-            self._compact()
-        return rise.view(-1, self.size).sum(1), change.view(-1, self.size)[:, -1]
+            self._shrink()
+        return increase.view(-1, self.size).sum(1), change.view(-1, self.size)[:, -1]
 
-    def _error_changes(self, reach: Tensor, lost: Tensor) -> Tensor:
-        """Change of ||XW - T||^2 (no penalty) after each entry of one removal, from the first on."""
-        # error(W) = energy + <W, linear> - <W, penalty W>, at W - reach[:t]' lost[:t] for t = 1, 2, ...
-        # Two products: what is as large as W is read and not made anew.
-        pulled = self.penalty * reach
-        slope = ((reach @ self.linear - 2 * pulled @ self.weight) * lost).sum(1)
-        curve = ((pulled @ reach.T) * (lost @ lost.T)).double()
+    def _error_changes(self, r_sa: Tensor, l_so: Tensor) -> Tensor:
+        """Return the change of ||XW - T||^2 after each input of one removal (s)."""
+        # error(W) = energy + <W, linear> - <W, penalty W>, at W - r[:t]' l[:t] for t = 1, 2, ...
+        # Two products: tensors as large as W are read, and none is made.
+        penalised = self.penalty * r_sa
+        slope = ((r_sa @ self.linear - 2 * penalised @ self.weight) * l_so).sum(1)
+        curve = ((penalised @ r_sa.T) * (l_so @ l_so.T)).double()
         return -slope.double().cumsum(0) - curve.cumsum(0).cumsum(1).diagonal()
 
-    def left(self) -> tuple[Tensor, Tensor]:
-        """Weights of the entries still there, and which these are."""
-        here = self.alive.nonzero()[:, 0]
-        return self.weight[self.entries(here)], self.entries(self.units[here])
+    def remaining(self) -> tuple[Tensor, Tensor]:
+        """Return the weights of the inputs that are left, and which inputs these are."""
+        positions = self.alive.nonzero()[:, 0]
+        return self.weight[self.entries(positions)], self.entries(self.units[positions])
 
-    def _settle(self) -> None:
-        """Update the inverse by the removals so far; panels leave out most of what is there twice."""
-        a, panel = len(self.inverse), panel_width(len(self.inverse))
-        for start in range(0, a, panel):
-            stop = start + panel
+    def _update_inverse(self) -> None:
+        """Subtract the pending removals from the inverse."""
+        for start, stop in panels(len(self.inverse)):
             self.inverse[start:stop, start:].addmm_(self.pending[:, start:stop].T, self.pending[:, start:], alpha=-1)
-            self.inverse[stop:, start:stop] = self.inverse[start:stop, stop:].T
+            mirror_panel(self.inverse, start, stop)
         self.pending = self.pending[:0]
 
-    def _compact(self) -> None:
+    def _shrink(self) -> None:
+        """Take removed units out of all tensors."""
         keep = self.alive.nonzero()[:, 0]
         at = self.entries(keep)
         self.inverse, self.pending = self.inverse.index_select(0, at).index_select(1, at), self.pending[:, at]
