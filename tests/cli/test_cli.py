@@ -259,10 +259,10 @@ OPTIONS: list[tuple[str, str]] = [
     ("--criterion similarity --tau 0.2 --dry-run", "found by running the model; leave out --dry-run"),
     (
         "--criterion heads=similarity,channels=l1 --tau 0.2 --dry-run",
-        "similarity alone leaves all channels: write similarity+X",
+        "similarity alone removes no channels: write heads=similarity+X",
     ),
     ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both say how much goes"),
-    ("--criterion heads=l1", "criterion is 'heads=l1'; a pair is written heads=X,channels=Y"),
+    ("--criterion heads=l1", "criterion is 'heads=l1'; write a criterion for each as heads=X,channels=Y"),
     ("--tau 0.2", "tau is about similar heads: leave --tau out, or take --criterion similarity"),
     ("--recovery all", "recovery is 'all'; it must be one of refit, bias, none, paper"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),

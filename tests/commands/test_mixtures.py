@@ -201,7 +201,7 @@ REFUSED = {
     "speed": ({"target": "decode=1.1x"}, "the time of experts depends on the tokens that are routed to them"),
     "gguf": ({"sparsity": 0.2, "format": "gguf"}, "qwen3moe has one width for all blocks, so prune all of them"),
     "some blocks": ({"sparsity": 0.2, "widths": "uniform", "blocks": "1:3"}, "only 1:3 are to be pruned"),
-    "an order": ({"sparsity": 0.2, "criterion": "experts=l1"}, "that of experts must be one of reroute, reap"),
+    "an order": ({"sparsity": 0.2, "criterion": "experts=l1"}, "the criterion of experts must be one of reroute, reap"),
 }
 
 

@@ -16,7 +16,8 @@ from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, token_rows
 from secateur.base.processes import Processes
 from secateur.criteria import experts
-from secateur.criteria.experts import RoutedTokens, expert_order
+from secateur.criteria.experts import expert_order
+from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.fit.block import Method
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
@@ -171,21 +172,21 @@ def test_outputs_on_other_routes(checkpoint_folder: CheckpointFolder, name: str)
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, every = routed_of(mixture), mixture.every
         before = mixture.route(routed.x_nd, every)
-        given = routed.given(routed.everyone, before)
+        given = routed.output(routed.all_tokens, before)
         looked_up: list[int] = []
-        whole = routed.given
-        routed.given = lambda tokens, routes: looked_up.append(len(tokens)) or whole(tokens, routes)  # type: ignore[method-assign]
+        whole = routed.output
+        routed.output = lambda tokens, routes: looked_up.append(len(tokens)) or whole(tokens, routes)  # type: ignore[method-assign]
         size = mixture.module.per_group
         for ones in ([1], [0, 3]):
             gone = torch.tensor([one + group * size for one in ones for group in range(mixture.module.groups)])
             after = mixture.route(routed.x_nd, every[torch.isin(every, gone, invert=True)])
-            found = routed.rerouted(routed.everyone, before, given, after)
-            torch.testing.assert_close(found, whole(routed.everyone, after), rtol=1e-3, atol=1e-4)
+            found = routed.rerouted_output(routed.all_tokens, before, given, after)
+            torch.testing.assert_close(found, whole(routed.all_tokens, after), rtol=1e-3, atol=1e-4)
         if mixture.module.groups == 1:
             # Where one goes, all gates of the others keep their ratios.
             tokens, looked_up[:] = before.of(1)[0], []
             after = mixture.route(routed.x_nd[tokens], every[every != 1])
-            routed.rerouted(tokens, Routes(before.experts[tokens], before.gates[tokens]), given[tokens], after)
+            routed.rerouted_output(tokens, Routes(before.experts[tokens], before.gates[tokens]), given[tokens], after)
             assert not looked_up
 
 
@@ -466,7 +467,7 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
             assert strong == pytest.approx(1.0, abs=1e-3)
         # By hand: the last expert alone, on the tokens that meet it, in the units that errors have.
         routes = mixture.route(routed.x_nd, alive)
-        given = routed.given(routed.everyone, routes) * scale[:, None]
+        given = routed.output(routed.all_tokens, routes) * scale[:, None]
         left = routed.target_nd - given
         before = (left.square().sum(1) * routed.weight_n).sum()
         for expert in mixture.parts(alive):

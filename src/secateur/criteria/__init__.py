@@ -1,1 +1,1 @@
-"""Which units go first: one file a criterion, and what all of them share."""
+"""Criteria: which units of a module are removed first. One file holds one criterion or several close variants."""

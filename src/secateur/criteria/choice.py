@@ -1,4 +1,10 @@
-"""Which criterion chooses the heads and which the channels, as a person writes it."""
+"""The option `--criterion`: one criterion for heads, one for channels, one for experts.
+
+X                        for heads and channels; an expert criterion's name chooses the experts only
+heads=X,channels=Y       a criterion for each
+P, P+X                   for heads: the preselection P, alone or followed by the criterion X
+...,experts=Z            an expert criterion as well
+"""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -8,92 +14,99 @@ from secateur.base.errors import SecateurError
 from secateur.base.plugins import preselections
 
 EXPERTS = ("reroute", "reap", "frequency", "random")
-"""Orders of experts (`secateur.criteria.experts`), the default first."""
+"""Expert criteria (`secateur.criteria.experts`), the default first."""
+DEFAULT = "surgeon"
+"""Default criterion of heads and of channels."""
 IDENTITY = "second-moment-identity"
-"""What second-moment is with Σ = I, which a person writes as an option of its own."""
+"""Criterion second-moment with the identity as covariance; chosen by an option of its own, not by name."""
 _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
-# Read off the sources: a misspelt name is found before torch is loaded.
+# Names are read off the source files, so that a misspelt one is found before torch is imported.
 _SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
 _FOUND = [name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY]
-CRITERIA: tuple[str, ...] = tuple(sorted(_FOUND, key=lambda name: name != "surgeon"))
+CRITERIA: tuple[str, ...] = tuple(sorted(_FOUND, key=lambda name: name != DEFAULT))
+"""Criteria of heads and of channels, the default first."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One criterion for each kind of unit."""
+    """Names of the criteria, one for each kind of unit."""
 
     heads: str
-    """Orders the heads."""
+    """Criterion of the heads; with a preselection alone, the preselection's name."""
     channels: str | None
-    """Orders the channels; None where they stay."""
+    """Criterion of the channels; None if no channel is removed."""
     preselection: str | None = None
-    """Preselection of a plug-in, whose heads leave before all others."""
+    """Preselection: a plug-in's criterion that finds heads which are removed before all others."""
     experts: str = EXPERTS[0]
-    """Orders the experts."""
+    """Criterion of the experts."""
     text: str = field(default="", compare=False)
-    """As it was written."""
+    """The option as the user wrote it."""
 
     @property
     def preselection_only(self) -> bool:
-        """Whether the preselection decides how many heads go, and nothing else goes."""
+        """Whether the preselection alone decides which heads are removed, and nothing else is removed."""
         return self.heads == self.preselection
 
     def of(self, kind: str) -> str:
-        """The criterion for one kind."""
+        """Return the criterion for one kind of unit."""
         if kind == "experts":
             return self.experts
         return self.heads if kind == "heads" or self.channels is None else self.channels
 
     def uses(self, criterion: str) -> bool:
-        """Whether a criterion is one of them."""
+        """Return whether a criterion is among the chosen ones."""
         return criterion in (self.of("heads"), self.of("channels"), self.experts)
 
 
 def parse_choice(text: str) -> Choice:
-    """Read a criterion: `X` for all units, `heads=X,channels=Y`, and with a preselection P for heads `P` or `P+X`.
-
-    An order of experts stands alone or as `experts=Z` behind a pair.
+    """Read the option, as this file's docstring gives its forms.
 
     Raises:
-        SecateurError: it is none of these.
+        SecateurError: the text has none of these forms, or a name is not known.
     """
-    pair, *experts = re.split(r"(?:^|,)\s*experts=", text)
+    others, *experts = re.split(r"(?:^|,)\s*experts=", text)
     if text in EXPERTS and text not in CRITERIA:
-        return Choice("surgeon", "surgeon", None, text, text)
+        return Choice(DEFAULT, DEFAULT, None, text, text)
     if experts:
         if len(experts) > 1 or experts[0] not in EXPERTS:
-            raise SecateurError(f"criterion is '{text}'; that of experts must be one of {', '.join(EXPERTS)}")
-        return replace(parse_choice(pair or "surgeon"), experts=experts[0], text=text)
-    if "=" not in text:
-        heads = _heads(text, text)
-        # Behind a preselection, X is for channels too.
-        rest = None if heads.preselection_only else heads.heads
-        return Choice(heads.heads, rest, heads.preselection, text if text in EXPERTS else EXPERTS[0], text)
+            raise SecateurError(f"criterion is '{text}'; the criterion of experts must be one of {', '.join(EXPERTS)}")
+        return replace(parse_choice(others or DEFAULT), experts=experts[0], text=text)
+    return _parse_pair(text) if "=" in text else _parse_single(text)
+
+
+def _parse_single(text: str) -> Choice:
+    """Read one criterion for all kinds of units."""
+    heads = _parse_heads(text, text)
+    channels = None if heads.preselection_only else heads.heads
+    return Choice(heads.heads, channels, heads.preselection, text if text in EXPERTS else EXPERTS[0], text)
+
+
+def _parse_pair(text: str) -> Choice:
+    """Read `heads=X,channels=Y`."""
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if set(parts) != {"heads", "channels"} or text.count(",") != 1:
-        raise SecateurError(f"criterion is '{text}'; a pair is written heads=X,channels=Y")
+        raise SecateurError(f"criterion is '{text}'; write a criterion for each as heads=X,channels=Y")
     if parts["channels"] not in (*CRITERIA, IDENTITY):
         raise SecateurError(
-            f"criterion is '{text}'; that of channels must be one of {', '.join(CRITERIA)}"
-            + "".join(f": {name} is between heads" for name in preselections() if name in parts["channels"])
+            f"criterion is '{text}'; the criterion of channels must be one of {', '.join(CRITERIA)}"
+            + "".join(f"; {name} compares heads only" for name in preselections() if name in parts["channels"])
         )
-    heads = _heads(parts["heads"], text)
+    heads = _parse_heads(parts["heads"], text)
     if heads.preselection_only:
-        raise SecateurError(
-            f"criterion is '{text}'; {heads.preselection} alone leaves all channels: write {heads.preselection}+X"
-        )
+        name = heads.preselection
+        raise SecateurError(f"criterion is '{text}'; {name} alone removes no channels: write heads={name}+X,channels=Y")
     return replace(heads, channels=parts["channels"], text=text)
 
 
-def _heads(name: str, text: str) -> Choice:
-    """The part about heads."""
+def _parse_heads(name: str, text: str) -> Choice:
+    """Read the criterion of the heads; `text` is the whole option, for the error message."""
     first, plus, then = name.partition("+")
-    scores, ahead = (*CRITERIA, IDENTITY), preselections()
-    known = first in (*scores, *ahead) if not plus else first in ahead and then in scores
+    criteria, ahead = (*CRITERIA, IDENTITY), preselections()
+    known = first in (*criteria, *ahead) if not plus else first in ahead and then in criteria
     if not known:
-        others = "".join(f"{name}, {name}+X, " for name in ahead)
+        preselected = "".join(f"{name}, {name}+X, " for name in ahead)
         raise SecateurError(
-            f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or {others}or heads=X,channels=Y; of "
-            f"experts {', '.join(EXPERTS)}"
+            f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or {preselected}or heads=X,channels=Y; "
+            f"for experts one of {', '.join(EXPERTS)}"
         )
     return Choice(then or first, None, first if first in ahead else None)

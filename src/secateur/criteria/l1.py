@@ -1,4 +1,4 @@
-"""Magnitude, first power: the sum of a unit's absolute weights, in both levels."""
+"""Magnitude, first power: the sum of the absolute weights of a unit, sum |w|, in input and output projections."""
 
 from torch import Tensor
 
@@ -8,5 +8,5 @@ from secateur.criteria.statistics import Statistics
 
 @criterion("l1")
 def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units); higher = keep."""
+    """Return a score for each unit (units), higher for units to keep."""
     return stats.unit_sums("abs")

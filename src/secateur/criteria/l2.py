@@ -1,4 +1,4 @@
-"""Magnitude, second power: the norm of a unit's weights, in both levels."""
+"""Magnitude, second power: the norm of the weights of a unit, sqrt(sum w^2), in input and output projections."""
 
 from torch import Tensor
 
@@ -8,5 +8,5 @@ from secateur.criteria.statistics import Statistics
 
 @criterion("l2")
 def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units); higher = keep."""
+    """Return a score for each unit (units), higher for units to keep."""
     return stats.unit_sums("square").sqrt()

@@ -1,7 +1,9 @@
-"""Orders in which a module's units leave, and the error of the best refit at every width.
+"""The order in which a module's units are removed along an axis, and the error curve along it.
 
-A step along an axis removes a whole KV group, one query head of every group, or one channel. `stop` is the number that
-is left along the axis.
+One step along an axis removes a whole KV group, one query head of every group, or one channel. In all functions, `stop`
+is the number of units that are left along the axis.
+
+Shapes: u units of a module.
 """
 
 from collections.abc import Collection
@@ -16,16 +18,16 @@ from secateur.numerics.elimination import Elimination, eliminate
 
 
 def removal_order(criterion: Criterion, stats: Statistics, axis: str, stop: int) -> Tensor:
-    """Return the units in the order in which they leave along an axis, until `stop` of them are left."""
+    """Return the units of an axis in order of removal, by a criterion."""
     module = stats.module
+    if criterion.ranking is not None and not criterion.removed_first:
+        return criterion.ranking(stats, axis, stop)
     if criterion.ranking is not None:
-        if not criterion.removed_first:
-            return criterion.ranking(stats, axis, stop)
         scores = _ranks(module, axis, criterion.ranking(stats, axis, 1))
     else:
         assert criterion.score is not None
         scores = criterion.score(stats)
-    return _by_score(put_first(scores, criterion.removed_first, module.per_group), module, axis, stop)
+    return _ascending(put_first(scores, criterion.removed_first, module.per_group), module, axis, stop)
 
 
 def error_curve(
@@ -36,10 +38,15 @@ def error_curve(
     choice: Statistics | None = None,
     weights_at: Collection[int] = (),
 ) -> Elimination:
-    """The error after the best refit at every width down to `stop`, units leaving in the criterion's order.
+    """Return the error after the best refit at every width from the dense one down to `stop`.
 
-    The order comes from the statistics `choice` where there are such, errors always from `stats`, and weights where
-    `weights_at` units are gone.
+    Args:
+        criterion: decides the order of removal.
+        stats: statistics on which the errors are measured.
+        axis: along which units are removed.
+        stop: number of units that are left.
+        choice: statistics that decide the order, if not `stats`.
+        weights_at: numbers of removed units at which the refitted weights are returned.
     """
     greedy = criterion.ranking is not None and choice is None and not criterion.removed_first
     order = None if greedy else removal_order(criterion, choice or stats, axis, stop)
@@ -55,7 +62,7 @@ def elimination(
     with_errors: bool = True,
     weights_at: Collection[int] = (),
 ) -> Elimination:
-    """Remove units until `stop` are left along an axis, greedily or in a given order."""
+    """Remove units along an axis, greedily or in a given order; see `secateur.numerics.elimination.eliminate`."""
     module = stats.module
     size = module.size * module.nested_units(axis)
     groups = None if axis == module.output_projection.along[0] else module.enclosing_units(axis)
@@ -65,33 +72,34 @@ def elimination(
 
 
 def remaining_units(module: PrunableModule, axis: str, order: Tensor) -> tuple[int, ...]:
-    """Return the units (heads or channels) that are left once those in `order` have left along an axis."""
-    gone, together = set(order.tolist()), module.nested_units(axis)
-    return tuple(unit for unit in range(module.units) if unit // together not in gone)
+    """Return the units (heads or channels) that are left after those in `order` are removed along an axis."""
+    removed, nested = set(order.tolist()), module.nested_units(axis)
+    return tuple(unit for unit in range(module.units) if unit // nested not in removed)
 
 
 def put_first(scores: Tensor, first: frozenset[int], per_group: int) -> Tensor:
-    """Return scores (units) by which some heads, and groups with more of them, leave before all others."""
+    """Return scores (u) lowered so that some heads, and the groups with most of them, are removed before all others."""
     if not first:
         return scores
-    leaving = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    leaving[list(first)] = True
-    # More than all other scores of a group can differ by.
+    is_first = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    is_first[list(first)] = True
+    # More than the summed scores of two groups can differ by.
     step = 2 * per_group * float(scores.max() - scores.min()) or 1.0
-    return torch.where(leaving, scores - step, scores)
+    return torch.where(is_first, scores - step, scores)
 
 
 def _ranks(module: PrunableModule, axis: str, order: Tensor) -> Tensor:
-    """The place of each unit (units) in an order of removal; those that never leave come last."""
-    together = module.nested_units(axis)
-    result = torch.full((module.units // together,), float(module.units), dtype=torch.float64)
+    """Return the place of each unit (u) in an order of removal; units that are not removed come last."""
+    nested = module.nested_units(axis)
+    result = torch.full((module.units // nested,), float(module.units), dtype=torch.float64)
     result[order.cpu()] = torch.arange(len(order), dtype=torch.float64)
-    return result.repeat_interleave(together)
+    return result.repeat_interleave(nested)
 
 
-def _by_score(scores: Tensor, module: PrunableModule, axis: str, stop: int) -> Tensor:
-    """Return the units of an axis by ascending score; of each round one from every outer number."""
-    full, rounds = module.axis(axis).units, module.enclosing_units(axis)
-    each = scores.cpu().view(rounds, full, module.nested_units(axis))
-    order = (each.sum(2) if each.shape[2] > 1 else each[..., 0]).argsort(dim=1, stable=True)[:, : full - stop]
-    return (order + torch.arange(rounds)[:, None] * full).T.reshape(-1)
+def _ascending(scores: Tensor, module: PrunableModule, axis: str, stop: int) -> Tensor:
+    """Return the units of an axis by ascending score, one unit of every enclosing group at a time."""
+    full, groups = module.axis(axis).units, module.enclosing_units(axis)
+    by_unit = scores.cpu().view(groups, full, module.nested_units(axis))
+    totals = by_unit.sum(2) if by_unit.shape[2] > 1 else by_unit[..., 0]
+    order = totals.argsort(dim=1, stable=True)[:, : full - stop]
+    return (order + torch.arange(groups)[:, None] * full).T.reshape(-1)

@@ -1,4 +1,4 @@
-"""No criterion at all: seeded random scores, the floor that every other one has to beat."""
+"""Random scores from a seed: the baseline that every other criterion has to beat."""
 
 import torch
 from torch import Tensor
@@ -9,5 +9,5 @@ from secateur.criteria.statistics import Statistics
 
 @criterion("random")
 def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units); higher = keep."""
+    """Return a score for each unit (units), higher for units to keep."""
     return torch.rand(stats.module.units, generator=torch.Generator().manual_seed(stats.seed)).double()

@@ -1,7 +1,9 @@
-"""Criteria by name: which units of a module leave first.
+"""Criteria by name, and the decorator that registers one.
 
-A criterion is one file of this folder: a function from a module's statistics to a score per unit (units; higher =
-keep), under the decorator that gives its name and says what it needs.
+A criterion is one function in a file of this folder. It maps a module's statistics to a score for each unit (u), higher
+for units to keep. The decorator takes the criterion's name and the measurements that the function needs.
+
+Shapes: u units of a module.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,34 +19,36 @@ from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
 
 Score = Callable[[Statistics], Tensor]
+"""Function from statistics to scores (u)."""
 Ranking = Callable[[Statistics, str, int], Tensor]
-"""Function of statistics, axis and number: the units in the order in which they leave, until that number is left."""
+"""Function from statistics, an axis and the number of units that are left along it, to units in order of removal."""
 Named = Mapping[str, Tensor]
-"""Tensors of a module by their names inside the block."""
+"""Tensors of a module, by their names inside the block."""
 GradientScore = Callable[[PrunableModule, Named, Named, Named], Tensor]
-"""A module's scores from its weights, their gradients and the mean squares of these."""
+"""Function from a module, its weights, their gradients and the mean squared gradients of single rows, to scores (u)."""
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 SCORED_KINDS: tuple[str, ...] = ("heads", "channels")
-"""Kinds of units that are ordered by a module's statistics; experts are in `secateur.criteria.experts`."""
+"""Kinds of units that these criteria order; `secateur.criteria.experts` orders experts."""
 UnitScores = Mapping[tuple[int, str], Tensor]
-"""One score for each unit (units), float64, by block and module."""
+"""Scores (u, float64) by block and kind of unit."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """Which units of a module leave first: those of the lowest scores, or those that come first in a ranking."""
+    """Criterion of one module: scores, a ranking, or scores from gradients."""
 
     score: Score | None = None
+    """Scores; the units with the lowest ones are removed first."""
     ranking: Ranking | None = None
-    """In place of scores, where what a unit is worth depends on those that went before it."""
+    """Ranking, for criteria under which a unit's value depends on the units removed before it."""
     from_gradients: GradientScore | None = None
-    """In place of both: scores that are taken from a backward pass over the dense model, ahead of pruning."""
+    """Scores from a backward pass over the dense model, which runs before pruning."""
     squared_gradients: bool = False
-    """The squares of single rows' gradients are needed too."""
+    """Whether the scores also need the mean squared gradients of single rows."""
     input_moments: bool = False
-    """The moments of the module's own input are needed, not only those of the level-2 layer's."""
+    """Whether the moments of the module's own input are needed."""
     removed_first: frozenset[int] = frozenset()
-    """Heads that leave before all others."""
+    """Heads that are removed before all others."""
 
 
 _CRITERIA: dict[str, Criterion] = {}
@@ -53,11 +57,17 @@ _CRITERIA: dict[str, Criterion] = {}
 def criterion(
     name: str, *, kind: str = "score", input_moments: bool = False, squared_gradients: bool = False
 ) -> Callable[[Function], Function]:
-    """Register a function under a name: a `score`, or by its kind a `ranking` or scores `from_gradients`."""
+    """Register a function as a criterion.
+
+    Args:
+        name: value of `--criterion`.
+        kind: what the function is, a field of `Criterion`: `score`, `ranking` or `from_gradients`.
+        input_moments, squared_gradients: what the function needs, see `Criterion`.
+    """
 
     def register(function: Function) -> Function:
-        how: dict[str, Any] = {kind: function, "input_moments": input_moments, "squared_gradients": squared_gradients}
-        _CRITERIA[name] = Criterion(**how)
+        fields: dict[str, Any] = {kind: function}
+        _CRITERIA[name] = Criterion(**fields, input_moments=input_moments, squared_gradients=squared_gradients)
         return function
 
     return register
@@ -65,13 +75,17 @@ def criterion(
 
 @cache
 def all_criteria() -> Mapping[str, Criterion]:
-    """Every criterion by its name, out of the files of this folder."""
+    """Return every criterion in this folder by its name."""
     import_modules("secateur.criteria")
     return _CRITERIA
 
 
 class Criteria:
-    """The criterion of every module of a model, with all that is measured ahead of pruning."""
+    """Criteria of all modules of a model, with everything that is measured before pruning.
+
+    Attributes:
+        choice: names of the criteria, one for each kind of unit.
+    """
 
     def __init__(
         self,
@@ -79,43 +93,49 @@ class Criteria:
         gradients: UnitScores | None = None,
         first: Mapping[int, Iterable[int]] | None = None,
     ):
-        """Put together what a person has chosen, see `secateur.criteria.choice.parse_choice`.
+        """Combine the user's choice with measurements.
 
         Args:
-            choice: one criterion, or one each for heads and channels.
-            gradients: scores of modules whose criterion needs gradients.
-            first: heads of each block that leave before all others.
+            choice: value of `--criterion`, see `secateur.criteria.choice`.
+            gradients: scores of the modules whose criterion needs gradients.
+            first: heads of each block that are removed before all others.
         """
         self.choice = parse_choice(choice)
         self._gradients, self._first = gradients or {}, first or {}
 
     @classmethod
     def of(cls, choice: "str | Criteria") -> "Criteria":
-        """Criteria by their names, unless they are such already."""
+        """Return the criteria that a value of `--criterion` names; `Criteria` are returned unchanged."""
         return choice if isinstance(choice, Criteria) else cls(choice)
 
     def of_kind(self, kind: str) -> Criterion:
-        """The criterion of one kind of unit, without what is measured of single modules."""
-        # Where a preselection decides alone, the plan names the units.
+        """Return the criterion of one kind of unit, without measurements of single modules."""
+        # With a preselection alone, the plan names the units.
         return Criterion() if self.choice.preselection_only else all_criteria()[self.choice.of(kind)]
 
     def of_module(self, index: int, kind: str) -> Criterion:
-        """The criterion of one module of a block."""
+        """Return the criterion of the module of block `index` that has units of a kind.
+
+        Raises:
+            ValueError: the criterion needs gradients, and none are given for this module.
+        """
         found = self.of_kind(kind)
         if found.from_gradients is not None:
             scores = self._gradients.get((index, kind))
             if scores is None:
-                raise ValueError(f"{self.choice.of(kind)} needs gradients: give Criteria those of `gradient_scores`")
+                raise ValueError(
+                    f"{self.choice.of(kind)} needs gradients: give Criteria the result of gradient_scores"
+                )
             found = Criterion(score=lambda _: scores)
         first = frozenset(self._first.get(index, ())) if kind == "heads" else frozenset[int]()
         return replace(found, removed_first=first)
 
     @property
     def needs_gradients(self) -> bool:
-        """Scores of a module come from a backward pass."""
+        """Whether the scores of any module come from a backward pass."""
         return any(self.of_kind(kind).from_gradients is not None for kind in SCORED_KINDS)
 
     @property
     def needs_squared_gradients(self) -> bool:
-        """The backward pass must run the rows one by one."""
+        """Whether the backward pass must run the rows one by one."""
         return any(self.of_kind(kind).squared_gradients for kind in SCORED_KINDS)

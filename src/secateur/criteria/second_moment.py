@@ -1,14 +1,19 @@
-"""Second moment of a unit's contribution to the module's output (Greedy Output Approximation, criterion B).
+"""Second moment of a unit's contribution to the module's output: criterion B of Greedy Output Approximation.
 
-For y = B act(A x) with uncentred covariance S of x, channel j is worth 1/2 ||B[:, j]||^2 (A_j S A_j').
-A bias of level 1 counts as one more input that is always one.
+For y = B act(A x) and S = E[x x'], the uncentred covariance of the module's input,
 
-Gated modules are two such modules, (up, down) and (gate, down); a channel's score is the product of both.
-In attention the probabilities are folded into the input, X^ = softmax(..) X, so that A is the value layer
-and A_j S^ A_j' is the mean square of level-2 input j itself; a head's score is the sum over its inputs.
+    score_j = 1/2 ||B[:, j]||^2 (A_j S A_j')        A_j: row j of A; B[:, j]: column j of B
 
-S comes from the rows that the statistics were taken of: calibration text, or random token ids. Without any, S is I,
-for X^ as for x, and the mean of both is zero.
+- A bias of the input projection is one more input that is always one.
+- A gated feed-forward is two such modules, (up, down) and (gate, down); a channel's score is the product of the two scores.
+- In an attention, the probabilities are folded into the input, X^ = softmax(..) X. Then A is the value layer, and
+  A_j S^ A_j' is the mean square of input j of the output projection. A head's score is the sum over its inputs.
+- S comes from the rows on which the statistics were measured: calibration rows, or random token ids. Without such rows,
+  S and S^ are the identity, and the mean input is zero.
+
+Source: Li, Dong, Lei, 2025, *Greedy Output Approximation*, CPAL.
+
+Shapes: a inputs of the output projection, d inputs of the module.
 """
 
 from dataclasses import replace
@@ -25,61 +30,64 @@ from secateur.model.surgery import rows_of
 
 @criterion("second-moment", input_moments=True)
 def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units); higher = keep."""
-    half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
+    """Return a score for each unit (units), higher for units to keep; S is measured."""
+    half_norm_a = 0.5 * stats.weight_ao.double().square().sum(1)
     if stats.module.role == ATTENTION:
-        return stats.per_unit(half_norm * stats.moments.mean_square_a())
-    result = torch.ones_like(half_norm)
+        return stats.per_unit(half_norm_a * stats.moments.mean_square_a())
+    result = torch.ones_like(half_norm_a)
     for slab in stats.module.channel_projections:
-        result = result * half_norm * _mean_square(stats, slab)
+        result = result * half_norm_a * _mean_square(stats, slab)
     return result
 
 
 @criterion("second-moment-identity")
 def identity(stats: Statistics) -> Tensor:
-    """The same with S = I, from weights alone: A_j S A_j' is then ||A_j||^2, and b_j^2 more with a bias."""
-    half_norm = 0.5 * stats.weight_ao.double().square().sum(1)
+    """Return a score for each unit (units), higher for units to keep; S is the identity.
+
+    A_j S A_j' is then ||A_j||^2, plus b_j^2 if there is a bias.
+    """
+    half_norm_a = 0.5 * stats.weight_ao.double().square().sum(1)
     if stats.module.role == ATTENTION:
-        return stats.per_unit(half_norm * _value_norms(stats))
-    result = torch.ones_like(half_norm)
+        return stats.per_unit(half_norm_a * _value_norms(stats))
+    result = torch.ones_like(half_norm_a)
     for slab in stats.module.channel_projections:
         square = rows_of(slab, stats.tensors).double().square().sum(1)
         bias = _bias(stats, slab)
-        result = result * half_norm * (square if bias is None else square + bias.square())
+        result = result * half_norm_a * (square if bias is None else square + bias.square())
     return result
 
 
 def _value_norms(stats: Statistics) -> Tensor:
-    """Squared norm of the value layer's row, bias included, behind each level-2 input (a)."""
+    """Return the squared norm of the value layer's row, bias included, for each input of the output projection (a)."""
     module = stats.module
     total = torch.zeros(module.units * module.size, dtype=torch.float64, device=stats.weight_ao.device)
     for leaf in ("weight", "bias"):
-        # The values come last.
+        # Values are the last of queries, keys and values.
         slab = next((slab for slab in reversed(module.input_projections) if slab.name.endswith(leaf)), None)
         if slab is None:
             continue
         rows = rows_of(slab, stats.tensors).double()
-        # A head that has its keys of the same matrix has its values behind them.
+        # If one matrix gives a head's keys and values, the values come last.
         norms = rows.square().view(slab.units, slab.size, -1).sum(2)[:, -module.size :]
-        shared = module.units // slab.units
-        total += norms.repeat_interleave(shared, dim=0).flatten()
+        heads_per_group = module.units // slab.units
+        total += norms.repeat_interleave(heads_per_group, dim=0).flatten()
     return total
 
 
 def _mean_square(stats: Statistics, slab: Slab) -> Tensor:
-    """E[(A_j x + b_j)^2] of one level-1 layer's rows."""
+    """Return E[(A_j x + b_j)^2] for the rows j of one input projection (a)."""
     assert stats.input_moments is not None
-    rows = rows_of(slab, stats.tensors)
+    rows_ad = rows_of(slab, stats.tensors)
     count = max(stats.input_moments.count, 1)
-    mean_square = ((rows @ stats.input_moments.gram()) * rows).sum(1).double() / count
-    b = _bias(stats, slab)
-    if b is None:
+    mean_square = ((rows_ad @ stats.input_moments.gram()) * rows_ad).sum(1).double() / count
+    bias = _bias(stats, slab)
+    if bias is None:
         return mean_square
-    return mean_square + 2 * b * (rows.double() @ stats.input_moments.mean_a) + b.square()
+    return mean_square + 2 * bias * (rows_ad.double() @ stats.input_moments.mean_a) + bias.square()
 
 
 def _bias(stats: Statistics, slab: Slab) -> Tensor | None:
-    """What the layer adds to a slab's rows, if it has a bias."""
+    """Return the bias of an input projection's rows (a); None if the layer has none."""
     if slab.bias not in stats.tensors:
         return None
     return rows_of(replace(slab, name=slab.bias, axis=0), stats.tensors).double()

@@ -1,4 +1,7 @@
-"""What a criterion may look at: the statistics of one module, and nothing else."""
+"""Statistics of one module: all that a criterion may read, and nothing else.
+
+Shapes: a inputs of the output projection, o outputs (the residual width), u units.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,59 +19,58 @@ from secateur.numerics.ridge import NormalEquations, normal_equations
 
 @dataclass
 class Statistics:
-    """One module's weights and second moments."""
+    """Weights and moments of one module."""
 
     module: PrunableModule
     tensors: Mapping[str, Tensor]
-    """The block's tensors, float32, as the module now computes with them."""
+    """Tensors of the block in float32, as the module now computes with them."""
     weight_ao: Tensor
-    """Level-2 weight, inner axis first, columns scaled by the norm after it where there is one."""
+    """Weight of the output projection, inputs first. A norm after the projection is folded into its columns."""
     moments: Moments
-    """Of the level-2 input, and of its cross moment with the target where there is one."""
+    """Moments of the output projection's input, and of the target if there is one."""
     input_moments: Moments | None
-    """Of the module's input; present if the criterion needs it."""
+    """Moments of the module's own input, if the criterion asks for them."""
     ridge: float
+    """Strength of the penalty toward the old weights."""
     target_is_old_output: bool
-    """The target is what the dense weight yields on these very inputs; there is no cross moment."""
+    """Whether the target is the output of the old weights on the same inputs; `moments` then has no target."""
     seed: int
+    """Seed of the criterion `random`."""
     ridge_centre_ao: Tensor | None = None
-    """What the refit is pulled to, where that is not `weight_ao`."""
+    """Weights toward which the ridge penalises, if not `weight_ao`."""
 
     @cached_property
     def normal(self) -> NormalEquations:
-        """The penalised normal equations of the module's refit; takes the sums over from the moments."""
+        """Penalised normal equations of the refit. They take the matrices over from `moments`."""
         (gram, cross), energy = self.moments.take(), self.moments.energy()
+        target_cross = None if self.target_is_old_output else cross
         old = self.weight_ao if self.ridge_centre_ao is None else self.ridge_centre_ao
-        return normal_equations(
-            gram, None if self.target_is_old_output else cross, energy, old, self.ridge, overwrite=True
-        )
+        return normal_equations(gram, target_cross, energy, old, self.ridge, overwrite=True)
 
-    def per_unit(self, entries_a: Tensor) -> Tensor:
-        """Sum over the level-2 inputs of each unit: a head's channels, or a channel itself."""
-        return entries_a.view(self.module.units, self.module.size).sum(1)
+    def per_unit(self, values_a: Tensor) -> Tensor:
+        """Return the sum of the values over the inputs of each unit (u): a head's channels, or one channel."""
+        return values_a.view(self.module.units, self.module.size).sum(1)
 
     def unit_sums(self, function: str) -> Tensor:
-        """Sum of `abs` or `square` over all weights of each unit, level 1 and 2.
-
-        What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
-        """
+        """Return the sum of `abs` or `square` over all weights of each unit (u); see `sum_by_unit`."""
         return sum_by_unit(self.module, self.tensors, lambda part: getattr(part, function)().sum(1))
 
 
 def module_seed(seed: int, index: int, role: str) -> int:
-    """Return a seed for the module of a block in a role, another one for each."""
+    """Return the seed of one module, from the run's seed, the block's index and the module's role in the block."""
     return (seed * 1_000_003 + index) * 2 + (role != ATTENTION)
 
 
 def sum_by_unit(module: PrunableModule, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum over all weights of each unit, level 1 and 2, biases and sinks left out: (units), float64.
+    """Return the sum over all weights of each unit, without biases and attention sinks: (u), float64.
+
+    Weights shared by several query heads (the key and value rows of their group) are divided equally among these heads.
 
     Args:
-        module: whose units.
+        module: the module.
         tensors: a value for each weight, by tensor name.
-        function: from the unit's rows (rows x others) to one value each; rows of level 1, columns of level 2.
-
-    What a group of query heads shares (its key and value rows) counts in equal parts for each of them.
+        function: maps rows (rows x entries) to one value a row. Rows are rows of the input projections and columns of
+            the output projection.
     """
     total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.output_projection.name].device)
     for slab in (*module.input_projections, module.output_projection):

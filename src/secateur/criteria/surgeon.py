@@ -1,7 +1,8 @@
-"""Structured optimal brain surgeon: remove first what the best refit of the rest makes up best.
+"""Structured optimal brain surgeon: remove first the units whose output the best refit of the others reproduces best.
 
-Greedy and exact: each removal is priced after all before it, with the remaining level-2 weights refitted
-(`secateur.numerics.elimination`). So it ranks units, and has no score of one unit alone.
+With the weights refitted after every removal, unit S raises the minimum by tr(W_S' (H^-1_SS)^-1 W_S); see
+`secateur.numerics.elimination`. The criterion is a ranking: a unit has no score of its own, as its cost depends on the
+units removed before it.
 """
 
 from torch import Tensor
@@ -13,5 +14,5 @@ from secateur.criteria.statistics import Statistics
 
 @criterion("surgeon", kind="ranking")
 def ranking(stats: Statistics, axis: str, stop: int) -> Tensor:
-    """Return the units in the order in which they leave along an axis."""
+    """Return the units of an axis in order of removal, until `stop` of them are left."""
     return elimination(stats, axis, stop, with_errors=False).order

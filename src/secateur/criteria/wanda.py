@@ -1,4 +1,4 @@
-"""Wanda-sp: absolute level-2 weights times the norm of their input, summed over a unit.
+"""Wanda-sp: |W[j, :]|_1 * sqrt(E[x_j^2]), summed over the inputs j of the output projection that belong to a unit.
 
 Source: the structured variant of Wanda (Sun et al., 2023) that FLAP (An et al., 2023) compares with.
 """
@@ -11,6 +11,6 @@ from secateur.criteria.statistics import Statistics
 
 @criterion("wanda")
 def scores(stats: Statistics) -> Tensor:
-    """Score per unit (units): sum over its inputs j of ||W[j, :]||_1 * sqrt(E[x_j^2]); higher = keep."""
-    norm = stats.moments.mean_square_a().sqrt()
-    return stats.per_unit(stats.weight_ao.double().abs().sum(1) * norm)
+    """Return a score for each unit (units), higher for units to keep."""
+    norm_a = stats.moments.mean_square_a().sqrt()
+    return stats.per_unit(stats.weight_ao.double().abs().sum(1) * norm_a)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.criteria.experts import MAX_TOKENS, RoutedTokens, expert_order
+from secateur.criteria.experts import MAX_TOKENS, expert_order
+from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block import BlockState
 from secateur.fit.block_regression import BlockRegression

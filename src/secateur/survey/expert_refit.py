@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.processes import Processes
-from secateur.criteria.experts import RoutedTokens
+from secateur.criteria.routed_tokens import RoutedTokens
 
 LEAST = 1e-4
 """Least ridge by which a row is judged without it."""

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.experts import MAX_TOKENS, RoutedTokens, expert_order
+from secateur.criteria.experts import MAX_TOKENS, expert_order
+from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
 from secateur.model.axes import Axis
 from secateur.model.kinds import KINDS
@@ -171,7 +172,7 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
             gone = order[start * len(order) // inner : stop * len(order) // inner]
             total += rows[:, gone] @ weight[gone]
-            lost[place].index_add_(0, tokens, routed.unit(total, tokens))
+            lost[place].index_add_(0, tokens, routed.to_error_units(total, tokens))
     sums = [float((part.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for part in lost]
     errors = [0.0, *(processes.total(value) for value in sums)]
     return tuple(np.interp(np.arange(inner), counts, errors).tolist()), orders

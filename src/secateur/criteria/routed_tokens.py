@@ -1,0 +1,114 @@
+"""Some tokens at a mixture of experts, and the mixture's output for them on any routes.
+
+    y_n = sum_k gate_nk * expert_{e_nk}(x_n),     loss_n = w_n ||target_n - y_n||^2
+
+The output of each pair of token and expert is computed once, when it is first needed, and kept.
+
+Shapes: n tokens, m of them, d residual width, k experts per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from secateur.base.processes import Processes
+from secateur.model.mixture import Mixture, Routes
+
+_SAME_RATIO = 1e-5
+"""Largest relative difference between two gates that count as equal."""
+
+
+@dataclass
+class RoutedTokens:
+    """Tokens at a mixture, with their target and weights."""
+
+    mixture: Mixture
+    x_nd: Tensor
+    """Inputs of the mixture."""
+    target_nd: Tensor
+    """Target of the mixture's output, in error units. The constructor subtracts the shared expert's output."""
+    weight_n: Tensor
+    """Token weights."""
+    to_error_units: Callable[[Tensor, Tensor], Tensor]
+    """Function from experts' outputs (m x d) and their tokens (m) to these outputs in error units."""
+    processes: Processes
+    _index: Tensor = field(init=False)
+    """Row of `_outputs` for each token and expert (n x experts); -1 for pairs that were not computed yet."""
+    _outputs: Tensor = field(init=False)
+    """Outputs of single experts, in error units; rows from `_count` on are free."""
+    _count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if (shared := self.mixture.shared_output(self.x_nd)) is not None:
+            self.target_nd = self.target_nd - self.to_error_units(shared, self.all_tokens)
+        shape = (len(self.x_nd), self.mixture.module.units)
+        self._index = torch.full(shape, -1, dtype=torch.int64, device=self.x_nd.device)
+        self._outputs, self._count = self.target_nd.new_empty(0, self.target_nd.shape[1]), 0
+
+    @property
+    def all_tokens(self) -> Tensor:
+        """Numbers of all tokens (n)."""
+        return torch.arange(len(self.x_nd), device=self.x_nd.device)
+
+    def output(self, tokens: Tensor, routes: Routes) -> Tensor:
+        """Return the mixture's output for some tokens on their routes (m x d)."""
+        return (routes.gates[:, None] @ self._expert_outputs(tokens, routes.experts))[:, 0]
+
+    def losses(self, tokens: Tensor, output_md: Tensor) -> Tensor:
+        """Return the weighted squared error of an output for some tokens (m)."""
+        return (self.target_nd[tokens] - output_md).square().sum(1) * self.weight_n[tokens]
+
+    def rerouted_output(self, tokens: Tensor, before: Routes, output_md: Tensor, after: Routes) -> Tensor:
+        """Return the output for some tokens on new routes (m x d), given the output on the routes before.
+
+        If one expert replaces another and the other gates keep their ratios, only these two experts are looked up.
+        Looking up k experts per token, for each expert that may be removed, is most of the cost of an order.
+        """
+        if before.experts.shape != after.experts.shape:
+            return self.output(tokens, after)
+        same = before.experts[:, :, None] == after.experts[:, None, :]
+        removed, added = ~same.any(2), ~same.any(1)
+        gates_after = (same * after.gates[:, None, :]).sum(2)
+        ratio = gates_after.sum(1) / (before.gates * ~removed).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+        difference = ((gates_after - ratio[:, None] * before.gates) * ~removed).abs().amax(1)
+        scaled = difference <= _SAME_RATIO * after.gates.abs().amax(1)
+        simple = (removed.sum(1) == 1) & (added.sum(1) == 1) & scaled
+        result = torch.empty_like(output_md)
+        if not bool(simple.all()):
+            other = ~simple
+            result[other] = self.output(tokens[other], Routes(after.experts[other], after.gates[other]))
+        some, leaving, coming = tokens[simple], removed & simple[:, None], added & simple[:, None]
+        less = self._expert_outputs(some, before.experts[leaving][:, None])[:, 0] * before.gates[leaving][:, None]
+        more = self._expert_outputs(some, after.experts[coming][:, None])[:, 0] * after.gates[coming][:, None]
+        result[simple] = (output_md[simple] - less) * ratio[simple, None] + more
+        return result
+
+    def expert_output(self, expert: int, tokens: Tensor) -> Tensor:
+        """Return one expert's output for some tokens, without its gate (m x d)."""
+        return self._expert_outputs(tokens, torch.full((len(tokens), 1), expert, device=tokens.device))[:, 0]
+
+    def _expert_outputs(self, tokens: Tensor, experts: Tensor) -> Tensor:
+        """Return the outputs of experts (m x k) for tokens (m): m x k x d."""
+        self.run_experts(tokens, experts)
+        return self._outputs[self._index[tokens[:, None], experts]]
+
+    def run_experts(self, tokens: Tensor, experts: Tensor) -> None:
+        """Run experts (m x k) on those tokens (m) that they have not run on; many at once are faster."""
+        missing, total = self._index[tokens[:, None], experts] < 0, len(self.x_nd)
+        # Sorted by expert, each pair once.
+        pairs = (experts * total + tokens[:, None])[missing].unique()
+        found, counts = (pairs // total).unique_consecutive(return_counts=True)
+        for expert, mine in zip(found.tolist(), (pairs % total).split(counts.tolist()), strict=True):
+            first, self._count = self._count, self._count + len(mine)
+            self._reserve(self._count, first)
+            self._outputs[first : self._count] = self.to_error_units(self.mixture.given(expert, self.x_nd[mine]), mine)
+            self._index[mine, expert] = torch.arange(first, self._count, device=mine.device)
+
+    def _reserve(self, count: int, used: int) -> None:
+        """Make room for `count` rows of outputs, of which `used` are in use."""
+        if count > len(self._outputs):
+            room = self._outputs.new_empty(max(count, 3 * len(self._outputs) // 2), self._outputs.shape[1])
+            room[:used] = self._outputs[:used]
+            self._outputs = room
