@@ -123,9 +123,7 @@ class Criteria:
         if found.from_gradients is not None:
             scores = self._gradients.get((index, kind))
             if scores is None:
-                raise ValueError(
-                    f"{self.choice.of(kind)} needs gradients: give Criteria the result of gradient_scores"
-                )
+                raise ValueError(f"{self.choice.of(kind)} needs gradients: give Criteria the result of gradient_scores")
             found = Criterion(score=lambda _: scores)
         first = frozenset(self._first.get(index, ())) if kind == "heads" else frozenset[int]()
         return replace(found, removed_first=first)

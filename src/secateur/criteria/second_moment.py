@@ -5,7 +5,7 @@ For y = B act(A x) and S = E[x x'], the uncentred covariance of the module's inp
     score_j = 1/2 ||B[:, j]||^2 (A_j S A_j')        A_j: row j of A; B[:, j]: column j of B
 
 - A bias of the input projection is one more input that is always one.
-- A gated feed-forward is two such modules, (up, down) and (gate, down); a channel's score is the product of the two scores.
+- A gated feed-forward is two such modules, (up, down) and (gate, down); a channel's score is their product.
 - In an attention, the probabilities are folded into the input, X^ = softmax(..) X. Then A is the value layer, and
   A_j S^ A_j' is the mean square of input j of the output projection. A head's score is the sum over its inputs.
 - S comes from the rows on which the statistics were measured: calibration rows, or random token ids. Without such rows,
