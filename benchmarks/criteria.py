@@ -19,7 +19,8 @@ from secateur import BlockStream, Options, calibration_rows, consecutive_rows, o
 from secateur.commands.survey_file import split_survey_rows
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.registry import SCORED_KINDS, Criteria, UnitScores
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.measure import perplexity
 from secateur.measure.loading import load

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from secateur import BlockStream, calibration_rows, consecutive_rows, open_checkpoint
-from secateur.fit.block import Method
 from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows

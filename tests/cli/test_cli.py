@@ -519,7 +519,7 @@ ARGUMENTS = [
     ("eval model --json missing/figures.json", "missing does not exist; create it first"),
     ("eval model --json model", "model: a folder with this name exists; choose another name"),
     ("eval model --json text.txt", "text.txt: exists; choose another name or add --overwrite"),
-    ("retrain model out.gguf", "out.gguf: a folder is to be written; name a folder, then secateur export it"),
+    ("retrain model out.gguf", "out.gguf: retrain writes a folder; name one, then export it with secateur"),
     ("eval model --dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
 ]
 

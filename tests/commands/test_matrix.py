@@ -46,7 +46,8 @@ from secateur.commands.prune import prune
 from secateur.families.registry import FAMILIES, family_of
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.formats.format import PrunedModel
 from secateur.formats.stock_folder import StockFolder

@@ -17,7 +17,8 @@ from conftest import CheckpointFolder
 from models import SIZES, blocks_of, layers_of, relative, token_rows
 from secateur.base.errors import SecateurError
 from secateur.commands.prune import prune
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream

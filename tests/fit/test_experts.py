@@ -18,9 +18,9 @@ from secateur.base.processes import Processes
 from secateur.criteria import experts
 from secateur.criteria.experts import expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
-from secateur.fit.block import Method
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.held import plain

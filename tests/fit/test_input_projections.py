@@ -16,8 +16,9 @@ from transformers.activations import ACT2FN
 
 from models import ROWS, SIMILAR, token_rows
 from secateur.fit.fitted_block import FittedBlock
-from secateur.fit.input_projections import Part, Tangent, factors, outputs
-from secateur.fit.loop import Method, refit
+from secateur.fit.input_projections import GaussNewtonStep, TangentRows, projection_outputs, tangent_factors
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
@@ -41,13 +42,13 @@ def module(activation: Any, matrices: list[Tensor], weight_ko: Tensor, source_nd
 
 def tangent_of(
     activation: Any, matrices: list[Tensor], weight_ko: Tensor, source_nd: Tensor, residual_no: Tensor, counts_n: Tensor
-) -> tuple[Tangent, list[Part]]:
+) -> tuple[GaussNewtonStep, list[TangentRows]]:
     """The tangent of all tokens, added in two parts."""
     root = counts_n.sqrt()[:, None]
-    tangent, parts = Tangent(weight_ko, len(matrices), source_nd.shape[1], len(source_nd)), []
+    tangent, parts = GaussNewtonStep(weight_ko, len(matrices), source_nd.shape[1], len(source_nd)), []
     for at in (slice(0, 5), slice(5, None)):
-        found = factors(activation, [source_nd[at] @ matrix.T for matrix in matrices])
-        parts.append(Part(source_nd[at], [f * root[at] for f in found]))
+        found = tangent_factors(activation, [source_nd[at] @ matrix.T for matrix in matrices])
+        parts.append(TangentRows(source_nd[at], [f * root[at] for f in found]))
         tangent.add(parts[-1], residual_no[at] * root[at], root[at])
     return tangent, parts
 
@@ -57,16 +58,16 @@ def tangent_of(
 def test_the_tangent_is_the_derivative(name, gated):
     matrices, weight, source = [drawn(i, 7, 4) for i in range(1 + gated)], drawn(2, 7, 3), drawn(3, 11, 4)
     change, outer = [drawn(4 + i, 7, 4) for i in range(1 + gated)], drawn(6, 11, 3)
-    part = Part(source, factors(ACT2FN[name], [source @ matrix.T for matrix in matrices]))
-    tangent = Tangent(weight, len(matrices), 4, 11)
+    part = TangentRows(source, tangent_factors(ACT2FN[name], [source @ matrix.T for matrix in matrices]))
+    tangent = GaussNewtonStep(weight, len(matrices), 4, 11)
 
     def of(*at: Tensor) -> Tensor:
         return module(ACT2FN[name], list(at), weight, source)
 
     pushed = torch.func.jvp(of, tuple(matrices), tuple(change))[1]
-    torch.testing.assert_close(tangent._pushed(part, change), pushed)
+    torch.testing.assert_close(tangent._jvp(part, change), pushed)
     pulled = torch.func.vjp(of, *matrices)[1](outer)
-    torch.testing.assert_close(tuple(tangent._pulled(part, outer)), pulled)
+    torch.testing.assert_close(tuple(tangent._vjp(part, outer)), pulled)
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,12 +84,14 @@ def test_the_step_is_the_least_squares_solution(seed, gated, ridge, channels, wi
     weight, source = drawn(seed + 2, channels, width), drawn(seed + 3, tokens, width)
     residual, counts = drawn(seed + 4, tokens, width), drawn(seed + 5, tokens).square() + 0.01
     tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
-    found = torch.stack(tangent.step(lambda: parts, ridge, 400)).numpy().reshape(-1)
+    found = torch.stack(tangent.solve(lambda: parts, ridge, 400)).numpy().reshape(-1)
 
     size, root = channels * width, counts.sqrt().numpy()
     jacobian = np.zeros((tokens, width, len(matrices) * size))
     penalty = []
-    for number, factor in enumerate(factors(torch.nn.functional.silu, [source @ matrix.T for matrix in matrices])):
+    for number, factor in enumerate(
+        tangent_factors(torch.nn.functional.silu, [source @ matrix.T for matrix in matrices])
+    ):
         # d y_to / d V_jk = D_jo f_tj s_tk
         derivative = np.einsum("jo,tj,tk->tojk", weight, factor, source).reshape(tokens, width, size)
         jacobian[:, :, number * size : (number + 1) * size] = derivative
@@ -112,14 +115,14 @@ def test_every_step_comes_nearer_and_nothing_asks_for_nothing():
     left = []
     for steps in (0, 1, 2, 4, 8):
         tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
-        changes = tangent.step(lambda parts=parts: parts, 0.01, steps)
-        given = torch.cat([tangent._pushed(part, changes) for part in parts])
+        changes = tangent.solve(lambda parts=parts: parts, 0.01, steps)
+        given = torch.cat([tangent._jvp(part, changes) for part in parts])
         left.append(float((residual - given).square().sum()))
     assert left == sorted(left, reverse=True)
     assert left[0] == pytest.approx(float(residual.square().sum()))
     assert left[-1] < 0.9 * left[0]
     tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, 0 * residual, counts)
-    assert all(not change.any() for change in tangent.step(lambda: parts, 0.3, 4))
+    assert all(not change.any() for change in tangent.solve(lambda: parts, 0.3, 4))
 
 
 def test_as_many_steps_as_unknowns_solve_it():
@@ -129,7 +132,7 @@ def test_as_many_steps_as_unknowns_solve_it():
     found = []
     for steps in (1, 2, 200):
         tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
-        found.append(tangent.step(lambda parts=parts: parts, 0.3, steps)[0])
+        found.append(tangent.solve(lambda parts=parts: parts, 0.3, steps)[0])
     torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=0)
     assert not torch.allclose(found[0], found[2], rtol=1e-3)
 
@@ -140,8 +143,8 @@ def test_one_step_is_enough_where_factors_and_inputs_are_independent():
     source = drawn(2, 50, 4) * torch.tensor([0.1, 1.0, 3.0, 10.0])
     residual, counts = drawn(4, 50, 6), torch.ones(50, dtype=torch.float64)
     tangent, parts = tangent_of(lambda x: 2 * x, matrices, weight, source, residual, counts)
-    changes = tangent.step(lambda: parts, 0.0, 1)
-    left = residual - torch.cat([tangent._pushed(part, changes) for part in parts])
+    changes = tangent.solve(lambda: parts, 0.0, 1)
+    left = residual - torch.cat([tangent._jvp(part, changes) for part in parts])
     reach = torch.linalg.lstsq(source, residual).solution
     best = torch.linalg.lstsq(weight.T, reach.T).solution.T
     least = residual - source @ best @ weight
@@ -154,13 +157,13 @@ def test_half_precision_steers_as_well():
     weight, source, residual = weight.float() / 5, source.float(), drawn(4, 400, 16).float()
     left = {}
     for dtype in (torch.float32, torch.bfloat16):
-        found = factors(torch.nn.functional.silu, [source @ matrix.T for matrix in matrices])
-        part = Part(source.to(dtype), [f.to(dtype) for f in found])
-        tangent = Tangent(weight, 2, 16, 400)
+        found = tangent_factors(torch.nn.functional.silu, [source @ matrix.T for matrix in matrices])
+        part = TangentRows(source.to(dtype), [f.to(dtype) for f in found])
+        tangent = GaussNewtonStep(weight, 2, 16, 400)
         tangent.add(part, residual.to(dtype), torch.ones(400, 1))
-        changes = tangent.step(lambda part=part: [part], 0.3, 4)
+        changes = tangent.solve(lambda part=part: [part], 0.3, 4)
         assert all(change.dtype == torch.float32 for change in changes)
-        left[dtype] = float((residual - tangent._pushed(Part(source, found), changes)).square().sum())
+        left[dtype] = float((residual - tangent._jvp(TangentRows(source, found), changes)).square().sum())
     before = float(residual.square().sum())
     assert left[torch.float32] < 0.95 * before
     assert before - left[torch.bfloat16] == pytest.approx(before - left[torch.float32], rel=0.02)
@@ -186,7 +189,7 @@ def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
         stream.run(1, layer, hidden[at], at.group, watch=watch)
         kept = torch.tensor([2, 3, 11, 40])
         source = seen["source"].reshape(-1, stream.width)
-        pre = outputs(block, dict(layer.named_parameters()), source, kept)
+        pre = projection_outputs(block, dict(layer.named_parameters()), source, kept)
         value = activation_of(stream.checkpoint.config, layer)(pre[-1])
     expected = value * pre[0] if len(pre) == 2 else value
     torch.testing.assert_close(expected, seen["sink"].reshape(len(source), -1)[:, kept], rtol=1e-4, atol=1e-5)
@@ -218,7 +221,7 @@ def test_a_feed_forward_comes_nearer_to_its_target(checkpoint_folder, name):
 def test_a_step_that_gains_nothing_is_taken_back(checkpoint_folder, name, monkeypatch):
     folder = checkpoint_folder(name)
     alone = run(folder, name, input_steps=0)
-    monkeypatch.setattr(Tangent, "step", lambda self, *_: [100 * torch.ones_like(r) for r in self.right])
+    monkeypatch.setattr(GaussNewtonStep, "solve", lambda self, *_: [100 * torch.ones_like(r) for r in self.gradient])
     found = run(folder, name, input_steps=4)
     for one, other in zip(found, alone, strict=True):
         assert one.keep == other.keep

@@ -19,7 +19,8 @@ from secateur.criteria.registry import SCORED_KINDS, Criterion
 from secateur.fit import block_regression
 from secateur.fit import module as fit_module
 from secateur.fit.fitted_block import FittedBlock
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
 from secateur.model.checkpoint import open_checkpoint
@@ -219,8 +220,8 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
 def test_a_fit_brings_its_error_along(checkpoint_folder, monkeypatch, method, when, times):
     """The residual of any weights takes a product as large as the solve: one a module, and a minimiser's takes none."""
     taken = []
-    residual = fit_module.residual
-    monkeypatch.setattr(fit_module, "residual", lambda *given: taken.append(1) or residual(*given))
+    residual = fit_module.squared_error
+    monkeypatch.setattr(fit_module, "squared_error", lambda *given: taken.append(1) or residual(*given))
     run(checkpoint_folder("llama"), "llama", method=method, when=when)
     assert len(taken) == times
 

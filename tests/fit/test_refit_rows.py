@@ -18,7 +18,8 @@ from secateur.base.errors import SecateurError
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.open_model import open_model
 from secateur.fit.fitted_block import FittedBlock
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream

@@ -13,7 +13,8 @@ from models import LENGTH, blocks_of, build, layers_of, logits_of, narrowed, rel
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
 from secateur.fit.fitted_block import FittedBlock, mean_of
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint

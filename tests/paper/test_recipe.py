@@ -166,8 +166,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, samples, length, seed"),
     ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
     ({"retrain": {"a": {"rank": -1}}}, "retrain.a: rank is -1; it must be at least 0"),
-    ({"retrain": {"b": {}}}, "retrain.b: random ids teach nothing; name a text file or a data set"),
-    ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: a retraining reads its text: name a"),
+    ({"retrain": {"b": {}}}, "retrain.b: calibration is 'random', but random"),
+    (
+        {"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}},
+        "retrain.c: calibration is 'self', but retraining",
+    ),
     ({"tau": 0.2}, "tau: it belongs to the kind graph; to prune with it, give it to a run"),
     ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
     ({"kind": "graph", "tau": 0.7, "runs": {}, "grid": {}}, "tau is 0.7; a recipe of the kind graph needs one above"),

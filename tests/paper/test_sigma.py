@@ -20,7 +20,8 @@ from secateur.commands.open_model import open_model
 from secateur.criteria.order import error_curve, remaining_units, removal_order
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows

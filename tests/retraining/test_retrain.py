@@ -29,7 +29,7 @@ from secateur.retraining import retrain as steps
 from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.options import Training
 from secateur.retraining.retrain import retrain, training_rows
-from secateur.retraining.teacher import distance
+from secateur.retraining.teacher import distillation_loss
 
 SMALL: dict[str, Any] = {"samples": 16, "length": 16, "epochs": 6, "batch": 4, "learning_rate": 5e-3, "device": "cpu"}
 PRUNE: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "sparsity": 0.4, "device": "cpu"}
@@ -256,12 +256,12 @@ def test_distance_is_zero_for_the_same_and_known_for_others() -> None:
     logits = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
     hidden = (torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
     one = SimpleNamespace(logits=logits, hidden_states=hidden)
-    assert distance(one, one) == 0
+    assert distillation_loss(one, one) == 0
     other = SimpleNamespace(logits=logits.flip(1), hidden_states=(hidden[0], hidden[1], hidden[2] * 1.5))
     half, p = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0]).softmax(0)
     divergences = (half * (half / p).log()).sum() + (p * (p / half).log()).sum()
     # Of two blocks, the second is a half off.
-    assert distance(other, one) == pytest.approx(float(divergences / 2) + 0.25 / 2)
+    assert distillation_loss(other, one) == pytest.approx(float(divergences / 2) + 0.25 / 2)
 
 
 def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
@@ -282,11 +282,11 @@ def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) 
         ({"learning_rate": float("nan")}, "learning rate is nan; it must lie between 0 and 1"),
         ({"seed": -1}, "seed is -1; it must lie between 0 and"),
         ({"length": 1}, "length is 1; it must be at least 2"),
-        ({"calibration": "random"}, "random ids teach nothing; name a text file or a data set"),
+        ({"calibration": "random"}, "random token ids teach nothing; name a text or data set"),
         ({"calibration": "missing.txt"}, "missing.txt does not exist"),
         ({"teacher": "missing"}, "missing"),
         ({"samples": 4000}, "too short, it has"),
-        ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer takes the first GPU itself; use auto or cpu"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto or cpu"),
     ],
 )
 def test_mistakes(
@@ -327,7 +327,7 @@ def test_a_training_that_diverges(
         return (1.0,), 1
 
     monkeypatch.setattr(steps, "train", spoilt)
-    with pytest.raises(SecateurError, match="NaN or infinite after the training; take a smaller learning rate"):
+    with pytest.raises(SecateurError, match="NaN or infinite after the training; use a smaller --learning-rate"):
         retrain(folder, tmp_path / "out", calibration=str(text), **SMALL)
     assert not (tmp_path / "out").exists()
 

@@ -19,7 +19,8 @@ from secateur.base.services import Services
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_matrices
 from secateur.criteria.registry import SCORED_KINDS, Criteria, all_criteria
-from secateur.fit.loop import Method, refit
+from secateur.fit.loop import refit
+from secateur.fit.method import Method
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows

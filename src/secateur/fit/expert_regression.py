@@ -1,7 +1,9 @@
-"""The regression of one expert: its gate times its input, on the tokens routed to it, all of them in memory.
+"""The rows of one expert: its gate times its inputs, on the tokens routed to it, which are all in memory.
 
-Experts of a mixture are fitted one after the other, each for what the mixture's output still lacks (block coordinate
-descent on the joint least squares). The ridge of an expert is higher the fewer tokens are routed to it.
+    residual_m = target_m - sum of the outputs of the other experts        target of this expert
+    ridge_e    = ridge * (1 + channels / tokens)                           higher if few tokens are routed to it
+
+The shared expert is fitted in the same way, on all tokens; its input projections stay as they are.
 
 Shapes: n tokens, m of them routed to an expert, f channels of an expert, k of them kept, d residual width.
 """
@@ -16,61 +18,61 @@ from torch import Tensor
 from secateur.base.processes import Processes
 from secateur.criteria.registry import Criterion, all_criteria
 from secateur.criteria.statistics import module_seed
-from secateur.fit.block import BlockState
-from secateur.fit.input_projections import Part
-from secateur.fit.module import Fitted
+from secateur.fit.block_state import BlockState
+from secateur.fit.input_projections import TangentRows
+from secateur.fit.module import FittedModule
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recoveries.none import NoRecovery
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery
-from secateur.fit.regression import AddPart, Regression, Sums
+from secateur.fit.regression import AddRows, ModuleMoments, Regression
 from secateur.model.axes import FEED_FORWARD
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.post_norm import PostNorm
 from secateur.numerics.moments import Moments
 
 MIN_TOKENS, MIN_TOKENS_FOR_INPUTS = 8, 64
-"""Fewest tokens of an expert that is refitted, and of one whose input projections are."""
+"""Fewest tokens of an expert whose output projection is refitted, and of one whose input projections are."""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The tokens of this process at a mixture."""
+class MixtureTokens:
+    """Tokens of this process at a mixture."""
 
     x_nd: Tensor
     """Inputs of the mixture."""
     target_nd: Tensor
-    """Target of the whole mixture, in the units in which errors count."""
+    """Target of the whole mixture, in error units."""
     weight_n: Tensor
     """Token weights in fits."""
-    score_n: Tensor
+    choice_weight_n: Tensor
     """Token weights in the choice of units."""
     scale_n: Tensor | None
-    """Factor on each token's error, if a norm asks for one."""
+    """Factor on each token's output; None unless a norm follows the mixture."""
     norm: PostNorm
     processes: Processes
 
-    def unit(self, y_md: Tensor, some: Tensor | None = None) -> Tensor:
-        """Return outputs of some tokens, or of all, in the units in which errors count."""
+    def to_error_units(self, y_md: Tensor, some: Tensor | None = None) -> Tensor:
+        """Return outputs for some tokens (m), or for all tokens, in error units."""
         return self.scaled(self.norm.scale(y_md), some)
 
     def scaled(self, values: Tensor, some: Tensor | None = None) -> Tensor:
-        """Return rows of some tokens, or of all, times the scale of these tokens."""
+        """Return rows of some tokens (m), or of all tokens, times the scale of these tokens."""
         if self.scale_n is None:
             return values
         return values * (self.scale_n if some is None else self.scale_n[some])[:, None]
 
-    def error(self, residual_nd: Tensor) -> float:
-        """Return the squared error over all tokens of all processes."""
+    def squared_error(self, residual_nd: Tensor) -> float:
+        """Return the weighted squared error over the tokens of all processes."""
         return self.processes.total(float((self.weight_n * residual_nd.square().sum(1)).sum(dtype=torch.float64)))
 
-    def number(self, some: Tensor) -> int:
-        """Return how many of these tokens, in all processes, have a weight in the fit."""
+    def count(self, some: Tensor) -> int:
+        """Return how many of some tokens have a weight in the fit, in all processes."""
         return int(self.processes.total(float(self.weight_n[some].count_nonzero())))
 
 
-class Copies(Mapping[str, Tensor]):
-    """Tensors that are copied to float32 when they are read."""
+class Float32Copies(Mapping[str, Tensor]):
+    """Tensors by name, each copied to float32 when it is read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
@@ -86,126 +88,139 @@ class Copies(Mapping[str, Tensor]):
 
 
 class ExpertRegression(Regression):
-    """One expert of a mixture."""
+    """Regression of one expert of a mixture.
 
-    fits_bias = reports = False
+    Attributes:
+        expert: number of the expert; the shared expert comes after all others.
+        is_shared: whether this is the shared expert.
+    """
+
+    fits_bias = reports_old_error = False
 
     def __init__(
-        self, state: BlockState, mixture: Mixture, tokens: Tokens, routes: Routes, residual_nd: Tensor, expert: int
+        self,
+        state: BlockState,
+        mixture: Mixture,
+        tokens: MixtureTokens,
+        routes: Routes,
+        residual_nd: Tensor,
+        expert: int,
     ):
-        """Begin with an expert's old weights.
+        """Start with the expert's old weights.
 
         Args:
-            residual_nd: what the mixture's output lacks of its target; `store` brings it up to date.
-            expert: its number; the shared expert's is behind all others.
+            state: the block.
+            mixture: the mixture, which computes with the weights fitted so far.
+            tokens: tokens at the mixture.
+            routes: routes of the tokens to the experts that are kept.
+            residual_nd: target minus output of the mixture; `store` updates it in place.
+            expert: number of the expert.
         """
         self.state, self.mixture, self.expert, self.stream = state, mixture, expert, state.stream
         self.norm, self._batch, self._routes, self._residual_nd = tokens.norm, tokens, routes, residual_nd
         self.module = mixture.feed_forward(expert)
-        self.shared = expert == mixture.module.units
-        self.tokens = tokens.number(mixture.tokens(expert, routes))
-        self.recovery = self._own(state.method.recovery)
-        a, d = self.module.units, self.stream.width
-        self.owner = self.stream.processes.assign_owner(a**2 * (a + 2 * d))
+        self.is_shared = expert == mixture.module.units
+        self.tokens = tokens.count(mixture.tokens(expert, routes))
+        self.recovery = self._expert_recovery(state.method.recovery)
+        f, d = self.module.units, self.stream.width
+        self.owner = self.stream.processes.assign_owner(f**2 * (f + 2 * d))
         self.seed = module_seed(state.method.seed, state.index, FEED_FORWARD) + expert
         self._target_md: Tensor | None = None
+        """Target of this expert, once its first outputs are known."""
 
-    def _own(self, whole: Recovery) -> Recovery:
-        """Return the recovery of this expert by the number of its tokens."""
-        number = self.tokens
-        ridge = whole.ridge * (1 + self.module.units / max(number, 1))
-        if not whole.fits or number < MIN_TOKENS:
+    def _expert_recovery(self, recovery: Recovery) -> Recovery:
+        """Return the recovery of this expert, which depends on the number of its tokens."""
+        ridge = recovery.ridge * (1 + self.module.units / max(self.tokens, 1))
+        if not recovery.fits or self.tokens < MIN_TOKENS:
             return NoRecovery(ridge)
-        # The input projections of a shared expert stay as they are.
-        inputs = not self.shared and number >= MIN_TOKENS_FOR_INPUTS
-        return Refit(ridge, whole.input_steps if inputs else 0)
+        fits_inputs = not self.is_shared and self.tokens >= MIN_TOKENS_FOR_INPUTS
+        return Refit(ridge, recovery.input_steps if fits_inputs else 0)
 
     @property
-    def unfitted(self) -> bool:
-        """Whether a refit is asked for, and tokens are too few for it."""
+    def has_too_few_tokens(self) -> bool:
+        """Whether the run refits weights, but this expert has too few tokens for it."""
         return self.state.method.recovery.fits and not self.recovery.fits
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Copies of the expert's tensors, by the names of a feed-forward on its own; each is made when it is read."""
-        return Copies(self.mixture.tensors(self.expert))
+        """Tensors of the expert, by the names of an ordinary feed-forward."""
+        return Float32Copies(self.mixture.tensors(self.expert))
 
     def criterion(self) -> Criterion:
-        """Return the criterion of channels; of an expert with next to no tokens, one that reads weights alone."""
+        """Return the criterion of the expert's channels."""
         if self.tokens < MIN_TOKENS:
+            # l2 reads weights alone.
             return all_criteria()["l2"]
-        # No backward pass is made through experts: where one is asked for, the default takes over.
-        named = self.state.method.criteria.of_kind("channels")
-        return named if named.from_gradients is None else all_criteria()["surgeon"]
+        # No backward pass runs through experts: the default replaces a criterion that needs one.
+        criterion = self.state.method.criteria.of_kind("channels")
+        return criterion if criterion.from_gradients is None else all_criteria()["surgeon"]
 
-    def collect(self, keep: tuple[int, ...] | None = None) -> Sums:
-        """Run the expert up to its output projection on its tokens, and sum over the rows.
+    def collect(self, keep: tuple[int, ...] | None = None) -> ModuleMoments:
+        """Run the expert on its tokens up to its output projection, and return the moments of the rows.
 
-        The first time, sums are over all channels: units that are given and units that are chosen make one result.
+        The first call is always over all channels, so that given and chosen units lead to the same result.
         """
-        tokens = self._batch
-        self._at, rows = self.mixture.gated(self.expert, tokens.x_nd, self._routes)
-        rows = tokens.scaled(rows, self._at)
-        channels = keep
+        tokens, channels = self._batch, keep
+        self._at, rows_mf = self.mixture.gated(self.expert, tokens.x_nd, self._routes)
+        rows_mf = tokens.scaled(rows_mf, self._at)
         if self._target_md is None:
             channels = None
-            self._target_md = self._residual_nd[self._at] + rows @ self.norm.scale(self.weight)
-        entries = torch.tensor(range(self.module.units) if channels is None else channels, device=rows.device)
-        self._rows_mk = rows if len(entries) == rows.shape[1] else rows[:, entries]
-        fitted = self._summed(tokens.weight_n)
+            self._target_md = self._residual_nd[self._at] + rows_mf @ self.norm.scale(self.weight)
+        entries = torch.tensor(range(self.module.units) if channels is None else channels, device=rows_mf.device)
+        self._rows = rows_mf if len(entries) == rows_mf.shape[1] else rows_mf[:, entries]
+        fit = self._moments(tokens.weight_n)
         if keep is not None:
-            return Sums(entries, fitted, fitted)
-        # Rows may choose that nothing is fitted to.
-        scored = fitted if self.state.rows.scores is None else self._summed(tokens.score_n)
-        return Sums(entries, fitted, scored, self._source() if self.criterion().input_moments else None)
+            return ModuleMoments(entries, fit, fit)
+        choice = fit if self.state.rows.scores is None else self._moments(tokens.choice_weight_n)
+        return ModuleMoments(entries, fit, choice, self._input_moments() if self.criterion().input_moments else None)
 
-    def _summed(self, weight_n: Tensor) -> Moments:
-        """Return the moments of the rows with their target."""
-        moments = Moments(self._rows_mk.shape[1], self.stream.width, device=self.stream.device)
-        moments.update(self._rows_mk, self._target_md, 1.0, weight_n[self._at])
+    def _moments(self, weight_n: Tensor) -> Moments:
+        """Return the moments of the rows and their target, with some token weights."""
+        moments = Moments(self._rows.shape[1], self.stream.width, device=self.stream.device)
+        moments.update(self._rows, self._target_md, weights_n=weight_n[self._at])
         moments.reduce(self.stream.processes, self.owner)
         return moments
 
-    def _source(self) -> Moments:
+    def _input_moments(self) -> Moments:
         """Return the moments of the expert's own input."""
         moments = Moments(self.stream.width, device=self.stream.device)
-        read = self.mixture.read(self.expert, self._batch.x_nd[self._at])
-        moments.update(read, weights_n=self._batch.score_n[self._at])
+        x_md = self.mixture.read(self.expert, self._batch.x_nd[self._at])
+        moments.update(x_md, weights_n=self._batch.choice_weight_n[self._at])
         moments.reduce(self.stream.processes, self.owner)
         return moments
 
     @contextmanager
     def linearised(
-        self, sums: Sums, kept: Tensor, fit: OutputFit, add: AddPart
-    ) -> Iterator[Callable[[], Iterator[Part]]]:
-        """Linearise the expert on its tokens: one part."""
-        tokens, at, x = self._batch, self._at, self._batch.x_nd[self._at]
-        root = tokens.weight_n[at].sqrt()[:, None]
-        factor = tokens.scaled(root * self._routes.of(self.expert)[1][:, None], at)
-        # Float32: sums over tokens would be rounded otherwise by two processes than by one.
-        slopes = self.mixture.slopes(self.expert, x)
-        part = Part(self.mixture.read(self.expert, x), [slope[:, kept] * factor for slope in slopes])
-        add(part, self._left(sums, kept, fit.weight_ko) * root, root)
-        yield lambda: iter([part])
+        self, moments: ModuleMoments, kept: Tensor, output: OutputFit, add: AddRows
+    ) -> Iterator[Callable[[], Iterator[TangentRows]]]:
+        """Linearise the expert on its tokens, in one part."""
+        tokens, at, x_md = self._batch, self._at, self._batch.x_nd[self._at]
+        root_m1 = tokens.weight_n[at].sqrt()[:, None]
+        scale_m1 = tokens.scaled(root_m1 * self._routes.of(self.expert)[1][:, None], at)
+        # Float32: in bfloat16, the sums of two processes would be rounded otherwise than those of one.
+        slopes = self.mixture.slopes(self.expert, x_md)
+        rows = TangentRows(self.mixture.read(self.expert, x_md), [slope[:, kept] * scale_m1 for slope in slopes])
+        add(rows, self._residual(moments, kept, output.weight_kd) * root_m1, root_m1)
+        yield lambda: iter([rows])
 
-    def _left(self, sums: Sums, kept: Tensor, weight_kd: Tensor) -> Tensor:
-        """Return what the target lacks at a weight of the kept channels (m x d)."""
+    def _residual(self, moments: ModuleMoments, kept: Tensor, weight_kd: Tensor) -> Tensor:
+        """Return target minus output, with a weight of the kept channels (m x d)."""
         assert self._target_md is not None
-        rows = self._rows_mk if len(kept) == len(sums.entries) else self._rows_mk[:, sums.among(kept)]
-        return self._target_md - rows @ weight_kd
+        rows_mk = self._rows if len(kept) == len(moments.entries) else self._rows[:, moments.positions(kept)]
+        return self._target_md - rows_mk @ weight_kd
 
-    def change(self, tensors: dict[str, Tensor]) -> None:
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Let the expert compute with new input projections."""
         self.mixture.put(self.expert, {name: value.to(self.state.dtype) for name, value in tensors.items()})
 
-    def store(self, fitted: Fitted) -> None:
-        """Put the fitted output projection in place, zero for channels that go, and update the mixture's residual."""
-        weight = self.norm.unscale(fitted.fit.weight_ko).to(self.state.dtype).float()
-        full = weight.new_zeros(self.module.units, self.stream.width)
-        full[fitted.kept] = weight
-        left = self._left(fitted.sums, fitted.kept, self.norm.scale(weight))
-        self._residual_nd[self._at] = left
-        if self.shared:
-            self.state.change({self.mixture.shared_name: full.T.contiguous()})
+    def store(self, fitted: FittedModule) -> None:
+        """Put the output projection in place, with zeros for removed channels, and update the mixture's residual."""
+        weight = self.norm.unscale(fitted.output.weight_kd).to(self.state.dtype).float()
+        full_fd = weight.new_zeros(self.module.units, self.stream.width)
+        full_fd[fitted.kept_inputs] = weight
+        residual = self._residual(fitted.moments, fitted.kept_inputs, self.norm.scale(weight))
+        self._residual_nd[self._at] = residual
+        if self.is_shared:
+            self.state.set_tensors({self.mixture.shared_name: full_fd.T.contiguous()})
         else:
-            self.mixture.put(self.expert, {"down_proj.weight": full.T})
+            self.mixture.put(self.expert, {"down_proj.weight": full_fd.T})

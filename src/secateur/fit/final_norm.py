@@ -1,10 +1,14 @@
-"""Make a pruned model as sure of itself as the dense one: one scale on the norm before the output layer.
+"""Final-norm scale: a factor on the norm before the output layer, fitted on held-out rows after pruning.
 
-Errors add to the spread of the logits, and a refit follows its calibration rows more closely than others: on other text
-the logits are too large for how often the model is right. The scale that brings it nearest to the dense model's
-distribution, on rows that no refit has seen, costs one pass of the output layer over few tokens and nothing when the
-model runs. It is not the scale at which the text itself becomes likeliest: that would also mend what the dense model is
-too sure of, and make the pruned one differ from it.
+    scale = argmin_s  mean over tokens of KL(dense model || pruned model with its final norm times s)
+
+Errors of a pruned model add to the spread of the logits, and a refit follows its calibration rows more closely than
+other text. On other text the logits are therefore too large for how often the model is right. The scale that brings the
+pruned distribution closest to the dense one costs one pass of the output layer over few tokens, and nothing when the
+model runs. The scale that makes the text itself likeliest would be another one: it would also correct where the dense
+model is too sure, and so make the pruned model differ from it.
+
+Shapes: n tokens, v vocabulary size.
 """
 
 from torch import Tensor
@@ -15,57 +19,57 @@ from secateur.model.stream import BlockStream
 from secateur.survey.probes import POSITION_STRIDE
 
 ROUNDING = 1e-6
-"""A divergence below it, in nats per token, says that both models are the same."""
+"""Divergence in nats per token below which the two models count as equal."""
 SCALES = tuple(0.05 * step for step in range(12, 22))
-"""What is tried; the best is refined by a parabola through it and its neighbours."""
+"""Scales that are tried; a parabola through the best one and its neighbours refines it."""
 
 
 def scaled_final_norm(stream: BlockStream, scale: float) -> dict[str, Tensor]:
-    """The final norm's tensors with its output multiplied by a scale, in the stored dtype."""
+    """Return the final norm's tensors with its output multiplied by a scale, by name, in the stored dtype."""
     result = {}
     for name in stream.final_norm:
         stored = stream.read(name)
-        # Gemma keeps the gain as its difference from one.
-        shift = float(stream.family.norm_offset and name.endswith(".weight"))
-        result[name] = ((stored.float() + shift) * scale - shift).to(stored.dtype)
+        # Gemma stores the gain minus one.
+        offset = float(stream.family.norm_offset and name.endswith(".weight"))
+        result[name] = ((stored.float() + offset) * scale - offset).to(stored.dtype)
     return result
 
 
 def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activations, pruned: Activations) -> float:
-    """The scale at which the pruned model's distribution is nearest to the dense model's.
+    """Return the scale of the final norm at which KL(dense || pruned) is least.
 
     Args:
+        stream: the model.
         rows: all rows of the run.
-        group: the rows that no refit has seen.
-        dense: the dense stream behind the last block, of this process's share of the rows.
-        pruned: the pruned one.
+        group: number of the group of held-out rows.
+        dense: the dense stream after the last block, of this process's rows.
+        pruned: the pruned stream likewise.
 
     Returns:
-        The minimiser of KL(dense || pruned); 1 where the model has no norm before its output layer.
+        The scale; 1 if the model has no final norm, or if both models are equal.
     """
     if not stream.final_norm:
         return 1.0
     norms = [scaled_final_norm(stream, scale) for scale in SCALES]
     totals = [0.0] * len(SCALES)
+    positions = slice(POSITION_STRIDE - 1, None, POSITION_STRIDE)
     with stream.head() as head:
         for row in range(len(stream.own(rows).groups[group])):
-            wanted, found = (
-                streams.parts[group][row][POSITION_STRIDE - 1 :: POSITION_STRIDE] for streams in (dense, pruned)
-            )
-            logs = head(wanted).log_softmax(-1)
-            shares = logs.exp()
+            dense_nd, pruned_nd = (hidden.parts[group][row][positions] for hidden in (dense, pruned))
+            log_nv = head(dense_nd).log_softmax(-1)
+            probability_nv = log_nv.exp()
             for number, norm in enumerate(norms):
                 with stream.replaced(norm):
-                    missing = logs - head(found).log_softmax(-1)
-                totals[number] += float((shares * missing).sum(-1).mean())
-    # The divergence is not symmetric about one, so a parabola through three points would miss it by a little.
+                    gap_nv = log_nv - head(pruned_nd).log_softmax(-1)
+                totals[number] += float((probability_nv * gap_nv).sum(-1).mean())
     totals = [stream.processes.total(one) for one in totals]
-    least = ROUNDING * len(rows.groups[group])
-    return 1.0 if totals[SCALES.index(1.0)] < least else _minimum(totals)
+    # Equal models get a scale of exactly 1, which the parabola would miss by a little.
+    rounding = ROUNDING * len(rows.groups[group])
+    return 1.0 if totals[SCALES.index(1.0)] < rounding else _minimum(totals)
 
 
 def _minimum(totals: list[float]) -> float:
-    """Where the values over `SCALES` are least, between the grid's points."""
+    """Return the scale at which the divergence is least, by a parabola between the points of the grid."""
     best = totals.index(min(totals))
     if best in (0, len(SCALES) - 1):
         return SCALES[best]

@@ -1,13 +1,19 @@
-"""A block as a fit leaves it: the mean of several, and the dense block made to compute the same."""
+"""A fitted block: the units that it keeps and its new tensors; and the mean of several fits of one block.
 
-from collections.abc import Iterator
+    W = (1/F) sum_f W_f        over F fits, each to resampled rows of its own
+
+Fits to different rows share most of what they learn, and differ in what each learns from its own rows. Their weights
+are so close that they can be averaged, which cancels much of that difference.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from secateur.fit.stage import ModuleReport
+from secateur.fit.module_report import ModuleReport
 from secateur.model.held import plain
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
@@ -17,57 +23,60 @@ from secateur.model.surgery import assign, masked_weight
 
 @dataclass(frozen=True)
 class FittedBlock:
-    """One block whose units have been chosen and whose weights have been refitted, not yet cut."""
+    """Block whose units are chosen and whose weights are refitted. Its tensors still have their full width."""
 
     index: int
     keep: KeptUnits
+    """Units that are kept, by kind."""
     changed: dict[str, Tensor]
-    """Tensors with new values at full width, in the dtype of the output."""
+    """New tensors, in the dtype of the output."""
     reports: tuple[ModuleReport, ...]
+    """Report of each module's fit."""
 
 
-def mean_of(found: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> FittedBlock:
-    """The mean of several fits of one block, rounded as it will be written.
-
-    Fits to different rows err differently beside what they have in common, and weights so near to each other can be
-    averaged: much of what each took from its own rows cancels.
-    """
-    first, *others = found
-    if not others:
+def mean_of(fits: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> FittedBlock:
+    """Return the mean of several fits of one block, in the dtype of the output; a single fit is returned unchanged."""
+    first = fits[0]
+    if len(fits) == 1:
         return first
 
-    def value(one: FittedBlock, name: str) -> Tensor:
-        # Where one fit had nothing to gain, its weights are the dense ones.
-        own = one.changed[name] if name in one.changed else plain(dense.get_parameter(name).data).cpu()
-        return own.float()
-
-    names = dict.fromkeys(name for one in found for name in one.changed)
-    changed = {
-        name: (sum((value(one, name) for one in others), value(first, name)) / len(found)).to(dtype) for name in names
-    }
-    reports = tuple(
-        replace(
-            same[0],
-            error=sum(report.error for report in same) / len(found),
-            relative=sum(report.relative for report in same) / len(found),
-            relative_before=sum(report.relative_before for report in same) / len(found),
-            unfitted=tuple(expert for expert in same[0].unfitted if all(expert in one.unfitted for one in same)),
+    def mean(name: str) -> Tensor:
+        # A fit that did not change a tensor has the dense one.
+        values = (
+            fit.changed[name] if name in fit.changed else plain(dense.get_parameter(name).data).cpu() for fit in fits
         )
-        for same in zip(*(one.reports for one in found), strict=True)
+        total = next(values).float()
+        for value in values:
+            total = total + value.float()
+        return (total / len(fits)).to(dtype)
+
+    names = dict.fromkeys(name for fit in fits for name in fit.changed)
+    reports = tuple(_mean_report(same) for same in zip(*(fit.reports for fit in fits), strict=True))
+    return FittedBlock(first.index, first.keep, {name: mean(name) for name in names}, reports)
+
+
+def _mean_report(reports: Sequence[ModuleReport]) -> ModuleReport:
+    """Return the mean of several reports of one module; experts are unfitted if no fit fitted them."""
+    first, count = reports[0], len(reports)
+    return replace(
+        first,
+        error=sum(report.error for report in reports) / count,
+        relative=sum(report.relative for report in reports) / count,
+        relative_before=sum(report.relative_before for report in reports) / count,
+        unfitted=tuple(expert for expert in first.unfitted if all(expert in report.unfitted for report in reports)),
     )
-    return FittedBlock(first.index, first.keep, changed, reports)
 
 
 @contextmanager
 def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Iterator[None]:
-    """Let a block compute what it will once its units are gone; its parameters stay as they then are."""
+    """Let a dense block compute what the fitted block computes. Its parameters are not restored on exit."""
     for name, tensor in fitted.changed.items():
         assign(layer, name, stream.held(name, tensor.to(stream.device)))
     tensors = layer.state_dict()
     with ExitStack() as stack:
         for module in stream.blocks[fitted.index].modules:
             kept = fitted.keep[module.kind]
-            if module.kind == "experts":
+            if module.kind_inside is not None:
                 stack.enter_context(Mixture(stream, layer, module).only(torch.tensor(kept, device=stream.device)))
             else:
                 assign(layer, module.output_projection.name, masked_weight(module, tensors, kept))

@@ -1,22 +1,24 @@
-"""Level 1 of a feed-forward module fitted along with its level 2: one Gauss-Newton step.
+"""Fit of the input projections of a feed-forward, after its output projection: one Gauss-Newton step.
 
-A module without a gate gives y = D' act(U s + b), one with a gate y = D' (act(G s) * U s). To first order, changes dU
-and dG of the kept rows change it by
+With the output projection D, a feed-forward gives y = D' act(U x + b), or with a gate y = D' (act(G x) * U x). To first
+order, changes dU and dG of the kept rows change y by
 
-    J(dU, dG) = D' (f_u * dU s + f_g * dG s),   f_u = act(G s), f_g = act'(G s) * U s,
+    J(dU, dG) = D' (f_u * dU x + f_g * dG x),   f_u = act(G x), f_g = act'(G x) * U x,
 
-or f_u = act'(U s + b) alone, without a gate. That is linear in them, so that the best changes are a least-squares
-problem once more: the minimum of
+or f_u = act'(U x + b) alone, without a gate. The best changes V = (dU, dG) are the minimum of
 
-    sum_t w_t ||r_t - J_t(V)||^2 + ridge * sum_jk b_j a_k V_jk^2,
+    sum_n w_n ||r_n - J_n(V)||^2 + ridge * sum_jk b_j a_k V_jk^2,
+    b_j = ||D_j||^2 sum_n w_n f_nj^2,   a_k = sum_n w_n x_nk^2 / sum_n w_n,
 
-r being what level 2 leaves of the target, b_j = ||D_j||^2 sum_t w_t f_tj^2 and a_k = sum_t w_t s_tk^2 / sum_t w_t: the
-pull to the old weights, relative to each weight's own energy as in `numerics/ridge.py`. V has hundreds of thousands of
-entries; conjugate gradients solve for it with two products J and J' over the tokens each step. They are preconditioned
-by the curvature that would hold if factors and inputs were independent, one k x k and one d x d matrix (Kronecker
-factors), which brings most of the gain in the first few steps; stopping there is part of the regularisation.
+where r is the residual that the output projection leaves of the target. As in `secateur.numerics.ridge`, the penalty is
+relative to the energy of each weight's input.
 
-Shapes: n tokens, d residual width, k kept channels, o outputs (= d).
+V has hundreds of thousands of entries, so the problem is solved by conjugate gradients. Each step takes one product by
+J and one by J' over all tokens. The preconditioner is the curvature that would hold if factors and inputs were
+independent: a Kronecker product of one k x k and one d x d matrix. It brings most of the gain in the first few steps,
+and stopping there is part of the regularisation.
+
+Shapes: n tokens, d residual width (inputs of the module, outputs of D), k kept channels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,149 +32,188 @@ from secateur.model.structure import PrunableModule
 from secateur.numerics.ridge import factorise
 
 PRECONDITIONER_TOKENS = 8192
-"""Tokens from which the preconditioner is estimated; it has to be roughly right only."""
+"""Number of tokens from which the preconditioner is estimated; a rough estimate suffices."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some tokens of a linearised module, weighted: factors are times the root of each token's weight.
+class TangentRows:
+    """Some tokens of a linearised module.
 
-    They may be bfloat16: their products only steer a few steps of conjugate gradients. Sums over parts are float32.
+    Tensors may be bfloat16, as their products only steer a few steps of conjugate gradients. Sums of them are float32.
     """
 
-    source_nd: Tensor
-    factors: Sequence[Tensor]
-    """(n x k) each: f_u, then f_g where there is a gate."""
+    input_nd: Tensor
+    """Inputs of the module, x."""
+    factors_nk: Sequence[Tensor]
+    """f_u, and f_g if there is a gate; multiplied by the root of each token's weight."""
+
+    def to(self, dtype: torch.dtype) -> "TangentRows":
+        """Return the rows in another dtype."""
+        return TangentRows(self.input_nd.to(dtype), [factor.to(dtype) for factor in self.factors_nk])
 
 
-def outputs(module: PrunableModule, tensors: Mapping[str, Tensor], source_nd: Tensor, kept: Tensor) -> list[Tensor]:
-    """What the module's level-1 matrices, up and then gate, give for the kept channels (n x k each)."""
+def projection_outputs(
+    module: PrunableModule, tensors: Mapping[str, Tensor], x_nd: Tensor, kept: Tensor
+) -> list[Tensor]:
+    """Return the outputs of the input projections for the kept channels (n x k each): up, then gate."""
     found = []
     for slab in module.channel_projections:
         at, bias = slab.offset + kept, tensors.get(slab.bias)
-        output = source_nd @ tensors[slab.name].index_select(slab.axis, at).movedim(slab.axis, 1)
+        output = x_nd @ tensors[slab.name].index_select(slab.axis, at).movedim(slab.axis, 1)
         found.append(output if bias is None else output + bias[at])
     return found
 
 
-def factors(activation: Callable[[Tensor], Tensor], pre: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """f_u, and f_g where there is a gate, at the `outputs` of level 1 (n x k each)."""
-    at = pre[-1]
-    # Entry by entry, so that the gradient of the sum is the derivative; a tenth of what forward mode takes.
+def tangent_factors(activation: Callable[[Tensor], Tensor], projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return f_u, and f_g if there is a gate, at outputs of the input projections (n x k each)."""
+    activated = projected[-1]
+    # The activation works entry by entry, so the gradient of the sum is its derivative. Forward mode takes ten times
+    # as long.
     with torch.inference_mode(False), torch.enable_grad():
-        given = at.clone().requires_grad_()
-        value = activation(given)
+        z = activated.clone().requires_grad_()
+        value = activation(z)
         value.sum().backward()
-        slope = given.grad
+        slope = z.grad
     assert slope is not None
-    return (slope,) if len(pre) == 1 else (value.detach(), slope * pre[0])
+    return (slope,) if len(projected) == 1 else (value.detach(), slope * projected[0])
 
 
-class Tangent:
-    """The linearised module: sums over the tokens, and the step that they ask for."""
+class GaussNewtonStep:
+    """Gauss-Newton step: sums over the tokens of a linearised module, and the solution by conjugate gradients."""
 
-    def __init__(self, weight_ko: Tensor, matrices: int, width: int, tokens: int, processes: Processes | None = None):
-        """For a level-2 weight, so many level-1 matrices with inputs of a width, and so many tokens in all.
+    def __init__(self, weight_kd: Tensor, matrices: int, width: int, tokens: int, processes: Processes | None = None):
+        """Start with empty sums.
 
-        Each process adds its own tokens.
+        Args:
+            weight_kd: the output projection, D.
+            matrices: number of input projections: 2 with a gate, else 1.
+            width: number of inputs of the module.
+            tokens: number of tokens in all processes; each process adds its own tokens.
+            processes: processes that share the tokens; by default one.
         """
-        self.weight_ko, self._processes = weight_ko, processes or Processes()
-        k, self.stride = len(weight_ko), max(1, tokens // PRECONDITIONER_TOKENS)
-        self.right = [weight_ko.new_zeros(k, width) for _ in range(matrices)]
-        """J'r, a (k x d) matrix for each level-1 matrix."""
-        self._factors = [weight_ko.new_zeros(k, k) for _ in range(matrices)]
-        self._source = weight_ko.new_zeros(width, width)
+        self.weight_kd, self._processes = weight_kd, processes or Processes()
+        k, self._stride = len(weight_kd), max(1, tokens // PRECONDITIONER_TOKENS)
+        self.gradient = [weight_kd.new_zeros(k, width) for _ in range(matrices)]
+        """J'r (k x d), for each input projection."""
+        self._factor_grams = [weight_kd.new_zeros(k, k) for _ in range(matrices)]
+        self._input_gram = weight_kd.new_zeros(width, width)
         self._weight = 0.0
 
-    def add(self, part: Part, residual_no: Tensor, root_n1: Tensor) -> None:
-        """Add tokens; `residual_no` is weighted as factors are, by the root of each token's weight."""
-        for total, one in zip(self.right, self._pulled(part, residual_no), strict=True):
-            total += one
-        every, exact = slice(None, None, self.stride), self.weight_ko.dtype
-        for total, matrix in zip(
-            (self._source, *self._factors), (part.source_nd * root_n1, *part.factors), strict=True
-        ):
-            sample = matrix[every].to(exact)
-            total.addmm_(sample.T, sample)
-        self._weight += float(root_n1[every].double().square().sum())
+    def add(self, rows: TangentRows, residual_nd: Tensor, root_n1: Tensor) -> None:
+        """Add tokens.
 
-    def step(self, parts: Callable[[], Iterable[Part]], ridge: float, iterations: int) -> list[Tensor]:
-        """The changes V, one (k x d) for each level-1 matrix, after so many steps of conjugate gradients.
+        Args:
+            rows: linearised rows.
+            residual_nd: residuals r, multiplied by the root of each token's weight.
+            root_n1: root of each token's weight.
+        """
+        for total, part in zip(self.gradient, self._vjp(rows, residual_nd), strict=True):
+            total += part
+        some, dtype = slice(None, None, self._stride), self.weight_kd.dtype
+        matrices = (rows.input_nd * root_n1, *rows.factors_nk)
+        for gram, matrix in zip((self._input_gram, *self._factor_grams), matrices, strict=True):
+            sample = matrix[some].to(dtype)
+            gram.addmm_(sample.T, sample)
+        self._weight += float(root_n1[some].double().square().sum())
 
-        `parts` gives, each time anew, the tokens that were added. The sums are used up. All processes get the same.
+    def solve(self, parts: Callable[[], Iterable[TangentRows]], ridge: float, iterations: int) -> list[Tensor]:
+        """Return the changes V (k x d), one for each input projection; the sums cannot be used again.
+
+        Args:
+            parts: function that yields all rows that were added, each time it is called.
+            ridge: strength of the penalty.
+            iterations: steps of conjugate gradients.
         """
         processes = self._processes
-        self._weight = processes.total(self._weight)
-        processes.all_reduce(self._source, *self._factors, *self.right)
-        curvature = self.weight_ko @ self.weight_ko.T
-        left = [curvature * (total * self.stride) for total in self._factors]
-        right = self._source / max(self._weight, torch.finfo(torch.float32).tiny)
-        self._factors.clear()
-        pulls = [(ridge * b.diagonal()[:, None].clone(), right.diagonal().clone()) for b in left]
-        inverse_k, inverse_d = [_preconditioner(b, ridge) for b in left], _preconditioner(right, ridge)
-        del left, right, curvature
+        precondition, penalties = self._preconditioner(ridge)
 
-        def preconditioned(gap: list[Tensor]) -> list[Tensor]:
-            return [
-                torch.cholesky_solve(torch.cholesky_solve(g, k).T, inverse_d).T
-                for g, k in zip(gap, inverse_k, strict=True)
-            ]
-
-        def curved(change: list[Tensor]) -> list[Tensor]:
-            total = [
-                v * (rows * processes.is_first) * columns for v, (rows, columns) in zip(change, pulls, strict=True)
-            ]
-            for part in parts():
-                for sums, one in zip(total, self._pulled(part, self._pushed(part, change)), strict=True):
-                    sums += one
+        def curvature(direction: list[Tensor]) -> list[Tensor]:
+            """Return (J'J + penalty) V, summed over all processes."""
+            # One process adds the penalty.
+            total = [v * (b * processes.is_first) * a for v, (b, a) in zip(direction, penalties, strict=True)]
+            for rows in parts():
+                for one, part in zip(total, self._vjp(rows, self._jvp(rows, direction)), strict=True):
+                    one += part
             processes.all_reduce(*total)
             return total
 
-        changes, gap = [torch.zeros_like(r) for r in self.right], self.right
-        way = preconditioned(gap)
-        slope = _dot(gap, way)
-        least = slope * torch.finfo(self.weight_ko.dtype).eps ** 2
-        for number in range(iterations):
-            # What is left to gain may be rounding. One process decides, so that none waits for another in vain.
-            if not processes.total(processes.is_first and slope > least):
-                break
-            bent = curved(way)
-            length = slope / _dot(way, bent)
-            for v, w in zip(changes, way, strict=True):
-                v.add_(w, alpha=length)
-            if number + 1 == iterations:
-                break
-            for g, b in zip(gap, bent, strict=True):
-                g.sub_(b, alpha=length)
-            del bent
-            towards, before = preconditioned(gap), slope
-            slope = _dot(gap, towards)
-            way = [t.add_(w, alpha=slope / before) for t, w in zip(towards, way, strict=True)]
-        # Sums that were added up in another order elsewhere would let the weights drift apart.
-        shared = processes.broadcast_tensors(
-            {str(number): change for number, change in enumerate(changes)}, 0, self.weight_ko.device
-        )
-        return list(shared.values())
+        changes = _conjugate_gradients(curvature, precondition, self.gradient, iterations, processes)
+        # Processes that sum in another order would let their weights drift apart.
+        tensors = {str(number): change for number, change in enumerate(changes)}
+        return list(processes.broadcast_tensors(tensors, 0, self.weight_kd.device).values())
 
-    def _pushed(self, part: Part, change: Sequence[Tensor]) -> Tensor:
-        """J(V) of some tokens (n x o), computed as they are stored."""
-        inner = torch.zeros_like(part.factors[0])
-        for factor, matrix in zip(part.factors, change, strict=True):
-            inner.addcmul_(part.source_nd @ matrix.T.to(inner.dtype), factor)
-        return inner @ self.weight_ko.to(inner.dtype)
+    def _preconditioner(
+        self, ridge: float
+    ) -> tuple[Callable[[list[Tensor]], list[Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Return the preconditioner, and ridge * b (k x 1) with a (d) for each input projection."""
+        processes = self._processes
+        self._weight = processes.total(self._weight)
+        processes.all_reduce(self._input_gram, *self._factor_grams, *self.gradient)
+        weight_gram = self.weight_kd @ self.weight_kd.T
+        left_kk = [weight_gram * (gram * self._stride) for gram in self._factor_grams]
+        right_dd = self._input_gram / max(self._weight, torch.finfo(torch.float32).tiny)
+        self._factor_grams.clear()
+        a = right_dd.diagonal().clone()
+        penalties = [(ridge * left.diagonal()[:, None].clone(), a) for left in left_kk]
+        factors_k, factor_d = [_damped_factor(left, ridge) for left in left_kk], _damped_factor(right_dd, ridge)
 
-    def _pulled(self, part: Part, outputs_no: Tensor) -> list[Tensor]:
-        """J'(y) of some tokens, computed as they are stored."""
-        inner = outputs_no @ self.weight_ko.T.to(outputs_no.dtype)
-        return [(inner * factor).T @ part.source_nd for factor in part.factors]
+        def precondition(gradient: list[Tensor]) -> list[Tensor]:
+            return [
+                torch.cholesky_solve(torch.cholesky_solve(g, factor_k).T, factor_d).T
+                for g, factor_k in zip(gradient, factors_k, strict=True)
+            ]
+
+        return precondition, penalties
+
+    def _jvp(self, rows: TangentRows, change: Sequence[Tensor]) -> Tensor:
+        """Return J(V) of some tokens (n x d), in the dtype of the rows."""
+        channels_nk = torch.zeros_like(rows.factors_nk[0])
+        for factor, matrix in zip(rows.factors_nk, change, strict=True):
+            channels_nk.addcmul_(rows.input_nd @ matrix.T.to(channels_nk.dtype), factor)
+        return channels_nk @ self.weight_kd.to(channels_nk.dtype)
+
+    def _vjp(self, rows: TangentRows, output_nd: Tensor) -> list[Tensor]:
+        """Return J'(y) of some tokens (k x d), one for each input projection, in the dtype of the rows."""
+        channels_nk = output_nd @ self.weight_kd.T.to(output_nd.dtype)
+        return [(channels_nk * factor).T @ rows.input_nd for factor in rows.factors_nk]
 
 
-def _preconditioner(matrix: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor of a Kronecker factor of the curvature, with its share of the ridge on the diagonal."""
+def _conjugate_gradients(
+    curvature: Callable[[list[Tensor]], list[Tensor]],
+    precondition: Callable[[list[Tensor]], list[Tensor]],
+    residual: list[Tensor],
+    iterations: int,
+    processes: Processes,
+) -> list[Tensor]:
+    """Solve curvature(V) = residual by a few steps of preconditioned conjugate gradients; overwrites `residual`."""
+    changes = [torch.zeros_like(part) for part in residual]
+    direction = precondition(residual)
+    slope = _dot(residual, direction)
+    rounding = slope * torch.finfo(residual[0].dtype).eps ** 2
+    for number in range(iterations):
+        # The remaining gain may be rounding. One process decides, so that none waits for another in vain.
+        if not processes.total(processes.is_first and slope > rounding):
+            break
+        curved = curvature(direction)
+        length = slope / _dot(direction, curved)
+        for change, step in zip(changes, direction, strict=True):
+            change.add_(step, alpha=length)
+        if number + 1 == iterations:
+            break
+        for part, step in zip(residual, curved, strict=True):
+            part.sub_(step, alpha=length)
+        del curved
+        preconditioned, before = precondition(residual), slope
+        slope = _dot(residual, preconditioned)
+        direction = [new.add_(old, alpha=slope / before) for new, old in zip(preconditioned, direction, strict=True)]
+    return changes
+
+
+def _damped_factor(matrix: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of one factor of the Kronecker product, with its part of the ridge on the diagonal."""
     diagonal = matrix.diagonal()
     floor = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) * 1e-6
-    damped = matrix + torch.diag(diagonal * max(ridge, 1e-6) ** 0.5 + floor)
-    return factorise(damped)
+    return factorise(matrix + torch.diag(diagonal * max(ridge, 1e-6) ** 0.5 + floor))
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -1,22 +1,29 @@
-"""The central loop: block by block, the dense stream sets targets and the pruned stream is fitted to them.
+"""The loop over blocks: the dense stream gives the targets of a fit, and the pruned stream gives its inputs.
 
-Each block is read once, and its dense forward runs once; what is done with its stages is in
-`secateur.fit.stage`. Where there are several versions of the rows, each has a fit of its own from the first block to
-the last, with a pruned stream of its own, and only the weights that come out are averaged. Rows that count nowhere
-follow the averaged model.
+    for each block:
+        run the dense stream through the dense block        dense_block.py
+        for each fit: prune and refit the block             block.py
+        take the mean of the fits                           fitted_block.py
+        advance the held-out rows
+
+Each block is read once, and its dense forward pass runs once. With resampled rows there are several fits. Each of them
+has a pruned stream of its own from the first block to the last; only the weights that are written are averaged. The
+held-out rows run through the averaged model.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from secateur.fit.block import BlockState, DenseBlock, Method
+from secateur.fit.block import fit_block
+from secateur.fit.block_state import BlockState
+from secateur.fit.dense_block import DenseBlock
 from secateur.fit.fitted_block import FittedBlock, as_fitted, mean_of
-from secateur.fit.stage import prune_stage
-from secateur.model.arena import Activations
-from secateur.model.axes import Width
+from secateur.fit.method import Method
+from secateur.model.arena import Activations, Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -34,76 +41,109 @@ def refit(
     compare: Callable[[Activations, Activations], None] | None = None,
     checkpoint: PassCheckpoint | None = None,
 ) -> Generator[FittedBlock, None, None]:
-    """Prune and refit the plan's blocks in order, each seeing what the pruned ones before it produce.
+    """Prune and refit the blocks of a plan in order, each on the outputs of the pruned blocks before it.
 
     Args:
-        plan: widths of the blocks to prune.
-        rows: calibration tokens (rows x length), or several groups of them. Weights are fitted to each group by its
-            weight, and units chosen by its score; groups with neither only run along. Where groups are versions,
-            each is fitted to on its own, and the fits are averaged.
+        stream: the dense model.
+        plan: widths of the blocks to prune, or the units that they keep.
+        rows: calibration rows, or several groups of rows with a weight in fits and a weight in the choice of units.
+            Groups with neither weight are held out. With resampled groups, one fit is made for each of them.
         method: criterion and recovery.
-        dtype: of the tensors that come out; the checkpoint's by default. Later blocks see the rounded weights.
-        compare: called at the end with the dense and the pruned stream behind the last block, of the groups that only
-            run along, and of these with this process's share; blocks behind the plan's last one are then run as well.
-        checkpoint: saves the streams behind each block, and resumes behind the last one that was saved.
+        dtype: dtype of the new tensors, by default the checkpoint's. Later blocks read the rounded weights.
+        compare: function of the dense and the pruned stream after the last block, called at the end with this process's
+            held-out rows; the blocks after the last pruned one then run as well.
+        checkpoint: saves the streams after each block, and resumes after the last block that was saved.
+
+    Yields:
+        Each pruned block, with its weights still at full width.
 
     Raises:
-        SecateurError: where activations are NaN or infinite, with the block and the module.
+        SecateurError: activations are NaN or infinite; the message names the block and the module.
     """
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype
     checkpoint = checkpoint or PassCheckpoint(stream.services)
     rows = stream.own(Rows.of(rows))
     with stream.arena() as arena, stream.quick():
-        dense = stream.embed(rows, arena)
-        counted, beside = rows.counted(), rows.counted(False)
-        # Each fit has a pruned stream of its own, and so have the rows that follow the averaged model.
-        fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
-        follow = [] if compare is None else [(beside, arena.copy(beside, dense))]
-        streams = [dense, *(pruned for _, pruned in (*fits, *follow))]
+        streams = _Streams.start(stream, rows, arena, held_out=compare is not None)
         stop = max(plan.widths) + 1 if compare is None else len(stream)
-        for index in checkpoint.blocks(stop, "Prune", lambda: streams):
+        for index in checkpoint.blocks(stop, "Prune", lambda: streams.all):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
-                    stream.advance(index, layer, rows, dense)
-                    for part, pruned in (*fits, *follow):
-                        stream.advance(index, layer, part, pruned)
+                    streams.advance(stream, index, layer)
                     continue
-                found: list[FittedBlock] = []
-                given = DenseBlock.run(
-                    stream, index, layer, counted, dense, arena, inputs=method.recovery.needs_dense_inputs
-                )
-                for part, pruned in fits:
-                    # The first fit chooses the units, where the plan does not name them; the others follow.
-                    chosen = found[0].keep if found else plan.units.get(index, {})
-                    # Where nothing else asks for the dense weights, they need not stay.
-                    with restored(layer) if len(fits) + len(follow) > 1 else nullcontext():
-                        state = BlockState(stream, index, layer, method, dtype, part, arena, given)
-                        found.append(_fit(state, pruned, plan.widths[index], chosen))
-                        del state
-                given.release(arena)
-                fitted = mean_of(found, layer, dtype)
-                for part, pruned in follow:
-                    stream.advance(index, layer, part, dense)
-                    with restored(layer), as_fitted(stream, layer, fitted):
-                        stream.advance(index, layer, part, pruned)
+                fitted = _fit_dense_block(stream, index, layer, plan, streams, method, dtype, arena)
                 # The dense weights must not stay in memory while the caller works on the block.
-                del layer, found
+                del layer
             yield fitted
-            # Nor a block that is done while the next one is at work.
+            # Nor may a finished block stay while the next one is fitted.
             del fitted
-        for _, pruned in follow:
+        for _, pruned in streams.held_out:
             assert compare is not None
-            compare(dense, pruned)
+            compare(streams.dense, pruned)
 
 
-def _fit(state: BlockState, pruned: Activations, width: Width, chosen: Mapping[str, tuple[int, ...]]) -> FittedBlock:
-    """One fit of one block; its pruned stream is then behind it."""
-    kept: dict[str, tuple[int, ...]] = {}
-    reports = []
-    for module in state.block.modules:
-        units, report = prune_stage(state, module, pruned, width, chosen)
-        kept |= units
-        reports.append(report)
-    state.run_pruned(pruned)
-    return FittedBlock(state.index, kept, state.changed, tuple(reports))
+@dataclass(frozen=True)
+class _Streams:
+    """The dense stream of all rows, and the pruned streams."""
+
+    rows: Rows
+    dense: Activations
+    fits: list[tuple[Rows, Activations]]
+    """Rows and pruned stream of each fit."""
+    held_out: list[tuple[Rows, Activations]]
+    """Held-out rows and their pruned stream; empty if nobody compares the streams."""
+
+    @classmethod
+    def start(cls, stream: BlockStream, rows: Rows, arena: Arena, held_out: bool) -> "_Streams":
+        """Embed the rows; all streams are then equal."""
+        dense = stream.embed(rows, arena)
+        apart = [rows.counted(False)] if held_out else []
+        fits, others = ([(part, arena.copy(part, dense)) for part in parts] for parts in (rows.fits(), apart))
+        return cls(rows, dense, fits, others)
+
+    @property
+    def pruned(self) -> list[tuple[Rows, Activations]]:
+        """Rows and pruned stream of each fit, and of the held-out rows."""
+        return [*self.fits, *self.held_out]
+
+    @property
+    def all(self) -> list[Activations]:
+        """Every stream."""
+        return [self.dense, *(pruned for _, pruned in self.pruned)]
+
+    def advance(self, stream: BlockStream, index: int, layer: nn.Module) -> None:
+        """Run every stream through a block that is not pruned, in place."""
+        for rows, hidden in ((self.rows, self.dense), *self.pruned):
+            stream.advance(index, layer, rows, hidden)
+
+
+def _fit_dense_block(
+    stream: BlockStream,
+    index: int,
+    layer: nn.Module,
+    plan: Plan,
+    streams: _Streams,
+    method: Method,
+    dtype: torch.dtype,
+    arena: Arena,
+) -> FittedBlock:
+    """Make all fits of one block, return their mean, and advance every stream through the block, in place."""
+    rows, dense = streams.rows.counted(), streams.dense
+    outputs = DenseBlock.run(stream, index, layer, rows, dense, arena, with_inputs=method.recovery.needs_dense_inputs)
+    fits: list[FittedBlock] = []
+    for part, pruned in streams.fits:
+        # The first fit chooses the units, unless the plan names them; the other fits keep the same units.
+        kept = fits[0].keep if fits else plan.units.get(index, {})
+        # With a single stream nobody needs the dense weights afterwards, so that they are not kept.
+        with restored(layer) if len(streams.pruned) > 1 else nullcontext():
+            state = BlockState(stream, index, layer, method, dtype, part, arena, outputs)
+            fits.append(fit_block(state, pruned, plan.widths[index], kept))
+            del state
+    outputs.release(arena)
+    fitted = mean_of(fits, layer, dtype)
+    for part, pruned in streams.held_out:
+        stream.advance(index, layer, part, dense)
+        with restored(layer), as_fitted(stream, layer, fitted):
+            stream.advance(index, layer, part, pruned)
+    return fitted

@@ -1,9 +1,15 @@
-"""One module's fit: choose units, refit the output projection, then the input projections, and the output once more.
+"""Fit of one module: choose its units, refit its output projection and its input projections.
 
-A module is an attention, a feed-forward or a single expert; `secateur.fit.regression` has its rows. The moments of the
-output projection's input with the target decide which units stay and what the output projection becomes.
+    1. moments of the rows X and targets T                               regression.py
+    2. the units K that are kept, by a criterion                         criteria/order.py
+    3. output projection: argmin ||X_K W_K - T||^2 + ridge penalty       output_projection.py
+    4. input projections: one Gauss-Newton step on the same error        input_projections.py
+    5. moments again, and step 3 again
 
-Shapes: a inputs of the output projection, k of them kept, d residual width.
+A module is an attention, a feed-forward or a single expert. The recovery decides which of these steps run: it calls the
+methods of `ModuleFit`.
+
+Shapes: a inputs of the output projection, k kept inputs, d residual width.
 """
 
 from collections.abc import Callable
@@ -14,179 +20,199 @@ from torch import Tensor
 
 from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.statistics import Statistics
-from secateur.fit.input_projections import Tangent
+from secateur.fit.input_projections import GaussNewtonStep
 from secateur.fit.output_projection import OutputFit, fit_output_projection
-from secateur.fit.regression import Regression, Sums
+from secateur.fit.regression import ModuleMoments, Regression
 from secateur.model.surgery import inner_entries
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import squared_error
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The fit of one module; its output projection is still to be stored."""
+class FittedModule:
+    """Result of the fit of one module. Its input projections are in place; its output projection is not stored yet."""
 
     keep: tuple[int, ...]
-    """Units that stay."""
-    kept: Tensor
-    """Inputs of the output projection that stay."""
-    sums: Sums
-    fit: OutputFit
-    """The new output projection; `old_error` is the error of the old weights of the units that stay."""
+    """Units that are kept."""
+    kept_inputs: Tensor
+    """Inputs of the output projection that are kept (k)."""
+    moments: ModuleMoments
+    """Moments of the last fit."""
+    output: OutputFit
+    """The new output projection; `old_error` is the error of the old weights of the kept units."""
 
 
-def fit_module(regression: Regression, axis: str, stop: int, given: tuple[int, ...] | None = None) -> Fitted:
-    """Choose a module's units and refit the module; new input projections are in place already.
+def fit_module(regression: Regression, axis: str, stop: int, kept: tuple[int, ...] | None = None) -> FittedModule:
+    """Choose the units of a module, and refit the module.
 
     Args:
-        regression: the module's rows.
-        axis: along which units leave.
-        stop: number that stays along the axis.
-        given: the units that stay, where they are settled.
+        regression: rows of the module.
+        axis: axis along which units are removed.
+        stop: number of units that are left along the axis.
+        kept: units that are kept, if they are chosen already.
     """
-    return ModuleFit(regression).run(axis, stop, given)
+    return ModuleFit(regression).run(axis, stop, kept)
 
 
 class ModuleFit:
-    """The fit of one module, while it is made; a recovery (`secateur.fit.recovery`) calls its methods."""
+    """Fit of one module while it is made. A recovery calls its methods.
 
+    Attributes:
+        regression: rows of the module.
+        recovery: settings of the fit.
+        module: description of the module.
+        moments: moments of the rows.
+        old_ad: the old output projection, in error units.
+        choice_ad: the output projection by which units are chosen; the old one unless the recovery fits it first.
+        choice_bias: the bias (d) that belongs to `choice_ad`; None for the old one.
+        keep: units that are kept, once they are chosen.
+        kept_inputs: inputs of the output projection that are kept (k), likewise.
+    """
+
+    moments: ModuleMoments
+    old_ad: Tensor
+    choice_ad: Tensor
+    choice_bias: Tensor | None = None
     keep: tuple[int, ...]
-    """Units that stay, once they are chosen."""
-    kept: Tensor
-    """Inputs of the output projection that stay."""
-    old: Tensor
-    """The output projection as it was (a x d), in the units in which errors count."""
-    weight: Tensor
-    """The same by which units are chosen."""
-    bias: Tensor | None = None
-    """The bias (d) that goes with `weight`, where that is not the old one."""
-    sums: Sums
+    kept_inputs: Tensor
 
     def __init__(self, regression: Regression):
         self.regression, self.recovery, self.module = regression, regression.recovery, regression.module
         self.processes, self.device = regression.stream.processes, regression.stream.device
-        self._stats: Statistics | None = None
+        self._statistics: Statistics | None = None
 
-    def run(self, axis: str, stop: int, given: tuple[int, ...] | None) -> Fitted:
-        """Choose, refit, and return what is found."""
+    def run(self, axis: str, stop: int, kept: tuple[int, ...] | None) -> FittedModule:
+        """Choose units and refit, as `fit_module` describes."""
         regression, recovery = self.regression, self.recovery
         recovery.prepare(self)
-        self.weight = self.old = old = regression.norm.scale(regression.weight)
-        self.sums = sums = regression.collect(given if given and recovery.sums_kept_inputs else None)
-        self._stats = stats = self._statistics(sums.weights(old), sums.fitted, sums.source)
-        choice = stats if sums.scored is sums.fitted else self._statistics(old, sums.scored, sums.source)
-        if (revised := recovery.choice_output(self)) is not None:
-            self.weight, self.bias = revised.weight_ko, revised.bias
-            choice.weight_ao, choice.ridge_centre_ao = self.weight, old
-            choice.tensors = {**regression.tensors, **regression.stored(self.weight)}
-        self.keep = self._choose(choice, axis, stop) if given is None else given
-        self.sums = replace(sums, scored=sums.fitted, source=None)
-        # The Gram matrix of the choice is as large as the one that is solved next.
-        del choice, sums, stats
-        self.kept = inner_entries(self.module, self.keep).to(self.device)
-        fit = recovery.fit(self)
-        return Fitted(self.keep, self.kept, self.sums, fit)
+        self.choice_ad = self.old_ad = regression.norm.scale(regression.weight)
+        self.moments = regression.collect(kept if kept and recovery.sums_kept_inputs else None)
+        old = self.moments.rows(self.old_ad)
+        self._statistics = self._make_statistics(old, self.moments.fit, self.moments.module_input)
+        choice = self._choice_statistics()
+        self.keep = self._choose(choice, axis, stop) if kept is None else kept
+        # The Gram matrix of the choice is as large as that of the fit.
+        del choice
+        self.moments = replace(self.moments, choice=self.moments.fit, module_input=None)
+        self.kept_inputs = inner_entries(self.module, self.keep).to(self.device)
+        output = recovery.fit(self)
+        return FittedModule(self.keep, self.kept_inputs, self.moments, output)
 
     @property
-    def stats(self) -> Statistics:
-        """Statistics of the sums with the old weights."""
-        assert self._stats is not None
-        return self._stats
+    def statistics(self) -> Statistics:
+        """Statistics of the rows with the old weights."""
+        assert self._statistics is not None
+        return self._statistics
 
-    def forget_statistics(self) -> None:
+    def release_statistics(self) -> None:
         """Give the memory of the statistics back."""
-        self._stats = None
+        self._statistics = None
 
-    def collect(self) -> None:
-        """Sum over the inputs of all units once more, after a change of the module."""
-        self._stats = None
-        self.sums = self.regression.collect()
-        self._stats = self._statistics(self.old, self.sums.fitted)
+    def collect_again(self) -> None:
+        """Take the moments of all inputs anew, after a change of the input projections."""
+        self._statistics = None
+        self.moments = self.regression.collect()
+        self._statistics = self._make_statistics(self.old_ad, self.moments.fit)
 
     def solve(self, make: Callable[[], OutputFit]) -> OutputFit:
-        """Return a fit that the module's owner makes of the sums."""
+        """Make a fit at the owner rank of the module, and return it at every rank."""
 
-        def made() -> dict[str, Tensor]:
+        def make_tensors() -> dict[str, Tensor]:
             fit = make()
-            found = {"weight": fit.weight_ko, "errors": torch.tensor([fit.error, fit.old_error], dtype=torch.float64)}
-            return found if fit.bias is None else found | {"bias": fit.bias}
+            tensors = {"weight": fit.weight_kd, "errors": torch.tensor([fit.error, fit.old_error], dtype=torch.float64)}
+            return tensors if fit.bias_d is None else tensors | {"bias": fit.bias_d}
 
-        found = self.processes.compute_at(self.regression.owner, made, self.device)
-        return OutputFit(found["weight"], found.get("bias"), *found["errors"].tolist())
+        tensors = self.processes.compute_at(self.regression.owner, make_tensors, self.device)
+        return OutputFit(tensors["weight"], tensors.get("bias"), *tensors["errors"].tolist())
 
-    def _statistics(self, old: Tensor, moments: Moments, source: Moments | None = None) -> Statistics:
-        """Return the statistics of the module that a criterion and a refit read."""
+    def fit_all_inputs(self) -> OutputFit:
+        """Fit the output projection to the inputs of all units."""
+        return fit_output_projection(self.moments.fit, self.statistics.normal, self.moments.entries)
+
+    def fit_kept_inputs(self) -> OutputFit:
+        """Fit the output projection to the inputs of the kept units."""
+        normal, positions = self.statistics.normal, self.moments.positions(self.kept_inputs)
+        old_error = float("nan")
+        if self.regression.reports_old_error:
+            old_error = squared_error(normal, normal.old_ao[positions], positions)
+        return fit_output_projection(self.moments.fit, normal, positions)._replace(old_error=old_error)
+
+    def without_refit(self) -> OutputFit:
+        """Return the kept rows of the output projection by which units were chosen, unchanged."""
+        weight_kd, error = self.choice_ad[self.kept_inputs], float("nan")
+        if self.regression.reports_old_error:
+            error = squared_error(self.statistics.normal, weight_kd, self.kept_inputs)
+        return OutputFit(weight_kd, self.choice_bias, error, error)
+
+    def fit_input_projections(self, output: OutputFit) -> OutputFit:
+        """Fit the input projections, then the output projection again; undo both if the error did not fall.
+
+        Args:
+            output: a fit of the output projection.
+
+        Returns:
+            The better fit. `moments` then are of the kept inputs.
+        """
+        regression = self.regression
+        before = {slab.name: regression.tensors[slab.name] for slab in self.module.channel_projections}
+        regression.set_tensors(self._step_input_projections(output))
+        self.moments = moments = regression.collect(self.keep)
+        old = moments.rows(regression.norm.scale(regression.weight))
+        everything = moments.positions(moments.entries)
+        refitted = self.solve(
+            lambda: fit_output_projection(moments.fit, self._make_statistics(old, moments.fit).normal, everything)
+        )
+        if refitted.error < output.error:
+            return refitted
+        regression.set_tensors(before)
+        self.moments = regression.collect(self.keep)
+        return output
+
+    def _step_input_projections(self, output: OutputFit) -> dict[str, Tensor]:
+        """Return new input projections, after one Gauss-Newton step at a fit of the output projection."""
+        regression, slabs = self.regression, self.module.channel_projections
+        step = GaussNewtonStep(output.weight_kd, len(slabs), regression.stream.width, regression.tokens, self.processes)
+        with regression.linearised(self.moments, self.kept_inputs, output, step.add) as parts:
+            changes = step.solve(parts, self.recovery.ridge, self.recovery.input_steps)
+        result = {slab.name: regression.tensors[slab.name].clone() for slab in slabs}
+        for slab, change_kd in zip(slabs, changes, strict=True):
+            result[slab.name].index_add_(slab.axis, slab.offset + self.kept_inputs, change_kd.movedim(0, slab.axis))
+        return result
+
+    def _choice_statistics(self) -> Statistics:
+        """Return the statistics by which units are chosen."""
+        moments, choice = self.moments, self.statistics
+        if moments.choice is not moments.fit:
+            choice = self._make_statistics(self.old_ad, moments.choice, moments.module_input)
+        if (output := self.recovery.choice_output(self)) is not None:
+            self.choice_ad, self.choice_bias = output.weight_kd, output.bias_d
+            choice.weight_ao, choice.ridge_centre_ao = self.choice_ad, self.old_ad
+            choice.tensors = {**self.regression.tensors, **self.regression.as_tensor(self.choice_ad)}
+        return choice
+
+    def _make_statistics(self, old_ad: Tensor, moments: Moments, module_input: Moments | None = None) -> Statistics:
+        """Return what a criterion and a refit read of the module."""
         return Statistics(
             module=self.module,
             tensors=self.regression.tensors,
-            weight_ao=old,
+            weight_ao=old_ad,
             moments=moments,
-            input_moments=source,
+            input_moments=module_input,
             ridge=self.recovery.ridge,
             target_is_old_output=False,
             seed=self.regression.seed,
         )
 
-    def _choose(self, stats: Statistics, axis: str, stop: int) -> tuple[int, ...]:
-        """Return the units that stay, by the criterion."""
+    def _choose(self, statistics: Statistics, axis: str, stop: int) -> tuple[int, ...]:
+        """Return the units that the criterion keeps."""
         module, criterion = self.module, self.regression.criterion
         if stop == 0:
             return ()
         if stop == module.axis(axis).units:
             return tuple(range(module.units))
 
-        def made() -> dict[str, Tensor]:
-            return {"gone": removal_order(criterion(), stats, axis, stop)}
+        def order() -> dict[str, Tensor]:
+            return {"order": removal_order(criterion(), statistics, axis, stop)}
 
-        gone = self.processes.compute_at(self.regression.owner, made, self.device)["gone"]
-        return remaining_units(module, axis, gone)
-
-    def fit_all_inputs(self) -> OutputFit:
-        """Return a fit of the output projection to the inputs of all units."""
-        return fit_output_projection(self.sums.fitted, self.stats.normal, self.sums.entries)
-
-    def fit_kept_inputs(self) -> OutputFit:
-        """Return a fit of the output projection, with the error of the old weights where it is reported."""
-        normal, places = self.stats.normal, self.sums.among(self.kept)
-        old_error = squared_error(normal, normal.old_ao[places], places) if self.regression.reports else float("nan")
-        return fit_output_projection(self.sums.fitted, normal, places)._replace(old_error=old_error)
-
-    def keep_old_weights(self) -> OutputFit:
-        """Return the weights as they are, with their error where it is reported."""
-        weight = self.weight[self.kept]
-        error = squared_error(self.stats.normal, weight, self.kept) if self.regression.reports else float("nan")
-        return OutputFit(weight, self.bias, error, error)
-
-    def fit_input_projections(self, fit: OutputFit) -> OutputFit:
-        """Fit the input projections, then the output projection once more; undo both where that gains nothing.
-
-        Returns:
-            The better fit; the sums are then over kept units.
-        """
-        regression = self.regression
-        before = {slab.name: regression.tensors[slab.name] for slab in self.module.channel_projections}
-        regression.change(self._step(fit))
-        self.sums = sums = regression.collect(self.keep)
-        old = sums.weights(regression.norm.scale(regression.weight))
-        everything = sums.among(sums.entries)
-        again = self.solve(
-            lambda: fit_output_projection(sums.fitted, self._statistics(old, sums.fitted).normal, everything)
-        )
-        if again.error < fit.error:
-            return again
-        regression.change(before)
-        self.sums = regression.collect(self.keep)
-        return fit
-
-    def _step(self, fit: OutputFit) -> dict[str, Tensor]:
-        """Return new input projections, from one Gauss-Newton step at a fit of the output projection."""
-        regression, module = self.regression, self.module
-        width = regression.stream.width
-        tangent = Tangent(fit.weight_ko, len(module.channel_projections), width, regression.tokens, self.processes)
-        with regression.linearised(self.sums, self.kept, fit, tangent.add) as parts:
-            changes = tangent.step(parts, self.recovery.ridge, self.recovery.input_steps)
-        tensors = regression.tensors
-        result = {slab.name: tensors[slab.name].clone() for slab in module.channel_projections}
-        for slab, change in zip(module.channel_projections, changes, strict=True):
-            result[slab.name].index_add_(slab.axis, slab.offset + self.kept, change.movedim(0, slab.axis))
-        return result
+        removed = self.processes.compute_at(self.regression.owner, order, self.device)["order"]
+        return remaining_units(module, axis, removed)

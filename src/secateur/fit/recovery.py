@@ -1,8 +1,8 @@
 """Recoveries: how the remaining weights compensate for removed units.
 
-A recovery is one file of `secateur.fit.recoveries`, or of a plug-in: a dataclass under the decorator that gives its
-name. Its fields are its settings, its class attributes say what it asks of the pipeline, and its methods are called in
-this order while a module is fitted (`secateur.fit.module`).
+A recovery is one file of `secateur.fit.recoveries`, or of a plug-in. It holds a dataclass under the decorator
+`@recovery(name)`. The fields are the recovery's settings, and the class attributes are its requirements of the
+pipeline. The methods are called for every module, in the order prepare, choice_output, fit.
 """
 
 import math
@@ -20,45 +20,51 @@ from secateur.fit.recoveries import NAMES
 
 @dataclass(frozen=True)
 class Recovery(ABC):
-    """How a module is repaired."""
+    """Settings and steps of a recovery."""
 
     ridge: float = 0.3
+    """Strength of the penalty toward the old weights, relative to the energy of each input."""
 
     input_steps = 0
-    """Steps of conjugate gradients by which input projections are fitted along."""
+    """Steps of conjugate gradients in the fit of the input projections; 0 leaves them unchanged."""
     cauchy_scale = math.inf
-    """Factor on the median of the squared error that tokens inherit, at which a token counts half."""
+    """Inherited squared error, in multiples of its median, at which a token's weight is one half (Cauchy weights of
+    robust regression); infinity weights all tokens equally."""
     fits: ClassVar[bool] = False
-    """Whether weights get new values."""
+    """Whether weights are refitted."""
     biases: ClassVar[Literal["kept", "fitted", "added"]] = "fitted"
-    """What becomes of the bias of an output projection; `added` also where the architecture has none."""
+    """Treatment of an output projection's bias: `kept` as it is, `fitted` if the model has one, or `added` as well."""
     fits_own_output: ClassVar[bool] = False
-    """Whether the target is the module's own dense output, and not the dense stream behind it."""
+    """Whether the target is the module's own dense output, instead of what the dense stream after it asks for."""
     sums_kept_inputs: ClassVar[bool] = False
-    """Whether a fit to given units does not look at inputs that go."""
+    """Whether a fit with given units reads moments of the kept inputs only."""
     needs_dense_inputs: ClassVar[bool] = False
-    """Whether the dense inputs of modules are kept while a block is pruned."""
+    """Whether the dense inputs of the modules are stored while a block is pruned."""
     uses_effort: ClassVar[bool] = False
-    """Whether an effort says how much is fitted, and some rows are left out for the scale of the final norm."""
+    """Whether `--effort` applies, and some rows are held out for the final-norm scale."""
     summary: ClassVar[str] = ""
-    """One sentence about the remaining weights, for the model card."""
+    """Sentence about the remaining weights, for the model card."""
 
     @classmethod
     def of(cls, options: Any) -> "Recovery":
-        """Return the recovery with the settings that options of `prune` give."""
+        """Return the recovery with settings from the options of `prune`."""
         return cls(options.ridge)
 
-    def prepare(self, fit: Any) -> None:
-        """Change a module before its rows are summed; `fit` is a `secateur.fit.module.ModuleFit`."""
+    def prepare(self, module_fit: Any) -> None:
+        """Change a module before the moments of its rows are taken.
+
+        Args:
+            module_fit: the fit of the module, a `secateur.fit.module.ModuleFit`.
+        """
         return
 
-    def choice_output(self, fit: Any) -> OutputFit | None:
-        """Return an output projection for all inputs by which units are chosen, where it is not the old one."""
+    def choice_output(self, module_fit: Any) -> OutputFit | None:
+        """Return an output projection for all inputs by which units are chosen; None for the old one."""
         return None
 
     @abstractmethod
-    def fit(self, fit: Any) -> OutputFit:
-        """Fit what is left of a module, whose units are chosen."""
+    def fit(self, module_fit: Any) -> OutputFit:
+        """Fit the remaining weights of a module whose units are chosen, and return its output projection."""
 
 
 Class = TypeVar("Class", bound=type[Recovery])
@@ -66,7 +72,7 @@ _RECOVERIES: dict[str, type[Recovery]] = {}
 
 
 def recovery(name: str) -> Callable[[Class], Class]:
-    """Register a class under a name."""
+    """Register a class as the recovery of a name, a value of `--recovery`."""
 
     def register(owner: Class) -> Class:
         _RECOVERIES[name] = owner
@@ -77,12 +83,12 @@ def recovery(name: str) -> Callable[[Class], Class]:
 
 @cache
 def all_recoveries() -> Mapping[str, type[Recovery]]:
-    """Return every recovery by its name."""
+    """Return every recovery by its name, including the recoveries of plug-ins."""
     for module in (*(f"secateur.fit.recoveries.{name}" for name in NAMES), *recovery_modules().values()):
         import_module(module)
     return _RECOVERIES
 
 
 def recovery_of(method: str = "refit", **settings: Any) -> Recovery:
-    """Return a recovery by its name, with settings by the names of its fields."""
+    """Return the recovery of a name, with values for some of its fields."""
     return all_recoveries()[method](**settings)

@@ -1,10 +1,13 @@
-"""The regression of one module's output projection: its rows, whatever they come from.
+"""Regression of one module's output projection: rows X of its inputs, targets T and token weights.
 
-A module of the dense block has so many rows that they are run through the block batch by batch
-(`secateur.fit.block_regression`). An expert has its gate times its input, on the tokens routed to it, in memory already
-(`secateur.fit.expert_regression`). What is done with the rows is the same for both (`secateur.fit.module`).
+    minimise over W   sum_n w_n ||x_n W - t_n||^2 + ridge * (distance of W from the old weights)
 
-Shapes: n rows, a inputs of the output projection, k of them kept, d residual width.
+Rows come from two kinds of modules. The rows of an attention or a feed-forward are too many for memory, and are
+streamed through the block batch by batch (`secateur.fit.block_regression`). The rows of an expert, its gate times its
+inputs on the tokens routed to it, are in memory already (`secateur.fit.expert_regression`). `secateur.fit.module`
+treats both alike.
+
+Shapes: n tokens, a inputs of the output projection, k kept inputs, d residual width.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.registry import Criterion
-from secateur.fit.input_projections import Part
+from secateur.fit.input_projections import TangentRows
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recovery import Recovery
 from secateur.model.post_norm import PostNorm
@@ -25,46 +28,46 @@ from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_weight, stored_weight
 from secateur.numerics.moments import Moments
 
-AddPart = Callable[[Part, Tensor, Tensor], None]
-"""Takes a part of a linearised module, the residual of its rows (n x d), and the root of each token's weight (n x 1);
-residual and part are weighted by that root."""
+AddRows = Callable[[TangentRows, Tensor, Tensor], None]
+"""Function that takes some rows of a linearised module, their residuals (n x d), and the root of each token weight
+(n x 1). Rows and residuals are multiplied by that root."""
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Second moments of a module's rows with their target; of several processes, its owner has those of all rows."""
+class ModuleMoments:
+    """Moments of a module's rows and targets. With several processes, the matrices are at the owner rank."""
 
     entries: Tensor
-    """Inputs of the output projection that are summed over, ascending."""
-    fitted: Moments
-    """By token weight."""
-    scored: Moments
-    """By each token's weight in the choice of units; the same object as `fitted` where both weights are equal."""
-    source: Moments | None = None
-    """Of the module's own input, where the criterion asks for it."""
+    """Inputs of the output projection that the moments are taken of, ascending."""
+    fit: Moments
+    """Moments with the token weights of the fit."""
+    choice: Moments
+    """Moments with the token weights of the choice of units; the same object as `fit` if the weights are equal."""
+    module_input: Moments | None = None
+    """Moments of the module's own input, if the criterion asks for them."""
 
-    def among(self, kept: Tensor) -> Tensor:
-        """Return the places of kept inputs among those summed over."""
+    def positions(self, kept: Tensor) -> Tensor:
+        """Return the positions of some inputs among `entries`."""
         return torch.searchsorted(self.entries, kept)
 
-    def weights(self, old_ad: Tensor) -> Tensor:
-        """Return the rows of a weight for the inputs that are summed over."""
-        return old_ad if len(old_ad) == len(self.entries) else old_ad[self.entries]
+    def rows(self, weight_ad: Tensor) -> Tensor:
+        """Return the rows of a weight that belong to `entries`."""
+        return weight_ad if len(weight_ad) == len(self.entries) else weight_ad[self.entries]
 
 
 class Regression(ABC):
-    """Rows of one module, their target and token weights.
+    """Rows, targets and token weights of one module.
 
     Attributes:
         stream: the model.
         module: the module that is fitted.
-        norm: the norm between the output projection and the residual stream, if there is one.
-        recovery: how this module is fitted: its ridge is raised where tokens are few.
-        owner: rank of the process that solves the module, of several.
-        seed: for the criterion `random`.
-        tokens: number of tokens that count in the fit, in all processes.
-        fits_bias: whether the bias of the output projection is part of the fit.
-        reports: whether the errors of old weights are asked for; they cost a product.
+        norm: norm between the output projection and the residual stream; neutral if there is none.
+        recovery: settings of this module's fit; its ridge is higher if tokens are few.
+        owner: rank of the process that solves the normal equations.
+        seed: seed of the criterion `random`.
+        tokens: number of tokens with a weight in the fit, in all processes.
+        fits_bias: whether the bias of the output projection is fitted.
+        reports_old_error: whether the error of the old weights is reported, which costs a product.
     """
 
     stream: BlockStream
@@ -75,16 +78,16 @@ class Regression(ABC):
     seed: int
     tokens: int
     fits_bias: bool
-    reports: bool
+    reports_old_error: bool
 
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """The module's tensors in float32, as it now computes with them."""
+        """Tensors of the module in float32, as it now computes with them."""
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the output projection (a x d), as it is stored."""
+        """Weight of the output projection (a x d), as stored."""
         return inner_weight(self.module, self.tensors)
 
     @abstractmethod
@@ -92,25 +95,26 @@ class Regression(ABC):
         """Return the criterion by which units are chosen."""
 
     @abstractmethod
-    def collect(self, keep: tuple[int, ...] | None = None) -> Sums:
-        """Run the module up to its output projection, and sum over the inputs of all units or of kept ones.
+    def collect(self, keep: tuple[int, ...] | None = None) -> ModuleMoments:
+        """Run the module up to its output projection, and return the moments of its rows.
 
-        With kept units nothing is summed for a choice.
+        Args:
+            keep: units whose inputs are summed over, for a fit alone; by default all units, for a choice as well.
         """
 
     @abstractmethod
     def linearised(
-        self, sums: Sums, kept: Tensor, fit: OutputFit, add: AddPart
-    ) -> AbstractContextManager[Callable[[], Iterable[Part]]]:
-        """Linearise the module at a fit of its output projection, and give each part of its rows to `add`.
+        self, moments: ModuleMoments, kept: Tensor, output: OutputFit, add: AddRows
+    ) -> AbstractContextManager[Callable[[], Iterable[TangentRows]]]:
+        """Linearise the module at a fit of its output projection, and call `add` with all rows, part by part.
 
-        Inside the context, a function gives the same parts anew.
+        Inside the context, the returned function yields the same parts again.
         """
 
     @abstractmethod
-    def change(self, tensors: dict[str, Tensor]) -> None:
-        """Let the module compute with new tensors, rounded as they will be written."""
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Let the module compute with new tensors, rounded as they are written."""
 
-    def stored(self, weight_ad: Tensor) -> dict[str, Tensor]:
-        """Return the output projection as a tensor, by its name in `tensors`, from a weight in the errors' units."""
+    def as_tensor(self, weight_ad: Tensor) -> dict[str, Tensor]:
+        """Return an output projection as stored, by its tensor name, from a weight in error units."""
         return {self.module.output_projection.name: stored_weight(self.module, self.norm.unscale(weight_ad))}

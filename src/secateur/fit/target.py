@@ -1,13 +1,15 @@
-"""What one module's level 2 is fitted to, batch by batch: a target, the scale of its inputs, and what tokens count.
+"""Target of one module's output projection, batch by batch, with the scale of its rows and the token weights.
 
-The target is error-aware: the dense stream after the module minus what the pruned stream holds without it, so that
-each module also repairs what those before it broke. Sequential, parallel and fused blocks need no cases: "without it"
-is the block's own forward with the module's output replaced by zero. In a parallel block the attention is fitted first,
-to the whole error so far; the feed-forward then sees what the attention left. A recovery may aim at the module's own
-dense output instead, and behind a norm each output takes over a share of the error so far
-(`secateur.model.post_norm`).
+    t = (dense stream after the module) - (pruned stream without the module)
 
-Shapes: n tokens, d residual width.
+The target is error-aware: each module also repairs the error of the modules before it. The pruned stream without the
+module is the block's own forward pass with the module's output replaced by zero, whether the block is sequential or
+parallel. In a parallel block the attention is fitted first, to the whole error, and the feed-forward to what is left.
+
+Exceptions: a recovery may ask for the module's own dense output instead. Between an output projection and the residual
+stream there may be a norm: then each output takes over a share of the error (`secateur.model.post_norm`).
+
+Shapes: n tokens of a batch, a inputs of the output projection, d residual width; b x t x d for stored activations.
 """
 
 import math
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.fit.block import BlockState
+from secateur.fit.block_state import BlockState
 from secateur.fit.output_projection import ROUNDING
 from secateur.model.arena import Activations
 from secateur.model.facts import multiplier_of
@@ -26,97 +28,104 @@ from secateur.model.structure import PrunableModule
 
 
 class BatchTarget(NamedTuple):
-    """One batch's side of the regression of level 2."""
+    """Targets of one batch, with what its rows are multiplied by."""
 
-    target: Tensor
-    """What level 2 alone shall give, without a bias that stays: n x d."""
-    scale: Tensor | None
-    """Of the rows of its input: n x 1; None where a norm does not ask for one."""
-    counts: Tensor | None
-    """What single tokens count: n; None where all count alike."""
+    target_nd: Tensor
+    """Output that the output projection is regressed on, in error units; a bias that is not fitted is subtracted."""
+    scale_n1: Tensor | None
+    """Factor on the rows X; None unless a norm follows the output projection."""
+    weights_n: Tensor | None
+    """Token weights; None if they are equal."""
 
-    def scaled(self, rows: Tensor) -> Tensor:
-        """Rows of the level-2 input as they are regressed on."""
-        return rows if self.scale is None else rows * self.scale
+    def scaled(self, x_na: Tensor) -> Tensor:
+        """Return rows times their scale."""
+        return x_na if self.scale_n1 is None else x_na * self.scale_n1
 
 
 class ModuleTarget:
-    """What one module's level 2 is to give in the pruned stream."""
+    """Target of one module in the pruned stream.
+
+    Attributes:
+        state: the block.
+        module: the module.
+        pruned: the pruned stream before the block.
+        norm: norm between the output projection and the residual stream; neutral if there is none.
+        is_error_aware: whether the target contains the error of the modules before this one.
+        multiplier: factor on the module's output on its way to the residual stream.
+        fits_bias: whether the bias of the output projection is fitted; otherwise a stored bias stays.
+    """
 
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.pruned = state, module, pruned
         self.norm = PostNorm(state.stream, state.index, state.layer, module)
-        recovery = state.method.recovery
-        # Where the residual stream itself is normalised, the error so far cannot be repaired.
-        additive = state.stream.family.keeps_residual(state.stream.checkpoint.config)
-        # Nor where another norm weighs the module's output against what stands beside it.
-        self.repairs = additive and module.outer_norm is None and not recovery.fits_own_output
-        """Whether it aims at the error so far as well."""
-        self.multiplier = multiplier_of(state.stream.checkpoint.config, state.layer)
-        """What the module's output is multiplied by on its way to the residual stream."""
-        biased = module.bias is not None or recovery.biases == "added"
-        self.fits_bias = recovery.biases != "kept" and module.may_gain_bias and biased
-        """Whether level 2's bias is part of the fit; a stored one stays as it is otherwise."""
-        # What repairs nothing sees all tokens alike, as the formulas of criteria and of FLAP's bias have it.
+        config, recovery = state.stream.checkpoint.config, state.method.recovery
+        # The error cannot be repaired if the residual stream itself is normalised, or if a second norm scales the
+        # module's output together with another module's.
+        additive = state.stream.family.keeps_residual(config) and module.outer_norm is None
+        self.is_error_aware = additive and not recovery.fits_own_output
+        self.multiplier = multiplier_of(config, state.layer)
+        has_bias = module.bias is not None or recovery.biases == "added"
+        self.fits_bias = recovery.biases != "kept" and module.may_gain_bias and has_bias
         self._cauchy_scale = recovery.cauchy_scale
-        if self.norm.norm is not None and self.repairs:
-            self._share_repairs()
+        if self.norm.norm is not None and self.is_error_aware:
+            self._set_repaired_shares()
 
     def of(self, at: Batch) -> BatchTarget:
-        """The target of a batch, and what goes with it."""
-        z = self._dense(at)
-        target = self._target(z, at).reshape(-1, z.shape[-1])
-        scale = self.norm.inverse_rms(z)
+        """Return the target of a batch."""
+        z_btd = self._dense_output(at)
+        target = self._target(z_btd, at).reshape(-1, z_btd.shape[-1])
+        scale = self.norm.inverse_rms(z_btd)
         scale = None if scale is None else scale.reshape(-1, 1)
         if self.module.bias is not None and not self.fits_bias:
-            stays = self.norm.scale(self.state.tensors[self.module.bias])
-            target = target - (stays if scale is None else stays * scale)
-        return BatchTarget(target, scale, self._counts(target, z))
+            bias = self.norm.scale(self.state.tensors[self.module.bias])
+            target = target - (bias if scale is None else bias * scale)
+        return BatchTarget(target, scale, self._weights(target, z_btd))
 
-    def _dense(self, at: Batch) -> Tensor:
-        """The module's level-2 output in the dense model."""
-        return self.state.output[self.module.kind][at].to(self.state.stream.device)
+    def _dense_output(self, at: Batch) -> Tensor:
+        """Return the output of the dense output projection (b x t x d)."""
+        return self.state.outputs[self.module.kind][at].to(self.state.stream.device)
 
-    def _target(self, z: Tensor, at: Batch) -> Tensor:
-        """What the module should add to the residual stream, in the units in which errors count."""
-        if not self.repairs:
-            return self.norm.own(z)
+    def _target(self, z_btd: Tensor, at: Batch) -> Tensor:
+        """Return what the module should add to the residual stream, in error units (b x t x d)."""
+        if not self.is_error_aware:
+            return self.norm.own(z_btd)
         missing = self._missing(at)
         if self.norm.norm is None:
             return missing
-        return self.norm.own(z) + self.norm.read(self.norm.share_o * (missing - self.norm.after(z)))
+        return self.norm.own(z_btd) + self.norm.read(self.norm.share_o * (missing - self.norm.after(z_btd)))
 
     def _missing(self, at: Batch) -> Tensor:
-        """What the pruned stream without the module lacks of the dense stream behind it."""
+        """Return the dense stream after the module minus the pruned stream without the module (b x t x d)."""
         state, module = self.state, self.module
-        without = state.done(module, at) | {module: None}
+        replay = state.outputs_before(module, at) | {module: None}
         if module is state.block.attention:
-            without[state.block.feed_forward] = None
-        found = state.stream.residual(state.run(self.pruned, at, replay=without, modules=True))
-        lacking = state.goal[module.kind][at].to(state.stream.device) - found
-        return lacking if self.multiplier == 1 else lacking / self.multiplier
+            replay[state.block.feed_forward] = None
+        without = state.stream.residual(state.run(self.pruned, at, replay=replay, modules=True))
+        missing = state.dense_residual[module.kind][at].to(state.stream.device) - without
+        return missing if self.multiplier == 1 else missing / self.multiplier
 
-    def _share_repairs(self) -> None:
-        """Settle what each output behind a norm takes over of the error so far."""
+    def _set_repaired_shares(self) -> None:
+        """Set the share of the error that each output before a norm takes over, from the energies of the two."""
         stream = self.state.stream
-        own, inherited = torch.zeros(2, stream.width, dtype=torch.float64, device=stream.device)
+        output_o, error_o = torch.zeros(2, stream.width, dtype=torch.float64, device=stream.device)
         for at in self.state.rows.batches():
-            after = self.norm.after(self._dense(at))
-            error = self._missing(at) - after
-            for total, part in ((own, after), (inherited, error)):
+            output = self.norm.after(self._dense_output(at))
+            error = self._missing(at) - output
+            for total, part in ((output_o, output), (error_o, error)):
                 total += at.weight * part.square().flatten(0, -2).sum(0)
-        stream.processes.all_reduce(own, inherited)
-        self.norm.take_over(own, inherited)
+        stream.processes.all_reduce(output_o, error_o)
+        self.norm.take_over(output_o, error_o)
 
-    def _counts(self, target: Tensor, z: Tensor) -> Tensor | None:
-        """What tokens count: less where the stream already errs by much more than is usual; None behind a norm.
+    def _weights(self, target_nd: Tensor, z_btd: Tensor) -> Tensor | None:
+        """Return Cauchy weights of the tokens, 1 / (1 + e_n / (c median(e))), with e_n the inherited squared error.
 
-        Errors have heavy tails. A few tokens whose massive activation was missed carry an error that no later module
-        can mend; in plain least squares they are most of what every one of those modules is fitted to.
+        The inherited error has heavy tails: a few tokens whose massive activation was missed carry errors that no later
+        module can repair, and in ordinary least squares these tokens would dominate every later fit. Weights are equal
+        if the target inherits no error, or if a norm follows the output projection.
         """
-        if not self.repairs or self.module.post_norm is not None or self._cauchy_scale == math.inf:
+        if not self.is_error_aware or self.module.post_norm is not None or self._cauchy_scale == math.inf:
             return None
-        inherited = (target - z.reshape(target.shape)).square().sum(1)
-        # Where nothing is inherited, what is left is rounding.
-        least = (ROUNDING * target.square().sum(1).mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        return 1 / (1 + inherited / (self._cauchy_scale * inherited.median()).clamp_min(least))
+        inherited_n = (target_nd - z_btd.reshape(target_nd.shape)).square().sum(1)
+        # If nothing is inherited, only rounding is left.
+        rounding = (ROUNDING * target_nd.square().sum(1).mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        return 1 / (1 + inherited_n / (self._cauchy_scale * inherited_n.median()).clamp_min(rounding))

@@ -38,27 +38,27 @@ class PaperRecovery(Recovery):
         """Whether all units are fitted ahead of the choice."""
         return self.when in ("before", "both")
 
-    def prepare(self, fit: ModuleFit) -> None:
+    def prepare(self, module_fit: ModuleFit) -> None:
         """Fit level 1 ahead of the choice."""
         if self.before:
-            self._refit_inputs(fit)
+            self._refit_inputs(module_fit)
 
-    def choice_output(self, fit: ModuleFit) -> OutputFit | None:
+    def choice_output(self, module_fit: ModuleFit) -> OutputFit | None:
         """Return level 2 as it is fitted to the inputs of all units."""
-        return fit.solve(fit.fit_all_inputs) if self.before else None
+        return module_fit.solve(module_fit.fit_all_inputs) if self.before else None
 
-    def fit(self, fit: ModuleFit) -> OutputFit:
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Fit level 1 unless it is fitted already, then level 2 of the units that stay."""
         if not self.before:
-            self._refit_inputs(fit)
-            fit.collect()
-        return fit.solve(fit.keep_old_weights if self.when == "before" else fit.fit_kept_inputs)
+            self._refit_inputs(module_fit)
+            module_fit.collect_again()
+        return module_fit.solve(module_fit.without_refit if self.when == "before" else module_fit.fit_kept_inputs)
 
-    def _refit_inputs(self, fit: ModuleFit) -> None:
+    def _refit_inputs(self, module_fit: ModuleFit) -> None:
         """Fit level 1 to its dense outputs on all rows, whatever units are kept."""
         # Experts are fitted by the refit.
-        assert isinstance(fit.regression, BlockRegression)
-        regression, module, width = fit.regression, fit.module, fit.regression.stream.width
+        assert isinstance(module_fit.regression, BlockRegression)
+        regression, module, width = module_fit.regression, module_fit.module, module_fit.regression.stream.width
         # Heads that share a latent vector read that vector, not the module's input.
         if not module.input_projections or module.input_reader is not None:
             return
@@ -66,15 +66,15 @@ class PaperRecovery(Recovery):
         biased = any(slab.name.endswith(".bias") for slab in module.input_projections)
         moments = Moments(width, width, centre=biased, device=device)
         for at in state.rows.batches():
-            dense = state.input[module.kind][at].to(device)
-            source = state.inputs_of(module, regression.pruned, at, module.input_layer)[module.input_layer]
+            dense = state.dense_inputs[module.kind][at].to(device)
+            source = state.layer_inputs(module, regression.pruned, at, module.input_layer)[module.input_layer]
             moments.update(source.reshape(-1, width), dense.reshape(-1, width), at.weight)
-        moments.reduce(fit.processes, regression.owner)
+        moments.reduce(module_fit.processes, regression.owner)
 
         def made() -> dict[str, Tensor]:
             return fit_level1(module, state.tensors, moments, self.ridge)
 
-        state.change(fit.processes.compute_at(regression.owner, made, device))
+        state.set_tensors(module_fit.processes.compute_at(regression.owner, made, device))
 
 
 def fit_level1(

@@ -1,1 +1,1 @@
-"""Retraining: a pruned model trained on. No other step has a backward pass through the whole model."""
+"""Retraining: a pruned model is trained further. No other step runs a backward pass through the whole model."""

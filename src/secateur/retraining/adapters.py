@@ -1,4 +1,7 @@
-"""What a retraining changes: low-rank adapters (LoRA) on the matrices of the blocks, or all weights of the blocks."""
+"""Trained weights: low-rank adapters (LoRA) on the matrices of the blocks, or all weights of the blocks.
+
+W' = W + SCALE * B A        A: rank x inputs, B: outputs x rank
+"""
 
 from typing import Any
 
@@ -8,16 +11,16 @@ from transformers.pytorch_utils import Conv1D
 from secateur.families.registry import experts_of, family_of
 
 SCALE = 2
-"""Factor of the adapters' product, alpha / r, as in LLM-Pruner."""
+"""Factor of the adapters' product, alpha / rank, as in LLM-Pruner."""
 DROPOUT = 0.05
-"""Share of an adapter's inputs that a step leaves out, as in LLM-Pruner; zero where there are experts."""
+"""Share of an adapter's inputs that a training step drops, as in LLM-Pruner; zero in mixtures of experts."""
 
 
 def adapted_layers(network: Any) -> tuple[str, ...]:
-    """Return the paths of the layers that get adapters: every matrix of the blocks, as in LLM-Pruner."""
+    """Return the paths of the linear layers that get adapters: all of them in the blocks, as in LLM-Pruner."""
     prefix, mixture = family_of(network.config).blocks, experts_of(network.config)
     found = ((f"{prefix}.{name}", module) for name, module in network.get_submodule(prefix).named_modules())
-    # A router may be a layer that gives more than its product.
+    # A router may return more than its product, which an adapter cannot wrap.
     routers = () if mixture is None else (f".{mixture.router}",)
     return tuple(
         name for name, module in found if isinstance(module, nn.Linear | Conv1D) and not name.endswith(routers)
@@ -25,7 +28,7 @@ def adapted_layers(network: Any) -> tuple[str, ...]:
 
 
 def adapted_experts(network: Any) -> tuple[str, ...]:
-    """Return the names of the parameters that hold matrices of experts, which get adapters too."""
+    """Return the names of the parameters that hold the experts' matrices, which get adapters as well."""
     if (mixture := experts_of(network.config)) is None:
         return ()
     prefix, leaves = f"{family_of(network.config).blocks}.", dict(mixture.stored)
@@ -33,20 +36,23 @@ def adapted_experts(network: Any) -> tuple[str, ...]:
     return tuple(name for name, _ in network.named_parameters() if name.startswith(prefix) and name.endswith(ends))
 
 
-def trained(network: Any, rank: int) -> tuple[str, ...]:
-    """Return the names of the parameters that change: those that adapters are merged into, or all of the blocks."""
+def trained_parameters(network: Any, rank: int) -> tuple[str, ...]:
+    """Return the names of the parameters that a training changes.
+
+    With adapters (rank > 0), these are the matrices into which they are merged; with rank 0, all of the blocks.
+    """
     if rank:
         return (*(f"{layer}.weight" for layer in adapted_layers(network)), *adapted_experts(network))
     prefix = f"{family_of(network.config).blocks}."
     return tuple(name for name, _ in network.named_parameters() if name.startswith(prefix))
 
 
-def adapted(network: Any, rank: int) -> Any:
-    """Return the network with adapters, or with rank 0 the network itself, of which the blocks alone are trained."""
+def with_adapters(network: Any, rank: int) -> Any:
+    """Return the network with adapters; with rank 0 the network itself, with gradients for its blocks only."""
     if rank == 0:
-        wanted = set(trained(network, rank))
+        names = set(trained_parameters(network, rank))
         for name, value in network.named_parameters():
-            value.requires_grad_(name in wanted)
+            value.requires_grad_(name in names)
         return network
     from peft import LoraConfig, get_peft_model
 
@@ -54,7 +60,7 @@ def adapted(network: Any, rank: int) -> Any:
     config = LoraConfig(
         r=rank,
         lora_alpha=SCALE * rank,
-        # peft cannot drop inputs of experts.
+        # peft has no dropout for the matrices of experts.
         lora_dropout=0.0 if experts else DROPOUT,
         target_modules=list(layers),
         target_parameters=list(experts) or None,

@@ -1,4 +1,4 @@
-"""The options of `retrain`, with their defaults, checked before anything slow."""
+"""Options of `retrain`, with their defaults; mistakes are found before anything slow starts."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ TRAINING = "Training"
 
 @dataclass(frozen=True)
 class Training:
-    """How the adapters are trained; a value that makes no sense whatever the model raises `SecateurError`."""
+    """Options of a training. A value that is wrong for every model raises `SecateurError`."""
 
     calibration: str = option(
         GENERAL,
@@ -44,10 +44,10 @@ class Training:
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.calibration == RANDOM:
-            raise SecateurError("random ids teach nothing; name a text file or a data set")
+            raise SecateurError("calibration is 'random', but random token ids teach nothing; name a text or data set")
         if self.calibration == SELF:
-            raise SecateurError("a retraining reads its text: name a text file or a data set")
-        # Not at the top: the help of `retrain` does not wait for torch.
+            raise SecateurError("calibration is 'self', but retraining needs text; name a text or data set")
+        # Imported here, so that `secateur retrain --help` does not wait for torch.
         from secateur.text.calibration import check_calibration
 
         check_calibration(self.calibration, samples=self.samples, length=self.length)

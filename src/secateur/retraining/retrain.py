@@ -1,8 +1,8 @@
-"""`retrain`: a pruned folder trained on, by low-rank adapters (LoRA) that are merged, or in all weights of its blocks.
+"""`retrain`: train a pruned folder further, with merged low-rank adapters (LoRA) or in all weights of its blocks.
 
-The model learns a text, the step after pruning in LLM-Pruner (Ma et al., 2023), whose rank, scale, dropout and learning
-rate are the defaults here; or with a teacher, what the dense model makes of that text. Unlike all other steps, this one
-holds the whole model in memory.
+Without a teacher, the model learns to predict a text. This is the step after pruning in LLM-Pruner (Ma et al., 2023),
+whose rank, scale, dropout and learning rate are the defaults. With a teacher, the model learns the outputs of the dense
+model on that text (`secateur.retraining.teacher`). Unlike all other steps, this one holds the whole model in memory.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from secateur.formats.folder import open_folder
 from secateur.measure import loading, perplexity
 from secateur.model.checkpoint import Checkpoint
 from secateur.report.folder import check_record
-from secateur.retraining.adapters import adapted_layers, trained
+from secateur.retraining.adapters import adapted_layers, trained_parameters
 from secateur.retraining.options import Training
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
@@ -36,7 +36,7 @@ from secateur.text.calibration import SampleOption, calibration_rows
 from secateur.write.record import read_record
 
 HELD_OUT = 16
-"""Rows of the same text that are not trained on, to measure perplexity before and after."""
+"""Number of held-out rows of the same text, on which perplexity is measured before and after the training."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Retrained:
 
     path: Path
     perplexity: tuple[float, float]
-    """Perplexity on held-out rows before and after, both of the weights as they are stored."""
+    """Perplexity on held-out rows before and after the training, with weights in the stored dtype."""
     losses: tuple[float, ...]
-    """Loss of every step, in nats per token."""
+    """Loss of every training step, in nats per token."""
     adapted: int
-    """Parameters that were trained: those of the adapters, which are merged, or all of the blocks."""
+    """Number of trained parameters: of the adapters before they were merged, or of all weights of the blocks."""
 
 
 def retrain(
@@ -65,39 +65,39 @@ def retrain(
 ) -> Retrained:
     """Train a folder that `prune` wrote, and write the result in the same format.
 
-    A training that is killed is resumed when `retrain` is called again: its state stands beside `out` meanwhile.
+    A training that was stopped is resumed by the same call; until then its checkpoint is kept beside `out`.
 
     Args:
-        folder: with config.json, weights and tokenizer.
+        folder: folder with config.json, weights and tokenizer.
         out: the new folder; it appears complete or not at all.
-        training: how to train; or give any of its fields by name (`epochs=1`, ...).
-        device: `auto`, where the Trainer takes a GPU if there is one, or `cpu`.
-        overwrite: replace a model folder that is at `out`.
-        restart: begin anew where an earlier training was stopped.
-        watcher: told about progress.
+        training: options of the training; alternatively, give its fields by name (`epochs=1`, ...).
+        device: `auto` for the first GPU if there is one, or `cpu`.
+        overwrite: whether to replace a model folder at `out`.
+        restart: whether to discard the checkpoint of an earlier, stopped training.
+        watcher: receives progress.
 
     Raises:
-        SecateurError: peft is missing, the folder is no model's, the teacher does not fit it, the text is too
-            short, another training was begun there, the training diverges, or the output cannot be written.
+        SecateurError: peft is missing, the folder holds no model, the teacher has other sizes, the text is too short,
+            another training has its checkpoint there, the training diverges, or the output cannot be written.
     """
     training, watcher = training or Training(**settings), watcher or Silent()
     check_retraining(device, training.rank)
     where = pick_device(device)
-    checkpoint, target = _opened(folder, out, overwrite, watcher)
+    checkpoint, target = _open_folder(folder, out, overwrite, watcher)
     teacher = None if training.teacher is None else open_teacher(checkpoint, training.teacher, watcher)
     rows = training_rows(checkpoint, training, watcher)
     fitted, held_out = rows[: training.samples], rows[training.samples :]
-    network = _loaded(checkpoint, str(folder), where, watcher)
+    network = _load(checkpoint, str(folder), where, watcher)
     if not adapted_layers(network):
-        raise SecateurError("no block has heads or channels left, so there is nothing to retrain")
-    dense = None if teacher is None else _loaded(teacher, str(training.teacher), where, watcher)
+        raise SecateurError("no block has heads or channels left, so there is nothing to retrain; prune less")
+    dense = None if teacher is None else _load(teacher, str(training.teacher), where, watcher)
     before = perplexity(network, held_out).perplexity
-    with RunFolder(target.path, _decided_by(checkpoint, teacher, training, rows), restart=restart) as state:
+    with RunFolder(target.path, _inputs_of(checkpoint, teacher, training, rows), restart=restart) as state:
         with torch.random.fork_rng():
             set_seed(training.seed)
             losses, adapted = train(network, dense, fitted, training, where, state.folder("training"), watcher)
         del dense
-        changed = _rounded(network, training.rank, checkpoint.dtype)
+        changed = _round_weights(network, training.rank, checkpoint.dtype)
         after = perplexity(network, held_out).perplexity
         entry = {
             "secateur": secateur.__version__,
@@ -111,19 +111,19 @@ def retrain(
 
 
 def check_retraining(device: str, rank: int = 1) -> None:
-    """Check what can be found wrong without a model.
+    """Check the device and the installation, without a model.
 
     Raises:
-        SecateurError: peft is missing, or the Trainer does not take the device.
+        SecateurError: peft is missing, or the Trainer cannot use the device.
     """
     if rank and importlib.util.find_spec("peft") is None:
         raise SecateurError('LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
     if device not in ("auto", "cpu"):
-        raise SecateurError(f"device is '{device}', but the Trainer takes the first GPU itself; use auto or cpu")
+        raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto or cpu")
 
 
 def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) -> Tensor:
-    """Return the rows of a training (rows x length), of which the last `HELD_OUT` are not trained on.
+    """Return token ids of the rows (rows x length); the last `HELD_OUT` rows are held out.
 
     Raises:
         SecateurError: the text cannot be read or is too short.
@@ -141,15 +141,15 @@ def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) 
         )
 
 
-def _opened(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher) -> tuple[Checkpoint, Output]:
-    """Open the pruned folder, and check that the new one can be written."""
+def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher) -> tuple[Checkpoint, Output]:
+    """Open the pruned folder, and check that the new folder can be written."""
     if Path(out).suffix == ".gguf":
-        raise SecateurError(f"{out}: a folder is to be written; name a folder, then secateur export it")
+        raise SecateurError(f"{out}: retrain writes a folder; name one, then export it with secateur export")
     source = local_path(folder)
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(source)
     if checkpoint.around is not None:
-        raise SecateurError(f"{folder}: a multimodal model; retrain takes language models alone")
+        raise SecateurError(f"{folder}: retrain cannot train multimodal models; name a language model")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
     if "sizes" in read_record(source):
@@ -157,30 +157,30 @@ def _opened(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watch
     return checkpoint, target
 
 
-def _loaded(checkpoint: Checkpoint, name: str, device: torch.device, watcher: Watcher) -> Any:
-    """Load a whole model in float32."""
+def _load(checkpoint: Checkpoint, name: str, device: torch.device, watcher: Watcher) -> Any:
+    """Return the whole model in float32."""
     with watcher.busy(f"Loading {name}"):
         return loading.load(checkpoint, torch.float32, device, whole=True)
 
 
-def _decided_by(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training, rows: Tensor) -> dict[str, Any]:
-    """Return everything that decides the result, so that no other training is resumed from its state."""
+def _inputs_of(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training, rows: Tensor) -> dict[str, Any]:
+    """Return all inputs of the training, by which its checkpoint is recognised."""
     options = {name: value for name, value in asdict(training).items() if name != "teacher"}
     inputs = {"model": checkpoint.fingerprint, "text": hash_rows(rows), "version": secateur.__version__}
     return options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
 
 
-def _rounded(network: Any, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round the trained weights in place to the stored dtype, and return them by name.
+def _round_weights(network: Any, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Round the trained weights to the stored dtype in place, and return them by name.
 
     Raises:
         SecateurError: a weight is NaN or infinite.
     """
     changed: dict[str, Tensor] = {}
-    for name in trained(network, rank):
+    for name in trained_parameters(network, rank):
         weight = network.get_parameter(name).data
-        # What is measured is what will be loaded.
+        # In place, so that perplexity is measured with the weights that are written.
         changed[name] = weight.copy_(weight.to(dtype))
         if not torch.isfinite(weight.sum()):
-            raise SecateurError(f"{name}: NaN or infinite after the training; take a smaller learning rate")
+            raise SecateurError(f"{name}: NaN or infinite after the training; use a smaller --learning-rate")
     return changed

@@ -1,8 +1,10 @@
-"""The dense model as a teacher: whether it fits the pruned one, and the distance of the pruned model's outputs from it.
+"""Dense model as a teacher: check that it fits the pruned one, and compute the distillation loss.
 
-    KL(dense || pruned) + mean over blocks of ||h - h_dense||^2 / ||h_dense||^2
+    loss = KL(dense || pruned) + mean over blocks of ||h - h_dense||^2 / ||h_dense||^2
 
-per token, where KL is between next-token distributions and h is the residual stream behind a block.
+per token. KL is between next-token distributions, and h is the residual stream after a block.
+
+Shapes: b rows, t positions, v vocabulary size, d residual width.
 """
 
 from typing import Any
@@ -16,29 +18,30 @@ from secateur.model.checkpoint import Checkpoint, open_checkpoint
 
 
 def open_teacher(checkpoint: Checkpoint, source: str, watcher: Watcher) -> Checkpoint:
-    """Open the dense model.
+    """Open the dense model that `--teacher` names.
 
     Raises:
-        SecateurError: its vocabulary, width or depth is not the pruned model's.
+        SecateurError: its vocabulary size, hidden size or number of layers differs from the pruned model's.
     """
     with watcher.busy(f"Opening {source}"):
         teacher = open_checkpoint(source)
-    for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        mine, dense = (getattr(one.config, what, None) for one in (checkpoint, teacher))
-        if mine != dense:
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        pruned, dense = (getattr(one.config, key, None) for one in (checkpoint, teacher))
+        if pruned != dense:
             raise SecateurError(
-                f"{source} has {what} {dense}, but {checkpoint.source} has {mine}: name what that was pruned from"
+                f"{source} has {key} {dense}, but {checkpoint.source} has {pruned}; give --teacher the model that was "
+                "pruned"
             )
     return teacher
 
 
-def distance(found: Any, wanted: Any) -> Tensor:
-    """Return a model's distance per token from another: of logits (b x t x v) and of hidden states (b x t x d)."""
-    logs = wanted.logits.float().log_softmax(-1)
-    divergence = (logs.exp() * (logs - found.logits.float().log_softmax(-1))).sum(-1).mean()
-    # The first hidden states are the embeddings, which nothing changes.
+def distillation_loss(pruned: Any, dense: Any) -> Tensor:
+    """Return the mean loss per token, from model outputs with logits (b x t x v) and hidden states (b x t x d)."""
+    log_btv = dense.logits.float().log_softmax(-1)
+    divergence = (log_btv.exp() * (log_btv - pruned.logits.float().log_softmax(-1))).sum(-1).mean()
+    # The first hidden states are the embeddings, which are not trained.
     gaps = [
-        (mine - dense).square().sum(-1).div(dense.square().sum(-1)).mean()
-        for mine, dense in zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+        (h - h_dense).square().sum(-1).div(h_dense.square().sum(-1)).mean()
+        for h, h_dense in zip(pruned.hidden_states[1:], dense.hidden_states[1:], strict=True)
     ]
     return divergence + torch.stack(gaps).mean()

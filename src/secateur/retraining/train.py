@@ -1,4 +1,4 @@
-"""The training loop, transformers' Trainer: its state is kept in a folder, so that a stopped training is resumed."""
+"""Training loop of transformers (Trainer), with checkpoints in a folder from which a stopped training resumes."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -11,14 +11,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
-from secateur.retraining.adapters import adapted
+from secateur.retraining.adapters import with_adapters
 from secateur.retraining.options import Training
-from secateur.retraining.teacher import distance
+from secateur.retraining.teacher import distillation_loss
 
 SAVES = 10
-"""Number of times that a training writes its state."""
-STATE = "trainer_state.json"
-"""Last file that the Trainer writes of a state."""
+"""Number of checkpoints that a training writes."""
+LAST_FILE = "trainer_state.json"
+"""Last file that the Trainer writes of a checkpoint."""
 
 
 def train(
@@ -30,30 +30,33 @@ def train(
     folder: Path,
     watcher: Watcher,
 ) -> tuple[tuple[float, ...], int]:
-    """Train a network in place, and return the loss of every step and the number of trained parameters.
+    """Train a network in place.
 
     Args:
         network: the pruned model, in float32.
-        teacher: the dense model, on the same device; None to learn the text itself.
+        teacher: the dense model, on the same device; None to learn the text.
         rows: token ids to train on (rows x length).
         training: epochs, batch, rank, learning rate and seed.
-        device: where to train.
-        folder: where the state is kept; a state that is there is resumed.
-        watcher: told about progress.
+        device: device of the training.
+        folder: folder of the checkpoints; the last one there is resumed.
+        watcher: receives progress.
+
+    Returns:
+        The loss of every step, in nats per token, and the number of trained parameters.
     """
     steps = training.epochs * -(-len(rows) // training.batch)
     bar = cast("Generator[int, None, None]", watcher.track(range(steps), "Retrain"))
-    # Closed at once where the training fails, so that no bar is drawn after the error.
+    # If the training fails, the bar is closed at once, so that it is not drawn after the error.
     with closing(bar), quiet():
-        model = adapted(network, training.rank)
+        model = with_adapters(network, training.rank)
         count = sum(value.numel() for value in model.parameters() if value.requires_grad)
         data: Any = [{"input_ids": row, "labels": row} for row in rows]
         arguments = _arguments(training, steps, device, folder)
         trainer = _Distiller(model=model, args=arguments, train_dataset=data, callbacks=[_Progress(bar)])
         trainer.teacher = teacher
-        # It prints every step's figures.
+        # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_state(folder))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         next(bar, None)
         if model is not network:
             model.merge_and_unload()
@@ -62,7 +65,7 @@ def train(
 
 
 class _Progress(TrainerCallback):
-    """Hands the Trainer's steps to a progress bar."""
+    """Callback that advances a progress bar with the Trainer's steps."""
 
     def __init__(self, bar: Generator[int, None, None]):
         self._bar = bar
@@ -76,7 +79,7 @@ class _Progress(TrainerCallback):
 
 
 class _Distiller(Trainer):
-    """Learns from the teacher where there is one, else from the text."""
+    """Trainer whose loss is the distillation loss, or without a teacher the loss of the text."""
 
     teacher: Any | None = None
 
@@ -85,10 +88,10 @@ class _Distiller(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **how)
         ids, how = inputs["input_ids"], {"use_cache": False, "output_hidden_states": True}
         with torch.no_grad():
-            wanted = self.teacher(input_ids=ids, **how)
-        found = model(input_ids=ids, **how)
-        loss = distance(found, wanted)
-        return (loss, found) if return_outputs else loss
+            dense = self.teacher(input_ids=ids, **how)
+        pruned = model(input_ids=ids, **how)
+        loss = distillation_loss(pruned, dense)
+        return (loss, pruned) if return_outputs else loss
 
 
 def _arguments(training: Training, steps: int, device: torch.device, folder: Path) -> TrainingArguments:
@@ -109,7 +112,7 @@ def _arguments(training: Training, steps: int, device: torch.device, folder: Pat
     )
 
 
-def _last_state(folder: Path) -> str | None:
-    """Return the folder of the last complete state."""
-    states = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda file: int(file.parent.name.split("-")[1]))
-    return str(states[-1].parent) if states else None
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the folder of the last complete checkpoint."""
+    checkpoints = sorted(folder.glob(f"checkpoint-*/{LAST_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
+    return str(checkpoints[-1].parent) if checkpoints else None

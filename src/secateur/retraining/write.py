@@ -1,4 +1,4 @@
-"""A pruned folder once more, with the weights that a retraining has changed."""
+"""Retrained folder: a copy of the pruned folder with the trained weights."""
 
 from typing import Any
 
@@ -15,8 +15,15 @@ from secateur.write.shards import ShardWriter, header_bytes_for
 
 
 def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, Tensor], entry: dict[str, Any]) -> None:
-    """Write the folder with new values for some tensors, and add `entry` to the record's list `retrained`."""
-    # Experts may be stored one by one.
+    """Write the folder.
+
+    Args:
+        checkpoint: the pruned folder.
+        target: the new folder.
+        changed: trained tensors, by name.
+        entry: entry for the list `retrained` of the record secateur.json.
+    """
+    # One tensor of all experts may be stored in pieces.
     stored = {piece: part for name, weight in changed.items() for piece, part in checkpoint.split(name, weight).items()}
     source = checkpoint.path
     with target as partial:
@@ -31,7 +38,7 @@ def write_retrained(checkpoint: Checkpoint, target: Output, changed: dict[str, T
         record = read_record(source)
         record["retrained"] = [*record.get("retrained", []), entry]
         write_json(partial / RECORD, record)
-        # A folder that another tool has saved has no record to be described by.
+        # A folder that another tool saved has no record, of which the model card is made.
         files = readme_and_report(read_text(source / BASE_CARD), lambda: record) if "sizes" in record else {}
         for name, contents in files.items():
             write_text_or_json(partial / name, contents)

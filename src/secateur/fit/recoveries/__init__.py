@@ -1,6 +1,6 @@
-"""Recoveries, one a file, which is called as they are."""
+"""Recoveries: how the remaining weights compensate for removed units. One file holds one recovery of the same name."""
 
 from pathlib import Path
 
 NAMES = tuple(sorted((file.stem for file in Path(__file__).parent.glob("[!_]*.py")), key=lambda name: name != "refit"))
-"""Names of all that are here, the default first."""
+"""Names of the recoveries in this folder, the default first."""

@@ -1,4 +1,9 @@
-"""Bias compensation (FLAP): the mean contribution of removed units is added to the bias, and no weight changes."""
+"""Bias compensation: the mean output of the removed units is added to the bias, and no weight changes.
+
+    b = b_old + mean(x_R) W_R        R: inputs of the removed units
+
+Source: An et al., 2023, *Fluctuation-based Adaptive Structured Pruning for Large Language Models* (FLAP).
+"""
 
 from dataclasses import dataclass
 
@@ -10,18 +15,19 @@ from secateur.fit.recovery import Recovery, recovery
 @recovery("bias")
 @dataclass(frozen=True)
 class BiasCompensation(Recovery):
-    """Biases make up for the mean of removed units, in the pruned stream."""
+    """Recovery by biases alone, with the means of the pruned stream."""
 
     biases = "added"
-    summary = "What is left is as it was, but for biases that make up for the mean of what is gone."
+    summary = "The remaining weights are unchanged; biases compensate for the mean output of the removed units."
 
-    def fit(self, fit: ModuleFit) -> OutputFit:
-        """Return the old weights of the units that stay, with the new bias."""
-        found = fit.solve(fit.keep_old_weights)
-        if not fit.regression.fits_bias:
-            return found
-        moments, old = fit.sums.fitted, fit.regression.tensors.get(fit.module.bias_name)
-        bias = compensation(moments, fit.old, fit.kept, old)
-        # Centred moments leave the mean out of the error.
-        lost = float((intercept(moments, found.weight_ko, fit.kept) - bias).double().square().sum())
-        return found._replace(bias=bias, error=found.error + moments.count * lost)
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
+        """Return the old weights of the kept units with the new bias."""
+        output = module_fit.solve(module_fit.without_refit)
+        if not module_fit.regression.fits_bias:
+            return output
+        moments, kept = module_fit.moments.fit, module_fit.kept_inputs
+        old_bias = module_fit.regression.tensors.get(module_fit.module.bias_name)
+        bias = compensation(moments, module_fit.old_ad, kept, old_bias)
+        # The error is of centred rows: the distance of the mean output from the mean target comes on top.
+        gap = float((intercept(moments, output.weight_kd, kept) - bias).double().square().sum())
+        return output._replace(bias_d=bias, error=output.error + moments.count * gap)

@@ -1,4 +1,4 @@
-"""No recovery: the remaining weights stay as they are."""
+"""No recovery: the remaining weights are unchanged."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from secateur.fit.recovery import Recovery, recovery
 @recovery("none")
 @dataclass(frozen=True)
 class NoRecovery(Recovery):
-    """Weights are only cut."""
+    """Removal of units, and nothing else."""
 
     biases = "kept"
-    summary = "What is left is as it was."
+    summary = "The remaining weights are unchanged."
 
-    def fit(self, fit: ModuleFit) -> OutputFit:
-        """Return the old weights of the units that stay."""
-        return fit.solve(fit.keep_old_weights)
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
+        """Return the old weights of the kept units."""
+        return module_fit.solve(module_fit.without_refit)

@@ -1,4 +1,9 @@
-"""Refit: output projections by ridge least squares to the error-aware target, and input projections along with them."""
+"""Refit: least squares for the output projection, with the input projections fitted along.
+
+1. W_K = argmin ||X_K W_K - T||^2 + ridge penalty, T the error-aware target
+2. one Gauss-Newton step on the input projections of a feed-forward, to the same target
+3. step 1 again; both steps are undone if the error did not fall
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,30 +16,29 @@ from secateur.fit.recovery import Recovery, recovery
 @recovery("refit")
 @dataclass(frozen=True)
 class Refit(Recovery):
-    """Each module repairs errors of those before it, too."""
+    """Least squares to the error-aware target: each module also repairs errors of the modules before it."""
 
     input_steps: int = 2
     cauchy_scale: float = 1.0
 
     fits = sums_kept_inputs = uses_effort = True
-    summary = "What is left was fitted, without training, to give what the whole model gives."
+    summary = "The remaining weights were fitted by least squares, without training, to reproduce the dense model."
 
     @classmethod
     def of(cls, options: Any) -> "Refit":
-        """Return the refit with the ridge and the effort of options."""
+        """Return the refit with the ridge and the effort of the options."""
         return cls(options.ridge, options.input_steps)
 
-    def fit(self, fit: ModuleFit) -> OutputFit:
-        """Fit the output projection, then the input projections, then the output projection once more."""
-        first = found = fit.solve(fit.fit_kept_inputs)
-        # As large as all that the steps behind it hold.
-        fit.forget_statistics()
-        # An error that is rounding alone asks for nothing.
-        if (
-            self.input_steps
-            and fit.module.channel_projections
-            and fit.keep
-            and found.error > ROUNDING * fit.sums.fitted.energy()
-        ):
-            found = fit.fit_input_projections(found)
-        return found._replace(old_error=first.old_error)
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
+        """Fit the output projection, then the input projections, then the output projection again."""
+        first = module_fit.solve(module_fit.fit_kept_inputs)
+        # As large as everything that the next steps hold.
+        module_fit.release_statistics()
+        if not self._fits_inputs(module_fit, first):
+            return first
+        return module_fit.fit_input_projections(first)._replace(old_error=first.old_error)
+
+    def _fits_inputs(self, module_fit: ModuleFit, output: OutputFit) -> bool:
+        """Return whether the module has input projections to fit, and an error that is more than rounding."""
+        fittable = self.input_steps and module_fit.module.channel_projections and module_fit.keep
+        return bool(fittable) and output.error > ROUNDING * module_fit.moments.fit.energy()

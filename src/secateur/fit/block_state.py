@@ -1,0 +1,103 @@
+"""State of a block during a fit: its tensors, and the outputs of its modules in the pruned stream.
+
+Modules are pruned one after the other. As soon as a module is done, its new output replaces the dense one, so that the
+next module reads the inputs that it has in the pruned model.
+
+Shapes: rows x t x d for stored activations, with t positions and d residual width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.fit.dense_block import DenseBlock
+from secateur.fit.method import Method
+from secateur.model.arena import Activations, Arena
+from secateur.model.rows import Batch, Rows
+from secateur.model.stream import BlockStream
+from secateur.model.structure import PrunableModule
+from secateur.model.surgery import assign
+
+
+class BlockState:
+    """State of a block while it is pruned and refitted.
+
+    Attributes:
+        stream: the model.
+        index: number of the block.
+        layer: the filled block, which computes with the new tensors.
+        method: criterion and recovery.
+        dtype: dtype in which new tensors are written.
+        rows: rows of this fit.
+        arena: memory for activations.
+        block: description of the dense block.
+        tensors: tensors of the block, as it now computes with them.
+        changed: new tensors at full width, as they are written.
+        dense_residual: dense residual stream after each module.
+        dense_inputs: dense inputs of the modules, if the recovery needs them.
+        outputs: output of each output projection, in the pruned model if the module is done, else in the dense model.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        index: int,
+        layer: nn.Module,
+        method: Method,
+        dtype: torch.dtype,
+        rows: Rows,
+        arena: Arena,
+        dense: DenseBlock,
+    ):
+        self.stream, self.index, self.layer, self.method = stream, index, layer, method
+        self.dtype, self.rows, self.arena = dtype, rows, arena
+        self.block = stream.blocks[index]
+        self.tensors: dict[str, Tensor] = layer.state_dict()
+        self.changed: dict[str, Tensor] = {}
+        self.dense_residual, self.dense_inputs, self.outputs = dense.residual, dense.inputs, dict(dense.outputs)
+
+    def advance(self, pruned: Activations) -> None:
+        """Run the pruned stream through the block in place, and give the memory of the outputs back."""
+        for at in self.rows.batches():
+            replay = {module: self.outputs[module.kind][at] for module in self.block.modules}
+            pruned[at] = self.run(pruned, at, replay=replay)
+        for output in self.outputs.values():
+            self.arena.release(output)
+
+    def run(self, hidden: Activations, at: Batch, **how: Any) -> Tensor:
+        """Return the block's output for a batch of rows; `how` holds options of `BlockStream.run_through`."""
+        return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **how)
+
+    def layer_inputs(self, module: PrunableModule, pruned: Activations, at: Batch, *layers: str) -> dict[str, Tensor]:
+        """Return the inputs of some layers of a module in the pruned stream; layers after the last one do not run."""
+        seen: dict[str, Tensor] = {}
+        self.stream.run(
+            self.index,
+            self.layer,
+            pruned[at],
+            at.group,
+            replay=self.outputs_before(module, at),
+            watch={name: _record_input(seen, name) for name in layers},
+            until=layers[-1],
+        )
+        return seen
+
+    def outputs_before(self, module: PrunableModule, at: Batch) -> dict[PrunableModule, Tensor | None]:
+        """Return the outputs, in the pruned stream, of the modules that run before a module."""
+        attention = self.block.attention
+        return {} if module is attention else {attention: self.outputs[attention.kind][at]}
+
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Let the block compute with new tensors, rounded as they are written."""
+        for name, tensor in tensors.items():
+            rounded = tensor.to(self.dtype)
+            self.changed[name] = rounded.cpu()
+            self.tensors[name] = self.stream.held(name, rounded)
+            assign(self.layer, name, self.tensors[name])
+
+
+def _record_input(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Tensor], None]:
+    """Return a hook that records a layer's input."""
+    return lambda x, _: seen.update({name: x})
