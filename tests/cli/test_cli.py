@@ -261,12 +261,12 @@ OPTIONS: list[tuple[str, str]] = [
         "--criterion heads=similarity,channels=l1 --tau 0.2 --dry-run",
         "similarity alone removes no channels: write heads=similarity+X",
     ),
-    ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both say how much goes"),
+    ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both set how much to remove"),
     ("--criterion heads=l1", "criterion is 'heads=l1'; write a criterion for each as heads=X,channels=Y"),
     ("--tau 0.2", "tau is about similar heads: leave --tau out, or take --criterion similarity"),
     ("--recovery all", "recovery is 'all'; it must be one of refit, bias, none, paper"),
     ("--recover later", "recover is 'later'; it must be one of after, before, both"),
-    ("--widths free", "widths is 'free', where there is no file (or adaptive, uniform)"),
+    ("--widths free", "widths is 'free', but there is no such file; or write adaptive or uniform"),
     ("--dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
     (
         "--recover both --recovery bias",
@@ -297,11 +297,14 @@ OPTIONS: list[tuple[str, str]] = [
     ("--target prefill=2", "'' is not a unit of prefill (use x); write for example prefill=1.5x"),
     ("--target ppl=0.9x", "the ratio to the dense model's perplexity must be above 1x"),
     ("--target ppl=1.2x --dry-run", "the size for a target of perplexity is found by pruning; leave out --dry-run"),
-    ("--sparsity 0.2 --target params=80%", "--sparsity and --target both say how much goes; leave one of them out"),
-    ("--target params=80% --plan text.txt", "--target and --plan both say how much goes"),
-    ("--sparsity 0.2 --plan text.txt", "--sparsity and --plan both say how much goes"),
-    ("--plan text.txt --widths text.txt", "--plan and --widths with a file both say how much goes"),
-    ("--plan missing.json", "plan is 'missing.json', where there is no file"),
+    (
+        "--sparsity 0.2 --target params=80%",
+        "--sparsity and --target both set how much to remove; leave one of them out",
+    ),
+    ("--target params=80% --plan text.txt", "--target and --plan both set how much to remove"),
+    ("--sparsity 0.2 --plan text.txt", "--sparsity and --plan both set how much to remove"),
+    ("--plan text.txt --widths text.txt", "--plan and --widths text.txt both set how much to remove"),
+    ("--plan missing.json", "plan is 'missing.json', but there is no such file"),
     ("--plan text.txt", "text.txt: not readable as JSON"),
     ("--plan model/config.json", "model/config.json: not a plan: 'blocks' must be a list"),
     ("--widths text.txt", "text.txt: not readable as JSON"),
@@ -456,9 +459,9 @@ ARGUMENTS = [
     ("prune model out.gguf --format gguf --type q3_k", "q3_k"),
     ("plan", "Missing argument 'MODEL'; see secateur plan --help"),
     ("plan nowhere/at/all", "nowhere/at/all: does not exist"),
-    ("plan model --sparsity 0.2 --target params=80%", "--sparsity and --target both say how much goes"),
+    ("plan model --sparsity 0.2 --target params=80%", "--sparsity and --target both set how much to remove"),
     ("plan model --target params=1", "target params=1 is out of reach: the smallest possible value is"),
-    ("plan model --target ppl=1.2x", "found by pruning: use secateur prune; its secateur.json is a plan"),
+    ("plan model --target ppl=1.2x", "found by pruning; run secateur prune, whose secateur.json is a plan"),
     ("plan model --plan text.txt", "text.txt: not readable as JSON"),
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
     ("plan model --out model", "model: a folder with this name exists; choose another name"),
@@ -587,18 +590,27 @@ WRONG_FILES = [
     ("sizes mistral --out sizes --survey survey.json", "survey.json: a survey of other weights"),
     ("prune model out --survey survey.json --criterion l2", "a survey with criterion surgeon, where l2 is asked for"),
     ("prune model out --survey adaptive/secateur.json", "not a survey of secateur's"),
-    ("prune model out --survey no-curve.json", "no-curve.json: not all of block 1's channels is in this survey; name"),
-    ("plan model --survey no-probe.json", "no-probe.json: not all of block 1's channels is in this survey; name"),
-    ("sizes model --out sizes --survey short.json", "channels is in this survey; name another file, or delete it to"),
+    (
+        "prune model out --survey no-curve.json",
+        "no-curve.json: this survey lacks widths of the channels of block 1; name",
+    ),
+    ("plan model --survey no-probe.json", "no-probe.json: this survey lacks widths of the channels of block 1; name"),
+    (
+        "sizes model --out sizes --survey short.json",
+        "this survey lacks widths of the channels of block 2; name another",
+    ),
     (
         "prune model out --plan adaptive/secateur.json --format stock",
         "holds one width for all blocks; take --format hf",
     ),
     ("prune model out --plan holes.json --format stock", "hf; the nearest that fits: --widths uniform --sparsity 0"),
     ("prune model out --widths first.json --format stock", "holds one width for all blocks; take --format hf"),
-    ("prune model out --widths first.json --modules heads", "--modules and --widths with a file both say what goes"),
-    ("prune model out --widths first.json --blocks 0:1", "--blocks and --widths with a file both say what goes; leave"),
-    ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both say how much"),
+    ("prune model out --widths first.json --modules heads", "--modules and --widths first.json both set where"),
+    (
+        "prune model out --widths first.json --blocks 0:1",
+        "--blocks and --widths first.json both set where to remove it; leave",
+    ),
+    ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both set how much"),
     (
         "prune model out --plan typo.json",
         "typo.json: block 0: unknown key 'head'; use block, channels,",
@@ -611,7 +623,10 @@ WRONG_FILES = [
         "prune model out --survey energy.json",
         "energy.json: not a survey of secateur's; name another file",
     ),
-    ("prune model out --plan uniform/secateur.json --round 8", "--round and --plan both say what goes; leave one of"),
+    (
+        "prune model out --plan uniform/secateur.json --round 8",
+        "--round and --plan both set where to remove it; leave one of",
+    ),
     ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output holds byte-level BPE and"),
     (
         "prune gpt2 out.gguf --format gguf",
@@ -968,7 +983,7 @@ def test_sizes_draws_a_curve(place: Path, run: Run, monkeypatch: pytest.MonkeyPa
     again = run(*arguments)
     assert again.code == 0, again.err
     assert again.out == result.out
-    assert "sizes/sparsity-0.5: made already" in again.err
+    assert "sizes/sparsity-0.5: already finished" in again.err
     assert (place / "sizes" / "sparsity-0.5").stat().st_mtime_ns == stamps[1]
     assert (place / "sizes" / "sparsity-0.2").stat().st_mtime_ns > stamps[0]
     assert (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes() == written

@@ -264,12 +264,12 @@ def test_experts_that_are_little_alike_are_said_beforehand(
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     how = {"sparsity": 0.35, "modules": ("experts",), "effort": "quick"}
     prune(model, tmp_path / "out", watcher=notes, **SMALL | how)
-    said = [note for note in notes.said if note.startswith("The experts are little alike: without those that go, ")]
+    said = [note for note in notes.said if note.startswith("The experts of this model are dissimilar: ")]
     assert len(said) == (0 if alike else 1)
 
 
 @pytest.mark.parametrize(
-    ("samples", "length", "more"), [(1, 3, ", more than half; take more rows, or a text of more kinds"), (2, 7, "")]
+    ("samples", "length", "more"), [(1, 3, "; use more rows (--samples), or a text of more kinds"), (2, 7, "")]
 )
 def test_experts_that_hardly_meet_a_token_are_listed(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, samples: int, length: int, more: str
@@ -282,7 +282,8 @@ def test_experts_that_hardly_meet_a_token_are_listed(
     kept = sum(len(block["experts"]) for block in blocks)
     few = [(block["block"], expert) for block in blocks for expert in block["modules"][1]["unfitted"]]
     assert 0 < len(few) <= kept
-    assert f"{len(few)} of {kept} experts met fewer than 8 tokens and keep their weights{more}" in notes.said
+    note = f"{len(few)} of {kept} experts were not refitted, because fewer than 8 tokens were routed to each{more}"
+    assert note in notes.said
     dense = open_checkpoint(model)
     name = "model.layers.{}.mlp.experts.{}.down_proj.weight"
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -200,7 +200,9 @@ def test_another_text_is_refused(
     with pytest.raises(KeyboardInterrupt):
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=Stopping())
     text.write_text(" ".join(f"w{number % 39}" for number in range(2000)))
-    with pytest.raises(SecateurError, match=r"text.txt: other rows than .* restore the text, or add --restart"):
+    with pytest.raises(
+        SecateurError, match=r"text.txt: this text gives other rows .* restore the text, or add --restart"
+    ):
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked)
     prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
 
@@ -294,7 +296,7 @@ def test_a_disk_that_fills(
             patched.setattr(PassCheckpoint, "_save", save_full)
         else:
             patched.setattr(ShardWriter, "add", add_full)
-        with pytest.raises(SecateurError, match="the disk is full; (make room|free some space) and run"):
+        with pytest.raises(SecateurError, match=r"the disk is full; (make room|free some space) and run"):
             prune(checkpoint_folder("llama"), out, **ASKED)
     assert not out.exists()
     watcher = Stopping(what="never")
@@ -342,7 +344,7 @@ def test_a_device_whose_memory_is_small(
     monkeypatch.setattr(BlockStream, "run", small)
     watcher, asked = Stopping(what="never"), ASKED | {"samples": 32}
     if room < resume.LEAST:
-        with pytest.raises(SecateurError, match="out of memory even with 128 tokens at a time; take one with more"):
+        with pytest.raises(SecateurError, match="out of memory even with 128 tokens at a time; use a device with"):
             prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
         # For another device to go on with.
         assert [file.name for file in tmp_path.iterdir()] == [".out.run"]

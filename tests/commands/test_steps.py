@@ -86,7 +86,7 @@ def test_every_option_is_declared_once() -> None:
 
 
 def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    with pytest.raises(TypeError, match="no option 'fits'; there are sparsity, target"):
+    with pytest.raises(TypeError, match="no option 'fits'; the options are sparsity, target"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
 
 
@@ -96,7 +96,9 @@ def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
 def test_settings_beside_what_holds_them(
     given: tuple[Any, ...], beside: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
 ) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(beside))} stands beside (Options|RunOptions); put it into that"):
+    with pytest.raises(
+        TypeError, match=f"{next(iter(beside))} is given together with (Options|RunOptions); set it in that"
+    ):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
 
 

@@ -289,7 +289,7 @@ def test_without_similarity_the_rest_is_written(place: Path, run: Run, monkeypat
     monkeypatch.setattr(survey_page, "head_distances", refuses)
     result = run("survey", "model", *SMALL)
     assert result.code == 0
-    assert "The page says nothing of similar heads: no attention here" in result.err
+    assert "The page will not show which heads are similar: no attention here" in result.err
     assert data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))["distances"] is None
 
 

@@ -155,7 +155,7 @@ def test_one_that_dies_ends_the_others_and_any_number_go_on(
     (code, said), (killed, _) = together(2, [{"words": words, "own": {"1": {"ends": 4}}}])
     assert time.monotonic() - begin < 60
     assert (code, killed) == (2, -9)
-    assert "Going on with a run that was stopped" in said
+    assert "Resuming a run that was stopped" in said
     assert said.splitlines()[-1].startswith("error: another process of this run has stopped: fix the error")
     assert "Traceback" not in said
     assert len(list(state.glob("fit-*/behind-00002.activations"))) == 1

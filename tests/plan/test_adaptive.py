@@ -137,7 +137,7 @@ def test_a_target_of_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFol
     ("wishes", "message"),
     [
         ({"target": "params=1%"}, "is out of reach"),
-        ({"target": "params=90%", "sparsity": 0.1}, "--sparsity and --target both say how much goes"),
+        ({"target": "params=90%", "sparsity": 0.1}, "--sparsity and --target both set how much to remove"),
         ({"target": "prefill=1.5"}, "is not a unit of prefill"),
         ({"sparsity": 0.999}, "is out of reach"),
     ],

@@ -14,12 +14,12 @@ def families() -> None:
     Example: secateur families
     """
     with Bars().loading():
-        from secateur.commands.families import families as rows
+        from secateur.commands.families import list_families
 
     table = Table(title="Families", title_justify="left")
     for name in ("model_type", "heads removed", "removed from feed-forwards", "--format stock", "--format gguf"):
         table.add_column(name)
-    found = rows()
+    found = list_families()
     for row in found:
         table.add_row(*row)
     print_result(found, table, [f"{len(found)} families. --format hf stores every pruned model of these families."])

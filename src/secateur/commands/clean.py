@@ -1,4 +1,4 @@
-"""`clean`: remove what stopped runs have left beside an output."""
+"""`clean`: remove what stopped runs left beside an output."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from secateur.base.run_folder import RunFolder
 
 
 def clean(out: str | Path) -> list[Path]:
-    """Remove the state of a run that was stopped, and files that were never finished; the output itself stays.
+    """Remove the state of a stopped run and its unfinished files, but not the output itself.
 
     Args:
-        out: what the run was to make.
+        out: the output of that run.
 
     Returns:
-        What was removed.
+        The files and folders that were removed.
 
     Raises:
-        SecateurError: a run is at work there.
+        SecateurError: a run is at work on this output.
     """
     out = local_path(out).resolve()
     state = RunFolder(out, {})

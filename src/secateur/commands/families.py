@@ -1,30 +1,31 @@
-"""`families`: which models can be pruned, what of them, and into which formats."""
+"""`families`: the model families that can be pruned, and the formats that hold the result."""
 
 from typing import NamedTuple
 
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
 
-STOCK_HEADS = {"any": "any heads", "divisors": "heads that divide the hidden size", "dense": "all heads"}
+STOCK_HEADS = {"any": "any number", "divisors": "numbers that divide the hidden size", "dense": "all heads"}
+"""Numbers of heads that a stock class takes, in words."""
 
 
 class FamilyRow(NamedTuple):
-    """What is known of one family."""
+    """One row of the table of families."""
 
     name: str
-    """Its `model_type`."""
+    """The `model_type` in config.json."""
     heads: str
-    """Whether single attention heads go; why not, where they do not."""
-    fed: str
-    """What goes of the feed-forward."""
+    """Whether single heads can be removed, and why not if they cannot."""
+    feed_forward: str
+    """Kinds of units of the feed-forward that can be removed."""
     stock: str
-    """What the family's own class takes."""
+    """Numbers of heads that the stock class takes."""
     gguf: str
-    """llama.cpp's architectures, the best known first; empty where there is none."""
+    """Architectures of llama.cpp that can run the family, the preferred one first; empty if there is none."""
 
 
-def families() -> list[FamilyRow]:
-    """All families, by name. The format `hf` holds whatever goes."""
+def list_families() -> list[FamilyRow]:
+    """Return one row for each family, by name. The format `hf` holds whatever can be removed."""
     return [
         FamilyRow(
             name,
@@ -38,16 +39,18 @@ def families() -> list[FamilyRow]:
 
 
 def _heads(family: Family) -> str:
+    """Return whether single heads can be removed, in words."""
     if family.token_mixer is not None:
-        return "yes, of blocks that have some"
+        return "yes, in blocks with attention"
     if family.heads_locked is None:
         return "yes"
     if family.locked_by is not None:
-        return f"yes; with {family.locked_by} no: {family.heads_locked}"
+        return f"yes; not with {family.locked_by}: {family.heads_locked}"
     return f"{'no' if family.attention_fixed else 'all of a block or none'}: {family.heads_locked}"
 
 
 def _stock(family: Family) -> str:
+    """Return the numbers of heads that the stock class takes, in words."""
     if family.stock.derived:
-        return "the dense model alone"
+        return "dense model only"
     return STOCK_HEADS["dense" if family.heads_locked and not family.locked_by else family.stock.heads]

@@ -1,10 +1,9 @@
-"""The options of `prune` and its kin, each declared once: name, default, help, panel, check.
+"""Every option of `prune` and the related commands, each declared once: name, type, default, help and check.
 
-The command line, the Python signature, recipes and the record in secateur.json all follow from these fields.
-`Options` decide the result; `RunOptions` says where and how a run goes. Plug-ins add options of their own.
+The command line, the Python signature, recipes and the record in secateur.json all follow from these fields. `Options`
+decide the result; `RunOptions` do not change it. Plug-ins add options.
 """
 
-import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,22 +24,25 @@ if TYPE_CHECKING:
     from secateur.fit.recovery import Recovery
     from secateur.plan.preselection import Preselection
 
-TARGET, METHOD, CALIBRATION, OUTPUT = "Target", "Method", "Calibration", "Output"
-COMPUTING = "Computing"
+TARGET, METHOD, CALIBRATION, OUTPUT, COMPUTING = "Target", "Method", "Calibration", "Output", "Computing"
+"""Panels of the help, one for each group of options."""
 WIDTHS = ("adaptive", "uniform")
+"""Values of `--widths` that are not file names; the default comes first."""
 MAX_RIDGE = 1_000_000
-"""There, no weight moves; float32 ends far beyond."""
+"""Ridge at which the refit no longer moves a weight; float32 overflows only far beyond."""
+UPPER_BOUNDS: dict[str, tuple[int, str]] = {"ridge": (MAX_RIDGE, ", for example 0.3"), "seed": (2**32 - 1, "")}
+"""Largest value of options that start at 0, and the end of the error message."""
 
 
 class Effort(NamedTuple):
-    """What an effort stands for."""
+    """Fits that a value of `--effort` stands for."""
 
     fits: int
-    """Fits that are averaged."""
+    """Number of fits whose weights are averaged."""
     input_steps: int
-    """Steps by which each fits the up and gate layers along with the feed-forward's output layer."""
+    """Gauss-Newton steps that fit the up and gate projections of each feed-forward."""
     resample: bool = True
-    """Each fit has rows of its own, made up by the model, beside the text."""
+    """Whether each fit also gets resampled rows of its own."""
 
 
 EFFORTS = {"quick": Effort(1, 0, resample=False), "normal": Effort(1, 2), "best": Effort(2, 2)}
@@ -48,9 +50,9 @@ EFFORTS = {"quick": Effort(1, 0, resample=False), "normal": Effort(1, 2), "best"
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the result of `prune`, besides the model itself.
+    """Options that decide the result of `prune` for a given model.
 
-    Raises `SecateurError` for a value that makes no sense whatever the model.
+    Raises `SecateurError` for a value that is wrong for every model.
     """
 
     sparsity: float | None = option(
@@ -79,7 +81,7 @@ class Options:
         may_name_file=True,
     )
     widths: str = option(
-        "adaptive",
+        WIDTHS[0],
         TARGET,
         "How widths vary between blocks. adaptive: modules get the widths that together raise the loss of the model "
         "least (AL-AM in the paper); uniform: all blocks have the same width, as the standard transformers class "
@@ -177,12 +179,22 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in option_specs(Options):
-            # A file may be given as a path.
+            # A file name may be given as a path.
             if isinstance(value := getattr(self, name), Path):
                 object.__setattr__(self, name, str(value))
         check_types(self)
+        self._check_values()
+        self._check_target()
+        self._check_output()
+
+    def _check_values(self) -> None:
+        """Check each option alone.
+
+        Raises:
+            SecateurError: a value is out of its range, or not one of the choices.
+        """
         share = self.sparsity
-        if share is not None and not (math.isfinite(share) and 0 < share < 1):
+        if share is not None and not 0 < share < 1:
             raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
         for name, one in option_specs(Options).items():
             value = getattr(self, name)
@@ -190,45 +202,53 @@ class Options:
                 raise SecateurError(f"{name} is '{value}'; it must be one of {', '.join(one.choices)}")
             if value is not None and one.minimum is not None and value < one.minimum:
                 raise SecateurError(f"{cli_name(name)} is {value}; it must be at least {one.minimum}")
-        self._check_target()
-        if self.type != Options.type and not self.output_format.types:
-            typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
-            raise SecateurError(f"type {self.type} goes with {typed}: add that, or leave --type out")
-        wrong = [kind for kind in self.modules if kind not in KINDS]
-        if wrong or not self.modules or len(set(self.modules)) < len(self.modules):
+        for name, (most, example) in UPPER_BOUNDS.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise SecateurError(f"{name} is {getattr(self, name)}; it must lie between 0 and {most:,}{example}")
+        unknown = set(self.modules) - set(KINDS)
+        if unknown or not self.modules or len(set(self.modules)) < len(self.modules):
             raise SecateurError(f"modules is '{','.join(self.modules)}'; give one or more of {', '.join(KINDS)}")
-        if not 0 <= self.ridge <= MAX_RIDGE:
-            raise SecateurError(f"ridge is {self.ridge}; it must lie between 0 and {MAX_RIDGE:,}, for example 0.3")
-        if not 0 <= self.seed < 2**32:
-            raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if self.blocks is not None and re.fullmatch("[0-9]{0,18}:[0-9]{0,18}", self.blocks) is None:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
+        if self.target is not None:
+            parse_target(self.target)
 
     def _check_target(self) -> None:
-        """One option alone says how much goes."""
-        said = {
+        """Check that one option alone sets how much to remove, and that its file exists.
+
+        Raises:
+            SecateurError: two options contradict each other, or the file does not exist.
+        """
+        # A plan has a width for every block, so that no value of --widths goes with it.
+        no_file = WIDTHS if self.plan is None else WIDTHS[:1]
+        amounts = {
             "--sparsity": self.sparsity,
             "--target": self.target,
             "--plan": self.plan,
-            "--widths with a file": None if self.widths in WIDTHS else self.widths,
+            f"--widths {self.widths}": None if self.widths in no_file else self.widths,
         }
-        names = [name for name, value in said.items() if value is not None]
+        names = [name for name, value in amounts.items() if value is not None]
         if len(names) > 1:
-            raise SecateurError(f"{names[0]} and {names[1]} both say how much goes; leave one of them out")
-        if self.plan is not None and self.widths != Options.widths:
-            raise SecateurError(f"--plan and --widths {self.widths} both say how much goes; leave one of them out")
+            raise SecateurError(f"{names[0]} and {names[1]} both set how much to remove; leave one of them out")
         if self.widths_from_file:
-            # A plan says where to cut, and exactly; ratios say where.
-            where = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.round}
-            both = [name for name, value in where.items() if value and not (name == "--round" and self.plan is None)]
-            if both:
-                raise SecateurError(f"{both[0]} and {names[0]} both say what goes; leave one of them out")
-        for name, path in (("plan", self.plan), ("widths", self.widths)):
-            if path is not None and path not in WIDTHS and not Path(path).is_file():
-                known = " (or adaptive, uniform)" if name == "widths" else ""
-                raise SecateurError(f"{name} is '{path}', where there is no file{known}")
-        if self.target is not None:
-            parse_target(self.target)
+            # The shares of a --widths file are rounded, the widths of a --plan file are not.
+            places = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.plan and self.round}
+            for name in (name for name, value in places.items() if value):
+                raise SecateurError(f"{name} and {names[0]} both set where to remove it; leave one of them out")
+        if self.plan is not None and not Path(self.plan).is_file():
+            raise SecateurError(f"plan is '{self.plan}', but there is no such file")
+        if self.widths not in WIDTHS and not Path(self.widths).is_file():
+            raise SecateurError(f"widths is '{self.widths}', but there is no such file; or write adaptive or uniform")
+
+    def _check_output(self) -> None:
+        """Check that the format has types, and widths, such as are asked for.
+
+        Raises:
+            SecateurError: it does not.
+        """
+        if self.type != Options.type and not self.output_format.types:
+            typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
+            raise SecateurError(f"type {self.type} goes with {typed}: add that, or leave --type out")
         if self.output_format.uniform and self.widths == "adaptive" and self.plan is None:
             raise SecateurError(
                 f"the {self.format} format holds one width for all blocks: take --widths uniform, or --format hf"
@@ -245,40 +265,29 @@ class Options:
         return parse_choice(self.criterion)
 
     @property
+    def criterion_name(self) -> str:
+        """The name under which the criterion is registered; a plug-in may replace the name in `--criterion`."""
+        return self.criterion
+
+    @property
     def prunable_kinds(self) -> tuple[str, ...]:
-        """The units that may go, as far as a criterion for them is there."""
+        """The kinds of units that may be removed and that the criterion can order."""
         return self.modules if self.parsed_criterion.channels is not None else ("heads",)
 
     @property
     def sources(self) -> tuple[str, str]:
-        """The sources of the rows for the choice of units, and of those for the recovery."""
+        """The text on which units are chosen, and the text that weights are fitted to."""
         return self.calibration, self.calibration
 
     @property
     def refit_rows(self) -> int | None:
-        """Rows of its own for the recovery; None where units are chosen by the same rows."""
+        """Number of separate rows for the fit; None if weights are fitted to the rows on which units are chosen."""
         return None
 
     @property
     def refit_option(self) -> str:
-        """The option that gives the number of rows for the recovery, for advice."""
+        """The option that sets the number of rows for the fit, which error messages name."""
         return "samples"
-
-    @property
-    def resampled_fits(self) -> int:
-        """Fits that take rows of their own beside the samples."""
-        effort = EFFORTS[self.effort]
-        return effort.fits if self.recovery_settings.uses_effort and effort.resample else 0
-
-    @property
-    def input_steps(self) -> int:
-        """Steps by which level 1 of the feed-forward is fitted along."""
-        return EFFORTS[self.effort].input_steps
-
-    @property
-    def criterion_name(self) -> str:
-        """The criterion by its name among those that can be computed."""
-        return self.criterion
 
     @property
     def chooses_on_random_ids(self) -> bool:
@@ -291,8 +300,19 @@ class Options:
         return self.refit_rows is not None or self.chooses_on_random_ids
 
     @property
+    def resampled_fits(self) -> int:
+        """Number of fits that get resampled rows of their own."""
+        effort = EFFORTS[self.effort]
+        return effort.fits if self.recovery_settings.uses_effort and effort.resample else 0
+
+    @property
+    def input_steps(self) -> int:
+        """Gauss-Newton steps that fit the up and gate projections of each feed-forward."""
+        return EFFORTS[self.effort].input_steps
+
+    @property
     def survey_key(self) -> dict[str, Any]:
-        """What a survey depends on, as far as options say it."""
+        """The part of the options that a survey depends on."""
         random = self.chooses_on_random_ids
         criterion = f"{self.criterion_name} of random ids" if random else self.criterion_name
         key = {"criterion": criterion, "ridge": self.ridge}
@@ -300,39 +320,43 @@ class Options:
 
     @property
     def preselection(self) -> "Preselection | None":
-        """The measurement by which some heads leave before all others."""
+        """The measurement that names heads to remove before all others; None without such a criterion."""
         return None
 
     @property
     def recovery_settings(self) -> "Recovery":
         """The recovery with its settings."""
-        # Not at the top: the help does not wait for torch.
+        # Imported here, so that --help does not wait for torch.
         from secateur.fit.recovery import all_recoveries
 
         return all_recoveries()[self.recovery].of(self)
 
     @property
     def adds_biases(self) -> bool:
-        """Level-2 layers get a bias, also where the architecture has none."""
+        """Whether output projections get a bias even if the architecture has none."""
         return self.recovery_settings.biases == "added"
 
     @property
     def widths_from_file(self) -> bool:
-        """A file says how wide each block is to be."""
+        """Whether a file sets the width of each block."""
         return self.plan is not None or self.widths not in WIDTHS
 
     @property
     def targets_perplexity(self) -> bool:
-        """The target is a perplexity: the size that meets it is found by pruning."""
+        """Whether the target is a perplexity, so that models of several sizes are pruned and measured."""
         return isinstance(self.size_target, Target) and self.size_target.quantity == "ppl"
 
     @property
     def size_target(self) -> float | Target:
-        """The share to remove, or the target."""
+        """The share of the parameters to remove, or the target."""
         return parse_target(self.target) if self.target is not None else (self.sparsity or 0.25)
 
     def block_range(self, count: int) -> range:
-        """The block range for a model of `count` blocks."""
+        """Return the blocks to prune of a model with `count` blocks.
+
+        Raises:
+            SecateurError: the range is empty, or goes beyond the last block.
+        """
         if self.blocks is None:
             return range(count)
         first, _, last = self.blocks.partition(":")
@@ -345,25 +369,26 @@ class Options:
 
 
 def _with_plugins(core: type) -> type:
-    """Return the options with those of all plug-ins behind them."""
-    how: dict[str, Any] = {"__doc__": core.__doc__, "__module__": core.__module__, "__annotations__": {}}
+    """Return a subclass of `core` with the options and help texts of all plug-ins added."""
+    namespace: dict[str, Any] = {"__doc__": core.__doc__, "__module__": core.__module__, "__annotations__": {}}
     for one in fields(core):
         if more := " ".join(plugin.helps[one.name] for plugin in plugins() if one.name in plugin.helps):
-            said: OptionSpec = one.metadata["option"]
-            how["__annotations__"][one.name] = one.type
-            how[one.name] = field(default=one.default, metadata={"option": said._replace(help=f"{said.help} {more}")})
-    owners = tuple(plugin.options for plugin in plugins())
-    return dataclass(frozen=True)(type(core.__name__, (*owners, core), how))
+            spec: OptionSpec = one.metadata["option"]
+            spec = spec._replace(help=f"{spec.help} {more}")
+            namespace["__annotations__"][one.name] = one.type
+            namespace[one.name] = field(default=one.default, metadata={"option": spec})
+    bases = (*(plugin.options for plugin in plugins()), core)
+    return dataclass(frozen=True)(type(core.__name__, bases, namespace))
 
 
 if not TYPE_CHECKING:
-    # What a plug-in declares is for it alone to read: the pipeline knows the fields above.
+    # Type checkers see the fields above alone: only a plug-in itself reads the options that it adds.
     Options = _with_plugins(Options)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how a run goes; nothing here decides the result."""
+    """Options that do not change the result: files, the device, memory, and where the model comes from."""
 
     def __post_init__(self) -> None:
         for name in ("survey", "family"):
@@ -425,17 +450,18 @@ SURVEYED = ("blocks", "modules", "criterion", "ridge", "calibration", "samples",
 def with_settings(
     options: Options | None, run_options: RunOptions | None, settings: dict[str, Any]
 ) -> tuple[Options, RunOptions]:
-    """Options and running as they are given, or made of settings by name.
+    """Return `Options` and `RunOptions`, each as given or else made of the settings that are its fields.
 
     Raises:
-        TypeError: a name that neither of them has, or one beside the object that holds it.
+        TypeError: a setting is a field of neither, or is given together with the object that has this field.
     """
-    if unknown := sorted(set(settings) - set(option_specs(Options)) - set(option_specs(RunOptions))):
-        known = ", ".join([*option_specs(Options), *option_specs(RunOptions)])
-        raise TypeError(f"no option {unknown[0]!r}; there are {known}")
-    own = {name: value for name, value in settings.items() if name in option_specs(Options)}
+    names, run_names = option_specs(Options), option_specs(RunOptions)
+    if unknown := sorted(set(settings) - set(names) - set(run_names)):
+        raise TypeError(f"no option {unknown[0]!r}; the options are {', '.join([*names, *run_names])}")
+    own = {name: value for name, value in settings.items() if name in names}
     others = {name: value for name, value in settings.items() if name not in own}
-    for given, beside in ((options, own), (run_options, others)):
-        if given is not None and beside:
-            raise TypeError(f"{next(iter(beside))} stands beside {type(given).__name__}; put it into that")
+    for given, fields_given in ((options, own), (run_options, others)):
+        if given is not None and fields_given:
+            kind = type(given).__name__
+            raise TypeError(f"{next(iter(fields_given))} is given together with {kind}; set it in that object")
     return options or Options(**own), run_options or RunOptions(**others)

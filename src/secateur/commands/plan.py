@@ -1,4 +1,4 @@
-"""`plan`: the widths that `prune` would choose, or a plan that a person wrote, checked."""
+"""`plan`: the widths that `prune` would choose, or a plan from a file, checked against the model."""
 
 import json
 from contextlib import nullcontext
@@ -26,42 +26,49 @@ def propose(
     out: Path | None = None,
     watcher: Watcher | None = None,
 ) -> Proposal:
-    """Make or read a plan; written are the plan, the survey, and what the model writes to calibrate on.
+    """Make a plan, or check the plan of a file, without pruning.
+
+    A stopped run leaves its state beside `out`, or else beside the survey file; the same call resumes it.
 
     Args:
-        model: see `prune`.
-        out: a JSON file for the plan. A run that is stopped goes on where it was if there is one, or a file for the
-            survey: its state stands beside.
+        model: a folder, a .gguf file or a Hugging Face Hub id.
+        options: options that decide the result of `prune`.
+        run_options: options that do not change the result, such as the survey file.
+        out: JSON file for the plan.
+        watcher: receives progress and notes.
+
+    Returns:
+        The plan and the sizes that it leads to.
 
     Raises:
-        SecateurError: as `prune` does.
+        SecateurError: the model or an option is wrong, or no plan meets the target.
     """
     if options.targets_perplexity:
         raise SecateurError(
-            "a target of perplexity is found by pruning: use secateur prune; its secateur.json is a plan"
+            "the size for a target of perplexity is found by pruning; run secateur prune, whose secateur.json is a plan"
         )
 
-    def planned(services: Services) -> Proposal:
+    def make_plan(services: Services) -> Proposal:
         run = open_model(model, options, run_options, services=services)
-        beside = out or run.run_options.survey
-        with nullcontext(run) if beside is None else resumable(run, beside) as run:
+        file = out or run.run_options.survey
+        with nullcontext(run) if file is None else resumable(run, file) as run:
             rows = draw_rows(run, resample=False)
             return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
 
-    proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), planned)
+    proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), make_plan)
     if out is not None:
         write_atomically(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
     return proposal
 
 
-def _proposal(run: OpenRun, decided: Plan) -> Proposal:
+def _proposal(run: OpenRun, plan: Plan) -> Proposal:
     """Return a plan with the sizes that it leads to."""
-    counted, checkpoint = run.request.parameters, run.stream.checkpoint
+    parameters, checkpoint = run.request.parameters, run.stream.checkpoint
     return Proposal(
         model=checkpoint.source,
         fingerprint=checkpoint.fingerprint,
         dense=tuple(block.width for block in run.stream.blocks),
-        plan=decided,
-        parameters=(counted.dense, counted.total(decided.widths)),
+        plan=plan,
+        parameters=(parameters.dense, parameters.total(plan.widths)),
         blocks=run.options.blocks,
     )

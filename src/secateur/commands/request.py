@@ -1,4 +1,4 @@
-"""A request checked against the model: the problem that a plan must solve, or the plan that a file spells out."""
+"""Options checked against the model: the problem that a plan must solve, or the plan of a file."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,20 +20,20 @@ from secateur.plan.target import SPEEDUPS, Target
 from secateur.plan.widths import default_multiple
 
 TINY_SHARE = 1e-6
-"""A share of the parameters that any cut exceeds."""
+"""Share of the parameters that is smaller than any unit."""
 
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """What a plan has to do, all of it checked against the model and none of it slow."""
+    """The target, the widths that are allowed and the output format of a run, all checked against the model."""
 
     problem: PlanProblem
     plan_from_file: Plan | None
-    """The plan that a file spells out: nothing is left to solve."""
+    """The plan of a file; None if the run makes the plan."""
     format: Format
     """The output format, bound to the model."""
     needs_survey: bool
-    """There is more than one plan to choose from."""
+    """Whether several plans meet the target, so that their costs must be measured."""
 
     @property
     def block_range(self) -> range:
@@ -42,34 +42,43 @@ class CheckedRequest:
 
     @property
     def parameters(self) -> Meter:
-        """The meter of parameters."""
+        """The meter that counts parameters."""
         return self.problem.parameters
 
 
 def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> CheckedRequest:
-    """Check what is asked for against the model.
+    """Check the options against the model, without running it.
+
+    Args:
+        stream: the open model.
+        options: options that decide the result.
+        dtype: of the weights to write.
 
     Raises:
-        SecateurError: a plan that does not belong to the model, a target that no plan can meet, or a format that
-            cannot hold what is asked for.
+        SecateurError: the plan is of another model, no plan can meet the target, or the output format cannot hold the
+            result.
     """
     format, watcher = format_of(stream, options, dtype), stream.services.watcher
     problem = _problem(stream, options, format)
     if options.adds_biases and not any(module.may_gain_bias for block in stream.blocks for module in block.modules):
-        watcher.note("No bias is fitted: this model has a norm behind each module, where none makes up for what goes")
+        watcher.note(
+            "No bias is fitted: this model has a norm after each module, and a bias before a norm cannot "
+            "compensate for removed units"
+        )
     if options.preselection is not None:
         options.preselection.check(problem)
-    given = _plan_from_file(stream, options, problem)
-    if given is not None:
-        check_plan(format, given, options.plan or options.widths)
-        return CheckedRequest(problem, given, format, False)
-    if isinstance(options.size_target, Target) and not options.targets_perplexity:
-        if format.other_kernels and options.size_target.quantity in SPEEDUPS:
+    plan = _plan_from_file(stream, options, problem)
+    if plan is not None:
+        check_plan(format, plan, options.plan or options.widths)
+        return CheckedRequest(problem, plan, format, False)
+    target = options.size_target
+    if isinstance(target, Target) and not options.targets_perplexity:
+        if format.other_kernels and target.quantity in SPEEDUPS:
             watcher.note(
-                f"Speed is measured with torch's kernels on this machine; {format.other_kernels}'s may gain otherwise"
+                f"The speed-up is measured with torch on this machine; {format.other_kernels} may gain more or less"
             )
         meter = meter_of(
-            options.size_target,
+            target,
             stream,
             output_bytes=format.byte_meter,
             dtype=dtype,
@@ -93,28 +102,31 @@ def format_of(stream: BlockStream, options: Options, dtype: torch.dtype) -> Form
     )
 
 
-def check_plan(format: Format, decided: Plan, file: str | None = None) -> Plan:
-    """Return a plan that the format holds, whose blocks some formats bind to each other.
+def check_plan(format: Format, plan: Plan, file: str | None = None) -> Plan:
+    """Return the plan if the format can hold it.
+
+    Args:
+        format: the output format; some formats need widths of different blocks to match.
+        plan: the widths of the blocks to prune.
+        file: name of the file with the plan, for the error.
 
     Raises:
-        SecateurError: the format cannot hold all of the plan together; the error names the file that has it.
+        SecateurError: the format cannot hold the plan.
     """
-    if (reason := format.unsupported_plan(decided.widths)) is not None:
-        whole = decided.uniform and len(decided.widths) == len(format.stream)
-        more = "" if whole else f"; the nearest that fits: {uniform_alternative(decided.sparsity)}"
+    if (reason := format.unsupported_plan(plan.widths)) is not None:
+        is_uniform = plan.uniform and len(plan.widths) == len(format.stream)
+        advice = "" if is_uniform else f"; the nearest that fits: {uniform_alternative(plan.sparsity)}"
         place = f"{file}: " if file else ""
-        raise SecateurError(f"{place}the {format.declaration.name} format cannot hold this plan: {reason}{more}")
-    return decided
+        raise SecateurError(f"{place}the {format.declaration.name} format cannot hold this plan: {reason}{advice}")
+    return plan
 
 
 def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProblem:
-    """The target of the parameters, and every width that the format can hold."""
-    chosen = options.block_range(len(stream))
+    """Return the target, counted in parameters, and every width that the format can hold."""
     parameters = parameter_meter(stream, options.adds_biases)
-
     return PlanProblem(
         blocks=stream.blocks,
-        pruned_blocks=chosen,
+        pruned_blocks=options.block_range(len(stream)),
         parameters=parameters,
         target=options.size_target,
         meter=parameters,
@@ -125,38 +137,44 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
 
 
 def _kinds(stream: BlockStream, options: Options) -> tuple[str, ...]:
-    """The units that may go, of those that the model has."""
-    there = {kind for block in stream.blocks for kind in block.kinds}
-    if "experts" in there and not Criteria(options.criterion_name).needs_gradients:
-        # Theirs are no part of what is trained backward.
-        there.add("channels")
-    if not (kinds := tuple(kind for kind in options.prunable_kinds if kind in there)):
-        known = " and ".join(sorted(there))
-        asked = ",".join(options.prunable_kinds)
-        raise SecateurError(f"--modules {asked}: the model has {known} alone; name some of these")
+    """Return the kinds of units that may be removed and that the model has.
+
+    Raises:
+        SecateurError: the model has no such units.
+    """
+    present = {axis.kind for block in stream.blocks for axis in block.axes}
+    if Criteria(options.criterion_name).needs_gradients:
+        # No backward pass runs through experts, so that their channels have no gradient scores.
+        present = {kind for block in stream.blocks for kind in block.kinds}
+    if not (kinds := tuple(kind for kind in options.prunable_kinds if kind in present)):
+        asked, known = ",".join(options.prunable_kinds), " and ".join(sorted(present))
+        raise SecateurError(f"--modules {asked}: the model has only {known}; name some of these")
     return kinds
 
 
 def _needs_survey(problem: PlanProblem, options: Options) -> bool:
-    """Whether there is more than one plan; see first that there is any."""
+    """Return whether several plans meet the target.
+
+    Raises:
+        SecateurError: no plan meets it.
+    """
     if options.parsed_criterion.preselection_only:
         return False
-    # How much a loss of perplexity allows is not known yet, but something must be able to go.
-    aim = replace(problem, target=TINY_SHARE) if options.targets_perplexity else problem
+    # The size that a target of perplexity leads to is not known yet, but some unit must be removable.
+    tried = replace(problem, target=TINY_SHARE) if options.targets_perplexity else problem
     if options.widths == "uniform":
-        return len(uniform_plans(aim)) != 1 or options.targets_perplexity
-    check_reachable(aim)
+        return len(uniform_plans(tried)) != 1 or options.targets_perplexity
+    check_reachable(tried)
     return True
 
 
 def _plan_from_file(stream: BlockStream, options: Options, problem: PlanProblem) -> Plan | None:
-    """The plan that a file spells out."""
+    """Return the plan of the file that --plan or --widths names; None if neither names one."""
     if options.plan is not None:
         widths, units = read_plan(Path(options.plan), stream.blocks, stream.checkpoint.fingerprint)
-        reached = problem.sparsity(widths)
-        return Plan(widths, reached, reached, units=units)
-    if options.widths in WIDTHS:
+    elif options.widths not in WIDTHS:
+        widths, units = read_ratios(Path(options.widths), stream.blocks, problem.multiple), {}
+    else:
         return None
-    widths = read_ratios(Path(options.widths), stream.blocks, problem.multiple)
-    reached = problem.sparsity(widths)
-    return Plan(widths, reached, reached)
+    sparsity = problem.sparsity(widths)
+    return Plan(widths, sparsity, sparsity, units=units)

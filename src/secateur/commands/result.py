@@ -1,4 +1,4 @@
-"""The result of a run: its figures, and the record of what was kept where and why."""
+"""The result of a run: its figures, and the contents of secateur.json."""
 
 import platform
 import resource
@@ -27,37 +27,48 @@ from secateur.report.summary import Summary
 from secateur.survey.curves import ErrorCurve
 from secateur.text.draw import CalibrationRows
 
-UNLIKE = 0.1
-"""The share of a mixture's output, as energy, that costs much to lose: of a mixture made of SmolLM2, 8 % were 0.42 nats
-before the refit and 0.21 behind it, 20 % 1.34 and 0.31 (docs/results.md)."""
+DISSIMILAR = 0.1
+"""Share of a mixture's output energy whose loss costs much. In a mixture built from SmolLM2, experts with 8 % of the
+energy cost 0.42 nats per token before the refit and 0.21 after it; experts with 20 % cost 1.34 and 0.31
+(docs/results.md)."""
 
 
 def summarize(
-    run: OpenRun, rows: CalibrationRows, decided: Plan, expected: dict[str, tuple[float, int]] | None = None
+    run: OpenRun, rows: CalibrationRows, plan: Plan, expected: dict[str, tuple[float, int]] | None = None
 ) -> Summary:
-    """The figures of a plan; `expected` are a dry run's seconds and peak by effort, in place of those so far."""
-    stream, options, blocks, format = run.stream, run.options, run.stream.blocks, run.request.format
-    every = [decided.widths.get(index, block.width) for index, block in enumerate(blocks)]
+    """Return the figures of a plan.
+
+    Args:
+        run: the result of `open_model`.
+        rows: the calibration rows.
+        plan: the widths of the pruned blocks.
+        expected: on a dry run, the expected seconds and peak bytes by effort; otherwise the time so far and the peak
+            so far are reported.
+    """
+    stream, options, format = run.stream, run.options, run.request.format
+    dense = [block.width for block in stream.blocks]
     seconds, peak = (expected or {}).get(options.effort) or (
         time.perf_counter() - run.started,
         _peak_memory(stream.device),
     )
 
     def before_and_after(meter: Meter) -> tuple[int, int]:
-        return round(meter.dense), round(meter.total(decided.widths))
+        return round(meter.dense), round(meter.total(plan.widths))
 
     return Summary(
         parameters=before_and_after(run.request.parameters),
         bytes=before_and_after(format.byte_meter()),
         cache_bytes=before_and_after(cache_meter(stream, run.dtype)),
-        dense=tuple(block.width for block in blocks),
-        widths=decided.widths,
+        dense=tuple(dense),
+        widths=plan.widths,
         format=format.declaration.name,
         auto_class=stream.checkpoint.auto_class.__name__,
-        sparsity=decided.sparsity,
+        sparsity=plan.sparsity,
         blocks=options.blocks,
-        note=decided.note,
-        vllm_unsupported=format.vllm_unsupported_reason(every),
+        note=plan.note,
+        vllm_unsupported=format.vllm_unsupported_reason(
+            [plan.widths.get(index, width) for index, width in enumerate(dense)]
+        ),
         bos=run.begins_with_bos,
         tokens=rows.grouped.groups[0].numel(),
         seconds=seconds,
@@ -67,12 +78,20 @@ def summarize(
 
 
 def make_record(
-    run: OpenRun, rows: CalibrationRows, decided: Plan, done: list[dict[str, Any]], norm_scale: float | None
+    run: OpenRun, rows: CalibrationRows, plan: Plan, done: list[dict[str, Any]], norm_scale: float | None
 ) -> dict[str, Any]:
-    """The contents of secateur.json; `done` are the `block_record`s."""
-    stream, groups = run.stream, rows.grouped
-    summary = summarize(run, rows, decided)
-    found = {
+    """Return the contents of secateur.json.
+
+    Args:
+        run: the result of `open_model`.
+        rows: the calibration rows.
+        plan: the widths of the pruned blocks.
+        done: the `block_record` of every pruned block.
+        norm_scale: the final-norm scale; None if none was fitted.
+    """
+    stream, grouped = run.stream, rows.grouped
+    summary = summarize(run, rows, plan)
+    record = {
         "secateur": secateur.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -81,19 +100,19 @@ def make_record(
         "command": command_line(stream.checkpoint.source, run.options),
         "options": asdict(run.options),
         "calibration": {
-            "groups": [list(group.shape) for group in groups.groups],
-            "rows": [hash_rows(group) for group in groups.groups],
-            "weights": list(groups.weights),
-            "scores": list(groups.scores or groups.weights),
-            "versions": list(groups.versions),
+            "groups": [list(group.shape) for group in grouped.groups],
+            "rows": [hash_rows(group) for group in grouped.groups],
+            "weights": list(grouped.weights),
+            "scores": list(grouped.scores or grouped.weights),
+            "versions": list(grouped.versions),
             "begins_with_bos": rows.begins_with_bos,
         },
         "sparsity": {
-            "wanted": decided.requested_sparsity,
-            "reached": decided.sparsity,
-            "note": decided.note,
+            "wanted": plan.requested_sparsity,
+            "reached": plan.sparsity,
+            "note": plan.note,
         },
-        "cost": decided.cost,
+        "cost": plan.cost,
         "sizes": {name: getattr(summary, name) for name in ("parameters", "bytes", "cache_bytes")},
         "dense": [dict(width) for width in summary.dense],
         "loads": {
@@ -105,58 +124,74 @@ def make_record(
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "blocks": done,
     }
-    first = decided.first_heads
-    return found | ({} if first is None else {first.name: first.as_dict()})
+    first = plan.first_heads
+    return record if first is None else record | {first.name: first.as_dict()}
 
 
 def command_line(source: str, options: Options) -> str:
-    """The command that makes the model once more; of files it has the names alone, as others read it too."""
-    words = ["secateur", "prune", Path(source).name if Path(source).exists() else source, "OUT"]
-    known = option_specs(Options)
-    for name, value in changed_options(options, known).items():
-        words += [
-            f"--{cli_name(name)}",
-            Path(value).name if known[name].may_name_file and Path(value).exists() else value,
-        ]
+    """Return the command that makes the model again, with the names of local files but not their folders."""
+    specs = option_specs(Options)
+    words = ["secateur", "prune", _name_of(source), "OUT"]
+    for name, value in changed_options(options, specs).items():
+        words += [f"--{cli_name(name)}", _name_of(value) if specs[name].may_name_file else value]
     return shlex.join(words)
 
 
-def block_record(dense: Block, decided: Plan, block: FittedBlock) -> dict[str, Any]:
-    """What became of one block."""
+def _name_of(path: str) -> str:
+    """Return the name of a local file or folder without its folder; anything else unchanged."""
+    return Path(path).name if Path(path).exists() else path
+
+
+def block_record(dense: Block, plan: Plan, block: FittedBlock) -> dict[str, Any]:
+    """Return what secateur.json says of a pruned block: its width, the units kept and the errors of its modules."""
     return {
         "block": block.index,
-        "width": dict(decided.widths[block.index]),
+        "width": dict(plan.widths[block.index]),
         **{kind: list(units) for kind, units in block.keep.items()},
         "modules": [asdict(report) for report in block.reports],
     }
 
 
-def dissimilar_experts_note(blocks: Sequence[Block], curves: Iterable[ErrorCurve], decided: Plan) -> str | None:
-    """A line where the experts that stay cannot do the work of those that a plan takes, before it is carried out."""
+def dissimilar_experts_note(blocks: Sequence[Block], curves: Iterable[ErrorCurve], plan: Plan) -> str | None:
+    """Return a warning if the remaining experts cannot do the work of the removed ones, before any is removed.
+
+    Args:
+        blocks: every block of the model.
+        curves: the error curves of the survey.
+        plan: the widths of the pruned blocks.
+    """
     lost = []
     for curve in curves:
-        if curve.axis == EXPERTS and curve.energy and (width := decided.widths.get(curve.block)):
-            gone = blocks[curve.block].width[EXPERTS] - width[EXPERTS]
-            lost.append(curve.errors[gone] / curve.energy if gone < len(curve.errors) else 1.0)
-    if not lost or (share := sum(lost) / len(lost)) < UNLIKE:
+        if curve.axis == EXPERTS and curve.energy and (width := plan.widths.get(curve.block)):
+            removed = blocks[curve.block].width[EXPERTS] - width[EXPERTS]
+            lost.append(curve.errors[removed] / curve.energy if removed < len(curve.errors) else 1.0)
+    if not lost or (share := sum(lost) / len(lost)) < DISSIMILAR:
         return None
     return (
-        f"The experts are little alike: without those that go, mixtures lose {share:.0%} of their outputs' energy "
-        "before the refit, and the model will lose much; a smaller size, or heads and channels alone, keep more"
+        f"The experts of this model are dissimilar: removing these experts loses {share:.0%} of the mixtures' output "
+        "energy before the refit, so expect a large loss. A lower sparsity, or --modules heads,channels, keeps more"
     )
 
 
 def unfitted_experts_note(done: list[dict[str, Any]]) -> str | None:
-    """What is said where experts met too few tokens to be refitted; `done` are the `block_record`s."""
+    """Return a note if too few tokens were routed to some experts to refit them.
+
+    Args:
+        done: the `block_record` of every pruned block.
+    """
     modules = [module for block in done for module in block["modules"] if module["kind"] == "experts"]
-    few, kept = sum(len(module["unfitted"]) for module in modules), sum(module["kept"] for module in modules)
-    if not few:
+    unfitted, kept = sum(len(module["unfitted"]) for module in modules), sum(module["kept"] for module in modules)
+    if not unfitted:
         return None
-    most = ", more than half; take more rows, or a text of more kinds" if 2 * few > kept else ""
-    return f"{few:,} of {kept:,} experts met fewer than {MIN_TOKENS} tokens and keep their weights{most}"
+    advice = "; use more rows (--samples), or a text of more kinds" if 2 * unfitted > kept else ""
+    return (
+        f"{unfitted:,} of {kept:,} experts were not refitted, because fewer than {MIN_TOKENS} tokens were routed to "
+        f"each{advice}"
+    )
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most, resident or on the device."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    """Return the largest number of bytes that this process has used so far, in memory or on the device."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return max(resident, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else resident

@@ -1,4 +1,4 @@
-"""Resume of a stopped run: the options and files that decide its result, and smaller batches on a small device."""
+"""Resume of a stopped run, if everything that decides its result is unchanged; smaller batches on a small device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,80 +18,80 @@ from secateur.base.services import Services
 from secateur.commands.open_model import OpenRun
 from secateur.text.draw import CalibrationRows
 
-R = TypeVar("R")
+Result = TypeVar("Result")
 MIN_BATCH_TOKENS = 128
-"""Fewest tokens of a batch."""
+"""Fewest tokens that run through a block at once."""
 
 
 @contextmanager
-def resumable(run: OpenRun, out: Path, **asked: Any) -> Iterator[OpenRun]:
-    """Yield the run with a run folder beside `out`, and resume what an earlier run has left there.
+def resumable(run: OpenRun, out: Path, **more: Any) -> Iterator[OpenRun]:
+    """Yield the run with a run folder beside `out`, which holds the state of an earlier run if that was stopped.
 
     Args:
-        run: from `open_model`.
-        out: what the run makes.
-        asked: what decides the result beside the run's own options.
+        run: the result of `open_model`.
+        out: the output of the run.
+        more: further values that decide the result, by name.
 
     Raises:
-        SecateurError: another run is at work there, or one that asked for something else was; processes of this run
-            were given different things.
+        SecateurError: another run is at work on the same output; the state is of a run with other options; or the
+            processes of this run have different options.
     """
-    asked = result_inputs(run) | asked
+    asked = result_inputs(run) | more
     if not run.processes.is_first:
         run.processes.check_equal(asked)
         yield run
         return
     with RunFolder(local_path(out).resolve(), asked, restart=run.run_options.restart) as state:
         if state.has_results():
-            run.watcher.note(f"Going on with a run that was stopped; its state is in {state.path}")
+            run.watcher.note(f"Resuming a run that was stopped; its state is in {state.path}")
         run.processes.check_equal(asked)
         try:
             yield replace(run, stream=run.stream.using(run_folder=state))
         except BaseException as error:
             if state.is_kept_after(error):
-                run.watcher.note(f"What is done is in {state.path}: the same command goes on from there")
+                run.watcher.note(f"The state of this run is in {state.path}; the same command resumes it")
             raise
 
 
-def retry_in_smaller_batches(services: Services, command: Callable[[Services], R]) -> R:
-    """Carry out a resumable command; where its device is out of memory, resume with half as many tokens a batch.
+def retry_in_smaller_batches(services: Services, command: Callable[[Services], Result]) -> Result:
+    """Run a resumable command; each time the device runs out of memory, resume it with batches of half the size.
+
+    Args:
+        services: the resources of the run.
+        command: function of these resources.
 
     Raises:
-        SecateurError: the device is out of memory with the fewest tokens, or one of several processes is.
+        SecateurError: the device is out of memory with the smallest batches, or with several processes.
     """
     while True:
         try:
             return command(services)
         except torch.OutOfMemoryError as error:
             if not services.processes.is_single:
-                # The other processes have got no further than this one, and wait.
+                # The other processes wait for this one, which cannot resume alone.
                 raise StoppedError(
-                    f"the device of process {services.processes.rank} is out of memory; take devices with more"
+                    f"the device of process {services.processes.rank} is out of memory; use devices with more memory"
                 ) from error
             if services.batch_tokens <= MIN_BATCH_TOKENS:
                 raise SecateurError(
-                    f"the device is out of memory even with {MIN_BATCH_TOKENS} tokens at a time; take one with "
-                    "more, or --device cpu"
+                    f"the device is out of memory even with {MIN_BATCH_TOKENS} tokens at a time; use a device with "
+                    "more memory, or --device cpu"
                 ) from error
         services = replace(services, batch_tokens=services.batch_tokens // 2)
-        services.watcher.note(f"The device is out of memory: going on with {services.batch_tokens:,} tokens at a time")
+        services.watcher.note(f"The device is out of memory; resuming with {services.batch_tokens:,} tokens at a time")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def result_inputs(run: OpenRun) -> dict[str, Any]:
-    """Return everything that decides the result, by option name; `check_rows` checks the calibration text itself."""
-    asked = asdict(run.options)
-    files = {name: asked[name] for name in ("plan", "widths") if asked[name] and Path(asked[name]).is_file()}
-    family = run.run_options.family
+    """Return everything that decides the result, by option name, except the calibration rows; see `check_rows`."""
+    options, family = asdict(run.options), run.run_options.family
+    files = [options[name] for name in ("plan", "widths") if options[name] and Path(options[name]).is_file()]
     return {
         "model": run.stream.checkpoint.fingerprint,
-        **asked,
-        **{
-            f"contents of {path}": hash_json(Path(path).read_text(encoding="utf-8", errors="replace"))
-            for path in files.values()
-        },
-        **({} if family is None else {"family": hash_json(family.read_text(encoding="utf-8"))}),
+        **options,
+        **{f"contents of {file}": _hash_of(Path(file)) for file in files},
+        **({} if family is None else {"family": _hash_of(family)}),
         "dtype": str(run.dtype).removeprefix("torch."),
         "version of secateur": secateur.__version__,
         "version of torch": torch.__version__,
@@ -99,17 +99,21 @@ def result_inputs(run: OpenRun) -> dict[str, Any]:
     }
 
 
+def _hash_of(file: Path) -> str:
+    """Return the hash of a text file."""
+    return hash_json(file.read_text(encoding="utf-8", errors="replace"))
+
+
 def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
     """Check that the calibration rows are those of the run that is resumed.
 
     Raises:
-        SecateurError: the text has changed.
+        SecateurError: the calibration text has changed.
     """
     parts = (rows.selection, rows.separate_refit, rows.held_out, rows.random)
-    found = [hash_rows(part) for part in parts if part is not None]
-    before = run.services.saved_result(ROWS, lambda: found)
-    if before != found:
+    hashes = [hash_rows(part) for part in parts if part is not None]
+    if run.services.saved_result(ROWS, lambda: hashes) != hashes:
         raise SecateurError(
-            f"{run.options.calibration}: other rows than the run that was stopped drew from it; restore the text, or "
-            "add --restart to begin anew"
+            f"{run.options.calibration}: this text gives other rows than it gave to the run that was stopped; restore "
+            "the text, or add --restart to start over"
         )

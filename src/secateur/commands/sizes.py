@@ -1,6 +1,8 @@
-"""`sizes`: several sizes of one model from one survey, and what each costs."""
+"""`sizes`: prune one model to several sizes from one survey, and measure what each size costs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,143 +43,123 @@ def sizes(
     tokens: int | None,
     watcher: Watcher | None = None,
 ) -> list[ModelSize]:
-    """Prune to each size and score it; the dense model comes first in the result.
+    """Prune a model to several sizes, and measure the perplexity of each.
+
+    A stopped run leaves its state beside `out`; the same call resumes it and keeps the models that it finished.
 
     Args:
-        model: see `prune`.
-        out: the folder for the models, `sizes.json` and `sizes.png`; a model in it appears whole or not at all.
-        options: one for each size, alike in all that a survey depends on.
-        run_options: see `prune`; the survey is kept in `out` where it names no file. With `overwrite`, models that are
-            there are replaced; otherwise those that this very call has made are taken as they are. The one that it
-            was stopped in goes on where it was: the state stands beside `out`.
-        texts: to measure the perplexity of.
-        tokens: of each text; all of them by default.
+        model: a folder, a .gguf file or a Hugging Face Hub id.
+        out: folder for the models, `sizes.json` and `sizes.png`.
+        options: one object for each size, which differ only in `sparsity`.
+        run_options: options that do not change the result. The survey is kept in `out` unless they name a file.
+            With `overwrite`, existing models are replaced; without it, an existing model is kept if the same options
+            made it, and refused otherwise.
+        texts: texts to measure the perplexity on.
+        tokens: number of tokens of each text to measure on; all of them by default.
+        watcher: receives progress and notes.
+
+    Returns:
+        The figures of the dense model, then those of each size.
 
     Raises:
-        SecateurError: as `prune` does, before the first model is written.
+        SecateurError: the model or an option is wrong. Such errors are raised before the first model is written.
     """
+    run_options = run_options or RunOptions()
+    survey_file = run_options.survey or out / "survey.json"
+    folders = _folders(out, options, survey_file)
 
-    def sized(services: Services) -> list[ModelSize]:
-        return _sizes(model, out, options, run_options or RunOptions(), texts, tokens, services)
+    def run_all(services: Services) -> list[ModelSize]:
+        with _folder_unless_error(out):
+            for text in texts:
+                check_calibration(text, length=options[-1].length)
+            finished = _finished(folders, model, run_options)
+            last = open_model(model, options[-1], run_options, services=services)
+            runs = [last.with_options(one).with_run_options(survey=survey_file) for one in options]
+            # Drawn without resampling, so that every error in the rows is found before that long step.
+            rows = draw_rows(last, resample=False)
+            _check_texts(last, texts, tokens)
+            _check_finished(runs, rows, folders, finished)
+        # The sizes decide which model an unfinished output belongs to.
+        with resumable(last, out, sparsities=[one.sparsity for one in options]) as last:
+            check_rows(last, rows)
+            runs = [replace(run, stream=last.stream) for run in runs]
+            own_survey = survey_file if run_options.survey is None else None
+            results = _prune_all(runs, rows, folders, finished, own_survey)
+        # A plot from an earlier call would be taken for a plot of these models.
+        (out / PLOT).unlink(missing_ok=True)
+        return _scored(results, out, texts, tokens, last) if texts else results
 
-    return retry_in_smaller_batches(Services(watcher=watcher or Silent()), sized)
+    return retry_in_smaller_batches(Services(watcher=watcher or Silent()), run_all)
 
 
-def _sizes(
-    model: str | Path,
-    out: Path,
-    options: list[Options],
-    run_options: RunOptions,
-    texts: list[str],
-    tokens: int | None,
-    services: Services,
-) -> list[ModelSize]:
-    """Prune to each size and score it; see `sizes`."""
-    own, file = run_options.survey is None, run_options.survey or out / "survey.json"
-    folders = _folders(out, options, file)
-    for text in texts:
-        check_calibration(text, length=options[-1].length)
-    new = not out.exists()
+@contextmanager
+def _folder_unless_error(out: Path) -> Iterator[None]:
+    """Create a folder, and remove it again after an error."""
+    is_new = not out.exists()
     out.mkdir(exist_ok=True)
     try:
-        source = Path(model) if Path(model).is_dir() else None
-        there = [folder for folder in folders if (folder / RECORD).exists() and not run_options.overwrite]
-        for folder in folders:
-            if folder not in there:
-                Output(folder, overwrite=run_options.overwrite, source=source).check()
-        last = open_model(model, options[-1], run_options, services=services)
-        runs = [last.with_options(one).with_run_options(survey=file) for one in options]
-        # All that can be wrong with the rows is found before they are resampled.
-        plain = draw_rows(last, resample=False)
-        for text in texts:
-            with busy_reading(last.watcher, "Reading", text):
-                scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
-        for run, folder in zip(runs, folders, strict=True):
-            if folder in there and not _made(run, plain, folder):
-                raise SecateurError(
-                    f"{folder}: made with other options, weights or another text; add --overwrite to replace it"
-                )
+        yield
     except BaseException:
-        if new:
+        if is_new:
             out.rmdir()
         raise
-    # A model in the making goes on as what it was to be: the sizes decide which that is.
-    with resumable(last, out, sparsities=[one.sparsity for one in options]) as last:
-        check_rows(last, plain)
-        runs = [replace(run, stream=last.stream) for run in runs]
-        results = _pruned(last, runs, plain, folders, there, file if own else None)
-    # A plot of other models would be taken for one of these.
-    (out / PLOT).unlink(missing_ok=True)
-    if texts:
-        results = [replace(one, perplexity=_score(one.folder, texts, tokens, last)) for one in results]
-        _keep(results, out)
-        scored = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
-        plot_sizes([one.parameters for one in results], scored, out / PLOT)
-    return results
-
-
-def _pruned(
-    last: OpenRun,
-    runs: list[OpenRun],
-    plain: CalibrationRows,
-    folders: list[Path],
-    there: list[Path],
-    own: Path | None,
-) -> list[ModelSize]:
-    """The dense model and a model of each size, from one survey.
-
-    Args:
-        last: the run of the last size, which stands for what all have in common.
-        runs: one for each size.
-        plain: the rows, before they are resampled.
-        folders: one for each size.
-        there: those of them that are made already.
-        own: the file of the survey, where a person named none.
-    """
-    rows = resample_rows(last, plain)
-    weighing = next((run for run in runs if run.request.needs_survey), last)
-    if own:
-        # What this command put there is its own to replace.
-        try:
-            check_survey_file(weighing, rows.selection)
-        except SecateurError:
-            own.unlink()
-    found = survey_model(weighing, rows)
-    plans = [plan_widths(run, rows, found) for run in runs]
-    results: list[ModelSize] = []
-    for run, decided, folder in zip(runs, plans, folders, strict=True):
-        if folder in there:
-            run.watcher.note(f"{folder}: made already")
-            summary = summarize(run, rows, decided)
-        else:
-            run.watcher.note(f"{folder}: {decided.note or f'{decided.sparsity:.1%} goes'}")
-            run = run.timed_from_now()
-            summary = write_model(run, rows, decided, fit_blocks(run, rows, decided), folder)
-        if not results:
-            results.append(ModelSize(last.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
-        results.append(ModelSize(str(folder), decided.sparsity, summary.parameters[1], summary.bytes[1], {}))
-        _keep(results, folders[0].parent)
-    return results
 
 
 def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]:
-    """The folder of each size."""
+    """Return the folder of each size.
+
+    Raises:
+        SecateurError: `out` cannot be a folder; two sizes have one name; or the survey would overwrite a result.
+    """
     if out.exists() and not out.is_dir():
         raise SecateurError(f"{out}: a file is there; name a folder")
     if not out.absolute().parent.is_dir():
         raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
     folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
     if len(set(folders)) < len(folders):
-        raise SecateurError(
-            f"{', '.join(folder.name for folder in folders)}: two sizes would have one name; leave one of them out"
-        )
+        names = ", ".join(folder.name for folder in folders)
+        raise SecateurError(f"{names}: two sizes would have one name; leave one of them out")
     if survey_file.absolute() in {(out / name).absolute() for name in (TABLE, PLOT)}:
-        raise SecateurError(f"{survey_file}: that is where the table and the plot go; name the survey otherwise")
+        raise SecateurError(f"{survey_file}: the table and the plot are written there; name another survey file")
     return folders
 
 
-def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
-    """Whether a folder is what a run of this version would give; rows decide their copies."""
+def _finished(folders: list[Path], model: str | Path, run_options: RunOptions) -> list[Path]:
+    """Return the folders with a model to keep, and check that the others can be written.
+
+    Raises:
+        SecateurError: a folder cannot be written.
+    """
+    source = Path(model) if Path(model).is_dir() else None
+    finished = [folder for folder in folders if (folder / RECORD).exists() and not run_options.overwrite]
+    for folder in folders:
+        if folder not in finished:
+            Output(folder, overwrite=run_options.overwrite, source=source).check()
+    return finished
+
+
+def _check_texts(run: OpenRun, texts: list[str], tokens: int | None) -> None:
+    """Check that perplexity can be measured on every text."""
+    for text in texts:
+        with busy_reading(run.watcher, "Reading", text):
+            scored_rows(run.stream.checkpoint, run.tokenizer, text, run.options.length, tokens)
+
+
+def _check_finished(runs: list[OpenRun], rows: CalibrationRows, folders: list[Path], finished: list[Path]) -> None:
+    """Check that each finished model was made with the options, weights and rows of its run.
+
+    Raises:
+        SecateurError: a model was not.
+    """
+    for run, folder in zip(runs, folders, strict=True):
+        if folder in finished and not _is_result_of(run, rows, folder):
+            raise SecateurError(
+                f"{folder}: made with other options, weights or another text; add --overwrite to replace it"
+            )
+
+
+def _is_result_of(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
+    """Return whether a folder holds what this version of secateur makes in this run."""
     try:
         record = read_record(folder)
         same = {
@@ -190,12 +172,58 @@ def _made(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
         return False
 
 
-def _keep(results: list[ModelSize], out: Path) -> None:
+def _prune_all(
+    runs: list[OpenRun], plain: CalibrationRows, folders: list[Path], finished: list[Path], own_survey: Path | None
+) -> list[ModelSize]:
+    """Return the figures of the dense model and of each size, whose models are pruned unless they are finished.
+
+    Args:
+        runs: one for each size.
+        plain: the calibration rows, without resampled rows.
+        folders: one for each size.
+        finished: folders whose models are kept.
+        own_survey: the survey file if this command chose its name, so that it may replace the file.
+    """
+    rows = resample_rows(runs[-1], plain)
+    surveying = next((run for run in runs if run.request.needs_survey), runs[-1])
+    if own_survey is not None:
+        try:
+            check_survey_file(surveying, rows.selection)
+        except SecateurError:
+            own_survey.unlink()
+    findings = survey_model(surveying, rows)
+    plans = [plan_widths(run, rows, findings) for run in runs]
+    results: list[ModelSize] = []
+    for run, plan, folder in zip(runs, plans, folders, strict=True):
+        if folder in finished:
+            run.watcher.note(f"{folder}: already finished")
+            summary = summarize(run, rows, plan)
+        else:
+            run.watcher.note(f"{folder}: {plan.note or f'removing {plan.sparsity:.1%}'}")
+            run = run.timed_from_now()
+            summary = write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
+        if not results:
+            results.append(ModelSize(run.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))
+        results.append(ModelSize(str(folder), plan.sparsity, summary.parameters[1], summary.bytes[1], {}))
+        _write_table(results, folder.parent)
+    return results
+
+
+def _scored(results: list[ModelSize], out: Path, texts: list[str], tokens: int | None, run: OpenRun) -> list[ModelSize]:
+    """Return the figures with the perplexity of every model, and write them as a table and a plot."""
+    results = [replace(one, perplexity=_perplexities(one.folder, texts, tokens, run)) for one in results]
+    _write_table(results, out)
+    scores = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
+    plot_sizes([one.parameters for one in results], scores, out / PLOT)
+    return results
+
+
+def _write_table(results: list[ModelSize], out: Path) -> None:
     write_atomically(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
 
 
-def _score(folder: str, texts: list[str], tokens: int | None, run: OpenRun) -> dict[str, float]:
-    """Perplexity of each text, in rows as long as those of the calibration."""
+def _perplexities(folder: str, texts: list[str], tokens: int | None, run: OpenRun) -> dict[str, float]:
+    """Return a model's perplexity on each text, in rows as long as the calibration rows."""
     result = evaluate(
         folder,
         texts=texts,

@@ -1,4 +1,4 @@
-"""`survey`: what each width of a model costs, as the file that `prune` reads and as a page to look at."""
+"""`survey`: the cost of each width of a model, as a file that `prune` reads and as a page to look at."""
 
 import shlex
 from collections.abc import Iterable
@@ -15,7 +15,8 @@ from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, RunOptions
 from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.survey_model import survey_model
-from secateur.plan.plan import check_reachable, plan
+from secateur.plan.plan import check_reachable
+from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.summary import SurveySummary
 from secateur.report.survey_page import Distances, page_data, render
@@ -25,11 +26,11 @@ from secateur.text.draw import CalibrationRows
 
 FILE, PAGE = "survey.json", "survey.html"
 SHARES = tuple(percent / 100 for percent in range(10, 65, 5))
-"""For which the page shows a plan."""
+"""Sparsities for which the page shows a plan."""
 ANY_SHARE = 1e-3
-"""A request needs a share. The survey is the same for all, and no model is to be refused for one out of reach."""
-LIKENESS_ROWS = 16
-"""Calibration rows on which heads are compared: the paper's count."""
+"""Sparsity with which the model is opened: small, so that no model is refused. The survey does not depend on it."""
+SIMILARITY_ROWS = 16
+"""Number of calibration rows on which heads are compared, as in the paper."""
 
 
 def survey_page(
@@ -40,15 +41,23 @@ def survey_page(
     *,
     watcher: Watcher | None = None,
 ) -> SurveySummary:
-    """Survey a model and write what was found; the folder appears complete or not at all.
+    """Survey a model, and write the survey as a file and as a page.
+
+    A stopped run leaves its state beside `out`; the same call resumes it. Processes that a launcher such as torchrun
+    starts share the work.
 
     Args:
-        model: see `prune`.
-        out: the folder for `survey.json` and `survey.html`.
-        options: what a survey depends on; the rest is as for adaptive widths in the format `hf`.
+        model: a folder, a .gguf file or a Hugging Face Hub id.
+        out: folder for `survey.json` and `survey.html`. It appears once it is complete.
+        options: options that a survey depends on; the others keep their defaults.
+        run_options: options that do not change the result, such as the device.
+        watcher: receives progress and notes.
+
+    Returns:
+        The plans at several sparsities, for the table.
 
     Raises:
-        SecateurError: as `prune` does, before the survey begins.
+        SecateurError: the model or an option is wrong. Such errors are raised before the survey begins.
     """
     run_options = run_options or RunOptions()
     folder = Output(
@@ -61,55 +70,53 @@ def survey_page(
     if services.processes.is_first:
         folder.check()
 
-    def surveyed(services: Services) -> SurveySummary:
+    def make_survey(services: Services) -> SurveySummary:
         run = open_model(model, replace(options, sparsity=ANY_SHARE), run_options, services=services)
         with resumable(run, out) as run:
-            return _surveyed(run, model, out, folder, options, run_options)
+            return _survey_and_write(run, model, out, folder)
 
-    return retry_in_smaller_batches(services, surveyed)
+    return retry_in_smaller_batches(services, make_survey)
 
 
-def _surveyed(
-    run: OpenRun, model: str | Path, out: Path, folder: Output, options: Options, run_options: RunOptions
-) -> SurveySummary:
-    """The survey and its page, written; see `survey_page`."""
+def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output) -> SurveySummary:
+    """Survey the model, write the file and the page, and return the figures."""
     rows = draw_rows(run, resample=False)
-    found = survey_model(run, rows).survey
-    assert found is not None
-    plans = _plans(run.request.problem, found, run.watcher.track(SHARES, "Plan"))
-    distances = _distances(run, rows) if "heads" in options.modules else None
-    counted, checkpoint = run.request.parameters, run.stream.checkpoint
-    # A quarter, as `prune` takes where nothing is said, or what comes nearest.
+    survey = survey_model(run, rows).survey
+    assert survey is not None
+    plans = _plans(run.request.problem, survey, run.watcher.track(SHARES, "Plan"))
+    distances = _distances(run, rows) if "heads" in run.options.modules else None
+    meter, checkpoint, blocks = run.request.parameters, run.stream.checkpoint, run.stream.blocks
+    # The default of --sparsity, or the nearest sparsity that the model can reach.
     share = min(plans, key=lambda one: abs(one - 0.25), default=0.25)
-    line = _line(model, options, share, out / FILE, run_options)
+    line = _prune_command(run, model, share, out / FILE)
     facts = {
         "model": checkpoint.source,
         "family": checkpoint.config.model_type,
-        "parameters": int(counted.dense),
+        "parameters": int(meter.dense),
         "line": line,
     }
     if run.processes.is_first:
-        page = render(page_data(found, run.stream.blocks, plans, facts=facts, distances=distances))
+        page = render(page_data(survey, blocks, plans, facts=facts, distances=distances))
         with folder as partial:
-            save_survey(found, partial / FILE)
+            save_survey(survey, partial / FILE)
             (partial / PAGE).write_text(page, encoding="utf-8")
-    parameters = {share: counted.total(one.widths) for share, one in plans.items()}
-    return SurveySummary(tuple(block.width for block in run.stream.blocks), plans, parameters, line)
+    parameters = {share: meter.total(plan.widths) for share, plan in plans.items()}
+    return SurveySummary(tuple(block.width for block in blocks), plans, parameters, line)
 
 
 def _distances(run: OpenRun, rows: CalibrationRows) -> Distances | None:
-    """How alike the heads of each surveyed block are; None where their attention cannot be watched."""
-    some, chosen = rows.selection[:LIKENESS_ROWS], run.request.block_range
+    """Return the distances between the heads of each block; None if the model does not show its attention weights."""
+    few, blocks = rows.selection[:SIMILARITY_ROWS], run.request.block_range
     try:
-        found = head_distances(run.stream, some, blocks=chosen, watcher=run.watcher)
+        distances = head_distances(run.stream, few, blocks=blocks, watcher=run.watcher)
     except SecateurError as error:
-        run.watcher.note(f"The page says nothing of similar heads: {error}")
+        run.watcher.note(f"The page will not show which heads are similar: {error}")
         return None
-    return {index: distances.tolist() for index, distances in found.items()}
+    return {index: matrix.tolist() for index, matrix in distances.items()}
 
 
-def _plans(problem: PlanProblem, found: Survey, shares: Iterable[float]) -> dict[float, Plan]:
-    """The plan of each share that the modules can reach."""
+def _plans(problem: PlanProblem, survey: Survey, shares: Iterable[float]) -> dict[float, Plan]:
+    """Return the plan for each sparsity that the model can reach."""
     plans: dict[float, Plan] = {}
     for share in shares:
         one = replace(problem, target=share)
@@ -117,15 +124,16 @@ def _plans(problem: PlanProblem, found: Survey, shares: Iterable[float]) -> dict
             check_reachable(one)
         except SecateurError:
             continue
-        plans[share] = plan(one, survey=found)
+        plans[share] = solve(one, survey=survey)
     return plans
 
 
-def _line(model: str | Path, options: Options, share: float, file: Path, run_options: RunOptions) -> str:
-    """The command that prunes from a survey: what the survey depends on must be said again."""
+def _prune_command(run: OpenRun, model: str | Path, share: float, file: Path) -> str:
+    """Return the command that prunes from a survey, with every option that the survey depends on."""
     words = ["secateur", "prune", str(model), "OUT", "--sparsity", f"{share:g}", "--survey", str(file)]
-    for name, value in changed_options(options, SURVEYED).items():
+    for name, value in changed_options(run.options, SURVEYED).items():
         words += [f"--{cli_name(name)}", value]
+    run_options = run.run_options
     words += [] if run_options.revision is None else ["--revision", run_options.revision]
     words += ["--trust-remote-code"] * run_options.trust_remote_code
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""A survey kept in a file: which rows it is made of, what it depends on, and whether a file holds it."""
+"""The file of a survey: the rows that a survey is made from, what it depends on, and whether a file is complete."""
 
 from pathlib import Path
 from typing import Any
@@ -13,59 +13,70 @@ from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Survey, load_survey
 
 PROBE_TOKENS = 1024
-"""Tokens on which the price of errors is measured. All others fit what is probed: after a fit to few tokens, the price
-would be that of the fit and not of the cut, and the more so the more inputs a module has."""
+"""Tokens on which the cost of errors is measured. The probed modules are fitted to all other tokens: after a fit to few
+tokens, the measured cost would come from the fit and not from the removed units."""
 
 
-def split_survey_rows(text: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows for the error curves, and the last few for the probes; the same ones where there is only one."""
-    count = min(max(1, PROBE_TOKENS // text.shape[1]), len(text) // 2)
-    return (text, text) if not count else (text[:-count], text[-count:])
+def split_survey_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows for the error curves and the rows for the probes, which are the last few.
+
+    Args:
+        rows: token ids (rows x length). A single row serves as both.
+    """
+    count = min(max(1, PROBE_TOKENS // rows.shape[1]), len(rows) // 2)
+    return (rows[:-count], rows[-count:]) if count else (rows, rows)
 
 
-def survey_key(run: OpenRun, text: Tensor | None) -> dict[str, Any]:
-    """What a survey depends on; without rows, all but these."""
-    chosen = run.request.block_range
+def survey_key(run: OpenRun, rows: Tensor | None) -> dict[str, Any]:
+    """Return everything that a survey depends on, by name; without the calibration rows if `rows` is None."""
+    blocks = run.request.block_range
     key: dict[str, Any] = {
         "fingerprint": run.stream.checkpoint.fingerprint,
-        "blocks": f"{chosen.start}:{chosen.stop}",
+        "blocks": f"{blocks.start}:{blocks.stop}",
         "modules": ",".join(run.request.problem.kinds),
         **run.options.survey_key,
     }
-    if text is not None:
-        key["calibration"] = hash_rows(text)
-    return key
+    return key if rows is None else key | {"calibration": hash_rows(rows)}
 
 
-def check_survey_file(run: OpenRun, text: Tensor | None = None) -> None:
-    """See that a survey that is there belongs to the run, and to the rows once they are known."""
-    file = run.run_options.survey
-    if run.processes.is_first and file is not None and file.exists() and run.request.needs_survey:
-        read_survey(run, file, survey_key(run, text))
-
-
-def read_survey(run: OpenRun, file: Path, wanted: dict[str, Any]) -> Survey:
-    """The survey of a file, which must price every width of every module that is asked for.
+def check_survey_file(run: OpenRun, rows: Tensor | None = None) -> None:
+    """Check that an existing survey file is of this model, of these options and, if they are given, of these rows.
 
     Raises:
-        SecateurError: a survey of another model, with other options, or with something missing.
+        SecateurError: it is not.
     """
-    found = load_survey(file, wanted)
-    lengths = {(curve.block, curve.kind, curve.axis): len(curve.errors) for curve in found.curves}
-    kinds = run.request.problem.kinds
-    whole = {(probe.block, probe.kind) for probe in found.probes if probe.removes_module}
+    file = run.run_options.survey
+    if run.processes.is_first and file is not None and file.exists() and run.request.needs_survey:
+        read_survey(run, file, survey_key(run, rows))
+
+
+def read_survey(run: OpenRun, file: Path, key: dict[str, Any]) -> Survey:
+    """Return the survey of a file, which must have the error curves and probes of every module to prune.
+
+    Args:
+        run: the result of `open_model`.
+        file: JSON file that `save_survey` wrote.
+        key: everything that the survey depends on, from `survey_key`.
+
+    Raises:
+        SecateurError: the survey is of another model or other options, or lacks a module.
+    """
+    survey = load_survey(file, key)
+    problem = run.request.problem
+    lengths = {(curve.block, curve.kind, curve.axis): len(curve.errors) for curve in survey.curves}
+    probed = {(probe.block, probe.kind) for probe in survey.probes if probe.removes_module}
     for index in run.request.block_range:
-        for module in run.request.problem.prunable_modules(index):
-            widths = {axis.name: _length(module, axis) for axis in module.cut_axes if axis.kind in kinds}
-            here = {axis: lengths.get((index, module.kind, axis)) for axis in widths}
-            if here != widths or (index, module.kind) not in whole:
+        for module in problem.prunable_modules(index):
+            axes = [axis for axis in module.cut_axes if axis.kind in problem.kinds]
+            complete = all(lengths.get((index, module.kind, axis.name)) == _length(module, axis) for axis in axes)
+            if not complete or (index, module.kind) not in probed:
                 raise SecateurError(
-                    f"{file}: not all of block {index}'s {module.kind} is in this survey; name another file, or delete "
-                    "it to have it made again"
+                    f"{file}: this survey lacks widths of the {module.kind} of block {index}; name another file, or "
+                    "delete this one, so that the survey is made again"
                 )
-    return found
+    return survey
 
 
 def _length(module: PrunableModule, axis: Axis) -> int:
-    """Return how many numbers along an axis have an error, the dense one included."""
+    """Return the number of widths along an axis that have an error, the dense width included."""
     return 1 if module.locked else axis.units - axis.min_units + 1

@@ -108,7 +108,7 @@ class PaperOptions(Base):
             "--widths with a file": self.widths_from_file,
         }
         if said := next((name for name, value in given.items() if value), None):
-            raise SecateurError(f"--tau and {said} both say how much goes; leave one of them out")
+            raise SecateurError(f"--tau and {said} both set how much to remove; leave one of them out")
         if self.widths == "uniform" or self.output_format.uniform:
             raise SecateurError(
                 "similarity finds as many heads to remove as there are in each block, which the stock format and "
