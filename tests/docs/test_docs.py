@@ -157,7 +157,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(documents, "_from_dataset", lambda *_: [text])
+    monkeypatch.setattr(documents, "data_set_documents", lambda *_: [text])
     return tmp_path
 
 
