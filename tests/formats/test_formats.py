@@ -1,4 +1,4 @@
-"""Every output format: found by its name, written, opened again."""
+"""Every output format is found by its name, written and opened."""
 
 from __future__ import annotations
 

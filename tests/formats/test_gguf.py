@@ -1,4 +1,4 @@
-"""GGUF files in an unmodified llama.cpp: the same logits as transformers gives, and what is refused.
+"""GGUF files in an unmodified llama.cpp compute the logits that transformers computes; other models are refused.
 
 llama.cpp comes from the `llama-cpp-py-sync` wheel; its C interface is called as it is.
 """
@@ -68,7 +68,7 @@ ROPES = {
     "longrope": {**FACTORS, "original_max_position_embeddings": 512},
 }
 KNOWN = {"llama": list(ROPES), "qwen2": list(ROPES), "phi3": ["longrope"], "gemma2": ["linear", "dynamic"]}
-"""Model type → the rotary scalings that transformers and llama.cpp have for it."""
+"""Rotary scalings that both transformers and llama.cpp support, by model type."""
 
 
 YARN_ALL = {**tiny.YARN, "mscale": 0.7, "mscale_all_dim": 0.7}
@@ -96,7 +96,7 @@ SCOUT = {
 
 
 def row(model_type: str, **keys: Any) -> Any:
-    """A row for `models.ROWS` whose sizes may be other ones."""
+    """A row for `models.ROWS`, whose keys may also change sizes."""
     return lambda: AutoConfig.for_model(model_type, **{**tiny.SIZES, **keys})
 
 
@@ -280,7 +280,7 @@ def run(file: Path, ids: list[int], *, last: bool = False, room: int = 64) -> Te
 
 
 def tokens(file: Path, text: str) -> list[int]:
-    """llama.cpp's ids of a text, with what it puts around it."""
+    """llama.cpp's ids of a text, with special tokens such as BOS."""
     with loaded(file, vocab_only=True) as model:
         raw = text.encode()
         room = ffi.new(f"llama_token[{len(raw) + 8}]")
@@ -303,7 +303,7 @@ def byte_level(steps: Any = None, whole_words: bool = False, size: int = tiny.VO
 
 
 def write_folder(name: str, keeps: dict[int, KeptUnits], folder: Path, tokenizer: Any = None) -> Any:
-    """A row's model, pruned, as `prune` writes it; gives the model."""
+    """Write a row's model, pruned, as `prune` does, and return the model."""
     model = build(name)
     blocks, config = blocks_of(model), model.config
     small = narrowed(model, keeps)
@@ -336,7 +336,7 @@ IDS = tiny.token_rows(1).tolist()[0]
 
 
 def with_the_table(small: Any) -> Any:
-    """The model with llama.cpp's gelu, which is looked up in a table of half precision."""
+    """The model with llama.cpp's gelu, which reads values from a table in half precision."""
     for name, module in small.named_modules():
         if name.endswith("act_fn"):
             module.forward = lambda x: functional.gelu(x.half().float(), approximate="tanh").half().float()
@@ -344,7 +344,7 @@ def with_the_table(small: Any) -> Any:
 
 
 def compare(small: Any, done: Exported) -> float:
-    """How far llama.cpp's logits are from transformers', over the positions that the file declares."""
+    """Relative distance between llama.cpp's logits and transformers', over the positions that the file declares."""
     count = min(LENGTH, done.context)
     expected = logits_of(small, torch.tensor([IDS]))[0, :count]
     found = run(done.path, IDS[:count])
@@ -355,7 +355,7 @@ def compare(small: Any, done: Exported) -> float:
 BOTH, CHANNELS = ("heads", "channels"), ("channels",)
 ALL, EXPERTS = ("heads", "experts"), ("experts",)
 NARROW = ("experts", "channels")
-"""Experts leave, and channels of those that stay."""
+"""Remove experts, and channels of dense blocks."""
 UNIFORM = {
     "llama": (BOTH, "llama"),
     "mistral": (BOTH, "llama"),
@@ -457,7 +457,7 @@ UNIFORM = {
     "mistral4 scaled": (ALL, "mistral4"),
 }
 GELU = {"gemma", "gemma2", "gemma3", "gemma4", "gpt2", "gptneox", "starcoder2", "phi2", "falcon", "bloom", "mpt"}
-"""Graphs with this function, which llama.cpp looks up in a table of half precision."""
+"""Architectures with gelu, whose values llama.cpp reads from a table in half precision."""
 
 
 def uniform_keeps(name: str, kinds: Any) -> dict[int, KeptUnits]:
@@ -490,8 +490,8 @@ STRAIGHT = {
 
 
 @pytest.mark.parametrize(("name", "kinds"), STRAIGHT.items())
-def test_straight_into_a_file(tmp_path, name, kinds):
-    """Checkpoints hold experts one by one; the meter counts what the file takes."""
+def test_pruning_straight_into_a_file(tmp_path, name, kinds):
+    """The source stores experts one by one; the byte meter equals the size of the file."""
     folder = tiny.save(name, tmp_path / "dense", torch.float32)
     byte_level().save_pretrained(folder)
     stream = BlockStream(open_checkpoint(folder))
@@ -513,7 +513,7 @@ def export_of(folder: Path) -> Exported:
 
 
 def uneven(name: str, empty: bool) -> dict[int, KeptUnits]:
-    """Widths that go up and down; with `empty`, one block has no heads, one no channels and the first neither."""
+    """Widths that differ from block to block; with `empty`, the first block has neither heads nor channels."""
     blocks = blocks_of(build(name))
     per_group, groups = blocks[0].attention.per_group, blocks[0].attention.groups
     all_heads = tuple(range(groups * per_group))
@@ -575,7 +575,7 @@ def test_rotary_scaling(tmp_path, name):
 
 @pytest.mark.parametrize(("kind", "least", "bound"), [("q8_0", 1e-3, 0.03), ("q4_0", 1e-2, 0.3)])
 def test_quantised(tmp_path, monkeypatch, kind, least, bound):
-    """Padding is exact: what differs from the model are the rounded weights and llama.cpp's rounded activations."""
+    """Filling up rows is exact: only rounded weights and llama.cpp's rounded activations differ from the model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     blocks = blocks_of(build("llama 64"))
     keeps = {i: selected(tuple(range(4)), tuple(range(0, 72, 2))[:33]) for i in range(len(blocks))}
@@ -628,7 +628,7 @@ def test_types_of_tensors(tmp_path):
     assert not [name for name in found["f16"] if name.startswith("blk.2.attn")]
 
 
-def test_a_file_of_other_tensors_than_were_planned_never_appears(tmp_path, monkeypatch):
+def test_a_file_with_unplanned_tensors_never_appears(tmp_path, monkeypatch):
     write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
     right = gguf_export.write_gguf
 
@@ -653,15 +653,15 @@ def test_weights_too_large_for_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma2 deep", "gemma3 deep"])
-def test_scale_of_the_deepest_gemmas(tmp_path, name):
-    """llama.cpp tells them by their depth, and would take another scale for their attention."""
+def test_attention_scale_of_the_deepest_gemmas(tmp_path, name):
+    """llama.cpp recognises them by their depth, and then scales attention scores otherwise."""
     small = write_folder(name, uniform_keeps(name, BOTH), tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
     assert compare(small, done) < 5e-3
 
 
 def vocabulary_file(tokenizer: Any, path: Path) -> Path:
-    """A file with no more than a tokenizer."""
+    """A file with nothing but a tokenizer."""
     writer = GGUFWriter(path, "llama")
     words = vocabulary_of(tokenizer, len(tokenizer) + 3)
     writer.add_name(words.safe_name(path.stem))
@@ -674,7 +674,7 @@ def vocabulary_file(tokenizer: Any, path: Path) -> Path:
 
 
 def steps_of(splits: tuple[str, ...]) -> Any:
-    """Pre-tokenizers from their spelling in the table."""
+    """Pre-tokenizers built from their splits in `PRE_TOKENIZERS`."""
     made: list[Any] = []
     for split in splits:
         if split in ("single digits", "numbers"):
@@ -704,7 +704,7 @@ def test_byte_level_tokenizers(tmp_path, key):
 
 
 def sentencepiece(prefix: bool) -> PreTrainedTokenizerFast:
-    """Llama 2 puts a blank before a text, Gemma does not; bytes stand for characters that are missing."""
+    """SentencePiece BPE with a space in front of a text, as in Llama 2, or without, as in Gemma."""
     blanks = [normalizers.Prepend("▁")] if prefix else []
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([*blanks, normalizers.Replace(" ", "▁")])
@@ -735,7 +735,7 @@ def test_sentencepiece_tokenizers(tmp_path, prefix):
 
 
 def test_a_gguf_source(tmp_path, monkeypatch):
-    """A file, read back by transformers, gives the same file."""
+    """A file that transformers reads is exported as the same file again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_folder("llama", uniform_keeps("llama", BOTH), tmp_path / "folder")
     first = export(tmp_path / "folder", tmp_path / "1.gguf", type="f32")
@@ -763,8 +763,8 @@ NOT_READ = {
 
 
 @pytest.mark.parametrize("name", [name for name in READ if name not in NOT_READ])
-def test_what_is_read_is_what_llama_cpp_computes(tmp_path, monkeypatch, name):
-    """With rotations, windows, scales and caps, which transformers leaves out."""
+def test_transformers_reads_what_llama_cpp_computes(tmp_path, monkeypatch, name):
+    """Rotary settings, windows, scales and caps, which transformers leaves out, are read as well."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
@@ -787,7 +787,7 @@ def test_what_is_read_is_what_llama_cpp_computes(tmp_path, monkeypatch, name):
     ],
     ids=["nothing", "none", "an old name", "no kind", "a part of a head"],
 )
-def test_how_a_file_says_rotations(facts, expected):
+def test_reading_rotary_scaling(facts, expected):
     config = tiny.ROWS["llama"]()
     before = dict(config.rope_parameters)
     read_rope(config, facts, {})
@@ -797,7 +797,7 @@ def test_how_a_file_says_rotations(facts, expected):
 
 
 @pytest.mark.parametrize("name", NOT_READ)
-def test_what_cannot_be_read(tmp_path, monkeypatch, name):
+def test_files_that_transformers_cannot_read(tmp_path, monkeypatch, name):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_folder(name, uniform_keeps(name, CHANNELS), tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
@@ -806,8 +806,8 @@ def test_what_cannot_be_read(tmp_path, monkeypatch, name):
     assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
 
 
-def test_windows_scales_and_caps_that_are_read(tmp_path, monkeypatch):
-    """Of a Gemma whose settings are nobody's default; caps in the file are those of the config."""
+def test_reading_windows_scales_and_caps(tmp_path, monkeypatch):
+    """They differ from every default here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     keys = {"layer_types": ["full_attention"] * 3, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 7.0}
     monkeypatch.setitem(tiny.ROWS, "gemma2 odd", row("gemma2", **{**tiny.GEMMA, **keys, "query_pre_attn_scalar": 3}))
@@ -822,8 +822,8 @@ def test_windows_scales_and_caps_that_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("factor", "theta", "size", "original"), [(8.0, 5e5, 128, 8192), (32.0, 5e5, 64, 8192), (4.0, 1e4, 128, 2048)]
 )
-def test_the_settings_behind_rotary_factors(factor, theta, size, original):
-    """Of Llama 3.1, Llama 3.2 and another one; factors of no such settings are refused."""
+def test_llama3_settings_from_rotary_factors(factor, theta, size, original):
+    """Settings of Llama 3.1, of Llama 3.2 and of another model are found; other factors are refused."""
     wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
     share = np.clip((original / wavelengths - 1) / 3, 0, 1)
     factors = 1 / ((1 - share) / factor + share)
@@ -838,8 +838,8 @@ def test_the_settings_behind_rotary_factors(factor, theta, size, original):
             llama3_settings(wrong, theta, size)
 
 
-def test_a_name_that_readers_would_take_something_from(tmp_path):
-    """llama.cpp looks for Phi-3's tokens in a file of that name."""
+def test_names_that_readers_would_take_for_another_model(tmp_path):
+    """llama.cpp expects Phi-3's tokens in a file whose model is named so."""
     write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
     for name, stored in (("my-Phi-3b", "pruned"), ("mistral", "pruned"), ("mine", "mine")):
         done = export(tmp_path / "folder", tmp_path / f"{name}.gguf", type="f32")
@@ -847,8 +847,8 @@ def test_a_name_that_readers_would_take_something_from(tmp_path):
         assert run(done.path, IDS).isfinite().all()
 
 
-def test_tokens_that_take_blanks_along(tmp_path):
-    """As Phi-3 has them, they are kept; otherwise refused."""
+def test_tokens_that_remove_spaces(tmp_path):
+    """Tokens that remove spaces as Phi-3's do are supported; others are refused."""
     tokenizer = byte_level()
     plain = [AddedToken(word, special=True) for word in ("<unk>", "<s>", "<|endoftext|>")]
     strips = [AddedToken(word, special=True, rstrip=True) for word in ("<|user|>", "</s>")]
@@ -991,7 +991,7 @@ def test_refused_tokenizers(tmp_path):
             export(tmp_path / "folder", tmp_path / "m.gguf")
 
 
-def test_a_plan_can_be_asked_before_it_is_made(tmp_path):
+def test_unsupported_reason_of_planned_widths(tmp_path):
     write_folder("gemma3_text", uniform_keeps("gemma3_text", BOTH), tmp_path / "folder")
     checkpoint = open_checkpoint(tmp_path / "folder")
     blocks = blocks_of(build("gemma3_text"))

@@ -1,5 +1,4 @@
-"""GGUF files that are read here, most of them mixtures of experts: the same weights and logits as the model that a file
-was made of."""
+"""GGUF files that secateur reads itself, most of them mixtures of experts, give the source's weights and logits."""
 
 from __future__ import annotations
 
@@ -62,11 +61,11 @@ READ = OF_EXPERTS | {
     if dense_reading(kept) and name not in OF_EXPERTS and name != "gemma4_text wide"
 }
 TWINS = {"glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
-"""Of these, other classes compute the same."""
+"""Families whose files are read as another family that computes the same."""
 BLOCK = r"blk\.(\d+)\."
 
 Change = Callable[[str, Any], "list[tuple[str, Any, GGMLQuantizationType]]"]
-"""From a tensor's name and values to names, bytes and types of what stands in its place."""
+"""Returns the tensors that replace a tensor: name, bytes and type of each, from its name and values."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +74,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dense(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """A row's checkpoint, of which files can be made."""
+    """A row's checkpoint, with a tokenizer that GGUF can hold."""
     tiny.save(name, folder, dtype)
     byte_level().save_pretrained(folder)
     return open_checkpoint(str(folder))
 
 
 def made(name: str, folder: Path) -> Path:
-    """A GGUF file of a row's model."""
+    """A GGUF file with a row's model."""
     dense(name, folder / "dense")
     return export(folder / "dense", folder / "m.gguf", type="f32").path
 
@@ -92,7 +91,7 @@ def read(file: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
 
 
 def rewritten(file: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Change] | None = None) -> Path:
-    """A copy with other metadata, None for none of a key, and other tensors, by patterns of their names."""
+    """A copy of a file with changed metadata (None removes a key) and changed tensors, by patterns of their names."""
     reader, facts = GGUFReader(file), facts or {}
     path = file.with_name(f"other-{len(list(file.parent.iterdir()))}.gguf")
     writer = GGUFWriter(path, str(facts.get("general.architecture", reader.fields["general.architecture"].contents())))
@@ -127,7 +126,7 @@ def plain(name: str, values: Any) -> tuple[str, Any, GGMLQuantizationType]:
 
 
 def same(first: Checkpoint, second: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same."""
+    """Whether two checkpoints hold the same tensors."""
     return first.tensors.keys() == second.tensors.keys() and all(
         torch.equal(first.read(stored), second.read(stored)) for stored in first.tensors
     )
@@ -140,8 +139,8 @@ def test_every_architecture_is_read() -> None:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
-    """Every weight by the name that checkpoints have for it, and the config behind the logits."""
+def test_reading_returns_what_was_written(tmp_path: Path, name: str) -> None:
+    """Weights have the names of checkpoints, and the config gives the same logits."""
     # Of a norm that is stored plus one, what has the digits of checkpoints comes back to the bit.
     kept = next(one for one in readings() if one.input.architecture == READ[name])
     dtype = torch.bfloat16 if kept.family.norm_offset else torch.float32
@@ -161,7 +160,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("mixtral wide", "Q8_0"), ("gpt_oss wide", "MXFP4")])
 def test_quantised_experts(tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read one by one as what they stand for, however small the pieces."""
+    """Experts are dequantised one by one, in pieces of any size."""
     file, type = made(name, tmp_path), GGMLQuantizationType[kind]
     packed: dict[str, Any] = {}
 
@@ -181,7 +180,7 @@ def test_quantised_experts(tmp_path: Path, name: str, kind: str, monkeypatch: py
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    """Only what is added to choose experts stays as it is."""
+    """All weights have the dtype that is asked for, except biases on the choice of experts."""
     file = made("glm4_moe", tmp_path)
     found, exact = read(file, torch.bfloat16), read(file)
     for stored in exact.tensors:
@@ -190,9 +189,9 @@ def test_half_precision(tmp_path: Path) -> None:
         assert found.read(stored).dtype == own
 
 
-def test_other_ways_to_write_the_same(tmp_path: Path) -> None:
-    """Experts' gate and up in one tensor; keys and values of a latent vector in one; blocks behind the last; gates that
-    follow from the bias of the choice."""
+def test_layouts_of_other_converters(tmp_path: Path) -> None:
+    """Gate and up of experts in one tensor; matrices to keys and values in one tensor; additional last blocks; no key for
+    the gating function."""
     file = made("deepseek_v3", tmp_path)
     exact, held = read(file), {tensor.name: np.array(tensor.data) for tensor in GGUFReader(file).tensors}
 
@@ -216,7 +215,7 @@ def test_other_ways_to_write_the_same(tmp_path: Path) -> None:
 
 
 def again_behind(block: int) -> Change:
-    """One tensor more, in a block of its own."""
+    """An additional tensor, in a block of its own."""
     return lambda name, values: [plain(name, values), plain(f"blk.{block}.nextn.enorm.weight", values)]
 
 
@@ -224,9 +223,9 @@ def drop(name: str, values: Any) -> list[Any]:
     return []
 
 
-def test_other_ways_to_write_linear_attention(tmp_path: Path) -> None:
-    """As converters write it: a block behind the last, no width that no block has, and nothing but a list of blocks;
-    and as older files have it: queries, keys, values and gates as checkpoints do."""
+def test_layouts_of_linear_attention_by_other_converters(tmp_path: Path) -> None:
+    """Other converters write an additional last block, no feed-forward width, and a list of linear blocks; older files
+    hold queries, keys, values and gates in the order of checkpoints."""
     file = made("qwen3_5_moe_text even", tmp_path)
     facts = {"block_count": 5, "nextn_predict_layers": 1, "feed_forward_length": None, "full_attention_interval": None}
     facts |= {"attention.recurrent_layers": [True, False] * 2 + [False], "expert_shared_count": None}
@@ -244,8 +243,8 @@ def test_other_ways_to_write_linear_attention(tmp_path: Path) -> None:
     assert same(read(rewritten(file, tensors=tensors)), read(file))
 
 
-def test_other_ways_to_write_gemma4(tmp_path: Path) -> None:
-    """As converters write it: numbers of heads that all blocks share as one, and keys that no block attends with."""
+def test_layouts_of_gemma4_by_other_converters(tmp_path: Path) -> None:
+    """Other converters write one number of heads for all blocks, and keys that no block attends with."""
     file = made("gemma4_text small", tmp_path)
     facts = {"gemma4.attention.head_count": 6, "gemma4.attention.head_count_kv": 2, "gemma4.feed_forward_length": 72}
 
@@ -257,7 +256,7 @@ def test_other_ways_to_write_gemma4(tmp_path: Path) -> None:
 
 
 def test_last_blocks_twice_as_wide(tmp_path: Path) -> None:
-    """What stands in the added channels comes back, and if it adds nothing, the logits are the same."""
+    """The additional channels are read, and the logits stay the same where the channels add nothing."""
     file = made("gemma4_text small", tmp_path)
 
     def doubled(name: str, values: Any) -> list[Any]:
@@ -345,7 +344,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(tmp_path: Path, case: str) -> None:
+def test_refused_files(tmp_path: Path, case: str) -> None:
     facts, tensors, message = REFUSED[case]
     file = rewritten(made("qwen3_moe", tmp_path), facts, tensors)
     with pytest.raises(SecateurError, match=f"{re.escape(message)}.*; use the checkpoint that it was made from$"):
@@ -353,8 +352,8 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
     assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
 
 
-def test_a_tensor_that_transformers_misses(tmp_path: Path) -> None:
-    """Files without experts are read by it."""
+def test_a_tensor_that_transformers_does_not_find(tmp_path: Path) -> None:
+    """transformers reads files without experts."""
     file = rewritten(made("llama", tmp_path), tensors={r"blk\.1\.ffn_norm\.weight": drop})
     with pytest.raises(
         SecateurError, match=r"does not find model\.layers\.1\.post_attention_layernorm\.weight in it; use"
@@ -362,7 +361,7 @@ def test_a_tensor_that_transformers_misses(tmp_path: Path) -> None:
         read(file)
 
 
-def test_what_a_family_must_say(tmp_path: Path) -> None:
+def test_required_metadata(tmp_path: Path) -> None:
     file = made("granitemoe", tmp_path)
     with pytest.raises(
         SecateurError, match=r"the metadata key granitemoe.attention.scale is missing; use the checkpoint"
@@ -397,13 +396,13 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         LAYERS[0],
         {"qwen35moe.ssm.time_step_rank": 4 * 10**9},
         {},
-        "qwen35moe.ssm.time_step_rank is 4,000,000,000, but no tensor is that long",
+        "the metadata key qwen35moe.ssm.time_step_rank is a size that no tensor has",
     ),
     "heads too long": (
         "qwen3_moe",
         {"qwen3moe.attention.key_length": 10**9},
         {},
-        "qwen3moe.attention.key_length is 1,000,000,000, but",
+        "the metadata key qwen3moe.attention.key_length is a size that no tensor has",
     ),
     "no sections": (
         LAYERS[0],
@@ -471,14 +470,14 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_OF)
-def test_what_is_refused_of_other_layers(tmp_path: Path, case: str) -> None:
+def test_refused_files_of_other_layers(tmp_path: Path, case: str) -> None:
     name, facts, tensors, message = REFUSED_OF[case]
     with pytest.raises(SecateurError, match=f"{re.escape(message)}.*; use the checkpoint that it was made from$"):
         read(rewritten(made(name, tmp_path), facts, tensors))
 
 
-def test_text_of_gemma4(tmp_path: Path) -> None:
-    """Its files have a kind of tokenizer of their own. llama.cpp puts BOS first; checkpoints leave it to templates."""
+def test_tokenizer_of_gemma4(tmp_path: Path) -> None:
+    """Its files name an own algorithm. llama.cpp puts BOS first; checkpoints leave that to chat templates."""
     tokenizer = sentencepiece(False)
     tiny.save("gemma4_text 400", tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -495,7 +494,7 @@ def test_text_of_gemma4(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama 400", "mixtral 400"])
 @pytest.mark.parametrize("kind", ["bytes", "prefix", "no prefix"])
 def test_text_becomes_the_same_tokens(tmp_path: Path, name: str, kind: str) -> None:
-    """As llama.cpp makes of it, and as the tokenizer did of which the file was made."""
+    """The tokens are those of llama.cpp and of the source's tokenizer."""
     tokenizer = byte_level(size=300) if kind == "bytes" else sentencepiece(kind == "prefix")
     tiny.save(name, tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -513,8 +512,8 @@ UNKNOWN = ("bloom", "exaone-moe", "falcon")
 
 
 @pytest.mark.parametrize("key", [key for key, name in PRE_TOKENIZERS.items() if name not in UNKNOWN])
-def test_text_is_split_as_it_was(tmp_path: Path, key: tuple[tuple[str, ...], bool]) -> None:
-    """A file that is made of what was read goes by the same name."""
+def test_pre_tokenizer_survives_writing_and_reading(tmp_path: Path, key: tuple[tuple[str, ...], bool]) -> None:
+    """A model that was read from a file gets the same name of pre-tokenizer when it is written again."""
     tokenizer = byte_level(steps_of(key[0]), key[1], size=400)
     tiny.save("mixtral 400", tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -524,15 +523,15 @@ def test_text_is_split_as_it_was(tmp_path: Path, key: tuple[tuple[str, ...], boo
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("glm4", 2), ("hunyuan", 4), ("olmo", 1), ("refact", 4)])
-def test_splits_of_text(tmp_path: Path, name: str, numbers: int) -> None:
-    """Into how many tokens a number of four digits falls where nothing is merged but within a split."""
+def test_pre_tokenizers_that_transformers_does_not_know(tmp_path: Path, name: str, numbers: int) -> None:
+    """Check into how many parts a number of four digits is split."""
     file = rewritten(made("qwen3_moe", tmp_path), {"tokenizer.ggml.pre": name})
     steps = AutoTokenizer.from_pretrained(read(file).path).backend_tokenizer.pre_tokenizer
     assert len(steps.pre_tokenize_str("1984")) == numbers
 
 
-def test_a_dense_model_whose_split_is_not_known(tmp_path: Path) -> None:
-    """transformers would cut its text as GPT-2 does."""
+def test_a_dense_model_with_an_unknown_pre_tokenizer(tmp_path: Path) -> None:
+    """transformers would split its text as GPT-2 does."""
     file = rewritten(made("llama", tmp_path), {"tokenizer.ggml.pre": "deepseek-llm"})
     with pytest.raises(SecateurError, match=r"not known here: deepseek-llm; use the checkpoint that it was made from"):
         read(file)
@@ -551,7 +550,7 @@ def test_a_dense_model_whose_split_is_not_known(tmp_path: Path) -> None:
     ],
 )
 def test_from_a_file_to_a_file(tmp_path: Path, name: str, kinds: Any, bound: float) -> None:
-    """Pruned by a plan and refitted by nothing, llama.cpp computes what the model does without what is gone."""
+    """llama.cpp computes what the model does with the removed units set to zero; nothing is refitted."""
     file, keeps = made(name, tmp_path), uniform_keeps(name, kinds)
     model = with_the_table(build(name)) if "gemma4" in name else build(name)
     plan = [{"block": i, **keep} for i, keep in keeps.items()]

@@ -1,4 +1,4 @@
-"""GGUF files of multimodal checkpoints: the language model inside, with the logits of the whole one for a text."""
+"""GGUF files with the language model of a multimodal checkpoint compute the logits of the whole model for a text."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from secateur.model.kinds import KINDS
 
 
 def around(case: str, text: dict[str, Any], **keys: Any) -> tuple[str, dict[str, Any]]:
-    """A case of `test_multimodal` around another language model."""
+    """A case of `test_multimodal` with another language model inside."""
     kind, whole = CASES[case]
     return kind, whole | {"text_config": SIZES | text} | keys
 
 
 def qwen(case: str, rope: dict[str, Any] | None = None, **keys: Any) -> tuple[str, dict[str, Any]]:
-    """A case of Qwen's with other settings; without an epsilon of norms, as llama.cpp b11739 forgets qwen2vl's."""
+    """A case of Qwen's with other settings, and a tiny epsilon of norms, since llama.cpp b11739 ignores qwen2vl's."""
     text = CASES[case][1]["text_config"]
     return around(case, text | {"rms_norm_eps": 1e-12, "rope_parameters": TURNED | (rope or {})} | keys)
 
 
 def merging(case: str, **keys: Any) -> tuple[str, dict[str, Any]]:
-    """A case of Qwen's whose tower sees two pictures at a time, and makes one token of four patches, as llama.cpp's."""
+    """A case of Qwen's whose tower takes two pictures at once and makes one token of four patches, as llama.cpp does."""
     kind, whole = qwen(case, **keys)
     tower = {"spatial_merge_size": 2, "temporal_patch_size": 2}
     tower |= {"num_position_embeddings": 64} if kind.startswith("qwen3") else {}
@@ -125,7 +125,7 @@ WRITTEN = {
     "qwen3_5 time": ("qwen35", KINDS),
     "lfm2_vl": ("lfm2", ("channels",)),
 }
-"""Name → the graph that computes it, and what is removed."""
+"""Architecture that computes a case, and kinds of units that are removed, by name of the case."""
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def saved(name: str, folder: Path) -> Path:
 
 
 class Notes(Silent):
-    """What was noted."""
+    """A watcher that keeps the notes."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -150,7 +150,7 @@ class Notes(Silent):
 
 
 def gap(folder: Path, file: Path, graph: str) -> float:
-    """How far llama.cpp's logits of a text are from those of the whole multimodal model."""
+    """Relative distance between llama.cpp's logits of a text and the whole multimodal model's."""
     model, ids = opened(folder, trust_remote_code=True), torch.tensor([IDS])
     if graph == "gemma4":
         with_the_table(model)
@@ -166,7 +166,7 @@ def bound(graph: str) -> float:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
-    """A file straight from the checkpoint is that of the pruned folder; no tower is in it."""
+    """Pruning into a file writes the same bytes as exporting the pruned folder, without the tower."""
     graph, kinds = WRITTEN[name]
     dense, notes = saved(name, tmp_path / "dense"), Notes()
     done = export(dense, tmp_path / "dense.gguf", type="f32", watcher=notes)
@@ -187,7 +187,7 @@ def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "graph"), {"mistral3": "deci", "llava": "deci", "gemma4 small": "gemma4"}.items())
-def test_widths_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, graph: str) -> None:
+def test_a_width_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, graph: str) -> None:
     dense, out = saved(name, tmp_path / "dense"), tmp_path / "out"
     found = prune(dense, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3)
     assert not found.uniform
@@ -213,7 +213,7 @@ def test_widths_that_only_folders_hold(tmp_path: Path, name: str, graph: str) ->
             prune(dense, tmp_path / "m.gguf", **how, sparsity=0.1, format="gguf")
 
 
-def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
+def test_tensor_names_of_newer_checkpoints(tmp_path: Path) -> None:
     folder = saved("llava", tmp_path / "dense")
     export(folder, tmp_path / "m.gguf")
     newer = {}
@@ -226,8 +226,8 @@ def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").read_bytes() == before
 
 
-def test_checkpoints_of_qwen_as_they_were_published(tmp_path: Path) -> None:
-    """The language model's keys among all others; matrices of experts the other way around."""
+def test_checkpoints_of_qwen_in_their_published_form(tmp_path: Path) -> None:
+    """The config has the language model's keys among all others, and experts' matrices have inputs first."""
     folder = saved("qwen2_vl", tmp_path / "dense")
     before = export(folder, tmp_path / "m.gguf").path.read_bytes()
     raw = json.loads((folder / "config.json").read_text())
@@ -243,7 +243,7 @@ def test_checkpoints_of_qwen_as_they_were_published(tmp_path: Path) -> None:
 
 
 def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
-    """Older checkpoints hold it apart; a tokenizer's own one goes first."""
+    """Older checkpoints have a file for it; a template of the tokenizer is preferred."""
     folder, template = saved("llava", tmp_path / "dense"), tmp_path / "dense" / "chat_template.json"
 
     def written() -> Any:
@@ -276,11 +276,11 @@ ENDS = {
 INSIDE = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_out": "out_proj"}
 INSIDE |= {"ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "fc1", "ffn_down": "fc2"}
 ENDS |= {f"v.blk.0.{ours}.{leaf}": f"{name}.{leaf}" for ours, name in INSIDE.items() for leaf in ("weight", "bias")}
-"""llama.cpp's name of a tensor of Gemma 3's tower and projector → how its stored name ends."""
+"""Ends of stored names of Gemma 3's tower and projector, by llama.cpp's names."""
 
 
 def mmproj(file: Path, kind: str, tensors: dict[str, Tensor], *, gelu: bool = True, **more: Any) -> Path:
-    """A second file: what makes embeddings of a picture, for a language model of width 48."""
+    """A second file, with tower and projector for a language model of width 48."""
     writer = GGUFWriter(file, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.use_gelu", gelu)
@@ -325,7 +325,7 @@ QWEN3 |= QWEN | {"v.blk.0.attn_qkv": "blocks.0.attn.qkv", "v.post_ln": "merger.n
 QWEN3 |= {"mm.0": "merger.linear_fc1", "mm.2": "merger.linear_fc2"}
 QWEN3 |= {"v.deepstack.0.norm": "deepstack_merger_list.0.norm"}
 QWEN3 |= {f"v.deepstack.0.{leaf}": f"deepstack_merger_list.0.linear_{leaf}" for leaf in ("fc1", "fc2")}
-"""llama.cpp's name of a layer of their towers and mergers → their own."""
+"""Qwen's names of layers of towers and mergers, by llama.cpp's names."""
 
 
 def qwen_towers(folder: Path, file: Path) -> Path:
@@ -351,7 +351,7 @@ def qwen_towers(folder: Path, file: Path) -> Path:
 
 
 def seen(file: Path, second: Path, picture: Tensor, text: bytes) -> tuple[list[int], Tensor]:
-    """llama.cpp's ids of a text with a picture, and its logits of what comes behind; picture: y x X x rgb, bytes."""
+    """llama.cpp's ids of a text with a picture, and its logits after the last token; picture: y x X x rgb, bytes."""
     mtmd = get_mtmd_lib()
     with loaded(file) as model:
         how = mtmd.mtmd_context_params_default()
@@ -403,7 +403,7 @@ def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_a_picture_at_positions_in_sections(tmp_path: Path, name: str) -> None:
-    """And what the tower of Qwen3-VL hands to the first block besides."""
+    """The tower of Qwen3-VL also gives inputs to the first block."""
     dense, kinds = saved(f"{name} merging", tmp_path / "dense"), WRITTEN[name][1]
     prune(dense, tmp_path / "out", **SMALL | {"modules": kinds}, sparsity=0.3)
     done = export(tmp_path / "out", tmp_path / "m.gguf", type="f32")

@@ -161,6 +161,8 @@ class GgufInput:
     """Secateur also reads files without experts; transformers reads those of the other families."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Metadata keys that a file must have, and the config's keys of the same values, in addition to `Gguf.keys`."""
+    known_keys: frozenset[str] = frozenset()
+    """Further metadata keys that a file may have; they are read one by one, or follow from tensors."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Constants in llama.cpp's code for the architecture, by config key."""
     pairs: bool = False

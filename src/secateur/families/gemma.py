@@ -96,7 +96,12 @@ FAMILIES = {
             GEMMA_GGUF,
             architectures=("gemma4",),
             input=GgufInput(
-                "gemma4", dense=True, keys=GEMMA4_KEYS, fixed={"norm_topk_prob": True}, config=_gemma4_sizes
+                "gemma4",
+                dense=True,
+                keys=GEMMA4_KEYS,
+                known_keys=frozenset({"attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa"}),
+                fixed={"norm_topk_prob": True},
+                config=_gemma4_sizes,
             ),
         ),
     ),

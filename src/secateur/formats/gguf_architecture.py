@@ -1,4 +1,4 @@
-"""The entry of one of llama.cpp's architectures: what it computes, and what its files hold.
+"""The class of an entry for one of llama.cpp's architectures: the models that it computes, and the form of its files.
 
 An architecture is the code by which llama.cpp computes models of one kind. A file names its architecture.
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_sizes import BlockSizes
-from secateur.formats.gguf_specifics import head_sizes, no_windows
+from secateur.formats.gguf_specifics import head_sizes, no_windows, same_scale
 from secateur.model.gguf_layout import Order
 
 Requirement = Callable[[GgufModel, "Architecture"], str | None]
@@ -26,7 +26,7 @@ SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's architectures. The fields list what differs between architectures that secateur writes."""
+    """Architecture of llama.cpp. The fields list the differences between the architectures that secateur writes."""
 
     name: str
     biases: frozenset[str]
@@ -46,9 +46,9 @@ class Architecture:
     head_norms: bool = False
     """Queries and keys of every head are normalised."""
     fused_qkv: bool = False
-    """One tensor holds the rows of queries, keys and values."""
+    """Queries, keys and values are one tensor: first the rows of all queries, then keys, then values."""
     fused_gate: bool = False
-    """One tensor holds the rows of the gate, then those of the up layer."""
+    """Gate and up layer are one tensor: first the rows of the gate."""
     scalings: frozenset[str] = SCALINGS
     """Kinds of rotary scaling."""
     partial: bool = False
@@ -74,8 +74,8 @@ class Architecture:
     """Order of the value heads of linear attention, which stands in the attention's place except in every nth block;
     None where there is none."""
     sections: Literal["consecutive", "interleaved"] | None = None
-    """How the frequencies of a head are shared between time, height and width of a picture: one range after the other,
-    or every third frequency each; None where positions have one number."""
+    """Order of the frequencies for time, height and width of a picture: one range after the other, or every third
+    frequency each; None where a position is one number."""
     latent: bool = False
     """All heads share a latent vector per token; keys and values are computed from it by two matrices."""
     attention: Metadata = head_sizes
@@ -84,8 +84,8 @@ class Architecture:
     """Metadata that only some architectures have."""
     requirements: tuple[Requirement, ...] = ()
     """Requirements that the fields above do not express."""
-    score_ratio: Callable[[GgufModel, int], float] | None = None
-    """Returns the model's scale of a block's attention scores, divided by llama.cpp's; None where they are equal."""
+    score_ratio: Callable[[GgufModel, int], float] = same_scale
+    """Returns the model's scale of a block's attention scores, divided by llama.cpp's."""
     rounds_yarn: bool = True
     """The range of frequencies that yarn scales has rounded limits."""
     caps_scores: bool = False

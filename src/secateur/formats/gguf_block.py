@@ -18,7 +18,7 @@ from secateur.model.gguf_names import gguf_name
 
 @dataclass
 class FileBlock:
-    """A block as an architecture lays it out."""
+    """A block of a file, and the tensors that it holds."""
 
     model: GgufModel
     architecture: Architecture
@@ -88,11 +88,11 @@ class FileBlock:
             self.parts[place] = self.parts[place].then(change.write)
 
     def _rescale_scores(self) -> None:
-        """Multiply queries where llama.cpp scales attention scores otherwise than the model."""
-        ratio = self.architecture.score_ratio(self.model, self.index) if self.architecture.score_ratio else 1.0
-        # A norm of queries would undo a factor in front of it.
-        last = {"attn_q_norm.weight"} & self.parts.keys() or {"attn_q.weight", "attn_q.bias"} & self.parts.keys()
-        for name in last if ratio != 1 else ():
+        """Multiply queries by the ratio between the model's scale of attention scores and llama.cpp's."""
+        if (ratio := self.architecture.score_ratio(self.model, self.index)) == 1:
+            return
+        # A norm of queries would undo a factor on the layer in front of it.
+        for name in {"attn_q_norm.weight"} & self.parts.keys() or {"attn_q.weight", "attn_q.bias"} & self.parts.keys():
             self.parts[name] = self.parts[name].then(lambda values: values.float() * ratio)
 
     def _keep_idle_head(self) -> None:
@@ -107,14 +107,13 @@ class FileBlock:
             self.parts |= {f"attn_{letter}_norm.weight": LazyTensor.full((dim,), 1.0) for letter in "qk"}
 
     def _fill_channels(self, channels: int) -> None:
-        """Fill up the feed-forward with channels whose values are zero."""
+        """Fill up the feed-forward with channels whose weights are zero."""
         hidden = self.model.config.hidden_size
-        for layer in (layer for layer in self.model.layers if layer.startswith("ffn_")):
-            axis = int(layer == "ffn_down")
-            empty = LazyTensor.full((hidden, 0) if axis else (0, hidden), 0.0)
-            self.parts.setdefault(f"{layer}.weight", empty)
-            for name in {f"{layer}.weight", f"{layer}.bias"} & self.parts.keys() if axis == 0 else (f"{layer}.weight",):
-                self.parts[name] = self.parts[name].then(partial(_padded, axis=axis, size=channels))
+        empty = {"ffn_gate": (0, hidden), "ffn_up": (0, hidden), "ffn_down": (hidden, 0)}
+        for layer in empty.keys() & self.model.layers.keys():
+            self.parts.setdefault(f"{layer}.weight", LazyTensor.full(empty[layer], 0.0))
+        for name in _CHANNEL_AXES.keys() & self.parts.keys():
+            self.parts[name] = self.parts[name].then(partial(_padded, axis=_CHANNEL_AXES[name], size=channels))
 
     def _fuse(self, layers: tuple[str, ...], name: str) -> None:
         """Put the rows of several layers into one."""
@@ -122,6 +121,13 @@ class FileBlock:
             found = [self.parts.pop(f"{layer}.{leaf}") for layer in layers if f"{layer}.{leaf}" in self.parts]
             if found:
                 self.parts[f"{name}.{leaf}"] = LazyTensor.concatenated(found)
+
+
+_CHANNEL_AXES = {
+    **dict.fromkeys(("ffn_gate.weight", "ffn_gate.bias", "ffn_up.weight", "ffn_up.bias"), 0),
+    "ffn_down.weight": 1,
+}
+"""Axis of channels in each tensor of a feed-forward."""
 
 
 def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:

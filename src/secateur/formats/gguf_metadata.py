@@ -1,7 +1,7 @@
 """The metadata of a GGUF file that describe the model, by keys without the architecture.
 
-Metadata that only some architectures have come from the functions that their entries name (`gguf_specifics.py`), and
-those of some families from `Gguf.keys`.
+Functions in `gguf_specifics.py` return metadata that only some architectures have, whose entries name them. A family's
+entry lists keys that only this family has, in `Gguf.keys`.
 """
 
 import re
@@ -12,7 +12,7 @@ from gguf import ExpertGatingFuncType, GGUFWriter
 from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_sizes import BlockSizes
-from secateur.model.gguf_rope import rope_metadata
+from secateur.model.gguf_rope import float_or_none, rope_metadata
 
 Values = dict[str, Any]
 _ADD = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array"}
@@ -46,10 +46,10 @@ def model_metadata(model: GgufModel, architecture: Architecture, type: str) -> V
         f"attention.{architecture.epsilon}": float(getattr(config, model.source.epsilon, 1e-5)),
         **{key: _of_config(config, key, name) for key, name in model.source.keys.items()},
         **_expert_metadata(model, architecture),
-        "attention.clamp_kqv": _float(getattr(getattr(config, "attn_config", config), "clip_qkv", None)),
+        "attention.clamp_kqv": float_or_none(getattr(getattr(config, "attn_config", config), "clip_qkv", None)),
         # A multimodal model's embeddings come with inputs of the decoder's first blocks.
         "n_deepstack_layers": len(merged) or None,
-        "final_logit_softcapping": _float(getattr(config, "final_logit_softcapping", None)),
+        "final_logit_softcapping": float_or_none(getattr(config, "final_logit_softcapping", None)),
         **architecture.windows(model),
         **_rope_metadata(model, architecture),
         **{key: value for part in architecture.metadata for key, value in part(model).items()},
@@ -64,11 +64,6 @@ def context_length(model: GgufModel, architecture: Architecture) -> int:
     if architecture.has_windows or model.window is None:
         return model.positions
     return min(model.positions, model.window)
-
-
-def _float(value: float | None) -> float | None:
-    """Return a number as a float; None for nothing and zero."""
-    return float(value) if value else None
 
 
 def _of_config(config: Any, key: str, name: str) -> Any:

@@ -21,7 +21,7 @@ from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.meters import Meter, added_biases, dense_widths, megabytes
 
 _PREFIXES = {"heads": ("attn_",), "channels": ("ffn_",), "experts": ("ffn_", "exp_")}
-"""How names of a module's tensors begin, by the kind of its units."""
+"""Beginnings of the names of a module's tensors, by the kind of its units."""
 
 
 def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Meter:
@@ -79,7 +79,7 @@ class _ModuleBytes:
         return self._bytes(same, kind, dense | kept)
 
     def _module_bytes(self, index: int, kind: str, width: Width) -> int:
-        """Return the bytes of a module of a block that stands for all blocks of its shapes."""
+        """Return the bytes of a module of a block; the result holds for all blocks of the same shapes."""
         return self._expert_bytes(index, width) if kind == "experts" else self._narrowed_bytes(index, kind, width)
 
     def _expert_bytes(self, index: int, width: Width) -> int:

@@ -30,7 +30,7 @@ class GgufModel:
     """llama.cpp's names of layers that will get a bias when the model is pruned."""
     family: Family = field(init=False)
     source: Gguf = field(init=False)
-    """How the family's models are written."""
+    """The family's entry for GGUF files."""
     inside: list[dict[str, str]] = field(init=False)
     """Stored names of each block's tensors, by their names inside the block."""
     outside: dict[str, str] = field(init=False)

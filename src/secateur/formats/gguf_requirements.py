@@ -1,4 +1,4 @@
-"""What llama.cpp's architectures require of a model, one requirement each.
+"""Requirements of llama.cpp's architectures on a model, one function each.
 
 A requirement returns None for a model that meets it, else the rest of a sentence that begins with the architecture's
 name. Most are made by `requires` or `config_requires` from a condition and the sentence. `COMMON` holds for every

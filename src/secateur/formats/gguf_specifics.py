@@ -100,11 +100,16 @@ def steepest_slope(_: GgufModel) -> Values:
     return {"attention.max_alibi_bias": 8.0}
 
 
+def same_scale(_: GgufModel, __: int) -> float:
+    """Return 1: the model and llama.cpp scale attention scores alike."""
+    return 1.0
+
+
 def gemma_ratio(model: GgufModel, _: int, *, deepest: int) -> float:
     """Return the model's scale of attention scores, divided by llama.cpp's.
 
-    llama.cpp recognises Gemma's 27B model by its number of blocks, `deepest`. It scales that one's scores by
-    hidden_size / heads, those of the other models by the head size.
+    llama.cpp recognises Gemma's 27B model by its number of blocks, `deepest`, and scales its scores by
+    hidden_size / heads; it scales the scores of the other models by the head size.
     """
     hidden, heads = model.config.hidden_size, model.blocks[0].heads
     assumed = hidden // heads if len(model.blocks) == deepest else model.dim

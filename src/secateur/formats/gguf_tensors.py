@@ -21,7 +21,7 @@ from secateur.model.gguf_rope import rope_tensors
 
 @dataclass(frozen=True)
 class FileTensor:
-    """One tensor of a file."""
+    """Tensor of a file."""
 
     name: str
     """llama.cpp's name."""

@@ -67,7 +67,7 @@ _UNMERGED = -1e9
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF holds of a tokenizer."""
+    """Vocabulary and settings of a tokenizer, in the form that GGUF has for them."""
 
     model: str
     """llama.cpp's name of the algorithm: `gpt2` for byte-level BPE, `llama` for SentencePiece BPE."""

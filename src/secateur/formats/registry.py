@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is known of an output format before its class is imported."""
+    """Properties of an output format that are known before its class is imported."""
 
     name: str
     help: str
@@ -45,7 +45,7 @@ class Declaration:
             overwrite: replace an output that exists.
 
         Raises:
-            SecateurError: the name is that of another format's file.
+            SecateurError: the name has the ending of another format's file.
         """
         if self.suffix is not None:
             return Output(out, suffix=self.suffix, overwrite=overwrite)

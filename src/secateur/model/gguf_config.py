@@ -17,12 +17,14 @@ from secateur.model.gguf_keys import (
     DEFAULTS,
     KEYS,
     READ_ELSEWHERE,
-    READ_OF_WINDOWS,
     REQUIRED,
     ROTARY,
     UNDECLARED,
 )
 from secateur.model.gguf_transformers import complete_config
+
+_SIZES = ("attention.key", "rope.dimension_count", "ssm.")
+"""Beginnings of keys that state the size of an axis of some tensor, which they must not exceed."""
 
 
 def read_config(file: GgufFile, reader: GGUFReader) -> Any:
@@ -57,20 +59,18 @@ def _keys(file: GgufFile) -> dict[str, str]:
 def _check_keys(file: GgufFile) -> None:
     """Raise `SecateurError` for a metadata key that is unknown or missing, or whose value is too large."""
     metadata, own = file.metadata, _keys(file)
-    for key in metadata:
-        elsewhere = READ_ELSEWHERE.fullmatch(key)
-        of_windows = file.reading.family.heads_by_layer_type and READ_OF_WINDOWS.fullmatch(key)
-        if not (key in KEYS or key in own or elsewhere or of_windows):
-            raise SecateurError(f"the metadata key {file.architecture}.{key} is not known to secateur")
-    for key in (*REQUIRED, *own):
-        if key not in metadata:
-            raise SecateurError(f"the metadata key {file.architecture}.{key} is missing")
-    # Tensors of these sizes are made before shapes are compared.
+    known = KEYS.keys() | own.keys() | file.reading.input.known_keys
+    # Parameters of these sizes are made before shapes are compared.
     largest = max(int(size) for tensor in file.tensors.values() for size in tensor.shape)
-    for key in ("attention.key_length", "attention.key_length_swa", "rope.dimension_count", *own):
-        is_size = key.startswith(("attention.key", "rope.dimension_count", "ssm."))
-        if is_size and metadata.get(key, 0) > largest:
-            raise SecateurError(f"{file.architecture}.{key} is {metadata[key]:,}, but no tensor is that long")
+    sizes = (key for key in (*KEYS, "rope.dimension_count", *own) if key.startswith(_SIZES))
+    refused = {
+        "is not known to secateur": (key for key in metadata if key not in known and not READ_ELSEWHERE.fullmatch(key)),
+        "is missing": (key for key in (*REQUIRED, *own) if key not in metadata),
+        "is a size that no tensor has": (key for key in sizes if metadata.get(key, 0) > largest),
+    }
+    for reason, keys in refused.items():
+        for key in keys:
+            raise SecateurError(f"the metadata key {file.architecture}.{key} {reason}")
 
 
 def _check_gating(file: GgufFile) -> None:

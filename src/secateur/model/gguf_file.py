@@ -27,7 +27,7 @@ _KEYS_AND_VALUES = ("attn_k.", "attn_v.", "attn_k_norm.")
 
 
 class Reading(NamedTuple):
-    """How a file is read: by which family's entry."""
+    """The family by whose entry a file is read."""
 
     model_type: str
     family: Family

@@ -36,5 +36,3 @@ READ_ELSEWHERE = re.compile(
     r"yarn_(beta_fast|beta_slow|log_multiplier)))|tensor_data_layout"
 )
 """Keys that are read one by one, or whose values follow from the shapes of tensors."""
-READ_OF_WINDOWS = re.compile(r"attention\.value_length_swa|rope\.(dimension_count|freq_base)_swa")
-"""Further such keys, where blocks with a sliding window have heads of another size."""

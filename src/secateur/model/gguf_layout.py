@@ -129,7 +129,7 @@ def _transposed(tensor: Tensor, axis: int, start: int, sizes: tuple[int, int]) -
 
 
 def _latent_matrices(rows: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Return what each head makes of the latent vector: keys and values, from the rows of both, head by head.
+    """Return the matrices from the latent vector to keys and to values, out of the rows of both, head by head.
 
     llama.cpp applies the matrix of keys to queries, so it is transposed: heads x latent entries x key entries. The
     matrix of values is heads x value entries x latent entries.
@@ -154,7 +154,7 @@ def _by_kind(rows: Tensor, config: Any) -> tuple[Tensor, Tensor]:
 
 
 def _by_key_head(rows: Tensor, gates: Tensor, config: Any) -> Tensor:
-    """Return the rows as a checkpoint of Qwen3-Next holds them: those of each key head together."""
+    """Return the rows in the order of a checkpoint of Qwen3-Next: all rows of a key head together."""
     heads = config.linear_num_key_heads
     kinds = torch.cat((rows, gates)).split([heads * size for size in _rows_of_key_head(config)])
     return torch.cat([kind.unflatten(0, (heads, -1)) for kind in kinds], dim=1).flatten(0, 1)

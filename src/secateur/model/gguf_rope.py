@@ -57,15 +57,15 @@ def rope_metadata(config: Any) -> Numbers:
     beta = rope.get("llama_4_scaling_beta")
     return {
         "rope.freq_base": float(rope["rope_theta"]),
-        "rope.freq_base_swa": _float(window_rope_of(config).get("rope_theta")),
-        "attention.temperature_scale": _float(beta),
+        "rope.freq_base_swa": float_or_none(window_rope_of(config).get("rope_theta")),
+        "attention.temperature_scale": float_or_none(beta),
         "attention.temperature_length": original if beta else None,
         "rope.scaling.original_context_length": original if beta or kind in ("yarn", "longrope") else None,
         **_SCALING_METADATA.get(kind, lambda _: {})(config),
     }
 
 
-def _float(value: Any) -> float | None:
+def float_or_none(value: Any) -> float | None:
     """Return a number as a float; None for nothing and zero."""
     return float(value) if value else None
 
@@ -86,8 +86,8 @@ def _yarn_metadata(config: Any) -> Numbers:
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(rope["factor"]),
-        "rope.scaling.yarn_beta_fast": _float(rope.get("beta_fast")),
-        "rope.scaling.yarn_beta_slow": _float(rope.get("beta_slow")),
+        "rope.scaling.yarn_beta_fast": float_or_none(rope.get("beta_fast")),
+        "rope.scaling.yarn_beta_slow": float_or_none(rope.get("beta_slow")),
         **(usual if family_of(config).latent is None else latent),
     }
 
@@ -145,7 +145,7 @@ _FACTOR_TENSORS: Mapping[str, Callable[[Any, int], dict[str, Tensor]]] = {
 
 
 def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
-    """Complete a config's rotary settings by those of a file, in place.
+    """Add the rotary settings of a file to a config, in place.
 
     Args:
         config: the config object.

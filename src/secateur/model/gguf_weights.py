@@ -34,7 +34,7 @@ Read = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
 
 
 class Source(NamedTuple):
-    """Where the tensors of one parameter come from."""
+    """Tensors of a file that hold one parameter of the model."""
 
     names: Sequence[str]
     """The file's tensors."""
@@ -100,7 +100,7 @@ def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
 
 @dataclass(frozen=True)
 class _Parameter:
-    """One parameter of the model, and how it is read from a file."""
+    """Parameter of the model that is to be read from a file."""
 
     file: GgufFile
     config: Any

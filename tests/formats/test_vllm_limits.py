@@ -1,4 +1,4 @@
-"""What is said about vLLM without having it; `tests/serving` asks vLLM itself."""
+"""Limits of vLLM as secateur states them, without vLLM; `tests/serving` checks them with vLLM itself."""
 
 from __future__ import annotations
 
