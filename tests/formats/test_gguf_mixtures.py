@@ -190,8 +190,8 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_layouts_of_other_converters(tmp_path: Path) -> None:
-    """Gate and up of experts in one tensor; matrices to keys and values in one tensor; additional last blocks; no key for
-    the gating function."""
+    """Gate and up of experts in one tensor; matrices to keys and values in one tensor; additional last blocks; no key
+    for the gating function."""
     file = made("deepseek_v3", tmp_path)
     exact, held = read(file), {tensor.name: np.array(tensor.data) for tensor in GGUFReader(file).tensors}
 

@@ -55,7 +55,7 @@ def qwen(case: str, rope: dict[str, Any] | None = None, **keys: Any) -> tuple[st
 
 
 def merging(case: str, **keys: Any) -> tuple[str, dict[str, Any]]:
-    """A case of Qwen's whose tower takes two pictures at once and makes one token of four patches, as llama.cpp does."""
+    """A case of Qwen's whose tower takes two pictures at once and makes one token of four patches, as llama.cpp's."""
     kind, whole = qwen(case, **keys)
     tower = {"spatial_merge_size": 2, "temporal_patch_size": 2}
     tower |= {"num_position_embeddings": 64} if kind.startswith("qwen3") else {}
