@@ -1,4 +1,4 @@
-"""Every criterion against its formula, spelled out with loops, and the orders that scores amount to."""
+"""Criteria against their formulas, written out with loops, and the orders of removal that follow from scores."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def assert_scores(found: Tensor, wanted: list[float] | Tensor) -> None:
     torch.testing.assert_close(found.double(), torch.as_tensor(wanted, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
-def test_names_agree():
+def test_criteria_are_registered_under_the_names_in_their_files():
     assert {*CRITERIA, IDENTITY} == set(all_criteria())
     assert not set(preselections()) & set(all_criteria())
     scored = {name for name, one in all_criteria().items() if one.score or one.from_gradients}
@@ -105,7 +105,7 @@ def test_second_moment_of_an_ungated_module_with_biases():
 
 
 def test_second_moment_of_fused_layers():
-    """Phi-3 stores the gate's rows first, then those of the up layer, in one tensor."""
+    """Phi-3 stores the rows of gate and up in one tensor, gate first."""
     stats, x, _, _ = statistics("phi3", "channels")
     fused, down = stats.tensors["mlp.gate_up_proj.weight"].double(), stats.tensors["mlp.down_proj.weight"].double()
     half = stats.module.units
@@ -158,7 +158,7 @@ def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_second_moment_equals_monte_carlo(gated):
-    """Forty thousand draws against the covariance they come from."""
+    """Forty thousand samples against the covariance from which they are drawn."""
     stats, second, mean = normal_statistics(gated)
     wanted = torch.ones(stats.module.units)
     for slab in stats.module.channel_projections:
@@ -170,8 +170,8 @@ def test_second_moment_equals_monte_carlo(gated):
     assert float((found / wanted - 1).abs().max()) < 0.05
 
 
-def test_the_half_is_what_a_rectifier_leaves():
-    """For symmetric inputs and no bias, the score is the mean energy of what a channel adds to the output."""
+def test_the_factor_one_half_is_exact_for_a_rectifier():
+    """The score is the mean energy that a channel adds to the output, for symmetric inputs without a bias."""
     generator = torch.Generator().manual_seed(0)
     model = build("opt")
     block, layer = blocks_of(model)[0], layers_of(model)[0]
@@ -195,7 +195,7 @@ def test_the_half_is_what_a_rectifier_leaves():
 
 @pytest.mark.parametrize("kind", ["heads", "channels"])
 @pytest.mark.parametrize("name", MODELS)
-def test_wanda(name, kind):
+def test_wanda_equals_its_formula(name, kind):
     stats, _, inner, _ = statistics(name, kind)
     size, weight = stats.module.size, stats.weight_ao.double()
     wanted = []
@@ -244,7 +244,7 @@ def unit_weights(stats: Statistics, unit: int) -> list[tuple[Tensor, float]]:
 @pytest.mark.parametrize("kind", ["heads", "channels"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
-def test_magnitudes(criterion, name, kind):
+def test_magnitudes_equal_their_formulas(criterion, name, kind):
     stats, _, _, _ = statistics(name, kind)
     wanted = []
     for unit in range(stats.module.units):
@@ -256,7 +256,7 @@ def test_magnitudes(criterion, name, kind):
     assert_scores(scores_of(criterion, stats), wanted)
 
 
-def test_random_is_seeded():
+def test_random_scores_depend_on_the_seed_only():
     scores = [scores_of("random", statistics("llama", "channels", seed=seed)[0]) for seed in (0, 0, 1)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
@@ -265,7 +265,7 @@ def test_random_is_seeded():
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("kind", ["heads", "channels"])
-def test_criteria_change_nothing(criterion, kind):
+def test_criteria_leave_tensors_and_moments_unchanged(criterion, kind):
     stats, _, _, _ = statistics("llama biased", kind)
     before = {name: tensor.clone() for name, tensor in stats.tensors.items()}
     found = ready(criterion, stats.module)
@@ -292,7 +292,7 @@ def llama(kind: str) -> tuple[Statistics, PrunableModule]:
     return stats, stats.module
 
 
-def test_order_of_channels():
+def test_channels_are_removed_by_ascending_score():
     stats, module = llama("channels")
     scores = [float((7 * unit) % module.units) for unit in range(module.units)]
     order = ordered(scores)(stats, "channels", 70)
@@ -303,8 +303,8 @@ def test_order_of_channels():
     )
 
 
-def test_order_of_groups():
-    """Six heads in three groups; a group is worth what its heads are worth together."""
+def test_groups_are_removed_by_the_sum_of_their_heads():
+    """Six heads in three groups."""
     stats, module = llama("heads")
     order = ordered([0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
     assert order(stats, KV_GROUPS, 1) == [0, 2]
@@ -313,15 +313,15 @@ def test_order_of_groups():
     assert remaining_units(module, KV_GROUPS, torch.tensor([0])) == (2, 3, 4, 5)
 
 
-def test_order_of_heads():
-    """One head of every group a round, whatever the groups are worth."""
+def test_each_round_removes_one_head_of_every_group():
+    """The scores of whole groups do not matter."""
     stats, module = llama("heads")
     order = ordered([0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, HEADS_PER_GROUP, 1)
     assert order == [0, 3, 5]
     assert remaining_units(module, HEADS_PER_GROUP, torch.tensor(order)) == (1, 2, 4)
 
 
-def test_order_of_heads_in_rounds():
+def test_heads_of_a_group_are_removed_by_ascending_score():
     stats = statistics("qwen2", "heads")[0]
     order = ordered([3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
     assert order(stats, HEADS_PER_GROUP, 1) == [1, 3, 2, 5]
@@ -329,7 +329,7 @@ def test_order_of_heads_in_rounds():
     assert remaining_units(stats.module, HEADS_PER_GROUP, torch.tensor([1, 3])) == (0, 2, 4, 5)
 
 
-def test_equal_scores_leave_in_order():
+def test_equal_scores_are_removed_in_order():
     stats, module = llama("channels")
     order = ordered([1.0] * module.units)(stats, "channels", 60)
     assert order == list(range(module.units - 60))
@@ -337,7 +337,7 @@ def test_equal_scores_leave_in_order():
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "llama one group", "gpt2"])
-def test_every_width_of_every_pattern(criterion, name):
+def test_every_width_along_every_axis_can_be_reached(criterion, name):
     for kind in ("heads", "channels"):
         stats, _, inner, _ = statistics(name, kind)
         module = stats.module
@@ -360,7 +360,7 @@ def test_every_width_of_every_pattern(criterion, name):
             assert 0 < float(curve.errors[-1]) < energy
 
 
-def test_surgeon_is_the_elimination():
+def test_surgeon_equals_elimination():
     stats, _, inner, _ = statistics("llama", "heads")
     assert stats.module.size == 8
     found = error_curve(all_criteria()["surgeon"], stats, KV_GROUPS, 1)
@@ -374,7 +374,7 @@ def test_surgeon_is_the_elimination():
     assert float(found.errors[1]) < float((plain - target).square().sum())
 
 
-def test_the_order_is_that_of_other_rows():
+def test_choice_rows_decide_the_order_and_fit_rows_the_errors():
     """Errors are of the rows that are fitted to, in the order that those for the choice give."""
     stats, choice = statistics("llama", "channels")[0], statistics("llama", "channels", index=2)[0]
     found = error_curve(all_criteria()["surgeon"], stats, "channels", 1, choice)
@@ -384,7 +384,7 @@ def test_the_order_is_that_of_other_rows():
     assert float(found.errors[-1]) == pytest.approx(float(own.errors[-1]), rel=0.5)
 
 
-def test_surgeon_errors_are_lowest():
+def test_surgeon_has_lower_errors_than_random():
     """On its own terms the greedy order beats chance."""
     stats = statistics("llama", "channels")[0]
     surgeon, chance = (error_curve(all_criteria()[name], stats, "channels", 1) for name in ("surgeon", "random"))

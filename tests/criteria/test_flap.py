@@ -1,4 +1,4 @@
-"""FLAP, criteria and bias, against its formulas; and the peers of `benchmarks/peers.py`, at the wanted size."""
+"""FLAP's criteria and bias against their formulas, and the methods of `benchmarks/peers.py`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def metrics(weight: Tensor, inner: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("criterion", ["flap-wifv", "flap-ifv", "flap-wifn"])
 @pytest.mark.parametrize("kind", SCORED_KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_scores(name, kind, criterion):
+def test_flap_scores_equal_their_formulas(name, kind, criterion):
     stats, _, inner, _ = statistics(name, kind)
     metric = metrics(stats.weight_ao.double(), inner.double())[criterion]
     if kind == "heads":
@@ -65,7 +65,7 @@ def test_scores(name, kind, criterion):
     assert_scores(scores_of(criterion, stats), metric)
 
 
-def test_a_constant_input_is_worth_nothing():
+def test_a_constant_input_has_a_score_of_zero():
     stats, _, inner, _ = statistics("llama", "channels")
     stats.moments = type(stats.moments)(72)
     stats.moments.update(torch.cat([inner[:, :-1], torch.full((len(inner), 1), 1e4 / 3)], dim=1))
@@ -78,7 +78,7 @@ def test_a_constant_input_is_worth_nothing():
 
 
 def mean_output(model: nn.Module, index: int, path: str, ids: Tensor) -> Tensor:
-    """Of a layer, over the calibration tokens."""
+    """Return the mean output of a layer over the calibration tokens."""
     outputs: list[Tensor] = []
     hook = layers_of(model)[index].get_submodule(path).register_forward_hook(lambda _, __, y: outputs.append(y))
     logits_of(model, ids)
@@ -87,7 +87,7 @@ def mean_output(model: nn.Module, index: int, path: str, ids: Tensor) -> Tensor:
 
 
 def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
-    """What `prune` does when it is asked for the bias, and the rows that it calibrates on."""
+    """Return the blocks that `prune --recovery bias` fits, and its calibration rows."""
     options: dict[str, Any] = {"sparsity": 0.3, "criterion": "flap-wifv", "recovery": "bias"}
     run = open_model(folder, samples=64, length=16, calibration="random", device="cpu", **options)
     rows = draw_rows(run)
@@ -98,7 +98,7 @@ def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
 @pytest.mark.parametrize("whole", [False, True], ids=["the refit alone", "as prune asks for it"])
 @pytest.mark.parametrize("name", BIASES)
 def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
-    """Of each module where it stands: behind the pruned modules before it, its own units all there or cut."""
+    """Each module is measured on the outputs of the pruned modules before it."""
     if whole:
         found, ids = asked(checkpoint_folder(name), name)
     else:
@@ -118,7 +118,7 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
 
 
 @pytest.mark.parametrize("name", BIASES)
-def test_the_bias_is_the_removed_part_of_the_mean(checkpoint_folder, name):
+def test_the_bias_is_the_mean_output_of_removed_units(checkpoint_folder, name):
     found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv")[0]
     model = build(name)
     module, layer = blocks_of(model)[0].attention, layers_of(model)[0]
@@ -136,7 +136,7 @@ def test_the_bias_is_the_removed_part_of_the_mean(checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("name", BIASES)
-def test_the_bias_leaves_the_weights(checkpoint_folder, name):
+def test_the_bias_recovery_leaves_weights_unchanged(checkpoint_folder, name):
     found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv", when="both")
     model = build(name)
     for block in found:
@@ -148,12 +148,12 @@ def test_the_bias_leaves_the_weights(checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("name", BIASES)
-def test_reported_errors_with_a_bias(checkpoint_folder, name):
+def test_the_reported_error_with_a_bias_equals_the_models(checkpoint_folder, name):
     found = run(checkpoint_folder(name), name, method="bias", criterion="flap-wifv")
     assert found[-1].reports[-1].relative == pytest.approx(output_error(name, found), rel=1e-3)
 
 
-def test_behind_a_norm_nothing_is_added(checkpoint_folder):
+def test_no_bias_is_added_before_a_norm(checkpoint_folder):
     found = run(checkpoint_folder("gemma2"), "gemma2", method="bias", criterion="flap-wifv")
     assert found[0].keep["heads"] != tuple(range(6))
     assert not any(name.endswith("bias") for block in found for name in block.changed)
@@ -172,7 +172,7 @@ def dense_parameters(stream: BlockStream) -> int:
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5])
 @pytest.mark.parametrize("name", ["wanda-sp", "flap", "uniform-obc", "optipfair", "optipfair-calibrated"])
-def test_peers_have_the_wanted_size(checkpoint_folder, peers, name, sparsity):
+def test_peers_have_the_requested_size(checkpoint_folder, peers, name, sparsity):
     if name.startswith("optipfair"):
         pytest.importorskip("optipfair")
     stream, rows = opened(checkpoint_folder("llama"))
@@ -187,8 +187,8 @@ def test_peers_have_the_wanted_size(checkpoint_folder, peers, name, sparsity):
     assert peer.note
 
 
-def test_flap_may_empty_a_module(checkpoint_folder, peers, monkeypatch):
-    """Its mean output is left, as a bias."""
+def test_flap_may_remove_all_units_of_a_module(checkpoint_folder, peers, monkeypatch):
+    """The module's mean output remains as a bias."""
     stream, rows = opened(checkpoint_folder("llama"))
     widths = {0: wide(0, 0, 72), 1: wide(3, 2, 0), 2: wide(3, 2, 72)}
     monkeypatch.setattr(peers, "flap_widths", lambda *_: widths)
@@ -207,7 +207,7 @@ def test_flap_may_empty_a_module(checkpoint_folder, peers, monkeypatch):
 
 @pytest.mark.parametrize("name", ["depth", "depth-greedy"])
 @pytest.mark.parametrize("model", ["llama", "qwen2 window"])
-def test_depth_peers_drop_blocks(checkpoint_folder, peers, model, name):
+def test_depth_pruning_removes_blocks(checkpoint_folder, peers, model, name):
     stream, rows = opened(checkpoint_folder(model))
     ids, left = rows.groups[0], []
     peer = peers.PEERS[name](stream, rows, 0.3)
@@ -230,7 +230,7 @@ def loss(model: Any, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def test_block_influence(checkpoint_folder, peers):
+def test_block_influence_equals_its_formula(checkpoint_folder, peers):
     stream, rows = opened(checkpoint_folder("llama"))
     model, seen = build("llama"), []
     for layer in layers_of(model):
@@ -240,8 +240,8 @@ def test_block_influence(checkpoint_folder, peers):
     torch.testing.assert_close(peers.block_influence(stream, rows), torch.tensor(wanted).double(), rtol=1e-4, atol=0)
 
 
-def test_flap_widths_by_hand(checkpoint_folder, peers):
-    """Standardised scores and parameters in one list, the best of it kept."""
+def test_flap_widths_equal_one_global_sort(checkpoint_folder, peers):
+    """Standardised scores and parameter counts of all modules in one list."""
     stream, rows = opened(checkpoint_folder("llama"))
     model, seen = build("llama"), []
     for layer in layers_of(model):
@@ -271,7 +271,7 @@ def test_flap_widths_by_hand(checkpoint_folder, peers):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama one group", "llama every head", "gpt2", "olmo2"])
-def test_flap_widths_can_be_held(checkpoint_folder, peers, name):
+def test_flap_widths_have_the_requested_size_and_whole_groups(checkpoint_folder, peers, name):
     stream, rows = opened(checkpoint_folder(name))
     widths = peers.flap_widths(stream, rows, 0.3)
     kept = sum(block.parameters_at(widths[index]) for index, block in enumerate(stream.blocks))
@@ -281,7 +281,7 @@ def test_flap_widths_can_be_held(checkpoint_folder, peers, name):
         assert width.heads == 0 or dense.groups == width.groups or dense.per_group == width.per_group
 
 
-def test_uniform_widths_cut_both_modules_alike(peers):
+def test_uniform_widths_cut_both_modules_by_the_same_share(peers):
     block = blocks_of(build("llama one group"))[0]
     width = peers.uniform_width(block, 0.4)
     assert (width.groups, width.per_group) == (1, 3)
@@ -289,8 +289,8 @@ def test_uniform_widths_cut_both_modules_alike(peers):
     assert width.channels / 72 == pytest.approx(0.6, abs=0.1)
 
 
-def test_uniform_obc_keeps_to_its_own_output(checkpoint_folder, peers):
-    """The first block's attention by hand: the dense output as the target, pulled to the old weights."""
+def test_uniform_obc_regresses_on_the_modules_own_output(checkpoint_folder, peers):
+    """The first attention by hand, with the dense output as target and a ridge toward the old weights."""
     stream, rows = opened(checkpoint_folder("llama"))
     network = peers.uniform_obc(stream, rows, 0.3).network
     model, seen = build("llama"), []

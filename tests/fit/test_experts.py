@@ -1,4 +1,4 @@
-"""Mixtures of experts: where tokens go, which experts leave, and what the others are refitted to."""
+"""Mixtures of experts: routes of tokens, the order of removal, and the refit of the remaining experts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def routed_of(mixture: Mixture, tokens: int = TOKENS) -> RoutedTokens:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x = inputs(mixture.stream.width)
         routes = mixture.route(x, mixture.every)
@@ -75,8 +75,8 @@ def test_the_parts_give_the_whole(checkpoint_folder: CheckpointFolder, name: str
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """While some are gone no token meets them, the block computes so, and behind it all is as before."""
+def test_experts_are_removed_inside_the_context_only(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Inside, no token is routed to a removed expert. Afterwards nothing has changed."""
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
         x, module = inputs(mixture.stream.width), mixture.module
         before = {key: value.clone() for key, value in layer.state_dict().items()}
@@ -96,8 +96,8 @@ def test_experts_are_gone_inside_only(checkpoint_folder: CheckpointFolder, name:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_experts_stay_as_they_are_stored(tmp_path: Path, name: str) -> None:
-    """They take half of float32's memory where weights are bfloat16, and give the same to the bit."""
+def test_experts_stay_in_the_stored_dtype(tmp_path: Path, name: str) -> None:
+    """bfloat16 experts take half of float32's memory, and give bitwise the same results."""
     build(name).to(torch.bfloat16).save_pretrained(tmp_path)
     stream = BlockStream(open_checkpoint(tmp_path))
     with stream.filled(2) as layer, torch.no_grad():
@@ -122,7 +122,7 @@ def test_experts_stay_as_they_are_stored(tmp_path: Path, name: str) -> None:
 
 
 def error_without(mixture: Mixture, routed: RoutedTokens, gone: list[int]) -> float:
-    """By the model's own forward."""
+    """Return the error without some experts, by the model's own forward pass."""
     alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in gone])
     found = mixture.output(routed.x_nd[None], alive)[0]
     beside = mixture.shared_output(routed.x_nd)
@@ -131,7 +131,7 @@ def error_without(mixture: Mixture, routed: RoutedTokens, gone: list[int]) -> fl
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "minimax_m2", "qwen3_moe", "llama4_text"])
-def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_reroute_removes_the_expert_with_the_least_error(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, module = routed_of(mixture), mixture.module
         found = expert_order("reroute", routed, module.min_units)
@@ -147,10 +147,10 @@ def test_rerouting_takes_the_cheapest_each_time(checkpoint_folder: CheckpointFol
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe groups"])
-def test_several_leave_at_a_time(
+def test_errors_are_interpolated_within_a_round(
     checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Half of all, as many of each group; between such steps errors are interpolated."""
+    """Half of the experts are removed per round, equally many from each group."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, groups = routed_of(mixture), mixture.module.groups
         found = expert_order("frequency", routed, mixture.module.min_units)
@@ -167,8 +167,8 @@ def test_several_leave_at_a_time(
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_outputs_on_other_routes(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """From what they were, by the two experts that change places; as the sum over all that a token meets."""
+def test_rerouted_output_equals_the_full_sum(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """The shortcut by the two experts that change places, against the sum over all experts of a token."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, every = routed_of(mixture), mixture.every
         before = mixture.route(routed.x_nd, every)
@@ -191,7 +191,7 @@ def test_outputs_on_other_routes(checkpoint_folder: CheckpointFolder, name: str)
 
 
 @pytest.mark.parametrize("order", ["reroute", "reap", "frequency", "random"])
-def test_groups_stay_equally_long(checkpoint_folder: CheckpointFolder, order: str) -> None:
+def test_groups_stay_equally_large(checkpoint_folder: CheckpointFolder, order: str) -> None:
     with mixture_of(checkpoint_folder, "glm4_moe groups") as (mixture, _):
         module, routed = mixture.module, routed_of(mixture)
         found = expert_order(order, routed, module.min_units)
@@ -203,7 +203,7 @@ def test_groups_stay_equally_long(checkpoint_folder: CheckpointFolder, order: st
             )
 
 
-def test_scores_by_hand(checkpoint_folder: CheckpointFolder) -> None:
+def test_expert_scores_equal_their_formulas(checkpoint_folder: CheckpointFolder) -> None:
     with mixture_of(checkpoint_folder, "qwen2_moe") as (mixture, _):
         routed = routed_of(mixture)
         logits = routed.x_nd @ mixture.router.weight.T
@@ -222,7 +222,7 @@ def test_scores_by_hand(checkpoint_folder: CheckpointFolder) -> None:
 
 
 def fitted(folder: Any, experts: int, channels: int | None = None, criterion: str = "surgeon", **recovery: Any) -> Any:
-    """Block 2 with so many experts, and so many channels of each."""
+    """Return block 2 fitted with a number of experts, and a number of channels of each."""
     stream = BlockStream(open_checkpoint(folder))
     dense = stream.blocks[2].width
     width = dense | {EXPERTS: experts, EXPERT_CHANNELS: channels or dense.channels}
@@ -250,8 +250,8 @@ def first_to_leave(hessian: Tensor, right: Tensor, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("channels", [20, 8])
-def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channels: int) -> None:
-    """Experts one after the other, each by float64 for what the output lacks, by the channels that stay."""
+def test_the_refit_of_experts_is_least_squares(checkpoint_folder: CheckpointFolder, channels: int) -> None:
+    """Each expert in turn, in float64: kept channels regressed on target minus output of the others."""
     name, ridge = "qwen2_moe", 0.3
     block = fitted(checkpoint_folder(name), 5, channels, ridge=ridge, input_steps=0)
     stay = channels_of(block, 20) if channels < 20 else {}
@@ -303,8 +303,8 @@ def test_the_refit_is_least_squares(checkpoint_folder: CheckpointFolder, channel
 
 
 @pytest.mark.parametrize("name", ["hunyuan_v1_moe", "deepseek_v3", "ernie4_5_moe"])
-def test_channels_of_the_shared_expert_go_along(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """Where its width follows from that of the others: chosen and solved by float64 ahead of them."""
+def test_the_shared_expert_is_narrowed_with_the_others(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """If its width follows from theirs, its channels are chosen and refitted first; against float64."""
     ridge, experts = 0.3, blocks_of(build(name))[2].feed_forward.units
     block = fitted(checkpoint_folder(name), experts, 8, ridge=ridge)
     with mixture_of(checkpoint_folder, name) as (mixture, _):
@@ -328,7 +328,7 @@ def test_channels_of_the_shared_expert_go_along(checkpoint_folder: CheckpointFol
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_slopes_are_what_a_small_change_gives(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_slopes_equal_finite_differences(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x, dice, expert = inputs(mixture.stream.width), torch.Generator().manual_seed(1), 2
         own, tensors = mixture.feed_forward(expert), mixture.tensors(expert)
@@ -344,8 +344,8 @@ def test_slopes_are_what_a_small_change_gives(checkpoint_folder: CheckpointFolde
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4_text", "deepseek_v3"])
-def test_level1_of_experts_is_fitted_along(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """What is reported is what the block with the new weights loses, and that is less."""
+def test_input_projections_of_experts_reduce_the_error(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """The reported error equals the error of the block with the new weights, and is smaller than without the step."""
     folder, experts = checkpoint_folder(name), blocks_of(build(name))[2].feed_forward.units - 2
     plain, block = (fitted(folder, experts, input_steps=steps) for steps in (0, 2))
     assert block.keep == plain.keep
@@ -366,7 +366,7 @@ def test_level1_of_experts_is_fitted_along(checkpoint_folder: CheckpointFolder, 
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_the_refit_of_experts_reduces_the_error(checkpoint_folder: CheckpointFolder, name: str) -> None:
     block = blocks_of(build(name))[2].feed_forward
     stay = max(block.min_units, block.units * 3 // 4 // block.groups * block.groups)
     errors = [fitted(checkpoint_folder(name), stay, method=method).reports[1].error for method in ("none", "refit")]
@@ -374,11 +374,11 @@ def test_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None
 
 
 DISTINCT = ("mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "deepseek_v3", "gemma4_text mixture")
-"""One for each way to hold experts, to count them and to share one."""
+"""Models for every way to store experts, to name their number and to have a shared one."""
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_channels_of_experts_go_and_the_refit_gains(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_the_refit_of_narrowed_experts_reduces_the_error(checkpoint_folder: CheckpointFolder, name: str) -> None:
     module = blocks_of(build(name))[2].feed_forward
     how: dict[str, Any] = {"experts": module.units, "channels": 8}
     plain, block = (fitted(checkpoint_folder(name), method=method, **how) for method in ("none", "refit"))
@@ -389,7 +389,7 @@ def test_channels_of_experts_go_and_the_refit_gains(checkpoint_folder: Checkpoin
 
 @pytest.mark.parametrize("criterion", ["wanda", "flap-wifv", "second-moment", "l2", "random", "llm-pruner-vector"])
 def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: CheckpointFolder, criterion: str) -> None:
-    """By what an expert is on its own; where one asks for gradients, the default stands in."""
+    """Each expert has its own statistics. The default replaces a criterion that needs gradients."""
     folder = checkpoint_folder("gpt_oss")
     found, usual = (fitted(folder, 8, 24, name, method="none") for name in (criterion, "surgeon"))
     same = found.keep.get("channels") == usual.keep.get("channels")
@@ -403,7 +403,7 @@ def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: Check
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
-def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_the_error_curve_of_channels_equals_the_output_error(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, inner = routed_of(mixture), mixture.module.units_inside
         errors, orders = channel_errors(routed)
@@ -430,8 +430,8 @@ def test_the_curve_of_channels_is_what_the_output_loses(checkpoint_folder: Check
 
 
 @pytest.mark.parametrize(("rows", "inputs_"), [(30, 7), (7, 30), (12, 12)])
-def test_a_row_is_judged_by_the_others(rows: int, inputs_: int) -> None:
-    """By float64 and as many fits as rows, the penalty being that of all of them."""
+def test_left_out_residuals_equal_fits_without_the_row(rows: int, inputs_: int) -> None:
+    """The reference is one float64 fit per row, with the penalty of all rows."""
     dice = torch.Generator().manual_seed(1)
     x, r = (torch.randn(rows, size, generator=dice, dtype=torch.float64) for size in (inputs_, 5))
     x[:, 2] = 0
@@ -448,8 +448,8 @@ def test_a_row_is_judged_by_the_others(rows: int, inputs_: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "hunyuan_v1_moe"])
-def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """Nothing is gained where nothing may change, and what is gained is what fits by hand gain."""
+def test_the_share_of_error_after_the_refit_equals_fits_by_hand(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """The share is one if nothing may change."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed = routed_of(mixture, 2000)
         scale, alive = torch.linspace(1, 2, 2000), mixture.every[2:]
@@ -481,7 +481,7 @@ def test_what_the_refit_leaves(checkpoint_folder: CheckpointFolder, name: str) -
         assert found == pytest.approx(float(after / before), rel=1e-3)
 
 
-def test_an_expert_that_few_tokens_meet_keeps_its_weights(checkpoint_folder: CheckpointFolder) -> None:
+def test_an_expert_with_few_tokens_keeps_its_weights(checkpoint_folder: CheckpointFolder) -> None:
     name = "qwen3_moe"
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     width = stream.blocks[2].width | {EXPERTS: 6}

@@ -1,4 +1,4 @@
-"""The scale on the final norm: there the pruned model's distribution is nearest to the dense model's."""
+"""Final-norm scale: the scale at which the pruned distribution is closest to the dense one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def streams(width: int, noise: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "noise"), [("llama", 0.3), ("llama", 0.6), ("gemma3_text", 0.1), ("gpt2", 0.6)])
-def test_no_other_scale_comes_nearer(checkpoint_folder: CheckpointFolder, name: str, noise: float) -> None:
+def test_no_other_scale_has_a_smaller_divergence(checkpoint_folder: CheckpointFolder, name: str, noise: float) -> None:
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     dense, pruned = streams(stream.width, noise)
     none = torch.empty(0)
@@ -50,7 +50,7 @@ def test_no_other_scale_comes_nearer(checkpoint_folder: CheckpointFolder, name: 
     assert scale == pytest.approx(best, abs=5e-3)
 
 
-def test_streams_that_agree_up_to_rounding_need_no_scale(checkpoint_folder: CheckpointFolder) -> None:
+def test_equal_streams_get_a_scale_of_one(checkpoint_folder: CheckpointFolder) -> None:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     dense, _ = streams(stream.width, 0.0)
     none = torch.empty(0)
@@ -58,11 +58,11 @@ def test_streams_that_agree_up_to_rounding_need_no_scale(checkpoint_folder: Chec
 
 
 @pytest.mark.parametrize("least", [0.61, 0.7, 0.83, 1.0, 1.02])
-def test_a_parabola_has_its_minimum_between_the_grids_points(least: float) -> None:
+def test_the_minimum_of_a_parabola_lies_between_grid_points(least: float) -> None:
     assert _minimum([3 * (scale - least) ** 2 + 1 for scale in SCALES]) == pytest.approx(least if least > 0.62 else 0.6)
 
 
-def test_ends_of_the_grid_are_not_left() -> None:
+def test_the_scale_stays_inside_the_grid() -> None:
     rising = list(SCALES)
     assert _minimum(rising) == pytest.approx(0.6)
     assert _minimum(rising[::-1]) == pytest.approx(1.05)

@@ -1,4 +1,4 @@
-"""Level 1 fitted along with level 2: the linearised module, its least squares, and what a step does to a model."""
+"""Gauss-Newton step on input projections: the linearised module, its least squares, and its effect on a model."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_step_is_the_least_squares_solution(seed, gated, ridge, channels, wi
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def test_every_step_comes_nearer_and_nothing_asks_for_nothing():
+def test_more_iterations_reduce_the_error_and_a_zero_residual_changes_nothing():
     matrices, weight, source = [drawn(i, 6, 4) for i in range(2)], drawn(2, 6, 4), drawn(3, 30, 4)
     residual, counts = drawn(4, 30, 4), torch.ones(30, dtype=torch.float64)
     left = []
@@ -125,8 +125,8 @@ def test_every_step_comes_nearer_and_nothing_asks_for_nothing():
     assert all(not change.any() for change in tangent.solve(lambda: parts, 0.3, 4))
 
 
-def test_as_many_steps_as_unknowns_solve_it():
-    """Steps build on each other: two for two unknowns, where steepest descent would take many more."""
+def test_two_iterations_solve_for_two_unknowns():
+    """Conjugate gradients build on each other; steepest descent would need many more iterations."""
     matrices, weight, source = [drawn(0, 1, 2)], drawn(1, 1, 3), drawn(2, 30, 2) * torch.tensor([1.0, 5.0])
     residual, counts = drawn(3, 30, 3), drawn(4, 30).square()
     found = []
@@ -138,7 +138,7 @@ def test_as_many_steps_as_unknowns_solve_it():
 
 
 def test_one_step_is_enough_where_factors_and_inputs_are_independent():
-    """There the preconditioner is the curvature itself, but for a little on its diagonal."""
+    """Then the preconditioner is the curvature itself, except for damping on its diagonal."""
     matrices, weight = [drawn(0, 5, 4)], drawn(1, 5, 6) * torch.tensor([[0.1], [0.3], [1.0], [3.0], [10.0]])
     source = drawn(2, 50, 4) * torch.tensor([0.1, 1.0, 3.0, 10.0])
     residual, counts = drawn(4, 50, 6), torch.ones(50, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_one_step_is_enough_where_factors_and_inputs_are_independent():
     assert gained > 0.99 * possible > 0
 
 
-def test_half_precision_steers_as_well():
+def test_bfloat16_rows_reduce_the_error_as_much():
     matrices, weight, source = ([drawn(i, 24, 16).float() / 4 for i in range(2)], drawn(2, 24, 16), drawn(3, 400, 16))
     weight, source, residual = weight.float() / 5, source.float(), drawn(4, 400, 16).float()
     left = {}
@@ -173,8 +173,8 @@ def test_half_precision_steers_as_well():
 
 
 @pytest.mark.parametrize("name", ROWS | SIMILAR)
-def test_outputs_and_activation_are_the_familys_own(checkpoint_folder, name):
-    """Up and gate in the right order, with their biases, and the right function between the levels."""
+def test_projection_outputs_are_those_of_the_model(checkpoint_folder, name):
+    """Up and gate in the right order, with their biases, and with the family's activation."""
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     block = stream.blocks[1].feed_forward
     seen: dict[str, Tensor] = {}
@@ -203,7 +203,7 @@ def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
 
 
 @pytest.mark.parametrize("name", [*WIDTHS, "phi3"])
-def test_a_feed_forward_comes_nearer_to_its_target(checkpoint_folder, name):
+def test_the_step_reduces_the_error_of_a_feed_forward(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     alone, both, longer = (run(folder, name, input_steps=steps) for steps in (0, 4, 12))
     # The first block's module sees the same input and target in all.
@@ -218,7 +218,7 @@ def test_a_feed_forward_comes_nearer_to_its_target(checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_a_step_that_gains_nothing_is_taken_back(checkpoint_folder, name, monkeypatch):
+def test_a_step_that_raises_the_error_is_undone(checkpoint_folder, name, monkeypatch):
     folder = checkpoint_folder(name)
     alone = run(folder, name, input_steps=0)
     monkeypatch.setattr(GaussNewtonStep, "solve", lambda self, *_: [100 * torch.ones_like(r) for r in self.gradient])
@@ -229,8 +229,8 @@ def test_a_step_that_gains_nothing_is_taken_back(checkpoint_folder, name, monkey
             torch.testing.assert_close(one.changed[path], tensor)
 
 
-def test_what_needs_no_repair_stays(checkpoint_folder):
-    """A module at full width behind dense blocks is as it was, bit for bit in level 1."""
+def test_unpruned_modules_keep_their_input_projections(checkpoint_folder):
+    """A module at full width after dense blocks: its input projections are bitwise unchanged."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
     (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(input_steps=4, cauchy_scale=math.inf)))

@@ -1,4 +1,4 @@
-"""What a recovery does to a whole model, against the same steps done on whole models in float64."""
+"""Recoveries on whole models, against the same steps done by hand in float64."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OwnOutput(Refit):
 
 
 def some_recovery(method: str = "refit", **settings: Any) -> Recovery:
-    """A recovery by its name, with those of the settings that it has."""
+    """Return a recovery by its name, with the settings that are fields of it."""
     own = {field.name for field in fields(all_recoveries()[method])}
     return recovery_of(method, **{name: value for name, value in settings.items() if name in own})
 
@@ -166,7 +166,7 @@ def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) 
     ("when", "criterion"), [("after", "surgeon"), ("before", "second-moment"), ("both", "second-moment")]
 )
 @pytest.mark.parametrize("name", ["llama biased", "llama", "gpt2", "opt"])
-def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
+def test_the_paper_recovery_equals_its_algorithms(checkpoint_folder, name, when, criterion):
     found = run(checkpoint_folder(name), name, method="paper", when=when, criterion=criterion)
     blocks, wanted = blocks_of(build(name)), paper(name, found, when)
     for block, reference in zip(found, wanted, strict=True):
@@ -187,8 +187,8 @@ def test_the_papers_two_levels(checkpoint_folder, name, when, criterion):
         assert block.changed.keys() == names
 
 
-def test_what_reads_a_latent_vector_stays(checkpoint_folder):
-    """It is no regression on the module's input; the output layer is fitted as everywhere."""
+def test_projections_of_a_latent_vector_are_not_refitted(checkpoint_folder):
+    """Such projections do not read the module's input. The output projection is refitted as usual."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("youtu")))
     plan = Plan({1: stream.blocks[1].width | {"kv_groups": 2}}, 0.3, 0.3)
     (found,) = refit(stream, plan, IDS, method=Method("surgeon", recovery_of(method="paper", ridge=RIDGE)))
@@ -200,7 +200,7 @@ def test_what_reads_a_latent_vector_stays(checkpoint_folder):
 @pytest.mark.parametrize("when", ["after", "before"])
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
-    """What LayerNorm yields lies in a plane: across it any level-1 weight is a solution, and the old ones are kept."""
+    """Outputs of a LayerNorm lie in a plane, so that many weights are solutions: the nearest to the old is taken."""
     found = run(checkpoint_folder(name), name, method="paper", when=when, ridge=0.0)
     model, wanted = build(name), paper(name, found, when, ridge=0.0)
     for block, reference in zip(found, wanted, strict=True):
@@ -217,8 +217,8 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
 @pytest.mark.parametrize(
     ("method", "when", "times"), [("refit", "after", 6), ("paper", "before", 6), ("none", "after", 6)]
 )
-def test_a_fit_brings_its_error_along(checkpoint_folder, monkeypatch, method, when, times):
-    """The residual of any weights takes a product as large as the solve: one a module, and a minimiser's takes none."""
+def test_the_old_error_is_computed_once_per_module(checkpoint_folder, monkeypatch, method, when, times):
+    """The error of given weights costs a product as large as the solve; the error at a minimum costs none."""
     taken = []
     residual = fit_module.squared_error
     monkeypatch.setattr(fit_module, "squared_error", lambda *given: taken.append(1) or residual(*given))
@@ -227,8 +227,8 @@ def test_a_fit_brings_its_error_along(checkpoint_folder, monkeypatch, method, wh
 
 
 @pytest.mark.parametrize("name", ["llama biased", "gpt2"])
-def test_the_three_times_differ(checkpoint_folder, name):
-    """Otherwise the test above could not tell them apart."""
+def test_before_after_and_both_give_different_weights(checkpoint_folder, name):
+    """Otherwise the test of the paper's recovery could not tell them apart."""
     level2 = blocks_of(build(name))[1].feed_forward.output_projection.name
     found = {
         when: run(checkpoint_folder(name), name, method="paper", when=when, criterion="l2")[1]
@@ -244,7 +244,7 @@ def test_the_three_times_differ(checkpoint_folder, name):
     ("name", "method"), [(name, method) for name in ("llama", "gpt2", "opt") for method in ("refit", "paper")]
 )
 def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name, method, when, ridge):
-    """Both streams see the same, so that the dense weights are the solution, whatever pulls to them."""
+    """Both streams are equal, so the old weights are the solution with any ridge."""
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     plan = Plan({index: stream.blocks[index].width for index in range(3)}, 0.0, 0.0)
     model = build(name)
@@ -260,8 +260,8 @@ def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name
 
 @pytest.mark.parametrize("method", ["refit", "paper"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_before_changes_what_the_criterion_sees(checkpoint_folder, monkeypatch, method, when):
-    """In the paper's recovery, which alone can come before; the refit comes after the choice whatever is said."""
+def test_before_shows_the_criterion_refitted_weights(checkpoint_folder, monkeypatch, method, when):
+    """Only the paper's recovery refits before the choice of units; the refit always comes after it."""
     seen_: list[tuple[str, Tensor, Tensor]] = []
     original = fit_module.removal_order
 
@@ -281,7 +281,7 @@ def test_before_changes_what_the_criterion_sees(checkpoint_folder, monkeypatch, 
         assert torch.equal(tensors[first], stored[first]) == (method == "refit" or when == "after")
 
 
-def test_none_leaves_the_weights(checkpoint_folder):
+def test_none_leaves_the_weights_unchanged(checkpoint_folder):
     found = run(checkpoint_folder("llama biased"), "llama biased", method="none", criterion="wanda")
     model = build("llama biased")
     for block in found:
@@ -294,7 +294,7 @@ def test_none_leaves_the_weights(checkpoint_folder):
 
 
 def output_error(name: str, found: list[FittedBlock]) -> float:
-    """Of the last block's output on the calibration rows, relative to the dense one's energy."""
+    """Return the squared error of the last block's output on the calibration rows, over the dense output's energy."""
     outputs: list[Tensor] = []
     for model in (build(name), pruned_model(name, found)):
         layers_of(model)[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -305,8 +305,8 @@ def output_error(name: str, found: list[FittedBlock]) -> float:
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
-def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, name):
-    """The first feed-forward by hand: what it inherits is what the pruned attention left undone."""
+def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_folder, name):
+    """The first feed-forward by hand; it inherits the error that the pruned attention left."""
     found = run(checkpoint_folder(name), name)
     dense = build(name).double()
     described, layer = blocks_of(dense)[0], layers_of(dense)[0]
@@ -335,15 +335,15 @@ def test_behind_a_norm_outputs_repair_what_they_can_carry(checkpoint_folder, nam
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
-def test_behind_a_norm_repairs_help_without_taking_the_scale(checkpoint_folder, name):
+def test_before_a_norm_shared_repairs_reduce_the_error(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     aware = output_error(name, run(folder, name))
     own = output_error(name, run(folder, name, own_output=True))
     assert aware < own < output_error(name, run(folder, name, method="none"))
 
 
-def test_outputs_that_a_norm_mutes_keep_their_weights(checkpoint_folder):
-    """They are part of what the norm divides by, so that they are fitted as well as any other."""
+def test_outputs_muted_by_a_norm_are_fitted_too(checkpoint_folder):
+    """Muted outputs still contribute to the divisor of the norm."""
     model = build("gemma2")
     layer = layers_of(model)[1]
     module = blocks_of(model)[1].feed_forward
@@ -358,7 +358,7 @@ def test_outputs_that_a_norm_mutes_keep_their_weights(checkpoint_folder):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt", "gpt_neox", "granite biased"])
-def test_the_error_aware_target_repairs_more(checkpoint_folder, name):
+def test_the_error_aware_target_has_a_smaller_error(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     aware = output_error(name, run(folder, name))
     own = output_error(name, run(folder, name, own_output=True))
@@ -367,8 +367,8 @@ def test_the_error_aware_target_repairs_more(checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "granite biased"])
-def test_reported_errors_are_those_of_the_model(checkpoint_folder, name):
-    """The last module's report against the pruned model itself: the whole residual error after the last block."""
+def test_the_last_report_equals_the_pruned_models_error(checkpoint_folder, name):
+    """The last report covers the whole residual error after the last block."""
     found = run(checkpoint_folder(name), name)
     report = found[-1].reports[-1]
     assert report.kind == "channels"
@@ -376,7 +376,7 @@ def test_reported_errors_are_those_of_the_model(checkpoint_folder, name):
     assert report.relative == pytest.approx(output_error(name, found), rel=1e-3)
 
 
-def test_errors_behind_a_norm_are_those_of_its_output(checkpoint_folder):
+def test_errors_before_a_norm_are_measured_after_it(checkpoint_folder):
     found = run(checkpoint_folder("gemma2"), "gemma2", own_output=True)
     report = found[-1].reports[-1]
     outputs: list[Tensor] = []
@@ -393,7 +393,7 @@ def test_errors_behind_a_norm_are_those_of_its_output(checkpoint_folder):
 
 
 def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
-    """Nothing is broken before it, so its error is that of its own output."""
+    """No module before it is pruned, so that its error is the error of its own output."""
     found = run(checkpoint_folder("llama"), "llama")
     model = build("llama").double()
     module = blocks_of(model)[0].attention
@@ -406,7 +406,7 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
     assert relative(weight[kept], best) < 1e-4
 
 
-def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
+def test_a_group_of_weight_two_equals_the_group_twice(checkpoint_folder, monkeypatch):
     """A group of weight two is the same as the group twice."""
     # In bfloat16, what is stored of a token is rounded with its weight in it.
     monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
@@ -424,8 +424,8 @@ def test_both_kinds_of_rows_count_by_weight(checkpoint_folder, monkeypatch):
             assert mine.relative == pytest.approx(other.relative, rel=1e-2)
 
 
-def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
-    """The first feed-forward by hand: what its tokens inherit is what the pruned attention left undone."""
+def test_tokens_with_a_large_inherited_error_get_smaller_weights(checkpoint_folder):
+    """The first feed-forward by hand; it inherits the error that the pruned attention left."""
     found = run(checkpoint_folder("llama"), "llama", cauchy_scale=2.0)
     dense, module = build("llama").double(), blocks_of(build("llama"))[0].feed_forward
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
@@ -443,7 +443,7 @@ def test_tokens_count_less_where_they_inherit_much(checkpoint_folder):
 
 
 def test_later_blocks_see_rounded_weights(checkpoint_folder):
-    """What comes out is exactly what the output's dtype holds."""
+    """New tensors hold only values of the output's dtype."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3)
     for block in refit(stream, plan, IDS, dtype=torch.bfloat16):
@@ -452,7 +452,7 @@ def test_later_blocks_see_rounded_weights(checkpoint_folder):
 
 
 @pytest.mark.parametrize("method", ["refit", "bias", "none"])
-def test_a_block_that_gives_nothing_can_be_pruned(checkpoint_folder, tmp_path, method):
+def test_a_block_of_zero_weights_can_be_pruned(checkpoint_folder, tmp_path, method):
     folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Rows of their own for the recovery: what is chosen by which rows, and what is fitted to which."""
+"""Rows of the recovery's own: some rows choose units, and weights are fitted to others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(folder: Path, name: str, rows: Tensor | Rows, criterion: str = "wanda", 
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_rows_for_both_change_nothing(
+def test_equal_rows_for_choice_and_fit_change_nothing(
     checkpoint_folder: CheckpointFolder, name: str, method: str, when: str, criterion: str
 ) -> None:
     folder, how = checkpoint_folder(name), {"method": method, "when": when, "criterion": criterion}
@@ -87,8 +87,8 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
         assert relative(both.changed[module.bias].double(), shift) < 1e-4
 
 
-def test_the_two_rows_disagree(checkpoint_folder: CheckpointFolder) -> None:
-    """Otherwise the test above could not tell whose choice it was."""
+def test_the_two_sets_of_rows_choose_different_units(checkpoint_folder: CheckpointFolder) -> None:
+    """Otherwise the test above could not tell which rows chose."""
     differ = [
         run(checkpoint_folder(name), name, FEW[:1, :6], criterion)[0].keep["heads"]
         != run(checkpoint_folder(name), name, MANY, criterion)[0].keep["heads"]
@@ -111,15 +111,15 @@ def drawn(folder: Path, **options: Any) -> CalibrationRows:
     return draw_rows(run, resample=False)
 
 
-def test_without_options_there_are_no_other_rows(checkpoint_folder: CheckpointFolder) -> None:
+def test_by_default_the_same_rows_choose_and_fit(checkpoint_folder: CheckpointFolder) -> None:
     rows = drawn(checkpoint_folder("llama"), calibration="random")
     assert rows.selection.shape == (4, 16)
     assert rows.held_out is rows.random is None
     assert rows.separate_refit is None
 
 
-def test_one_source_gives_other_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """Windows of one draw: a text with one place for each window, so that none can be there twice."""
+def test_one_source_gives_different_rows_to_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """All rows come from one draw; the text has one place for each, so that no row can occur twice."""
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i % (WORDS - 4)}" for i in range(9 * 12)))
     options = {"calibration": str(text), "length": 12, "refit_samples": 5}
@@ -146,7 +146,7 @@ def test_data_free_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_p
     assert len(other.separate_refit) == 4
 
 
-def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_text_too_short_for_the_refit_rows_is_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     text, folder = write_text(tmp_path, 200), checkpoint_folder("llama")
     with pytest.raises(
         SecateurError, match="has 200 tokens, but 13 rows of 16 tokens need 208; take refit-samples 8 or"
@@ -164,7 +164,7 @@ def test_a_text_without_room_for_the_refit(checkpoint_folder: CheckpointFolder, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_whole_command(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+def test_prune_uses_both_sets_of_rows(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
     text = write_text(tmp_path, 3000)
     settings = {
         "samples": 4,

@@ -1,4 +1,4 @@
-"""Streamed moments against sums that are taken at once in float64, however the rows are split."""
+"""Streamed moments against float64 sums over all rows at once, for any split into batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from secateur.numerics import moments, panels
 from secateur.numerics.moments import Moments, add_gram
 
 TOLERANCE = 2e-5
-"""Of float32 sums, over the size of what is summed up."""
+"""Relative tolerance of float32 sums."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ class Case:
     t: Tensor
     cuts: list[int]
     weights: list[float]
-    """One a batch."""
+    """Weight of each batch."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         edges = [0, *sorted(self.cuts), self.x.shape[0]]
@@ -75,7 +75,7 @@ def close(found: Tensor | float, wanted: Tensor | float, size: Tensor | float) -
 
 @given(case=cases(), centre=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_streamed_equals_at_once(case: Case, centre: bool) -> None:
+def test_streamed_moments_equal_moments_of_all_rows(case: Case, centre: bool) -> None:
     found = streamed(case, centre=centre)
     x, t, w = case.x.double(), case.t.double(), case.row_weights
     mean_a, mean_o = w @ x / w.sum(), w @ t / w.sum()
@@ -106,7 +106,7 @@ def test_streamed_equals_at_once(case: Case, centre: bool) -> None:
 
 @given(case=cases(), centre=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_inputs_alone(case: Case, centre: bool) -> None:
+def test_moments_without_targets_equal_moments_with_targets(case: Case, centre: bool) -> None:
     """Without targets, the sums over inputs are the same ones."""
     alone, both = streamed(case, centre=centre, targets=False), streamed(case, centre=centre)
     assert torch.equal(alone.gram(), both.gram())
@@ -117,7 +117,7 @@ def test_inputs_alone(case: Case, centre: bool) -> None:
 
 
 def test_a_large_mean_does_not_cancel():
-    """Spread a thousandth of the mean: the centred Gram matrix keeps its digits, the plain one cannot."""
+    """The spread is a thousandth of the mean: the centred Gram matrix keeps its digits, unlike an uncentred one."""
     generator = torch.Generator().manual_seed(0)
     x = 1000 + torch.randn(512, 4, generator=generator)
     t = x @ torch.randn(4, 3, generator=generator)
@@ -131,7 +131,7 @@ def test_a_large_mean_does_not_cancel():
 
 
 @pytest.mark.parametrize("entries", [1, 2, 3, 4, 10, 25])
-def test_panels_cover_the_upper_half(entries):
+def test_panels_cover_the_upper_triangle(entries):
     x = torch.randn(9, entries, generator=torch.Generator().manual_seed(entries))
     gram = torch.zeros(entries, entries)
     add_gram(gram, x, 2.0)
@@ -140,7 +140,7 @@ def test_panels_cover_the_upper_half(entries):
         assert int((gram == 0).sum()) > 200, "the lower panels are saved"
 
 
-def test_rows_may_be_half_precision():
+def test_rows_may_be_bfloat16():
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = Moments(3)
     found.update(x)
@@ -149,7 +149,7 @@ def test_rows_may_be_half_precision():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["inputs", "targets"])
-def test_broken_values_are_seen(value, where):
+def test_nan_and_infinity_are_found(value, where):
     x, t = torch.ones(3, 2), torch.ones(3, 2)
     (x if where == "inputs" else t)[1, 1] = value
     found = Moments(2, 2)
@@ -157,7 +157,7 @@ def test_broken_values_are_seen(value, where):
     assert not found.finite()
 
 
-def test_nothing_yet():
+def test_empty_moments_are_zero():
     empty = Moments(2, 1, centre=True)
     assert empty.count == 0
     assert not empty.gram().any()
@@ -166,7 +166,7 @@ def test_nothing_yet():
 
 
 @pytest.mark.parametrize("centre", [False, True])
-def test_factors_for_single_rows_are_rows_of_that_weight(centre):
+def test_token_weights_equal_repeated_rows(centre):
     torch.manual_seed(0)
     x, t, factors = torch.randn(7, 5), torch.randn(7, 3), torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0, 1.0, 2.0])
     weighted, repeated = (Moments(5, 3, centre=centre) for _ in range(2))
@@ -183,7 +183,7 @@ def test_factors_for_single_rows_are_rows_of_that_weight(centre):
 
 
 class Crew(Processes):
-    """One of several threads that stand for processes."""
+    """Processes replaced by threads: each thread has a rank."""
 
     def __init__(self, rank: int, shared: list[Tensor | None], barrier: Barrier):
         super().__init__(rank, len(shared))
@@ -206,8 +206,8 @@ class Crew(Processes):
 
 @given(case=cases(), size=st.integers(2, 4), centre=st.booleans(), mean=st.sampled_from([0.0, 1000.0]))
 @settings(max_examples=50, deadline=None)
-def test_sums_of_several_processes_are_those_of_one(case: Case, size: int, centre: bool, mean: float) -> None:
-    """Some of them may have seen nothing, and each has another first batch."""
+def test_moments_of_several_processes_equal_those_of_one(case: Case, size: int, centre: bool, mean: float) -> None:
+    """Each process has another first batch, and some may have no rows."""
     case.x, case.t = case.x / case.x.abs().amax(0) + mean, case.t + mean
     crew = [Crew(rank, shared, barrier) for shared, barrier in [([None] * size, Barrier(size))] for rank in range(size)]
     parts = [Moments(case.x.shape[1], case.t.shape[1], centre=centre) for _ in crew]

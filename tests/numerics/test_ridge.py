@@ -1,4 +1,4 @@
-"""The refit against float64 least squares, and elimination against refits from scratch."""
+"""Refit against float64 least squares, and elimination against refits from scratch."""
 
 from __future__ import annotations
 
@@ -112,8 +112,10 @@ def test_refit_is_least_squares(data: st.DataObject, case: Layer, ridge: float) 
 
 @given(case=layers(offset=2.0), ridge=st.sampled_from((0.03, 0.3, 1.0)), intercept=st.booleans(), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool, data: st.DataObject) -> None:
-    """Through streamed float32 moments; an intercept costs nothing and is not pulled."""
+def test_an_output_projection_fit_is_least_squares(
+    case: Layer, ridge: float, intercept: bool, data: st.DataObject
+) -> None:
+    """Streamed float32 moments are used; the intercept is not penalised."""
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
     moments = Moments(case.x.shape[1], case.t.shape[1], centre=intercept)
     for x, t in zip(case.x.float().split(5), case.t.float().split(5), strict=True):
@@ -133,7 +135,7 @@ def test_fit_level2_is_least_squares(case: Layer, ridge: float, intercept: bool,
 
 @given(data=st.data(), case=layers(), ridge=st.sampled_from((1e-3, 0.3, 1.0)))
 @settings(max_examples=40, deadline=None)
-def test_residual_of_any_weights(data: st.DataObject, case: Layer, ridge: float) -> None:
+def test_squared_error_of_any_weights(data: st.DataObject, case: Layer, ridge: float) -> None:
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
     weight = 1.3 * case.old[keep] - 0.2
     error = float((case.x[:, keep] @ weight - case.t).square().sum())
@@ -142,7 +144,7 @@ def test_residual_of_any_weights(data: st.DataObject, case: Layer, ridge: float)
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
 @pytest.mark.parametrize("own", [False, True])
-def test_the_gram_matrix_may_be_given_away(ridge, own):
+def test_normal_equations_may_overwrite_the_gram_matrix(ridge, own):
     case = layer(12, 40, 6, 3)
     gram, energy = case.gram.float(), case.energy
     cross = None if own else (case.x.T @ case.t).float()
@@ -154,7 +156,7 @@ def test_the_gram_matrix_may_be_given_away(ridge, own):
     assert copied.energy == given_away.energy
 
 
-def test_the_intercept_is_worth_having():
+def test_an_intercept_reduces_the_error():
     case = layer(0, 60, 5, 3, offset=3.0)
     case.t += 10
     keep = torch.arange(5)
@@ -169,7 +171,7 @@ def test_the_intercept_is_worth_having():
     assert found[True] < 0.5 * found[False]
 
 
-def test_the_ridge_pulls_to_the_old_weights():
+def test_a_strong_ridge_gives_the_old_weights():
     case = layer(1, 40, 6, 3)
     keep = torch.arange(6)
     gaps = [float((least_squares(case.normal(ridge), keep)[0] - case.old).norm()) for ridge in (0.1, 1.0, 10.0, 1e4)]
@@ -178,7 +180,7 @@ def test_the_ridge_pulls_to_the_old_weights():
 
 
 @pytest.mark.parametrize("ridge", RIDGES)
-def test_own_target_equals_its_cross_moment(ridge):
+def test_the_old_output_as_target_equals_its_cross_moment(ridge):
     case = layer(2, 50, 8, 4)
     case.t = case.x @ case.old
     own, given_ = case.normal(ridge, own=True), case.normal(ridge)
@@ -195,7 +197,7 @@ def test_own_target_equals_its_cross_moment(ridge):
 
 
 @pytest.mark.parametrize("ridge", RIDGES)
-def test_dead_inputs_keep_their_weights_and_do_no_harm(ridge):
+def test_inputs_that_are_always_zero_keep_their_weights(ridge):
     case = layer(3, 40, 6, 3)
     case.x[:, [1, 4]] = 0
     alive = torch.tensor([0, 2, 3, 5])
@@ -208,8 +210,8 @@ def test_dead_inputs_keep_their_weights_and_do_no_harm(ridge):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("ridge", RIDGES)
-def test_dead_inputs_leave_first(ridge, size):
-    """Whatever the scale of the data: an input that is always zero costs nothing."""
+def test_inputs_that_are_always_zero_are_removed_first(ridge, size):
+    """Their removal costs nothing, whatever the scale of the data."""
     case = layer(3, 40, 6, 3)
     case.x[:, [1, 4]] = 0
     case.x *= size
@@ -220,7 +222,7 @@ def test_dead_inputs_leave_first(ridge, size):
     assert_near(found.errors[:3], found.errors[:1].expand(3), 1e-4)
 
 
-def test_nothing_but_dead_inputs():
+def test_all_inputs_may_be_always_zero():
     case = layer(4, 20, 4, 2)
     case.x *= 0
     weight, error = least_squares(case.normal(1.0), torch.arange(4))
@@ -231,7 +233,7 @@ def test_nothing_but_dead_inputs():
 
 @given(seed=st.integers(0, 1000), ridge=st.sampled_from((0.03, 0.3, 1.0)))
 @settings(max_examples=20, deadline=None)
-def test_fewer_rows_than_inputs(seed: int, ridge: float) -> None:
+def test_fewer_rows_than_inputs_are_solved_with_a_ridge(seed: int, ridge: float) -> None:
     """The ridge alone makes the system regular."""
     case = layer(seed, 5, 12, 3)
     keep = torch.arange(12)
@@ -242,7 +244,7 @@ def test_fewer_rows_than_inputs(seed: int, ridge: float) -> None:
 @given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, size: float, data: st.DataObject) -> None:
-    """Inputs that depend on each other, or fewer rows than inputs; against the pseudo-inverse in float64."""
+    """Inputs are linearly dependent, or more than the rows; the reference is the float64 pseudo-inverse."""
     case = layer(seed, 5 if few else 60, 12, 3)
     if not few:
         case.x[:, 7] = case.x[:, :6] @ case.old[:6, 0]
@@ -261,14 +263,14 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, siz
     assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
 
 
-def test_nothing_is_kept() -> None:
+def test_without_kept_inputs_the_error_is_the_targets_energy() -> None:
     case = layer(1, 40, 6, 3)
     weight, error = least_squares(case.normal(0.3), torch.arange(0))
     assert weight.shape == (0, 3)
     assert error == pytest.approx(case.energy, rel=1e-5)
 
 
-def test_equations_that_are_not_finite_are_refused() -> None:
+def test_equations_with_nan_raise_an_error() -> None:
     case = layer(1, 40, 6, 3)
     case.x[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
@@ -301,20 +303,20 @@ def check(case: Layer, ridge: float, found, size: int, *, tolerance: float = 2e-
 
 
 def cheapest(case: Layer, ridge: float, left: list[int], size: int, among: list[int]) -> dict[int, float]:
-    """What each of some units costs, by refits from scratch."""
+    """Return the cost of removing each of some units, by refits from scratch."""
     whole = case.penalised(ridge, positions(left, size))
     return {unit: case.penalised(ridge, positions([u for u in left if u != unit], size)) - whole for unit in among}
 
 
 @given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
 @settings(max_examples=60, deadline=None)
-def test_every_price_is_that_of_a_refit(case: Layer, ridge: float) -> None:
+def test_every_increase_equals_a_refit_without_the_unit(case: Layer, ridge: float) -> None:
     check(case, ridge, eliminate(case.normal(ridge), 1), 1)
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(2, 4), units=st.integers(2, 6), ridge=st.sampled_from((0.03, 1.0)))
 @settings(max_examples=40, deadline=None)
-def test_units_of_several_inputs(seed: int, size: int, units: int, ridge: float) -> None:
+def test_units_of_several_inputs_equal_refits(seed: int, size: int, units: int, ridge: float) -> None:
     case = layer(seed, units * size + 25, units * size, 4)
     found = eliminate(case.normal(ridge), size)
     assert len(found.order) == units - 1
@@ -329,7 +331,9 @@ def test_units_of_several_inputs(seed: int, size: int, units: int, ridge: float)
     ridge=st.sampled_from((0.03, 1.0)),
 )
 @settings(max_examples=40, deadline=None)
-def test_one_unit_of_every_group(seed: int, size: int, groups: int, per_group: int, ridge: float) -> None:
+def test_every_step_removes_the_cheapest_unit_of_each_group(
+    seed: int, size: int, groups: int, per_group: int, ridge: float
+) -> None:
     units = groups * per_group
     case = layer(seed, units * size + 25, units * size, 4)
     found = eliminate(case.normal(ridge), size, groups=groups)
@@ -347,7 +351,7 @@ def test_one_unit_of_every_group(seed: int, size: int, groups: int, per_group: i
 
 @given(data=st.data(), seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.03, 0.3, 1.0)))
 @settings(max_examples=40, deadline=None)
-def test_a_given_order(data: st.DataObject, seed: int, size: int, ridge: float) -> None:
+def test_a_given_order_is_followed(data: st.DataObject, seed: int, size: int, ridge: float) -> None:
     units = data.draw(st.integers(2, 7))
     case = layer(seed, units * size + 25, units * size, 4)
     order = torch.tensor(data.draw(st.permutations(range(units)))[: units - 1])
@@ -357,7 +361,7 @@ def test_a_given_order(data: st.DataObject, seed: int, size: int, ridge: float) 
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_given_order_by_groups(size):
+def test_a_given_order_by_groups_is_followed(size):
     case = layer(5, 80, 12 * size, 4)
     order = torch.tensor([3, 4, 9, 0, 7, 10])
     found = eliminate(case.normal(0.3), size, groups=3, order=order, stop=2)
@@ -367,8 +371,8 @@ def test_a_given_order_by_groups(size):
 
 @pytest.mark.parametrize("step_from", [64, 100, 160])
 @pytest.mark.parametrize("given_order", [False, True])
-def test_several_units_a_step(step_from, given_order):
-    """Wide layers lose two, three or five units at once; prices stay those of one after the other."""
+def test_several_units_a_step_cost_what_single_removals_cost(step_from, given_order):
+    """Wide layers lose two, three or five units at once."""
     case = layer(6, 300, step_from, 8, spread=2.0)
     order = torch.randperm(step_from, generator=torch.Generator().manual_seed(0)) if given_order else None
     found = eliminate(case.normal(0.3), 1, stop=step_from - 40, order=order)
@@ -380,8 +384,8 @@ def test_several_units_a_step(step_from, given_order):
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.0, 0.03, 1.0)), own=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_weights_at_a_cut_are_those_of_a_refit(seed: int, size: int, ridge: float, own: bool) -> None:
-    """Also where the cut ends a step early, and where an input is always zero."""
+def test_weights_at_a_width_equal_a_refit(seed: int, size: int, ridge: float, own: bool) -> None:
+    """Even if the width ends a step early, or an input is always zero."""
     case = layer(seed, 300, 70 * size, 4)
     case.x[:, 3] = 0
     if own:
@@ -396,13 +400,13 @@ def test_weights_at_a_cut_are_those_of_a_refit(seed: int, size: int, ridge: floa
         assert float(found.errors[gone]) == pytest.approx(error, rel=2e-3, abs=1e-5 * case.energy)
 
 
-def test_several_wide_units_a_step():
+def test_several_units_of_several_inputs_a_step():
     case = layer(7, 300, 2 * 70, 8)
     check(case, 0.3, eliminate(case.normal(0.3), 2, stop=50), 2)
 
 
-def test_the_inverse_is_updated_several_steps_at_a_time(monkeypatch):
-    """Whether removals are subtracted from the inverse at once or later, the same units leave at the same prices."""
+def test_results_do_not_depend_on_when_the_inverse_is_updated(monkeypatch):
+    """Removals are subtracted from the inverse at once or later: the order and the costs are the same."""
     case = layer(12, 300, 96, 5, spread=2.0)
     found = []
     for rank in (1, 7, 1000):
@@ -417,7 +421,7 @@ def test_the_inverse_is_updated_several_steps_at_a_time(monkeypatch):
 
 @given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
 @settings(max_examples=60, deadline=None)
-def test_the_cheapest_leaves(case: Layer, ridge: float) -> None:
+def test_the_cheapest_unit_is_removed(case: Layer, ridge: float) -> None:
     found = eliminate(case.normal(ridge), 1)
     left = list(range(len(case.old)))
     for unit in found.order.tolist():
@@ -428,7 +432,7 @@ def test_the_cheapest_leaves(case: Layer, ridge: float) -> None:
 
 @given(seed=st.integers(0, 2**31), size=st.integers(2, 4))
 @settings(max_examples=25, deadline=None)
-def test_the_cheapest_wide_unit_leaves(seed: int, size: int) -> None:
+def test_the_cheapest_unit_of_several_inputs_is_removed(seed: int, size: int) -> None:
     case = layer(seed, 60, 5 * size, 4)
     found = eliminate(case.normal(0.3), size)
     left = list(range(5))
@@ -438,8 +442,8 @@ def test_the_cheapest_wide_unit_leaves(seed: int, size: int) -> None:
         left.remove(unit)
 
 
-def test_of_wide_twins_one_stays():
-    """Each unit has a twin, which grows dear once the first of the two has left; of many units, a few are gone."""
+def test_one_of_two_similar_units_is_kept():
+    """Each unit has a near copy, whose cost rises once the first of the two is removed."""
     half = layer(5, 200, 14, 4)
     twin = half.x + 0.05 * layer(6, 200, 14, 4).x
     case = Layer(torch.cat([half.x, twin], 1), half.t, torch.cat([half.old, half.old]) / 2)
@@ -447,8 +451,8 @@ def test_of_wide_twins_one_stays():
     assert sorted(unit % 7 for unit in order) == list(range(7))
 
 
-def test_within_a_step_prices_are_updated():
-    """Two copies of one input: each is nearly free, but only until the other one has left."""
+def test_costs_are_updated_within_a_step():
+    """Two copies of one input: each costs nearly nothing, until the other one is removed."""
     case = layer(8, 400, 96, 6)
     case.x[:, 1] = case.x[:, 0] * 1.5 + 1e-3 * case.x[:, 1]
     case.t = case.x @ case.old
@@ -464,7 +468,7 @@ def test_within_a_step_prices_are_updated():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_is_greedy_among_its_candidates(seed):
-    """Strongly tied inputs, ten a step: each choice is the cheapest of the step's pool, after those before it."""
+    """Ten strongly correlated inputs a step: each removed one is the cheapest of the step's candidates."""
     case, ridge, step = layer(seed, 900, 320, 5), 0.03, 10
     shared = layer(seed + 100, 900, 40, 1).x
     case.x = shared[:, torch.arange(320) % 40] + 0.2 * case.x
@@ -492,7 +496,7 @@ def test_a_step_is_greedy_among_its_candidates(seed):
     assert overtaken >= 3
 
 
-def test_prices_are_left_out_on_request():
+def test_errors_are_nan_if_not_asked_for():
     case = layer(9, 60, 12, 4)
     priced, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, with_errors=False)
     assert torch.equal(priced.order, bare.order)
@@ -501,14 +505,14 @@ def test_prices_are_left_out_on_request():
     assert not bool(priced.errors.isnan().any())
 
 
-def test_nothing_to_remove():
+def test_elimination_with_nothing_to_remove():
     case = layer(10, 30, 4, 2)
     found = eliminate(case.normal(0.3), 1, stop=4)
     assert found.order.shape == found.increases.shape == (0,)
     assert float(found.errors[0]) == pytest.approx(case.error(0.3, torch.arange(4)), rel=1e-4)
 
 
-def test_elimination_leaves_its_input_alone():
+def test_elimination_does_not_change_its_equations():
     case = layer(11, 60, 12, 4)
     normal = case.normal(0.3)
     before = [normal.matrix_aa.clone(), normal.cross_ao.clone(), normal.right_ao.clone()]
@@ -533,7 +537,7 @@ def test_a_singular_matrix_gets_a_small_jitter():
     assert float((factors[1] @ factors[1].T - matrix).abs().max()) < 1e-3
 
 
-def test_a_matrix_that_is_none_of_this_is_refused():
+def test_an_indefinite_matrix_raises_an_error():
     with pytest.raises(FloatingPointError, match="not positive definite"):
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
 
@@ -542,18 +546,18 @@ def test_a_matrix_that_is_none_of_this_is_refused():
     ("strength", "dtype"),
     [(0.0, torch.float64), (0.029, torch.float64), (0.03, torch.float32), (0.3, torch.float32)],
 )
-def test_a_small_ridge_asks_for_double_precision(strength: float, dtype: torch.dtype) -> None:
+def test_a_small_ridge_is_solved_in_float64(strength: float, dtype: torch.dtype) -> None:
     assert normal_equations(torch.eye(3), None, 0.0, torch.ones(3, 2), strength).matrix_aa.dtype == dtype
 
 
-def test_the_least_eigenvalue_is_found_from_the_factor():
+def test_the_least_eigenvalue_is_estimated_from_the_factor():
     basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
     matrix = basis @ torch.diag(torch.tensor([1e-3, 0.5, 1.0, 1.5, 2.0, 3.0])) @ basis.T
     assert ridge._least_eigenvalue(factorise(matrix)) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_directions_that_rounding_made_keep_the_old_weights():
-    """A matrix that a factorisation takes, and of which the least eigenvalue says nothing."""
+    """A matrix that has a Cholesky factor, but a least eigenvalue that is rounding."""
     generator = torch.Generator().manual_seed(0)
     vectors, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator))
     values = torch.ones(8, dtype=torch.float64)

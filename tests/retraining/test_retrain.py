@@ -1,4 +1,4 @@
-"""Pruned folders trained on: the loss falls, and what is written is what was trained, in the same format."""
+"""Retraining: the loss falls, and the written folder holds the trained weights in the same format."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_peft_adapts_what_is_left(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """By the names that people give it, also where some blocks have no heads or no channels."""
+def test_peft_adapts_the_remaining_layers(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Layers are found by name, even if some blocks have no heads or no channels."""
     blocks = [
         {"kv_groups": 0, "heads_per_group": 0, "channels": 40},
         {"kv_groups": 3, "heads_per_group": 2, "channels": 0},
@@ -95,8 +95,10 @@ def test_peft_adapts_what_is_left(checkpoint_folder: CheckpointFolder, tmp_path:
 
 
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
-def test_what_others_saved_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, widths: str) -> None:
-    """A pruned model that was loaded, trained and saved by other tools has no record, and its config says it all."""
+def test_a_folder_saved_by_another_tool_is_retrained(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, widths: str
+) -> None:
+    """A pruned model that another tool loaded and saved has no record; its config holds all widths."""
     folder, saved, out = pruned(checkpoint_folder("llama"), tmp_path / "pruned", widths), tmp_path / "s", tmp_path / "o"
     network = load(open_checkpoint(folder), torch.float32, torch.device("cpu"))
     network.save_pretrained(saved)
@@ -108,7 +110,9 @@ def test_what_others_saved_again(checkpoint_folder: CheckpointFolder, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "widths"), CASES, ids=["-".join(case) for case in CASES])
-def test_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, name: str, widths: str) -> None:
+def test_the_loss_falls_and_the_folder_is_complete(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, name: str, widths: str
+) -> None:
     folder, out = pruned(checkpoint_folder(name), tmp_path / "pruned", widths), tmp_path / "out"
     done = retrain(folder, out, calibration=str(text), **SMALL)
     assert len(done.losses) == 6 * 4
@@ -135,8 +139,10 @@ def test_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Pa
 
 @pytest.mark.parametrize("rank", [8, 0])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
-def test_experts_learn(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, name: str, rank: int) -> None:
-    """Stored one by one or together; what is written is what was measured."""
+def test_experts_are_trained(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, name: str, rank: int
+) -> None:
+    """Whether they are stored one by one or together; the written weights are those that were measured."""
     folder, out = tmp_path / "pruned", tmp_path / "out"
     prune(checkpoint_folder(name), folder, widths="uniform", modules=("experts",), **PRUNE | {"sparsity": 0.2})
     training = Training(
@@ -155,10 +161,10 @@ def test_experts_learn(checkpoint_folder: CheckpointFolder, tmp_path: Path, text
     assert found == pytest.approx(done.perplexity[1], rel=1e-5)
 
 
-def test_reloaded_equals_memory(
+def test_the_reloaded_model_equals_the_trained_one(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process that does not know this library; with a width for each block and with one for all."""
+    """The folder is loaded in a process that does not import this library, with adaptive and with uniform widths."""
     kept: dict[str, Any] = {}
     folders: dict[str, Path] = {}
     for widths, dtype in (("adaptive", "bfloat16"), ("uniform", "float32")):
@@ -185,8 +191,8 @@ def test_reloaded_equals_memory(
         assert relative(found[out], logits_of(dense, ids)) > 1e-2
 
 
-def test_seeded(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
-    """The same bytes again, and random numbers of others go on as if nothing had been."""
+def test_the_seed_alone_decides_the_bytes(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
+    """The caller's random numbers are not disturbed."""
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     settings = {**SMALL, "calibration": str(text), "epochs": 1}
     torch.manual_seed(5)
@@ -211,10 +217,10 @@ class Interrupting(Silent):
 
 
 @pytest.mark.parametrize("rank", [8, 0])
-def test_an_interrupted_training_goes_on(
+def test_an_interrupted_training_resumes(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, rank: int
 ) -> None:
-    """From its last state to the bytes of one that was not, and nothing is left beside."""
+    """The resumed training writes the same bytes as an uninterrupted one, and leaves no checkpoint."""
     dense = checkpoint_folder("llama")
     folder = pruned(dense, tmp_path / "pruned")
     settings = {**SMALL, "calibration": str(text), "rank": rank, "teacher": str(dense)}
@@ -235,8 +241,8 @@ def test_an_interrupted_training_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "pruned", "whole", "out"}
 
 
-def test_a_teacher_is_learned(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """On ids that nothing was trained on, the distribution comes nearer to the dense model's."""
+def test_the_distribution_approaches_the_teachers(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """On token ids that were not trained on."""
     text = tmp_path / "words.txt"
     text.write_text(" ".join(f"w{id - 4}" for id in token_rows(1, 2000)[0].tolist()))
     dense = checkpoint_folder("llama")
@@ -252,7 +258,7 @@ def test_a_teacher_is_learned(checkpoint_folder: CheckpointFolder, tmp_path: Pat
     assert near < 0.7 * far
 
 
-def test_distance_is_zero_for_the_same_and_known_for_others() -> None:
+def test_the_distillation_loss_equals_its_formula() -> None:
     logits = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
     hidden = (torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
     one = SimpleNamespace(logits=logits, hidden_states=hidden)
@@ -264,7 +270,7 @@ def test_distance_is_zero_for_the_same_and_known_for_others() -> None:
     assert distillation_loss(other, one) == pytest.approx(float(divergences / 2) + 0.25 / 2)
 
 
-def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
+def test_a_retrained_folder_can_be_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     settings = {**SMALL, "calibration": str(text), "epochs": 1}
     retrain(folder, tmp_path / "one", **settings)
@@ -289,7 +295,7 @@ def test_again(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) 
         ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto or cpu"),
     ],
 )
-def test_mistakes(
+def test_wrong_options_raise_an_error_and_leave_no_files(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, wishes: dict[str, Any], message: str
 ) -> None:
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
@@ -299,7 +305,7 @@ def test_mistakes(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_folders_that_cannot_be(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
+def test_wrong_folders_raise_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
     settings = {**SMALL, "calibration": str(text)}
     with pytest.raises(SecateurError, match=r"no folder with a config\.json; name one that secateur prune wrote"):
         retrain(tmp_path, tmp_path / "out", **settings)
@@ -317,7 +323,7 @@ def test_folders_that_cannot_be(checkpoint_folder: CheckpointFolder, tmp_path: P
             retrain(folder, tmp_path / "out", **settings)
 
 
-def test_a_training_that_diverges(
+def test_a_training_that_diverges_raises_an_error(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
@@ -332,7 +338,7 @@ def test_a_training_that_diverges(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peft_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SecateurError, match=r'needs peft, which is not installed; pip install "secateur\[lora\]"'):
         retrain("anything", "out", Training(calibration="wikitext2"))

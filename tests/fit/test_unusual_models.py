@@ -1,4 +1,4 @@
-"""Models and texts on a bad day: the refit still is the least-squares solution, in float64, and all is finite."""
+"""Refit of unusual models and texts: still the least-squares solution in float64, and everything is finite."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _attention(tensors: Tensors, index: int, name: str) -> Tensor:
 
 
 def _massive(tensors: Tensors) -> None:
-    """One entry of every value is ten thousand times the others."""
+    """Activations with one entry that is ten thousand times the others."""
     for index in range(3):
         _attention(tensors, index, "v")[::DIM] *= 1e4
         tensors[f"model.layers.{index}.mlp.up_proj.weight"][3] *= 1e4
@@ -116,7 +116,7 @@ def best(x: Tensor, t: Tensor, old: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -> None:
-    """The first attention's, where nothing is broken before it; the blocks behind it are finite."""
+    """The first attention against float64, as nothing is pruned before it; later blocks only have to be finite."""
     folder, ids = spoiled(case), CASES[case][1]
     plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3)
     found = list(
@@ -138,8 +138,8 @@ def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_whole_run(tmp_path: Path, spoiled: Callable[[str], Path], case: str) -> None:
-    """Survey, plan and fits as by default; what comes out is finite, and as before where dead units alone go."""
+def test_a_whole_run_is_finite(tmp_path: Path, spoiled: Callable[[str], Path], case: str) -> None:
+    """Survey, plan and fits with default options. Removing dead units alone leaves the output unchanged."""
     folder, ids = spoiled(case), CASES[case][1]
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in ids.flatten().tolist() if token >= 4))
@@ -160,8 +160,7 @@ def test_the_whole_run(tmp_path: Path, spoiled: Callable[[str], Path], case: str
         assert relative(small, dense) < 0.02
 
 
-def test_a_module_of_one_unit(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """It goes as a whole, or stays."""
+def test_a_module_of_one_unit_is_kept_or_removed_whole(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     how = {"calibration": "random", "samples": 4, "length": 16, "device": "cpu"}
     found = prune(checkpoint_folder("one of each"), tmp_path / "out", sparsity=0.3, **how)
     assert all(width.heads in (0, 1) and width.channels in (0, 1) for width in found.pruned_widths())

@@ -1,4 +1,4 @@
-"""Several fits of one plan, each to its own version of the rows, and the mean of their weights."""
+"""Several fits of one plan, each to resampled rows of its own, and the mean of their weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def groups_of(rows: Rows) -> list[int]:
     return [len(group) for group in rows.groups]
 
 
-def test_each_fit_has_its_own_version_and_all_that_they_share():
+def test_each_fit_has_its_resampled_rows_and_the_common_rows():
     rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(BESIDE)
     opened = len(rows.groups[1])
     assert rows.versions == (2, 3)
@@ -48,7 +48,7 @@ def test_each_fit_has_its_own_version_and_all_that_they_share():
     assert groups_of(Rows.of(TEXT).counted(False)) == [0]
 
 
-def test_the_first_fit_alone_runs_the_rows_that_choose():
+def test_only_the_first_fit_runs_the_rows_that_choose_units():
     rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE).scored_by(Rows.of(BESIDE))
     assert rows.versions == (1, 2)
     first, second = rows.fits()
@@ -58,7 +58,7 @@ def test_the_first_fit_alone_runs_the_rows_that_choose():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monkeypatch):
+def test_weights_are_the_mean_of_separate_fits(checkpoint_folder, name, monkeypatch):
     # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
     monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
@@ -81,7 +81,7 @@ def test_weights_are_the_mean_of_fits_on_their_own(checkpoint_folder, name, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mean_is_rounded_as_it_will_be_written(checkpoint_folder, dtype):
+def test_the_mean_is_rounded_to_the_output_dtype(checkpoint_folder, dtype):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     for block in refit(stream, plan_of("llama"), Rows.of(TEXT).with_versions(ONE, OTHER), dtype=dtype):
         assert all(torch.equal(tensor, tensor.to(dtype).float()) for tensor in block.changed.values())
@@ -89,7 +89,7 @@ def test_the_mean_is_rounded_as_it_will_be_written(checkpoint_folder, dtype):
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (1,)])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
+def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     seen: dict[str, Tensor] = {}
 
@@ -108,7 +108,7 @@ def test_rows_beside_follow_the_dense_and_the_averaged_model(checkpoint_folder, 
     assert relative(seen["pruned"], seen["dense"]) > 1e-2
 
 
-def test_a_fit_that_changed_nothing_counts_with_its_dense_weights():
+def test_an_unchanged_tensor_enters_the_mean_with_its_dense_values():
     layer = torch.nn.Linear(2, 2, bias=False)
     layer.weight.data.fill_(3.0)
     keep = selected((0,), (0,))
@@ -117,7 +117,7 @@ def test_a_fit_that_changed_nothing_counts_with_its_dense_weights():
     assert mean_of(blocks[:1], layer, torch.float32) is blocks[0]
 
 
-def test_a_block_is_as_it_was_after_a_fit():
+def test_restored_gives_a_block_its_tensors_back():
     layer = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
     weight = layer.get_parameter("0.weight").data
     with restored(layer):
@@ -129,7 +129,7 @@ def test_a_block_is_as_it_was_after_a_fit():
 
 @pytest.mark.parametrize("heads", [(), (0, 3)])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_masked_weights_leave_what_is_kept(name, heads):
+def test_masked_weights_are_zero_for_removed_units_only(name, heads):
     model = build(name)
     module = blocks_of(model)[0].attention
     tensors = dict(layers_of(model)[0].named_parameters())
