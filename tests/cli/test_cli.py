@@ -328,7 +328,7 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     ("--calibration self --length 65", "length is 65, but the model has 64 positions: take a smaller length"),
     ("--survey missing/survey.json", "missing does not exist; create it first"),
-    ("--survey text.txt", "text.txt: not a survey of secateur's; name another file, or delete it"),
+    ("--survey text.txt", "text.txt: not a survey by secateur; name another file, or delete it"),
 ]
 
 
@@ -588,8 +588,8 @@ WRONG_FILES = [
     ("prune mistral out --survey survey.json", "survey.json: a survey of other weights; name another file to make"),
     ("plan mistral --survey survey.json", "survey.json: a survey of other weights"),
     ("sizes mistral --out sizes --survey survey.json", "survey.json: a survey of other weights"),
-    ("prune model out --survey survey.json --criterion l2", "a survey with criterion surgeon, where l2 is asked for"),
-    ("prune model out --survey adaptive/secateur.json", "not a survey of secateur's"),
+    ("prune model out --survey survey.json --criterion l2", "a survey with criterion surgeon instead of l2"),
+    ("prune model out --survey adaptive/secateur.json", "not a survey by secateur"),
     (
         "prune model out --survey no-curve.json",
         "no-curve.json: this survey lacks widths of the channels of block 1; name",
@@ -621,7 +621,7 @@ WRONG_FILES = [
     ),
     (
         "prune model out --survey energy.json",
-        "energy.json: not a survey of secateur's; name another file",
+        "energy.json: not a survey by secateur; name another file",
     ),
     (
         "prune model out --plan uniform/secateur.json --round 8",

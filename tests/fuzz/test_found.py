@@ -150,7 +150,7 @@ def test_surveys(tmp_path: Path, bench: Bench, keys: dict[str, Any]) -> None:
     file, raw = tmp_path / "survey.json", json.loads(bench.survey.read_text())
     raw["curves"][0] |= keys
     file.write_text(json.dumps(raw))
-    with pytest.raises(SecateurError, match=r"survey.json: not a survey of secateur's"):
+    with pytest.raises(SecateurError, match=r"survey.json: not a survey by secateur"):
         prune(bench.tiny, tmp_path / "out", **SMALL, survey=file)
 
 

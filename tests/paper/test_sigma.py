@@ -209,7 +209,7 @@ def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_
     prune(model, tmp_path / "a", sigma="random", survey=file, **how)
     prune(model, tmp_path / "b", sigma="random", survey=file, **how)
     for other in ("data", "identity"):
-        with pytest.raises(SecateurError, match="a survey with criterion second-moment of random ids, where second-mo"):
+        with pytest.raises(SecateurError, match="a survey with criterion second-moment of random ids instead of"):
             prune(model, tmp_path / "c", sigma=other, survey=file, **how)
 
 
@@ -221,7 +221,7 @@ def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFol
     for number, options in enumerate(({"criterion": "random"}, {"sigma": "random"})):
         kept = tmp_path / f"{number}.json"
         prune(model, tmp_path / f"a{number}", survey=kept, seed=0, **{**how, **options})
-        with pytest.raises(SecateurError, match="a survey with seed 0, where 1 is asked for"):
+        with pytest.raises(SecateurError, match="a survey with seed 0 instead of 1"):
             prune(model, tmp_path / "b", survey=kept, seed=1, **{**how, **options})
     how["criterion"] = "l1"
     prune(model, tmp_path / "c", survey=file, seed=0, **how)

@@ -435,7 +435,7 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
     run(criterion="similarity+l1", tau=0.17)
     for how, message in (
         ({"criterion": "heads=l1,channels=l1"}, "a survey with criterion similarity+l1"),
-        ({"criterion": "similarity+l1", "tau": 0.16}, "a survey with tau 0.17, where 0.16 is asked for"),
+        ({"criterion": "similarity+l1", "tau": 0.16}, "a survey with tau 0.17 instead of 0.16"),
     ):
         assert message in raised(lambda how=how: run(**how))
 

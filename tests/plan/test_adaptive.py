@@ -222,10 +222,10 @@ def test_a_survey_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"criterion": "l1"}, "a survey with criterion surgeon, where l1 is asked for"),
-        ({"ridge": 1.0}, "a survey with ridge 0.3, where 1.0 is asked for"),
-        ({"modules": ("heads",), "sparsity": 0.1}, "a survey with modules heads,channels, where heads is asked for"),
-        ({"blocks": "1:"}, "a survey with blocks 0:3, where 1:3 is asked for"),
+        ({"criterion": "l1"}, "a survey with criterion surgeon instead of l1"),
+        ({"ridge": 1.0}, "a survey with ridge 0.3 instead of 1.0"),
+        ({"modules": ("heads",), "sparsity": 0.1}, "a survey with modules heads,channels instead of heads"),
+        ({"blocks": "1:"}, "a survey with blocks 0:3 instead of 1:3"),
         ({"seed": 1}, "a survey with calibration "),
         ({"samples": 40}, "a survey with calibration "),
     ],

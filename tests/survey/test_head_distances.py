@@ -21,7 +21,7 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.paper.options import LARGEST
 from secateur.survey import head_distances as module_under_test
-from secateur.survey.head_distances import NAME, head_distances, jensen_shannon
+from secateur.survey.head_distances import ATTENTION_NAME, head_distances, jensen_shannon
 
 SMALL = Services(batch_tokens=50)
 """A few rows a batch, so that there are several."""
@@ -118,7 +118,7 @@ def test_nothing_is_left_behind(checkpoint_folder: CheckpointFolder, name: str) 
     before = stream.model.config._attn_implementation
     head_distances(stream, ids)
     assert stream.model.config._attn_implementation == before
-    assert NAME not in ALL_ATTENTION_FUNCTIONS
+    assert ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS
     assert all(value.is_meta for value in stream.layers.parameters())
 
     def fails(_: Tensor) -> Tensor:
@@ -127,14 +127,14 @@ def test_nothing_is_left_behind(checkpoint_folder: CheckpointFolder, name: str) 
     with pytest.raises(SecateurError, match="no"):
         head_distances(stream, ids, distance=fails)
     assert stream.model.config._attn_implementation == before
-    assert NAME not in ALL_ATTENTION_FUNCTIONS
+    assert ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS
 
 
 def test_attention_that_cannot_be_watched(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
     monkeypatch.delattr(modeling_llama, "eager_attention_forward")
-    with pytest.raises(SecateurError, match="the attention of LlamaAttention cannot be watched"):
+    with pytest.raises(SecateurError, match="the attention of LlamaAttention cannot be observed"):
         head_distances(opened(checkpoint_folder, "llama"), token_rows(2))
 
 

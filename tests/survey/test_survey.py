@@ -287,10 +287,10 @@ def test_a_survey_survives_its_file(tmp_path: Path) -> None:
     ("asked", "message"),
     [
         ({"fingerprint": "abd"}, "a survey of other weights; name another file"),
-        ({"ridge": 0.5}, "a survey with ridge 0.3, where 0.5 is asked for; ask for the same, or name another file"),
-        ({"criterion": "l2"}, "a survey with criterion l1, where l2 is asked for"),
-        ({"blocks": "1:2"}, "a survey with blocks 0:2, where 1:2 is asked for"),
-        ({"calibration": "x"}, "a survey with calibration None, where x is asked for"),
+        ({"ridge": 0.5}, "a survey with ridge 0.3 instead of 0.5; use the same value, or name another file"),
+        ({"criterion": "l2"}, "a survey with criterion l1 instead of l2"),
+        ({"blocks": "1:2"}, "a survey with blocks 0:2 instead of 1:2"),
+        ({"calibration": "x"}, "a survey with calibration None instead of x"),
     ],
 )
 def test_a_survey_of_something_else(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
@@ -322,5 +322,5 @@ STORED = json.loads(json.dumps(SURVEY, default=lambda value: vars(value)))
 )
 def test_junk_is_no_survey(tmp_path: Path, text: str) -> None:
     (tmp_path / "survey.json").write_text(text)
-    with pytest.raises(SecateurError, match="not a survey of secateur's; name another file, or delete it"):
+    with pytest.raises(SecateurError, match="not a survey by secateur; name another file, or delete it"):
         load_survey(tmp_path / "survey.json", {})

@@ -59,7 +59,7 @@ _VERSION = 2
 """Version of the measurement, part of the cache key; increase it when the measurement changes."""
 
 Run = Callable[[], object]
-"""One run of a layer or model, to be timed."""
+"""Run of a layer or model, to be timed."""
 Case = Callable[[], Run]
 """Function that prepares a run and returns it; the preparation is not timed."""
 Timer = Callable[[Case], float]
@@ -247,8 +247,8 @@ def _measure(
 def _with_cold_weights(case: Case, small: Case, other_weights: torch.Tensor) -> Case:
     """Return a case that runs with the weights of the layer evicted from the processor's caches.
 
-    When the whole model decodes a token, it reads every weight once, so that each layer finds its weights evicted by
-    those of the other layers. A run of a small layer then brings back data that are not weights.
+    When the whole model decodes a token, it reads every weight once, so that the weights of a layer are evicted before
+    the layer runs again. A run of a small layer then brings back data that are not weights.
     """
 
     def prepare() -> Run:

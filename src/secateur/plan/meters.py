@@ -122,7 +122,7 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
     Args:
         stream: the open model.
         biases: whether recovery adds a bias to each output projection of a pruned block that has none. An output
-            projection with a norm behind it never gets one.
+            projection that a norm follows never gets a bias.
     """
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
     prunable = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)

@@ -63,8 +63,8 @@ def _check_groups(where: str, module: PrunableModule, units: Sequence[int]) -> N
 def _read_units_inside(where: str, module: PrunableModule, outer: Sequence[int], raw: Any) -> tuple[int, ...]:
     """Return the listed channels of experts, sorted.
 
-    Channels are numbered through all experts: those of the second expert follow those of the first. The channels of a
-    shared expert that is pruned along with the others come last.
+    Channels are numbered through all experts, expert by expert. The channels of a shared expert come last, if it is
+    pruned along with the other experts.
 
     Args:
         where: file, block and kind of units, for error messages.

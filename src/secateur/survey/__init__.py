@@ -1,1 +1,1 @@
-"""What errors cost: curves of every module, probes at the output, prices."""
+"""Surveys: error curves of all modules, probes at the model's output, and the cost of each width."""

@@ -1,6 +1,7 @@
-"""One module's curves: a sample is taken while the dense block runs, and asked for the error curve of each axis.
+"""Measurement of one module: collects activations while the dense block runs, and then asks for its error curves.
 
-Of several processes each samples its own rows; the module's owner tells the others what it has measured.
+With several processes, each collects activations of its own rows. The owner rank of the module measures the curves and
+broadcasts them.
 """
 
 from collections.abc import Callable
@@ -18,67 +19,67 @@ from secateur.survey.probes import Cut
 
 
 class Collector:
-    """Takes one module's sample, and measures it."""
+    """Collector of one module's activations, with the error curves that follow from them."""
 
-    def __init__(self, stream: BlockStream, layer: nn.Module, sample: CurveEstimator):
-        self.stream, self.sample, self.module = stream, sample, sample.module
-        self._norm = PostNorm(stream, sample.index, layer, sample.module)
+    def __init__(self, stream: BlockStream, layer: nn.Module, estimator: CurveEstimator):
+        self.stream, self.estimator, self.module = stream, estimator, estimator.module
+        self._norm = PostNorm(stream, estimator.index, layer, estimator.module)
         nothing = torch.empty(0)
-        self._source, self._inner, self._output = nothing, nothing, nothing
-        self._found = (list[ErrorCurve](), list[Cut]())
-        self._probed: list[Tensor] = []
-        """What the sample keeps of the rows to be probed, a batch each (b x t x ...)."""
+        self._last = ModuleActivations(nothing, nothing, nothing)
+        self._results = (list[ErrorCurve](), list[Cut]())
+        self._probe_inputs: list[Tensor] = []
+        """Inputs for the probes, one tensor per batch of the probe rows (b x t x ...)."""
 
     def watches(self) -> dict[str, Callable[[Tensor, Tensor], None]]:
-        """Return what to watch, by layer path."""
-        result: dict[str, Callable[[Tensor, Tensor], None]] = {self.module.output_layer: self._see_sink}
-        if self.sample.reads_source and self.module.input_layer != self.module.output_layer:
-            result[self.module.input_layer] = self._see_source
-        return result
+        """Return functions that record inputs and outputs of the module's layers, by path of the layer."""
+        watched: dict[str, Callable[[Tensor, Tensor], None]] = {}
+        if self.estimator.needs_input:
+            watched[self.module.input_layer] = self._record_input
+        return watched | {self.module.output_layer: self._record_output}
 
-    def _see_sink(self, x: Tensor, z: Tensor) -> None:
-        self._inner, self._output = x, z
-        if self.module.input_layer == self.module.output_layer:
-            self._source = x
+    def _record_output(self, x: Tensor, z: Tensor) -> None:
+        # In a mixture of experts, the layer with the output also has the module's input.
+        module_input = x if self.module.input_layer == self.module.output_layer else self._last.module_input
+        self._last = ModuleActivations(module_input, x, z)
 
-    def _see_source(self, x: Tensor, _: Tensor) -> None:
-        self._source = x
+    def _record_input(self, x: Tensor, _: Tensor) -> None:
+        self._last = self._last._replace(module_input=x)
 
-    def update(self, after: Tensor, at: Batch) -> None:
-        """Add the last run to the sample; `after` is the residual stream after the block (b, t, d)."""
-        seen = ModuleActivations(self._source, self._inner, self._output)
-        if not (at.weight or at.score):
-            self._probed.append(self.sample.probed(seen).reshape(*after.shape[:-1], -1))
+    def update(self, after: Tensor, batch: Batch) -> None:
+        """Add the activations of the last run; `after` is the residual stream after the block (b x t x d)."""
+        if not (batch.weight or batch.score):
+            self._probe_inputs.append(self.estimator.probe_inputs(self._last).reshape(*after.shape[:-1], -1))
             return
         norms = torch.linalg.vector_norm(self._norm.read(after).reshape(-1, after.shape[-1]), dim=1, keepdim=True)
-        self.sample.add(seen, self._norm.inverse_rms(seen.output), norms.clamp_min(1e-6), at)
+        self.estimator.add(self._last, self._norm.inverse_rms(self._last.output), norms.clamp_min(1e-6), batch)
 
     def measure(self, ridge: float, seed: int) -> None:
-        """Find the curves and the cuts, which `told` gives; all processes do it together."""
-        if self.sample.reduce(ridge, seed):
-            found = [self.sample.curve(axis) for axis in self.sample.axes]
-            cuts = [cut for _, some in found for cut in some]
-            self._found = [curve for curve, _ in found], [*cuts, self.sample.whole()]
-        # What was measured is larger than the module itself.
-        self.sample.release()
+        """Measure the curves and cuts that `results` returns; all processes must call it together."""
+        if self.estimator.reduce(ridge, seed):
+            measured = [self.estimator.curve(axis) for axis in self.estimator.axes]
+            cuts = [cut for _, of_axis in measured for cut in of_axis]
+            self._results = [curve for curve, _ in measured], [*cuts, self.estimator.removal_cut()]
+        # The collected sums and tokens are larger than the module itself.
+        self.estimator.release()
 
-    def told(self) -> tuple[list[ErrorCurve], list[Cut]]:
-        """Return the module's curves, one for each axis, and the cuts to be probed."""
-        processes, owner, (curves, cuts) = self.stream.processes, self.sample.owner, self._found
+    def results(self) -> tuple[list[ErrorCurve], list[Cut]]:
+        """Return the module's error curves, one for each axis, and the cuts to probe; the same in all processes."""
+        processes, owner, (curves, cuts) = self.stream.processes, self.estimator.owner, self._results
         if processes.is_single:
             return curves, cuts
         raw, errors = processes.broadcast(lambda: [[asdict(one) for one in curves], [cut.error for cut in cuts]], owner)
-        tensors = {f"{n} {what}": getattr(cut, what) for n, cut in enumerate(cuts) for what in ("kept", "weight_ao")}
+        fields = ("kept", "weight_ao")
+        tensors = {f"{number} {field}": getattr(cut, field) for number, cut in enumerate(cuts) for field in fields}
         tensors = processes.broadcast_tensors(tensors, owner, self.stream.device)
         return [ErrorCurve.of(one) for one in raw], [
-            Cut(self.sample.index, self.module, error, tensors[f"{n} kept"], tensors[f"{n} weight_ao"])
-            for n, error in enumerate(errors)
+            Cut(self.estimator.index, self.module, error, *(tensors[f"{number} {field}"] for field in fields))
+            for number, error in enumerate(errors)
         ]
 
-    def output(self, cut: Cut) -> Tensor:
-        """Return the module's output at a cut, on the rows to be probed (b x t x d)."""
-        if not self._probed:
+    def output_at(self, cut: Cut) -> Tensor:
+        """Return the module's output at a cut on the probe rows (b x t x d)."""
+        if not self._probe_inputs:
             return torch.empty(0, 1, self.stream.width, device=self.stream.device)
-        if len(self._probed) > 1:
-            self._probed = [torch.cat(self._probed)]
-        return self.sample.output(cut, self._probed[0])
+        if len(self._probe_inputs) > 1:
+            self._probe_inputs = [torch.cat(self._probe_inputs)]
+        return self.estimator.output_at(cut, self._probe_inputs[0])

@@ -1,9 +1,10 @@
-"""A sample: what a survey keeps of one module while the dense block runs, and the error curves that follow from it.
+"""Interface of estimators of error curves, which collect activations of one module while the dense block runs.
 
-A module of the dense block needs sums alone (`secateur.survey.gram_estimator`); a mixture needs some of its tokens
-(`secateur.survey.mixture_estimator`), as tokens are routed anew once experts are gone.
+A dense module needs only sums over tokens, such as Gram matrices (`secateur.survey.gram_estimator`). A mixture of
+experts needs a sample of its tokens (`secateur.survey.mixture_estimator`), because tokens are routed to other experts
+once some experts are removed.
 
-Shapes: n tokens of a batch, a inputs of the output projection, d residual width; b rows of t positions.
+Shapes: n tokens of a batch, a inputs of the output projection, d residual width, b rows of t positions.
 """
 
 from abc import ABC, abstractmethod
@@ -18,69 +19,73 @@ from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
 
 PROBED_SHARES = (0.5,)
-"""Shares of a module's units whose removal is probed, beside the removal of all."""
+"""Shares of a module's units to remove in probes; one more probe removes the whole module."""
 
 
 class ModuleActivations(NamedTuple):
-    """What one run of a block shows of a module."""
+    """Activations of one module on one batch."""
 
-    source: Tensor
-    """The module's input, where it is asked for."""
-    inner: Tensor
-    """Input of the output projection; of a mixture, the mixture's."""
+    module_input: Tensor
+    """Input of the module (b x t x d); empty if the estimator does not need it."""
+    projection_input: Tensor
+    """Input of the output projection (b x t x a); for a mixture of experts, input of the mixture."""
     output: Tensor
-    """Output of the output projection (... x d); of a mixture, the mixture's."""
+    """Output of the output projection or of the mixture (b x t x d)."""
 
 
 class CurveEstimator(ABC):
-    """What is kept of one module.
+    """Estimator of the error curves of one module.
 
     Attributes:
-        index: the block.
-        module: the attention, the feed-forward or the mixture.
-        reads_source: whether the module's own input is asked for.
-        owner: rank of the process that measures; the others find nothing, or the same.
+        index: index of the block.
+        module: the attention, feed-forward or mixture of experts.
+        needs_input: whether the estimator needs the input of the module.
+        owner: rank of the process that measures. Other processes have no results, or the same results.
     """
 
     index: int
     module: PrunableModule
-    reads_source: bool = False
+    needs_input: bool = False
     owner: int = 0
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Axes along which units may leave, each of which has a curve."""
+        """Axes along which units may be removed; there is one error curve for each axis."""
         return self.module.cut_axes
 
     @abstractmethod
-    def add(self, seen: ModuleActivations, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
-        """Add a batch.
+    def add(
+        self, activations: ModuleActivations, inverse_rms_n1: Tensor | None, norms_n1: Tensor, batch: Batch
+    ) -> None:
+        """Add a batch of calibration rows.
 
         Args:
-            inverse_rms: 1 / r of each output, where a norm stands behind the module.
-            norms_n1: norms of the dense stream after the block, to which errors are relative.
+            activations: activations of the module.
+            inverse_rms_n1: reciprocal root mean square of each output, if a norm follows the module.
+            norms_n1: norm of the dense stream after the block for each token; errors are relative to it.
+            batch: weight of the batch's tokens in errors and in the selection of units.
         """
 
     @abstractmethod
-    def probed(self, seen: ModuleActivations) -> Tensor:
-        """Return what `output` needs of the rows to be probed."""
+    def probe_inputs(self, activations: ModuleActivations) -> Tensor:
+        """Return the part of the activations that `output_at` needs (b x t x ...)."""
 
     @abstractmethod
     def reduce(self, ridge: float, seed: int) -> bool:
-        """Add up what several processes have, and prepare for `curve`; return whether this process measures."""
+        """Add up the sums of all processes and prepare for `curve`; return whether this process measures curves."""
 
     @abstractmethod
     def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the error curve of one axis, and the cuts along it that are to be probed."""
+        """Return the error curve along one axis, and the cuts along the axis to probe."""
 
     @abstractmethod
-    def whole(self) -> Cut:
-        """Return the cut that takes the whole module."""
+    def removal_cut(self) -> Cut:
+        """Return the cut that removes the whole module."""
 
     @abstractmethod
     def release(self) -> None:
-        """Give back what `curve` needs; `output` may still be called."""
+        """Free what `curve` needs; `output_at` may still be called."""
 
     @abstractmethod
-    def output(self, cut: Cut, rows: Tensor) -> Tensor:
-        """Return the module's output at a cut (b x t x d), from what `probed` gave (b x t x ...)."""
+    def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:
+        """Return the module's output at a cut (b x t x d), from the result of `probe_inputs` (b x t x ...)."""

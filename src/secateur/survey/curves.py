@@ -1,4 +1,4 @@
-"""What a survey finds, as frozen data, and its file: one survey serves every size of a model."""
+"""Error curves and probes of a survey as frozen data, and the survey file. One survey serves every target size."""
 
 import json
 import math
@@ -12,104 +12,116 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
-"""Of what a file holds."""
+"""Configuration of the checks of a survey file: no unknown keys, no conversion of types."""
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """One module's error against width."""
+    """Error of one module at every width along one axis."""
 
     __pydantic_config__ = _STRICT
 
     block: int
+    """Index of the block."""
     kind: str
+    """Kind of the module's units."""
     axis: str
-    """Axis along which units leave."""
+    """Name of the axis along which units are removed."""
     errors: tuple[float, ...]
-    """||xW - t||^2 / ||residual stream after the block||^2, the mean over tokens, once 0, 1, 2, ... units have
-    left along the axis."""
+    """Error once 0, 1, 2, ... units are removed along the axis.
+
+    The error is the mean over tokens of ||xW - t||^2 / ||r||^2, where x is the input of the output projection, W its
+    refitted weight, t the output of the dense module and r the residual stream after the block.
+    """
     energy: float
-    """||t||^2 on the same scale: the error if the whole module went."""
+    """Error once the whole module is removed: the mean over tokens of ||t||^2 / ||r||^2."""
     order: tuple[int, ...] = ()
-    """Units as they leave: key/value groups, query heads (one of every group in turn) or channels. What never leaves
-    alone is not in it."""
+    """Units in the order of their removal: KV groups, query heads (one of each group in turn), channels or experts.
+
+    Units that are never removed alone are missing.
+    """
     left_after_refit: float = 1.0
-    """The share of the errors that stays behind the refit, where they are those of unchanged weights."""
+    """Share of the errors that is left after the refit, if `errors` were measured with unchanged weights; else 1."""
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "ErrorCurve":
-        """From its fields as JSON holds them."""
+        """Return the object with given fields, as JSON holds them."""
         return cls(**{**raw, "errors": tuple(raw["errors"]), "order": tuple(raw["order"])})
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one cut of one module costs at the model's output."""
+    """Divergence at the model's output when one module alone is cut."""
 
     __pydantic_config__ = _STRICT
 
     block: int
+    """Index of the block."""
     kind: str
+    """Kind of the module's units."""
     error: float
-    """What the cut adds to the module's error, on the scale of its `ErrorCurve`."""
+    """Rise of the module's error by the cut, in the units of `ErrorCurve.errors`."""
     removes_module: bool
-    """Nothing of the module is left."""
+    """Whether the cut removes the whole module."""
     divergence: float
     """KL(dense || pruned) of the logits, in nats per token."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """All curves and probes of a model."""
+    """All error curves and probes of a model."""
 
     __pydantic_config__ = _STRICT
 
     criterion: str
+    """Criterion that determined the order in which units are removed, as in `--criterion`."""
     ridge: float
+    """Ridge of the refit that errors assume."""
     tokens: int
+    """Number of calibration tokens."""
     curves: tuple[ErrorCurve, ...]
+    """Error curves, one for each axis of each module."""
     probes: tuple[Probe, ...] = ()
+    """Probes of all modules."""
     settings: dict[str, Any] | None = None
-    """What decides the result besides the code: the weights' fingerprint, and the options that matter."""
+    """Fingerprint of the weights and values of the options on which the survey depends."""
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Survey":
-        """From its fields as JSON holds them."""
+        """Return the object with given fields, as JSON holds them."""
         curves, probes = map(ErrorCurve.of, raw["curves"]), (Probe(**probe) for probe in raw["probes"])
         return cls(**raw | {"curves": tuple(curves), "probes": tuple(probes)})
 
 
 def save_survey(survey: Survey, path: Path) -> None:
-    """Write survey.json."""
+    """Write a survey file."""
     write_atomically(path, json.dumps(asdict(survey)) + "\n")
 
 
 def load_survey(path: Path, settings: dict[str, Any]) -> Survey:
-    """Read a survey.json.
+    """Read a survey file.
 
     Args:
         path: the file.
-        settings: what the survey must have been made for; see `Survey.settings`.
+        settings: settings that the survey must have been made with; see `Survey.settings`.
 
     Raises:
-        SecateurError: it is no survey, or one of another model or with other options.
+        SecateurError: the file is not a survey, or the survey was made for other weights or with other options.
     """
     try:
         survey = TypeAdapter(Survey).validate_json(path.read_bytes())
         curves, probes = survey.curves, survey.probes
-        found = dict(survey.settings or {})
+        made_with = dict(survey.settings or {})
         figures = [*(p.divergence for p in probes), *(p.error for p in probes), *(e for c in curves for e in c.errors)]
         figures += [figure for curve in curves for figure in (curve.energy, curve.left_after_refit)]
         if not probes or not all(math.isfinite(value) for value in figures):
             raise ValueError
     except ValueError as error:
-        raise SecateurError(f"{path}: not a survey of secateur's; name another file, or delete it") from error
-    for name, wanted in settings.items():
-        if found.get(name) != wanted:
+        raise SecateurError(f"{path}: not a survey by secateur; name another file, or delete it") from error
+    for name, value in settings.items():
+        if made_with.get(name) != value:
+            difference = f"with {name} {made_with.get(name)} instead of {value}; use the same value, or"
             if name == "fingerprint":
-                raise SecateurError(f"{path}: a survey of other weights; name another file to make a new one")
-            raise SecateurError(
-                f"{path}: a survey with {name} {found.get(name)}, where {wanted} is asked for; ask for the same, or "
-                "name another file to make a new one"
-            )
+                difference = "of other weights;"
+            raise SecateurError(f"{path}: a survey {difference} name another file to make a new survey")
     return survey

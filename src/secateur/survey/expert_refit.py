@@ -1,10 +1,11 @@
-"""The share of a mixture's error that is left behind the refit, when experts leave or channels of all of them.
+"""Share of a mixture's error that is left after the refit, once experts, or channels of all experts, are removed.
 
-Experts are solved one after the other for what the output lacks, as in `secateur.fit.stage`. An expert often has fewer
-tokens than channels, so that each token is judged by the fit without it: for ridge regression the
-residual then is r_i / (1 - h_i), with h the diagonal of the hat matrix (Allen's PRESS, 1974).
+Experts are refitted one after the other to the residual error of the output, as in `secateur.fit.stage`. An expert
+often has fewer tokens than channels, and would then fit its own tokens without error. Each token is therefore judged by
+the fit to all other tokens. In ridge regression, its residual is then r_i / (1 - h_i), with the hat matrix's diagonal h
+(Allen's PRESS statistic, 1974).
 
-Shapes: n tokens, m of them at an expert, s of its channels, d residual width.
+Shapes: n tokens, m tokens routed to one expert, s channels of the expert that are kept, d residual width.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,75 +16,83 @@ from torch import Tensor
 from secateur.base.processes import Processes
 from secateur.criteria.routed_tokens import RoutedTokens
 
-LEAST = 1e-4
-"""Least ridge by which a row is judged without it."""
+MIN_RIDGE = 1e-4
+"""Smallest ridge of a leave-one-out fit."""
 
 
 def share_left_by_refit(
     routed: RoutedTokens,
     scale_n: Tensor,
     unit: Callable[[Tensor], Tensor],
-    alive: Tensor,
-    stay: Mapping[int, Tensor] | None,
+    experts: Tensor,
+    channels: Mapping[int, Tensor] | None,
     ridge: float,
 ) -> float:
-    """Return the share of the squared error of a cut that is left once experts are refitted, at most one.
+    """Return the share of the squared error of a cut that is left once the experts are refitted, at most 1.
 
     Args:
-        routed: tokens at the mixture, with their target and weights.
-        scale_n: of each token's error.
-        unit: brings the weight of an output projection into the units in which errors count, but for that scale.
-        alive: the experts that stay.
-        stay: channels that stay, of each expert that loses some; None where no expert does.
-        ridge: of the refit.
+        routed: tokens at the mixture, with their targets and weights.
+        scale_n: factor of each token's error.
+        unit: function that converts weights and biases of output projections to the units of errors, without
+            `scale_n`.
+        experts: indices of the kept experts.
+        channels: kept channels by expert; None if all experts keep all channels. The shared expert may be missing.
+        ridge: ridge of the refit.
     """
     mixture, processes = routed.mixture, routed.processes
-    routes, left = mixture.route(routed.x_nd, alive), routed.target_nd.clone()
-    parts, shared = mixture.parts(alive), mixture.module.units
+    routes, residual_nd = mixture.route(routed.x_nd, experts), routed.target_nd.clone()
+    parts, shared = mixture.parts(experts), mixture.module.units
 
-    def at(expert: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens of an expert, and the inputs of its output projection times gate and scale."""
-        tokens, rows = mixture.gated(expert, routed.x_nd, routes)
-        return tokens, rows * scale_n[tokens][:, None]
+    def projection_inputs(expert: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens of an expert (m), and the inputs of its output projection times gate and scale (m x f)."""
+        tokens, rows_mf = mixture.gated(expert, routed.x_nd, routes)
+        return tokens, rows_mf * scale_n[tokens][:, None]
 
-    def kept(expert: int, values: Tensor, axis: int) -> Tensor:
-        """Return the part of the channels that stay."""
-        return values if stay is None or expert not in stay else values.index_select(axis, stay[expert])
+    def keep_channels(expert: int, values: Tensor, axis: int) -> Tensor:
+        """Return the part of a tensor that belongs to the kept channels of an expert."""
+        return values if channels is None or expert not in channels else values.index_select(axis, channels[expert])
 
     def error() -> float:
-        return processes.total(float((left.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
+        """Return the squared error summed over all tokens of all processes."""
+        return processes.total(float((residual_nd.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
 
     for expert in parts:
-        tokens, rows = at(expert)
-        weight = unit(mixture.weight(expert))
-        lost = kept(expert, rows, 1) @ kept(expert, weight, 0)
+        tokens, rows_mf = projection_inputs(expert)
+        weight_fd = unit(mixture.weight(expert))
+        output_md = keep_channels(expert, rows_mf, 1) @ keep_channels(expert, weight_fd, 0)
         if expert == shared:
-            # What is wanted is without it.
-            lost -= rows @ weight
+            # The targets do not contain the output of the dense shared expert.
+            output_md -= rows_mf @ weight_fd
         elif (bias := mixture.bias(expert)) is not None:
-            lost += (routes.of(expert)[1] * scale_n[tokens])[:, None] * unit(bias)
-        left.index_add_(0, tokens, -lost)
+            output_md += (routes.of(expert)[1] * scale_n[tokens])[:, None] * unit(bias)
+        residual_nd.index_add_(0, tokens, -output_md)
     before = error()
     for expert in parts:
-        tokens, rows = at(expert)
-        wide, rows = rows.shape[1], kept(expert, rows, 1)
-        root = routed.weight_n[tokens].sqrt()[:, None]
-        every, start = _gathered(processes, torch.cat([rows * root, left[tokens] * root], 1))
-        if len(every):
-            penalty = ridge * (1 + wide / len(every))
-            judged = leave_one_out_residuals(every[:, : rows.shape[1]], every[:, rows.shape[1] :], penalty)
-            left[tokens] = judged[start : start + len(tokens)] / root
+        tokens, rows_mf = projection_inputs(expert)
+        width, rows_ms = rows_mf.shape[1], keep_channels(expert, rows_mf, 1)
+        root_m1 = routed.weight_n[tokens].sqrt()[:, None]
+        gathered, start = _gather_rows(processes, torch.cat([rows_ms * root_m1, residual_nd[tokens] * root_m1], 1))
+        if len(gathered):
+            penalty = ridge * (1 + width / len(gathered))
+            kept = rows_ms.shape[1]
+            residuals = leave_one_out_residuals(gathered[:, :kept], gathered[:, kept:], penalty)
+            residual_nd[tokens] = residuals[start : start + len(tokens)] / root_m1
     return min(error() / before, 1.0) if before else 1.0
 
 
 def leave_one_out_residuals(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
-    """Each row's residual (m x d) in the ridge regression of r on x from all other rows.
+    """Return the residual of each row (m x d) in the ridge regression of r on x that is fitted to all other rows.
 
-    The penalty is `ridge` times each input's energy, and never none: m inputs would fit m rows, and say nothing of
-    another. The smaller of two systems is solved, m x m or s x s.
+    The smaller of two equivalent linear systems is solved, m x m or s x s.
+
+    Args:
+        x_ms: inputs.
+        r_md: targets.
+        ridge: penalty, relative to the energy of each input. At least `MIN_RIDGE` is used, because without a penalty
+            m inputs fit m rows exactly.
     """
     energy = x_ms.square().sum(0)
-    penalty = max(ridge, LEAST) * energy.clamp_min(torch.finfo(x_ms.dtype).eps * max(float(energy.mean()), 1e-30))
+    penalty = max(ridge, MIN_RIDGE) * energy.clamp_min(torch.finfo(x_ms.dtype).eps * max(float(energy.mean()), 1e-30))
     if len(x_ms) <= x_ms.shape[1]:
         kernel = (x_ms / penalty) @ x_ms.T
         kernel.diagonal().add_(1)
@@ -97,8 +106,8 @@ def leave_one_out_residuals(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     return (r_md - fitted) / (1 - leverage)[:, None]
 
 
-def _gathered(processes: Processes, rows: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all processes, and the place where this process's rows begin."""
+def _gather_rows(processes: Processes, rows: Tensor) -> tuple[Tensor, int]:
+    """Return the rows of all processes, and the index of this process's first row."""
     if processes.is_single:
         return rows, 0
     counts = processes.all_gather(len(rows))

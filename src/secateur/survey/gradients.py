@@ -1,10 +1,13 @@
 """Gradients of the loss with respect to a dense model's weights, one block at a time.
 
-The loss is the cross entropy of the next token, the mean over the calibration tokens. A forward pass keeps every
-block's input (in files beyond a limit); the model's own head gives the loss and its gradient at the stream behind the
-last block; then the blocks run once more, last one first, each under autograd, which turns the gradient behind a block
-into that of its weights and of its input. This is what gradient checkpointing computes, with the weights read from disk
-and their gradients used up block by block.
+The loss is the cross-entropy of the next token, averaged over the calibration tokens. The computation has three steps:
+
+1. A forward pass stores the input of every block, in files if memory is short.
+2. The model's head gives the loss, and its gradient with respect to the output of the last block.
+3. The blocks run again under autograd, the last block first. Autograd turns the gradient with respect to a block's
+   output into the gradients with respect to its weights and its input.
+
+This is gradient checkpointing, except that weights are read from disk, and their gradients used up, block by block.
 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """
@@ -26,15 +29,16 @@ from secateur.survey.loss import summed_loss
 
 @dataclass(frozen=True)
 class BlockGradients:
-    """Gradients with respect to the matrices of one block's two modules, by their names inside the block."""
+    """Gradients with respect to the weight matrices of one block's modules, by their names inside the block."""
 
     index: int
+    """Index of the block."""
     weights: dict[str, Tensor]
-    """The matrices themselves, float32; they go when the next block is asked for."""
+    """Weight matrices, float32; valid until the next block is requested."""
     gradient: dict[str, Tensor]
-    """Of the loss, in nats per token."""
+    """Gradient of the loss, which is in nats per token."""
     square: dict[str, Tensor]
-    """Mean over rows of the squared gradient of a row's own loss; empty unless asked for."""
+    """Squared gradient of the mean loss of a row, averaged over rows; empty unless requested."""
 
 
 def gradient_scores(
@@ -44,21 +48,23 @@ def gradient_scores(
     *,
     blocks: range | None = None,
 ) -> UnitScores:
-    """Scores of a criterion that needs gradients; only these are kept, and no block's gradients.
+    """Return the scores of criteria that need gradients; the gradients themselves are not kept.
 
     Args:
-        rows: as for `gradients`.
-        criterion: criteria, of which one at least is made from gradients.
+        stream: the dense model.
+        rows: calibration rows; see `gradients`.
+        criterion: criteria, of which at least one needs gradients.
+        blocks: indices of the blocks to score; by default all.
     """
     found: dict[tuple[int, str], Tensor] = {}
     criteria = Criteria.of(criterion)
     squares = criteria.needs_squared_gradients
     for block in gradients(stream, rows, blocks=blocks, squares=squares):
         for module in stream.blocks[block.index].modules:
-            # No backward pass is made through experts.
+            # There is no backward pass through experts.
             if module.kind in SCORED_KINDS and (score := criteria.of_kind(module.kind).from_gradients) is not None:
                 found[block.index, module.kind] = score(module, block.weights, block.gradient, block.square)
-        # Else they would stay while the next block's gradients are taken.
+        # Otherwise the weights would stay in memory while the next block's gradients are computed.
         del block
     return found
 
@@ -70,12 +76,14 @@ def gradients(
     blocks: range | None = None,
     squares: bool = False,
 ) -> Generator[BlockGradients, None, None]:
-    """Yield the gradients of some blocks, last block first.
+    """Yield the gradients of some blocks, the last block first.
 
     Args:
-        rows: calibration tokens (rows x length), or several groups of them; tokens of a group count by its weight.
-            Groups of weight zero, and those of one token a row, which predict nothing, are left out.
-        squares: also the squared gradients, for which rows run one by one.
+        stream: the dense model.
+        rows: calibration tokens (rows x length), or several groups of them. Groups with weight zero, and groups with
+            one token per row, are left out.
+        blocks: indices of the blocks; by default all.
+        squares: whether to compute squared gradients as well, for which rows run one by one.
 
     Raises:
         SecateurError: no row has a token to predict, or activations or gradients are NaN or infinite.
@@ -93,8 +101,8 @@ def gradients(
             with stream.filled(index) as layer:
                 if step < count:
                     after = arena.empty(rows, stream.columns) if index >= blocks.start else hidden
-                    for at in rows.batches():
-                        after[at] = stream.run_through(index, layer, hidden[at], at.group)
+                    for batch in rows.batches():
+                        after[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
                     if index >= blocks.start:
                         inputs[index] = hidden
                     hidden = after
@@ -109,41 +117,41 @@ def gradients(
                 arena.release(inputs.pop(index))
                 if index in blocks:
                     yield found
-                # None of it stays while the next block runs.
+                # Free the gradients and weights before the next block runs.
                 del found, layer
 
 
 def _predicting(rows: Rows) -> Rows:
-    """The groups in which tokens predict others."""
+    """Return the groups of rows that have a weight and at least two tokens per row."""
     pairs = [(g, w) for g, w in zip(rows.groups, rows.weights, strict=True) if w and len(g) and g.shape[1] > 1]
     if not pairs:
-        raise SecateurError("gradients need rows of at least two tokens, of which the first predicts the second")
+        raise SecateurError("gradients need rows of at least two tokens; use a larger --length")
     return Rows(tuple(group for group, _ in pairs), tuple(weight for _, weight in pairs))
 
 
 def _singles(rows: Rows) -> Iterator[Batch]:
-    """Batches of one row each."""
+    """Yield batches of one row each."""
     for index, (group, weight) in enumerate(zip(rows.groups, rows.weights, strict=True)):
         for row in range(len(group)):
             yield Batch(index, slice(row, row + 1), weight, weight)
 
 
 def _predictions(stream: BlockStream, rows: Rows) -> float:
-    """How many tokens are predicted in all processes, each counted by its weight."""
-    return stream.processes.total(sum(at.weight * (rows.ids(at).shape[1] - 1) for at in _singles(rows)))
+    """Return the number of predicted tokens in all processes, weighted by their token weights."""
+    return stream.processes.total(sum(batch.weight * (rows.ids(batch).shape[1] - 1) for batch in _singles(rows)))
 
 
 def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
-    """Put the loss's gradient in the place of the stream behind the last block."""
+    """Replace the output of the last block by the gradient of the loss with respect to it."""
     total = _predictions(stream, rows)
     with stream.head() as head, torch.enable_grad():
-        # Row by row: the logits of one row are as large as the stream's batches.
-        for at in _singles(rows):
-            ids, last = rows.ids(at), hidden[at].to(stream.device).requires_grad_()
-            loss = summed_loss(head, ids[0], last[0]) * (at.weight / total)
+        # One row at a time, because the logits of one row are as large as a whole batch of the stream.
+        for batch in _singles(rows):
+            ids, last = rows.ids(batch), hidden[batch].to(stream.device).requires_grad_()
+            loss = summed_loss(head, ids[0], last[0]) * (batch.weight / total)
             (found,) = torch.autograd.grad(loss, last)
-            _check(found, "the output layer")
-            hidden[at] = found
+            _check_finite(found, "the output layer")
+            hidden[batch] = found
 
 
 def _through_block(
@@ -152,39 +160,50 @@ def _through_block(
     layer: nn.Module,
     rows: Rows,
     before: Activations,
-    signal: Activations,
+    output_gradient: Activations,
     wanted: Sequence[str],
     squares: bool,
 ) -> BlockGradients:
-    """One block's gradients, from its input and the loss's gradient behind it.
+    """Return the gradients of one block, and replace `output_gradient` by the gradient at the block's input.
 
-    The gradient at the block's input takes the place of the one behind it.
+    Args:
+        stream: the dense model.
+        index: index of the block.
+        layer: the filled block.
+        rows: calibration rows.
+        before: input of the block.
+        output_gradient: gradient of the loss with respect to the block's output; overwritten.
+        wanted: names of the weights whose gradients are returned.
+        squares: whether squared gradients are returned as well.
     """
     weights = {name: layer.get_parameter(name).requires_grad_() for name in wanted}
     gradient = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items() if squares}
-    total, samples = _predictions(stream, rows), stream.processes.total(sum(at.weight for at in _singles(rows)))
-    for at in _singles(rows) if squares and wanted else rows.batches():
-        hidden = before[at].to(stream.device).requires_grad_()
+    total, samples = _predictions(stream, rows), stream.processes.total(sum(batch.weight for batch in _singles(rows)))
+    for batch in _singles(rows) if squares and wanted else rows.batches():
+        hidden = before[batch].to(stream.device).requires_grad_()
         with torch.enable_grad():
-            after = stream.run(index, layer, hidden, at.group)
+            after = stream.run(index, layer, hidden, batch.group)
         assert after is not None
-        first, *others = torch.autograd.grad(after, [hidden, *weights.values()], signal[at].to(stream.device))
-        _check(first, f"block {index}")
-        signal[at] = first
-        # From a row's part of the whole loss to the row's own loss, a mean over its tokens.
-        own = total / (at.weight * (hidden.shape[1] - 1))
+        first, *others = torch.autograd.grad(
+            after, [hidden, *weights.values()], output_gradient[batch].to(stream.device)
+        )
+        _check_finite(first, f"block {index}")
+        output_gradient[batch] = first
+        # Factor from a row's share of the loss to the mean loss of the row's tokens.
+        to_row_loss = total / (batch.weight * (hidden.shape[1] - 1))
         for name, found in zip(weights, others, strict=True):
             gradient[name] += found
             if squares:
-                square[name] += found.mul_(own).square_().mul_(at.weight / samples)
+                square[name] += found.mul_(to_row_loss).square_().mul_(batch.weight / samples)
     stream.processes.all_reduce(*gradient.values(), *square.values())
     for name, weight in weights.items():
-        _check(gradient[name], f"block {index}")
+        _check_finite(gradient[name], f"block {index}")
         weight.requires_grad_(False)
     return BlockGradients(index, {name: weight.data for name, weight in weights.items()}, gradient, square)
 
 
-def _check(gradient: Tensor, where: str) -> None:
+def _check_finite(gradient: Tensor, where: str) -> None:
+    """Raise `SecateurError` if a gradient is NaN or infinite; `where` names the part of the model."""
     if not torch.isfinite(gradient.sum()):
         raise SecateurError(f"{where}: the backward pass gives NaN or infinite gradients; are the weights intact?")

@@ -1,4 +1,4 @@
-"""Curves of a module of the dense block: its second moments, and the error of the best refit at every width."""
+"""Error curves of a dense module: Gram matrices, and the error of the best refit at every width."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +23,10 @@ from secateur.survey.probes import Cut
 
 
 class GramEstimator(CurveEstimator):
-    """Second moments of the output projection's input, each token relative to its own residual stream."""
+    """Estimator of error curves from the Gram matrix of the output projection's input.
+
+    Each token is divided by the norm of its residual stream, to which errors are relative.
+    """
 
     def __init__(
         self,
@@ -33,45 +36,52 @@ class GramEstimator(CurveEstimator):
         module: PrunableModule,
         criteria: Criteria,
         *,
-        apart: bool,
+        scores_separately: bool,
     ):
         """Start with empty sums.
 
         Args:
-            criteria: the order in which units leave.
-            apart: some rows measure errors and others decide the order.
+            stream: the dense model.
+            index: index of the block.
+            layer: the filled block.
+            module: the module.
+            criteria: criteria that determine the order in which units are removed.
+            scores_separately: whether the order is determined on other rows than those on which errors are measured.
         """
         self.stream, self.index, self.module = stream, index, module
         self._criterion = criteria.of_module(index, module.kind)
-        self.reads_source = module.kind == "channels" and self._criterion.input_moments
+        self.needs_input = bool(module.channel_projections) and self._criterion.input_moments
         self._tensors: Mapping[str, Tensor] = layer.state_dict()
         self._norm = PostNorm(stream, index, layer, module)
-        inner = module.units * module.size
-        self._moments = Moments(inner, device=stream.device)
-        self._scored = Moments(inner, device=stream.device) if apart else None
-        self._source = Moments(stream.width, device=stream.device) if self.reads_source else None
-        self._measured: tuple[Statistics, Statistics | None] | None = None
+        inputs = module.units * module.size
+        self._moments = Moments(inputs, device=stream.device)
+        self._score_moments = Moments(inputs, device=stream.device) if scores_separately else None
+        self._input_moments = Moments(stream.width, device=stream.device) if self.needs_input else None
+        self._statistics: tuple[Statistics, Statistics | None] | None = None
+        """Statistics for errors; and those for the order of removal, if they are separate."""
 
-    def add(self, seen: ModuleActivations, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
-        """Add a batch to the sums."""
-        rows = (seen.inner if inverse_rms is None else seen.inner * inverse_rms).reshape(len(norms_n1), -1)
-        rows = rows / norms_n1
-        if at.weight:
-            self._moments.update(rows, weight=at.weight)
-        if at.score and self._scored is not None:
-            self._scored.update(rows, weight=at.score)
-        if at.score and self._source is not None:
-            self._source.update(seen.source.reshape(len(norms_n1), -1), weight=at.score)
+    def add(
+        self, activations: ModuleActivations, inverse_rms_n1: Tensor | None, norms_n1: Tensor, batch: Batch
+    ) -> None:
+        """Add a batch of calibration rows to the sums."""
+        x_bta = activations.projection_input
+        x_na = (x_bta if inverse_rms_n1 is None else x_bta * inverse_rms_n1).reshape(len(norms_n1), -1) / norms_n1
+        if batch.weight:
+            self._moments.update(x_na, weight=batch.weight)
+        if batch.score and self._score_moments is not None:
+            self._score_moments.update(x_na, weight=batch.score)
+        if batch.score and self._input_moments is not None:
+            self._input_moments.update(activations.module_input.reshape(len(norms_n1), -1), weight=batch.score)
 
-    def probed(self, seen: ModuleActivations) -> Tensor:
+    def probe_inputs(self, activations: ModuleActivations) -> Tensor:
         """Return the inputs of the output projection."""
-        return seen.inner
+        return activations.projection_input
 
     def reduce(self, ridge: float, seed: int) -> bool:
-        """Add up the sums of all processes at the module's owner, which measures."""
-        inner, processes = self.module.units * self.module.size, self.stream.processes
-        self.owner = processes.assign_owner(inner**3)
-        for sums in (self._moments, self._scored, self._source):
+        """Add up the sums of all processes on the owner rank of the module, which measures the curves."""
+        inputs, processes = self.module.units * self.module.size, self.stream.processes
+        self.owner = processes.assign_owner(inputs**3)
+        for sums in (self._moments, self._score_moments, self._input_moments):
             if sums is not None:
                 sums.reduce(processes, self.owner)
         if processes.rank != self.owner:
@@ -81,62 +91,65 @@ class GramEstimator(CurveEstimator):
             tensors=self._tensors,
             weight_ao=self._norm.scale(inner_weight(self.module, self._tensors)),
             moments=self._moments,
-            input_moments=self._source,
+            input_moments=self._input_moments,
             ridge=ridge,
             target_is_old_output=True,
             seed=module_seed(seed, self.index, self.module.role),
         )
-        # Other rows may decide the order than those that measure errors.
-        self._measured = stats, None if self._scored is None else replace(stats, moments=self._scored)
+        scores = None if self._score_moments is None else replace(stats, moments=self._score_moments)
+        self._statistics = stats, scores
         return True
 
     @property
     def _stats(self) -> Statistics:
-        assert self._measured is not None
-        return self._measured[0]
+        assert self._statistics is not None
+        return self._statistics[0]
 
     @property
     def _energy(self) -> float:
-        """The error if the whole module went."""
+        """Error once the whole module is removed."""
         return self._stats.normal.energy / self._moments.count
 
     def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the errors after the best refit; the last axis is probed.
+        """Return the errors after the best refit along one axis; cuts are probed along the last axis only.
 
-        One axis is enough: what an error costs depends little on which units made it.
+        One axis is enough, because the cost of an error depends little on which units cause it.
         """
-        assert self._measured is not None
-        (stats, choice), module, count = self._measured, self.module, self._moments.count
+        assert self._statistics is not None
+        (stats, scores), module, count = self._statistics, self.module, self._moments.count
         if module.locked:
-            # All or nothing.
+            # Units can only be removed all at once.
             return ErrorCurve(self.index, module.kind, axis.name, (0.0,), self._energy), []
-        together, units = module.enclosing_units(axis.name), axis.units
-        probed = (
-            {round(units * share) for share in curve_estimator.PROBED_SHARES} - {0, units}
-            if axis is self.axes[-1]
-            else set()
+        removed_together, probed = module.enclosing_units(axis.name), self._probed_numbers(axis)
+        result = error_curve(
+            self._criterion, stats, axis.name, 1, scores, [number * removed_together for number in probed]
         )
-        found = error_curve(self._criterion, stats, axis.name, 1, choice, [gone * together for gone in probed])
-        errors = (found.errors[::together] / count).tolist()
+        errors = (result.errors[::removed_together] / count).tolist()
         cuts = []
-        for gone in sorted(probed):
-            kept = inner_entries(module, remaining_units(module, axis.name, found.order[: gone * together]))
-            weight = found.weights[gone * together]
-            cuts.append(Cut(self.index, module, errors[gone] - errors[0], kept.to(weight.device), weight))
-        return ErrorCurve(
-            self.index, module.kind, axis.name, tuple(errors), self._energy, tuple(found.order.tolist())
-        ), cuts
+        for number in probed:
+            removed = result.order[: number * removed_together]
+            kept = inner_entries(module, remaining_units(module, axis.name, removed))
+            weight = result.weights[number * removed_together]
+            cuts.append(Cut(self.index, module, errors[number] - errors[0], kept.to(weight.device), weight))
+        order = tuple(result.order.tolist())
+        return ErrorCurve(self.index, module.kind, axis.name, tuple(errors), self._energy, order), cuts
 
-    def whole(self) -> Cut:
-        """Return the cut that leaves no input of the output projection."""
+    def _probed_numbers(self, axis: Axis) -> list[int]:
+        """Return the numbers of units along an axis whose removal is probed, in ascending order."""
+        if axis is not self.axes[-1]:
+            return []
+        return sorted({round(axis.units * share) for share in curve_estimator.PROBED_SHARES} - {0, axis.units})
+
+    def removal_cut(self) -> Cut:
+        """Return the cut that keeps no input of the output projection."""
         none = torch.empty(0, dtype=torch.long, device=self._stats.weight_ao.device)
         return Cut(self.index, self.module, self._energy, none, self._stats.weight_ao[none])
 
     def release(self) -> None:
-        """Give back the statistics."""
-        self._measured = None
+        """Free the statistics."""
+        self._statistics = None
 
-    def output(self, cut: Cut, rows: Tensor) -> Tensor:
-        """Return the output of the refitted output projection."""
-        z = rows[..., cut.kept].float() @ self._norm.unscale(cut.weight_ao)
+    def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:
+        """Return the output of the refitted output projection at a cut."""
+        z = inputs[..., cut.kept].float() @ self._norm.unscale(cut.weight_ao)
         return z + self._tensors[self.module.bias] if self.module.bias else z

@@ -1,4 +1,4 @@
-"""How badly a stream behind the last block predicts its own tokens."""
+"""Next-token loss, computed from the output of the last block."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,12 +11,12 @@ from secateur.model.stream import BlockStream
 
 
 def summed_loss(head: Callable[[Tensor], Tensor], ids: Tensor, hidden_td: Tensor) -> Tensor:
-    """Negative log-likelihood, in nats, summed over the tokens that others predict.
+    """Return the negative log-likelihood of a row in nats, summed over all tokens but the first.
 
     Args:
-        head: from `BlockStream.head`.
-        ids: token ids of one row (t).
-        hidden_td: their activations behind the last block.
+        head: function from hidden states to logits, from `BlockStream.head`.
+        ids: token ids of the row (t).
+        hidden_td: output of the last block (t x d).
     """
     logits = head(hidden_td[:-1])
     return cross_entropy(logits, ids[1:].to(logits.device), reduction="sum")
@@ -25,10 +25,14 @@ def summed_loss(head: Callable[[Tensor], Tensor], ids: Tensor, hidden_td: Tensor
 def mean_loss(
     stream: BlockStream, rows: Rows, group: int, hidden: Activations, norm: Mapping[str, Tensor] | None = None
 ) -> float:
-    """Negative log-likelihood, in nats per token, of one group's rows from the stream behind the last block.
+    """Return the mean negative log-likelihood of one group of rows, in nats per token, over all processes.
 
-    `hidden` is this process's share, and the result that of all rows. `norm` are other values for the final norm, by
-    their names in the model.
+    Args:
+        stream: the model.
+        rows: rows of all processes.
+        group: index of the group.
+        hidden: output of the last block for this process's rows.
+        norm: values that replace parameters of the final norm, by their names in the model.
     """
     ids = stream.own(rows).groups[group]
     total, count = 0.0, 0

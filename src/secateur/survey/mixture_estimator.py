@@ -1,8 +1,11 @@
-"""Curves of a mixture: what its output loses as experts leave, or channels of all of them.
+"""Error curves of a mixture of experts: its output error as experts, or channels of all experts, are removed.
 
-Tokens are kept while the dense block runs, and their experts compared behind it; see `secateur.criteria.experts`. Of
-every expert those channels leave first whose part of its output has the least energy. The errors are those of unchanged
-weights; how much of them is left behind the refit is estimated at one cut of each kind, the middle one.
+The estimator keeps a sample of the mixture's tokens while the dense block runs, and compares experts afterwards; see
+`secateur.criteria.experts`. The channels of an expert are removed in ascending order of the energy that they contribute
+to the expert's output. Errors are measured with unchanged weights. The share of them that is left after the refit is
+estimated at one cut for each axis, where half of the units are removed.
+
+Shapes: n tokens, m tokens routed to one expert, d residual width, f channels of an expert.
 """
 
 import itertools
@@ -28,14 +31,14 @@ from secateur.survey.curves import ErrorCurve
 from secateur.survey.expert_refit import share_left_by_refit
 from secateur.survey.probes import Cut
 
-COUNTS = 16
-"""How many numbers of channels errors are measured at."""
+GRID_POINTS = 16
+"""Number of channel counts at which errors are measured; errors in between are interpolated."""
 
 
 class MixtureEstimator(CurveEstimator):
-    """Some tokens of a mixture, with its outputs."""
+    """Estimator of error curves from a sample of a mixture's tokens."""
 
-    reads_source = True
+    needs_input = True
 
     def __init__(
         self,
@@ -50,129 +53,143 @@ class MixtureEstimator(CurveEstimator):
         """Start without tokens.
 
         Args:
-            order: name of the order in which experts leave.
-            tokens: number of tokens that will come, in all processes.
-            kinds: kinds of units that may leave.
+            stream: the dense model.
+            index: index of the block.
+            layer: the filled block.
+            module: the mixture of experts.
+            order: name of the criterion that determines the order in which experts are removed.
+            tokens: number of tokens to come, in all processes.
+            kinds: kinds of units that may be removed.
         """
         self.stream, self.index, self.module, self._order = stream, index, module, order
         self._norm, self._mixture = PostNorm(stream, index, layer, module), Mixture(stream, layer, module)
-        self._kinds, self._every = kinds, max(1, tokens // MAX_TOKENS)
-        self._come = 0
+        self._kinds, self._stride = kinds, max(1, tokens // MAX_TOKENS)
+        self._token_count = 0
         # One of several processes may have no tokens.
         none = torch.empty(0, stream.width, device=stream.device)
-        self._kept = [(none, none, none[:, 0], none[:, 0])]
+        self._samples = [(none, none, none[:, 0], none[:, 0])]
+        """Inputs (m x d), outputs (m x d), error scales (m) and weights (m) of sampled tokens, by batch."""
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Experts, and channels of all of them where these may leave."""
+        """Experts, and channels of all experts if channels may be removed."""
         return tuple(axis for axis in self.module.axes if axis.name == EXPERTS or axis.kind in self._kinds)
 
-    def add(self, seen: ModuleActivations, inverse_rms: Tensor | None, norms_n1: Tensor, at: Batch) -> None:
-        """Keep tokens, spaced evenly."""
-        width, scale = self.stream.width, norms_n1[:, 0].reciprocal()
-        scale = scale if inverse_rms is None else scale * inverse_rms.reshape(-1)
-        some = torch.arange(-self._come % self._every, len(scale), self._every, device=scale.device)
-        self._come += len(scale)
-        x, z = seen.source.reshape(-1, width)[some], seen.output.reshape(-1, width)[some]
-        self._kept.append((x, z, scale[some], torch.full_like(scale[some], at.score or at.weight)))
+    def add(
+        self, activations: ModuleActivations, inverse_rms_n1: Tensor | None, norms_n1: Tensor, batch: Batch
+    ) -> None:
+        """Add evenly spaced tokens of a batch to the sample."""
+        width, scale_n = self.stream.width, norms_n1[:, 0].reciprocal()
+        scale_n = scale_n if inverse_rms_n1 is None else scale_n * inverse_rms_n1.reshape(-1)
+        some = torch.arange(-self._token_count % self._stride, len(scale_n), self._stride, device=scale_n.device)
+        self._token_count += len(scale_n)
+        x_md, z_md = (values.reshape(-1, width)[some] for values in (activations.module_input, activations.output))
+        weight_m = torch.full_like(scale_n[some], batch.score or batch.weight)
+        self._samples.append((x_md, z_md, scale_n[some], weight_m))
 
-    def probed(self, seen: ModuleActivations) -> Tensor:
-        """Return the mixture's inputs."""
-        return seen.source
+    def probe_inputs(self, activations: ModuleActivations) -> Tensor:
+        """Return the inputs of the mixture."""
+        return activations.module_input
 
     def reduce(self, ridge: float, seed: int) -> bool:
-        """Prepare the tokens; all processes measure together."""
-        x, z, scale, weight = map(torch.cat, zip(*self._kept, strict=True))
-        self._scale, self._ridge = scale, ridge
+        """Prepare the sample; all processes measure together."""
+        x_nd, z_nd, scale_n, weight_n = map(torch.cat, zip(*self._samples, strict=True))
+        self._scale_n, self._ridge = scale_n, ridge
         self._seed = module_seed(seed, self.index, self.module.role)
-        own = self._unit(z, torch.arange(len(z), device=z.device))
+        output_nd = self._error_units(z_nd, torch.arange(len(z_nd), device=z_nd.device))
         processes = self.stream.processes
-        self._count = processes.total(float(weight.sum(dtype=torch.float64)))
-        energy = processes.total(float((own.square().sum(1) * weight).sum(dtype=torch.float64)))
+        self._count = processes.total(float(weight_n.sum(dtype=torch.float64)))
+        energy = processes.total(float((output_nd.square().sum(1) * weight_n).sum(dtype=torch.float64)))
         self._energy = energy / self._count
-        self._routed = RoutedTokens(self._mixture, x, own, weight, self._unit, processes)
+        self._routed = RoutedTokens(self._mixture, x_nd, output_nd, weight_n, self._error_units, processes)
         return True
 
-    def _unit(self, y_md: Tensor, tokens: Tensor) -> Tensor:
-        """Return outputs of some tokens in the units in which errors count."""
-        return self._norm.scale(y_md) * self._scale[tokens][:, None]
+    def _error_units(self, y_md: Tensor, tokens_m: Tensor) -> Tensor:
+        """Return outputs of some tokens in the units of errors, which are relative to the residual stream."""
+        return self._norm.scale(y_md) * self._scale_n[tokens_m][:, None]
 
     def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the errors of unchanged weights, and the share of them that is left behind the refit."""
-        return self._experts() if axis.name == EXPERTS else self._channels()
+        """Return the errors of unchanged weights, with the share of them that is left after the refit."""
+        return self._expert_curve() if axis.name == EXPERTS else (self._channel_curve(), [])
 
-    def _experts(self) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the curve of whole experts, in the order in which they leave."""
-        module, every = self.module, self._mixture.every
-        stop = module.min_units if "experts" in self._kinds else module.units
-        found = expert_order(self._order, self._routed, stop, self._seed)
-        errors, cuts, share = tuple(error / self._count for error in found.errors), list[Cut](), 1.0
+    def _expert_curve(self) -> tuple[ErrorCurve, list[Cut]]:
+        """Return the error curve of whole experts, and the cuts to probe."""
+        module, experts = self.module, self._mixture.every
+        # If experts may not be removed, the curve has the dense mixture alone.
+        stop = module.min_units if module.kind in self._kinds else module.units
+        removal = expert_order(self._order, self._routed, stop, self._seed)
+        errors = tuple(error / self._count for error in removal.errors)
+        cuts, share = list[Cut](), 1.0
         for part in PROBED_SHARES:
-            if gone := round(len(found.order) * part) // module.groups * module.groups:
-                alive = every[torch.isin(every, torch.tensor(found.order[:gone], device=every.device), invert=True)]
-                cuts.append(self._cut(errors[gone] - errors[0], alive))
-                share = self._left(alive, None)
-        return ErrorCurve(self.index, module.kind, EXPERTS, errors, self._energy, found.order, share), cuts
+            if number := round(len(removal.order) * part) // module.groups * module.groups:
+                removed = torch.tensor(removal.order[:number], device=experts.device)
+                kept = experts[torch.isin(experts, removed, invert=True)]
+                cuts.append(self._cut(errors[number] - errors[0], kept))
+                share = self._share_left(kept, None)
+        return ErrorCurve(self.index, module.kind, EXPERTS, errors, self._energy, removal.order, share), cuts
 
-    def _channels(self) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the curve of channels, as many of each expert."""
-        lost, orders = channel_errors(self._routed)
-        stay = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
-        share = self._left(self._mixture.every, stay)
-        errors = tuple(error / self._count for error in lost)
-        return ErrorCurve(
-            self.index, self.module.kind, EXPERT_CHANNELS, errors, self._energy, left_after_refit=share
-        ), []
+    def _channel_curve(self) -> ErrorCurve:
+        """Return the error curve of channels, of which every expert loses equally many."""
+        sums, orders = channel_errors(self._routed)
+        kept = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
+        share = self._share_left(self._mixture.every, kept)
+        errors = tuple(error / self._count for error in sums)
+        return ErrorCurve(self.index, self.module.kind, EXPERT_CHANNELS, errors, self._energy, left_after_refit=share)
 
-    def _left(self, alive: Tensor, stay: Mapping[int, Tensor] | None) -> float:
-        """Return the share of a cut's error that is left behind the refit."""
-        return share_left_by_refit(self._routed, self._scale, self._norm.scale, alive, stay, self._ridge)
+    def _share_left(self, experts: Tensor, channels: Mapping[int, Tensor] | None) -> float:
+        """Return the share of a cut's error that is left after the refit; see `share_left_by_refit`."""
+        return share_left_by_refit(self._routed, self._scale_n, self._norm.scale, experts, channels, self._ridge)
 
-    def _cut(self, error: float, alive: Tensor) -> Cut:
-        """Return a cut to some experts, whose weights are unchanged."""
-        return Cut(self.index, self.module, error, alive, self._scale.new_empty(0, 0))
+    def _cut(self, error: float, experts: Tensor) -> Cut:
+        """Return a cut that keeps some experts, with unchanged weights."""
+        return Cut(self.index, self.module, error, experts, self._scale_n.new_empty(0, 0))
 
-    def whole(self) -> Cut:
-        """Return the cut that leaves no expert."""
+    def removal_cut(self) -> Cut:
+        """Return the cut that keeps no expert."""
         return self._cut(self._energy, self._mixture.every[:0])
 
     def release(self) -> None:
-        """Give back the tokens."""
-        self._kept.clear()
+        """Free the sample."""
+        self._samples.clear()
         del self._routed
 
-    def output(self, cut: Cut, rows: Tensor) -> Tensor:
-        """Return the mixture's output with some experts alone."""
-        return self._mixture.output(rows, cut.kept) if len(cut.kept) else torch.zeros_like(rows)
+    def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:
+        """Return the output of the mixture with the kept experts only."""
+        return self._mixture.output(inputs, cut.kept) if len(cut.kept) else torch.zeros_like(inputs)
 
 
 def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, Tensor]]:
-    """Summed squared errors of the output once 0, 1, 2, ... channels of every expert have gone, and the order in each.
+    """Measure the error of the mixture's output as channels of all experts are removed, with unchanged weights.
 
-    They are measured at some counts, of all experts' losses together, and lie on a line between.
+    Errors are measured at up to `GRID_POINTS` numbers of channels and interpolated linearly in between.
+
+    Returns:
+        The sum over tokens of squared errors once 0, 1, 2, ... channels of every expert are removed; and for each
+        expert its channels in the order of their removal (f).
     """
     mixture, processes = routed.mixture, routed.processes
-    module, inner, x = mixture.module, mixture.module.units_inside, routed.x_nd
-    routes = mixture.route(x, mixture.every)
-    every = torch.zeros((module.units + module.shared_multiple) * inner, dtype=torch.float64, device=x.device)
+    module, size, x_nd = mixture.module, mixture.module.units_inside, routed.x_nd
+    routes = mixture.route(x_nd, mixture.every)
+    # The shared expert keeps all channels, unless it is pruned along with the others.
     parts = mixture.parts(mixture.every)[0 if module.shared_multiple or mixture.shared is None else 1 :]
-    energies = {expert: every[expert * inner :][: len(mixture.weight(expert))] for expert in parts}
+    all_energies = torch.zeros((module.units + module.shared_multiple) * size, dtype=torch.float64, device=x_nd.device)
+    energies = {expert: all_energies[expert * size :][: len(mixture.weight(expert))] for expert in parts}
     for expert in parts:
-        tokens, rows = mixture.gated(expert, x, routes)
-        mean = (routed.weight_n[tokens][:, None] * rows.square()).sum(0, dtype=torch.float64)
-        energies[expert] += mean * mixture.weight(expert).double().square().sum(1)
-    processes.all_reduce(every)
+        tokens, rows_mf = mixture.gated(expert, x_nd, routes)
+        squares_f = (routed.weight_n[tokens][:, None] * rows_mf.square()).sum(0, dtype=torch.float64)
+        energies[expert] += squares_f * mixture.weight(expert).double().square().sum(1)
+    processes.all_reduce(all_energies)
     orders = {expert: energy.argsort(stable=True) for expert, energy in energies.items()}
-    counts = np.unique(np.linspace(0, inner, COUNTS + 1).round().astype(int)).tolist()
-    # What has been lost so far, of every count.
-    lost = [torch.zeros_like(routed.target_nd) for _ in counts[1:]]
+    counts = np.unique(np.linspace(0, size, GRID_POINTS + 1).round().astype(int)).tolist()
+    # Change of the output at each number of removed channels.
+    changes = [torch.zeros_like(routed.target_nd) for _ in counts[1:]]
     for expert, order in orders.items():
-        tokens, rows = mixture.gated(expert, x, routes)
-        total, weight = torch.zeros(len(tokens), x.shape[1], device=x.device), mixture.weight(expert)
+        tokens, rows_mf = mixture.gated(expert, x_nd, routes)
+        removed_md, weight_fd = torch.zeros(len(tokens), x_nd.shape[1], device=x_nd.device), mixture.weight(expert)
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
-            gone = order[start * len(order) // inner : stop * len(order) // inner]
-            total += rows[:, gone] @ weight[gone]
-            lost[place].index_add_(0, tokens, routed.to_error_units(total, tokens))
-    sums = [float((part.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for part in lost]
+            channels = order[start * len(order) // size : stop * len(order) // size]
+            removed_md += rows_mf[:, channels] @ weight_fd[channels]
+            changes[place].index_add_(0, tokens, routed.to_error_units(removed_md, tokens))
+    sums = [float((change.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for change in changes]
     errors = [0.0, *(processes.total(value) for value in sums)]
-    return tuple(np.interp(np.arange(inner), counts, errors).tolist()), orders
+    return tuple(np.interp(np.arange(size), counts, errors).tolist()), orders

@@ -1,10 +1,11 @@
-"""What the loss of a module costs at the model's output: streams in which one module alone was pruned.
+"""Probes: the rise of the loss when one module alone is cut, measured at the model's output.
 
-A probe starts at its module's block, with the module's output as it would be at a probe width; from there on its
-stream runs through the dense model. All probes advance together, so that each block is read once. At the end, the
-Kullback-Leibler divergence of the logits from the dense model's says what that one cut costs, in nats per token.
+A probe starts at the block of its module, with the module's output at the probed width. From there, its residual stream
+runs through the dense model. All probes advance together, so that each block is read once. At the end, the cost of the
+cut is measured: the KL divergence of the logits from the dense model's logits, in nats per token.
 
-Shapes: b rows, t positions, d residual width, v vocabulary.
+Shapes: b rows, t positions, c columns of the stream between blocks (the residual width and, in some models, more),
+d residual width, v vocabulary size, k tokens of the vocabulary, p probes.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -21,78 +22,102 @@ from secateur.model.structure import PrunableModule
 from secateur.survey.curves import Probe
 
 POSITION_STRIDE = 2
-"""The divergence is taken at every second position: the output layer is dear, and neighbours tell the same."""
+"""Distance between the positions at which divergences are measured.
+
+The output layer is expensive, and neighbouring positions give similar divergences.
+"""
 LIKELY_TOKENS, DRAWN_TOKENS = 256, 256
-"""Tokens on which it is taken, of a large vocabulary: so many of the likeliest, and so many drawn from the others."""
+"""Numbers of tokens on which a divergence is computed, if the vocabulary is larger: the most likely ones, and a sample
+of the others."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A module at a width to be probed."""
+    """Cut of one module to a width, which a probe measures."""
 
     block: int
+    """Index of the block."""
     module: PrunableModule
+    """The module."""
     error: float
-    """What the cut adds to the module's error, on the scale of its `ErrorCurve`."""
+    """Rise of the module's error by the cut, in the units of `ErrorCurve.errors`."""
     kept: Tensor
-    """Level-2 input entries that stay; none if the whole module goes."""
+    """Indices of the kept inputs of the output projection, or of the kept experts; empty if the module is removed."""
     weight_ao: Tensor
-    """Their refitted weights, in residual units."""
+    """Refitted weight of the kept inputs (a x d), in the units of the residual stream; empty for experts."""
 
 
 class ProbeStreams:
-    """Perturbed streams on their way through the model."""
+    """Residual streams of all probes on their way through the dense model."""
 
     def __init__(self, stream: BlockStream, rows: Rows, group: int, arena: Arena, checkpoint: PassCheckpoint):
-        """Prepare for one group of `rows`; probes that the checkpoint has begun get room for their streams."""
+        """Prepare for the probe rows; probes in the checkpoint are resumed.
+
+        Args:
+            stream: the dense model.
+            rows: rows of all processes.
+            group: index of the group of probe rows.
+            arena: memory for the streams.
+            checkpoint: checkpoint of the survey.
+        """
         self.stream, self.group, self.arena = stream, group, arena
-        own = (stream.own(rows).groups[group],)
-        self.rows = Rows(own, (1.0,), batch_tokens=stream.services.batch_tokens)
+        own_rows = (stream.own(rows).groups[group],)
+        self.rows = Rows(own_rows, (1.0,), batch_tokens=stream.services.batch_tokens)
         self._count = len(rows.groups[group])
         self._first = stream.spans(rows)[group].start
-        begun = checkpoint.value("probes", lambda: [asdict(probe) for probe in self.begun], [])
-        self.begun = [Probe(**one) for one in begun]
-        """One for each stream, its divergence still unknown."""
-        self.hidden: list[Activations] = [arena.empty(self.rows, stream.columns) for _ in begun]
+        saved = checkpoint.value("probes", lambda: [asdict(probe) for probe in self.begun], [])
+        self.begun = [Probe(**one) for one in saved]
+        """Probe of each stream, whose divergence is not known yet."""
+        self.hidden: list[Activations] = [arena.empty(self.rows, stream.columns) for _ in saved]
+        """Activations of each stream."""
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
-        # Several streams a batch: one alone is too short for fast products.
+        # A batch holds several streams, because one alone is too short for fast matrix products.
         together = max(1, self.rows.batch_tokens // max(1, self.rows.tokens))
         for start in range(0, len(self.hidden), together):
-            some = self.hidden[start : start + together]
-            for at in self.rows.batches():
-                after = self.stream.run_through(index, layer, torch.cat([h[at] for h in some]), self.group)
-                for hidden, part in zip(some, after.split(len(self.rows.ids(at))), strict=True):
-                    hidden[at] = part
+            streams = self.hidden[start : start + together]
+            for batch in self.rows.batches():
+                joined = torch.cat([hidden[batch] for hidden in streams])
+                after = self.stream.run_through(index, layer, joined, self.group)
+                for hidden, part in zip(streams, after.split(len(self.rows.ids(batch))), strict=True):
+                    hidden[batch] = part
 
     def begin(self, layer: nn.Module, dense: Tensor, output: Tensor, cut: Cut) -> None:
-        """Start a stream at a filled block.
+        """Start a stream at the block of its module.
 
         Args:
-            dense: the block's input in the dense model (b x t x c).
-            output: what the level 2 of the module that is cut yields there (b x t x d).
-            cut: which cut it is.
+            layer: the filled block.
+            dense: input of the block in the dense model (b x t x c).
+            output: output of the cut module (b x t x d).
+            cut: the cut.
         """
         hidden = self.arena.empty(self.rows, self.stream.columns)
-        for at in self.rows.batches():
-            replay = {cut.module: output[at.rows]}
-            hidden[at] = self.stream.run_through(cut.block, layer, dense[at.rows], self.group, replay=replay)
+        for batch in self.rows.batches():
+            replay = {cut.module: output[batch.rows]}
+            hidden[batch] = self.stream.run_through(cut.block, layer, dense[batch.rows], self.group, replay=replay)
         self.hidden.append(hidden)
         self.begun.append(Probe(cut.block, cut.module.kind, cut.error, not len(cut.kept), float("nan")))
 
     def finish(self, dense: Tensor) -> list[Probe]:
-        """The divergences, from the dense stream behind the last block (b x t x c); the streams are given back."""
+        """Return all probes with their divergences, and free the streams.
+
+        Args:
+            dense: output of the last block in the dense model (b x t x c).
+
+        Raises:
+            SecateurError: the model's logits are NaN or infinite.
+        """
         totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
             for row in self.stream.services.watcher.track(range(len(self.rows.groups[0])), "Price"):
-                # Dice of its own: the same ones wherever the row is run.
-                dice = torch.Generator().manual_seed(self._first + row)
+                # The seed depends on the row alone, so that the result is the same with any number of processes.
+                generator = torch.Generator().manual_seed(self._first + row)
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
                 streams = torch.stack([part[row][POSITION_STRIDE - 1 :: POSITION_STRIDE] for part in parts])
-                tokens, shares = sampled_tokens(head(streams[0]), dice)
-                for place, (some, weights) in enumerate(zip(tokens, shares, strict=True)):
-                    with self.stream.fewer_logits(some):
+                tokens, shares = sampled_tokens(head(streams[0]), generator)
+                for place, (ids, weights) in enumerate(zip(tokens, shares, strict=True)):
+                    with self.stream.fewer_logits(ids):
                         logits = head(streams[:, place])
                     totals += divergences(logits[0], logits[1:], weights) / len(tokens)
         self.stream.processes.all_reduce(totals)
@@ -101,15 +126,23 @@ class ProbeStreams:
         if not torch.isfinite(totals).all():
             source = self.stream.checkpoint.source
             raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
-        found = (totals / self._count).tolist()
-        return [replace(probe, divergence=value) for probe, value in zip(self.begun, found, strict=True)]
+        means = (totals / self._count).tolist()
+        return [replace(probe, divergence=value) for probe, value in zip(self.begun, means, strict=True)]
 
 
-def sampled_tokens(logits: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The tokens on which distributions are compared at each of some positions, and what each counts (both t x k).
+def sampled_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Select the tokens of the vocabulary on which distributions are compared.
 
-    The most probable ones count their probability (t x v logits). Others are drawn by theirs, and share what is left:
-    every mean over a distribution comes out right on average. A vocabulary that is no larger is taken whole.
+    The `LIKELY_TOKENS` most likely tokens are selected, each with its probability as weight. `DRAWN_TOKENS` others are
+    drawn by their probabilities and share the remaining probability equally. Means over the selected tokens are
+    unbiased estimates of means over the distribution. A vocabulary with no more tokens is used as a whole.
+
+    Args:
+        logits: logits of the dense model at some positions (t x v).
+        generator: random numbers for the draw.
+
+    Returns:
+        Token ids and their weights (both t x k); the weights of each position add up to 1.
     """
     vocabulary = logits.shape[-1]
     if vocabulary <= LIKELY_TOKENS + DRAWN_TOKENS:
@@ -117,23 +150,24 @@ def sampled_tokens(logits: Tensor, dice: torch.Generator) -> tuple[Tensor, Tenso
     shares = logits.float().softmax(-1)
     likely = shares.topk(LIKELY_TOKENS, -1)
     rest = shares.scatter(-1, likely.indices, 0.0)
-    drawn = torch.multinomial(rest.cpu(), DRAWN_TOKENS, replacement=True, generator=dice).to(rest.device)
-    left = rest.double().sum(-1, keepdim=True)
-    counts = torch.cat([likely.values.double(), (left / DRAWN_TOKENS).expand(-1, DRAWN_TOKENS)], -1)
-    return torch.cat([likely.indices, drawn], -1), counts / counts.sum(-1, keepdim=True)
+    drawn = torch.multinomial(rest.cpu(), DRAWN_TOKENS, replacement=True, generator=generator).to(rest.device)
+    remaining = rest.double().sum(-1, keepdim=True)
+    weights = torch.cat([likely.values.double(), (remaining / DRAWN_TOKENS).expand(-1, DRAWN_TOKENS)], -1)
+    return torch.cat([likely.indices, drawn], -1), weights / weights.sum(-1, keepdim=True)
 
 
 def divergences(dense: Tensor, others: Tensor, weights: Tensor) -> Tensor:
-    """KL(dense || other) of each of some distributions, in nats, float64, on the host.
+    """Return KL(dense || other) of several distributions, in nats (p), as float64 on the CPU.
 
-    With Δ the difference of two models' logits, it is log E[exp Δ] - E[Δ] over the dense distribution.
+    With Δ the difference of the two models' logits, KL(dense || other) = log E[exp Δ] - E[Δ], where E is the mean over
+    the dense distribution.
 
     Args:
-        dense: logits of some tokens (k).
-        others: the same of the other distributions (p x k).
-        weights: of the tokens in means over the dense distribution (k), float64, 1 in all.
+        dense: dense model's logits of selected tokens (k).
+        others: logits of the other models (p x k).
+        weights: weights of the tokens in means over the dense distribution (k), float64, with sum 1.
     """
     difference = others.double() - dense.double()
     mean = difference @ weights
-    # The mean is taken off first: what is left is small, and so is what rounding makes of it.
+    # The mean is subtracted first, so that the remaining numbers are small and rounding errors as well.
     return torch.log1p(torch.expm1(difference - mean[:, None]) @ weights).cpu()

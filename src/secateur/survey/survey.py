@@ -1,22 +1,27 @@
-"""One pass over the dense model: the error of every module at every width, and what errors cost at the output.
+"""Survey: one pass over the dense model that measures the error of every module at every width, and the cost of errors.
 
-A plan is made from the two (`survey/width_costs.py`). Errors are measured on the dense stream, where each module's
-target is its own dense output, so that the Gram matrix of the level-2 input is all that most criteria need.
-Each token's error counts relative to its own residual stream: otherwise the few tokens with massive activations,
-ten thousand times the energy of the rest, would be all that a curve sees. The cost is the divergence of the logits
-where a module alone is cut to a few widths (`secateur.survey.probes`), on rows that the errors were not measured on.
+The cost of each width follows from both (`survey/width_costs.py`), and a plan from the costs.
+
+Errors are measured on the dense stream, where the target of each module is its own dense output. Most criteria then
+need no statistic but the Gram matrix of the output projection's input. The error of a token is relative to the norm of
+its residual stream. Otherwise all errors would be determined by a few tokens with massive activations, which have ten
+thousand times the energy of an ordinary token.
+
+The cost of an error is the divergence of the logits when one module alone is cut (`secateur.survey.probes`). It is
+measured on other rows than the errors.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch import Tensor, nn
 
 from secateur.criteria.registry import Criteria
+from secateur.model.arena import Activations
 from secateur.model.kinds import KINDS
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.structure import PrunableModule
 from secateur.survey.collector import Collector
 from secateur.survey.curve_estimator import CurveEstimator
 from secateur.survey.curves import ErrorCurve, Survey
@@ -37,25 +42,30 @@ def survey(
     seed: int = 0,
     checkpoint: PassCheckpoint | None = None,
 ) -> Survey:
-    """Measure every module's error at every width.
+    """Measure the error of every module at every width.
 
     Args:
-        rows: calibration tokens (rows x length); of `Rows`, errors are measured by weight, and units ordered by score.
-        probe_rows: other tokens (rows x length) to measure on what errors cost; without them no probes are made.
-        criterion: the order in which units leave: criteria by name, or made ready.
-        ridge: of the refit that the error assumes.
-        checkpoint: saves the survey behind each block, and resumes behind the last one that was saved.
+        stream: the dense model.
+        rows: calibration tokens (rows x length). If they are `Rows`, errors are measured with token weights, and the
+            order of units with scores.
+        probe_rows: tokens on which probes are measured (rows x length); without them, no probes are made.
+        blocks: indices of the blocks to measure; by default all.
+        kinds: kinds of units that may be removed.
+        criterion: criteria, or their name: they determine the order in which units are removed.
+        ridge: ridge of the refit that errors assume.
+        seed: seed of random criteria.
+        checkpoint: checkpoint that is saved after each block, and from which the survey resumes.
     """
     blocks = blocks if blocks is not None else range(len(stream))
     checkpoint, criteria = checkpoint or PassCheckpoint(stream.services), Criteria.of(criterion)
     curves: list[ErrorCurve] = []
     curves += [ErrorCurve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
-    fitted = Rows.of(rows)
-    every = fitted if probe_rows is None else fitted.along(probe_rows)
-    rows, probed = stream.own(every), len(fitted.groups)
+    calibration = Rows.of(rows)
+    all_rows = calibration if probe_rows is None else calibration.along(probe_rows)
+    rows, probe_group = stream.own(all_rows), len(calibration.groups)
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
-        probes = None if probe_rows is None else ProbeStreams(stream, every, probed, arena, checkpoint)
+        probes = None if probe_rows is None else ProbeStreams(stream, all_rows, probe_group, arena, checkpoint)
         stop = blocks.stop if probes is None else len(stream)
         for index in checkpoint.blocks(stop, "Survey", lambda: [hidden, *(probes.hidden if probes else [])]):
             with stream.filled(index) as layer:
@@ -64,39 +74,48 @@ def survey(
                 if index not in blocks:
                     stream.advance(index, layer, rows, hidden)
                     continue
-                wanted = [module for module in stream.blocks[index].modules if module.is_prunable(kinds)]
-                samples = [_sample(stream, index, layer, module, criteria, fitted, kinds) for module in wanted]
-                collectors = [Collector(stream, layer, sample) for sample in samples]
-                before = None if probes is None else hidden.parts[probed][:].clone()
-                for at in rows.batches():
-                    watch = {path: see for c in collectors for path, see in c.watches().items()}
-                    hidden[at] = after = stream.run_through(index, layer, hidden[at], at.group, watch=watch)
-                    with stream.rounded():
-                        for collector in collectors:
-                            collector.update(stream.residual(after), at)
+                estimators = _estimators(stream, index, layer, criteria, calibration, kinds)
+                collectors = [Collector(stream, layer, estimator) for estimator in estimators]
+                before = None if probes is None else hidden.parts[probe_group][:].clone()
+                _run_block(stream, index, layer, rows, hidden, collectors)
                 for collector in collectors:
                     collector.measure(ridge, seed)
-                # Each module's owner is through before any of them tells what it has found.
+                # All modules are measured before the owner ranks broadcast results, so that no process waits.
                 for collector in collectors:
-                    found, cuts = collector.told()
-                    curves += found
+                    measured, cuts = collector.results()
+                    curves += measured
                     if probes is not None and before is not None:
                         for cut in cuts:
-                            probes.begin(layer, before, collector.output(cut), cut)
-        prices = () if probes is None else tuple(probes.finish(hidden.parts[probed][:]))
-    return Survey(criteria.choice.text, ridge, fitted.tokens, tuple(curves), prices)
+                            probes.begin(layer, before, collector.output_at(cut), cut)
+        finished = () if probes is None else tuple(probes.finish(hidden.parts[probe_group][:]))
+    return Survey(criteria.choice.text, ridge, calibration.tokens, tuple(curves), finished)
 
 
-def _sample(
+def _run_block(
     stream: BlockStream,
     index: int,
     layer: nn.Module,
-    module: PrunableModule,
-    criteria: Criteria,
     rows: Rows,
-    kinds: tuple[str, ...],
-) -> CurveEstimator:
-    """Return an empty sample of one module of a block."""
-    if module.kind == "experts":
-        return MixtureEstimator(stream, index, layer, module, criteria.choice.experts, rows.tokens, kinds)
-    return GramEstimator(stream, index, layer, module, criteria, apart=rows.scores is not None)
+    hidden: Activations,
+    collectors: Sequence[Collector],
+) -> None:
+    """Run a block on all rows, replace `hidden` by its output, and pass its activations to the collectors."""
+    for batch in rows.batches():
+        watch = {path: record for collector in collectors for path, record in collector.watches().items()}
+        hidden[batch] = after = stream.run_through(index, layer, hidden[batch], batch.group, watch=watch)
+        with stream.rounded():
+            for collector in collectors:
+                collector.update(stream.residual(after), batch)
+
+
+def _estimators(
+    stream: BlockStream, index: int, layer: nn.Module, criteria: Criteria, rows: Rows, kinds: tuple[str, ...]
+) -> list[CurveEstimator]:
+    """Return an estimator for each prunable module of a block."""
+    return [
+        MixtureEstimator(stream, index, layer, module, criteria.choice.experts, rows.tokens, kinds)
+        if module.experts_per_token
+        else GramEstimator(stream, index, layer, module, criteria, scores_separately=rows.scores is not None)
+        for module in stream.blocks[index].modules
+        if module.is_prunable(kinds)
+    ]

@@ -78,7 +78,7 @@ def _costs(curve: ErrorCurve, points: Sequence[tuple[float, float]]) -> NDArray[
 
     Args:
         curve: the error curve along one axis.
-        points: pairs of error and divergence to interpolate between, those of the module's removal included.
+        points: pairs of error and divergence to interpolate between; one of them is the removal of the module.
     """
     errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0) * curve.left_after_refit
     # If removing the module costs less than a partial cut, the removal gets the cost of the partial cut.
