@@ -435,7 +435,7 @@ def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Ke
             : fed.shared_multiple * len(picks[0])
         ]
         inner += (fed.units * fed.units_inside + every.sort().values).tolist()
-    return {"heads": tuple(sorted(heads)), fed.kind: tuple(kept)} | ({"channels": tuple(inner)} if inner else {})
+    return {attention.kind: tuple(sorted(heads)), fed.kind: tuple(kept)} | ({"channels": tuple(inner)} if inner else {})
 
 
 def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:

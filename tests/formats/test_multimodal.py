@@ -194,7 +194,7 @@ def opened(folder: Path, **how: Any) -> Any:
 def keeps_of(out: Path) -> dict[int, KeptUnits]:
     """What a run has kept, by its record."""
     blocks = json.loads((out / "secateur.json").read_text())["blocks"]
-    return {block["block"]: selected(**{kind: tuple(block.get(kind, ())) for kind in KINDS}) for block in blocks}
+    return {block["block"]: {kind: tuple(block.get(kind, ())) for kind in (*KINDS, "token_mixers")} for block in blocks}
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
-from secateur.model.surgery import assign, inner_entries, slice_module, width_of
+from secateur.model.surgery import assign, first_units, inner_entries, slice_module, width_of
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice_fitted
 
@@ -125,7 +125,12 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
     }[case]
     if block.attention.locked:
         return {i: wide(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
-    return {i: w.taking("heads", full) if every_block(name)[i].attention.fixed else w for i, w in widths.items()}
+    return {i: own_axes(every_block(name)[i], width) for i, width in widths.items()}
+
+
+def own_axes(block: Block, width: Width) -> Width:
+    """The width as far as a block has its axes and they can change."""
+    return block.width | {axis.name: width[axis.name] for axis in block.axes if not axis.locked}
 
 
 def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
@@ -135,6 +140,8 @@ def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
 def keep_of(block: Block, width: Width, seed: int) -> KeptUnits:
     """Units that are no run: some groups, and other heads in each of them."""
     attention, heads = block.attention, []
+    if attention.fixed:
+        return first_units(block, width) | {"channels": picked(block.feed_forward.units, width.channels, seed + 50)}
     for group in picked(attention.groups, width.groups, seed) if width.heads else ():
         kept = picked(attention.per_group, width.per_group, seed + group + 1)
         heads += [group * attention.per_group + head for head in kept]
@@ -247,8 +254,9 @@ def test_the_folder_says_what_it_holds(written, name, case, intercept):
     config = open_checkpoint(made.folder).config
     assert is_per_layer(config)
     assert not is_per_layer(dense(name).config)
+    expected = [made.widths.get(index, every_block(name)[index].width) for index in range(BLOCKS)]
     for given in (stored, config):
-        assert widths_of(given) == [made.widths.get(index, block.width) for index in range(BLOCKS)]
+        assert widths_of(given) == expected
     assert stored["model_type"] == dense(name).config.model_type
     # Falcon's class derives it, and takes none.
     assert stored.get("head_dim") == (None if name in FALCON else block.attention.size)

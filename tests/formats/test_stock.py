@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, selected, token_rows, wide
+from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
@@ -23,7 +23,8 @@ from secateur.model.axes import Width
 from secateur.model.config_file import stock_class
 from secateur.model.describe import describe
 from secateur.model.facts import head_dim, key_value_heads
-from secateur.model.surgery import slice_block
+from secateur.model.surgery import first_units, slice_block
+from secateur.model.units.heads import HEADS as HEAD_AXES
 from secateur.plan.widths import head_widths
 
 SIZES = {
@@ -346,7 +347,7 @@ def empty(config):
 
 def opens(config, blocks, width) -> bool:
     """Whether the stock class makes blocks of a width; the classes that keep all heads are not asked for fewer."""
-    if family_of(config).stock.heads == "dense" and width.heads < config.num_attention_heads:
+    if family_of(config).stock.heads == "dense" and width.product(HEAD_AXES) < config.num_attention_heads:
         return False
     raw = json.loads(json.dumps(config.to_dict()))
     stored = stock_config(raw, config, width=width, head_dim=head_dim(config), dtype=torch.float32)
@@ -356,18 +357,13 @@ def opens(config, blocks, width) -> bool:
         return False
     layers = model.get_submodule(FAMILIES[stored["model_type"]].blocks)
     for block, layer in zip(blocks, layers, strict=True):
-        heads = [head for head in range(block.attention.units) if kept(block.attention, head, width)]
-        keep = selected(tuple(heads), **{block.feed_forward.kind: tuple(range(block.feed_forward.units))})
+        narrowed = {axis.name for axis in block.attention.axes if not axis.locked}
+        keep = first_units(block, block.width | {axis: width[axis] for axis in narrowed})
         dense = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
         wanted = {name: tensor.shape for name, tensor in slice_block(block, dense, keep).items()}
         if {name: tensor.shape for name, tensor in layer.state_dict().items()} != wanted:
             return False
     return True
-
-
-def kept(attention, head: int, width) -> bool:
-    group, place = divmod(head, attention.per_group)
-    return bool(attention.locked) or (group < width.groups and place < width.per_group)
 
 
 def test_unknown_families(tmp_path):

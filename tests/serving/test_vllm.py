@@ -44,6 +44,7 @@ from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.surgery import first_units
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -197,7 +198,9 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
 
 
 def last_units(block: Block, width: Width) -> KeptUnits:
-    """Any will do: here it does not matter which are kept, only how many."""
+    """Return the last units of a block: here only their number matters."""
+    if block.attention.fixed:
+        return first_units(block, width)
     full = block.width
     groups = range(full.groups - width.groups, full.groups)
     heads = [full.per_group * (group + 1) - 1 - head for group in groups for head in range(width.per_group)]

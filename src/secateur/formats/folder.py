@@ -19,9 +19,9 @@ from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import TEXT
 from secateur.model.structure import KeptUnits
-from secateur.model.surgery import width_of
+from secateur.model.surgery import first_units, width_of
 from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import EXPERTS_MULTIPLE
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS_MULTIPLE
 from secateur.plan.problem import Plan
 from secateur.plan.widths import head_widths
 from secateur.write.files import copy_into, write_json, write_text_or_json
@@ -74,16 +74,16 @@ class Folder(Format):
     def unsupported_reason(self, width: Width) -> str | None:
         """Return the first reason: of kernels, of transformers, of the format itself."""
         config, dense = self.stream.checkpoint.config, self.dense(width)
-        if width.experts and width.channels not in (dense.channels, *range(0, dense.channels, EXPERTS_MULTIPLE)):
-            return f"kernels of experts take channels that {EXPERTS_MULTIPLE} divides, not {width.channels}"
-        if (twin := twin_of(config)) and twin.inputs_first and 2 * width.channels == config.hidden_size:
-            return f"transformers cannot tell which way {width.channels} channels of experts lie; take another size"
+        channels = width.get(EXPERT_CHANNELS, 0)
+        if channels % EXPERTS_MULTIPLE and channels != dense[EXPERT_CHANNELS]:
+            return f"kernels of experts need a number of channels that {EXPERTS_MULTIPLE} divides, not {channels}"
+        if (twin := twin_of(config)) and twin.inputs_first and 2 * channels == config.hidden_size:
+            return f"transformers cannot tell the orientation of experts of {channels} channels; take another size"
         return self.own_reason(width)
 
     def dense(self, width: Width) -> Width:
-        """Return the dense width of the first block that has the same kinds of units."""
-        blocks = self.stream.blocks
-        return next(block.width for block in blocks if block.width.kinds == width.kinds or not width.fed)
+        """Return the dense width of the first block that has the same axes."""
+        return next(block.width for block in self.stream.blocks if block.width.keys() == width.keys())
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
         """Return why vLLM does not serve the folder, or None."""
@@ -144,15 +144,10 @@ class Folder(Format):
     def _narrower(self, index: int) -> KeptUnits | None:
         """Return the first units of a block: as few heads as the format holds, half of the channels; None if none."""
         block, dense = self.stream.blocks[index], self.stream.blocks[index].width
-        channels = dense.channels if dense.experts else -(-dense.channels // 2)
-        for heads_kept in reversed(head_widths(block)):
-            width = heads_kept | ({} if dense.experts else {CHANNELS: channels})
-            groups, each = width.groups, width.per_group
-            if self.unsupported_reason(width) is None:
-                heads = tuple(group * dense.per_group + head for group in range(groups) for head in range(each))
-                kind, count = ("experts", dense.experts) if dense.experts else ("channels", channels)
-                return {"heads": heads, kind: tuple(range(count))}
-        return None
+        half = {CHANNELS: -(-dense[CHANNELS] // 2)} if CHANNELS in dense else {}
+        widths = (width | half for width in reversed(head_widths(block)))
+        width = next((width for width in widths if self.unsupported_reason(width) is None), None)
+        return None if width is None else first_units(block, width)
 
     def _possible_names(self, plan: Plan) -> list[str]:
         """Return all names that a shard's header may need, those of biases that a refit may add among them."""

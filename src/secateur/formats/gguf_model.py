@@ -9,7 +9,6 @@ from secateur.base.errors import SecateurError
 from secateur.families.entry import Family, Gguf
 from secateur.families.registry import family_of, gguf_of
 from secateur.formats.gguf_sizes import BlockSizes
-from secateur.formats.per_layer import dense_channels
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
@@ -81,10 +80,7 @@ class GgufModel:
     def sizes(self, index: int, width: Width) -> BlockSizes:
         """Return the sizes of a block at a width."""
         sizes = BlockSizes.of(width, self.dim, self.dim if self.family.latent is None else int(self.config.v_head_dim))
-        # Configs have no common key for blocks without experts.
-        if sizes.experts and not self.checkpoint.holds_experts(self.expert_parameter(index, "down_proj")):
-            sizes = replace(sizes, experts=0, channels=dense_channels(self.config, index))
-        elif sizes.experts and not self.family.mixture:
+        if sizes.experts and not self.family.mixture:
             sizes = replace(sizes, channels=int(self.config.intermediate_size))
         if self.family.heads_by_layer_type and sizes.heads:
             dim, kv_heads = self._heads_of_type(self.config.layer_types[index])

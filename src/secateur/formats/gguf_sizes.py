@@ -34,8 +34,8 @@ class BlockSizes:
     def of(cls, width: Width, head_dim: int, value_dim: int) -> BlockSizes:
         """Return the sizes of a block of some width."""
         return cls(
-            width.product(HEADS),
-            width[KV_GROUPS],
+            width.product(HEADS) if KV_GROUPS in width else 0,
+            width.get(KV_GROUPS, 0),
             width.get(CHANNELS),
             width.get(EXPERTS, 0),
             width.get(EXPERT_CHANNELS, 0),

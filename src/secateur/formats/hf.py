@@ -22,10 +22,10 @@ class HfFolder(Folder):
     advice = "report it as a fault of secateur"
 
     def own_reason(self, width: Width) -> str | None:
-        """Ask a block whose heads can go; it speaks for those that have another token mixer."""
-        blocks = self.stream.blocks
-        free = next((index for index in self.block_range if not blocks[index].attention.locked), self.block_range.start)
-        return per_layer_unsupported(self.stream.checkpoint.config, blocks[free], width)
+        """Ask the first block that has these axes."""
+        blocks = [self.stream.blocks[index] for index in self.block_range]
+        block = next(block for block in (*blocks, *self.stream.blocks) if block.width.keys() == width.keys())
+        return per_layer_unsupported(self.stream.checkpoint.config, block, width)
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
         """Ask for every block by itself."""

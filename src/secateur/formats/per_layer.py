@@ -22,18 +22,16 @@ from transformers.models.auto.modeling_auto import (
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.families.registry import FAMILIES, experts_of, family_of
-from secateur.formats.stock import stock_config
+from secateur.families.registry import FAMILIES, family_of
+from secateur.formats.stock import config_keys, stock_config
 from secateur.model import modeling_secateur
-from secateur.model.axes import Width
-from secateur.model.config_file import TEXT, stock_class
-from secateur.model.facts import key_value_heads
-from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, QUERY_HEADS, Keys, StoredNames, model_sizes, numbers
+from secateur.model.axes import Width, axis_kinds, model_width
+from secateur.model.config_file import TEXT, empty_model, stock_class
+from secateur.model.describe import describe
+from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, Keys, StoredNames, model_sizes, numbers
 from secateur.model.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
 from secateur.model.structure import Block
-from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
+from secateur.model.units.heads import KV_GROUPS
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """The file that goes beside the weights."""
@@ -46,15 +44,15 @@ HEADED = {
 
 
 def per_layer_unsupported(config: Any, block: Block, width: Width) -> str | None:
-    """Why a dense block cannot be written at a width, as a clause that ends in what can be done instead; or None.
+    """Return why a block cannot be written at a width, as a clause that ends in what to do; None if it can.
 
-    Zero heads and zero channels are legal, and blocks do not bind each other.
+    Zero heads and zero channels are legal, and blocks may differ.
     """
-    kind = config.model_type
-    if block.attention.fixed and width.heads != block.width.heads:
-        return f"{kind} keeps all {block.width.heads} heads of a block, as {block.attention.locked}"
-    if block.attention.locked and width.heads not in (0, block.width.heads):
-        return f"{kind} keeps all {block.width.heads} heads of a block or none, as {block.attention.locked}"
+    for module in block.modules:
+        units = module.units_at(width)
+        if module.locked and units not in ((module.units,) if module.fixed else (0, module.units)):
+            none = "" if module.fixed else " or none"
+            return f"{config.model_type} keeps all {module.units} {module.kind} of a block{none}, as {module.locked}"
     return None
 
 
@@ -83,8 +81,8 @@ def per_layer_config(
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
     """
-    dense = [block.width for block in blocks]
-    first = next((width for width in dense if width.experts), dense[0])
+    dense, keys = [block.width for block in blocks], layer_keys(config)
+    first = model_width(dense)
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
     derived = isinstance(getattr(type(config), "head_dim", None), property)  # Falcon's says the same, and takes none.
@@ -98,18 +96,19 @@ def per_layer_config(
             classes[auto] = stock_class(others, config_class).__name__
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
-    fed = _keys(config, first)[(EXPERTS if first.experts else CHANNELS,)]
-    if not any(_clashes(width, dense[index]) for index, width in widths.items()):
+    # Units of the feed-forward: experts where there are some.
+    units = axis_kinds()["experts" if "experts" in first else "channels"]
+    if not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
         # width that no layer has, it fails.
-        stored[fed] = first.fed + 1
-    usual = [dict.fromkeys(BIASES, False) | numbers(width, _keys(config, width)) for width in dense]
+        stored[keys[(units.name,)]] = first[units.name] + 1
+    usual = [dict.fromkeys(BIASES, False) | numbers(width, keys) for width in dense]
     everywhere = {key: count for own in reversed(usual) for key, count in own.items()}
-    everywhere |= numbers(first, _keys(config, first)) | {fed: stored.get(fed, first.fed)}
+    everywhere |= {key: stored.get(key, everywhere[key]) for key in [keys[(units.name,)]]}
     layers = {}
     for index, before in enumerate(usual):
         own = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
-        own |= numbers(widths.get(index, dense[index]), _keys(config, dense[index]))
+        own |= numbers(widths.get(index, dense[index]), keys)
         # A block may have differed before (Gemma 4's last ones are twice as wide), and now have the usual number.
         if differing := {key: value for key, value in own.items() if value != everywhere[key] or value != before[key]}:
             layers[str(index)] = differing
@@ -117,12 +116,12 @@ def per_layer_config(
     apart = family_of(config).stock.by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     stored[WIDTHS if apart else "per_layer_config"] = layers
     used = {key for own in layers.values() for key in own}
-    stored[SIZES] = model_sizes(blocks, lambda block: _keys(config, block.width), stored_names, used)
+    stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES) if key in used}
     if GROUPS in everywhere:
         # Falcon's fused layer needs it, whose config calls it otherwise.
-        stored[GROUPS] = first.groups
+        stored[GROUPS] = first[KV_GROUPS]
     # Else transformers 5 refuses to read the global value of what a layer overrides.
     stored["allow_global_per_layer_attribute_access"] = True
     return stored
@@ -185,55 +184,54 @@ def register() -> None:
 
 
 def widths_of(config: Any) -> list[Width]:
-    """The width of every block of a folder of ours, of this format or the stock one.
+    """Return the width of every block of a folder that this library wrote, of this format or the stock one.
 
-    It takes the config object, or the contents of config.json.
+    Args:
+        config: the config object, or the contents of config.json.
+
+    Raises:
+        SecateurError: config.json gives a layer impossible numbers.
     """
     # transformers warns of every global value that is read where layers override it.
     with quiet():
         if isinstance(config, Mapping):
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        key, mixture = family_of(config).stock.channels, experts_of(config)
-        heads = config.num_attention_heads
-        groups = None if family_of(config).ungrouped else key_value_heads(config)
-        channels = getattr(config, key, None) or 4 * config.hidden_size
-    widths = []
-    for index in range(config.num_hidden_layers):
-        own = overrides(config, index)
-        if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
-            raise SecateurError(f"layer {index} of the config has {own[odd]!r} for {odd}, no number; prune again")
-        kept = own.get(QUERY_HEADS, heads)
-        shared = own.get(GROUPS, groups or kept)
-        if kept and not shared:
-            raise SecateurError(f"layer {index} of the config has {kept} heads and no key/value heads; prune again")
-        each = kept // shared if kept else 0
-        if mixture is None:
-            widths.append(Width({KV_GROUPS: shared, HEADS_PER_GROUP: each, CHANNELS: own.get(key, channels)}))
-        else:
-            inner, count = (own.get(key, getattr(config, key)) for key in (mixture.expert_width, mixture.number))
-            attention = {KV_GROUPS: shared, HEADS_PER_GROUP: each}
-            widths.append(Width(attention | {EXPERTS: count, EXPERT_CHANNELS: inner}))
-    return widths
+        stock = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
+        layers = stock.get_submodule(family_of(config).blocks).children()
+        return [_layer_width(config, index, describe(config, layer).width) for index, layer in enumerate(layers)]
 
 
-def dense_channels(config: Any, index: int) -> int:
-    """The channels of a block without experts, in a folder of ours whose others have some."""
-    key = family_of(config).stock.channels
-    return int(overrides(config, index).get(key, getattr(config, key)))
+def _layer_width(config: Any, index: int, everywhere: Width) -> Width:
+    """Return a layer's width: the one that the global values of a config give, but for the layer's own numbers."""
+    own = overrides(config, index)
+    if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
+        raise SecateurError(f"layer {index} of the config has {own[odd]!r} for {odd}, no number; prune again")
+    keys, counts = layer_keys(config), dict(everywhere)
+    for along, key in keys.items():
+        *outer, axis = along
+        if key in own and axis in counts:
+            # Where configs have no key of the outer axes, each unit along them holds one of the inner.
+            nested = bool(outer) and (axis,) not in keys
+            counts |= dict.fromkeys(outer, own[key]) | {axis: min(own[key], 1)} if nested else {}
+            counts |= {} if outer else {axis: own[key]}
+    width = Width(counts)
+    for along, key in keys.items():
+        if key in own and along[0] in counts and width.product(along) != own[key]:
+            raise SecateurError(
+                f"layer {index} of the config has {own[key]} for {key}, where its other numbers make it "
+                f"{width.product(along)}; prune again"
+            )
+    return width
 
 
-def _keys(config: Any, dense: Width) -> Keys:
-    """Return the config keys of a block's numbers of units."""
-    family = family_of(config)
-    heads: Keys = {HEADS: QUERY_HEADS}
-    if not family.ungrouped:
-        heads |= {(KV_GROUPS,): GROUPS, (HEADS_PER_GROUP,): PER_GROUP}
-    if family.experts is not None and dense.experts:
-        return {**heads, (EXPERTS,): family.experts.number, (EXPERT_CHANNELS,): family.experts.expert_width}
-    return {**heads, (CHANNELS,): family.stock.channels}
+def layer_keys(config: Any) -> Keys:
+    """Return the config keys of the numbers of units of one layer."""
+    keys = {along: names[0] for along, names in config_keys(family_of(config)).items()}
+    kinds = (kind for kind in axis_kinds().values() if kind.layer_key and all((outer,) in keys for outer in kind.outer))
+    return keys | {(kind.name,): str(kind.layer_key) for kind in kinds}
 
 
-def _clashes(width: Width, dense: Width) -> bool:
-    """Whether some tensor that is stored has another shape than in the dense block."""
-    narrow_heads = width.heads > 0 and (width.heads, width.groups) != (dense.heads, dense.groups)
-    return narrow_heads or (width.fed > 0 and (width.experts, width.channels) != (dense.experts, dense.channels))
+def _changes_shapes(block: Block, width: Width) -> bool:
+    """Return whether some tensor of a block that is stored at a width has another shape than in the dense block."""
+    kept = (module for module in block.modules if module.units_at(width))
+    return any(width[axis.name] != axis.units for module in kept for axis in module.axes)

@@ -12,42 +12,50 @@ from typing import Any
 import torch
 import transformers
 
-from secateur.families.entry import Stock
-from secateur.families.registry import experts_of, family_of, twin_of
-from secateur.model.axes import Width, axis_kinds
-from secateur.model.units.experts import EXPERTS
+from secateur.families.entry import Family, Stock
+from secateur.families.registry import family_of, twin_of
+from secateur.model.axes import ATTENTION, FEED_FORWARD, ConfigKeys, Width, axis_kinds
+from secateur.model.units.heads import HEADS
 
 
 def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
-    """Why a stock class cannot hold blocks of one width, as a clause that ends in what can be done instead; or None.
+    """Return why a stock class cannot hold blocks of one width, as a clause that ends in what to do; None if it can.
 
-    The config object and the dense width are those of the dense model.
+    Args:
+        config: the config object of the dense model.
+        width: width of the blocks that have these axes.
+        dense: their width in the dense model.
     """
     kind, stock = config.model_type, family_of(config).stock
-    if min(width.groups, width.per_group, width.fed) < 1:
+    narrowed = {axis_kinds()[axis].role for axis, number in width.items() if number != dense[axis]}
+    if min(width.values()) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
-    if getattr(config, "use_double_wide_mlp", False) and width.channels != dense.channels:
+    if getattr(config, "use_double_wide_mlp", False) and FEED_FORWARD in narrowed:
         return f"the last blocks of this {kind} are twice as wide as the others; take --format hf"
-    if stock.derived and width.channels != dense.channels:
+    if stock.derived and FEED_FORWARD in narrowed:
         return f"{kind} derives its feed-forward width from hidden_size; take --format hf"
-    if width.heads == dense.heads and width.groups == dense.groups:
-        return None
-    bound = f"so a stock class keeps all {dense.heads} heads; prune channels only, or take --format hf"
+    return _heads_unsupported(config, width, dense) if ATTENTION in narrowed else None
+
+
+def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
+    """Return why a stock class cannot have fewer heads, as `stock_unsupported` does."""
+    kind, stock, heads = config.model_type, family_of(config).stock, width.product(HEADS)
+    bound = f"so a stock class keeps all {dense.product(HEADS)} heads; prune channels only, or take --format hf"
     twin = twin_of(config)
     if stock.heads == "dense" or (twin and twin.derives_head_size):
         return f"{getattr(config, 'twin_of', kind)} derives its head size from hidden_size / heads, {bound}"
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
         return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"
-    if stock.heads == "divisors" and config.hidden_size % width.heads:
-        takes = [heads for heads in range(1, dense.heads + 1) if config.hidden_size % heads == 0]
+    if stock.heads == "divisors" and config.hidden_size % heads:
+        takes = [number for number in range(1, dense.product(HEADS) + 1) if config.hidden_size % number == 0]
         refusal = f"{kind} takes head counts that divide hidden_size {config.hidden_size} only"
         instead = f"keep one of {', '.join(map(str, takes))} heads, or take --format hf"
         if stock.heir is None:
-            return f"{refusal}, not {width.heads}; {instead}"
+            return f"{refusal}, not {heads}; {instead}"
         if biases := [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]:
             lacks = " or ".join(biases)
-            return f"{refusal} and {stock.heir[0]}, which takes {width.heads}, has no {lacks}; {instead}"
+            return f"{refusal} and {stock.heir[0]}, which takes {heads}, has no {lacks}; {instead}"
     return None
 
 
@@ -58,16 +66,14 @@ def stock_config(
     width: Width,
     head_dim: int,
     dtype: torch.dtype,
-    channels: int | None = None,
 ) -> dict[str, Any]:
-    """The contents of config.json for a model of one width; see `stock_unsupported` for which widths are legal.
+    """Return the contents of config.json for a model of one width; see `stock_unsupported` for the legal widths.
 
     Args:
         raw_config: the dense checkpoint's config.json as stored; not changed.
         config: the config object made from it, which holds the settings that the file leaves to defaults.
-        width: the width of every block; the dense one gives the dense model back.
+        width: number of units along every axis that a block of the model has; the dense one gives the dense model.
         head_dim: entries per head.
-        channels: of the blocks without experts, in a model that has both; None for as many as they had.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
@@ -79,27 +85,29 @@ def stock_config(
     if family.ungrouped:
         # The class does not read it; other readers might.
         stored.pop("num_key_value_heads", None)
-    # A config may speak of experts that no block has.
-    if (experts := experts_of(config)) is None or not width.experts:
-        stored |= dict.fromkeys((stock.channels, *stock.same), width.channels) | dict(stock.also)
+    if stock.heads == "dense":
+        width = Width({axis: number for axis, number in width.items() if axis_kinds()[axis].role != ATTENTION})
     else:
-        if channels is not None:
-            stored |= dict.fromkeys((stock.channels, *stock.same), channels)
-        # Some configs hold the number under two names.
-        names = (*axis_kinds()[EXPERTS].counts, experts.number)
-        stored |= {key: width.experts for key in names if key in stored or key == experts.number}
-        stored[experts.expert_width] = width.channels
-    if stock.heads != "dense":
-        stored |= {"num_attention_heads": width.heads, "num_key_value_heads": width.groups, "head_dim": head_dim}
+        stored["head_dim"] = head_dim
+    stored |= dict(stock.also)
+    for along, (key, *others) in config_keys(family).items():
+        if width.keys() >= set(along):
+            # Some configs hold the number under two names.
+            stored |= dict.fromkeys((key, *(name for name in others if name in stored)), width.product(along))
     stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     stored["dtype"] = stored["torch_dtype"] = str(dtype).removeprefix("torch.")
     stored.update(_rope(stock, config))
-    if stock.heir is not None and config.hidden_size % width.heads:
+    if stock.heir is not None and config.hidden_size % width.product(HEADS):
         kind, name = stock.heir
         stored |= {"model_type": kind, "architectures": [name], **dict(stock.heir_keys)}
         # Below 5.0, a local Mistral is suspected of a tokenizer fault that the checkpoint does not have.
         stored["transformers_version"] = transformers.__version__
     return stored
+
+
+def config_keys(family: Family) -> ConfigKeys:
+    """Return the config keys of all numbers of units of a family."""
+    return {along: keys for kind in axis_kinds().values() for along, keys in kind.config_keys(family).items()}
 
 
 def _rope(stock: Stock, config: Any) -> dict[str, Any]:

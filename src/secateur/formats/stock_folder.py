@@ -6,9 +6,8 @@ from typing import Any
 from secateur.formats.folder import Biases, Folder
 from secateur.formats.registry import output_format
 from secateur.formats.stock import stock_config, stock_unsupported
-from secateur.model.axes import Width, alike
+from secateur.model.axes import Width, alike, model_width
 from secateur.model.facts import head_dim
-from secateur.model.structure import levelled
 from secateur.plan.problem import Plan
 
 
@@ -41,20 +40,17 @@ class StockFolder(Folder):
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
         """Compare the blocks, then ask for their width."""
-        every = {index: widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)}
-        if not alike(levelled(self.stream.blocks, every)):
+        if not alike(widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)):
             return "it holds one width for all blocks; take --format hf"
         return super().unsupported_plan(widths)
 
     def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the dense config with another width."""
-        checkpoint, every = self.stream.checkpoint, levelled(self.stream.blocks, plan.widths)
-        width = next((width for width in every if width.experts), every[0])
+        checkpoint = self.stream.checkpoint
         return stock_config(
             checkpoint.raw_config,
             checkpoint.config,
-            width=width,
+            width=model_width(plan.widths.values()),
             head_dim=head_dim(checkpoint.config),
             dtype=self.dtype,
-            channels=next((other.channels for other in every if not other.experts), None),
         )

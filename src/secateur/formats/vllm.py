@@ -12,7 +12,7 @@ from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.model.units.heads import HEADS
+from secateur.model.units.heads import HEADS, KV_GROUPS
 
 
 def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:
@@ -27,8 +27,8 @@ def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, m
         multimodal: the model is inside a multimodal checkpoint.
     """
     if not per_layer:
-        # Blocks with a token mixer keep their number of heads, which means nothing there.
-        return _stock_unsupported(config, min(width.product(HEADS) for width in widths))
+        with_heads = [width.product(HEADS) for width in widths if KV_GROUPS in width]
+        return _stock_unsupported(config, min(with_heads)) if with_heads else None
     limits = _backend_limits(config, widths, multimodal)
     return next((reason for applies, reason in limits if applies and reason), None)
 
@@ -55,7 +55,7 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
             "its transformers backend gives other numbers for experts beside a feed-forward; take --widths uniform",
         )
     yield (
-        not any(width.product(HEADS) for width in widths),
+        not any(KV_GROUPS in width and width.product(HEADS) for width in widths),
         "its attention divides by the largest head count of all blocks; keep a head in one of them",
     )
 

@@ -4,12 +4,22 @@ A block's width is a mapping from axis names to numbers. Plan files, costs, tabl
 a new kind of unit is a new axis and no change to them.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from secateur.base.discovery import import_modules
+
+if TYPE_CHECKING:
+    from secateur.families.entry import Family
+
+ConfigKeys = Mapping[tuple[str, ...], tuple[str, ...]]
+"""Config keys of numbers of units, by the nested axes along which these lie: the key that the family's class reads,
+then other keys of the same number that a config may have."""
 
 LEVELS = 256
 """Most numbers that an axis offers: finer steps gain nothing and make odd sizes."""
@@ -37,6 +47,12 @@ class AxisKind:
     """Attributes that state the number along this axis alone."""
     entries: tuple[str, ...] = ()
     """Attributes that state how many inputs of the output projection all units have."""
+    config_keys: Callable[[Family], ConfigKeys] = lambda _: {}
+    """Function that returns the config keys of a family for the number along this axis."""
+    layer_key: str | None = None
+    """Key of the number along this axis alone among the numbers of one layer, where configs have no such key."""
+    removable: bool = True
+    """Whether units ever leave along the axis, so that `--modules` may name them."""
 
     def count(self, width: Mapping[str, int]) -> int:
         """Return the number of units of a block; zero in a block without the axis."""
@@ -48,7 +64,7 @@ ATTENTION, FEED_FORWARD = ROLES = ("attention", "feed-forward")
 _KINDS: dict[str, AxisKind] = {}
 
 
-def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: tuple[str, ...]) -> str:
+def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: Any) -> str:
     """Make an axis known to plans, tables, pages and formats, by its facts as in `AxisKind`; return its name."""
     _KINDS[name] = AxisKind(name, unit, role, label, total, **facts)
     return name
@@ -100,6 +116,11 @@ class Axis:
     def label(self) -> str:
         """Plural noun for the number along the axis."""
         return axis_kinds()[self.name].label
+
+    @property
+    def removable(self) -> bool:
+        """Whether units ever leave along such an axis."""
+        return axis_kinds()[self.name].removable
 
     def numbers(self, multiple: int = 1) -> list[int]:
         """Return the numbers that a plan may choose, the dense one first, zero left out.
@@ -167,7 +188,7 @@ class Width(Mapping[str, int]):
     def __repr__(self) -> str:
         return f"Width({self._numbers})"
 
-    def __or__(self, numbers: Mapping[str, int]) -> "Width":
+    def __or__(self, numbers: Mapping[str, int]) -> Width:
         """Return this width with other numbers along some axes."""
         return Width(self._numbers | dict(numbers))
 
@@ -175,17 +196,17 @@ class Width(Mapping[str, int]):
     @property
     def groups(self) -> int:
         """KV groups."""
-        return self["kv_groups"]
+        return self.get("kv_groups", 0)
 
     @property
     def per_group(self) -> int:
         """Query heads in each KV group."""
-        return self["heads_per_group"]
+        return self.get("heads_per_group", 0)
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.product(("kv_groups", "heads_per_group"))
+        return self.groups * self.per_group
 
     @property
     def experts(self) -> int:
@@ -195,7 +216,7 @@ class Width(Mapping[str, int]):
     @property
     def channels(self) -> int:
         """Channels of the feed-forward, or of each expert."""
-        return self["expert_channels" if "experts" in self else "channels"]
+        return self.get("expert_channels" if "experts" in self else "channels", 0)
 
     @property
     def fed(self) -> int:
@@ -210,12 +231,12 @@ class Width(Mapping[str, int]):
             first.setdefault(axis_kinds()[axis].role, axis_kinds()[axis].unit)
         return tuple(first.values())
 
-    def taking(self, kind: str, other: "Width") -> "Width":
+    def taking(self, kind: str, other: Width) -> Width:
         """Return this width with the numbers of another one along the axes of one module."""
         role = next(one.role for one in axis_kinds().values() if one.unit == kind)
         return self | {axis: number for axis, number in other.items() if axis_kinds()[axis].role == role}
 
-    def without_experts(self, channels: int) -> "Width":
+    def without_experts(self, channels: int) -> Width:
         """Return the width of a block with the same attention, and channels in place of experts."""
         kept = {axis: number for axis, number in self.items() if axis_kinds()[axis].role == ATTENTION}
         return Width(kept | {"channels": channels})
@@ -229,6 +250,14 @@ def present(widths: Iterable[Width]) -> list[AxisKind]:
     """Return the kinds of axes that at least one block has, in the order of `axis_kinds`."""
     names = {name for width in widths for name in width}
     return [kind for name, kind in axis_kinds().items() if name in names]
+
+
+def model_width(widths: Iterable[Width]) -> Width:
+    """Return the number along each axis that any block has: that of the first block with the axis."""
+    numbers: dict[str, int] = {}
+    for width in widths:
+        numbers = {**width, **numbers}
+    return Width(numbers)
 
 
 def totals(widths: Iterable[Width]) -> dict[str, int]:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -30,6 +28,7 @@ from secateur.model.config_file import (
     TEXT,
     check_generation,
     decoder_config,
+    empty_model,
     load_config,
     read_config,
     stock_class,
@@ -229,11 +228,8 @@ class Checkpoint(Stored):
         Raises:
             SecateurError: it makes none.
         """
-        make = getattr(auto, "from_config", None) or auto._from_config
         try:
-            # Most of the time would go into drawing values for weights that hold none.
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                return make(self.config, dtype=torch.float32).eval()
+            return empty_model(auto, self.config)
         except Exception as error:
             raise self.no_model(error) from error
 

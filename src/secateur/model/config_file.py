@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import AutoConfig, GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -61,6 +64,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         if key.endswith(_DROPPED) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise SecateurError(f"{file}: {key} is {value}, no share between 0 and 1; correct the file")
     return raw
+
+
+def empty_model(auto: Any, config: Any) -> Any:
+    """Return the model that a class makes of a config: float32, its parameters on the meta device.
+
+    Args:
+        auto: an auto class of transformers, or a model's class.
+        config: the config object.
+    """
+    make = getattr(auto, "from_config", None) or auto._from_config
+    # Most of the time would go into drawing values for weights that hold none.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return make(config, dtype=torch.float32).eval()
 
 
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:

@@ -2,5 +2,5 @@
 
 from secateur.model.axes import axis_kinds
 
-KINDS = tuple(dict.fromkeys(kind.unit for kind in axis_kinds().values()))
+KINDS = tuple(dict.fromkeys(kind.unit for kind in axis_kinds().values() if kind.removable))
 """All of `secateur.model.units`, heads first: in the order of the roles of modules."""

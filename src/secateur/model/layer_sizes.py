@@ -53,7 +53,7 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
 
 def model_sizes(
     blocks: Sequence[Block],
-    keys: Callable[[Block], Keys],
+    keys: Keys,
     stored_names: StoredNames,
     used: Set[str],
 ) -> dict[str, dict[str, Any]]:
@@ -63,13 +63,13 @@ def model_sizes(
 
     Args:
         blocks: all dense blocks.
-        keys: gives the keys of a block's numbers of units.
+        keys: config keys of the numbers of units of one layer.
         stored_names: of the checkpoint.
         used: the keys that have several values in the model; what depends on others is left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for index, block in enumerate(blocks):
-        for part, entries in layer_sizes(block, keys(block)).items():
+        for part, entries in layer_sizes(block, keys).items():
             known = found.setdefault(part, {})
             for name in [name for name in entries if part == "shapes" and name not in known]:
                 stored = stored_names(index, name) if name in block.shapes else ()

@@ -71,8 +71,6 @@ class PrunableModule:
     """Why no unit can be removed without changing what the others compute, where that is so."""
     fixed: bool = False
     """Whether the module as a whole has to stay."""
-    is_token_mixer: bool = False
-    """Another kind of layer in an attention's place, without keys and values; its heads are a number alone."""
     returns_tuple: bool = False
     """Its submodule returns something else behind the output: attention weights, or the router's scores."""
     experts_per_token: int = 0
@@ -204,15 +202,6 @@ class PrunableModule:
         return width.product(self.output_projection.along)
 
 
-def levelled(blocks: Sequence["Block"], widths: Mapping[int, Width]) -> list[Width]:
-    """Widths of some blocks as a class of one width says them: those whose heads are fixed take the others' number."""
-    free = next((width for index, width in widths.items() if not blocks[index].attention.fixed), None)
-    return [
-        width.taking("heads", free) if free and blocks[index].attention.fixed else width
-        for index, width in widths.items()
-    ]
-
-
 @dataclass(frozen=True)
 class Block:
     """The two modules of a dense block and the shapes of its tensors."""
@@ -241,6 +230,11 @@ class Block:
     def kinds(self) -> tuple[str, str]:
         """Of the units in either."""
         return self.attention.kind, self.feed_forward.kind
+
+    @property
+    def removable_kinds(self) -> list[str]:
+        """Kinds of units that can leave, one for each module: token mixers are not among them."""
+        return [module.kind for module in self.modules if module.axes[0].removable]
 
     def module(self, kind: str) -> PrunableModule:
         """The module that holds units of that kind."""

@@ -117,6 +117,17 @@ def width_of(block: Block, kept: KeptUnits) -> Width:
     return Width({axis: number for module in block.modules for axis, number in module.width_of(kept).items()})
 
 
+def first_units(block: Block, width: Width) -> KeptUnits:
+    """Return a selection of a width: the first units along each axis. Inside units, all units stay."""
+    found: dict[str, tuple[int, ...]] = {}
+    for module in block.modules:
+        units = torch.arange(module.units).view([module.axis(name).units for name in module.output_projection.along])
+        for place, name in enumerate(module.output_projection.along):
+            units = units.narrow(place, 0, width[name])
+        found[module.kind] = tuple(units.flatten().tolist())
+    return found
+
+
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     """Set a parameter or buffer of a module or of one inside it, whatever its shape was; None takes it away."""
     path, _, leaf = name.rpartition(".")

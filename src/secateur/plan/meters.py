@@ -109,7 +109,7 @@ def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
             "or kv",
         ),
         (
-            is_time and any(module.is_token_mixer for module in modules),
+            is_time and any(KV_GROUPS not in block.width for block in stream.blocks),
             "the time of token mixers, such as linear attention, is not measured; use params, bytes or kv",
         ),
     ]
@@ -167,7 +167,7 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
 
     def module_size(index: int, kind: str, width: Width) -> float:
         module = stream.blocks[index].module(kind)
-        groups = 0 if module.is_token_mixer or KV_GROUPS not in module.removed else width[KV_GROUPS]
+        groups = 0 if KV_GROUPS not in module.removed else width[KV_GROUPS]
         # In latent attention, one vector per token holds the keys and values of all heads.
         entries = groups * 2 * head_dim(config) if latent is None else min(groups, 1) * latent
         return entries * dtype.itemsize

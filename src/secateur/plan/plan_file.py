@@ -6,13 +6,13 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
-from secateur.model.axes import Width
+from secateur.model.axes import Width, axis_kinds
 from secateur.model.kinds import KINDS
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import width_of
 from secateur.plan.unit_lists import read_units
 
-KEYS = ("block", "width", *KINDS, "modules")
+KEYS = ("block", "width", *dict.fromkeys(kind.unit for kind in axis_kinds().values()), "modules")
 """Keys of a block's entry. `secateur prune` writes `modules`, which is ignored here."""
 
 
@@ -101,12 +101,14 @@ def _read_width(where: str, block: Block, raw: Any) -> Width:
         block: the block.
         raw: value of `width` in the entry.
     """
-    names = [axis.name for axis in block.axes]
-    if not isinstance(raw, dict) or raw.keys() != set(names) or not all(type(raw[name]) is int for name in names):
+    names = [axis.name for axis in block.axes if axis.removable]
+    fixed = {axis.name: axis.units for axis in block.axes if not axis.removable}
+    is_width = isinstance(raw, dict) and all(type(number) is int for number in raw.values())
+    if not is_width or (fixed | raw).keys() != {*fixed, *names}:
         raise SecateurError(
             f"{where}: list the {_names(block)} to keep, or give a width with whole numbers for {', '.join(names)}"
         )
-    return Width(raw)
+    return Width({**fixed, **raw})
 
 
 def _possible_width(where: str, block: Block, raw: Any) -> Width:
@@ -131,4 +133,4 @@ def _possible_width(where: str, block: Block, raw: Any) -> Width:
 
 def _names(block: Block) -> str:
     """Return the kinds of units of a block's modules, for messages."""
-    return " and ".join(block.kinds)
+    return " and ".join(block.removable_kinds)

@@ -23,7 +23,7 @@ def read_units(where: str, block: Block, entry: Mapping[str, Any]) -> KeptUnits:
     """
     for kind in KINDS:
         if kind in entry and not any(module.is_prunable([kind]) for module in block.modules):
-            raise SecateurError(f"{where} has no {kind}; list its {' and '.join(block.kinds)}")
+            raise SecateurError(f"{where} has no {kind}; list its {' and '.join(block.removable_kinds)}")
     kept: dict[str, tuple[int, ...]] = {}
     for module in block.modules:
         kept[module.kind] = tuple(range(module.units))

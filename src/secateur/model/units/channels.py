@@ -12,7 +12,14 @@ from secateur.model.units.registry import describes
 if TYPE_CHECKING:
     from secateur.families.entry import Family
 
-CHANNELS = axis_kind("channels", "channels", FEED_FORWARD, "channels", "feed-forward channels")
+CHANNELS = axis_kind(
+    "channels",
+    "channels",
+    FEED_FORWARD,
+    "channels",
+    "feed-forward channels",
+    config_keys=lambda family: {("channels",): (family.stock.channels, *family.stock.same)},
+)
 
 
 @describes(FEED_FORWARD, rank=9)

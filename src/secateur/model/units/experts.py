@@ -16,16 +16,24 @@ from secateur.model.units.registry import describes
 if TYPE_CHECKING:
     from secateur.families.entry import Experts, Family
 
+_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS = axis_kind(
     "experts",
     "experts",
     FEED_FORWARD,
     "experts",
     "experts",
-    counts=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    counts=_NUMBERS,
+    config_keys=lambda family: {("experts",): (family.experts.number, *_NUMBERS)} if family.experts else {},
 )
 EXPERT_CHANNELS = axis_kind(
-    "expert_channels", "channels", FEED_FORWARD, "channels in each", "expert channels", outer=("experts",)
+    "expert_channels",
+    "channels",
+    FEED_FORWARD,
+    "channels in each",
+    "expert channels",
+    outer=("experts",),
+    config_keys=lambda family: {("expert_channels",): (family.experts.expert_width,)} if family.experts else {},
 )
 EXPERTS_MULTIPLE = 8
 """Divisor of the channels of experts: their kernels take rows of 16 bytes, in half precision."""

@@ -28,6 +28,8 @@ HEADS_PER_GROUP = axis_kind(
     counts_each=("num_key_value_groups",),
     # GPT-2's fused layer gives queries, keys and values of so many entries each.
     entries=("split_size",),
+    config_keys=lambda _: {("kv_groups", "heads_per_group"): ("num_attention_heads",)},
+    layer_key="num_key_value_groups",
 )
 KV_GROUPS = axis_kind(
     "kv_groups",
@@ -36,6 +38,7 @@ KV_GROUPS = axis_kind(
     "KV groups",
     "KV groups",
     counts=("num_key_value_heads", "num_kv_heads"),
+    config_keys=lambda family: {} if family.ungrouped else {("kv_groups",): ("num_key_value_heads",)},
 )
 HEADS = (KV_GROUPS, HEADS_PER_GROUP)
 """Nested axes along which query heads lie."""
