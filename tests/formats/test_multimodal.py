@@ -27,7 +27,6 @@ from models import (
     VOCAB,
     make_letters,
     relative,
-    selected,
     silenced,
     token_rows,
 )

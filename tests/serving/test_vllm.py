@@ -44,9 +44,9 @@ from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.surgery import first_units
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
+from secateur.model.surgery import first_units
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice_fitted

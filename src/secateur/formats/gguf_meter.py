@@ -14,14 +14,14 @@ from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_sizes import filled
 from secateur.formats.gguf_tensors import block_tensors, bytes_of, file_tensors
 from secateur.formats.gguf_types import TYPES
-from secateur.model.axes import Width
+from secateur.model.axes import ATTENTION, FEED_FORWARD, Width
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.meters import Meter, added_biases, dense_widths, megabytes
 
-_PREFIXES = {"heads": ("attn_",), "channels": ("ffn_",), "experts": ("ffn_", "exp_")}
-"""Beginnings of the names of a module's tensors, by the kind of its units."""
+_PREFIXES = {ATTENTION: ("attn_",), FEED_FORWARD: ("ffn_", "exp_")}
+"""Beginnings of the names of a module's tensors, by its role."""
 
 
 def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Meter:
@@ -88,7 +88,7 @@ class _ModuleBytes:
         total = 0
         for tensor in block_tensors(self.model, self.architecture, index, self.type):
             name = tensor.name.split(".", 2)[2]
-            if name.startswith(_PREFIXES["experts"]):
+            if name.startswith(_PREFIXES[FEED_FORWARD]):
                 shape = _expert_shape(name, tensor.values.shape, self.dense[index][EXPERTS], width, shared)
                 total += bytes_of(shape, TYPES[self.type].type_of(name, shape))
         return total
@@ -107,7 +107,7 @@ class _ModuleBytes:
         model.inside = [*model.inside[:index], inside, *model.inside[index + 1 :]]
         model.blocks = [*model.blocks[:index], model.sizes(index, width), *model.blocks[index + 1 :]]
         tensors_of_block = block_tensors(model, self.architecture, index, self.type)
-        prefixes = tuple(f"blk.{index}.{prefix}" for prefix in _PREFIXES[kind])
+        prefixes = tuple(f"blk.{index}.{prefix}" for prefix in _PREFIXES[block.module(kind).role])
         return sum(tensor.bytes for tensor in tensors_of_block if tensor.name.startswith(prefixes))
 
 

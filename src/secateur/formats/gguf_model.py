@@ -9,10 +9,11 @@ from secateur.base.errors import SecateurError
 from secateur.families.entry import Family, Gguf
 from secateur.families.registry import family_of, gguf_of
 from secateur.formats.gguf_sizes import BlockSizes
-from secateur.model.axes import Width
+from secateur.model.axes import Width, model_width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
 from secateur.model.gguf_rope import rope_kind, rope_of, window_rope_of
+from secateur.model.units.heads import HEADS
 
 QKV = ("attn_q", "attn_k", "attn_v")
 """llama.cpp's names of the layers of queries, keys and values."""
@@ -54,15 +55,6 @@ class GgufModel:
             elif name is not None:
                 self.outside[name] = stored
         self.blocks = [self.sizes(index, width) for index, width in enumerate(self.widths)]
-        # Blocks with a token mixer have no heads; files state those of the other blocks.
-        attends = [index for index in range(len(self.blocks)) if not self.is_token_mixer(index)]
-        heads = self.blocks[attends[0]] if attends else None
-        if heads is not None:
-            own = {"heads": heads.heads, "kv_heads": heads.kv_heads}
-            self.blocks = [
-                replace(sizes, **own) if self.is_token_mixer(index) else sizes
-                for index, sizes in enumerate(self.blocks)
-            ]
 
     def _check_family(self) -> None:
         """Raise `SecateurError` for a family that llama.cpp does not compute."""
@@ -78,7 +70,12 @@ class GgufModel:
             )
 
     def sizes(self, index: int, width: Width) -> BlockSizes:
-        """Return the sizes of a block at a width."""
+        """Return the sizes of a block at a width.
+
+        Blocks with a token mixer have no heads; files state those of the other blocks.
+        """
+        heads = {axis: number for axis, number in model_width(self.widths).items() if axis in HEADS}
+        width = Width({**heads, **width})
         sizes = BlockSizes.of(width, self.dim, self.dim if self.family.latent is None else int(self.config.v_head_dim))
         if sizes.experts and not self.family.mixture:
             sizes = replace(sizes, channels=int(self.config.intermediate_size))
