@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from secateur import prune
-from secateur.commands.dry_run import product_rate
+from secateur.commands.machine_speed import product_rate
 from secateur.commands.options import EFFORTS, Effort, Options
 from secateur.measure.evaluation import evaluate
 from tables import put

@@ -21,7 +21,8 @@ import torch
 
 from secateur import prune
 from secateur.commands.draw_rows import draw_rows
-from secateur.commands.dry_run import Speeds, product_rate, work_by_effort
+from secateur.commands.dry_run import work_by_effort
+from secateur.commands.machine_speed import Speeds, product_rate
 from secateur.commands.open_model import open_model
 from secateur.commands.options import EFFORTS, Options
 from secateur.plan.plan import plan
@@ -58,10 +59,10 @@ def main() -> None:
             profile.runcall(prune, arguments.model, f"{folder}/out", effort=effort, **shared)
             seconds = time.process_time() - start
         exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
-        floor = Speeds(forward=quick, quick=quick, exact=exact, written=exact).seconds(work)
-        counts = " | ".join(f"{count / 1e12:.2f}" for count in (work.forward, work.quick, work.exact))
+        floor = Speeds(forward=quick, rounded=quick, float32=exact, generated=exact).seconds(work)
+        counts = " | ".join(f"{count / 1e12:.2f}" for count in (work.forward, work.rounded, work.float32))
         speeds = f"{exact / 1e9:.0f} | {quick / 1e9:.0f}"
-        plain = Speeds(forward=exact, quick=exact, exact=exact, written=exact).seconds(work)
+        plain = Speeds(forward=exact, rounded=exact, float32=exact, generated=exact).seconds(work)
         ratios = f"{seconds / floor:.1f} | {seconds / plain:.1f}"
         lines.append(f"| `{effort}` | {counts} | {speeds} | {floor:.0f} | {seconds:.0f} | {ratios} |")
         print(lines[-1], flush=True)

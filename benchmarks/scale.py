@@ -32,7 +32,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 from floor import rates
 from secateur.base.memory import LIMITS, parse_memory
 from secateur.commands.draw_rows import draw_rows
-from secateur.commands.dry_run import Speeds, work_by_effort
+from secateur.commands.dry_run import work_by_effort
+from secateur.commands.machine_speed import Speeds
 from secateur.commands.open_model import open_model
 from secateur.plan.plan import plan
 from secateur.write.shards import ShardWriter

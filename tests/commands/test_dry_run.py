@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import CheckpointFolder
 from models import VOCAB, save
 from secateur.base.device import fast_dtype
-from secateur.commands import draw_rows, dry_run
-from secateur.commands.costs import Work, fit_work, gradient_work
-from secateur.commands.dry_run import Speeds
+from secateur.commands import draw_rows, dry_run, machine_speed
+from secateur.commands.costs import fit_work, gradient_work
+from secateur.commands.machine_speed import Speeds
 from secateur.commands.options import EFFORTS
 from secateur.commands.prune import prune
+from secateur.commands.work import Work
 from secateur.model import stream as stream_module
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
@@ -45,7 +46,7 @@ def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: p
     return found
 
 
-PRODUCTS = {"forward": 1.0, "quick": 1.0, "exact": 1.0}
+PRODUCTS = {"forward": 1.0, "rounded": 1.0, "float32": 1.0}
 """One operation a second, writing aside."""
 
 
@@ -88,14 +89,14 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
 def test_nothing_is_written_or_rewritten(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((draw, "self_rows"), (draw_rows, "resample_tokens")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
-    assert expected(effort="best", calibration="self").dry
+    assert expected(effort="best", calibration="self").is_dry_run
 
 
 def test_writing(checkpoint_folder: CheckpointFolder, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = open_checkpoint(checkpoint_folder("llama"))
     parameters = sum(info.entries for info in stored.tensors.values())
     tokens = SIZE["samples"] * SIZE["length"]
-    only: dict[str, Any] = {"speeds": {"written": 1.0}, "effort": "quick"}
+    only: dict[str, Any] = {"speeds": {"generated": 1.0}, "effort": "quick"}
     assert expected(**only).seconds == expected(refit_samples=3, **only).seconds == 0
     for options, more in (
         ({"calibration": "self"}, 0),
@@ -116,10 +117,12 @@ def test_memory(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     width = stream.width
     rows = Rows((torch.zeros(4, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)), (1.0, 0.0))
     widths = {0: stream.blocks[0].width | {"channels": 40}}
-    held = [fit_work(stream, rows.with_versions(*[rows.groups[0]] * fits), widths, 0).streams for fits in (1, 2, 3)]
+    held = [
+        fit_work(stream, rows.with_versions(*[rows.groups[0]] * fits), widths, 0).activation_bytes for fits in (1, 2, 3)
+    ]
     # Two streams of each further fit, to the text and its own rows.
     assert held[1] - held[0] == held[2] - held[1] == 4 * 2 * width * 2 * 64
-    level1 = fit_work(stream, rows, widths, 2).streams - fit_work(stream, rows, widths, 0).streams
+    level1 = fit_work(stream, rows, widths, 2).activation_bytes - fit_work(stream, rows, widths, 0).activation_bytes
     assert level1 == 64 * (width + 2 * 40) * fast_dtype(stream.device).itemsize
     # Rows of their own to choose by: a channel's Gram matrix and cross moment more.
     how: dict[str, Any] = {"criterion": "second-moment", "recovery": "paper", "widths": "uniform"}
@@ -139,16 +142,16 @@ def test_gradients(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     assert costly.peak_bytes >= plain.peak_bytes
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     less, more = (gradient_work(stream, tokens) for tokens in (1000, 2000))
-    assert more.streams - less.streams == 4 * 1000 * stream.width * (len(stream) + 1)
-    assert more.resident == less.resident
-    assert more.exact == 2 * less.exact
+    assert more.activation_bytes - less.activation_bytes == 4 * 1000 * stream.width * (len(stream) + 1)
+    assert more.resident_bytes == less.resident_bytes
+    assert more.float32 == 2 * less.float32
 
 
 def test_speeds_are_those_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick products are rounded as sums over tokens are."""
     asked: list[str] = []
     precision = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(dry_run, "product_rate", lambda *_, **__: asked.append(precision.fp32_precision) or 1.0)
+    monkeypatch.setattr(machine_speed, "product_rate", lambda *_, **__: asked.append(precision.fp32_precision) or 1.0)
     monkeypatch.setattr(stream_module, "fast_dtype", lambda _: torch.bfloat16)
     save("llama", tmp_path / "model", torch.bfloat16)
     before = precision.fp32_precision
@@ -158,6 +161,6 @@ def test_speeds_are_those_of_what_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_steps_add_up() -> None:
-    assert Work.of([Work(1, 2, 3, 4, 5, 6, 7), Work(10, 20, 30, 40, 50, 4, 8)]) == Work(11, 22, 33, 44, 55, 6, 8)
-    assert Work.of([]) == Work()
+    assert Work.total([Work(1, 2, 3, 4, 5, 6, 7), Work(10, 20, 30, 40, 50, 4, 8)]) == Work(11, 22, 33, 44, 55, 6, 8)
+    assert Work.total([]) == Work()
     assert Speeds(1.0, 2.0, 4.0, NEVER, 8.0).seconds(Work(1, 2, 4, 8, 16, 32)) == 5

@@ -510,7 +510,7 @@ def test_models_and_formats_without_fewer_heads(
     message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out.gguf", **how, format="gguf"))
     assert "the format cannot hold fewer heads" in message
     message = raised(lambda: prune(checkpoint_folder("llama"), tmp_path / "out", **how, dry_run=True))
-    assert message == "how many heads go is found by running the model; leave out --dry-run"
+    assert message == "the number of heads to remove is found by running the model; leave out --dry-run"
     assert not list(tmp_path.iterdir())
 
 
