@@ -1,7 +1,7 @@
-"""The rows of an attention or a feed-forward, streamed through the block batch by batch.
+"""Rows of an attention or a feed-forward, streamed through the block batch by batch.
 
-The inputs of the output projection are stored until the module is done, so that the outputs after the refit cost one
-product.
+The inputs of the output projection are stored until the module is done. The outputs after the refit then take one
+product, and no forward pass.
 
 Shapes: n tokens of a batch (b rows of t tokens), a inputs of the output projection, k kept inputs, d residual width.
 """
@@ -170,7 +170,7 @@ class BlockRegression(Regression):
         self.state.set_tensors(tensors)
 
     def advance(self, fitted: FittedModule) -> None:
-        """Store the module's outputs in the pruned stream, made of its stored inputs, whose memory is given back."""
+        """Compute the module's outputs in the pruned stream from its stored inputs, and free the inputs."""
         module, state = self.module, self.state
         outputs_of = self._times(fitted.moments, self.weight[fitted.kept_inputs], fitted.kept_inputs)
         bias = state.tensors.get(module.bias_name)

@@ -31,7 +31,7 @@ class BlockState:
         method: criterion and recovery.
         dtype: dtype in which new tensors are written.
         rows: rows of this fit.
-        arena: memory for activations.
+        arena: memory that holds activations.
         block: description of the dense block.
         tensors: tensors of the block, as it now computes with them.
         changed: new tensors at full width, as they are written.

@@ -1,4 +1,4 @@
-"""The rows of one expert: its gate times its inputs, on the tokens routed to it, which are all in memory.
+"""Rows of one expert: its gate times its inputs, on the tokens routed to it, which are all in memory.
 
     residual_m = target_m - sum of the outputs of the other experts        target of this expert
     ridge_e    = ridge * (1 + channels / tokens)                           higher if few tokens are routed to it

@@ -72,7 +72,7 @@ def refit(
                 if index not in plan.widths:
                     streams.advance(stream, index, layer)
                     continue
-                fitted = _fit_dense_block(stream, index, layer, plan, streams, method, dtype, arena)
+                fitted = _fit_and_average(stream, index, layer, plan, streams, method, dtype, arena)
                 # The dense weights must not stay in memory while the caller works on the block.
                 del layer
             yield fitted
@@ -92,15 +92,15 @@ class _Streams:
     fits: list[tuple[Rows, Activations]]
     """Rows and pruned stream of each fit."""
     held_out: list[tuple[Rows, Activations]]
-    """Held-out rows and their pruned stream; empty if nobody compares the streams."""
+    """Held-out rows and their pruned stream; empty if the streams are not compared at the end."""
 
     @classmethod
     def start(cls, stream: BlockStream, rows: Rows, arena: Arena, held_out: bool) -> "_Streams":
         """Embed the rows; all streams are then equal."""
         dense = stream.embed(rows, arena)
-        apart = [rows.counted(False)] if held_out else []
-        fits, others = ([(part, arena.copy(part, dense)) for part in parts] for parts in (rows.fits(), apart))
-        return cls(rows, dense, fits, others)
+        fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
+        others = [rows.counted(False)] if held_out else []
+        return cls(rows, dense, fits, [(part, arena.copy(part, dense)) for part in others])
 
     @property
     def pruned(self) -> list[tuple[Rows, Activations]]:
@@ -118,7 +118,7 @@ class _Streams:
             stream.advance(index, layer, rows, hidden)
 
 
-def _fit_dense_block(
+def _fit_and_average(
     stream: BlockStream,
     index: int,
     layer: nn.Module,
@@ -135,7 +135,7 @@ def _fit_dense_block(
     for part, pruned in streams.fits:
         # The first fit chooses the units, unless the plan names them; the other fits keep the same units.
         kept = fits[0].keep if fits else plan.units.get(index, {})
-        # With a single stream nobody needs the dense weights afterwards, so that they are not kept.
+        # With a single pruned stream, no later step reads the dense weights, and they are not kept.
         with restored(layer) if len(streams.pruned) > 1 else nullcontext():
             state = BlockState(stream, index, layer, method, dtype, part, arena, outputs)
             fits.append(fit_block(state, pruned, plan.widths[index], kept))

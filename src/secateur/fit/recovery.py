@@ -35,7 +35,7 @@ class Recovery(ABC):
     biases: ClassVar[Literal["kept", "fitted", "added"]] = "fitted"
     """Treatment of an output projection's bias: `kept` as it is, `fitted` if the model has one, or `added` as well."""
     fits_own_output: ClassVar[bool] = False
-    """Whether the target is the module's own dense output, instead of what the dense stream after it asks for."""
+    """Whether the target is the module's own dense output instead of the error-aware target."""
     sums_kept_inputs: ClassVar[bool] = False
     """Whether a fit with given units reads moments of the kept inputs only."""
     needs_dense_inputs: ClassVar[bool] = False

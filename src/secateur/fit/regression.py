@@ -99,7 +99,7 @@ class Regression(ABC):
         """Run the module up to its output projection, and return the moments of its rows.
 
         Args:
-            keep: units whose inputs are summed over, for a fit alone; by default all units, for a choice as well.
+            keep: units whose inputs are summed over; by default all units, with moments for the choice of units.
         """
 
     @abstractmethod
@@ -116,5 +116,5 @@ class Regression(ABC):
         """Let the module compute with new tensors, rounded as they are written."""
 
     def as_tensor(self, weight_ad: Tensor) -> dict[str, Tensor]:
-        """Return an output projection as stored, by its tensor name, from a weight in error units."""
+        """Return the output projection as a stored tensor, by its name, from a weight in error units."""
         return {self.module.output_projection.name: stored_weight(self.module, self.norm.unscale(weight_ad))}

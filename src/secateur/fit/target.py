@@ -6,8 +6,11 @@ The target is error-aware: each module also repairs the error of the modules bef
 module is the block's own forward pass with the module's output replaced by zero, whether the block is sequential or
 parallel. In a parallel block the attention is fitted first, to the whole error, and the feed-forward to what is left.
 
-Exceptions: a recovery may ask for the module's own dense output instead. Between an output projection and the residual
-stream there may be a norm: then each output takes over a share of the error (`secateur.model.post_norm`).
+Exceptions: a recovery may ask for the module's own dense output instead. If a norm follows the output projection, each
+output takes over a share of the error (`secateur.model.post_norm`).
+
+Error units are the units in which errors are measured: those of the residual stream, or, if a norm follows the output
+projection, the residual stream as the norms of later layers scale it.
 
 Shapes: n tokens of a batch, a inputs of the output projection, d residual width; b x t x d for stored activations.
 """
@@ -31,7 +34,7 @@ class BatchTarget(NamedTuple):
     """Targets of one batch, with what its rows are multiplied by."""
 
     target_nd: Tensor
-    """Output that the output projection is regressed on, in error units; a bias that is not fitted is subtracted."""
+    """Target of the output projection, in error units. If the bias is not fitted, it is subtracted."""
     scale_n1: Tensor | None
     """Factor on the rows X; None unless a norm follows the output projection."""
     weights_n: Tensor | None
@@ -107,14 +110,14 @@ class ModuleTarget:
     def _set_repaired_shares(self) -> None:
         """Set the share of the error that each output before a norm takes over, from the energies of the two."""
         stream = self.state.stream
-        output_o, error_o = torch.zeros(2, stream.width, dtype=torch.float64, device=stream.device)
+        output_d, error_d = torch.zeros(2, stream.width, dtype=torch.float64, device=stream.device)
         for at in self.state.rows.batches():
             output = self.norm.after(self._dense_output(at))
             error = self._missing(at) - output
-            for total, part in ((output_o, output), (error_o, error)):
+            for total, part in ((output_d, output), (error_d, error)):
                 total += at.weight * part.square().flatten(0, -2).sum(0)
-        stream.processes.all_reduce(output_o, error_o)
-        self.norm.take_over(output_o, error_o)
+        stream.processes.all_reduce(output_d, error_d)
+        self.norm.take_over(output_d, error_d)
 
     def _weights(self, target_nd: Tensor, z_btd: Tensor) -> Tensor | None:
         """Return Cauchy weights of the tokens, 1 / (1 + e_n / (c median(e))), with e_n the inherited squared error.
