@@ -807,7 +807,7 @@ def test_files_that_transformers_cannot_read(tmp_path, monkeypatch, name):
 
 
 def test_reading_windows_scales_and_caps(tmp_path, monkeypatch):
-    """They differ from every default here."""
+    """Windows, scales and caps differ from every default here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     keys = {"layer_types": ["full_attention"] * 3, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 7.0}
     monkeypatch.setitem(tiny.ROWS, "gemma2 odd", row("gemma2", **{**tiny.GEMMA, **keys, "query_pre_attn_scalar": 3}))
@@ -915,8 +915,8 @@ REFUSED = {
     "qwen3_5_text last": (CHANNELS, "qwen35 has full attention at regular distances"),
     "qwen3_5_text odd": (CHANNELS, "qwen35 needs keys and values of linear attention to have one size"),
     "qwen3_next gates": (EXPERTS, "qwen3next divides the gates of experts by their sum"),
-    "qwen3_next dense": (EXPERTS, "qwen3next supports experts in all blocks or none only"),
-    "phimoe": (EXPERTS, "llama.cpp's phimoe norms without taking the mean off, and makes gates add up to one, unlike"),
+    "qwen3_next dense": (EXPERTS, "qwen3next needs experts in all blocks or in none"),
+    "phimoe": (EXPERTS, "llama.cpp's phimoe normalises without subtracting the mean, and divides gates by .*, unlike"),
     "gemma4_text swapped": (CHANNELS, "gemma4 takes shared keys and values from two blocks, first one with a window"),
     "gemma4_text fewer": (CHANNELS, "gemma4 reads per-layer inputs for all tokens"),
     "gemma4_text open": (CHANNELS, "gemma4 needs windows in some blocks"),
@@ -927,7 +927,7 @@ REFUSED = {
     "lfm2_moe unbiased": (EXPERTS, "lfm2moe needs a bias on the choice of experts"),
     "lfm2_moe scaled": (EXPERTS, "lfm2moe needs a bias on the choice of experts"),
     "mpt scaled": (CHANNELS, "mpt computes the scale of attention scores from the head size"),
-    "llama4_text": (EXPERTS, "llama4 supports experts in all blocks or none only"),
+    "llama4_text": (EXPERTS, "llama4 needs experts in all blocks or in none"),
     "llama4_text 128": ((), "llama4 computes with use_qk_norm = False only"),
     "mistral4": (EXPERTS, "mistral4 needs yarn's mscale and mscale_all_dim to be the same number"),
     "mistral4 half": (EXPERTS, "mistral4 needs yarn's mscale to be 1"),

@@ -224,7 +224,7 @@ def drop(name: str, values: Any) -> list[Any]:
 
 
 def test_layouts_of_linear_attention_by_other_converters(tmp_path: Path) -> None:
-    """Other converters write an additional last block, no feed-forward width, and a list of linear blocks; older files
+    """Converters also write an additional last block, no feed-forward width, and a list of linear blocks; older files
     hold queries, keys, values and gates in the order of checkpoints."""
     file = made("qwen3_5_moe_text even", tmp_path)
     facts = {"block_count": 5, "nextn_predict_layers": 1, "feed_forward_length": None, "full_attention_interval": None}
@@ -244,7 +244,7 @@ def test_layouts_of_linear_attention_by_other_converters(tmp_path: Path) -> None
 
 
 def test_layouts_of_gemma4_by_other_converters(tmp_path: Path) -> None:
-    """Other converters write one number of heads for all blocks, and keys that no block attends with."""
+    """Converters also write one number of heads for all blocks, and keys that no block attends with."""
     file = made("gemma4_text small", tmp_path)
     facts = {"gemma4.attention.head_count": 6, "gemma4.attention.head_count_kv": 2, "gemma4.feed_forward_length": 72}
 
@@ -477,7 +477,7 @@ def test_refused_files_of_other_layers(tmp_path: Path, case: str) -> None:
 
 
 def test_tokenizer_of_gemma4(tmp_path: Path) -> None:
-    """Its files name an own algorithm. llama.cpp puts BOS first; checkpoints leave that to chat templates."""
+    """Files name an algorithm of their own. llama.cpp puts BOS first; checkpoints leave that to chat templates."""
     tokenizer = sentencepiece(False)
     tiny.save("gemma4_text 400", tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -494,7 +494,7 @@ def test_tokenizer_of_gemma4(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama 400", "mixtral 400"])
 @pytest.mark.parametrize("kind", ["bytes", "prefix", "no prefix"])
 def test_text_becomes_the_same_tokens(tmp_path: Path, name: str, kind: str) -> None:
-    """The tokens are those of llama.cpp and of the source's tokenizer."""
+    """llama.cpp and the source's tokenizer give the same tokens."""
     tokenizer = byte_level(size=300) if kind == "bytes" else sentencepiece(kind == "prefix")
     tiny.save(name, tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

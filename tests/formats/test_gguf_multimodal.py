@@ -429,8 +429,8 @@ def test_a_picture_at_positions_in_sections(tmp_path: Path, name: str) -> None:
 
 
 REFUSED = {
-    "paligemma": "llama.cpp's gemma sees nothing ahead within a prompt, unlike the model; keep the safetensors folder",
-    "llama4": "llama4 supports experts in all blocks or none only",
+    "paligemma": "llama.cpp's gemma attends to earlier tokens only, unlike the model; keep the safetensors folder",
+    "llama4": "llama4 needs experts in all blocks or in none",
     "qwen3_5": "qwen35 rotates entries of a head in pairs, but 3 rotate here",
 }
 

@@ -67,7 +67,7 @@ def _kv_sharing(config: Any, attention: Any) -> KvSharing | None:
 FAMILIES = {
     "gemma": Family(
         norm_offset=True,
-        gguf=Gguf(("gemma",), unlike_inside={"paligemma": "sees nothing ahead within a prompt"}),
+        gguf=Gguf(("gemma",), unlike_inside={"paligemma": "attends to earlier tokens only"}),
     ),
     "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, deepest=46)),
     "gemma3_text": replace(

@@ -27,7 +27,7 @@ FAMILIES = {
             MIXTRAL_EXPERTS, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate."))
         ),
         stock=Stock(heads="dense"),
-        gguf=Gguf(unlike="norms without taking the mean off, and makes gates add up to one"),
+        gguf=Gguf(unlike="normalises without subtracting the mean, and divides gates by their sum"),
         vllm=Vllm(
             backend="its transformers backend cannot run the attention of phimoe; take --widths uniform",
         ),

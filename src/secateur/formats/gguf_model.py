@@ -13,6 +13,7 @@ from secateur.model.axes import Width, model_width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
 from secateur.model.gguf_rope import rope_kind, rope_of, window_rope_of
+from secateur.model.gguf_windows import pattern_of
 from secateur.model.units.heads import HEADS
 
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -145,9 +146,7 @@ class GgufModel:
 
         0 means that no block has full attention; None that the distance varies.
         """
-        others = [kind in ("sliding_attention", "linear_attention") for kind in self.config.layer_types]
-        periods = range(len(others) + 1)
-        return next((p for p in periods if others == [not p or i % p < p - 1 for i in range(len(others))]), None)
+        return pattern_of([kind in ("sliding_attention", "linear_attention") for kind in self.config.layer_types])
 
     @property
     def layers(self) -> dict[str, str]:
@@ -158,7 +157,8 @@ class GgufModel:
         family = self.family
         qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
         attention = {} if family.latent else dict(zip(QKV, qkv, strict=True))
-        names = {f: f"{family.attention}.{name}" for f, name in {**attention, "attn_output": family.output}.items()}
+        attention["attn_output"] = family.output
+        names = {layer: f"{family.attention}.{name}" for layer, name in attention.items()}
         if all(sizes.channels is None for sizes in self.blocks):
             return names
         feed_forward = "" if family.feed_forward is None else f"{family.feed_forward}."

@@ -40,8 +40,8 @@ def _experts_in_order(model: GgufModel, architecture: Architecture) -> str | Non
     """Require experts in all blocks, or in all blocks after the first ones."""
     experts = [bool(sizes.experts) for sizes in model.blocks]
     allowed = experts == sorted(experts) if architecture.leading_dense else len(set(experts)) == 1
-    where = "in all blocks after the first ones" if architecture.leading_dense else "in all blocks or none"
-    return None if allowed else f"supports experts {where} only"
+    where = "in all blocks after the first ones" if architecture.leading_dense else "in all blocks or in none"
+    return None if allowed else f"needs experts {where}"
 
 
 def _gates(model: GgufModel, architecture: Architecture) -> str | None:

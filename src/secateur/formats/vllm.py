@@ -38,7 +38,10 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
     family, kind = family_of(config), config.model_type
     yield multimodal, "its multimodal models have one width for all blocks; take --widths uniform"
     yield True, family.vllm.backend
-    yield family.latent, "its transformers backend runs no latent attention block by block; take --widths uniform"
+    yield (
+        family.latent,
+        "its transformers backend has one latent attention for all blocks; take --widths uniform",
+    )
     if (experts := family.experts) is not None:
         routed = [width for width in widths if width.get(EXPERTS)]
         yield (
@@ -47,12 +50,12 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
         )
         yield (
             any(width[EXPERT_CHANNELS] != getattr(config, experts.expert_width) for width in routed),
-            "its transformers backend gives experts of all blocks as many channels; take --widths uniform, or leave "
-            "theirs by --modules heads,experts",
+            "its transformers backend has one number of expert channels for all blocks; take --widths uniform, or "
+            "keep expert channels with --modules heads,experts",
         )
         yield (
             experts.parallel_norms and routed,
-            "its transformers backend gives other numbers for experts beside a feed-forward; take --widths uniform",
+            "its transformers backend is wrong for experts parallel to a feed-forward; take --widths uniform",
         )
     yield (
         not any(KV_GROUPS in width and width.product(HEADS) for width in widths),

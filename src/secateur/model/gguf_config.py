@@ -21,6 +21,7 @@ from secateur.model.gguf_keys import (
     ROTARY,
     UNDECLARED,
 )
+from secateur.model.gguf_rope import read_family_rope
 from secateur.model.gguf_transformers import complete_config
 
 _SIZES = ("attention.key", "rope.dimension_count", "ssm.")
@@ -47,7 +48,7 @@ def read_config(file: GgufFile, reader: GGUFReader) -> Any:
     if types and types != tuple(getattr(config, "layer_types", types)):
         raise SecateurError(f"{kind} cannot have full attention and windows in the order that the file states")
     complete_config(config, reader)
-    _complete_rope(config, file)
+    read_family_rope(config, file.metadata, file.reading.input)
     return config
 
 
@@ -193,29 +194,3 @@ def _experts(file: GgufFile) -> Mapping[str, Any]:
         **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), first),
         **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), shared // channels),
     }
-
-
-def _complete_rope(config: Any, file: GgufFile) -> None:
-    """Add rotary settings that only some families have, in place.
-
-    Raises:
-        SecateurError: the model's class does not compute what the metadata state.
-    """
-    rope, metadata, input = config.rope_parameters, file.metadata, file.reading.input
-    if sections := metadata.get("rope.dimension_sections"):
-        # Tokens of a text have one position for time, height and width; engines ask for the sections all the same.
-        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
-    if beta := metadata.get("attention.temperature_scale"):
-        if not input.scales_queries:
-            raise SecateurError(f"{file.reading.model_type} cannot scale queries with their positions, as it states")
-        rope["llama_4_scaling_beta"] = beta
-    if rope.get("rope_type") != "yarn":
-        return
-    rope |= input.yarn
-    if file.reading.family.latent is not None:
-        # With latent attention, llama.cpp multiplies scores by the square of this, and rotated entries by nothing.
-        scale = metadata.get("rope.scaling.yarn_log_multiplier")
-        if not scale:
-            raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales rotated entries")
-        del rope["attention_factor"]
-        rope |= dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))

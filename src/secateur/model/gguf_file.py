@@ -19,6 +19,7 @@ from secateur.base.errors import SecateurError
 from secateur.families.entry import Family, GgufInput
 from secateur.families.registry import FAMILIES
 from secateur.model.gguf_rope import FACTORS
+from secateur.model.gguf_windows import layer_types
 
 _PIECE = 2**26
 """Bytes of a file that are dequantised at once: the embedding of some models is larger than all their blocks."""
@@ -66,18 +67,6 @@ def metadata_of(reader: GGUFReader) -> dict[str, Any]:
 def is_read_here(reader: GGUFReader) -> bool:
     """Return whether secateur itself reads a file, rather than transformers."""
     return bool(metadata_of(reader).get("expert_count")) or dense_reading(architecture_of(reader)) is not None
-
-
-def layer_types(metadata: dict[str, Any], blocks: int) -> list[str]:
-    """Return the type of attention of each block; an empty list where the metadata do not state it.
-
-    llama.cpp's pattern is a list of blocks with a window, or a number n: every nth block has none; 0 means never.
-    """
-    pattern = metadata.get("attention.sliding_window_pattern", [])
-    windows = (
-        pattern if isinstance(pattern, list) else [not pattern or i % pattern < pattern - 1 for i in range(blocks)]
-    )
-    return ["sliding_attention" if window else "full_attention" for window in windows[:blocks]]
 
 
 class GgufFile:

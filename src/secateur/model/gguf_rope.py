@@ -1,6 +1,6 @@
 """Rotary settings in GGUF files, in both directions: metadata, and tensors of factors that divide frequencies.
 
-`rope_metadata` and `rope_tensors` write what a config says; `read_rope` reads the same back into a config.
+`rope_metadata` and `rope_tensors` write what a config says; `read_rope` and `read_family_rope` read it into a config.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.base.errors import SecateurError
+from secateur.families.entry import GgufInput
 from secateur.families.registry import family_of
 
 FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
@@ -24,6 +25,10 @@ FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
 """Tensors that hold no weights: the numbers by which each frequency is divided."""
 NO_ROTATION = 1e30
 """Divisor of a frequency that rotates nothing."""
+
+_LATENT_SCALE = "rope.scaling.yarn_log_multiplier"
+"""Key of a tenth of yarn's mscale: with latent attention, llama.cpp multiplies scores by the square of the scale, and
+rotated entries by nothing."""
 
 Numbers = dict[str, Any]
 """Metadata or rotary settings, by key."""
@@ -80,8 +85,7 @@ def _longrope_metadata(config: Any) -> Numbers:
 
 def _yarn_metadata(config: Any) -> Numbers:
     rope = rope_of(config)
-    # With latent attention, llama.cpp multiplies scores by the square of this, and rotated entries by nothing.
-    latent = {"rope.scaling.yarn_log_multiplier": 0.1 * (rope.get("mscale_all_dim") or 0.0)}
+    latent = {_LATENT_SCALE: 0.1 * (rope.get("mscale_all_dim") or 0.0)}
     usual = {"rope.scaling.attn_factor": _attention_factor(config) / yarn_scale(rope["factor"])}
     return {
         "rope.scaling.type": "yarn",
@@ -172,6 +176,43 @@ def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
     if read is None:
         raise SecateurError(f"its rotary scaling {stored.kind!r} is not known to secateur")
     rope |= read(stored)
+
+
+def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
+    """Add rotary settings that only some families have to a config, in place; to be called after `read_rope`.
+
+    Args:
+        config: the config object.
+        metadata: the file's metadata, by keys without the architecture.
+        input: how secateur reads files of the family.
+
+    Raises:
+        SecateurError: the model's class does not compute what the metadata state.
+    """
+    rope = config.rope_parameters
+    if sections := metadata.get("rope.dimension_sections"):
+        # Tokens of a text have one position for time, height and width; engines ask for the sections all the same.
+        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
+    if beta := metadata.get("attention.temperature_scale"):
+        if not input.scales_queries:
+            raise SecateurError(f"{config.model_type} cannot scale queries with their positions, as it states")
+        rope["llama_4_scaling_beta"] = beta
+    if rope.get("rope_type") == "yarn":
+        rope |= {**input.yarn, **_read_latent_scale(config, metadata)}
+
+
+def _read_latent_scale(config: Any, metadata: Numbers) -> Numbers:
+    """Return the scale of yarn in latent attention; nothing for other attention.
+
+    Raises:
+        SecateurError: the file states none.
+    """
+    if family_of(config).latent is None:
+        return {}
+    if not (scale := metadata.get(_LATENT_SCALE)):
+        raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales rotated entries")
+    del config.rope_parameters["attention_factor"]
+    return dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))
 
 
 @dataclass(frozen=True)

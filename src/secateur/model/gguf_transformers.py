@@ -13,8 +13,9 @@ from gguf import GGUFReader
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
-from secateur.model.gguf_file import layer_types, metadata_of
+from secateur.model.gguf_file import metadata_of
 from secateur.model.gguf_rope import FACTORS, read_rope
+from secateur.model.gguf_windows import layer_types
 
 
 def complete_config(config: Any, reader: GGUFReader) -> None:
