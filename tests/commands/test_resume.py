@@ -97,7 +97,7 @@ def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED, watcher=watcher)
     assert [file.name for file in tmp_path.iterdir()] == [".out.run"]
-    assert any("goes on from there" in note for note in watcher.notes)
+    assert any("the same command resumes it" in note for note in watcher.notes)
     return tmp_path / "out"
 
 
@@ -109,7 +109,7 @@ def test_nothing_is_done_twice(stopped: Path, checkpoint_folder: CheckpointFolde
     found = prune(checkpoint_folder("llama"), stopped, **ASKED, watcher=watcher)
     assert before < found.seconds < before + time.perf_counter() - started
     assert watcher.seen == {"Prune": [2]}
-    assert any("Going on" in note for note in watcher.notes)
+    assert any("Resuming a run" in note for note in watcher.notes)
     prune(checkpoint_folder("llama"), stopped.with_name("whole"), **ASKED)
     assert bytes_of(stopped) == bytes_of(stopped.with_name("whole"))
     assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
@@ -343,7 +343,7 @@ def test_a_device_whose_memory_is_small(
 
     monkeypatch.setattr(BlockStream, "run", small)
     watcher, asked = Stopping(what="never"), ASKED | {"samples": 32}
-    if room < resume.LEAST:
+    if room < resume.MIN_BATCH_TOKENS:
         with pytest.raises(SecateurError, match="out of memory even with 128 tokens at a time; use a device with"):
             prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
         # For another device to go on with.
