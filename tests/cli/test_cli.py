@@ -478,7 +478,7 @@ ARGUMENTS = [
         "sizes model --out sizes --sparsities .1,.2,.1",
         "--sparsities is '.1,.2,.1', which has a number twice; write each",
     ),
-    ("prune model out --calibration random --length 32 --samples 100000000000", "samples is 100,000,000,000: the ids"),
+    ("prune model out --calibration random --length 32 --samples 100000000000", "samples is 100,000,000,000: the token ids"),
     ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a fraction such as 0.25 or 25%"),
     ("prune model out --sparsity 25", "sparsity is 25.0; it must lie between 0 and 1, for example 0.25"),
     ("prune model out --sparsity 0%", "sparsity is 0.0; it must lie between 0 and 1"),
@@ -851,7 +851,7 @@ def test_prune_writes_a_model_and_says_what_it_did(place: Path, run: Run) -> Non
     assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Price", "Keeping", "Prune"]
     assert "of 18 query heads (" in notes[6]
     assert "estimated loss increase: " in notes[6]
-    for words in ("parameters", "weights on disk", "cache per token", "KV groups", "channels", "peak memory"):
+    for words in ("parameters", "weights on disk", "KV cache per token", "KV groups", "channels", "peak memory"):
         assert words in result.out
     assert "Calibrated on 64 tokens; rows begin without BOS" in result.out
     assert "Written to out" in result.out
@@ -873,7 +873,14 @@ def test_a_dry_run_writes_nothing(place: Path, run: Run, no_work: None) -> None:
     result = run("prune", "model", "out", *SMALL, "--dry-run")
     assert result.code == 0
     assert "Expected" in result.out
-    for words in ("parameters", "weights on disk", "cache per token", " s and ", " GB beside", "Nothing was written"):
+    for words in (
+        "parameters",
+        "weights on disk",
+        "KV cache per token",
+        " s and ",
+        " GB of memory",
+        "Nothing was written",
+    ):
         assert words in result.out
     assert listing(place) == before
 
@@ -945,7 +952,7 @@ def test_plan_shows_what_prune_does(place: Path, run: Run) -> None:
     assert listing(place) == before
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if "│" in line]
     assert [row[0] for row in rows] == ["0", "1", "2"]
-    assert "40." in result.out.partition("% of the blocks' parameters go")[0][-6:]
+    assert "40." in result.out.partition("% of the blocks' parameters are removed")[0][-6:]
     assert "Expected to cost" in result.out
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
     assert "% of the parameters of blocks 1:2 go: " in part.out

@@ -352,7 +352,7 @@ def test_only_one_model_is_in_memory_unless_two_take_turns(
 
 
 def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
-    from secateur.report.tables import eval_table
+    from secateur.report.eval_table import eval_table
 
     folder = checkpoint_folder("llama")
     table, lines = eval_table(evaluate(str(folder), texts=[text], length=20))

@@ -322,7 +322,7 @@ def test_bad_limits_and_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, folder: Path) -> None:
-    from secateur.report.tables import eval_table
+    from secateur.report.eval_table import eval_table
 
     first, second = str(checkpoint_folder("llama")), str(checkpoint_folder("llama tied"))
     result = evaluate(first, against=second, texts=[], tasks=["mine"], task_path=folder)

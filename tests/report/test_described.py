@@ -21,8 +21,9 @@ from test_cli import SMALL, Run, place, refused, run  # noqa: F401
 from models import save
 from secateur import Options, RunOptions, prune
 from secateur.commands.plan import propose
-from secateur.report.card import card, units_kept
+from secateur.report.card import card
 from secateur.report.model_page import model_page
+from secateur.report.record_text import units_kept
 from secateur.report.tables import prune_table
 
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
@@ -141,26 +142,26 @@ def made(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("recovery", "words"), [("refit", "was fitted"), ("none", "is as it was."), ("bias", "biases")]
+    ("recovery", "words"), [("refit", "were fitted"), ("none", "are unchanged."), ("bias", "biases")]
 )
 def test_the_card_tells_a_fit_from_none(recovery: str, words: str) -> None:
     text = card(made(options=made()["options"] | {"recovery": recovery}))
     assert words in text
-    assert ("was fitted" in text) == (recovery == "refit")
+    assert ("were fitted" in text) == (recovery == "refit")
 
 
 def test_a_share_of_some_blocks_is_said_to_be_one(place: Path, run: Run) -> None:
     """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
     result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
     reached = json.loads((place / "out" / "secateur.json").read_text())["sparsity"]["reached"]
-    assert f"{reached:.2%} of the parameters of blocks 1: go" in result.out
+    assert f"{reached:.2%} of the parameters of blocks 1: are removed" in result.out
     for text in ((place / "out" / "README.md").read_text(), text_of((place / "out" / "report.html").read_text())):
-        assert f"{reached:.1%} of the parameters of blocks 1: are gone" in text
+        assert f"{reached:.1%} of the parameters of blocks 1: were removed" in text
     result = run("prune", "model", "again", *SMALL, "--plan", "out/secateur.json")
     whole = json.loads((place / "again" / "secateur.json").read_text())["sparsity"]["reached"]
     assert whole == pytest.approx(reached * 2 / 3, rel=1e-3)
-    assert f"{whole:.2%} of the blocks' parameters go" in result.out
-    assert f"{whole:.1%} of the blocks' parameters are gone" in (place / "again" / "README.md").read_text()
+    assert f"{whole:.2%} of the blocks' parameters are removed" in result.out
+    assert f"{whole:.1%} of the blocks' parameters were removed" in (place / "again" / "README.md").read_text()
 
 
 def test_a_model_without_a_cache_has_no_ratio_of_it(place: Path) -> None:
@@ -168,13 +169,13 @@ def test_a_model_without_a_cache_has_no_ratio_of_it(place: Path) -> None:
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16, "effort": "quick"}
     found = replace(prune("model", "out", **asked), cache_bytes=(0, 0))
     table, _ = prune_table(found, Path("out"))
-    assert [list(column.cells)[2] for column in table.columns] == ["cache per token", "0 B", "0 B", ""]
+    assert [list(column.cells)[2] for column in table.columns] == ["KV cache per token", "0 B", "0 B", ""]
 
 
 def test_what_stays_is_counted_by_kind() -> None:
     kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
-    assert units_kept(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts stay"
-    assert units_kept(made(blocks=[])) == "no unit, as nothing had to go"
+    assert units_kept(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts are kept"
+    assert units_kept(made(blocks=[])) == "all units are kept"
 
 
 def test_a_hub_model_is_named_as_the_base() -> None:
@@ -198,7 +199,7 @@ def test_names_are_no_markup() -> None:
 def test_measured_afterwards(place: Path, run: Run) -> None:
     pruned(place, run)
     before = {name: (place / "out" / name).read_text() for name in ("README.md", "report.html")}
-    assert "was not measured here" in before["README.md"]
+    assert "has not been measured yet" in before["README.md"]
     result = run(
         *("eval", "out", "--against", "model", "--perplexity", "text.txt", "--length", "16", "--tokens", "64"),
         *("--prompt", "w1 w2 w3", "--report", "--json", "figures.json"),
@@ -209,7 +210,7 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
     row = " | ".join([*(f"{score:,.3f}" for score in scores), f"{scores[1] / scores[0]:.3f}"])
     card_now, page = ((place / "out" / name).read_text() for name in before)
     assert f"| perplexity text.txt | {row} |" in card_now
-    assert "was not measured here" not in card_now
+    assert "has not been measured yet" not in card_now
     wrote = [model["written"]["w1 w2 w3"] for model in (here, base)]
     assert all(20 < len(text.split()) <= 80 for text in wrote)
     assert wrote[0] != wrote[1]
@@ -223,12 +224,11 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
     [
         (
             ("model", "--against", "out", "--report"),
-            "model: no folder that secateur prune wrote, with its secateur.json",
+            "model: not a folder of secateur prune, with secateur.json in it",
         ),
         (
             ("out", "--against", "other", "--perplexity", "text.txt", "--report"),
-            "other: out was pruned from another model (model), whose figures belong beside its own in the report; "
-            "name that model by --against",
+            "other: out was pruned from another model (model), and the report compares with that one; name it by ",
         ),
         (("out", "--report"), "--report needs --against: add --against with the model that MODEL was pruned from"),
         (("out", "--prompt", " "), "a prompt is empty; give some words"),
@@ -307,7 +307,7 @@ def test_in_a_browser(tmp_path: Path, browser: Browser, scheme: Any, width: int)
             reached.add(page.evaluate("document.activeElement.tagName + document.activeElement.ariaLabel"))
         assert {
             "SUMMARYnull",
-            "DIVShare of each block's attention and below of its feed-forward that is gone",
+            "DIVShare removed from each block: attention, below it feed-forward",
         } <= reached
         page.evaluate("document.querySelector('details').open = true")
         assert Axe().run(page).response["violations"] == []

@@ -94,8 +94,8 @@ def evaluate(
     bars = Bars()
     with bars.loading():
         from secateur.measure.evaluation import evaluate as run
+        from secateur.report.eval_table import eval_table, measured_rows
         from secateur.report.folder import add_measurements, check_base, check_record
-        from secateur.report.tables import eval_table, measured_rows
 
     if report:
         if against is None:

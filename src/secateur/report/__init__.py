@@ -1,1 +1,1 @@
-"""What a person reads at the end: tables."""
+"""Reports for people: tables in the terminal, HTML pages, model cards and plots."""

@@ -1,172 +1,143 @@
-"""The model card of a pruned folder, README.md: what it was made of and how, what is left, and how it is opened.
+"""Model card of a pruned folder, README.md: what was removed, how good the model is, how to load it, how it was made.
 
-All of it is read from the record that `prune` writes (secateur.json), so that figures measured later can be put in.
+The card is made from the record of the run (secateur.json) alone, so that it can be made again with measurements.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from secateur.base.words import format_count
 from secateur.fit.recovery import all_recoveries
-from secateur.formats.format import Loading, format_class
-from secateur.model.axes import Width, totals
-from secateur.report.summary import pruned_part
+from secateur.report.record_text import (
+    HUB_ID,
+    expected_cost,
+    loading,
+    loading_code,
+    model_name,
+    share_removed,
+    sizes,
+    units_kept,
+    versions,
+)
 
 CARD, PAGE = "README.md", "report.html"
 BASE_CARD = "README.base.md"
-"""The card of the model that was pruned, as it was."""
+"""File name of the base model's card in the pruned folder."""
 INHERITED = ("license", "license_name", "license_link", "language")
-"""What a card says of the base model that holds for the pruned one too."""
+"""Metadata keys that the pruned model takes over from the card of its base model."""
 FRONT = re.compile(r"\A---\s*\n(.{0,20000}?)\n---\s*(\n|\Z)", re.DOTALL)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""YAML metadata at the beginning of a card."""
 
 
 def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: Sequence[Sequence[str]] = ()) -> str:
-    """The whole card.
+    """Return the text of the card.
 
     Args:
         record: the contents of secateur.json.
-        base_card: the card of the model that was pruned, where it has one.
-        measured: rows of what was measured since: a label, this model's figure, the base model's, their ratio.
+        base_card: the card of the base model, if it has one.
+        measured: rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
     """
-    name, said = model_name(record), record["loads"]
-    repair = all_recoveries()[record["options"]["recovery"]].summary
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": said["task"]}
-    if HUB_ID.fullmatch(str(record["model"])) and not Path(record["model"]).exists():
-        front["base_model"] = record["model"]
-    front |= {key: value for key, value in _front(base_card or "").items() if key in INHERITED}
-    front["tags"] = ["pruned", "secateur"]
-    rows = [f"| {label} | {before} | {after} | {ratio} |" for label, before, after, ratio in sizes(record)]
-    rows += [f"| {_plain(label)} | {base} | {here} | {ratio} |" for label, here, base, ratio in measured]
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        f"# {_plain(name)}, pruned",
-        f"Of `{_code(name)}`, {share_removed(record)}: {units_kept(record)}. "
-        f"{repair} [{PAGE}]({PAGE}) shows what was removed where.",
-        "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows]),
-        expected_cost(record) + ("" if measured else " Its quality was not measured here; `secateur eval` does that."),
-        "## How to open it",
-        f"```python\n{loading_code(record, 'THIS_FOLDER')}\n```",
-        _without_code(record),
-        _served(record),
+    metadata = yaml.safe_dump(_metadata(record, base_card), sort_keys=False, allow_unicode=True).strip()
+    sections = [
+        f"# {_plain(model_name(record))}, pruned",
+        *_summary(record),
+        "## Size and quality",
+        *_figures(record, measured),
+        "## How to load it",
+        *_instructions(record),
         "## How it was made",
-        f"```bash\n{_code(record['command'])}\n```",
-        _retrained(record),
-        f"{versions(record)}. The licence of the model that it is made of holds for this one; its files lie beside"
-        + (f", its card as [{BASE_CARD}]({BASE_CARD})." if base_card else "."),
+        *_making(record, base_card),
     ]
-    head, body = lines[:3], lines[3:]
-    return "\n".join(head) + "\n\n" + "\n\n".join(filter(None, body)) + "\n"
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def model_name(record: Mapping[str, Any]) -> str:
-    """What the model that was pruned is called, without the folders that it lay in."""
-    return str(record["model"]) if HUB_ID.fullmatch(str(record["model"])) else Path(str(record["model"])).name
-
-
-def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Label, before, after and ratio of what the model takes."""
-    forms = {
-        "parameters": ("parameters", format_count),
-        "bytes": ("weights", lambda value: f"{value / 1e6:,.1f} MB"),
-        "cache_bytes": ("cache of a token", "{:,} B".format),
-    }
-    rows = []
-    for key, (before, after) in record["sizes"].items():
-        label, form = forms[key]
-        rows.append((label, form(before), form(after), f"{after / before:.3f}" if before else ""))
-    return rows
-
-
-def share_removed(record: Mapping[str, Any]) -> str:
-    """Return the share of the parameters that is gone, in words: of all blocks, or of those that were to be pruned."""
-    return f"{record['sparsity']['reached']:.1%} of {pruned_part(record['options']['blocks'])} are gone"
-
-
-def units_kept(record: Mapping[str, Any]) -> str:
-    """How many units of each kind stay, in words."""
-    dense = [Width(width) for width in record["dense"]]
-    pruned = {block["block"]: Width(block["width"]) for block in record["blocks"]}
-    now = [pruned.get(index, width) for index, width in enumerate(dense)]
-    kept, whole = totals(now), totals(dense)
-    parts = [f"{kept[label]:,} of {before:,} {label}" for label, before in whole.items() if kept[label] < before]
-    return f"{' and '.join(parts)} stay" if parts else "no unit, as nothing had to go"
-
-
-def expected_cost(record: Mapping[str, Any]) -> str:
-    """The loss that was expected, where prices were measured."""
-    if record["cost"] is None:
-        return ""
-    return f"It was expected to cost {record['cost']:.2f} nats per token, module by module."
-
-
-def loading_code(record: Mapping[str, Any], folder: str) -> str:
-    """Python that opens the model."""
-    return f"from transformers import {record['loads']['class']}\n\nmodel = {_loading(record, folder).expression}"
-
-
-def _loading(record: Mapping[str, Any], folder: str = "") -> Loading:
-    """Return how the folder is opened."""
-    said = record["loads"]
-    return format_class(said["format"]).how_to_load(said["class"], folder)
-
-
-def versions(record: Mapping[str, Any]) -> str:
-    """What made the model."""
-    return ", ".join(f"{name} {record[name]}" for name in ("secateur", "torch", "transformers"))
-
-
-def _retrained(record: Mapping[str, Any]) -> str:
-    times = [one["perplexity"] for one in record.get("retrained", [])]
-    if not times:
-        return ""
-    each = ", then ".join(f"{one['before']:.2f} to {one['after']:.2f}" for one in times)
-    return f"It was trained afterwards (`secateur retrain`): perplexity on rows held out of that text from {each}."
-
-
-def _without_code(record: Mapping[str, Any]) -> str:
-    """The other way to open it, where there is one."""
-    if not (call := _loading(record).registered):
-        return ""
-    return (
-        f"Where secateur is installed, `import secateur; {call}` does in place of `trust_remote_code=True`. "
-        "Without either, transformers stops at tensors of other shapes and speaks of `ignore_mismatched_sizes`."
+def _summary(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was removed and how the other weights changed."""
+    yield (
+        f"This is `{_code(model_name(record))}` after structured pruning: {share_removed(record)}, and "
+        f"{units_kept(record)}. {all_recoveries()[record['options']['recovery']].summary} "
+        f"[{PAGE}]({PAGE}) shows what was removed from each block."
     )
 
 
-def _served(record: Mapping[str, Any]) -> str:
-    why = record["loads"]["vllm"]
-    flag = " --trust-remote-code" * _loading(record).runs_code
-    vllm = f"vLLM does not serve it: {why}." if why else f"With vLLM: `vllm serve THIS_FOLDER{flag}`."
-    return f"{vllm} For llama.cpp: `secateur export THIS_FOLDER model.gguf`, where it knows the architecture."
+def _figures(record: Mapping[str, Any], measured: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the table of sizes and measurements, and what is known of the quality."""
+    rows = [f"| {label} | {before} | {after} | {ratio} |" for label, before, after, ratio in sizes(record)]
+    rows += [f"| {_plain(label)} | {base} | {here} | {ratio} |" for label, here, base, ratio in measured]
+    yield "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows])
+    yield expected_cost(record)
+    if not measured:
+        yield "The quality of this model has not been measured yet; `secateur eval` measures it."
+    yield (
+        "A pruned model may have lost abilities that its calibration text does not use: measure it on your own task "
+        "before you rely on it."
+    )
+
+
+def _instructions(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how to load the model with transformers, vLLM and llama.cpp."""
+    how, unsupported = loading(record), record["loads"]["vllm"]
+    yield f"```python\n{loading_code(record, 'THIS_FOLDER')}\n```"
+    if how.registered:
+        yield (
+            f"With secateur installed, `import secateur; {how.registered}` replaces `trust_remote_code=True`. Without "
+            "either of them, transformers stops with an error about tensor shapes and `ignore_mismatched_sizes`."
+        )
+    serve = f"vllm serve THIS_FOLDER{' --trust-remote-code' * how.runs_code}"
+    vllm = f"vLLM cannot serve this model: {unsupported}." if unsupported else f"With vLLM: `{serve}`."
+    yield f"{vllm} For llama.cpp, if it supports the architecture: `secateur export THIS_FOLDER model.gguf`."
+
+
+def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
+    """Yield the command, retraining, versions and licence."""
+    yield f"```bash\n{_code(record['command'])}\n```"
+    if passes := [one["perplexity"] for one in record.get("retrained", [])]:
+        steps = ", then ".join(f"{one['before']:.2f} to {one['after']:.2f}" for one in passes)
+        yield f"Afterwards it was retrained (`secateur retrain`): perplexity on held-out rows from {steps}."
+    yield f"Made with {versions(record)}."
+    copied = f", and its model card is [{BASE_CARD}]({BASE_CARD})" if base_card else ""
+    yield (
+        "The licence of the base model applies to this model. Licence files of the base model are in this folder"
+        f"{copied}."
+    )
+
+
+def _metadata(record: Mapping[str, Any], base_card: str | None) -> dict[str, Any]:
+    """Return the metadata of the card, which the hub reads."""
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": record["loads"]["task"]}
+    if HUB_ID.fullmatch(str(record["model"])) and not Path(record["model"]).exists():
+        metadata["base_model"] = record["model"]
+    metadata |= {key: value for key, value in _front(base_card or "").items() if key in INHERITED}
+    return metadata | {"tags": ["pruned", "secateur"]}
 
 
 def _front(text: str) -> dict[str, Any]:
-    """What stands in front of a card, as far as it is words."""
+    """Return the metadata of a card as far as values are strings or lists of strings; empty where it is unreadable."""
     found = FRONT.match(text.replace("\r\n", "\n"))
+    # Without anchors (&), since nested aliases may expand to any size.
+    if not found or "&" in found[1]:
+        return {}
     try:
-        values = yaml.safe_load(found[1]) if found and "&" not in found[1] else None
+        values = yaml.safe_load(found[1])
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError):
-        values = None
-    plain = values if isinstance(values, dict) else {}
-    return {
-        key: value
-        for key, value in plain.items()
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
-    }
+        return {}
+    return {key: value for key, value in values.items() if _is_text(value)} if isinstance(values, dict) else {}
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a string or a list of strings."""
+    return all(isinstance(one, str) for one in (value if isinstance(value, list) else [value]))
 
 
 def _plain(text: str) -> str:
-    """Text that is no markup, on one line."""
+    """Return text on one line in which Markdown and HTML are escaped."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def _code(text: str) -> str:
+    """Return text on one line that cannot end a code span."""
     return " ".join(text.replace("`", "'").split())

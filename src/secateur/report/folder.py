@@ -1,4 +1,4 @@
-"""What a pruned folder says of itself to people: a model card and a page, beside the record that both are made of."""
+"""Model card and page of a pruned folder, README.md and report.html, both made from its record secateur.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,36 +12,37 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import open_checkpoint
-from secateur.report.card import BASE_CARD, CARD, PAGE, card, model_name
+from secateur.report.card import BASE_CARD, CARD, PAGE, card
 from secateur.report.model_page import model_page
+from secateur.report.record_text import model_name
 from secateur.write.record import RECORD, read_record
 
 T = TypeVar("T")
 
 
 def readme_and_report(base: str | None, record: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Name of each file to contents, or to what gives them once the record is complete.
+    """Return the contents of card and page by file name; those made from the record are functions.
 
     Args:
-        base: the card of the model that is pruned, which comes along.
-        record: gives the contents of secateur.json.
+        base: the card of the base model, which is copied.
+        record: returns the contents of secateur.json, once the run has finished.
     """
-    own = {CARD: lambda: card(record(), base_card=base), PAGE: lambda: model_page(record())}
-    return own if base is None else own | {BASE_CARD: base}
+    files = {CARD: lambda: card(record(), base_card=base), PAGE: lambda: model_page(record())}
+    return files if base is None else files | {BASE_CARD: base}
 
 
 def read_text(path: Path) -> str | None:
-    """A file that others wrote, whatever it holds; None where there is none."""
+    """Return the text of a file that others wrote, with invalid bytes replaced; None where there is no file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def check_record(folder: Path) -> None:
-    """Raise `SecateurError` where a folder has no record that card and page can be made of."""
+    """Raise `SecateurError` where a folder has no record from which card and page can be made."""
     _from_record(folder, lambda record: (card(record), model_page(record)))
 
 
 def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
-    """Raise `SecateurError` where a folder was pruned from another model than this one."""
+    """Raise `SecateurError` where a folder was pruned from another model than `base`."""
 
     def read(record: Mapping[str, Any]) -> tuple[str, str, torch.dtype]:
         return model_name(record), record["fingerprint"], getattr(torch, record["options"]["dtype"] or "bfloat16")
@@ -49,41 +50,47 @@ def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> N
     name, fingerprint, dtype = _from_record(folder, read)
     if _fingerprint(base, dtype, trust_remote_code) != fingerprint:
         raise SecateurError(
-            f"{base}: {folder} was pruned from another model ({name}), whose figures belong beside its "
-            "own in the report; name that model by --against, or leave --report out"
+            f"{base}: {folder} was pruned from another model ({name}), and the report compares with "
+            "that one; name it by --against, or leave --report out"
         )
 
 
 def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str:
-    """Return the fingerprint that a model has once it is opened for pruning; a GGUF file is dequantised to a dtype."""
+    """Return the fingerprint of a model opened for pruning; a GGUF file is dequantised to a dtype."""
     checkpoint = open_checkpoint(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    # Tensors without a place in the model do not count.
+    # Checking shapes drops tensors that the model has no place for, which are not part of the fingerprint.
     with quiet(), suppress(SecateurError):
         checkpoint.check_shapes(checkpoint.empty(AutoModelForCausalLM))
     return checkpoint.fingerprint
 
 
 def add_measurements(folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]]) -> None:
-    """Make card and page of a pruned folder once more, with what was measured; see `model_page`."""
+    """Write card and page of a pruned folder again, with measurements; see `model_page` for the arguments."""
     record = _record(folder)
     write_atomically(folder / CARD, card(record, base_card=read_text(folder / BASE_CARD), measured=rows))
     write_atomically(folder / PAGE, model_page(record, rows, texts))
 
 
 def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
-    """Return what can be read of a folder's record, which others may have changed."""
+    """Return the result of a function of a folder's record, which may have been edited by hand.
+
+    Raises:
+        SecateurError: there is no record, or the function fails on it.
+    """
     record = _record(folder)
     try:
         return read(record)
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise SecateurError(
-            f"{folder / RECORD}: not as secateur prune wrote it ({what}); bring it back, or delete it"
+            f"{folder / RECORD}: not as secateur prune wrote it ({what}); restore the file, or delete it"
         ) from error
 
 
 def _record(folder: Path) -> dict[str, Any]:
     found = read_record(folder)
     if "sizes" not in found:
-        raise SecateurError(f"{folder}: no folder that secateur prune wrote, with its {RECORD}; leave --report out")
+        raise SecateurError(
+            f"{folder}: not a folder that secateur prune wrote, with {RECORD} in it; leave --report out"
+        )
     return found

@@ -1,4 +1,4 @@
-"""Results as what JSON can hold."""
+"""Results as values that JSON can hold."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def json_value(value: Any) -> Any:
-    """Dataclasses and named tuples as dictionaries, paths as text, and null where a number is not finite."""
+    """Return a value as JSON can hold it.
+
+    Data classes and named tuples become dictionaries, paths become text, and numbers that are not finite become None.
+    """
     if hasattr(value, "as_dict"):
         return json_value(value.as_dict())
     if hasattr(value, "_asdict"):

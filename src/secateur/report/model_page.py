@@ -1,7 +1,7 @@
-"""A pruned model as one self-contained HTML page, report.html: what was removed where, and what that did.
+"""Page of a pruned folder, report.html: what was removed from each block, and the errors before and after the refit.
 
-No script runs and nothing is fetched; whatever comes from a model or a person is escaped. All is read from the record
-that `prune` writes (secateur.json).
+The page is one HTML file without scripts, and loads nothing. All text from models and users is escaped. The page is
+made from the record of the run (secateur.json) alone.
 """
 
 import math
@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from secateur.model.axes import Width, axis_kinds, shares
-from secateur.report.card import expected_cost, loading_code, model_name, share_removed, sizes, units_kept, versions
+from secateur.report.record_text import (
+    expected_cost,
+    loading_code,
+    model_name,
+    share_removed,
+    sizes,
+    units_kept,
+    versions,
+)
 
 TEMPLATE = Path(__file__).with_name("model_page.html")
-CELL, HIGH = 18, 130
+CELL, CHART_HEIGHT = 18, 130
 """Width of a block and height of a chart, in pixels."""
-LEAST = 1e-6
-"""Errors below this share of the largest one are drawn as if there were none."""
+SMALLEST = 1e-6
+"""Share of the largest error below which errors are drawn like zero."""
 
 
 def model_page(
@@ -25,17 +33,16 @@ def model_page(
     measured: Sequence[Sequence[str]] = (),
     texts: Sequence[tuple[str, str, str]] = (),
 ) -> str:
-    """The whole page.
+    """Return the complete page.
 
     Args:
         record: the contents of secateur.json.
-        measured: rows of what was measured since: a label, this model's figure, the base model's, their ratio.
-        texts: prompts, with what this model and the base model write behind them.
+        measured: rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
+        texts: prompts, each with the texts that this model and the base model generate after it.
     """
     blocks = list(_blocks(record))
     name = model_name(record)
-    rows = [(label, before, after, ratio) for label, before, after, ratio in sizes(record)]
-    rows += [(label, base, here, ratio) for label, here, base, ratio in measured]
+    rows = [*sizes(record), *((label, base, here, ratio) for label, here, base, ratio in measured)]
     parts = {
         "TITLE": f"{escape(name)}, pruned",
         "SUMMARY": escape(f"{share_removed(record)}: {units_kept(record)}. {expected_cost(record)}"),
@@ -43,7 +50,7 @@ def model_page(
         "MAP": _map(blocks),
         "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
         "TABLE": _table(
-            ("block", "module", "stay", "of", "error before the refit", "error after"),
+            ("block", "units", "kept", "of", "error before the refit", "error after the refit"),
             [row for block in blocks for row in _rows(block)],
         ),
         "TEXTS": _texts(texts),
@@ -58,73 +65,74 @@ def model_page(
 
 
 def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the share of each module of a block that stays, by its role, and the module's report."""
+    """Yield for each block the shares of units kept and the results of the fit, both by the role of the module."""
     pruned = {block["block"]: block for block in record["blocks"]}
     for index, dense in enumerate(record["dense"]):
         block = pruned.get(index, {"width": dense, "modules": []})
-        now, full = Width(block["width"]), Width(dense)
+        width, full = Width(block["width"]), Width(dense)
         roles = {axis_kinds()[axis].unit: axis_kinds()[axis].role for axis in full}
         yield {
             "index": index,
-            "shares": shares(now, full),
+            "shares": shares(width, full),
             "modules": {roles[one["kind"]]: one for one in block["modules"]},
         }
 
 
 def _roles(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the roles of modules that some block has."""
+    """Return the roles of modules that at least one block has."""
     return list(dict.fromkeys(role for block in blocks for role in block["shares"]))
 
 
 def _map(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Draw a row of cells for each role, one a block: the darker, the more of the module is gone."""
+    """Draw one row of cells for each role, one cell for each block: a darker cell means that more was removed."""
     cells, roles = [], _roles(blocks)
     for row, role in enumerate(roles):
         for block in blocks:
-            gone = 1 - block["shares"].get(role, 1.0)
+            removed = 1 - block["shares"].get(role, 1.0)
             cells.append(
                 f'<rect x="{block["index"] * CELL}" y="{row * (CELL + 4)}" width="{CELL - 2}" height="{CELL}" '
-                f'class="{role}" fill-opacity="{gone:.3f}"><title>Block {block["index"]}, {role}: {gone:.0%} gone'
-                "</title></rect>"
+                f'class="{role}" fill-opacity="{removed:.3f}">'
+                f"<title>Block {block['index']}, {role}: {removed:.0%} removed</title></rect>"
             )
-    label = f"Share of each block's {' and below of its '.join(roles)} that is gone"
+    label = f"Share removed from each block: {', below it '.join(roles)}"
     return _svg(len(blocks), len(roles) * (CELL + 4) - 4, label, cells)
 
 
 def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
-    """For each block's module, its error before the refit and what the refit leaves, on a logarithmic scale.
+    """Draw the error of each block's module before and after the refit.
 
-    Some entries of the stream are huge from some block on, and its energy with them: shares differ by powers of ten.
+    The scale is logarithmic: in some models a few entries of the residual stream are huge from some block on, so that
+    relative errors of blocks differ by powers of ten.
     """
-    found = [(block["index"], block["modules"][role]) for block in blocks if role in block["modules"]]
-    values = [one[key] for _, one in found for key in ("relative_before", "relative")]
+    modules = [(block["index"], block["modules"][role]) for block in blocks if role in block["modules"]]
+    values = [module[key] for _, module in modules for key in ("relative_before", "relative")]
     highest = max(values, default=0.0)
     if not highest > 0:
         return ""
-    lowest = min(value for value in values if value > highest * LEAST)
+    lowest = min(value for value in values if value > highest * SMALLEST)
     span = math.log(highest / lowest) or 1.0
 
     def place(value: float) -> float:
-        return 6 + (HIGH - 12) * math.log(highest / max(value, lowest)) / span
+        return 6 + (CHART_HEIGHT - 12) * math.log(highest / max(value, lowest)) / span
 
     marks = []
-    for index, one in found:
-        x, before, after = index * CELL + CELL // 2, place(one["relative_before"]), place(one["relative"])
-        title = f"<title>Block {index}: {one['relative_before']:.2g} before, {one['relative']:.2g} after</title>"
+    for index, module in modules:
+        x, before, after = index * CELL + CELL // 2, place(module["relative_before"]), place(module["relative"])
+        title = f"<title>Block {index}: {module['relative_before']:.2g} before, {module['relative']:.2g} after</title>"
         marks.append(
             f'<g>{title}<path d="M{x} {before:.1f}V{after:.1f}" class="line"/><circle cx="{x}" cy="{before:.1f}" r="4" '
             f'class="ghost"/><circle cx="{x}" cy="{after:.1f}" r="4" class="{role}"/></g>'
         )
     label = role.capitalize()
-    chart = _svg(len(blocks), HIGH, f"{label}: error of each block before and after the refit", marks)
+    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the refit", marks)
     return f"<figure><figcaption>{label}, from {highest:.1g} down to {lowest:.1g}</figcaption>{chart}</figure>"
 
 
-def _svg(blocks: int, high: int, label: str, shapes: Sequence[str]) -> str:
-    """A drawing a block of which is a column, with numbers below; it scrolls where the screen is narrow."""
+def _svg(blocks: int, height: int, label: str, shapes: Sequence[str]) -> str:
+    """Return a drawing with one column for each block and block numbers below; it scrolls on a narrow screen."""
     step = max(1, blocks // 12)
-    numbers = [f'<text x="{index * CELL}" y="{high + 15}">{index}</text>' for index in range(0, blocks, step)]
-    wide, tall = blocks * CELL, high + 20
+    numbers = [f'<text x="{index * CELL}" y="{height + 15}">{index}</text>' for index in range(0, blocks, step)]
+    wide, tall = blocks * CELL, height + 20
     drawing = (
         f'<svg role="img" aria-label="{label}" width="{wide}" height="{tall}" viewBox="0 0 {wide} {tall}">'
         f"{''.join([*shapes, *numbers])}</svg>"
@@ -148,12 +156,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _texts(texts: Sequence[tuple[str, str, str]]) -> str:
-    """What both models write behind some prompts, side by side."""
+    """Return the texts of both models after each prompt, side by side."""
     if not texts:
         return ""
     pairs = "".join(
-        f"<h3>{escape(prompt)}</h3><div class='pair'><div><h4>pruned</h4><p>{escape(here)}</p></div>"
-        f"<div><h4>whole</h4><p>{escape(base)}</p></div></div>"
+        f"<h3>{escape(prompt)}</h3><div class='pair'><div><h4>pruned model</h4><p>{escape(here)}</p></div>"
+        f"<div><h4>base model</h4><p>{escape(base)}</p></div></div>"
         for prompt, here, base in texts
     )
-    return f'<section aria-labelledby="texts"><h2 id="texts">What they write</h2>{pairs}</section>'
+    return f'<section aria-labelledby="texts"><h2 id="texts">Generated text</h2>{pairs}</section>'

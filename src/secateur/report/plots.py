@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Plots of pruned models, as figures of matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,37 +9,48 @@ from secateur.base.words import format_count
 from secateur.model.axes import Width, shares
 
 
-def plot_widths(dense: Sequence[Width], now: Sequence[Width]) -> Figure:
-    """What stays of each block, as shares of its heads and of its channels or experts."""
+def plot_widths(dense: Sequence[Width], pruned: Sequence[Width]) -> Figure:
+    """Return a bar chart of the share of units that each module keeps, by block.
+
+    Args:
+        dense: width of every block of the dense model.
+        pruned: width of every block after pruning.
+    """
     figure = _figure()
     axes = figure.add_subplot()
-    blocks = [shares(width, before) for width, before in zip(now, dense, strict=True)]
+    blocks = [shares(width, before) for width, before in zip(pruned, dense, strict=True)]
     roles = list(dict.fromkeys(role for block in blocks for role in block))
     for number, role in enumerate(roles):
         place = (number + 0.5) / len(roles) - 0.5
         bars = [index + 0.8 * place for index in range(len(dense))]
         axes.bar(bars, [block.get(role, 1.0) for block in blocks], 0.8 / len(roles), label=role)
     axes.set_xlabel("block")
-    axes.set_ylabel("share that stays")
+    axes.set_ylabel("share of units kept")
     axes.legend(loc="lower right")
     return figure
 
 
-def _figure() -> Figure:
-    # Not pyplot: it keeps state, and looks for a screen.
-    return Figure(figsize=(6, 4), dpi=150, layout="constrained")
-
-
 def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Perplexity over dense against the parameters that are left, one line a text; the dense model is the first."""
+    """Plot perplexity over dense against the share of parameters left, one line for each text, into a file.
+
+    Args:
+        parameters: number of parameters of each model, the dense one first.
+        perplexity: perplexity of each model, by text.
+        path: the image file to write.
+    """
     figure = _figure()
     axes = figure.add_subplot()
-    shares = [count / parameters[0] for count in parameters]
+    left = [count / parameters[0] for count in parameters]
     for text, values in perplexity.items():
-        axes.plot(shares, [value / values[0] for value in values], marker="o", label=Path(text).stem)
+        axes.plot(left, [value / values[0] for value in values], marker="o", label=Path(text).stem)
     axes.invert_xaxis()
     axes.set_xlabel(f"parameters over dense ({format_count(parameters[0], 0)})")
     axes.set_ylabel("perplexity over dense")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def _figure() -> Figure:
+    # pyplot would keep global state and look for a screen.
+    return Figure(figsize=(6, 4), dpi=150, layout="constrained")

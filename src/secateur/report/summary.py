@@ -1,4 +1,4 @@
-"""The figures of each command, which its table shows."""
+"""Results of each command, which tables, pages and JSON show."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,16 +11,17 @@ if TYPE_CHECKING:
 
 
 class NotebookView:
-    """Widths that a notebook shows: as a table where they stand at the end of a cell, and as a picture."""
+    """Result with widths that a notebook shows: as a table at the end of a cell, and as a plot."""
 
     dense: tuple[Width, ...]
+    """Width of every block of the dense model."""
 
     def pruned_widths(self) -> list[Width]:
-        """The width of every block after pruning."""
+        """Return the width of every block after pruning."""
         raise NotImplementedError
 
     def plot(self) -> "Figure":
-        """What stays of each block, as a figure of matplotlib."""
+        """Return a bar chart of the share of units that each block keeps, as a figure of matplotlib."""
         from secateur.report.plots import plot_widths
 
         return plot_widths(self.dense, self.pruned_widths())
@@ -28,80 +29,88 @@ class NotebookView:
     def _repr_html_(self) -> str:
         axes = present(self.dense)
         rows: list[tuple[str, ...]] = [("block", *(kind.total for kind in axes))]
-        for index, (now, dense) in enumerate(zip(self.pruned_widths(), self.dense, strict=True)):
-            rows.append((str(index), *(f"{kind.count(now):,}/{kind.count(dense):,}" for kind in axes)))
+        for index, (pruned, dense) in enumerate(zip(self.pruned_widths(), self.dense, strict=True)):
+            rows.append((str(index), *(f"{kind.count(pruned):,}/{kind.count(dense):,}" for kind in axes)))
         return f"<table>{''.join('<tr><td>' + '</td><td>'.join(row) + '</td></tr>' for row in rows)}</table>"
 
 
 @dataclass(frozen=True)
 class Summary(NotebookView):
-    """Before and after; what the command prints as its table."""
+    """Result of a pruning run or a dry run; pairs are before and after pruning."""
 
     parameters: tuple[int, int]
+    """Number of parameters of the whole model."""
     bytes: tuple[int, int]
-    """Of the weights, both in the output's format and type."""
+    """Bytes of the weights, both in the output's format and type."""
     cache_bytes: tuple[int, int]
-    """Keys and values of one token in all blocks, at the output's dtype."""
+    """Bytes of one token's keys and values in all blocks, at the output's dtype."""
     dense: tuple[Width, ...]
-    """The dense width of every block."""
+    """Width of every block of the dense model."""
     widths: dict[int, Width]
-    """The width of every pruned block."""
+    """Width of every pruned block by its index."""
     format: str
+    """Name of the output format."""
     auto_class: str
-    """transformers' auto class for a folder."""
+    """Name of the auto class with which transformers opens a folder."""
     sparsity: float
-    """Share of the parameters of `blocks` that goes."""
+    """Share of the parameters of `blocks` that is removed."""
     blocks: str | None
-    """The range of blocks to which pruning was confined, as --blocks has it; None for all."""
+    """Range of the blocks that were pruned, as in `--blocks`; None for all."""
     note: str | None
+    """Remark of the plan about a target that it misses or exceeds."""
     vllm_unsupported: str | None
-    """Why vLLM does not serve it; None where it does, or where it is no folder."""
+    """Reason why vLLM cannot serve the model; None where it can, and for a GGUF file."""
     bos: bool
+    """Whether calibration rows begin with BOS."""
     tokens: int
+    """Number of calibration tokens."""
     seconds: float
+    """Wall-clock time of the run; on a dry run the expected time."""
     peak_bytes: int
-    """Peak resident memory of the process; on a dry run the expected peak above the libraries' own."""
+    """Peak resident memory of the process; on a dry run the expected peak without the memory of the libraries."""
     effort_seconds: dict[str, float]
-    """Seconds expected at each effort, on a dry run; empty otherwise."""
+    """Expected seconds at each effort, on a dry run; empty otherwise."""
 
     @property
     def is_dry_run(self) -> bool:
-        """Nothing was carried out."""
+        """Whether nothing was pruned."""
         return bool(self.effort_seconds)
 
     @property
     def uniform(self) -> bool:
-        """Whether the pruned blocks have one width."""
+        """Whether all pruned blocks have the same width."""
         return alike(self.widths.values())
 
     def pruned_widths(self) -> list[Width]:
-        """The width of every block after pruning."""
+        """Return the width of every block after pruning."""
         return [self.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
 
 @dataclass(frozen=True)
 class Proposal(NotebookView):
-    """A plan with what it belongs to."""
+    """Result of `secateur plan`: a plan, with the model that it was made for."""
 
     model: str
+    """Folder, GGUF file or hub id of the model."""
     fingerprint: str
+    """Hash of the model's weights."""
     dense: tuple[Width, ...]
-    """The dense width of every block."""
+    """Width of every block of the dense model."""
     plan: Plan
     parameters: tuple[float, float]
-    """Of the whole model, before and after."""
+    """Number of parameters of the whole model, before and after pruning."""
     blocks: str | None
-    """The range of blocks to which pruning is confined, as --blocks has it; None for all."""
+    """Range of the blocks that the plan prunes, as in `--blocks`; None for all."""
 
     def pruned_widths(self) -> list[Width]:
-        """The width of every block after pruning."""
+        """Return the width of every block after pruning."""
         return [self.plan.widths.get(index, dense) for index, dense in enumerate(self.dense)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The contents of a plan file, as `secateur prune --plan` reads it."""
+        """Return the contents of a plan file, as `secateur prune --plan` reads it."""
         blocks: list[dict[str, Any]] = []
         for index, width in self.plan.widths.items():
-            # Units that are not settled are chosen while pruning.
+            # A plan that does not list units leaves their choice to the pruning run.
             units = self.plan.units.get(index, {}) if self.plan.lists_units else {}
             blocks.append({"block": index, "width": dict(width)} | {kind: list(kept) for kind, kept in units.items()})
         return {
@@ -115,30 +124,38 @@ class Proposal(NotebookView):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """One model."""
+    """Size and perplexity of one model of `secateur sizes`."""
 
     folder: str
     sparsity: float
+    """Share of the parameters of the pruned blocks that is removed."""
     parameters: int
+    """Number of parameters of the whole model."""
     bytes: int
+    """Bytes of the weights."""
     perplexity: dict[str, float]
-    """By text."""
+    """Perplexity by text."""
 
 
 @dataclass(frozen=True)
 class SurveySummary:
-    """A survey in figures, for the table."""
+    """Result of `secateur survey`: plans at several sparsities."""
 
     dense: tuple[Width, ...]
-    """The dense width of every block."""
+    """Width of every block of the dense model."""
     plans: dict[float, Plan]
-    """The wanted share → its plan, as far as the modules go."""
+    """Plan by sparsity, up to the largest sparsity that the modules can reach."""
     parameters: dict[float, float]
-    """The wanted share → what the model then has."""
+    """Number of parameters of the whole model by sparsity."""
     line: str
-    """The command that prunes from this survey."""
+    """Command that prunes from this survey."""
 
 
 def pruned_part(blocks: str | None) -> str:
-    """Return the parameters of which a plan's sparsity is the share, in words; the range is as --blocks has it."""
+    """Return words for the parameters of which a sparsity is the share; the range of blocks is as in `--blocks`."""
     return "the blocks' parameters" if blocks is None else f"the parameters of blocks {blocks}"
+
+
+def bos_note(bos: bool) -> str:
+    """Return a clause about whether rows begin with BOS."""
+    return "rows begin with BOS" if bos else "rows begin without BOS, as the tokenizer adds none"

@@ -1,0 +1,72 @@
+"""Table of an evaluation: one model, or two side by side."""
+
+from rich.table import Table
+
+from secateur.measure.figures import Evaluation, Figure, ModelScore, short
+from secateur.report.summary import bos_note
+
+KNOWN = ("parameters", "bytes at equal dtype")
+"""Figures that are known without an evaluation."""
+
+
+def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
+    """Return the table of an evaluation, and lines about the measurements to print below it."""
+    names = [short(model.name) for model in result.models]
+    if len(set(names)) < len(names):
+        names = [model.name for model in result.models]
+    table = Table(title="Evaluation", title_justify="left")
+    table.add_column("")
+    for name in (*names, "ratio")[: 3 if len(names) == 2 else 1]:
+        table.add_column(name, justify="right", overflow="fold")
+    for figure in result.figures():
+        table.add_row(figure.label, *_values(figure), *_ratio(figure))
+    lines = _measurements(result.models[0], len(names) == 2)
+    for prompt in result.models[0].written:
+        texts = (f"{name}: {model.written[prompt]}" for name, model in zip(names, result.models, strict=True))
+        lines += ["", prompt, *texts]
+    return table, lines
+
+
+def _measurements(model: ModelScore, compared: bool) -> list[str]:
+    """Return lines about how texts, tasks and speed were measured, for one model or two."""
+    lines = [
+        f"{short(source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; {bos_note(model.bos)}."
+        for source, text in model.texts.items()
+    ]
+    if model.tasks:
+        items = ", ".join(f"{task.name} {task.items:,} items" for task in model.tasks)
+        ratios = "; share kept with its 95 % interval, paired by item" * compared
+        lines.append(f"Zero-shot: {items}; ± one standard error{ratios}.")
+    if (speed := model.speed) is not None:
+        runs = f"medians over {len(speed.prefill_seconds)} runs{', ratios of runs that took turns' * compared}"
+        lines.append(
+            f"Speed: a prompt of {speed.prompt}, then {speed.new} new tokens, {speed.dtype} on {speed.device}, "
+            f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; {runs}."
+        )
+    return lines
+
+
+def measured_rows(result: Evaluation) -> list[tuple[str, ...]]:
+    """Return the figures of two compared models that only an evaluation gives: label, both values, ratio."""
+    return [
+        (figure.label, *_values(figure), *_ratio(figure)) for figure in result.figures() if figure.label not in KNOWN
+    ]
+
+
+def _values(figure: Figure) -> list[str]:
+    """Return the value of each model as text, with its standard error where that is known."""
+    values = [figure.form.format(value) for value in figure.values]
+    errors = ["" if error is None else f" ± {figure.form.format(error)}" for error in figure.errors]
+    return [value + error for value, error in zip(values, errors, strict=True)] if errors else values
+
+
+def _ratio(figure: Figure) -> list[str]:
+    """Return the ratio of two models as text, accuracies in percent with an interval; empty for one model."""
+    if figure.ratio is None:
+        return []
+    if not figure.errors:
+        return [f"{figure.ratio:.3f}"]
+    if figure.interval is None:
+        return [f"{figure.ratio:.1%}"]
+    low, high = figure.interval
+    return [f"{figure.ratio:.1%} ({100 * low:.1f} to {100 * high:.1f})"]

@@ -1,0 +1,69 @@
+"""Statements about a pruned model, made from its record (secateur.json), that card and page share."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.base.words import format_count
+from secateur.formats.format import Loading, format_class
+from secateur.model.axes import Width, totals
+from secateur.report.summary import pruned_part
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_name(record: Mapping[str, Any]) -> str:
+    """Return the hub id of the base model, or the name of its folder or file."""
+    source = str(record["model"])
+    return source if HUB_ID.fullmatch(source) else Path(source).name
+
+
+def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return rows of a table of sizes: label, value before pruning, value after pruning, ratio."""
+    forms = {
+        "parameters": ("parameters", format_count),
+        "bytes": ("weights", lambda value: f"{value / 1e6:,.1f} MB"),
+        "cache_bytes": ("KV cache per token", "{:,} B".format),
+    }
+    rows = []
+    for key, (before, after) in record["sizes"].items():
+        label, form = forms[key]
+        rows.append((label, form(before), form(after), f"{after / before:.3f}" if before else ""))
+    return rows
+
+
+def share_removed(record: Mapping[str, Any]) -> str:
+    """Return a clause about the share of the parameters that was removed."""
+    return f"{record['sparsity']['reached']:.1%} of {pruned_part(record['options']['blocks'])} were removed"
+
+
+def units_kept(record: Mapping[str, Any]) -> str:
+    """Return a clause about the number of units of each kind that are kept."""
+    dense = [Width(width) for width in record["dense"]]
+    pruned = {block["block"]: Width(block["width"]) for block in record["blocks"]}
+    kept, total = totals([pruned.get(index, width) for index, width in enumerate(dense)]), totals(dense)
+    parts = [f"{kept[label]:,} of {number:,} {label}" for label, number in total.items() if kept[label] < number]
+    return f"{' and '.join(parts)} are kept" if parts else "all units are kept"
+
+
+def expected_cost(record: Mapping[str, Any]) -> str:
+    """Return a sentence about the expected rise of the loss; empty where the run measured no costs."""
+    if record["cost"] is None:
+        return ""
+    return f"Estimated loss increase: {record['cost']:.2f} nats per token (sum over modules pruned one at a time)."
+
+
+def loading_code(record: Mapping[str, Any], folder: str) -> str:
+    """Return Python code that loads the model from a folder."""
+    return f"from transformers import {record['loads']['class']}\n\nmodel = {loading(record, folder).expression}"
+
+
+def loading(record: Mapping[str, Any], folder: str = "") -> Loading:
+    """Return the instructions for opening a folder."""
+    return format_class(record["loads"]["format"]).how_to_load(record["loads"]["class"], folder)
+
+
+def versions(record: Mapping[str, Any]) -> str:
+    """Return the versions of the packages that made the model."""
+    return ", ".join(f"{name} {record[name]}" for name in ("secateur", "torch", "transformers"))
