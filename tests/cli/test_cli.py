@@ -478,7 +478,10 @@ ARGUMENTS = [
         "sizes model --out sizes --sparsities .1,.2,.1",
         "--sparsities is '.1,.2,.1', which has a number twice; write each",
     ),
-    ("prune model out --calibration random --length 32 --samples 100000000000", "samples is 100,000,000,000: the token ids"),
+    (
+        "prune model out --calibration random --length 32 --samples 100000000000",
+        "samples is 100,000,000,000: the token ids",
+    ),
     ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a fraction such as 0.25 or 25%"),
     ("prune model out --sparsity 25", "sparsity is 25.0; it must lie between 0 and 1, for example 0.25"),
     ("prune model out --sparsity 0%", "sparsity is 0.0; it must lie between 0 and 1"),

@@ -224,7 +224,7 @@ def test_measured_afterwards(place: Path, run: Run) -> None:
     [
         (
             ("model", "--against", "out", "--report"),
-            "model: not a folder of secateur prune, with secateur.json in it",
+            "model: not a folder that secateur prune wrote, with secateur.json in it",
         ),
         (
             ("out", "--against", "other", "--perplexity", "text.txt", "--report"),

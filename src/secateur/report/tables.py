@@ -94,9 +94,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
         cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
         table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
     before, after = map(format_count, proposal.parameters)
-    lines = [
-        f"{_removed(plan.sparsity, proposal.blocks)}; {before} to {after} in the whole model."
-    ]
+    lines = [f"{_removed(plan.sparsity, proposal.blocks)}; {before} to {after} in the whole model."]
     if plan.cost is not None:
         lines.append(
             f"Estimated loss increase: {plan.cost:.3f} nats per token (sum over modules pruned one at a time)."
