@@ -1,4 +1,4 @@
-"""`prune` with widths of their own: targets that what is written meets, one survey for many sizes, other formats."""
+"""`prune` with adaptive widths: the written model reaches its target, one survey serves many sizes, in every format."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from secateur.commands.survey_model import survey_model
 from secateur.formats.gguf_export import export
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.units.heads import HEADS
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
 
 
 class Notes(Silent):
-    """Keeps what is said."""
+    """Watcher that keeps all notes."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -48,7 +49,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def taken(folder: Path) -> dict[str, float]:
-    """Parameters and bytes of what is stored, and bytes of keys and values for one token."""
+    """Return the parameters and bytes of a stored model, and the bytes of its KV cache per token."""
     checkpoint = open_checkpoint(folder, trust_remote_code=True)
     tensors = checkpoint.tensors
     keys = [info for name, info in tensors.items() if name.endswith(("k_proj.weight", "v_proj.weight"))]
@@ -61,7 +62,7 @@ def taken(folder: Path) -> dict[str, float]:
 
 @pytest.fixture
 def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry a survey that is made."""
+    """Return a list that gets one entry for each survey that is made."""
     made: list[int] = []
     survey = survey_step.survey
 
@@ -75,7 +76,7 @@ def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def letters(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> Callable[[str], Path]:
-    """A row's checkpoint with a tokenizer that GGUF holds."""
+    """Return a function that saves a model with a tokenizer that GGUF can hold."""
 
     def folder(name: str) -> Path:
         path = tmp_path / f"letters-{name}"
@@ -92,7 +93,7 @@ def letters(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> Callable[[st
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", ["params=75%", "params=45K", "bytes=75%", "kv=67%"])
-def test_targets_are_met_by_what_is_written(
+def test_a_written_model_reaches_its_target(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, target: str, dtype: str, widths: str
 ) -> None:
     model = checkpoint_folder("llama")
@@ -117,7 +118,7 @@ def test_bytes_between_parameters(tmp_path: Path, checkpoint_folder: CheckpointF
     assert 190_000 < taken(tmp_path / "out")["bytes"] <= 200_000
 
 
-def test_a_target_of_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_perplexity_target_limits_the_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model = checkpoint_folder("llama")
     notes, shares = {}, {}
     for ratio in ("1.02", "1.2"):
@@ -142,7 +143,7 @@ def test_a_target_of_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFol
         ({"sparsity": 0.999}, "is out of reach"),
     ],
 )
-def test_nothing_is_written_for_a_wrong_target(
+def test_an_impossible_target_writes_nothing(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, wishes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SecateurError, match=message):
@@ -153,7 +154,7 @@ def test_nothing_is_written_for_a_wrong_target(
 # The choice.
 
 
-def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_defaults_remove_a_quarter_with_adaptive_widths(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL)
     found = record(tmp_path / "out")
     assert (summary.format, summary.uniform) == ("hf", False)
@@ -165,21 +166,21 @@ def test_defaults(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     assert (tmp_path / "out" / "modeling_secateur.py").is_file()
 
 
-def test_uniform_widths_are_stock_by_default(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_uniform_widths_use_the_stock_format_by_default(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths="uniform", **SMALL)
     assert (summary.format, summary.uniform) == ("stock", True)
     assert not (tmp_path / "out" / "modeling_secateur.py").exists()
 
 
-def test_locked_heads_go_all_or_none(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_locked_heads_are_removed_all_or_none(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     prune(checkpoint_folder("olmo2"), tmp_path / "both", sparsity=0.5, **SMALL)
     summary = prune(checkpoint_folder("olmo2"), tmp_path / "heads", sparsity=0.2, modules=("heads",), **SMALL)
-    assert {width.heads for width in summary.widths.values()} == {0, 6}
+    assert {width.product(HEADS) for width in summary.widths.values()} == {0, 6}
     for folder in ("both", "heads"):
         assert {len(block["heads"]) for block in record(tmp_path / folder)["blocks"]} <= {0, 6}
 
 
-def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_widths_follow_a_ratio_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     (tmp_path / "ratios.json").write_text('{"0:1": 0.5, "2:3": {"channels": 0.25}}')
     file = str(tmp_path / "ratios.json")
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths=file, **SMALL)
@@ -188,8 +189,8 @@ def test_ratios_for_ranges(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
     assert summary.format == "hf"
 
 
-def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """Blocks of one model are not alike; the plan costs less than the same share everywhere."""
+def test_a_survey_plan_costs_less_than_even_widths(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """The blocks of the model differ, so that a plan by the survey costs less than the same share in every block."""
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
     losses = {}
     for widths in ("adaptive", "uniform"):
@@ -203,7 +204,7 @@ def test_the_survey_pays(tmp_path: Path, checkpoint_folder: CheckpointFolder) ->
 # One survey, many sizes.
 
 
-def test_a_survey_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]) -> None:
+def test_a_survey_file_is_reused(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]) -> None:
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
     shares = (0.1, 0.3, 0.6)
     for share in shares:
@@ -230,7 +231,7 @@ def test_a_survey_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, s
         ({"samples": 40}, "a survey with calibration "),
     ],
 )
-def test_a_survey_of_something_else(
+def test_a_survey_of_another_model_is_refused(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int], change: dict[str, Any], message: str
 ) -> None:
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
@@ -243,7 +244,9 @@ def test_a_survey_of_something_else(
     assert len(surveys) == 1
 
 
-def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]) -> None:
+def test_sizes_uses_one_survey_for_all_sizes(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]
+) -> None:
     model, out = checkpoint_folder("llama"), tmp_path / "sizes"
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
@@ -278,8 +281,10 @@ def test_sizes(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: lis
 
 
 @pytest.mark.parametrize(("type", "wishes"), [("f16", {"sparsity": 0.3}), ("q8_0", {"target": "bytes=60%"})])
-def test_gguf_at_once(tmp_path: Path, letters: Callable[[str], Path], type: str, wishes: dict[str, Any]) -> None:
-    """The file, and nothing beside it; the same as by way of a folder."""
+def test_gguf_output_equals_the_export_of_a_folder(
+    tmp_path: Path, letters: Callable[[str], Path], type: str, wishes: dict[str, Any]
+) -> None:
+    """Only the file is written, with the same bytes as an exported folder."""
     model = letters("llama")
     summary = prune(model, tmp_path / "out.gguf", format="gguf", type=type, **wishes, **SMALL)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["letters-llama", "out.gguf"]
@@ -298,7 +303,7 @@ def test_gguf_at_once(tmp_path: Path, letters: Callable[[str], Path], type: str,
     assert all((one.data == two.data).all() for one, two in zip(again, tensors, strict=True))
 
 
-def test_gguf_of_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> None:
+def test_gguf_output_with_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> None:
     model = letters("gpt2")
     with pytest.raises(
         SecateurError, match="gpt2 has one width for all blocks, so prune all of them with uniform widths"
@@ -314,7 +319,7 @@ def test_gguf_of_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> No
     assert len(GGUFReader(tmp_path / "out.gguf").tensors) > 30
 
 
-def test_a_plan_that_gguf_cannot_hold(tmp_path: Path, letters: Callable[[str], Path]) -> None:
+def test_a_plan_that_gguf_cannot_hold_is_refused(tmp_path: Path, letters: Callable[[str], Path]) -> None:
     model = letters("gpt2")
     prune(model, tmp_path / "folder", **SMALL)
     with pytest.raises(SecateurError, match="one width for all blocks"):
@@ -327,8 +332,8 @@ def test_a_plan_that_gguf_cannot_hold(tmp_path: Path, letters: Callable[[str], P
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_the_final_norm_is_scaled(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """By what the record says; not where weights are only cut."""
+def test_the_final_norm_is_scaled_as_recorded(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """There is no scale if weights are only cut."""
     model = checkpoint_folder("llama")
     dense = load_file(model / "model.safetensors")["model.norm.weight"]
     for recovery in ("refit", "none"):
@@ -340,8 +345,10 @@ def test_the_final_norm_is_scaled(tmp_path: Path, checkpoint_folder: CheckpointF
 
 
 @pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
-def test_a_bias_that_no_module_takes(name: str, said: int, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """Behind a norm none is fitted, and that is said."""
+def test_no_bias_is_fitted_before_a_norm(
+    name: str, said: int, tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """A note says that no bias is fitted."""
     watcher = Notes()
     prune(
         checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, recovery="bias", format="hf", watcher=watcher
@@ -351,8 +358,8 @@ def test_a_bias_that_no_module_takes(name: str, said: int, tmp_path: Path, check
     assert any("down_proj.bias" in one for one in names) == (not said)
 
 
-def test_a_model_of_zeros(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """Nothing is lost where nothing is computed."""
+def test_a_model_of_zeros_has_no_error(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """The modules of such a model compute nothing, so that nothing is lost."""
     model = tmp_path / "model"
     shutil.copytree(checkpoint_folder("llama"), model)
     weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(model / "model.safetensors").items()}

@@ -1,4 +1,4 @@
-"""The knapsack against every selection there is."""
+"""The knapsack solver equals an enumeration of all selections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Instance = tuple[list[Any], list[Any], float]
 
 
 def brute(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float | None:
-    """The least cost within the budget."""
+    """Return the lowest cost within the budget, by enumeration."""
     selections = itertools.product(*(range(len(cost)) for cost in costs))
     within = [
         sum(float(cost[o]) for cost, o in zip(costs, selection, strict=True))
@@ -72,7 +72,7 @@ floats = st.floats(0, 1e3, allow_subnormal=False)
     ],
     ids=["ties", "integer sizes", "integers", "floats", "negative costs", "small costs", "wide ranges"],
 )
-def test_is_the_cheapest_selection(cost, size, exact):
+def test_the_selection_is_the_cheapest(cost, size, exact):
     @settings(max_examples=100, deadline=None)
     @given(instances(cost, size, exact))
     def run(instance: Instance) -> None:
@@ -81,8 +81,8 @@ def test_is_the_cheapest_selection(cost, size, exact):
     run()
 
 
-def test_budget_equal_to_a_selection():
-    """Sums of floats are compared with themselves."""
+def test_a_selection_may_fill_the_budget_exactly():
+    """The budget is the sum of the sizes in the order of the solver, so that rounding does not matter."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         sizes = [np.sort(rng.random(4)) for _ in range(4)]
@@ -95,7 +95,7 @@ def test_budget_equal_to_a_selection():
         assert found.cost <= sum(cost[o] for cost, o in zip(costs, options, strict=True)) + 1e-9
 
 
-def test_nothing_fits():
+def test_no_selection_fits_a_small_budget():
     sizes = [np.array([3.0, 2.0]), np.array([5.0, 9.0])]
     costs = [np.zeros(2), np.zeros(2)]
     assert select_options(costs, sizes, 6.999) is None
@@ -104,14 +104,14 @@ def test_nothing_fits():
     assert found.options == (1, 0)
 
 
-def test_all_that_costs_nothing_fits():
+def test_selections_without_cost_that_fit():
     found = select_options([np.array([0.0, 1.0])] * 3, [np.array([2.0, 1.0])] * 3, 100.0)
     assert found is not None
     assert (found.options, found.cost, found.proven) == ((0, 0, 0), 0.0, True)
 
 
 def large(seed: int, modules: int, options: int, convex: bool) -> Instance:
-    """Errors that grow as units leave, as those of a model do, and parameters of real sizes."""
+    """Return costs that rise as units are removed, and realistic numbers of parameters."""
     rng = np.random.default_rng(seed)
     costs, sizes = [], []
     for _ in range(modules):
@@ -124,7 +124,7 @@ def large(seed: int, modules: int, options: int, convex: bool) -> Instance:
 
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize(("modules", "options"), [(60, 200), (160, 100), (64, 1500)])
-def test_large_instances(modules, options, convex):
+def test_large_instances_are_solved_fast(modules, options, convex):
     costs, sizes, budget = large(1, modules, options, convex)
     start = time.process_time()
     found = select_options(costs, sizes, budget)
@@ -140,7 +140,7 @@ def test_large_instances(modules, options, convex):
 
 
 def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float:
-    """No selection within the budget costs less: the best of the Lagrangian's bounds."""
+    """Return a lower bound on the cost of every selection within the budget, from the Lagrangian."""
     best, low, high = -np.inf, 0.0, 1.0
     while sum(size[(cost + high * size).argmin()] for cost, size in zip(costs, sizes, strict=True)) > budget:
         high *= 2
@@ -154,8 +154,8 @@ def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> flo
     return float(best)
 
 
-def test_more_sums_than_are_held(monkeypatch):
-    """It is then a good selection within the budget, and says that it may not be the best."""
+def test_a_limit_on_partial_sums_gives_a_good_unproven_selection(monkeypatch):
+    """The selection is within the budget and is not marked as proven."""
     monkeypatch.setattr(knapsack, "MAX_STATES", 3)
     rng = np.random.default_rng(2)
     proven = 0

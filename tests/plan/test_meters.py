@@ -1,4 +1,4 @@
-"""What meters say a plan takes against what is written and run; time is counted in operations, never in seconds."""
+"""Sizes by meters equal the sizes of written and run models; time is counted in operations, not in seconds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BlockStream]:
-    """A row's checkpoint, with a tokenizer that GGUF can hold."""
+    """Return a function that opens a model with a tokenizer that GGUF can hold."""
 
     @cache
     def stream(name: str) -> BlockStream:
@@ -76,7 +76,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BlockStr
 
 
 def some_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
-    """Widths that differ from block to block, zeros among them; one block stays as it is."""
+    """Return widths that differ from block to block, some of them zero; one block stays dense."""
     dice = random.Random(seed)
     dense = dice.randrange(len(blocks))
     widths = {}
@@ -84,29 +84,31 @@ def some_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
         if index == dense:
             continue
         full = block.width
-        groups, per_group = dice.randint(0, full.groups), dice.randint(1, full.per_group)
+        groups, per_group = dice.randint(0, full[KV_GROUPS]), dice.randint(1, full[HEADS_PER_GROUP])
         if block.attention.locked:
-            groups, per_group = dice.choice([0, full.groups]), full.per_group
-        channels = dice.choice([0, dice.randint(1, full.channels)])
+            groups, per_group = dice.choice([0, full[KV_GROUPS]]), full[HEADS_PER_GROUP]
+        channels = dice.choice([0, dice.randint(1, full[CHANNELS])])
         widths[index] = wide(groups, per_group if groups else 0, channels)
     return widths
 
 
 def uniform_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
     full = blocks[0].width
-    channels = random.Random(seed).randint(1, full.channels - 1)
-    return {index: wide(full.groups, full.per_group, channels) for index in range(len(blocks))}
+    channels = random.Random(seed).randint(1, full[CHANNELS] - 1)
+    return {index: wide(full[KV_GROUPS], full[HEADS_PER_GROUP], channels) for index in range(len(blocks))}
 
 
 def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: torch.dtype = torch.float32) -> int:
-    """Write a model of these widths as `prune` does; gives the bytes of its weights."""
+    """Write a model with given widths as `prune` does; return the bytes of its weights."""
 
     def blocks() -> Iterator[tuple[int, dict[str, Any]]]:
         for index, width in widths.items():
             block = stream.blocks[index]
             per_group = block.attention.per_group
-            heads = [group * per_group + head for group in range(width.groups) for head in range(width.per_group)]
-            cut = slice_block(block, stream.stored(index), selected(tuple(heads), tuple(range(width.channels))))
+            heads = [
+                group * per_group + head for group in range(width[KV_GROUPS]) for head in range(width[HEADS_PER_GROUP])
+            ]
+            cut = slice_block(block, stream.stored(index), selected(tuple(heads), tuple(range(width[CHANNELS]))))
             yield index, {name: tensor.to(dtype) for name, tensor in cut.items()}
 
     record = {"secateur": "0"}
@@ -119,7 +121,7 @@ FOLDERS = ["llama", "llama biased", "llama tied", "gemma2", "olmo2", "phi3", "op
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders(tmp_path, opened, name, seed):
+def test_parameters_and_bytes_of_a_folder_are_exact(tmp_path, opened, name, seed):
     stream = opened(name)
     widths = some_widths(stream.blocks, seed)
     size = written(stream, widths, tmp_path / "out", torch.bfloat16)
@@ -129,14 +131,14 @@ def test_folders(tmp_path, opened, name, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "goal", "file"),
+    ("name", "target", "file"),
     [
-        *((name, goal, False) for name in ("llama", "gemma2", "opt") for goal in ("params=80%", "bytes=80%")),
+        *((name, target, False) for name in ("llama", "gemma2", "opt") for target in ("params=80%", "bytes=80%")),
         ("llama 64", "bytes=80%", True),
     ],
 )
-def test_added_biases_count(tmp_path, opened, name, goal, file):
-    """Behind a norm there are none to add, and OPT has its own; blocks outside the range get none."""
+def test_added_biases_count_as_size(tmp_path, opened, name, target, file):
+    """No bias is added before a norm, to a module that has one (OPT), or to a block outside the range."""
     stream = opened(name)
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten\n" * 40)
@@ -145,7 +147,7 @@ def test_added_biases_count(tmp_path, opened, name, goal, file):
     summary = prune(
         stream.checkpoint.path,
         out,
-        target=goal,
+        target=target,
         recovery="bias",
         criterion="l2",
         calibration=str(text),
@@ -160,7 +162,7 @@ def test_added_biases_count(tmp_path, opened, name, goal, file):
         assert summary.parameters[1] == sum(tensor.entries for tensor in tensors)
         taken = sum(tensor.bytes for tensor in tensors)
     assert summary.bytes[1] == taken
-    index = 0 if goal.startswith("params") else 1
+    index = 0 if target.startswith("params") else 1
     before, after = (summary.parameters, summary.bytes)[index]
     assert after <= 0.8 * before
     added = parameter_meter(stream, biases=True).bias_sizes
@@ -168,7 +170,7 @@ def test_added_biases_count(tmp_path, opened, name, goal, file):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_dense_models(opened, name):
+def test_sizes_of_dense_models_are_exact(opened, name):
     stream = opened(name)
     count = sum(value.numel() for value in build(name).parameters())
     assert parameter_meter(stream).dense == count
@@ -180,7 +182,7 @@ def test_dense_models(opened, name):
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_parameters_are_those_of_the_blocks(opened, data):
+def test_the_parameter_meter_agrees_with_the_blocks(opened, data):
     name = data.draw(st.sampled_from(["llama", "qwen3 biased", "gpt2", "opt"]))
     stream = opened(name)
     meter = parameter_meter(stream)
@@ -190,8 +192,8 @@ def test_parameters_are_those_of_the_blocks(opened, data):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
-def test_gguf_files_of_models_that_take_no_bias(opened, name):
-    """Behind a norm none is added, so that no graph needs a place for it."""
+def test_a_norm_after_a_module_excludes_added_biases_in_gguf(opened, name):
+    """Both meters are equal."""
     meters = [gguf_byte_meter(opened(name), "f16", biases) for biases in (False, True)]
     assert meters[0].dense == meters[1].dense
 
@@ -201,8 +203,8 @@ def headless_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
 
 
 @pytest.mark.parametrize("type", ["f16", "q8_0"])
-def test_biases_of_a_block_without_heads(tmp_path, opened, type):
-    """They go where an idle head is kept for them."""
+def test_gguf_bytes_include_biases_of_a_block_without_heads(tmp_path, opened, type):
+    """GGUF keeps an idle head for the bias of such a block."""
     stream, widths = opened("llama 64"), (wide(2, 1, 40), wide(0, 0, 72), wide(2, 2, 0))
     blocks = [{"block": index, "width": dict(width)} for index, width in enumerate(widths)]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
@@ -225,7 +227,7 @@ UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
         *((name, headless_widths) for name in ("llama", "llama biased", "mistral")),
     ],
 )
-def test_gguf_files(tmp_path, opened, name, pick, type):
+def test_bytes_of_a_gguf_file_are_exact(tmp_path, opened, name, pick, type):
     stream = opened(name)
     meter = gguf_byte_meter(stream, type)
     for seed in range(2):
@@ -236,12 +238,12 @@ def test_gguf_files(tmp_path, opened, name, pick, type):
         assert meter.total(widths) == sum(tensor.n_bytes for tensor in GGUFReader(done.path).tensors)
 
 
-def test_gguf_needs_an_architecture(opened):
+def test_the_gguf_meter_needs_an_architecture(opened):
     with pytest.raises(SecateurError, match="no architecture for opt"):
         gguf_byte_meter(opened("opt"), "f16")
 
 
-def test_padding_is_paid_for(opened):
+def test_the_gguf_meter_counts_padding(opened):
     meter = gguf_byte_meter(opened("llama 64"), "q8_0")
     sizes = [meter.module_size(0, "channels", wide(2, 2, channels)) for channels in range(73)]
     assert len(set(sizes[:33])) == 1 < len(set(sizes[:34]))
@@ -249,7 +251,7 @@ def test_padding_is_paid_for(opened):
     assert sizes[33] - sizes[32] == 3 * 32 * 64 // 32 * 34
 
 
-def test_cache(opened):
+def test_the_cache_meter_counts_keys_and_values(opened):
     stream = opened("qwen3")
     meter = cache_meter(stream, torch.bfloat16)
     assert meter.dense == 3 * 3 * 16 * 2 * 2
@@ -258,7 +260,7 @@ def test_cache(opened):
 
 
 def operations(case: latency.Case) -> float:
-    """In place of seconds: multiplications and additions of a run."""
+    """Return the multiplications and additions of a run, as a replacement for seconds."""
     run = case()
     with FlopCounterMode(display=False) as counter:
         run()
@@ -271,16 +273,16 @@ def fails(case: latency.Case) -> float:
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma3_text", "gpt_neox", "phi3 wide", "olmo2"])
-def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
-    """Operations of the dense model and of one cut to widths of the grid, counted over the whole of it."""
+def test_latency_agrees_with_the_whole_model(tmp_path, opened, name, kind):
+    """Operations are counted over the whole model, dense and cut to widths of the grid."""
     stream = opened(name)
     meter = latency_meter(stream, kind, CPU, torch.float32, Silent(), operations)
     full = stream.blocks[0].width
-    partly = wide(full.groups, full.per_group, 0)
+    partly = wide(full[KV_GROUPS], full[HEADS_PER_GROUP], 0)
     if not stream.blocks[0].attention.locked:
-        partly = wide(full.groups - 1, full.per_group, grid(full.channels, latency.GRID_POINTS)[-2])
+        partly = wide(full[KV_GROUPS] - 1, full[HEADS_PER_GROUP], grid(full[CHANNELS], latency.GRID_POINTS)[-2])
     length = tiny.POSITIONS - 1
-    for widths in ({}, {0: wide(0, 0, full.channels), 1: partly}):
+    for widths in ({}, {0: wide(0, 0, full[CHANNELS]), 1: partly}):
         out = tmp_path / f"{len(widths)}"
         written(stream, widths or {0: full}, out)
         with quiet():
@@ -291,7 +293,7 @@ def test_latency_is_that_of_the_model(tmp_path, opened, name, kind):
             assert meter.total(widths) == pytest.approx(operations(case))
 
 
-def test_latency_between_measured_widths(opened):
+def test_latency_is_interpolated_between_measured_widths(opened):
     meter = latency_meter(opened("llama every head"), "prefill", CPU, torch.float32, Silent(), operations)
     sizes = [meter.module_size(1, "channels", wide(6, 1, channels)) for channels in range(73)]
     assert sizes == pytest.approx([channels / 72 * sizes[72] for channels in range(73)])
@@ -301,8 +303,8 @@ def test_latency_between_measured_widths(opened):
     assert heads[-1] > 0
 
 
-def test_latency_of_what_is_no_module(opened, monkeypatch):
-    """Embedding and output layer count once, norms and the like in every block."""
+def test_latency_includes_blocks_without_modules(opened, monkeypatch):
+    """Embedding and output layer count once; norms count in every block."""
     line = ((0, 0.0), (6, 1.0))
     table = LatencyTable(dict.fromkeys((*HEADS, CHANNELS), line), model_overhead=5.0, block_overhead=2.0)
     monkeypatch.setattr(meters, "latency_table", lambda *_: table)
@@ -312,7 +314,7 @@ def test_latency_of_what_is_no_module(opened, monkeypatch):
     assert latency_meter(single, "decode", CPU, torch.float32, Silent()).total({0: wide(0, 0, 0)}) == 5.0 + 2.0
 
 
-def test_latency_where_groups_and_heads_are_gone():
+def test_latency_of_a_module_narrower_along_two_axes():
     line = ((0, 0.0), (2, 4.0), (4, 12.0))
     lines = {KV_GROUPS: line, HEADS_PER_GROUP: ((0, 0.0), (3, 12.0)), CHANNELS: ((0, 0.0), (10, 5.0))}
     table = LatencyTable(lines, 1.0, 2.0)
@@ -325,7 +327,7 @@ def test_latency_where_groups_and_heads_are_gone():
 
 
 def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
-    """Whatever noise there is on the clock."""
+    """Times are monotonic with any noise of the clock."""
     monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
     dice = random.Random(3)
 
@@ -337,8 +339,11 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
     full = stream.blocks[0].width
     for line in (
         [meter.module_size(0, "channels", wide(0, 0, channels)) for channels in range(73)],
-        [meter.module_size(0, "heads", wide(groups, full.per_group, 0)) for groups in range(full.groups + 1)],
-        [meter.module_size(0, "heads", wide(full.groups, heads, 0)) for heads in range(full.per_group + 1)],
+        [
+            meter.module_size(0, "heads", wide(groups, full[HEADS_PER_GROUP], 0))
+            for groups in range(full[KV_GROUPS] + 1)
+        ],
+        [meter.module_size(0, "heads", wide(full[KV_GROUPS], heads, 0)) for heads in range(full[HEADS_PER_GROUP] + 1)],
     ):
         assert line == sorted(line)
         assert line[0] == 0
@@ -350,7 +355,7 @@ def test_a_narrower_module_never_takes_longer(opened, monkeypatch):
     )
 
 
-def test_latency_is_kept(tmp_path, opened, monkeypatch):
+def test_latency_tables_are_cached(tmp_path, opened, monkeypatch):
     stream = opened("llama")
     first = latency_table(stream, 0, "decode", CPU, torch.float32, Silent(), operations)
     assert latency_table(stream, 2, "decode", CPU, torch.float32, Silent(), fails) == first
@@ -404,13 +409,13 @@ def test_broken_cache_files_are_measured_again(tmp_path, opened, spoil):
     assert file.read_text() == whole
 
 
-def test_without_a_cache_folder(tmp_path, opened, monkeypatch):
+def test_latency_is_measured_without_a_cache_folder(tmp_path, opened, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert latency_table(opened("llama"), 0, "decode", CPU, torch.float32, Silent(), operations).block_overhead == 0
 
 
-def test_measuring_leaves_random_numbers_alone(opened):
+def test_measuring_does_not_change_the_random_state(opened):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -418,8 +423,8 @@ def test_measuring_leaves_random_numbers_alone(opened):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_medians_take_turns_until_they_settle(monkeypatch):
-    """A first run and every fifth one are slow."""
+def test_medians_ignore_outliers_and_end_when_precise(monkeypatch):
+    """The first run and every fifth one are slow in this test."""
     runs: list[str] = []
 
     def timer(case: latency.Case) -> float:
@@ -435,7 +440,7 @@ def test_medians_take_turns_until_they_settle(monkeypatch):
     assert all(set(runs[i : i + 2]) == {"a", "b"} for i in range(0, len(runs), 2))
 
 
-def test_medians_end_in_time(monkeypatch):
+def test_medians_end_at_the_time_limit(monkeypatch):
     dice = random.Random(0)
     times: list[float] = []
 
@@ -452,7 +457,7 @@ def test_medians_end_in_time(monkeypatch):
 
 @given(full=st.integers(1, 20_000), points=st.integers(3, 14))
 @example(full=60, points=10)
-def test_grid(full, points):
+def test_grid_is_even_and_rounded(full, points):
     counts = grid(full, points)
     assert counts == sorted(set(counts))
     assert (counts[0], counts[-1]) == (0, full)
@@ -466,7 +471,7 @@ def test_grid(full, points):
         assert all(count % 128 == 0 for count in counts[:-1])
 
 
-def test_a_gpu_is_waited_for(monkeypatch):
+def test_the_stopwatch_waits_for_a_gpu(monkeypatch):
     log: list[str] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: log.append("wait"))
     case: Any = lambda: log.append("ready") or (lambda: log.append("run"))  # noqa: E731
@@ -485,11 +490,11 @@ def a_meter(dense: float, form: Callable[[float], str] = "{:g} things".format) -
     ("target", "budget"),
     [("params=80%", 80e6), ("params=30M", 30e6), ("kv=50%", 50e6), ("prefill=2x", 50e6), ("decode=1.25x", 80e6)],
 )
-def test_budgets(target, budget):
+def test_the_budget_of_a_target(target, budget):
     assert budget_of(parse_target(target), a_meter(100e6)) == budget
 
 
-def test_a_budget_above_the_dense_model():
+def test_a_target_above_the_dense_model_is_refused():
     with pytest.raises(SecateurError, match=r"params=100M: .* no more than 1e\+08 things; .* params=80%"):
         budget_of(parse_target("params=100M"), a_meter(100e6))
 
@@ -508,7 +513,7 @@ def test_a_budget_above_the_dense_model():
         ("bytes=5MB", 100e6, "do not change this quantity"),
     ],
 )
-def test_targets_out_of_reach(target, least, says):
+def test_an_unreachable_target_names_the_nearest_reachable_one(target, least, says):
     meter, wanted = a_meter(100e6), parse_target(target)
     error = str(unreachable_error(wanted, meter, least))
     assert f"target {wanted}" in error
@@ -518,7 +523,7 @@ def test_targets_out_of_reach(target, least, says):
         assert budget_of(parse_target(says), meter) >= least
 
 
-def test_meters_by_target(opened, monkeypatch):
+def test_each_target_has_its_meter(opened, monkeypatch):
     monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
     stream = opened("llama")
     how: Any = {"dtype": torch.bfloat16, "output_bytes": lambda: byte_meter(stream, torch.bfloat16), "device": CPU}
@@ -536,8 +541,8 @@ def test_meters_by_target(opened, monkeypatch):
 
 
 @given(st.integers(0, 10**12))
-def test_counts_in_words(value: int) -> None:
-    """Below a million all digits, from there on two behind the point."""
+def test_counts_above_a_million_have_two_decimals(value: int) -> None:
+    """Counts below a million have all digits."""
     number, million, rest = format_count(value).replace(",", "").partition(" M")
     assert rest == ""
     assert bool(million) == (value >= 10**6)

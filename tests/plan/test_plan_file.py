@@ -21,6 +21,7 @@ from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.structure import Block
+from secateur.model.units.heads import HEADS
 from secateur.plan.plan_file import read_plan
 from secateur.plan.ratio_file import read_ratios
 
@@ -179,7 +180,7 @@ def test_single_locked_heads_cannot_be_removed(file: Callable[[Any], Path]) -> N
     path = file(one(width=numbers(2, 2, 72)))
     refused(lambda: read_plan(path, blocks("olmo2"), FINGERPRINT), path, "2 KV groups are not possible; use 3")
     for heads in ([], list(range(6))):
-        assert read_plan(file(one(heads=heads)), blocks("olmo2"), FINGERPRINT)[0][0].heads == len(heads)
+        assert read_plan(file(one(heads=heads)), blocks("olmo2"), FINGERPRINT)[0][0].product(HEADS) == len(heads)
 
 
 # Ratios.

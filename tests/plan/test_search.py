@@ -1,4 +1,4 @@
-"""The search for the smallest model within a loss, against losses that are made up."""
+"""The search for the smallest model within a perplexity limit, with artificial losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from conftest import CheckpointFolder
 from secateur.base.errors import SecateurError
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.search import ATTEMPTS, CLOSE_ENOUGH, MAX_ATTEMPTS, smallest_within
@@ -19,7 +21,7 @@ from secateur.survey.curves import ErrorCurve, Probe, Survey
 
 
 @pytest.fixture
-def wish(checkpoint_folder: CheckpointFolder) -> PlanProblem:
+def problem(checkpoint_folder: CheckpointFolder) -> PlanProblem:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     meter = parameter_meter(stream)
     return PlanProblem(blocks=stream.blocks, pruned_blocks=range(3), parameters=meter, target=0.0, meter=meter)
@@ -46,7 +48,7 @@ SURVEY = Survey(
 
 
 class Loss:
-    """Perplexity over dense as a function of what the survey expects, and what was asked of it."""
+    """Perplexity ratio as a function of the cost by the survey; records all plans that it is asked for."""
 
     def __init__(self, of: Callable[[float], float]):
         self.of, self.seen = of, list[Plan]()
@@ -69,9 +71,9 @@ TRUE: dict[str, Callable[[float], float]] = {
 
 @pytest.mark.parametrize("ratio", [1.1, 1.5, 2.0])
 @pytest.mark.parametrize("case", TRUE)
-def test_it_comes_near_the_ratio_from_below(wish: PlanProblem, case: str, ratio: float) -> None:
+def test_the_search_approaches_the_ratio_from_below(problem: PlanProblem, case: str, ratio: float) -> None:
     loss = Loss(TRUE[case])
-    found = smallest_within(wish, "adaptive", SURVEY, ratio, loss)
+    found = smallest_within(problem, "adaptive", SURVEY, ratio, loss)
     assert len(loss.seen) <= ATTEMPTS
     assert found in loss.seen
     got = math.log(loss(found)) / math.log(ratio)
@@ -82,45 +84,47 @@ def test_it_comes_near_the_ratio_from_below(wish: PlanProblem, case: str, ratio:
     assert found.sparsity == max(plan.sparsity for plan in within)
 
 
-def test_uniform_widths(wish: PlanProblem) -> None:
+def test_the_search_can_use_uniform_widths(problem: PlanProblem) -> None:
     loss = Loss(TRUE["half of it"])
-    found = smallest_within(wish, "uniform", SURVEY, 1.5, loss)
+    found = smallest_within(problem, "uniform", SURVEY, 1.5, loss)
     assert found.uniform
     assert loss(found) <= 1.5
     assert found.sparsity > 0.05
 
 
-def test_more_loss_means_a_smaller_model(wish: PlanProblem) -> None:
-    shares = [smallest_within(wish, "adaptive", SURVEY, r, Loss(TRUE["as expected"])).sparsity for r in (1.05, 1.3, 2)]
+def test_a_larger_ratio_gives_a_smaller_model(problem: PlanProblem) -> None:
+    shares = [
+        smallest_within(problem, "adaptive", SURVEY, r, Loss(TRUE["as expected"])).sparsity for r in (1.05, 1.3, 2)
+    ]
     assert shares == sorted(set(shares))
 
 
-def test_limits_of_the_wish_hold(wish: PlanProblem) -> None:
-    part = replace(wish, pruned_blocks=range(1, 2), kinds=("channels",), multiple=8)
+def test_the_search_respects_blocks_kinds_and_rounding(problem: PlanProblem) -> None:
+    part = replace(problem, pruned_blocks=range(1, 2), kinds=("channels",), multiple=8)
     found = smallest_within(part, "adaptive", SURVEY, 1.3, Loss(TRUE["as expected"]))
     assert found.widths.keys() == {1}
-    assert (found.widths[1].groups, found.widths[1].channels % 8) == (3, 0)
+    assert (found.widths[1][KV_GROUPS], found.widths[1][CHANNELS] % 8) == (3, 0)
 
 
-def test_what_seems_dear_is_cut_little(wish: PlanProblem) -> None:
-    """Where the survey expects even the least cut to cost too much, that is the first one to be tried."""
+def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem: PlanProblem) -> None:
+    """All costs by the survey exceed the limit in this test."""
     dear = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
     loss = Loss(lambda _: 1.1)
-    found = smallest_within(wish, "adaptive", replace(SURVEY, probes=dear), 1.2, loss)
+    found = smallest_within(problem, "adaptive", replace(SURVEY, probes=dear), 1.2, loss)
     assert 0 < loss.seen[0].sparsity < 0.01
     assert found.sparsity < 0.2
 
 
-def test_what_no_plan_meets_is_said(wish: PlanProblem) -> None:
+def test_a_ratio_that_no_plan_reaches_is_an_error(problem: PlanProblem) -> None:
     loss = Loss(lambda price: 4 + price)
     with pytest.raises(
         SecateurError,
         match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than that",
     ):
-        smallest_within(wish, "adaptive", SURVEY, 1.2, loss)
+        smallest_within(problem, "adaptive", SURVEY, 1.2, loss)
     assert 1 <= len(loss.seen) <= MAX_ATTEMPTS
 
 
-def test_a_loss_that_never_comes_ends_with_the_smallest_model(wish: PlanProblem) -> None:
-    found = smallest_within(wish, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
+def test_the_search_ends_with_the_smallest_model_if_nothing_is_lost(problem: PlanProblem) -> None:
+    found = smallest_within(problem, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
     assert found.sparsity > 0.9

@@ -1,4 +1,4 @@
-"""Targets as a person writes them."""
+"""Targets as users write them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ AMOUNTS = tuple(name for name in QUANTITIES if name not in RATIOS)
         ("ppl=1.2x", 1.2, True),
     ],
 )
-def test_parses(text, value, relative):
+def test_a_target_is_parsed(text, value, relative):
     target = parse_target(text)
     assert (target.quantity, target.value, target.relative) == (text.split("=")[0].strip().lower(), value, relative)
 
@@ -76,7 +76,7 @@ def test_parses(text, value, relative):
         ("ppl=12", "ppl=1.2x"),
     ],
 )
-def test_refuses(text, says):
+def test_a_wrong_target_is_an_error_with_an_example(text, says):
     with pytest.raises(SecateurError, match=says) as caught:
         parse_target(text)
     assert "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_a_target_is_written_as_it_was_read(text):
         ("prefill=1.5x", "prefill 1.5x as fast"),
     ],
 )
-def test_describes(text, says):
+def test_a_target_is_described(text, says):
     assert parse_target(text).describe() == says
 
 
@@ -134,6 +134,6 @@ def test_the_constructor_checks_its_arguments(quantity, value, relative):
         Target(quantity, value, relative)
 
 
-def test_needs_no_torch():
+def test_targets_do_not_import_torch():
     code = "import sys; import secateur.plan.target; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

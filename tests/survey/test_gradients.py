@@ -1,4 +1,4 @@
-"""Gradients block by block against one backward pass of the whole model, and LLM-Pruner's scores against loops."""
+"""Gradients equal those of one backward pass of the whole model; LLM-Pruner's scores equal their formulas."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
 
 SMALL = Services(batch_tokens=50)
-"""A few rows a batch, so that there are several."""
+"""Tokens per batch, so few that there are several batches."""
 
 FAMILIES = list(ROWS)[:11]
 FROM_GRADIENTS = [name for name, one in all_criteria().items() if one.from_gradients is not None]
 TOLERANCE = 1e-4
-"""Largest deviation of a gradient over the largest one of its matrix, both in float32."""
+"""Largest allowed deviation of a gradient, relative to the largest gradient of its matrix."""
 
 
 def opened(folder: Path) -> BlockStream:
@@ -46,13 +46,13 @@ def opened(folder: Path) -> BlockStream:
 
 
 def some_rows() -> Rows:
-    """Two lengths that count differently, one-token rows that predict nothing, and rows that only run along."""
+    """Return rows of two lengths with different weights, one-token rows, and held-out rows."""
     groups = (token_rows(5, 24), token_rows(3, 17, seed=1), token_rows(4, 1, seed=2), token_rows(2, 20, seed=3))
     return Rows(groups, (1.0, 0.5, 0.01, 0.0))
 
 
 def counted(rows: Rows) -> list[tuple[Tensor, float]]:
-    """The rows that count, each with its weight."""
+    """Return the rows with a weight, each with its weight."""
     pairs = zip(rows.groups, rows.weights, strict=True)
     return [(row[None], weight) for group, weight in pairs if weight and group.shape[1] > 1 for row in group]
 
@@ -63,7 +63,7 @@ def sum_of_losses(model: Any, ids: Tensor) -> Tensor:
 
 
 def whole(model: Any, rows: Rows) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """The loss of the whole model, and for each row the gradients of its own loss, by parameter."""
+    """Return the loss of the whole model, and the gradients of each row's loss by parameter."""
     model.requires_grad_(True)
     names = [name for name, _ in model.named_parameters()]
     total, own = torch.zeros(()), []
@@ -77,7 +77,7 @@ def whole(model: Any, rows: Rows) -> tuple[Tensor, list[dict[str, Tensor]]]:
 
 
 def combined(rows: Rows, own: list[dict[str, Tensor]], name: str) -> tuple[Tensor, Tensor]:
-    """The gradient of the whole loss, and the mean of the rows' squared ones, of one parameter."""
+    """Return the gradient of the whole loss, and the mean over rows of squared gradients, for one parameter."""
     weights = torch.tensor([weight for _, weight in counted(rows)])
     tokens = torch.tensor([ids.shape[1] - 1 for ids, _ in counted(rows)])
     stack = torch.stack([found[name] for found in own])
@@ -110,8 +110,8 @@ def test_gradients_equal_the_whole_model(checkpoint_folder: CheckpointFolder, na
     assert seen == [*reversed(range(len(blocks_of(model))))]
 
 
-def test_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> None:
-    """Blocks in front only run forward, those behind only pass the gradient on."""
+def test_gradients_of_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> None:
+    """Earlier blocks only run forward; later blocks only pass the gradient on."""
     rows = some_rows()
     every = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("llama")), rows)}
     (middle,) = gradients(opened(checkpoint_folder("llama")), rows, blocks=range(1, 2))
@@ -119,7 +119,7 @@ def test_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> None:
     assert all(torch.equal(found, every[1][name]) for name, found in middle.gradient.items())
 
 
-def test_files_give_the_same(
+def test_activations_in_files_give_the_same_gradients(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, seen = some_rows(), []
@@ -134,7 +134,7 @@ def test_files_give_the_same(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_go_and_need_no_gradients_afterwards(checkpoint_folder: CheckpointFolder) -> None:
+def test_weights_are_freed_and_need_no_gradients_afterwards(checkpoint_folder: CheckpointFolder) -> None:
     stream, before = opened(checkpoint_folder("llama biased")), []
     for block in gradients(stream, token_rows(2), squares=True):
         filled = {name.split(".")[2] for name, value in stream.model.named_parameters() if not value.is_meta}
@@ -148,13 +148,13 @@ def test_weights_go_and_need_no_gradients_afterwards(checkpoint_folder: Checkpoi
     assert all(value.is_meta and not value.requires_grad for value in stream.model.parameters())
 
 
-def test_rows_that_predict_nothing(checkpoint_folder: CheckpointFolder) -> None:
+def test_rows_of_one_token_are_refused(checkpoint_folder: CheckpointFolder) -> None:
     for rows in (Rows.of(token_rows(3, 1)), Rows((token_rows(3),), (0.0,))):
         with pytest.raises(SecateurError, match="gradients need rows of at least two tokens"):
             next(gradients(opened(checkpoint_folder("llama")), rows))
 
 
-def test_gradients_that_are_not_finite(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinite_gradients_are_an_error(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = opened(checkpoint_folder("llama"))
     run = stream.run
 
@@ -173,7 +173,7 @@ def test_gradients_that_are_not_finite(checkpoint_folder: CheckpointFolder, monk
 
 
 def columns(module: PrunableModule, unit: int) -> list[tuple[str, int, int, float]]:
-    """Every row or column of a unit: tensor, axis, position, and how much of it is the unit's."""
+    """Yield every row or column of a unit: tensor, axis, position, and the share that belongs to the unit."""
     found = []
     for slab in (*module.input_projections, module.output_projection):
         if slab.name.endswith(".bias"):
@@ -188,7 +188,7 @@ def columns(module: PrunableModule, unit: int) -> list[tuple[str, int, int, floa
 @pytest.mark.parametrize(
     "name", ["llama", "llama biased", "gpt2", "phi3", "gpt_neox", "opt", "gemma2", "gpt_oss", "qwen2_moe some"]
 )
-def test_scores(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_scores_equal_their_formulas(checkpoint_folder: CheckpointFolder, name: str) -> None:
     model, rows = build(name), some_rows()
     stream = opened(checkpoint_folder(name))
     _, own = whole(model, rows)
@@ -250,7 +250,7 @@ def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder,
 # The steps.
 
 
-def test_the_lowest_scores_go(checkpoint_folder: CheckpointFolder) -> None:
+def test_units_with_the_lowest_scores_are_removed(checkpoint_folder: CheckpointFolder) -> None:
     stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
     plan = Plan({1: wide(3, 2, 40), 2: wide(2, 2, 72)}, 0.1, 0.1)
     for criterion in FROM_GRADIENTS:
@@ -266,7 +266,7 @@ SETTINGS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16
 
 
 class Bars(Silent):
-    """Notes what bars are drawn."""
+    """Watcher that records the names of progress bars."""
 
     def __init__(self) -> None:
         self.drawn: list[str] = []
@@ -277,8 +277,10 @@ class Bars(Silent):
 
 
 @pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
-def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str) -> None:
-    """With one width for all blocks, the units of the highest scores on the rows that are fitted to."""
+def test_prune_keeps_the_units_with_the_highest_scores(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str
+) -> None:
+    """The test uses one width for all blocks and the scores on the calibration rows."""
     bars = Bars()
     model = checkpoint_folder("llama")
     prune(model, tmp_path / "out", criterion=criterion, widths="uniform", watcher=bars, **SETTINGS)
@@ -293,21 +295,23 @@ def test_prune(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: s
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
 @pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
-def test_widths_of_their_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, name: str) -> None:
+def test_prune_with_adaptive_widths(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, name: str
+) -> None:
     summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
     assert 0.3 <= summary.sparsity < 0.305
     assert not summary.uniform
 
 
-def test_a_search_takes_gradients_once(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    """One pass for the survey, one for all the prunings."""
+def test_a_search_computes_gradients_once(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    """There is one pass for the survey and one for all attempts."""
     bars, wishes = Bars(), SETTINGS | {"sparsity": None, "target": "ppl=1.5x", "samples": 24}
     prune(checkpoint_folder("llama"), tmp_path / "out", criterion="llm-pruner-element1", watcher=bars, **wishes)
     assert bars.drawn.count("Gradients") == 2
     assert bars.drawn.count("Prune") > 1
 
 
-def test_a_plan_of_units_needs_no_gradients(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_plan_that_lists_units_needs_no_gradients(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     model, bars, wishes = checkpoint_folder("llama"), Bars(), SETTINGS | {"sparsity": None}
     prune(model, tmp_path / "out", criterion="l1", **SETTINGS)
     plan = str(tmp_path / "out" / "secateur.json")

@@ -1,4 +1,4 @@
-"""Distances between heads against SciPy on the attention maps that transformers itself returns."""
+"""Distances between heads equal SciPy's, on the attention maps that transformers returns."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from secateur.survey import head_distances as module_under_test
 from secateur.survey.head_distances import ATTENTION_NAME, head_distances, jensen_shannon
 
 SMALL = Services(batch_tokens=50)
-"""A few rows a batch, so that there are several."""
+"""Tokens per batch, so few that there are several batches."""
 
 CLOSE = 2e-6
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of query rows in each batch, the last one shorter."""
+    """Use several chunks of query positions in each batch, the last one shorter."""
     monkeypatch.setattr(module_under_test, "CHUNK", 6 * 24 * 2 * 5)
 
 
@@ -40,14 +40,14 @@ def opened(folder: CheckpointFolder, name: str) -> BlockStream:
 
 
 def attentions(name: str, ids: Tensor) -> list[Tensor]:
-    """Probability rows of every block (b x h x t x t), from the whole model."""
+    """Return the attention probabilities of every block (b x h x t x t), from the whole model."""
     model = build(name, attn_implementation="eager")
     with torch.no_grad():
         return list(model(ids, use_cache=False, output_attentions=True).attentions)
 
 
 def reference(maps: Tensor) -> np.ndarray:
-    """The mean squared Jensen-Shannon distance of all pairs (h x h), pair by pair, row by row."""
+    """Return the mean squared Jensen-Shannon distance of all pairs (h x h), computed one by one."""
     heads, keys = maps.shape[1], maps.shape[-1]
     rows = maps.transpose(0, 1).reshape(heads, -1, keys).double().numpy()
     return np.array([[(jensenshannon(p, q, axis=1) ** 2).mean() for q in rows] for p in rows])
@@ -59,7 +59,7 @@ def near(found: Tensor, wanted: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_distances_equal_scipys(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """Grouped, windowed, capped, scaled, normalised: whatever the model's attention does."""
+    """The models have grouped queries, windows, softcaps, scales and query norms."""
     ids = token_rows(5)
     found = head_distances(opened(checkpoint_folder, name), ids)
     maps = attentions(name, ids)
@@ -71,7 +71,7 @@ def test_distances_equal_scipys(checkpoint_folder: CheckpointFolder, name: str) 
         near(found[index], wanted)
 
 
-def test_groups_count_by_their_weight(checkpoint_folder: CheckpointFolder) -> None:
+def test_groups_of_rows_are_weighted(checkpoint_folder: CheckpointFolder) -> None:
     first, second, third = token_rows(3, 24), token_rows(4, 15, seed=1), token_rows(2, 9, seed=2)
     rows = Rows((first, second, third), (1.0, 0.25, 0.0))
     found = head_distances(opened(checkpoint_folder, "llama biased"), rows)
@@ -82,7 +82,7 @@ def test_groups_count_by_their_weight(checkpoint_folder: CheckpointFolder) -> No
         near(found[index], wanted)
 
 
-def test_some_blocks(checkpoint_folder: CheckpointFolder) -> None:
+def test_distances_of_some_blocks(checkpoint_folder: CheckpointFolder) -> None:
     stream, ids = opened(checkpoint_folder, "qwen2"), token_rows(3)
     every = head_distances(stream, ids)
     some = head_distances(stream, ids, blocks=range(1, 2))
@@ -90,8 +90,8 @@ def test_some_blocks(checkpoint_folder: CheckpointFolder) -> None:
     near(some[1], every[1].numpy())
 
 
-def test_another_distance(checkpoint_folder: CheckpointFolder) -> None:
-    """Rows come once each, with all their probability; the distance of a person's own is summed and averaged."""
+def test_a_custom_distance(checkpoint_folder: CheckpointFolder) -> None:
+    """Every row is passed once, with all its probability; results are summed and averaged."""
     seen: list[Tensor] = []
 
     def total_variation(p: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def test_another_distance(checkpoint_folder: CheckpointFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_nothing_is_left_behind(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """Neither the attention function nor its name; and blocks then run as before."""
+def test_the_attention_function_is_restored(checkpoint_folder: CheckpointFolder, name: str) -> None:
+    """Neither the registered function nor its name in the config remains, and blocks run as before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     stream, ids = opened(checkpoint_folder, name), token_rows(2)
@@ -130,7 +130,9 @@ def test_nothing_is_left_behind(checkpoint_folder: CheckpointFolder, name: str) 
     assert ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS
 
 
-def test_attention_that_cannot_be_watched(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_cannot_be_observed_is_an_error(
+    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.models.llama import modeling_llama
 
     monkeypatch.delattr(modeling_llama, "eager_attention_forward")
@@ -138,8 +140,8 @@ def test_attention_that_cannot_be_watched(checkpoint_folder: CheckpointFolder, m
         head_distances(opened(checkpoint_folder, "llama"), token_rows(2))
 
 
-def test_memory_stays_small(checkpoint_folder: CheckpointFolder) -> None:
-    """No tensor of all heads by all positions squared is shown at once."""
+def test_no_tensor_of_all_positions_is_passed(checkpoint_folder: CheckpointFolder) -> None:
+    """The distance function never gets all heads and all pairs of positions at once."""
     sizes: list[int] = []
 
     def count(p: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def test_memory_stays_small(checkpoint_folder: CheckpointFolder) -> None:
         )
     )
 )
-def test_any_distributions(rows: list[list[float]]) -> None:
+def test_divergences_are_between_zero_and_ln_2(rows: list[list[float]]) -> None:
     p = torch.tensor(rows, dtype=torch.float64)
     p = p / p.sum(1, keepdim=True)
     found = jensen_shannon(p[:, None])
@@ -176,8 +178,8 @@ def test_any_distributions(rows: list[list[float]]) -> None:
     assert float(found.max()) <= LARGEST + 1e-12
 
 
-def test_the_ends() -> None:
-    """Equal rows are zero apart; rows that share nothing, ln 2."""
+def test_equal_rows_have_distance_zero_and_disjoint_rows_ln_2() -> None:
+    """Both are exact up to rounding."""
     rows = torch.tensor([[[0.3, 0.7, 0.0, 0.0]], [[0.3, 0.7, 0.0, 0.0]], [[0.0, 0.0, 0.1, 0.9]]])
     found = jensen_shannon(rows)
     assert found[0, 1] == 0

@@ -1,4 +1,4 @@
-"""The divergence of probes: exact on a small vocabulary, close to exact and in the same order on a large one."""
+"""Divergences of probes are exact with a small vocabulary, and nearly exact and in the same order with a large one."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from secateur.survey.probes import DRAWN_TOKENS, LIKELY_TOKENS, divergences, sam
 
 
 def exact(dense: Tensor, other: Tensor) -> Tensor:
-    """KL(dense || other) of each row (t), float64."""
+    """Return KL(dense || other) of each row (t), float64."""
     p, q = (torch.log_softmax(logits.double(), -1) for logits in (dense, other))
     return (p.exp() * (p - q)).sum(-1)
 
 
 def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
-    """What `ProbeStreams.finish` makes of logits (t x v), for each position and distribution (t x p)."""
+    """Return the divergences that `ProbeStreams.finish` computes from logits (t x v), by position and probe (t x p)."""
     tokens, weights = sampled_tokens(dense, torch.Generator().manual_seed(seed))
     found = []
     for place, (some, counts) in enumerate(zip(tokens, weights, strict=True)):
@@ -26,7 +26,7 @@ def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, LIKELY_TOKENS + DRAWN_TOKENS), st.floats(1e-3, 30), st.floats(1e-4, 20))
-def test_a_small_vocabulary_is_taken_whole(seed: int, size: int, spread: float, change: float) -> None:
+def test_a_small_vocabulary_gives_exact_divergences(seed: int, size: int, spread: float, change: float) -> None:
     dice = torch.Generator().manual_seed(seed)
     dense = spread * torch.randn(3, size, generator=dice)
     others = [dense + change * torch.randn(3, size, generator=dice) for _ in range(4)]
@@ -35,14 +35,14 @@ def test_a_small_vocabulary_is_taken_whole(seed: int, size: int, spread: float, 
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-9 + 1e-5 * change**2)
 
 
-def test_a_constant_on_all_logits_changes_nothing() -> None:
+def test_a_constant_added_to_all_logits_changes_nothing() -> None:
     dense = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
     assert estimated(dense, [dense + 3.0]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["flat", "peaked"])
-def test_a_large_vocabulary_is_sampled(spread: float) -> None:
-    """Changes of all sizes, as cuts of modules make them: what they cost comes out in the same order."""
+def test_a_large_vocabulary_gives_divergences_in_the_same_order(spread: float) -> None:
+    """Changes of the logits have all sizes, as those by cuts of modules."""
     dice = torch.Generator().manual_seed(0)
     states, matrix = torch.randn(64, 24, generator=dice), torch.randn(24, 20000, generator=dice) / 24**0.5
     dense = spread * states @ matrix
@@ -57,7 +57,7 @@ def test_a_large_vocabulary_is_sampled(spread: float) -> None:
     assert ((found / wanted)[near].log().abs() < 0.1).all()
 
 
-def test_weights_are_a_distribution() -> None:
+def test_weights_of_tokens_add_up_to_one() -> None:
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(2))
     tokens, weights = sampled_tokens(logits, torch.Generator().manual_seed(0))
     assert tokens.shape == weights.shape == (5, LIKELY_TOKENS + DRAWN_TOKENS)

@@ -1,4 +1,4 @@
-"""What a survey measures, against plain sums over one run of the whole model in float64."""
+"""Surveys equal plain sums over one run of the whole model in float64."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.heads import HEADS
 from secateur.numerics.moments import Moments
 from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey, save_survey
 from secateur.survey.gradients import gradient_scores
@@ -36,7 +38,7 @@ from secateur.survey.probes import POSITION_STRIDE
 from secateur.survey.survey import survey
 
 SMALL = Services(batch_tokens=50)
-"""A few rows a batch, so that there are several."""
+"""Tokens per batch, so few that there are several batches."""
 
 RIDGE = 0.3
 FITTED = Rows((token_rows(4, 24), token_rows(3, 17, seed=1)), (1.0, 0.25))
@@ -52,12 +54,12 @@ CASES: list[tuple[str, str]] = [
 ]
 SHARES = (0.25, 0.6)
 INDEX = 1
-"""Of the block that is looked at."""
+"""Index of the block that is tested."""
 
 
 @cache
 def dense(name: str) -> Any:
-    """A row's model; not to be changed."""
+    """Return a dense model, which must not be changed."""
     return build(name)
 
 
@@ -66,7 +68,7 @@ def opened(folder: Path) -> BlockStream:
 
 
 def seen(model: Any, module: PrunableModule, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Level-2 inputs, level-2 outputs and the residual stream after the block, one float64 row a token."""
+    """Return inputs and outputs of the output projection and the residual stream after the block, one row per token."""
     layer, values = layers_of(model)[INDEX], dict[str, Tensor]()
 
     def level2(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -84,7 +86,7 @@ def seen(model: Any, module: PrunableModule, ids: Tensor) -> tuple[Tensor, Tenso
 
 
 class Plain:
-    """One module's least squares, spelled out: rows and targets of all tokens at once."""
+    """Least-squares fit of one module, with rows and targets of all tokens at once."""
 
     def __init__(self, name: str, kind: str):
         model = dense(name)
@@ -149,7 +151,7 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
 
 
 def divergence(name: str, keeps: dict[int, KeptUnits], changed: Any = None) -> float:
-    """KL of the logits at every second position, the units that are not kept silenced."""
+    """Return the KL divergence of the logits at every second position, with removed units masked."""
     model = dense(name) if changed is None else changed
     wanted = logits_of(dense(name), PROBES)[:, POSITION_STRIDE - 1 :: POSITION_STRIDE].double().log_softmax(-1)
     with masked(model, keeps):
@@ -160,14 +162,15 @@ def divergence(name: str, keeps: dict[int, KeptUnits], changed: Any = None) -> f
 def without(name: str, index: int, kind: str) -> dict[int, KeptUnits]:
     width = blocks_of(dense(name))[index].width
     heads, channels = (
-        () if kind == k else tuple(range(count)) for k, count in (("heads", width.heads), ("channels", width.channels))
+        () if kind == k else tuple(range(count))
+        for k, count in (("heads", width.product(HEADS)), ("channels", width[CHANNELS]))
     )
     return {index: selected(heads, channels)}
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
-    """No module is left out, not even one whose single units cannot go."""
+    """Modules whose single units cannot be removed are probed as well."""
     found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
     modules = {(index, kind) for index in range(3) for kind in SCORED_KINDS}
     assert {(curve.block, curve.kind) for curve in found.curves} == modules
@@ -191,7 +194,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
 def test_a_partial_probe_is_the_refitted_model(
     checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    """At any shares, several of them too."""
+    """The test uses one and several probed shares."""
     monkeypatch.setattr(sys.modules["secateur.survey.curve_estimator"], "PROBED_SHARES", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]
@@ -210,13 +213,15 @@ def test_a_partial_probe_is_the_refitted_model(
         changed = copy.deepcopy(dense(name))
         stored = stored_weight(plain.module, (weight / plain.gain).float())
         assign(layers_of(changed)[INDEX], plain.module.output_projection.name, stored)
-        keep = selected(kept, full["channels"]) if kind == "heads" else selected(tuple(range(width.heads)), kept)
+        keep = (
+            selected(kept, full["channels"]) if kind == "heads" else selected(tuple(range(width.product(HEADS))), kept)
+        )
         wanted = divergence(name, {INDEX: keep}, changed)
         assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
         assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
 
 
-def test_a_broken_last_norm_is_found(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_broken_last_norm_is_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
@@ -234,7 +239,7 @@ def test_rows_without_weight_change_no_curve(checkpoint_folder: CheckpointFolder
     assert survey(stream, Rows(FITTED.groups, (1.0, 1.0))).curves != plain.curves
 
 
-def test_a_range_of_blocks_and_one_kind(checkpoint_folder: CheckpointFolder) -> None:
+def test_a_survey_of_some_blocks_and_one_kind(checkpoint_folder: CheckpointFolder) -> None:
     stream = opened(checkpoint_folder("llama"))
     whole = survey(stream, FITTED, probe_rows=PROBES)
     part = survey(stream, FITTED, probe_rows=PROBES, blocks=range(1, 2), kinds=("channels",))
@@ -293,7 +298,7 @@ def test_a_survey_survives_its_file(tmp_path: Path) -> None:
         ({"calibration": "x"}, "a survey with calibration None instead of x"),
     ],
 )
-def test_a_survey_of_something_else(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+def test_a_survey_with_other_settings_is_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
     save_survey(SURVEY, tmp_path / "survey.json")
     with pytest.raises(SecateurError) as caught:
         load_survey(tmp_path / "survey.json", ASKED | asked)
@@ -320,7 +325,7 @@ STORED = json.loads(json.dumps(SURVEY, default=lambda value: vars(value)))
         json.dumps({key: value for key, value in STORED.items() if key != "tokens"}),
     ],
 )
-def test_junk_is_no_survey(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_survey_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "survey.json").write_text(text)
     with pytest.raises(SecateurError, match="not a survey by secateur; name another file, or delete it"):
         load_survey(tmp_path / "survey.json", {})

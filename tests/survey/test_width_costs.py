@@ -1,4 +1,4 @@
-"""What widths cost: the lines between probes, drawn by hand, and what holds for any survey."""
+"""Costs of widths: interpolation between probes, computed by hand, and properties that hold for any survey."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from secateur.survey.width_costs import WidthCosts
 
 @cache
 def block() -> Block:
-    """Three groups of two heads, 72 channels."""
+    """Return a block with three KV groups of two heads, and 72 channels."""
     return blocks_of(build("llama"))[0]
 
 
@@ -30,12 +30,12 @@ def channels(errors: Sequence[float], energy: float = 1.0) -> ErrorCurve:
     return ErrorCurve(0, "channels", "channels", tuple(errors), energy)
 
 
-def price(found: WidthCosts, gone: int) -> float:
+def cost(found: WidthCosts, gone: int) -> float:
     return found.module_cost(0, block().feed_forward, wide(3, 2, 72 - gone))
 
 
 BASE = 1e-6
-"""What the curve says of the dense module, which counts for nothing."""
+"""Error of the dense module in the curve, which has no cost."""
 CURVE = channels([BASE, BASE + 5e-5, BASE + 1e-4, BASE + 2e-4, BASE + 4e-4, BASE + 0.02, BASE + 1.0])
 PROBES = [
     Probe(0, "channels", 1e-4, False, 0.01),
@@ -44,42 +44,42 @@ PROBES = [
 ]
 
 
-def test_between_probes_the_line_is_straight_in_logarithms() -> None:
+def test_costs_are_interpolated_on_a_logarithmic_scale() -> None:
     found = WidthCosts(survey([CURVE], PROBES))
-    assert price(found, 0) == 0
+    assert cost(found, 0) == 0
     # Below the first probe in proportion; at a probe what it says.
-    assert price(found, 1) == pytest.approx(0.005, rel=1e-6)
-    assert price(found, 2) == pytest.approx(0.01, rel=1e-6)
-    # Half way between errors of 1 and 4, of prices 1 and 8.
-    assert price(found, 3) == pytest.approx(0.01 * 8**0.5, rel=1e-6)
-    assert price(found, 4) == pytest.approx(0.08, rel=1e-6)
+    assert cost(found, 1) == pytest.approx(0.005, rel=1e-6)
+    assert cost(found, 2) == pytest.approx(0.01, rel=1e-6)
+    # Half way between errors of 1 and 4, of costs 1 and 8.
+    assert cost(found, 3) == pytest.approx(0.01 * 8**0.5, rel=1e-6)
+    assert cost(found, 4) == pytest.approx(0.08, rel=1e-6)
     # 0.02 is 50 of the 2500 times between the last probe and the whole: half way again.
-    assert price(found, 5) == pytest.approx((0.08 * 0.5) ** 0.5, rel=1e-6)
-    assert price(found, 72) == 0.5
+    assert cost(found, 5) == pytest.approx((0.08 * 0.5) ** 0.5, rel=1e-6)
+    assert cost(found, 72) == 0.5
 
 
 def test_the_order_of_probes_does_not_matter() -> None:
     one, two = WidthCosts(survey([CURVE], PROBES)), WidthCosts(survey([CURVE], PROBES[::-1]))
-    assert [price(one, gone) for gone in range(6)] == [price(two, gone) for gone in range(6)]
+    assert [cost(one, gone) for gone in range(6)] == [cost(two, gone) for gone in range(6)]
 
 
-def test_a_part_may_cost_more_than_the_whole() -> None:
-    """Then what lies between is never cheaper than the part; nothing left costs what was measured."""
+def test_a_partial_cut_may_cost_more_than_the_removal() -> None:
+    """Wider cuts then cost at least as much as the partial cut; the removal costs what was measured."""
     found = WidthCosts(survey([CURVE], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
-    assert price(found, 5) == pytest.approx(0.08, rel=1e-6)
-    assert price(found, 72) == 0.02
+    assert cost(found, 5) == pytest.approx(0.08, rel=1e-6)
+    assert cost(found, 72) == 0.02
     # Also where no width has the error of the dearest probe.
     few = channels([0.0, 1e-4, 0.02])
     found = WidthCosts(survey([few], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
-    assert price(found, 2) == pytest.approx(0.08, rel=1e-6)
+    assert cost(found, 2) == pytest.approx(0.08, rel=1e-6)
 
 
-def test_without_probes_the_price_is_the_share_of_the_output() -> None:
+def test_without_probes_the_cost_is_the_lost_share_of_the_output() -> None:
     found = WidthCosts(survey([channels([0.0, 0.1, 0.4, 1.0], energy=2.0)]))
-    assert [price(found, gone) for gone in (0, 1, 2, 3, 72)] == pytest.approx([0, 0.05, 0.2, 0.5, 1.0])
+    assert [cost(found, gone) for gone in (0, 1, 2, 3, 72)] == pytest.approx([0, 0.05, 0.2, 0.5, 1.0])
 
 
-def test_each_way_of_cutting_heads_has_its_curve() -> None:
+def test_each_axis_of_the_heads_has_its_curve() -> None:
     curves = [
         ErrorCurve(0, "heads", "kv_groups", (0.0, 0.2, 0.5), 1.0),
         ErrorCurve(0, "heads", "heads_per_group", (0.0, 0.3), 1.0),
@@ -91,7 +91,7 @@ def test_each_way_of_cutting_heads_has_its_curve() -> None:
         assert found.module_cost(0, attention, wide(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
 
 
-def test_a_plan_costs_its_modules_together() -> None:
+def test_the_cost_of_a_plan_is_the_sum_over_modules() -> None:
     modules = [
         ErrorCurve(i, kind, kind_, (0.0, 0.1 * (i + 1)), 1.0)
         for i in range(2)
@@ -117,14 +117,14 @@ small = st.floats(0, 2, allow_subnormal=False)
     energy=st.floats(1e-6, 10),
 )
 @settings(max_examples=150, deadline=None)
-def test_more_gone_never_costs_less(
+def test_removing_more_never_costs_less(
     steps: list[float], probes: list[tuple[float, float]], whole: float, energy: float
 ) -> None:
     curve = channels([0.0, *accumulate(steps)], energy)
     made = [Probe(0, "channels", error, False, divergence) for error, divergence in probes]
     found = WidthCosts(survey([curve], [*made, Probe(0, "channels", energy, True, whole)]))
-    prices = [price(found, gone) for gone in range(len(curve.errors))]
-    assert prices[0] == 0
-    assert all(0 <= one <= two < float("inf") for one, two in pairwise(prices))
+    costs = [cost(found, gone) for gone in range(len(curve.errors))]
+    assert costs[0] == 0
+    assert all(0 <= one <= two < float("inf") for one, two in pairwise(costs))
     # No price is beyond all that was measured.
-    assert prices[-1] <= max(whole, *(d for _, d in probes), 1e-9) * (1 + 1e-9)
+    assert costs[-1] <= max(whole, *(d for _, d in probes), 1e-9) * (1 + 1e-9)
