@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MATRIX = "tests/commands/test_matrix.py::test_masked_equals_sliced"
 TESTS_OF = {
-    "src/secateur/base": ["tests/write", "tests/commands/test_options.py", "tests/cli/test_terminal.py"],
+    "src/secateur/base": ["tests/write", "tests/commands/test_options.py", "tests/cli/test_bars.py"],
     "src/secateur/families": [MATRIX],
     "src/secateur/model": ["tests/model", MATRIX],
     "benchmarks": ["tests/test_same.py"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import no_work, place, run  # noqa: F401
 
 from models import ROWS, save
 

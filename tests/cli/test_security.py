@@ -1,4 +1,4 @@
-"""What a stranger's files cannot make any command do: unpickle, run their code, leave their folder, mark up a page."""
+"""Files of strangers: no command unpickles them, runs their code, leaves their folder or shows their HTML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_cli import SMALL, TEXT, Run, listing, place, refused, run  # noqa: F401
+from command_line import SMALL, TEXT, Run, listing, refused
 
 TINY = " ".join(SMALL)
 COMMANDS = [
@@ -31,15 +31,15 @@ COMMANDS = [
 
 
 class Trap:
-    """Unpickled, it leaves a file."""
+    """Object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("trapped",)
 
 
 @pytest.mark.usefixtures("letters")
-def test_no_command_unpickles(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """With pickles beside the weights that other tools would open, and every way to open one closed."""
+def test_no_command_unpickles(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles that other tools would open are next to the weights, and every way to unpickle raises an error."""
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "adapter_model.bin"):
         (place / "model" / name).write_bytes(pickle.dumps(Trap()))
     torch.save({"weight": torch.ones(1)}, place / "model" / "consolidated.00.pth")
@@ -65,8 +65,8 @@ def test_no_command_unpickles(place: Path, run: Run, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def letters(place: Path) -> None:  # noqa: F811
-    """A tokenizer that GGUF can hold."""
+def letters(place: Path) -> None:
+    """Give the model a tokenizer that GGUF can hold."""
     from models import make_letters
 
     for file in (place / "model").glob("*token*"):
@@ -74,7 +74,7 @@ def letters(place: Path) -> None:  # noqa: F811
     make_letters().save_pretrained(place / "model")
 
 
-def test_pickles_alone_are_refused(place: Path, run: Run) -> None:  # noqa: F811
+def test_pickled_weights_without_safetensors_are_refused(place: Path, run: Run) -> None:
     (place / "model" / "model.safetensors").unlink()
     (place / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     for command in (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"]):
@@ -82,8 +82,7 @@ def test_pickles_alone_are_refused(place: Path, run: Run) -> None:  # noqa: F811
     assert not (place / "trapped").exists()
 
 
-def test_a_tokenizer_of_code_asks_first(place: Path, run: Run) -> None:  # noqa: F811
-    """Code in a folder runs when the flag is given, and not before."""
+def test_tokenizer_code_runs_only_with_the_flag(place: Path, run: Run) -> None:
     file = place / "model" / "tokenizer_config.json"
     own = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tok.Own", None]}, "tokenizer_class": "Own"}
     file.write_text(json.dumps(own))
@@ -96,7 +95,7 @@ def test_a_tokenizer_of_code_asks_first(place: Path, run: Run) -> None:  # noqa:
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [trapped]", "!!python/name:os.system"])
-def test_yaml_makes_no_objects(tag: str, place: Path, run: Run) -> None:  # noqa: F811
+def test_yaml_tags_create_no_objects(tag: str, place: Path, run: Run) -> None:
     for name, command in {
         "recipe.yaml": ["compare", "recipe.yaml", "--out", "table"],
         "family.yaml": ["prune", "model", "out", *SMALL, "--family", "family.yaml"],
@@ -111,7 +110,7 @@ def test_yaml_makes_no_objects(tag: str, place: Path, run: Run) -> None:  # noqa
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "sub/../../outside.safetensors"])
-def test_an_index_stays_in_its_folder(shard: str, place: Path, run: Run) -> None:  # noqa: F811
+def test_an_index_cannot_name_files_outside_its_folder(shard: str, place: Path, run: Run) -> None:
     weights = place / "model" / "model.safetensors"
     weights.rename(place / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
@@ -119,8 +118,8 @@ def test_an_index_stays_in_its_folder(shard: str, place: Path, run: Run) -> None
     refused(run("prune", "model", "out", *SMALL), "model.safetensors.index.json")
 
 
-def test_pages_hold_what_strangers_write_as_text(place: Path, run: Run) -> None:  # noqa: F811
-    """A name of a folder, of a text and of a model are on the pages; none of them opens a tag."""
+def test_pages_hold_what_strangers_write_as_text(place: Path, run: Run) -> None:
+    """Names of a folder, a text and a model appear on the pages as text, and open no tag."""
     model, text = "<img src=x onerror=alert(1)>", "text<script>.txt"
     (place / "model").rename(place / model)
     (place / text).write_text(TEXT)

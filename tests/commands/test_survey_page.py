@@ -1,5 +1,4 @@
 """`secateur survey`: its file against what `prune` makes of it, its page against the file and in a real browser."""
-# ruff: noqa: F811 - pytest finds fixtures of another file by their names.
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import SMALL, TEXT, Run, listing, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page
 from safetensors.torch import load_file
-from test_cli import SMALL, TEXT, Run, listing, place, refused, run  # noqa: F401
 
 from conftest import CheckpointFolder
 from models import blocks_of, build, wide

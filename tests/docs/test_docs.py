@@ -2,7 +2,6 @@
 
 Sizes are small by other defaults, and the hub's data sets by a text; the pages' own words are not changed.
 """
-# ruff: noqa: F811 - pytest finds fixtures of another file by their names.
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ import pytest
 import torch
 import typer
 import yaml
-from test_cli import Run, run  # noqa: F401
+from command_line import Run
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

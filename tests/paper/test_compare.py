@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import TEXT, Run, listing, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_cli import TEXT, Run, listing, place, refused, run  # noqa: F401
 from test_tasks import ITEMS, NORM, YAML
 
 from conftest import CheckpointFolder
@@ -52,7 +52,7 @@ GRID: dict[str, Any] = {
 
 
 @pytest.fixture
-def grid(place: Path) -> Path:  # noqa: F811
+def grid(place: Path) -> Path:
     """The working folder with a recipe and a text to score."""
     (place / "held.txt").write_text(" ".join(reversed(TEXT.split())))
     (place / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
@@ -89,7 +89,7 @@ def test_a_mean_lies_within_its_spread(value: float, count: int) -> None:
     assert Spread((1.0, 2.0, 6.0)).mean == 3.0
 
 
-def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # noqa: F811
+def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     # A table tells the name of the text, and not where it lay.
     text = str(grid / "text.txt")
@@ -130,7 +130,7 @@ def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:  # n
     }
 
 
-def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:  # noqa: F811
+def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:
     (grid / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
     (grid / "mine.yaml").write_text(YAML.format(name="mine", **write) + NORM)
@@ -148,7 +148,7 @@ def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:  # noqa: F81
 
 def test_what_runs_have_in_common_is_made_once(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     surveys, reads = [], []
@@ -163,7 +163,7 @@ def test_what_runs_have_in_common_is_made_once(
     assert sorted(reads) == ["held.txt", "text.txt"]
 
 
-def test_only_what_is_missing_is_made(grid: Path, run: Run, prunings: list[Any]) -> None:  # noqa: F811
+def test_only_what_is_missing_is_made(grid: Path, run: Run, prunings: list[Any]) -> None:
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     before = tables(grid / "out")
     assert len(prunings) == 8
@@ -190,7 +190,7 @@ def test_only_what_is_missing_is_made(grid: Path, run: Run, prunings: list[Any])
 
 def test_an_interrupt_leaves_what_is_finished(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
@@ -216,7 +216,7 @@ def test_an_interrupt_leaves_what_is_finished(
 
 def test_a_run_that_fails_stops_no_other(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prune_run = compare_step.prune_run
@@ -236,7 +236,7 @@ def test_a_run_that_fails_stops_no_other(
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
 
 
-def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:  # noqa: F811
+def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:
     # A fork of this process, which has imported everything.
     if not (child := os.fork()):
         try:
@@ -259,7 +259,7 @@ def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:  # noqa: F81
     assert not (grid / "out" / ".scratch").exists()
 
 
-def test_two_at_once_are_refused(grid: Path, run: Run) -> None:  # noqa: F811
+def test_two_at_once_are_refused(grid: Path, run: Run) -> None:
     with RunStore(grid / "out"):
         before = listing(grid)
         refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: another secateur compare works there; wait")
@@ -290,7 +290,7 @@ def test_every_recipe_runs(
     row: str,
     paper: str,
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     checkpoint_folder: CheckpointFolder,
 ) -> None:
     folder = {"LLaMA-7B": "llama-7b", "GPT-2": "gpt2"}[paper]
@@ -354,7 +354,7 @@ def score(folder: str) -> float:
 def test_what_a_model_writes_is_written_once_for_all_runs(
     own: dict[str, Any],
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = []
@@ -382,7 +382,7 @@ def test_what_a_model_writes_is_written_once_for_all_runs(
 
 def test_rows_of_the_fits_are_shared(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[tuple[int, int]] = []
@@ -414,7 +414,7 @@ def test_rows_of_the_fits_are_shared(
 
 def test_gradients_are_taken_once_for_all_sizes(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[str] = []
@@ -431,7 +431,7 @@ def test_gradients_are_taken_once_for_all_sizes(
         assert values(f"{name}, sparsity 0.4") == [score(name)]
 
 
-def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:  # noqa: F811
+def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:
     training = {"samples": 6, "epochs": 1, "batch": 3, "learning_rate": 0.01}
     runs = {"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}
     command = small(grid, runs=runs, retrain={"LoRA": training})
@@ -453,7 +453,7 @@ def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:  # noqa: F811
 
 def test_retraining_without_peft_is_named_early(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find = importlib.util.find_spec
@@ -466,7 +466,7 @@ def test_retraining_without_peft_is_named_early(
 
 def test_graphs_join_the_heads_that_are_alike(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(grid / "model", grid / "other")
@@ -545,7 +545,7 @@ def test_mistakes_come_before_work(
     arguments: str,
     message: str,
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def reached(*_: Any, **__: Any) -> None:
@@ -563,7 +563,7 @@ def test_mistakes_come_before_work(
 
 def test_a_task_out_of_reach_is_named_early(
     grid: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from secateur.measure import tasks

@@ -1,5 +1,4 @@
 """What a pruned folder says of itself to people: README.md and report.html, made, measured and opened in a browser."""
-# ruff: noqa: F811 - pytest finds fixtures of another file by their names.
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ import pytest
 import torch
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from command_line import SMALL, Run, refused
 from playwright.sync_api import Browser
 from safetensors.torch import load_file, save_file
-from test_cli import SMALL, Run, place, refused, run  # noqa: F401
 
 from models import save
 from secateur import Options, RunOptions, prune

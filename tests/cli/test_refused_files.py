@@ -1,0 +1,228 @@
+"""Texts, plans, surveys and outputs that cannot be used are refused in one line, before any work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import SMALL, TEXT, Run, listing, read_record, refused
+
+from conftest import CheckpointFolder
+from secateur.commands import prune
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty.txt": (b"", "empty.txt is empty: give some text"),
+    "blank.txt": (b"\n \n", "blank.txt holds no text: give some"),
+    "short.txt": (b"w1 w2", "short.txt: too short, it has 2 tokens, but 4 rows of 16 tokens need 64"),
+    "binary.txt": (b"MZ\x90\0\3", "binary.txt is not text: a NUL at byte 3; give UTF-8 text"),
+    "latin.txt": (b"caf\xe9 w1", "latin.txt is not UTF-8: invalid byte at 3; convert it to UTF-8"),
+    "bad.jsonl": (b'{"text": "w1"}\n\n{"text": ', "bad.jsonl line 3 is not JSON"),
+    "key.jsonl": (b'{"content": "w1"}', "key.jsonl line 1 has neither text nor messages: add one of these keys"),
+    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "w1"}]}', "line 1: messages need a tokenizer with a"),
+    "table.csv": (b"a,b", "table.csv has an unknown extension"),
+}
+
+
+NO_TEXTS = {
+    "": "no text is named: give a .txt or .jsonl file, - or a data set",
+    "model": "model is a folder without Parquet files: name a .txt or .jsonl file",
+    "./model": "./model is a folder without Parquet files: name a .txt or .jsonl file",
+    "./pipe": "./pipe is not a regular file: give - and pipe its text in",
+    "/dev/null": "/dev/null is not a regular file: give - and pipe its text in",
+}
+
+
+@pytest.mark.parametrize("source", NO_TEXTS)
+def test_a_source_that_is_not_a_text_is_refused(source: str, place: Path, run: Run, no_work: None) -> None:
+    os.mkfifo("pipe")
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL, "--calibration", source), NO_TEXTS[source])
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_unusable_text_is_refused_before_any_work(
+    name: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.measure import evaluation
+
+    data, message = FILES[name]
+    Path(name).write_bytes(data)
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL, "--calibration", name), message)
+    refused(
+        run("eval", "model", "--length", "16", "--perplexity", name),
+        message.replace("4 rows of 16 tokens need 64", "1 row of 16 tokens needs 16"),
+    )
+    assert listing(place) == before
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "full").mkdir()
+    (place / "full" / "thesis.tex").write_text("years of work")
+    (place / "link").symlink_to("model")
+    (place / "here").mkdir()
+    before = listing(place)
+    for out, options, message in [
+        ("full", [], "full: exists and is not empty; choose another name or add --over"),
+        ("full", ["--overwrite"], "full: not overwritten, as it is no model folder"),
+        ("model", ["--overwrite"], "model: this is the folder of MODEL, which would be replaced"),
+        ("link", ["--overwrite"], "model: this is the folder of MODEL"),
+        ("model/inner", [], "model/inner: this path is inside or around the folder of MODEL"),
+        ("text.txt", [], "text.txt: a file with this name exists; choose another name"),
+        ("missing/out", [], "missing does not exist; create it first"),
+    ]:
+        refused(run("prune", "model", out, *SMALL, *options), message)
+
+    monkeypatch.chdir("here")
+    refused(run("prune", "../model", ".", *SMALL, "--calibration", "random"), "here: this is the current folder")
+    monkeypatch.chdir(place)
+
+    def forbidden(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:  # root may write anywhere, so the system's answer is given here
+        patch.setattr(Path, "mkdir", forbidden)
+        refused(run("prune", "model", "out", *SMALL), "(Permission denied); choose another path")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda self: self.name == "out")
+        refused(run("prune", "model", "out", *SMALL), "out: this is a mount point, which cannot be")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    refused(run("prune", "model", "out", *SMALL), "MB of disk space, but 0.0 MB are free; free some")
+    refused(
+        run("prune", "model", "o.gguf", *SMALL, "--format", "gguf"), "MB of disk space, but 0.0 MB are free; free some"
+    )
+    assert listing(place) == before
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: CheckpointFolder) -> Path:
+    """Folder with pruned models, plans and surveys of other runs; read-only for tests."""
+    place = tmp_path_factory.mktemp("runs")
+    (place / "text.txt").write_text(TEXT)
+    small: dict[str, Any] = {"samples": 4, "length": 16, "calibration": str(place / "text.txt")}
+    survey, llama, gpt2 = place / "survey.json", checkpoint_folder("llama"), checkpoint_folder("gpt2")
+    prune.prune(llama, place / "adaptive", survey=survey, **small)
+    prune.prune(llama, place / "uniform", widths="uniform", criterion="l1", **small)
+    shutil.copytree(checkpoint_folder("mistral"), place / "mistral")
+    shutil.copytree(gpt2, place / "gpt2")
+    prune.prune(gpt2, place / "gpt2-adaptive", **small)
+    (place / "first.json").write_text('{"0:2": 0.3}')
+    found = json.loads(survey.read_text())
+    damaged = {"no-curve": "curves", "no-probe": "probes", "short": "curves"}
+    for name, key in damaged.items():
+        entries = [dict(entry) for entry in found[key]]
+        if name == "short":
+            entries[-1]["errors"] = entries[-1]["errors"][:-1]
+        else:
+            entries = [entry for entry in entries if (entry["block"], entry["kind"]) != (1, "channels")]
+        (place / f"{name}.json").write_text(json.dumps({**found, key: entries}))
+    found["curves"][0]["energy"] = float("nan")
+    (place / "energy.json").write_text(json.dumps(found))
+    plan = read_record(place, "uniform")
+    (place / "typo.json").write_text(json.dumps({"blocks": [{"block": 0, "head": [0, 1], "channels": [1]}]}))
+    (place / "other.json").write_text(
+        json.dumps({"blocks": [{**plan["blocks"][0], "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 7}}]})
+    )
+    (place / "holes.json").write_text(json.dumps({"blocks": [plan["blocks"][0], plan["blocks"][2]]}))
+    return place
+
+
+@pytest.fixture
+def other_runs(place: Path, runs: Path) -> None:
+    """Copy the outputs of these runs into the working folder."""
+    shutil.copytree(runs, place, dirs_exist_ok=True)
+
+
+WRONG_FILES = [
+    (
+        "prune mistral out --plan adaptive/secateur.json",
+        "this plan was made for another model; remove 'fingerprint' to use it",
+    ),
+    ("prune gpt2 out --plan adaptive/secateur.json", "this plan was made for another model"),
+    ("plan mistral --plan adaptive/secateur.json", "this plan was made for another model"),
+    ("prune mistral out --survey survey.json", "survey.json: a survey of other weights; name another file to make"),
+    ("plan mistral --survey survey.json", "survey.json: a survey of other weights"),
+    ("sizes mistral --out sizes --survey survey.json", "survey.json: a survey of other weights"),
+    ("prune model out --survey survey.json --criterion l2", "a survey with criterion surgeon instead of l2"),
+    ("prune model out --survey adaptive/secateur.json", "not a survey by secateur"),
+    (
+        "prune model out --survey no-curve.json",
+        "no-curve.json: this survey lacks widths of the channels of block 1; name",
+    ),
+    ("plan model --survey no-probe.json", "no-probe.json: this survey lacks widths of the channels of block 1; name"),
+    (
+        "sizes model --out sizes --survey short.json",
+        "this survey lacks widths of the channels of block 2; name another",
+    ),
+    (
+        "prune model out --plan adaptive/secateur.json --format stock",
+        "holds one width for all blocks; take --format hf",
+    ),
+    ("prune model out --plan holes.json --format stock", "hf; the nearest that fits: --widths uniform --sparsity 0"),
+    ("prune model out --widths first.json --format stock", "holds one width for all blocks; take --format hf"),
+    ("prune model out --widths first.json --modules heads", "--modules and --widths first.json both set where"),
+    (
+        "prune model out --widths first.json --blocks 0:1",
+        "--blocks and --widths first.json both set where to remove it; leave",
+    ),
+    ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both set how much"),
+    (
+        "prune model out --plan typo.json",
+        "typo.json: block 0: unknown key 'head'; use block, channels,",
+    ),
+    (
+        "prune model out --plan other.json",
+        "other.json: block 0: 'width' does not match the listed units",
+    ),
+    (
+        "prune model out --survey energy.json",
+        "energy.json: not a survey by secateur; name another file",
+    ),
+    (
+        "prune model out --plan uniform/secateur.json --round 8",
+        "--round and --plan both set where to remove it; leave one of",
+    ),
+    ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output holds byte-level BPE and"),
+    (
+        "prune gpt2 out.gguf --format gguf",
+        "gpt2 has one width for all blocks, so prune all of them with uniform widths",
+    ),
+    ("prune gpt2 out.gguf --format gguf --target ppl=1.1x", "gpt2 has one width for all blocks, so prune all of them"),
+    ("prune gpt2 out.gguf --format gguf --widths uniform --blocks 0:2 --dry-run", "gpt2 has one width for all blocks"),
+    (
+        "prune model out --widths uniform --target ppl=1.1x --blocks 0:1",
+        "and only 0:1 are to be pruned; leave the block",
+    ),
+    (
+        "prune model out --widths uniform --target ppl=1.1x --recovery bias",
+        "has no level-2 biases, which --recovery bias",
+    ),
+    (
+        "prune model out --widths uniform --target ppl=1.1x --modules channels --round 128",
+        "--round 128 leaves nothing to remove: the model has 72 channels",
+    ),
+    ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "widths; the nearest that fits: --widths"),
+    ("prune adaptive out", "can be evaluated but not pruned again; prune the dense model"),
+    ("plan adaptive", "can be evaluated but not pruned again; prune the dense model"),
+    ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output holds"),
+    ("export gpt2-adaptive out.gguf", "uniform widths; the nearest that fits: prune again with --widths uniform --sp"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_FILES, ids=[row[0] for row in WRONG_FILES])
+def test_plans_and_surveys_of_other_models_are_refused(
+    arguments: str, message: str, place: Path, run: Run, other_runs: None, no_work: None
+) -> None:
+    before = listing(place)
+    small = [] if arguments.startswith("export") else SMALL
+    refused(run(*arguments.split(), *small), message)
+    assert listing(place) == before

@@ -1,0 +1,192 @@
+"""Models that cannot be pruned are refused in one line, before any work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import SMALL, Run, listing, refused, remove_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import CheckpointFolder
+from secateur.base.quiet import quiet
+
+
+def config(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def replaced(name: str) -> Callable[[Path, CheckpointFolder], None]:
+    """Return a change that puts a row of `models.ROWS` in place of the Llama."""
+
+    def apply(folder: Path, rows: CheckpointFolder) -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(rows(name), folder)
+
+    return apply
+
+
+def other_family(model_type: str, **keys: Any) -> Callable[[Path, CheckpointFolder], None]:
+    """Return a change that puts a model of a family in its place that transformers knows and secateur does not."""
+
+    def apply(folder: Path, _: CheckpointFolder) -> None:
+        from transformers import AutoConfig
+
+        sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "n_layer": 1, "n_head": 2} | keys
+        with quiet():
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+
+    return apply
+
+
+def truncated(folder: Path, _: CheckpointFolder) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def whole_numbers(folder: Path, _: CheckpointFolder) -> None:
+    weights = folder / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(weights)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, weights, {"format": "pt"})
+
+
+MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
+    "no config": (lambda f, _: (f / "config.json").unlink(), "model: no config.json; name a folder"),
+    "broken config": (
+        lambda f, _: (f / "config.json").write_text('{"model_type": '),
+        "config.json: not valid JSON at line 1 column",
+    ),
+    "truncated": (truncated, "model.safetensors: truncated or damaged"),
+    "other shape": (
+        lambda f, _: config(f, intermediate_size=80),
+        "model.layers.0.mlp.gate_proj.weight is [72, 48] where config.json makes it [80, 48] (and 8 more); find the",
+    ),
+    "fewer tensors": (lambda f, _: config(f, num_hidden_layers=4), "tensors missing from the weights: model.layers.3."),
+    "no blocks": (lambda f, _: config(f, num_hidden_layers=0), "the model has no blocks; find the config.json"),
+    "no such activation": (
+        lambda f, _: config(f, hidden_act="nope"),
+        "makes no model of config.json (KeyError: 'nope')",
+    ),
+    "nested config": (lambda f, _: (f / "config.json").write_text("[" * 10**6), "nested too deeply for a config"),
+    "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8, whole numbers in place of weights; use an unq"),
+    "only .bin": (
+        lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "only pickled weights (.bin), which are not opened as they can run code; use a revision with safetensors",
+    ),
+    "no tokenizer": (lambda f, _: remove_tokenizer(f), "model: no tokenizer files; copy the model's into the folder"),
+    "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
+    "unknown": (
+        other_family("ctrl"),
+        "model type 'ctrl' is not supported; secateur families prints those that are",
+    ),
+    "another form": (other_family("ctrl"), "describe it in a file and add --family FILE; see docs/extend.md"),
+    "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
+    "experts": (
+        other_family("jetmoe"),
+        "model type 'jetmoe' is not supported; secateur families prints those that are (it has experts, for which",
+    ),
+    "no such model type": (lambda f, _: config(f, model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
+    "t5": (lambda f, _: (f / "config.json").write_text('{"model_type": "t5"}'), "t5 is an encoder-decoder model"),
+    "vision": (lambda f, _: config(f, vision_config={"hidden_size": 8}), "is a multimodal model (vision_config)"),
+    "gptq": (lambda f, _: config(f, quantization_config={"quant_method": "gptq"}), "quantised weights (gptq)"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_unusable_model_is_refused_before_any_work(
+    case: str, place: Path, run: Run, no_work: None, checkpoint_folder: CheckpointFolder
+) -> None:
+    change, message = MODELS[case]
+    change(place / "model", checkpoint_folder)
+    before = listing(place)
+    refused(run("prune", "model", "out", *SMALL), message)
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    ("tensor", "module"), [("self_attn.v_proj", "attention"), ("mlp.gate_proj", "feed-forward"), ("embed", "")]
+)
+def test_nan_weights_are_reported_with_block_and_module(tensor: str, module: str, place: Path, run: Run) -> None:
+    file = place / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = f"model.layers.1.{tensor}.weight" if module else "model.embed_tokens.weight"
+    weights[name][:, 3] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    before = listing(place)
+    for options in ([], ["--modules", "channels"]):  # found by the survey, and by the first block that is pruned
+        result = run("prune", "model", "out", *SMALL, *options)
+        assert result.code == 2
+        assert result.err.count("error: ") == 1
+        last = result.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "NaN or infinite activations" in last
+        assert f"block {1 if module else 0}" in last
+        assert module in last
+    assert listing(place) == before
+
+
+def test_an_unreadable_file_is_named(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
+    from secateur.model import checkpoint
+
+    def forbidden(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(checkpoint, "list_tensors", forbidden)
+    refused(run("prune", "model", "out", *SMALL), "model/model.safetensors: Permission denied; check the path")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
+def test_families_whose_stock_class_keeps_all_heads(
+    name: str, run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
+) -> None:
+    model, before = str(checkpoint_folder(name)), listing(place)
+    for options in (["--modules", "heads"], ["--modules", "heads", "--sparsity", "0.9"]):
+        result = run("prune", model, "out", *SMALL, "--widths", "uniform", *options)
+        refused(result, f"{name} derives its head size from hidden_size / heads")
+        assert "prune channels only" in result.err
+    result = run("prune", model, "out", *SMALL, "--widths", "uniform", "--sparsity", "0.9")
+    refused(result, "is out of reach: at most")
+    assert listing(place) == before
+
+
+def test_heads_behind_a_shared_norm_and_missing_biases_are_refused(
+    run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
+) -> None:
+    model, before = str(checkpoint_folder("olmo2")), listing(place)
+    uniform = [*SMALL, "--widths", "uniform"]
+    refused(run("prune", model, "out", *uniform, "--modules", "heads"), "norms run across all heads; prune channels")
+    model = str(checkpoint_folder("mistral"))
+    refused(
+        run("prune", model, "out", *uniform, "--recovery", "bias"), "the stock class of mistral has no level-2 biases"
+    )
+    assert listing(place) == before
+
+
+def test_a_hub_without_a_network_is_reported_at_once(
+    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error for a hub id or a data set comes at once, not after minutes of retries."""
+    import datasets
+
+    from secateur.model import hub_source
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub_source.constants, "ENDPOINT", "http://127.0.0.1:9")
+    before, start = listing(place), time.perf_counter()
+    result = run("prune", "owner/name", "out", *SMALL)
+    refused(result, "owner/name: no such folder, not in the cache, and http://127.0.0.1:9 does not answer; name a")
+    result = run("prune", "model", "out", "--length", "64", "--calibration", "wikitext2")
+    refused(result, "data set wikitext2 is not in the local cache, and http://127.0.0.1:9 does not answer: give a")
+    assert time.perf_counter() - start < 15
+    assert listing(place) == before

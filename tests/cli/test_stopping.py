@@ -1,0 +1,169 @@
+"""Interrupts, kills and full disks leave no partial output."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import SMALL, Run, listing, without_run_state
+
+from secateur.commands import fit_blocks
+from secateur.write import shards
+
+
+@pytest.fixture
+def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Function that makes the work raise an exception after one block."""
+    refit = fit_blocks.refit
+
+    def arrange(error: BaseException) -> None:
+        def one(*given: Any, **more: Any) -> Iterator[Any]:
+            yield next(refit(*given, **more))
+            raise error
+
+        monkeypatch.setattr(fit_blocks, "refit", one)
+
+    return arrange
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupt_leaves_no_partial_output(
+    there: bool, place: Path, run: Run, after_one_block: Callable[[BaseException], None]
+) -> None:
+    if there:
+        shutil.copytree(place / "model", place / "out")
+    before = listing(place)
+    after_one_block(KeyboardInterrupt())
+    result = run("prune", "model", "out", *SMALL, *(["--overwrite"] if there else []))
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "interrupted: no partial output is left"
+    assert without_run_state(place) == before
+    assert run("clean", "out").code == 0
+    assert listing(place) == before
+
+
+def test_an_interrupt_during_imports_prints_no_traceback() -> None:
+    """Some libraries crash if a KeyboardInterrupt is raised while they are imported."""
+    code = (
+        "import os, signal, sys\n"
+        # Tests that run in the background ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "library, number = sys.argv[1], int(sys.argv[2])\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == library:\n"
+        "            os.kill(os.getpid(), number)\n"
+        "            sum(range(1000))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from secateur import cli\n"
+        "sys.argv = ['secateur', 'families']\n"
+        "cli.main()\n"
+    )
+    for name, number, ended in (("typer", signal.SIGINT, -signal.SIGINT), ("torch", signal.SIGTERM, 130)):
+        command = [sys.executable, "-c", code, name, str(int(number))]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (ended, "")
+        assert result.stderr == ("interrupted: no partial output is left\n" if ended > 0 else "")
+
+
+@pytest.mark.slow
+def test_sigterm_and_sighup_leave_no_partial_output(place: Path) -> None:
+    """A real process is killed during the work; a terminal that is closed sends SIGHUP."""
+    code = (
+        "import os, signal, sys\n"
+        "from secateur import cli\n"
+        "from secateur.commands import fit_blocks\n"
+        # Under nohup it is ignored, and stays so.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "refit = fit_blocks.refit\n"
+        "sys.argv = ['secateur', *sys.argv[1:]]\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP):\n"
+        "    def one(*given, **more):\n"
+        "        yield next(refit(*given, **more))\n"
+        "        os.kill(os.getpid(), number)\n"
+        "        signal.pause()\n"
+        "    fit_blocks.refit = one\n"
+        "    try:\n"
+        "        cli.main()\n"
+        "    except SystemExit as ended:\n"
+        "        print('ended', ended.code)\n"
+    )
+    before = listing(place)
+    arguments = ["prune", "model", "out", *SMALL]
+    # Beside that, not even root can write into this home.
+    home = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "HF_HOME": "/dev/null/hub"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=os.environ | home, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.count("ended 130") == 2, result.stdout
+    assert result.stderr.splitlines()[-1] == "interrupted: no partial output is left"
+    assert without_run_state(place) == before
+
+
+def test_a_disk_that_fills_leaves_no_partial_output(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = shards.ShardWriter.add
+
+    def full(writer: shards.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        if "layers.1." in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(writer, name, tensor)
+
+    before = listing(place)
+    monkeypatch.setattr(shards.ShardWriter, "add", full)
+    result = run("prune", "model", "out", *SMALL)
+    assert result.code == 2
+    assert (
+        "out: the disk is full; free some space and run the same command again (the run will resume)"
+        in result.err.splitlines()[-1]
+    )
+    assert without_run_state(place) == before
+    gc.collect()
+    assert capsys.readouterr() == ("", "")  # no bar is drawn late
+
+
+def test_a_disk_that_is_full_when_json_is_written(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the JSON file is synchronised."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = listing(place)
+    result = run("eval", "model", "--json", "figures.json")
+    assert result.code == 2
+    assert (
+        result.err.splitlines()[-1]
+        == "error: figures.json: the disk is full; free some space and run the same command again (nothing was written)"
+    )
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "left"),
+    [
+        ("out", ".out.partial-1a"),
+        ("o.gguf", ".o.gguf.partial-1a"),
+        ("o.gguf", ".o.gguf.folder-2b"),
+        ("o.gguf", "..o.gguf.folder-2b.partial-1a"),
+    ],
+)
+def test_files_of_a_killed_run_are_named(out: str, left: str, place: Path, run: Run, no_work: None) -> None:
+    """Unfinished files of this output are reported before the work, those of another output are not."""
+    for name in (left, f".other-{left}"):
+        (place / name).mkdir()
+    result = run("prune", "model", out, *SMALL, "--blocks", "9:12", *(["--format", "gguf"] if "." in out else []))
+    assert [line for line in result.err.splitlines() if "left by" in line] == [
+        f"{left} was left by a run that was killed; delete it, unless another run is writing it now"
+    ]

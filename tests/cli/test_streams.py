@@ -1,0 +1,116 @@
+"""Standard streams that are closed or full, encodings that lack characters, and a user without a home folder."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from command_line import SMALL, Run, refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("poor", "name"),
+    [
+        ({"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "model"),
+        ({"PYTHONIOENCODING": "latin-1"}, "café"),
+    ],
+)
+def test_an_encoding_that_lacks_characters_breaks_nothing(place: Path, poor: dict[str, str], name: str) -> None:
+    """Characters outside the encoding are in the bars of a plan, in the lines of a prune and in the name of a model."""
+    (place / "model").rename(place / name)
+    # Both commands in one process, which takes longer to import torch than to run them.
+    code = (
+        "import sys\n"
+        "from secateur import cli\n"
+        "at = sys.argv.index('then')\n"
+        "for words in (sys.argv[1:at], sys.argv[at + 1 :]):\n"
+        "    sys.argv = ['secateur', *words]\n"
+        "    try:\n"
+        "        cli.main()\n"
+        "    except SystemExit as ended:\n"
+        "        if ended.code:\n"
+        "            raise\n"
+        "    print('ended')\n"
+    )
+    asked = ["prune", name, "out", *SMALL, "--sparsity", "0.4", "--effort", "quick"]
+    planned = ["plan", name, *SMALL, "--sparsity", "0.4"]
+    command = [sys.executable, "-c", code, *asked, "then", *planned]
+    result = subprocess.run(command, env=os.environ | poor, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pruned, said, _ = result.stdout.split(b"ended\n")
+    assert re.search(rb"attention *\|[1-8# ]{3}\|", pruned), pruned
+    assert (place / "out" / "report.html").exists()
+    assert b"###" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("asked", ["families", "--help"])
+def test_a_full_standard_output_is_reported(asked: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "secateur", asked]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: standard output: the device is full")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_a_full_standard_error_changes_no_result(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are lost, but the work, its results and the exit code are the same."""
+    command = ["eval", "model", "--perplexity", "text.txt", "--length", "16", "--tokens", "64", "--json", "-"]
+    plain = run(*command)
+    with suppress(OSError), Path("/dev/full").open("w") as full:
+        for name in ("stderr", "__stderr__"):
+            monkeypatch.setattr(sys, name, full)
+        found, wrong = run(*command), run("eval", "nowhere/at/all")
+    assert plain.err
+    assert (found.code, found.out) == (plain.code, plain.out)
+    assert found.code == 0
+    assert (wrong.code, wrong.out) == (2, "")
+
+
+def test_a_closed_standard_input_is_refused(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    result = run("prune", "model", "out", *SMALL, "--calibration", "-")
+    assert (result.code, result.err.splitlines()[-1]) == (
+        2,
+        "error: standard input is closed: pipe a text in, or name a file",
+    )
+
+
+def test_a_user_without_a_home_folder(
+    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    refused(run("prune", "m.gguf", "out", *SMALL), "no home folder for a cache; set XDG_CACHE_HOME to a folder")
+    logging.getLogger("matplotlib").warning("a temporary cache directory was made")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", b"#6. 0.5 +- 0.1 \xff caf\\xe9 \\u4e00"),
+        ("latin-1", b"#6\xb7 0.5 \xb1 0.1 \xff caf\xe9 \\u4e00"),
+        ("utf-8", "█▆· 0.5 ± 0.1 ".encode() + b"\xff " + "café 一".encode()),
+    ],
+)
+def test_characters_that_an_encoding_lacks_are_substituted(encoding: str, shown: bytes) -> None:
+    """File names that are not valid UTF-8, which Python represents by surrogates, are among them."""
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding=encoding, errors="secateur")
+    stream.write("█▆· 0.5 ± 0.1 \udcff café 一")
+    stream.flush()
+    assert file.getvalue() == shown
