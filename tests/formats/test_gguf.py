@@ -632,8 +632,8 @@ def test_a_file_with_unplanned_tensors_never_appears(tmp_path, monkeypatch):
     write_folder("llama", uniform_keeps("llama", CHANNELS), tmp_path / "folder")
     right = gguf_export.write_gguf
 
-    def without_last(path, model, graph, tensors, *rest, **named):
-        right(path, model, graph, tensors[:-1], *rest, **named)
+    def without_last(path, model, architecture, tensors, *rest, **named):
+        right(path, model, architecture, tensors[:-1], *rest, **named)
 
     monkeypatch.setattr(gguf_export, "write_gguf", without_last)
     with pytest.raises(SecateurError, match=r"m.gguf: removed, .*\(blk.2.\S+ is None, .*; report it as a fault"):

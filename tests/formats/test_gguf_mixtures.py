@@ -147,7 +147,7 @@ def test_reading_returns_what_was_written(tmp_path: Path, name: str) -> None:
     source = dense(name, tmp_path / "dense", dtype)
     found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path, dtype)
     assert found.config.model_type == TWINS.get(name, source.config.model_type)
-    # That graph has an output matrix even where it is the embedding.
+    # That architecture has an output matrix even where it is the embedding.
     assert same(found, source) or name == "minimax_m2 part"
     with quiet():
         again, exact = (

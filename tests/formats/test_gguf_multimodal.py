@@ -149,60 +149,64 @@ class Notes(Silent):
         self.said.append(message)
 
 
-def gap(folder: Path, file: Path, graph: str) -> float:
+def gap(folder: Path, file: Path, architecture: str) -> float:
     """Relative distance between llama.cpp's logits of a text and the whole multimodal model's."""
     model, ids = opened(folder, trust_remote_code=True), torch.tensor([IDS])
-    if graph == "gemma4":
+    if architecture == "gemma4":
         with_the_table(model)
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
     return relative(run(file, IDS), wanted)
 
 
-def bound(graph: str) -> float:
+def bound(architecture: str) -> float:
     # As test_gguf has them.
-    return 1e-3 if graph in GELU else 2e-5 if graph.startswith(("qwen35", "mistral4")) else 2e-6
+    return 1e-3 if architecture in GELU else 2e-5 if architecture.startswith(("qwen35", "mistral4")) else 2e-6
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
     """Pruning into a file writes the same bytes as exporting the pruned folder, without the tower."""
-    graph, kinds = WRITTEN[name]
+    architecture, kinds = WRITTEN[name]
     dense, notes = saved(name, tmp_path / "dense"), Notes()
     done = export(dense, tmp_path / "dense.gguf", type="f32", watcher=notes)
     assert notes.said == [DECODER_ONLY]
-    assert done.architecture == graph
-    assert gap(dense, done.path, graph) < bound(graph)
+    assert done.architecture == architecture
+    assert gap(dense, done.path, architecture) < bound(architecture)
     how = SMALL | {"modules": kinds, "sparsity": 0.3}
     found = prune(dense, tmp_path / "m.gguf", **how, format="gguf", type="f32")
     prune(dense, tmp_path / "out", **how)
     (tmp_path / "again").mkdir()
     again = export(tmp_path / "out", tmp_path / "again" / "m.gguf", type="f32")
     assert again.path.read_bytes() == (tmp_path / "m.gguf").read_bytes()
-    assert gap(tmp_path / "out", again.path, graph) < bound(graph)
+    assert gap(tmp_path / "out", again.path, architecture) < bound(architecture)
     tensors = {tensor.name: tensor for tensor in GGUFReader(again.path).tensors}
     assert found.bytes == (done.bytes, sum(tensor.n_bytes for tensor in tensors.values()))
     assert {name.split(".")[0].split("_")[0] for name in tensors} <= {"blk", "token", "output", "per", "rope"}
     assert tokens(again.path, TEXT) == open_checkpoint(dense).tokenizer()(TEXT).input_ids
 
 
-@pytest.mark.parametrize(("name", "graph"), {"mistral3": "deci", "llava": "deci", "gemma4 small": "gemma4"}.items())
-def test_a_width_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, graph: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "architecture"), {"mistral3": "deci", "llava": "deci", "gemma4 small": "gemma4"}.items()
+)
+def test_a_width_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, architecture: str) -> None:
     dense, out = saved(name, tmp_path / "dense"), tmp_path / "out"
     found = prune(dense, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3)
     assert not found.uniform
     done = export(out, tmp_path / "m.gguf", type="f32")
-    assert done.architecture == graph
-    assert gap(out, done.path, graph) < bound(graph)
+    assert done.architecture == architecture
+    assert gap(out, done.path, architecture) < bound(architecture)
     monkeypatch.setattr(doctor, "_engines", lambda *of: {})
     (llama_cpp,) = doctor.check_engines(out)
-    assert llama_cpp.message == f"takes its language model as a .gguf file ({graph}): export it, then examine that"
+    assert (
+        llama_cpp.message == f"takes its language model as a .gguf file ({architecture}): export it, then examine that"
+    )
 
 
-@pytest.mark.parametrize(("name", "graph"), {"qwen2_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}.items())
-def test_widths_that_only_folders_hold(tmp_path: Path, name: str, graph: str) -> None:
+@pytest.mark.parametrize(("name", "architecture"), {"qwen2_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}.items())
+def test_widths_that_only_folders_hold(tmp_path: Path, name: str, architecture: str) -> None:
     dense, out, how = saved(name, tmp_path / "dense"), tmp_path / "out", SMALL | {"modules": ("heads",)}
-    why = f"{graph} has one width for all blocks, so prune all of them with uniform widths"
+    why = f"{architecture} has one width for all blocks, so prune all of them with uniform widths"
     prune(dense, out, **how | {"widths": "adaptive"}, sparsity=0.1)
     with pytest.raises(SecateurError, match=why):
         export(out, tmp_path / "m.gguf")
