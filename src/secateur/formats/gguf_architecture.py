@@ -13,6 +13,7 @@ from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_sizes import BlockSizes
 from secateur.formats.gguf_specifics import head_sizes, no_windows, same_scale
 from secateur.model.gguf_layout import Order
+from secateur.model.gguf_rope import Sections
 
 Requirement = Callable[[GgufModel, "Architecture"], str | None]
 """Returns None for a model that an architecture computes; else why it does not, as the rest of a sentence that begins
@@ -73,9 +74,8 @@ class Architecture:
     linear: Order | None = None
     """Order of the value heads of linear attention, which stands in the attention's place except in every nth block;
     None where there is none."""
-    sections: Literal["consecutive", "interleaved"] | None = None
-    """Order of the frequencies for time, height and width of a picture: one range after the other, or every third
-    frequency each; None where a position is one number."""
+    sections: Sections | None = None
+    """Order of the frequencies for time, height and width of a picture; None where a position is one number."""
     latent: bool = False
     """All heads share a latent vector per token; keys and values are computed from it by two matrices."""
     attention: Metadata = head_sizes

@@ -51,7 +51,7 @@ def model_metadata(model: GgufModel, architecture: Architecture, type: str) -> V
         "n_deepstack_layers": len(merged) or None,
         "final_logit_softcapping": float_or_none(getattr(config, "final_logit_softcapping", None)),
         **architecture.windows(model),
-        **_rope_metadata(model, architecture),
+        **({} if architecture.alibi else rope_metadata(config, model.rotated, architecture.sections)),
         **{key: value for part in architecture.metadata for key, value in part(model).items()},
     }
 
@@ -150,28 +150,3 @@ def _routing_metadata(model: GgufModel) -> Values:
         "expert_group_count": groups,
         "expert_group_used_count": used,
     }
-
-
-def _rope_metadata(model: GgufModel, architecture: Architecture) -> Values:
-    if architecture.alibi or not model.rope:
-        return {}
-    sections = [*_sections(model, architecture), 0] if architecture.sections else None
-    return {
-        "rope.dimension_count": model.rotated,
-        "rope.dimension_sections": sections,
-        **rope_metadata(model.config),
-    }
-
-
-def _sections(model: GgufModel, architecture: Architecture) -> list[int]:
-    """Return how many frequencies of a head belong to time, height and width of a picture.
-
-    Tokens of a text have one position for all three.
-    """
-    stored = model.rope.get("mrope_section")
-    if architecture.sections == "consecutive":
-        # The class's own default.
-        return stored or [16, 24, 24]
-    thirds = [(model.rotated // 2 + 2 - axis) // 3 for axis in range(3)]
-    # For frequencies beyond the sections, the model uses the time, and llama.cpp a position that is 0 for all tokens.
-    return [max(pair) for pair in zip(thirds, stored or thirds, strict=False)]

@@ -48,7 +48,8 @@ def _gates(model: GgufModel, architecture: Architecture) -> str | None:
     """Require gates of experts that sum to one, or are not divided by their sum."""
     if model.first_experts is None or architecture.gates_sum_to_one in (None, model.gates_sum_to_one):
         return None
-    return f"{'divides' if architecture.gates_sum_to_one else 'does not divide'} the gates of experts by their sum"
+    what = "divides" if architecture.gates_sum_to_one else "does not divide"
+    return f"{what} the gates of experts by their sum, unlike this model"
 
 
 def _all_heads(model: GgufModel, architecture: Architecture) -> str | None:
@@ -126,7 +127,10 @@ COMMON: tuple[Requirement, ...] = (
         ),
         "supports windows only where blocks without a window lie at regular distances",
     ),
-    config_requires(lambda config: not getattr(config, "qk_layernorm", False), "has no norms of queries and keys"),
+    config_requires(
+        lambda config: not getattr(config, "qk_layernorm", False),
+        "has no norms of queries and keys, which this model has",
+    ),
     config_requires(
         lambda config: not getattr(config, "conv_bias", False), "has no place for the biases of convolutions"
     ),

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,12 +55,27 @@ def yarn_scale(factor: float) -> float:
     return 0.1 * math.log(factor) + 1
 
 
-def rope_metadata(config: Any) -> Numbers:
-    """Return what a file's metadata say of the rotation, by keys without the architecture; None for nothing."""
-    rope, kind = rope_of(config), rope_kind(config)
+Sections = Literal["consecutive", "interleaved"]
+"""Order of a head's frequencies for time, height and width of a picture: one range after the other, or every third
+frequency each. Tokens of a text have one position for all three."""
+
+
+def rope_metadata(config: Any, rotated: int, sections: Sections | None) -> Numbers:
+    """Return a file's metadata of the rotation, by keys without the architecture; None leaves a key out.
+
+    Args:
+        config: the config object.
+        rotated: number of rotated entries of a head.
+        sections: order of the frequencies for pictures; None where the model has no sections.
+    """
+    if not (rope := rope_of(config)):
+        return {}
+    kind = rope_kind(config)
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     beta = rope.get("llama_4_scaling_beta")
     return {
+        "rope.dimension_count": rotated,
+        "rope.dimension_sections": [*_sections(rope, rotated, sections), 0] if sections else None,
         "rope.freq_base": float(rope["rope_theta"]),
         "rope.freq_base_swa": float_or_none(window_rope_of(config).get("rope_theta")),
         "attention.temperature_scale": float_or_none(beta),
@@ -68,6 +83,17 @@ def rope_metadata(config: Any) -> Numbers:
         "rope.scaling.original_context_length": original if beta or kind in ("yarn", "longrope") else None,
         **_SCALING_METADATA.get(kind, lambda _: {})(config),
     }
+
+
+def _sections(rope: Numbers, rotated: int, sections: Sections) -> list[int]:
+    """Return the numbers of frequencies for time, height and width."""
+    stored = rope.get("mrope_section")
+    if sections == "consecutive":
+        # The class's own default.
+        return stored or [16, 24, 24]
+    thirds = [(rotated // 2 + 2 - axis) // 3 for axis in range(3)]
+    # For frequencies beyond the sections, the model uses the time, and llama.cpp a position that is 0 for all tokens.
+    return [max(pair) for pair in zip(thirds, stored or thirds, strict=False)]
 
 
 def float_or_none(value: Any) -> float | None:
@@ -191,7 +217,7 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
     """
     rope = config.rope_parameters
     if sections := metadata.get("rope.dimension_sections"):
-        # Tokens of a text have one position for time, height and width; engines ask for the sections all the same.
+        # Engines ask for the sections even where there is only text.
         rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     if beta := metadata.get("attention.temperature_scale"):
         if not input.scales_queries:
