@@ -384,7 +384,7 @@ def test_the_command_writes_tasks_and_refuses_typos_in_one_line(
     assert [(task["name"], len(task["acc"]["outcomes"])) for task in model["tasks"]] == [("mine", 6), ("other", 6)]
     for arguments, message in (
         (("--tasks", "mine,gone"), "task gone does not open: "),
-        (("--tasks", "mine", "--limit", "-1"), "limit is -1; it must be positive, or 0 for all items"),
+        (("--tasks", "mine", "--limit", "-1"), "Invalid value for '--limit'"),
     ):
         code, text, error = run(*arguments, "--task-path", str(folder))
         assert (code, text, error.count("\n")) == (2, "", 1)

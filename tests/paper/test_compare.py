@@ -503,7 +503,7 @@ WRONG = [
     ("compare grid.yaml --out out", "the recipe names no model of its own; give one in front of it"),
     ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
     ("compare model model grid.yaml --out out", "model model is there twice; leave one out"),
-    ("compare model grid.yaml --out text.txt", "text.txt: a file is there; name a folder"),
+    ("compare model grid.yaml --out text.txt", "text.txt: a file with this name exists; choose another name"),
     ("compare model grid.yaml --out model", "model: holds other files and no comparison; name a new folder"),
     ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
     ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),

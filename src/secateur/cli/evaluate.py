@@ -10,10 +10,10 @@ from secateur.base.errors import SecateurError
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model, parse_list
+from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_list
 from secateur.commands.options import COMPUTING, OUTPUT, RunOptions
 
-_measured = partial(typer.Option, rich_help_panel="What to measure")
+_measured = partial(typer.Option, rich_help_panel=WHAT_TO_MEASURE)
 
 
 @expand_options
@@ -36,7 +36,7 @@ def evaluate(
         ),
     ] = None,
     length: Annotated[int, _measured(help="Tokens in each row; no row sees the tokens of another.")] = 128,
-    tokens: Annotated[int, _measured(help="Number of tokens to score, from the start of each text; 0 for all.")] = 8192,
+    tokens: ScoredTokens = 8192,
     tasks: Annotated[
         str,
         _measured(
@@ -46,7 +46,9 @@ def evaluate(
             show_default="none",
         ),
     ] = "",
-    limit: Annotated[int, _measured(help="Number of items to score, from the start of each task; 0 for all.")] = 0,
+    limit: Annotated[
+        int, _measured(help="Number of items to score, from the start of each task; 0 for all.", min=0)
+    ] = 0,
     task_path: Annotated[
         Path | None,
         _measured(
@@ -87,10 +89,6 @@ def evaluate(
 
     Example: secateur eval ./SmolLM2-pruned --perplexity wiki.txt --against ./SmolLM2-135M --speed
     """
-    if tokens < 0:
-        raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for the whole text")
-    if limit < 0:
-        raise SecateurError(f"limit is {limit}; it must be positive, or 0 for all items")
     bars = Bars()
     with bars.loading():
         from secateur.measure.evaluation import evaluate as run

@@ -14,9 +14,9 @@ import typer
 
 from secateur.base.options import OptionSpec, cli_name, option_specs
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
-from secateur.cli.values import parse_fraction
+from secateur.cli.values import WHAT_TO_MEASURE, parse_fraction
 
-_PANELS = ("Target", "Method", "Calibration", "What to measure", "Training", "Output", "Computing", MESSAGES)
+_PANELS = ("Target", "Method", "Calibration", WHAT_TO_MEASURE, "Training", "Output", "Computing", MESSAGES)
 """Panels in the order of the help; panels of plug-ins follow."""
 
 

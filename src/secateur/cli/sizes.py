@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, Without, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model, check_survey_path, parse_fractions
+from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, check_survey_path, parse_fractions
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
 
 OPTIONS = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
@@ -39,16 +39,11 @@ def sizes(
         typer.Option(
             help="Measure the perplexity of this text at each size, for the table and the plot. May be given several "
             "times.",
-            rich_help_panel="What to measure",
+            rich_help_panel=WHAT_TO_MEASURE,
             show_default="none: no plot",
         ),
     ] = None,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            help="Number of tokens to score, from the start of each text; 0 for all.", rich_help_panel="What to measure"
-        ),
-    ] = 8192,
+    tokens: ScoredTokens = 8192,
 ) -> None:
     """Prune MODEL to several sizes, and plot perplexity against size. One survey serves all sizes.
 
@@ -56,8 +51,6 @@ def sizes(
     """
     fractions = parse_fractions("--sparsities", sparsities)
     check_survey_path(run_options.survey)
-    if tokens < 0:
-        raise SecateurError(f"tokens is {tokens}; it must be positive, or 0 for all")
     if options.widths not in WIDTHS:
         raise SecateurError(f"widths is '{options.widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
     if options.output_format.suffix is not None:

@@ -22,6 +22,16 @@ Model = Annotated[
 PrunedFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder written by secateur prune.", show_default=False)
 ]
+WHAT_TO_MEASURE = "What to measure"
+"""Panel of the options that select measurements."""
+ScoredTokens = Annotated[
+    int,
+    typer.Option(
+        help="Number of tokens to score, from the start of each text; 0 for all.",
+        min=0,
+        rich_help_panel=WHAT_TO_MEASURE,
+    ),
+]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
 
 

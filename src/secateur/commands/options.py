@@ -236,9 +236,11 @@ class Options:
             for name in (name for name, value in places.items() if value):
                 raise SecateurError(f"{name} and {names[0]} both set where to remove it; leave one of them out")
         if self.plan is not None and not Path(self.plan).is_file():
-            raise SecateurError(f"plan is '{self.plan}', but there is no such file")
+            raise SecateurError(f"plan is '{self.plan}', but there is no such file; check the path")
         if self.widths not in WIDTHS and not Path(self.widths).is_file():
-            raise SecateurError(f"widths is '{self.widths}', but there is no such file; or write adaptive or uniform")
+            raise SecateurError(
+                f"widths is '{self.widths}', but there is no such file; check the path, or write adaptive or uniform"
+            )
 
     def _check_output(self) -> None:
         """Check that the format has types, and widths, such as are asked for.

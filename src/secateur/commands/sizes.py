@@ -112,7 +112,7 @@ def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]
         SecateurError: `out` cannot be a folder; two sizes have one name; or the survey would overwrite a result.
     """
     if out.exists() and not out.is_dir():
-        raise SecateurError(f"{out}: a file is there; name a folder")
+        raise SecateurError(f"{out}: a file with this name exists; choose another name")
     if not out.absolute().parent.is_dir():
         raise SecateurError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
     folders = [out / f"sparsity-{one.sparsity:g}" for one in options]

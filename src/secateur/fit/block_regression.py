@@ -76,8 +76,7 @@ class BlockRegression(Regression):
                 part.reduce(stream.processes, self.owner)
         if not (moments.fit.finite() and moments.choice.finite()):
             raise SecateurError(
-                f"block {state.index}: the activations of the {self.module.role} are NaN or infinite; "
-                "are the weights intact?"
+                f"block {state.index}: the activations of the {self.module.role} are NaN or infinite; check the weights"
             )
         return moments
 

@@ -84,7 +84,7 @@ class MixtureStage:
         xs, targets, fit_weights, choice_weights, scales = zip(*parts, strict=True)
         if not bool(torch.isfinite(torch.stack([part.sum() for part in (*xs, *targets)]).sum())):
             raise SecateurError(
-                f"block {self.state.index}: the activations of the experts are NaN or infinite; are the weights intact?"
+                f"block {self.state.index}: the activations of the experts are NaN or infinite; check the weights"
             )
         return MixtureTokens(
             torch.cat(xs),

@@ -412,7 +412,7 @@ class BlockStream:
 
         self.run(index, layer, hidden_btc, group, watch={m.output_layer: watcher(name) for name, m in names.items()})
         where = next(name for name in ("the input", *names, "the norms") if broken[name])
-        return SecateurError(f"block {index}: {where} gives NaN or infinite activations; are the weights intact?")
+        return SecateurError(f"block {index}: {where} gives NaN or infinite activations; check the weights")
 
 
 def _finite(values: Tensor) -> bool:

@@ -30,7 +30,7 @@ class RunStore:
             SecateurError: something else is there, or nothing can be.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise SecateurError(f"{self.path}: a file is there; name a folder")
+            raise SecateurError(f"{self.path}: a file with this name exists; choose another name")
         if self.path.is_dir() and not (self.path / RUNS).is_dir() and any(self.path.iterdir()):
             raise SecateurError(f"{self.path}: holds other files and no comparison; name a new folder")
         if not self.path.absolute().parent.is_dir():

@@ -206,4 +206,4 @@ def _through_block(
 def _check_finite(gradient: Tensor, where: str) -> None:
     """Raise `SecateurError` if a gradient is NaN or infinite; `where` names the part of the model."""
     if not torch.isfinite(gradient.sum()):
-        raise SecateurError(f"{where}: the backward pass gives NaN or infinite gradients; are the weights intact?")
+        raise SecateurError(f"{where}: the backward pass gives NaN or infinite gradients; check the weights")

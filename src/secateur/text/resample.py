@@ -86,7 +86,7 @@ def _resample_row(
             logits = head(hidden[places])
         cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
         if not torch.isfinite(cumulative[:, -1]).all():
-            raise SecateurError(f"{stream.checkpoint.source}: NaN or infinite logits; are the weights intact?")
+            raise SecateurError(f"{stream.checkpoint.source}: NaN or infinite logits; check the weights")
         for tokens, anew, level in zip(result, replaced, levels, strict=True):
             drawn = torch.searchsorted(cumulative, level[places, None].double() * cumulative[:, -1:], right=True)
             chosen = anew[places]
