@@ -1,4 +1,4 @@
-"""What `secateur doctor` says of folders and files; vLLM is asked in tests/serving."""
+"""`secateur doctor` on folders and files; tests/serving has vLLM."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from models import make_letters
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands import doctor, doctor_probe
-from secateur.commands.doctor import NEW, Engine, check_engines
+from secateur.commands.doctor import NEW_TOKENS, Engine, check_engines
 
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "device": "cpu", "recovery": "none"}
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines are tried in this process: importing all of them anew takes longer than all else."""
+    """Run engines in this process, because importing them in new processes takes long."""
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str] | str:
         name, how = command[-2:]
@@ -39,16 +39,15 @@ def by_name(found: list[Engine]) -> dict[str, Engine]:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_runs_a_folder(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """Of widths block by block, with a block that has no heads."""
+def test_engines_run_a_folder_with_different_widths(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     make_letters().save_pretrained(tmp_path / "out")
     found = by_name(check_engines(tmp_path / "out"))
     assert found["transformers"].runs
-    assert found["transformers"].message == f"writes {NEW} tokens"
+    assert found["transformers"].message == f"generates {NEW_TOKENS} tokens"
     assert "trust_remote_code=True" in found["transformers"].command
     assert found["lm-eval"].runs, found["lm-eval"].message
-    assert found["lm-eval"].message.startswith("scores a text, -")
+    assert found["lm-eval"].message.startswith("scores a text: -")
     assert found["peft"].runs
     assert found["vLLM"] == Engine(
         "vLLM", None, None, "not installed", f"vllm serve {tmp_path / 'out'} --trust-remote-code"
@@ -57,28 +56,28 @@ def test_what_runs_a_folder(tmp_path: Path, checkpoint_folder: CheckpointFolder)
 
 
 @pytest.mark.usefixtures("here")
-def test_what_does_not(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """GPT-2 by block: vLLM's backend drops biases, and llama.cpp's graph has one width."""
+def test_an_unsupported_folder_gets_reasons(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """A GPT-2 with a width for each block: vLLM drops biases, and llama.cpp's graph has one width."""
     prune(checkpoint_folder("gpt2"), tmp_path / "out", sparsity=0.3, **SMALL)
     found = by_name(check_engines(tmp_path / "out"))
-    assert found["vLLM"].message.startswith("not installed, and would not run it: its transformers backend cannot run")
+    assert found["vLLM"].message.startswith("not installed, and could not run it: its transformers backend cannot run")
     assert found["llama.cpp"].runs is False
     assert "one width for all blocks" in found["llama.cpp"].message
 
 
-def test_code_that_is_not_ours_does_not_run(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_changed_modeling_file_does_not_run(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     with (tmp_path / "out" / "modeling_secateur.py").open("a") as file:
         file.write("raise SystemExit\n")
-    with pytest.raises(SecateurError, match="opening the folder runs it; look at it, then say --trust-remote-code"):
+    with pytest.raises(SecateurError, match="opening the folder runs it; read it, then add --trust-remote-code"):
         check_engines(tmp_path / "out")
     with pytest.raises(SecateurError, match="name one that secateur prune wrote"):
         check_engines(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_strangers_code_does_not_run(file: str, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """Beside our file, or where a config asks for it in another repository."""
+def test_other_code_in_the_folder_does_not_run(file: str, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """Neither another Python file, nor code of another repository that a config names."""
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     (tmp_path / "out" / "more.py").write_text("raise SystemExit\n")
     with pytest.raises(SecateurError, match=r"more\.py: .*opening the folder runs it"):
@@ -91,8 +90,8 @@ def test_strangers_code_does_not_run(file: str, tmp_path: Path, checkpoint_folde
         check_engines(tmp_path / "out")
 
 
-def test_a_file_for_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the program on the path, here a stand-in."""
+def test_llama_cpp_runs_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell script stands in for the program on the path."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     program = tmp_path / "llama-cli"
     program.write_text('#!/bin/sh\n[ "$1" = -m ] && [ -f "$2" ] && echo "$4 Paris."\n')
@@ -102,7 +101,7 @@ def test_a_file_for_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (found.runs, found.message.split(":")[0]) == (None, "not installed")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     (found,) = check_engines(tmp_path / "model.gguf")
-    assert (found.runs, found.message) == (True, "writes: The capital of France is Paris.")
+    assert (found.runs, found.message) == (True, "generates: The capital of France is Paris.")
 
 
 @pytest.mark.parametrize(
@@ -110,12 +109,12 @@ def test_a_file_for_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("print('fine')", None),
         ("raise ValueError('no such layer')", "ValueError: no such layer"),
-        ("import sys; sys.exit(3)", "ended with code 3"),
-        ("import os; os.abort()", "ended by SIGABRT"),
-        ("import time; time.sleep(60)", "has not finished in 0 minutes"),
+        ("import sys; sys.exit(3)", "ended with exit code 3"),
+        ("import os; os.abort()", "was ended by SIGABRT"),
+        ("import time; time.sleep(60)", "did not finish within 0 minutes"),
     ],
 )
-def test_engines_that_fail(code: str, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "LONGEST", 1.0)
+def test_a_failing_engine_gives_one_line(code: str, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TIMEOUT", 1.0)
     found = doctor._run([sys.executable, "-c", code])
     assert (said is None and not isinstance(found, str)) or found == said

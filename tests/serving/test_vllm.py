@@ -314,7 +314,7 @@ def test_the_doctor_finds_that_it_runs(expected: dict[Case, Expected]) -> None:
     found = {engine.name: engine for engine in check_engines(expected[SERVED[0]].folder)}
     assert (found["vLLM"].runs, found["vLLM"].message) == (
         True,
-        "writes 8 tokens, 8 of them as transformers does",
+        "generates 8 tokens, 8 of them the same as transformers",
     )
 
 

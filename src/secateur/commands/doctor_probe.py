@@ -1,8 +1,10 @@
-"""One engine opens one model, in a process that nothing but this runs in.
+"""One engine opens one model, in a process that runs nothing else.
 
     python -m secateur.commands.doctor_probe PACKAGE JSON
 
-The last line on standard output is JSON: what there is to say, and the tokens that were written.
+JSON is an object: `out` the folder, `class` the auto class of transformers, `ids` the token ids of a prompt, `new` the
+number of tokens to generate, and `trust` whether code in the folder may run. The last line on standard output is JSON
+too: a message, and the generated tokens if there are any.
 """
 
 import json
@@ -11,54 +13,58 @@ from collections.abc import Callable
 from typing import Any
 
 
-def _model(how: dict[str, Any]) -> Any:
+def _model(request: dict[str, Any]) -> Any:
+    """Open the model with transformers."""
     import transformers
 
-    auto = getattr(transformers, how["class"])
-    return auto.from_pretrained(how["out"], dtype="auto", trust_remote_code=how["trust"]).eval()
+    auto_class = getattr(transformers, request["class"])
+    return auto_class.from_pretrained(request["out"], dtype="auto", trust_remote_code=request["trust"]).eval()
 
 
-def _transformers(how: dict[str, Any]) -> dict[str, Any]:
+def _transformers(request: dict[str, Any]) -> dict[str, Any]:
+    """Generate tokens with transformers."""
     import torch
 
-    ids = torch.tensor([how["ids"]])
-    found = _model(how).generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=how["new"], max_new_tokens=how["new"]
+    ids, new = torch.tensor([request["ids"]]), request["new"]
+    generated = _model(request).generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new
     )
-    return {"says": "", "tokens": found[0, ids.shape[1] :].tolist()}
+    return {"message": "", "tokens": generated[0, ids.shape[1] :].tolist()}
 
 
-def _vllm(how: dict[str, Any]) -> dict[str, Any]:
+def _vllm(request: dict[str, Any]) -> dict[str, Any]:
+    """Generate tokens with vLLM."""
     from vllm import LLM, SamplingParams
 
-    model = LLM(
-        how["out"], trust_remote_code=how["trust"], enforce_eager=True, max_model_len=len(how["ids"]) + how["new"]
-    )
-    sampling = SamplingParams(temperature=0, max_tokens=how["new"], ignore_eos=True)
-    (found,) = model.generate([{"prompt_token_ids": how["ids"]}], sampling, use_tqdm=False)
-    return {"says": "", "tokens": list(found.outputs[0].token_ids)}
+    ids, new = request["ids"], request["new"]
+    model = LLM(request["out"], trust_remote_code=request["trust"], enforce_eager=True, max_model_len=len(ids) + new)
+    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    (result,) = model.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    return {"message": "", "tokens": list(result.outputs[0].token_ids)}
 
 
-def _lm_eval(how: dict[str, Any]) -> dict[str, Any]:
+def _lm_eval(request: dict[str, Any]) -> dict[str, Any]:
+    """Score a text with lm-eval."""
     import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=how["out"], trust_remote_code=how["trust"], batch_size=1, device=device)
+    model = HFLM(pretrained=request["out"], trust_remote_code=request["trust"], batch_size=1, device=device)
     asked = Instance("loglikelihood", {}, ("The capital of France", " is Paris"), 0)
     ((score, _),) = model.loglikelihood([asked], disable_tqdm=True)
-    return {"says": f"scores a text, {score:.2f} nats"}
+    return {"message": f"scores a text: {score:.2f} nats"}
 
 
-def _peft(how: dict[str, Any]) -> dict[str, Any]:
+def _peft(request: dict[str, Any]) -> dict[str, Any]:
+    """Add LoRA to all linear layers with peft, and run the model."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(_model(how), LoraConfig(r=4, target_modules="all-linear"))
-    model(input_ids=torch.tensor([how["ids"]]))
+    model = get_peft_model(_model(request), LoraConfig(r=4, target_modules="all-linear"))
+    model(input_ids=torch.tensor([request["ids"]]))
     adapted = sum("lora_A" in name for name, _ in model.named_parameters())
-    return {"says": f"adapts {adapted} layers"}
+    return {"message": f"adds LoRA to {adapted} layers"}
 
 
 PROBES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -67,7 +73,7 @@ PROBES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "lm_eval": _lm_eval,
     "peft": _peft,
 }
-"""By package."""
+"""Probes by package: each is a function of the request, and returns the message and the tokens."""
 
 if __name__ == "__main__":
     print(f"\n{json.dumps(PROBES[sys.argv[1]](json.loads(sys.argv[2])))}")
