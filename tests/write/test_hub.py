@@ -105,7 +105,7 @@ def test_a_folder_arrives_whole(tmp_path: Path, checkpoint_folder: CheckpointFol
         ("smaller", "hf_right", "push-to-hub is 'smaller'; write owner/name"),
         ("me/../you", "hf_right", "write owner/name"),
         ("me/smaller", "", "nobody is logged in to the hub; run hf auth login first"),
-        ("me/smaller", "hf_wrong", "me/smaller: the hub does not let anything be sent: Invalid"),
+        ("me/smaller", "hf_wrong", "me/smaller: the hub does not accept an upload: Invalid"),
     ],
 )
 def test_refused_before_any_work(
@@ -127,6 +127,6 @@ def test_refused_before_any_work(
 
 def test_what_does_not_arrive_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, hub: Hub) -> None:
     hub.full = True
-    with pytest.raises(SecateurError, match=r"is complete, but was not sent: .*try again with hf upload me/sm"):
+    with pytest.raises(SecateurError, match=r"is complete, but the upload failed: .*try again with hf upload me/sm"):
         prune(checkpoint_folder("llama"), tmp_path / "out", push_to_hub="me/smaller", **SMALL)
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -295,7 +295,7 @@ def test_views_and_shared_storage(tmp_path):
 def test_a_header_that_outgrows_its_room(tmp_path):
     shards = ShardWriter(tmp_path, header_bytes=64)
     shards.add("a" * 100, torch.ones(1))
-    with pytest.raises(ValueError, match="64 were reserved"):
+    with pytest.raises(ValueError, match="64 bytes were reserved"):
         shards.close()
 
 

@@ -1,1 +1,1 @@
-"""From fitted blocks to a folder or a file, whole or not at all."""
+"""Write a pruned model: tensors, the files beside them, and the upload."""

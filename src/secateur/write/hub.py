@@ -1,4 +1,4 @@
-"""A finished model sent to the hub, by huggingface_hub's client."""
+"""Upload of a finished model to the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from secateur.model.hub_source import looks_like_id
 
 
 def check_upload(repo: str) -> None:
-    """See that a model could be sent to a repository, `owner/name`.
+    """Check that a model could be uploaded to a repository, `owner/name`.
 
     Raises:
-        SecateurError: the name is none, nobody is logged in, or the hub does not answer.
+        SecateurError: the name is not of this form, nobody is logged in, or the hub does not answer.
     """
     if "/" not in repo or not looks_like_id(repo):
         raise SecateurError(f"push-to-hub is '{repo}'; write owner/name")
@@ -24,28 +24,33 @@ def check_upload(repo: str) -> None:
     except LocalTokenNotFoundError as error:
         raise SecateurError(f"{repo}: nobody is logged in to the hub; run hf auth login first") from error
     except Exception as error:
-        # The client hands on errors of several libraries.
-        raise SecateurError(f"{repo}: the hub does not let anything be sent: {first_line(error)}") from error
+        # The client passes on errors of several libraries.
+        raise SecateurError(f"{repo}: the hub does not accept an upload: {first_line(error)}") from error
 
 
 def upload(out: Path, repo: str, watcher: Watcher) -> str:
-    """Send a folder, or a .gguf file, and return its address. A repository that is new is private.
+    """Upload a folder or a .gguf file, and return its address. A new repository is private.
+
+    Args:
+        out: the complete output.
+        repo: repository on the hub, `owner/name`.
+        watcher: receives progress.
 
     Raises:
-        SecateurError: it did not arrive; what is on disk is complete.
+        SecateurError: the upload failed. The output on disk stays complete.
     """
     api, message = HfApi(), "Pruned by secateur"
     try:
         api.create_repo(repo, private=True, exist_ok=True)
-        with watcher.busy(f"Sending {out} to {repo}"):
+        with watcher.busy(f"Uploading {out} to {repo}"):
             if out.is_dir():
-                # Shards of an earlier model would stay beside these.
+                # Without this, shards of an earlier model would stay in the repository.
                 stale = ["*.safetensors", "*.safetensors.index.json"]
                 api.upload_folder(repo_id=repo, folder_path=out, commit_message=message, delete_patterns=stale)
             else:
                 api.upload_file(repo_id=repo, path_or_fileobj=out, path_in_repo=out.name, commit_message=message)
     except Exception as error:
         raise SecateurError(
-            f"{out} is complete, but was not sent: {first_line(error)}; try again with hf upload {repo} {out}"
+            f"{out} is complete, but the upload failed: {first_line(error)}; try again with hf upload {repo} {out}"
         ) from error
     return f"{api.endpoint}/{repo}"

@@ -1,4 +1,4 @@
-"""The record that `prune` puts beside a model, secateur.json."""
+"""The record of a run, secateur.json, which `prune` writes beside the model."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ RECORD = "secateur.json"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `prune` said of a model; nothing where it was saved by something else since, or says nothing readable."""
+    """Return the record in a folder; an empty dictionary if there is none or it is not readable as JSON."""
     try:
-        found = parse_json((folder / RECORD).read_bytes())
+        record = parse_json((folder / RECORD).read_bytes())
     except (OSError, ValueError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,4 +1,4 @@
-"""Safetensors shards, written as tensors come."""
+"""Safetensors files, written tensor by tensor."""
 
 import hashlib
 import json
@@ -15,27 +15,28 @@ from secateur.base.json_files import damaged_state
 from secateur.model.weights import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
-"""Default limit of a shard."""
+"""Default limit on the bytes of a shard."""
 
 HEADER_BYTES = 2**20
-"""Default room for a shard's header: some thousand tensors."""
+"""Default number of bytes reserved for the header of a shard: enough for some thousand tensors."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardWriter:
-    """Tensors into safetensors shards, each written to disk as it comes; an index where there is more than one shard.
+    """Writer of safetensors shards: each tensor goes to disk when it is added, and an index names the shards.
 
-    The format puts a header before the data. Room for it is reserved at the start of a file and padded with spaces,
-    as the format allows, once all that it must say is known.
+    In this format, a header comes before the data. Space for the header is reserved at the start of each file. The
+    header is written when the shard is finished, and padded with spaces, which the format allows.
     """
 
     def __init__(self, folder: Path, *, header_bytes: int = HEADER_BYTES, limit_bytes: int = SHARD_BYTES):
-        """Start without files in an existing folder.
+        """Start without any shard.
 
         Args:
-            header_bytes: room to reserve in each shard, see `header_bytes_for`.
-            limit_bytes: the most that a shard holds; a larger tensor gets a shard of its own.
+            folder: an existing folder.
+            header_bytes: bytes to reserve for the header of each shard; see `header_bytes_for`.
+            limit_bytes: limit on the data bytes of a shard; a larger tensor gets a shard of its own.
         """
         self.folder = folder
         self.header_bytes = header_bytes
@@ -45,34 +46,37 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._size = 0
         self._hashes: list[str] = []
-        """Of the data of each shard, as far as they were settled."""
-        self._read: dict[int, tuple[int, Any]] = {}
-        """How far each of these reaches, and what it is computed with."""
+        """Hash of the data of each shard, up to the last saved state."""
+        self._hashers: dict[int, tuple[int, Any]] = {}
+        """Data bytes that the hash of each shard covers so far, and the hash object."""
 
     def __contains__(self, name: object) -> bool:
         return any(name in shard for shard in self._shards)
 
     def save_state(self) -> dict[str, Any]:
-        """See to it that all that was added is on disk; what `resume` needs to go on from there, as JSON holds it."""
+        """Flush everything that was added to disk, and return the state from which `resume` continues, for JSON."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        # Shards that were finished since have changed, too.
+        # The last shard of the saved state has grown since, and others may follow it.
         for number in range(max(1, len(self._hashes)), len(self._shards) + 1):
             self._hashes[number - 1 :] = [self._hash(number)]
         return {"shards": self._shards, "hashes": self._hashes, "header": self.header_bytes}
 
-    def resume(self, settled: dict[str, Any]) -> None:
-        """Go on where another writer of this folder had settled; what it added after that is dropped.
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state of another writer of this folder; tensors that it added later are dropped.
+
+        Args:
+            state: the result of `save_state`.
 
         Raises:
-            SecateurError: the files are not as they were then.
+            SecateurError: the data in the files have changed since the state was saved.
         """
-        self._shards, self._hashes, self.header_bytes = settled["shards"], settled["hashes"], settled["header"]
+        self._shards, self._hashes, self.header_bytes = state["shards"], state["hashes"], state["header"]
         ends = [max(entry["data_offsets"][1] for entry in shard.values()) for shard in self._shards]
         self.total_bytes = sum(ends)
         for number, wanted in enumerate(self._hashes, 1):
-            # Closing had begun.
+            # `close` may have renamed this shard already.
             for named in (*self.folder.glob(f"model-{number:05d}-of-*"), self.folder / SINGLE):
                 if named.exists() and not self._path(number).exists():
                     named.rename(self._path(number))
@@ -86,22 +90,22 @@ class ShardWriter:
             self._file.seek(0, os.SEEK_END)
 
     def _hash(self, number: int) -> str:
-        """Of a shard's data, without what may stand behind them; what was read before is not read again."""
+        """Return the hash of a shard's data. Bytes that were hashed before are not read again."""
         end = max(entry["data_offsets"][1] for entry in self._shards[number - 1].values())
-        place, found = self._read.pop(number, (0, hashlib.sha256()))
+        place, hasher = self._hashers.pop(number, (0, hashlib.sha256()))
         with suppress(FileNotFoundError), self._path(number).open("rb", buffering=0) as file:
             file.seek(8 + self.header_bytes + place)
             while place < end and (piece := file.read(min(end - place, 2**24))):
-                found.update(piece)
+                hasher.update(piece)
                 place += len(piece)
-        self._read[number] = place, found
-        return found.hexdigest()
+        self._hashers[number] = place, hasher
+        return hasher.hexdigest()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, into a new shard if it does not fit into this one.
+        """Write a tensor, to a new shard if it does not fit into the last one.
 
         Raises:
-            ValueError: the name was there already.
+            ValueError: a tensor of this name was added before.
         """
         if name in self:
             raise ValueError(f"{name} was added twice")
@@ -121,10 +125,10 @@ class ShardWriter:
         self.total_bytes += size
 
     def close(self) -> None:
-        """Finish the last shard and give all their final names.
+        """Finish the last shard, give all shards their final names, and write the index if there are several.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: no tensor was added.
         """
         if not self._shards:
             raise ValueError("no tensor was added")
@@ -145,19 +149,19 @@ class ShardWriter:
         return self.folder / f".shard-{number:05d}.partial"
 
     def _finish_shard(self) -> None:
-        """Fill in the reserved header and close the file."""
+        """Write the header of the last shard into the reserved space, and close the file."""
         if self._file is None:
             return
         header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1]}, separators=(",", ":")).encode()
         if len(header) > self.header_bytes:
-            raise ValueError(f"the header takes {len(header)} bytes, and {self.header_bytes} were reserved")
+            raise ValueError(f"the header takes {len(header)} bytes, but {self.header_bytes} bytes were reserved")
         with self._file as file:
             file.seek(0)
-            # All of the room, whatever a stop has left in it.
+            # The whole space is overwritten, whatever a stopped run left in it.
             file.write(self.header_bytes.to_bytes(8, "little") + header.ljust(self.header_bytes))
         self._file, self._size = None, 0
 
 
 def header_bytes_for(names: Iterable[str]) -> int:
-    """Bytes that a safetensors header of these tensors takes at the most, a multiple of 8."""
+    """Return an upper bound on the bytes of a safetensors header with these tensors, a multiple of 8."""
     return 64 + sum(len(json.dumps(name)) + 128 for name in names) // 8 * 8

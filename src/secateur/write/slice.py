@@ -1,4 +1,4 @@
-"""A fitted block, cut to the tensors that an output holds."""
+"""The narrowed tensors of a fitted block."""
 
 import torch
 from torch import Tensor
@@ -10,25 +10,29 @@ from secateur.model.surgery import slice_block
 
 
 def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return all tensors of a block as they will be written, by their names inside the block.
+    """Return all tensors of a block as they will be written: only the units that are kept, with refitted weights.
 
     Args:
-        stream: the open model; the block's tensors are read again.
-        block: the choice of units and the refitted weights.
-        dtype: of the result; the checkpoint's by default.
+        stream: the open model, from which the tensors of the block are read again.
+        block: the units that are kept, and the refitted weights.
+        dtype: of the result; by default that of the checkpoint.
+
+    Returns:
+        Tensors by their names inside the block.
 
     Raises:
-        SecateurError: a refitted weight is beyond what the dtype holds.
+        SecateurError: a refitted weight is larger than the largest number of the dtype.
     """
     dtype = dtype or stream.checkpoint.dtype
     tensors = stream.stored(block.index, without=block.changed) | block.changed
-    # What is finer than the other weights stays so: an expert's part in the choice of experts.
-    exact = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
-    rounded = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in tensors.items()}
+    # Buffers keep their own, finer dtype, such as the biases of a router.
+    buffers = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
+    rounded = {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in tensors.items()}
     for name in block.changed:
         if not bool(torch.isfinite(rounded[name]).all()):
+            wanted = str(dtype).removeprefix("torch.")
             raise SecateurError(
-                f"block {block.index}: the refitted {name} is more than {str(dtype).removeprefix('torch.')} holds; "
-                "take bfloat16 or float32"
+                f"block {block.index}: a refitted weight of {name} is too large for {wanted}; use --dtype bfloat16 or "
+                "float32"
             )
     return slice_block(stream.blocks[block.index], rounded, block.keep)
