@@ -1,8 +1,8 @@
-"""Runs `prune` in children that are killed: `python lives.py MODEL FOLDER CASES`, a JSON file; figures as JSON.
+"""Kill runs of `prune` at many points and resume them: `python lives.py MODEL FOLDER CASES`; prints figures as JSON.
 
-A case is a name, a number of points, and what is asked of `prune`. A run that lives writes down each time it
-touches the disk. At so many of these points, spread over the run, another child is killed by SIGKILL and a third one
-goes on; what comes out is held against the first.
+CASES is a JSON file. A case has a name, a number of points, and options of `prune`. A first child process runs to the
+end and logs each time that it touches the disk. For each point, spread evenly over the log, a second child is killed
+there by SIGKILL, and a third child resumes the run. Its output is compared with that of the first child.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ TOUCHES: list[tuple[Any, str]] = [
 
 
 def live(model: Path, out: Path, log: Path, end: int, **asked: Any) -> int:
-    """One child; at its touch number `end` it is killed. Its exit status."""
+    """Run `prune` in a child that is killed at its `end`-th touch of the disk, and return its exit status."""
     if child := os.fork():
         return os.waitpid(child, 0)[1]
     count = 0
@@ -62,7 +62,7 @@ def live(model: Path, out: Path, log: Path, end: int, **asked: Any) -> int:
 
 
 def bytes_of(out: Path) -> dict[str, str]:
-    """A hash of every file but the timings."""
+    """Return the hash of every file except the timings."""
     files = sorted(out.rglob("*")) if out.is_dir() else [out]
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -72,7 +72,7 @@ def bytes_of(out: Path) -> dict[str, str]:
 
 
 def killed_anywhere(model: Path, folder: Path, points: int, asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """What became of each life that was ended."""
+    """Return the outcome of each run that was killed and resumed."""
     folder.mkdir()
     name = "out.gguf" if asked.get("format") == "gguf" else "out"
     first, log = folder / "first", folder / "log"

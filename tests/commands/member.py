@@ -1,9 +1,9 @@
-"""Processes that prune together, each a child of this one, which imports what they need once.
+"""Start processes that prune together, as children of a process that has imported everything once.
 
-A line of standard input is a team as JSON: the environment of each member, a launcher's variables or none, and the
-cases that all of them carry out. The answer is a line: how each ended, and what it said on standard error. A case has
-the words of a command, and what single members have of their own: more `words`, or the block, counted as blocks are
-filled, at which they are killed.
+Each line of standard input is a team, as JSON: the environment of each member, with a launcher's variables or without,
+and the cases that all members run. The answer is one line: the exit code and the standard error of each member. A case
+has the words of a command, and for single members further `words`, or the number of the block, in the order in which
+blocks are filled, at which the member is killed.
 """
 
 import json
@@ -33,7 +33,7 @@ PATIENCE = 180
 
 
 def end_at(filling: int | None) -> None:
-    """Let this process be killed."""
+    """Kill this process when it fills a block for the given time."""
     filled, count = BlockStream.filled, 0
 
     def counted(stream: BlockStream, index: int) -> AbstractContextManager[nn.Module]:
@@ -47,7 +47,7 @@ def end_at(filling: int | None) -> None:
 
 
 def run(words: list[str]) -> int:
-    """A command's exit code."""
+    """Run a command, and return its exit code."""
     # What it says depends on the launcher's variables, when it is imported.
     from secateur import cli
 
@@ -60,7 +60,7 @@ def run(words: list[str]) -> int:
 
 
 def carry_out(cases: list[dict[str, Any]]) -> int:
-    """A member's exit code: that of the first case that fails."""
+    """Run the cases, and return the exit code of the first one that fails, or zero."""
     torch.set_num_threads(1)
     # Rounding is all that may differ; bfloat16 would make much of it.
     secateur.fit.block_regression.fast_dtype = lambda _: torch.float32
@@ -78,7 +78,7 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
 
 
 def born(environment: dict[str, str], cases: list[dict[str, Any]], said: IO[bytes]) -> int:
-    """A child's number."""
+    """Start a child, and return its process id."""
     if child := os.fork():
         return child
     # A team that waits for ever fails in place of the whole test run.

@@ -1,4 +1,4 @@
-"""What a dry run expects: operations against those that runs carry out, bytes by hand, and nothing run or written."""
+"""Dry runs: operations as real runs carry them out, bytes as counted by hand, and no output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3, "calibratio
 
 @pytest.fixture
 def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A dry run at given speeds; others take no time."""
+    """Return a function that does a dry run at given speeds; other operations take no time."""
 
     def found(name: str = "llama", speeds: dict[str, float] | None = None, **options: Any) -> Summary:
         every = dict.fromkeys(Speeds._fields, NEVER) | (speeds or {})
@@ -47,16 +47,16 @@ def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: p
 
 
 PRODUCTS = {"forward": 1.0, "rounded": 1.0, "float32": 1.0}
-"""One operation a second, writing aside."""
+"""Speeds of one operation per second, except for generating text."""
 
 
 @pytest.mark.parametrize(
     ("name", "effort"), [*(("llama", effort) for effort in EFFORTS), ("qwen3_moe", "quick"), ("mixtral", "normal")]
 )
-def test_fits_take_what_is_counted(
+def test_fits_take_the_counted_operations(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any, name: str, effort: str
 ) -> None:
-    """Torch counts products, but no factorisations; and those inside the attention, which are left out here."""
+    """Torch counts products, including those inside the attention, but no factorisations; hence the tolerance."""
     how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "effort": effort, "survey": tmp_path / "survey.json"}
     model = checkpoint_folder(name)
     prune(model, tmp_path / "first", **how | {"dry_run": False})
@@ -68,8 +68,10 @@ def test_fits_take_what_is_counted(
     assert summary.seconds == summary.effort_seconds[effort]
 
 
-def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any) -> None:
-    """Nothing once there is one."""
+def test_the_survey_takes_the_counted_operations(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any
+) -> None:
+    """A run that reads a survey file takes so much less."""
     from secateur.commands.survey_file import split_survey_rows
     from secateur.survey.survey import survey
 
@@ -86,13 +88,15 @@ def test_the_survey_takes_what_is_counted(checkpoint_folder: CheckpointFolder, t
     assert 0.7 < seconds / dry_run.SLACK / (counter.get_total_flops() - head) < 1.4
 
 
-def test_nothing_is_written_or_rewritten(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_neither_generates_nor_resamples(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((draw, "self_rows"), (draw_rows, "resample_tokens")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
     assert expected(effort="best", calibration="self").is_dry_run
 
 
-def test_writing(checkpoint_folder: CheckpointFolder, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_of_generating_text(
+    checkpoint_folder: CheckpointFolder, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = open_checkpoint(checkpoint_folder("llama"))
     parameters = sum(info.entries for info in stored.tensors.values())
     tokens = SIZE["samples"] * SIZE["length"]
@@ -112,7 +116,7 @@ def test_writing(checkpoint_folder: CheckpointFolder, expected: Any, monkeypatch
     assert expected().peak_bytes == 0
 
 
-def test_memory(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+def test_the_memory_of_fits(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     width = stream.width
     rows = Rows((torch.zeros(4, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)), (1.0, 0.0))
@@ -135,8 +139,8 @@ def test_memory(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     assert list(one.effort_seconds) == ["normal"], "only the refit has efforts"
 
 
-def test_gradients(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
-    """Every block's input is kept, which takes most where tokens are many and the model is deep."""
+def test_the_work_of_a_backward_pass(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+    """The inputs of all blocks are kept, so memory grows with the number of tokens and blocks."""
     plain, costly = (expected(criterion=name, speeds=PRODUCTS) for name in ("l1", "llm-pruner-vector"))
     assert costly.seconds > plain.seconds
     assert costly.peak_bytes >= plain.peak_bytes
@@ -147,8 +151,8 @@ def test_gradients(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
     assert more.float32 == 2 * less.float32
 
 
-def test_speeds_are_those_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quick products are rounded as sums over tokens are."""
+def test_speeds_are_measured_in_the_dtypes_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that may be rounded are measured in bfloat16, the others in float32."""
     asked: list[str] = []
     precision = torch.backends.mkldnn.matmul
     monkeypatch.setattr(machine_speed, "product_rate", lambda *_, **__: asked.append(precision.fp32_precision) or 1.0)
@@ -160,7 +164,7 @@ def test_speeds_are_those_of_what_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert summary.seconds > 0
 
 
-def test_steps_add_up() -> None:
+def test_work_adds_operations_and_takes_the_largest_memory() -> None:
     assert Work.total([Work(1, 2, 3, 4, 5, 6, 7), Work(10, 20, 30, 40, 50, 4, 8)]) == Work(11, 22, 33, 44, 55, 6, 8)
     assert Work.total([]) == Work()
     assert Speeds(1.0, 2.0, 4.0, NEVER, 8.0).seconds(Work(1, 2, 4, 8, 16, 32)) == 5

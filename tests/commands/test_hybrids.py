@@ -39,7 +39,7 @@ def test_the_stock_class_has_one_number_of_heads(tmp_path, checkpoint_folder, na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_similar_heads(tmp_path, checkpoint_folder, name):
+def test_similarity_prunes_only_blocks_with_attention(tmp_path, checkpoint_folder, name):
     found = prune(checkpoint_folder(name), tmp_path / "out", **SMALL, criterion="similarity", tau=0.17)
     full = blocks_of(build(name))[1].width
     assert set(found.widths) == {1, 2}
@@ -47,7 +47,7 @@ def test_similar_heads(tmp_path, checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_attention_has_keys_and_values(tmp_path, checkpoint_folder, name):
+def test_token_mixers_have_no_keys_and_values(tmp_path, checkpoint_folder, name):
     found, block = (
         prune(checkpoint_folder(name), tmp_path / "out", **SMALL, target="kv=70%"),
         blocks_of(build(name))[1],
@@ -59,7 +59,7 @@ def test_only_attention_has_keys_and_values(tmp_path, checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("kept", [[], [0, 1, 2, 3]])
-def test_a_plan_keeps_what_stands_in_its_place(tmp_path, checkpoint_folder, kept):
+def test_a_plan_keeps_token_mixers_whole(tmp_path, checkpoint_folder, kept):
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 0, "heads": kept}]}))
     with pytest.raises(SecateurError, match=r"block 0 has no heads; list its channels"):
         prune(checkpoint_folder("lfm2"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
@@ -69,7 +69,7 @@ def test_a_plan_keeps_what_stands_in_its_place(tmp_path, checkpoint_folder, kept
         prune(checkpoint_folder("lfm2"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
 
 
-def test_what_is_refused(tmp_path, checkpoint_folder):
+def test_requests_that_token_mixers_rule_out_are_refused(tmp_path, checkpoint_folder):
     folder, out = checkpoint_folder("lfm2"), tmp_path / "out"
     with pytest.raises(SecateurError, match="the time of token mixers"):
         prune(folder, out, **SMALL, target="decode=1.05x")

@@ -78,7 +78,7 @@ MODULES: dict[str, tuple[str, ...]] = {"heads": ("heads",), "channels": FED, "bo
 
 @cache
 def dense(name: str) -> Any:
-    """A row's model; not to be changed."""
+    """Return the model of a row, which must not be changed."""
     return build(name)
 
 
@@ -89,7 +89,7 @@ def first_block(name: str) -> Block:
 
 @cache
 def free_block(name: str) -> int:
-    """The first block whose heads can go, where there is one; in some families others stand in its place."""
+    """Return the first block whose heads can be removed, or the first block if there is none."""
     blocks = blocks_of(dense(name))
     return next((index for index, block in enumerate(blocks) if not block.attention.locked), 0)
 
@@ -114,7 +114,7 @@ def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, KeptUnit
 
 
 def with_another_unit(block: Block, keep: KeptUnits, kind: str, axis: str) -> KeptUnits:
-    """The same widths, but one removed unit stays and a kept one goes in its place."""
+    """Return a selection of the same widths that keeps a removed unit in place of a kept one."""
     if kind == "channels" and "experts" in keep:
         # Of the last expert, or the shared one.
         fed, kept = block.feed_forward, list(keep["channels"])
@@ -154,7 +154,7 @@ def test_every_family_has_a_row():
     assert wide == {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3"}
 
 
-def test_the_models_are_no_easy_cases():
+def test_the_models_have_random_biases_and_norms():
     for name in MATRIX:
         for path, value in dense(name).named_parameters():
             assert value.abs().max() > 0, (name, path)
@@ -179,7 +179,7 @@ def test_masked_equals_sliced(name, kinds, axis):
 @pytest.mark.parametrize(
     ("name", "kinds", "axis"), [case for case in cases() if case.values[0] not in SIMILAR], ids=lambda one: str(one)
 )
-def test_another_unit_than_planned_is_noticed(name, kinds, axis):
+def test_another_unit_than_planned_changes_the_logits(name, kinds, axis):
     model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, axis)
     with masked(model, keeps):
         expected = logits_of(model, ids)
@@ -232,7 +232,7 @@ def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
 
 
 def settings(**more: Any) -> dict[str, Any]:
-    """One width for all blocks, in the stock format; test_per_layer.py has widths of their own."""
+    """Return options for one width in all blocks, in the stock format; test_per_layer.py has other widths."""
     small = {"samples": SAMPLES, "length": ROW, "calibration": "random", "device": "cpu"}
     return small | {"sparsity": 0.25, "widths": "uniform"} | more
 
@@ -242,7 +242,7 @@ def settings(**more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of `prune` on a row."""
+    """Run of `prune` on the model of a row."""
 
     name: str
     modules: tuple[str, ...]
@@ -263,12 +263,12 @@ def writable_heads(name: str) -> bool:
 
 
 def writable_channels(name: str) -> bool:
-    """Fewer channels in every block."""
+    """Whether the stock format can hold fewer channels in every block."""
     return not (family_of(config_of(name)).stock.derived or getattr(config_of(name), "use_double_wide_mlp", False))
 
 
 def heads_share(name: str) -> float:
-    """A sparsity that one group, or one head of every group, makes up."""
+    """Return the sparsity that removing one group, or one head of every group, amounts to."""
     block, width = first_block(name), first_block(name).width
     if any(one.name == KV_GROUPS for one in block.attention.cut_axes):
         smaller = width | {KV_GROUPS: width.groups - 1}
@@ -336,7 +336,7 @@ assert "secateur" not in sys.modules
 
 
 class Pruned:
-    """All jobs, pruned; then all of them loaded again in one process that does not know this library."""
+    """Results of all jobs: pruned, and then loaded again in one process that does not import this library."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -392,7 +392,7 @@ def recorded_plan(record: dict[str, Any]) -> Plan:
 
 
 def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> Rows:
-    """Calibration rows in the groups that the run made of them."""
+    """Return the calibration rows in the groups of the run."""
     said = record["calibration"]
     rows = Rows.of(text)
     if record["options"]["recovery"] == "refit":
@@ -410,7 +410,7 @@ def stream_of(folder: Path) -> BlockStream:
 
 
 def rounded_model(name: str, dtype: torch.dtype) -> Any:
-    """The dense model with weights as a checkpoint of that dtype holds them; rotary tables stay exact."""
+    """Return the dense model with weights rounded to a dtype; rotary tables stay exact."""
     model = build(name)
     for value in model.parameters():
         value.copy_(value.to(dtype))
@@ -491,7 +491,7 @@ def test_runs_agree_byte_for_byte(tmp_path, checkpoint_folder, name):
             assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes(), file
 
 
-def test_the_seed_matters(tmp_path, checkpoint_folder):
+def test_another_seed_gives_other_weights(tmp_path, checkpoint_folder):
     written = []
     for seed in (0, 1):
         prune(checkpoint_folder("llama"), tmp_path / str(seed), **settings(seed=seed))
@@ -529,7 +529,7 @@ def test_refused_before_any_work(tmp_path, monkeypatch, checkpoint_folder, case)
 
 
 def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
-    """Five of six heads do not divide 48: `prune` finds another width and says so, `write` refuses that one."""
+    """Five heads do not divide 48: `prune` chooses another width and says so, and the format refuses five."""
     folder, name = checkpoint_folder("gemma2 every head"), "gemma2 every head"
     block = first_block(name)
     five = wide(5, 1, block.feed_forward.units)
@@ -544,7 +544,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     assert not (tmp_path / "five").exists()
 
 
-def test_a_stock_class_has_no_holes(tmp_path, checkpoint_folder):
+def test_the_stock_format_holds_one_width_for_all_blocks(tmp_path, checkpoint_folder):
     width = wide(2, 2, 50)
     refused = Plan({0: width, 2: width}, 0.2, 0.2)
     with pytest.raises(SecateurError, match="holds one width for all blocks; take --format hf"):
@@ -581,7 +581,7 @@ def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -
 
 
 @pytest.mark.parametrize("case", IN_MEMORY)
-def test_proven_in_memory_where_no_file_can_hold_it(checkpoint_folder, case):
+def test_widths_that_no_file_can_hold_are_right_in_memory(checkpoint_folder, case):
     name, width, blocks, biased = IN_MEMORY[case]
     how = {"method": "bias"} if biased else {}
     found = fitted(name, checkpoint_folder(name), dict.fromkeys(blocks, width), **how)

@@ -1,4 +1,4 @@
-"""What a run may hold in memory, and what goes to files."""
+"""The memory limit of a run, and activations in files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ ASKED: dict[str, Any] = {"calibration": "random", "samples": 24, "length": 24, "
 def test_the_bound_moves_activations_to_files(
     checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no byte more than the least all of them are in files, and no bit changes."""
+    """With the smallest possible limit all activations are in files, and the output stays the same."""
     made: list[Path | None] = []
 
     class Counted(arena.FileRows):
@@ -45,19 +45,19 @@ def test_the_bound_moves_activations_to_files(
 
 
 @pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
-def test_no_amount(wrong: str) -> None:
+def test_an_invalid_amount_of_memory_is_refused(wrong: str) -> None:
     with pytest.raises(
         SecateurError, match=r"memory is .*; write an amount such as 8GB, or 50% for half of the free memory"
     ):
         amounts.parse_memory(wrong)
 
 
-def test_amounts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amounts_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amounts, "available_bytes", lambda: 1000)
     assert [amounts.parse_memory(text) for text in ("8GB", "1 GiB", "25%", None)] == [8 * 10**9, 2**30, 250, 500]
 
 
-def test_a_control_group_bounds_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_group_limits_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = amounts.available_bytes()
     for version, file in ((tmp_path / "second", "memory.max"), (tmp_path / "first", "memory.limit_in_bytes")):
         group = version / "outer" / "inner"
@@ -70,8 +70,10 @@ def test_a_control_group_bounds_what_is_free(tmp_path: Path, monkeypatch: pytest
         assert amounts.available_bytes() == 12345678 < machine
 
 
-def test_a_machine_with_little_left(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of what is free is a default: where only all of it is enough, all of it may be taken."""
+def test_the_default_takes_all_free_memory_if_half_is_too_little(
+    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default a run takes half of the free memory, or all of it if it needs more than half."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     monkeypatch.setattr(memory, "rss_bytes", lambda: 1000)
     least = 1000 + resident_bytes(stream)

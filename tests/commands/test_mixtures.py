@@ -30,14 +30,14 @@ from secateur.plan.meters import active_meter, parameter_meter
 ROWS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16}
 SMALL: dict[str, Any] = ROWS | {"device": "cpu"}
 NAME = "qwen2_moe some"
-"""Its first block has channels, the others experts."""
+"""Model whose first block has a dense feed-forward, and whose other blocks have experts."""
 
 
 def numbers(experts: int, channels: int) -> dict[str, int]:
     return {"kv_groups": 3, "heads_per_group": 2, "experts": experts, "expert_channels": channels}
 
 
-def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_record_with_experts_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
     propose(model, Options(sparsity=0.3, modules=("heads", "experts"), **ROWS), RunOptions(device="cpu"), out=file)
     for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
@@ -50,8 +50,8 @@ def test_a_plan_is_carried_out_and_read_again(tmp_path: Path, checkpoint_folder:
     assert all("channels" not in block and block["width"]["expert_channels"] == 20 for block in blocks[1:])
 
 
-def test_channels_of_experts_are_a_plan_too(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """As many of each; where experts go as well, of those that stay."""
+def test_a_record_with_expert_channels_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """All remaining experts keep equally many channels."""
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
     entries = [{"block": 1, "width": numbers(6, 8)}]
     entries.append({"block": 2, "width": numbers(8, 16)})
@@ -71,8 +71,8 @@ def test_channels_of_experts_are_a_plan_too(tmp_path: Path, checkpoint_folder: C
     assert shapes["model.layers.1.mlp.shared_expert.up_proj.weight"] == (28, 48)
 
 
-def test_channels_alone(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """No expert goes, and a survey of channels has no order of experts."""
+def test_channels_of_experts_alone_are_removed(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+    """No expert is removed, and the survey has no order of experts."""
     model, file = checkpoint_folder(NAME), tmp_path / "survey.json"
     found = prune(model, tmp_path / "out", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
     assert {width.experts for width in found.pruned_widths()[1:]} == {8}
@@ -87,10 +87,10 @@ def test_channels_alone(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> 
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_one_width_of_channels_in_the_stock_format(
+def test_the_stock_format_holds_one_number_of_expert_channels(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str
 ) -> None:
-    """It has a key for the channels of experts; of some that key counts for the shared expert too, which follows."""
+    """The config has one key for the channels of experts, and in some families the shared expert follows it."""
     how: dict[str, Any] = {"sparsity": 0.2, "modules": ("channels",), "widths": "uniform", "recovery": "none"}
     prune(checkpoint_folder(name), tmp_path / "out", **SMALL, **how)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -100,10 +100,10 @@ def test_one_width_of_channels_in_the_stock_format(
     assert shared == ([] if name == "qwen3_moe" else [(16 * config["n_shared_experts"], 48)] * 2)
 
 
-def test_a_plan_may_narrow_blocks_without_experts_in_the_stock_format(
+def test_the_stock_format_narrows_dense_blocks_on_their_own(
     tmp_path: Path, checkpoint_folder: CheckpointFolder
 ) -> None:
-    """They have a key of their own."""
+    """Dense blocks have a config key of their own."""
     entries = [{"block": 0, "channels": list(range(48))}]
     entries += [{"block": index, "experts": list(range(6))} for index in (1, 2)]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": entries}))
@@ -114,8 +114,10 @@ def test_a_plan_may_narrow_blocks_without_experts_in_the_stock_format(
     assert model.model.layers[1].mlp.experts.down_proj.shape == (6, 48, 20)
 
 
-def test_channels_of_a_shared_expert_are_a_plan_too(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
-    """They are counted behind those of the last other one."""
+def test_a_record_with_channels_of_a_shared_expert_is_a_plan(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder
+) -> None:
+    """Channels of the shared expert are numbered after those of the last routed expert."""
     model, file = checkpoint_folder("hunyuan_v1_moe"), tmp_path / "plan.json"
     each = [expert * 72 + channel for expert in range(4) for channel in range(8)]
     beside = [8 * 72 + channel for channel in range(60, 68)]
@@ -132,7 +134,7 @@ def test_channels_of_a_shared_expert_are_a_plan_too(tmp_path: Path, checkpoint_f
         prune(model, tmp_path / "wrong", plan=str(file), **SMALL)
 
 
-def test_ratios_are_of_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_widths_file_has_a_share_for_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     file = tmp_path / "ratios.json"
     file.write_text('{"0:2": {"experts": 0.25, "channels": 0.5}, "2:3": {"heads": 0.34}}')
     found = prune(checkpoint_folder(NAME), tmp_path / "out", widths=str(file), **SMALL)
@@ -178,7 +180,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
+def test_a_wrong_plan_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
     entry, message = WRONG[case]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"blocks": [entry]}))
@@ -186,7 +188,7 @@ def test_a_wrong_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder, case:
         prune(checkpoint_folder(NAME), tmp_path / "out", plan=str(file), **SMALL)
 
 
-def test_groups_must_stay_alike(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_groups_of_experts_stay_equally_large(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"blocks": [{"block": 1, "experts": [0, 1, 2, 4]}]}))
     with pytest.raises(
@@ -220,7 +222,7 @@ def test_refused_before_any_work(
     assert "\n" not in str(caught.value)
 
 
-def test_the_survey_has_a_page_and_serves_every_size(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_one_survey_serves_the_page_and_prune(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model = checkpoint_folder(NAME)
     survey_page(model, tmp_path / "survey", Options(**ROWS), RunOptions(device="cpu"))
     page = (tmp_path / "survey" / "survey.html").read_text()
@@ -232,7 +234,7 @@ def test_the_survey_has_a_page_and_serves_every_size(tmp_path: Path, checkpoint_
     assert found.sparsity == pytest.approx(0.3, abs=0.02)
 
 
-def test_active_parameters_are_those_that_a_token_meets(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_active_parameters_leave_out_other_experts(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model = checkpoint_folder("qwen3_moe")
     stream = BlockStream(open_checkpoint(model))
     active, stored = active_meter(stream), parameter_meter(stream)
@@ -251,10 +253,8 @@ class Notes(Silent):
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_experts_that_are_little_alike_are_said_beforehand(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, alike: bool
-) -> None:
-    """Of copies, the ones that stay do the work of those that go."""
+def test_dissimilar_experts_give_a_warning(tmp_path: Path, checkpoint_folder: CheckpointFolder, alike: bool) -> None:
+    """Without a warning if all experts are copies of one."""
     model, notes = tmp_path / "dense", Notes()
     shutil.copytree(checkpoint_folder("qwen3_moe"), model)
     tensors = load_file(model / "model.safetensors")
@@ -271,10 +271,10 @@ def test_experts_that_are_little_alike_are_said_beforehand(
 @pytest.mark.parametrize(
     ("samples", "length", "more"), [(1, 3, "; use more rows (--samples), or a text of more kinds"), (2, 7, "")]
 )
-def test_experts_that_hardly_meet_a_token_are_listed(
+def test_experts_with_few_tokens_are_not_refitted(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, samples: int, length: int, more: str
 ) -> None:
-    """And keep their weights: a text of two rows sends most of them nothing."""
+    """A text of one or two rows routes no token to most experts, which keep their weights."""
     model, notes = checkpoint_folder("qwen3_moe"), Notes()
     how = {"calibration": "random", "sparsity": 0.1, "modules": ("experts",), "effort": "quick"}
     prune(model, tmp_path / "out", samples=samples, length=length, watcher=notes, **how)
@@ -298,7 +298,7 @@ def test_experts_that_hardly_meet_a_token_are_listed(
 @pytest.mark.parametrize(
     ("name", "key"), [("ernie4_5_moe", "moe_num_shared_experts"), ("deepseek_v3", "n_shared_experts")]
 )
-def test_a_config_may_have_no_shared_expert(tmp_path: Path, name: str, key: str) -> None:
+def test_a_config_without_a_shared_expert_is_pruned(tmp_path: Path, name: str, key: str) -> None:
     config = copy.deepcopy(config_of(name))
     setattr(config, key, 0)
     with quiet():
@@ -308,7 +308,7 @@ def test_a_config_may_have_no_shared_expert(tmp_path: Path, name: str, key: str)
     assert {width.channels for width in found.pruned_widths() if width.experts} == {16}
 
 
-def test_a_config_may_speak_of_experts_that_no_block_has(tmp_path: Path) -> None:
+def test_a_config_with_experts_in_no_block_is_pruned(tmp_path: Path) -> None:
     config = copy.deepcopy(config_of("deepseek_v2"))
     config.first_k_dense_replace = config.num_hidden_layers
     config.mlp_layer_types = ["dense"] * config.num_hidden_layers
@@ -322,15 +322,15 @@ def test_a_config_may_speak_of_experts_that_no_block_has(tmp_path: Path) -> None
     assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {found.pruned_widths()[0].channels}
 
 
-def test_norms_behind_a_mixture() -> None:
-    """Only where a feed-forward stands beside it does a further one follow."""
+def test_norms_after_a_mixture() -> None:
+    """A second norm follows only if the mixture is added to a feed-forward."""
     mixture = blocks_of(build("gemma4_text mixture"))[-1].feed_forward
     norms = ("post_feedforward_layernorm_2", "post_feedforward_layernorm")
     assert (mixture.post_norm, mixture.outer_norm) == norms
     assert blocks_of(build("qwen2_moe"))[-1].feed_forward.outer_norm is None
 
 
-def test_a_config_may_name_no_groups() -> None:
+def test_a_config_without_groups_of_experts() -> None:
     model = build("deepseek_v3 plain")
     model.config.n_group = model.config.topk_group = None
     mixture = blocks_of(model)[-1].feed_forward

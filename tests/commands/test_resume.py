@@ -1,4 +1,4 @@
-"""A run that is stopped goes on to the same bytes, or says why it cannot."""
+"""A stopped run resumes and writes the same bytes, or says why it cannot."""
 
 import errno
 import fcntl
@@ -47,7 +47,7 @@ KILLED: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: CheckpointFolder) -> dict[str, Any]:
-    """All cases in one process."""
+    """Return the outcomes of all cases, which run in one process."""
     place = tmp_path_factory.mktemp("lives")
     model = shutil.copytree(checkpoint_folder("llama"), place / "dense")
     make_letters().save_pretrained(model)
@@ -69,7 +69,7 @@ def test_killed_anywhere(case: str, lives: dict[str, Any]) -> None:
 
 
 class Stopping(Silent):
-    """Stops a step before one of its items, as Ctrl-C would."""
+    """Watcher that stops a step before one of its items, as Ctrl-C would."""
 
     def __init__(self, what: str = "Prune", item: int = 2, times: int = 1):
         self.what, self.item, self.shared_multiple = what, item, times
@@ -91,7 +91,7 @@ class Stopping(Silent):
 
 @pytest.fixture
 def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a run that was stopped before its third block was to make."""
+    """Return the output of a run that was stopped before its third block."""
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     watcher = Stopping()
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +101,7 @@ def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: py
     return tmp_path / "out"
 
 
-def test_nothing_is_done_twice(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_resumed_run_repeats_no_block(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     (kept,) = stopped.with_name(".out.run").glob("fit-*/state.json")
     before = read_hashed(kept)["values"]["seconds"]
     watcher = Stopping(what="never")
@@ -115,10 +115,10 @@ def test_nothing_is_done_twice(stopped: Path, checkpoint_folder: CheckpointFolde
     assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
 
 
-def test_several_sizes_go_on_within_one(
+def test_sizes_resume_within_a_size(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before the third block of the second size: the rows, the survey and the first size are there."""
+    """The run is stopped before the third block of the second size, and repeats nothing before that."""
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     asked = {name: value for name, value in ASKED.items() if name != "device"}
     options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]
@@ -142,7 +142,7 @@ def test_several_sizes_go_on_within_one(
 
 
 @pytest.mark.parametrize("beside", ["out", "survey"])
-def test_a_plan_goes_on_within_its_survey(
+def test_a_plan_resumes_within_its_survey(
     beside: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
@@ -169,7 +169,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_another_request_is_refused(case: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_resume_with_other_options_is_refused(case: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     others, said = OTHERS[case]
     before = bytes_of(stopped.with_name(".out.run"))
     with pytest.raises(SecateurError, match=f"({said}); use the same .* --restart"):
@@ -177,12 +177,12 @@ def test_another_request_is_refused(case: str, stopped: Path, checkpoint_folder:
     assert bytes_of(stopped.with_name(".out.run")) == before
 
 
-def test_another_model_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_resume_with_another_model_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     with pytest.raises(SecateurError, match=r"the unfinished run has model .*, this command has .*--restart"):
         prune(checkpoint_folder("qwen3"), stopped, **ASKED)
 
 
-def test_another_version_is_refused(
+def test_a_resume_with_another_version_is_refused(
     stopped: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume.secateur, "__version__", "99")
@@ -190,7 +190,7 @@ def test_another_version_is_refused(
         prune(checkpoint_folder("llama"), stopped, **ASKED)
 
 
-def test_another_text_is_refused(
+def test_a_resume_with_another_text_is_refused(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
@@ -207,7 +207,7 @@ def test_another_text_is_refused(
     prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
 
 
-def test_restart_begins_anew(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_restart_starts_over(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     watcher = Stopping(what="never")
     prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True, watcher=watcher)
     assert watcher.seen["Survey"] == watcher.seen["Prune"] == [0, 1, 2]
@@ -218,7 +218,7 @@ DAMAGED = ("asked.json", "survey.json", "resampled.json", "state.json", "*.activ
 
 @pytest.mark.parametrize("pattern", DAMAGED)
 @pytest.mark.parametrize("how", ["a byte", "cut short"])
-def test_damage_is_found(pattern: str, how: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_damaged_state_is_refused(pattern: str, how: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     (file,) = stopped.with_name(".out.run").rglob(pattern)
     data = bytearray(file.read_bytes())
     if how == "a byte":
@@ -232,7 +232,7 @@ def test_damage_is_found(pattern: str, how: str, stopped: Path, checkpoint_folde
     prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True)
 
 
-def test_clean_removes_what_is_left(
+def test_clean_removes_the_state(
     stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped.mkdir()
@@ -246,7 +246,7 @@ def test_clean_removes_what_is_left(
     assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]
 
 
-def test_two_runs_on_one_output(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_second_run_on_the_same_output_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
     with (stopped.with_name(".out.run") / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: clean(stopped)):
@@ -255,10 +255,10 @@ def test_two_runs_on_one_output(stopped: Path, checkpoint_folder: CheckpointFold
     prune(checkpoint_folder("llama"), stopped, **ASKED)
 
 
-def test_a_disk_without_room_for_activations(
+def test_a_full_disk_stops_the_run_in_one_line(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While rows are rewritten, before anything is worth keeping."""
+    """The disk is full during resampling, before there is anything to keep."""
     monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(0, self.services.run_folder.path))
 
     def full(*_: Any) -> None:
@@ -271,7 +271,7 @@ def test_a_disk_without_room_for_activations(
 
 
 @pytest.mark.parametrize("where", ["activations", "weights"])
-def test_a_disk_that_fills(
+def test_a_run_resumes_after_the_disk_was_full(
     where: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
@@ -305,7 +305,7 @@ def test_a_disk_that_fills(
 
 
 @pytest.mark.parametrize("command", ["plan", "survey", "sizes"])
-def test_other_commands_on_a_small_device(
+def test_other_commands_use_smaller_batches_on_a_small_device(
     command: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = BlockStream.run
@@ -329,10 +329,10 @@ def test_other_commands_on_a_small_device(
 
 
 @pytest.mark.parametrize("room", [300, 30])
-def test_a_device_whose_memory_is_small(
+def test_prune_uses_smaller_batches_on_a_small_device(
     room: int, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes on with fewer tokens at a time, and says so; or says that even few are too many."""
+    """It says how many tokens run at a time, or that even the smallest batch does not fit."""
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     run = BlockStream.run
 
@@ -360,7 +360,7 @@ def test_a_device_whose_memory_is_small(
     )
 
 
-def test_saving_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(secateur.model.pass_checkpoint, "perf_counter", lambda: clock[0])
 

@@ -53,21 +53,21 @@ PRUNE: dict[str, tuple[str, str]] = {
 
 
 class CarriedOut(NamedTuple):
-    """Command lines, each carried out on both devices."""
+    """Outcomes of command lines, each run on both devices."""
 
     place: Path
     outcomes: dict[str, str]
-    """What went wrong, by name."""
+    """Error of each command line, by name; empty if there was none."""
 
     def both(self, name: str) -> tuple[Path, Path]:
-        """What one has written on the second device, and on the CPU; it must have ended well."""
+        """Return the outputs on the second device and on the CPU; fail if there was an error."""
         assert not self.outcomes[name], self.outcomes[name]
         return self.place / f"second {name}", self.place / f"cpu {name}"
 
 
 @pytest.fixture(scope="module")
 def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> CarriedOut:
-    """All of them in one process."""
+    """Run all command lines in one process."""
     place = tmp_path_factory.mktemp("devices")
     text = place / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 3000)[0].tolist()))
@@ -103,8 +103,8 @@ def test_prune(carried_out: CarriedOut, name: str) -> None:
         torch.testing.assert_close(found[key], value, atol=room, rtol=0)
 
 
-def test_copies_to_a_gpu_go_on_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU is here: what is asked of torch, and nothing of the kind on other devices."""
+def test_copies_to_a_gpu_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the arguments that torch gets, for a GPU and for other devices."""
     asked: list[Any] = []
 
     def to(tensor: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:

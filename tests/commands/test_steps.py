@@ -1,4 +1,4 @@
-"""The six public steps against `prune` and against the command: the same bytes, whatever is asked for."""
+"""The six public steps, `prune` and the command line write the same bytes, for all kinds of options."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder but the timings."""
+    """Return the contents of all files of a folder except the timings."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "timings.json"}
 
 
 @pytest.mark.parametrize("case", ASKED)
-def test_steps_function_and_command_agree(
+def test_steps_function_and_command_write_the_same_bytes(
     case: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, asked = ASKED[case]
@@ -60,8 +60,8 @@ def test_steps_function_and_command_agree(
     assert json.loads(written[0]["secateur.json"])["options"].keys() == option_specs(Options).keys()
 
 
-def test_prune_is_the_steps() -> None:
-    """A person reads them on one screen."""
+def test_prune_calls_the_six_steps_in_order() -> None:
+    """The body of `prune` fits on one screen."""
     body = inspect.getsource(prune.prune).split('"""')[-1]
     steps = ["open_model", "draw_rows", "survey_model", "plan_widths", "fit_blocks", "write_model"]
     places = [body.index(f"{step}(") for step in steps]
@@ -85,7 +85,7 @@ def test_every_option_is_declared_once() -> None:
         )
 
 
-def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_an_unknown_option_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     with pytest.raises(TypeError, match="no option 'fits'; the options are sparsity, target"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
 
@@ -93,7 +93,7 @@ def test_an_unknown_option(tmp_path: Path, checkpoint_folder: CheckpointFolder) 
 @pytest.mark.parametrize(
     ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, RunOptions()), {"device": "cpu"})]
 )
-def test_settings_beside_what_holds_them(
+def test_settings_together_with_their_object_are_refused(
     given: tuple[Any, ...], beside: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
 ) -> None:
     with pytest.raises(
@@ -102,7 +102,7 @@ def test_settings_beside_what_holds_them(
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
 
 
-def test_efforts() -> None:
+def test_what_each_effort_stands_for() -> None:
     assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
         "quick": (1, 0, False),
         "normal": (1, 2, True),

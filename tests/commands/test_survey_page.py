@@ -37,7 +37,7 @@ NASTY = '</script><script>window.broken = 1</script><!-- & "quoted" \\ \u2028 é
 
 
 class _Scripts(HTMLParser):
-    """The texts of a page's scripts, as a browser would cut them out."""
+    """Parser that collects the scripts of a page as a browser does."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -64,7 +64,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, list[Block]]:
-    """A survey of a model of `count` blocks with whole groups of one head, smooth curves, units leaving backwards."""
+    """Return a survey with smooth error curves and units removed from the last to the first, and its `count` blocks."""
     block = blocks_of(build("llama every head"))[0]
     attention, feed_forward = (
         replace(
@@ -108,7 +108,7 @@ def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
         assert curve["cost"] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_units_come_in_the_order_in_which_they_leave() -> None:
+def test_units_are_listed_in_order_of_removal() -> None:
     survey, blocks = synthetic(500, 1)
     heads, channel = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     assert [score[0] for score in heads["scores"]] == list(range(31, -1, -1))
@@ -122,7 +122,7 @@ def test_units_come_in_the_order_in_which_they_leave() -> None:
     ]
 
 
-def test_heads_that_leave_together_share_a_turn() -> None:
+def test_heads_removed_together_share_a_rank() -> None:
     blocks = blocks_of(build("llama"))[:1]
     curves = (
         ErrorCurve(0, "heads", "kv_groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
@@ -134,7 +134,7 @@ def test_heads_that_leave_together_share_a_turn() -> None:
     assert [score[2] for score in module["scores"]] == pytest.approx([0.4] * 3 + [0.6] * 3)
 
 
-def test_a_locked_module_goes_as_a_whole() -> None:
+def test_a_locked_module_is_removed_whole() -> None:
     blocks = blocks_of(build("olmo2"))[:1]
     survey = Survey("l1", 0.3, 64, (ErrorCurve(0, "heads", "kv_groups", (0.0,), 0.5),))
     (module,) = page_data(survey, blocks, {}, facts=FACTS)["modules"]
@@ -163,7 +163,7 @@ def test_nothing_in_the_data_ends_the_script(found: dict[str, Any]) -> None:
 
 @pytest.fixture
 def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the surveys that are measured."""
+    """Count the surveys that are measured."""
     calls: list[int] = []
     measure = survey_model.survey
 
@@ -179,7 +179,7 @@ def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     "options",
     [[], ["--modules", "channels", "--blocks", "1:3"], ["--criterion", "wanda", "--ridge", "0.5", "--seed", "3"]],
 )
-def test_the_file_is_what_prune_reads(options: list[str], place: Path, run: Run, surveyed_once: list[int]) -> None:
+def test_prune_reads_the_survey_file(options: list[str], place: Path, run: Run, surveyed_once: list[int]) -> None:
     result = run("survey", "model", *SMALL, *options)
     assert result.code == 0, result
     assert sorted(file.name for file in (place / "survey").iterdir()) == ["survey.html", "survey.json"]
@@ -203,7 +203,7 @@ def test_the_file_is_what_prune_reads(options: list[str], place: Path, run: Run,
     assert data["parameters"] - shown["removed"] == kept
 
 
-def test_curves_know_the_order(place: Path, run: Run, checkpoint_folder: CheckpointFolder) -> None:
+def test_curves_hold_the_order_of_removal(place: Path, run: Run, checkpoint_folder: CheckpointFolder) -> None:
     assert run("survey", "model", *SMALL, "--criterion", "l1").code == 0
     tensors = load_file(checkpoint_folder("llama") / "model.safetensors")
     for curve in load_survey(place / "survey" / "survey.json", {}).curves:
@@ -216,7 +216,7 @@ def test_curves_know_the_order(place: Path, run: Run, checkpoint_folder: Checkpo
             assert list(curve.order) == (up.sum(1) + gate.sum(1) + down.sum(0)).argsort().tolist()[:-1]
 
 
-def test_shares_out_of_reach_are_left_out(place: Path, run: Run) -> None:
+def test_the_page_omits_sparsities_out_of_reach(place: Path, run: Run) -> None:
     result = run("survey", "model", *SMALL, "--modules", "heads")
     assert result.code == 0, result
     data = data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))
@@ -249,7 +249,9 @@ def test_shares_out_of_reach_are_left_out(place: Path, run: Run) -> None:
         ("model --sparsity 0.5", "--sparsity"),
     ],
 )
-def test_a_mistake(options: str, message: str, place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_argument_is_refused(
+    options: str, message: str, place: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(survey_page, "survey_model", lambda *_: pytest.fail("a mistake was found after long work"))
     shutil.copytree(place / "model", place / "other")
     (place / "full").mkdir()
@@ -259,7 +261,7 @@ def test_a_mistake(options: str, message: str, place: Path, run: Run, monkeypatc
     assert listing(place) == before
 
 
-def test_a_survey_is_replaced_only_when_asked(place: Path, run: Run) -> None:
+def test_overwrite_is_needed_to_replace_a_survey(place: Path, run: Run) -> None:
     assert run("survey", "model", *SMALL).code == 0
     before = (place / "survey" / "survey.json").read_text()
     other = [*SMALL, "--ridge", "1"]
@@ -269,7 +271,7 @@ def test_a_survey_is_replaced_only_when_asked(place: Path, run: Run) -> None:
     assert (place / "survey" / "survey.json").read_text() != before
 
 
-def test_a_failure_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -281,7 +283,7 @@ def test_a_failure_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert listing(place) == before
 
 
-def test_without_similarity_the_rest_is_written(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_written_without_similar_heads(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any, **__: Any) -> None:
         raise SecateurError("no attention here")
 
@@ -297,7 +299,7 @@ def test_without_similarity_the_rest_is_written(place: Path, run: Run, monkeypat
 
 @pytest.fixture(scope="module")
 def page_file(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the tiny Llama, under a name that means harm."""
+    """Return the page of the tiny Llama, whose name contains HTML."""
     folder = tmp_path_factory.mktemp("page")
     text = folder / "text.txt"
     text.write_text(TEXT)
@@ -309,7 +311,7 @@ def page_file(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Temp
 
 
 class Opened:
-    """A page with what it complained of and what it asked of the network."""
+    """Page in a browser, with its errors and its network requests."""
 
     def __init__(self, browser: Browser, file: Path, width: int = 1280, scheme: Any = "light"):
         self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -332,7 +334,9 @@ class Opened:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_fits_and_is_alone(browser: Browser, page_file: Path, width: int, scheme: str) -> None:
+def test_the_page_fits_the_screen_and_loads_nothing_else(
+    browser: Browser, page_file: Path, width: int, scheme: str
+) -> None:
     with Opened(browser, page_file, width, scheme) as opened:
         page = opened.page
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -354,7 +358,7 @@ def test_the_page_fits_and_is_alone(browser: Browser, page_file: Path, width: in
         assert opened.requests == [page_file.as_uri()]
 
 
-def test_everything_has_a_name(browser: Browser, page_file: Path) -> None:
+def test_every_element_has_an_accessible_name(browser: Browser, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         unnamed = opened.page.evaluate(
             "[...document.querySelectorAll('input, select')].filter(node => !node.labels.length).map(n => n.id)"
@@ -374,7 +378,7 @@ def test_everything_has_a_name(browser: Browser, page_file: Path) -> None:
         )
 
 
-def test_every_control_is_reached_by_tab_and_shows_it(browser: Browser, page_file: Path) -> None:
+def test_every_control_has_visible_keyboard_focus(browser: Browser, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         page = opened.page
         wanted = page.evaluate(
@@ -415,7 +419,7 @@ def test_the_slider_shows_the_plans(browser: Browser, page_file: Path) -> None:
 
 
 @pytest.mark.parametrize("place_of", ["plan-table", "module-table", "unit-table", "pair-table"])
-def test_tables_are_sorted_by_the_keyboard(browser: Browser, page_file: Path, place_of: str) -> None:
+def test_tables_can_be_sorted_by_keyboard(browser: Browser, page_file: Path, place_of: str) -> None:
     with Opened(browser, page_file) as opened:
         table = opened.page.locator(f"#{place_of} table")
         heads = table.locator("th")
@@ -437,7 +441,7 @@ def test_tables_are_sorted_by_the_keyboard(browser: Browser, page_file: Path, pl
         assert opened.complaints == []
 
 
-def test_a_block_is_chosen_once_for_all_parts(browser: Browser, page_file: Path) -> None:
+def test_choosing_a_block_updates_all_parts(browser: Browser, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         page = opened.page
         page.focus("#block")

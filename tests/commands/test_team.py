@@ -42,12 +42,12 @@ Case = dict[str, Any]
 
 
 Together = Callable[[int, Sequence[Case]], list[tuple[int, str]]]
-"""As many processes carry out the same cases: their exit codes, and what was said on standard error."""
+"""Function that runs cases in a number of processes, and returns the exit code and standard error of each."""
 
 
 @pytest.fixture(scope="module")
 def together() -> Iterator[Together]:
-    """One process alone is without a launcher's variables."""
+    """Return that function. A single process gets no variables of a launcher."""
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, str(MEMBER)], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as parent:
 
@@ -65,7 +65,7 @@ def together() -> Iterator[Together]:
 
 
 def assert_alike(out: Path, other: Path) -> None:
-    """Two pruned models keep the same units, and have the same weights to rounding."""
+    """Assert that two pruned models keep the same units and have the same weights up to rounding."""
     records = [json.loads((path / "secateur.json").read_text()) for path in (out, other)]
     kept = [[[block.get(kind) for kind in KINDS] for block in one["blocks"]] for one in records]
     assert kept[0] == kept[1]
@@ -77,26 +77,26 @@ def assert_alike(out: Path, other: Path) -> None:
 
 
 class Done(NamedTuple):
-    """All cases, carried out by one process and by two."""
+    """Outputs of all cases, by one process and by two."""
 
     place: Path
     common: list[str]
     models: dict[str, str]
     differing: list[tuple[int, str]]
-    """How two ended that had different options."""
+    """Exit codes and errors of two processes with different options."""
 
     def words(self, name: str, out: str) -> list[str]:
-        """The command of a case."""
+        """Return the command of a case."""
         return ["prune", self.models[name], str(self.place / out), *self.common, *PRUNE[name][1].split()]
 
     def both(self, name: str) -> tuple[Path, Path]:
-        """What two processes have written, and what one has."""
+        """Return the output of two processes, and that of one."""
         return self.place / f"2 {name}", self.place / f"1 {name}"
 
 
 @pytest.fixture(scope="module")
 def done(together: Together, checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """All cases, by one process and by two."""
+    """Run all cases, by one process and by two."""
     place = tmp_path_factory.mktemp("teams")
     text = place / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 4000)[0].tolist()))
@@ -128,7 +128,7 @@ def test_two_survey_as_one(done: Done) -> None:
         assert one["divergence"] == pytest.approx(other["divergence"], rel=1e-3, abs=1e-6)
 
 
-def test_one_that_was_told_something_else(done: Done) -> None:
+def test_processes_with_different_options_are_refused(done: Done) -> None:
     first, second = done.differing
     assert (first[0], second[0]) == (2, 2)
     assert first[1].splitlines()[-1].startswith("error: another process of this run has stopped")
@@ -136,11 +136,11 @@ def test_one_that_was_told_something_else(done: Done) -> None:
     assert second[1].splitlines()[-1] == wanted
 
 
-def test_nothing_but_the_output_is_left(done: Done) -> None:
+def test_several_processes_leave_only_the_output(done: Done) -> None:
     assert not [path.name for path in done.place.iterdir() if path.name.startswith(".") or "differing" in path.name]
 
 
-def test_one_that_dies_ends_the_others_and_any_number_go_on(
+def test_a_killed_process_ends_the_others_and_any_number_resume(
     done: Done, together: Together, checkpoint_folder: CheckpointFolder
 ) -> None:
     words = done.words("two fits", "out")
@@ -167,9 +167,9 @@ def test_one_that_dies_ends_the_others_and_any_number_go_on(
     assert not state.exists()
 
 
-def test_what_one_process_does_alone(monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_speed_target_needs_one_process(monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder) -> None:
     two = Services(Processes(0, 2))
-    with pytest.raises(SecateurError, match=r"decode=1\.01x is measured by one process alone; let secateur plan write"):
+    with pytest.raises(SecateurError, match=r"decode=1\.01x is a speed, which only a run with one process can measure"):
         open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", services=two)
     told(monkeypatch)
     found = CliRunner().invoke(app, ["eval", str(checkpoint_folder("llama"))])
@@ -178,7 +178,7 @@ def test_what_one_process_does_alone(monkeypatch: pytest.MonkeyPatch, checkpoint
     )
 
 
-def test_under_torchrun(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_torchrun_starts_the_processes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     words = ["prune", str(checkpoint_folder("llama")), str(tmp_path / "out"), "--calibration", "random"]
     words += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--effort", "quick"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "secateur"]
@@ -202,7 +202,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
             monkeypatch.setenv(name, value)
 
 
-def test_what_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variables_of_launchers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch)
     assert process_place() == ProcessPlace(rank=1, size=2, local_size=2, local_rank=1)
     told(monkeypatch, WORLD_SIZE="1", MASTER_ADDR=None)
@@ -219,7 +219,7 @@ def test_what_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', which is not a whole number of at least 1"),
     ],
 )
-def test_a_launcher_that_tells_too_little(
+def test_incomplete_variables_of_a_launcher_are_refused(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], said: str
 ) -> None:
     told(monkeypatch, **changes)
@@ -238,7 +238,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     groups=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.booleans()), min_size=1, max_size=5),
     size=st.integers(1, 6),
 )
-def test_rows_are_dealt_out_by_whole_batches(groups: list[tuple[int, int, bool]], size: int) -> None:
+def test_each_process_gets_whole_batches_of_rows(groups: list[tuple[int, int, bool]], size: int) -> None:
     every = Rows(
         tuple(torch.arange(count * length).view(count, length) for count, length, _ in groups),
         tuple(float(counts) for *_, counts in groups),

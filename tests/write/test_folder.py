@@ -1,4 +1,4 @@
-"""What goes into a written folder, and what is refused before it is begun."""
+"""The files of a written folder, and outputs that are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "de
 
 
 @pytest.mark.parametrize("asked", [{"dtype": "float16"}, {"format": "gguf", "type": "f16", "widths": "uniform"}])
-def test_weights_beyond_float16_are_named_beforehand(
+def test_weights_too_large_for_float16_are_refused_early(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
 ) -> None:
     model = tmp_path / "dense"
@@ -50,7 +50,7 @@ def test_weights_beyond_float16_are_named_beforehand(
         prune(model, tmp_path / "wide", **SMALL, dtype="bfloat16")
 
 
-def test_what_a_licence_asks_for_goes_along(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_licence_files_are_copied(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
     model = tmp_path / "dense"
     shutil.copytree(checkpoint_folder("llama"), model)
     files = ("LICENSE", "LICENCE.txt", "NOTICE", "USE_POLICY.md")
@@ -76,7 +76,7 @@ def test_a_folder_that_the_stock_class_refuses_never_appears(
 
 
 class WrongConfig:
-    """What config.json may say wrongly of the folder's tensors."""
+    """Errors in a config.json that contradict the tensors of the folder."""
 
     @staticmethod
     def width(config: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class WrongConfig:
         (WrongConfig.bias, r"tensors without a place in the model: model.layers.0.mlp.down_proj.bias"),
     ],
 )
-def test_a_folder_of_other_tensors_than_its_config_never_appears(
+def test_a_folder_whose_tensors_contradict_its_config_never_appears(
     tmp_path: Path,
     checkpoint_folder: CheckpointFolder,
     monkeypatch: pytest.MonkeyPatch,

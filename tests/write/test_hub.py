@@ -1,4 +1,4 @@
-"""Models sent to the hub, of which a stand-in answers on this machine."""
+"""Uploads to a stand-in for the Hugging Face Hub on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "d
 
 
 class Hub:
-    """What was asked for, and the files of each repository."""
+    """State of the stand-in: the repositories and their files."""
 
     def __init__(self) -> None:
         self.private: dict[str, bool] = {}
@@ -31,7 +31,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Logged in, as `me`."""
+    """Start the stand-in, with the user `me` logged in."""
     state = Hub()
 
     class Answers(BaseHTTPRequestHandler):
@@ -89,8 +89,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.shutdown()
 
 
-def test_a_folder_arrives_whole(tmp_path: Path, checkpoint_folder: CheckpointFolder, hub: Hub) -> None:
-    """In a repository that is private, and without the shards of the model that was there."""
+def test_a_folder_replaces_the_model_in_a_repository(
+    tmp_path: Path, checkpoint_folder: CheckpointFolder, hub: Hub
+) -> None:
+    """The repository is private, and shards of an earlier model are deleted."""
     hub.files["me/smaller"] = {"model-00001-of-00002.safetensors": b"old", "notes.md": b"mine"}
     prune(checkpoint_folder("llama"), tmp_path / "out", push_to_hub="me/smaller", **SMALL)
     assert hub.private == {"me/smaller": True}
@@ -108,7 +110,7 @@ def test_a_folder_arrives_whole(tmp_path: Path, checkpoint_folder: CheckpointFol
         ("me/smaller", "hf_wrong", "me/smaller: the hub does not accept an upload: Invalid"),
     ],
 )
-def test_refused_before_any_work(
+def test_a_wrong_upload_is_refused_before_any_work(
     repo: str,
     token: str,
     said: str,
@@ -125,7 +127,7 @@ def test_refused_before_any_work(
     assert not hub.files
 
 
-def test_what_does_not_arrive_is_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder, hub: Hub) -> None:
+def test_a_failed_upload_keeps_the_output(tmp_path: Path, checkpoint_folder: CheckpointFolder, hub: Hub) -> None:
     hub.full = True
     with pytest.raises(SecateurError, match=r"is complete, but the upload failed: .*try again with hf upload me/sm"):
         prune(checkpoint_folder("llama"), tmp_path / "out", push_to_hub="me/smaller", **SMALL)

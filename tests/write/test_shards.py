@@ -22,7 +22,7 @@ from secateur.write.shards import ShardWriter, header_bytes_for
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its contents, and every folder."""
+    """Return every file below a folder with its contents, and every folder."""
     return {
         str(entry.relative_to(folder)): entry.read_text() if entry.is_file() else "/"
         for entry in sorted(folder.rglob("*"))
@@ -36,7 +36,7 @@ def model_folder(path: Path) -> Path:
     return path
 
 
-def test_a_clean_exit_puts_the_folder_in_place(tmp_path):
+def test_a_complete_folder_is_put_in_place(tmp_path):
     with Output(tmp_path / "out", source=tmp_path / "m") as partial:
         assert partial.parent == tmp_path
         assert partial.name.startswith(".out.partial-")
@@ -119,7 +119,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_touch_nothing(tmp_path, case):
+def test_a_refused_output_is_left_alone(tmp_path, case):
     options, prepare, message = REFUSALS[case]
     prepare(tmp_path)
     if "source" in options:
@@ -135,7 +135,7 @@ def test_refusals_touch_nothing(tmp_path, case):
         assert tree(tmp_path) == before
 
 
-def test_missing_or_unwritable_parent(tmp_path, monkeypatch):
+def test_a_missing_or_read_only_parent_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SecateurError, match=f"the folder {tmp_path / 'a'} does not exist; create it"):
         Output(tmp_path / "a" / "out").check()
 
@@ -148,7 +148,7 @@ def test_missing_or_unwritable_parent(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_leaves_no_trace(tmp_path):
+def test_the_check_leaves_no_files(tmp_path):
     Output(tmp_path / "out", expected_bytes=1).check()
     assert list(tmp_path.iterdir()) == []
 
@@ -169,7 +169,7 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
     ],
 )
 @pytest.mark.parametrize("present", [False, True])
-def test_what_goes_wrong_leaves_the_old_output(tmp_path, error, raised, message, present):
+def test_an_error_leaves_the_old_output(tmp_path, error, raised, message, present):
     if present:
         model_folder(tmp_path / "out")
     before = tree(tmp_path)
@@ -203,14 +203,14 @@ def test_a_failed_swap_restores_the_old_output(tmp_path, monkeypatch, error):
     assert tree(tmp_path) == before
 
 
-def test_what_came_meanwhile_is_not_overwritten(tmp_path):
+def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(SecateurError, match="not empty"), Output(tmp_path / "out"):
         model_folder(tmp_path / "out")
     assert tree(tmp_path / "out") == {"config.json": '{"model_type": "llama"}', "old.safetensors": "old"}
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_free_space_is_compared_at_the_start_only(tmp_path, monkeypatch):
+def test_free_space_is_checked_at_the_start(tmp_path, monkeypatch):
     free = iter([10**9])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
     with Output(tmp_path / "out", expected_bytes=10**8):
@@ -267,7 +267,7 @@ def test_bytes_are_deterministic(tmp_path, limit):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
-def test_shards_have_no_final_name_before_the_end(tmp_path):
+def test_shards_get_their_names_when_all_are_written(tmp_path):
     shards = ShardWriter(tmp_path, limit_bytes=400)
     for name, value in tensors(3).items():
         shards.add(name, value)
@@ -292,7 +292,7 @@ def test_views_and_shared_storage(tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in values.items())
 
 
-def test_a_header_that_outgrows_its_room(tmp_path):
+def test_a_header_larger_than_reserved_is_refused(tmp_path):
     shards = ShardWriter(tmp_path, header_bytes=64)
     shards.add("a" * 100, torch.ones(1))
     with pytest.raises(ValueError, match="64 bytes were reserved"):
@@ -300,13 +300,13 @@ def test_a_header_that_outgrows_its_room(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 50])
-def test_header_room_is_enough(tmp_path, count):
+def test_the_reserved_header_is_large_enough(tmp_path, count):
     values = {f"{'long' * 20}.{i}": torch.ones(3, 5, dtype=torch.bfloat16) for i in range(count)}
     write(tmp_path / "a", values, 10**9)
     assert load_file(tmp_path / "a" / "model.safetensors").keys() == values.keys()
 
 
-def test_misuse(tmp_path):
+def test_empty_and_duplicate_tensors_are_refused(tmp_path):
     shards = ShardWriter(tmp_path)
     with pytest.raises(ValueError, match="no tensor"):
         shards.close()
