@@ -262,7 +262,7 @@ def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:
 def test_two_at_once_are_refused(grid: Path, run: Run) -> None:
     with RunStore(grid / "out"):
         before = listing(grid)
-        refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: another secateur compare works there; wait")
+        refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: in use by another secateur compare; wait")
         assert listing(grid) == before
 
 
@@ -500,10 +500,10 @@ WRONG = [
     ("compare", "Missing argument '[MODEL]... RECIPE'; see secateur compare --help"),
     ("compare model grid.yaml", "Missing option '--out'; see secateur compare --help"),
     ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure3"),
-    ("compare grid.yaml --out out", "the recipe names no model of its own; give one in front of it"),
+    ("compare grid.yaml --out out", "the recipe names no model; give one before the recipe"),
     ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
-    ("compare model model grid.yaml --out out", "model model is there twice; leave one out"),
-    ("compare model grid.yaml --out text.txt", "text.txt: a file with this name exists; choose another name"),
+    ("compare model model grid.yaml --out out", "model model is given twice; leave one out"),
+    ("compare model grid.yaml --out text.txt", "text.txt: a file is there; name a folder"),
     ("compare model grid.yaml --out model", "model: holds other files and no comparison; name a new folder"),
     ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
     ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),
@@ -516,7 +516,10 @@ WRONG = [
     ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
     ("compare model lora.yaml --out out --refit-samples 99", "text.txt: too short, it has 1,500"),
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
-    ("compare model grid.yaml --out out --perplexity self", "what a model writes itself cannot be scored; name a text"),
+    (
+        "compare model grid.yaml --out out --perplexity self",
+        "rows that a model generates cannot be scored; name a",
+    ),
     ("compare model grid.yaml --out out --samples 999", "text.txt: too short, it has 1,500 tok"),
     ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: take a smaller"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),

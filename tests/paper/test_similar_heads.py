@@ -218,7 +218,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
     assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
     message = raised(lambda: similar_plan(wish, distances, 0.15))
-    assert "its 1 similar heads are no whole key/value group" in message
+    assert "its 1 similar heads are neither a whole KV group nor one" in message
     assert message.endswith("go from 0.11 to 0.5; take a larger one")
     found = similar_plan(wish, distances, 0.31).first_heads
     assert found is not None

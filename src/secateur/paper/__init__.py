@@ -1,1 +1,1 @@
-"""The paper's own variants and its tables: recipes, and comparisons under one protocol, by the public steps."""
+"""Variants and tables of the paper, and comparisons under one protocol, made with the public steps of a run."""

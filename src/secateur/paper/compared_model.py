@@ -1,4 +1,4 @@
-"""A model of a comparison: opened once, with every run on it checked before the first is carried out."""
+"""Model of a comparison: opened once, with every run on it checked before the first run starts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,56 +23,62 @@ from secateur.text.draw import CalibrationRows, RowRequest
 from secateur.text.sources import RANDOM, SELF
 
 _REQUESTED = frozenset(("sparsity", "plan", "blocks", "modules", "widths", "ridge", "round"))
-"""Options that decide neither the open model nor its rows; runs that differ in no others share what was opened."""
+"""Options that change neither the open model nor its rows; runs that differ only in these share an open model."""
 
 
 class ModelRuns(NamedTuple):
-    """One model of the comparison, and what to make of it."""
+    """Model to compare, with the runs on it."""
 
     name: str
     source: str
+    """Folder, .gguf file or hub id."""
     paper: PaperModel | None
+    """Entry of the recipe, if the paper measured this model."""
     runs: list[Run]
 
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One model of the comparison, opened and checked."""
+    """Opened model of a comparison, on which all runs were checked."""
 
     name: str
     paper: PaperModel | None
     checkpoint: Checkpoint
     tokenizer: Any
     texts: dict[str, Tensor]
-    """Rows to score (rows x length), by column."""
+    """Token ids to score (rows x length), by column."""
     runs: list[tuple[Run, OpenRun, CalibrationRows]]
-    """Rows of runs whose model writes its own are stand-ins, and resampled rows are not drawn."""
+    """Runs with their open models and rows. Resampled rows are missing, and random ids stand in for generated rows."""
     drawn: dict[RowRequest, CalibrationRows] = field(default_factory=dict)
-    """The rows that runs were made with, for others that want the very same."""
+    """Rows of earlier runs, by request, for later runs that need the same rows."""
 
 
 def sources(recipe: Recipe, models: Sequence[str]) -> list[ModelRuns]:
-    """Every model with its runs: those given, or the recipe's own."""
+    """Return every model with its runs: the given models, or the recipe's own if none are given."""
     found = []
     for source in models or [model.id for model in recipe.models.values()]:
         entry, paper = recipe.model_of(source) or (None, None)
         found.append(ModelRuns(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
     if not found:
-        raise SecateurError("the recipe names no model of its own; give one in front of it")
+        raise SecateurError("the recipe names no model; give one before the recipe")
     if (again := first_duplicate([asked.name for asked in found])) is not None:
-        raise SecateurError(f"model {again} is there twice; leave one out, or give its folder another name")
+        raise SecateurError(f"model {again} is given twice; leave one out, or rename its folder")
     return found
 
 
 def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOptions, watcher: Watcher) -> ComparedModel:
-    """Open a model with all runs on it, and find what is wrong with any."""
+    """Open a model and check all runs on it.
+
+    Raises:
+        SecateurError: the model, a text or a run is wrong.
+    """
     columns = columns_of("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
-    # One length for all runs, also where the calibration's is an axis of the grid.
+    # All runs are scored on rows of one length, even where the calibration length is an axis of the grid.
     shared = recipe.options | (asked.paper.options if asked.paper else {})
     length = recipe.evaluation.length or shared.get("length", Options.length)
     for text in columns.values():
         if text in (RANDOM, SELF):
-            ids = "random ids" if text == RANDOM else "what a model writes itself"
+            ids = "random ids" if text == RANDOM else "rows that a model generates"
             raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
     for run in asked.runs:
@@ -105,7 +111,7 @@ def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOption
 
 
 def columns_of(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """What is scored, by the name of its column."""
+    """Return texts or tasks by the name of their column; raise `SecateurError` where two have the same name."""
     names = [name for name, _ in sources]
     if (again := first_duplicate(names)) is not None:
         raise SecateurError(f"two {what} are called {again}; give them names of their own, NAME={what[:-1].upper()}")

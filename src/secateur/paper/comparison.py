@@ -1,4 +1,4 @@
-"""What a comparison has found so far, as frozen data: rows over seeds, and the paper's figures beside them."""
+"""Results of a comparison as frozen data: rows with their spread over seeds, and published figures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,56 +11,57 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Column:
-    """Something measured."""
+    """Quantity that is measured of every model."""
 
     name: str
     kind: Literal["perplexity", "accuracy"]
-    """Accuracy is in percent."""
+    """Kind of the quantity; accuracy is in percent."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure over seeds."""
+    """Values of one quantity over several seeds."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Of all values; never outside them, as a rounded sum of equal values may be."""
+        """Mean of all values, kept between the smallest and the largest in spite of rounding."""
         return min(max(fmean(self.values), self.least), self.most)
 
     @property
     def least(self) -> float:
-        """The smallest value."""
+        """Smallest value."""
         return min(self.values)
 
     @property
     def most(self) -> float:
-        """The largest value."""
+        """Largest value."""
         return max(self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Return the contents for a JSON file."""
         return {"mean": self.mean, "least": self.least, "most": self.most, "values": list(self.values)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one model; the dense model is a row too."""
+    """Results of one method on one model; the dense model has a row too."""
 
     model: str
     name: str
     label: str
-    """The name without its place in the grid."""
+    """Name of the method, without its place in the grid."""
     axes: Mapping[str, Any]
-    """Its place in the grid, seeds aside."""
+    """Place in the grid: values by option, without the seed."""
     results: tuple[Mapping[str, Any], ...]
-    """Of each seed that is finished; none for what only the paper has measured."""
+    """Results of the finished seeds; empty for a row that only the paper measured."""
     published: Mapping[str, float]
+    """Figures of the paper by column."""
 
     def spread(self, column: str) -> Spread | None:
-        """A measured figure, None where there is none yet."""
-        values = tuple(found for result in self.results if (found := figure(result, column)) is not None)
+        """Return the measured values of a column over seeds, or None where there are none yet."""
+        values = tuple(value for result in self.results if (value := figure(result, column)) is not None)
         return Spread(values) if values else None
 
 
@@ -70,22 +71,22 @@ class Comparison:
 
     title: str
     protocol: tuple[str, ...]
-    """How all of it was measured, one sentence each."""
+    """Sentences about how everything was measured."""
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     planned: int
-    """Runs in all, the dense models counted."""
+    """Number of all runs, dense models included."""
     failed: tuple[str, ...] = ()
-    """What went wrong in runs that could not be carried out."""
+    """Error messages of runs that failed."""
 
     @property
     def finished(self) -> int:
-        """Runs that are done."""
+        """Number of finished runs."""
         return sum(len(row.results) for row in self.rows)
 
 
 def figure(result: Mapping[str, Any], column: str) -> float | None:
-    """One figure of a stored result: a size, a perplexity, an accuracy, or the mean accuracy."""
+    """Return one figure of a stored result: a size, perplexity, accuracy or mean accuracy; None if missing."""
     if column in ("sparsity", "parameters", "heads", "channels", "seconds"):
         return float(result[column])
     if column == AVERAGE:

@@ -1,4 +1,4 @@
-"""Recipes that prune nothing: how large activations are (`activations`), and which heads attend alike (`graph`)."""
+"""Recipes that measure dense models: mean activations (`activations`) and similar heads (`graph`)."""
 
 import json
 from collections.abc import Sequence
@@ -28,32 +28,32 @@ from secateur.survey.head_distances import head_distances
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Mean absolute activations of one block, over all tokens and dimensions."""
+    """Mean absolute activations in one block, over all tokens and dimensions."""
 
     stream: float
-    """Of the residual stream that enters the block."""
+    """Mean of the residual stream that enters the block."""
     heads: float
-    """Of what the attention's output layer sees."""
+    """Mean of the input of the attention's output projection."""
     channels: float
-    """Of what the feed-forward's output layer sees."""
+    """Mean of the input of the feed-forward's output projection."""
 
 
 def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: Watcher, **where: Any) -> str:
-    """Measure every dense model that is not in the folder yet, then write tables and the plot of all of them.
+    """Measure every dense model whose result is not in the folder yet, then write tables and a plot of all models.
 
     Args:
-        recipe: of the kind `activations` or `graph`.
-        models: see `compare`.
-        out: the folder; see `RunStore`.
-        watcher: told about progress.
+        recipe: a recipe of the kind `activations` or `graph`.
+        models: folders, .gguf files or hub ids; the recipe's own models if empty.
+        out: the folder of the comparison; see `RunStore`.
+        watcher: progress output.
         where: fields of `RunOptions`, as in `compare`.
 
     Returns:
-        The names of the files that it wrote into the folder, in words.
+        Names of the written files, as words for a message.
 
     Raises:
-        SecateurError: for anything wrong with a model or the text, before the first is measured; in a recipe of the
-            kind `graph`, an attention that cannot be watched.
+        SecateurError: a model or the text cannot be read, found before the first measurement; or, in a recipe of the
+            kind `graph`, the attention of a model cannot be observed.
     """
     store = RunStore(out)
     store.check()
@@ -79,7 +79,12 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
 
 
 def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | None = None) -> list[Magnitudes]:
-    """Mean |x| in every block of the dense model, one of which is in memory at a time; rows are rows x length.
+    """Return the mean absolute activations in every block of a dense model, with one block in memory at a time.
+
+    Args:
+        stream: the dense model.
+        rows: token ids (rows x length).
+        watcher: progress output.
 
     Raises:
         SecateurError: a block gives NaN or infinite values.
@@ -101,20 +106,20 @@ def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | N
 
 
 class _Mean:
-    """A running mean of absolute values, in float64."""
+    """Running mean of absolute values, in float64."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
     def add(self, x: Tensor, _: Tensor) -> None:
-        """Take a layer's input; its output is of no interest."""
-        # Row by row in float32, then float64 on the host: not every accelerator has the latter.
+        """Add the input of a layer; its output, the second argument, is not used."""
+        # Means of rows are float32 on the device; their sum is float64 on the CPU, since some accelerators lack it.
         self.total += float(x.abs().flatten(0, -2).mean(-1).cpu().to(torch.float64).sum()) * x.shape[-1]
         self.count += x.numel()
 
 
 def _measure(kind: str, name: str, run: OpenRun, text: Tensor, watcher: Watcher) -> dict[str, Any]:
-    """What one model gives for calibration rows (rows x length), ready for JSON."""
+    """Measure one model on calibration rows (rows x length), and return the result as JSON values."""
     if kind == "activations":
         watcher.note(f"Activations of {name}")
         return {"blocks": [asdict(block) for block in magnitudes(run.stream, text, watcher=watcher)]}
@@ -124,7 +129,7 @@ def _measure(kind: str, name: str, run: OpenRun, text: Tensor, watcher: Watcher)
 
 
 def _write_activations(recipe: Recipe, results: dict[str, dict[str, Any]], out: Path) -> str:
-    """Tables with a row for each block, and lines over depth: the paper's figure 5."""
+    """Write tables with a row for each block, and a plot over the depth: figure 5 of the paper."""
     found: dict[str, list[dict[str, float]]] = {model: result["blocks"] for model, result in results.items()}
     head = ["model", "block", *(field.name for field in fields(Magnitudes))]
     rows = [
@@ -143,7 +148,7 @@ def _write_activations(recipe: Recipe, results: dict[str, dict[str, Any]], out: 
 
 
 def _write_graph(recipe: Recipe, results: dict[str, dict[str, Any]], out: Path) -> str:
-    """Distances of all heads in nats (h x h, by block), and those closer than tau joined: the paper's figure 3."""
+    """Write the distances between heads in nats (heads x heads, by block), and a graph of similar heads: figure 3."""
     assert recipe.tau is not None
     contents = {"title": recipe.title, "tau": recipe.tau, "unit": "nats", "models": results}
     write_atomically(out / "table.json", json.dumps(contents, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The rows and the protocol of a comparison, from the results of its runs."""
+"""Rows and protocol of a comparison, gathered from the results of its runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,16 @@ def gather_comparison(
     results: dict[str, dict[str, Any]],
     failed: Sequence[str],
 ) -> Comparison:
-    """Rows from the results that there are, by key."""
+    """Return the comparison as far as its runs are finished.
+
+    Args:
+        recipe: the recipe of the comparison.
+        models: the models that it compares.
+        scorer: the scorer of all runs.
+        planned: all runs, finished or not.
+        results: results of the finished runs, by `PlannedRun.key`.
+        failed: error messages of failed runs.
+    """
     rows: list[Row] = []
     for model in models:
         published = {} if model.paper is None else model.paper.published
@@ -44,8 +53,8 @@ def gather_comparison(
 
 
 def _protocol(recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer) -> tuple[str, ...]:
-    """How it was measured, one sentence a fact."""
-    # Of a file the name alone: a table is read where the file does not lie.
+    """Return sentences about how everything was measured."""
+    # Files appear by name only: the table is read on other machines.
     shared = ", ".join(f"{key} {short(x) if isinstance(x, str) else x}" for key, x in recipe.options.items())
     lines = [f"Options of all runs: {shared}." if shared else "All runs have the default options."]
     for model in models:
@@ -64,6 +73,6 @@ def _protocol(recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer) -
         which = f"{one.samples:,} rows of {one.length} tokens of {short(one.calibration)}"
         lines.append(f"{label}: LoRA on {which}, {one.epochs} epochs.")
     if seeds := recipe.grid.get("seed"):
-        several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the least and the most."
+        several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the smallest and the largest value."
         lines.append(several if len(seeds) > 1 else f"Seed {seeds[0]}.")
     return tuple(lines)

@@ -1,9 +1,8 @@
-"""`secateur compare`: every run of a recipe under one protocol, each pruned as `prune` does, scored and thrown away.
+"""Runs of a recipe for `secateur compare`, all under one protocol: each model is pruned, scored and deleted.
 
-All models, texts, tasks and runs are checked before the first is carried out. What runs have in common is made once:
-token ids of a text, rows that a model writes, the survey that several widths and recoveries start from, the dense
-scores. A finished run is a small file under a name that what decides it gives, so that a restart does only what is
-missing.
+All models, texts, tasks and runs are checked before the first run starts. Results that runs share are computed once:
+token ids of a text, rows that a model generates, surveys, and scores of dense models. The result of a finished run is a
+small file whose name is a hash of the run's inputs, so that a restarted comparison computes only what is missing.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,20 +33,22 @@ def compare(
     watcher: Watcher,
     **where: Any,
 ) -> Comparison:
-    """Carry out a recipe of the kind `grid`.
+    """Execute the runs of a recipe of the kind `grid`.
 
     Args:
-        models: folders, .gguf files or hub ids; the recipe's own where there are none.
+        recipe: the recipe.
+        models: folders, .gguf files or hub ids; the recipe's own models if empty.
         out: the folder that keeps finished runs; see `RunStore`.
-        task_path: a folder with lm-eval task files of one's own.
-        done: called with what there is after each run, and where nothing was left to do.
+        task_path: a folder with the user's own lm-eval task files.
+        done: called with the results so far after each run, and once at the end.
+        watcher: progress output.
         where: fields of `RunOptions`: the device, and whether the checkpoints' own code may run.
 
     Returns:
-        All that is finished. A run that turns out impossible is left out, and named in `failed`.
+        The results of all finished runs. A run that fails is left out and named in `failed`.
 
     Raises:
-        SecateurError: for anything wrong with a run, a model, a text or a task that can be seen before the first run.
+        SecateurError: a run, model, text or task is wrong in a way that can be found before the first run.
     """
     run_options = RunOptions(**where)
     device, store = pick_device(run_options.device), RunStore(out)
@@ -57,17 +58,17 @@ def compare(
         compared = [open_compared_model(recipe, asked, run_options, watcher) for asked in sources(recipe, models)]
         for model in compared:
             first = model.runs[0][1]
-            # On the disk that the comparison will be on.
-            beside = out.absolute().parent / f".{out.name}.scratch"
-            first.request.format.output(beside, overwrite=True).check()
+            # Pruned models are written to the disk of the comparison.
+            scratch = out.absolute().parent / f".{out.name}.scratch"
+            first.request.format.output(scratch, overwrite=True).check()
         with store:
-            return _carry_out(recipe, compared, scorer, store, done)
+            return _execute(recipe, compared, scorer, store, done)
 
 
-def _carry_out(
+def _execute(
     recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer, store: RunStore, done: Callable[[Comparison], None]
 ) -> Comparison:
-    """All runs that are not in the store yet, one after the other."""
+    """Execute all runs whose results are not in the store yet, one after another."""
     watcher, planned = scorer.watcher, [one for model in models for one in planned_runs(model, scorer)]
     results = {one.key: found for one in planned if (found := store.find(one.key)) is not None}
     failed: list[str] = []
@@ -76,16 +77,16 @@ def _carry_out(
     for number, one in enumerate(planned, start=1):
         if one.key in results:
             continue
-        watcher.note(f"Run {number} of {len(planned)}: {one.what}")
+        watcher.note(f"Run {number} of {len(planned)}: {one.description}")
         try:
             results[one.key] = one.execute(scorer, store)
         except SecateurError as error:
-            # Found by running alone; it says nothing about the other runs.
-            failed.append(f"{one.what}: {error}")
+            # The other runs may still succeed.
+            failed.append(f"{one.description}: {error}")
             watcher.note(failed[-1])
             continue
         store.keep(one.key, one.decided_by, results[one.key])
         done(gather_comparison(recipe, models, scorer, planned, results, failed))
-    whole = gather_comparison(recipe, models, scorer, planned, results, failed)
-    done(whole)
-    return whole
+    comparison = gather_comparison(recipe, models, scorer, planned, results, failed)
+    done(comparison)
+    return comparison

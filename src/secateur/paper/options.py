@@ -1,4 +1,4 @@
-"""The options that only the paper's tables vary: a panel of its own at the end of the help."""
+"""Options that only the tables of the paper vary; they have a panel at the end of the help."""
 
 import math
 from dataclasses import dataclass

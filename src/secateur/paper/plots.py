@@ -1,4 +1,4 @@
-"""Plots of a comparison: lines over an axis with numbers, a dot a row otherwise, each with the spread over seeds."""
+"""Plots of a comparison: lines over an option with several numbers, or one dot per row; with spread over seeds."""
 
 import io
 import math
@@ -12,10 +12,11 @@ from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
 
 
 def plot_comparison(found: Comparison, out: Path) -> None:
-    """A plot for every axis with several numbers, or one with a dot for each row where there is none.
+    """Draw a plot for every option of the grid with several numbers, or one plot with a dot for each row.
 
-    Each has one panel a model and column: the perplexity of every text, and the accuracy over all tasks. Lines and dots
-    are means over seeds, bands and whiskers reach from the least to the most; the paper's figures are crosses.
+    A plot has one panel for each model and column: the perplexity of every text, and the accuracy over all tasks. Lines
+    and dots are means over seeds; bands and whiskers reach from the least to the largest value; crosses are figures of
+    the paper.
     """
     accuracies = [column for column in found.columns if column.kind == "accuracy"]
     columns = [column for column in found.columns if column.kind == "perplexity"]
@@ -39,7 +40,7 @@ def plot_comparison(found: Comparison, out: Path) -> None:
 
 
 def plot_magnitudes(found: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Mean absolute activations against depth, one line a model and a panel for each place in the block."""
+    """Plot mean absolute activations against depth: a panel for each place in the block, a line for each model."""
     titles = {"stream": "residual stream", "heads": "into the attention's output", "channels": "into the down layer"}
     figure, panels = _panels(1, len(titles))
     for (place, title), panel in zip(titles.items(), panels, strict=True):
@@ -56,7 +57,7 @@ def plot_magnitudes(found: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
 
 
 def plot_graphs(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], tau: float, path: Path) -> None:
-    """Heads of each block on a circle, joined where their distance (h x h) is below tau: the paper's figure 3."""
+    """Draw the heads of each block on a circle, joined where their distance is below tau: figure 3 of the paper."""
     width = max(map(len, found.values()))
     figure, panels = _panels(len(found), width, height=6)
     for panel in panels:
@@ -77,13 +78,13 @@ def plot_graphs(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], ta
 
 
 def _lines(panel: Any, rows: Sequence[Row], column: Column, axis: str) -> None:
-    """One line for all rows that differ in nothing but their place on the axis."""
+    """Draw one line for all rows that differ only in their place on the axis."""
     by_line: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if axis in row.axes:
             others = tuple((name, value) for name, value in row.axes.items() if name != axis)
             by_line.setdefault((row.label, others), []).append(row)
-    # Ten colours are told apart best; beyond, lines change their dashes too.
+    # There are ten colours; further lines change their dashes too.
     styles = ("-", "--", ":")
     for number, ((label, others), members) in enumerate(by_line.items()):
         points = sorted(
@@ -110,7 +111,7 @@ def _lines(panel: Any, rows: Sequence[Row], column: Column, axis: str) -> None:
 
 
 def _dots(panel: Any, rows: Sequence[Row], column: Column) -> None:
-    """One dot a row, the first on top: a bar would need a zero, which a log scale has not."""
+    """Draw one dot for each row, the first on top; bars need a zero, which a logarithmic scale does not have."""
     for place, row in enumerate(rows):
         if (spread := row.spread(column.name)) is not None:
             whiskers = [[spread.mean - spread.least], [spread.most - spread.mean]]

@@ -1,4 +1,4 @@
-"""What the paper's variants add to the pipeline."""
+"""Plugin that adds the variants of the paper to the pipeline."""
 
 from secateur.base.plugins import Plugin
 from secateur.paper.options import SIMILARITY, PaperOptions

@@ -1,7 +1,7 @@
-"""Recipes of `secateur compare`: which runs on which models under which protocol, read from YAML and checked.
+"""Recipes of `secateur compare`, read from YAML and checked: runs, models and evaluation of a comparison.
 
-A recipe's runs are every entry of `runs` at every point of `grid`. Options of a run are fields of `Options` by name;
-where several places give one, the run wins over the model, and the model over what all share.
+A recipe has one run for every entry of `runs` at every point of `grid`. Options of a run are fields of `Options` by
+name. Where several places give an option, the run has priority over the model, and the model over the shared options.
 """
 
 import itertools
@@ -28,10 +28,10 @@ from secateur.text.sources import RANDOM, SELF
 T = TypeVar("T")
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 _NO_TEXT = (RANDOM, SELF)
-"""Sources that are no text: another text does not take their place."""
+"""Sources that are not text, which `--calibration` does not replace."""
 _MOST_RUNS = 10_000
 _SPREAD = "seed"
-"""The axis whose values are repetitions of one row and not rows of their own."""
+"""Axis of the grid whose values repeat a row instead of making further rows."""
 
 
 class _Strict(BaseModel):
@@ -39,54 +39,54 @@ class _Strict(BaseModel):
 
 
 class PaperModel(_Strict):
-    """A model that the paper measured."""
+    """Model that the paper measured."""
 
     id: str
-    """On the hub; the default model of the recipe."""
+    """Hub id; the models of this list are the default of the recipe."""
     also: list[str] = []
-    """Other names of folders and hub ids that hold it."""
+    """Other names of folders and hub ids that hold the same model."""
     options: dict[str, Any] = {}
-    """How the paper treats this one, such as the blocks it prunes."""
+    """Options for this model, such as the blocks that the paper prunes."""
     published: dict[str, dict[str, float]] = {}
-    """Row, then column, then the paper's figure."""
+    """Figures of the paper by row and column."""
 
 
 class Evaluation(_Strict):
-    """What is measured of every model."""
+    """Measurements of every model."""
 
     perplexity: list[str] = []
     """Texts, as `source` or `column=source`."""
     length: int | None = None
-    """Tokens in a row; as many as in the calibration rows by default."""
+    """Tokens in a row; by default the length of the calibration rows."""
     tokens: int | None = None
-    """Of each text; all by default."""
+    """Number of tokens of each text; all by default."""
     tasks: list[str] = []
-    """lm-eval's, as `task` or `column=task`."""
+    """Tasks of lm-eval, as `task` or `column=task`."""
     limit: int | None = None
-    """Items of each task; all by default."""
+    """Number of items of each task; all by default."""
 
 
 class Recipe(_Strict):
-    """What `secateur compare` carries out; see the fields of the files in `recipes/`."""
+    """Comparison that `secateur compare` executes; the files in `recipes/` are examples."""
 
     title: str
     kind: Literal["grid", "activations", "graph"] = "grid"
-    """`grid` prunes and scores; the others measure dense models, block by block: mean activations, similar heads."""
+    """Kind of comparison: `grid` prunes and scores; `activations` and `graph` measure dense models by block."""
     models: dict[str, PaperModel] = {}
     options: dict[str, Any] = {}
-    """Of every run."""
+    """Options of every run."""
     runs: dict[str, dict[str, Any]] = {}
-    """Row, then what sets it apart."""
+    """Options that distinguish a row, by the name of the row."""
     grid: dict[str, list[Any]] = {}
-    """Option, then its values; values of `seed` become the spread of a row."""
+    """Values of an option, by the name of the option; values of `seed` become the spread of a row."""
     retrain: dict[str, dict[str, Any]] = {}
-    """Row, then how its results are retrained: fields of `Training`; see `Run.training`."""
+    """Settings of retraining, fields of `Training`, by the name of the row; see `Run.training`."""
     evaluation: Evaluation = Evaluation()
     tau: float | None = None
-    """Of the kind `graph`: heads closer than this, in nats, are joined."""
+    """Distance in nats below which heads are joined, in a recipe of the kind `graph`."""
 
     def model_of(self, source: str) -> tuple[str, PaperModel] | None:
-        """The paper's model that a folder or hub id names, if it is one."""
+        """Return name and entry of the model that a folder or hub id names, None if the paper did not measure it."""
         wanted = _last(source)
         for name, model in self.models.items():
             if wanted in {_last(other) for other in (model.id, *model.also)}:
@@ -96,30 +96,30 @@ class Recipe(_Strict):
 
 @dataclass(frozen=True)
 class Run:
-    """One pruned model to be made."""
+    """Run of a recipe, which makes one pruned model."""
 
     label: str
     axes: tuple[tuple[str, Any], ...]
-    """Its place in the grid."""
+    """Place in the grid: pairs of option and value."""
     options: Options
     training: Training | None = None
-    """Of what comes out: on the run's calibration, length and seed, where the recipe does not say otherwise."""
+    """Retraining of the pruned model; calibration, length and seed are those of the run unless the recipe sets them."""
 
     @property
     def row(self) -> str:
-        """The row of the table that it belongs to: all but the seed."""
+        """Name of the row of the table: label and place in the grid, without the seed."""
         return ", ".join(filter(None, (self.label, *(f"{k} {v}" for k, v in self.axes if k != _SPREAD))))
 
     def place(self, axis: str) -> Any:
-        """Its value on an axis, None where the grid has no such axis."""
+        """Return the run's value on an axis of the grid, or None where the grid has no such axis."""
         return dict(self.axes).get(axis)
 
 
 def read_recipe(name: str) -> Recipe:
-    """The recipe in a YAML file, or the one of that name that comes with the package.
+    """Read a recipe from a YAML file, or the recipe of that name that comes with the package.
 
     Raises:
-        SecateurError: it does not exist, is no recipe, or a run of it makes no sense; with the place in the file.
+        SecateurError: the recipe does not exist, is not valid, or has a run with wrong options.
     """
     path = local_path(name)
     if not path.is_file():
@@ -144,10 +144,10 @@ def read_recipe(name: str) -> Recipe:
 
 
 def expand(recipe: Recipe, model: str | None) -> list[Run]:
-    """Every run of a recipe on one of its own models, or on any other where `model` is None.
+    """Return every run of a recipe on one of its own models, or on any other model where `model` is None.
 
     Raises:
-        SecateurError: an option that does not exist or makes no sense, an empty grid, or nothing to run, and where.
+        SecateurError: an option does not exist or is wrong, the grid is empty, or there is nothing to run.
     """
     shared = recipe.options | (recipe.models[model].options if model is not None else {})
     _values(recipe.options, "options")
@@ -199,14 +199,18 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other texts, sizes and seeds, which replace an option wherever the recipe gives it.
+    """Return the recipe with other texts, sizes and seeds, which replace an option wherever the recipe gives it.
 
-    What may change: calibration, length, blocks; samples, refit_samples and seeds, each a tuple of numbers; perplexity,
-    tasks, limit and tokens of the evaluation. None leaves the recipe's own. `random` and `self` calibrations stay,
-    since they are no texts. Rows of the refit's own come only to runs that have such; they are those of retraining too.
+    The calibrations `random` and `self` stay, since they are not texts. `refit_samples` changes only runs that have the
+    option, and the number of rows of retraining.
+
+    Args:
+        recipe: the recipe.
+        changes: new values; None keeps the recipe's. Options are calibration, length and blocks; samples,
+            refit_samples and seeds, each a tuple of numbers; and perplexity, tasks, limit and tokens of the evaluation.
 
     Raises:
-        SecateurError: several numbers of samples where the recipe has no axis for them.
+        SecateurError: several numbers of samples are given, but the recipe has no axis for them.
     """
     raw, changes = recipe.model_dump(), {name: value for name, value in changes.items() if value is not None}
     values: dict[str, list[Any]] = {}
@@ -244,13 +248,13 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def named(text: str, name: str) -> tuple[str, str]:
-    """`column=source` taken apart; a source alone is called by `name`."""
+    """Split `column=source` into both parts; a source without a column is in the column `name`."""
     match = _NAMED.fullmatch(text)
     return (match[1], match[2]) if match and not Path(text).exists() else (name, text)
 
 
 def _options(given: Mapping[str, Any], where: str) -> Options:
-    """Options from a recipe, checked as those of the command line are."""
+    """Return options from a recipe, checked like those of the command line."""
     options = _made(Options, given, where)
     if options.output_format.suffix is not None:
         raise SecateurError(f"{where}: runs are scored by transformers; take the format hf or stock")
@@ -258,7 +262,7 @@ def _options(given: Mapping[str, Any], where: str) -> Options:
 
 
 def _made(owner: type[T], given: Mapping[str, Any], where: str) -> T:
-    """An object of options from their values in a recipe."""
+    """Return an object of a data class from the values in a recipe."""
     values = _values(given, where, owner)
     try:
         return owner(**values)
@@ -267,7 +271,7 @@ def _made(owner: type[T], given: Mapping[str, Any], where: str) -> T:
 
 
 def _values(given: Mapping[str, Any], where: str, owner: type = Options) -> dict[str, Any]:
-    """Values of options by name, each of the type of its field."""
+    """Return the values of options by name, each converted to the type of its field."""
     result, kinds = {}, _adapters(owner)
     for name, value in given.items():
         kind = kinds.get(name)
@@ -287,13 +291,13 @@ def _values(given: Mapping[str, Any], where: str, owner: type = Options) -> dict
 
 @cache
 def _adapters(owner: type) -> dict[str, TypeAdapter[Any]]:
-    """What checks the type of each option."""
+    """Return a validator for the type of each option."""
     hints = get_type_hints(owner)
     return {field.name: TypeAdapter(hints[field.name]) for field in fields(owner)}
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that pydantic found, as one line with the place in the recipe."""
+    """Return the first error that pydantic found as one line, with the place in the recipe."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -304,7 +308,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _last(source: str) -> str:
-    """The last part of a path or hub id, in small letters."""
+    """Return the last part of a path or hub id, in lower case."""
     return local_path(source).name.lower()
 
 
@@ -313,7 +317,7 @@ def _some(values: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key may be there twice: the first of two runs would be lost without a word."""
+    """YAML loader that refuses duplicate keys, since the first of two equal runs would be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

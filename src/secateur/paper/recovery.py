@@ -1,4 +1,4 @@
-"""The paper's recovery: both layers of a module are fitted to their dense outputs (Algorithms 1, 3 and 4)."""
+"""Recovery of the paper: level 1 and level 2 of a module are fitted to their dense outputs (Algorithms 1, 3 and 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,26 +20,26 @@ from secateur.numerics.ridge import least_squares, normal_equations
 @recovery("paper")
 @dataclass(frozen=True)
 class PaperRecovery(Recovery):
-    """Level 1, then level 2, each by least squares; no module repairs errors of another one."""
+    """Recovery that fits level 1, then level 2, each by least squares; no module repairs the errors of another one."""
 
     when: str = "after"
-    """Moment of the fit: `before` units are chosen, so that the criterion sees repaired weights, `after`, or `both`."""
+    """Moment of the fit: `after` units are chosen, `before`, so that the criterion sees fitted weights, or `both`."""
 
     fits = fits_own_output = needs_dense_inputs = True
     summary = Refit.summary
 
     @classmethod
     def of(cls, options: Any) -> "PaperRecovery":
-        """Return the recovery with the ridge and the moment of options."""
+        """Return the recovery with the ridge and the moment that the options give."""
         return cls(options.ridge, options.recover)
 
     @property
     def before(self) -> bool:
-        """Whether all units are fitted ahead of the choice."""
+        """Whether all units are fitted before the choice."""
         return self.when in ("before", "both")
 
     def prepare(self, module_fit: ModuleFit) -> None:
-        """Fit level 1 ahead of the choice."""
+        """Fit level 1 before the choice."""
         if self.before:
             self._refit_inputs(module_fit)
 
@@ -48,14 +48,14 @@ class PaperRecovery(Recovery):
         return module_fit.solve(module_fit.fit_all_inputs) if self.before else None
 
     def fit(self, module_fit: ModuleFit) -> OutputFit:
-        """Fit level 1 unless it is fitted already, then level 2 of the units that stay."""
+        """Fit level 1 unless it is fitted already, then level 2 of the kept units."""
         if not self.before:
             self._refit_inputs(module_fit)
             module_fit.collect_again()
         return module_fit.solve(module_fit.without_refit if self.when == "before" else module_fit.fit_kept_inputs)
 
     def _refit_inputs(self, module_fit: ModuleFit) -> None:
-        """Fit level 1 to its dense outputs on all rows, whatever units are kept."""
+        """Fit level 1 to its dense outputs on all rows, for all units."""
         # Experts are fitted by the refit.
         assert isinstance(module_fit.regression, BlockRegression)
         regression, module, width = module_fit.regression, module_fit.module, module_fit.regression.stream.width
@@ -80,10 +80,14 @@ class PaperRecovery(Recovery):
 def fit_level1(
     module: PrunableModule, tensors: Mapping[str, Tensor], inputs: Moments, ridge: float
 ) -> dict[str, Tensor]:
-    """Level-1 weights and biases that bring the pruned stream's input to the dense level-1 outputs.
+    """Return level-1 weights and biases that map the module's input in the pruned stream to the dense level-1 outputs.
 
-    `inputs` holds the Gram matrix of the module's input in the pruned stream and its cross moment with the input
-    in the dense stream, X_p'X_d: the dense outputs are linear in the latter, so this serves all level-1 layers.
+    Args:
+        module: the module.
+        tensors: weights and biases of the block by name.
+        inputs: Gram matrix X_p'X_p of the module's input in the pruned stream, and cross moment X_p'X_d with the input
+            in the dense stream. Dense outputs are linear in X_d, so these moments serve all level-1 layers.
+        ridge: ridge of the fit.
     """
     result: dict[str, Tensor] = {}
     # Slabs of one tensor share its axis and its bias.

@@ -1,4 +1,4 @@
-"""The folder of a comparison: one small file for each finished run, so that a restart goes on where it stopped."""
+"""Folder of a comparison, with one small file for each finished run, from which a restarted comparison continues."""
 
 import fcntl
 import json
@@ -15,19 +15,19 @@ RUNS, SURVEYS, SCRATCH, LOCK = "runs", "surveys", ".scratch", ".lock"
 
 
 class RunStore:
-    """Finished runs by what decides them; as a context manager it has the folder `path` to itself.
+    """Store of finished runs by the hash of their inputs; as a context manager it locks the folder `path`.
 
-    A pruned model may lie in the folder `scratch` until it is scored.
+    Pruned models are in the folder `scratch` until they are scored.
     """
 
     def __init__(self, path: Path):
         self.path, self.scratch = path, path / SCRATCH
 
     def check(self) -> None:
-        """See that the folder can be used, without touching it.
+        """Check that the folder can be used, without writing to it.
 
         Raises:
-            SecateurError: something else is there, or nothing can be.
+            SecateurError: the folder holds something else, or its parent does not exist.
         """
         if self.path.exists() and not self.path.is_dir():
             raise SecateurError(f"{self.path}: a file with this name exists; choose another name")
@@ -42,12 +42,12 @@ class RunStore:
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
-            # Given back by the system however the process ends.
+            # The system releases the lock however the process ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise SecateurError(f"{self.path}: another secateur compare works there; wait, or name another") from error
-        # What a killed process has left.
+            raise SecateurError(f"{self.path}: in use by another secateur compare; wait, or name another") from error
+        # A killed process may have left models.
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         return self
@@ -57,10 +57,10 @@ class RunStore:
         self._lock.close()
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """What a finished run has given, or None.
+        """Return the result of a finished run, or None where there is none.
 
         Raises:
-            SecateurError: its file is damaged.
+            SecateurError: the file of the result is damaged.
         """
         path = self.path / RUNS / f"{key}.json"
         if not path.exists():
@@ -68,13 +68,13 @@ class RunStore:
         try:
             return dict(parse_json(path.read_text(encoding="utf-8"))["result"])
         except (ValueError, KeyError, TypeError) as error:
-            raise SecateurError(f"{path}: not a result of secateur's; delete it to have it made again") from error
+            raise SecateurError(f"{path}: not a result of secateur; delete the file to repeat its run") from error
 
     def keep(self, key: str, decided_by: dict[str, Any], result: dict[str, Any]) -> None:
-        """Store a result, with what decides it."""
+        """Store a result, with the inputs that decide it."""
         contents = json.dumps({"decided_by": decided_by, "result": result}, indent=2) + "\n"
         write_atomically(self.path / RUNS / f"{key}.json", contents)
 
     def survey_file(self, decided_by: dict[str, Any]) -> Path:
-        """Where the survey of some runs is kept."""
+        """Return the file of a survey, by the inputs that decide it."""
         return self.path / SURVEYS / f"{hash_json(decided_by)}.json"

@@ -1,8 +1,8 @@
-"""The runs of a comparison: what decides each one's result, and how it is carried out."""
+"""Runs of a comparison: the inputs that decide the result of each run, and its steps."""
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,10 @@ from secateur.commands.plan_widths import plan_widths
 from secateur.commands.survey_file import survey_key
 from secateur.commands.survey_model import survey_model
 from secateur.commands.write_model import write_model
+from secateur.model.axes import Width, axis_kinds
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERTS
+from secateur.model.units.heads import HEADS_PER_GROUP
 from secateur.paper.compared_model import ComparedModel
 from secateur.paper.recipe import Run
 from secateur.paper.run_store import RunStore
@@ -26,34 +30,35 @@ from secateur.report.summary import Summary
 from secateur.retraining.retrain import retrain, training_rows
 
 DENSE = "dense"
-"""The row of a model before pruning."""
+"""Name of the row of a model before pruning."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the comparison, or the scoring of a dense model."""
+    """Run of a comparison, or the scoring of a dense model."""
 
     model: ComparedModel
     run: Run | None
-    """None for the dense model."""
+    """Run of the recipe; None for the dense model."""
     open: OpenRun
     decided_by: dict[str, Any]
+    """Inputs that decide the result, as JSON values."""
 
     @cached_property
     def key(self) -> str:
-        """The name of its result."""
+        """Hash of the inputs, which names the result in the store."""
         return hash_json(self.decided_by)
 
     @property
-    def what(self) -> str:
-        """In words."""
+    def description(self) -> str:
+        """Name of model, method and seed."""
         if self.run is None:
             return f"{self.model.name} {DENSE}"
         seed = self.run.place("seed")
         return f"{self.model.name} {self.run.row}" + ("" if seed is None else f", seed {seed}")
 
     def execute(self, scorer: Scorer, store: RunStore) -> dict[str, Any]:
-        """Scores and sizes; what is pruned is thrown away."""
+        """Prune, score and delete the model; return scores and sizes as JSON values."""
         start = time.perf_counter()
         folder, sparsity = self.model.checkpoint.path, 0.0
         parameters = round(parameter_meter(self.open.stream).dense)
@@ -66,20 +71,20 @@ class PlannedRun:
                 pruned, folder = folder, store.scratch / "retrained"
                 device = "cpu" if scorer.device.type == "cpu" else "auto"
                 retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=scorer.watcher)
-        scores = scorer.score(folder, self.model, self.what)
+        scores = scorer.score(folder, self.model, self.description)
         for name in ("model", "retrained"):
             shutil.rmtree(store.scratch / name, ignore_errors=True)
         return scores | {
             "sparsity": sparsity,
             "parameters": parameters,
-            "heads": sum(width.heads for width in widths),
-            "channels": sum(width.fed for width in widths),
+            "heads": _count(widths, HEADS_PER_GROUP),
+            "channels": _count(widths, CHANNELS, EXPERTS),
             "seconds": time.perf_counter() - start,
         }
 
 
 def prune_run(run: OpenRun, model: ComparedModel, folder: Path, store: RunStore) -> Summary:
-    """All steps of `prune` but the first; rows are drawn once, and the survey is kept in the comparison's folder."""
+    """Execute the steps of `prune` after opening; rows are drawn once, surveys are kept in the comparison's folder."""
     run = run.timed_from_now()
     if (rows := model.drawn.get(run.row_request)) is None:
         rows = model.drawn[run.row_request] = draw_rows(run)
@@ -88,8 +93,13 @@ def prune_run(run: OpenRun, model: ComparedModel, folder: Path, store: RunStore)
     return write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
 
 
+def _count(widths: Sequence[Width], *axes: str) -> int:
+    """Return the number of units along some axes in all blocks."""
+    return sum(axis_kinds()[axis].count(width) for axis in axes for width in widths)
+
+
 def planned_runs(model: ComparedModel, scorer: Scorer) -> Iterator[PlannedRun]:
-    """All runs on a model, the dense one first, with what decides each: the dense weights and scoring, and its own."""
+    """Yield all runs on a model, the dense one first, each with the inputs that decide its result."""
     dense = scorer.decided_by(model)
     yield PlannedRun(model, None, model.runs[0][1], dense)
     for run, opened, rows in model.runs:
@@ -97,9 +107,9 @@ def planned_runs(model: ComparedModel, scorer: Scorer) -> Iterator[PlannedRun]:
         trained = None if training is None else training_rows(model.checkpoint, training, Silent())
         own = {
             "options": asdict(opened.options),
-            # With the options, stand-ins decide what a model writes in their place.
+            # Random ids that stand in for generated rows decide these together with the options.
             "rows": [hash_rows(group) for group in (rows.selection, *rows.grouped.groups)],
-            # The contents of a file with a plan or ratios.
+            # Contents of a file with a plan or with shares.
             "given": repr(opened.request.plan_from_file),
             "training": training and asdict(training),
             "training rows": None if trained is None else hash_rows(trained),

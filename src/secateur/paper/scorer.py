@@ -1,4 +1,4 @@
-"""Scores of whole models: perplexities and zero-shot accuracies, all taken in the same way."""
+"""Scores of whole models: perplexities and zero-shot accuracies, measured in the same way for all."""
 
 import hashlib
 from dataclasses import dataclass
@@ -21,15 +21,21 @@ from secateur.paper.recipe import Recipe, named
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores whole models, all in the same way."""
+    """Scorer of whole models, with the same tasks and settings for all."""
 
     tasks: dict[str, list[OpenTask]]
-    """By column; a group of tasks is averaged."""
+    """Tasks by column; the accuracies of several tasks in a column are averaged."""
     device: torch.device
     watcher: Watcher
 
     def score(self, folder: str | Path, model: ComparedModel, what: str) -> dict[str, Any]:
-        """Perplexities and accuracies in percent, by column."""
+        """Return perplexities, and accuracies in percent, by column.
+
+        Args:
+            folder: folder of the dense or the pruned model.
+            model: the dense model, which gives tokenizer and texts.
+            what: label of the progress bars.
+        """
         checkpoint = model.checkpoint
         if folder != checkpoint.path:
             checkpoint = open_checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
@@ -44,21 +50,21 @@ class Scorer:
         return {"perplexity": texts, "accuracy": accuracies}
 
     def decided_by(self, model: ComparedModel) -> dict[str, Any]:
-        """What decides the scores of a given model."""
-        asked = {name: repr([(task.name, task.items) for task in tasks]) for name, tasks in self.tasks.items()}
+        """Return the inputs that decide the scores of a model, as JSON values."""
+        tasks = {name: repr([(task.name, task.items) for task in opened]) for name, opened in self.tasks.items()}
         return {
             "secateur": secateur.__version__,
             "fingerprint": model.checkpoint.fingerprint,
             "device": self.device.type,
             "texts": {column: hash_rows(rows) for column, rows in model.texts.items()},
-            "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in asked.items()},
+            "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in tasks.items()},
         }
 
 
 def task_columns(recipe: Recipe, task_path: Path | None, watcher: Watcher) -> dict[str, list[OpenTask]]:
-    """The tasks of each column, with their items."""
+    """Open the tasks of each column, with their items."""
     limit = recipe.evaluation.limit
-    open_tasks([], limit=limit, task_path=task_path)  # what is wrong with these, also where there are no tasks
+    open_tasks([], limit=limit, task_path=task_path)  # checks both arguments, even where there are no tasks
     wanted = columns_of("tasks", [named(task, task) for task in recipe.evaluation.tasks])
     return {
         column: open_tasks([task], limit=limit, task_path=task_path, watcher=watcher) for column, task in wanted.items()

@@ -1,4 +1,4 @@
-"""The criterion `similarity` in a run: from distances between heads to those that can go together."""
+"""Criterion `similarity` in a run: from distances between heads to the heads that can be removed together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from secateur.base.progress import Watcher
 from secateur.model.axes import Width
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
+from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.paper.similarity import find_similar_heads
 from secateur.plan.preselection import Preselected
 from secateur.plan.problem import Plan, PlanProblem
@@ -19,19 +20,19 @@ from secateur.survey.head_distances import head_distances
 
 @dataclass(frozen=True)
 class Similarity:
-    """The preselection of heads that are closer than a threshold; see `secateur.plan.preselection`."""
+    """Preselection of heads whose distance is below a threshold; see `secateur.plan.preselection`."""
 
     tau: float
     """Threshold, in nats."""
     decides: bool
-    """Whether these heads go and nothing else does."""
+    """Whether only these heads are removed, and nothing else."""
 
     def check(self, problem: PlanProblem) -> None:
-        """Check that some head can go."""
+        """Check that at least one head can be removed."""
         check_heads(problem)
 
     def find(self, stream: BlockStream, rows: Tensor, problem: PlanProblem, watcher: Watcher) -> Preselected:
-        """Compare the heads of the dense model on calibration rows (rows x length)."""
+        """Compare the heads of the dense model on calibration rows (rows x length), and return the similar ones."""
         distances = head_distances(stream, rows, blocks=problem.pruned_blocks, watcher=watcher)
         if not self.decides:
             return Preselected(find_similar_heads(distances, self.tau))
@@ -41,10 +42,10 @@ class Similarity:
 
 
 def check_heads(problem: PlanProblem) -> None:
-    """See that some head can go, before anything is measured.
+    """Check that at least one head can be removed, before anything is measured.
 
     Raises:
-        SecateurError: the model or the output format holds no fewer heads.
+        SecateurError: the model or the output format does not allow fewer heads.
     """
     reasons = []
     blocks = [problem.blocks[index] for index in problem.pruned_blocks]
@@ -52,34 +53,34 @@ def check_heads(problem: PlanProblem) -> None:
         why = blocks[0].attention.locked
         raise SecateurError(f"heads cannot be removed exactly, as {why}; take another criterion")
     for block in blocks:
-        obstacles = [problem.unsupported_reason(width) for width in _narrower(block)]
-        if None in obstacles:
+        found = [problem.unsupported_reason(width) for width in _narrower(block)]
+        if None in found:
             return
-        reasons += [reason for reason in obstacles if reason is not None]
+        reasons += found
     if reasons:
         raise SecateurError(f"the format cannot hold fewer heads: {reasons[0]}")
     raise SecateurError("the blocks have one head each; similarity has nothing to compare: take another criterion")
 
 
 def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: float) -> Plan:
-    """The plan in which similar heads go, and nothing else: exact units, all channels stay.
+    """Return the plan that removes similar heads and nothing else; it lists the units to keep.
 
     Raises:
-        SecateurError: nothing goes, or all but one head of every block.
+        SecateurError: no heads are similar, or all but one head of every block are.
     """
     found = find_similar_heads(distances, tau)
     removed, widths, units = {}, {}, {}
     for index, heads in found.candidates.items():
         block = problem.blocks[index]
         removed[index], widths[index] = loadable(problem, index, heads)
-        stay = tuple(head for head in range(block.attention.units) if head not in removed[index])
-        units[index] = dict(zip(block.kinds, (stay, tuple(range(block.feed_forward.units))), strict=True))
+        kept_heads = tuple(head for head in range(block.attention.units) if head not in removed[index])
+        units[index] = dict(zip(block.kinds, (kept_heads, tuple(range(block.feed_forward.units))), strict=True))
     if not any(removed.values()):
         count = sum(map(len, found.candidates.values()))
         raise SecateurError(
-            f"tau is {tau:g}, which removes nothing: its {count} similar heads are no whole key/value group, nor one "
-            f"of every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; take a "
-            "larger one"
+            f"tau is {tau:g}, which removes nothing: its {count} similar heads are neither a whole KV group nor one "
+            f"head of every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; "
+            "take a larger one"
         )
     size = problem.parameters.module_size
     dense, kept = (
@@ -92,10 +93,10 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
 
 
 def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tuple[tuple[int, ...], Width]:
-    """The candidates of a block that can go together, and the width that is left.
+    """Return the candidates of a block that can be removed together, and the width that is left.
 
-    Either whole key/value groups, all of whose heads are candidates; or equally many candidates of every group.
-    Whichever takes more parameters with it and the output format holds.
+    Removable together are KV groups whose heads are all candidates, or equally many candidates of every group. Of the
+    two, the one that removes more parameters and that the output format supports is returned.
     """
     block = problem.blocks[index]
     module = block.attention
@@ -106,8 +107,8 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
     width = block.width
     least = problem.parameters.module_size(index, "heads", width)
     for narrower in _narrower(block):
-        by_groups = narrower.groups < module.groups
-        count = module.groups - narrower.groups if by_groups else module.per_group - narrower.per_group
+        by_groups = narrower[KV_GROUPS] < module.groups
+        count = module.groups - narrower[KV_GROUPS] if by_groups else module.per_group - narrower[HEADS_PER_GROUP]
         size = problem.parameters.module_size(index, "heads", narrower)
         if (
             count > (len(whole) if by_groups else each)
@@ -122,5 +123,5 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
 
 
 def _narrower(block: Block) -> list[Width]:
-    """The widths of a block with fewer heads, but some."""
+    """Return the widths of a block with fewer heads, but at least one."""
     return head_widths(block, ("heads",))[1:]

@@ -1,7 +1,7 @@
-"""Heads that attend alike: of every two, one can go (Greedy Output Approximation, criterion A, Algorithm 2).
+"""Similar heads: of two heads with similar attention, one can be removed (criterion A and Algorithm 2 of the paper).
 
-Alone, the criterion gives a plan with exact heads (`secateur.paper.similar_heads`). In front of a criterion that scores
-or ranks units, heads that resemble another one leave first, and the rest by that criterion.
+Alone, the criterion gives a plan that lists the heads to keep (`secateur.paper.similar_heads`). Before another
+criterion, heads that are similar to another head are removed first, and further units by that criterion.
 """
 
 import math
@@ -16,43 +16,44 @@ from secateur.base.errors import SecateurError
 
 
 def candidates(distances_hh: Tensor, tau: float) -> tuple[int, ...]:
-    """Heads that can go, ascending.
+    """Return the heads that can be removed, in ascending order.
 
-    Algorithm 2: for all pairs (i, j), i outer and j inner, i != j: if the two are closer than tau and neither is a
-    candidate yet, i becomes one. So of a similar pair the lower index goes, and the last of a group stays.
+    Algorithm 2 of the paper: for all pairs (i, j) with i != j, i in the outer and j in the inner loop: if the distance
+    is below tau and neither head is a candidate yet, i becomes a candidate. So the lower index of a similar pair is
+    removed, and the last head of a group of similar heads stays.
 
     Args:
-        distances_hh: between the heads of one module (h x h).
-        tau: the threshold, in the distances' unit.
+        distances_hh: distances between the heads of one module (heads x heads).
+        tau: threshold in the unit of the distances.
     """
     near = distances_hh < tau
     near.fill_diagonal_(False)
     free = torch.ones(len(near), dtype=torch.bool)
     for i in range(len(near)):
-        # Only i can have become a candidate while its row is gone through, and that ends the row.
+        # While row i is processed only i itself can become a candidate, and that ends the row.
         free[i] = not bool((near[i] & free).any())
     return tuple((~free).nonzero()[:, 0].tolist())
 
 
 @dataclass(frozen=True)
 class SimilarHeads:
-    """Similar heads of the chosen blocks."""
+    """Similar heads of the pruned blocks."""
 
     name = "similarity"
 
     tau: float
-    """Two heads closer than it are similar."""
+    """Distance in nats below which two heads are similar."""
     range: tuple[float, float]
-    """The least and the largest distance between two heads of a block."""
+    """Smallest and largest distance between two heads of a block."""
     candidates: dict[int, tuple[int, ...]]
-    """Heads of each block that resemble another one."""
+    """Heads of each block that are similar to another one."""
     removed: dict[int, tuple[int, ...]] | None = None
-    """The heads that go, where similarity alone decides: as many candidates as leave whole groups, or equal ones."""
+    """Heads of each block that are removed, where similarity alone decides; they leave KV groups of equal size."""
     share: float | None = None
-    """Of the chosen blocks' attention parameters, what goes with them."""
+    """Share of the attention parameters of the pruned blocks that these heads have."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record of a run."""
+        """Return the contents for the record of a run."""
         record: dict[str, Any] = {"tau": self.tau, "distances": list(self.range), "attention_share": self.share}
         blocks = []
         for index, heads in self.candidates.items():
@@ -61,7 +62,7 @@ class SimilarHeads:
         return record | {"blocks": blocks}
 
     def describe(self) -> str:
-        """One clause for people."""
+        """Return a clause about the number of similar heads."""
         found = sum(map(len, self.candidates.values()))
         what = f"tau {self.tau:.4g} finds {found} similar heads (distances {self.range[0]:.3g} to {self.range[1]:.3g})"
         if self.removed is None:
@@ -72,10 +73,11 @@ class SimilarHeads:
 
 
 def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHeads:
-    """The similar heads of every block.
+    """Return the similar heads of every block.
 
     Args:
-        distances: of each block's heads (h x h).
+        distances: distances between the heads of each block (heads x heads).
+        tau: threshold in the unit of the distances.
 
     Raises:
         SecateurError: no heads are similar, or all are.
@@ -88,7 +90,7 @@ def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHe
             f"take more than {_rounded(least, math.ceil)}"
         )
     near = {index: candidates(table, tau) for index, table in distances.items()}
-    # Algorithm 2 leaves at least one.
+    # Algorithm 2 keeps at least one head.
     if all(len(heads) == len(distances[index]) - 1 for index, heads in near.items()):
         less = "a smaller one" if tau <= largest else f"less than {_rounded(largest, math.floor)}"
         raise SecateurError(
@@ -99,5 +101,5 @@ def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHe
 
 
 def _rounded(value: float, way: Callable[[float], int]) -> str:
-    """A short number that is surely no smaller, or no larger."""
+    """Return a number with four decimals as text, rounded up or down by `way`."""
     return f"{way(value * 1e4) / 1e4:g}"

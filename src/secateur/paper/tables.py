@@ -1,4 +1,4 @@
-"""The table of a comparison: Markdown to read, CSV and JSON to go on with. Seconds, which vary, are in JSON only."""
+"""Tables of a comparison: Markdown for people, CSV and JSON for programs. Times, which vary, are in the JSON only."""
 
 import csv
 import io
@@ -25,12 +25,15 @@ def write_table(
     whole: Sequence[Sequence[Any]],
     contents: dict[str, Any],
 ) -> None:
-    """Put `table.md`, `table.csv` and `table.json` into a folder, each whole or not at all.
+    """Write `table.md`, `table.csv` and `table.json` into a folder, each atomically.
 
     Args:
-        notes: lines above the table in it.
-        shown: its rows, the head first.
+        out: the folder.
+        title: title of the Markdown table.
+        notes: lines above the Markdown table.
+        shown: rows of the Markdown table, the head first.
         whole: rows of the CSV, the head first.
+        contents: contents of the JSON file.
     """
     head, *rows = (f"| {' | '.join(cells)} |" for cells in shown)
     lines = [f"# {title}", "", *notes, "", head, "|" + "---|" * len(shown[0]), *rows]
@@ -42,7 +45,7 @@ def write_table(
 
 
 def write_tables(found: Comparison, out: Path) -> None:
-    """The tables of a comparison: how it was measured, and each figure's mean, least, most and published value."""
+    """Write the tables of a comparison, with the mean, least, largest and published value of each figure."""
     entries = [_entry(found, row) for row in found.rows]
     axes = list(dict.fromkeys(axis for row in found.rows for axis in row.axes))
     names = [f"{column.name}{which}" for column in found.columns for which in ("", " least", " most", " published")]
@@ -66,7 +69,7 @@ def write_tables(found: Comparison, out: Path) -> None:
 
 
 def compare_table(found: Comparison, out: Path) -> tuple[Table, list[str]]:
-    """The same for the terminal."""
+    """Return the table of a comparison for the terminal, and lines to print below it."""
     head, *rows = _shown(found)
     table = Table(title=found.title, title_justify="left")
     for name in head:
@@ -77,11 +80,11 @@ def compare_table(found: Comparison, out: Path) -> tuple[Table, list[str]]:
 
 
 def _legend(found: Comparison) -> list[str]:
-    return ["In parentheses: what the paper gives."] if any(row.published for row in found.rows) else []
+    return ["In parentheses: the figures of the paper."] if any(row.published for row in found.rows) else []
 
 
 def _entry(found: Comparison, row: Row) -> dict[str, Any]:
-    """A row for JSON."""
+    """Return a row for the JSON file."""
     sizes = {name: (spread := row.spread(name)) and _number(spread.mean) for name in _SIZES}
     figures = {}
     for column in found.columns:
@@ -93,9 +96,9 @@ def _entry(found: Comparison, row: Row) -> dict[str, Any]:
 
 
 def _shown(found: Comparison) -> list[list[str]]:
-    """Head and rows as people read them; a published figure stands in parentheses."""
+    """Return head and rows of the Markdown table; published figures are in parentheses."""
     several = len({row.model for row in found.rows}) > 1
-    shown = [["method", "goes", "heads", "channels", *(column.name for column in found.columns)]]
+    shown = [["method", "removed", "heads", "channels", *(column.name for column in found.columns)]]
     for row in found.rows:
         share, *counts = (row.spread(name) for name in ("sparsity", "heads", "channels"))
         sizes = ["" if share is None else f"{share.mean:.1%}"]
@@ -117,12 +120,12 @@ def _cell(column: Column, row: Row) -> str:
 
 
 def _text(column: Column, value: float) -> str:
-    """A measured figure; perplexities have no upper end."""
+    """Return a measured figure as text, with fewer digits for large perplexities."""
     if column.kind == "accuracy":
         return f"{value:.1f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def _number(value: float) -> float | int:
-    """Whole numbers without a decimal point."""
+    """Return a number rounded to six digits, as int where it is whole."""
     return int(value) if value.is_integer() else round(value, 6)

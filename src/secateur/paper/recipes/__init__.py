@@ -6,5 +6,5 @@ FOLDER = Path(__file__).parent
 
 
 def recipe_names() -> list[str]:
-    """Their names, without `.yaml`."""
+    """Return the names of these recipes, without `.yaml`."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
