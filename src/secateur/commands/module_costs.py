@@ -158,7 +158,12 @@ class MixtureCosts(ModuleCosts):
         return sum(math.prod(shapes[name]) for name in names) // module.units
 
 
-COSTS: dict[str, type[ModuleCosts]] = {"heads": ModuleCosts, "channels": FeedForwardCosts, "experts": MixtureCosts}
+COSTS: dict[str, type[ModuleCosts]] = {
+    "heads": ModuleCosts,
+    "token_mixers": ModuleCosts,
+    "channels": FeedForwardCosts,
+    "experts": MixtureCosts,
+}
 """Costs of a module by the kind of its units."""
 
 
